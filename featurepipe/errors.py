@@ -1,0 +1,100 @@
+"""Every error featurepipe raises on purpose.
+
+::
+
+    FeaturepipeError                     exit code 1
+    +-- UsageError (ValueError)          2   an argument is wrong: names the value, the choices, the next step
+    +-- SourceError                      1   a source as a whole cannot be read
+    +-- Reject                           -   one image cannot be used; recorded with its reason, never fatal
+    +-- WeightsNotFound                  1   weights are not at hand and cannot be downloaded
+    +-- StoreError                       1   the store cannot be read or written
+    |   +-- CorruptPart                  1   a part's bytes are not what was committed
+    |   +-- DiskFull                     1   no space left; what was committed is safe
+    |   +-- StoreLocked                  75  someone else holds the lock
+    +-- NonFiniteFeatures                1   the network produced NaN or infinity
+    +-- TooManyRejects                   4   more images were rejected than allowed
+    +-- Interrupted                      130 stopped by a signal, everything in flight committed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeaturepipeError(Exception):
+    """Base of all errors that featurepipe raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(FeaturepipeError, ValueError):
+    """An argument is wrong; the message names the value, the choices and the next step."""
+
+    exit_code = 2
+
+
+class SourceError(FeaturepipeError):
+    """A source as a whole cannot be listed or read."""
+
+
+class Reject(FeaturepipeError):
+    """One image that cannot be used; ``str(error)`` is the reason that is recorded.
+
+    Reasons start with a short stable code and a colon, such as ``truncated: ...`` or ``not-an-image: ...``.
+    """
+
+
+class WeightsNotFound(FeaturepipeError):
+    """Pretrained weights are not on this machine and cannot be downloaded."""
+
+
+class StoreError(FeaturepipeError):
+    """The feature store cannot be read or written."""
+
+
+class CorruptPart(StoreError):
+    """A part's bytes are not what was committed."""
+
+
+class DiskFull(StoreError):
+    """No space is left on the store's disk; what was committed before is safe."""
+
+
+class StoreLocked(StoreError):
+    """Another process holds the store's lock."""
+
+    exit_code = 75
+
+
+class NonFiniteFeatures(FeaturepipeError):
+    """The network produced NaN or infinity for an image."""
+
+
+class TooManyRejects(FeaturepipeError):
+    """More images were rejected than ``max_rejects`` allows."""
+
+    exit_code = 4
+
+
+class Interrupted(FeaturepipeError):
+    """Stopped by a signal; everything in flight was committed first."""
+
+    def __init__(self, message: str, signal_number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", see: str = "") -> UsageError:
+    """Builds the error for a name that is not among ``choices``: the value, the nearest ones, where to look.
+
+    Example:
+        >>> str(unknown("node", "layer5", ["layer3", "layer4"], where="resnet50", see="featurepipe nodes resnet50"))
+        "unknown node 'layer5' in resnet50; nearest: layer4, layer3. See: featurepipe nodes resnet50"
+    """
+    names = list(choices)
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(near)}" if near else f"choices: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    inside = f" in {where}" if where else ""
+    tail = f". See: {see}" if see else ""
+    return UsageError(f"unknown {kind} {value!r}{inside}; {hint}{tail}")

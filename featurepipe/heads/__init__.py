@@ -1,0 +1,1 @@
+"""What is learned: estimators on features. Nothing here yet; the demo fits scikit-learn's own."""
