@@ -1,0 +1,174 @@
+"""The store as a whole: its spaces, snapshots, runs and lock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from featurepipe import __version__
+from featurepipe.errors import StoreError
+from featurepipe.store import runs, snapshots
+from featurepipe.store.atomic import is_temporary, read_json, write_json
+from featurepipe.store.locks import store_lock
+from featurepipe.store.space import Space
+
+if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
+
+STORE_VERSION = 1
+_EMPTY_NOTES: Mapping[str, Any] = {}
+
+
+class FeatureStore:
+    """A folder of features that were computed once; see ``FORMAT.md`` beside this file.
+
+    Args:
+        path: The folder.
+        create: Whether to make it if it is missing or empty.
+
+    Raises:
+        StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false.
+    """
+
+    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+        self.path = Path(path)
+        if not (self.path / "store.json").is_file():
+            self._create(create=create)
+        record = read_json(self.path / "store.json")
+        version = record.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise StoreError(f"{self.path / 'store.json'} names no format version")
+        if version > STORE_VERSION:
+            raise StoreError(
+                f"{self.path} has store format version {version}, this featurepipe {__version__} reads up to "
+                f"{STORE_VERSION}: upgrade featurepipe"
+            )
+
+    def _create(self, *, create: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"{self.path} is a file, not a feature store")
+        others = [p.name for p in self.path.iterdir() if not is_temporary(p.name)] if self.path.exists() else []
+        if others and not (self.path / "store.json").is_file():  # looked at again: another process may have made it
+            raise StoreError(
+                f"{self.path} is neither empty nor a feature store (it has no store.json, but {min(others)}); "
+                "name an empty or a new folder"
+            )
+        if not create:
+            raise StoreError(
+                f"there is no feature store at {self.path}; make one with: featurepipe extract SOURCE --store"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": "featurepipe-store",
+            "version": STORE_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "software": f"featurepipe {__version__}",
+        }
+        write_json(self.path / "store.json", record, replace=False)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.path)!r})"
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    # Feature spaces
+
+    def spaces(self) -> list[Space]:
+        """Lists the feature spaces, by name."""
+        return [Space(path.parent) for path in sorted((self.path / "spaces").glob("*/space.json"))]
+
+    def open_space(self, fields: Mapping[str, Any], *, backbone: str, notes: Mapping[str, Any] = _EMPTY_NOTES) -> Space:
+        """Opens the feature space with exactly these fields, making it if it is new.
+
+        Args:
+            fields: Everything that changes a feature's value, as JSON values; ``dtype`` is the stored dtype.
+            backbone: Name of the network.
+            notes: What is good to know and changes no value; only used if the space is new.
+        """
+        return Space.open(self._folder("spaces"), fields, backbone, notes)
+
+    def space(self, name_or_backbone_or_fingerprint: str, *, dataset: str | None = None) -> Space:
+        """Finds one feature space by its name, its backbone, or the start of its fingerprint.
+
+        Args:
+            name_or_backbone_or_fingerprint: What to look for.
+            dataset: If several spaces fit, take the one that holds features of this dataset.
+
+        Raises:
+            UsageError: None fits, or several do; the message says which and what differs.
+        """
+        from featurepipe.store.choice import choose_space
+
+        return choose_space(self, name_or_backbone_or_fingerprint, dataset)
+
+    def features(
+        self, dataset: str, node: str = "bottleneck", backbone: str | None = None, split: str | None = None
+    ) -> FeatureSet:
+        """Opens the features of a dataset's current snapshot.
+
+        Args:
+            dataset: Its name.
+            node: A node (pooled by ``gap``), ``node:pooling``, or an alias such as ``bottleneck``.
+            backbone: Name of the network, of the space, or the start of a fingerprint; may be left out if only one
+                space fits.
+            split: Only rows of this split.
+
+        Raises:
+            UsageError: The dataset, column, space or split is unknown or ambiguous.
+            StoreError: Features of some images are missing in this space.
+        """
+        from featurepipe.store.choice import open_features
+
+        return open_features(self, dataset, node, backbone, split)
+
+    # Datasets
+
+    def datasets(self) -> list[str]:
+        """Lists the datasets that have a snapshot."""
+        return snapshots.dataset_names(self._folder("snapshots"))
+
+    def snapshot_ids(self, dataset: str) -> list[str]:
+        """Lists the run ids of a dataset's snapshots, oldest first."""
+        return snapshots.snapshot_ids(self._folder("snapshots"), dataset)
+
+    def snapshot(self, dataset: str, run_id: str | None = None) -> pa.Table | None:
+        """Reads a snapshot (``snapshots.SCHEMA``), by default the current one; None if there is none."""
+        return snapshots.read_snapshot(self._folder("snapshots"), dataset, run_id)
+
+    def write_snapshot(self, dataset: str, run_id: str, table: pa.Table) -> Path:
+        """Writes a snapshot atomically; it is current from then on, unless a later run has written one."""
+        return snapshots.write_snapshot(self._folder("snapshots"), dataset, run_id, table)
+
+    # Runs
+
+    def new_run_id(self) -> str:
+        """Makes a run id that sorts after every one in the store, even if the clock was set back."""
+        return runs.next_run_id(self._run_names())
+
+    def _run_names(self) -> Iterator[str]:
+        for pattern in ("runs/*.json", "snapshots/*/*.parquet", "spaces/*/parts/*.h5", "spaces/*/quarantine/*.h5"):
+            yield from (path.name for path in self.path.glob(pattern))
+
+    def write_run(self, record: dict[str, Any]) -> Path:
+        """Writes the record of a run, named by its ``run_id``, atomically."""
+        return runs.write_run(self._folder("runs"), record)
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Reads the records of all runs, oldest first."""
+        return runs.read_runs(self.path / "runs")
+
+    def lock(self, shared: bool) -> AbstractContextManager[None]:
+        """Holds the store's lock: shared by those that add, alone by those that rewrite.
+
+        Raises:
+            StoreLocked: Someone else holds it.
+        """
+        return store_lock(self.path, shared=shared)

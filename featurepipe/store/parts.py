@@ -1,0 +1,163 @@
+"""One part: its header, its arrays, their checksums. Reading only; see ``commit.py`` for writing."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import CorruptPart, StoreError
+
+PART_VERSION = 1
+FEATURES = "features/"
+_BLOCK = 1 << 20  # bytes read at a time when checking: stays in the processor's cache
+# What h5py raises on files that are not what they should be.
+_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """Where one array lies in a part's file, and what it is."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PartInfo:
+    """The header of one part: plain values only, so it may be pickled and sent anywhere."""
+
+    path: str
+    rows: int
+    file_bytes: int
+    fingerprint: str
+    run_id: str
+    dataset: str
+    arrays: Mapping[str, ArrayInfo]
+
+    @property
+    def name(self) -> str:
+        """The part's id."""
+        return Path(self.path).stem
+
+    @property
+    def columns(self) -> dict[str, ArrayInfo]:
+        """The feature arrays by column name, sorted."""
+        return {name.removeprefix(FEATURES): self.arrays[name] for name in sorted(self.arrays) if is_feature(name)}
+
+
+def is_feature(name: str) -> bool:
+    """Tells whether an array's name is that of a feature column."""
+    return name.startswith(FEATURES)
+
+
+def read_part(path: Path) -> PartInfo:
+    """Reads the header of a part; no array is read.
+
+    Raises:
+        CorruptPart: The file is not a readable part.
+        StoreError: The file is missing, may not be read, or is of a newer format.
+    """
+    try:
+        size = path.stat().st_size
+        # Parts never change, and HDF5's own file locks fail on some network file systems.
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            arrays: dict[str, ArrayInfo] = {}
+            file.visititems(lambda name, item: _collect(arrays, name, item))
+    except (FileNotFoundError, PermissionError) as error:
+        raise StoreError(f"cannot open part {path}: {error.strerror}") from error
+    except _UNREADABLE as error:
+        raise CorruptPart(f"part {path.name} has an unreadable header: {error}") from error
+    return _checked(path, size, attributes, arrays)
+
+
+def _plain(value: Any) -> str | int:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value if isinstance(value, str) else int(value)
+
+
+def _collect(arrays: dict[str, ArrayInfo], name: str, item: object) -> None:
+    if isinstance(item, h5py.Dataset):
+        offset = item.id.get_offset()
+        arrays[name] = ArrayInfo(
+            offset=-1 if offset is None else int(offset),
+            dtype=item.dtype.str,
+            shape=tuple(int(n) for n in item.shape),
+            crc32=int(item.attrs["crc32"]),
+        )
+
+
+def _checked(path: Path, size: int, attributes: Mapping[str, str | int], arrays: dict[str, ArrayInfo]) -> PartInfo:
+    version = attributes.get("format_version")
+    if isinstance(version, int) and version > PART_VERSION:
+        raise StoreError(f"part {path} has format version {version}; this featurepipe reads up to {PART_VERSION}")
+    try:
+        rows = int(attributes["rows"])
+        texts = {name: str(attributes[name]) for name in ("fingerprint", "run_id")}
+        widths = {"key": (rows, 32), "id": (rows,), "size": (rows,), "mtime_ns": (rows,)}
+        wrong = [name for name, shape in widths.items() if arrays[name].shape != shape]
+    except KeyError as error:
+        raise CorruptPart(f"part {path.name} lacks {error}") from error
+    for name, info in arrays.items():
+        if is_feature(name) and (len(info.shape) != 2 or info.shape[0] != rows or info.dtype not in {"<f2", "<f4"}):
+            wrong.append(name)
+        if info.offset < 0 or info.offset + info.nbytes > size:
+            wrong.append(name)
+    if wrong:
+        raise CorruptPart(f"part {path.name}: wrong shape, dtype or place of {', '.join(sorted(set(wrong)))}")
+    return PartInfo(
+        str(path), rows, size, texts["fingerprint"], texts["run_id"], str(attributes.get("dataset", "")), arrays
+    )
+
+
+def read_array(part: PartInfo, name: str) -> npt.NDArray[Any]:
+    """Reads one whole array and checks it.
+
+    Raises:
+        CorruptPart: The bytes are not what was committed.
+        StoreError: The file cannot be opened.
+    """
+    info = part.arrays[name]
+    try:
+        flat = np.fromfile(part.path, dtype=info.dtype, count=int(np.prod(info.shape)), offset=info.offset)
+    except OSError as error:
+        raise StoreError(f"cannot read part {part.path}: {error.strerror}") from error
+    if flat.nbytes != info.nbytes or zlib.crc32(flat.view(np.uint8)) != info.crc32:
+        raise CorruptPart(f"part {part.name}: the bytes of {name} are not what was committed (checksum differs)")
+    return flat.reshape(info.shape)
+
+
+def damaged_arrays(part: PartInfo) -> list[str]:
+    """Reads every byte of a part's arrays and names those whose checksum differs."""
+    descriptor = os.open(part.path, os.O_RDONLY)
+    try:
+        return [name for name, info in part.arrays.items() if _crc32_of(descriptor, info) != info.crc32]
+    finally:
+        os.close(descriptor)
+
+
+def _crc32_of(descriptor: int, info: ArrayInfo) -> int | None:
+    buffer, crc, position, stop = memoryview(bytearray(_BLOCK)), 0, info.offset, info.offset + info.nbytes
+    while position < stop:
+        count = os.preadv(descriptor, [buffer[: min(_BLOCK, stop - position)]], position)
+        if count == 0:
+            return None
+        crc = zlib.crc32(buffer[:count], crc)
+        position += count
+    return crc

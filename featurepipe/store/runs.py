@@ -1,0 +1,61 @@
+"""Run ids, and the record of each run."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import StoreError, UsageError
+from featurepipe.store.atomic import read_json, write_json
+
+_TIME = "%Y%m%dT%H%M%S%fZ"
+_RUN_ID = re.compile(r"(\d{8}T\d{12}Z)-[0-9a-f]{8}")
+
+
+def checked_run_id(run_id: str) -> str:
+    """Returns ``run_id`` if it may name files.
+
+    Raises:
+        UsageError: It may not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
+        raise UsageError(f"not a run id: {run_id!r}; take one from FeatureStore.new_run_id()")
+    return run_id
+
+
+def next_run_id(existing: Iterable[str]) -> str:
+    """Makes a run id: UTC time to the microsecond and a random suffix, greater than all existing ones.
+
+    If the clock was set back, the time of the greatest existing id plus one microsecond is taken instead.
+    """
+    now = datetime.now(UTC)
+    for name in existing:
+        match = _RUN_ID.match(name)
+        if match:
+            then = datetime.strptime(match[1], _TIME).replace(tzinfo=UTC)
+            now = max(now, then + timedelta(microseconds=1))
+    return f"{now.strftime(_TIME)}-{secrets.token_hex(4)}"
+
+
+def write_run(folder: Path, record: dict[str, Any]) -> Path:
+    """Writes the record of one run, named by its ``run_id``; atomic, and again if it is already there."""
+    if "run_id" not in record:
+        raise UsageError("a run record needs a run_id")
+    path = folder / f"{checked_run_id(str(record['run_id']))}.json"
+    write_json(path, record)
+    return path
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """Reads all run records that can be read, oldest first; ``verify`` names the others."""
+    records = []
+    for path in sorted(folder.glob("[!.]*.json")):
+        try:
+            records.append(read_json(path))
+        except StoreError:
+            continue
+    return records

@@ -1,0 +1,101 @@
+"""What a dataset was at one run: one parquet file each, the last one is current."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from featurepipe.errors import StoreError, UsageError, unknown
+from featurepipe.store.atomic import atomic_file
+from featurepipe.store.runs import checked_run_id
+
+OK, REJECTED = "ok", "rejected"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("key", pa.binary(32)),
+        ("label", pa.string()),
+        ("split", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def checked_dataset(name: str) -> str:
+    """Returns ``name`` if it may be a dataset's.
+
+    Raises:
+        UsageError: It may not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(
+            f"not a dataset name: {name!r}; use letters, digits, '.', '_' and '-', at most 100, starting with "
+            "a letter, digit or '_'"
+        )
+    return name
+
+
+def snapshot_ids(folder: Path, dataset: str) -> list[str]:
+    """Lists the run ids of a dataset's snapshots, oldest first."""
+    return sorted(path.stem for path in (folder / checked_dataset(dataset)).glob("[!.]*.parquet"))
+
+
+def dataset_names(folder: Path) -> list[str]:
+    """Lists the datasets that have a snapshot."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("[!.]*.parquet")))
+
+
+def read_snapshot(folder: Path, dataset: str, run_id: str | None = None) -> pa.Table | None:
+    """Reads one snapshot, by default the current one; None if the dataset has none.
+
+    Raises:
+        StoreError: The file is damaged.
+        UsageError: There is no snapshot of that run.
+    """
+    ids = snapshot_ids(folder, dataset)
+    if run_id is not None and run_id not in ids:
+        raise unknown("snapshot", run_id, ids, where=f"dataset {dataset}")
+    if not ids:
+        return None
+    path = folder / dataset / f"{run_id or ids[-1]}.parquet"
+    try:
+        return pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"cannot read snapshot {path}: {error}; run: featurepipe verify STORE") from error
+
+
+def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> Path:
+    """Writes one snapshot atomically.
+
+    Args:
+        folder: ``snapshots`` of a store.
+        dataset: Its name.
+        run_id: Of the run that saw it.
+        table: The columns of ``SCHEMA`` (others are dropped); ``key`` is null where the image could not be read,
+            ``status`` is ``ok`` or ``rejected``.
+
+    Raises:
+        UsageError: A column is missing, or rows contradict themselves.
+        DiskFull: No space is left.
+    """
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise UsageError(f"a snapshot needs the columns {SCHEMA.names}; missing: {missing}")
+    clean = table.select(SCHEMA.names).cast(SCHEMA)
+    states = set(pc.unique(clean["status"]).to_pylist())
+    if not states <= {OK, REJECTED}:
+        raise UsageError(f"status must be {OK!r} or {REJECTED!r}, not {sorted(map(str, states - {OK, REJECTED}))}")
+    if clean["id"].null_count or clean.filter(pc.equal(clean["status"], OK))["key"].null_count:
+        raise UsageError("every row needs an id, and every usable image a key")
+    path = folder / checked_dataset(dataset) / f"{checked_run_id(run_id)}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        pq.write_table(clean, file, compression="zstd", write_page_checksum=True)
+    return path

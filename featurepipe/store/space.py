@@ -1,0 +1,251 @@
+"""One feature space of a store: its fields, its parts, what it knows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
+from featurepipe.store.atomic import is_temporary, read_json, write_json
+from featurepipe.store.identity import canonical_json, fingerprint
+from featurepipe.store.index import KeyIndex
+from featurepipe.store.parts import PartInfo, read_array, read_part
+from featurepipe.store.rejects import append_rejects, read_rejects
+from featurepipe.store.runs import checked_run_id
+from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter
+
+KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
+
+
+@dataclass(frozen=True)
+class ColumnInfo:
+    """What a space holds of one column."""
+
+    dtype: str
+    width: int
+    rows: int
+    bytes: int
+
+
+class Space:
+    """A feature space on disk; get one from ``FeatureStore.open_space`` or ``.space``.
+
+    Attributes:
+        path: Its folder.
+        fields: Everything that changes a feature's value.
+        fingerprint: The hash of ``fields``.
+        backbone: Name of the network.
+        notes: What is good to know and changes no value, such as ``aliases``.
+        damaged: Parts that cannot be read, with the reason; their rows count as absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        record = read_json(path / "space.json")
+        try:
+            self.fields: dict[str, Any] = record["fields"]
+            self.fingerprint: str = record["fingerprint"]
+            self.backbone: str = record["backbone"]
+            self.notes: dict[str, Any] = record.get("notes", {})
+        except KeyError as error:
+            raise StoreError(f"{path / 'space.json'} lacks {error}; run: featurepipe verify STORE") from error
+        self.path = path
+        self.damaged: dict[str, str] = {}
+        self._headers: dict[str, PartInfo] = {}
+
+    @classmethod
+    def open(cls, folder: Path, fields: Mapping[str, Any], backbone: str, notes: Mapping[str, Any]) -> Space:
+        """Opens the space of these fields under ``folder``, making it if it is new; safe against racing processes."""
+        identity = fingerprint(fields)
+        path = folder / f"{_slug(backbone)}-{identity[:12]}"
+        (path / "parts").mkdir(parents=True, exist_ok=True)
+        if not (path / "space.json").exists():
+            record = {"fingerprint": identity, "fields": fields, "backbone": backbone, "notes": notes}
+            canonical_json(record)  # refuses what JSON cannot hold before anything is written
+            write_json(path / "space.json", record, replace=False)
+        space = cls(path)
+        if space.fingerprint != identity:
+            raise StoreError(f"{path / 'space.json'} holds another feature space; run: featurepipe verify STORE")
+        return space
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.path.name
+
+    def __repr__(self) -> str:
+        return f"<Space {self.name}>"
+
+    def update_notes(self, notes: Mapping[str, Any]) -> None:
+        """Adds to the notes, or replaces entries of the same name, atomically; other processes' changes are kept."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            record = read_json(self.path / "space.json")
+            record["notes"] = {**record.get("notes", {}), **notes}
+            write_json(self.path / "space.json", record)
+            self.notes = record["notes"]
+        finally:
+            os.close(descriptor)
+
+    def part_paths(self) -> list[Path]:
+        """Lists the part files, by name, which is by run."""
+        folder = self.path / "parts"
+        return sorted(path for path in folder.glob("*.h5") if not is_temporary(path.name) and path.name[0] != ".")
+
+    def parts(self) -> list[PartInfo]:
+        """Reads the headers of all parts (each only once); unreadable ones are named in ``damaged``."""
+        paths = self.part_paths()
+        present = {path.name for path in paths}
+        self._headers = {name: header for name, header in self._headers.items() if name in present}
+        self.damaged = {name: why for name, why in self.damaged.items() if name in present}
+        for path in paths:
+            if path.name not in self._headers and path.name not in self.damaged:
+                self._read_header(path)
+        return [self._headers[path.name] for path in paths if path.name in self._headers]
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            header = read_part(path)
+        except CorruptPart as error:
+            self.damaged[path.name] = str(error)
+        except StoreError:
+            if path.exists():  # else: compacted away since the folder was listed
+                raise
+        else:
+            if header.fingerprint == self.fingerprint:
+                self._headers[path.name] = header
+            else:
+                self.damaged[path.name] = f"part {path.name} is of another feature space ({header.fingerprint[:12]})"
+
+    def _mark_damaged(self, part: PartInfo, error: CorruptPart) -> None:
+        name = Path(part.path).name
+        self.damaged[name] = str(error)
+        self._headers.pop(name, None)
+
+    def columns(self) -> dict[str, ColumnInfo]:
+        """Sums up the columns over all parts (copies of a row count as often as they are stored)."""
+        result: dict[str, ColumnInfo] = {}
+        for part in self.parts():
+            for column, info in part.columns.items():
+                before = result.get(column, ColumnInfo("float16", info.shape[1], 0, 0))
+                dtype = np.promote_types(before.dtype, np.dtype(info.dtype)).name
+                result[column] = ColumnInfo(dtype, info.shape[1], before.rows + part.rows, before.bytes + info.nbytes)
+        return dict(sorted(result.items()))
+
+    def index(self, columns: Sequence[str] | None = None) -> KeyIndex:
+        """Builds the index of keys that have all ``columns`` (None: any). Damaged parts are left out."""
+        index = KeyIndex(columns or ())
+        for part in self.parts():
+            try:
+                index.add(part)
+            except CorruptPart as error:
+                self._mark_damaged(part, error)
+        return index
+
+    def known_files(self, *, dataset: str | None = None) -> pa.Table:
+        """Lists the files whose key is known from parts and rejects, so that they need not be read again.
+
+        Rejects that could not be read at all have no key and are not listed.
+
+        Args:
+            dataset: Only files of this dataset. Ids are unique within a dataset only, so give it wherever
+                another dataset could have an image of the same id, size and time.
+
+        Returns:
+            ``id, size, mtime_ns, key``, one row per (id, size, mtime_ns), the last committed.
+        """
+        tables = [KNOWN_FILES.empty_table()]
+        for part in self.parts():
+            if dataset is None or part.dataset == dataset:
+                try:
+                    tables.append(_files_of(part))
+                except CorruptPart as error:
+                    self._mark_damaged(part, error)
+        rejects = self.rejects(dataset=dataset).select(KNOWN_FILES.names)
+        tables.append(rejects.filter(pc.is_valid(rejects["key"])))
+        table = pa.concat_tables(tables)
+        numbered = table.append_column("row", pa.array(np.arange(len(table))))
+        last = numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])
+        return table.take(last["row_max"].sort())
+
+    def rejects(self, *, dataset: str | None = None) -> pa.Table:
+        """Reads the rejects, the latest of each (id, key): ``key, id, size, mtime_ns, reason, run_id``."""
+        return read_rejects(self.path / "rejects.jsonl", dataset=dataset)
+
+    def add_rejects(self, rows: Iterable[Mapping[str, Any]], *, dataset: str = "") -> None:
+        """Appends rejects; see ``rejects.append_rejects``."""
+        append_rejects(self.path / "rejects.jsonl", rows, dataset=dataset)
+
+    def writer(
+        self,
+        run_id: str,
+        *,
+        dataset: str = "",
+        part_bytes: int = DEFAULT_PART_BYTES,
+        part_seconds: float = DEFAULT_PART_SECONDS,
+        on_overflow: Callable[[str], None] | None = None,
+    ) -> PartWriter:
+        """Opens a writer of new parts, to be used as a context manager.
+
+        Args:
+            run_id: From ``FeatureStore.new_run_id``.
+            dataset: Which dataset the images' ids belong to.
+            part_bytes: Commit when this much is waiting.
+            part_seconds: Commit when a row has waited this long.
+            on_overflow: Called once for each column that float16 cannot hold.
+        """
+        dtype = self.fields.get("dtype")
+        if dtype not in {"float16", "float32"}:
+            raise UsageError(f"the feature space's dtype must be 'float16' or 'float32', not {dtype!r}")
+        return PartWriter(
+            self.path / "parts",
+            fingerprint=self.fingerprint,
+            run_id=checked_run_id(run_id),
+            dataset=dataset,
+            dtype=dtype,
+            part_bytes=part_bytes,
+            part_seconds=part_seconds,
+            on_overflow=on_overflow,
+        )
+
+    def resolve_column(self, node: str) -> str:
+        """Returns the column meant by ``node``, ``node:pooling`` or an alias from the notes; ``gap`` is the default.
+
+        Raises:
+            UsageError: This space has no such column.
+        """
+        columns = list(self.columns())
+        base, colon, pooling = node.partition(":")
+        base = self.notes.get("aliases", {}).get(base, base)
+        wanted = f"{base}:{pooling}" if colon else base if ":" in base else f"{base}:gap"
+        for candidate in (node, wanted, base):
+            if candidate in columns:
+                return candidate
+        command = f"featurepipe extract SOURCE --store {self.path.parent.parent} --backbone {self.backbone}"
+        raise unknown("column", node, columns, where=self.name, see=f"{command} --node {node}")
+
+
+def _files_of(part: PartInfo) -> pa.Table:
+    key = read_array(part, "key")
+    return pa.table(
+        [
+            pa.array(read_array(part, "id")).cast(pa.string()),
+            pa.array(read_array(part, "size")),
+            pa.array(read_array(part, "mtime_ns")),
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(key), [None, pa.py_buffer(key)]),
+        ],
+        schema=KNOWN_FILES,
+    )
+
+
+def _slug(backbone: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", backbone).strip("-.")[:80] or "backbone"
