@@ -1,0 +1,51 @@
+"""Frozen pretrained networks: loading, nodes, preprocessing, pooling, precision.
+
+Names are imported when they are first used, so that ``import featurepipe.backbones`` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurepipe.backbones.catalog import BackboneInfo, list_backbones, timm_models
+    from featurepipe.backbones.columns import Column, parse_column
+    from featurepipe.backbones.loading import Backbone, load_backbone, weights_at_hand
+    from featurepipe.backbones.measure import NodeInfo
+    from featurepipe.backbones.pooling import pool
+    from featurepipe.backbones.preprocessing import Preprocessing
+
+__all__ = [
+    "Backbone",
+    "BackboneInfo",
+    "Column",
+    "NodeInfo",
+    "Preprocessing",
+    "list_backbones",
+    "load_backbone",
+    "parse_column",
+    "pool",
+    "timm_models",
+    "weights_at_hand",
+]
+
+_HOME = {
+    "Backbone": "loading",
+    "BackboneInfo": "catalog",
+    "Column": "columns",
+    "NodeInfo": "measure",
+    "Preprocessing": "preprocessing",
+    "list_backbones": "catalog",
+    "load_backbone": "loading",
+    "parse_column": "columns",
+    "pool": "pooling",
+    "timm_models": "catalog",
+    "weights_at_hand": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,314 @@
+"""Backbones: frozen networks by name, with their weights, preprocessing and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from featurepipe.backbones import measure, nodes, weights
+from featurepipe.backbones.columns import Column, parse_column
+from featurepipe.backbones.families import SEE, Family
+from featurepipe.backbones.from_torchvision import Torchvision, classification_names
+from featurepipe.backbones.measure import NodeInfo
+from featurepipe.backbones.nodes import Trace
+from featurepipe.backbones.packaged import EfficientNetLite, LeNet
+from featurepipe.backbones.pooling import pooled_shape
+from featurepipe.backbones.preprocessing import Preprocessing
+from featurepipe.backbones.weights import StateDict, is_file_name
+from featurepipe.errors import UsageError, unknown
+
+BOTTLENECK = "bottleneck"
+
+
+def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Backbone:
+    """Finds a backbone by name; its weights are read when they are first needed.
+
+    Args:
+        name: A torchvision classification model, ``timm/NAME``, ``package.module:factory``, ``efficientnet_lite0`` or
+            ``lenet5``.
+        weights: The name of pretrained weights, ``DEFAULT`` for the best of them, ``none`` for a random control, or the
+            path of a state dict (``.pt``, ``.pth``, ``.safetensors``).
+        seed: Seed of the random control.
+
+    Raises:
+        UsageError: The name or the weights are unknown, or the file does not fit the network.
+        WeightsNotFound: (When the weights are needed) they are not at hand and cannot be downloaded.
+    """
+    return Backbone(name, _family(name), weights, seed=seed)
+
+
+def weights_at_hand(name: str, weights: str = "DEFAULT") -> bool:
+    """Whether a backbone's weights are on this machine; touches no network.
+
+    Raises:
+        UsageError: The name or the weights are unknown.
+    """
+    if weights == "none":
+        return True
+    if is_file_name(weights):
+        return Path(weights).is_file()
+    family = _family(name)
+    return bool(family.choices()) and family.at_hand(family.resolve(weights))
+
+
+def _family(name: str) -> Family:
+    if name == "efficientnet_lite0":
+        return EfficientNetLite()
+    if name == "lenet5":
+        return LeNet()
+    if name.startswith("timm/"):
+        from featurepipe.backbones.from_timm import Timm
+
+        return Timm(name.removeprefix("timm/"))
+    if ":" in name:
+        from featurepipe.backbones.from_user import User
+
+        return User(name)
+    known = classification_names()
+    if name in known:
+        return Torchvision(name)
+    raise unknown("backbone", name, [*known, "efficientnet_lite0", "lenet5"], see=SEE)
+
+
+class Backbone:
+    """A frozen network: eval mode, no gradients, nothing overwritten in place. Made by ``load_backbone``.
+
+    Attributes:
+        name: As the user wrote it.
+        architecture: Origin and name, such as ``torchvision/resnet50`` or ``user/package.module:factory``.
+        weights: The weights for people to read: ``IMAGENET1K_V2``, ``random (seed 0)`` or ``file:NAME.pth``.
+        is_random: Whether this is a random control.
+        seed: The random control's seed, else None.
+    """
+
+    def __init__(self, name: str, family: Family, weights_name: str, *, seed: int = 0) -> None:
+        self.name = name
+        self.architecture = family.architecture
+        self.is_random = weights_name == "none"
+        self.seed = seed if self.is_random else None
+        self._seed = seed  # a user's factory may draw random numbers, too, and must draw the same ones every night
+        self._family = family
+        self._resolved: str | None = None
+        self._file: Path | None = None
+        if self.is_random:
+            self.weights = f"random (seed {seed})"
+        elif is_file_name(weights_name):
+            self._file = Path(weights_name)
+            self.weights = f"file:{self._file.name}"
+            self._check_file()
+        else:
+            self._resolved = family.resolve(weights_name)
+            self.weights = self._resolved
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.architecture}, weights={self.weights})"
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights expect images to look like."""
+        with _seeded(self._seed):
+            return self._family.preprocessing(self._resolved)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The network, built on first use, on the CPU.
+
+        Raises:
+            WeightsNotFound: The weights are not at hand and cannot be downloaded.
+        """
+        if self.is_random:
+            return self._random_module
+        module = self._new_skeleton()
+        weights.load_into(module, self._state, name=self.name, origin=self.weights)
+        return nodes.freeze(module)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights' names, dtypes, shapes and values, as hexadecimal digits.
+
+        Pretrained and file weights are hashed as they are read, without building the network.
+        """
+        return weights.sha256_of(self._random_module.state_dict() if self.is_random else self._state)
+
+    @cached_property
+    def bottleneck(self) -> str:
+        """Name of the node whose output feeds the final classifier."""
+        found = self._trace_of_skeleton
+        if found is not None:
+            return nodes.bottleneck(found)
+        return self._hooked.bottleneck
+
+    @property
+    def traceable(self) -> bool:
+        """Whether ``torch.fx`` can trace the network; where not, its nodes are its modules."""
+        return self._trace_of_skeleton is not None
+
+    def nodes(self) -> list[NodeInfo]:
+        """Returns the nodes whose output can be kept, in execution order; needs no weights."""
+        return list(self._node_infos)
+
+    def graph(self, names: Sequence[str]) -> fx.GraphModule | None:
+        """Returns a module that maps images (N, C, H, W) to ``{node: output}``, pruned above the deepest node.
+
+        None where the network cannot be traced: hook ``module.get_submodule(node)`` then (``hook_names``).
+
+        Raises:
+            UsageError: A node is unknown.
+        """
+        self._check_nodes(names)
+        if not self.traceable:
+            return None
+        found = nodes.trace(self.module)
+        return None if found is None else found.extractor({name: self._by_name[name].name for name in names})
+
+    def hook_names(self, names: Sequence[str]) -> list[str]:
+        """Checks that the nodes are modules that run once in a forward, so that a forward hook keeps the right output.
+
+        Raises:
+            UsageError: A node is unknown, or is not such a module.
+        """
+        self._check_nodes(names)
+        modules = dict(self.module.named_modules())
+        for name in names:
+            if name not in modules:
+                raise UsageError(f"node {name!r} in {self.name} is not a module and cannot be hooked. See: {self._see}")
+        return list(names)
+
+    def columns(self, requested: Sequence[str]) -> list[Column]:
+        """Reads the columns that a user asks for; needs no weights.
+
+        Args:
+            requested: ``node`` or ``node:pooling``; ``bottleneck`` stands for the node that feeds the classifier. Names
+                of modules (``layer4``) are kept as written and mean the module's last node.
+
+        Returns:
+            The columns in the order given, without duplicates; the bottleneck alone if nothing is requested.
+
+        Raises:
+            UsageError: A node or a pooling is unknown, or they do not suit each other.
+        """
+        columns = []
+        for text in requested or [BOTTLENECK]:
+            column = parse_column(text)
+            if column.node == BOTTLENECK:
+                column = column._replace(node=self.bottleneck)
+            self.feature_shape(column)
+            columns.append(column)
+        return list(dict.fromkeys(columns))
+
+    def feature_shape(self, column: Column) -> tuple[int, ...]:
+        """Returns the shape of one image's feature: (D,), or (C, H, W) for the pooling ``map``.
+
+        Raises:
+            UsageError: The node is unknown, or the pooling does not suit it.
+        """
+        info = self.node(column.node)
+        return pooled_shape(info.shape, column.pooling, info.channel_axis)
+
+    def node(self, name: str) -> NodeInfo:
+        """Returns the node called ``name``, or the last node of the module called so.
+
+        Raises:
+            UsageError: There is none.
+        """
+        self._check_nodes([name])
+        return self._by_name[name]
+
+    def channel_axis(self, node: str) -> int:
+        """Axis of a node's output that holds the channels, counted with the batch as axis 0."""
+        return self.node(node).channel_axis
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides the network's features, as JSON values: part of the feature space."""
+        return {
+            "architecture": self.architecture,
+            "weights_sha256": self.weights_sha256,
+            "preprocessing": self.preprocessing.as_dict(),
+            **self._family.identity(),
+        }
+
+    def description(self) -> dict[str, Any]:
+        """Returns what people want to know about the backbone, as JSON values; needs no weights."""
+        return {
+            "name": self.name,
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "random": self.is_random,
+            "seed": self.seed,
+            "bottleneck": self.bottleneck,
+            "parameters": sum(parameter.numel() for parameter in self._skeleton.parameters()),
+        }
+
+    @cached_property
+    def _state(self) -> StateDict:
+        if self._file is not None:
+            return weights.read_state_dict(self._file)
+        with _seeded(self._seed):
+            return self._family.state(self._resolved or "")
+
+    @cached_property
+    def _random_module(self) -> nn.Module:
+        with _seeded(self._seed):
+            return nodes.freeze(self._family.random())
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        """The network for looking at: its parameters have no values where the family can do without."""
+        skeleton = nodes.freeze(self._new_skeleton())
+        return skeleton.to("meta") if any(parameter.is_meta for parameter in skeleton.parameters()) else skeleton
+
+    def _new_skeleton(self) -> nn.Module:
+        with _seeded(self._seed):
+            return self._family.skeleton(self._resolved)
+
+    @cached_property
+    def _hooked(self) -> measure.HookedRun:
+        """One forward of a network that cannot be traced, without values if that works."""
+        try:
+            return measure.run_hooked(self._skeleton, self.preprocessing.input_shape)
+        except (NotImplementedError, RuntimeError):
+            return measure.run_hooked(self.module, self.preprocessing.input_shape)
+
+    @cached_property
+    def _trace_of_skeleton(self) -> Trace | None:
+        return nodes.trace(self._skeleton)
+
+    @cached_property
+    def _node_infos(self) -> tuple[NodeInfo, ...]:
+        found = self._trace_of_skeleton
+        if found is None:
+            return tuple(self._hooked.nodes)
+        return tuple(measure.measure_trace(found, self.preprocessing.input_shape))
+
+    @cached_property
+    def _by_name(self) -> dict[str, NodeInfo]:
+        by_name = {info.name: info for info in self._node_infos}
+        for info in self._node_infos:
+            by_name.update({block: info for block in info.blocks if block not in by_name})
+        return by_name
+
+    @property
+    def _see(self) -> str:
+        return f"featurepipe nodes {self.name}"
+
+    def _check_file(self) -> None:
+        weights.load_into(self._new_skeleton(), self._state, name=self.name, origin=self.weights)
+
+    def _check_nodes(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._by_name:
+                raise unknown("node", name, list(self._by_name), where=self.name, see=self._see)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch inside, and leaves its global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

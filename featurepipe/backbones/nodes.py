@@ -1,0 +1,152 @@
+"""Nodes: the outputs inside a network that can be kept, found by tracing it with ``torch.fx``.
+
+Names are those of ``torchvision.models.feature_extraction``. Three building blocks that torchvision treats as leaves
+(``Conv2dNormActivation``, ``SqueezeExcitation``, ``MLP``) are traced into, so that their insides can be kept, and fused,
+too; their own names still work, as block names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torchvision
+from torch import fx, nn
+from torchvision.models.feature_extraction import NodePathTracer
+from torchvision.ops import MLP, Conv2dNormActivation, SqueezeExcitation
+
+_TRACED_INTO = (Conv2dNormActivation, SqueezeExcitation, MLP)
+_IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_IN_PLACE_METHODS = {
+    name: name[:-1]
+    for name in ("add_", "sub_", "mul_", "div_", "relu_", "clamp_", "sigmoid_", "tanh_", "neg_", "exp_", "masked_fill_")
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced network: its graph and the name of every node in it, in execution order."""
+
+    module: nn.Module
+    graph: fx.Graph
+    names: dict[fx.Node, str]
+
+    def extractor(self, wanted: Mapping[str, str]) -> fx.GraphModule:
+        """Returns a module that maps images to ``{key: output}`` and computes nothing beyond the deepest node.
+
+        Args:
+            wanted: For each key of the result, the name of the node.
+
+        Raises:
+            KeyError: A name is not in the network (``Backbone.graph`` says so in better words).
+        """
+        copies: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.graph_copy(self.graph, copies)
+        by_name = {name: node for node, name in self.names.items()}
+        graph.output({key: copies[by_name[name]] for key, name in wanted.items()})
+        _without_inplace(graph)
+        _remove_unused(graph)
+        extractor = fx.GraphModule(self.module, graph, type(self.module).__name__)
+        extractor.eval()
+        return extractor
+
+
+def trace(module: nn.Module) -> Trace | None:
+    """Traces a network in eval mode; None if ``torch.fx`` cannot (its control flow depends on values, for instance)."""
+    tracer = NodePathTracer(
+        autowrap_modules=(math, torchvision.ops),
+        leaf_modules=[leaf for leaf in _operator_modules() if leaf not in _TRACED_INTO],
+    )
+    try:
+        graph = tracer.trace(module)
+    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError):
+        # A proxy stands for the image here, so whatever the network does with its values may fail in any of these ways.
+        return None
+    names = {node: tracer.node_to_qualname[node] for node in graph.nodes if node in tracer.node_to_qualname}
+    return Trace(module, graph, {node: name for node, name in names.items() if node.op != "output"})
+
+
+def _operator_modules() -> list[type[nn.Module]]:
+    """The module classes of ``torchvision.ops``, which torchvision's own feature extraction does not look into."""
+    classes = [value for _, value in inspect.getmembers(torchvision.ops, inspect.isclass)]
+    return [value for value in classes if issubclass(value, nn.Module)]
+
+
+def _without_inplace(graph: fx.Graph) -> None:
+    """Makes in-place calls ordinary ones, so that a kept output is not overwritten by what follows it.
+
+    Whoever reads the overwritten value later gets the new one, as in the original network.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+            node.target = _IN_PLACE_OPERATORS[node.target]
+        elif node.op == "call_method" and node.target in _IN_PLACE_METHODS:
+            node.target = _IN_PLACE_METHODS[node.target]
+        elif node.op == "call_function" and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        else:
+            continue
+        overwritten = node.args[0]
+        if isinstance(overwritten, fx.Node):
+            later = _after(node)
+            overwritten.replace_all_uses_with(node, later.__contains__)
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    """The nodes that run after ``node``; not the output, which keeps values as they were when they were made."""
+    nodes = list(node.graph.nodes)
+    return {later for later in nodes[nodes.index(node) + 1 :] if later.op != "output"}
+
+
+def _remove_unused(graph: fx.Graph) -> None:
+    """Removes what no kept output needs, checks on sizes included; ``eliminate_dead_code`` alone keeps assertions."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("output", "placeholder") and not node.users and node.target is not operator.setitem:
+            graph.erase_node(node)
+
+
+def bottleneck(found: Trace) -> str:
+    """Names the node whose output feeds the final classifier.
+
+    The classifier is the last Linear layer (or 1 x 1 convolution, as in SqueezeNet) between which and the network's
+    output only layers without parameters lie. A network without one gives its own output's node.
+    """
+    modules = dict(found.module.named_modules())
+    node = _last_value(found)
+    first = node
+    while node is not None:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+            source = node.args[0]
+            return found.names[source] if isinstance(source, fx.Node) and source in found.names else found.names[node]
+        inputs = node.all_input_nodes
+        if len(inputs) != 1 or (layer is not None and any(True for _ in layer.parameters())):
+            break
+        node = inputs[0] if inputs[0] in found.names else None
+    return found.names[first] if first is not None else ""
+
+
+def _last_value(found: Trace) -> fx.Node | None:
+    """The node that makes the network's (first) output."""
+    outputs = [node for node in found.graph.nodes if node.op == "output"]
+    candidates = [node for node in outputs[0].all_input_nodes if node in found.names] if outputs else []
+    return candidates[0] if candidates else None
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Freezes a network: eval mode, no gradients, and no layer overwrites its input."""
+    module.eval().requires_grad_(requires_grad=False)
+    for layer in module.modules():
+        if getattr(layer, "inplace", False) is True:
+            layer.inplace = False  # type: ignore[assignment]
+    return module
