@@ -1,0 +1,153 @@
+"""Images stored as arrays: IDX (MNIST's format), ``.npz`` and ``.h5``."""
+
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH119
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.errors import SourceError, UsageError
+from featurepipe.images.blobs import PerProcess
+from featurepipe.images.files import stat_file
+from featurepipe.images.labels import split_of
+from featurepipe.images.listing import Row, check_unique, printable, table_of
+from featurepipe.images.source import Source
+
+_IMAGES: Final = {"x", "images", "image", "data"}
+_LABELS: Final = {"y", "labels", "label", "targets"}
+
+
+class Sliceable(Protocol):
+    """What is asked of a stored array: an item is read only when it is indexed."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, index: int | slice) -> Any: ...
+
+
+Arrays = Mapping[str, Sliceable]
+ArrayReader = Callable[[str], Arrays]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The images of one array, with their labels."""
+
+    prefix: str  # of their ids
+    split: str | None
+    images: Sliceable
+    labels: list[str] | None
+    mtime_ns: int
+
+
+class ArraySource(Source):
+    """Images in the arrays of one file or several.
+
+    Arrays named ``x``, ``images`` (alone, or with a split: ``x_train``, ``test_images``) are the images, ``y`` or
+    ``labels`` with the same split their labels. An id is ``<split, else the file's stem>/<index>``.
+
+    Args:
+        files: For each file its path and the function that opens it as a mapping name -> array.
+        name: The default dataset name.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, ArrayReader]], name: str) -> None:
+        self.name = name
+        self._files = list(files)
+        self._blocks = PerProcess(self._open)
+        self._lock = PerProcess(threading.Lock)  # HDF5 is not safe to call from two threads
+
+    def scan(self) -> pa.Table:
+        """Lists the images; reads the labels, no pixels."""
+        return check_unique(table_of(self._rows()), self.name, "keep one of the arrays")
+
+    def read(self, locator: bytes) -> np.ndarray[Any, Any]:
+        """Reads one image's pixels; see :meth:`Source.read`."""
+        block = self._blocks.get()[int.from_bytes(locator[:4], "little")]
+        with self._lock.get():
+            return np.asarray(block.images[int.from_bytes(locator[4:], "little")])
+
+    def close(self) -> None:
+        """Closes the files; a spooled copy is deleted."""
+        for block in self._blocks.forget() or []:
+            if (close := getattr(block.images, "close", None)) is not None:
+                close()
+
+    def _open(self) -> list[_Block]:
+        blocks = []
+        for path, reader in self._files:
+            try:
+                arrays = reader(path)
+            except FileNotFoundError as error:
+                raise SourceError(f"{path}: no such file") from error
+            except OSError as error:
+                raise SourceError(f"{path}: cannot be read: {error}") from error
+            blocks += _pair(arrays, path)
+        return blocks
+
+    def _rows(self) -> Iterator[Row]:
+        for number, block in enumerate(self._blocks.get()):
+            shape = block.images.shape
+            size = int(np.prod(shape[1:], dtype=np.int64)) * block.images.dtype.itemsize
+            place = number.to_bytes(4, "little")
+            for index in range(shape[0]):
+                label = block.labels[index] if block.labels is not None else None
+                # Six digits at least: ids stay the same when images are appended.
+                id_ = f"{block.prefix}/{index:06d}"
+                yield id_, label, block.split, size, block.mtime_ns, place + index.to_bytes(8, "little")
+
+
+def _pair(arrays: Arrays, path: str) -> list[_Block]:
+    roles = {name: _role(name) for name in arrays}
+    labels = {split: name for name, (role, split) in roles.items() if role == "labels"}
+    mtime_ns = stat_file(path)[1]
+    blocks = []
+    for name in sorted(arrays):
+        role, split = roles[name]
+        if role != "images":
+            continue
+        images = arrays[name]
+        if len(images.shape) not in (3, 4):
+            raise UsageError(f"{path}: array {name!r} has shape {images.shape}; images are (N, H, W) or (N, H, W, C)")
+        values = (
+            _labels(arrays[labels[split]], images.shape[0], f"{path}: {labels[split]}") if split in labels else None
+        )
+        blocks.append(_Block(split or _stem(path), split, images, values, mtime_ns))
+    if not blocks:
+        raise UsageError(
+            f"{path}: no image array among {', '.join(sorted(arrays)) or 'no arrays'}; call it x or images, or per "
+            "split x_train, x_val, x_test (labels: y or labels)"
+        )
+    return blocks
+
+
+def _role(name: str) -> tuple[str | None, str | None]:
+    """What an array is and of which split: ``x_train`` -> images, train."""
+    words = re.split(r"[_\-./]", name.lower())
+    split = next(filter(None, map(split_of, words)), None)
+    rest = [word for word in words if split_of(word) is None]
+    if len(rest) != 1:
+        return None, split
+    role = "images" if rest[0] in _IMAGES else "labels" if rest[0] in _LABELS else None
+    return role, split
+
+
+def _labels(array: Sliceable, count: int, where: str) -> list[str]:
+    values = np.asarray(array[:])
+    if values.size != count:
+        raise SourceError(f"{where}: {values.size} labels for {count} images")
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist()]
+
+
+def _stem(path: str) -> str:
+    return printable(os.path.basename(path).partition(".")[0])

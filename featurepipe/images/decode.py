@@ -1,0 +1,206 @@
+"""Encoded bytes or stored pixels to one uint8 tensor, the same on every machine, or a reject with its reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from featurepipe.errors import Reject
+from featurepipe.images.jpeg import is_jpeg, read_jpeg_header
+from featurepipe.images.quiet import PillowQuiet
+
+Colour = Literal["rgb", "grey"]
+
+MAX_PIXELS: Final = 178_956_970  # what PIL refuses as a decompression bomb
+ALPHA: Final = "white"
+DECODING: Final[dict[str, str | int]] = {
+    "alpha": ALPHA,  # transparency is composited on it
+    "orientation": "exif",  # applied
+    "frame": "first",
+    "sixteen_bit": "high-byte",
+    "cmyk": "naive",  # PIL's conversion, without a colour profile
+    "grey": "luma-601",  # ITU-R 601; a JPEG's own luma channel
+    "jpeg": "libjpeg-islow",
+}
+"""What decoding does that changes pixels: part of the feature space."""
+
+# The plug-in classes themselves, not Image.open: that warns about big images, and tries formats that we do not name,
+# of which one (EPS) starts another program.
+_FORMATS: Final[tuple[tuple[bytes, type[Any]], ...]] = (
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"GIF87a", GifImagePlugin.GifImageFile),
+    (b"GIF89a", GifImagePlugin.GifImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", TiffImagePlugin.TiffImageFile),
+    (b"II+\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0+", TiffImagePlugin.TiffImageFile),
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+)
+_NAMED_ONLY: Final = (
+    (b"ftypavif", "AVIF"),
+    (b"ftyphei", "HEIC"),
+    (b"ftypmif1", "HEIF"),
+    (b"jP  ", "JPEG 2000"),
+    (b"JXL ", "JPEG XL"),
+)
+# What PIL's parsers raise on damaged files, besides OSError and SyntaxError.
+_DAMAGE: Final = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError,
+    AttributeError, OverflowError, ZeroDivisionError, NotImplementedError,
+)  # fmt: skip
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION: Final = 0x0112
+_QUIET: Final = PillowQuiet()
+
+
+def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> torch.Tensor:
+    """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
+
+    JPEG goes through torchvision (libjpeg-turbo), everything else, and JPEG in CMYK, through PIL. Transparency is
+    composited on white, EXIF orientation applied, of an animation the first frame taken.
+
+    Args:
+        payload: An encoded JPEG, PNG, WebP, GIF, BMP or TIFF, or uint8 pixels (H,W), (H,W,1), (H,W,3) or (H,W,4).
+        colour: ``"rgb"`` for three channels, ``"grey"`` for one.
+
+    Returns:
+        A uint8 tensor of shape (3,H,W) or (1,H,W), owned by the caller.
+
+    Raises:
+        Reject: Starts with ``empty``, ``truncated``, ``not-an-image``, ``bomb``, ``unsupported`` or ``corrupt``.
+    """
+    if isinstance(payload, np.ndarray):
+        return _to_tensor(_from_array(payload), colour)
+    if not payload:
+        raise Reject("empty: 0 bytes")
+    if is_jpeg(payload):
+        header = read_jpeg_header(payload)
+        _check_pixels(header.width, header.height)
+        if header.components in (1, 3):
+            return _decode_jpeg(payload, colour)
+    with _QUIET:
+        return _to_tensor(_decode_pillow(payload), colour)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Reject(f"bomb: {width}x{height} pixels, more than {MAX_PIXELS}")
+    if width * height == 0:
+        raise Reject(f"empty: {width}x{height} pixels")
+
+
+def _decode_jpeg(payload: bytes, colour: Colour) -> torch.Tensor:
+    # A copy, because PyTorch has no read-only tensors; it takes 0.3 % of the time.
+    data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    mode = ImageReadMode.RGB if colour == "rgb" else ImageReadMode.GRAY
+    try:
+        tensor: torch.Tensor = decode_jpeg(data, mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        code = "truncated" if "truncated" in str(error) else "corrupt"
+        raise Reject(f"{code}: libjpeg cannot decode it: {_first_line(error)}") from error
+    return tensor
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise Reject(f"unsupported: an array of {array.dtype}; pixels are uint8")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise Reject(
+            f"unsupported: an array of shape {array.shape}; pixels are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
+    _check_pixels(array.shape[1], array.shape[0])
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _decode_pillow(payload: bytes) -> Image.Image:
+    plugin = _plugin_for(payload)
+    try:
+        with plugin(io.BytesIO(payload)) as image:
+            _check_pixels(*image.size)
+            _check_complete(payload, plugin)
+            image.load()
+            return _turned(image)
+    except Image.DecompressionBombError as error:
+        raise Reject(f"bomb: {error}") from error
+    except _DAMAGE as error:
+        code = "truncated" if _says_truncated(error) else "corrupt"
+        raise Reject(f"{code}: {_first_line(error) or type(error).__name__}") from error
+
+
+def _plugin_for(payload: bytes) -> type[Any]:
+    for magic, plugin in _FORMATS:
+        if payload.startswith(magic):
+            return plugin
+    for magic, name in _NAMED_ONLY:
+        if magic in payload[4:12]:
+            raise Reject(f"unsupported: {name}")
+    raise Reject(f"not-an-image: starts with {payload[:8]!r}; known are JPEG, PNG, WebP, GIF, BMP, TIFF")
+
+
+def _check_complete(payload: bytes, plugin: type[Any]) -> None:
+    """Finds the cuts that PIL's decoders do not report as such."""
+    if plugin is PngImagePlugin.PngImageFile and payload.rfind(b"IEND") < 0:
+        raise Reject("truncated: a PNG without its end")
+    if plugin is WebPImagePlugin.WebPImageFile and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
+        raise Reject("truncated: a WebP shorter than it says")
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the metadata, and fails on images whose metadata is damaged.
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except _DAMAGE:
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _to_tensor(image: Image.Image, colour: Colour) -> torch.Tensor:
+    pixels = np.array(_flattened(image).convert("RGB" if colour == "rgb" else "L"))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """Eight bits per channel and no transparency."""
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image)
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        background = Image.new("RGB", image.size, ALPHA)
+        background.paste(with_alpha, mask=with_alpha.getchannel("A"))
+        return background
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+        raise Reject(f"unsupported: {image.mode} pixels from {values.min()} to {values.max()}; known are 8 and 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _says_truncated(error: Exception) -> bool:
+    words = ("truncat", "eof", "end of file", "unpack requires", "not enough", "incomplete")
+    return isinstance(error, EOFError | struct.error | IndexError) or any(word in str(error).lower() for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

@@ -1,0 +1,130 @@
+"""A local folder of image files."""
+
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Final
+
+import pyarrow as pa
+
+from featurepipe.errors import Reject, SourceError
+from featurepipe.images.files import read_file, stat_of
+from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden
+from featurepipe.images.listing import UNKNOWN, Row, printable, table_of
+from featurepipe.images.source import Source
+
+_Identity = tuple[int, int]  # device and inode: what a symbolic link leads back to
+_BY_ID: Final = itemgetter(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    id: str  # with a trailing slash, empty at the top
+    path: str
+    identity: _Identity
+    ancestors: tuple[_Identity, ...]
+
+
+_Found = tuple[str, Row | _Directory]
+
+
+class FolderSource(Source):
+    """Image files below a folder, in the byte order of their ids; an id is the path relative to the folder.
+
+    Class sub-folders give labels, ``train/ val/ test/`` above them splits. Links are followed, except back into a
+    folder that contains them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.name = printable(os.path.basename(self.path)) or "root"
+
+    def scan(self) -> pa.Table:
+        """Lists the folder: one directory read per folder, one stat per image, nothing opened."""
+        try:
+            found = os.stat(self.path)
+            top = sorted(entry.name for entry in os.scandir(self.path) if _is_class_folder(entry))
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot be listed: {error.strerror}") from error
+        labels = FolderLabels(top)
+        root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
+        return table_of(_walk(root, labels, len(self.path.rstrip("/")) + 1))
+
+    def read(self, locator: bytes) -> bytes:
+        """Reads one file; see :meth:`Source.read`."""
+        try:
+            return read_file(os.path.join(self.path, os.fsdecode(locator)))
+        except Reject:
+            if not os.path.isdir(self.path):
+                raise SourceError(f"{self.path}: the folder has gone") from None
+            raise
+
+
+def _walk(root: _Directory, labels: FolderLabels, prefix: int) -> Iterator[Row]:
+    # A stack, because a tree may be deeper than Python's recursion limit.
+    pending: list[Row | _Directory] = [root]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, _Directory):
+            found = _children(item, labels, prefix)
+            found.sort(key=_BY_ID, reverse=True)
+            pending.extend(child for _, child in found)
+        else:
+            yield item
+
+
+def _children(directory: _Directory, labels: FolderLabels, prefix: int) -> list[_Found]:
+    label, split = labels.of(directory.id.split("/")[:-1])
+    base = os.fsencode(directory.path[prefix:] + "/") if directory.id else b""
+    found: list[_Found] = []
+    try:
+        with os.scandir(directory.path) as entries:
+            for entry in entries:
+                name = entry.name
+                if is_hidden(name):
+                    continue
+                if name.lower().endswith(IMAGE_SUFFIXES):
+                    id_ = directory.id + printable(name)
+                    size, mtime_ns = _stat(entry)
+                    found.append((id_, (id_, label, split, size, mtime_ns, base + os.fsencode(name))))
+                elif (child := _descend(directory, entry)) is not None:
+                    found.append((child.id, child))
+    except OSError:
+        # Listed as an entry of its own, so that reading it gives a reject with the reason: what lies below must not
+        # be missing without a trace.
+        id_ = directory.id.removesuffix("/")
+        return [(id_, (id_, label, split, UNKNOWN, UNKNOWN, base))]
+    return found
+
+
+def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        return stat_of(entry.stat())
+    except OSError:  # a broken link
+        return UNKNOWN, UNKNOWN
+
+
+def _descend(parent: _Directory, entry: os.DirEntry[str]) -> _Directory | None:
+    try:
+        if not entry.is_dir():
+            return None
+        found = entry.stat()
+    except OSError:
+        return None
+    identity = (found.st_dev, found.st_ino)
+    ancestors = (*parent.ancestors, parent.identity)
+    if identity in ancestors:
+        return None
+    return _Directory(f"{parent.id}{printable(entry.name)}/", entry.path, identity, ancestors)
+
+
+def _is_class_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return not is_hidden(entry.name) and not entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_dir()
+    except OSError:
+        return False

@@ -1,0 +1,88 @@
+"""Listings as Arrow tables: one row per image, built in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.errors import SourceError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("size", pa.int64(), nullable=False),  # bytes of the encoded file or of the array; -1: unknown
+        pa.field("mtime_ns", pa.int64(), nullable=False),  # nanoseconds since 1970; -1: unknown
+        pa.field("locator", pa.binary(), nullable=False),  # only the source that wrote it can read it
+    ]
+)
+UNKNOWN = -1
+BATCH_ROWS = 65_536
+
+# A plain tuple in the order of SCHEMA: a listing makes millions of them, and a class would triple their cost.
+Row = tuple[str, str | None, str | None, int, int, bytes]
+
+_LOOKS_ESCAPED = re.compile(r"\\x[0-9a-f]{2}")
+
+
+def table_of(rows: Iterable[Row]) -> pa.Table:
+    """Gathers rows into a table; at most ``BATCH_ROWS`` of them exist as Python objects at a time.
+
+    Args:
+        rows: Tuples in the order of :data:`SCHEMA`.
+
+    Returns:
+        A table of :data:`SCHEMA`, in the order of ``rows``.
+    """
+    stream = iter(rows)
+    batches = []
+    while chunk := list(islice(stream, BATCH_ROWS)):
+        columns = zip(*chunk, strict=True)
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+    return pa.Table.from_batches(batches, schema=SCHEMA)
+
+
+def check_unique(table: pa.Table, where: str, remedy: str = "add an `id` column with unique values") -> pa.Table:
+    """Returns ``table`` if no id occurs twice.
+
+    Args:
+        table: A listing.
+        where: The source's name, for the message.
+        remedy: What the user can do about duplicates.
+
+    Raises:
+        SourceError: Names the first few ids that occur more than once.
+    """
+    ids = table["id"]
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return table
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    shown = ", ".join(repr(value) for value in repeated.slice(0, 3).to_pylist())
+    more = ", ..." if len(repeated) > 3 else ""
+    raise SourceError(f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; {remedy}")
+
+
+def printable(name: str) -> str:
+    r"""Turns a file name into an id that can be printed and stored as UTF-8; different names stay different.
+
+    Bytes that are not valid UTF-8 (surrogates, as :func:`os.fsdecode` makes them) become ``\xNN``. So that no valid
+    name can look the same, backslashes are doubled in names with such bytes and in names that look escaped already.
+
+    Example:
+        >>> printable("plain.jpg"), printable(os.fsdecode(b"caf\xe9.jpg")), printable(r"caf\xe9.jpg")
+        ('plain.jpg', 'caf\\xe9.jpg', 'caf\\\\xe9.jpg')
+    """
+    if name.isascii() and "\\" not in name:
+        return name
+    valid = not any("\udc80" <= character <= "\udcff" for character in name)
+    if valid and not _LOOKS_ESCAPED.search(name):
+        return name
+    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")

@@ -1,0 +1,85 @@
+"""Images that are at hand in memory, or named one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.errors import UsageError
+from featurepipe.images.files import read_file, stat_file
+from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.source import Source
+
+Item = bytes | str | os.PathLike[str] | np.ndarray[Any, Any]
+
+
+class MemorySource(Source):
+    """Images from a mapping id -> item, a sequence of items, or one array of all pixels.
+
+    An item is the bytes of an encoded file, an array of pixels, or a path or URL. In a sequence a path is its own id;
+    anything else is numbered.
+
+    Args:
+        images: The images; an array is (N,H,W) or (N,H,W,C), one image per row.
+        labels: One label per image, in the same order, or a mapping id -> label.
+        name: The default dataset name.
+
+    Raises:
+        UsageError: An item, or the array, is nothing that holds an image.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Item] | Sequence[Item] | np.ndarray[Any, Any],
+        *,
+        labels: Mapping[str, object] | Sequence[object] | None = None,
+        name: str = "memory",
+    ) -> None:
+        self.name = name
+        if isinstance(images, np.ndarray) and images.ndim not in (3, 4):
+            raise UsageError(f"an array of shape {images.shape} holds no images; give (N, H, W) or (N, H, W, C)")
+        self._items: Any = list(images.values()) if isinstance(images, Mapping) else images
+        ids = list(images) if isinstance(images, Mapping) else map(_id_of, range(len(images)), self._items)
+        self._ids = [printable(str(id_)) for id_ in ids]
+        self._labels = _labels_of(labels, self._ids)
+
+    def scan(self) -> pa.Table:
+        """Lists the images in the order given; one stat per path."""
+        return check_unique(table_of(self._rows()), self.name, "give a mapping id -> image with unique ids")
+
+    def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+        """Reads one image; see :meth:`Source.read`."""
+        item = self._items[int.from_bytes(locator, "little")]
+        return read_file(os.fspath(item)) if isinstance(item, str | os.PathLike) else item
+
+    def _rows(self) -> Iterator[Row]:
+        for index, (id_, label, item) in enumerate(zip(self._ids, self._labels, self._items, strict=True)):
+            size, mtime_ns = _stat_item(item)
+            yield id_, label, None, size, mtime_ns, index.to_bytes(8, "little")
+
+
+def _id_of(index: int, item: Item) -> str:
+    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"{index:06d}"
+
+
+def _labels_of(labels: Mapping[str, object] | Sequence[object] | None, ids: Sequence[str]) -> list[str | None]:
+    if labels is None:
+        return [None] * len(ids)
+    values = [labels.get(id_) for id_ in ids] if isinstance(labels, Mapping) else list(labels)
+    if len(values) != len(ids):
+        raise UsageError(f"{len(values)} labels for {len(ids)} images; give one label per image")
+    return [None if value is None else str(value) for value in values]
+
+
+def _stat_item(item: Item) -> tuple[int, int]:
+    if isinstance(item, str | os.PathLike):
+        return stat_file(os.fspath(item))
+    if isinstance(item, bytes):
+        return len(item), UNKNOWN
+    if isinstance(item, np.ndarray):
+        return item.nbytes, UNKNOWN
+    raise UsageError(f"a {type(item).__name__} is no image; give bytes, an array of pixels, or a path")

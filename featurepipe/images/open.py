@@ -1,0 +1,154 @@
+"""From what a user names to the source that reads it."""
+
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
+
+import fsspec
+import numpy as np
+
+from featurepipe.errors import SourceError, UsageError
+from featurepipe.images.archives import ArchiveSource
+from featurepipe.images.arrays import ArrayReader, ArraySource
+from featurepipe.images.files import is_url, remote_errors
+from featurepipe.images.folder import FolderSource
+from featurepipe.images.labels import is_image_name
+from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
+from featurepipe.images.memory import Item, MemorySource
+from featurepipe.images.remote import RemoteFolderSource
+from featurepipe.images.source import Source
+from featurepipe.images.stored import IDX_IMAGES, read_idx, read_npz
+
+ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
+HDF5_SUFFIXES: Final = (".h5", ".hdf5")
+_CHOICES: Final = (
+    "a folder of images, a manifest (.csv .parquet .jsonl), archives (.tar .tar.gz .tgz .zip, or a glob of them), "
+    "image arrays (.npz .h5 .hdf5, *idx3-ubyte[.gz]), or any of them under a URL (s3://, http://, memory://)"
+)
+
+Spec = str | os.PathLike[str] | Source | Sequence[Item] | Mapping[str, Item] | np.ndarray[Any, Any]
+
+
+def open_source(spec: Spec, *, array_readers: Mapping[str, ArrayReader] | None = None) -> Source:
+    """Makes the source for whatever names images.
+
+    Args:
+        spec: A path, glob or URL; a source, which is returned as it is; a sequence of paths; a mapping id -> bytes,
+            array or path; or one array of pixels, (N,H,W) or (N,H,W,C).
+        array_readers: For suffixes of array files that this package cannot open itself (``.h5``), functions from a
+            path to a mapping name -> array that is read by slicing; picklable, so that the source is.
+
+    Raises:
+        UsageError: Nothing can be read from such a thing; names the value and the choices.
+        SourceError: The path does not exist.
+    """
+    if hasattr(spec, "scan") and hasattr(spec, "read"):
+        return cast("Source", spec)
+    if isinstance(spec, bytes):
+        raise UsageError(f"cannot read images from bytes; give a mapping id -> bytes, or {_CHOICES}")
+    if isinstance(spec, str | os.PathLike):
+        path = os.fspath(spec)
+        readers = array_readers or {}
+        return _open_url(path.rstrip("/"), readers) if is_url(path) else _open_path(os.path.expanduser(path), readers)
+    if isinstance(spec, Mapping | Sequence | np.ndarray):
+        return MemorySource(spec)
+    raise UsageError(f"cannot read images from a {type(spec).__name__}; give {_CHOICES}")
+
+
+def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
+    if os.path.isdir(path):
+        idx = _idx_files(path, os.listdir(path))
+        return ArraySource([(file, read_idx) for file in idx], _name_of(path)) if idx else FolderSource(path)
+    if os.path.exists(path):
+        return _open_file(os.path.abspath(path), readers)
+    if glob.has_magic(path):
+        return _open_many(sorted(map(os.path.abspath, glob.glob(path, recursive=True))), path)
+    raise SourceError(f"{path}: no such file or folder (looked in {os.path.abspath(os.path.dirname(path) or '.')})")
+
+
+def _open_url(url: str, readers: Mapping[str, ArrayReader]) -> Source:
+    try:
+        file_system, path = fsspec.core.url_to_fs(url)
+        if glob.has_magic(path):
+            return _open_many(sorted(map(file_system.unstrip_protocol, file_system.glob(path))), url)
+        if _has_known_suffix(url):
+            return _open_file(url, readers)
+        names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in file_system.ls(path, detail=True)]
+    except ImportError as error:
+        raise SourceError(f"{url}: {error}") from error
+    except remote_errors() as error:
+        if isinstance(error, UsageError):
+            raise
+        raise SourceError(f"{url}: cannot be opened: {type(error).__name__}: {error}") from error
+    idx = _idx_files(url, names)
+    return ArraySource([(file, read_idx) for file in idx], _name_of(url)) if idx else RemoteFolderSource(url)
+
+
+def _open_file(path: str, readers: Mapping[str, ArrayReader]) -> Source:
+    lower = path.lower()
+    if lower.endswith(ARCHIVE_SUFFIXES):
+        return ArchiveSource([path], _name_of(path))
+    if lower.endswith(MANIFEST_SUFFIXES):
+        return ManifestSource(path)
+    if IDX_IMAGES.search(path):
+        return ArraySource([(path, read_idx)], _name_of(path))
+    if lower.endswith(".npz"):
+        return ArraySource([(path, read_npz)], _name_of(path))
+    if lower.endswith(HDF5_SUFFIXES):
+        return ArraySource([(path, _reader_of(path, readers))], _name_of(path))
+    if is_image_name(path):
+        return MemorySource([path], name=_name_of(path))
+    raise UsageError(f"cannot read images from {path!r}; give {_CHOICES}")
+
+
+def _open_many(paths: Sequence[str], pattern: str) -> Source:
+    if not paths:
+        raise SourceError(f"{pattern}: no file matches")
+    name = _name_of(os.path.dirname(paths[0]))
+    if all(path.lower().endswith(ARCHIVE_SUFFIXES) for path in paths):
+        return ArchiveSource(paths, name)
+    if all(map(is_image_name, paths)):
+        return MemorySource(list(paths), name=name)
+    odd = next(path for path in paths if not path.lower().endswith(ARCHIVE_SUFFIXES))
+    raise UsageError(
+        f"{pattern}: {odd!r} is no archive; a glob names archives ({' '.join(ARCHIVE_SUFFIXES)}) or images only"
+    )
+
+
+def _reader_of(path: str, readers: Mapping[str, ArrayReader]) -> ArrayReader:
+    suffix = os.path.splitext(path)[1].lower()
+    # Both suffixes name one format, so either reader will do.
+    found = readers.get(suffix) or next((readers[other] for other in HDF5_SUFFIXES if other in readers), None)
+    if found is None:
+        raise UsageError(f"{path}: no reader for {suffix}; pass array_readers={{{suffix!r}: function(path) -> arrays}}")
+    return found
+
+
+def _has_known_suffix(path: str) -> bool:
+    lower = path.lower()
+    arrays = (".npz", *HDF5_SUFFIXES)
+    return (
+        is_image_name(path)
+        or bool(IDX_IMAGES.search(path))
+        or lower.endswith((*ARCHIVE_SUFFIXES, *MANIFEST_SUFFIXES, *arrays))
+    )
+
+
+def _idx_files(folder: str, names: Sequence[str]) -> list[str]:
+    """The IDX image files of a folder; the plain one where torchvision has left it beside the compressed one."""
+    found = {name for name in names if IDX_IMAGES.search(name)}
+    return [
+        f"{folder.rstrip('/')}/{name}"
+        for name in sorted(found)
+        if name.removesuffix(".gz") == name or name[:-3] not in found
+    ]
+
+
+def _name_of(path: str) -> str:
+    name = path.rstrip("/").rpartition("/")[2] or os.path.basename(os.path.abspath(path))
+    return name.partition(".")[0] or name
