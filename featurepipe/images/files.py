@@ -1,6 +1,7 @@
 """One file by path or URL: its size and date, its bytes, and why it cannot be read."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH110, PTH116
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A local folder of image files."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH100, PTH112, PTH116, PTH118, PTH119
 
 from __future__ import annotations
 

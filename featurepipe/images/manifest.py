@@ -1,6 +1,7 @@
 """A table that names the images: .csv, .parquet or .jsonl with ``path`` and optional ``id``, ``label``, ``split``."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH100
 
 from __future__ import annotations
 

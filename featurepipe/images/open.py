@@ -1,6 +1,7 @@
 """From what a user names to the source that reads it."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH100, PTH110, PTH111, PTH112, PTH119, PTH120, PTH122
 
 from __future__ import annotations
 

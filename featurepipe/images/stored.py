@@ -1,6 +1,7 @@
 """Arrays inside IDX and ``.npz`` files, read item by item at their offset."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH118, PTH119
 
 from __future__ import annotations
 
