@@ -6,22 +6,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featurepipe.store.arrays import LazyArray as LazyArray
+    from featurepipe.store.arrays import open_arrays as open_arrays
+    from featurepipe.store.compact import CompactReport as CompactReport
+    from featurepipe.store.compact import compact_store as compact_store
+    from featurepipe.store.description import describe as describe
+    from featurepipe.store.exports import export as export
     from featurepipe.store.feature_store import FeatureStore as FeatureStore
+    from featurepipe.store.gc import GcReport as GcReport
+    from featurepipe.store.gc import gc_store as gc_store
     from featurepipe.store.identity import differences as differences
     from featurepipe.store.identity import fingerprint as fingerprint
     from featurepipe.store.index import KeyIndex as KeyIndex
     from featurepipe.store.space import ColumnInfo as ColumnInfo
     from featurepipe.store.space import Space as Space
+    from featurepipe.store.verify import Problem as Problem
+    from featurepipe.store.verify import VerifyReport as VerifyReport
+    from featurepipe.store.verify import verify_store as verify_store
+    from featurepipe.store.views import FeatureSet as FeatureSet
     from featurepipe.store.writer import PartWriter as PartWriter
 
 _HOMES = {
-    "FeatureStore": "feature_store",
-    "Space": "space",
     "ColumnInfo": "space",
+    "CompactReport": "compact",
+    "FeatureSet": "views",
+    "FeatureStore": "feature_store",
+    "GcReport": "gc",
     "KeyIndex": "index",
+    "LazyArray": "arrays",
     "PartWriter": "writer",
-    "fingerprint": "identity",
+    "Problem": "verify",
+    "Space": "space",
+    "VerifyReport": "verify",
+    "compact_store": "compact",
+    "describe": "description",
     "differences": "identity",
+    "export": "exports",
+    "fingerprint": "identity",
+    "gc_store": "gc",
+    "open_arrays": "arrays",
+    "verify_store": "verify",
 }
 __all__ = list(_HOMES)
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store.identity import differences
-from featurepipe.store.index import Keys, as_keys
+from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.rows import ColumnRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space
@@ -81,16 +81,7 @@ def require_snapshot(store: FeatureStore, dataset: str) -> pa.Table:
 
 def usable_keys(snapshot: pa.Table) -> Keys:
     """Returns the keys of the usable images, (n, 32) uint8, in snapshot order."""
-    return keys_of(snapshot.filter(pc.equal(snapshot["status"], OK))["key"])
-
-
-def keys_of(column: pa.ChunkedArray) -> Keys:
-    """Returns a column of 32-byte keys without nulls as (n, 32) uint8, without a Python object per row."""
-    chunks = [np.empty((0, 32), np.uint8)]
-    for chunk in column.chunks:
-        values = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)
-        chunks.append(values[chunk.offset * 32 : (chunk.offset + len(chunk)) * 32].reshape(-1, 32))
-    return as_keys(np.concatenate(chunks))
+    return keys_from_arrow(snapshot.filter(pc.equal(snapshot["status"], OK))["key"])
 
 
 def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | None, split: str | None) -> FeatureSet:
@@ -101,7 +92,7 @@ def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | 
     if split is not None:
         snapshot = _of_split(snapshot, split, dataset)
     usable = snapshot.filter(pc.equal(snapshot["status"], OK))
-    keys = keys_of(usable["key"])
+    keys = keys_from_arrow(usable["key"])
     index = space.index([column])
     part, row, found = index.locate(keys, column)
     if not found.all():

@@ -57,7 +57,7 @@ def write_part(folder: Path, part_id: str, *, attributes: Mapping[str, str], arr
     with reporting_full_disk(final):
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
-            checksums = _write(descriptor, header, arrays)
+            checksums = write_arrays(descriptor, header, arrays)
             part = _sync_and_verify(descriptor, temporary, checksums)
             temporary.replace(final)
         except BaseException:
@@ -69,7 +69,8 @@ def write_part(folder: Path, part_id: str, *, attributes: Mapping[str, str], arr
     return replace(part, path=str(final))
 
 
-def _write(descriptor: int, header: Mapping[str, str | int], arrays: Sequence[PartArray]) -> dict[str, int]:
+def write_arrays(descriptor: int, header: Mapping[str, str | int], arrays: Sequence[PartArray]) -> dict[str, int]:
+    """Writes a whole HDF5 file of contiguous arrays into an empty file; returns the CRC-32 of each array."""
     skeleton = Skeleton(header, [array.spec for array in arrays])
     try:
         checksums = {a.spec.name: _write_array(descriptor, skeleton.offsets[a.spec.name], a) for a in arrays}

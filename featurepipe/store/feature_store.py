@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ class FeatureStore:
         StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false.
     """
 
-    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         self.path = Path(path)
         if not (self.path / "store.json").is_file():
             self._create(create=create)

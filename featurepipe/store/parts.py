@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,17 @@ def read_array(part: PartInfo, name: str) -> npt.NDArray[Any]:
     if flat.nbytes != info.nbytes or zlib.crc32(flat.view(np.uint8)) != info.crc32:
         raise CorruptPart(f"part {part.name}: the bytes of {name} are not what was committed (checksum differs)")
     return flat.reshape(info.shape)
+
+
+def read_blocks(part: PartInfo, name: str, *, block_bytes: int = 8 << 20) -> Iterator[npt.NDArray[Any]]:
+    """Yields an array in consecutive blocks of rows, in bounded memory; not checked."""
+    info = part.arrays[name]
+    row_bytes = max(1, info.nbytes // part.rows)
+    step = max(1, block_bytes // row_bytes)
+    for start in range(0, part.rows, step):
+        shape = (min(step, part.rows - start), *info.shape[1:])
+        flat = np.fromfile(part.path, info.dtype, int(np.prod(shape)), offset=info.offset + start * row_bytes)
+        yield flat.reshape(shape)
 
 
 def damaged_arrays(part: PartInfo) -> list[str]:

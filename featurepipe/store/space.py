@@ -18,6 +18,7 @@ from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.atomic import is_temporary, read_json, write_json
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
+from featurepipe.store.keys import keys_to_arrow
 from featurepipe.store.parts import PartInfo, read_array, read_part
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
@@ -80,6 +81,11 @@ class Space:
     def name(self) -> str:
         """Its folder's name."""
         return self.path.name
+
+    @property
+    def rejects_path(self) -> Path:
+        """The file of rejects; may be missing."""
+        return self.path / "rejects.jsonl"
 
     def __repr__(self) -> str:
         return f"<Space {self.name}>"
@@ -179,11 +185,11 @@ class Space:
 
     def rejects(self, *, dataset: str | None = None) -> pa.Table:
         """Reads the rejects, the latest of each (id, key): ``key, id, size, mtime_ns, reason, run_id``."""
-        return read_rejects(self.path / "rejects.jsonl", dataset=dataset)
+        return read_rejects(self.rejects_path, dataset=dataset)
 
     def add_rejects(self, rows: Iterable[Mapping[str, Any]], *, dataset: str = "") -> None:
         """Appends rejects; see ``rejects.append_rejects``."""
-        append_rejects(self.path / "rejects.jsonl", rows, dataset=dataset)
+        append_rejects(self.rejects_path, rows, dataset=dataset)
 
     def writer(
         self,
@@ -235,13 +241,12 @@ class Space:
 
 
 def _files_of(part: PartInfo) -> pa.Table:
-    key = read_array(part, "key")
     return pa.table(
         [
             pa.array(read_array(part, "id")).cast(pa.string()),
             pa.array(read_array(part, "size")),
             pa.array(read_array(part, "mtime_ns")),
-            pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(key), [None, pa.py_buffer(key)]),
+            keys_to_arrow(read_array(part, "key")),
         ],
         schema=KNOWN_FILES,
     )

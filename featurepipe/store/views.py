@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import unknown
-from featurepipe.store.index import Keys
+from featurepipe.store.keys import Keys, keys_to_arrow
 from featurepipe.store.rows import ColumnRows
 
 Labels = npt.NDArray[Any] | None
@@ -82,8 +82,7 @@ class FeatureSet:
     @property
     def duplicates(self) -> int:
         """Rows whose image is also that of an earlier row."""
-        unique = pc.count_distinct(pa.array(list(map(bytes, self.keys)), pa.binary(32))).as_py()
-        return len(self) - int(unique)
+        return len(self) - int(pc.count_distinct(keys_to_arrow(self.keys)).as_py())
 
     def take(self, positions: npt.NDArray[Any] | slice) -> FeatureSet:
         """Returns the view of some rows: positions in any order, a boolean mask, or a slice."""

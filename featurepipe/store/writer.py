@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import NonFiniteFeatures, StoreError, UsageError
 from featurepipe.store.commit import PartArray, write_part
-from featurepipe.store.index import Keys, as_keys
+from featurepipe.store.keys import Keys, as_keys
 from featurepipe.store.parts import FEATURES, PartInfo
 from featurepipe.store.skeleton import ArraySpec
 

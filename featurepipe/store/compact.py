@@ -1,0 +1,135 @@
+"""Merging small parts and dropping copies of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.index import KeyIndex
+from featurepipe.store.keys import as_keys
+from featurepipe.store.parts import PartInfo, damaged_arrays, is_feature, read_array
+from featurepipe.store.rewrite import Mask, rewrite_parts
+from featurepipe.store.space import Space
+
+TARGET_BYTES = 256 * 1024 * 1024
+
+
+@dataclass
+class CompactReport:
+    """What ``compact_store`` did, or would do.
+
+    Attributes:
+        parts_before: Parts that were there.
+        parts_after: Parts that are there now.
+        rows_dropped: Copies of rows that went.
+        bytes_freed: How much smaller the parts are; may be slightly negative.
+        damaged: Parts left alone because they are damaged; ``verify`` quarantines them.
+    """
+
+    parts_before: int = 0
+    parts_after: int = 0
+    rows_dropped: int = 0
+    bytes_freed: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One part and which of its rows stay."""
+
+    part: PartInfo
+    keep: Mask
+
+    @property
+    def drops(self) -> int:
+        return self.part.rows - int(self.keep.sum())
+
+    @property
+    def kept_bytes(self) -> int:
+        return int(self.part.file_bytes * self.keep.mean())
+
+
+def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_run: bool = False) -> CompactReport:
+    """Merges small parts of each space into parts of about ``target_bytes``, and drops copies of rows.
+
+    Of several rows with the same key, a row goes if an earlier one (or one in a part with more columns) has all its
+    columns. Takes the store's lock alone. Running it twice changes nothing the second time.
+
+    Args:
+        store: The store.
+        target_bytes: Upper bound of a merged part's size.
+        dry_run: Only say what would be done.
+
+    Raises:
+        StoreLocked: Someone is writing into the store.
+        DiskFull: No space for a merged part; the old ones are untouched.
+    """
+    report = CompactReport()
+    with store.lock(shared=False):
+        for space in store.spaces():
+            _compact_space(space, target_bytes, report, dry_run=dry_run)
+    return report
+
+
+def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dry_run: bool) -> None:
+    parts = space.parts()
+    batches = list(_batches(_plan(parts), target_bytes))
+    damaged = {part.name for part in parts if batches and damaged_arrays(part)}
+    if damaged:  # never copy damage, and never drop a row for the sake of a damaged copy
+        parts = [part for part in parts if part.name not in damaged]
+        batches = list(_batches(_plan(parts), target_bytes))
+    report.damaged += sorted(damaged | {Path(name).stem for name in space.damaged})
+    report.parts_before += len(space.part_paths())
+    report.parts_after += len(space.part_paths())
+    for batch in batches:
+        report.rows_dropped += sum(item.drops for item in batch)
+        report.bytes_freed += sum(item.part.file_bytes for item in batch)
+        report.parts_after -= len(batch) - int(any(item.keep.any() for item in batch))
+        if dry_run:
+            report.bytes_freed -= sum(item.kept_bytes for item in batch)
+        else:
+            merged = rewrite_parts(space, [item.part for item in batch], [item.keep for item in batch])
+            report.bytes_freed -= merged.file_bytes if merged else 0
+
+
+def _plan(parts: Iterable[PartInfo]) -> list[_Planned]:
+    """Says for each part which rows stay: those that the index finds when asked for all columns of the part."""
+    index = KeyIndex({column for part in parts for column in part.columns})
+    ordered = sorted(parts, key=lambda part: -len(part.columns))  # stable: else in order of commit
+    for part in ordered:
+        index.add(part)
+    plan = []
+    for number, part in enumerate(index.parts):
+        found_part, found_row, _ = index.search(as_keys(read_array(part, "key")), frozenset(part.columns))
+        plan.append(_Planned(part, (found_part == number) & (found_row == np.arange(part.rows))))
+    return plan
+
+
+def _batches(plan: Sequence[_Planned], target_bytes: int) -> Iterator[list[_Planned]]:
+    """Groups parts that become one: small ones together, and any that loses rows."""
+    groups: dict[object, list[_Planned]] = {}
+    for item in plan:
+        if item.drops or item.part.file_bytes < target_bytes // 2:
+            groups.setdefault(_likeness(item.part), []).append(item)
+    for group in groups.values():
+        batch: list[_Planned] = []
+        for item in group:
+            if batch and sum(i.kept_bytes for i in batch) + item.kept_bytes > target_bytes:
+                yield from _worthwhile(batch)
+                batch = []
+            batch.append(item)
+        yield from _worthwhile(batch)
+
+
+def _worthwhile(batch: list[_Planned]) -> Iterator[list[_Planned]]:
+    if len(batch) > 1 or batch[0].drops:
+        yield batch
+
+
+def _likeness(part: PartInfo) -> object:
+    features = ((name, info.dtype, info.shape[1]) for name, info in sorted(part.arrays.items()) if is_feature(name))
+    return part.dataset, tuple(features)

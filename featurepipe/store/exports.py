@@ -1,0 +1,104 @@
+"""Handing features to programs that know nothing of featurepipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurepipe.errors import UsageError
+from featurepipe.store.atomic import atomic_file
+from featurepipe.store.commit import PartArray, write_arrays
+from featurepipe.store.skeleton import ArraySpec
+from featurepipe.store.views import FeatureSet
+
+_BLOCK_ROWS = 4096
+
+
+def export(feature_set: FeatureSet, to: str | Path) -> Path:
+    """Writes features as one plain file, whole or not at all.
+
+    ``.h5`` and ``.npz`` hold ``X`` (n, D) in the stored dtype and ``ids`` (n,), and, if any image is labelled, ``y``
+    (n,) int64 with numbers into ``classes``, -1 where there is no label. ``.parquet`` holds ``id``, ``label``,
+    ``split`` and ``features`` (a list of fixed length). HDF5 and parquet are written in bounded memory.
+
+    Args:
+        feature_set: What to write.
+        to: File to write or replace; the suffix says the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: Unknown suffix, no folder of that name, or nothing to write.
+        DiskFull: No space is left; nothing stays behind.
+    """
+    path = Path(to)
+    writers: dict[str, Callable[[FeatureSet, IO[bytes]], None]] = {
+        ".h5": _write_hdf5,
+        ".npz": _write_npz,
+        ".parquet": _write_parquet,
+    }
+    if path.suffix.lower() not in writers:
+        raise UsageError(f"cannot export to {path.name!r}: the file name must end in {', '.join(writers)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot export to {path}: there is no folder {path.parent}")
+    if not len(feature_set):
+        raise UsageError("there are no features to export")
+    with atomic_file(path) as file:
+        writers[path.suffix.lower()](feature_set, file)
+    return path
+
+
+def _class_numbers(features: FeatureSet) -> npt.NDArray[np.int64]:
+    numbers = {name: number for number, name in enumerate(features.classes)}
+    return np.array([numbers.get(label, -1) for label in features.labels], dtype="<i8")
+
+
+def _encoded(texts: list[str]) -> npt.NDArray[np.bytes_]:
+    encoded = [text.encode("utf-8") for text in texts]
+    return np.array(encoded, dtype=f"S{max(map(len, encoded)) or 1}")
+
+
+def _write_hdf5(features: FeatureSet, file: IO[bytes]) -> None:
+    stored = features.dtype.newbyteorder("<")
+    arrays = [
+        PartArray(ArraySpec("X", stored, features.shape), (x for x, _ in features.blocks(_BLOCK_ROWS, stored))),
+        _whole("ids", _encoded(list(features.ids))),
+    ]
+    if features.classes:
+        arrays += [_whole("y", _class_numbers(features)), _whole("classes", _encoded(features.classes))]
+    header: dict[str, str | int] = {"column": features.column, "space": features.space_fingerprint}
+    write_arrays(file.fileno(), header, arrays)
+
+
+def _whole(name: str, values: npt.NDArray[Any]) -> PartArray:
+    return PartArray(ArraySpec(name, values.dtype, values.shape), [values])
+
+
+def _write_npz(features: FeatureSet, file: IO[bytes]) -> None:
+    arrays: dict[str, npt.NDArray[Any]] = {"X": features.read(), "ids": np.array(list(features.ids), dtype=np.str_)}
+    if features.classes:
+        arrays |= {"y": _class_numbers(features), "classes": np.array(features.classes, dtype=np.str_)}
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def _write_parquet(features: FeatureSet, file: IO[bytes]) -> None:
+    values = pa.from_numpy_dtype(features.dtype)
+    text = pa.string()
+    schema = pa.schema(
+        [("id", text), ("label", text), ("split", text), ("features", pa.list_(values, features.shape[1]))],
+        metadata={"column": features.column, "space": features.space_fingerprint},
+    )
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start in range(0, len(features), _BLOCK_ROWS):
+            block = features.take(slice(start, start + _BLOCK_ROWS))
+            flat = pa.array(block.read().reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+            columns = [pa.array(texts, text) for texts in (block.ids, block.labels, block.splits)]
+            writer.write_table(pa.table([*columns, lists], schema=schema))

@@ -1,0 +1,148 @@
+"""Removing what no snapshot needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from featurepipe.errors import CorruptPart, StoreError, UsageError
+from featurepipe.store.atomic import is_temporary
+from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.keys import Keys, as_keys, keys_from_arrow
+from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
+from featurepipe.store.rewrite import Mask, rewrite_parts
+from featurepipe.store.segment import Segment, prefixes_of
+from featurepipe.store.space import Space
+
+
+@dataclass
+class GcReport:
+    """What ``gc_store`` removed, or would remove.
+
+    Attributes:
+        bytes_freed: In all.
+        rows_dropped: Rows of images that are in no snapshot.
+        rows_unfinished: Rows in no snapshot either, but of runs that have not finished: kept for the next run.
+        snapshots_removed: Old snapshots.
+        leftovers_removed: Temporary files of dead writers.
+        quarantined_removed: Quarantined parts whose rows are elsewhere or not needed.
+    """
+
+    bytes_freed: int = 0
+    rows_dropped: int = 0
+    rows_unfinished: int = 0
+    snapshots_removed: int = 0
+    leftovers_removed: int = 0
+    quarantined_removed: int = 0
+
+
+class _Needed:
+    """The keys of all snapshots that stay."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._set = Segment.of_keys(keys)
+
+    def contains(self, keys: Keys) -> Mask:
+        return self._set.find(keys, prefixes_of(keys))[1]
+
+
+def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int | None = None) -> GcReport:
+    """Removes temporary files of dead writers, and rows and quarantined parts that no snapshot needs.
+
+    Takes the store's lock alone, so every temporary file is a dead writer's. Rows that a run committed before it was
+    stopped are kept until a later run of that dataset has finished: they are its work.
+
+    Args:
+        store: The store.
+        dry_run: Only say what would be done.
+        keep_snapshots: Keep only this many of the latest snapshots of each dataset (at least 1); None keeps all.
+
+    Raises:
+        StoreLocked: Someone is writing into the store.
+        StoreError: A snapshot cannot be read, so nobody knows what it needs; nothing is removed.
+    """
+    if keep_snapshots is not None and keep_snapshots < 1:
+        raise UsageError(f"keep_snapshots must be at least 1, not {keep_snapshots}: the current snapshot always stays")
+    report = GcReport()
+    with store.lock(shared=False):
+        old = list(_old_snapshots(store, keep_snapshots))
+        needed = _needed_keys(store, set(old))
+        report.snapshots_removed = len(old)
+        dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and is_temporary(path.name)]
+        report.leftovers_removed = len(dead)
+        _remove([*old, *dead], report, dry_run=dry_run)
+        for space in store.spaces():
+            _collect_space(store, space, needed, report, dry_run=dry_run)
+    return report
+
+
+def _old_snapshots(store: FeatureStore, keep: int | None) -> Iterator[Path]:
+    for dataset in store.datasets():
+        for run_id in store.snapshot_ids(dataset)[: -keep if keep else 0]:
+            yield store.path / "snapshots" / dataset / f"{run_id}.parquet"
+
+
+def _needed_keys(store: FeatureStore, old: set[Path]) -> _Needed:
+    keys = [np.empty((0, 32), np.uint8)]
+    for dataset in store.datasets():
+        for run_id in store.snapshot_ids(dataset):
+            if store.path / "snapshots" / dataset / f"{run_id}.parquet" not in old:
+                table = store.snapshot(dataset, run_id)
+                if table is not None:
+                    keys.append(keys_from_arrow(table.filter(pc.is_valid(table["key"]))["key"]))
+    return _Needed(np.unique(np.concatenate(keys), axis=0))
+
+
+def _collect_space(store: FeatureStore, space: Space, needed: _Needed, report: GcReport, *, dry_run: bool) -> None:
+    for part in space.parts():
+        try:
+            keep = needed.contains(as_keys(read_array(part, "key")))
+        except CorruptPart:
+            continue  # verify's business
+        if keep.all():
+            continue
+        if _unfinished(store, part):
+            report.rows_unfinished += int((~keep).sum())
+        elif not (keep.any() and damaged_arrays(part)):  # damage is never copied into a fresh part
+            _drop_rows(space, part, keep, report, dry_run=dry_run)
+    quarantined = sorted((space.path / "quarantine").glob("*.h5"))
+    spent = [path for path in quarantined if _is_spent(space, path, needed)]
+    report.quarantined_removed += len(spent)
+    _remove(spent, report, dry_run=dry_run)
+
+
+def _drop_rows(space: Space, part: PartInfo, keep: Mask, report: GcReport, *, dry_run: bool) -> None:
+    report.rows_dropped += int((~keep).sum())
+    if dry_run:
+        report.bytes_freed += int(part.file_bytes * (1 - keep.mean()))
+    else:
+        rest = rewrite_parts(space, [part], [keep])
+        report.bytes_freed += part.file_bytes - (rest.file_bytes if rest else 0)
+
+
+def _unfinished(store: FeatureStore, part: PartInfo) -> bool:
+    """Tells whether a part is of a run after the last snapshot of its dataset."""
+    datasets = [part.dataset] if part.dataset else store.datasets()
+    latest = [run_id for dataset in datasets for run_id in store.snapshot_ids(dataset)[-1:]]
+    return not latest or part.run_id > max(latest)
+
+
+def _is_spent(space: Space, path: Path, needed: _Needed) -> bool:
+    """Tells whether all rows of a quarantined part are stored elsewhere too, or are needed by nobody."""
+    try:
+        part = read_part(path)
+        keys = as_keys(read_array(part, "key"))
+    except StoreError:
+        return False  # nobody can say what it held
+    return bool((space.index(list(part.columns)).contains(keys) | ~needed.contains(keys)).all())
+
+
+def _remove(paths: list[Path], report: GcReport, *, dry_run: bool) -> None:
+    for path in paths:
+        report.bytes_freed += path.stat().st_size
+        if not dry_run:
+            path.unlink()

@@ -1,0 +1,176 @@
+"""Checking a whole store: every checksum, every document, every file name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
+from featurepipe.store.atomic import is_temporary, read_json, sync_folder
+from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.identity import fingerprint
+from featurepipe.store.parts import PartInfo, damaged_arrays, read_part
+
+_OURS = (
+    "store.json",
+    ".lock",
+    "spaces/*/space.json",
+    "spaces/*/rejects.jsonl",
+    "spaces/*/parts/*.h5",
+    "spaces/*/quarantine/*.h5",
+    "snapshots/*/*.parquet",
+    "runs/*.json",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        what: What is wrong, in words.
+        part: The part's id, or the path of another file inside the store.
+        space: Name of the feature space, if it is inside one.
+        dataset: The HDF5 dataset concerned, or ``header``; empty for other files.
+        quarantined: Where the part was moved, inside the store.
+    """
+
+    what: str
+    part: str
+    space: str = ""
+    dataset: str = ""
+    quarantined: str = ""
+
+
+@dataclass
+class VerifyReport:
+    """What ``verify_store`` found.
+
+    Attributes:
+        parts: Parts checked.
+        rows: Rows in them.
+        bytes: Their size.
+        problems: What is wrong.
+        leftovers: Files inside the store that do not belong to it or were left by a dead writer.
+    """
+
+    parts: int = 0
+    rows: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong; leftovers do no harm."""
+        return not self.problems
+
+
+def verify_store(
+    store: FeatureStore, *, quarantine: bool = True, progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Recomputes every checksum and reads every document of a store.
+
+    Args:
+        store: The store; it may be in use.
+        quarantine: Move damaged parts to ``quarantine/`` in their space, so that the next ``extract`` computes their
+            rows again. Nothing is ever deleted.
+        progress: Called after each part with the parts done and the parts in all.
+    """
+    report = VerifyReport()
+    paths = sorted(path for path in store.path.glob("spaces/*/parts/*.h5") if not path.name.startswith("."))
+    for done, path in enumerate(paths, 1):
+        _verify_part(store, path, report, quarantine=quarantine)
+        if progress is not None:
+            progress(done, len(paths))
+    report.problems += [Problem(what, name) for name, what in _broken_documents(store)]
+    report.leftovers = sorted(_leftovers(store.path))
+    return report
+
+
+def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, *, quarantine: bool) -> None:
+    space = path.parent.parent
+    try:
+        part = read_part(path)
+        damage = _damage(part, space)
+    except CorruptPart as error:
+        damage = [("header", str(error))]
+    except (StoreError, OSError) as error:
+        if path.exists():  # else: compacted away meanwhile
+            report.problems.append(Problem(str(error), path.stem, space.name, "header"))
+        return
+    else:
+        report.rows += part.rows
+    report.parts += 1
+    report.bytes += path.stat().st_size
+    if damage:
+        moved = str(_quarantine(path).relative_to(store.path)) if quarantine else ""
+        report.problems += [Problem(what, path.stem, space.name, name, moved) for name, what in damage]
+
+
+def _damage(part: PartInfo, space: Path) -> list[tuple[str, str]]:
+    try:
+        expected = str(read_json(space / "space.json").get("fingerprint"))
+    except StoreError:
+        expected = part.fingerprint  # said once, of space.json
+    if part.fingerprint != expected:
+        return [("header", f"it belongs to another feature space ({part.fingerprint[:12]})")]
+    return [(name, "its bytes are not what was committed (checksum differs)") for name in damaged_arrays(part)]
+
+
+def _quarantine(path: Path) -> Path:
+    folder = path.parent.parent / "quarantine"
+    folder.mkdir(exist_ok=True)
+    target, number = folder / path.name, 0
+    while target.exists():
+        number += 1
+        target = folder / f"{path.stem}~{number}.h5"
+    path.rename(target)
+    sync_folder(folder)
+    sync_folder(path.parent)
+    return target
+
+
+def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of documents that cannot be read or contradict themselves."""
+    for path in sorted((store.path / "spaces").glob("*/")):
+        yield from _named(store, path / "space.json", partial(_check_space, path))
+    for dataset in store.datasets():
+        for run_id in store.snapshot_ids(dataset):
+            path = store.path / "snapshots" / dataset / f"{run_id}.parquet"
+            yield from _named(store, path, partial(store.snapshot, dataset, run_id))
+    for path in sorted((store.path / "runs").glob("[!.]*.json")):
+        yield from _named(store, path, partial(read_json, path))
+
+
+def _named(store: FeatureStore, path: Path, check: Callable[[], object]) -> Iterator[tuple[str, str]]:
+    try:
+        check()
+    except FeaturepipeError as error:
+        yield str(path.relative_to(store.path)), str(error)
+
+
+def _check_space(folder: Path) -> None:
+    record = read_json(folder / "space.json")
+    try:
+        actual = fingerprint(record["fields"])
+    except (KeyError, UsageError) as error:
+        raise StoreError(f"its fields cannot be read: {error}") from error
+    if record.get("fingerprint") != actual:
+        raise StoreError(f"its fields hash to {actual[:12]}, but it says {str(record.get('fingerprint'))[:12]}")
+    if not folder.name.endswith(f"-{actual[:12]}"):
+        raise StoreError(f"its fields hash to {actual[:12]}, but its folder is {folder.name}")
+
+
+def _leftovers(root: Path) -> Iterator[str]:
+    for path in root.rglob("*"):
+        if path.is_file():
+            inside = path.relative_to(root)
+            if is_temporary(path.name) or not any(inside.match(p) and _depth(inside, p) for p in _OURS):
+                yield str(inside)
+
+
+def _depth(path: Path, pattern: str) -> bool:
+    return len(path.parts) == pattern.count("/") + 1  # Path.match looks only at the end of the path
