@@ -14,7 +14,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
 from featurepipe.images.jpeg import is_jpeg, read_jpeg_header
-from featurepipe.images.quiet import PillowQuiet
+from featurepipe.images.quiet import QuietModules
 
 Colour = Literal["rgb", "grey"]
 
@@ -67,7 +67,8 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION: Final = 0x0112
-_QUIET: Final = PillowQuiet()
+# PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
+_QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 
 
 def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> torch.Tensor:
@@ -94,7 +95,8 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
         header = read_jpeg_header(payload)
         _check_pixels(header.width, header.height)
         if header.components in (1, 3):
-            return _decode_jpeg(payload, colour)
+            with _QUIET:
+                return _decode_jpeg(payload, colour)
     with _QUIET:
         return _to_tensor(_decode_pillow(payload), colour)
 
@@ -133,10 +135,10 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 def _decode_pillow(payload: bytes) -> Image.Image:
     plugin = _plugin_for(payload)
+    _check_complete(payload, plugin)
     try:
         with plugin(io.BytesIO(payload)) as image:
             _check_pixels(*image.size)
-            _check_complete(payload, plugin)
             image.load()
             return _turned(image)
     except Image.DecompressionBombError as error:

@@ -1,4 +1,4 @@
-"""PIL's warnings, silenced while we decode and at no other time."""
+"""Warnings of the decoding libraries, silenced while we decode and at no other time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from types import TracebackType
 from typing import Any, cast
 
 
-class PillowQuiet:
-    """A context in which PIL warns about nothing, entered by any number of threads.
+class QuietModules:
+    """A context in which some modules warn about nothing, entered by any number of threads.
 
-    PIL warns about odd metadata that has no bearing on the pixels. ``warnings.catch_warnings`` swaps the filters of
-    the whole process and puts them back in the order of exit, which goes wrong between threads; so the first thread in
-    adds one filter, for PIL's modules only, and the last one out removes it.
+    ``warnings.catch_warnings`` swaps the filters of the whole process and puts them back in the order of exit, which
+    goes wrong between threads. Here the first thread in adds one filter, for these modules only, and the last one out
+    removes it.
+
+    Args:
+        pattern: A regular expression for the start of the modules' names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
         self._lock = threading.Lock()
         self._inside = 0
         self._filter: Any = None
@@ -26,7 +30,7 @@ class PillowQuiet:
             self._inside += 1
             filters = cast("list[Any]", warnings.filters)
             if self._filter is None or self._filter not in filters:
-                warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.filterwarnings("ignore", module=self.pattern)
                 self._filter = filters[0]
 
     def __exit__(
