@@ -1,0 +1,179 @@
+"""The fast forward: uint8 images in, pooled float32 vectors of every requested column out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurepipe.backbones import fusion
+from featurepipe.backbones.columns import Column
+from featurepipe.backbones.loading import Backbone
+from featurepipe.backbones.pooling import pool
+
+NUMERICS = 1
+"""Version of our own arithmetic, part of the feature space: raise it when a change here changes features by more than
+`BATCH_TOLERANCE`, and every cached feature is computed anew."""
+
+BATCH_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
+"""How far (1 - cosine, per image and column) a feature may move with the size and the company of its batch."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Pending(Protocol):
+    """Features that are being computed; on CUDA the copy back may still be under way."""
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Waits, and returns the features by column, each float32 (N, D)."""
+        ...
+
+
+class Engine:
+    """A frozen network made ready for one device and precision.
+
+    Args:
+        backbone: the network.
+        columns: what to compute, all in one forward that stops at the deepest node.
+        precision: ``fp32``, ``bf16`` or ``fp16``, the dtype of weights and activations; pooling is always float32.
+        device: a torch device such as ``cpu`` or ``cuda:0``.
+        batch_size: the usual number of images in a batch, which oneDNN packs its weights for; others work too.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        columns: Sequence[Column],
+        *,
+        precision: str = "fp32",
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        self.backbone = backbone
+        self.columns = tuple(columns)
+        self.precision = precision
+        self.device = torch.device(device)
+        self.dtype = DTYPES[precision]
+        self.largest_batch = batch_size
+        nodes = list(dict.fromkeys(column.node for column in self.columns))
+        self._axes = {node: backbone.channel_axis(node) for node in nodes}
+        self._network = self._prepare(nodes, batch_size)
+
+    def submit(self, batch: torch.Tensor) -> Pending:
+        """Starts the forward of a uint8 batch (N, C, H, W) on the CPU; on CUDA it returns before it is done.
+
+        When the device runs out of memory the batch is halved, and stays halved for later calls.
+        """
+        results: list[Pending] = []
+        start = 0
+        while start < len(batch):
+            piece = batch[start : start + self.largest_batch]
+            try:
+                results.append(self._start(piece))
+            except torch.OutOfMemoryError:
+                if len(piece) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.largest_batch = max(1, len(piece) // 2)
+                continue
+            start += len(piece)
+        return results[0] if len(results) == 1 else _Pieces(results)
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, np.ndarray]:
+        """Features of a uint8 batch (N, C, H, W) by column name, each float32 (N, D)."""
+        return self.submit(batch).result()
+
+    def _prepare(self, nodes: list[str], batch_size: int) -> nn.Module:
+        graph = self.backbone.graph(nodes)
+        if graph is None:
+            hooked = HookedNetwork(copy.deepcopy(self.backbone.module), nodes)
+            return hooked.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
+        graph = copy.deepcopy(graph)
+        fusion.without_inplace(graph)
+        fusion.fold_batch_norm(graph)
+        graph = graph.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
+        if self.device.type == "cpu" and fusion.can_fuse_onednn(self.dtype):
+            shape = (batch_size, *self.backbone.preprocessing.input_shape)
+            example = torch.zeros(shape, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
+            fusion.fuse_onednn(graph, example)
+        return graph
+
+    @torch.inference_mode()
+    def _start(self, batch: torch.Tensor) -> Pending:
+        if self.device.type == "cuda" and batch.device.type == "cpu":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        images = self.backbone.preprocessing.normalise(batch, self.dtype).contiguous(memory_format=torch.channels_last)
+        outputs: dict[str, torch.Tensor] = self._network(images)
+        pooled = {str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]) for c in self.columns}
+        return _Copied(pooled) if self.device.type == "cuda" else _Done(pooled)
+
+
+class HookedNetwork(nn.Module):
+    """Runs a network that cannot be traced, keeps the outputs of some modules, and stops after the last of them."""
+
+    def __init__(self, module: nn.Module, nodes: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self._kept: dict[str, torch.Tensor] = {}
+        self._wanted = len(nodes)
+        for node in nodes:
+            module.get_submodule(node).register_forward_hook(self._keeper(node))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._kept = {}
+        try:
+            self.module(x)
+        except _AllKeptError:
+            pass
+        kept, self._kept = self._kept, {}
+        return kept
+
+    def _keeper(self, node: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            if node not in self._kept:
+                self._kept[node] = output.clone()  # what follows may overwrite it in place
+            if len(self._kept) == self._wanted:
+                raise _AllKeptError
+
+        return keep
+
+
+class _AllKeptError(Exception):
+    """Ends a forward early."""
+
+
+class _Done:
+    def __init__(self, pooled: dict[str, torch.Tensor]) -> None:
+        self._pooled = pooled
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {name: values.numpy() for name, values in self._pooled.items()}
+
+
+class _Copied:
+    """Features on their way from the device into pinned memory."""
+
+    def __init__(self, pooled: dict[str, torch.Tensor]) -> None:
+        self._host = {
+            name: torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            for name, values in pooled.items()
+        }
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def result(self) -> dict[str, np.ndarray]:
+        self._copied.synchronize()
+        return {name: values.numpy() for name, values in self._host.items()}
+
+
+class _Pieces:
+    def __init__(self, pieces: list[Pending]) -> None:
+        self._pieces = pieces
+
+    def result(self) -> dict[str, np.ndarray]:
+        parts = [piece.result() for piece in self._pieces]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

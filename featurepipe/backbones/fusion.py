@@ -1,0 +1,246 @@
+"""Rewrites of a traced network that make its forward faster and keep its values.
+
+Three passes over a `torch.fx` graph, each of which leaves every requested node's value as it was:
+
+1. `without_inplace`: in-place operations become ordinary ones, so that a kept output is not overwritten by what follows;
+2. `fold_batch_norm`: a BatchNorm is folded into the convolution before it (Jacob et al. 2018, section 3.2), unless the
+   unfolded value is itself requested;
+3. `fuse_onednn`: convolution, addition and activation become one oneDNN call with weights packed beforehand, the fusions
+   that TorchInductor makes on CPUs with ``freezing``. Doing them directly costs milliseconds instead of the 7 to 22
+   seconds that compilation takes, so even a job of ten images gains (figures in ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+_ADDITIONS = (operator.add, torch.add)
+
+
+def without_inplace(network: fx.GraphModule) -> None:
+    """Turns in-place modules, functions and operators into out-of-place ones."""
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    for node in network.graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        if node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
+            node.target = str(node.target)[:-1]
+    network.recompile()
+
+
+def fold_batch_norm(network: fx.GraphModule) -> None:
+    """Folds each BatchNorm2d whose input comes from a convolution that nothing else reads."""
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        norm = _module(modules, node, nn.BatchNorm2d)
+        before = node.args[0] if norm is not None and isinstance(node.args[0], fx.Node) else None
+        conv = _module(modules, before, nn.Conv2d) if before is not None else None
+        if norm is None or conv is None or before is None or len(before.users) > 1 or not norm.track_running_stats:
+            continue
+        if sum(n.target == before.target for n in network.graph.nodes) > 1:
+            continue  # one convolution called twice keeps its own weights
+        _replace(network, str(before.target), fuse_conv_bn_eval(conv, norm))
+        modules = dict(network.named_modules())
+        node.replace_all_uses_with(before)
+        network.graph.erase_node(node)
+    network.graph.lint()
+    network.recompile()
+
+
+def can_fuse_onednn(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch and this CPU have the fused convolution for ``dtype``."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
+def fuse_onednn(network: fx.GraphModule, example: torch.Tensor) -> None:
+    """Fuses convolution (+ activation) and convolution + addition (+ activation) into single oneDNN calls.
+
+    Args:
+        network: a graph whose parameters already have their final dtype; changed in place.
+        example: a batch (N, C, H, W) of that dtype, which tells oneDNN the shapes to pack weights for. Other batch
+            sizes still work.
+    """
+    with torch.inference_mode():
+        ShapeProp(network).propagate(example)
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        conv = _module(modules, node, nn.Conv2d)
+        if conv is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        activation = _following_activation(modules, node)
+        attribute = ("none", [], "") if activation is None else _activation(modules, activation)
+        fused = FusedConv(conv, list(node.args[0].meta["tensor_meta"].shape), attribute or ("none", [], ""))
+        node.target = _unique(network, str(node.target), fused)
+        if activation is not None:
+            activation.replace_all_uses_with(node)
+            network.graph.erase_node(activation)
+    _fuse_additions(network)
+    network.graph.lint()
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
+class FusedConv(nn.Module):
+    """A convolution and the activation after it, as one oneDNN call on channels-last tensors."""
+
+    def __init__(self, conv: nn.Conv2d, input_shape: list[int], activation: tuple[str, list[float], str]) -> None:
+        super().__init__()
+        self.geometry = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
+        packed = conv.weight.detach().to_mkldnn()
+        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(packed, *self.geometry, input_shape)  # type: ignore[attr-defined]  # noqa: SLF001
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(  # noqa: SLF001
+            x, self.weight, self.bias, *self.geometry, *self.activation
+        )
+        return result
+
+
+class FusedConvAdd(nn.Module):
+    """A convolution added onto another value, in that value's memory, and the ReLU after it."""
+
+    def __init__(self, conv: FusedConv, *, relu: bool) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = "relu" if relu else None
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        x = x.contiguous(memory_format=torch.channels_last)
+        other = other.contiguous(memory_format=torch.channels_last)
+        result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(  # noqa: SLF001
+            other, x, conv.weight, conv.bias, *conv.geometry, "add", 1.0, self.relu, [], None
+        )
+        return result
+
+
+def _fuse_additions(network: fx.GraphModule) -> None:
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+            continue
+        order = {n: i for i, n in enumerate(network.graph.nodes)}
+        modules = dict(network.named_modules())
+        pair = _conv_and_other(modules, node, order)
+        if pair is None:
+            continue
+        conv, other = pair
+        activation = _following_activation(modules, node)
+        relu = activation is not None and (_activation(modules, activation) or ("",))[0] == "relu"
+        name = _unique(network, str(conv.target), FusedConvAdd(modules[str(conv.target)], relu=relu))  # type: ignore[arg-type]
+        with network.graph.inserting_before(node):
+            fused = network.graph.call_module(name, (conv.args[0], other))
+        fused.meta = dict(node.meta)
+        last = activation if relu and activation is not None else node
+        last.replace_all_uses_with(fused)
+        for dead in (last, node, conv):
+            if not dead.users and dead in order:
+                network.graph.erase_node(dead)
+                order.pop(dead)
+
+
+def _conv_and_other(
+    modules: dict[str, nn.Module], addition: fx.Node, order: dict[fx.Node, int]
+) -> tuple[fx.Node, fx.Node] | None:
+    """The convolution to run in the addition's place, and the operand that nothing needs afterwards."""
+    a, b = addition.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or _shape(a) != _shape(b) or a is b:
+        return None
+    for conv, other in sorted(((a, b), (b, a)), key=lambda pair: -order[pair[0]]):
+        fused = _module(modules, conv, FusedConv)
+        if fused is None or fused.activation[0] != "none" or len(conv.users) > 1:
+            continue
+        if order[other] > order[conv] or _escapes(modules, other, addition, order):
+            continue
+        return conv, other
+    return None
+
+
+def _escapes(modules: dict[str, nn.Module], value: fx.Node, addition: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether ``value`` may be read after ``addition``, directly or through something that shares its memory."""
+    if any(order[user] > order[addition] for user in value.users):
+        return True
+    return not all(_owns_memory(modules, node) for node in (value, *value.users))
+
+
+def _owns_memory(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Whether a node's result surely is not a view of its input (as Identity, Dropout and Flatten may return)."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) in (*_ALLOCATING, *_ACTIVATIONS)
+    return node.op == "call_function" and node.target in (*_ADDITIONS, operator.mul, torch.cat, nn.functional.relu)
+
+
+def _following_activation(modules: dict[str, nn.Module], node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and _activation(modules, users[0]) is not None else None
+
+
+def _activation(modules: dict[str, nn.Module], node: fx.Node) -> tuple[str, list[float], str] | None:
+    """oneDNN's name, scalars and algorithm for an activation node; None for anything else."""
+    if node.op == "call_function" and node.target in (nn.functional.relu, torch.relu):
+        return "relu", [], ""
+    if node.op != "call_module":
+        return None
+    module = modules.get(str(node.target))
+    make: Callable[[Any], tuple[str, list[float], str]] | None = _ACTIVATIONS.get(type(module))  # type: ignore[arg-type]
+    return make(module) if make else None
+
+
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
+    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
+    nn.SiLU: lambda _: ("swish", [], ""),
+    nn.Hardswish: lambda _: ("hardswish", [], ""),
+    nn.Sigmoid: lambda _: ("sigmoid", [], ""),
+    nn.LeakyReLU: lambda m: ("leaky_relu", [m.negative_slope], ""),
+}
+
+
+_ALLOCATING = (FusedConv, FusedConvAdd, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _module(modules: dict[str, nn.Module], node: fx.Node, kind: type[nn.Module]) -> Any:
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return module if type(module) is kind else None
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else None
+
+
+def _replace(network: fx.GraphModule, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
+
+
+def _unique(network: fx.GraphModule, name: str, module: nn.Module) -> str:
+    """Adds ``module`` beside ``name`` under a name that is still free."""
+    taken = dict(network.named_modules())
+    count = 0
+    while f"{name}_fused{count}" in taken:
+        count += 1
+    network.add_submodule(f"{name}_fused{count}", module)
+    return f"{name}_fused{count}"
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(v) for v in value]

@@ -1,0 +1,163 @@
+"""The command line: parses arguments, calls the verbs, prints results, turns errors into exit codes.
+
+Results go to standard output (one JSON document with ``--json``); progress and messages go to standard error.
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from featurepipe import __version__
+from featurepipe.errors import FeaturepipeError
+
+EXIT_CODES = """exit codes:
+  0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
+  1  failure                    4  more images rejected than --max-rejects
+  2  wrong usage               75  another process holds the store's lock
+  130, 143  stopped by Ctrl-C or SIGTERM, everything in flight committed
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    from featurepipe import commands
+
+    try:
+        return int(getattr(commands, args.run)(args))
+    except FeaturepipeError as error:
+        print(f"featurepipe: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("featurepipe: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, as `head` does
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="featurepipe",
+        description="A frozen ConvNet as a fixed feature extractor: images in, HDF5 features out, once and never twice.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(commands)
+    _add_backbones(commands)
+    _add_nodes(commands)
+    _add_extract(commands)
+    _add_store_commands(commands)
+    _add_export(commands)
+    _add_doctor(commands)
+    return parser
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _command(commands: Commands, name: str, summary: str, **kwargs: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=kwargs.get("description", summary), epilog=kwargs.get("epilog")
+    )
+    command.set_defaults(run=name)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON document on standard output, nothing else there")
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights", default="DEFAULT", metavar="NAME|none|FILE",
+        help="a weights enum of torchvision, DEFAULT, a state-dict file, or none: a random control network",
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, help="of the random control network (default: 0)")
+
+
+def _add_demo(commands: Commands) -> None:
+    command = _command(commands, "demo", "the main job on 2,000 bundled images, offline, ending in a picture")
+    command.add_argument("--out", default="featurepipe-demo", metavar="DIR", help="where to put store and picture (default: %(default)s)")
+
+
+def _add_backbones(commands: Commands) -> None:
+    command = _command(
+        commands, "backbones", "list the networks: input size, parameters, bottleneck width, weights at hand",
+        epilog="timm/NAME and package.module:factory are backbones too; featurepipe nodes BACKBONE shows one of them",
+    )  # fmt: skip
+    _add_json(command)
+
+
+def _add_nodes(commands: Commands) -> None:
+    command = _command(commands, "nodes", "list a network's nodes in execution order: shape, width after gap, share of the cost")
+    command.add_argument("backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory")
+    _add_json(command)
+
+
+def _add_extract(commands: Commands) -> None:
+    command = _command(
+        commands, "extract", "compute the features that the store lacks for the images of a source",
+        epilog="Stopped or killed at any moment, the same command goes on where it was. See exit codes in featurepipe --help.",
+    )  # fmt: skip
+    add = command.add_argument
+    add("source", metavar="SOURCE", help="folder, .csv/.parquet/.jsonl manifest, .tar/.zip, IDX, .npz or .h5 arrays, or an fsspec URL")
+    add("--store", required=True, metavar="DIR", help="the feature store; made when it does not exist")
+    add("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
+    add("--backbone", default="resnet50", metavar="NAME", help="see featurepipe backbones (default: %(default)s)")
+    _add_weights(command)
+    add("--node", action="append", dest="nodes", metavar="NODE[:POOLING]",
+        help="what to keep, may be repeated; pooling gap, gmp, gem, avgKxK, maxKxK, flatten or map (default: bottleneck:gap)")  # fmt: skip
+    add("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="auto: as in the store, else the fastest that agrees with fp32")
+    add("--dtype", default="auto", metavar="auto|float16|float32", help="stored dtype (auto: as in the store, else float16)")
+    add("--decode", default="auto", metavar="auto|cpu|gpu", help="where JPEGs are decoded (auto: as in the store, else cpu)")
+    add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
+    add("--batch-size", default="auto", metavar="auto|N", help="images per forward (auto: 32 on a CPU, 256 on CUDA, halved when memory runs out)")
+    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
+    add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
+    add("--dry-run", action="store_true", help="say what is new, how long it will take and how many bytes it needs; change nothing")
+    add("--quiet", action="store_true", help="no progress")
+    _add_json(command)
+
+
+def _add_store_commands(commands: Commands) -> None:
+    for name, summary in (
+        ("info", "what a store holds: spaces, columns, datasets, runs"),
+        ("verify", "recompute every checksum; damaged parts are named and set aside, and extract computes them anew"),
+        ("compact", "merge small parts and drop duplicate rows"),
+        ("gc", "remove what no snapshot needs, and what killed runs left behind"),
+    ):
+        command = _command(commands, name, summary)
+        command.add_argument("store", metavar="STORE")
+        if name in ("compact", "gc"):
+            command.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
+        _add_json(command)
+
+
+def _add_export(commands: Commands) -> None:
+    command = _command(commands, "export", "write one column's features to one plain HDF5, .npz or .parquet file")
+    add = command.add_argument
+    add("store", metavar="STORE")
+    add("--node", required=True, metavar="NODE[:POOLING]")
+    add("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
+    add("--dataset", metavar="NAME", help="default: the store's only dataset")
+    add("--backbone", metavar="NAME", help="a backbone, a space's name or fingerprint; default: the only one with that column")
+    add("--split", metavar="NAME", help="only this split")
+    _add_json(command)
+
+
+def _add_doctor(commands: Commands) -> None:
+    command = _command(commands, "doctor", "check versions, devices, bf16, threads, disk, and which weights are at hand")
+    command.add_argument("--store", metavar="DIR", help="a folder to check for space and writability (default: here)")
+    _add_json(command)

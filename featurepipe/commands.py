@@ -1,0 +1,192 @@
+"""What each command does with its parsed arguments: calls a verb, prints its result, returns the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import UsageError
+from featurepipe.progress import duration
+from featurepipe.tables import share, size, table
+
+
+def demo(args: Namespace) -> int:
+    """``featurepipe demo``."""
+    from featurepipe.demo import run_demo
+
+    run_demo(Path(args.out), say=print)
+    return 0
+
+
+def backbones(args: Namespace) -> int:
+    """``featurepipe backbones``."""
+    from featurepipe.backbones import list_backbones
+
+    infos = list_backbones()
+    rows = [
+        [i.name, "x".join(map(str, i.input_size)), i.parameters, i.bottleneck_width, i.at_hand, ", ".join(i.weights) or "-"]
+        for i in infos
+    ]
+    header = ["backbone", "input", "parameters", "bottleneck", "at hand", "weights"]
+    return _print(args, [asdict(info) for info in infos], lambda _: table(header, rows))
+
+
+def nodes(args: Namespace) -> int:
+    """``featurepipe nodes``."""
+    from featurepipe.backbones import load_backbone
+
+    backbone = load_backbone(args.backbone, "none")
+    infos = backbone.nodes()
+    found = {
+        "backbone": backbone.name,
+        "bottleneck": backbone.bottleneck,
+        "traceable": backbone.traceable,
+        "input_shape": list(backbone.preprocessing.input_shape),
+        "nodes": [asdict(info) for info in infos],
+    }
+
+    def text(_: Any) -> str:
+        rows = [
+            [i.name, "x".join(map(str, i.shape)), i.width, share(i.cost), " ".join(i.blocks)] for i in infos
+        ]
+        shape = "x".join(map(str, found["input_shape"]))
+        title = f"{backbone.name}, input {shape}, bottleneck {backbone.bottleneck}. Cost: share of the forward up to and with the node"
+        return title + "\n" + table(["node", "shape", "gap width", "cost", "ends block"], rows)
+
+    return _print(args, found, text)
+
+
+def extract(args: Namespace) -> int:
+    """``featurepipe extract``."""
+    from featurepipe.extraction.extract import extract as run
+
+    result = run(
+        args.source,
+        args.store,
+        dataset=args.dataset,
+        backbone=args.backbone,
+        weights=args.weights,
+        seed=args.seed,
+        nodes=args.nodes or ["bottleneck"],
+        precision=args.precision,
+        dtype=args.dtype,
+        decode=args.decode,
+        device=args.device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        max_rejects=args.max_rejects,
+        dry_run=args.dry_run,
+        silent=args.quiet,
+    )
+    _print(args, result, _estimate_text if args.dry_run else _run_text)
+    return int(result.get("exit_code", 0))
+
+
+def info(args: Namespace) -> int:
+    """``featurepipe info``."""
+    from featurepipe.store import describe
+
+    return _print(args, describe(_store(args)), _info_text)
+
+
+def verify(args: Namespace) -> int:
+    """``featurepipe verify``."""
+    from featurepipe.store import verify_store
+
+    report = verify_store(_store(args))
+    _print(args, report.as_dict(), lambda _: report.text())
+    return 1 if report.problems else 0
+
+
+def compact(args: Namespace) -> int:
+    """``featurepipe compact``."""
+    from featurepipe.store import compact_store
+
+    report = compact_store(_store(args), dry_run=args.dry_run)
+    return _print(args, report.as_dict(), lambda _: report.text())
+
+
+def gc(args: Namespace) -> int:
+    """``featurepipe gc``."""
+    from featurepipe.store import gc_store
+
+    report = gc_store(_store(args), dry_run=args.dry_run)
+    return _print(args, report.as_dict(), lambda _: report.text())
+
+
+def export(args: Namespace) -> int:
+    """``featurepipe export``."""
+    from featurepipe.store import export as write
+
+    store = _store(args)
+    names = store.datasets()
+    if args.dataset is None and len(names) != 1:
+        raise UsageError(f"{args.store} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}")
+    features = store.features(args.dataset or names[0], node=args.node, backbone=args.backbone, split=args.split)
+    path = write(features, Path(args.to))
+    rows, width = features.shape
+    result = {"file": str(path), "rows": rows, "width": width, "dtype": str(features.dtype), "bytes": path.stat().st_size}
+    return _print(args, result, lambda r: f"{r['file']}: {rows:,} x {width:,} {r['dtype']}, {size(r['bytes'])}")
+
+
+def doctor(args: Namespace) -> int:
+    """``featurepipe doctor``."""
+    from featurepipe.doctor import examine
+
+    report = examine(Path(args.store or "."))
+    _print(args, report.as_dict(), lambda _: report.text())
+    return 0 if report.healthy else 1
+
+
+def _store(args: Namespace) -> Any:
+    from featurepipe.store import FeatureStore
+
+    return FeatureStore(args.store, create=False)
+
+
+def _print(args: Namespace, value: Any, text: Callable[[Any], str]) -> int:
+    if args.json:
+        json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        print(text(value))
+    return 0
+
+
+def _run_text(record: Mapping[str, Any]) -> str:
+    counts, seconds = record["counts"], record["seconds"]
+    lines = [
+        f"{record['dataset']}: {counts['listed']:,} images listed, {counts['computed']:,} computed, {counts['known']:,} known, "
+        f"{counts['rejected']:,} rejected",
+    ]
+    if record["reject_reasons"]:
+        lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
+    if counts["computed"]:
+        stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "write"))
+        lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+        lines.append(record["verdict"])
+    lines.append(f"space {record['space']}: {', '.join(record['columns'])}")
+    return "\n".join(lines)
+
+
+def _estimate_text(estimate: Mapping[str, Any]) -> str:
+    lines = [
+        f"{estimate['dataset']}: {estimate['listed']:,} images listed, {estimate['known']:,} known, {estimate['rejected']:,} "
+        f"rejected before, {estimate['to_read']:,} to read ({estimate['new']:,} of them new or changed)"
+    ]
+    if estimate["images_per_second"]:
+        lines.append(
+            f"about {duration(estimate['seconds'])} at {estimate['images_per_second']:,.1f} img/s, "
+            f"from a timed sample of {estimate['sampled']} images"
+        )
+    lines += [f"{column}: {size(count)}" for column, count in estimate["bytes_per_column"].items()]
+    return "\n".join([*lines, "dry run: nothing was changed"])
+
+
+def _info_text(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=2)

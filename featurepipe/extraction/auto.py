@@ -1,0 +1,71 @@
+"""Resolving every ``auto``: once, before the first image, from what the store already holds or else by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import UsageError
+
+AUTO = "auto"
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "dtype": ("float16", "float32"),
+    "decode": ("cpu", "gpu"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of a feature space that may be ``auto``, resolved, and why each has its value."""
+
+    precision: str
+    dtype: str
+    decode: str
+    why: Mapping[str, str]
+
+    def fields(self) -> dict[str, str]:
+        """The values alone, as they go into the feature space."""
+        return {"precision": self.precision, "dtype": self.dtype, "decode": self.decode}
+
+
+def check(asked: Mapping[str, str]) -> None:
+    """Refuses values that are neither ``auto`` nor a known choice.
+
+    Raises:
+        UsageError: names the setting, the value and the choices.
+    """
+    for name, value in asked.items():
+        if value != AUTO and value not in CHOICES[name]:
+            raise UsageError(f"unknown {name} {value!r}; choices: auto, {', '.join(CHOICES[name])}")
+
+
+def resolve(
+    asked: Mapping[str, str],
+    held: Sequence[Mapping[str, Any]],
+    measure_precision: Callable[[], tuple[str, str]],
+) -> Settings:
+    """Settles precision, stored dtype and decode route.
+
+    Args:
+        asked: what the user asked for, each a choice or ``auto``.
+        held: the fields of the feature spaces that the store holds for this backbone, best first (those that this dataset
+            used last, then others). The first that agrees with everything asked for explicitly is followed.
+        measure_precision: called only when nothing else decides; returns the precision and the reason.
+    """
+    explicit = {name: value for name, value in asked.items() if value != AUTO}
+    for fields in held:
+        if all(fields.get(name) == value for name, value in explicit.items()):
+            return Settings(
+                **{name: str(fields[name]) for name in CHOICES},
+                why={name: "asked for" if name in explicit else "as in the store" for name in CHOICES},
+            )
+    values, why = dict(explicit), dict.fromkeys(explicit, "asked for")
+    if "precision" not in values:
+        values["precision"], why["precision"] = measure_precision()
+    values.setdefault("dtype", "float16")
+    why.setdefault("dtype", "default: half the bytes, relative error below 0.0005")
+    values.setdefault("decode", "cpu")
+    why.setdefault("decode", "default: the same pixels on every machine")
+    return Settings(**values, why=why)

@@ -1,0 +1,238 @@
+"""From loaded images to committed rows: batches, the forward, and the books that must balance."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from featurepipe.backbones import Column
+from featurepipe.backbones.engine import Engine, Pending
+from featurepipe.errors import FeaturepipeError, Reject
+from featurepipe.interrupt import StopRequest
+from featurepipe.extraction.prepare import Job
+from featurepipe.progress import Progress
+from featurepipe.records import bottleneck
+from featurepipe.store import PartWriter, Space
+from featurepipe.extraction.stream import Loaded, StageSeconds
+
+Missing = tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What became of every row of the listing.
+
+    Attributes:
+        keys: uint8 (rows, 32), filled where ``has_key``.
+        has_key: bool (rows,), which images could be read, now or before.
+        reasons: why an image was rejected, by row.
+        computed: rows whose features were computed and handed to the store.
+        known: rows whose features the store had, or gets from another row with the same bytes.
+        read: how many images were read.
+        seconds: wall-clock time of it all.
+    """
+
+    keys: np.ndarray
+    has_key: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)
+    computed: int = 0
+    known: int = 0
+    read: int = 0
+    seconds: float = 0.0
+
+    def check(self) -> None:
+        """Every listed image is accounted for, or the run fails.
+
+        Raises:
+            FeaturepipeError: the counts do not add up; a defect of ours that must not go unseen.
+        """
+        total = self.computed + self.known + len(self.reasons)
+        if total != len(self.keys):
+            raise FeaturepipeError(
+                f"{len(self.keys)} images were listed but {total} are accounted for ({self.computed} computed, {self.known} "
+                f"known, {len(self.reasons)} rejected); no snapshot was written. Please report this as a bug"
+            )
+
+
+class Computation:
+    """Collects loaded images into batches, runs them, and hands the features to the store.
+
+    Images that lack different columns (some have one already) go into different batches, so that nothing is computed
+    twice; nearly always all images lack the same ones.
+
+    Args:
+        listing: where ids, sizes and times of the rows are.
+        outcome: the books, kept as images go by.
+        make_engine: builds the network for a set of missing columns, once per set.
+        writer: where features go.
+        claimed: keys that are being computed in this run; kept up to date here.
+        batch_size: images per forward.
+        in_flight: forwards that may be under way at once: 1 on the CPU, 2 on a device that works beside it.
+        clock: where the stages' time is added up.
+    """
+
+    def __init__(
+        self,
+        listing: pa.Table,
+        outcome: Outcome,
+        make_engine: Callable[[Missing], Engine],
+        writer: PartWriter,
+        *,
+        claimed: set[bytes],
+        batch_size: int,
+        in_flight: int,
+        clock: StageSeconds,
+    ) -> None:
+        self._listing, self._outcome, self._make_engine, self._writer = listing, outcome, make_engine, writer
+        self._batch_size, self._in_flight, self._clock = batch_size, in_flight, clock
+        self._engines: dict[Missing, Engine] = {}
+        self._batches: dict[Missing, list[Loaded]] = {}
+        self._pending: deque[tuple[list[Loaded], Pending]] = deque()
+        self._claimed = claimed
+
+    def take(self, images: Iterable[Loaded]) -> None:
+        """Books each image, and runs the batches that are full."""
+        for image in images:
+            self._book(image)
+            if image.pixels is not None and image.key is not None and image.key not in self._claimed:
+                self._claimed.add(image.key)
+                self._outcome.computed += 1
+                batch = self._batches.setdefault(image.missing, [])
+                batch.append(image)
+                if len(batch) == self._batch_size:
+                    self._run(image.missing)
+            elif image.reason is None:
+                self._outcome.known += 1
+
+    def finish(self) -> None:
+        """Runs what is left and waits for everything under way."""
+        for missing in list(self._batches):
+            self._run(missing)
+        while self._pending:
+            self._collect()
+
+    def _book(self, image: Loaded) -> None:
+        self._outcome.read += 1
+        if image.key is not None:
+            self._outcome.keys[image.row] = np.frombuffer(image.key, dtype=np.uint8)
+        self._outcome.has_key[image.row] = image.key is not None
+        if image.reason is not None:
+            self._outcome.reasons[image.row] = image.reason
+
+    def _run(self, missing: Missing) -> None:
+        images = self._batches.pop(missing)
+        pixels = torch.stack([image.pixels for image in images if image.pixels is not None])
+        for image in images:
+            image.pixels = None
+        with self._clock.stage("forward"):
+            if missing not in self._engines:
+                self._engines[missing] = self._make_engine(missing)
+            self._pending.append((images, self._engines[missing].submit(pixels)))
+        while len(self._pending) >= self._in_flight:
+            self._collect()
+
+    def _collect(self) -> None:
+        images, pending = self._pending.popleft()
+        with self._clock.stage("forward"):
+            features = pending.result()
+        rows = pa.array([image.row for image in images])
+        facts = self._listing.select(["id", "size", "mtime_ns"]).take(rows)
+        keys = np.frombuffer(b"".join(image.key or b"" for image in images), dtype=np.uint8).reshape(len(images), -1)
+        with self._clock.stage("write"):
+            self._writer.add(
+                keys, facts["id"].to_pylist(), facts["size"].to_numpy(), facts["mtime_ns"].to_numpy(), features
+            )
+
+
+class Wanted:
+    """Tells for a key which columns are still to be computed.
+
+    Args:
+        space: the feature space, for what it holds and what it rejected.
+        columns: the columns asked for.
+    """
+
+    def __init__(self, space: Space, columns: Sequence[Column]) -> None:
+        self._names = tuple(str(column) for column in columns)
+        self._complete = space.index(self._names)
+        held = space.columns()
+        self._partly = {name: space.index([name]) for name in self._names if name in held} if len(columns) > 1 else {}
+        rejects = space.rejects()
+        self.reasons = dict(zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
+        self.claimed: set[bytes] = set()
+
+    def __call__(self, key: bytes) -> Missing | Reject:
+        """The names of the missing columns, none when all are there, or the reject that these bytes were before."""
+        if key in self.reasons:
+            return Reject(self.reasons[key])
+        row = np.frombuffer(key, dtype=np.uint8)[None]
+        if key in self.claimed or self._complete.contains(row)[0]:
+            return ()
+        return tuple(name for name in self._names if name not in self._partly or not self._partly[name].contains(row)[0])
+
+
+def compute(job: Job, run_id: str, stop: StopRequest, progress: Progress) -> Outcome:
+    """Reads, keys, decodes, computes and commits what the plan asks for, until done or asked to stop.
+
+    Everything handed to the writer is committed when this returns, and also when it raises.
+    """
+    plan, space, machine = job.plan, job.existing_space, job.machine
+    wanted = Wanted(space, job.columns)
+    outcome = Outcome(plan.keys.copy(), plan.has_key.copy(), known=plan.known)
+    outcome.reasons = {int(row): wanted.reasons[plan.keys[row].tobytes()] for row in plan.rejected}
+    if not len(plan.todo):
+        return outcome
+    by_name = {str(column): column for column in job.columns}
+    loader = job.loader(wanted)
+    start = time.perf_counter()
+    with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer:
+        work = Computation(
+            plan.listing,
+            outcome,
+            lambda missing: job.engine([by_name[name] for name in missing]),
+            writer,
+            claimed=wanted.claimed,
+            batch_size=machine.batch_size,
+            in_flight=1 if machine.device == "cpu" else 2,
+            clock=job.clock,
+        )
+        rejects = RejectLog(plan.listing, space, job.dataset, run_id)
+        for images in loader.load(plan.listing, plan.todo, stop):
+            work.take(images)
+            rejects.take(images)
+            writer.tick()
+            progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
+        work.finish()
+        rejects.write()
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+class RejectLog:
+    """Collects rejects and writes them to the space every so often."""
+
+    def __init__(self, listing: pa.Table, space: Space, dataset: str, run_id: str, every: int = 256) -> None:
+        self._listing, self._space, self._dataset, self._run_id, self._every = listing, space, dataset, run_id, every
+        self._rows: list[dict[str, Any]] = []
+
+    def take(self, images: Iterable[Loaded]) -> None:
+        """Notes the rejected ones."""
+        for image in images:
+            if image.reason is not None:
+                facts = self._listing.select(["id", "size", "mtime_ns"]).slice(image.row, 1).to_pylist()[0]
+                self._rows.append({**facts, "key": image.key, "reason": image.reason, "run_id": self._run_id})
+        if len(self._rows) >= self._every:
+            self.write()
+
+    def write(self) -> None:
+        """Hands the collected rejects to the space."""
+        if self._rows:
+            self._space.add_rejects(self._rows, dataset=self._dataset)
+            self._rows = []

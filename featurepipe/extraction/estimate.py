@@ -1,0 +1,80 @@
+"""What an extraction would cost, from its plan and a short timed sample."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featurepipe.backbones.engine import Engine
+from featurepipe.extraction.prepare import Job, load_sample
+
+ITEM_BYTES = {"float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer of ``--dry-run``.
+
+    Attributes:
+        dataset: name of the snapshots.
+        listed: images in the source.
+        known: images that need nothing.
+        rejected: images that were rejected before and have not changed.
+        to_read: images that would be read; among them are moved and copied ones, which cost a read but no forward.
+        new: of these, images never seen under this name, size and time; the others lack a column.
+        seconds: expected duration, or None when nothing could be sampled.
+        images_per_second: measured on the sample, or None.
+        sampled: images in the timed sample.
+        bytes_per_column: bytes that each column would add if every image to read is new.
+        space: the feature space that would be used.
+        new_space: whether it would be a new one, and why.
+    """
+
+    dataset: str
+    listed: int
+    known: int
+    rejected: int
+    to_read: int
+    new: int
+    seconds: float | None
+    images_per_second: float | None
+    sampled: int
+    bytes_per_column: dict[str, int]
+    space: dict[str, Any]
+    new_space: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"dry_run": True, **asdict(self)}
+
+
+def estimate(job: Job, sample_size: int) -> Estimate:
+    """Times a sample of the images that would be read, and extrapolates."""
+    plan = job.plan
+    widths: dict[str, int] = {}
+    rate: float | None = None
+    sample = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
+    if len(sample):
+        engine = job.engine(job.columns)
+        engine(sample)  # the first call pays for set-up
+        start = time.perf_counter()
+        again = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
+        features = engine(again)
+        rate = len(again) / (time.perf_counter() - start)
+        widths = {name: values.shape[1] for name, values in features.items()}
+    item = ITEM_BYTES[job.settings.dtype]
+    return Estimate(
+        dataset=job.dataset,
+        listed=plan.listing.num_rows,
+        known=plan.known,
+        rejected=len(plan.rejected),
+        to_read=len(plan.todo),
+        new=int((~plan.has_key).sum()),
+        seconds=len(plan.todo) / rate if rate else (None if len(plan.todo) else 0.0),
+        images_per_second=rate,
+        sampled=len(sample),
+        bytes_per_column={name: width * item * len(plan.todo) for name, width in widths.items()},
+        space=dict(job.fields),
+        new_space=job.why_new,
+    )

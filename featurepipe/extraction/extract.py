@@ -1,0 +1,98 @@
+"""Stage one: images go once through a frozen network, and their features are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from featurepipe.extraction.compute import compute
+from featurepipe.extraction.estimate import estimate
+from featurepipe.images import open_source
+from featurepipe.interrupt import stop_on_signals
+from featurepipe.extraction.prepare import Options, prepare
+from featurepipe.progress import announcer, show
+from featurepipe.extraction.publish import allowance, begin_run, publish
+from featurepipe.store import FeatureStore, open_arrays
+
+ARRAY_READERS = {".h5": open_arrays, ".hdf5": open_arrays}
+TIMED_SAMPLE = 64
+"""Images that a dry run times."""
+
+
+def extract(
+    source: Any,
+    store: FeatureStore | str | PathLike[str],
+    *,
+    dataset: str | None = None,
+    backbone: str = "resnet50",
+    weights: str = "DEFAULT",
+    seed: int = 0,
+    nodes: Sequence[str] = ("bottleneck",),
+    precision: str = "auto",
+    dtype: str = "auto",
+    decode: str = "auto",
+    device: str = "auto",
+    batch_size: int | str = "auto",
+    workers: int | None = None,
+    max_rejects: int | str = "1%",
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Computes the features that the store lacks for the images of a source, and records what the source held.
+
+    Images that were seen before cost nothing: unchanged files are not read, and moved, copied or relabelled ones are
+    recognised by their bytes. A run may be stopped or killed at any moment; the next one goes on from there.
+
+    Args:
+        source: anything `featurepipe.images.open_source` takes: a folder, a manifest, an archive, arrays, a URL.
+        store: the feature store or its path, made when it does not exist.
+        dataset: name for the snapshot of the source; by default the source's own name.
+        backbone: a name that ``featurepipe backbones`` lists, ``timm/NAME`` or ``package.module:factory``.
+        weights: a weights enum of torchvision, ``DEFAULT``, a state-dict file, or ``none`` for a random control network.
+        seed: of the random control network.
+        nodes: what to keep, each ``NODE`` or ``NODE:POOLING``; ``bottleneck`` is what feeds the classifier.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: what the store holds, else the fastest that agrees with fp32.
+        dtype: stored dtype, ``float16``, ``float32`` or ``auto``.
+        decode: where JPEGs are decoded, ``cpu``, ``gpu`` or ``auto``.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        batch_size: images per forward, or ``auto``.
+        workers: threads that read and decode; by default one per CPU, at most 16.
+        max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        dry_run: estimate images, time and bytes; change nothing.
+        silent: show no progress and say nothing.
+
+    Returns:
+        The run record (also kept in the store's ``runs/``), or with ``dry_run`` the estimate, as plain JSON values.
+
+    Raises:
+        UsageError: an argument is wrong.
+        SourceError: the source cannot be listed, or holds no image.
+        WeightsNotFound: the weights are not at hand.
+        TooManyRejects: more images were unusable than ``max_rejects``; features are kept, no snapshot is written.
+        Interrupted: SIGINT or SIGTERM; everything in flight was committed.
+    """
+    options = Options(
+        backbone, weights, seed, tuple(nodes), precision, dtype, decode, device, batch_size, workers, max_rejects
+    )
+    allowance(max_rejects, 0)  # refused before any work
+    with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
+        if dry_run:
+            job = prepare(images, _existing(store), dataset, options, announcer(silent=silent), dry_run=True)
+            return estimate(job, TIMED_SAMPLE).as_dict()
+        target = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        with target.lock(shared=True), stop_on_signals() as stop:
+            job = prepare(images, target, dataset, options, announcer(silent=silent), dry_run=False)
+            run = begin_run(target)
+            with show(len(job.plan.todo), "extract", silent=silent) as progress:
+                outcome = compute(job, run.id, stop, progress)
+            return publish(target, job, run, outcome, stop)
+
+
+def _existing(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:
+    """The store, or None when there is none yet; a dry run makes none."""
+    if isinstance(store, FeatureStore):
+        return store
+    return FeatureStore(store, create=False) if Path(store).exists() else None

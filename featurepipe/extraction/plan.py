@@ -1,0 +1,120 @@
+"""What an extraction has to do, decided without touching an image: the listing joined with what the store knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+KEY_BYTES = 32
+
+
+class Keys(Protocol):
+    """Anything that can tell which keys it holds, such as the store's `KeyIndex`."""
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Boolean (n,) for uint8 keys (n, 32)."""
+        ...
+
+
+class KeySet:
+    """A small set of keys with the look-up of `Keys`; an empty one stands for a space that does not exist yet."""
+
+    def __init__(self, keys: Iterable[bytes] = ()) -> None:
+        self._keys = frozenset(keys)
+        self._prefixes = np.array([int.from_bytes(key[:8], "little") for key in self._keys], dtype="<u8")
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Boolean (n,) for uint8 keys (n, 32)."""
+        found = np.isin(np.ascontiguousarray(keys[:, :8]).view("<u8").ravel(), self._prefixes)
+        for row in np.flatnonzero(found):
+            found[row] = keys[row].tobytes() in self._keys
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each row of a listing.
+
+    Attributes:
+        listing: the source's listing, `featurepipe.images.listing.SCHEMA`.
+        keys: uint8 (rows, 32), the key of each file whose id, size and time are unchanged; zeros elsewhere.
+        has_key: bool (rows,), which rows of ``keys`` are filled.
+        todo: int64, the rows to read, in the listing's order.
+        rejected: int64, the rows that were rejected before and whose bytes have not changed.
+    """
+
+    listing: pa.Table
+    keys: np.ndarray
+    has_key: np.ndarray
+    todo: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def known(self) -> int:
+        """How many rows need nothing: their features are in the store."""
+        return self.listing.num_rows - len(self.todo) - len(self.rejected)
+
+
+def make_plan(listing: pa.Table, known_files: pa.Table, have: Keys, rejected: Keys) -> Plan:
+    """Decides which images must be read.
+
+    A file whose id, size and modification time are as before is taken to have the same bytes (and so the same key); it is
+    read only when some wanted column lacks that key. Everything else is read, and its key decides.
+
+    Args:
+        listing: what the source holds now.
+        known_files: id, size, mtime_ns, key of files seen before; later rows win.
+        have: the keys that have every wanted column.
+        rejected: the keys that were rejected.
+    """
+    keys, has_key = _keys_of_unchanged(listing, known_files)
+    done = np.zeros(len(keys), dtype=bool)
+    refused = np.zeros(len(keys), dtype=bool)
+    done[has_key] = have.contains(keys[has_key])
+    refused[has_key] = rejected.contains(keys[has_key])
+    refused &= ~done
+    return Plan(listing, keys, has_key, np.flatnonzero(~done & ~refused), np.flatnonzero(refused))
+
+
+def _keys_of_unchanged(listing: pa.Table, known_files: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    keys = np.zeros((listing.num_rows, KEY_BYTES), dtype=np.uint8)
+    has_key = np.zeros(listing.num_rows, dtype=bool)
+    if not listing.num_rows or not known_files.num_rows:
+        return keys, has_key
+    here = pa.table({**_stat(listing), "row": np.arange(listing.num_rows)})
+    there = pa.table({**_stat(known_files), "known_row": np.arange(known_files.num_rows)})
+    matches = here.join(there, keys=["id", "size", "mtime_ns"], join_type="inner")
+    known_size = matches["size"].to_numpy() >= 0  # a source that cannot tell sizes or times cannot tell "unchanged"
+    known_time = matches["mtime_ns"].to_numpy() >= 0
+    rows = matches["row"].to_numpy()[known_size & known_time]
+    known_rows = matches["known_row"].to_numpy()[known_size & known_time]
+    order = np.argsort(known_rows, kind="stable")  # so that the later of two notes on one file wins
+    keys[rows[order]] = key_matrix(known_files["key"])[known_rows[order]]
+    has_key[rows] = True
+    return keys, has_key
+
+
+def _stat(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return {"id": table["id"].cast(pa.large_string()), "size": table["size"], "mtime_ns": table["mtime_ns"]}
+
+
+def key_matrix(keys: pa.ChunkedArray) -> np.ndarray:
+    """Keys as uint8 (n, 32) without a Python object each; null keys become zeros."""
+    chunks = [_fixed(chunk) for chunk in keys.chunks if len(chunk)]
+    return np.concatenate(chunks) if chunks else np.zeros((0, KEY_BYTES), dtype=np.uint8)
+
+
+def _fixed(chunk: pa.Array) -> np.ndarray:
+    data = np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=(chunk.offset + len(chunk)) * KEY_BYTES)
+    matrix = data.reshape(-1, KEY_BYTES)[chunk.offset :]
+    if chunk.null_count:
+        matrix = matrix.copy()
+        matrix[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
+    return matrix

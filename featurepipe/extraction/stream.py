@@ -1,0 +1,176 @@
+"""The way of an image from its source to a batch: read, key, decode, resize and crop, in threads, through a bounded window."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from featurepipe.errors import Reject
+from featurepipe.images import Source, key_of
+from featurepipe.images.decode import decode
+
+SLICE = 8
+"""Images per task: enough that handing a task to a thread costs nothing beside decoding."""
+
+Payload = bytes | np.ndarray
+Decoder = Callable[[Sequence[Payload]], Iterable["torch.Tensor | Reject"]]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """One image after loading.
+
+    Attributes:
+        row: its row in the listing.
+        key: SHA-256 of its bytes; None when they could not be read.
+        missing: the columns to compute for it; empty when everything is known (then it was not decoded).
+        pixels: uint8 (C, H, W), resized and cropped; None when there is nothing to compute.
+        reason: why it was rejected, or None.
+    """
+
+    row: int
+    key: bytes | None = None
+    missing: tuple[str, ...] = ()
+    pixels: torch.Tensor | None = None
+    reason: str | None = None
+
+
+@dataclass
+class StageSeconds:
+    """Seconds spent per stage, added up over threads; the clock of the bottleneck verdict.
+
+    ``waiting`` is what the main thread spent waiting for images, the one figure that is wall-clock time lost.
+    """
+
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "forward", "write", "waiting"), 0.0))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of a ``with`` block to stage ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds ``seconds`` to stage ``name``."""
+        with self._lock:
+            self.totals[name] += seconds
+
+
+class Loader:
+    """Loads rows of a listing in order, with ``workers`` threads and at most ``window`` images ahead.
+
+    Args:
+        source: where the bytes are.
+        missing: tells for a key which columns are to be computed, and None when the key is to be rejected again.
+        decoder: turns payloads into uint8 images (C, H, W), or the `Reject` that says why not, in their order.
+        prepare: resizes and crops one decoded image, uint8 (C, H, W) to uint8 (C, h, w).
+        clock: where the stages' time is added up.
+        workers: threads; they spend their time in code that releases the interpreter's lock.
+        window: how many images may be loaded but not yet taken.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        missing: Callable[[bytes], tuple[str, ...] | Reject],
+        decoder: Decoder,
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        clock: StageSeconds,
+        workers: int,
+        window: int,
+    ) -> None:
+        self._source, self._missing, self._decoder, self._prepare = source, missing, decoder, prepare
+        self._clock, self._workers, self._window = clock, workers, window
+
+    def load(self, listing: pa.Table, rows: np.ndarray, stop: Callable[[], bool] = bool) -> Iterator[list[Loaded]]:
+        """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true."""
+        locators = listing["locator"]
+        starts = range(0, len(rows), SLICE)
+        tasks = ((rows[s : s + SLICE], locators.take(pa.array(rows[s : s + SLICE])).to_pylist()) for s in starts)
+        ahead: deque[Future[list[Loaded]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, "featurepipe-load")
+        try:
+            for some_rows, some_locators in tasks:
+                ahead.append(pool.submit(self._load_slice, some_rows, some_locators))
+                if len(ahead) * SLICE >= self._window and self._ready(ahead[0], stop):
+                    yield ahead.popleft().result()
+                if stop():
+                    return
+            while ahead and self._ready(ahead[0], stop):
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ready(self, future: Future[list[Loaded]], stop: Callable[[], bool]) -> bool:
+        """Waits until ``future`` is done, or it is time to stop."""
+        with self._clock.stage("waiting"):
+            while not stop():
+                if wait([future], timeout=0.5).done:
+                    return True
+        return False
+
+    def _load_slice(self, rows: Sequence[int], locators: Sequence[bytes]) -> list[Loaded]:
+        images = [Loaded(int(row)) for row in rows]
+        payloads: list[Payload] = []
+        wanted: list[Loaded] = []
+        for image, locator in zip(images, locators, strict=True):
+            payload = self._read(image, locator)
+            if payload is not None and image.missing:
+                payloads.append(payload)
+                wanted.append(image)
+        with self._clock.stage("decode"):
+            for image, pixels in zip(wanted, self._decoder(payloads), strict=True):
+                if isinstance(pixels, Reject):
+                    image.reason, image.missing = str(pixels), ()
+                else:
+                    image.pixels = self._prepare(pixels)
+        return images
+
+    def _read(self, image: Loaded, locator: bytes) -> Payload | None:
+        """Reads the bytes and looks their key up; None when they cannot be read."""
+        try:
+            with self._clock.stage("read"):
+                payload = self._source.read(locator)
+                image.key = key_of(payload)
+            missing = self._missing(image.key)
+        except Reject as reject:
+            image.reason = str(reject)
+            return None
+        if isinstance(missing, Reject):
+            image.reason = str(missing)
+        else:
+            image.missing = missing
+        return payload
+
+
+def decoder_for(route: str, colour: Literal["rgb", "grey"], device: str) -> Decoder:
+    """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else."""
+    if route == "gpu":
+        from featurepipe.images.decode_gpu import decode_batch
+
+        return partial(decode_batch, colour=colour, device=device)
+    return partial(_decode_on_cpu, colour=colour)
+
+
+def _decode_on_cpu(payloads: Sequence[Payload], *, colour: Literal["rgb", "grey"]) -> Iterator[torch.Tensor | Reject]:
+    for payload in payloads:
+        try:
+            yield decode(payload, colour=colour)
+        except Reject as reject:
+            yield reject

@@ -1,0 +1,126 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere, nothing when silent.
+
+Everything goes to standard error, so that standard output stays free for results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import rich.progress
+
+
+class Progress(Protocol):
+    """Where a verb tells how far it is."""
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """``images`` more are finished; ``bottleneck`` is what the work waits for now, if known."""
+        ...
+
+    def say(self, message: str) -> None:
+        """A line that the user should see, above the bar."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """Does nothing."""
+
+    def say(self, message: str) -> None:
+        """Does nothing."""
+
+
+class Lines:
+    """A plain line every few seconds, for logs and pipes."""
+
+    def __init__(
+        self, total: int, what: str, stream: IO[str], *, every: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._what, self._stream, self._every, self._clock = total, what, stream, every, clock
+        self._start = self._last = clock()
+        self._done = 0
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """Counts, and prints when the last line is old enough."""
+        self._done += images
+        now = self._clock()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        rate = self._done / max(now - self._start, 1e-9)
+        left = duration((self._total - self._done) / rate) if rate > 0 else "?"
+        tail = f", {bottleneck}" if bottleneck else ""
+        self.say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.1f} img/s, {left} left{tail}")
+
+    def say(self, message: str) -> None:
+        """Prints one line."""
+        print(message, file=self._stream, flush=True)  # noqa: T201
+
+
+class Bar:
+    """A rich progress bar with rate, time left and the current bottleneck."""
+
+    def __init__(self, bar: rich.progress.Progress, task: rich.progress.TaskID) -> None:
+        self._bar, self._task = bar, task
+        self._start, self._done = time.monotonic(), 0
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """Moves the bar."""
+        self._done += images
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        self._bar.update(self._task, advance=images, bottleneck=bottleneck, rate=f"{rate:,.1f} img/s")
+
+    def say(self, message: str) -> None:
+        """Prints one line above the bar."""
+        self._bar.console.print(message, highlight=False, markup=False)
+
+
+def announcer(*, silent: bool = False) -> Callable[[str], None]:
+    """A function that prints one line on standard error, or does nothing when ``silent``."""
+    return Silent().say if silent else Lines(0, "", sys.stderr).say
+
+
+@contextmanager
+def show(total: int, what: str, *, silent: bool = False, stream: IO[str] | None = None) -> Iterator[Progress]:
+    """Progress of ``total`` images in the form that fits ``stream`` (standard error unless told otherwise)."""
+    stream = stream or sys.stderr
+    if silent:
+        yield Silent()
+        return
+    if not stream.isatty():
+        yield Lines(total, what, stream)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[bottleneck]}"),
+    )
+    with RichProgress(*columns, console=Console(file=stream), refresh_per_second=4) as bar:
+        task = bar.add_task(what, total=total, bottleneck="", rate="")
+        yield Bar(bar, task)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``.
+
+    Example:
+        >>> duration(3725.4)
+        '1:02:05'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

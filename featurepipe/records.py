@@ -1,0 +1,73 @@
+"""The run record: who ran what with which versions, what came of it, and where the time went."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "pillow", "timm")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a feature; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def host() -> dict[str, Any]:
+    """The machine a run took place on."""
+    return {"name": socket.gethostname(), "system": platform.system(), "cpus": os.cpu_count(), "pid": os.getpid()}
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
+    """One line that says what a run waited for and what would help.
+
+    Args:
+        seconds: per stage; ``waiting`` is the main thread waiting for images, ``forward`` and ``write`` are main-thread time
+            too, ``read`` and ``decode`` are summed over loader threads.
+        wall: seconds of the whole computation.
+        device: where the network ran.
+
+    Example:
+        >>> verdict({"waiting": 7.0, "decode": 20.0, "read": 1.0, "forward": 2.0, "write": 0.1}, 10.0, device="cuda")
+        'decode-bound: the network waited 70 % of the time; add --workers or use --decode gpu'
+    """
+    if wall <= 0:
+        return "nothing to compute"
+    stage = bottleneck(seconds)
+    if stage == "forward":
+        share = seconds["forward"] / wall
+        more = "" if device.startswith("cuda") else "; a GPU, --precision auto or a node nearer the input would help"
+        return f"forward-bound: the network was busy {share:.0%} of the time{more}".replace("%", " %")
+    share = seconds["write" if stage == "write" else "waiting"] / wall
+    advice = {
+        "read": "the source is slow; add --workers, or copy the images to a nearer disk",
+        "decode": "add --workers" + (" or use --decode gpu" if device.startswith("cuda") else ", or cores"),
+        "write": "the store's disk is slow; use a faster one, or fewer and narrower columns",
+    }[stage]
+    who = "the run waited for the store" if stage == "write" else "the network waited"
+    return f"{stage}-bound: {who} {share:.0%} of the time; {advice}".replace("%", " %")
+
+
+def bottleneck(seconds: Mapping[str, float]) -> str:
+    """The stage that the main thread loses most time to: ``forward``, ``write``, or what it waits for, ``read`` or ``decode``."""
+    mains = {"forward": seconds["forward"], "write": seconds["write"], "waiting": seconds["waiting"]}
+    worst = max(mains, key=lambda name: mains[name])
+    if worst != "waiting":
+        return worst
+    return "read" if seconds["read"] > seconds["decode"] else "decode"
