@@ -150,7 +150,7 @@ def _decode_pillow(payload: bytes) -> Image.Image:
 
 def _plugin_for(payload: bytes) -> type[Any]:
     for magic, plugin in _FORMATS:
-        if payload.startswith(magic):
+        if payload.startswith(magic) and (magic != b"RIFF" or payload[8:12] == b"WEBP"):
             return plugin
     for magic, name in _NAMED_ONLY:
         if magic in payload[4:12]:
