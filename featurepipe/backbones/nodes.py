@@ -1,7 +1,7 @@
 """Nodes: the outputs inside a network that can be kept, found by tracing it with ``torch.fx``.
 
 Names are those of ``torchvision.models.feature_extraction``. Three building blocks that torchvision treats as leaves
-(``Conv2dNormActivation``, ``SqueezeExcitation``, ``MLP``) are traced into, so that their insides can be kept, and fused,
+(``Conv2dNormActivation``, ``SqueezeExcitation``, ``MLP``) are traced into, so that their insides can be kept and fused
 too; their own names still work, as block names.
 """
 
@@ -126,7 +126,7 @@ def bottleneck(found: Trace) -> str:
     first = node
     while node is not None:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+        if _classifies(node, layer):
             source = node.args[0]
             return found.names[source] if isinstance(source, fx.Node) and source in found.names else found.names[node]
         inputs = node.all_input_nodes
@@ -134,6 +134,12 @@ def bottleneck(found: Trace) -> str:
             break
         node = inputs[0] if inputs[0] in found.names else None
     return found.names[first] if first is not None else ""
+
+
+def _classifies(node: fx.Node, layer: nn.Module | None) -> bool:
+    if node.op == "call_function":  # a subclass of Linear, which the tracer looks into
+        return node.target is nn.functional.linear
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
 def _last_value(found: Trace) -> fx.Node | None:

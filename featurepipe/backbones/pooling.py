@@ -1,8 +1,8 @@
 """Pooling: one activation per image becomes one vector per image.
 
-``gap`` averages over positions, ``gmp`` takes the maximum, ``gem`` is the generalised mean with p = 3 (Radenović, Tolias
-and Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019), ``avgKxK`` and ``maxKxK`` keep a K x K
-grid of cells, ``flatten`` keeps every position, ``map`` keeps the activation's own axes.
+``gap`` averages over positions, ``gmp`` takes the maximum, ``gem`` is the generalised mean with p = 3 (Radenović,
+Tolias and Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019), ``avgKxK`` and ``maxKxK`` keep
+a grid of cells, ``flatten`` keeps every position, ``map`` keeps the activation's own axes.
 """
 
 from __future__ import annotations
@@ -88,41 +88,40 @@ def pool(features: Tensor, pooling: str, *, channel_axis: int | None = None) -> 
 
     Returns:
         float32 (N, D) on the same device; sums are taken in float32 whatever the input's dtype. Vectors pass through
-        every pooling but the grids unchanged. Grids and ``flatten`` order their values channel by channel, then row by
-        row. ``map`` is the exception in shape: maps give (N, C, H, W), tokens (N, T, D), always channels first for maps.
+        every pooling but the grids unchanged. Grids and ``flatten`` of maps order their values channel by channel,
+        then row by row. ``map`` is the exception in shape: maps give (N, C, H, W), whatever the order of axes in the network,
+        and tokens (N, T, D).
 
     Raises:
         UsageError: The pooling is unknown, or a grid is asked of something that is not a map.
     """
-    import torch
-
     check_pooling(pooling)
     _check_suits(features.ndim, pooling)
     if features.ndim == 2:
         return features.float()
     axis = _channel_axis(features.ndim, channel_axis)
-    positions = tuple(i for i in range(1, features.ndim) if i != axis)
+    if pooling in ("gap", "gmp", "gem"):
+        return _pool_positions(features, pooling, tuple(i for i in range(1, features.ndim) if i != axis))
+    maps = (features.movedim(axis, 1) if features.ndim == 4 else features).float()
+    grid = grid_of(pooling)
+    if grid is not None:
+        return _pool_grid(maps, *grid)
+    return maps.contiguous() if pooling == "map" else maps.flatten(1)
+
+
+def _pool_positions(features: Tensor, pooling: str, positions: tuple[int, ...]) -> Tensor:
+    import torch
+
     if pooling == "gap":
         return features.mean(positions, dtype=torch.float32)
     if pooling == "gmp":
         return features.amax(positions).float()
-    if pooling == "gem":
-        return features.float().clamp(min=GEM_FLOOR).pow(GEM_POWER).mean(positions).pow(1 / GEM_POWER)
-    maps = features.movedim(axis, 1) if features.ndim == 4 else features
-    if pooling == "map":
-        return maps.float().contiguous()
-    if pooling == "flatten":
-        return maps.float().flatten(1)
-    return _pool_grid(maps.float(), pooling)
+    return features.float().clamp(min=GEM_FLOOR).pow(GEM_POWER).mean(positions).pow(1 / GEM_POWER)
 
 
-def _pool_grid(maps: Tensor, pooling: str) -> Tensor:
+def _pool_grid(maps: Tensor, kind: str, rows: int, columns: int) -> Tensor:
     from torch.nn import functional
 
-    grid = grid_of(pooling)
-    if grid is None:  # check_pooling has let only grids through to here
-        raise UsageError(f"unknown pooling {pooling!r}")
-    kind, rows, columns = grid
     cells = functional.adaptive_avg_pool2d if kind == "avg" else functional.adaptive_max_pool2d
     pooled: Tensor = cells(maps, (rows, columns))
     return pooled.flatten(1)
@@ -137,10 +136,10 @@ def _channel_axis(ndim: int, channel_axis: int | None) -> int:
 def _check_suits(ndim: int, pooling: str) -> None:
     if ndim not in (2, 3, 4):
         raise UsageError(
-            f"an activation with {ndim} axes cannot be pooled; choose a node with shape (N, D), (N, T, D) or (N, C, H, W)"
+            f"an activation with {ndim} axes cannot be pooled; choose one that gives (N, D), (N, T, D) or (N, C, H, W)"
         )
     if grid_of(pooling) is not None and ndim != 4:
-        what = "vectors" if ndim == 2 else "tokens"
+        what = "vectors (N, D)" if ndim == 2 else "tokens (N, T, D)"
         raise UsageError(
-            f"pooling {pooling!r} needs a map (N, C, H, W), but this node gives {what} with {ndim} axes; use gap or flatten"
+            f"pooling {pooling!r} needs a map (N, C, H, W), but this node gives {what}; use gap or flatten"
         )
