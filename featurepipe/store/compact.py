@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,9 +48,24 @@ class _Planned:
     def drops(self) -> int:
         return self.part.rows - int(self.keep.sum())
 
+
+class _Batch:
+    """Parts of one kind that become one part."""
+
+    def __init__(self) -> None:
+        self.items: list[_Planned] = []
+
+    def bytes_with(self, *more: _Planned) -> int:
+        """Size of the arrays of the merged part; ids are as wide as the widest of all."""
+        items = [*self.items, *more]
+        rows = sum(int(item.keep.sum()) for item in items)
+        ids = max(np.dtype(item.part.arrays["id"].dtype).itemsize for item in items)
+        part = items[0].part
+        return rows * (ids + sum(info.nbytes // part.rows for name, info in part.arrays.items() if name != "id"))
+
     @property
-    def kept_bytes(self) -> int:
-        return int(self.part.file_bytes * self.keep.mean())
+    def worthwhile(self) -> bool:
+        return len(self.items) > 1 or self.items[0].drops > 0
 
 
 def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_run: bool = False) -> CompactReport:
@@ -77,22 +92,22 @@ def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_
 
 def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dry_run: bool) -> None:
     parts = space.parts()
-    batches = list(_batches(_plan(parts), target_bytes))
+    batches = _batches(_plan(parts), target_bytes)
     damaged = {part.name for part in parts if batches and damaged_arrays(part)}
     if damaged:  # never copy damage, and never drop a row for the sake of a damaged copy
         parts = [part for part in parts if part.name not in damaged]
-        batches = list(_batches(_plan(parts), target_bytes))
+        batches = _batches(_plan(parts), target_bytes)
     report.damaged += sorted(damaged | {Path(name).stem for name in space.damaged})
     report.parts_before += len(space.part_paths())
     report.parts_after += len(space.part_paths())
     for batch in batches:
-        report.rows_dropped += sum(item.drops for item in batch)
-        report.bytes_freed += sum(item.part.file_bytes for item in batch)
-        report.parts_after -= len(batch) - int(any(item.keep.any() for item in batch))
+        report.rows_dropped += sum(item.drops for item in batch.items)
+        report.bytes_freed += sum(item.part.file_bytes for item in batch.items)
+        report.parts_after -= len(batch.items) - int(any(item.keep.any() for item in batch.items))
         if dry_run:
-            report.bytes_freed -= sum(item.kept_bytes for item in batch)
+            report.bytes_freed -= batch.bytes_with()
         else:
-            merged = rewrite_parts(space, [item.part for item in batch], [item.keep for item in batch])
+            merged = rewrite_parts(space, [item.part for item in batch.items], [item.keep for item in batch.items])
             report.bytes_freed -= merged.file_bytes if merged else 0
 
 
@@ -109,25 +124,21 @@ def _plan(parts: Iterable[PartInfo]) -> list[_Planned]:
     return plan
 
 
-def _batches(plan: Sequence[_Planned], target_bytes: int) -> Iterator[list[_Planned]]:
-    """Groups parts that become one: small ones together, and any that loses rows."""
-    groups: dict[object, list[_Planned]] = {}
+def _batches(plan: Sequence[_Planned], target_bytes: int) -> list[_Batch]:
+    """Groups parts that become one: small ones together, and any that loses rows.
+
+    First fit: at most one small batch of each kind is left over, so a second run finds nothing to merge.
+    """
+    kinds: dict[object, list[_Batch]] = {}
     for item in plan:
-        if item.drops or item.part.file_bytes < target_bytes // 2:
-            groups.setdefault(_likeness(item.part), []).append(item)
-    for group in groups.values():
-        batch: list[_Planned] = []
-        for item in group:
-            if batch and sum(i.kept_bytes for i in batch) + item.kept_bytes > target_bytes:
-                yield from _worthwhile(batch)
-                batch = []
-            batch.append(item)
-        yield from _worthwhile(batch)
-
-
-def _worthwhile(batch: list[_Planned]) -> Iterator[list[_Planned]]:
-    if len(batch) > 1 or batch[0].drops:
-        yield batch
+        if not item.drops and _Batch().bytes_with(item) >= target_bytes // 2:
+            continue
+        batches = kinds.setdefault(_likeness(item.part), [])
+        fitting = next((batch for batch in batches if batch.bytes_with(item) <= target_bytes), None)
+        if fitting is None:
+            batches.append(fitting := _Batch())
+        fitting.items.append(item)
+    return [batch for batches in kinds.values() for batch in batches if batch.worthwhile]
 
 
 def _likeness(part: PartInfo) -> object:

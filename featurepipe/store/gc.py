@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,9 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
         dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and is_temporary(path.name)]
         report.leftovers_removed = len(dead)
         _remove([*old, *dead], report, dry_run=dry_run)
+        latest = {dataset: store.snapshot_ids(dataset)[-1] for dataset in store.datasets()}
         for space in store.spaces():
-            _collect_space(store, space, needed, report, dry_run=dry_run)
+            _collect_space(space, needed, latest, report, dry_run=dry_run)
     return report
 
 
@@ -97,7 +98,9 @@ def _needed_keys(store: FeatureStore, old: set[Path]) -> _Needed:
     return _Needed(np.unique(np.concatenate(keys), axis=0))
 
 
-def _collect_space(store: FeatureStore, space: Space, needed: _Needed, report: GcReport, *, dry_run: bool) -> None:
+def _collect_space(
+    space: Space, needed: _Needed, latest: Mapping[str, str], report: GcReport, *, dry_run: bool
+) -> None:
     for part in space.parts():
         try:
             keep = needed.contains(as_keys(read_array(part, "key")))
@@ -105,7 +108,7 @@ def _collect_space(store: FeatureStore, space: Space, needed: _Needed, report: G
             continue  # verify's business
         if keep.all():
             continue
-        if _unfinished(store, part):
+        if _unfinished(part, latest):
             report.rows_unfinished += int((~keep).sum())
         elif not (keep.any() and damaged_arrays(part)):  # damage is never copied into a fresh part
             _drop_rows(space, part, keep, report, dry_run=dry_run)
@@ -124,11 +127,10 @@ def _drop_rows(space: Space, part: PartInfo, keep: Mask, report: GcReport, *, dr
         report.bytes_freed += part.file_bytes - (rest.file_bytes if rest else 0)
 
 
-def _unfinished(store: FeatureStore, part: PartInfo) -> bool:
-    """Tells whether a part is of a run after the last snapshot of its dataset."""
-    datasets = [part.dataset] if part.dataset else store.datasets()
-    latest = [run_id for dataset in datasets for run_id in store.snapshot_ids(dataset)[-1:]]
-    return not latest or part.run_id > max(latest)
+def _unfinished(part: PartInfo, latest: Mapping[str, str]) -> bool:
+    """Tells whether a part is of a run after the last snapshot of its dataset (of any, if it names none)."""
+    last = latest.get(part.dataset, "") if part.dataset else max(latest.values(), default="")
+    return part.run_id > last
 
 
 def _is_spent(space: Space, path: Path, needed: _Needed) -> bool:

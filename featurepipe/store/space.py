@@ -22,6 +22,7 @@ from featurepipe.store.keys import keys_to_arrow
 from featurepipe.store.parts import PartInfo, read_array, read_part
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
+from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter
 
 KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
@@ -216,7 +217,7 @@ class Space:
             self.path / "parts",
             fingerprint=self.fingerprint,
             run_id=checked_run_id(run_id),
-            dataset=dataset,
+            dataset=checked_dataset(dataset) if dataset else "",
             dtype=dtype,
             part_bytes=part_bytes,
             part_seconds=part_seconds,

@@ -1,0 +1,94 @@
+"""Finding keys."""
+
+import numpy as np
+import pytest
+
+from featurepipe.errors import UsageError
+from featurepipe.store import KeyIndex
+
+
+def add_keys(store, space, keys, columns=("a:gap",)):
+    values = {column: np.arange(len(keys), dtype=np.float32)[:, None] for column in columns}
+    with space.writer(store.new_run_id()) as writer:
+        writer.add(keys, [str(i) for i in range(len(keys))], np.zeros(len(keys)), np.zeros(len(keys)), values)
+
+
+def test_keys_that_share_prefixes_are_told_apart(store, space):
+    keys = np.zeros((64, 32), np.uint8)
+    keys[:, 31] = np.random.default_rng(0).permutation(64)
+    add_keys(store, space, keys[:40])
+    index = space.index(["a:gap"])
+    np.testing.assert_array_equal(index.contains(keys), np.arange(64) < 40)
+    part, row, found = index.locate(keys)
+    np.testing.assert_array_equal(row, np.where(np.arange(64) < 40, np.arange(64), -1))
+    np.testing.assert_array_equal(part, np.where(found, 0, -1))
+
+
+def test_all_columns_are_needed_but_may_lie_in_different_parts(store, space, rows):
+    rows.write(store, space, ["1", "2", "3"], columns=("a:gap",))
+    rows.write(store, space, ["2", "4"], columns=("b:gap",))
+    rows.write(store, space, ["3"], columns=("a:gap", "b:gap"))
+    keys = rows.keys(["1", "2", "3", "4", "5"])
+    index = space.index(["a:gap", "b:gap"])
+    assert index.contains(keys).tolist() == [False, True, True, False, False]
+    assert space.index(["a:gap"]).contains(keys).tolist() == [True, True, True, False, False]
+    assert space.index().contains(keys).tolist() == [True, True, True, True, False]
+    assert index.locate(keys, "b:gap")[0].tolist() == [-1, 1, 2, 1, -1]
+    assert index.locate(keys)[0].tolist() == [-1, -1, 2, -1, -1]
+    with pytest.raises(UsageError, match="'c:gap'"):
+        index.locate(keys, "c:gap")
+
+
+def test_the_first_committed_copy_is_found_however_segments_were_merged(store, space, rows):
+    names = [f"n{i}" for i in range(50)]
+    for start in range(0, 50, 5):
+        rows.write(store, space, names[start : start + 10])
+    part, row, found = space.index(["a:gap"]).locate(rows.keys(names))
+    expected = np.maximum(np.arange(50) // 5 - 1, 0)
+    assert found.all()
+    np.testing.assert_array_equal(part, expected)
+    np.testing.assert_array_equal(row, np.arange(50) - 5 * expected)
+
+
+def test_grows_by_parts_and_stays_compact(store, space):
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 256, (4000, 32), np.uint8)
+    index = KeyIndex(["a:gap"])
+    for number in range(8):
+        add_keys(store, space, keys[number * 500 : (number + 1) * 500])
+        index.add(space.parts()[-1])
+        np.testing.assert_array_equal(index.contains(keys), np.arange(4000) < (number + 1) * 500)
+    assert len(index) == 4000
+    assert index.nbytes <= 60 * 4000
+    assert sum(map(len, index._groups.values())) <= 3
+
+
+def test_takes_keys_as_bytes_too(store, space, rows):
+    rows.write(store, space, ["1"])
+    assert space.index().contains([bytes(key) for key in rows.keys(["1", "2"])]).tolist() == [True, False]
+    assert space.index().contains([]).tolist() == []
+    with pytest.raises(UsageError, match="32 bytes"):
+        space.index().contains([b"short"])
+
+
+def test_a_damaged_part_counts_as_absent_and_is_named(store, space, rows, flip_bit):
+    rows.write(store, space, ["1"])
+    rows.write(store, space, ["2"])
+    rows.write(store, space, ["3"])
+    first, second, _ = space.part_paths()
+    flip_bit(first, 20)  # header
+    flip_bit(second, space.parts()[0].arrays["key"].offset)
+    fresh = store.spaces()[0]
+    assert fresh.index(["a:gap"]).contains(rows.keys(["1", "2", "3"])).tolist() == [False, False, True]
+    assert sorted(fresh.damaged) == [first.name, second.name]
+    assert "header" in fresh.damaged[first.name]
+    assert "key" in fresh.damaged[second.name]
+
+
+def test_a_part_of_another_space_counts_as_damaged(store, space, rows):
+    other = store.open_space({"dtype": "float16", "net": "other"}, backbone="other")
+    rows.write(store, other, ["1"])
+    (path,) = other.part_paths()
+    path.rename(space.path / "parts" / path.name)
+    assert not space.index().contains(rows.keys(["1"])).any()
+    assert "another feature space" in space.damaged[path.name]

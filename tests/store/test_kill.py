@@ -1,0 +1,80 @@
+"""Writers that die, and writers side by side."""
+
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+
+from featurepipe.store import FeatureStore, gc_store, verify_store
+
+WRITER = textwrap.dedent("""
+    import hashlib, sys
+    import numpy as np
+    from featurepipe.store import FeatureStore
+
+    store = FeatureStore(sys.argv[1])
+    first, count = int(sys.argv[2]), int(sys.argv[3])
+    space = store.open_space({"dtype": "float16"}, backbone="n")
+    print("ready", flush=True)
+    with store.lock(shared=True), space.writer(store.new_run_id(), part_bytes=20_000) as writer:
+        for number in range(first, first + count):
+            key = np.frombuffer(hashlib.sha256(str(number).encode()).digest(), np.uint8)[None]
+            values = np.full((1, 256), number % 1000, np.float32)
+            writer.add(key, [str(number)], [number], [number], {"a:gap": values})
+        reject = {"key": None, "id": f"bad{first}", "size": 0, "mtime_ns": 0, "reason": "x: y", "run_id": "r"}
+        space.add_rejects([reject])
+""")
+
+
+def start(path, first, count):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(first), str(count)], stdout=subprocess.PIPE, text=True
+    )
+    with process.stdout as output:
+        assert output.readline() == "ready\n"
+    return process
+
+
+def test_a_killed_writer_loses_only_the_part_in_flight(tmp_path, rows):
+    rng = random.Random(0)
+    committed = 0
+    for round_number in range(6):
+        process = start(tmp_path / "s", round_number * 10**6, 10**6)
+        time.sleep(rng.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        store = FeatureStore(tmp_path / "s")
+        (space,) = store.spaces()
+        report = verify_store(store)
+        assert report.clean, report.problems
+        assert all(name.endswith(".h5.tmp") for name in report.leftovers)
+        assert report.rows >= committed
+        committed = report.rows
+        for part in space.parts():
+            column = part.columns["a:gap"]
+            stored = np.fromfile(part.path, "<f2", 256 * part.rows, offset=column.offset).reshape(-1, 256)
+            sizes = np.fromfile(part.path, "<i8", part.rows, offset=part.arrays["size"].offset)
+            np.testing.assert_array_equal(stored, np.repeat(sizes[:, None] % 1000, 256, axis=1))
+            keys = np.fromfile(part.path, np.uint8, 32 * part.rows, offset=part.arrays["key"].offset).reshape(-1, 32)
+            np.testing.assert_array_equal(keys[:1], rows.keys([str(sizes[0])]))
+    assert committed > 0
+    gc_store(store)
+    assert verify_store(store).leftovers == []
+
+
+def test_two_writers_at_once_lose_nothing(tmp_path, rows):
+    processes = [start(tmp_path / "s", first, 1500) for first in (0, 1000)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    store = FeatureStore(tmp_path / "s")
+    (space,) = store.spaces()
+    assert verify_store(store).clean
+    assert sum(part.rows for part in space.parts()) == 3000
+    assert space.index(["a:gap"]).contains(rows.keys([str(i) for i in range(2500)])).all()
+    assert sorted(space.rejects()["id"].to_pylist()) == ["bad0", "bad1000"]
+    names = [str(i) for i in range(2500)]
+    rows.snapshot(store, "d", names)
+    np.testing.assert_array_equal(store.features("d", "a").read()[:, 7], np.arange(2500) % 1000)

@@ -1,0 +1,156 @@
+"""Exports, descriptions, and other people's HDF5 arrays."""
+
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from featurepipe.errors import DiskFull, StoreError, UsageError
+from featurepipe.store import describe, export, open_arrays
+
+NAMES = ["cat1", "dog1", "ünicorn", "cat2"]
+
+
+@pytest.fixture
+def features(store, space, rows):
+    rows.write(store, space, NAMES[::-1])
+    rows.snapshot(store, "d", NAMES, label=["cat", "dog", None, "cat"], split=["train", "test", None, "train"])
+    return store.features("d")
+
+
+def test_export_to_hdf5_is_plain(features, rows, tmp_path):
+    export(features, tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert sorted(file) == ["X", "classes", "ids", "y"]
+        assert file["X"].dtype == np.float16
+        np.testing.assert_array_equal(file["X"], rows.features(NAMES))
+        assert list(file["ids"].asstr()) == NAMES
+        assert file["y"][:].tolist() == [0, 1, -1, 0]
+        assert list(file["classes"].asstr()) == ["cat", "dog"]
+
+
+def test_export_to_npz_needs_no_pickle(features, rows, tmp_path):
+    export(features, tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["X"], rows.features(NAMES))
+        assert file["ids"].tolist() == NAMES
+        assert file["classes"][file["y"][[0, 1, 3]]].tolist() == ["cat", "dog", "cat"]
+        assert file["y"][2] == -1
+
+
+def test_export_to_parquet_in_blocks(features, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("featurepipe.store.exports._BLOCK_ROWS", 3)
+    export(features, tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table.column_names == ["id", "label", "split", "features"]
+    assert table["id"].to_pylist() == NAMES
+    assert table["label"].to_pylist() == ["cat", "dog", None, "cat"]
+    np.testing.assert_array_equal(np.array(table["features"].to_pylist()), rows.features(NAMES))
+
+
+def test_export_without_labels_has_no_y(store, features, rows, tmp_path):
+    rows.snapshot(store, "d", NAMES, label=[None] * 4)
+    export(store.features("d"), tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert sorted(file) == ["X", "ids"]
+
+
+def test_export_names_the_choices(features, tmp_path):
+    with pytest.raises(UsageError, match=r"'x\.csv'.*\.h5, \.npz, \.parquet"):
+        export(features, tmp_path / "x.csv")
+    with pytest.raises(UsageError, match="no folder"):
+        export(features, tmp_path / "absent" / "x.h5")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".parquet"])
+def test_a_failed_export_leaves_the_old_file(features, tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_text("old")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("featurepipe.store.rows.ColumnRows.read", fail)
+    with pytest.raises(DiskFull):
+        export(features, path)
+    assert path.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store", path.name]
+
+
+def test_a_description_is_json(store, features, space, rows):
+    rows.snapshot(store, "d", [*NAMES, "bad", "cat1"], status=["ok"] * 4 + ["rejected", "ok"], split=["train"] * 6)
+    store.write_run({"run_id": store.new_run_id(), "status": "done"})
+    said = json.loads(json.dumps(describe(store)))
+    (described,) = said["spaces"]
+    assert described["columns"] == {"a:gap": {"dtype": "float16", "width": 4, "rows": 4, "bytes": 32}}
+    assert (described["name"], described["parts"], described["rows"]) == (space.name, 1, 4)
+    assert described["bytes"] == space.part_paths()[0].stat().st_size
+    (dataset,) = said["datasets"]
+    assert (dataset["images"], dataset["distinct"], dataset["rejects"], dataset["snapshots"]) == (5, 4, 1, 2)
+    assert dataset["labels"] == {"c": 3, "d": 1, "ü": 1}
+    assert dataset["splits"] == {"train": 5}
+    assert said["runs"][0]["status"] == "done"
+
+
+@pytest.fixture
+def images(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (50, 6, 5), np.uint8)
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        file["plain"] = values
+        file.create_dataset("set/packed", data=values, chunks=(7, 6, 5), compression="gzip")
+        file["big_endian"] = values.astype(">i4")
+        file["label"] = ["cat", "dög"]
+        file["flags"] = np.array([True, False])
+        file["empty"] = np.zeros((0, 3))
+        file["nothing"] = h5py.Empty("f4")
+        file["scalar"] = 3
+    return tmp_path / "images.h5", values
+
+
+def test_arrays_are_sliced_lazily(images):
+    path, values = images
+    arrays = open_arrays(path)
+    assert sorted(arrays) == ["big_endian", "empty", "flags", "label", "plain", "scalar", "set/packed"]
+    for name in ("plain", "set/packed", "big_endian"):
+        array = pickle.loads(pickle.dumps(arrays[name]))
+        assert (array.shape, len(array)) == (values.shape, 50)
+        np.testing.assert_array_equal(array[3], values[3])
+        np.testing.assert_array_equal(array[10:20, 1], values[10:20, 1])
+        np.testing.assert_array_equal(array[-1], values[-1])
+    assert arrays["plain"].offset is not None
+    assert arrays["set/packed"].offset is None
+    assert arrays["label"][:].tolist() == ["cat", "dög"]
+    assert arrays["flags"][:].tolist() == [True, False]
+    assert arrays["empty"][:].shape == (0, 3)
+    assert arrays["scalar"][()] == 3
+
+
+def read_row(array, index):
+    return array[index]
+
+
+def test_arrays_may_be_read_by_threads_and_forks(images):
+    path, values = images
+    for array in (open_arrays(path)["plain"], open_arrays(path)["set/packed"]):
+        with ThreadPoolExecutor(4) as pool:
+            np.testing.assert_array_equal(list(pool.map(array.__getitem__, range(50))), values)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            np.testing.assert_array_equal(pool.starmap(read_row, [(array, i) for i in range(5)]), values[:5])
+
+
+def test_arrays_that_cannot_be_read_are_store_errors(images, tmp_path):
+    path, _ = images
+    arrays = open_arrays(path)
+    path.unlink()
+    with pytest.raises(StoreError, match="plain"):
+        arrays["plain"][0]
+    with pytest.raises(StoreError, match="packed"):
+        arrays["set/packed"][0]
+    (tmp_path / "x.h5").write_text("no")
+    with pytest.raises(StoreError, match="as an HDF5 file"):
+        open_arrays(tmp_path / "x.h5")

@@ -1,0 +1,169 @@
+"""Opening stores and finding feature spaces."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+
+from featurepipe.errors import StoreError, StoreLocked, UsageError
+from featurepipe.store import FeatureStore, differences, fingerprint
+
+FIELDS = {"dtype": "float16", "net": {"name": "vgg16", "sha256": "ab" * 32}, "size": 224}
+
+
+def test_makes_and_reopens(tmp_path):
+    FeatureStore(tmp_path / "a" / "b")
+    record = json.loads((tmp_path / "a" / "b" / "store.json").read_text())
+    assert (record["format"], record["version"]) == ("featurepipe-store", 1)
+    assert FeatureStore(tmp_path / "a" / "b", create=False).spaces() == []
+
+
+def test_refuses_what_is_not_a_store(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(StoreError, match=r"neither empty nor a feature store.*holiday\.jpg"):
+        FeatureStore(tmp_path)
+    with pytest.raises(StoreError, match="is a file"):
+        FeatureStore(tmp_path / "holiday.jpg")
+    with pytest.raises(StoreError, match="no feature store at"):
+        FeatureStore(tmp_path / "absent", create=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday.jpg"]
+
+
+def test_a_folder_with_only_a_dead_makers_file_counts_as_empty(tmp_path):
+    (tmp_path / ".store.json.1-ab.tmp").touch()
+    FeatureStore(tmp_path)
+
+
+def test_a_newer_store_is_refused_with_both_versions(store):
+    record = json.loads((store.path / "store.json").read_text())
+    (store.path / "store.json").write_text(json.dumps(record | {"version": 2}))
+    with pytest.raises(StoreError, match=r"version 2.*up to 1"):
+        FeatureStore(store.path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": "1"}', '{"version": 0}'])
+def test_a_broken_store_file_is_an_error(store, content):
+    (store.path / "store.json").write_text(content)
+    with pytest.raises(StoreError, match=r"store\.json"):
+        FeatureStore(store.path)
+
+
+def test_importing_the_package_loads_no_h5py():
+    code = "import sys, featurepipe.store; print('h5py' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_every_exported_name_can_be_loaded():
+    import featurepipe.store as room
+
+    assert {getattr(room, name).__name__ for name in room.__all__} == set(room.__all__)
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = room.Nonsense
+
+
+def test_fingerprints_are_stable_and_exact():
+    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # SHA-256 of "{}"
+    assert fingerprint({"b": 0.1, "a": "ü"}) == fingerprint({"a": "ü", "b": 0.1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.0})
+    assert fingerprint({"a": 0.1}) != fingerprint({"a": 0.1 + 1e-17 * 2})
+    for bad in (float("nan"), float("inf"), object(), {1: 2, "a": 3}):
+        with pytest.raises(UsageError, match="JSON"):
+            fingerprint({"a": bad})
+
+
+def test_differences_are_dotted():
+    other = {"dtype": "float32", "net": {"name": "vgg16", "sha256": "cd" * 32}, "extra": {}}
+    assert differences(FIELDS, other) == ["dtype", "extra", "net.sha256", "size"]
+    assert differences(FIELDS, dict(reversed(FIELDS.items()))) == []
+
+
+def test_a_space_is_opened_by_its_fields(store):
+    space = store.open_space(FIELDS, backbone="timm/vgg 16.x", notes={"worst_cosine": 0.9999})
+    assert space.name == f"timm-vgg-16.x-{fingerprint(FIELDS)[:12]}"
+    again = store.open_space(FIELDS, backbone="timm/vgg 16.x", notes={"ignored": True})
+    assert again.path == space.path
+    assert again.notes == {"worst_cosine": 0.9999}
+    assert again.fields == FIELDS
+    assert json.loads((space.path / "space.json").read_text())["fingerprint"] == fingerprint(FIELDS)
+    assert len(store.spaces()) == 1
+
+
+def test_notes_of_two_openers_are_both_kept(store):
+    one = store.open_space(FIELDS, backbone="vgg16")
+    two = store.open_space(FIELDS, backbone="vgg16")
+    one.update_notes({"a": 1})
+    two.update_notes({"b": 2})
+    assert store.spaces()[0].notes == two.notes == {"a": 1, "b": 2}
+
+
+def open_the_same_space(path, barrier, names):
+    barrier.wait()
+    names.put(FeatureStore(path).open_space(FIELDS, backbone="vgg16", notes={"pid": os.getpid()}).notes["pid"])
+
+
+def test_racing_processes_make_one_store_and_one_space(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, notes = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=open_the_same_space, args=(tmp_path / "s", barrier, notes)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert len({notes.get(timeout=30) for _ in processes}) == 1  # the first one's notes stay
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    notes.close()
+    notes.join_thread()
+    assert not list((tmp_path / "s").rglob("*.tmp"))
+
+
+def test_a_space_is_found_by_name_backbone_and_fingerprint(store):
+    vgg = store.open_space(FIELDS, backbone="vgg16")
+    store.open_space({**FIELDS, "size": 99}, backbone="resnet50")
+    for wanted in (vgg.name, "vgg16", vgg.fingerprint, vgg.fingerprint[:8]):
+        assert store.space(wanted).path == vgg.path
+    with pytest.raises(UsageError, match=r"unknown feature space 'vgg61'.*nearest: vgg16"):
+        store.space("vgg61")
+
+
+def test_an_ambiguous_space_lists_the_candidates_and_what_differs(store, rows):
+    half = store.open_space(FIELDS, backbone="vgg16")
+    full = store.open_space({**FIELDS, "dtype": "float32"}, backbone="vgg16")
+    with pytest.raises(UsageError) as caught:
+        store.space("vgg16")
+    lines = str(caught.value).splitlines()
+    assert "'vgg16' fits 2 feature spaces" in lines[0]
+    assert sorted(lines[1:]) == sorted([f"  {half.name}  (dtype=float16)", f"  {full.name}  (dtype=float32)"])
+    rows.write(store, full, ["x"])
+    rows.snapshot(store, "d", ["x"])
+    assert store.space("vgg16", dataset="d").path == full.path
+
+
+def test_an_empty_store_says_what_to_run(store):
+    with pytest.raises(StoreError, match="featurepipe extract"):
+        store.space("vgg16")
+
+
+def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store):
+    with store.lock(shared=True), store.lock(shared=True):
+        with pytest.raises(StoreLocked, match=f"{os.getpid()}") as caught, store.lock(shared=False):
+            pass
+        assert caught.value.exit_code == 75
+    with store.lock(shared=False):
+        for shared in (True, False):
+            with pytest.raises(StoreLocked, match="wait until it has finished"), store.lock(shared=shared):
+                pass
+    with store.lock(shared=False):
+        pass
+
+
+def test_columns_are_summed_over_parts(store, space, rows):
+    rows.write(store, space, ["1", "2"], columns=("a:gap", "b:gap"))
+    rows.write(store, space, ["3"], columns=("b:gap",))
+    columns = space.columns()
+    assert list(columns) == ["a:gap", "b:gap"]
+    assert (columns["a:gap"].dtype, columns["a:gap"].width, columns["a:gap"].rows) == ("float16", 4, 2)
+    assert (columns["b:gap"].rows, columns["b:gap"].bytes) == (3, 3 * 4 * 2)
