@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import IO, Any, Final
@@ -88,7 +89,11 @@ class ManifestSource(Source):
         return stat_file(self._resolve(path))
 
     def _resolve(self, path: str) -> str:
-        return path if is_url(path) or path.startswith("/") else f"{self._folder}/{path}"
+        if is_url(path) or path.startswith("/"):
+            return path
+        scheme, separator, folder = self._folder.rpartition("://")
+        # A URL is no file system: nothing there resolves "..".
+        return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
 
 
 def _known(value: int | None) -> int:

@@ -115,9 +115,7 @@ class SourceContract:
 
 
 def as_rows(prefix=""):
-    return [
-        (prefix + name, name.split("/")[1], name.split("/")[0], content) for name, content in sorted(FILES.items())
-    ]
+    return [(prefix + name, name.split("/")[1], name.split("/")[0], content) for name, content in sorted(FILES.items())]
 
 
 class TestFolder(SourceContract):
@@ -171,7 +169,7 @@ class TestWebServer(SourceContract):
     def made(self, web):
         address, root = web
         write_files(root / "animals")
-        yield open_source(f"{address}/animals/"), as_rows()
+        return open_source(f"{address}/animals/"), as_rows()
 
 
 class TestArchiveOnWebServer(SourceContract):

@@ -53,6 +53,14 @@ def reason(payload):
     return str(caught.value)
 
 
+def outcome(payload):
+    try:
+        tensor = decode(payload)
+    except Reject as reject:
+        return str(reject).partition(":")[0]
+    return tensor.dtype, tensor.shape[0]
+
+
 @pytest.mark.parametrize(
     ("format_", "options"),
     [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
@@ -338,13 +346,8 @@ def test_damage_gives_pixels_or_a_reject_and_nothing_else(seed, changes, kept):
     payload = bytearray(seed)
     for place, value in changes:
         payload[int(place * len(payload))] = value
-    try:
-        tensor = decode(bytes(payload[: int(kept * len(payload))]))
-    except Reject as reject:
-        assert str(reject).partition(":")[0] in CODES
-    else:
-        assert tensor.dtype == torch.uint8
-        assert tensor.shape[0] == 3
+    # Any other error, a warning included, comes through outcome and fails the test.
+    assert outcome(bytes(payload[: int(kept * len(payload))])) in {*CODES, (torch.uint8, 3)}
 
 
 ODD_EXIF = b"Exif\0\0II*\0\x08\0\0\0\x09\0" + b"\x12\x01\x03\0\x63\0\0\0\xff\xff\0\0" * 2
@@ -375,9 +378,7 @@ def test_threads_decode_the_same_pixels():
     wrong = []
 
     def work():
-        wrong.extend(
-            i for _ in range(20) for i, seed in enumerate(SEEDS) if not torch.equal(decode(seed), expected[i])
-        )
+        wrong.extend(i for _ in range(20) for i, seed in enumerate(SEEDS) if not torch.equal(decode(seed), expected[i]))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
