@@ -97,9 +97,8 @@ class Engine:
         fusion.fold_batch_norm(graph)
         graph = graph.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
         if self.device.type == "cpu" and fusion.can_fuse_onednn(self.dtype):
-            shape = (batch_size, *self.backbone.preprocessing.input_shape)
-            example = torch.zeros(shape, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
-            fusion.fuse_onednn(graph, example)
+            image = torch.zeros((1, *self.backbone.preprocessing.input_shape), dtype=self.dtype)
+            fusion.fuse_onednn(graph, image.contiguous(memory_format=torch.channels_last), batch_size)
         return graph
 
     @torch.inference_mode()

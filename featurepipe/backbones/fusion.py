@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -68,16 +69,16 @@ def can_fuse_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
-def fuse_onednn(network: fx.GraphModule, example: torch.Tensor) -> None:
+def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -> None:
     """Fuses convolution (+ activation) and convolution + addition (+ activation) into single oneDNN calls.
 
     Args:
         network: a graph whose parameters already have their final dtype; changed in place.
-        example: a batch (N, C, H, W) of that dtype, which tells oneDNN the shapes to pack weights for. Other batch
-            sizes still work.
+        image: one image (1, C, H, W) of that dtype, to find the shapes to pack weights for.
+        batch_size: the usual number of images in a batch; others still work.
     """
-    with torch.inference_mode():
-        ShapeProp(network).propagate(example)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
+        ShapeProp(network, fake_mode=mode).propagate(mode.from_tensor(image))
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         conv = _module(modules, node, nn.Conv2d)
@@ -85,7 +86,8 @@ def fuse_onednn(network: fx.GraphModule, example: torch.Tensor) -> None:
             continue
         activation = _following_activation(modules, node)
         attribute = ("none", [], "") if activation is None else _activation(modules, activation)
-        fused = FusedConv(conv, list(node.args[0].meta["tensor_meta"].shape), attribute or ("none", [], ""))
+        shape = [batch_size, *node.args[0].meta["tensor_meta"].shape[1:]]
+        fused = FusedConv(conv, shape, attribute or ("none", [], ""))
         node.target = _unique(network, str(node.target), fused)
         if activation is not None:
             activation.replace_all_uses_with(node)

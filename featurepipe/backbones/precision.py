@@ -58,7 +58,7 @@ def cpu_has_bf16() -> bool:
 
 def choose_precision(
     backbone: Backbone, columns: Sequence[Column], sample: torch.Tensor, device: str, *, batch_size: int = 32
-) -> PrecisionChoice:
+) -> tuple[PrecisionChoice, Engine | None]:
     """Compares the device's reduced precision with fp32 on sample images.
 
     Args:
@@ -69,15 +69,18 @@ def choose_precision(
         batch_size: as in `Engine`.
 
     Returns:
-        The reduced precision where its worst cosine with fp32 is at least `WORST_COSINE`, else fp32.
+        The reduced precision where its worst cosine with fp32 is at least `WORST_COSINE`, else fp32; and the engine that
+        was built for the chosen precision, if one was, so that nobody builds it twice.
     """
     tried = reduced_precision(device)
     if tried is None or len(sample) == 0:
-        return PrecisionChoice("fp32")
-    exact = Engine(backbone, columns, precision="fp32", device=device, batch_size=batch_size)(sample)
-    quick = Engine(backbone, columns, precision=tried, device=device, batch_size=batch_size)(sample)
-    cosine = min(worst_cosine(exact[name], quick[name]) for name in exact)
-    return PrecisionChoice(tried if cosine >= WORST_COSINE else "fp32", tried, cosine, len(sample))
+        return PrecisionChoice("fp32"), None
+    exact = Engine(backbone, columns, precision="fp32", device=device, batch_size=batch_size)
+    quick = Engine(backbone, columns, precision=tried, device=device, batch_size=batch_size)
+    expected, found = exact(sample), quick(sample)
+    cosine = min(worst_cosine(expected[name], found[name]) for name in expected)
+    choice = PrecisionChoice(tried if cosine >= WORST_COSINE else "fp32", tried, cosine, len(sample))
+    return choice, quick if choice.precision == tried else exact
 
 
 def worst_cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -71,6 +71,7 @@ class Job:
     why_new: str | None
     plan: Plan
     clock: StageSeconds
+    built: Engine | None = None
 
     @property
     def existing_space(self) -> Space:
@@ -84,7 +85,9 @@ class Job:
         return _loader(self.source, missing, self.backbone, self.machine, self.settings.decode, self.clock)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
-        """The network for some of the columns, in the job's precision."""
+        """The network for some of the columns, in the job's precision; the one built to compare precisions if it fits."""
+        if self.built is not None and set(columns) == set(self.built.columns):
+            return self.built
         return Engine(
             self.backbone,
             columns,
@@ -125,9 +128,12 @@ def prepare(
     spaces = held_spaces(store, backbone, name)
     columns = _columns(backbone, spaces, options.nodes)
 
+    built: list[Engine | None] = []
+
     def measure() -> tuple[str, str]:
         sample = load_sample(source, listing, backbone, machine, np.arange(listing.num_rows), SAMPLE)
-        choice = choose_precision(backbone, columns, sample, machine.device, batch_size=machine.batch_size)
+        choice, engine = choose_precision(backbone, columns, sample, machine.device, batch_size=machine.batch_size)
+        built.append(engine)
         return choice.precision, choice.reason
 
     settings = auto.resolve(asked, [space.fields for space in spaces], measure)
@@ -141,7 +147,8 @@ def prepare(
     for setting, value in settings.fields().items():
         say(f"{setting} {value}: {settings.why[setting]}")
     plan = _plan(listing, store, space, name, columns)
-    return Job(source, name, options, machine, backbone, columns, settings, fields, space, why_new, plan, clock)
+    engine = built[0] if built else None
+    return Job(source, name, options, machine, backbone, columns, settings, fields, space, why_new, plan, clock, engine)
 
 
 def settle_machine(options: Options) -> Machine:
