@@ -76,7 +76,8 @@ class ColumnRows:
 
     def take(self, positions: npt.NDArray[Any] | slice) -> ColumnRows:
         """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
-        return ColumnRows(self.column, self.width, self.parts, self.part[positions], self.row[positions])
+        chosen = self.part[positions], self.row[positions]
+        return ColumnRows(self.column, self.width, self.parts, *chosen, self._maps)  # mapping anew costs page faults
 
     def read(self, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
         """Fetches all rows in order.
@@ -138,16 +139,17 @@ class ColumnRows:
             out[where] = rows
 
     def _map(self, number: int) -> npt.NDArray[Any]:
-        if number not in self._maps:
-            if len(self._maps) >= _OPEN_MAPS:
-                self._maps.pop(next(iter(self._maps)))
+        mapped = self._maps.get(number)
+        if mapped is None:
             part = self.parts[number]
             try:
-                mapped = np.memmap(part.path, part.dtype, "r", part.offset, (part.rows, self.width))
+                mapped = np.memmap(part.path, part.dtype, "r", part.offset, (part.rows, self.width)).view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise _gone(part) from error
-            self._maps[number] = mapped.view(np.ndarray)
-        return self._maps[number]
+            for oldest in list(self._maps)[: max(0, len(self._maps) - _OPEN_MAPS + 1)]:
+                self._maps.pop(oldest, None)  # another thread may have been here
+            self._maps[number] = mapped
+        return mapped
 
 
 def _read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartColumn) -> None:

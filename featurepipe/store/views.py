@@ -111,9 +111,19 @@ class FeatureSet:
             keep &= self._table["label"].is_valid().to_numpy()
         return self.take(keep)
 
-    def read(self, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-        """Reads the features alone, (n, D), by default in the stored dtype."""
-        return self._rows.read(dtype)
+    def read(
+        self, dtype: npt.DTypeLike | None = None, *, rows: npt.NDArray[Any] | slice | None = None
+    ) -> npt.NDArray[Any]:
+        """Reads features alone.
+
+        Args:
+            dtype: Of the result; by default the stored one.
+            rows: Which rows, as in ``take``; by default all.
+
+        Returns:
+            (n, D) array, newly allocated.
+        """
+        return (self._rows if rows is None else self._rows.take(rows)).read(dtype)
 
     def numpy(self, dtype: npt.DTypeLike = np.float32, *, labelled: bool = False) -> tuple[npt.NDArray[Any], Labels]:
         """Reads everything into memory.

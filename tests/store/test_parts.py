@@ -53,7 +53,7 @@ def test_ids_are_as_wide_as_the_longest(store, space, rows):
 
 def test_any_flipped_bit_is_found_or_harmless(store, space, rows, flip_bit):
     """Every byte of the file: either something is reported, or everything still reads as it was (padding)."""
-    rows.write(store, space, NAMES, columns=("a:gap", "b:gap"))
+    rows.write(store, space, NAMES)
     (path,) = space.part_paths()
     original = path.read_bytes()
     intact = read_part(path)

@@ -47,6 +47,7 @@ def test_long_runs_and_scattered_rows_give_the_same(filled, rows, dtype):
     backwards = features.take(np.arange(len(mixed))[::-1])
     np.testing.assert_array_equal(backwards.read(dtype), rows.features(mixed[::-1]).astype(dtype))
     assert backwards.ids.tolist() == mixed[::-1]
+    np.testing.assert_array_equal(features.read(dtype, rows=np.array([5, 3, 200])), features.read(dtype)[[5, 3, 200]])
 
 
 @pytest.mark.parametrize("rows_a_block", [1, 7, 64, 1000])
@@ -160,3 +161,14 @@ def test_an_empty_dataset_has_no_rows(filled, rows):
     x, y = filled.features("d", backbone="tiny").numpy()
     assert x.shape == (0, 4)
     assert y is None
+
+
+def test_more_parts_than_open_maps(store, space, rows, monkeypatch):
+    monkeypatch.setattr("featurepipe.store.rows._OPEN_MAPS", 2)
+    for name in NAMES[:9]:
+        rows.write(store, space, [name])
+    rows.snapshot(store, "d", NAMES[:9])
+    features = store.features("d")
+    backwards = np.arange(9)[::-1]
+    np.testing.assert_array_equal(features.read(rows=backwards), rows.features(NAMES[:9])[::-1])
+    assert len(features._rows._maps) <= 2
