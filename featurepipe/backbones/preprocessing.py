@@ -52,8 +52,10 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         # Users write lists (JSON, TOML) as often as tuples; equal values must make equal feature spaces.
-        size = self.resize if isinstance(self.resize, int) else _pair(self.resize, "resize")
-        object.__setattr__(self, "resize", size)
+        if not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", _pair(self.resize, "resize"))
+        elif self.resize < 1:
+            raise UsageError(f"preprocessing resize {self.resize} must be positive")
         object.__setattr__(self, "crop", _pair(self.crop, "crop"))
         for field in ("mean", "std"):
             object.__setattr__(self, field, tuple(float(value) for value in getattr(self, field)))

@@ -1,0 +1,185 @@
+"""Nodes: order, shapes, cost, blocks, the channel axis; networks that cannot be traced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from featurepipe.backbones import load_backbone
+from featurepipe.backbones.measure import measure_trace, run_hooked
+from featurepipe.backbones.nodes import bottleneck, trace
+
+
+def test_lenets_nodes_by_hand() -> None:
+    nodes = load_backbone("lenet5", "none").nodes()
+    assert [(info.name, info.shape, info.width) for info in nodes] == [
+        ("c1.0", (6, 28, 28), 6),
+        ("c1.1", (6, 28, 28), 6),
+        ("s2", (6, 14, 14), 6),
+        ("c3.0", (16, 10, 10), 16),
+        ("c3.1", (16, 10, 10), 16),
+        ("s4", (16, 5, 5), 16),
+        ("flatten", (400,), 400),
+        ("c5.0", (120,), 120),
+        ("c5.1", (120,), 120),
+        ("f6.0", (84,), 84),
+        ("f6.1", (84,), 84),
+        ("output", (10,), 10),
+    ]
+    operations = [6 * 28 * 28 * 25, 16 * 10 * 10 * 6 * 25, 400 * 120, 120 * 84, 84 * 10]
+    total = sum(operations)
+    costs = {info.name: info.cost for info in nodes}
+    assert costs["s2"] == pytest.approx(operations[0] / total)
+    assert costs["s4"] == pytest.approx(sum(operations[:2]) / total)
+    assert costs["f6.1"] == pytest.approx(1 - operations[4] / total)
+    assert costs["output"] == 1.0
+    assert {info.name: info.blocks for info in nodes if info.blocks} == {
+        "c1.1": ("c1",),
+        "c3.1": ("c3",),
+        "c5.1": ("c5",),
+        "f6.1": ("f6",),
+    }
+
+
+def test_resnet50s_stages_are_blocks_that_end_at_the_last_relu() -> None:
+    backbone = load_backbone("resnet50", "none")
+    info = backbone.node("layer4")
+    assert info.name == "layer4.2.relu_2"
+    assert info.blocks == ("layer4", "layer4.2")
+    assert (info.shape, info.width) == ((2048, 7, 7), 2048)
+    # 4.089 billion multiplications and additions in all, 2,048 x 1,000 of them in the classifier.
+    assert 1 - info.cost == pytest.approx(2_048_000 / 4.089e9, rel=1e-3)
+    costs = [info.cost for info in backbone.nodes()]
+    assert costs == sorted(costs)
+
+
+def test_torchvisions_own_names_are_all_known() -> None:
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    for name in ("resnet18", "mobilenet_v3_small", "squeezenet1_1"):
+        backbone = load_backbone(name, "none")
+        known = {info.name for info in backbone.nodes()} | {b for info in backbone.nodes() for b in info.blocks}
+        _, names = get_graph_node_names(backbone.module, suppress_diff_warning=True)
+        assert set(names) - {"x"} <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "axis", "width"),
+    [
+        ("swin_t", "features.1", 3, 96),
+        ("swin_t", "permute", 1, 768),
+        ("convnext_tiny", "features.1", 1, 96),
+        ("convnext_tiny", "features.1.0.block.3", 3, 384),
+        ("vit_b_16", "encoder", 2, 768),
+        ("vit_b_16", "conv_proj", 1, 768),
+        ("resnet18", "layer2", 1, 128),
+        ("densenet121", "flatten", 1, 1024),
+    ],
+)
+def test_the_channel_axis_is_found(name: str, node: str, axis: int, width: int) -> None:
+    backbone = load_backbone(name)
+    info = backbone.node(node)
+    assert backbone.channel_axis(node) == axis
+    assert info.width == width
+    assert info.channels_last == (axis == 3)
+
+
+def test_values_without_one_row_per_image_are_no_nodes() -> None:
+    """Swin's attention works on windows, several to an image."""
+    shapes = {info.name: info.shape for info in load_backbone("swin_t").nodes()}
+    assert all(len(shape) in (1, 2, 3) for shape in shapes.values())
+    assert not any(name.endswith("attn.softmax") for name in shapes)
+
+
+class Headless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).mean((2, 3))
+
+
+class SubclassedHead(Headless):
+    def __init__(self) -> None:
+        super().__init__()
+
+        class OwnLinear(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return nn.functional.linear(x, self.weight, self.bias)
+
+        self.drop = nn.Dropout()
+        self.fc = OwnLinear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(super().forward(x)))
+
+
+class Untraceable(Headless):
+    """Decides by value, and runs one activation twice and its normalisation in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.conv(x))
+        if x.shape[0] * x.sum() < 0:
+            x = -x
+        x = self.pool(self.act(self.norm(x)))
+        return self.fc(x.flatten(1))
+
+
+def test_a_network_without_a_classifier_ends_in_its_bottleneck() -> None:
+    found = trace(Headless().eval())
+    assert found is not None
+    assert bottleneck(found) == "mean"
+
+
+def test_a_classifier_that_is_a_subclass_of_linear() -> None:
+    found = trace(SubclassedHead().eval())
+    assert found is not None
+    assert bottleneck(found) == "drop"
+    assert measure_trace(found, (3, 8, 8))[-1].name == "fc.linear"
+
+
+def test_an_untraceable_network_has_modules_for_nodes() -> None:
+    module = Untraceable().eval()
+    assert trace(module) is None
+    run = run_hooked(module, (3, 8, 8))
+    # The activation runs twice, so its name would not say which time is meant.
+    assert [info.name for info in run.nodes] == ["conv", "norm", "pool", "fc"]
+    assert run.bottleneck == "pool"
+    assert run.nodes[0].shape == (4, 8, 8)
+    assert run.nodes[-1].cost == 1.0
+    assert not module.conv._forward_hooks
+
+
+class Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        z = y.mul_(2)
+        y += 1
+        return y * z
+
+
+def test_overwritten_values_stay_what_they_were_and_later_readers_see_the_change() -> None:
+    module = Overwriting().eval()
+    found = trace(module)
+    assert found is not None
+    images = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        conv = module.conv(images)
+        kept = found.extractor({name: name for name in ("conv", "mul_", "mul")})(images)
+        expected = module(images)
+    assert torch.equal(kept["conv"], conv)
+    assert torch.equal(kept["mul_"], conv * 2)
+    assert torch.allclose(kept["mul"], expected)
