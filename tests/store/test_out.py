@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import h5py
@@ -134,13 +136,37 @@ def read_row(array, index):
     return array[index]
 
 
-def test_arrays_may_be_read_by_threads_and_forks(images):
+def test_arrays_may_be_read_by_threads_and_processes(images):
     path, values = images
     for array in (open_arrays(path)["plain"], open_arrays(path)["set/packed"]):
         with ThreadPoolExecutor(4) as pool:
             np.testing.assert_array_equal(list(pool.map(array.__getitem__, range(50))), values)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             np.testing.assert_array_equal(pool.starmap(read_row, [(array, i) for i in range(5)]), values[:5])
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from featurepipe.store import open_arrays
+
+array = open_arrays(sys.argv[1])["set/packed"]
+values = array[:]  # the parent holds a handle now
+children = []
+for child in range(3):
+    pid = os.fork()
+    if pid == 0:
+        same = all(np.array_equal(array[i], values[i]) for i in range(child, 50, 3))
+        os._exit(0 if same and array._local.pid == os.getpid() else 1)
+    children.append(pid)
+assert all(np.array_equal(array[i], values[i]) for i in range(50))
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+"""
+
+
+def test_a_handle_is_never_shared_over_a_fork(images):
+    path, _ = images
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=30)
 
 
 def test_arrays_that_cannot_be_read_are_store_errors(images, tmp_path):
