@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from featurepipe import summary
 from featurepipe.errors import UsageError
 from featurepipe.progress import duration
 from featurepipe.tables import share, size, table
@@ -91,7 +92,7 @@ def info(args: Namespace) -> int:
     """``featurepipe info``."""
     from featurepipe.store import describe
 
-    return _print(args, describe(_store(args)), _info_text)
+    return _print(args, describe(_store(args)), summary.info_text)
 
 
 def verify(args: Namespace) -> int:
@@ -99,7 +100,7 @@ def verify(args: Namespace) -> int:
     from featurepipe.store import verify_store
 
     report = verify_store(_store(args))
-    _print(args, report.as_dict(), lambda _: report.text())
+    _print(args, asdict(report), lambda _: summary.verify_text(report))
     return 1 if report.problems else 0
 
 
@@ -108,7 +109,7 @@ def compact(args: Namespace) -> int:
     from featurepipe.store import compact_store
 
     report = compact_store(_store(args), dry_run=args.dry_run)
-    return _print(args, report.as_dict(), lambda _: report.text())
+    return _print(args, asdict(report), lambda _: summary.compact_text(report, dry_run=args.dry_run))
 
 
 def gc(args: Namespace) -> int:
@@ -116,7 +117,7 @@ def gc(args: Namespace) -> int:
     from featurepipe.store import gc_store
 
     report = gc_store(_store(args), dry_run=args.dry_run)
-    return _print(args, report.as_dict(), lambda _: report.text())
+    return _print(args, asdict(report), lambda _: summary.gc_text(report, dry_run=args.dry_run))
 
 
 def export(args: Namespace) -> int:
@@ -186,7 +187,3 @@ def _estimate_text(estimate: Mapping[str, Any]) -> str:
         )
     lines += [f"{column}: {size(count)}" for column, count in estimate["bytes_per_column"].items()]
     return "\n".join([*lines, "dry run: nothing was changed"])
-
-
-def _info_text(found: Mapping[str, Any]) -> str:
-    return json.dumps(found, indent=2)

@@ -1,0 +1,147 @@
+"""What a store holds and what was done to it, as plain text: pure functions of ``describe`` and of the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from featurepipe.tables import size, table
+
+if TYPE_CHECKING:
+    from featurepipe.store import CompactReport, GcReport, VerifyReport
+
+LAST_RUNS = 5
+_CLASSES_SHOWN = 6
+
+
+def info_text(found: Mapping[str, Any]) -> str:
+    """What ``featurepipe info`` prints of ``featurepipe.store.describe(store)``."""
+    sections = [f"{found['path']} (store format {found['version']})"]
+    sections += [_dataset_text(dataset) for dataset in found["datasets"]] or ["no dataset yet"]
+    sections += [_space_text(space) for space in found["spaces"]]
+    sections += _runs_text(found["runs"])
+    return "\n\n".join(sections)
+
+
+def verify_text(report: VerifyReport) -> str:
+    """What ``featurepipe verify`` prints."""
+    lines = [f"{_count(report.parts, 'part')} checked, {_count(report.rows, 'row')}, {size(report.bytes)}"]
+    for problem in report.problems:
+        inside = "/".join(filter(None, (problem.space, problem.part, problem.dataset)))
+        moved = f"; moved to {problem.quarantined}" if problem.quarantined else ""
+        lines.append(f"problem: {inside}: {problem.what}{moved}")
+    lines += [f"leftover, harmless: {name}" for name in report.leftovers]
+    if report.problems:
+        lines.append("run the same featurepipe extract again: it computes what is missing")
+    else:
+        lines.append("everything is as it was committed")
+    if report.leftovers:
+        lines.append("featurepipe gc STORE removes what dead writers left")
+    return "\n".join(lines)
+
+
+def compact_text(report: CompactReport, *, dry_run: bool = False) -> str:
+    """What ``featurepipe compact`` prints."""
+    merged = f"{_count(report.parts_before, 'part')} into {report.parts_after:,}"
+    lines = [f"{merged}, {_count(report.rows_dropped, 'duplicate row')} dropped, {size(report.bytes_freed)} freed"]
+    lines += [f"left alone, damaged: {name}; run: featurepipe verify STORE" for name in report.damaged]
+    return "\n".join([*lines, *_dry(dry_run=dry_run)])
+
+
+def gc_text(report: GcReport, *, dry_run: bool = False) -> str:
+    """What ``featurepipe gc`` prints."""
+    counts = {
+        "row that no snapshot needs": report.rows_dropped,
+        "old snapshot": report.snapshots_removed,
+        "leftover file": report.leftovers_removed,
+        "quarantined part": report.quarantined_removed,
+    }
+    removed = [_count(number, noun) for noun, number in counts.items() if number]
+    verb = "would remove" if dry_run else "removed"
+    lines = [f"{verb} {', '.join(removed)}: {size(report.bytes_freed)}" if removed else "nothing to remove"]
+    if report.rows_unfinished:
+        lines.append(f"kept {_count(report.rows_unfinished, 'row')} of runs that have not finished, for the next run")
+    return "\n".join([*lines, *_dry(dry_run=dry_run)])
+
+
+def _dry(*, dry_run: bool) -> list[str]:
+    return ["dry run: nothing was changed"] if dry_run else []
+
+
+def _dataset_text(dataset: Mapping[str, Any]) -> str:
+    title = f"dataset {dataset['name']}"
+    if not dataset["snapshots"]:
+        return f"{title}: no snapshot"
+    lines = [f"{title}: {_count(dataset['images'], 'image')}, {_count(dataset['snapshots'], 'snapshot')}"]
+    copies = dataset["images"] - dataset["distinct"]
+    if copies:
+        lines.append(f"  {copies:,} of them are copies of others, which share one feature")
+    if dataset["rejects"]:
+        lines.append(f"  {dataset['rejects']:,} more could not be used")
+    if dataset["splits"]:
+        lines.append("  splits   " + ", ".join(f"{name} {count:,}" for name, count in dataset["splits"].items()))
+    if dataset["labels"]:
+        lines.append(f"  classes  {len(dataset['labels']):,}: {_classes(dataset['labels'])}")
+    return "\n".join(lines)
+
+
+def _classes(counts: Mapping[str, int]) -> str:
+    shown = [f"{name} ({count:,})" for name, count in list(counts.items())[:_CLASSES_SHOWN]]
+    return ", ".join([*shown, "..."] if len(counts) > _CLASSES_SHOWN else shown)
+
+
+def _space_text(space: Mapping[str, Any]) -> str:
+    fields = space["fields"]
+    lines = [
+        f"feature space {space['name']}",
+        f"  precision {fields.get('precision', '?')}, stored as {fields.get('dtype', '?')}, "
+        f"{_count(space['parts'], 'part')}, {_count(space['rows'], 'row')}, {size(space['bytes'])}",
+    ]
+    random = space["notes"].get("backbone", {}).get("random")
+    if random:
+        lines.append("  a random control network, not a trained one")
+    if space["rejects"]:
+        lines.append(f"  {_count(space['rejects'], 'image')} rejected")
+    if space["damaged"]:
+        lines.append(f"  {_count(len(space['damaged']), 'damaged part')}; run: featurepipe verify STORE")
+    aliases = {node: alias for alias, node in space["notes"].get("aliases", {}).items()}
+    rows = [
+        [
+            name,
+            aliases.get(name.partition(":")[0], "-"),
+            info["width"],
+            info["dtype"],
+            info["rows"],
+            size(info["bytes"]),
+        ]
+        for name, info in space["columns"].items()
+    ]
+    columns = table(["column", "alias", "width", "dtype", "rows", "size"], rows)
+    return "\n".join([*lines, *(f"  {line}" for line in columns.splitlines())])
+
+
+def _runs_text(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not runs:
+        return []
+    rows = [
+        [_time(run.get("ended", "?")), run.get("dataset", "?"), run.get("status", "?"), *_counts(run)]
+        for run in runs[-LAST_RUNS:]
+    ]
+    older = f", the last {LAST_RUNS}" if len(runs) > LAST_RUNS else ""
+    columns = table(["ended", "dataset", "status", "listed", "computed", "known", "rejected"], rows)
+    return [f"{_count(len(runs), 'run')}{older}\n" + "\n".join(f"  {line}" for line in columns.splitlines())]
+
+
+def _time(stamp: str) -> str:
+    return stamp.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _counts(run: Mapping[str, Any]) -> list[int]:
+    counts = run.get("counts", {})
+    return [counts.get(name, 0) for name in ("listed", "computed", "known", "rejected")]
+
+
+def _count(number: int, noun: str) -> str:
+    """A number with its noun: ``1 part``, ``2,000 parts``, ``3 rows that no snapshot needs``."""
+    first, space, rest = noun.partition(" that ")
+    return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"
