@@ -1,0 +1,125 @@
+"""Real processes that start in milliseconds: a server has torch loaded, and forks once per process asked for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SERVER = textwrap.dedent("""
+    import json, os, signal, sys
+    import torch
+    import featurepipe.cli, featurepipe.commands, featurepipe.demo
+    from featurepipe.backbones import load_backbone
+    import featurepipe.extraction.extract
+    import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.exports
+
+    torch.set_num_threads(1)
+    load_backbone("lenet5", "none").columns(["c3"])  # what tracing loads
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            status = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+            print(status, flush=True)
+            continue
+        pid = os.fork()
+        if pid:
+            print(pid, flush=True)
+            continue
+        for descriptor, path in enumerate(["/dev/null", order["stdout"], order["stderr"]]):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(120)  # nothing here takes that long
+        os.chdir(order["cwd"])
+        sys.argv = ["featurepipe", *order["args"]]
+        exec(compile(order["code"], "<test>", "exec"), {"__name__": "__main__"})
+        sys.exit(0)
+""")
+MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended: ``code`` is negative for a signal."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Process:
+    def __init__(self, launcher: "Launcher", pid: int, folder: Path) -> None:
+        self._launcher, self.pid, self._folder = launcher, pid, folder
+        self._finished: Finished | None = None
+
+    def err(self) -> str:
+        """What it has written to standard error so far."""
+        return (self._folder / "err").read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Finished:
+        if self._finished is None:
+            code = int(self._launcher.ask({"wait": self.pid}))
+            out, err = ((self._folder / name).read_text() for name in ("out", "err"))
+            self._finished = Finished(code, out, err)
+        return self._finished
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._server.stdout.readline() == "ready\n"
+
+    def ask(self, order: dict[str, Any]) -> str:
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return self._server.stdout.readline()
+
+    def start(self, code: str, args: Sequence[object] = (), cwd: Path | None = None) -> Process:
+        """Starts a process that runs ``code`` with ``sys.argv[1:]`` as ``args``."""
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        order = {"code": textwrap.dedent(code), "args": [str(arg) for arg in args], "cwd": str(cwd or folder)}
+        pid = int(self.ask({**order, "stdout": str(folder / "out"), "stderr": str(folder / "err")}))
+        return Process(self, pid, folder)
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.stdout.close()
+        self._server.wait()
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts processes that have torch and featurepipe loaded already."""
+    launcher = Launcher(tmp_path_factory.mktemp("processes"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def cli(launcher: Launcher) -> Callable[..., Finished]:
+    """Runs the command line in a process of its own."""
+
+    def run(*args: object, cwd: Path | None = None) -> Finished:
+        return launcher.start(MAIN, args, cwd).wait()
+
+    return run
