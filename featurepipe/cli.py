@@ -123,7 +123,7 @@ def _add_extract(commands: Commands) -> None:
     add("--dtype", default="auto", metavar="auto|float16|float32", help="stored dtype (auto: as in the store, else float16)")
     add("--decode", default="auto", metavar="auto|cpu|gpu", help="where JPEGs are decoded (auto: as in the store, else cpu)")
     add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
-    add("--batch-size", default="auto", metavar="auto|N", help="images per forward (auto: 32 on a CPU, 256 on CUDA, halved when memory runs out)")
+    add("--batch-size", default="auto", metavar="auto|N", help="images per forward (auto: 16 on a CPU, 256 on CUDA, halved when memory runs out)")
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
     add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
     add("--dry-run", action="store_true", help="say what is new, how long it will take and how many bytes it needs; change nothing")

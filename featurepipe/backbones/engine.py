@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,12 +39,20 @@ class Pending(Protocol):
 class Engine:
     """A frozen network made ready for one device and precision.
 
+    On a CPU several batches run at once, each in one thread ("streams"), instead of one batch in all threads: nothing
+    waits at the end of each layer for the slowest core, which decoding images beside it makes slow time and again, and a
+    batch gives the same bits however many cores there are (figures in ARCHITECTURE.md). On CUDA one batch computes while the
+    next is copied.
+
     Args:
         backbone: the network.
         columns: what to compute, all in one forward that stops at the deepest node.
         precision: ``fp32``, ``bf16`` or ``fp16``, the dtype of weights and activations; pooling is always float32.
         device: a torch device such as ``cpu`` or ``cuda:0``.
-        batch_size: the usual number of images in a batch, which oneDNN packs its weights for; others work too.
+        batch_size: the most images in one forward, which oneDNN packs its weights for.
+
+    Attributes:
+        streams: how many batches can be computed at once; keep one more than that submitted.
     """
 
     def __init__(
@@ -51,7 +62,7 @@ class Engine:
         *,
         precision: str = "fp32",
         device: str = "cpu",
-        batch_size: int = 32,
+        batch_size: int = 16,
     ) -> None:
         self.backbone = backbone
         self.columns = tuple(columns)
@@ -62,9 +73,11 @@ class Engine:
         nodes = list(dict.fromkeys(column.node for column in self.columns))
         self._axes = {node: backbone.channel_axis(node) for node in nodes}
         self._network = self._prepare(nodes, batch_size)
+        self._pool = _streams() if self.device.type == "cpu" else None
+        self.streams = self._pool._max_workers if self._pool else 1  # noqa: SLF001
 
     def submit(self, batch: torch.Tensor) -> Pending:
-        """Starts the forward of a uint8 batch (N, C, H, W) on the CPU; on CUDA it returns before it is done.
+        """Starts the forward of a uint8 batch (N, C, H, W) that lies in main memory, and returns at once.
 
         When the device runs out of memory the batch is halved, and stays halved for later calls.
         """
@@ -73,7 +86,7 @@ class Engine:
         while start < len(batch):
             piece = batch[start : start + self.largest_batch]
             try:
-                results.append(self._start(piece))
+                results.append(_Future(self._pool.submit(self._forward, piece)) if self._pool else self._start_copy(piece))
             except torch.OutOfMemoryError:
                 if len(piece) == 1:
                     raise
@@ -101,14 +114,34 @@ class Engine:
             fusion.fuse_onednn(graph, image.contiguous(memory_format=torch.channels_last), batch_size)
         return graph
 
-    @torch.inference_mode()
-    def _start(self, batch: torch.Tensor) -> Pending:
-        if self.device.type == "cuda" and batch.device.type == "cpu":
+    def _start_copy(self, batch: torch.Tensor) -> Pending:
+        if batch.device.type == "cpu":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
+        return _Copied(self._forward(batch))
+
+    @torch.inference_mode()
+    def _forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         images = self.backbone.preprocessing.normalise(batch, self.dtype).contiguous(memory_format=torch.channels_last)
         outputs: dict[str, torch.Tensor] = self._network(images)
-        pooled = {str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]) for c in self.columns}
-        return _Copied(pooled) if self.device.type == "cuda" else _Done(pooled)
+        return {str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]) for c in self.columns}
+
+
+def _streams() -> ThreadPoolExecutor:
+    """Threads that compute one batch each: one per core, up to 8, which share what cores there are beyond that."""
+    cores = torch.get_num_threads()
+    streams = min(cores, 8)
+    started = threading.Barrier(streams + 1)
+
+    def start() -> None:
+        torch.set_num_threads(cores // streams)
+        started.wait()
+
+    pool = ThreadPoolExecutor(streams, "featurepipe-forward", initializer=start)
+    for _ in range(streams):
+        pool.submit(bool)
+    started.wait()
+    torch.set_num_threads(cores)  # PyTorch gives threads that are born later what was set last, anywhere
+    return pool
 
 
 class HookedNetwork(nn.Module):
@@ -117,25 +150,25 @@ class HookedNetwork(nn.Module):
     def __init__(self, module: nn.Module, nodes: Sequence[str]) -> None:
         super().__init__()
         self.module = module
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept = threading.local()  # several streams run this at once
         self._wanted = len(nodes)
         for node in nodes:
             module.get_submodule(node).register_forward_hook(self._keeper(node))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        self._kept = {}
-        try:
+        kept: dict[str, torch.Tensor] = {}
+        self._kept.outputs = kept
+        with contextlib.suppress(_AllKeptError):
             self.module(x)
-        except _AllKeptError:
-            pass
-        kept, self._kept = self._kept, {}
+        self._kept.outputs = {}
         return kept
 
     def _keeper(self, node: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            if node not in self._kept:
-                self._kept[node] = output.clone()  # what follows may overwrite it in place
-            if len(self._kept) == self._wanted:
+            kept = self._kept.outputs
+            if node not in kept:
+                kept[node] = output.clone()  # what follows may overwrite it in place
+            if len(kept) == self._wanted:
                 raise _AllKeptError
 
         return keep
@@ -145,12 +178,14 @@ class _AllKeptError(Exception):
     """Ends a forward early."""
 
 
-class _Done:
-    def __init__(self, pooled: dict[str, torch.Tensor]) -> None:
-        self._pooled = pooled
+class _Future:
+    """Features that a stream computes."""
+
+    def __init__(self, future: Future[dict[str, torch.Tensor]]) -> None:
+        self._future = future
 
     def result(self) -> dict[str, np.ndarray]:
-        return {name: values.numpy() for name, values in self._pooled.items()}
+        return {name: values.numpy() for name, values in self._future.result().items()}
 
 
 class _Copied:

@@ -57,7 +57,7 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_precision(
-    backbone: Backbone, columns: Sequence[Column], sample: torch.Tensor, device: str, *, batch_size: int = 32
+    backbone: Backbone, columns: Sequence[Column], sample: torch.Tensor, device: str, *, batch_size: int = 16
 ) -> tuple[PrecisionChoice, Engine | None]:
     """Compares the device's reduced precision with fp32 on sample images.
 

@@ -74,7 +74,6 @@ class Computation:
         writer: where features go.
         claimed: keys that are being computed in this run; kept up to date here.
         batch_size: images per forward.
-        in_flight: forwards that may be under way at once: 1 on the CPU, 2 on a device that works beside it.
         clock: where the stages' time is added up.
     """
 
@@ -87,11 +86,10 @@ class Computation:
         *,
         claimed: set[bytes],
         batch_size: int,
-        in_flight: int,
         clock: StageSeconds,
     ) -> None:
         self._listing, self._outcome, self._make_engine, self._writer = listing, outcome, make_engine, writer
-        self._batch_size, self._in_flight, self._clock = batch_size, in_flight, clock
+        self._batch_size, self._clock = batch_size, clock
         self._engines: dict[Missing, Engine] = {}
         self._batches: dict[Missing, list[Loaded]] = {}
         self._pending: deque[tuple[list[Loaded], Pending]] = deque()
@@ -134,8 +132,9 @@ class Computation:
         with self._clock.stage("forward"):
             if missing not in self._engines:
                 self._engines[missing] = self._make_engine(missing)
-            self._pending.append((images, self._engines[missing].submit(pixels)))
-        while len(self._pending) >= self._in_flight:
+            engine = self._engines[missing]
+            self._pending.append((images, engine.submit(pixels)))
+        while len(self._pending) > engine.streams:
             self._collect()
 
     def _collect(self) -> None:
@@ -200,7 +199,6 @@ def compute(job: Job, run_id: str, stop: StopRequest, progress: Progress) -> Out
             writer,
             claimed=wanted.claimed,
             batch_size=machine.batch_size,
-            in_flight=1 if machine.device == "cpu" else 2,
             clock=job.clock,
         )
         rejects = RejectLog(plan.listing, space, job.dataset, run_id)

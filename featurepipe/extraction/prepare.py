@@ -164,7 +164,7 @@ def settle_machine(options: Options) -> Machine:
         raise UsageError("decode 'gpu' needs --device cuda; here the device is cpu")
     batch_size = options.batch_size
     if batch_size == auto.AUTO:
-        batch_size = 32 if device == "cpu" else 256
+        batch_size = 16 if device == "cpu" else 256
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise UsageError(f"batch size {options.batch_size!r} must be 'auto' or a number from 1")
     workers = options.workers or min(os.cpu_count() or 2, 16)
