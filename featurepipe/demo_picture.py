@@ -65,6 +65,7 @@ def read_images(data: Path, ids: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
 def _tile(axes: Axes, image: npt.NDArray[Any], predicted: str, *, right: bool) -> None:
     from matplotlib.patches import Rectangle
 
+    # Dark on white for people; the network sees them as they are, bright on black.
     axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     text, colour, weight = (predicted, RIGHT, "normal") if right else (f"\u2717 {predicted}", WRONG, "bold")
     axes.text(

