@@ -25,6 +25,8 @@ class Family(ABC):
     """
 
     architecture: str
+    is_tested = True
+    """Whether tracing is known to keep what the networks compute; where not, each network is tried."""
 
     @abstractmethod
     def choices(self) -> list[str]:

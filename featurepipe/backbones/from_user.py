@@ -30,6 +30,8 @@ class User(Family):
     ``default_cfg``, as timm has it) says what images it expects. Weights ``DEFAULT`` are those that it comes with.
     """
 
+    is_tested = False
+
     def __init__(self, spec: str) -> None:
         self.spec = spec
         self.architecture = f"user/{spec}"

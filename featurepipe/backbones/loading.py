@@ -277,7 +277,10 @@ class Backbone:
 
     @cached_property
     def _trace_of_skeleton(self) -> Trace | None:
-        return nodes.trace(self._skeleton)
+        found = nodes.trace(self._skeleton)
+        if found is None or self._family.is_tested:
+            return found
+        return found if nodes.is_faithful(found, self.preprocessing.input_shape) else None
 
     @cached_property
     def _node_infos(self) -> tuple[NodeInfo, ...]:

@@ -24,6 +24,19 @@ ALTERNATIVE = "efficientnet_lite0"
 _NOT_A_VALUE = "num_batches_tracked"  # a counter of training steps, which changes no feature
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _CONNECT_SECONDS = 20.0
+# What torch's unpickler raises on bytes that are no weights file depends on where they lead it astray.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
 
 
 def is_file_name(weights: str) -> bool:
@@ -92,7 +105,7 @@ def unwrap(content: Any, origin: str) -> StateDict:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"weights file {str(path)!r} is not a state dict that torch.load(weights_only=True) can read: {first_line}"
@@ -177,7 +190,7 @@ def torchvision_state_dict(weights: Any) -> StateDict:
             state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, socket.gaierror) as error:
         raise _offline(path, weights.url, f"cannot be downloaded ({_reason(error)})") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except _UNREADABLE as error:
         if was_there:
             raise WeightsNotFound(
                 f"the weights file {path} is damaged ({_reason(error)}); delete it, and it is downloaded again"

@@ -117,14 +117,14 @@ def test_files_without_a_state_dict(content, message, tmp_path) -> None:
 
 def test_code_in_a_file_is_not_run(tmp_path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "pickled.pth")
-    with pytest.raises(UsageError, match="is not a state dict that torch.load"):
+    with pytest.raises(UsageError, match=r"is not a state dict that torch.load"):
         load_backbone("lenet5", str(tmp_path / "pickled.pth"))
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
 def test_files_that_are_something_else(content, tmp_path) -> None:
     (tmp_path / "page.pth").write_bytes(content)
-    with pytest.raises(UsageError, match="is not a state dict that torch.load"):
+    with pytest.raises(UsageError, match=r"is not a state dict that torch.load"):
         read_state_dict(tmp_path / "page.pth")
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_file_in_torchs_folder_is_named(monkeypatch, tmp_path) -> None
     path = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
-    with pytest.raises(WeightsNotFound, match="is damaged .*; delete it"):
+    with pytest.raises(WeightsNotFound, match=r"is damaged .*; delete it"):
         _ = load_backbone("resnet18").weights_sha256
 
 

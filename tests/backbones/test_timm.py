@@ -1,0 +1,73 @@
+"""Backbones from timm, with random weights, as nothing can be downloaded here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from featurepipe.backbones import Column, load_backbone, timm_models, weights_at_hand
+from featurepipe.errors import UsageError, WeightsNotFound
+
+timm = pytest.importorskip("timm")
+
+
+def test_a_traceable_model() -> None:
+    backbone = load_backbone("timm/resnet18", "none", seed=1)
+    assert backbone.architecture == "timm/resnet18"
+    assert backbone.columns(["layer4", "bottleneck"]) == [Column("layer4", "gap"), Column("global_pool.flatten", "gap")]
+    torch.manual_seed(1)
+    reference = timm.create_model("resnet18", pretrained=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        kept = backbone.graph(["global_pool.flatten", "layer2"])(images)  # type: ignore[misc]
+        assert torch.allclose(
+            kept["global_pool.flatten"], reference.forward_head(reference.forward_features(images), pre_logits=True)
+        )
+        assert torch.equal(backbone.module(images), reference(images))
+
+
+def test_preprocessing_is_the_weights_own() -> None:
+    lite = load_backbone("timm/tf_efficientnet_lite0", "none").preprocessing
+    assert (lite.mean, lite.resize, lite.interpolation) == ((0.5,) * 3, 256, "bicubic")
+    assert load_backbone("timm/resnet18").weights == "a1_in1k"
+    assert load_backbone("timm/resnet18").preprocessing.resize == 235  # floor(224 / 0.95)
+    assert load_backbone("timm/resnet18.tv_in1k").weights == "tv_in1k"
+    assert load_backbone("timm/resnet18", "tv_in1k").preprocessing.resize == 256
+
+
+def test_a_model_that_cannot_be_traced_has_its_modules_for_nodes() -> None:
+    backbone = load_backbone("timm/tf_efficientnet_lite0", "none")
+    assert not backbone.traceable
+    assert backbone.graph(["blocks.2"]) is None
+    assert backbone.bottleneck == "global_pool"
+    assert backbone.hook_names(["blocks.2", "global_pool"]) == ["blocks.2", "global_pool"]
+    assert backbone.node("blocks.2").shape == (40, 28, 28)
+
+
+def test_the_bottleneck_before_a_linear_of_timms_own() -> None:
+    backbone = load_backbone("timm/mobilenetv3_small_050")
+    assert backbone.node(backbone.bottleneck).shape == (1024,)
+
+
+def test_names_that_are_wrong() -> None:
+    with pytest.raises(UsageError, match=r"unknown backbone 'timm/resnet19'; nearest: timm/resnet"):
+        load_backbone("timm/resnet19")
+    with pytest.raises(UsageError, match=r"unknown weights 'v9' in timm/resnet18"):
+        load_backbone("timm/resnet18.v9")
+    assert timm_models() > 500
+
+
+def test_offline_the_error_names_the_alternative(monkeypatch) -> None:
+    def create_model(_name: str, *, pretrained: bool) -> torch.nn.Module:
+        assert pretrained
+        raise FileNotFoundError("not in the cache")
+
+    backbone = load_backbone("timm/resnet18")
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(WeightsNotFound, match=r"'a1_in1k' of timm/resnet18 .* HF_HUB_CACHE.* efficientnet_lite0"):
+        _ = backbone.weights_sha256
+
+
+def test_at_hand_looks_into_the_cache_only(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert not weights_at_hand("timm/resnet18")
