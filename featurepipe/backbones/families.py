@@ -26,7 +26,7 @@ class Family(ABC):
 
     architecture: str
     is_tested = True
-    """Whether tracing is known to keep what the networks compute; where not, each network is tried."""
+    """Whether tracing is known to keep what the networks compute; where not, each network is tried with its values."""
 
     @abstractmethod
     def choices(self) -> list[str]:

@@ -52,6 +52,11 @@ class Timm(Family):
         return self._create(name, pretrained=False)
 
     @override
+    def skeleton(self, name: str | None) -> nn.Module:
+        # With values: many of timm's modules compute tables from empty tensors that no state dict holds.
+        return self.build(name)
+
+    @override
     def state(self, name: str) -> StateDict:
         from huggingface_hub.errors import HfHubHTTPError
 

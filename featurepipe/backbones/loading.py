@@ -259,9 +259,9 @@ class Backbone:
 
     @cached_property
     def _skeleton(self) -> nn.Module:
-        """The network for looking at: its parameters have no values where the family can do without."""
+        """The network for looking at, without values (so without memory or work) where the family can do without."""
         skeleton = nodes.freeze(self._new_skeleton())
-        return skeleton.to("meta") if any(parameter.is_meta for parameter in skeleton.parameters()) else skeleton
+        return skeleton.to("meta") if self._family.is_tested else skeleton
 
     def _new_skeleton(self) -> nn.Module:
         with _seeded(self._seed):
@@ -287,7 +287,11 @@ class Backbone:
         found = self._trace_of_skeleton
         if found is None:
             return tuple(self._hooked.nodes)
-        return tuple(measure.measure_trace(found, self.preprocessing.input_shape))
+        try:
+            return tuple(measure.measure_trace(found, self.preprocessing.input_shape))
+        except (NotImplementedError, RuntimeError):
+            found = nodes.trace(self.module) or found  # some operation needs values
+            return tuple(measure.measure_trace(found, self.preprocessing.input_shape))
 
     @cached_property
     def _by_name(self) -> dict[str, NodeInfo]:
