@@ -1,0 +1,301 @@
+"""What changes a feature's value starts a new feature space, and a run says so; what does not, does not."""
+
+import dataclasses
+import hashlib
+import re
+
+import pytest
+import torch
+
+from featurepipe.backbones import load_backbone
+from featurepipe.backbones.engine import Engine
+from featurepipe.backbones.precision import PrecisionChoice
+from featurepipe.errors import UsageError
+from featurepipe.extraction import auto, prepare
+from featurepipe.store import FeatureStore
+
+
+@pytest.fixture(autouse=True)
+def filled(album):
+    album.fill(3)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Stands in for measuring precision: decides as told, and counts how often it was asked."""
+
+    class Measured:
+        precision, calls = "fp32", 0
+
+        def __call__(self, *_args, **_options):
+            self.calls += 1
+            return PrecisionChoice(self.precision, "bf16", 0.99912, 3), None
+
+    measured = Measured()
+    monkeypatch.setattr(prepare, "choose_precision", measured)
+    return measured
+
+
+def expect_new_space(run, album, what, **options):
+    """A first run, then one with ``options``: everything is computed again, in a space of its own, and it is said why."""
+    (space,) = run.store.spaces()
+    record = run(album.root, **options)
+    assert record["counts"]["computed"] == 3
+    assert record["fingerprint"] != space.fingerprint
+    assert len(run.store.spaces()) == 2
+    assert "starting a new feature space" in record["new_space"]
+    assert what in record["new_space"]
+
+
+FLIPS = {
+    "seed": ({"seed": 1}, "holds none for lenet5"),
+    "precision": ({"precision": "bf16"}, "precision differs from lenet5-"),
+    "dtype": ({"dtype": "float32"}, "dtype differs from lenet5-"),
+}
+
+
+@pytest.mark.parametrize(("options", "what"), FLIPS.values(), ids=FLIPS)
+def test_an_option_that_changes_values_makes_a_new_space(album, run, options, what):
+    assert "holds none for lenet5" in run(album.root)["new_space"]
+    assert run(album.root)["new_space"] is None
+    expect_new_space(run, album, what, **options)
+
+
+def test_another_decoding_or_numerics_version_makes_a_new_space(album, run, monkeypatch):
+    run(album.root)
+    spaces = 1
+    for name in prepare.DECODING:
+        with monkeypatch.context() as patch:
+            patch.setitem(prepare.DECODING, name, "otherwise")
+            record = run(album.root)
+        spaces += 1
+        assert record["counts"]["computed"] == 3
+        assert f"decoding.{name}" in record["new_space"]
+    monkeypatch.setattr(prepare, "NUMERICS", prepare.NUMERICS + 1)
+    record = run(album.root)
+    assert (record["counts"]["computed"], len(run.store.spaces())) == (3, spaces + 1)
+    assert "numerics" in record["new_space"]
+
+
+PREPROCESSING = {
+    "resize": ("resize=20", "resize=24"),
+    "crop": ("crop=(16, 16)", "crop=(18, 16)"),
+    "mean": ("0.485", "0.486"),
+    "std": ("0.229", "0.230"),
+    "interpolation": ('"bilinear"', '"bicubic"'),
+    "antialias": ("resize=20", "resize=20, antialias=False"),
+    "scale": ("resize=20", "resize=20, scale=1.0"),
+    "colour": ("mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)", 'mean=(0.5,), std=(0.2,), colour="grey"'),
+    "source": ("import torch", "import torch  # a comment"),
+    "weights": ("manual_seed(7)", "manual_seed(8)"),
+}
+
+
+@pytest.mark.parametrize("field", PREPROCESSING)
+def test_every_field_of_a_users_network_makes_a_new_space(album, run, network, field):
+    before, after = PREPROCESSING[field]
+    spec = network(name="mine")
+    run(album.root, backbone=spec, nodes=["act"])
+    old = load_backbone(spec).identity()
+    network(lambda source: source.replace(before, after).replace("Conv2d(3", f"Conv2d({1 if field == 'colour' else 3}"), "mine")
+    new = load_backbone(spec).identity()
+    if field in dataclasses.asdict(load_backbone(spec).preprocessing):
+        assert {name for name in new["preprocessing"] if new["preprocessing"][name] != old["preprocessing"][name]} >= {field}
+    expect_new_space(run, album, "holds none for mine:make", backbone=spec, nodes=["act"])
+
+
+def test_a_weights_file_is_known_by_its_values_not_its_name(album, run, tmp_path):
+    net = load_backbone("lenet5", "none").module
+    torch.save(net.state_dict(), tmp_path / "one.pth")
+    run(album.root, weights=str(tmp_path / "one.pth"))
+    torch.save(dict(reversed(net.state_dict().items())), tmp_path / "two.pth")
+    assert run(album.root, weights=str(tmp_path / "two.pth"))["counts"]["known"] == 3
+    with torch.no_grad():
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        state["c1.0.bias"][0] += 1e-4
+    torch.save(state, tmp_path / "one.pth")
+    expect_new_space(run, album, "holds none for lenet5", weights=str(tmp_path / "one.pth"))
+
+
+def test_machine_settings_stay_in_the_space(album, run):
+    run(album.root)
+    record = run(album.root, batch_size=2, workers=1, device="cpu", max_rejects=5, nodes=["c3"])
+    assert record["new_space"] is None
+    assert len(run.store.spaces()) == 1
+
+
+def test_the_fields_of_a_space_are_exactly_what_changes_values(album, run):
+    run(album.root)
+    (space,) = run.store.spaces()
+    assert sorted(space.fields) == [
+        "architecture", "decode", "decoding", "dtype", "numerics", "precision", "preprocessing", "weights_sha256",
+    ]  # fmt: skip
+    assert space.fields["preprocessing"] == load_backbone("lenet5", "none").preprocessing.as_dict()
+    assert space.fields["architecture"] == "featurepipe/lenet5"
+
+
+def test_random_controls_are_marked_as_such(album, run):
+    record = run(album.root, seed=4)
+    assert record["backbone"]["random"] is True
+    assert record["backbone"]["weights"] == "random (seed 4)"
+    assert run.store.spaces()[0].notes["backbone"]["random"] is True
+
+
+def test_auto_is_measured_once_and_written_down(album, run, measured):
+    measured.precision = "bf16"
+    record = run(album.root, precision="auto")
+    assert measured.calls == 1
+    assert record["settings"]["precision"]["value"] == "bf16"
+    assert "0.99912 over 3 images: kept" in record["settings"]["precision"]["why"]
+    assert record["settings"]["dtype"]["value"] == "float16"
+    assert record["settings"]["decode"]["value"] == "cpu"
+    (space,) = run.store.spaces()
+    assert space.fields["precision"] == "bf16"
+    assert space.notes["resolved"] == {name: record["settings"][name]["why"] for name in record["settings"]}
+
+
+def test_auto_follows_the_store_and_does_not_measure(album, run, measured):
+    run(album.root, precision="bf16", dtype="float32")
+    record = run(album.root, precision="auto")
+    assert measured.calls == 0
+    assert record["counts"]["known"] == 3
+    assert {name: s["value"] for name, s in record["settings"].items()} == {"precision": "bf16", "dtype": "float32", "decode": "cpu"}
+    assert {s["why"] for s in record["settings"].values()} == {"as in the store"}
+
+
+def test_auto_follows_a_killed_first_run_too(album, run, measured):
+    """Such a run has a space and parts, but no record."""
+    run(album.root, precision="bf16")
+    for path in (*run.path.glob("runs/*"), *run.path.glob("snapshots/*/*")):
+        path.unlink()
+    assert run.counts(album.root, precision="auto") == (0, 3, 0, 0, 0)
+    assert measured.calls == 0
+
+
+def test_explicit_settings_override_what_the_store_holds(album, run, measured):
+    run(album.root, precision="bf16", dtype="float32")
+    record = run(album.root, precision="fp32")
+    assert measured.calls == 0
+    assert {n: s["value"] for n, s in record["settings"].items()} == {"precision": "fp32", "dtype": "float16", "decode": "cpu"}
+    assert record["settings"]["precision"]["why"] == "asked for"
+    assert "precision" in record["new_space"]
+    assert len(run.store.spaces()) == 2
+
+
+def test_a_dataset_goes_on_in_the_space_it_used_last(album, run, measured):
+    run(album.root, precision="bf16")
+    run(album.root, precision="fp32")
+    assert run(album.root, precision="auto")["settings"]["precision"]["value"] == "fp32"
+    run(album.root, precision="bf16", dataset="other")
+    assert run(album.root, precision="auto", dataset="other")["settings"]["precision"]["value"] == "bf16"
+    assert run(album.root, precision="auto")["settings"]["precision"]["value"] == "fp32"
+    assert measured.calls == 0
+
+
+def test_what_was_decided_is_said(album, run, capsys):
+    run(album.root, silent=False)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "starting a new feature space: the store holds none for lenet5" in said.err
+    assert "precision fp32: asked for" in said.err
+    assert re.search(r"dtype float16: default", said.err)
+
+
+def test_auto_takes_fp32_where_reduced_precision_disagrees(album, run, network, monkeypatch):
+    """The last layer subtracts nearly all that its input has in common, which bfloat16 cannot hold."""
+    from featurepipe.backbones import precision
+
+    monkeypatch.setattr(precision, "reduced_precision", lambda _device: "bf16")
+    spec = network(
+        lambda source: source.replace("self.norm(self.conv(x))", "self.norm(self.conv(x) + 300) * 100")
+        .replace("net.norm.running_mean.uniform_(-0.5, 0.5)", "net.norm.running_mean.fill_(300.0)")
+    )  # fmt: skip
+    record = run(album.root, backbone=spec, nodes=["act"], precision="auto")
+    assert record["settings"]["precision"]["value"] == "fp32"
+    why = record["settings"]["precision"]["why"]
+    worst = float(re.search(r"worst cosine of (-?[\d.]+) over 3 images", why)[1])
+    assert worst < 0.999
+    assert "not kept" in why
+    spec = network()
+    record = run(album.root, backbone=spec, nodes=["act"], precision="auto")
+    assert record["settings"]["precision"]["value"] == "bf16"
+    assert "kept" in record["settings"]["precision"]["why"]
+
+
+def test_auto_without_a_usable_image_takes_fp32(run, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "x.png").write_bytes(b"no")
+    record = run(folder, precision="auto", max_rejects=1)
+    assert record["settings"]["precision"]["value"] == "fp32"
+
+
+def test_resolve_prefers_explicit_then_held_then_measured():
+    held = [{"precision": "bf16", "dtype": "float16", "decode": "cpu"}, {"precision": "fp32", "dtype": "float32", "decode": "gpu"}]
+    auto_all = dict.fromkeys(auto.CHOICES, "auto")
+
+    def measure():
+        return "fp16", "measured"
+
+    assert auto.resolve(auto_all, held, measure).fields() == held[0]
+    assert auto.resolve({**auto_all, "dtype": "float32"}, held, measure).fields() == held[1]
+    found = auto.resolve({**auto_all, "dtype": "float32", "decode": "cpu"}, held, measure)
+    assert found.fields() == {"precision": "fp16", "dtype": "float32", "decode": "cpu"}
+    assert found.why == {"precision": "measured", "dtype": "asked for", "decode": "asked for"}
+
+
+def test_a_space_whose_decoding_needs_a_gpu_is_not_silently_left(album, run):
+    run(album.root)
+    (space,) = run.store.spaces()
+    FeatureStore(run.path).open_space({**space.fields, "decode": "gpu"}, backbone="lenet5", notes=space.notes)
+    for path in (*run.path.glob("runs/*"), *space.path.glob("*.json")):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"--decode cpu"):
+        run(album.root)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'; choices: auto, fp32, bf16, fp16"),
+        ({"dtype": "f2"}, "unknown dtype 'f2'; choices: auto, float16, float32"),
+        ({"decode": "tpu"}, "unknown decode 'tpu'; choices: auto, cpu, gpu"),
+        ({"decode": "gpu", "device": "cpu"}, "decode 'gpu' needs --device cuda"),
+        ({"device": "tpu"}, "unknown device 'tpu'; choices: auto, cpu, cuda, cuda:N"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"batch_size": 0}, "batch size 0 must be"),
+        ({"batch_size": "many"}, "batch size 'many' must be 'auto' or a number from 1"),
+        ({"workers": 0}, "workers 0 must be"),
+        ({"workers": -2}, "workers -2 must be"),
+        ({"max_rejects": "few"}, "max_rejects 'few' must be a number"),
+        ({"max_rejects": -1}, "max_rejects -1 must be a number"),
+        ({"backbone": "lenet6"}, "unknown backbone 'lenet6'; nearest: lenet5"),
+        ({"nodes": ["c4"]}, "unknown node 'c4' in lenet5; nearest: s4, c5, c3"),
+        ({"nodes": ["c3:avg"]}, "avg"),
+        ({"dataset": "a/b"}, "not a dataset name: 'a/b'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(album, run, options, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run(album.root, **options)
+    assert run.reads == 0
+    assert not list(run.path.glob("spaces/*/parts/*"))
+
+
+def test_fingerprints_do_not_depend_on_the_process(launcher, album, run):
+    """Weights hashes, source hashes and canonical JSON are the same in a fresh process."""
+    run(album.root)
+    code = """
+        import sys
+        from featurepipe.backbones import load_backbone
+        print(load_backbone("lenet5", "none").weights_sha256)
+    """
+    other = launcher.start(code).wait()
+    assert other.out.strip() == load_backbone("lenet5", "none").weights_sha256
+    assert hashlib.sha256().digest_size * 2 == len(run.store.spaces()[0].fingerprint)
+
+
+def test_engine_is_only_built_when_there_is_something_to_compute(album, run, monkeypatch):
+    run(album.root)
+    monkeypatch.setattr(Engine, "__init__", lambda *_args, **_options: pytest.fail("built for nothing"))
+    assert run(album.root)["counts"]["known"] == 3
