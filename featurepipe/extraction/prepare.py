@@ -137,11 +137,18 @@ def prepare(
         return choice.precision, choice.reason
 
     settings = auto.resolve(asked, [space.fields for space in spaces], measure)
+    if settings.decode == "gpu" and machine.device == "cpu":
+        raise UsageError(
+            f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; "
+            "--decode cpu starts another feature space"
+        )
     fields = {**backbone.identity(), **settings.fields(), "decoding": dict(DECODING), "numerics": NUMERICS}
     space = next((space for space in spaces if not differences(space.fields, fields)), None)
     why_new = None if space is not None else _why_new(spaces, fields, backbone)
     if space is None and store is not None and not dry_run:
         space = store.open_space(fields, backbone=backbone.name, notes=_notes(backbone, settings))
+    if space is not None and not dry_run:
+        _note_map_shapes(space, backbone, columns)
     if why_new:
         say(why_new)
     for setting, value in settings.fields().items():
@@ -167,8 +174,10 @@ def settle_machine(options: Options) -> Machine:
         batch_size = 16 if device == "cpu" else 256
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise UsageError(f"batch size {options.batch_size!r} must be 'auto' or a number from 1")
-    workers = options.workers or min(os.cpu_count() or 2, 16)
-    return Machine(device, int(batch_size), max(1, workers))
+    workers = min(os.cpu_count() or 2, 16) if options.workers is None else options.workers
+    if workers < 1:
+        raise UsageError(f"workers {workers} must be a number from 1")
+    return Machine(device, int(batch_size), workers)
 
 
 def dataset_name(source_name: str) -> str:
@@ -257,6 +266,14 @@ def _why_new(spaces: Sequence[Space], fields: Mapping[str, Any], backbone: Backb
         return f"starting a new feature space: the store holds none for {backbone.name} with these weights and preprocessing"
     changed = ", ".join(differences(spaces[0].fields, fields))
     return f"starting a new feature space: {changed} differs from {spaces[0].name}, so no feature there can be reused"
+
+
+def _note_map_shapes(space: Space, backbone: Backbone, columns: Sequence[Column]) -> None:
+    """Writes down what to reshape the rows of ``map`` columns to, since the store keeps vectors."""
+    known = space.notes.get("map_shapes", {})
+    new = {str(c): backbone.feature_shape(c) for c in columns if c.pooling == "map" and str(c) not in known}
+    if new:
+        space.update_notes({"map_shapes": {**known, **new}})
 
 
 def _notes(backbone: Backbone, settings: auto.Settings) -> dict[str, Any]:
