@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import io
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from featurepipe.errors import Reject
 from featurepipe.tables import size, table
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -149,9 +151,12 @@ def bf16() -> Check:
     """Whether the CPU multiplies bfloat16 itself."""
     from featurepipe.backbones.precision import cpu_has_bf16
 
-    if cpu_has_bf16():
-        return Check("cpu bf16", OK, "native; --precision auto uses it where it agrees with fp32")
-    return Check("cpu bf16", OK, "not native; --precision auto uses fp32 on this CPU")
+    found = (
+        "native; --precision auto uses it where it agrees with fp32"
+        if cpu_has_bf16()
+        else "not native; auto takes fp32"
+    )
+    return Check("cpu bf16", OK, found)
 
 
 def fusion() -> Check:
@@ -178,16 +183,20 @@ def cuda_devices() -> list[Check]:
 
 
 def jpeg_decoder() -> Check:
-    """Whether torchvision's JPEG decoder works, on a picture that goes there and back."""
-    import torch
-    from torchvision.io import decode_jpeg, encode_jpeg
+    """Whether JPEGs are decoded, on a picture that Pillow encodes."""
+    import numpy as np
+    from PIL import Image
 
-    picture = torch.arange(32, dtype=torch.uint8).mul(8).expand(3, 32, 32).contiguous()
-    step = "install torchvision's own wheel, which has a JPEG decoder: pip install --upgrade torchvision"
+    from featurepipe.images import decode
+
+    picture = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+    step = "run: pip install --upgrade torchvision; its own wheel has a JPEG decoder"
     try:
-        error = (decode_jpeg(encode_jpeg(picture, 95)).int() - picture.int()).abs().max().item()
-    except RuntimeError as problem:
-        return Check("jpeg decoder", PROBLEM, f"fails: {str(problem).splitlines()[0]}", step)
+        error = np.abs(decode(buffer.getvalue()).numpy().astype(int) - picture).max()
+    except Reject as problem:
+        return Check("jpeg decoder", PROBLEM, f"fails: {problem}", step)
     if error > JPEG_ERROR:
         return Check("jpeg decoder", PROBLEM, f"returns wrong pixels (off by {error} of 255)", step)
     return Check("jpeg decoder", OK, "works")
@@ -210,11 +219,8 @@ def weights() -> Check:
 def disk_space(folder: Path) -> Check:
     """Room for features."""
     free = shutil.disk_usage(_existing(folder)).free
-    found = f"{size(free)} free at {_existing(folder)}"
-    if free < LITTLE_SPACE:
-        step = "featurepipe extract --dry-run says how many bytes a job needs"
-        return Check("disk", WARNING, found, step)
-    return Check("disk", OK, found)
+    step = "featurepipe extract --dry-run says how many bytes a job needs" if free < LITTLE_SPACE else ""
+    return Check("disk", WARNING if step else OK, f"{size(free)} free at {_existing(folder)}", step)
 
 
 def writable(folder: Path) -> Check:

@@ -1,0 +1,131 @@
+"""The README is true: its examples run, its table is the parser's, its links lead somewhere."""
+
+import argparse
+import gzip
+import re
+import shlex
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurepipe.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "featurepipe/data/README.md")
+TRAIN, TEST = 40, 20  # of the bundled images, so that the examples take seconds
+
+
+def fence(heading: str, language: str) -> str:
+    """The first code block below a heading."""
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``featurepipe/data`` as in a checkout, only with fewer images."""
+    folder = tmp_path_factory.mktemp("checkout")
+    data = folder / "featurepipe" / "data"
+    data.mkdir(parents=True)
+    for split, count in (("train", TRAIN), ("t10k", TEST)):
+        for kind, header, shape in (("images-idx3-ubyte", 16, (-1, 28, 28)), ("labels-idx1-ubyte", 8, (-1,))):
+            name = f"{split}-{kind}.gz"
+            whole = gzip.decompress((ROOT / "featurepipe" / "data" / name).read_bytes())[header:]
+            write_idx(data / name, np.frombuffer(whole, np.uint8).reshape(shape)[:count])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def python_output(checkout: Path, launcher) -> str:
+    """What the Python example prints."""
+    finished = launcher.start(fence("In Python", "python"), cwd=checkout).wait()
+    assert finished.code == 0, finished.err
+    return finished.out
+
+
+def test_python_example_prints_a_held_out_accuracy(python_output: str) -> None:
+    accuracy = float(python_output)
+    assert accuracy * TEST == pytest.approx(round(accuracy * TEST))  # a share of the held-out images
+    assert accuracy >= 0.3  # three times chance, from four images per class
+
+
+def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> None:
+    assert python_output  # it has run before, as in the README
+    commands = [shlex.split(line) for line in fence("In the shell", "sh").splitlines()]
+    assert [words[0] for words in commands] == ["featurepipe"] * 5
+    results = {}
+    for words in commands:
+        finished = cli(*words[1:], cwd=checkout)
+        assert finished.code == 0, (words, finished.err)
+        results[words[1]] = finished.out
+    assert re.search(r"^blocks\.10\.add +112x14x14 .* blocks\.10$", results["nodes"], re.MULTILINE)
+    assert f"{TRAIN + TEST} images listed, {TRAIN + TEST} computed" in results["extract"]
+    assert "blocks.10:gap" in results["info"]
+    assert "bottleneck" in results["info"]
+    assert "everything is as it was committed" in results["verify"]
+    with np.load(checkout / "clothes.npz") as exported:
+        assert exported["X"].shape == (TRAIN + TEST, 1280)
+        assert min(exported["ids"].tolist()) == "test/000000"
+
+    again = cli(*commands[1][1:], "--json", cwd=checkout)
+    assert again.json()["counts"]["computed"] == 0
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def summaries() -> dict[str, str]:
+    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {choice.dest: choice.help for choice in action._choices_actions}
+
+
+def table() -> dict[str, tuple[str, str]]:
+    """From the README: command name -> (usage, summary)."""
+    rows = re.findall(r"^\| `featurepipe (\S+)(.*?)` \| (.*) \|$", README, re.MULTILINE)
+    return {name: (usage.strip(), summary) for name, usage, summary in rows}
+
+
+def test_table_of_commands_is_the_parsers() -> None:
+    assert {name: summary for name, (_, summary) in table().items()} == summaries()
+    assert list(table()) == list(subcommands())
+
+
+@pytest.mark.parametrize("name", list(subcommands()))
+def test_usage_in_the_table_is_what_the_parser_requires(name: str) -> None:
+    required = []
+    for action in subcommands()[name]._actions:
+        if not action.option_strings:
+            required.append(action.metavar)
+        elif action.required:
+            required += [action.option_strings[-1], action.metavar.partition("[")[0]]
+    assert table()[name][0].split() == required
+
+
+def test_options_named_in_the_prose_exist() -> None:
+    known = {option for parser in subcommands().values() for option in parser._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:featurepipe|tests|tools|images|store|backbones)/[\w./-]+)`", text)
+    roots = (ROOT, ROOT / "featurepipe")
+    missing = [path for path in links + paths if not any((root / path).exists() for root in roots)]
+    assert missing == []
