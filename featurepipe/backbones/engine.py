@@ -123,7 +123,9 @@ class Engine:
     def _forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         images = self.backbone.preprocessing.normalise(batch, self.dtype).contiguous(memory_format=torch.channels_last)
         outputs: dict[str, torch.Tensor] = self._network(images)
-        return {str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]) for c in self.columns}
+        return {
+            str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]).flatten(1) for c in self.columns
+        }
 
 
 def _streams() -> ThreadPoolExecutor:

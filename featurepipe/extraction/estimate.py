@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from featurepipe.backbones.engine import Engine
+from featurepipe.backbones import Column
 from featurepipe.extraction.prepare import Job, load_sample
 
 ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -26,7 +27,7 @@ class Estimate:
         seconds: expected duration, or None when nothing could be sampled.
         images_per_second: measured on the sample, or None.
         sampled: images in the timed sample.
-        bytes_per_column: bytes that each column would add if every image to read is new.
+        bytes_per_column: bytes of features that each column would add, if no image is a copy of another.
         space: the feature space that would be used.
         new_space: whether it would be a new one, and why.
     """
@@ -52,7 +53,6 @@ class Estimate:
 def estimate(job: Job, sample_size: int) -> Estimate:
     """Times a sample of the images that would be read, and extrapolates."""
     plan = job.plan
-    widths: dict[str, int] = {}
     rate: float | None = None
     sample = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
     if len(sample):
@@ -60,10 +60,8 @@ def estimate(job: Job, sample_size: int) -> Estimate:
         engine(sample)  # the first call pays for set-up
         start = time.perf_counter()
         again = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
-        features = engine(again)
+        engine(again)
         rate = len(again) / (time.perf_counter() - start)
-        widths = {name: values.shape[1] for name, values in features.items()}
-    item = ITEM_BYTES[job.settings.dtype]
     return Estimate(
         dataset=job.dataset,
         listed=plan.listing.num_rows,
@@ -74,7 +72,20 @@ def estimate(job: Job, sample_size: int) -> Estimate:
         seconds=len(plan.todo) / rate if rate else (None if len(plan.todo) else 0.0),
         images_per_second=rate,
         sampled=len(sample),
-        bytes_per_column={name: width * item * len(plan.todo) for name, width in widths.items()},
+        bytes_per_column={str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.columns},
         space=dict(job.fields),
         new_space=job.why_new,
     )
+
+
+def _lacking(job: Job, column: Column) -> int:
+    """How many of the images to read lack the column, as far as their keys are known."""
+    todo = job.plan.todo
+    if job.space is None:
+        return len(todo)
+    keys = job.plan.keys[todo][job.plan.has_key[todo]]
+    return len(todo) - int(job.space.index([str(column)]).contains(keys).sum())
+
+
+def _bytes_per_image(job: Job, column: Column) -> int:
+    return math.prod(job.backbone.feature_shape(column)) * ITEM_BYTES[job.settings.dtype]

@@ -95,4 +95,6 @@ def _existing(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:
     """The store, or None when there is none yet; a dry run makes none."""
     if isinstance(store, FeatureStore):
         return store
-    return FeatureStore(store, create=False) if Path(store).exists() else None
+    path = Path(store)
+    is_new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    return None if is_new else FeatureStore(path, create=False)

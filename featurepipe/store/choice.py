@@ -103,12 +103,14 @@ def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | 
             f"--backbone {space.backbone} --node {column}"
         )
     rows = ColumnRows.of(column, index.parts, part, row, width=space.columns()[column].width)
+    map_shape = space.notes.get("map_shapes", {}).get(column)
     return FeatureSet(
         usable.select(["id", "label", "split"]).combine_chunks(),
         keys,
         rows,
         space_fingerprint=space.fingerprint,
         rejected=len(snapshot) - len(usable),
+        map_shape=tuple(map_shape) if map_shape else None,
     )
 
 

@@ -27,14 +27,23 @@ class FeatureSet:
         keys: (n, 32) uint8, the SHA-256 of each image.
         space_fingerprint: Which feature space the values are of.
         rejected: Images of the snapshot that could not be used and are not here.
+        map_shape: What to reshape a row to, (C, H, W), if the pooling is ``map``; else None.
     """
 
     def __init__(
-        self, table: pa.Table, keys: Keys, rows: ColumnRows, *, space_fingerprint: str, rejected: int = 0
+        self,
+        table: pa.Table,
+        keys: Keys,
+        rows: ColumnRows,
+        *,
+        space_fingerprint: str,
+        rejected: int = 0,
+        map_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.keys = keys
         self.space_fingerprint = space_fingerprint
         self.rejected = rejected
+        self.map_shape = map_shape
         self._table = table
         self._rows = rows
 
@@ -93,6 +102,7 @@ class FeatureSet:
             self._rows.take(chosen),
             space_fingerprint=self.space_fingerprint,
             rejected=self.rejected,
+            map_shape=self.map_shape,
         )
 
     def select(self, *, split: str | None = None, labelled: bool = False) -> FeatureSet:
