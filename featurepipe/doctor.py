@@ -21,10 +21,8 @@ from featurepipe.tables import size, table
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 REQUIRED = ("torch", "torchvision", "h5py", "pyarrow", "pillow", "numpy", "scikit-learn")
 OPTIONAL = {"timm": "only timm/NAME needs it", "matplotlib": "only featurepipe demo needs it"}
-LITTLE_SPACE = 2_000_000_000
-"""Bytes; fewer free ones are worth a warning."""
-JPEG_ERROR = 16
-"""Grey levels by which a smooth picture may differ after a JPEG round trip."""
+LITTLE_SPACE = 2_000_000_000  # bytes; fewer free ones are worth a warning
+JPEG_ERROR = 16  # grey levels by which a smooth picture may differ after a JPEG round trip
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,7 @@ def examine(folder: Path) -> Report:
     Args:
         folder: where a store is or will be; it is not made if it is missing.
     """
-    checks = [
-        Check("python", OK, platform.python_version()),
-        *map(package_version, REQUIRED),
-        *map(optional_package, OPTIONAL),
-    ]
+    checks = [Check("python", OK, platform.python_version()), *map(package_version, (*REQUIRED, *OPTIONAL))]
     broken = list(import_problems())
     checks += broken
     if not broken:
@@ -88,10 +82,12 @@ def examine(folder: Path) -> Report:
 
 
 def package_version(name: str) -> Check:
-    """A package that featurepipe cannot do without."""
+    """A package's version, and whether it can be done without."""
     try:
         found = version(name)
     except PackageNotFoundError:
+        if name in OPTIONAL:
+            return Check(name, OK, f"not installed; {OPTIONAL[name]}")
         return Check(name, PROBLEM, "not installed", f"run: pip install {name}")
     return judge_torch(found) if name == "torch" else Check(name, OK, found)
 
@@ -106,14 +102,6 @@ def judge_torch(found: str) -> Check:
         known = "torchvision does not import beside the CPU wheel of 2.13.0"
         return Check("torch", WARNING, found, f"{known}; run: pip install --upgrade 'torch!=2.13.0' torchvision")
     return Check("torch", OK, found)
-
-
-def optional_package(name: str) -> Check:
-    """A package that some commands need."""
-    try:
-        return Check(name, OK, version(name))
-    except PackageNotFoundError:
-        return Check(name, OK, f"not installed; {OPTIONAL[name]}")
 
 
 def import_problems() -> Iterator[Check]:
@@ -187,7 +175,7 @@ def jpeg_decoder() -> Check:
     import numpy as np
     from PIL import Image
 
-    from featurepipe.images import decode
+    from featurepipe.images.decode import decode
 
     picture = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     buffer = io.BytesIO()
@@ -197,9 +185,9 @@ def jpeg_decoder() -> Check:
         error = np.abs(decode(buffer.getvalue()).numpy().astype(int) - picture).max()
     except Reject as problem:
         return Check("jpeg decoder", PROBLEM, f"fails: {problem}", step)
-    if error > JPEG_ERROR:
-        return Check("jpeg decoder", PROBLEM, f"returns wrong pixels (off by {error} of 255)", step)
-    return Check("jpeg decoder", OK, "works")
+    if error <= JPEG_ERROR:
+        return Check("jpeg decoder", OK, "works")
+    return Check("jpeg decoder", PROBLEM, f"returns wrong pixels (off by {error} of 255)", step)
 
 
 def weights() -> Check:
@@ -252,9 +240,7 @@ def _usable_cores() -> int:
 
 
 def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    listing = Path("/proc/cpuinfo")  # Linux
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

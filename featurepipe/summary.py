@@ -75,7 +75,12 @@ def _dataset_text(dataset: Mapping[str, Any]) -> str:
     lines = [f"{title}: {_count(dataset['images'], 'image')}, {_count(dataset['snapshots'], 'snapshot')}"]
     copies = dataset["images"] - dataset["distinct"]
     if copies:
-        lines.append(f"  {copies:,} of them are copies of others, which share one feature")
+        copy = (
+            "is a copy of another, and shares its feature"
+            if copies == 1
+            else "are copies of others, and share a feature"
+        )
+        lines.append(f"  {copies:,} of them {copy}")
     if dataset["rejects"]:
         lines.append(f"  {dataset['rejects']:,} more could not be used")
     if dataset["splits"]:

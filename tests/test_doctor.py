@@ -54,7 +54,7 @@ def test_packages() -> None:
 
 def test_a_missing_optional_package_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor.OPTIONAL, "no-such-package-here", "only dreams need it")
-    found = doctor.optional_package("no-such-package-here")
+    found = doctor.package_version("no-such-package-here")
     assert (found.status, found.found) == (OK, "not installed; only dreams need it")
 
 
