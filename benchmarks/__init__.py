@@ -1,0 +1,1 @@
+"""What featurepipe promises, measured: each benchmark runs beside what a user would write instead."""

@@ -1,0 +1,10 @@
+"""``python -m benchmarks``: runs every benchmark in full and records its result; ``--tiny`` only shows that they work."""
+
+import subprocess
+import sys
+
+BENCHMARKS = ("bench_store", "bench_rerun", "bench_extract")
+
+for name in BENCHMARKS:
+    arguments = sys.argv[1:] or ["--record"]
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], check=True)

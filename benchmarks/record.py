@@ -1,0 +1,68 @@
+"""What all benchmarks share: the machine's description, the result file, the arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that figures belong to."""
+    import torch
+
+    from featurepipe.records import versions
+
+    cpu = next((line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "versions": versions(),
+    }
+
+
+def median(values: Sequence[float], digits: int = 3) -> float:
+    """The median, rounded for people."""
+    return round(statistics.median(values), digits)
+
+
+def main(name: str, description: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[..., dict[str, Any]]) -> None:
+    """Parses arguments, runs a benchmark, prints its result and, if asked, records it under ``benchmarks/results``."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    add(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}.json")
+    parser.add_argument("--tiny", action="store_true", help="a run of seconds that only shows that the benchmark works")
+    args = parser.parse_args()
+    result = {"benchmark": name, "when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **run(args)}
+    text = json.dumps(result, indent=2)
+    if args.record:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
+    if args.json:
+        print(text)
+    else:
+        print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "rounds")}, indent=2))
+
+
+def note(message: str) -> None:
+    """A line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
