@@ -52,10 +52,9 @@ def script(module: torch.nn.Module, node: str, transform: Any, paths: list[Path]
     """The usual script: features (N, D) in fp32, and the seconds they took."""
     network = create_feature_extractor(module, return_nodes={node: "features"})
     start = time.perf_counter()
-    found = []
+    loader = DataLoader(Photos(paths, transform), batch_size=64, num_workers=2)
     with torch.inference_mode():
-        for batch in DataLoader(Photos(paths, transform), batch_size=64, num_workers=2):
-            found.append(network(batch)["features"].flatten(1).numpy())
+        found = [network(batch)["features"].flatten(1).numpy() for batch in loader]
     return np.concatenate(found), time.perf_counter() - start
 
 
@@ -72,7 +71,9 @@ def ours(images: Path, backbone: str, weights: str, precision: str) -> tuple[Any
     """Features by id, the seconds of the whole call, and the run record."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run = fp.extract(images, folder, dataset="bench", backbone=backbone, weights=weights, precision=precision, silent=True)
+        run = fp.extract(
+            images, folder, dataset="bench", backbone=backbone, weights=weights, precision=precision, silent=True
+        )
         seconds = time.perf_counter() - start
         features = fp.FeatureStore(folder).features("bench")
         x, _ = features.numpy()
@@ -107,7 +108,9 @@ def measure(images: Path, args: argparse.Namespace, precision: str) -> dict[str,
         worst = min(worst, worst_cosine(expected, found))
         rate, script_rate = len(paths) / whole, len(share) / seconds
         rounds.append({"script": script_rate, "ceiling": top, "ours": rate})
-        record.note(f"{precision} round {number + 1}/{count}: script {script_rate:.1f}, ceiling {top:.1f}, ours {rate:.1f} img/s")
+        record.note(
+            f"{precision} round {number + 1}/{count}: script {script_rate:.1f}, ceiling {top:.1f}, ours {rate:.1f} img/s"
+        )
     return {
         "asked": precision,
         "chosen": chosen,
@@ -141,10 +144,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own arguments."""
     parser.add_argument("--images", help="folder of .jpg files (default: 2,000 photo-like JPEGs made for the run)")
     parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--weights", default="none", help="default: none, as speed does not depend on them and they need no download")
+    parser.add_argument(
+        "--weights", default="none", help="default: none, as speed does not depend on them and they need no download"
+    )
     parser.add_argument("--precision", nargs="+", default=["auto", "fp32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--script-images", type=int, default=0, help="at most so many images per round for the script (default: all of its share)")
+    parser.add_argument(
+        "--script-images",
+        type=int,
+        default=0,
+        help="at most so many images per round for the script (default: all of its share)",
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures both."""
     files = 500 if args.tiny else args.files
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        rerun = measure_rerun(make_files(Path(folder) / "many", files, distinct=min(files, 1000)), Path(folder) / "store", args)
+        rerun = measure_rerun(
+            make_files(Path(folder) / "many", files, distinct=min(files, 1000)), Path(folder) / "store", args
+        )
         counts = (50, 200) if args.tiny else (2_000, 20_000)
         memory = {str(count): peak_memory(Path(folder), count) for count in counts}
     small, large = memory.values()
@@ -78,7 +80,18 @@ def measure_rerun(folder: Path, store: Path, args: argparse.Namespace) -> dict[s
         rounds.append({"walk_s": walked - start, "rerun_s": time.perf_counter() - walked})
         if run_record["counts"]["known"] != counted or run_record["counts"]["read"]:
             raise SystemExit(f"the rerun did more than nothing: {run_record['counts']}")
-    command = ["extract", str(folder), "--store", str(store), "--dataset", "bench", "--backbone", "lenet5", "--weights", "none"]
+    command = [
+        "extract",
+        str(folder),
+        "--store",
+        str(store),
+        "--dataset",
+        "bench",
+        "--backbone",
+        "lenet5",
+        "--weights",
+        "none",
+    ]
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "featurepipe", *command, "--quiet"], check=True, stdout=subprocess.DEVNULL)
     return {

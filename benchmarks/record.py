@@ -22,7 +22,9 @@ def machine() -> dict[str, Any]:
 
     from featurepipe.records import versions
 
-    cpu = next((line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine()
+    )
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -39,7 +41,9 @@ def median(values: Sequence[float], digits: int = 3) -> float:
     return round(statistics.median(values), digits)
 
 
-def main(name: str, description: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[..., dict[str, Any]]) -> None:
+def main(
+    name: str, description: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[..., dict[str, Any]]
+) -> None:
     """Parses arguments, runs a benchmark, prints its result and, if asked, records it under ``benchmarks/results``."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     add(parser)
@@ -47,7 +51,12 @@ def main(name: str, description: str, add: Callable[[argparse.ArgumentParser], N
     parser.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}.json")
     parser.add_argument("--tiny", action="store_true", help="a run of seconds that only shows that the benchmark works")
     args = parser.parse_args()
-    result = {"benchmark": name, "when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **run(args)}
+    result = {
+        "benchmark": name,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        **run(args),
+    }
     text = json.dumps(result, indent=2)
     if args.record:
         RESULTS.mkdir(exist_ok=True)

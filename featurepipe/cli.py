@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
 
 
 def _command(commands: Commands, name: str, summary: str, **kwargs: str) -> argparse.ArgumentParser:
@@ -76,7 +76,9 @@ def _command(commands: Commands, name: str, summary: str, **kwargs: str) -> argp
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON document on standard output, nothing else there")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output, nothing else there"
+    )
 
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
@@ -89,7 +91,9 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 
 def _add_demo(commands: Commands) -> None:
     command = _command(commands, "demo", "the main job on 2,000 bundled images, offline, ending in a picture")
-    command.add_argument("--out", default="featurepipe-demo", metavar="DIR", help="where to put store and picture (default: %(default)s)")
+    command.add_argument(
+        "--out", default="featurepipe-demo", metavar="DIR", help="where to put store and picture (default: %(default)s)"
+    )
 
 
 def _add_backbones(commands: Commands) -> None:
@@ -101,8 +105,12 @@ def _add_backbones(commands: Commands) -> None:
 
 
 def _add_nodes(commands: Commands) -> None:
-    command = _command(commands, "nodes", "list a network's nodes in execution order: shape, width after gap, share of the cost")
-    command.add_argument("backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory")
+    command = _command(
+        commands, "nodes", "list a network's nodes in execution order: shape, width after gap, share of the cost"
+    )
+    command.add_argument(
+        "backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory"
+    )
     _add_json(command)
 
 
@@ -112,21 +120,54 @@ def _add_extract(commands: Commands) -> None:
         epilog="Stopped or killed at any moment, the same command goes on where it was. See exit codes in featurepipe --help.",
     )  # fmt: skip
     add = command.add_argument
-    add("source", metavar="SOURCE", help="folder, .csv/.parquet/.jsonl manifest, .tar/.zip, IDX, .npz or .h5 arrays, or an fsspec URL")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder, .csv/.parquet/.jsonl manifest, .tar/.zip, IDX, .npz or .h5 arrays, or an fsspec URL",
+    )
     add("--store", required=True, metavar="DIR", help="the feature store; made when it does not exist")
     add("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
     add("--backbone", default="resnet50", metavar="NAME", help="see featurepipe backbones (default: %(default)s)")
     _add_weights(command)
-    add("--node", action="append", dest="nodes", metavar="NODE[:POOLING]",
-        help="what to keep, may be repeated; pooling gap, gmp, gem, avgKxK, maxKxK, flatten or map (default: bottleneck:gap)")  # fmt: skip
-    add("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="auto: as in the store, else the fastest that agrees with fp32")
-    add("--dtype", default="auto", metavar="auto|float16|float32", help="stored dtype (auto: as in the store, else float16)")
-    add("--decode", default="auto", metavar="auto|cpu|gpu", help="where JPEGs are decoded (auto: as in the store, else cpu)")
+    add(
+        "--node",
+        action="append",
+        dest="nodes",
+        metavar="NODE[:POOLING]",
+        help="what to keep, may be repeated; poolings: gap, gmp, gem, avgKxK, maxKxK, flatten, map (default: bottleneck:gap)",
+    )
+    add(
+        "--precision",
+        default="auto",
+        metavar="auto|fp32|bf16|fp16",
+        help="auto: as in the store, else the fastest that agrees with fp32",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        metavar="auto|float16|float32",
+        help="stored dtype (auto: as in the store, else float16)",
+    )
+    add(
+        "--decode",
+        default="auto",
+        metavar="auto|cpu|gpu",
+        help="where JPEGs are decoded (auto: as in the store, else cpu)",
+    )
     add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
-    add("--batch-size", default="auto", metavar="auto|N", help="images per forward (auto: 16 on a CPU, 256 on CUDA, halved when memory runs out)")
+    add(
+        "--batch-size",
+        default="auto",
+        metavar="auto|N",
+        help="images per forward (auto: 16 on a CPU, 256 on CUDA, halved when memory runs out)",
+    )
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
     add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
-    add("--dry-run", action="store_true", help="say what is new, how long it will take and how many bytes it needs; change nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="say what is new, how long it will take and how many bytes it needs; change nothing",
+    )
     add("--quiet", action="store_true", help="no progress")
     _add_json(command)
 
@@ -142,6 +183,10 @@ def _add_store_commands(commands: Commands) -> None:
         command.add_argument("store", metavar="STORE")
         if name in ("compact", "gc"):
             command.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
+        if name == "gc":
+            command.add_argument(
+                "--keep-snapshots", type=int, metavar="N", help="keep the last N of each dataset (default: all)"
+            )
         _add_json(command)
 
 
@@ -152,12 +197,18 @@ def _add_export(commands: Commands) -> None:
     add("--node", required=True, metavar="NODE[:POOLING]")
     add("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
     add("--dataset", metavar="NAME", help="default: the store's only dataset")
-    add("--backbone", metavar="NAME", help="a backbone, a space's name or fingerprint; default: the only one with that column")
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="a backbone, a space's name or fingerprint; default: the only one with that column",
+    )
     add("--split", metavar="NAME", help="only this split")
     _add_json(command)
 
 
 def _add_doctor(commands: Commands) -> None:
-    command = _command(commands, "doctor", "check versions, devices, bf16, threads, disk, and which weights are at hand")
+    command = _command(
+        commands, "doctor", "check versions, devices, bf16, threads, disk, and which weights are at hand"
+    )
     command.add_argument("--store", metavar="DIR", help="a folder to check for space and writability (default: here)")
     _add_json(command)

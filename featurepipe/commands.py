@@ -30,7 +30,14 @@ def backbones(args: Namespace) -> int:
 
     infos = list_backbones()
     rows = [
-        [i.name, "x".join(map(str, i.input_size)), i.parameters, i.bottleneck_width, i.at_hand, ", ".join(i.weights) or "-"]
+        [
+            i.name,
+            "x".join(map(str, i.input_size)),
+            i.parameters,
+            i.bottleneck_width,
+            i.at_hand,
+            ", ".join(i.weights) or "-",
+        ]
         for i in infos
     ]
     header = ["backbone", "input", "parameters", "bottleneck", "at hand", "weights"]
@@ -52,11 +59,11 @@ def nodes(args: Namespace) -> int:
     }
 
     def text(_: Any) -> str:
-        rows = [
-            [i.name, "x".join(map(str, i.shape)), i.width, share(i.cost), " ".join(i.blocks)] for i in infos
-        ]
-        shape = "x".join(map(str, found["input_shape"]))
-        title = f"{backbone.name}, input {shape}, bottleneck {backbone.bottleneck}. Cost: share of the forward up to and with the node"
+        rows = [[i.name, "x".join(map(str, i.shape)), i.width, share(i.cost), " ".join(i.blocks)] for i in infos]
+        shape = "x".join(map(str, backbone.preprocessing.input_shape))
+        title = (
+            f"{backbone.name}, input {shape}, bottleneck {backbone.bottleneck}; cost: share of the forward up to there"
+        )
         return title + "\n" + table(["node", "shape", "gap width", "cost", "ends block"], rows)
 
     return _print(args, found, text)
@@ -116,7 +123,7 @@ def gc(args: Namespace) -> int:
     """``featurepipe gc``."""
     from featurepipe.store import gc_store
 
-    report = gc_store(_store(args), dry_run=args.dry_run)
+    report = gc_store(_store(args), dry_run=args.dry_run, keep_snapshots=args.keep_snapshots)
     return _print(args, asdict(report), lambda _: summary.gc_text(report, dry_run=args.dry_run))
 
 
@@ -127,11 +134,19 @@ def export(args: Namespace) -> int:
     store = _store(args)
     names = store.datasets()
     if args.dataset is None and len(names) != 1:
-        raise UsageError(f"{args.store} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}")
+        raise UsageError(
+            f"{args.store} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}"
+        )
     features = store.features(args.dataset or names[0], node=args.node, backbone=args.backbone, split=args.split)
     path = write(features, Path(args.to))
     rows, width = features.shape
-    result = {"file": str(path), "rows": rows, "width": width, "dtype": str(features.dtype), "bytes": path.stat().st_size}
+    result = {
+        "file": str(path),
+        "rows": rows,
+        "width": width,
+        "dtype": str(features.dtype),
+        "bytes": path.stat().st_size,
+    }
     return _print(args, result, lambda r: f"{r['file']}: {rows:,} x {width:,} {r['dtype']}, {size(r['bytes'])}")
 
 

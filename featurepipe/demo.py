@@ -150,7 +150,7 @@ def fit_head(store: FeatureStore, node: str) -> Outcome:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     head = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
     # In so small a fit BLAS threads wait for each other: on a busy machine 0.5 s with one, up to 15 s with two.

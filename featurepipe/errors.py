@@ -94,7 +94,11 @@ def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", s
     """
     names = list(choices)
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
-    hint = f"nearest: {', '.join(near)}" if near else f"choices: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    hint = (
+        f"nearest: {', '.join(near)}"
+        if near
+        else f"choices: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    )
     inside = f" in {where}" if where else ""
     tail = f". See: {see}" if see else ""
     return UsageError(f"unknown {kind} {value!r}{inside}; {hint}{tail}")

@@ -61,7 +61,7 @@ class Lines:
 
     def say(self, message: str) -> None:
         """Prints one line."""
-        print(message, file=self._stream, flush=True)  # noqa: T201
+        print(message, file=self._stream, flush=True)
 
 
 class Bar:

@@ -52,7 +52,7 @@ def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
     stage = bottleneck(seconds)
     if stage == "forward":
         share = seconds["forward"] / wall
-        more = "" if device.startswith("cuda") else "; a GPU, --precision auto or a node nearer the input would help"
+        more = "" if device.startswith("cuda") else "; a GPU, or a node nearer the input, would help"
         return f"forward-bound: the network was busy {share:.0%} of the time{more}".replace("%", " %")
     share = seconds["write" if stage == "write" else "waiting"] / wall
     advice = {

@@ -74,6 +74,7 @@ class Engine:
         self._axes = {node: backbone.channel_axis(node) for node in nodes}
         self._network = self._prepare(nodes, batch_size)
         self._pool = _streams() if self.device.type == "cpu" else None
+        self._upload: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.streams = self._pool._max_workers if self._pool else 1  # noqa: SLF001
 
     def submit(self, batch: torch.Tensor) -> Pending:
@@ -86,7 +87,9 @@ class Engine:
         while start < len(batch):
             piece = batch[start : start + self.largest_batch]
             try:
-                results.append(_Future(self._pool.submit(self._forward, piece)) if self._pool else self._start_copy(piece))
+                results.append(
+                    _Future(self._pool.submit(self._forward, piece)) if self._pool else self._start_copy(piece)
+                )
             except torch.OutOfMemoryError:
                 if len(piece) == 1:
                     raise
@@ -104,19 +107,28 @@ class Engine:
         graph = self.backbone.graph(nodes)
         if graph is None:
             hooked = HookedNetwork(copy.deepcopy(self.backbone.module), nodes)
-            return hooked.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
+            return self._placed(hooked)
         graph = copy.deepcopy(graph)
         fusion.without_inplace(graph)
         fusion.fold_batch_norm(graph)
-        graph = graph.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
+        self._placed(graph)
         if self.device.type == "cpu" and fusion.can_fuse_onednn(self.dtype):
             image = torch.zeros((1, *self.backbone.preprocessing.input_shape), dtype=self.dtype)
             fusion.fuse_onednn(graph, image.contiguous(memory_format=torch.channels_last), batch_size)
         return graph
 
+    def _placed(self, network: nn.Module) -> nn.Module:
+        network.to(device=self.device, dtype=self.dtype)
+        return network.to(memory_format=torch.channels_last)
+
     def _start_copy(self, batch: torch.Tensor) -> Pending:
+        """Uploads from pinned memory in a stream of its own, beside the forward of the batch before."""
         if batch.device.type == "cpu":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
+            with torch.cuda.stream(self._upload):
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._upload)
+            batch.record_stream(computing)
         return _Copied(self._forward(batch))
 
     @torch.inference_mode()
@@ -158,6 +170,7 @@ class HookedNetwork(nn.Module):
             module.get_submodule(node).register_forward_hook(self._keeper(node))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Activations by node, for images (N, C, H, W)."""
         kept: dict[str, torch.Tensor] = {}
         self._kept.outputs = kept
         with contextlib.suppress(_AllKeptError):
@@ -198,7 +211,7 @@ class _Copied:
             name: torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             for name, values in pooled.items()
         }
-        self._copied = torch.cuda.Event()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 
     def result(self) -> dict[str, np.ndarray]:

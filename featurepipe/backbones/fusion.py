@@ -62,7 +62,9 @@ def fold_batch_norm(network: fx.GraphModule) -> None:
 
 def can_fuse_onednn(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch and this CPU have the fused convolution for ``dtype``."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(  # type: ignore[no-untyped-call]
+        torch.ops.mkldnn, "_convolution_pointwise"
+    ):
         return False
     if dtype == torch.float32:
         return True
@@ -105,11 +107,13 @@ class FusedConv(nn.Module):
         super().__init__()
         self.geometry = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
         packed = conv.weight.detach().to_mkldnn()
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(packed, *self.geometry, input_shape)  # type: ignore[attr-defined]  # noqa: SLF001
+        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # noqa: SLF001
+        self.weight: torch.Tensor = pack(packed, *self.geometry, input_shape)
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolves and activates x (N, C, H, W)."""
         x = x.contiguous(memory_format=torch.channels_last)
         result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(  # noqa: SLF001
             x, self.weight, self.bias, *self.geometry, *self.activation
@@ -126,10 +130,11 @@ class FusedConvAdd(nn.Module):
         self.relu = "relu" if relu else None
 
     def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Convolves x and adds the result onto ``other``, which is overwritten."""
         conv = self.conv
         x = x.contiguous(memory_format=torch.channels_last)
         other = other.contiguous(memory_format=torch.channels_last)
-        result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(  # noqa: SLF001
+        result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
             other, x, conv.weight, conv.bias, *conv.geometry, "add", 1.0, self.relu, [], None
         )
         return result
@@ -147,7 +152,7 @@ def _fuse_additions(network: fx.GraphModule) -> None:
         conv, other = pair
         activation = _following_activation(modules, node)
         relu = activation is not None and (_activation(modules, activation) or ("",))[0] == "relu"
-        name = _unique(network, str(conv.target), FusedConvAdd(modules[str(conv.target)], relu=relu))  # type: ignore[arg-type]
+        name = _unique(network, str(conv.target), FusedConvAdd(modules[str(conv.target)], relu=relu))
         with network.graph.inserting_before(node):
             fused = network.graph.call_module(name, (conv.args[0], other))
         fused.meta = dict(node.meta)
@@ -196,7 +201,7 @@ def _following_activation(modules: dict[str, nn.Module], node: fx.Node) -> fx.No
 
 
 def _activation(modules: dict[str, nn.Module], node: fx.Node) -> tuple[str, list[float], str] | None:
-    """oneDNN's name, scalars and algorithm for an activation node; None for anything else."""
+    """OneDNN's name, scalars and algorithm for an activation node; None for anything else."""
     if node.op == "call_function" and node.target in (nn.functional.relu, torch.relu):
         return "relu", [], ""
     if node.op != "call_module":

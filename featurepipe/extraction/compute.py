@@ -15,12 +15,12 @@ import torch
 from featurepipe.backbones import Column
 from featurepipe.backbones.engine import Engine, Pending
 from featurepipe.errors import FeaturepipeError, Reject
-from featurepipe.interrupt import StopRequest
 from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.stream import Loaded, StageSeconds
+from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space
-from featurepipe.extraction.stream import Loaded, StageSeconds
 
 Missing = tuple[str, ...]
 
@@ -174,7 +174,9 @@ class Wanted:
         row = np.frombuffer(key, dtype=np.uint8)[None]
         if key in self.claimed or self._complete.contains(row)[0]:
             return ()
-        return tuple(name for name in self._names if name not in self._partly or not self._partly[name].contains(row)[0])
+        return tuple(
+            name for name in self._names if name not in self._partly or not self._partly[name].contains(row)[0]
+        )
 
 
 def compute(job: Job, run_id: str, stop: StopRequest, progress: Progress) -> Outcome:

@@ -10,11 +10,11 @@ from typing import Any
 
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
+from featurepipe.extraction.prepare import Options, prepare
+from featurepipe.extraction.publish import allowance, begin_run, publish
 from featurepipe.images import open_source
 from featurepipe.interrupt import stop_on_signals
-from featurepipe.extraction.prepare import Options, prepare
 from featurepipe.progress import announcer, show
-from featurepipe.extraction.publish import allowance, begin_run, publish
 from featurepipe.store import FeatureStore, open_arrays
 
 ARRAY_READERS = {".h5": open_arrays, ".hdf5": open_arrays}

@@ -59,7 +59,7 @@ class Plan:
     @property
     def known(self) -> int:
         """How many rows need nothing: their features are in the store."""
-        return self.listing.num_rows - len(self.todo) - len(self.rejected)
+        return len(self.keys) - len(self.todo) - len(self.rejected)
 
 
 def make_plan(listing: pa.Table, known_files: pa.Table, have: Keys, rejected: Keys) -> Plan:

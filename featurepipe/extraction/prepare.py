@@ -13,16 +13,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.extraction import auto
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, Engine
 from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Reject, SourceError, UsageError
+from featurepipe.extraction import auto
+from featurepipe.extraction.plan import KeySet, Plan, make_plan
+from featurepipe.extraction.stream import Loader, StageSeconds, decoder_for
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
-from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.store import FeatureStore, Space, differences
-from featurepipe.extraction.stream import Loader, StageSeconds, decoder_for
 
 KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
 SAMPLE = 32
@@ -98,7 +98,13 @@ class Job:
 
 
 def prepare(
-    source: Source, store: FeatureStore | None, dataset: str | None, options: Options, say: Callable[[str], None], *, dry_run: bool
+    source: Source,
+    store: FeatureStore | None,
+    dataset: str | None,
+    options: Options,
+    say: Callable[[str], None],
+    *,
+    dry_run: bool,
 ) -> Job:
     """Settles everything before the first image.
 
@@ -206,7 +212,11 @@ def load_sample(
             found += [image.pixels for image in batch if image.pixels is not None]
             if len(found) >= images:
                 break
-    return torch.stack(found[:images]) if found else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    return (
+        torch.stack(found[:images])
+        if found
+        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    )
 
 
 def _loader(

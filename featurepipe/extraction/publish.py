@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from featurepipe import records
-from featurepipe.extraction.compute import Outcome
 from featurepipe.errors import Interrupted, TooManyRejects, UsageError
-from featurepipe.interrupt import StopRequest
+from featurepipe.extraction.compute import Outcome
 from featurepipe.extraction.plan import KEY_BYTES
 from featurepipe.extraction.prepare import Job
+from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 
 
@@ -73,7 +73,7 @@ def publish(store: FeatureStore, job: Job, run: Run, outcome: Outcome, stop: Sto
         store.write_run({**record, "status": "failed", "ended": records.now()})
         first = next(iter(outcome.reasons))
         raise TooManyRejects(
-            f"{rejected:,} of {listed:,} images were rejected, more than --max-rejects {job.options.max_rejects} allows; the first: "
+            f"{rejected:,} of {listed:,} images were rejected, more than --max-rejects {job.options.max_rejects} allows; first: "
             f"{job.plan.listing['id'][first].as_py()}: {outcome.reasons[first]}. The features of all others are kept, the "
             f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl"
         )
@@ -94,7 +94,9 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "fingerprint": job.existing_space.fingerprint,
         "new_space": job.why_new,
         "columns": [str(column) for column in job.columns],
-        "settings": {name: {"value": value, "why": job.settings.why[name]} for name, value in job.settings.fields().items()},
+        "settings": {
+            name: {"value": value, "why": job.settings.why[name]} for name, value in job.settings.fields().items()
+        },
         "machine": {"device": job.machine.device, "batch_size": job.machine.batch_size, "workers": job.machine.workers},
         "counts": {
             "listed": job.plan.listing.num_rows,
@@ -123,7 +125,9 @@ def snapshot_table(listing: pa.Table, outcome: Outcome) -> pa.Table:
     for row, reason in outcome.reasons.items():
         reasons[row] = reason
     reason_column = pa.array(reasons, pa.string())
-    status = pa.DictionaryArray.from_arrays(reason_column.is_valid().cast(pa.int8()), ["ok", "rejected"]).cast(pa.string())
+    status = pa.DictionaryArray.from_arrays(reason_column.is_valid().cast(pa.int8()), ["ok", "rejected"]).cast(
+        pa.string()
+    )
     columns = {name: listing[name] for name in ("id", "label", "split", "size", "mtime_ns")}
     return pa.table({**columns, "key": keys, "status": status, "reason": reason_column})
 

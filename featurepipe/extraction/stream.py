@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +53,9 @@ class StageSeconds:
     ``waiting`` is what the main thread spent waiting for images, the one figure that is wall-clock time lost.
     """
 
-    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "forward", "write", "waiting"), 0.0))
+    totals: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "decode", "forward", "write", "waiting"), 0.0)
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -98,7 +100,7 @@ class Loader:
         self._source, self._missing, self._decoder, self._prepare = source, missing, decoder, prepare
         self._clock, self._workers, self._window = clock, workers, window
 
-    def load(self, listing: pa.Table, rows: np.ndarray, stop: Callable[[], bool] = bool) -> Iterator[list[Loaded]]:
+    def load(self, listing: pa.Table, rows: np.ndarray, stop: Callable[[], bool] = bool) -> Generator[list[Loaded]]:
         """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true."""
         locators = listing["locator"]
         starts = range(0, len(rows), SLICE)
@@ -125,7 +127,7 @@ class Loader:
                     return True
         return False
 
-    def _load_slice(self, rows: Sequence[int], locators: Sequence[bytes]) -> list[Loaded]:
+    def _load_slice(self, rows: np.ndarray, locators: Sequence[bytes]) -> list[Loaded]:
         images = [Loaded(int(row)) for row in rows]
         payloads: list[Payload] = []
         wanted: list[Loaded] = []
@@ -134,6 +136,8 @@ class Loader:
             if payload is not None and image.missing:
                 payloads.append(payload)
                 wanted.append(image)
+        if not wanted:
+            return images
         with self._clock.stage("decode"):
             for image, pixels in zip(wanted, self._decoder(payloads), strict=True):
                 if isinstance(pixels, Reject):

@@ -10,7 +10,13 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except (
+    ImportError
+):  # torchvision announces since 0.29 that it will drop its decoders; PIL gives the same pixels, slower
+    decode_jpeg = None
 
 from featurepipe.errors import Reject
 from featurepipe.images.jpeg import is_jpeg, read_jpeg_header
@@ -68,7 +74,8 @@ _TURNS: Final = {
 }
 _ORIENTATION: Final = 0x0112
 # PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
-_QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
+QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
+"""Entered around calls of PIL and torchvision.io, from any thread."""
 
 
 def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> torch.Tensor:
@@ -94,10 +101,10 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
     if is_jpeg(payload):
         header = read_jpeg_header(payload)
         _check_pixels(header.width, header.height)
-        if header.components in (1, 3):
-            with _QUIET:
+        if header.components in (1, 3) and decode_jpeg is not None:
+            with QUIET:
                 return _decode_jpeg(payload, colour)
-    with _QUIET:
+    with QUIET:
         return _to_tensor(_decode_pillow(payload), colour)
 
 

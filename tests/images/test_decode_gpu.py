@@ -1,0 +1,96 @@
+"""The routing of the GPU decoder, with nvJPEG played by the CPU decoder; with CUDA, the real one too."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from featurepipe.errors import Reject
+from featurepipe.images import decode_gpu
+from featurepipe.images.decode import decode
+
+
+def jpeg(array, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photo():
+    return load_sample_images().images[0][:200, :300]
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """nvJPEG's part is played by the CPU decoder; returns how many images each call got."""
+    calls = []
+
+    def play(data, mode, device):
+        calls.append(len(data))
+        if device != "cpu":
+            raise AssertionError(device)
+        return [real(one, mode) for one in data]
+
+    real = decode_gpu.decode_jpeg
+    monkeypatch.setattr(decode_gpu, "decode_jpeg", play)
+    return calls
+
+
+def payloads(photo):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    png = io.BytesIO()
+    Image.fromarray(photo).save(png, "PNG")
+    return {
+        "plain": jpeg(photo),
+        "turned": jpeg(photo, exif=turned),
+        "png": png.getvalue(),
+        "grey": jpeg(photo[:, :, 0]),
+        "array": photo,
+        "smaller": jpeg(photo[:64, :64]),
+    }
+
+
+def test_only_upright_colour_jpegs_take_the_fast_route_and_order_is_kept(photo, played):
+    images = payloads(photo)
+    found = decode_gpu.decode_batch(list(images.values()), colour="rgb", device="cpu")
+    assert played == [2]
+    for payload, image in zip(images.values(), found, strict=True):
+        assert torch.equal(image, decode(payload))
+
+
+def test_a_damaged_jpeg_fails_alone_with_the_reason_of_the_cpu_route(photo, played):
+    images = payloads(photo)
+    broken = images["plain"][:2000]
+    found = decode_gpu.decode_batch([images["smaller"], broken, b"", images["plain"]], colour="rgb", device="cpu")
+    with pytest.raises(Reject) as expected:
+        decode(broken)
+    assert torch.equal(found[0], decode(images["smaller"]))
+    assert isinstance(found[1], Reject)
+    assert str(found[1]) == str(expected.value)
+    assert str(found[2]) == "empty: 0 bytes"
+    assert torch.equal(found[3], decode(images["plain"]))
+
+
+def test_grey_networks_decode_on_the_cpu(photo, played):
+    payload = jpeg(photo)
+    assert torch.equal(
+        decode_gpu.decode_batch([payload], colour="grey", device="cpu")[0], decode(payload, colour="grey")
+    )
+    assert played == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nvjpeg_gives_nearly_the_pixels_of_the_cpu(photo):
+    payload = jpeg(photo, quality=95)
+    found = decode_gpu.decode_batch([payload], colour="rgb", device="cuda")[0]
+    assert found.device.type == "cuda"
+    difference = np.abs(found.cpu().numpy().astype(int) - decode(payload).numpy().astype(int))
+    assert difference.mean() < 2
