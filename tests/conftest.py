@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 SERVER = textwrap.dedent("""
-    import json, os, signal, sys
+    import json, os, signal, sys, threading, traceback
     import torch
     import featurepipe.cli, featurepipe.commands, featurepipe.demo
     from featurepipe.backbones import load_backbone
@@ -40,8 +40,17 @@ SERVER = textwrap.dedent("""
         signal.alarm(120)  # nothing here takes that long
         os.chdir(order["cwd"])
         sys.argv = ["featurepipe", *order["args"]]
-        exec(compile(order["code"], "<test>", "exec"), {"__name__": "__main__"})
-        sys.exit(0)
+        code = 0
+        try:
+            exec(compile(order["code"], "<test>", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        threading._shutdown()  # waits for threads, as a usual end does; freeing all of torch takes seconds in a fork
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 """)
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 
@@ -65,7 +74,8 @@ class Process:
 
     def err(self) -> str:
         """What it has written to standard error so far."""
-        return (self._folder / "err").read_text()
+        path = self._folder / "err"
+        return path.read_text() if path.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
