@@ -7,6 +7,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -32,16 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from featurepipe import commands
 
     try:
-        return int(getattr(commands, args.run)(args))
+        code = int(getattr(commands, args.run)(args))
+        sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
+        return code
     except FeaturepipeError as error:
         print(f"featurepipe: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("featurepipe: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 0
+    except OSError as error:  # a disk or a permission, not a defect: its text names the file
+        print(f"featurepipe: {error}", file=sys.stderr)
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,7 +200,7 @@ def _add_export(commands: Commands) -> None:
     command = _command(commands, "export", "write one column's features to one plain HDF5, .npz or .parquet file")
     add = command.add_argument
     add("store", metavar="STORE")
-    add("--node", required=True, metavar="NODE[:POOLING]")
+    add("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
     add("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
     add("--dataset", metavar="NAME", help="default: the store's only dataset")
     add(

@@ -167,7 +167,7 @@ def _store(args: Namespace) -> Any:
 
 def _print(args: Namespace, value: Any, text: Callable[[Any], str]) -> int:
     if args.json:
-        json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+        json.dump(value, sys.stdout, indent=2)  # ASCII only, which every terminal and pipe can take
         print()
     else:
         print(text(value))
