@@ -34,8 +34,8 @@ def test_a_dry_run_into_an_empty_folder_makes_no_store(album, run):
 
 def test_a_dry_run_into_something_else_is_refused(album, run):
     album.fill(3)
+    run.path = album.root
     with pytest.raises(StoreError, match="neither empty nor a feature store"):
-        run.path = album.root
         run(album.root, dry_run=True)
 
 
@@ -50,7 +50,9 @@ def test_a_dry_run_changes_nothing_in_a_store(album, run):
     assert found["new_space"] is None
     # Ten images have the bottleneck already, so only the four new ones need room for it.
     assert found["bytes_per_column"] == {"c3:gap": 14 * 16 * 2, "f6.1:gap": 4 * 84 * 2}
-    assert run(album.root, precision="bf16", dry_run=True)["new_space"].startswith("starting a new feature space: precision")
+    assert run(album.root, precision="bf16", dry_run=True)["new_space"].startswith(
+        "starting a new feature space: precision"
+    )
     assert tree(run.path) == before
 
 

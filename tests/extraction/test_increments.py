@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -126,7 +127,7 @@ def test_adding_a_node_computes_only_that_node(filled, run):
     after = run.parts()
     assert before.items() <= after.items()
     (space,) = run.store.spaces()
-    new = [set(part.columns) for part in space.parts() if os.path.basename(part.path) not in before]
+    new = [set(part.columns) for part in space.parts() if Path(part.path).name not in before]
     assert new == [{"c3:gap"}]
     assert run.counts(filled.root, nodes=["bottleneck", "c3"]) == (0, 12, *NOTHING)
     assert run.counts(filled.root, nodes=["c3"]) == (0, 12, *NOTHING)

@@ -14,7 +14,9 @@ from featurepipe.store import verify_store
 
 def test_nan_names_the_image_and_keeps_what_was_computed_before(album, run, network, picture):
     album.fill(9)
-    spec = network(lambda source: source.replace("self.conv(x)", "torch.log(self.conv(x) * 0 + x.mean((1, 2, 3), True) + 1.9)"))
+    spec = network(
+        lambda source: source.replace("self.conv(x)", "torch.log(self.conv(x) * 0 + x.mean((1, 2, 3), True) + 1.9)")
+    )
     from PIL import Image
 
     Image.new("RGB", (30, 30), "black").save(album.root / "005-black.png")

@@ -140,8 +140,10 @@ def test_the_first_reject_recorded_is_the_one_shown_and_lines_are_json(album, ru
 @pytest.mark.parametrize(("computed", "known", "rejected"), [(2, 0, 0), (1, 1, 2), (0, 0, 0)])
 def test_books_that_do_not_balance_fail_the_run(computed, known, rejected):
     outcome = Outcome(np.zeros((3, 32), np.uint8), np.zeros(3, bool), computed=computed, known=known)
-    outcome.reasons = {row: "x" for row in range(rejected)}
-    with pytest.raises(FeaturepipeError, match=f"3 images were listed but {computed + known + rejected} are accounted for"):
+    outcome.reasons = dict.fromkeys(range(rejected), "x")
+    with pytest.raises(
+        FeaturepipeError, match=f"3 images were listed but {computed + known + rejected} are accounted for"
+    ):
         outcome.check()
     outcome.known += 3 - computed - known - rejected
     outcome.check()

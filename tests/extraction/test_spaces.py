@@ -97,10 +97,15 @@ def test_every_field_of_a_users_network_makes_a_new_space(album, run, network, f
     spec = network(name="mine")
     run(album.root, backbone=spec, nodes=["act"])
     old = load_backbone(spec).identity()
-    network(lambda source: source.replace(before, after).replace("Conv2d(3", f"Conv2d({1 if field == 'colour' else 3}"), "mine")
+    network(
+        lambda source: source.replace(before, after).replace("Conv2d(3", f"Conv2d({1 if field == 'colour' else 3}"),
+        "mine",
+    )
     new = load_backbone(spec).identity()
     if field in dataclasses.asdict(load_backbone(spec).preprocessing):
-        assert {name for name in new["preprocessing"] if new["preprocessing"][name] != old["preprocessing"][name]} >= {field}
+        assert {name for name in new["preprocessing"] if new["preprocessing"][name] != old["preprocessing"][name]} >= {
+            field
+        }
     expect_new_space(run, album, "holds none for mine:make", backbone=spec, nodes=["act"])
 
 
@@ -159,7 +164,11 @@ def test_auto_follows_the_store_and_does_not_measure(album, run, measured):
     record = run(album.root, precision="auto")
     assert measured.calls == 0
     assert record["counts"]["known"] == 3
-    assert {name: s["value"] for name, s in record["settings"].items()} == {"precision": "bf16", "dtype": "float32", "decode": "cpu"}
+    assert {name: s["value"] for name, s in record["settings"].items()} == {
+        "precision": "bf16",
+        "dtype": "float32",
+        "decode": "cpu",
+    }
     assert {s["why"] for s in record["settings"].values()} == {"as in the store"}
 
 
@@ -176,7 +185,11 @@ def test_explicit_settings_override_what_the_store_holds(album, run, measured):
     run(album.root, precision="bf16", dtype="float32")
     record = run(album.root, precision="fp32")
     assert measured.calls == 0
-    assert {n: s["value"] for n, s in record["settings"].items()} == {"precision": "fp32", "dtype": "float16", "decode": "cpu"}
+    assert {n: s["value"] for n, s in record["settings"].items()} == {
+        "precision": "fp32",
+        "dtype": "float16",
+        "decode": "cpu",
+    }
     assert record["settings"]["precision"]["why"] == "asked for"
     assert "precision" in record["new_space"]
     assert len(run.store.spaces()) == 2
@@ -231,7 +244,10 @@ def test_auto_without_a_usable_image_takes_fp32(run, tmp_path):
 
 
 def test_resolve_prefers_explicit_then_held_then_measured():
-    held = [{"precision": "bf16", "dtype": "float16", "decode": "cpu"}, {"precision": "fp32", "dtype": "float32", "decode": "gpu"}]
+    held = [
+        {"precision": "bf16", "dtype": "float16", "decode": "cpu"},
+        {"precision": "fp32", "dtype": "float32", "decode": "gpu"},
+    ]
     auto_all = dict.fromkeys(auto.CHOICES, "auto")
 
     def measure():

@@ -1,0 +1,335 @@
+"""The command line: exit codes, one JSON document, errors in words."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurepipe.cli import build_parser, main
+
+COMMANDS = ("demo", "backbones", "nodes", "extract", "info", "verify", "compact", "gc", "export", "doctor")
+SMALL = ("--backbone", "lenet5", "--weights", "none", "--precision", "fp32", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli") / "digits"
+    for number in range(6):
+        path = root / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def filled(images, launcher, tmp_path_factory):
+    """A store with one dataset, made by the command line."""
+    store = tmp_path_factory.mktemp("cli") / "store"
+    code = "import sys; from featurepipe.cli import main; sys.exit(main())"
+    assert launcher.start(code, ["extract", images, "--store", store, *SMALL]).wait().code == 0
+    return store
+
+
+def one_document(finished):
+    """Standard output as its one JSON document; ``json.loads`` refuses anything before or after it."""
+    assert "Traceback" not in finished.err
+    return json.loads(finished.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def parsers():
+    (group,) = (action for action in build_parser()._actions if hasattr(action, "choices") and action.choices)
+    return group.choices
+
+
+def test_every_command_exists_and_has_help(capsys):
+    assert set(COMMANDS) <= set(parsers())
+    for name, parser in parsers().items():
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert f"usage: featurepipe {name}" in text
+        assert len(parser.description) > 20
+        undocumented = [a.option_strings or a.dest for a in parser._actions if not a.help and a.option_strings]
+        assert undocumented == []
+
+
+def test_every_command_has_its_function():
+    from featurepipe import commands
+
+    assert all(callable(getattr(commands, parser.get_default("run"))) for parser in parsers().values())
+
+
+def test_no_command_prints_help_and_is_wrong_usage(capsys):
+    assert main([]) == 2
+    assert "exit codes:" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(r"featurepipe \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_extract_says_what_it_did(cli, images, tmp_path):
+    store = tmp_path / "store"
+    finished = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--node", "bottleneck:gap")
+    assert finished.code == 0
+    assert "digits: 6 images listed, 6 computed, 0 known, 0 rejected" in finished.out
+    assert re.search(r"space lenet5-[0-9a-f]{12}: c3:gap, f6.1:gap", finished.out)
+    assert re.search(r"(read|decode|forward|write)-bound: ", finished.out)
+    assert "starting a new feature space" in finished.err
+    again = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--quiet")
+    assert (again.code, again.err) == (0, "")
+    assert "6 images listed, 0 computed, 6 known, 0 rejected" in again.out
+
+
+def test_extract_json(cli, images, tmp_path):
+    finished = cli("extract", images, "--store", tmp_path / "store", *SMALL, "--json")
+    record = one_document(finished)
+    assert record["status"] == "done"
+    assert record["counts"] == {"listed": 6, "computed": 6, "known": 0, "rejected": 0, "read": 6}
+    (path,) = (tmp_path / "store/runs").iterdir()
+    assert json.loads(path.read_text()) == record
+
+
+def test_exit_codes_for_rejects(cli, images, tmp_path):
+    (tmp_path / "some").symlink_to(images)
+    manifest = tmp_path / "list.csv"
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    manifest.write_text(
+        "path\n" + "".join(f"{path}\n" for path in [*sorted(images.rglob("*.png")), tmp_path / "bad.png"])
+    )
+    arguments = ("extract", manifest, "--store", tmp_path / "store", *SMALL)
+    too_many = cli(*arguments, "--json")
+    assert (too_many.code, too_many.out) == (4, "")
+    assert "1 of 7 images were rejected, more than --max-rejects 1% allows" in too_many.err
+    assert cli(*arguments, "--max-rejects", "0").code == 4
+    done = cli(*arguments, "--max-rejects", "15%", "--json")
+    assert done.code == 3
+    assert one_document(done)["reject_reasons"] == {"not-an-image": 1}
+    assert "rejected: 1 not-an-image" in cli(*arguments, "--max-rejects", "1").out
+
+
+def test_dry_run(cli, images, tmp_path):
+    found = cli("extract", images, "--store", tmp_path / "store", *SMALL, "--dry-run")
+    assert found.code == 0
+    assert "6 to read (6 of them new or changed)" in found.out
+    assert re.search(r"about \d+:\d\d at [\d,.]+ img/s, from a timed sample of 6 images", found.out)
+    assert "f6.1:gap: 1.0 kB" in found.out
+    assert "dry run: nothing was changed" in found.out
+    assert not (tmp_path / "store").exists()
+    estimate = one_document(cli("extract", images, "--store", tmp_path / "store", *SMALL, "--dry-run", "--json"))
+    assert estimate["bytes_per_column"] == {"f6.1:gap": 6 * 84 * 2}
+
+
+@pytest.mark.parametrize("name", ["info", "verify", "compact", "gc"])
+def test_store_commands_print_text_or_one_document(cli, filled, name):
+    text = cli(name, filled)
+    assert text.code == 0
+    assert text.out.strip()
+    found = one_document(cli(name, filled, "--json"))
+    assert isinstance(found, dict)
+
+
+def test_export(cli, filled, tmp_path):
+    found = cli("export", filled, "--node", "bottleneck", "--to", tmp_path / "all.npz", "--json")
+    assert one_document(found)["rows"] == 6
+    with np.load(tmp_path / "all.npz", allow_pickle=False) as arrays:
+        assert arrays["X"].shape == (6, 84)
+        assert sorted(arrays["ids"].tolist()) == sorted(f"{'ab'[n % 2]}/{n}.png" for n in range(6))
+
+
+def test_backbones_and_nodes(cli):
+    backbones = one_document(cli("backbones", "--json"))
+    by_name = {info["name"]: info for info in backbones}
+    assert by_name["lenet5"]["bottleneck_width"] == 84
+    assert by_name["resnet50"]["bottleneck_width"] == 2048
+    found = one_document(cli("nodes", "lenet5", "--json"))
+    assert found["bottleneck"] == "f6.1"
+    shapes = {node["name"]: (node["shape"], node["width"]) for node in found["nodes"]}
+    assert shapes["c3.1"] == ([16, 10, 10], 16)
+    text = cli("nodes", "lenet5")
+    assert re.search(r"^c3\.1 +16x10x10 +16 ", text.out, re.MULTILINE)
+
+
+def test_doctor(cli, tmp_path):
+    found = cli("doctor", "--store", tmp_path, "--json")
+    assert found.code in (0, 1)
+    assert isinstance(one_document(found), dict)
+
+
+MISTAKES = {
+    "backbone": (
+        ["extract", "IMAGES", "--store", "NEW", "--backbone", "resnet5"],
+        2,
+        r"unknown backbone 'resnet5'; nearest: resnet50",
+    ),
+    "node": (
+        ["extract", "IMAGES", "--store", "NEW", *SMALL, "--node", "c33"],
+        2,
+        r"unknown node 'c33' in lenet5; nearest: c3",
+    ),
+    "weights": (
+        ["extract", "IMAGES", "--store", "NEW", "--backbone", "resnet50", "--weights", "V9"],
+        2,
+        "unknown weights 'V9'",
+    ),
+    "pooling": (["extract", "IMAGES", "--store", "NEW", *SMALL, "--node", "c3:best"], 2, "unknown pooling 'best'"),
+    "batch": (["extract", "IMAGES", "--store", "NEW", *SMALL, "--batch-size", "0"], 2, "batch size '0' must be"),
+    "precision": (
+        ["extract", "IMAGES", "--store", "NEW", *SMALL, "--precision", "int8"],
+        2,
+        "unknown precision 'int8'",
+    ),
+    "source": (["extract", "nowhere", "--store", "NEW", *SMALL], 1, "nowhere: no such file or folder"),
+    "store-is-file": (["extract", "IMAGES", "--store", "FILE", *SMALL], 1, "is a file, not a feature store"),
+    "store-below-file": (["extract", "IMAGES", "--store", "FILE/x", *SMALL], 1, "Not a directory"),
+    "no-store": (["info", "nowhere"], 1, "there is no feature store at nowhere"),
+    "no-store-verify": (["verify", "nowhere"], 1, "there is no feature store at nowhere"),
+    "column": (
+        ["export", "STORE", "--node", "c1", "--to", "x.npz"],
+        2,
+        r"unknown column 'c1' in lenet5-\w+; .*f6.1:gap",
+    ),
+    "dataset": (
+        ["export", "STORE", "--node", "bottleneck", "--dataset", "digit", "--to", "x.npz"],
+        2,
+        "unknown dataset 'digit'.* nearest: digits",
+    ),
+    "space": (
+        ["export", "STORE", "--node", "bottleneck", "--backbone", "lenet", "--to", "x.npz"],
+        2,
+        "unknown feature space 'lenet'",
+    ),
+    "split": (
+        ["export", "STORE", "--node", "bottleneck", "--split", "tset", "--to", "x.npz"],
+        2,
+        "unknown split 'tset'",
+    ),
+    "suffix": (["export", "STORE", "--node", "bottleneck", "--to", "x.csv"], 2, "csv"),
+    "folder": (
+        ["export", "STORE", "--node", "bottleneck", "--to", "not/there/x.npz"],
+        2,
+        "there is no folder not/there",
+    ),
+    "option": (["extract", "IMAGES", "--store", "NEW", "--batchsize"], 2, "unrecognized arguments"),
+    "missing": (["extract", "IMAGES"], 2, "--store"),
+    "command": (["extrakt"], 2, "invalid choice: 'extrakt'"),
+    "factory": (
+        ["extract", "IMAGES", "--store", "NEW", "--backbone", "nowhere.net:make"],
+        2,
+        "no module named 'nowhere'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_without_a_traceback(cli, images, filled, tmp_path, mistake):
+    arguments, code, message = MISTAKES[mistake]
+    (tmp_path / "file").write_text("x")
+    places = {"IMAGES": images, "STORE": filled, "NEW": tmp_path / "new", "FILE": tmp_path / "file"}
+    arguments = [str(places.get(a, a)).replace("FILE", str(tmp_path / "file")) for a in arguments]
+    ended = cli(*arguments, "--json")
+    assert ended.code == code, ended.err
+    assert ended.out == ""
+    assert re.search(message, ended.err), ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("name", ["backbones", "info"])
+def test_a_reader_that_leaves_is_no_error(filled, name):
+    code = "import sys; from featurepipe.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, name, *([filled] if name == "info" else [])]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipeError" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_json_is_printable_in_any_locale(images, tmp_path):
+    """A folder name that is not ASCII on an output that takes nothing else."""
+    folder = tmp_path / "größe"
+    folder.symlink_to(images)
+    code = "import sys; from featurepipe.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "extract", folder, "--store", tmp_path / "s", *SMALL, "--json", "--quiet"],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["source"] == "größe"
+
+
+def test_progress_lines_say_rate_time_left_and_bottleneck():
+    from featurepipe.progress import Lines
+
+    now = [0.0]
+    out = io.StringIO()
+    lines = Lines(1000, "extract", out, every=5, clock=lambda: now[0])
+    for second in range(1, 12):
+        now[0] = float(second)
+        lines.advance(10, "decode-bound")
+    assert out.getvalue().splitlines() == [
+        "extract: 50 of 1,000 images, 10.0 img/s, 1:35 left, decode-bound",
+        "extract: 100 of 1,000 images, 10.0 img/s, 1:30 left, decode-bound",
+    ]
+
+
+def test_progress_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+    from featurepipe.progress import Bar, Lines, Silent, show
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    with show(10, "extract", stream=terminal) as progress:
+        assert isinstance(progress, Bar)
+        progress.advance(4, "read-bound")
+        progress.say("a message [with brackets]")
+    assert "a message [with brackets]" in terminal.getvalue()
+    assert "4/10" in terminal.getvalue()
+    with show(10, "extract", stream=io.StringIO()) as progress:
+        assert isinstance(progress, Lines)
+    with show(10, "extract", silent=True) as progress:
+        assert isinstance(progress, Silent)
+
+
+DISK = "use a faster one, or fewer and narrower columns"
+COPY = "the source is slow; add --workers, or copy the images to a nearer disk"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "decode", "read", "forward", "write", "device", "line"),
+    [
+        (7, 20, 1, 2, 0, "cuda", "decode-bound: the network waited 70 % of the time; add --workers or use --decode gpu"),
+        (7, 20, 1, 2, 0, "cpu", "decode-bound: the network waited 70 % of the time; add --workers, or cores"),
+        (6, 2, 9, 2, 0, "cpu", f"read-bound: the network waited 60 % of the time; {COPY}"),
+        (1, 20, 1, 9, 0, "cuda:0", "forward-bound: the network was busy 90 % of the time"),
+        (1, 20, 1, 9, 0, "cpu", "forward-bound: the network was busy 90 % of the time; a GPU, or a node nearer the input, would help"),
+        (1, 1, 1, 2, 5, "cpu", f"write-bound: the run waited for the store 50 % of the time; the store's disk is slow; {DISK}"),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_the_stage_and_a_remedy(waiting, decode, read, forward, write, device, line):
+    from featurepipe.records import verdict
+
+    seconds = {"waiting": waiting, "decode": decode, "read": read, "forward": forward, "write": write}
+    assert verdict(seconds, 10.0, device=device) == line
+
+
+def test_the_verdict_of_nothing():
+    from featurepipe.records import verdict
+
+    nothing = dict.fromkeys(("waiting", "decode", "read", "forward", "write"), 0.0)
+    assert verdict(nothing, 0.0, device="cpu") == "nothing to compute"
