@@ -51,21 +51,20 @@ def resolve(
     Args:
         asked: what the user asked for, each a choice or ``auto``.
         held: the fields of the feature spaces that the store holds for this backbone, best first (those that this dataset
-            used last, then others). The first that agrees with everything asked for explicitly is followed.
+            used last, then others). Every ``auto`` follows the first that agrees with all that was asked for explicitly, or
+            else the first.
         measure_precision: called only when nothing else decides; returns the precision and the reason.
     """
     explicit = {name: value for name, value in asked.items() if value != AUTO}
-    for fields in held:
-        if all(fields.get(name) == value for name, value in explicit.items()):
-            return Settings(
-                **{name: str(fields[name]) for name in CHOICES},
-                why={name: "asked for" if name in explicit else "as in the store" for name in CHOICES},
-            )
+    agreeing = [fields for fields in held if all(fields.get(name) == value for name, value in explicit.items())]
     values, why = dict(explicit), dict.fromkeys(explicit, "asked for")
+    for fields in (agreeing or held)[:1]:
+        for name in CHOICES.keys() - explicit.keys():
+            values[name], why[name] = str(fields[name]), "as in the store"
     if "precision" not in values:
         values["precision"], why["precision"] = measure_precision()
     values.setdefault("dtype", "float16")
     why.setdefault("dtype", "default: half the bytes, relative error below 0.0005")
     values.setdefault("decode", "cpu")
     why.setdefault("decode", "default: the same pixels on every machine")
-    return Settings(**values, why=why)
+    return Settings(**values, why={name: why[name] for name in CHOICES})

@@ -113,8 +113,18 @@ class Computation:
         """Runs what is left and waits for everything under way."""
         for missing in list(self._batches):
             self._run(missing)
+        self._drain()
+
+    def _drain(self) -> None:
         while self._pending:
             self._collect()
+
+    def _engine(self, missing: Missing) -> Engine:
+        if missing not in self._engines:
+            self._drain()  # tracing a network patches torch for all threads, so nothing may run meanwhile
+            with self._clock.stage("forward"):
+                self._engines[missing] = self._make_engine(missing)
+        return self._engines[missing]
 
     def _book(self, image: Loaded) -> None:
         self._outcome.read += 1
@@ -129,10 +139,8 @@ class Computation:
         pixels = torch.stack([image.pixels for image in images if image.pixels is not None])
         for image in images:
             image.pixels = None
+        engine = self._engine(missing)
         with self._clock.stage("forward"):
-            if missing not in self._engines:
-                self._engines[missing] = self._make_engine(missing)
-            engine = self._engines[missing]
             self._pending.append((images, engine.submit(pixels)))
         while len(self._pending) > engine.streams:
             self._collect()

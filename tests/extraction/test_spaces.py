@@ -187,10 +187,11 @@ def test_explicit_settings_override_what_the_store_holds(album, run, measured):
     assert measured.calls == 0
     assert {n: s["value"] for n, s in record["settings"].items()} == {
         "precision": "fp32",
-        "dtype": "float16",
+        "dtype": "float32",
         "decode": "cpu",
     }
     assert record["settings"]["precision"]["why"] == "asked for"
+    assert record["settings"]["dtype"]["why"] == "as in the store"
     assert "precision" in record["new_space"]
     assert len(run.store.spaces()) == 2
 
@@ -256,8 +257,11 @@ def test_resolve_prefers_explicit_then_held_then_measured():
     assert auto.resolve(auto_all, held, measure).fields() == held[0]
     assert auto.resolve({**auto_all, "dtype": "float32"}, held, measure).fields() == held[1]
     found = auto.resolve({**auto_all, "dtype": "float32", "decode": "cpu"}, held, measure)
-    assert found.fields() == {"precision": "fp16", "dtype": "float32", "decode": "cpu"}
-    assert found.why == {"precision": "measured", "dtype": "asked for", "decode": "asked for"}
+    assert found.fields() == {"precision": "bf16", "dtype": "float32", "decode": "cpu"}
+    assert found.why == {"precision": "as in the store", "dtype": "asked for", "decode": "asked for"}
+    found = auto.resolve(auto_all, [], measure)
+    assert found.fields() == {"precision": "fp16", "dtype": "float16", "decode": "cpu"}
+    assert found.why["precision"] == "measured"
 
 
 def test_a_space_whose_decoding_needs_a_gpu_is_not_silently_left(album, run):
