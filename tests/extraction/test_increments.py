@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,32 @@ def test_partly_available_columns_are_completed_each_as_needed(album, run, tmp_p
     for node, stored in together.items():
         for name, values in run.features(node=node).items():
             np.testing.assert_allclose(stored[name], values, rtol=1e-2, atol=1e-4)
+
+
+def test_no_network_is_traced_while_another_computes(album, run, monkeypatch):
+    """Tracing patches torch for all threads, so that a forward beside it fails or goes into the trace."""
+    from featurepipe.backbones.engine import Engine
+
+    album.fill(6)
+    run({f"{i:03d}.png": album.root / f"{i:03d}.png" for i in range(3)}, nodes=["c3"])
+    running, built, build, forward = [], [], Engine.__init__, Engine._forward
+
+    def slow_forward(self, batch):
+        running.append(1)
+        time.sleep(0.1)
+        result = forward(self, batch)
+        running.pop()
+        return result
+
+    def noting_build(self, *args, **options):
+        built.append(len(running))
+        build(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "_forward", slow_forward)
+    monkeypatch.setattr(Engine, "__init__", noting_build)
+    mixed = {f"{i:03d}.png": album.root / f"{i:03d}.png" for i in (3, 0, 4, 1, 5, 2)}
+    assert run(mixed, nodes=["c3", "f6"], batch_size=1)["counts"]["computed"] == 6
+    assert built == [0, 0]
 
 
 def test_one_image_under_two_names_is_computed_once(album, run):
