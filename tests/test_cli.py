@@ -306,6 +306,7 @@ def test_progress_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
         assert isinstance(progress, Silent)
 
 
+GPU = "a GPU, or a node nearer the input, would help"
 DISK = "use a faster one, or fewer and narrower columns"
 COPY = "the source is slow; add --workers, or copy the images to a nearer disk"
 
@@ -317,7 +318,7 @@ COPY = "the source is slow; add --workers, or copy the images to a nearer disk"
         (7, 20, 1, 2, 0, "cpu", "decode-bound: the network waited 70 % of the time; add --workers, or cores"),
         (6, 2, 9, 2, 0, "cpu", f"read-bound: the network waited 60 % of the time; {COPY}"),
         (1, 20, 1, 9, 0, "cuda:0", "forward-bound: the network was busy 90 % of the time"),
-        (1, 20, 1, 9, 0, "cpu", "forward-bound: the network was busy 90 % of the time; a GPU, or a node nearer the input, would help"),
+        (1, 20, 1, 9, 0, "cpu", f"forward-bound: the network was busy 90 % of the time; {GPU}"),
         (1, 1, 1, 2, 5, "cpu", f"write-bound: the run waited for the store 50 % of the time; the store's disk is slow; {DISK}"),
     ],
 )  # fmt: skip

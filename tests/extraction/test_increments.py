@@ -164,12 +164,13 @@ def test_no_network_is_traced_while_another_computes(album, run, monkeypatch):
 
     def slow_forward(self, batch):
         running.append(1)
-        time.sleep(0.1)
+        time.sleep(0.2)
         result = forward(self, batch)
         running.pop()
         return result
 
     def noting_build(self, *args, **options):
+        time.sleep(0.05)  # what was submitted has begun
         built.append(len(running))
         build(self, *args, **options)
 
