@@ -74,8 +74,7 @@ class Process:
 
     def err(self) -> str:
         """What it has written to standard error so far."""
-        path = self._folder / "err"
-        return path.read_text() if path.exists() else ""
+        return (self._folder / "err").read_text()
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -107,6 +106,8 @@ class Launcher:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
+        for name in ("out", "err"):  # it may be killed before it opens them
+            (folder / name).touch()
         order = {"code": textwrap.dedent(code), "args": [str(arg) for arg in args], "cwd": str(cwd or folder)}
         pid = int(self.ask({**order, "stdout": str(folder / "out"), "stderr": str(folder / "err")}))
         return Process(self, pid, folder)
