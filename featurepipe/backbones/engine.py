@@ -28,6 +28,10 @@ BATCH_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MOST_STREAMS = 8
+"""Batches computed at once on a CPU, as each holds its activations in memory."""
+
+
 class Pending(Protocol):
     """Features that are being computed; on CUDA the copy back may still be under way."""
 
@@ -73,7 +77,8 @@ class Engine:
         nodes = list(dict.fromkeys(column.node for column in self.columns))
         self._axes = {node: backbone.channel_axis(node) for node in nodes}
         self._network = self._prepare(nodes, batch_size)
-        self._pool = _streams() if self.device.type == "cpu" else None
+        one_at_a_time = isinstance(self._network, HookedNetwork)  # code of others may keep activations on itself
+        self._pool = _streams(1 if one_at_a_time else MOST_STREAMS) if self.device.type == "cpu" else None
         self._upload: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.streams = self._pool._max_workers if self._pool else 1  # noqa: SLF001
 
@@ -109,7 +114,6 @@ class Engine:
             hooked = HookedNetwork(copy.deepcopy(self.backbone.module), nodes)
             return self._placed(hooked)
         graph = copy.deepcopy(graph)
-        fusion.without_inplace(graph)
         fusion.fold_batch_norm(graph)
         self._placed(graph)
         if self.device.type == "cpu" and fusion.can_fuse_onednn(self.dtype):
@@ -140,10 +144,10 @@ class Engine:
         }
 
 
-def _streams() -> ThreadPoolExecutor:
-    """Threads that compute one batch each: one per core, up to 8, which share what cores there are beyond that."""
+def _streams(most: int) -> ThreadPoolExecutor:
+    """Threads that compute one batch each: one per core, up to ``most``, which share what cores there are beyond that."""
     cores = torch.get_num_threads()
-    streams = min(cores, 8)
+    streams = min(cores, most)
     started = threading.Barrier(streams + 1)
 
     def start() -> None:
@@ -159,31 +163,32 @@ def _streams() -> ThreadPoolExecutor:
 
 
 class HookedNetwork(nn.Module):
-    """Runs a network that cannot be traced, keeps the outputs of some modules, and stops after the last of them."""
+    """Runs a network that cannot be traced, keeps the outputs of some modules, and stops after the last of them.
+
+    One forward at a time: the network may be anyone's code, and the kept outputs are its state.
+    """
 
     def __init__(self, module: nn.Module, nodes: Sequence[str]) -> None:
         super().__init__()
         self.module = module
-        self._kept = threading.local()  # several streams run this at once
+        self._kept: dict[str, torch.Tensor] = {}
         self._wanted = len(nodes)
         for node in nodes:
             module.get_submodule(node).register_forward_hook(self._keeper(node))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Activations by node, for images (N, C, H, W)."""
-        kept: dict[str, torch.Tensor] = {}
-        self._kept.outputs = kept
+        self._kept = {}
         with contextlib.suppress(_AllKeptError):
             self.module(x)
-        self._kept.outputs = {}
+        kept, self._kept = self._kept, {}
         return kept
 
     def _keeper(self, node: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            kept = self._kept.outputs
-            if node not in kept:
-                kept[node] = output.clone()  # what follows may overwrite it in place
-            if len(kept) == self._wanted:
+            if node not in self._kept:
+                self._kept[node] = output.clone()  # what follows may overwrite it in place
+            if len(self._kept) == self._wanted:
                 raise _AllKeptError
 
         return keep

@@ -1,11 +1,11 @@
 """Rewrites of a traced network that make its forward faster and keep its values.
 
-Three passes over a `torch.fx` graph, each of which leaves every requested node's value as it was:
+Two passes over a `torch.fx` graph without in-place operations (as `Backbone.graph` gives it), each of which leaves every
+requested node's value as it was:
 
-1. `without_inplace`: in-place operations become ordinary ones, so that a kept output is not overwritten by what follows;
-2. `fold_batch_norm`: a BatchNorm is folded into the convolution before it (Jacob et al. 2018, section 3.2), unless the
+1. `fold_batch_norm`: a BatchNorm is folded into the convolution before it (Jacob et al. 2018, section 3.2), unless the
    unfolded value is itself requested;
-3. `fuse_onednn`: convolution, addition and activation become one oneDNN call with weights packed beforehand, the fusions
+2. `fuse_onednn`: convolution, addition and activation become one oneDNN call with weights packed beforehand, the fusions
    that TorchInductor makes on CPUs with ``freezing``. Doing them directly costs milliseconds instead of the 7 to 22
    seconds that compilation takes, so even a job of ten images gains (figures in ARCHITECTURE.md).
 """
@@ -22,23 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 _ADDITIONS = (operator.add, torch.add)
-
-
-def without_inplace(network: fx.GraphModule) -> None:
-    """Turns in-place modules, functions and operators into out-of-place ones."""
-    for module in network.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-    for node in network.graph.nodes:
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function" and node.target in _OUT_OF_PLACE:
-            node.target = _OUT_OF_PLACE[node.target]
-        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
-            node.target = str(node.target)[:-1]
-    network.recompile()
 
 
 def fold_batch_norm(network: fx.GraphModule) -> None:
@@ -141,51 +125,50 @@ class FusedConvAdd(nn.Module):
 
 
 def _fuse_additions(network: fx.GraphModule) -> None:
-    for node in list(network.graph.nodes):
-        if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+    modules = dict(network.named_modules())
+    order = {node: place for place, node in enumerate(network.graph.nodes)}
+    for addition in list(network.graph.nodes):
+        if addition.op != "call_function" or addition.target not in _ADDITIONS or addition.kwargs:
             continue
-        order = {n: i for i, n in enumerate(network.graph.nodes)}
-        modules = dict(network.named_modules())
-        pair = _conv_and_other(modules, node, order)
-        if pair is None:
+        conv, other = _conv_and_other(modules, addition, order)
+        if conv is None or other is None:
             continue
-        conv, other = pair
-        activation = _following_activation(modules, node)
+        activation = _following_activation(modules, addition)
         relu = activation is not None and (_activation(modules, activation) or ("",))[0] == "relu"
-        name = _unique(network, str(conv.target), FusedConvAdd(modules[str(conv.target)], relu=relu))
-        with network.graph.inserting_before(node):
-            fused = network.graph.call_module(name, (conv.args[0], other))
-        fused.meta = dict(node.meta)
-        last = activation if relu and activation is not None else node
-        last.replace_all_uses_with(fused)
-        for dead in (last, node, conv):
-            if not dead.users and dead in order:
-                network.graph.erase_node(dead)
-                order.pop(dead)
+        last = activation if relu and activation is not None else addition
+        fused = FusedConvAdd(modules[str(conv.target)], relu=relu)
+        name = _unique(network, str(conv.target), fused)
+        with network.graph.inserting_before(conv):
+            call = network.graph.call_module(name, (conv.args[0], other))
+        call.meta, modules[name], order[call] = dict(addition.meta), fused, order[conv]
+        last.replace_all_uses_with(call)
+        for dead in dict.fromkeys((last, addition, conv)):
+            network.graph.erase_node(dead)
 
 
 def _conv_and_other(
     modules: dict[str, nn.Module], addition: fx.Node, order: dict[fx.Node, int]
-) -> tuple[fx.Node, fx.Node] | None:
-    """The convolution to run in the addition's place, and the operand that nothing needs afterwards."""
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """A convolution that can add its result onto the other operand at once, in that operand's memory; or (None, None).
+
+    The fused call takes the convolution's place, so nothing but ``other`` is read later or earlier than before. That is safe if
+
+    - the convolution feeds the addition alone, has no activation of its own, and does not read ``other`` itself;
+    - ``other`` exists by then, and everything else that reads it has done so;
+    - neither ``other`` nor anything made of it shares its memory with another value.
+    """
     a, b = addition.args
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or _shape(a) != _shape(b) or a is b:
-        return None
-    for conv, other in sorted(((a, b), (b, a)), key=lambda pair: -order[pair[0]]):
+        return None, None
+    for conv, other in ((a, b), (b, a)):
         fused = _module(modules, conv, FusedConv)
-        if fused is None or fused.activation[0] != "none" or len(conv.users) > 1:
+        if fused is None or fused.activation[0] != "none" or len(conv.users) > 1 or conv.args[0] is other:
             continue
-        if order[other] > order[conv] or _escapes(modules, other, addition, order):
-            continue
-        return conv, other
-    return None
-
-
-def _escapes(modules: dict[str, nn.Module], value: fx.Node, addition: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether ``value`` may be read after ``addition``, directly or through something that shares its memory."""
-    if any(order[user] > order[addition] for user in value.users):
-        return True
-    return not all(_owns_memory(modules, node) for node in (value, *value.users))
+        readers = [user for user in other.users if user is not addition]
+        done = all(order[node] < order[conv] for node in (other, *readers))
+        if done and all(_owns_memory(modules, node) for node in (other, *readers)):
+            return conv, other
+    return None, None
 
 
 def _owns_memory(modules: dict[str, nn.Module], node: fx.Node) -> bool:

@@ -84,7 +84,7 @@ class FeatureStore:
 
     def spaces(self) -> list[Space]:
         """Lists the feature spaces, by name."""
-        return [Space(path.parent) for path in sorted((self.path / "spaces").glob("*/space.json"))]
+        return [Space(path.parent) for path in sorted((self.path / "spaces").glob("[!.]*/space.json"))]
 
     def open_space(self, fields: Mapping[str, Any], *, backbone: str, notes: Mapping[str, Any] = _EMPTY_NOTES) -> Space:
         """Opens the feature space with exactly these fields, making it if it is new.

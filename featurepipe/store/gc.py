@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,9 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
         dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and is_temporary(path.name)]
         report.leftovers_removed = len(dead)
         _remove([*old, *dead], report, dry_run=dry_run)
+        if not dry_run:
+            for half_made in (store.path / "spaces").glob(".*.tmp"):
+                shutil.rmtree(half_made, ignore_errors=True)
         latest = {dataset: store.snapshot_ids(dataset)[-1] for dataset in store.datasets()}
         for space in store.spaces():
             _collect_space(space, needed, latest, report, dry_run=dry_run)

@@ -92,16 +92,15 @@ class ColumnRows:
             StoreError: A part is gone or shorter than it was.
         """
         out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
-        for start, stop in self._runs():
-            number = int(self.part[start])
-            if self.part[stop - 1] == number and int(self.row[stop - 1]) - int(self.row[start]) == stop - start - 1:
-                self._read_run(self.parts[number], int(self.row[start]), out[start:stop])
+        for start, stop, neighbours in self._runs():
+            if neighbours:
+                self._read_run(self.parts[int(self.part[start])], int(self.row[start]), out[start:stop])
             else:
                 self._gather(start, stop, out)
         return out
 
-    def _runs(self) -> list[tuple[int, int]]:
-        """Cuts the rows into long runs of neighbours in one file, and the scattered stretches between them."""
+    def _runs(self) -> list[tuple[int, int, bool]]:
+        """Cuts the rows into long runs of neighbours in one file (true), and the scattered stretches between them."""
         if not len(self):
             return []
         follows = (np.diff(self.part.astype(np.int64)) == 0) & (np.diff(self.row.astype(np.int64)) == 1)
@@ -109,7 +108,7 @@ class ColumnRows:
         stops = np.concatenate([starts[1:], [len(self)]])
         long = stops - starts >= min(_RUN_ROWS, len(self))
         edges = np.unique(np.concatenate([[0, len(self)], starts[long], stops[long]]))
-        return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        return [(int(a), int(b), bool(follows[a : b - 1].all())) for a, b in itertools.pairwise(edges)]
 
     def _read_run(self, part: PartColumn, first: int, out: npt.NDArray[Any]) -> None:
         stored = np.dtype(part.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
-from featurepipe.store.atomic import is_temporary, read_json, write_json
+from featurepipe.store.atomic import is_temporary, read_json, sync_folder, write_json
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.keys import keys_to_arrow
@@ -68,11 +70,11 @@ class Space:
         """Opens the space of these fields under ``folder``, making it if it is new; safe against racing processes."""
         identity = fingerprint(fields)
         path = folder / f"{_slug(backbone)}-{identity[:12]}"
-        (path / "parts").mkdir(parents=True, exist_ok=True)
         if not (path / "space.json").exists():
             record = {"fingerprint": identity, "fields": fields, "backbone": backbone, "notes": notes}
             canonical_json(record)  # refuses what JSON cannot hold before anything is written
-            write_json(path / "space.json", record, replace=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            _publish_folder(path, record)
         space = cls(path)
         if space.fingerprint != identity:
             raise StoreError(f"{path / 'space.json'} holds another feature space; run: featurepipe verify STORE")
@@ -239,6 +241,21 @@ class Space:
                 return candidate
         command = f"featurepipe extract SOURCE --store {self.path.parent.parent} --backbone {self.backbone}"
         raise unknown("column", node, columns, where=self.name, see=f"{command} --node {node}")
+
+
+def _publish_folder(path: Path, record: dict[str, Any]) -> None:
+    """Makes a space's folder whole or not at all: a kill or a full disk in between leaves no half of one."""
+    made = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        (made / "parts").mkdir(parents=True)
+        write_json(made / "space.json", record)
+        made.rename(path)
+        sync_folder(path.parent)
+    except OSError:
+        if not (path / "space.json").exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _files_of(part: PartInfo) -> pa.Table:

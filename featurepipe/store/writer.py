@@ -22,6 +22,9 @@ from featurepipe.store.skeleton import ArraySpec
 
 DEFAULT_PART_BYTES = 64 * 1024 * 1024
 DEFAULT_PART_SECONDS = 60.0
+ROW_MAXIMUM_SAFE = 1.0
+"""A row whose largest value is beyond this loses nothing that matters to float16's coarse steps near zero, unless it is
+wider than a hundred million values."""
 Features = dict[str, npt.NDArray[Any]]
 
 
@@ -207,20 +210,22 @@ class PartWriter:
         narrow = self._dtype == np.float16 and column not in self._wide
         with np.errstate(over="ignore"):
             stored = values.astype(np.float16 if narrow else np.float32)
-        if _all_finite(stored):
-            return stored
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any() or not narrow:
-            where = np.flatnonzero(bad)
-            names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
-            raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
+        if not _all_finite(stored):
+            bad = ~np.isfinite(values).all(axis=1)
+            if bad.any() or not narrow:
+                where = np.flatnonzero(bad)
+                names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
+                raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
+            return self._widened(column, values, f"a value of {np.abs(values).max():g} does not fit (largest 65504)")
+        if narrow and _loses_small_values(values, stored):
+            return self._widened(column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits")
+        return stored
+
+    def _widened(self, column: str, values: npt.NDArray[Any], why: str) -> npt.NDArray[Any]:
+        """Keeps the column as float32 from here on, and says so."""
         self._wide.add(column)
         if self._on_overflow is not None:
-            largest = float(np.abs(values).max())
-            self._on_overflow(
-                f"{column}: a value of {largest:g} does not fit float16 (largest 65504); "
-                "this column is stored as float32 from here on"
-            )
+            self._on_overflow(f"{column}: float16 cannot hold it: {why}; this column is stored as float32 from here on")
         return values.astype(np.float32)
 
     def _start_commit(self) -> None:
@@ -282,6 +287,14 @@ def _column_name(column: str) -> str:
 
 def _shape_of(chunk: _Chunk) -> dict[str, int]:
     return {column: values.shape[1] for column, values in chunk.features.items()}
+
+
+def _loses_small_values(values: npt.NDArray[Any], stored: npt.NDArray[Any]) -> bool:
+    """Whether float16's fixed steps of 6e-8 below 6e-5 cost some row more than a thousandth of its length."""
+    if np.maximum(values.max(axis=1), -values.min(axis=1)).min() > ROW_MAXIMUM_SAFE:
+        return False
+    lost = np.linalg.norm(values - stored, axis=1)
+    return bool((lost > 1e-3 * np.linalg.norm(values, axis=1)).any())
 
 
 def _all_finite(values: npt.NDArray[Any]) -> bool:

@@ -199,3 +199,81 @@ def test_cuda_fp16_agrees_with_the_cpu_and_many_batches_in_flight_stay_apart():
     for batch, found in zip(batches, pending, strict=True):
         expected, values = cpu(batch), found.result()
         assert all(worst_cosine(expected[name], values[name]) > 0.999 for name in expected)
+
+
+class SharedOperand(nn.Module):
+    """Two additions overlap: the second one's convolution reads what the first one would overwrite."""
+
+    def __init__(self):
+        super().__init__()
+        self.c0, self.c1, self.c2 = (nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(3))
+
+    def forward(self, x):
+        a = self.c0(x)
+        other = self.c2(torch.relu(a))
+        x2 = other + self.c1(other)
+        late = self.c2(x2)
+        y = x2 + a
+        z = late + torch.relu(y)
+        return torch.cat([y, x2, z, other + z], 1)
+
+
+class Overlapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.c0, self.c1 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        other = torch.relu(x)
+        a = self.c0(x)
+        x2 = x + self.c1(other)
+        return torch.cat([other + a, x2], 1)
+
+
+@fused
+@pytest.mark.parametrize("kind", [SharedOperand, Overlapping])
+def test_no_fused_addition_overwrites_what_is_still_to_be_read(kind):
+    from torch import fx
+
+    from featurepipe.backbones.fusion import fuse_onednn
+
+    torch.manual_seed(1)
+    module = kind().eval()
+    x = torch.randn(3, 3, 12, 12)
+    with torch.inference_mode():
+        expected = module(x)
+        graph = fx.symbolic_trace(module)
+        fuse_onednn(graph, torch.zeros(1, 3, 12, 12), batch_size=3)
+        torch.testing.assert_close(graph(x), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(graph(x), expected, atol=1e-5, rtol=1e-4)
+
+
+class Stateful(nn.Module):
+    """Keeps an activation on itself, as users' networks may."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        self.skip = self.first(x)
+        if self.skip.sum() > 1e9:  # FX cannot follow this
+            return self.skip
+        return self.last(self.skip) + self.skip
+
+
+def test_batches_of_an_untraceable_network_do_not_mix(monkeypatch):
+    lenet = load_backbone("lenet5", "none")
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 3, 1), Stateful()).eval()
+    monkeypatch.setattr(lenet, "module", module)
+    monkeypatch.setattr(lenet, "graph", lambda _names: None)
+    monkeypatch.setattr(lenet, "channel_axis", lambda _node: 1)
+    engine = Engine(lenet, [Column("1", "gap")], batch_size=2)
+    batches = [images(lenet, 2, seed) for seed in range(24)]
+    together = [pending.result() for pending in [engine.submit(batch) for batch in batches]]
+    with torch.inference_mode():
+        for batch, found in zip(batches, together, strict=True):
+            expected = module(lenet.preprocessing.normalise(batch)).mean((2, 3)).numpy()
+            np.testing.assert_allclose(found["1:gap"], expected, atol=1e-5)
