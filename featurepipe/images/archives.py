@@ -25,10 +25,16 @@ class ArchiveSource(Source):
     """One archive or several; an id is ``<archive's base name>/<member's path>``, in the archive's own order.
 
     Members carry the date of their archive, because WebDataset writers leave theirs at zero.
+
+    Args:
+        paths: The archives.
+        name: The default dataset name.
+        location: See :class:`Source`.
     """
 
-    def __init__(self, paths: Sequence[str], name: str) -> None:
+    def __init__(self, paths: Sequence[str], name: str, location: str) -> None:
         self.name = name
+        self.location = location
         self._blobs = [
             Blob(path, unpack=gunzip if path.lower().endswith((".tar.gz", ".tgz")) else None) for path in paths
         ]

@@ -59,10 +59,12 @@ class ArraySource(Source):
     Args:
         files: For each file its path and the function that opens it as a mapping name -> array.
         name: The default dataset name.
+        location: See :class:`Source`.
     """
 
-    def __init__(self, files: Sequence[tuple[str, ArrayReader]], name: str) -> None:
+    def __init__(self, files: Sequence[tuple[str, ArrayReader]], name: str, location: str) -> None:
         self.name = name
+        self.location = location
         self._files = list(files)
         self._blocks = PerProcess(self._open)
         self._lock = PerProcess(threading.Lock)  # HDF5 is not safe to call from two threads

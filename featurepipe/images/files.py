@@ -1,26 +1,39 @@
 """One file by path or URL: its size and date, its bytes, and why it cannot be read."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
-# ruff: noqa: PTH110, PTH116
+# ruff: noqa: PTH100, PTH110, PTH116
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import fsspec
 
 from featurepipe.errors import Reject
-from featurepipe.images.listing import UNKNOWN
+from featurepipe.images.listing import UNKNOWN, printable
+
+_USER_AND_PASSWORD: Final = re.compile(r"(?<=://)[^/]*@")
 
 
 def is_url(path: str) -> bool:
     """Whether fsspec has to open this (``s3://...``, ``memory://...``) rather than the operating system."""
     return "://" in path
+
+
+def location_of(path: str) -> str:
+    """What a source's ``location`` says of a path, glob or URL.
+
+    Example:
+        >>> location_of("ftp://ann:secret@example.org/cats")
+        'ftp://example.org/cats'
+    """
+    return printable(_USER_AND_PASSWORD.sub("", path) if is_url(path) else os.path.abspath(path))
 
 
 def stat_file(path: str) -> tuple[int, int]:

@@ -44,6 +44,7 @@ class FolderSource(Source):
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
         self.name = printable(os.path.basename(self.path)) or "root"
+        self.location = printable(self.path)
 
     def scan(self) -> pa.Table:
         """Lists the folder: one directory read per folder, one stat per image, nothing opened."""

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from featurepipe.errors import SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
-from featurepipe.images.files import is_url, read_file, remote_errors, stat_file
+from featurepipe.images.files import is_url, location_of, read_file, remote_errors, stat_file
 from featurepipe.images.listing import BATCH_ROWS, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
 
@@ -49,6 +49,7 @@ class ManifestSource(Source):
         folder, _, file_name = self.path.rpartition("/")
         self._folder = folder
         self.name = printable(file_name.rpartition(".")[0])
+        self.location = location_of(self.path)
 
     def scan(self) -> pa.Table:
         """Lists the rows in batches; reads no image.

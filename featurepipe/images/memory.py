@@ -27,6 +27,7 @@ class MemorySource(Source):
         images: The images; an array is (N,H,W) or (N,H,W,C), one image per row.
         labels: One label per image, in the same order, or a mapping id -> label.
         name: The default dataset name.
+        location: See :class:`Source`; if it is empty, ``memory:<name>``.
 
     Raises:
         UsageError: An item, or the array, is nothing that holds an image.
@@ -38,8 +39,10 @@ class MemorySource(Source):
         *,
         labels: Mapping[str, object] | Sequence[object] | None = None,
         name: str = "memory",
+        location: str = "",
     ) -> None:
         self.name = name
+        self.location = location or f"memory:{name}"
         if isinstance(images, np.ndarray) and images.ndim not in (3, 4):
             raise UsageError(f"an array of shape {images.shape} holds no images; give (N, H, W) or (N, H, W, C)")
         self._items: Any = list(images.values()) if isinstance(images, Mapping) else images

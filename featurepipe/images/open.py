@@ -16,7 +16,7 @@ import numpy as np
 from featurepipe.errors import SourceError, UsageError
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import ArrayReader, ArraySource
-from featurepipe.images.files import is_url, remote_errors
+from featurepipe.images.files import is_url, location_of, remote_errors
 from featurepipe.images.folder import FolderSource
 from featurepipe.images.labels import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
@@ -64,7 +64,7 @@ def open_source(spec: Spec, *, array_readers: Mapping[str, ArrayReader] | None =
 def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
     if os.path.isdir(path):
         idx = _idx_files(path, os.listdir(path))
-        return ArraySource([(file, read_idx) for file in idx], _name_of(path)) if idx else FolderSource(path)
+        return _idx_source(idx, path) if idx else FolderSource(path)
     if os.path.exists(path):
         return _open_file(os.path.abspath(path), readers)
     if glob.has_magic(path):
@@ -87,34 +87,36 @@ def _open_url(url: str, readers: Mapping[str, ArrayReader]) -> Source:
             raise
         raise SourceError(f"{url}: cannot be opened: {type(error).__name__}: {error}") from error
     idx = _idx_files(url, names)
-    return ArraySource([(file, read_idx) for file in idx], _name_of(url)) if idx else RemoteFolderSource(url)
+    return _idx_source(idx, url) if idx else RemoteFolderSource(url)
 
 
 def _open_file(path: str, readers: Mapping[str, ArrayReader]) -> Source:
     lower = path.lower()
+    name, location = _name_of(path), location_of(path)
     if lower.endswith(ARCHIVE_SUFFIXES):
-        return ArchiveSource([path], _name_of(path))
+        return ArchiveSource([path], name, location)
     if lower.endswith(MANIFEST_SUFFIXES):
         return ManifestSource(path)
     if IDX_IMAGES.search(path):
-        return ArraySource([(path, read_idx)], _name_of(path))
+        return ArraySource([(path, read_idx)], name, location)
     if lower.endswith(".npz"):
-        return ArraySource([(path, read_npz)], _name_of(path))
+        return ArraySource([(path, read_npz)], name, location)
     if lower.endswith(HDF5_SUFFIXES):
-        return ArraySource([(path, _reader_of(path, readers))], _name_of(path))
+        return ArraySource([(path, _reader_of(path, readers))], name, location)
     if is_image_name(path):
-        return MemorySource([path], name=_name_of(path))
+        return MemorySource([path], name=name, location=location)
     raise UsageError(f"cannot read images from {path!r}; give {_CHOICES}")
 
 
 def _open_many(paths: Sequence[str], pattern: str) -> Source:
     if not paths:
         raise SourceError(f"{pattern}: no file matches")
-    name = _name_of(os.path.dirname(paths[0]))
+    # The pattern, not the paths: it stays the same when archives are added.
+    name, location = _name_of(os.path.dirname(paths[0])), location_of(pattern)
     if all(path.lower().endswith(ARCHIVE_SUFFIXES) for path in paths):
-        return ArchiveSource(paths, name)
+        return ArchiveSource(paths, name, location)
     if all(map(is_image_name, paths)):
-        return MemorySource(list(paths), name=name)
+        return MemorySource(list(paths), name=name, location=location)
     odd = next(path for path in paths if not path.lower().endswith(ARCHIVE_SUFFIXES))
     raise UsageError(
         f"{pattern}: {odd!r} is no archive; a glob names archives ({' '.join(ARCHIVE_SUFFIXES)}) or images only"
@@ -138,6 +140,10 @@ def _has_known_suffix(path: str) -> bool:
         or bool(IDX_IMAGES.search(path))
         or lower.endswith((*ARCHIVE_SUFFIXES, *MANIFEST_SUFFIXES, *arrays))
     )
+
+
+def _idx_source(files: Sequence[str], folder: str) -> Source:
+    return ArraySource([(file, read_idx) for file in files], _name_of(folder), location_of(folder))
 
 
 def _idx_files(folder: str, names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 
 from featurepipe.errors import SourceError
-from featurepipe.images.files import details_of, read_file, remote_errors
+from featurepipe.images.files import details_of, location_of, read_file, remote_errors
 from featurepipe.images.labels import FolderLabels, is_hidden, is_image_name
 from featurepipe.images.listing import Row, check_unique, table_of
 from featurepipe.images.source import Source
@@ -23,6 +23,7 @@ class RemoteFolderSource(Source):
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.name = self.url.rpartition("/")[2] or "remote"
+        self.location = location_of(self.url)
 
     def scan(self) -> pa.Table:
         """Lists the folder with one recursive listing."""

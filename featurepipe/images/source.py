@@ -17,9 +17,12 @@ class Source(Protocol):
 
     Attributes:
         name: The default dataset name, such as the folder's name.
+        location: What tells two sources of equal name apart: an absolute path or glob, or a URL without the user
+            and password in it, or ``memory:<name>``.
     """
 
     name: str
+    location: str
 
     def scan(self) -> pa.Table:
         """Lists the images without reading any of them.

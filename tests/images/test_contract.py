@@ -113,6 +113,11 @@ class SourceContract:
         assert source.name
         assert open_source(source) is source
 
+    def test_says_where_it_is(self, made, tmp_path):
+        location = made[0].location
+        assert location.startswith((f"{tmp_path}/", "http://127.0.0.1", "memory:")) or location == str(tmp_path)
+        assert pickle.loads(pickle.dumps(made[0])).location == location
+
 
 def as_rows(prefix=""):
     return [(prefix + name, name.split("/")[1], name.split("/")[0], content) for name, content in sorted(FILES.items())]

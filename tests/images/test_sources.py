@@ -562,3 +562,33 @@ def test_upper_case_suffixes(tmp_path):
     assert rows_of(open_source(tmp_path / "M.JSONL"), "id") == [("a.jpg",)]
     tar_of(tmp_path / "A.TAR.GZ", {"0.jpg": b"x"}, "w:gz")
     assert first(open_source(tmp_path / "A.TAR.GZ")) == b"x"
+
+
+def test_locations_tell_sources_of_equal_name_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cats").mkdir()
+    for name in ("a.tar", "b.tar"):
+        tar_of(tmp_path / name, {"0.jpg": b"x"})
+    Path("list.csv").write_text("path\n")
+    Path("x.npz").write_bytes(b"")
+    Path("x.jpg").write_bytes(b"")
+    for spec in ("cats", "a.tar", "*.tar", "list.csv", "x.npz", "x.jpg", "x*.jpg"):
+        assert open_source(spec).location == str(tmp_path / spec)
+    idx(Path("cats/train-images-idx3-ubyte"), np.zeros((1, 2, 2), np.uint8))
+    assert open_source("cats").location == str(tmp_path / "cats")
+    assert open_source({"a": b"x"}).location == "memory:memory"
+    assert MemorySource([b"x"], name="birds").location == "memory:birds"
+    fsspec.filesystem("memory").pipe("/places/cats/1.jpg", b"x")
+    assert open_source("memory://places/cats/").location == "memory://places/cats"
+
+
+@pytest.mark.parametrize(
+    ("spec", "location"),
+    [
+        ("ftp://ann:p@ss@example.org/a@b/c.csv", "ftp://example.org/a@b/c.csv"),
+        ("https://token@example.org/c.jsonl", "https://example.org/c.jsonl"),
+        ("s3://bucket/d.parquet", "s3://bucket/d.parquet"),
+    ],
+)
+def test_locations_hold_no_password(spec, location):
+    assert ManifestSource(spec).location == location
