@@ -23,9 +23,10 @@ _BLOCK_ROWS = 4096
 def export(feature_set: FeatureSet, to: str | Path) -> Path:
     """Writes features as one plain file, whole or not at all.
 
-    ``.h5`` and ``.npz`` hold ``X`` (n, D) in the stored dtype and ``ids`` (n,), and, if any image is labelled, ``y``
-    (n,) int64 with numbers into ``classes``, -1 where there is no label. ``.parquet`` holds ``id``, ``label``,
-    ``split`` and ``features`` (a list of fixed length). HDF5 and parquet are written in bounded memory.
+    ``.h5`` and ``.npz`` hold ``X`` (n, D) in the stored dtype, ``ids`` (n,), ``splits`` (n,), empty text where there is
+    none, and, if any image is labelled, ``y`` (n,) int64 with numbers into ``classes``, -1 where there is no label.
+    ``.parquet`` holds ``id``, ``label``, ``split`` and ``features`` (a list of fixed length). HDF5 and parquet are
+    written in bounded memory. The checksum of every part concerned is compared before anything is written.
 
     Args:
         feature_set: What to write.
@@ -36,6 +37,7 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
 
     Raises:
         UsageError: Unknown suffix, no folder of that name, or nothing to write.
+        CorruptPart: A part is damaged; nothing is written, a file of that name stays as it was.
         DiskFull: No space is left; nothing stays behind.
     """
     path = Path(to)
@@ -50,6 +52,7 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
         raise UsageError(f"cannot export to {path}: there is no folder {path.parent}")
     if not len(feature_set):
         raise UsageError("there are no features to export")
+    feature_set.check()
     with atomic_file(path) as file:
         writers[path.suffix.lower()](feature_set, file)
     return path
@@ -58,6 +61,10 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
 def _class_numbers(features: FeatureSet) -> npt.NDArray[np.int64]:
     numbers = {name: number for number, name in enumerate(features.classes)}
     return np.array([numbers.get(label, -1) for label in features.labels], dtype="<i8")
+
+
+def _splits(features: FeatureSet) -> list[str]:
+    return [split or "" for split in features.splits]
 
 
 def _encoded(texts: list[str]) -> npt.NDArray[np.bytes_]:
@@ -70,6 +77,7 @@ def _write_hdf5(features: FeatureSet, file: IO[bytes]) -> None:
     arrays = [
         PartArray(ArraySpec("X", stored, features.shape), (x for x, _ in features.blocks(_BLOCK_ROWS, stored))),
         _whole("ids", _encoded(list(features.ids))),
+        _whole("splits", _encoded(_splits(features))),
     ]
     if features.classes:
         arrays += [_whole("y", _class_numbers(features)), _whole("classes", _encoded(features.classes))]
@@ -82,7 +90,11 @@ def _whole(name: str, values: npt.NDArray[Any]) -> PartArray:
 
 
 def _write_npz(features: FeatureSet, file: IO[bytes]) -> None:
-    arrays: dict[str, npt.NDArray[Any]] = {"X": features.read(), "ids": np.array(list(features.ids), dtype=np.str_)}
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "X": features.read(),
+        "ids": np.array(list(features.ids), dtype=np.str_),
+        "splits": np.array(_splits(features), dtype=np.str_),
+    }
     if features.classes:
         arrays |= {"y": _class_numbers(features), "classes": np.array(features.classes, dtype=np.str_)}
     np.savez(file, allow_pickle=False, **arrays)

@@ -156,15 +156,16 @@ def read_blocks(part: PartInfo, name: str, *, block_bytes: int = 8 << 20) -> Ite
 
 def damaged_arrays(part: PartInfo) -> list[str]:
     """Reads every byte of a part's arrays and names those whose checksum differs."""
-    descriptor = os.open(part.path, os.O_RDONLY)
+    descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return [name for name, info in part.arrays.items() if _crc32_of(descriptor, info) != info.crc32]
+        return [n for n, info in part.arrays.items() if crc32_of(descriptor, info.offset, info.nbytes) != info.crc32]
     finally:
         os.close(descriptor)
 
 
-def _crc32_of(descriptor: int, info: ArrayInfo) -> int | None:
-    buffer, crc, position, stop = memoryview(bytearray(_BLOCK)), 0, info.offset, info.offset + info.nbytes
+def crc32_of(descriptor: int, offset: int, nbytes: int) -> int | None:
+    """Reads a stretch of a file in bounded memory and returns its CRC-32; None if the file ends before."""
+    buffer, crc, position, stop = memoryview(bytearray(_BLOCK)), 0, offset, offset + nbytes
     while position < stop:
         count = os.preadv(descriptor, [buffer[: min(_BLOCK, stop - position)]], position)
         if count == 0:

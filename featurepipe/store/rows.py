@@ -6,13 +6,14 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import StoreError
-from featurepipe.store.parts import PartInfo
+from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.store.parts import PartInfo, crc32_of
 
 _BLOCK_BYTES = 4 << 20  # read at once when the dtype changes on the way
 _RUN_ROWS = 64  # consecutive rows in the file from which reading beats mapping
@@ -27,6 +28,8 @@ class PartColumn:
     offset: int
     dtype: str
     rows: int
+    nbytes: int
+    crc32: int
 
 
 @dataclass
@@ -59,7 +62,8 @@ class ColumnRows:
             info = parts[number].columns[column]
             if info.shape[1] != width:
                 raise StoreError(f"parts of {column} differ in width ({info.shape[1]} and {width}): featurepipe verify")
-            columns.append(PartColumn(parts[number].path, info.offset, info.dtype, parts[number].rows))
+            place = parts[number].path, info.offset, info.dtype, parts[number].rows
+            columns.append(PartColumn(*place, info.nbytes, info.crc32))
         return cls(column, width, tuple(columns), renumbered.reshape(-1).astype(np.uint32), row.astype(np.uint32))
 
     def __len__(self) -> int:
@@ -78,6 +82,27 @@ class ColumnRows:
         """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
         chosen = self.part[positions], self.row[positions]
         return ColumnRows(self.column, self.width, self.parts, *chosen, self._maps)  # mapping anew costs page faults
+
+    def check(self) -> None:
+        """Reads this column of every part concerned and compares the checksums.
+
+        Raises:
+            CorruptPart: The bytes of a part are not what was committed.
+            StoreError: A part is gone.
+        """
+        for number in np.unique(self.part):
+            part = self.parts[number]
+            descriptor = _open(part)
+            try:
+                intact = crc32_of(descriptor, part.offset, part.nbytes) == part.crc32
+            finally:
+                os.close(descriptor)
+            if not intact:
+                path = Path(part.path)
+                raise CorruptPart(
+                    f"part {path.stem}: the bytes of {self.column} are not what was committed (checksum differs); "
+                    f"run: featurepipe verify {path.parents[3]}, then extract again"
+                )
 
     def read(self, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
         """Fetches all rows in order.
@@ -113,10 +138,7 @@ class ColumnRows:
     def _read_run(self, part: PartColumn, first: int, out: npt.NDArray[Any]) -> None:
         stored = np.dtype(part.dtype)
         row_bytes = self.width * stored.itemsize
-        try:
-            descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _gone(part) from error
+        descriptor = _open(part)
         try:
             if out.dtype == stored:
                 _read_into(descriptor, out, part.offset + first * row_bytes, part)
@@ -149,6 +171,13 @@ class ColumnRows:
                 self._maps.pop(oldest, None)  # another thread may have been here
             self._maps[number] = mapped
         return mapped
+
+
+def _open(part: PartColumn) -> int:
+    try:
+        return os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _gone(part) from error
 
 
 def _read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartColumn) -> None:

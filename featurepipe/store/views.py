@@ -135,6 +135,16 @@ class FeatureSet:
         """
         return (self._rows if rows is None else self._rows.take(rows)).read(dtype)
 
+    def check(self) -> None:
+        """Compares the column's bytes with their checksums in every part that holds one of the rows.
+
+        ``read``, ``numpy`` and ``blocks`` do not: they map and read at the disk's speed, and ``verify`` finds damage.
+
+        Raises:
+            CorruptPart: A part is damaged; the message names it and the next step.
+        """
+        self._rows.check()
+
     def numpy(self, dtype: npt.DTypeLike = np.float32, *, labelled: bool = False) -> tuple[npt.NDArray[Any], Labels]:
         """Reads everything into memory.
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurepipe.errors import DiskFull, StoreError, UsageError
+from featurepipe.errors import CorruptPart, DiskFull, StoreError, UsageError
 from featurepipe.store import describe, export, open_arrays
 
 NAMES = ["cat1", "dog1", "ünicorn", "cat2"]
@@ -28,10 +28,11 @@ def features(store, space, rows):
 def test_export_to_hdf5_is_plain(features, rows, tmp_path):
     export(features, tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5") as file:
-        assert sorted(file) == ["X", "classes", "ids", "y"]
+        assert sorted(file) == ["X", "classes", "ids", "splits", "y"]
         assert file["X"].dtype == np.float16
         np.testing.assert_array_equal(file["X"], rows.features(NAMES))
         assert list(file["ids"].asstr()) == NAMES
+        assert list(file["splits"].asstr()) == ["train", "test", "", "train"]
         assert file["y"][:].tolist() == [0, 1, -1, 0]
         assert list(file["classes"].asstr()) == ["cat", "dog"]
 
@@ -41,6 +42,7 @@ def test_export_to_npz_needs_no_pickle(features, rows, tmp_path):
     with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["X"], rows.features(NAMES))
         assert file["ids"].tolist() == NAMES
+        assert file["splits"].tolist() == ["train", "test", "", "train"]
         assert file["classes"][file["y"][[0, 1, 3]]].tolist() == ["cat", "dog", "cat"]
         assert file["y"][2] == -1
 
@@ -59,7 +61,7 @@ def test_export_without_labels_has_no_y(store, features, rows, tmp_path):
     rows.snapshot(store, "d", NAMES, label=[None] * 4)
     export(store.features("d"), tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5") as file:
-        assert sorted(file) == ["X", "ids"]
+        assert sorted(file) == ["X", "ids", "splits"]
 
 
 def test_export_names_the_choices(features, tmp_path):
@@ -82,6 +84,24 @@ def test_a_failed_export_leaves_the_old_file(features, tmp_path, monkeypatch, su
         export(features, path)
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", path.name]
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".parquet"])
+def test_export_of_a_damaged_part_writes_nothing(store, features, space, rows, flip_bit, tmp_path, suffix, old):
+    rows.write(store, space, ["other"])
+    part, unused = space.parts()
+    path = tmp_path / f"x{suffix}"
+    if old:
+        path.write_text(old)
+    flip_bit(part_path := space.part_paths()[0], part.arrays["features/a:gap"].offset + 5)
+    with pytest.raises(CorruptPart, match=rf"part {part.name}: .*featurepipe verify {store.path}, then extract again"):
+        export(features, path)
+    assert (path.read_text() if path.exists() else None) == old
+    flip_bit(part_path, part.arrays["features/a:gap"].offset + 5)  # as it was
+    flip_bit(space.part_paths()[1], unused.arrays["features/a:gap"].offset)  # of no concern here
+    export(features, path)
+    assert path.stat().st_size > 100
 
 
 def test_a_description_is_json(store, features, space, rows):
