@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from typing import Any, Final, Literal
@@ -73,6 +74,10 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION: Final = 0x0112
+_WITH_ALPHA: Final = {"RGBA", "LA", "PA", "RGBa", "La"}
+# Not LAB: PIL converts it to RGB only where it was built with a colour management library, and never to grey.
+_CONVERTIBLE: Final = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
+_OWN_SOURCE: Final = re.compile(r"^.*\.cpp:\d+, *")  # torchvision names its own line before it says what is wrong
 # PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
 QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 """Entered around calls of PIL and torchvision.io, from any thread."""
@@ -105,7 +110,7 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
             with QUIET:
                 return _decode_jpeg(payload, colour)
     with QUIET:
-        return _to_tensor(_decode_pillow(payload), colour)
+        return _decode_pillow(payload, colour)
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -123,7 +128,7 @@ def _decode_jpeg(payload: bytes, colour: Colour) -> torch.Tensor:
         tensor: torch.Tensor = decode_jpeg(data, mode, apply_exif_orientation=True)
     except RuntimeError as error:
         code = "truncated" if "truncated" in str(error) else "corrupt"
-        raise Reject(f"{code}: libjpeg cannot decode it: {_first_line(error)}") from error
+        raise Reject(f"{code}: libjpeg cannot decode it: {_OWN_SOURCE.sub('', _first_line(error))}") from error
     return tensor
 
 
@@ -140,14 +145,14 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decode_pillow(payload: bytes) -> Image.Image:
+def _decode_pillow(payload: bytes, colour: Colour) -> torch.Tensor:
     plugin = _plugin_for(payload)
     _check_complete(payload, plugin)
     try:
         with plugin(io.BytesIO(payload)) as image:
             _check_pixels(*image.size)
             image.load()
-            return _turned(image)
+            return _to_tensor(_turned(image), colour)
     except Image.DecompressionBombError as error:
         raise Reject(f"bomb: {error}") from error
     except _DAMAGE as error:
@@ -179,7 +184,7 @@ def _turned(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except _DAMAGE:
         turn = None
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_tensor(image: Image.Image, colour: Colour) -> torch.Tensor:
@@ -191,11 +196,13 @@ def _flattened(image: Image.Image) -> Image.Image:
     """Eight bits per channel and no transparency."""
     if image.mode.startswith(("I", "F")):
         return _eight_bits(image)
-    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+    if image.mode in _WITH_ALPHA or (image.mode in _CONVERTIBLE and "transparency" in image.info):
         with_alpha = image.convert("RGBA")
         background = Image.new("RGB", image.size, ALPHA)
         background.paste(with_alpha, mask=with_alpha.getchannel("A"))
         return background
+    if image.mode not in _CONVERTIBLE:
+        raise Reject(f"unsupported: {image.mode} colours")
     return image
 
 

@@ -169,6 +169,18 @@ def test_floating_point_tiff_is_unsupported():
     assert reason(encoded(np.ones((2, 2), np.float32), "TIFF")).startswith("unsupported: F pixels")
 
 
+@pytest.mark.parametrize("colour", ["rgb", "grey"])
+def test_lab_is_unsupported(colour):
+    with pytest.raises(Reject, match=r"^unsupported: LAB colours$"):
+        decode(encoded(Image.new("LAB", (40, 40)), "TIFF"), colour=colour)
+
+
+def test_a_failing_conversion_is_a_reject(monkeypatch):
+    monkeypatch.setattr("featurepipe.images.decode._flattened", lambda image: image.convert("no such mode"))
+    with pytest.raises(Reject, match=r"^corrupt: "):
+        decode(encoded(RGB, "PNG"))
+
+
 def test_sixteen_bit_colour_png_keeps_the_high_byte():
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -311,6 +323,11 @@ def test_truncated_files_are_rejected_not_half_filled(format_, options, share):
 def test_one_missing_byte_is_truncation(format_):
     whole = encoded(noise(20, 20, 3), format_)
     assert reason(whole[:-5]).startswith("truncated")
+
+
+def test_reasons_do_not_name_where_a_library_was_built():
+    photo = encoded(noise(64, 64), "JPEG")
+    assert reason(photo[: len(photo) // 2]) == "truncated: libjpeg cannot decode it: Image is incomplete or truncated"
 
 
 def test_a_truncated_cmyk_jpeg_is_rejected():
