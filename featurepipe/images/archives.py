@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from featurepipe.errors import Reject, SourceError
-from featurepipe.images.blobs import Blob, gunzip
+from featurepipe.errors import Reject
+from featurepipe.images.blobs import Blob, ShortRead, gunzip
 from featurepipe.images.labels import FolderLabels, is_hidden
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.members import DEFLATED, LINK, STORED, Found, Member, list_tar, list_zip
@@ -51,9 +51,12 @@ class ArchiveSource(Source):
         blob = self._blobs[member.archive]
         if member.method == LINK:
             raise Reject("unreadable: is a link inside the archive")
-        if member.method == STORED and member.crc < 0:
-            return blob.pread(member.offset, member.size)
-        return _inflate(blob.pread(_zip_data_offset(blob, member), member.stored), member)
+        try:
+            if member.method == STORED and member.crc < 0:
+                return blob.pread(member.offset, member.size)
+            return _inflate(blob.pread(_zip_data_offset(blob, member), member.stored), member)
+        except ShortRead as error:
+            raise Reject("truncated: the archive ends inside this member") from error
 
     def close(self) -> None:
         """Closes the archives; a spooled copy is deleted."""
@@ -95,7 +98,7 @@ def _with_folder_labels(table: pa.Table, prefix: str, labels: FolderLabels) -> p
 def _zip_data_offset(blob: Blob, member: Member) -> int:
     header = blob.pread(member.offset, 30)
     if header[:4] != b"PK\x03\x04":
-        raise SourceError(f"{blob.path}: no member at byte {member.offset}: damaged, or it changed since it was listed")
+        raise Reject(f"corrupt: the archive has no member at byte {member.offset}; damaged, or changed since listed")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return member.offset + 30 + int(name_length) + int(extra_length)
 

@@ -21,6 +21,10 @@ T = TypeVar("T")
 Unpack = Callable[[IO[bytes], IO[bytes]], None]
 
 
+class ShortRead(SourceError):
+    """A file ends before the bytes that were asked for."""
+
+
 class PerProcess(Generic[T]):
     """Opens something once per process, on first use, and never carries it into another process.
 
@@ -81,15 +85,14 @@ class Blob:
         """Reads exactly ``size`` bytes.
 
         Raises:
-            SourceError: The file has gone or is shorter than it was.
+            ShortRead: The file is shorter than it was, or than something in it says.
+            SourceError: The file has gone.
         """
         data = os.pread(self._file.get().fileno(), size, offset)
         while len(data) < size:  # one call returns at most 2 GiB
             more = os.pread(self._file.get().fileno(), size - len(data), offset + len(data))
             if not more:
-                raise SourceError(
-                    f"{self.path}: ends inside bytes {offset} to {offset + size}: truncated, or it changed"
-                )
+                raise ShortRead(f"{self.path}: ends inside bytes {offset} to {offset + size}: truncated, or it changed")
             data += more
         return data
 
