@@ -148,7 +148,8 @@ def _labels(array: Sliceable, count: int, where: str) -> list[str]:
     values = np.asarray(array[:])
     if values.size != count:
         raise SourceError(f"{where}: {values.size} labels for {count} images")
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist()]
+    texts = (value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist())
+    return [printable(text) for text in texts]
 
 
 def _stem(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from itertools import islice
@@ -28,7 +27,8 @@ BATCH_ROWS = 65_536
 # A plain tuple in the order of SCHEMA: a listing makes millions of them, and a class would triple their cost.
 Row = tuple[str, str | None, str | None, int, int, bytes]
 
-_LOOKS_ESCAPED = re.compile(r"\\x[0-9a-f]{2}")
+_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL ends fixed-length strings in HDF5
+_LOOKS_ESCAPED = re.compile(r"\\x[0-9a-f]{2}|\\ud[89a-f][0-9a-f]{2}")
 
 
 def table_of(rows: Iterable[Row]) -> pa.Table:
@@ -71,18 +71,24 @@ def check_unique(table: pa.Table, where: str, remedy: str = "add an `id` column 
 
 
 def printable(name: str) -> str:
-    r"""Turns a file name into an id that can be printed and stored as UTF-8; different names stay different.
+    r"""Turns a name into an id or label that can be printed and stored as UTF-8; different names stay different.
 
-    Bytes that are not valid UTF-8 (surrogates, as :func:`os.fsdecode` makes them) become ``\xNN``. So that no valid
-    name can look the same, backslashes are doubled in names with such bytes and in names that look escaped already.
+    Bytes that are not valid UTF-8 (surrogates, as :func:`os.fsdecode` makes them) and NUL become ``\xNN``, other
+    lone surrogates (JSON may hold them) ``\udNNN``. So that no valid name can look the same, backslashes are doubled
+    in names with any of these and in names that look escaped already.
 
     Example:
-        >>> printable("plain.jpg"), printable(os.fsdecode(b"caf\xe9.jpg")), printable(r"caf\xe9.jpg")
+        >>> printable("plain.jpg"), printable("caf\udce9.jpg"), printable(r"caf\xe9.jpg")
         ('plain.jpg', 'caf\\xe9.jpg', 'caf\\\\xe9.jpg')
     """
-    if name.isascii() and "\\" not in name:
+    if name.isascii() and "\\" not in name and "\0" not in name:  # nearly all names
         return name
-    valid = not any("\udc80" <= character <= "\udcff" for character in name)
-    if valid and not _LOOKS_ESCAPED.search(name):
+    if not _UNPRINTABLE.search(name) and ("\\" not in name or not _LOOKS_ESCAPED.search(name)):
         return name
-    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
+    return _UNPRINTABLE.sub(_escape, name.replace("\\", "\\\\"))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{byte:02x}" if byte <= 0xFF else f"\\u{code:04x}"

@@ -84,7 +84,7 @@ class ManifestSource(Source):
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
             for path, id_, label, split, (size, mtime_ns) in zip(paths, ids, labels, splits, stats, strict=True):
-                yield printable(id_ or path), label, split, size, mtime_ns, os.fsencode(path)
+                yield printable(id_ or path), _printable(label), _printable(split), size, mtime_ns, _encoded(path)
 
     def _stat(self, path: str) -> tuple[int, int]:
         return stat_file(self._resolve(path))
@@ -95,6 +95,18 @@ class ManifestSource(Source):
         scheme, separator, folder = self._folder.rpartition("://")
         # A URL is no file system: nothing there resolves "..".
         return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
+
+
+def _printable(value: str | None) -> str | None:
+    return None if value is None else printable(value)
+
+
+def _encoded(path: str) -> bytes:
+    # JSON may hold surrogates that stand for no byte. Nothing has such a name: encoded anyhow, it is found missing.
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "surrogatepass")
 
 
 def _known(value: int | None) -> int:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, Self
 from featurepipe.errors import SourceError
 from featurepipe.images.blobs import Blob
 from featurepipe.images.labels import is_image_name
+from featurepipe.images.listing import printable
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -120,9 +121,9 @@ def _label(blob: Blob, info: tarfile.TarInfo, path: str) -> str | None:
     try:
         text = content.decode()
         if path.endswith(".cls"):
-            return text.strip()
+            return printable(text.strip())
         fields = json.loads(text)
     except ValueError as error:
         raise SourceError(f"{blob.path}: the label in {path!r} cannot be read: {error}") from error
     value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
-    return None if value is None else str(value)
+    return None if value is None else printable(str(value))

@@ -75,7 +75,7 @@ def _labels_of(labels: Mapping[str, object] | Sequence[object] | None, ids: Sequ
     values = [labels.get(id_) for id_ in ids] if isinstance(labels, Mapping) else list(labels)
     if len(values) != len(ids):
         raise UsageError(f"{len(values)} labels for {len(ids)} images; give one label per image")
-    return [None if value is None else str(value) for value in values]
+    return [None if value is None else printable(str(value)) for value in values]
 
 
 def _stat_item(item: Item) -> tuple[int, int]:

@@ -181,11 +181,11 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_escaping_never_makes_two_names_one():
-    pieces = ["\\", "x", "e9", "\udce9", "\\\\", "é"]
+    pieces = ["\\", "x", "e9", "\udce9", "\\\\", "é", "\0", "x00", "\ud800", "ud800"]
     names = {a + b + c + d for a in pieces for b in pieces for c in pieces for d in pieces}
     shown = {printable(name) for name in names}
     assert len(shown) == len(names)
-    assert all(text.encode() for text in shown)
+    assert all(text.encode() and "\0" not in text for text in shown)
 
 
 def test_special_files_do_not_hang(tmp_path):

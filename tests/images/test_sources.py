@@ -156,6 +156,37 @@ def test_damaged_manifests(tmp_path, name, content, says):
         source.scan()
 
 
+def test_nul_and_lone_surrogates_in_a_manifest_are_escaped(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    rows = [
+        {"path": "a.jpg", "id": "a\0b", "label": "\ud800", "split": "\udfff"},
+        {"path": "a.jpg", "id": "\udcc3\udca9", "label": "a\0"},  # not "é", although its bytes are
+        {"path": "\ud800.jpg"},
+        {"path": "\0.jpg"},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(tmp_path / "m.jsonl")
+    assert rows_of(source, "id", "label", "split", "size") == [
+        (r"a\x00b", r"\ud800", r"\udfff", 1),
+        (r"\xc3\xa9", r"a\x00", None, 1),
+        (r"\ud800.jpg", None, None, -1),
+        (r"\x00.jpg", None, None, -1),
+    ]
+    locators = source.scan()["locator"].to_pylist()
+    assert source.read(locators[0]) == b"x"
+    for locator, code in ((locators[2], "missing"), (locators[3], "unreadable")):
+        with pytest.raises(Reject, match=f"^{code}: "):
+            source.read(locator)
+
+
+def test_nul_and_lone_surrogates_are_escaped_in_labels_of_every_source(tmp_path):
+    path = tar_of(tmp_path / "a.tar", {"0.jpg": b"x", "0.json": rb'{"label": "\ud800"}', "1.jpg": b"", "1.cls": b"\0"})
+    assert rows_of(open_source(path), "label") == [(r"\ud800",), (r"\x00",)]
+    np.savez(tmp_path / "a.npz", x=np.zeros((1, 2, 2), np.uint8), y=np.array(["a\0b"]))
+    assert rows_of(open_source(tmp_path / "a.npz"), "label") == [(r"a\x00b",)]
+    assert rows_of(MemorySource({"\0": b"x"}, labels=["\ud800"]), "id", "label") == [(r"\x00", r"\ud800")]
+
+
 def test_a_manifest_of_urls(tmp_path):
     fsspec.filesystem("memory").pipe("/urls/a.jpg", b"remote")
     (tmp_path / "m.csv").write_text("path\nmemory://urls/a.jpg\nmemory://urls/b.jpg\n")
