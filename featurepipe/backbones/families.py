@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from featurepipe.backbones.preprocessing import Preprocessing
@@ -51,6 +51,11 @@ class Family(ABC):
     @abstractmethod
     def preprocessing(self, name: str | None) -> Preprocessing:
         """Returns what the weights expect; without a name what the default weights expect."""
+
+    def try_forward(self, module: nn.Module, images: Tensor) -> Any:
+        """Runs a network on images (N, C, H, W); a family whose networks may fail says so in words."""
+        with torch.inference_mode():
+            return module(images)
 
     def skeleton(self, name: str | None) -> nn.Module:
         """Builds the network quickly, for a state dict to fill: parameters may have no values yet."""

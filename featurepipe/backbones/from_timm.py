@@ -66,7 +66,10 @@ class Timm(Family):
         from huggingface_hub.errors import HfHubHTTPError
 
         # The HTTP library below the hub has changed twice; its own errors have the same base as the hub's.
-        unreachable = (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+        unreachable: tuple[type[Exception], ...] = (
+            OSError,
+            *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+        )
         try:
             with _quiet_hub():
                 if not self.at_hand(name):

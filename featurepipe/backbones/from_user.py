@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
 from featurepipe.backbones.families import SEE, Family
 from featurepipe.backbones.preprocessing import Preprocessing
+from featurepipe.backbones.user_code import code_sha256, import_factory, running
 from featurepipe.backbones.weights import StateDict
 from featurepipe.errors import UsageError, unknown
 
@@ -28,6 +23,7 @@ class User(Family):
 
     The function is called without arguments and returns an ``nn.Module`` whose attribute ``preprocessing`` (or
     ``default_cfg``, as timm has it) says what images it expects. Weights ``DEFAULT`` are those that it comes with.
+    It is brought to the CPU and to float32, whatever the factory made of it; the engine chooses the precision.
     """
 
     is_tested = False
@@ -35,7 +31,7 @@ class User(Family):
     def __init__(self, spec: str) -> None:
         self.spec = spec
         self.architecture = f"user/{spec}"
-        self._factory, self._source = _import_factory(spec)
+        self._factory = import_factory(spec)
         self._built: nn.Module | None = None
 
     @override
@@ -56,11 +52,21 @@ class User(Family):
 
     @override
     def build(self, name: str | None) -> nn.Module:
-        with _current_folder_importable():
+        module_name, _, factory = self.spec.partition(":")
+        command = f"python -c 'import {module_name} as m; m.{factory}()'"
+        with running(self.spec, f"{factory}()", f"it is called without arguments; to see all of it, run: {command}"):
             module = self._factory()
         if not isinstance(module, nn.Module):
             raise UsageError(f"{self.spec} returned a {type(module).__name__}; it must return a torch.nn.Module")
-        return module
+        with running(self.spec, "bringing the network to the CPU and float32", "return it from the factory like that"):
+            return module.cpu().float()
+
+    @override
+    def try_forward(self, module: nn.Module, images: Tensor) -> Any:
+        shape = tuple(images.shape)
+        advice = "let its attribute 'preprocessing' describe images that it takes, and let it compute in float32"
+        with running(self.spec, f"its forward on images {shape}", advice), torch.inference_mode():
+            return module(images)
 
     @override
     def random(self) -> nn.Module:
@@ -69,7 +75,12 @@ class User(Family):
         for name, layer in module.named_modules():
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
-                reset()
+                with running(
+                    self.spec,
+                    f"reset_parameters() of {type(layer).__name__}",
+                    "--weights none calls it without arguments",
+                ):
+                    reset()
             elif next(layer.parameters(recurse=False), None) is not None:
                 raise UsageError(
                     f"--weights none cannot draw the parameters of {name or 'the network'} ({type(layer).__name__}) in "
@@ -100,44 +111,4 @@ class User(Family):
 
     @override
     def identity(self) -> dict[str, str]:
-        digest = hashlib.sha256(self._source.read_bytes()).hexdigest() if self._source else ""
-        return {"source_sha256": digest}
-
-
-def _import_factory(spec: str) -> tuple[Callable[[], Any], Path | None]:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"backbone {spec!r} must be written package.module:factory")
-    with _current_folder_importable():
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"backbone {spec!r}: no module named {error.name!r}; it must be importable from the current folder "
-                f"or be installed (try: python -c 'import {module_name}')"
-            ) from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise unknown("factory", attribute, names or ["(none)"], where=module_name)
-    if not callable(factory):
-        raise UsageError(
-            f"backbone {spec!r}: {attribute} is a {type(factory).__name__}, not a function that makes a network"
-        )
-    source = inspect.getsourcefile(module)
-    return factory, Path(source) if source else None
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """As ``python -m`` has it: modules in the current folder can be imported."""
-    folder = str(Path.cwd())
-    if folder in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
+        return {"source_sha256": code_sha256(self.spec, self._factory, self.skeleton(None))}

@@ -24,6 +24,7 @@ from featurepipe.backbones.weights import StateDict, is_file_name
 from featurepipe.errors import UsageError, unknown
 
 BOTTLENECK = "bottleneck"
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 
 
 def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Backbone:
@@ -37,9 +38,12 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
         seed: Seed of the random control.
 
     Raises:
-        UsageError: The name or the weights are unknown, or the file does not fit the network.
+        UsageError: The name or the weights are unknown, the file does not fit the network, the seed is out of range, or
+            the user's own code fails.
         WeightsNotFound: (When the weights are needed) they are not at hand and cannot be downloaded.
     """
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise UsageError(f"seed {seed} is out of range; give a number from {_SEEDS[0]} to {_SEEDS[1]}, such as 0")
     return Backbone(name, _family(name), weights, seed=seed)
 
 
@@ -156,7 +160,8 @@ class Backbone:
     def graph(self, names: Sequence[str]) -> fx.GraphModule | None:
         """Returns a module that maps images (N, C, H, W) to ``{node: output}``, pruned above the deepest node.
 
-        None where the network cannot be traced: hook ``module.get_submodule(node)`` then (``hook_names``).
+        None where the network cannot be traced: all its nodes are modules then, and a hook on
+        ``module.get_submodule(node)`` sees their output.
 
         Raises:
             UsageError: A node is unknown.
@@ -166,19 +171,6 @@ class Backbone:
             return None
         found = nodes.trace(self.module)
         return None if found is None else found.extractor({name: self._by_name[name].name for name in names})
-
-    def hook_names(self, names: Sequence[str]) -> list[str]:
-        """Checks that the nodes are modules that run once in a forward, so that a forward hook keeps the right output.
-
-        Raises:
-            UsageError: A node is unknown, or is not such a module.
-        """
-        self._check_nodes(names)
-        modules = dict(self.module.named_modules())
-        for name in names:
-            if name not in modules:
-                raise UsageError(f"node {name!r} in {self.name} is not a module and cannot be hooked. See: {self._see}")
-        return list(names)
 
     def columns(self, requested: Sequence[str]) -> list[Column]:
         """Reads the columns that a user asks for; needs no weights.
@@ -277,10 +269,12 @@ class Backbone:
 
     @cached_property
     def _trace_of_skeleton(self) -> Trace | None:
+        if self._family.is_tested:
+            return nodes.trace(self._skeleton)
+        images = torch.randn(2, *self.preprocessing.input_shape, generator=torch.Generator().manual_seed(0))
+        expected = self._family.try_forward(self._skeleton, images)
         found = nodes.trace(self._skeleton)
-        if found is None or self._family.is_tested:
-            return found
-        return found if nodes.is_faithful(found, self.preprocessing.input_shape) else None
+        return found if found is not None and nodes.is_faithful(found, images, expected) else None
 
     @cached_property
     def _node_infos(self) -> tuple[NodeInfo, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +162,8 @@ def run_hooked(module: nn.Module, input_shape: tuple[int, int, int]) -> HookedRu
         for call in finished
         if calls[call.name] == 1 and isinstance(call.output, Tensor) and call.output.is_floating_point()
     }
-    infos = _infos(seen, {})
+    # No blocks: a module that is not seen itself is never called, or called twice, so a hook could not keep its output.
+    infos = [replace(info, blocks=()) for info in _infos(seen, {})]
     return HookedRun(infos, _hooked_bottleneck(finished, {info.name for info in infos}))
 
 

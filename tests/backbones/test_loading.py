@@ -84,14 +84,19 @@ def test_names_that_are_wrong(name: str, weights: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_graph_and_hooks_refuse_unknown_nodes() -> None:
-    backbone = load_backbone("lenet5", "none")
+def test_a_graph_of_unknown_nodes_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown node 'c9' in lenet5; nearest: c"):
-        backbone.graph(["c9"])
-    assert backbone.hook_names(["c1", "s4"]) == ["c1", "s4"]
-    resnet = load_backbone("resnet18", "none")
-    with pytest.raises(UsageError, match=r"node 'layer1.0.relu_1' in resnet18 is not a module and cannot be hooked"):
-        resnet.hook_names(["layer1.0.relu_1"])
+        load_backbone("lenet5", "none").graph(["c9"])
+
+
+def test_seeds_that_torch_cannot_take() -> None:
+    with pytest.raises(UsageError, match=r"seed 99999999999999999999999 is out of range; .* to 18446744073709551615"):
+        load_backbone("lenet5", "none", seed=99999999999999999999999)
+    largest = load_backbone("lenet5", "none", seed=2**64 - 1).weights_sha256
+    assert largest == load_backbone("lenet5", "none", seed=-1).weights_sha256  # torch wraps negative seeds around
+    assert load_backbone("lenet5", "none", seed=-(2**63)).weights_sha256 != largest
+    with pytest.raises(UsageError, match="out of range"):
+        load_backbone("lenet5", "none", seed=-(2**63) - 1)
 
 
 def test_identity_is_json_and_tells_backbones_apart(lite0) -> None:
