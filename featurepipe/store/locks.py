@@ -31,7 +31,7 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            who = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip() or "unknown"
+            who = _last_taken_by(descriptor)
             wish = "write into" if shared else "rewrite parts of"
             raise StoreLocked(
                 f"cannot {wish} {store} now: another process holds its lock (last taken by {who}); "
@@ -43,11 +43,24 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _last_taken_by(descriptor: int) -> str:
+    try:
+        who = json.loads(os.pread(descriptor, 4096, 0))
+        return "pid {pid} on {host}, {command}, since {since}".format(**who)
+    except (ValueError, KeyError, TypeError):  # never signed, or by another program
+        return "an unknown process"
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return " ".join(["featurepipe" if program == "__main__.py" else program, *sys.argv[1:2]])
+
+
 def _sign(descriptor: int) -> None:
     who = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+        "command": _command(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with contextlib.suppress(OSError):  # a full disk must not keep gc from freeing it
