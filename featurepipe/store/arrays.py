@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from featurepipe.errors import StoreError
+from featurepipe.errors import StoreError, UsageError
 
 
 @dataclass
@@ -68,11 +68,14 @@ def open_arrays(path: str | Path) -> Mapping[str, LazyArray]:
 
     Raises:
         StoreError: The file is missing or not HDF5.
+        UsageError: A dataset's values lie in other files: where one of them is missing, HDF5 gives fill values
+            and no error.
     """
     found: dict[str, LazyArray] = {}
 
     def collect(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.shape is not None:
+            _check_own(item, path)
             found[name] = LazyArray(str(path), name, item.shape, item.dtype, _mappable_offset(item))
 
     try:
@@ -83,9 +86,18 @@ def open_arrays(path: str | Path) -> Mapping[str, LazyArray]:
     return found
 
 
+def _check_own(dataset: h5py.Dataset, path: str | Path) -> None:
+    kind = "a virtual dataset" if dataset.is_virtual else "stored externally" if dataset.external else ""
+    if kind:
+        raise UsageError(
+            f"{path}: {dataset.name} is {kind}: its values lie in other files, and where one is missing HDF5 makes up "
+            "values without an error; copy the data into one file"
+        )
+
+
 def _mappable_offset(dataset: h5py.Dataset) -> int | None:
     """Returns where the values lie in the file if they can be mapped as they are."""
-    plain = dataset.dtype.kind in "iuf" and dataset.chunks is None and not dataset.external and not dataset.is_virtual
+    plain = dataset.dtype.kind in "iuf" and dataset.chunks is None
     matches = plain and dataset.id.get_type().get_size() == dataset.dtype.itemsize and dataset.size
     offset = dataset.id.get_offset() if matches else None
     return None if offset is None else int(offset)

@@ -9,28 +9,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import StoreError, UsageError, unknown
+from featurepipe.store.advice import extract_command
 from featurepipe.store.identity import differences
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.rows import ColumnRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space
-from featurepipe.store.views import FeatureSet
+from featurepipe.store.views import FeatureSet, unknown_split
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
 
-_PREFIX = 6  # characters of a fingerprint below which it could be mistaken
+_PREFIX = 4  # characters of a fingerprint below which it could be mistaken
 
 
 def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -> Space:
     """Finds the one space that fits; see ``FeatureStore.space``. ``wanted=None`` fits all."""
+    store.check_exists()
     spaces = store.spaces()
-    fitting = [space for space in spaces if wanted is None or _fits(space, wanted)]
+    fitting = _fitting(spaces, wanted)
     if not fitting:
         if not spaces:
-            raise StoreError(
-                f"{store.path} holds no features yet; run: featurepipe extract SOURCE --store {store.path}"
-            )
+            raise StoreError(f"{store.path} holds no features yet; run: {extract_command(store.path)}")
         names = [name for space in spaces for name in (space.backbone, space.name)]
         raise unknown(
             "feature space",
@@ -42,23 +42,38 @@ def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -
     if len(fitting) > 1 and dataset is not None:
         keys = usable_keys(require_snapshot(store, dataset))
         fitting = [space for space in fitting if space.index().contains(keys).any()] or fitting
+    if len(fitting) > 1 and (wanted is None or wanted in {space.backbone for space in fitting}):
+        fitting = _only_trained(fitting)
     if len(fitting) > 1:
         raise UsageError(_ambiguous(wanted, fitting))
     return fitting[0]
 
 
-def _fits(space: Space, wanted: str) -> bool:
-    if wanted in {space.name, space.backbone}:
-        return True
-    return len(wanted) >= _PREFIX and space.fingerprint.startswith(wanted.lower())
+def _fitting(spaces: list[Space], wanted: str | None) -> list[Space]:
+    if wanted is None:
+        return spaces
+    named = [space for space in spaces if wanted in {space.name, space.backbone}]
+    if named or len(wanted) < _PREFIX:
+        return named
+    return [space for space in spaces if space.fingerprint.startswith(wanted.lower())]
+
+
+def _only_trained(spaces: list[Space]) -> list[Space]:
+    """Leaves random controls out if that leaves one space whose weights are known to be trained."""
+    random = [space.notes.get("backbone", {}).get("random") for space in spaces]
+    if random.count(False) == 1 and random.count(True) == len(spaces) - 1:
+        return [spaces[random.index(False)]]
+    return spaces
 
 
 def _ambiguous(wanted: str | None, spaces: list[Space]) -> str:
     names = sorted({field for space in spaces[1:] for field in differences(spaces[0].fields, space.fields)})
     lines = [f"{f'{wanted!r} fits' if wanted else 'there are'} {len(spaces)} feature spaces; name one of them:"]
     for space in spaces:
-        values = ", ".join(f"{name}={_look_up(space, name)}" for name in names)
-        lines.append(f"  {space.name}  ({values})")
+        weights = space.notes.get("backbone", {}).get("weights")
+        values = [f"weights={weights}"] if weights else []
+        values += [f"{name}={_look_up(space, name)}" for name in names]
+        lines.append(f"  {space.name}  ({', '.join(values)})")
     return "\n".join(lines)
 
 
@@ -72,11 +87,15 @@ def _look_up(space: Space, dotted: str) -> object:
 
 def require_snapshot(store: FeatureStore, dataset: str) -> pa.Table:
     """Reads the current snapshot of a dataset that must have one."""
+    store.check_exists()
     table = store.snapshot(dataset)
-    if table is None:
-        see = f"featurepipe extract SOURCE --store {store.path} --dataset {dataset}"
-        raise unknown("dataset", dataset, store.datasets(), where=str(store.path), see=see)
-    return table
+    if table is not None:
+        return table
+    names = store.datasets()
+    if not names:
+        command = extract_command(store.path, dataset=dataset)
+        raise UsageError(f"unknown dataset {dataset!r}: {store.path} holds no dataset yet; make one with: {command}")
+    raise unknown("dataset", dataset, names, where=str(store.path), see=f"featurepipe info {store.path}")
 
 
 def usable_keys(snapshot: pa.Table) -> Keys:
@@ -97,10 +116,10 @@ def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | 
     part, row, found = index.locate(keys, column)
     if not found.all():
         lost = f"; {len(space.damaged)} parts are damaged" if space.damaged else ""
+        command = extract_command(store.path, dataset=dataset, backbone=space.backbone, notes=space.notes, node=column)
         raise StoreError(
             f"{np.count_nonzero(~found)} of {len(keys)} images of dataset {dataset!r} have no {column} in "
-            f"{space.name}{lost}; run: featurepipe extract SOURCE --store {store.path} --dataset {dataset} "
-            f"--backbone {space.backbone} --node {column}"
+            f"{space.name}{lost}; run: {command}"
         )
     rows = ColumnRows.of(column, index.parts, part, row, width=space.columns()[column].width)
     map_shape = space.notes.get("map_shapes", {}).get(column)
@@ -117,5 +136,5 @@ def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | 
 def _of_split(snapshot: pa.Table, split: str, dataset: str) -> pa.Table:
     splits = sorted(name for name in pc.unique(snapshot["split"]).to_pylist() if name is not None)
     if split not in splits:
-        raise unknown("split", split, splits, where=f"dataset {dataset}")
+        raise unknown_split(split, splits, where=f"dataset {dataset}")
     return snapshot.filter(pc.equal(snapshot["split"], split))

@@ -84,6 +84,7 @@ def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_
         DiskFull: No space for a merged part; the old ones are untouched.
     """
     report = CompactReport()
+    store.check_exists()
     with store.lock(shared=False):
         for space in store.spaces():
             _compact_space(space, target_bytes, report, dry_run=dry_run)

@@ -14,7 +14,12 @@ from featurepipe.store.space import Space
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
-    """Sums up a store for ``featurepipe info``: its spaces, datasets and runs, as JSON values."""
+    """Sums up a store for ``featurepipe info``: its spaces, datasets and runs, as JSON values.
+
+    Raises:
+        StoreError: There is no store at its path.
+    """
+    store.check_exists()
     return {
         "path": str(store.path),
         "version": STORE_VERSION,

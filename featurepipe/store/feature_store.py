@@ -14,6 +14,7 @@ import pyarrow as pa
 from featurepipe import __version__
 from featurepipe.errors import StoreError
 from featurepipe.store import runs, snapshots
+from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, read_json, write_json
 from featurepipe.store.locks import store_lock
 from featurepipe.store.space import Space
@@ -30,7 +31,8 @@ class FeatureStore:
 
     Args:
         path: The folder.
-        create: Whether to make it if it is missing or empty.
+        create: Whether it may be missing or empty. It is then made when something is first written; until then it has
+            no spaces, datasets or runs, and ``features`` and ``space`` say that there is no store.
 
     Raises:
         StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false.
@@ -38,8 +40,24 @@ class FeatureStore:
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         self.path = Path(path)
-        if not (self.path / "store.json").is_file():
-            self._create(create=create)
+        if self.exists:
+            self._check_version()
+            return
+        self._refuse_others()
+        if not create:
+            self.check_exists()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the store has been made; see ``create``."""
+        return (self.path / "store.json").is_file()
+
+    def check_exists(self) -> None:
+        """Raises ``StoreError`` if there is no store at the path yet."""
+        if not self.exists:
+            raise StoreError(f"there is no feature store at {self.path}; make one with: {extract_command(self.path)}")
+
+    def _check_version(self) -> None:
         record = read_json(self.path / "store.json")
         version = record.get("version")
         if not isinstance(version, int) or version < 1:
@@ -50,19 +68,21 @@ class FeatureStore:
                 f"{STORE_VERSION}: upgrade featurepipe"
             )
 
-    def _create(self, *, create: bool) -> None:
+    def _refuse_others(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{self.path} is a file, not a feature store")
         others = [p.name for p in self.path.iterdir() if not is_temporary(p.name)] if self.path.exists() else []
-        if others and not (self.path / "store.json").is_file():  # looked at again: another process may have made it
+        if others and not self.exists:  # looked at again: another process may have made it
             raise StoreError(
                 f"{self.path} is neither empty nor a feature store (it has no store.json, but {min(others)}); "
                 "name an empty or a new folder"
             )
-        if not create:
-            raise StoreError(
-                f"there is no feature store at {self.path}; make one with: featurepipe extract SOURCE --store"
-            )
+
+    def _make(self) -> None:
+        """Makes the store if it is not there yet; several processes may do so at once, the first one's stays."""
+        if self.exists:
+            return
+        self._refuse_others()  # the folder may have been filled since the constructor looked
         self.path.mkdir(parents=True, exist_ok=True)
         record = {
             "format": "featurepipe-store",
@@ -71,11 +91,14 @@ class FeatureStore:
             "software": f"featurepipe {__version__}",
         }
         write_json(self.path / "store.json", record, replace=False)
+        self._check_version()  # someone else's may be the one that stayed
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r})"
 
-    def _folder(self, name: str) -> Path:
+    def _made(self, name: str) -> Path:
+        """Makes the store and a folder in it, to write into; readers must not come here."""
+        self._make()
         folder = self.path / name
         folder.mkdir(exist_ok=True)
         return folder
@@ -94,16 +117,20 @@ class FeatureStore:
             backbone: Name of the network.
             notes: What is good to know and changes no value; only used if the space is new.
         """
-        return Space.open(self._folder("spaces"), fields, backbone, notes)
+        return Space.open(self._made("spaces"), fields, backbone, notes)
 
     def space(self, name_or_backbone_or_fingerprint: str, *, dataset: str | None = None) -> Space:
         """Finds one feature space by its name, its backbone, or the start of its fingerprint.
 
         Args:
-            name_or_backbone_or_fingerprint: What to look for.
+            name_or_backbone_or_fingerprint: What to look for; of a fingerprint at least 4 characters.
             dataset: If several spaces fit, take the one that holds features of this dataset.
 
+        If a backbone has several spaces and one of them alone has trained weights, it is that one: random controls
+        must be named.
+
         Raises:
+            StoreError: The store is empty.
             UsageError: None fits, or several do; the message says which and what differs.
         """
         from featurepipe.store.choice import choose_space
@@ -118,8 +145,8 @@ class FeatureStore:
         Args:
             dataset: Its name.
             node: A node (pooled by ``gap``), ``node:pooling``, or an alias such as ``bottleneck``.
-            backbone: Name of the network, of the space, or the start of a fingerprint; may be left out if only one
-                space fits.
+            backbone: Name of the network, of the space, or the start of a fingerprint (at least 4 characters); may be
+                left out if only one space, or only one with trained weights, holds features of this dataset.
             split: Only rows of this split.
 
         Raises:
@@ -134,19 +161,19 @@ class FeatureStore:
 
     def datasets(self) -> list[str]:
         """Lists the datasets that have a snapshot."""
-        return snapshots.dataset_names(self._folder("snapshots"))
+        return snapshots.dataset_names(self.path / "snapshots")
 
     def snapshot_ids(self, dataset: str) -> list[str]:
         """Lists the run ids of a dataset's snapshots, oldest first."""
-        return snapshots.snapshot_ids(self._folder("snapshots"), dataset)
+        return snapshots.snapshot_ids(self.path / "snapshots", dataset)
 
     def snapshot(self, dataset: str, run_id: str | None = None) -> pa.Table | None:
         """Reads a snapshot (``snapshots.SCHEMA``), by default the current one; None if there is none."""
-        return snapshots.read_snapshot(self._folder("snapshots"), dataset, run_id)
+        return snapshots.read_snapshot(self.path / "snapshots", dataset, run_id)
 
     def write_snapshot(self, dataset: str, run_id: str, table: pa.Table) -> Path:
         """Writes a snapshot atomically; it is current from then on, unless a later run has written one."""
-        return snapshots.write_snapshot(self._folder("snapshots"), dataset, run_id, table)
+        return snapshots.write_snapshot(self._made("snapshots"), dataset, run_id, table)
 
     # Runs
 
@@ -160,7 +187,7 @@ class FeatureStore:
 
     def write_run(self, record: dict[str, Any]) -> Path:
         """Writes the record of a run, named by its ``run_id``, atomically."""
-        return runs.write_run(self._folder("runs"), record)
+        return runs.write_run(self._made("runs"), record)
 
     def runs(self) -> list[dict[str, Any]]:
         """Reads the records of all runs, oldest first."""
@@ -172,4 +199,5 @@ class FeatureStore:
         Raises:
             StoreLocked: Someone else holds it.
         """
+        self._make()
         return store_lock(self.path, shared=shared)

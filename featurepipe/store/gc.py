@@ -69,6 +69,7 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
     if keep_snapshots is not None and keep_snapshots < 1:
         raise UsageError(f"keep_snapshots must be at least 1, not {keep_snapshots}: the current snapshot always stays")
     report = GcReport()
+    store.check_exists()
     with store.lock(shared=False):
         old = list(_old_snapshots(store, keep_snapshots))
         needed = _needed_keys(store, set(old))

@@ -49,7 +49,7 @@ def snapshot_ids(folder: Path, dataset: str) -> list[str]:
 
 def dataset_names(folder: Path) -> list[str]:
     """Lists the datasets that have a snapshot."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("[!.]*.parquet")))
+    return sorted({path.parent.name for path in folder.glob("*/[!.]*.parquet")})
 
 
 def read_snapshot(folder: Path, dataset: str, run_id: str | None = None) -> pa.Table | None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
+from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, read_json, sync_folder, write_json
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
@@ -233,14 +234,24 @@ class Space:
             UsageError: This space has no such column.
         """
         columns = list(self.columns())
+        found = self._find_column(node, columns)
+        if found is not None:
+            return found
+        store = self.path.parent.parent
+        command = extract_command(store, backbone=self.backbone, notes=self.notes, node="NODE")
+        if not columns:
+            raise UsageError(
+                f"unknown column {node!r}: {self.name} holds no features yet; compute some with: {command}"
+            )
+        aliases = [alias for alias in self.notes.get("aliases", {}) if self._find_column(alias, columns)]
+        see = f"featurepipe info {store}; to add one: {command}"
+        raise unknown("column", node, [*aliases, *columns], where=self.name, see=see)
+
+    def _find_column(self, node: str, columns: Sequence[str]) -> str | None:
         base, colon, pooling = node.partition(":")
         base = self.notes.get("aliases", {}).get(base, base)
         wanted = f"{base}:{pooling}" if colon else base if ":" in base else f"{base}:gap"
-        for candidate in (node, wanted, base):
-            if candidate in columns:
-                return candidate
-        command = f"featurepipe extract SOURCE --store {self.path.parent.parent} --backbone {self.backbone}"
-        raise unknown("column", node, columns, where=self.name, see=f"{command} --node {node}")
+        return next((candidate for candidate in (node, wanted, base) if candidate in columns), None)
 
 
 def _publish_folder(path: Path, record: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import unknown
+from featurepipe.errors import UsageError, unknown
 from featurepipe.store.keys import Keys, keys_to_arrow
 from featurepipe.store.rows import ColumnRows
 
@@ -116,7 +116,7 @@ class FeatureSet:
             splits = self.splits
             keep &= splits == split
             if not keep.any():
-                raise unknown("split", split, sorted({name for name in splits if name is not None}))
+                raise unknown_split(split, sorted({name for name in splits if name is not None}))
         if labelled:
             keep &= self._table["label"].is_valid().to_numpy()
         return self.take(keep)
@@ -169,6 +169,17 @@ class FeatureSet:
 
     def _labels_or_none(self) -> Labels:
         return None if self._table["label"].null_count == len(self) else self.labels
+
+
+def unknown_split(split: str, splits: list[str], where: str = "") -> UsageError:
+    """Builds the error for a split that is not among ``splits``, which may be none."""
+    if splits:
+        return unknown("split", split, splits, where=where)
+    inside = f" in {where}" if where else ""
+    return UsageError(
+        f"unknown split {split!r}{inside}: this dataset has no splits; leave split out, or put train/ and test/ above "
+        "the class folders"
+    )
 
 
 def _objects(column: pa.ChunkedArray) -> npt.NDArray[np.object_]:

@@ -218,7 +218,9 @@ class PartWriter:
                 raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
             return self._widened(column, values, f"a value of {np.abs(values).max():g} does not fit (largest 65504)")
         if narrow and _loses_small_values(values, stored):
-            return self._widened(column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits")
+            return self._widened(
+                column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits"
+            )
         return stored
 
     def _widened(self, column: str, values: npt.NDArray[Any], why: str) -> npt.NDArray[Any]:

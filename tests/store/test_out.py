@@ -189,6 +189,22 @@ def test_a_handle_is_never_shared_over_a_fork(images):
     subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=30)
 
 
+def test_arrays_whose_values_lie_in_other_files_are_refused(images, tmp_path):
+    path, values = images
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout(values.shape, values.dtype)
+        layout[:] = h5py.VirtualSource(path, "plain", values.shape)
+        file.create_virtual_dataset("x/images", layout)
+    with pytest.raises(
+        UsageError, match=r"virtual\.h5: /x/images is a virtual dataset: .* copy the data into one file"
+    ):
+        open_arrays(tmp_path / "virtual.h5")
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("images", data=values, external=[(str(tmp_path / "raw"), 0, values.nbytes)])
+    with pytest.raises(UsageError, match=r"external\.h5: /images is stored externally: "):
+        open_arrays(tmp_path / "external.h5")
+
+
 def test_arrays_that_cannot_be_read_are_store_errors(images, tmp_path):
     path, _ = images
     arrays = open_arrays(path)

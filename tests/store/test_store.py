@@ -3,22 +3,78 @@
 import json
 import multiprocessing
 import os
+import re
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from featurepipe.errors import StoreError, StoreLocked, UsageError
-from featurepipe.store import FeatureStore, differences, fingerprint
+from featurepipe.store import FeatureStore, compact_store, describe, differences, fingerprint, gc_store
 
 FIELDS = {"dtype": "float16", "net": {"name": "vgg16", "sha256": "ab" * 32}, "size": 224}
 
 
 def test_makes_and_reopens(tmp_path):
-    FeatureStore(tmp_path / "a" / "b")
+    FeatureStore(tmp_path / "a" / "b").write_run({"run_id": "r"})
     record = json.loads((tmp_path / "a" / "b" / "store.json").read_text())
     assert (record["format"], record["version"]) == ("featurepipe-store", 1)
     assert FeatureStore(tmp_path / "a" / "b", create=False).spaces() == []
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_reading_makes_nothing_and_says_that_nothing_is_there(tmp_path, made_before):
+    path = tmp_path / "typo"
+    if made_before:
+        path.mkdir()
+    store = FeatureStore(path)
+    assert (store.spaces(), store.datasets(), store.runs(), store.snapshot("d"), store.exists) == (
+        [],
+        [],
+        [],
+        None,
+        False,
+    )
+    assert store.snapshot_ids("d") == []
+    assert store.new_run_id() > "2026"
+    readers = [
+        lambda: store.features("d"),
+        lambda: store.space("vgg16"),
+        *(partial(act, store) for act in (describe, compact_store, gc_store)),
+        lambda: FeatureStore(path, create=False),
+    ]
+    for read in readers:
+        with pytest.raises(StoreError, match=f"there is no feature store at {path}; .*extract SOURCE --store {path}$"):
+            read()
+    assert path.exists() == made_before
+    assert not made_before or list(path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["open_space", "write_snapshot", "write_run", "lock"])
+def test_the_first_write_makes_the_store(tmp_path, rows, first):
+    store = FeatureStore(tmp_path / "deep" / "store")
+    if first == "open_space":
+        store.open_space(FIELDS, backbone="vgg16")
+    elif first == "write_snapshot":
+        rows.snapshot(store, "d", ["a"])
+    elif first == "write_run":
+        store.write_run({"run_id": store.new_run_id()})
+    else:
+        with store.lock(shared=True):
+            pass
+    assert store.exists
+    assert FeatureStore(store.path, create=False).datasets() == (["d"] if first == "write_snapshot" else [])
+
+
+def test_a_folder_that_was_filled_since_is_refused(tmp_path):
+    store = FeatureStore(tmp_path / "s")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "holiday.jpg").touch()
+    with pytest.raises(StoreError, match=r"neither empty nor a feature store.*holiday\.jpg"):
+        store.lock(shared=True)
+    assert [path.name for path in store.path.iterdir()] == ["holiday.jpg"]
 
 
 def test_refuses_what_is_not_a_store(tmp_path):
@@ -37,7 +93,7 @@ def test_a_folder_with_only_a_dead_makers_file_counts_as_empty(tmp_path):
     FeatureStore(tmp_path)
 
 
-def test_a_newer_store_is_refused_with_both_versions(store):
+def test_a_newer_store_is_refused_with_both_versions(store, space):
     record = json.loads((store.path / "store.json").read_text())
     (store.path / "store.json").write_text(json.dumps(record | {"version": 2}))
     with pytest.raises(StoreError, match=r"version 2.*up to 1"):
@@ -45,7 +101,7 @@ def test_a_newer_store_is_refused_with_both_versions(store):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"version": "1"}', '{"version": 0}'])
-def test_a_broken_store_file_is_an_error(store, content):
+def test_a_broken_store_file_is_an_error(store, space, content):
     (store.path / "store.json").write_text(content)
     with pytest.raises(StoreError, match=r"store\.json"):
         FeatureStore(store.path)
@@ -123,8 +179,10 @@ def test_racing_processes_make_one_store_and_one_space(tmp_path):
 def test_a_space_is_found_by_name_backbone_and_fingerprint(store):
     vgg = store.open_space(FIELDS, backbone="vgg16")
     store.open_space({**FIELDS, "size": 99}, backbone="resnet50")
-    for wanted in (vgg.name, "vgg16", vgg.fingerprint, vgg.fingerprint[:8]):
+    for wanted in (vgg.name, "vgg16", vgg.fingerprint, vgg.fingerprint[:8], vgg.fingerprint[:4].upper()):
         assert store.space(wanted).path == vgg.path
+    with pytest.raises(UsageError, match=r"unknown feature space"):
+        store.space(vgg.fingerprint[:3])
     with pytest.raises(UsageError, match=r"unknown feature space 'vgg61'.*nearest: vgg16"):
         store.space("vgg61")
 
@@ -142,14 +200,54 @@ def test_an_ambiguous_space_lists_the_candidates_and_what_differs(store, rows):
     assert store.space("vgg16", dataset="d").path == full.path
 
 
-def test_an_empty_store_says_what_to_run(store):
-    with pytest.raises(StoreError, match="featurepipe extract"):
+def weighted(store, weights, *, random, seed=None):
+    notes = {"backbone": {"weights": weights, "random": random, "seed": seed}}
+    return store.open_space({**FIELDS, "weights": weights}, backbone="vgg16", notes=notes)
+
+
+def test_a_random_control_does_not_disturb(store, rows):
+    trained = weighted(store, "IMAGENET1K_V1", random=False)
+    control = weighted(store, "random (seed 0)", random=True, seed=0)
+    assert store.space("vgg16").path == trained.path
+    assert store.space(control.name).path == control.path
+    for space in (trained, control):
+        rows.write(store, space, ["x"])
+    rows.snapshot(store, "d", ["x"])
+    assert store.features("d", "a").space_fingerprint == trained.fingerprint
+    assert store.features("d", "a", backbone=control.fingerprint[:4]).space_fingerprint == control.fingerprint
+
+
+@pytest.mark.parametrize("third", [("IMAGENET1K_V2", False), ("random (seed 1)", True), ("unheard of", None)])
+def test_only_what_is_known_to_be_trained_is_preferred(store, third):
+    weights, random = third
+    if not random:
+        weighted(store, "IMAGENET1K_V1", random=False)
+    weighted(store, "random (seed 0)", random=True, seed=0)
+    weighted(store, weights, random=random)
+    with pytest.raises(UsageError, match=r"fits \d feature spaces") as caught:
         store.space("vgg16")
+    assert f"(weights={weights}, " in str(caught.value)
+    assert "(weights=random (seed 0), " in str(caught.value)
 
 
-def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store):
+def test_an_empty_store_says_what_to_run(store, rows):
+    store.write_run({"run_id": store.new_run_id()})
+    with pytest.raises(StoreError, match=f"no features yet; run: featurepipe extract SOURCE --store {store.path}"):
+        store.space("vgg16")
+    with pytest.raises(UsageError, match=r"unknown dataset 'd': .*no dataset yet.*--dataset d$"):
+        store.features("d")
+    notes = {"backbone": {"random": True, "seed": 7}}
+    space = store.open_space(FIELDS, backbone="vgg16", notes=notes)
+    with pytest.raises(UsageError, match=r"no features yet.*--backbone vgg16 --weights none --seed 7 --node NODE$"):
+        space.resolve_column("fc7")
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/featurepipe", "/site-packages/featurepipe/__main__.py"])
+def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store, monkeypatch, program):
+    monkeypatch.setattr(sys, "argv", [program, "extract", "photos"])
     with store.lock(shared=True), store.lock(shared=True):
-        with pytest.raises(StoreLocked, match=f"{os.getpid()}") as caught, store.lock(shared=False):
+        who = rf"last taken by pid {os.getpid()} on {re.escape(socket.gethostname())}, featurepipe extract, since \d{{4}}-"
+        with pytest.raises(StoreLocked, match=who) as caught, store.lock(shared=False):
             pass
         assert caught.value.exit_code == 75
     with store.lock(shared=False):
@@ -158,6 +256,14 @@ def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store):
                 pass
     with store.lock(shared=False):
         pass
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", "123", "not JSON"])
+def test_a_lock_of_another_program_is_of_someone_unknown(store, content):
+    with store.lock(shared=True):
+        (store.path / ".lock").write_text(content)
+        with pytest.raises(StoreLocked, match="last taken by an unknown process"), store.lock(shared=False):
+            pass
 
 
 def test_columns_are_summed_over_parts(store, space, rows):

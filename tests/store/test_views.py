@@ -70,6 +70,15 @@ def test_one_split(filled, rows):
         filled.features("d").select(split="x")
 
 
+def test_a_split_of_a_dataset_without_splits(filled, rows):
+    rows.snapshot(filled, "plain", NAMES[:3])
+    advice = "has no splits; leave split out, or put train/ and test/ above the class folders"
+    with pytest.raises(UsageError, match=f"unknown split 'test' in dataset plain: this dataset {advice}"):
+        filled.features("plain", split="test")
+    with pytest.raises(UsageError, match=advice):
+        filled.features("plain").select(split="test")
+
+
 def test_unlabelled_rows_are_kept_unless_asked(filled, rows):
     rows.snapshot(filled, "some", NAMES[:3], label=["x", None, "y"])
     rows.snapshot(filled, "none", NAMES[:3], label=[None] * 3)
@@ -112,14 +121,17 @@ def test_columns_are_found_by_node_pooling_or_alias(filled, rows):
     assert filled.features("d", node="a:gem").column == "a:gem"
     assert filled.features("d", node="bottleneck:gem").column == "a:gem"
     assert filled.features("d", node="layer4.2:avg2x2").column == "layer4.2:avg2x2"
-    with pytest.raises(UsageError, match=r"unknown column 'layer4\.2' in tiny-.*nearest: layer4.2:avg2x2.*--node"):
+    see = r"nearest: layer4.2:avg2x2\. See: featurepipe info .*--backbone tiny --node NODE$"
+    with pytest.raises(UsageError, match=rf"unknown column 'layer4\.2' in tiny-.*{see}"):
         filled.features("d", node="layer4.2")
+    with pytest.raises(UsageError, match=r"unknown column 'botleneck' in .*nearest: bottleneck"):
+        filled.features("d", node="botleneck")
     space.update_notes({"aliases": {"bottleneck": "layer4.2:avg2x2"}})
     assert filled.features("d").column == "layer4.2:avg2x2"
 
 
 def test_unknown_names_are_usage_errors(filled):
-    with pytest.raises(UsageError, match="unknown dataset 'e'"):
+    with pytest.raises(UsageError, match=r"unknown dataset 'e' in .*choices: d\. See: featurepipe info"):
         filled.features("e")
     with pytest.raises(UsageError, match="unknown feature space 'vgg'"):
         filled.features("d", backbone="vgg")
