@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images.files import read_file, stat_of
-from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden
+from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden, split_of
 from featurepipe.images.listing import UNKNOWN, Row, printable, table_of
 from featurepipe.images.source import Source
 
@@ -38,7 +39,7 @@ class FolderSource(Source):
     """Image files below a folder, in the byte order of their ids; an id is the path relative to the folder.
 
     Class sub-folders give labels, ``train/ val/ test/`` above them splits. Links are followed, except back into a
-    folder that contains them.
+    folder that contains them. A feature store inside the folder is passed over.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,12 +51,12 @@ class FolderSource(Source):
         """Lists the folder: one directory read per folder, one stat per image, nothing opened."""
         try:
             found = os.stat(self.path)
-            top = sorted(entry.name for entry in os.scandir(self.path) if _is_class_folder(entry))
+            top = [entry for entry in os.scandir(self.path) if _is_class_folder(entry)]
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be listed: {error.strerror}") from error
-        labels = FolderLabels(top)
         root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
-        return table_of(_walk(root, labels, len(self.path.rstrip("/")) + 1))
+        prefix = len(self.path.rstrip("/")) + 1
+        return table_of(_walk(root, FolderLabels(_deciding(top, root, prefix)), prefix))
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
@@ -65,6 +66,20 @@ class FolderSource(Source):
             if not os.path.isdir(self.path):
                 raise SourceError(f"{self.path}: the folder has gone") from None
             raise
+
+
+def _deciding(top: list[os.DirEntry[str]], root: _Directory, prefix: int) -> set[str]:
+    """The top folders that decide whether they are splits: a folder without a single image has no say."""
+    splits = {entry.name for entry in top if split_of(entry.name)}
+    others = {entry.name: entry for entry in top if entry.name not in splits}
+    if splits:  # else there is nothing to decide
+        others = {name: entry for name, entry in others.items() if _holds_images(entry, root, prefix)}
+    return splits | others.keys()
+
+
+def _holds_images(entry: os.DirEntry[str], root: _Directory, prefix: int) -> bool:
+    directory = _descend(root, entry)
+    return directory is not None and next(_walk(directory, FolderLabels(()), prefix), None) is not None
 
 
 def _walk(root: _Directory, labels: FolderLabels, prefix: int) -> Iterator[Row]:
@@ -90,6 +105,8 @@ def _children(directory: _Directory, labels: FolderLabels, prefix: int) -> list[
                 name = entry.name
                 if is_hidden(name):
                     continue
+                if name == "store.json" and directory.id and _is_store(entry):
+                    return []
                 if name.lower().endswith(IMAGE_SUFFIXES):
                     id_ = directory.id + printable(name)
                     size, mtime_ns = _stat(entry)
@@ -102,6 +119,18 @@ def _children(directory: _Directory, labels: FolderLabels, prefix: int) -> list[
         id_ = directory.id.removesuffix("/")
         return [(id_, (id_, label, split, UNKNOWN, UNKNOWN, base))]
     return found
+
+
+def _is_store(entry: os.DirEntry[str]) -> bool:
+    """Whether this ``store.json`` is that of a feature store, whose folder holds no images of the dataset."""
+    try:
+        if not entry.is_file():  # a named pipe would hang
+            return False
+        with open(entry.path, "rb") as file:
+            record = json.loads(file.read(1 << 16))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == "featurepipe-store"
 
 
 def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:

@@ -34,7 +34,8 @@ def split_of(name: str) -> str | None:
 class FolderLabels:
     """Reads class and split off folder names.
 
-    Folders named like splits count as splits only if all folders at the top are; otherwise ``test/`` is a class.
+    Folders named like splits count as splits only if all folders at the top that hold images are; otherwise
+    ``test/`` is a class.
 
     Example:
         >>> FolderLabels({"train", "val"}).of(["train", "cat", "2024"])

@@ -44,8 +44,10 @@ class RemoteFolderSource(Source):
     def _rows(self, found: dict[str, dict[str, object]], prefix: int) -> Iterator[Row]:
         names = {path[prefix:]: path for path in found}
         shown = {name: path for name, path in names.items() if not any(map(is_hidden, name.split("/")))}
-        labels = FolderLabels({name.partition("/")[0] for name in shown if "/" in name})
-        for name in sorted(filter(is_image_name, shown)):
+        images = sorted(filter(is_image_name, shown))
+        # Folders without images have no say about splits; a feature store is one of them.
+        labels = FolderLabels({name.partition("/")[0] for name in images if "/" in name})
+        for name in images:
             label, split = labels.of(name.split("/")[:-1])
             size, mtime_ns = details_of(found[shown[name]])
             yield name, label, split, size, mtime_ns, f"{self.url}/{name}".encode()

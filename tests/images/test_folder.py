@@ -1,5 +1,6 @@
 """Local folders: labels and splits, odd names, links, and files that cannot be read."""
 
+import json
 import os
 import socket
 import subprocess
@@ -68,6 +69,57 @@ def test_a_class_may_be_called_test(tmp_path):
 def test_hidden_folders_do_not_decide_about_splits(tmp_path):
     source = make(tmp_path, "test/a/1.jpg", "train/a/1.jpg", ".cache/1.jpg", "lost+found/1.jpg", "train/a/.2.jpg")
     assert listed(source, "label", "split") == [("a", "test"), ("a", "train")]
+
+
+def write_store(root, format_="featurepipe-store"):
+    for name in ("store.json", "spaces/tiny-0123/space.json", "spaces/tiny-0123/preview.jpg"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": format_, "version": 1}))
+
+
+SPLITS = [("test/cat/1.jpg", "cat", "test"), ("train/cat/1.jpg", "cat", "train")]
+
+
+@pytest.mark.parametrize("place", ["features", "deep/features", "train/features", "train/cat/features"])
+def test_a_feature_store_inside_is_passed_over(tmp_path, place):
+    source = make(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg")
+    write_store(tmp_path / place)
+    assert listed(source, "id", "label", "split") == SPLITS
+
+
+def test_a_source_that_is_a_feature_store_too_keeps_its_splits(tmp_path):
+    source = make(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg")
+    (tmp_path / "spaces" / "tiny-0123").mkdir(parents=True)
+    (tmp_path / "spaces" / "tiny-0123" / "space.json").write_text("{}")
+    (tmp_path / "store.json").write_text('{"format": "featurepipe-store"}')
+    assert listed(source, "id", "label", "split") == SPLITS
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", '{"format": "shop"}'])
+def test_any_other_store_json_hides_nothing(tmp_path, content):
+    source = make(tmp_path, "shop/1.jpg")
+    (tmp_path / "shop" / "store.json").write_bytes(content.encode("latin-1"))
+    assert listed(source, "id", "label") == [("shop/1.jpg", "shop")]
+
+
+def test_a_pipe_named_store_json_does_not_hang(tmp_path):
+    source = make(tmp_path, "shop/1.jpg")
+    os.mkfifo(tmp_path / "shop" / "store.json")
+    assert listed(source, "id") == [("shop/1.jpg",)]
+
+
+def test_folders_without_images_do_not_decide_about_splits(tmp_path):
+    source = make(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", "notes/readme.txt")
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "empty" / "back").symlink_to(tmp_path)
+    (tmp_path / "broken").symlink_to("nowhere")
+    assert listed(source, "id", "label", "split") == SPLITS
+    make(tmp_path, "empty/deeper/1.jpg")
+    assert listed(source, "id", "label", "split")[1:] == [
+        ("test/cat/1.jpg", "test", None),
+        ("train/cat/1.jpg", "train", None),
+    ]
 
 
 def test_split_names():

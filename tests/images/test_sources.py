@@ -517,6 +517,16 @@ def test_a_remote_folder_says_what_its_file_system_knows():
     assert found == ("train/cat/a.jpg", "cat", "train", 3, round(seconds * 1e6) * 1000)
 
 
+def test_remote_folders_without_images_do_not_decide_about_splits():
+    file_system = fsspec.filesystem("memory")
+    for name in ("train/cat/1.jpg", "test/cat/1.jpg", "features/store.json", "features/spaces/a/parts/b.h5"):
+        file_system.pipe(f"/splits/{name}", b"x")
+    assert rows_of(open_source("memory://splits"), "id", "label", "split") == [
+        ("test/cat/1.jpg", "cat", "test"),
+        ("train/cat/1.jpg", "cat", "train"),
+    ]
+
+
 def test_dates_of_several_file_systems():
     from datetime import datetime
 
