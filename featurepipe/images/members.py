@@ -62,6 +62,8 @@ def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
     try:
         with blob.stream() as stream, zipfile.ZipFile(stream) as opened:
             members = opened.infolist()
+            if any(info.header_offset < 0 for info in members):
+                raise zipfile.BadZipFile("its directory is not where it says")
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise SourceError(f"{blob.path}: not a readable zip archive (truncated?): {error}") from error
     for info in members:

@@ -314,6 +314,16 @@ def test_a_damaged_zip_header_costs_its_own_member_only(tmp_path):
         source.read(bad)
 
 
+def test_a_zip_with_a_damaged_end_record_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jpg", b"x")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.rfind(b"PK\5\6") + 16] ^= 0x80  # where the directory begins
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(SourceError, match=r"a\.zip: not a readable zip archive .*: its directory is not where it says"):
+        open_source(tmp_path / "a.zip").scan()
+
+
 def test_an_odd_zip_compression_is_a_reject(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("a.jpg", b"x" * 100)
