@@ -62,10 +62,10 @@ def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
     try:
         with blob.stream() as stream, zipfile.ZipFile(stream) as opened:
             members = opened.infolist()
-            if any(info.header_offset < 0 for info in members):
-                raise zipfile.BadZipFile("its directory is not where it says")
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise SourceError(f"{blob.path}: not a readable zip archive (truncated?): {error}") from error
+    if any(info.header_offset < 0 for info in members):
+        raise SourceError(f"{blob.path}: not a readable zip archive (damaged?): its directory is not where it says")
     for info in members:
         if info.is_dir() or not is_image_name(info.filename):
             continue
