@@ -41,8 +41,8 @@ def _describe_space(space: Space) -> dict[str, Any]:
         "parts": len(parts),
         "rows": sum(part.rows for part in parts),
         "bytes": sum(part.file_bytes for part in parts),
-        "rejects": len(space.rejects()),
         "damaged": dict(space.damaged),
+        "quarantined": sorted(path.stem for path in (space.path / "quarantine").glob("[!.]*.h5")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Checking a whole store: every checksum, every document, every file name."""
+"""Checking a whole store: every checksum, every document, every file name, and that no image lacks its features."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
 from featurepipe.store.atomic import is_temporary, read_json, sync_folder
+from featurepipe.store.completeness import shortages
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.identity import fingerprint
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_part
@@ -31,7 +32,7 @@ class Problem:
 
     Attributes:
         what: What is wrong, in words.
-        part: The part's id, or the path of another file inside the store.
+        part: The part's id, or the path of another file inside the store; empty if it is about no one file.
         space: Name of the feature space, if it is inside one.
         dataset: The HDF5 dataset concerned, or ``header``; empty for other files.
         quarantined: Where the part was moved, inside the store.
@@ -71,7 +72,10 @@ class VerifyReport:
 def verify_store(
     store: FeatureStore, *, quarantine: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> VerifyReport:
-    """Recomputes every checksum and reads every document of a store.
+    """Recomputes every checksum, reads every document, and looks for images that lack the features a run gave them.
+
+    A damaged part that was quarantined stays a problem until ``extract`` has computed its rows again. A store that has
+    not been made yet is clean.
 
     Args:
         store: The store; it may be in use.
@@ -86,6 +90,7 @@ def verify_store(
         if progress is not None:
             progress(done, len(paths))
     report.problems += [Problem(what, name) for name, what in _broken_documents(store)]
+    report.problems += [Problem(str(shortage), "", shortage.space) for shortage in shortages(store)]
     report.leftovers = sorted(_leftovers(store.path))
     return report
 
@@ -135,7 +140,7 @@ def _quarantine(path: Path) -> Path:
 
 def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
     """Yields (path, what is wrong) of documents that cannot be read or contradict themselves."""
-    for path in sorted((store.path / "spaces").glob("*/")):
+    for path in sorted((store.path / "spaces").glob("[!.]*/")):
         yield from _named(store, path / "space.json", partial(_check_space, path))
     for dataset in store.datasets():
         for run_id in store.snapshot_ids(dataset):
@@ -168,7 +173,7 @@ def _leftovers(root: Path) -> Iterator[str]:
     for path in root.rglob("*"):
         if path.is_file():
             inside = path.relative_to(root)
-            if is_temporary(path.name) or not any(inside.match(p) and _depth(inside, p) for p in _OURS):
+            if any(map(is_temporary, inside.parts)) or not any(inside.match(p) and _depth(inside, p) for p in _OURS):
                 yield str(inside)
 
 
