@@ -46,14 +46,7 @@ def write_part(folder: Path, part_id: str, *, attributes: Mapping[str, str], arr
         CorruptPart: What the file holds is not what was written; nothing of this part stays behind.
     """
     final, temporary = folder / f"{part_id}.h5", folder / f".{part_id}.h5.tmp"
-    rows = arrays[0].spec.shape[0]
-    header: dict[str, str | int] = {
-        "format_version": PART_VERSION,
-        "rows": rows,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": f"featurepipe {__version__}",
-        **attributes,
-    }
+    header = _header(attributes, arrays[0].spec.shape[0])
     with reporting_full_disk(final):
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
@@ -67,6 +60,21 @@ def write_part(folder: Path, part_id: str, *, attributes: Mapping[str, str], arr
             os.close(descriptor)
         sync_folder(folder)
     return replace(part, path=str(final))
+
+
+def part_bytes(attributes: Mapping[str, str], specs: Sequence[ArraySpec]) -> int:
+    """Returns how large the file would be that ``write_part`` makes of arrays like these; writes nothing."""
+    return Skeleton(_header(attributes, specs[0].shape[0]), specs).close()[1]
+
+
+def _header(attributes: Mapping[str, str], rows: int) -> dict[str, str | int]:
+    return {
+        "format_version": PART_VERSION,
+        "rows": rows,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "software": f"featurepipe {__version__}",
+        **attributes,
+    }
 
 
 def write_arrays(descriptor: int, header: Mapping[str, str | int], arrays: Sequence[PartArray]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.keys import as_keys
 from featurepipe.store.parts import PartInfo, damaged_arrays, is_feature, read_array
-from featurepipe.store.rewrite import Mask, rewrite_parts
+from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.space import Space
 
 TARGET_BYTES = 256 * 1024 * 1024
@@ -105,10 +105,11 @@ def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dr
         report.rows_dropped += sum(item.drops for item in batch.items)
         report.bytes_freed += sum(item.part.file_bytes for item in batch.items)
         report.parts_after -= len(batch.items) - int(any(item.keep.any() for item in batch.items))
+        chosen, keep = [item.part for item in batch.items], [item.keep for item in batch.items]
         if dry_run:
-            report.bytes_freed -= batch.bytes_with()
+            report.bytes_freed -= rewritten_bytes(space, chosen, keep)
         else:
-            merged = rewrite_parts(space, [item.part for item in batch.items], [item.keep for item in batch.items])
+            merged = rewrite_parts(space, chosen, keep)
             report.bytes_freed -= merged.file_bytes if merged else 0
 
 

@@ -15,7 +15,7 @@ from featurepipe.store.atomic import is_temporary
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.keys import Keys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
-from featurepipe.store.rewrite import Mask, rewrite_parts
+from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.segment import Segment, prefixes_of
 from featurepipe.store.space import Space
 
@@ -126,7 +126,7 @@ def _collect_space(
 def _drop_rows(space: Space, part: PartInfo, keep: Mask, report: GcReport, *, dry_run: bool) -> None:
     report.rows_dropped += int((~keep).sum())
     if dry_run:
-        report.bytes_freed += int(part.file_bytes * (1 - keep.mean()))
+        report.bytes_freed += part.file_bytes - rewritten_bytes(space, [part], [keep])
     else:
         rest = rewrite_parts(space, [part], [keep])
         report.bytes_freed += part.file_bytes - (rest.file_bytes if rest else 0)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.store.atomic import sync_folder
-from featurepipe.store.commit import PartArray, write_part
+from featurepipe.store.commit import PartArray, part_bytes, write_part
 from featurepipe.store.parts import PartInfo, read_blocks
 from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.space import Space
@@ -34,20 +34,30 @@ def rewrite_parts(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask])
         The new part, or None if no row is kept.
     """
     folder = space.path / "parts"
-    rows = sum(int(mask.sum()) for mask in keep)
     merged = None
-    if rows:
-        run_id = max(part.run_id for part in parts)
-        merged = write_part(
-            folder,
-            f"{run_id}-{secrets.token_hex(4)}-00000",
-            attributes={"fingerprint": space.fingerprint, "run_id": run_id, "dataset": parts[0].dataset},
-            arrays=[_merged_array(name, rows, parts, keep) for name in parts[0].arrays],
-        )
+    if any(mask.any() for mask in keep):
+        attributes, arrays = _merged(space, parts, keep)
+        part_id = f"{attributes['run_id']}-{secrets.token_hex(4)}-00000"
+        merged = write_part(folder, part_id, attributes=attributes, arrays=arrays)
     for part in parts:
         Path(part.path).unlink()
     sync_folder(folder)
     return merged
+
+
+def rewritten_bytes(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> int:
+    """Returns how large the part would be that ``rewrite_parts`` makes, 0 if none; reads and writes nothing."""
+    if not any(mask.any() for mask in keep):
+        return 0
+    attributes, arrays = _merged(space, parts, keep)
+    return part_bytes(attributes, [array.spec for array in arrays])
+
+
+def _merged(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> tuple[dict[str, str], list[PartArray]]:
+    rows = sum(int(mask.sum()) for mask in keep)
+    run_id = max(part.run_id for part in parts)
+    attributes = {"fingerprint": space.fingerprint, "run_id": run_id, "dataset": parts[0].dataset}
+    return attributes, [_merged_array(name, rows, parts, keep) for name in parts[0].arrays]
 
 
 def _merged_array(name: str, rows: int, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> PartArray:

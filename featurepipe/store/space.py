@@ -263,8 +263,9 @@ def _publish_folder(path: Path, record: dict[str, Any]) -> None:
         made.rename(path)
         sync_folder(path.parent)
     except OSError:
-        if not (path / "space.json").exists():  # else another process was first
+        if not path.is_dir():
             raise
+        write_json(path / "space.json", record, replace=False)  # unless another process was first
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -110,8 +110,8 @@ def test_compact_merges_and_drops_copies(filled, rows):
     assert tree(filled.path) == before
     report = compact_store(filled)
     assert (report.parts_before, report.parts_after, report.rows_dropped) == (4, 1, 11)
-    assert (planned.parts_after, planned.rows_dropped) == (1, 11)
-    assert report.bytes_freed > 0
+    assert planned == report
+    assert report.bytes_freed == sum(map(len, before.values())) - sum(map(len, tree(filled.path).values())) > 0
     assert report.damaged == []
     assert [part.rows for part in space.parts()] == [31]
     assert verify_store(filled).clean
@@ -199,7 +199,7 @@ def test_gc_removes_only_what_no_snapshot_needs(filled, rows):
     assert tree(filled.path) == before
     report = gc_store(filled, keep_snapshots=1)
     assert (report.rows_dropped, report.snapshots_removed, report.leftovers_removed) == (10, 1, 1)
-    assert (planned.rows_dropped, planned.snapshots_removed, planned.leftovers_removed) == (10, 1, 1)
+    assert planned == report
     size = sum(map(len, tree(filled.path).values()))
     assert report.bytes_freed == sum(map(len, before.values())) - size > 1000
     assert [part.rows for part in space.parts()] == [5, 10, 5]
