@@ -43,7 +43,10 @@ def verify_text(report: VerifyReport) -> str:
 def compact_text(report: CompactReport, *, dry_run: bool = False) -> str:
     """What ``featurepipe compact`` prints."""
     merged = f"{_count(report.parts_before, 'part')} into {report.parts_after:,}"
-    lines = [f"{merged}, {_count(report.rows_dropped, 'duplicate row')} dropped, {size(report.bytes_freed)} freed"]
+    freed = f"{size(report.bytes_freed)} freed" if report.bytes_freed > 0 else "no space freed"
+    lines = [f"{merged}, {_count(report.rows_dropped, 'duplicate row')} dropped, {freed}"]
+    if report.parts_before == report.parts_after and not report.rows_dropped:
+        lines = [f"nothing to do: {_count(report.parts_before, 'part')}, no duplicate rows, none small enough to merge"]
     lines += [f"left alone, damaged: {name}; run: featurepipe verify STORE" for name in report.damaged]
     return "\n".join([*lines, *_dry(dry_run=dry_run)])
 
@@ -102,13 +105,12 @@ def _space_text(space: Mapping[str, Any]) -> str:
         f"  precision {fields.get('precision', '?')}, stored as {fields.get('dtype', '?')}, "
         f"{_count(space['parts'], 'part')}, {_count(space['rows'], 'row')}, {size(space['bytes'])}",
     ]
-    random = space["notes"].get("backbone", {}).get("random")
-    if random:
-        lines.append("  a random control network, not a trained one")
-    if space["rejects"]:
-        lines.append(f"  {_count(space['rejects'], 'image')} rejected")
+    lines += _weights(space["notes"].get("backbone", {}))
     if space["damaged"]:
         lines.append(f"  {_count(len(space['damaged']), 'damaged part')}; run: featurepipe verify STORE")
+    if space["quarantined"]:
+        parts = _count(len(space["quarantined"]), "damaged part")
+        lines.append(f"  {parts} in quarantine; run the same featurepipe extract again, then featurepipe gc STORE")
     aliases = {node: alias for alias, node in space["notes"].get("aliases", {}).items()}
     rows = [
         [
@@ -123,6 +125,12 @@ def _space_text(space: Mapping[str, Any]) -> str:
     ]
     columns = table(["column", "alias", "width", "dtype", "rows", "size"], rows)
     return "\n".join([*lines, *(f"  {line}" for line in columns.splitlines())])
+
+
+def _weights(backbone: Mapping[str, Any]) -> list[str]:
+    if backbone.get("random"):
+        return [f"  a random control network, not a trained one: weights {backbone.get('weights', '?')}"]
+    return [f"  weights {backbone['weights']}"] if "weights" in backbone else []
 
 
 def _runs_text(runs: Sequence[Mapping[str, Any]]) -> list[str]:

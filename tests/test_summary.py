@@ -18,13 +18,17 @@ def test_info_of_a_store(tmp_path: Path) -> None:
     assert text.startswith(f"{tmp_path / 'store'} (store format 1)\n")
     assert "dataset greys: 3 images, 2 snapshots" in text
     assert "1 of them is a copy of another, and shares its feature" in text
-    assert "a random control network, not a trained one" in text
+    assert "a random control network, not a trained one: weights random (seed 0)" in text
+    assert "rejected" not in text.partition("feature space")[2].partition("runs")[0]
+    assert "quarantine" not in text
     assert any(line[1:3] == ["bottleneck", "84"] for line in lines if len(line) > 2)
     assert [line[-4:] for line in lines if line[-5:-4] == ["done"]] == [["3", "2", "1", "0"], ["3", "0", "3", "0"]]
 
 
 def test_info_of_an_empty_store(tmp_path: Path) -> None:
-    text = summary.info_text(describe(FeatureStore(tmp_path / "store")))
+    store = FeatureStore(tmp_path / "store")
+    with store.lock(shared=True):
+        text = summary.info_text(describe(store))
     assert text == f"{tmp_path / 'store'} (store format 1)\n\nno dataset yet"
 
 
@@ -46,6 +50,18 @@ def test_info_shows_the_last_runs_and_some_classes(tmp_path: Path) -> None:
     assert "classes  8: class-0 (1,000)," in text
     assert text.count("class-") == 6
     assert "2 more could not be used" in text
+
+
+def test_info_of_a_space_with_trained_weights_and_a_part_in_quarantine(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store")
+    notes = {"backbone": {"random": False, "weights": "IMAGENET1K_V2"}}
+    space = store.open_space({"dtype": "float16"}, backbone="resnet50", notes=notes)
+    (space.path / "quarantine").mkdir()
+    (space.path / "quarantine" / "p1.h5").write_bytes(b"damaged")
+    text = summary.info_text(describe(store))
+    assert "\n  weights IMAGENET1K_V2\n" in text
+    again = "run the same featurepipe extract again, then featurepipe gc STORE"
+    assert f"\n  1 damaged part in quarantine; {again}\n" in text
 
 
 def test_verify() -> None:
@@ -70,6 +86,13 @@ def test_compact(dry_run: bool, last: str) -> None:
     lines = summary.compact_text(report, dry_run=dry_run).splitlines()
     assert lines[0] == "1,200 parts into 1, 1 duplicate row dropped, 2.0 kB freed"
     assert lines[-1] == last
+
+
+def test_compact_that_frees_or_does_nothing() -> None:
+    assert (
+        summary.compact_text(CompactReport(2, 1, 0, -60)) == "2 parts into 1, 0 duplicate rows dropped, no space freed"
+    )
+    assert summary.compact_text(CompactReport(3, 3)).startswith("nothing to do: 3 parts")
 
 
 def test_gc() -> None:
