@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import TypeAlias
 
 from featurepipe import __version__
@@ -32,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from featurepipe import commands
 
+    args.out = sys.stdout
     try:
-        code = int(getattr(commands, args.run)(args))
+        with redirect_stdout(sys.stderr):  # whatever others print, a user's network say, stays out of the result
+            code = int(getattr(commands, args.run)(args))
         sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
         return code
     except FeaturepipeError as error:
@@ -98,7 +101,11 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 def _add_demo(commands: Commands) -> None:
     command = _command(commands, "demo", "the main job on 2,000 bundled images, offline, ending in a picture")
     command.add_argument(
-        "--out", default="featurepipe-demo", metavar="DIR", help="where to put store and picture (default: %(default)s)"
+        "--out",
+        dest="folder",
+        default="featurepipe-demo",
+        metavar="DIR",
+        help="where to put store and picture (default: %(default)s)",
     )
 
 

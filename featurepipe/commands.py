@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def demo(args: Namespace) -> int:
     """``featurepipe demo``."""
     from featurepipe.demo import run_demo
 
-    run_demo(Path(args.out), say=print)
+    run_demo(Path(args.folder), say=partial(print, file=args.out))
     return 0
 
 
@@ -167,10 +167,9 @@ def _store(args: Namespace) -> Any:
 
 def _print(args: Namespace, value: Any, text: Callable[[Any], str]) -> int:
     if args.json:
-        json.dump(value, sys.stdout, indent=2)  # ASCII only, which every terminal and pipe can take
-        print()
+        print(json.dumps(value, indent=2), file=args.out)  # ASCII only, which every terminal and pipe can take
     else:
-        print(text(value))
+        print(text(value), file=args.out)
     return 0
 
 
@@ -180,20 +179,27 @@ def _run_text(record: Mapping[str, Any]) -> str:
         f"{record['dataset']}: {counts['listed']:,} images listed, {counts['computed']:,} computed, {counts['known']:,} known, "
         f"{counts['rejected']:,} rejected",
     ]
-    if record["reject_reasons"]:
+    if record["gone"]:
+        lines.append(f"{record['gone']:,} images of the last snapshot are gone")
+    if record["rejects"]:
         lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
+        lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:5]]
+        if counts["rejected"] > 5:
+            lines.append(f"  ... all in {record['rejects_file']}")
     if counts["computed"]:
+        by_column = record["computed_by_column"].items()
+        lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
         stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "write"))
         lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
         lines.append(record["verdict"])
-    lines.append(f"space {record['space']}: {', '.join(record['columns'])}")
+    lines.append(f"space {record['space']}")
     return "\n".join(lines)
 
 
 def _estimate_text(estimate: Mapping[str, Any]) -> str:
     lines = [
         f"{estimate['dataset']}: {estimate['listed']:,} images listed, {estimate['known']:,} known, {estimate['rejected']:,} "
-        f"rejected before, {estimate['to_read']:,} to read ({estimate['new']:,} of them new or changed)"
+        f"rejected before, {estimate['to_read']:,} to read (at most {estimate['new']:,} new ones: copies are known once read)"
     ]
     if estimate["images_per_second"]:
         lines.append(

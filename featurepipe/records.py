@@ -34,6 +34,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+TELLING_SECONDS = 5.0
+"""Shorter runs are mostly set-up, and their shares say nothing."""
+
+
 def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
     """One line that says what a run waited for and what would help.
 
@@ -49,6 +53,8 @@ def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
     """
     if wall <= 0:
         return "nothing to compute"
+    if wall < TELLING_SECONDS:
+        return f"done in {wall:.1f} s, too short to tell what it waited for"
     stage = bottleneck(seconds)
     if stage == "forward":
         share = seconds["forward"] / wall

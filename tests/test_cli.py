@@ -83,8 +83,8 @@ def test_extract_says_what_it_did(cli, images, tmp_path):
     finished = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--node", "bottleneck:gap")
     assert finished.code == 0
     assert "digits: 6 images listed, 6 computed, 0 known, 0 rejected" in finished.out
-    assert re.search(r"space lenet5-[0-9a-f]{12}: c3:gap, f6.1:gap", finished.out)
-    assert re.search(r"(read|decode|forward|write)-bound: ", finished.out)
+    assert re.search(r"c3:gap computed for 6; f6.1:gap computed for 6", finished.out)
+    assert re.search(r"done in [\d.]+ s, too short", finished.out)
     assert "starting a new feature space" in finished.err
     again = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--quiet")
     assert (again.code, again.err) == (0, "")
@@ -121,7 +121,7 @@ def test_exit_codes_for_rejects(cli, images, tmp_path):
 def test_dry_run(cli, images, tmp_path):
     found = cli("extract", images, "--store", tmp_path / "store", *SMALL, "--dry-run")
     assert found.code == 0
-    assert "6 to read (6 of them new or changed)" in found.out
+    assert "6 to read (at most 6 new ones" in found.out
     assert re.search(r"about \d+:\d\d at [\d,.]+ img/s, from a timed sample of 6 images", found.out)
     assert "f6.1:gap: 1.0 kB" in found.out
     assert "dry run: nothing was changed" in found.out
@@ -226,7 +226,7 @@ MISTAKES = {
     "factory": (
         ["extract", "IMAGES", "--store", "NEW", "--backbone", "nowhere.net:make"],
         2,
-        "no module named 'nowhere'",
+        "no module named 'nowhere.net'",
     ),
 }
 
@@ -267,7 +267,7 @@ def test_json_is_printable_in_any_locale(images, tmp_path):
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["source"] == "größe"
+    assert json.loads(done.stdout)["source"] == str(folder)
 
 
 def test_progress_lines_say_rate_time_left_and_bottleneck():

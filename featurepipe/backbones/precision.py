@@ -23,7 +23,7 @@ class PrecisionChoice:
     Attributes:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         tried: the reduced precision that was compared with fp32, or None when the device has none worth trying.
-        worst_cosine: the least cosine between its features and fp32's over all sample images and columns, or None.
+        worst_cosine: the least cosine between its features and fp32's over all sample images and columns; None without one.
         images: how many images were compared.
     """
 
@@ -36,7 +36,9 @@ class PrecisionChoice:
     def reason(self) -> str:
         """One sentence for the log."""
         if self.tried is None:
-            return "fp32: this device has no faster precision worth trying"
+            return "this device has no faster precision worth trying"
+        if self.worst_cosine is None:
+            return f"there is no usable image to compare {self.tried} with fp32 on"
         verdict = "kept" if self.precision == self.tried else f"not kept, the bound is {WORST_COSINE}; fp32 instead"
         return f"{self.tried} agrees with fp32 to a worst cosine of {self.worst_cosine:.5f} over {self.images} images: {verdict}"
 
@@ -57,7 +59,13 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_precision(
-    backbone: Backbone, columns: Sequence[Column], sample: torch.Tensor, device: str, *, batch_size: int = 16
+    backbone: Backbone,
+    columns: Sequence[Column],
+    sample: torch.Tensor,
+    device: str,
+    *,
+    tried: str | None = None,
+    batch_size: int = 16,
 ) -> tuple[PrecisionChoice, Engine | None]:
     """Compares the device's reduced precision with fp32 on sample images.
 
@@ -66,15 +74,16 @@ def choose_precision(
         columns: the columns whose features must agree.
         sample: uint8 images (N, C, H, W), resized and cropped; N may be 0, which chooses fp32.
         device: where the network will run.
+        tried: the reduced precision to compare; by default the device's own (`reduced_precision`).
         batch_size: as in `Engine`.
 
     Returns:
         The reduced precision where its worst cosine with fp32 is at least `WORST_COSINE`, else fp32; and the engine that
         was built for the chosen precision, if one was, so that nobody builds it twice.
     """
-    tried = reduced_precision(device)
+    tried = tried or reduced_precision(device)
     if tried is None or len(sample) == 0:
-        return PrecisionChoice("fp32"), None
+        return PrecisionChoice("fp32", tried), None
     exact = Engine(backbone, columns, precision="fp32", device=device, batch_size=batch_size)
     quick = Engine(backbone, columns, precision=tried, device=device, batch_size=batch_size)
     expected, found = exact(sample), quick(sample)

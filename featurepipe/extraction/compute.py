@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space
 
 Missing = tuple[str, ...]
+FACTS = ["id", "size", "mtime_ns"]
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Outcome:
         computed: rows whose features were computed and handed to the store.
         known: rows whose features the store had, or gets from another row with the same bytes.
         read: how many images were read.
+        columns: for how many images each column was computed.
         seconds: wall-clock time of it all.
     """
 
@@ -45,6 +47,7 @@ class Outcome:
     computed: int = 0
     known: int = 0
     read: int = 0
+    columns: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def check(self) -> None:
@@ -102,6 +105,7 @@ class Computation:
             if image.pixels is not None and image.key is not None and image.key not in self._claimed:
                 self._claimed.add(image.key)
                 self._outcome.computed += 1
+                self._outcome.columns.update(image.missing)
                 batch = self._batches.setdefault(image.missing, [])
                 batch.append(image)
                 if len(batch) == self._batch_size:
@@ -150,7 +154,7 @@ class Computation:
         with self._clock.stage("forward"):
             features = pending.result()
         rows = pa.array([image.row for image in images])
-        facts = self._listing.select(["id", "size", "mtime_ns"]).take(rows)
+        facts = self._listing.select(FACTS).take(rows)
         keys = np.frombuffer(b"".join(image.key or b"" for image in images), dtype=np.uint8).reshape(len(images), -1)
         with self._clock.stage("write"):
             self._writer.add(
@@ -229,12 +233,16 @@ class RejectLog:
     def __init__(self, listing: pa.Table, space: Space, dataset: str, run_id: str, every: int = 256) -> None:
         self._listing, self._space, self._dataset, self._run_id, self._every = listing, space, dataset, run_id, every
         self._rows: list[dict[str, Any]] = []
+        known = space.rejects(dataset=dataset).select([*FACTS, "reason"]).to_pylist()
+        self._known = {tuple(row.values()) for row in known}
 
     def take(self, images: Iterable[Loaded]) -> None:
         """Notes the rejected ones."""
         for image in images:
             if image.reason is not None:
-                facts = self._listing.select(["id", "size", "mtime_ns"]).slice(image.row, 1).to_pylist()[0]
+                facts = self._listing.select(FACTS).slice(image.row, 1).to_pylist()[0]
+                if (*facts.values(), image.reason) in self._known:
+                    continue  # what cannot be read has no key, is tried every time, and need not be noted every time
                 self._rows.append({**facts, "key": image.key, "reason": image.reason, "run_id": self._run_id})
         if len(self._rows) >= self._every:
             self.write()

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featurepipe.backbones import Column
-from featurepipe.extraction.prepare import Job, load_sample
+from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.stream import load_sample
 
 ITEM_BYTES = {"float16": 2, "float32": 4}
 

@@ -30,7 +30,7 @@ def extract(
     backbone: str = "resnet50",
     weights: str = "DEFAULT",
     seed: int = 0,
-    nodes: Sequence[str] = ("bottleneck",),
+    nodes: str | Sequence[str] = ("bottleneck",),
     precision: str = "auto",
     dtype: str = "auto",
     decode: str = "auto",
@@ -75,7 +75,17 @@ def extract(
         Interrupted: SIGINT or SIGTERM; everything in flight was committed.
     """
     options = Options(
-        backbone, weights, seed, tuple(nodes), precision, dtype, decode, device, batch_size, workers, max_rejects
+        backbone,
+        weights,
+        seed,
+        (nodes,) if isinstance(nodes, str) else tuple(nodes),
+        precision,
+        dtype,
+        decode,
+        device,
+        batch_size,
+        workers,
+        max_rejects,
     )
     allowance(max_rejects, 0)  # refused before any work
     with closing(open_source(source, array_readers=ARRAY_READERS)) as images:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-KEY_BYTES = 32
+from featurepipe.store.keys import KEY_BYTES, keys_from_arrow
 
 
 class Keys(Protocol):
@@ -96,25 +96,10 @@ def _keys_of_unchanged(listing: pa.Table, known_files: pa.Table) -> tuple[np.nda
     rows = matches["row"].to_numpy()[known_size & known_time]
     known_rows = matches["known_row"].to_numpy()[known_size & known_time]
     order = np.argsort(known_rows, kind="stable")  # so that the later of two notes on one file wins
-    keys[rows[order]] = key_matrix(known_files["key"])[known_rows[order]]
+    keys[rows[order]] = keys_from_arrow(known_files["key"])[known_rows[order]]
     has_key[rows] = True
     return keys, has_key
 
 
 def _stat(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return {"id": table["id"].cast(pa.large_string()), "size": table["size"], "mtime_ns": table["mtime_ns"]}
-
-
-def key_matrix(keys: pa.ChunkedArray) -> np.ndarray:
-    """Keys as uint8 (n, 32) without a Python object each; null keys become zeros."""
-    chunks = [_fixed(chunk) for chunk in keys.chunks if len(chunk)]
-    return np.concatenate(chunks) if chunks else np.zeros((0, KEY_BYTES), dtype=np.uint8)
-
-
-def _fixed(chunk: pa.Array) -> np.ndarray:
-    data = np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=(chunk.offset + len(chunk)) * KEY_BYTES)
-    matrix = data.reshape(-1, KEY_BYTES)[chunk.offset :]
-    if chunk.null_count:
-        matrix = matrix.copy()
-        matrix[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
-    return matrix

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, Engine
 from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.extraction import auto
+from featurepipe.extraction.machine import Machine, settle_machine
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
-from featurepipe.extraction.stream import Loader, StageSeconds, decoder_for
+from featurepipe.extraction.stream import Loader, StageSeconds, load_sample, loader_for
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
 from featurepipe.store import FeatureStore, Space, differences
+from featurepipe.store.snapshots import checked_dataset
+from featurepipe.store.space import KNOWN_FILES
 
-KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
 SAMPLE = 32
 """Images on which precisions are compared."""
+
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where and with how much the work runs; changes no feature beyond the batch tolerance."""
-
-    device: str
-    batch_size: int
-    workers: int
-
-
-@dataclass(frozen=True)
 class Job:
-    """An extraction with everything settled."""
+    """An extraction with everything settled.
+
+    Attributes:
+        space: the feature space; None in a dry run that would start one.
+        why_new: why the space is a new one, or None.
+        gone: images of the last snapshot that the source no longer lists.
+        built: the engine that was built to compare precisions, if one was.
+    """
 
     source: Source
     dataset: str
@@ -70,6 +70,7 @@ class Job:
     space: Space | None
     why_new: str | None
     plan: Plan
+    gone: int
     clock: StageSeconds
     built: Engine | None = None
 
@@ -82,10 +83,10 @@ class Job:
 
     def loader(self, missing: Callable[[bytes], tuple[str, ...] | Reject]) -> Loader:
         """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
-        return _loader(self.source, missing, self.backbone, self.machine, self.settings.decode, self.clock)
+        return loader_for(self.source, missing, self.backbone, self.machine, self.settings.decode, self.clock)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
-        """The network for some of the columns, in the job's precision; the one built to compare precisions if it fits."""
+        """The network for some of the columns, in the job's precision; the one that was built already if it fits."""
         if self.built is not None and set(columns) == set(self.built.columns):
             return self.built
         return Engine(
@@ -123,26 +124,17 @@ def prepare(
     """
     asked = {name: getattr(options, name) for name in auto.CHOICES}
     auto.check(asked)
-    machine = settle_machine(options)
+    machine = settle_machine(options.device, options.batch_size, options.workers, options.decode)
+    name = checked_dataset(dataset or dataset_name(source.name))
     backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
-    listing = source.scan()
+    listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
     if not listing.num_rows:
         raise SourceError(f"no images in {source.name}: nothing there has the suffix of an image. Check the path")
-    name = dataset or dataset_name(source.name)
-    clock = StageSeconds()
 
     spaces = held_spaces(store, backbone, name)
     columns = _columns(backbone, spaces, options.nodes)
-
-    built: list[Engine | None] = []
-
-    def measure() -> tuple[str, str]:
-        sample = load_sample(source, listing, backbone, machine, np.arange(listing.num_rows), SAMPLE)
-        choice, engine = choose_precision(backbone, columns, sample, machine.device, batch_size=machine.batch_size)
-        built.append(engine)
-        return choice.precision, choice.reason
-
-    settings = auto.resolve(asked, [space.fields for space in spaces], measure)
+    measure = PrecisionMeasurement(source, listing, backbone, columns, machine)
+    settings = auto.resolve(asked, [_held(space, columns) for space in spaces], measure)
     if settings.decode == "gpu" and machine.device == "cpu":
         raise UsageError(
             f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; "
@@ -151,92 +143,83 @@ def prepare(
     fields = {**backbone.identity(), **settings.fields(), "decoding": dict(DECODING), "numerics": NUMERICS}
     space = next((space for space in spaces if not differences(space.fields, fields)), None)
     why_new = None if space is not None else _why_new(spaces, fields, backbone)
-    if space is None and store is not None and not dry_run:
-        space = store.open_space(fields, backbone=backbone.name, notes=_notes(backbone, settings))
-    if space is not None and not dry_run:
+    if store is not None and not dry_run:
+        space = store.open_space(fields, backbone=backbone.name, notes=_notes(backbone, settings) if why_new else {})
         _note_map_shapes(space, backbone, columns)
     if why_new:
         say(why_new)
     for setting, value in settings.fields().items():
         say(f"{setting} {value}: {settings.why[setting]}")
-    plan = _plan(listing, store, space, name, columns)
-    engine = built[0] if built else None
-    return Job(source, name, options, machine, backbone, columns, settings, fields, space, why_new, plan, clock, engine)
+
+    snapshot = None if store is None else store.snapshot(name)
+    here = _same_place(store, name, source, say)
+    plan = _plan(listing, space, name, columns, snapshot, trust_times=here)
+    return Job(
+        source=source,
+        dataset=name,
+        options=options,
+        machine=machine,
+        backbone=backbone,
+        columns=columns,
+        settings=settings,
+        fields=fields,
+        space=space,
+        why_new=why_new,
+        plan=plan,
+        gone=0 if snapshot is None else int(pc.sum(pc.invert(pc.is_in(snapshot["id"], listing["id"]))).as_py() or 0),
+        clock=StageSeconds(),
+        built=measure.engine,
+    )
 
 
-def settle_machine(options: Options) -> Machine:
-    """Resolves device, batch size and worker threads."""
-    device = options.device
-    if device == auto.AUTO:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {options.device!r}; choices: auto, cpu, cuda, cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {options.device!r}: this PyTorch sees no CUDA device. See: featurepipe doctor")
-    if options.decode == "gpu" and device == "cpu":
-        raise UsageError("decode 'gpu' needs --device cuda; here the device is cpu")
-    batch_size = options.batch_size
-    if batch_size == auto.AUTO:
-        batch_size = 16 if device == "cpu" else 256
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
-        raise UsageError(f"batch size {options.batch_size!r} must be 'auto' or a number from 1")
-    workers = min(os.cpu_count() or 2, 16) if options.workers is None else options.workers
-    if workers < 1:
-        raise UsageError(f"workers {workers} must be a number from 1")
-    return Machine(device, int(batch_size), workers)
+class PrecisionMeasurement:
+    """Compares a reduced precision with fp32 on a source's first images, when asked to.
+
+    Attributes:
+        engine: what was built for the precision that was chosen, if anything was.
+    """
+
+    def __init__(
+        self, source: Source, listing: pa.Table, backbone: Backbone, columns: Sequence[Column], machine: Machine
+    ) -> None:
+        self._source, self._listing, self._machine = source, listing, machine
+        self._backbone, self._columns = backbone, columns
+        self.engine: Engine | None = None
+
+    def __call__(self, tried: str | None) -> tuple[str, str]:
+        """The precision to take, and why; ``tried`` is what to compare, None for what suits the device."""
+        rows = np.arange(self._listing.num_rows)
+        sample = load_sample(self._source, self._listing, self._backbone, self._machine, rows, SAMPLE)
+        choice, self.engine = choose_precision(
+            self._backbone,
+            self._columns,
+            sample,
+            self._machine.device,
+            tried=tried,
+            batch_size=self._machine.batch_size,
+        )
+        return choice.precision, choice.reason
 
 
 def dataset_name(source_name: str) -> str:
-    """A source's name as a dataset name: letters, digits, ``.``, ``_`` and ``-``."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", source_name).strip("-.") or "images"
+    """A source's name as a dataset name: letters, digits, ``.``, ``_`` and ``-``, not too long."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", source_name)[:LONGEST_NAME].strip("-.") or "images"
 
 
 def held_spaces(store: FeatureStore | None, backbone: Backbone, dataset: str) -> list[Space]:
-    """The store's feature spaces of this backbone: those this dataset used last first, then the rest."""
+    """The store's feature spaces of this backbone that hold features: those this dataset used last first, then the rest."""
     if store is None:
         return []
     identity = backbone.identity()
     same = [space for space in store.spaces() if all(space.fields.get(k) == v for k, v in identity.items())]
     used = [run.get("fingerprint") for run in reversed(store.runs()) if run.get("dataset") == dataset]
-    return sorted(same, key=lambda space: used.index(space.fingerprint) if space.fingerprint in used else len(used))
+    order = {fingerprint: place for place, fingerprint in reversed(list(enumerate(used)))}
+    filled = [space for space in same if space.columns()]
+    return sorted(filled, key=lambda space: order.get(space.fingerprint, len(used)))
 
 
-def load_sample(
-    source: Source, listing: pa.Table, backbone: Backbone, machine: Machine, rows: np.ndarray, images: int
-) -> torch.Tensor:
-    """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
-    found: list[torch.Tensor] = []
-    loader = _loader(source, lambda _key: ("sample",), backbone, machine, "cpu", StageSeconds())
-    with closing(loader.load(listing, rows[: 4 * images])) as batches:
-        for batch in batches:
-            found += [image.pixels for image in batch if image.pixels is not None]
-            if len(found) >= images:
-                break
-    return (
-        torch.stack(found[:images])
-        if found
-        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
-    )
-
-
-def _loader(
-    source: Source,
-    missing: Callable[[bytes], tuple[str, ...] | Reject],
-    backbone: Backbone,
-    machine: Machine,
-    route: str,
-    clock: StageSeconds,
-) -> Loader:
-    preprocessing = backbone.preprocessing
-    return Loader(
-        source,
-        missing,
-        decoder_for(route, preprocessing.colour, machine.device),
-        preprocessing.resize_crop,
-        clock=clock,
-        workers=machine.workers,
-        window=4 * machine.batch_size,
-    )
+def _held(space: Space, columns: Sequence[Column]) -> auto.Held:
+    return auto.Held(space.fields, complete={str(column) for column in columns} <= space.columns().keys())
 
 
 def _columns(backbone: Backbone, spaces: Sequence[Space], nodes: Sequence[str]) -> Sequence[Column]:
@@ -250,15 +233,35 @@ def _columns(backbone: Backbone, spaces: Sequence[Space], nodes: Sequence[str]) 
     return backbone.columns(nodes)
 
 
+def _same_place(store: FeatureStore | None, dataset: str, source: Source, say: Callable[[str], None]) -> bool:
+    """Whether the dataset was last taken from this very source, so that equal ids, sizes and times mean equal files."""
+    runs = [] if store is None else store.runs()
+    before = next((run["source"] for run in reversed(runs) if run.get("dataset") == dataset and "source" in run), None)
+    if before is None or before == source.location:
+        return True
+    say(
+        f"dataset {dataset} was last taken from {before}, now from {source.location}: every file is read again, and "
+        "the dataset becomes what is listed now. To keep the two apart give one another name: --dataset NAME"
+    )
+    return False
+
+
 def _plan(
-    listing: pa.Table, store: FeatureStore | None, space: Space | None, dataset: str, columns: Sequence[Column]
+    listing: pa.Table,
+    space: Space | None,
+    dataset: str,
+    columns: Sequence[Column],
+    snapshot: pa.Table | None,
+    *,
+    trust_times: bool,
 ) -> Plan:
     """Joins the listing with the last snapshot, and with the parts too where that leaves files unexplained."""
-    if store is None or space is None:
+    if space is None:
         return make_plan(listing, KNOWN_FILES.empty_table(), KeySet(), KeySet())
     have = space.index([str(column) for column in columns])
     rejected = KeySet(key for key in space.rejects()["key"].to_pylist() if key)
-    snapshot = store.snapshot(dataset)
+    if not trust_times:
+        return make_plan(listing, KNOWN_FILES.empty_table(), have, rejected)
     known = KNOWN_FILES.empty_table() if snapshot is None else _with_key(snapshot)
     plan = make_plan(listing, known, have, rejected)
     if plan.has_key.all():

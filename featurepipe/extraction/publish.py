@@ -13,10 +13,13 @@ import pyarrow as pa
 from featurepipe import records
 from featurepipe.errors import Interrupted, TooManyRejects, UsageError
 from featurepipe.extraction.compute import Outcome
-from featurepipe.extraction.plan import KEY_BYTES
 from featurepipe.extraction.prepare import Job
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
+from featurepipe.store.keys import KEY_BYTES
+
+SHOWN_REJECTS = 20
+"""Rejects that a run record names; all are in the space's ``rejects.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
     seconds = {stage: round(value, 3) for stage, value in job.clock.totals.items()}
     return {
         "dataset": job.dataset,
-        "source": job.source.name,
+        "source": job.source.location,
         "backbone": job.existing_space.notes["backbone"],
         "space": job.existing_space.name,
         "fingerprint": job.existing_space.fingerprint,
@@ -105,6 +108,13 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
             "rejected": len(outcome.reasons),
             "read": outcome.read,
         },
+        "gone": job.gone,
+        "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},
+        "rejects": [
+            {"id": job.plan.listing["id"][row].as_py(), "reason": reason}
+            for row, reason in sorted(outcome.reasons.items())[:SHOWN_REJECTS]
+        ],
+        "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
         "reject_reasons": _by_code(outcome.reasons),
         "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
         "images_per_second": round(outcome.computed / outcome.seconds, 2) if outcome.seconds else None,

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from featurepipe.backbones import Backbone
 from featurepipe.errors import Reject
+from featurepipe.extraction.machine import Machine
 from featurepipe.images import Source, key_of
 from featurepipe.images.decode import decode
 
@@ -178,3 +180,42 @@ def _decode_on_cpu(payloads: Sequence[Payload], *, colour: Literal["rgb", "grey"
             yield decode(payload, colour=colour)
         except Reject as reject:
             yield reject
+
+
+def loader_for(
+    source: Source,
+    missing: Callable[[bytes], tuple[str, ...] | Reject],
+    backbone: Backbone,
+    machine: Machine,
+    route: str,
+    clock: StageSeconds,
+) -> Loader:
+    """A loader of what a backbone wants, with a window of four batches."""
+    preprocessing = backbone.preprocessing
+    return Loader(
+        source,
+        missing,
+        decoder_for(route, preprocessing.colour, machine.device),
+        preprocessing.resize_crop,
+        clock=clock,
+        workers=machine.workers,
+        window=4 * machine.batch_size,
+    )
+
+
+def load_sample(
+    source: Source, listing: pa.Table, backbone: Backbone, machine: Machine, rows: np.ndarray, images: int
+) -> torch.Tensor:
+    """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
+    found: list[torch.Tensor] = []
+    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, "cpu", StageSeconds())
+    with closing(loader.load(listing, rows[: 4 * images])) as batches:
+        for batch in batches:
+            found += [image.pixels for image in batch if image.pixels is not None]
+            if len(found) >= images:
+                break
+    return (
+        torch.stack(found[:images])
+        if found
+        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    )

@@ -81,6 +81,7 @@ class Counting:
 
     def __init__(self, spec: Any) -> None:
         self._source = open_source(spec)
+        self.location = self._source.location
         self.name = self._source.name
         self.reads = 0
 

@@ -137,7 +137,7 @@ def test_the_record_says_who_did_what_and_where_time_went(album, run):
     assert seconds["decode"] > 0
     assert seconds["forward"] + seconds["waiting"] + seconds["write"] <= seconds["wall"] + 0.01
     assert record["images_per_second"] == pytest.approx(40 / seconds["wall"], rel=0.1)
-    assert record["verdict"].startswith(("read-bound", "decode-bound", "forward-bound", "write-bound"))
+    assert record["verdict"].startswith("done in ")
     assert record["columns"] == ["c3:gap", "f6:gap"]
     assert record["machine"] == {"device": "cpu", "batch_size": 4, "workers": 2}
     assert record["versions"]["torch"] == importlib.import_module("torch").__version__.partition("+")[0]

@@ -37,7 +37,9 @@ def test_what_float16_cannot_hold_is_kept_as_float32_and_said(album, run, networ
     spec = network(lambda source: source.replace("self.fc(", "self.fc(1e6 * "))
     record = run(album.root, backbone=spec, nodes=["fc", "act"], silent=False)
     said = capsys.readouterr().err
-    assert re.search(r"fc:gap: float16 cannot hold it: a value of [\d.e+]+ does not fit \(largest 65504\); .* float32", said)
+    assert re.search(
+        r"fc:gap: float16 cannot hold it: a value of [\d.e+]+ does not fit \(largest 65504\); .* float32", said
+    )
     assert said.count("float16 cannot hold it") == 1
     assert record["counts"]["computed"] == 4
     (space,) = run.store.spaces()
