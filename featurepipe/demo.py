@@ -105,9 +105,8 @@ def run_demo(out: Path, say: Say = print, *, data: Path = DATA) -> list[Outcome]
 
     say("\n4. See some predictions on held-out images")
     say(f"   {draw(outcomes[-1], data, CLASSES, out / 'predictions.png')}")
-    say(
-        "\nThe same command again computes nothing. For your own images: featurepipe extract FOLDER --store DIR --backbone efficientnet_lite0"
-    )
+    say("\nThe same command again computes nothing. For your own images:")
+    say("   featurepipe extract FOLDER --store DIR --backbone efficientnet_lite0")
     return outcomes
 
 

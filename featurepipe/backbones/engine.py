@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from featurepipe.backbones import fusion
 from featurepipe.backbones.columns import Column
 from featurepipe.backbones.loading import Backbone
 from featurepipe.backbones.pooling import pool
+from featurepipe.threads import pool_of
 
 NUMERICS = 1
 """Version of our own arithmetic, part of the feature space: raise it when a change here changes features by more than
@@ -78,9 +78,12 @@ class Engine:
         self._axes = {node: backbone.channel_axis(node) for node in nodes}
         self._network = self._prepare(nodes, batch_size)
         one_at_a_time = isinstance(self._network, HookedNetwork)  # code of others may keep activations on itself
-        self._pool = _streams(1 if one_at_a_time else MOST_STREAMS) if self.device.type == "cpu" else None
+        cores = torch.get_num_threads()
+        streams = 1 if one_at_a_time or self.device.type != "cpu" else min(cores, MOST_STREAMS)
+        on_cpu = self.device.type == "cpu"
+        self._pool = pool_of(streams, "featurepipe-forward", each=cores // streams) if on_cpu else None
         self._upload: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.streams = self._pool._max_workers if self._pool else 1  # noqa: SLF001
+        self.streams = streams
 
     def submit(self, batch: torch.Tensor) -> Pending:
         """Starts the forward of a uint8 batch (N, C, H, W) that lies in main memory, and returns at once.
@@ -105,8 +108,9 @@ class Engine:
         return results[0] if len(results) == 1 else _Pieces(results)
 
     def __call__(self, batch: torch.Tensor) -> dict[str, np.ndarray]:
-        """Features of a uint8 batch (N, C, H, W) by column name, each float32 (N, D)."""
-        return self.submit(batch).result()
+        """Features of a uint8 batch (N, C, H, W) by column name, each float32 (N, D); spread evenly over the streams."""
+        share = max(1, min(self.largest_batch, -(-len(batch) // self.streams)))
+        return _Pieces([self.submit(batch[at : at + share]) for at in range(0, len(batch), share)]).result()
 
     def _prepare(self, nodes: list[str], batch_size: int) -> nn.Module:
         graph = self.backbone.graph(nodes)
@@ -142,24 +146,6 @@ class Engine:
         return {
             str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]).flatten(1) for c in self.columns
         }
-
-
-def _streams(most: int) -> ThreadPoolExecutor:
-    """Threads that compute one batch each: one per core, up to ``most``, which share what cores there are beyond that."""
-    cores = torch.get_num_threads()
-    streams = min(cores, most)
-    started = threading.Barrier(streams + 1)
-
-    def start() -> None:
-        torch.set_num_threads(cores // streams)
-        started.wait()
-
-    pool = ThreadPoolExecutor(streams, "featurepipe-forward", initializer=start)
-    for _ in range(streams):
-        pool.submit(bool)
-    started.wait()
-    torch.set_num_threads(cores)  # PyTorch gives threads that are born later what was set last, anywhere
-    return pool
 
 
 class HookedNetwork(nn.Module):

@@ -13,6 +13,7 @@ requested node's value as it was:
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -28,16 +29,16 @@ _ADDITIONS = (operator.add, torch.add)
 def fold_batch_norm(network: fx.GraphModule) -> None:
     """Folds each BatchNorm2d whose input comes from a convolution that nothing else reads."""
     modules = dict(network.named_modules())
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
         norm = _module(modules, node, nn.BatchNorm2d)
         before = node.args[0] if norm is not None and isinstance(node.args[0], fx.Node) else None
         conv = _module(modules, before, nn.Conv2d) if before is not None else None
         if norm is None or conv is None or before is None or len(before.users) > 1 or not norm.track_running_stats:
             continue
-        if sum(n.target == before.target for n in network.graph.nodes) > 1:
+        if calls[before.target] > 1:
             continue  # one convolution called twice keeps its own weights
         _replace(network, str(before.target), fuse_conv_bn_eval(conv, norm))
-        modules = dict(network.named_modules())
         node.replace_all_uses_with(before)
         network.graph.erase_node(node)
     network.graph.lint()
@@ -64,7 +65,7 @@ def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -
         batch_size: the usual number of images in a batch; others still work.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
-        ShapeProp(network, fake_mode=mode).propagate(mode.from_tensor(image))
+        ShapeProp(network).propagate(mode.from_tensor(image))
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         conv = _module(modules, node, nn.Conv2d)
@@ -224,12 +225,12 @@ def _replace(network: fx.GraphModule, name: str, module: nn.Module) -> None:
 
 def _unique(network: fx.GraphModule, name: str, module: nn.Module) -> str:
     """Adds ``module`` beside ``name`` under a name that is still free."""
-    taken = dict(network.named_modules())
-    count = 0
-    while f"{name}_fused{count}" in taken:
-        count += 1
-    network.add_submodule(f"{name}_fused{count}", module)
-    return f"{name}_fused{count}"
+    parent = network.get_submodule(name.rpartition(".")[0])
+    leaf = f"{name.rpartition('.')[2]}_fused"
+    while hasattr(parent, leaf):
+        leaf += "_"
+    parent.add_module(leaf, module)
+    return f"{name.rpartition('.')[0]}.{leaf}".lstrip(".")
 
 
 def _pair(value: Any) -> list[int]:

@@ -25,7 +25,7 @@ from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
 
-SAMPLE = 32
+SAMPLE = 16
 """Images on which precisions are compared."""
 
 LONGEST_NAME = 100

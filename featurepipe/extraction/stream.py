@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from featurepipe.errors import Reject
 from featurepipe.extraction.machine import Machine
 from featurepipe.images import Source, key_of
 from featurepipe.images.decode import decode
+from featurepipe.threads import pool_of
 
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
@@ -108,7 +109,7 @@ class Loader:
         starts = range(0, len(rows), SLICE)
         tasks = ((rows[s : s + SLICE], locators.take(pa.array(rows[s : s + SLICE])).to_pylist()) for s in starts)
         ahead: deque[Future[list[Loaded]]] = deque()
-        pool = ThreadPoolExecutor(self._workers, "featurepipe-load")
+        pool = pool_of(self._workers, "featurepipe-load")
         try:
             for some_rows, some_locators in tasks:
                 ahead.append(pool.submit(self._load_slice, some_rows, some_locators))
