@@ -73,10 +73,10 @@ def test_out_of_memory_halves_the_batch_and_changes_no_feature(album, run, monke
 
     engine._pool = None  # as on CUDA
     monkeypatch.setattr(engine, "_start_copy", small_device)
-    found = engine(batch)["f6:gap"]
+    found = engine.submit(batch).result()["f6:gap"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 3]
-    engine(batch[:4])
+    engine.submit(batch[:4]).result()
     assert sizes[-1:] == [4]
     assert engine.largest_batch == 4
 
