@@ -91,3 +91,20 @@ def test_one_image_that_does_not_fit_is_an_error(monkeypatch):
     monkeypatch.setattr(engine, "_start_copy", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         engine(torch.zeros((2, 1, 32, 32), dtype=torch.uint8))
+
+
+def test_features_too_small_for_float16_are_kept_as_float32_and_said(tmp_path):
+    from featurepipe.store import FeatureStore
+
+    said = []
+    space = FeatureStore(tmp_path / "store").open_space({"dtype": "float16"}, backbone="small")
+    keys = np.arange(64, dtype=np.uint8).reshape(2, 32)
+    small = np.array([[1e-9, 2e-9], [3e-9, 4e-9]], np.float32)
+    with space.writer(FeatureStore(tmp_path / "store").new_run_id(), on_overflow=said.append) as writer:
+        writer.add(keys, ["a", "b"], [1, 1], [1, 1], {"small:gap": small, "usual:gap": small * 1e9})
+    assert {name: info.dtype for name, info in space.columns().items()} == {
+        "small:gap": "float32",
+        "usual:gap": "float16",
+    }
+    assert len(said) == 1
+    assert said[0].startswith("small:gap: float16 cannot hold it")
