@@ -11,6 +11,7 @@
     |   +-- CorruptPart                  1   a part's bytes are not what was committed
     |   +-- DiskFull                     1   no space left; what was committed is safe
     |   +-- StoreLocked                  75  someone else holds the lock
+    +-- BundleError                      1   a bundle is damaged, foreign, or asked about features it does not know
     +-- NonFiniteFeatures                1   the network produced NaN or infinity
     +-- TooManyRejects                   4   more images were rejected than allowed
     +-- Interrupted                      130 stopped by a signal, everything in flight committed
@@ -65,6 +66,10 @@ class StoreLocked(StoreError):
     """Another process holds the store's lock."""
 
     exit_code = 75
+
+
+class BundleError(FeaturepipeError):
+    """A model bundle is damaged, is none, or was made for another feature space."""
 
 
 class NonFiniteFeatures(FeaturepipeError):
