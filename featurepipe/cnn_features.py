@@ -1,0 +1,1 @@
+"""CNNFeatures: a frozen network as a scikit-learn transformer over images."""

@@ -1,0 +1,1 @@
+"""A bundle at work: images in, labels and probabilities out."""
