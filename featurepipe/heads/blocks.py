@@ -1,0 +1,192 @@
+"""Features in blocks of rows: what the heads read, whether it lies in memory or in a store larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError
+from featurepipe.sizes import bytes_of
+
+Array = npt.NDArray[Any]
+BLOCK_BYTES = 16 << 20  # larger blocks gain nothing, smaller ones cost matrix products their speed
+_ALIVE = 3  # the block in use, the one read ahead, and the rows as stored that it is converted from
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """Features (n, D) that can be read some rows at a time; ``FeatureSet`` is one."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the values as they are kept."""
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Returns the values of some rows (positions, a mask, or a slice; by default all) as a (m, D) array."""
+
+
+class ArrayBlocks:
+    """An array (or memory map) of features as ``Blocks``; the values are not copied until they are read."""
+
+    def __init__(self, array: Array) -> None:
+        if array.ndim != 2:
+            raise UsageError(f"features must have two dimensions (images, values), these have shape {array.shape}")
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return self.array.shape[0], self.array.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The array's dtype."""
+        return self.array.dtype
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Returns some rows; a view of the array where the dtype and the rows allow it."""
+        chosen = self.array if rows is None else self.array[rows]
+        return np.asarray(chosen, dtype)
+
+
+class MappedBlocks:
+    """Blocks passed through a function, row by row independent, as they are read; nothing is kept."""
+
+    def __init__(
+        self,
+        source: Blocks | Array,
+        function: Callable[[Array], Array],
+        width: int,
+        dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        """Stores what to map.
+
+        Args:
+            source: (n, D) features.
+            function: Maps an (m, D) array of the result's dtype to an (m, width) array; may overwrite what it gets
+                only if it made a copy.
+            width: Values a row of the result.
+            dtype: Of the result; by default float64 for float64 sources, else float32.
+        """
+        self.source = as_blocks(source)
+        self.function = function
+        self.width = width
+        self._dtype = working_dtype(self.source.dtype) if dtype is None else np.dtype(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row, after the function."""
+        return self.source.shape[0], self.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that ``read`` returns by default."""
+        return self._dtype
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Reads rows of the source and maps them."""
+        wanted = self._dtype if dtype is None else np.dtype(dtype)
+        return np.asarray(self.function(self.source.read(wanted, rows=rows)), wanted)
+
+
+def as_blocks(features: Blocks | Array) -> Blocks:
+    """Returns ``features`` as ``Blocks``: an array wrapped, anything that reads rows as it is."""
+    return features if is_blocks(features) else ArrayBlocks(np.asarray(features))
+
+
+def is_blocks(features: Any) -> TypeGuard[Blocks]:
+    """Whether ``features`` reads rows itself (a ``FeatureSet``, say), unlike an array or a list."""
+    return not isinstance(features, np.ndarray) and isinstance(features, Blocks)
+
+
+def working_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """The dtype to compute in: float32 for float16 and float32, float64 for everything else."""
+    return np.dtype(np.float32 if np.dtype(dtype) in (np.float16, np.float32) else np.float64)
+
+
+def rows_per_block(width: int, dtype: npt.DTypeLike, memory: int | str | None = None) -> int:
+    """How many rows ``iterate`` reads at once.
+
+    Args:
+        width: Values a row.
+        dtype: Of the blocks.
+        memory: What all blocks that are alive at once may take, in bytes or as text ("512MB"); None for the usual size.
+
+    Raises:
+        UsageError: Not even 16 rows at a time fit.
+    """
+    row_bytes = max(1, width) * np.dtype(dtype).itemsize
+    allowed = BLOCK_BYTES if memory is None else min(BLOCK_BYTES, bytes_of(memory) // _ALIVE)
+    if allowed < 16 * row_bytes and memory is not None:
+        least = 16 * row_bytes * _ALIVE
+        raise UsageError(f"memory {memory!r} is too little for rows of {width} values; give at least {least} bytes")
+    return max(16, allowed // row_bytes)
+
+
+def iterate(
+    features: Blocks | Array,
+    *,
+    rows: int | None = None,
+    memory: int | str | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Iterator[tuple[slice, Array]]:
+    """Yields the features block by block, in order, while one thread reads the next block ahead.
+
+    Args:
+        features: (n, D) ``Blocks`` or array.
+        rows: Rows of a block; by default what ``memory`` allows.
+        memory: What the blocks alive at one time may take (bytes or "512MB"): the one in use and the one read ahead.
+        dtype: Of the blocks; by default ``working_dtype`` of the source.
+
+    Yields:
+        The rows' place (a slice), and the (m, D) array: do not write to it, it may be a view of the caller's.
+    """
+    source = as_blocks(features)
+    wanted = working_dtype(source.dtype) if dtype is None else np.dtype(dtype)
+    count, width = source.shape
+    step = rows or rows_per_block(width, wanted, memory)
+    places = [slice(start, min(count, start + step)) for start in range(0, count, step)]
+    if len(places) == 1 or (isinstance(source, ArrayBlocks) and source.dtype == wanted):
+        for place in places:  # nothing to do ahead
+            yield place, source.read(wanted, rows=place)
+        return
+
+    def read(number: int) -> Any:
+        return source.read(wanted, rows=places[number]) if number < len(places) else None
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        coming = reader.submit(read, 0)
+        for number, place in enumerate(places):
+            block = coming.result()
+            coming = reader.submit(read, number + 1)
+            yield place, block
+            del block
+
+
+def labels_of(features: Any, labels: Any) -> Array:
+    """Returns the labels (n,) given, or those that ``features`` carries where none are given.
+
+    Raises:
+        UsageError: There are none, or some rows have no label.
+    """
+    if labels is None:
+        labels = getattr(features, "labels", None)
+        if labels is None:
+            raise UsageError("requires y to be passed, but the target y is None: these features carry no labels")
+    found = np.asarray(labels)
+    if found.dtype == object:
+        missing = np.flatnonzero([label is None for label in found.ravel()])
+        if len(missing):
+            raise UsageError(
+                f"{len(missing)} of {found.size} rows have no label (the first is row {missing[0]}); "
+                "leave them out: features.select(labelled=True)"
+            )
+    return found

@@ -1,0 +1,102 @@
+"""Weighted mean, scatter and class means of features, in one pass over their blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of features; everything is float64.
+
+    Attributes:
+        weight: Sum of the sample weights (the number of rows without weights).
+        mean: (D,) weighted mean.
+        scatter: (D, D) weighted sum of ``outer(x - mean, x - mean)``.
+        class_weights: (K,) sum of the weights of each class; empty if no codes were given.
+        class_means: (K, D) weighted mean of each class; zero for a class without weight.
+    """
+
+    weight: float
+    mean: npt.NDArray[np.float64]
+    scatter: npt.NDArray[np.float64]
+    class_weights: npt.NDArray[np.float64]
+    class_means: npt.NDArray[np.float64]
+
+    @property
+    def variance(self) -> npt.NDArray[np.float64]:
+        """(D,) weighted variance (divided by the weight, as ``numpy.var``)."""
+        return np.diagonal(self.scatter) / self.weight
+
+
+def gram_of(
+    features: Blocks | Array,
+    codes: npt.NDArray[np.integer] | None = None,
+    classes: int = 0,
+    sample_weight: npt.NDArray[np.floating] | None = None,
+    *,
+    dtype: npt.DTypeLike = np.float64,
+    memory: int | str | None = None,
+) -> Gram:
+    """Computes the weighted moments of ``features`` in one pass.
+
+    Columns are shifted by the mean of the first block before they are multiplied, and the sums are corrected at the end
+    (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance"): no digits cancel when means are large.
+
+    Args:
+        features: (n, D) ``Blocks`` or array.
+        codes: (n,) class number of each row, from 0 to ``classes - 1``; None to leave class sums out.
+        classes: Number of classes.
+        sample_weight: (n,) non-negative weights; None for one each.
+        dtype: Of the products within a block; sums over blocks are float64 always.
+        memory: What the blocks alive at one time may take (bytes or "512MB"); the result's 8 * D * D bytes are extra.
+
+    Raises:
+        ValueError: A feature is NaN or infinite.
+    """
+    source = as_blocks(features)
+    width = source.shape[1]
+    scatter, total = np.zeros((width, width)), np.zeros(width)
+    class_weights, class_sums = np.zeros(classes), np.zeros((classes, width))
+    weight, shift = 0.0, None
+    for place, block in iterate(source, memory=memory, dtype=dtype):
+        if shift is None:
+            shift = block.mean(axis=0, dtype=np.float64).astype(block.dtype)
+        refuse_non_finite(block)
+        centred = block - shift
+        weights = np.ones(len(block)) if sample_weight is None else np.asarray(sample_weight[place], np.float64)
+        weight += float(weights.sum())
+        if codes is None:
+            total += weights.astype(block.dtype) @ centred
+        else:
+            members = np.zeros((classes, len(block)), block.dtype)
+            members[codes[place], np.arange(len(block))] = weights
+            class_weights += np.bincount(codes[place], weights, minlength=classes)
+            class_sums += members @ centred
+        if sample_weight is not None:
+            centred *= np.sqrt(weights)[:, None].astype(block.dtype)
+        scatter += centred.T @ centred
+    if codes is not None:
+        total = class_sums.sum(axis=0)
+    return _finish(weight, total, scatter, class_weights, class_sums, np.zeros(width) if shift is None else shift)
+
+
+def refuse_non_finite(block: Array) -> None:
+    """Raises ``ValueError`` if a value is NaN or infinite."""
+    if not np.isfinite(block.sum(dtype=np.float64)) and not np.isfinite(block).all():
+        kind = "NaN" if np.isnan(block).any() else "infinity"
+        raise ValueError(f"Input X contains {kind}: a head learns from finite features only")
+
+
+def _finish(weight: float, total: Array, scatter: Array, class_weights: Array, class_sums: Array, shift: Array) -> Gram:
+    offset = total / weight if weight else total
+    scatter -= weight * np.outer(offset, offset)
+    means = np.zeros_like(class_sums)
+    present = class_weights > 0
+    means[present] = class_sums[present] / class_weights[present, None] + shift
+    return Gram(weight, offset + shift, scatter, class_weights, means)
