@@ -1,0 +1,242 @@
+"""How good probabilities are: the usual measures with bootstrap intervals, per class, and the worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.auc import OneVsRest, one_vs_rest, resampled_auc
+from featurepipe.heads.resampling import Array, bootstrap_sums, interval
+
+BINS = 15
+"""Equal-width bins of confidence in the expected calibration error."""
+
+_ROWS = 8192  # rows of probabilities that are worked on at once
+_LEVEL = 0.95
+_ROUNDING = 1e-6  # by which a probability may exceed 1
+
+Codes = npt.NDArray[np.int64]
+Probabilities = npt.NDArray[np.floating]
+Ids = Sequence[str] | npt.NDArray[Any] | None
+
+
+def score_table(
+    probabilities: npt.ArrayLike,
+    codes: npt.ArrayLike,
+    classes: Sequence[str],
+    *,
+    ids: Ids = None,
+    top: Sequence[int] = (5,),
+    bootstrap: int = 1000,
+    seed: int = 0,
+    mistakes: int = 20,
+) -> dict[str, Any]:
+    """Scores probabilities against true classes, with 95 % bootstrap percentile intervals.
+
+    The values are those of scikit-learn's ``accuracy_score``, ``balanced_accuracy_score``, ``f1_score`` (macro, over
+    the classes that are true or predicted anywhere), ``log_loss``, ``roc_auc_score`` (one against the rest, mean over
+    the classes that have images) and ``top_k_accuracy_score``, and the expected calibration error of Guo et al.
+    (2017) over 15 equal bins. Intervals resample the images (Efron and Tibshirani, 1993).
+
+    Args:
+        probabilities: (n, K), of each class; the largest (the first of equals) is what is predicted.
+        codes: (n,) integers, the position of the true class in ``classes``.
+        classes: Their K names.
+        ids: (n,) names of the images; by default their positions.
+        top: Which top-k accuracies to give.
+        bootstrap: Resamples; 0 for no intervals.
+        seed: Of the resamples.
+        mistakes: How many mistakes, and how many confused pairs, to list.
+
+    Returns:
+        JSON values. ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``log_loss``, ``auc``, ``top_5`` and ``ece`` are
+        each ``{"value", "low", "high"}``, with a ``"reason"`` where the value is null; ``per_class`` lists support,
+        predicted, precision, recall, f1 and auc (null where undefined); ``confusion`` has the ``classes`` and their
+        ``counts``, rows true and columns predicted; ``confused`` the pairs most often mistaken for one another;
+        ``mistakes`` the count and the most confident ones.
+
+    Raises:
+        UsageError: There is no image, shapes do not fit, a value is no probability or a code is none of the classes.
+    """
+    scores, truth = _checked(probabilities, codes, classes, ids)
+    ranked = one_vs_rest(scores, truth)
+    images = _Images(scores, truth, ranked, top)
+    n = len(truth)
+    resampled: dict[str, Array] = {}
+    if bootstrap:
+        drawn = bootstrap_sums(images.contributions, n, images.width, resamples=bootstrap, seed=seed)
+        resampled = images.measures(drawn)
+        exact = resampled_auc(scores, truth, resamples=bootstrap, seed=seed)
+        resampled |= {} if exact is None else {"auc": exact}
+    sums = images.contributions(slice(0, n)).sum(axis=0)
+    values = {name: float(value[0]) for name, value in images.measures(sums[None]).items()} | {"auc": ranked.macro}
+    table: dict[str, Any] = {"images": n}
+    table |= {name: _with_interval(value, resampled.get(name)) for name, value in values.items()}
+    table |= {f"top_{k}": _no_top(k, len(classes)) for k in top if k >= len(classes)}
+    if np.isnan(ranked.macro):
+        table["auc"]["reason"] = f"all {n} images are of class {classes[truth[0]]}"
+    confusion = images.confusion()
+    table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": _LEVEL}
+    table["per_class"] = _per_class(confusion, ranked, classes)
+    table["confusion"] = {"classes": list(classes), "counts": confusion.tolist()}
+    table["confused"] = _confused(confusion, classes, mistakes)
+    table["mistakes"] = _mistakes(images, classes, ids, mistakes)
+    return table
+
+
+class _Images:
+    """What each image contributes to sums, from which every measure follows (the AUC to first order)."""
+
+    def __init__(self, probabilities: Probabilities, codes: Codes, ranked: OneVsRest, top: Sequence[int]) -> None:
+        n, self.classes = probabilities.shape
+        self._auc, self._influence = ranked.macro, ranked.influence
+        self.codes = codes
+        self.predicted: Codes = probabilities.argmax(axis=1)
+        self.confidence = probabilities[np.arange(n), self.predicted].astype(np.float64)
+        self.of_truth = probabilities[np.arange(n), codes].astype(np.float64)
+        self.correct = self.predicted == codes
+        self._top = [k for k in top if k < self.classes]
+        place = _places(probabilities, codes)
+        self._tops = np.stack([place < k for k in self._top], axis=1) if self._top else np.empty((n, 0))
+        smallest = np.finfo(probabilities.dtype).eps  # what scikit-learn's log_loss takes for 0
+        self._loss = -np.log(np.clip(self.of_truth, smallest, 1 - smallest))
+        self._bin = np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        self.width = 3 * self.classes + BINS + 2 + len(self._top)
+
+    def contributions(self, rows: slice) -> csr_array:
+        """One row an image: its true class, its prediction, its hit, its gap in a bin of confidence, and the rest."""
+        codes, k = self.codes[rows], self.classes
+        n = len(codes)
+        after = 3 * k + BINS
+        places = [codes, k + self.predicted[rows], 2 * k + codes, 3 * k + self._bin[rows]]
+        places += [np.full(n, after + i) for i in range(2 + len(self._top))]
+        one, hit = np.ones(n), self.correct[rows].astype(np.float64)
+        gap = self.confidence[rows] - hit
+        values = [one, one, hit, gap, self._loss[rows], self._influence[rows], *self._tops[rows].T]
+        data, columns = np.stack(values, axis=1), np.stack(places, axis=1)
+        starts = np.arange(n + 1) * len(values)
+        return csr_array((data.reshape(-1), columns.reshape(-1), starts), shape=(n, self.width))
+
+    def measures(self, sums: Array) -> dict[str, Array]:
+        """The measures that follow from sums of contributions, (R, width): one value for each row."""
+        k = self.classes
+        support, predicted, hits, gaps, rest = np.split(sums, [k, 2 * k, 3 * k, 3 * k + BINS], axis=1)
+        n = support.sum(axis=1)
+        found = {
+            "accuracy": hits.sum(axis=1) / n,
+            "balanced_accuracy": _mean_defined(hits, support),
+            "macro_f1": _mean_defined(2 * hits, support + predicted),
+            "log_loss": rest[:, 0] / n,
+            "auc": self._auc + rest[:, 1],
+        }
+        found |= {f"top_{top}": rest[:, 2 + i] / n for i, top in enumerate(self._top)}
+        return found | {"ece": np.abs(gaps).sum(axis=1) / n}
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """(K, K) counts, rows true and columns predicted."""
+        cells = self.codes * self.classes + self.predicted
+        return np.bincount(cells, minlength=self.classes**2).reshape(self.classes, self.classes)
+
+
+def _checked(
+    probabilities: npt.ArrayLike, codes: npt.ArrayLike, classes: Sequence[str], ids: Ids
+) -> tuple[Probabilities, Codes]:
+    scores, truth = np.asarray(probabilities), np.asarray(codes)
+    if not np.issubdtype(scores.dtype, np.floating):
+        scores = scores.astype(np.float64)
+    if not len(truth):
+        raise UsageError("there is no labelled image to score")
+    if truth.ndim != 1 or scores.shape != (len(truth), len(classes)):
+        raise UsageError(
+            f"probabilities must be (images, classes) = ({len(truth)}, {len(classes)}) for codes of shape {truth.shape} "
+            f"and {len(classes)} classes, not {scores.shape}"
+        )
+    if ids is not None and len(ids) != len(truth):
+        raise UsageError(f"there are {len(truth)} images, but {len(ids)} ids")
+    bad = np.flatnonzero(~((scores.min(axis=1) >= 0) & (scores.max(axis=1) <= 1 + _ROUNDING)))  # NaN is neither
+    if len(bad):
+        raise UsageError(f"the probabilities of {len(bad)} images are not all between 0 and 1, first row {bad[0]}")
+    if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= len(classes):
+        raise UsageError(f"codes must be integers from 0 to {len(classes) - 1}, positions in classes")
+    return scores, truth.astype(np.int64)
+
+
+def _places(probabilities: Probabilities, codes: Codes) -> Codes:
+    """How many classes come before the true one; of equals the later class comes first, as in scikit-learn."""
+    place = np.empty(len(codes), np.int64)
+    later = np.arange(probabilities.shape[1])
+    for start in range(0, len(codes), _ROWS):
+        block, truth = probabilities[start : start + _ROWS], codes[start : start + _ROWS, None]
+        own = np.take_along_axis(block, truth, axis=1)
+        place[start : start + _ROWS] = ((block > own) | ((block == own) & (later > truth))).sum(axis=1)
+    return place
+
+
+def _mean_defined(part: Array, whole: Array) -> Array:
+    """Row means of ``part / whole`` over the columns where ``whole`` is not zero."""
+    defined = whole > 0
+    ratios = np.divide(part, whole, out=np.zeros_like(part), where=defined)
+    means: Array = ratios.sum(axis=1) / defined.sum(axis=1)
+    return means
+
+
+def _with_interval(value: float, resampled: Array | None) -> dict[str, Any]:
+    limits = None if resampled is None or np.isnan(value) else interval(resampled, _LEVEL)
+    low, high = limits or (None, None)
+    return {"value": None if np.isnan(value) else value, "low": low, "high": high}
+
+
+def _no_top(k: int, classes: int) -> dict[str, Any]:
+    return {"value": None, "low": None, "high": None, "reason": f"of {classes} classes the true one is always in {k}"}
+
+
+def _per_class(confusion: npt.NDArray[np.int64], ranked: OneVsRest, classes: Sequence[str]) -> list[dict[str, Any]]:
+    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    return [
+        {
+            "class": name,
+            "support": int(support[k]),
+            "predicted": int(predicted[k]),
+            "precision": _ratio(hits[k], predicted[k]),
+            "recall": _ratio(hits[k], support[k]),
+            "f1": _ratio(2 * hits[k], support[k] + predicted[k]),
+            "auc": None if np.isnan(ranked.values[k]) else float(ranked.values[k]),
+        }
+        for k, name in enumerate(classes)
+    ]
+
+
+def _ratio(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _confused(confusion: npt.NDArray[np.int64], classes: Sequence[str], most: int) -> list[dict[str, Any]]:
+    wrong = confusion * ~np.eye(len(confusion), dtype=np.bool_)
+    cells = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [(int(cell) // len(wrong), int(cell) % len(wrong)) for cell in cells]
+    return [
+        {"true": classes[row], "predicted": classes[column], "count": int(wrong[row, column])}
+        for row, column in pairs
+        if wrong[row, column]
+    ]
+
+
+def _mistakes(images: _Images, classes: Sequence[str], ids: Ids, most: int) -> dict[str, Any]:
+    wrong = np.flatnonzero(~images.correct)
+    worst = wrong[np.argsort(-images.confidence[wrong], kind="stable")[:most]]
+    shown = [
+        {
+            "id": str(row if ids is None else ids[row]),
+            "true": classes[images.codes[row]],
+            "predicted": classes[images.predicted[row]],
+            "probability": float(images.confidence[row]),
+            "probability_of_true": float(images.of_truth[row]),
+        }
+        for row in worst
+    ]
+    return {"count": len(wrong), "most_confident": shown}
