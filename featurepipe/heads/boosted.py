@@ -1,0 +1,238 @@
+"""Boosted trees: xgboost with labels of any kind, from memory or streamed, out to bytes and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import xgboost
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from featurepipe.errors import BundleError, UsageError
+from featurepipe.heads.blocks import Array, Blocks, iterate, labels_of
+from featurepipe.heads.calibration import log_softmax, two_columns
+from featurepipe.heads.inputs import Codes, Floats, labels_from, map_rows, prediction_blocks, training_data
+
+
+class BoostedTrees(ClassifierMixin, BaseEstimator):
+    """Gradient-boosted trees (Chen & Guestrin 2016, "XGBoost: A scalable tree boosting system"), histogram method.
+
+    What ``xgboost.XGBClassifier(tree_method="hist")`` learns, tree for tree, and besides:
+
+    - Labels of any kind; ``classes_`` keeps them.
+    - Features are handed over block by block (``QuantileDMatrix`` from a ``DataIter``), from an array and from ``Blocks``
+      alike, and the trees do not depend on the blocks. xgboost keeps one byte for each value of the quantised features and
+      builds its histograms from them; what was read is never in memory as a whole.
+    - The booster goes out as UBJSON and comes back: ``booster_ubjson()``, ``without_booster()`` (what is left: plain
+      attributes, no xgboost object) and ``with_booster(raw)`` (a copy that predicts).
+
+    Args:
+        n_estimators: Rounds; each adds one tree, or one for each of three or more classes.
+        learning_rate: Weight of each tree.
+        max_depth: Of a tree.
+        min_child_weight: Least sum of Hessians in a leaf.
+        subsample: Share of the rows that each round sees.
+        colsample_bytree: Share of the features that each tree sees.
+        reg_lambda: L2 penalty on leaves.
+        gamma: Least gain of a split.
+        max_bin: Quantiles a feature is cut into.
+        early_stopping_rounds: Stop after so many rounds without a better log-loss on ``eval_set``; None for never.
+        class_weight: None, ``"balanced"`` or a dict from label to weight.
+        random_state: Seed of the sampling.
+        n_jobs: Threads; None for all.
+        memory: What the blocks alive at one time may take (bytes or "512MB"); xgboost's own are extra.
+
+    Attributes:
+        classes_: (K,) labels.
+        booster_: ``xgboost.Booster``.
+        best_iteration_: The round (from 0) up to which trees are used.
+        evaluation_: Log-loss on ``eval_set`` after each round; empty without one.
+        n_features_in_: D.
+    """
+
+    def __init__(
+        self,
+        n_estimators: int = 300,
+        *,
+        learning_rate: float = 0.1,
+        max_depth: int = 6,
+        min_child_weight: float = 1.0,
+        subsample: float = 1.0,
+        colsample_bytree: float = 1.0,
+        reg_lambda: float = 1.0,
+        gamma: float = 0.0,
+        max_bin: int = 256,
+        early_stopping_rounds: int | None = None,
+        class_weight: Any = None,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        self.n_estimators = n_estimators
+        self.learning_rate = learning_rate
+        self.max_depth = max_depth
+        self.min_child_weight = min_child_weight
+        self.subsample = subsample
+        self.colsample_bytree = colsample_bytree
+        self.reg_lambda = reg_lambda
+        self.gamma = gamma
+        self.max_bin = max_bin
+        self.early_stopping_rounds = early_stopping_rounds
+        self.class_weight = class_weight
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, eval_set: tuple[Any, Any] | None = None) -> Self:
+        """Grows the trees.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) labels; None takes those of a ``FeatureSet``.
+            sample_weight: (n,) or one number.
+            eval_set: Features and labels of validation images (labels None: those of the features); with
+                ``early_stopping_rounds`` they decide how many rounds are used. In a pipeline they must be transformed
+                already.
+
+        Raises:
+            UsageError: One class only, a value is not finite, or early stopping has no validation data.
+        """
+        if self.early_stopping_rounds is not None and eval_set is None:
+            raise UsageError("early_stopping_rounds needs validation data: fit(X, y, eval_set=(X_val, y_val))")
+        data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
+        self.classes_ = data.classes
+        matrix = self._matrix(data.blocks, data.codes, data.weights)
+        watched = [] if eval_set is None else [(self._evaluation_matrix(eval_set, matrix), "validation")]
+        history: dict[str, dict[str, list[float]]] = {}
+        self.booster_ = xgboost.train(
+            self._parameters(),
+            matrix,
+            self.n_estimators,
+            evals=watched,
+            evals_result=history,
+            early_stopping_rounds=self.early_stopping_rounds,
+            verbose_eval=False,
+        )
+        stopped = self.early_stopping_rounds is not None
+        self.best_iteration_ = int(self.booster_.best_iteration) if stopped else self.n_estimators - 1
+        self.evaluation_ = [value for values in history.get("validation", {}).values() for value in values]
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Returns the sum of the leaves: (n, K) log-odds up to a constant per row, or (n,) for two classes."""
+        booster, rounds = self._booster(), (0, self.best_iteration_ + 1)
+
+        def margins(block: Array) -> Array:
+            return np.asarray(booster.inplace_predict(block, rounds, predict_type="margin"))
+
+        return map_rows(prediction_blocks(self, X), margins, memory=self.memory, dtype=np.float32)
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) labels."""
+        return labels_from(self.decision_function(X), self.classes_)
+
+    def predict_log_proba(self, X: Any) -> Floats:
+        """Returns (n, K) log-probabilities, in the order of ``classes_``."""
+        return log_softmax(two_columns(self.decision_function(X)))
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Returns (n, K) probabilities, in the order of ``classes_``."""
+        return np.asarray(np.exp(self.predict_log_proba(X)))
+
+    def booster_ubjson(self) -> bytes:
+        """Returns the trees as UBJSON, xgboost's own format."""
+        return bytes(self._booster().save_raw("ubj"))
+
+    def without_booster(self) -> Self:
+        """Returns a copy that has everything but the trees, and no object of xgboost."""
+        stripped = copy.copy(self)
+        stripped.__dict__.pop("booster_", None)
+        return stripped
+
+    def with_booster(self, raw: bytes) -> Self:
+        """Returns a copy with trees from ``booster_ubjson``.
+
+        Raises:
+            BundleError: The bytes are no booster, or one for other classes or features.
+        """
+        booster = xgboost.Booster()
+        try:
+            booster.load_model(bytearray(raw))
+        except xgboost.core.XGBoostError as error:
+            raise BundleError(
+                f"these {len(raw)} bytes are no booster in UBJSON: {str(error).splitlines()[0]}"
+            ) from error
+        if booster.num_features() != self.n_features_in_:
+            raise BundleError(f"the booster takes {booster.num_features()} features, the head {self.n_features_in_}")
+        complete = copy.copy(self)
+        complete.booster_ = booster
+        return complete
+
+    def _booster(self) -> Any:
+        check_is_fitted(self)
+        if not hasattr(self, "booster_"):
+            raise UsageError("this head has no trees: put them back with with_booster(raw)")
+        return self.booster_
+
+    def _matrix(self, blocks: Blocks, codes: Codes, weights: Floats | None, ref: Any = None) -> Any:
+        batches = _Batches(blocks, codes, weights, self.memory)
+        return xgboost.QuantileDMatrix(batches, max_bin=self.max_bin, nthread=self.n_jobs, ref=ref)
+
+    def _evaluation_matrix(self, eval_set: tuple[Any, Any], ref: Any) -> Any:
+        features, labels = eval_set
+        found = np.asarray(labels_of(features, labels))
+        strange = sorted({str(label) for label in found[~np.isin(found, self.classes_)]})
+        if strange:
+            raise UsageError(
+                f"eval_set has labels that the training rows lack: {', '.join(strange[:5])}; validate on the classes trained on"
+            )
+        blocks = prediction_blocks(self, features, fitted=False)
+        if len(found) != blocks.shape[0]:
+            raise UsageError(f"eval_set has {blocks.shape[0]} rows of features but {len(found)} labels")
+        return self._matrix(blocks, np.searchsorted(self.classes_, found), None, ref)
+
+    def _parameters(self) -> dict[str, Any]:
+        seed = self.random_state
+        if not isinstance(seed, int):
+            seed = int(check_random_state(seed).randint(2**31 - 1))
+        several = {"objective": "multi:softprob", "eval_metric": "mlogloss", "num_class": len(self.classes_)}
+        return {
+            "tree_method": "hist",
+            "eta": self.learning_rate,
+            "max_depth": self.max_depth,
+            "min_child_weight": self.min_child_weight,
+            "subsample": self.subsample,
+            "colsample_bytree": self.colsample_bytree,
+            "lambda": self.reg_lambda,
+            "gamma": self.gamma,
+            "max_bin": self.max_bin,
+            "seed": seed,
+            "nthread": self.n_jobs or 0,
+            **(several if len(self.classes_) > 2 else {"objective": "binary:logistic", "eval_metric": "logloss"}),
+        }
+
+
+class _Batches(xgboost.DataIter):
+    """Hands blocks to xgboost, which asks for all of them several times."""
+
+    def __init__(self, blocks: Blocks, codes: Codes, weights: Floats | None, memory: int | str | None) -> None:
+        super().__init__()
+        self._blocks, self._codes, self._weights, self._memory = blocks, codes, weights, memory
+        self._coming: Iterator[tuple[slice, Array]] = iter(())
+
+    def reset(self) -> None:
+        """Starts again at the first row."""
+        self._coming = iterate(self._blocks, memory=self._memory, dtype=np.float32)
+
+    def next(self, input_data: Any) -> bool:
+        """Hands over the next block; false at the end."""
+        place, block = next(self._coming, (slice(0), None))
+        if block is None:
+            return False
+        weights = {} if self._weights is None else {"weight": self._weights[place]}
+        input_data(data=block, label=self._codes[place], **weights)
+        return True

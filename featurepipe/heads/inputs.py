@@ -1,0 +1,230 @@
+"""What heads learn from and predict on, checked: arrays as scikit-learn checks them, and blocks of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of
+
+Codes = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+_DTYPES = [np.float64, np.float32, np.float16]  # kept as they are; everything else becomes float64
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Checked features and labels.
+
+    Attributes:
+        blocks: (n, D) features; those that are read later raise when a value is not finite.
+        codes: (n,) position of each row's class in ``classes``.
+        classes: (K,) distinct labels, sorted.
+        weights: (n,) sample weights times class weights, or None if all are 1.
+    """
+
+    blocks: Blocks
+    codes: Codes
+    classes: Array
+    weights: Floats | None
+
+
+class FiniteBlocks:
+    """Blocks that raise when a value read is NaN or infinite, naming the rows."""
+
+    def __init__(self, source: Blocks) -> None:
+        self.source = source
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the values as they are kept."""
+        return self.source.dtype
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Reads rows and looks at every value.
+
+        Raises:
+            UsageError: A value is NaN or infinite.
+        """
+        block = self.source.read(dtype, rows=rows)
+        if not _all_finite(block):
+            numbers = np.arange(self.shape[0])
+            raise _non_finite(block, numbers if rows is None else numbers[rows])
+        return block
+
+
+def training_data(
+    estimator: Any, features: Any, labels: Any, *, sample_weight: Any = None, class_weight: Any = None
+) -> TrainingData:
+    """Checks what an estimator is to learn from, and sets its ``n_features_in_`` (and ``feature_names_in_``).
+
+    Args:
+        estimator: The one that is being fitted.
+        features: (n, D) array, or ``Blocks`` such as a ``FeatureSet``.
+        labels: (n,); None takes those that the features carry.
+        sample_weight: (n,) or one number; None for ones.
+        class_weight: None, ``"balanced"`` or a dict from label to weight, as in scikit-learn.
+
+    Raises:
+        UsageError: There are fewer than two classes, a value is not finite, or the lengths differ.
+    """
+    if is_blocks(features):
+        estimator.n_features_in_ = features.shape[1]
+        blocks: Blocks = FiniteBlocks(features)
+        found = labels_of(features, labels)
+    elif labels is None:
+        blocks, found = ArrayBlocks(np.empty((0, 0))), labels_of(None, None)  # raises
+    else:
+        array = validate_data(estimator, features, dtype=_DTYPES, ensure_all_finite=False)
+        found = labels_of(features, labels)
+        blocks = _finite_array(array)
+    found = column_or_1d(found, warn=True)
+    if len(found) != blocks.shape[0]:
+        raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} labels: give one label a row")
+    classes, codes = classes_of(found)
+    weights = _weights(sample_weight, class_weight, found)
+    return TrainingData(blocks, codes, classes, weights)
+
+
+def classes_of(labels: Array) -> tuple[Array, Codes]:
+    """Returns the distinct labels, sorted, and each row's position among them.
+
+    Raises:
+        UsageError: A label is NaN, or all are the same.
+        ValueError: The labels are numbers on a scale, not classes.
+    """
+    if labels.dtype.kind == "f" and not _all_finite(labels):
+        bad = np.flatnonzero(~np.isfinite(labels))
+        raise UsageError(f"Input y contains NaN or infinity: {_rows(bad)}; leave these rows out")
+    check_classification_targets(labels)
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise UsageError(
+            f"one class only: all {len(labels)} rows are labelled {classes.tolist()[0]!r}; "
+            "a head learns to tell at least two classes apart"
+        )
+    return classes, codes.reshape(-1).astype(np.int64)
+
+
+def prediction_blocks(estimator: Any, features: Any, *, fitted: bool = True) -> Blocks:
+    """Checks what a fitted estimator is to predict on.
+
+    Args:
+        estimator: A fitted one.
+        features: (n, D) array or ``Blocks``.
+        fitted: False if it is still being fitted, and only ``n_features_in_`` is known.
+
+    Raises:
+        UsageError: The width is not that of the training, or a value is not finite.
+        NotFittedError: The estimator is not fitted.
+    """
+    if fitted:
+        check_is_fitted(estimator)
+    if not is_blocks(features):
+        options = {"reset": False, "dtype": _DTYPES, "ensure_all_finite": False}
+        return _finite_array(validate_data(estimator, features, **options))
+    if features.shape[1] != estimator.n_features_in_:
+        raise UsageError(
+            f"X has {features.shape[1]} features, but {type(estimator).__name__} is expecting "
+            f"{estimator.n_features_in_} features as input: give it the columns it was trained on"
+        )
+    return FiniteBlocks(features)
+
+
+def map_rows(
+    blocks: Blocks,
+    function: Callable[[Array], Array],
+    *,
+    rows: int | None = None,
+    memory: int | str | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Array:
+    """Applies a function to the features block by block, and puts what it returns together.
+
+    Args:
+        blocks: (n, D).
+        function: From (m, D) to (m,) or (m, K).
+        rows: Rows of a block; by default what ``memory`` allows.
+        memory: What the blocks alive at one time may take.
+        dtype: Of the blocks given to the function.
+    """
+    parts = [function(block) for _, block in iterate(blocks, rows=rows, memory=memory, dtype=dtype)]
+    return np.concatenate(parts) if parts else np.asarray(function(np.empty(blocks.shape, dtype or np.float64)))
+
+
+def linear_scores(
+    estimator: Any, features: Any, *, memory: int | str | None = None, dtype: npt.DTypeLike | None = None
+) -> Array:
+    """Decision values of a fitted linear estimator (``coef_`` (R, D), ``intercept_`` (R,)), block by block.
+
+    Returns:
+        (n, K), or (n,) for two classes.
+    """
+    blocks = prediction_blocks(estimator, features)
+    coef, intercept = estimator.coef_, estimator.intercept_
+    scores = map_rows(blocks, lambda block: block @ coef.T + intercept, memory=memory, dtype=dtype)
+    return scores[:, 0] if scores.shape[1] == 1 else scores
+
+
+def labels_from(scores: Array, classes: Array) -> Array:
+    """The class with the highest score: of (n, K) scores, or of the (n,) signs for two classes."""
+    chosen = (scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)
+    return np.asarray(classes)[chosen]
+
+
+def _weights(sample_weight: Any, class_weight: Any, labels: Array) -> Floats | None:
+    weights: Floats | None = None
+    if sample_weight is not None:
+        weights = np.asarray(sample_weight, np.float64)
+        weights = np.full(len(labels), float(weights)) if weights.ndim == 0 else weights
+        if weights.ndim != 1:
+            raise UsageError(f"Sample weights must be 1D array or scalar, these have shape {weights.shape}")
+        if len(weights) != len(labels):
+            raise UsageError(f"sample_weight.shape == {weights.shape}, expected ({len(labels)},): one weight a row")
+        wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(wrong):
+            raise UsageError(f"sample_weight must be finite and not negative: {_rows(wrong)} are not")
+        if not weights.any():
+            raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
+    if class_weight is not None:
+        by_class = compute_sample_weight(class_weight, labels)
+        weights = by_class if weights is None else weights * by_class
+    return weights
+
+
+def _finite_array(array: Array) -> ArrayBlocks:
+    if not all(_all_finite(block) for _, block in iterate(array, dtype=array.dtype)):
+        raise _non_finite(array, np.arange(len(array)))
+    return ArrayBlocks(array)
+
+
+def _all_finite(values: Array) -> bool:
+    """One sum says yes; where the sum overflows, every value is looked at."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
+
+
+def _non_finite(block: Array, numbers: npt.NDArray[np.intp]) -> UsageError:
+    bad = numbers[~np.isfinite(block).all(axis=1)]
+    kind = "NaN" if np.isnan(block).any() else "infinity"
+    return UsageError(f"Input X contains {kind}: {_rows(bad)}; heads learn from and predict on finite features only")
+
+
+def _rows(numbers: npt.NDArray[np.intp]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:5])
+    return (
+        f"row {shown}" if len(numbers) == 1 else f"{len(numbers)} rows ({shown}{', ...' if len(numbers) > 5 else ''})"
+    )

@@ -1,0 +1,176 @@
+"""Nearest neighbours and nearest centroids on features of any size."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.neighbors import KNeighborsClassifier
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import Array, iterate, working_dtype
+from featurepipe.heads.inputs import Floats, TrainingData, labels_from, map_rows, prediction_blocks, training_data
+from featurepipe.sizes import bytes_of
+
+
+class BlockNeighbours(KNeighborsClassifier):
+    """``KNeighborsClassifier`` by brute force that predicts on blocks, and says so if its rows cannot be kept.
+
+    It keeps every training row (as float32 where they are float16 or float32), so ``fit`` refuses more of them than
+    ``memory`` holds; predictions stream. Distances are matrix products (scikit-learn's brute force), the fastest way in the
+    hundreds of dimensions that features have.
+
+    Args:
+        n_neighbors: How many vote.
+        weights: ``"uniform"``, ``"distance"`` or a function of distances, as in scikit-learn.
+        metric: A metric that scikit-learn's brute force knows.
+        p: Power of the Minkowski metric.
+        n_jobs: Threads, as in scikit-learn.
+        memory: What the kept rows, and the blocks predicted on, may take each (bytes or "2GB"); None for no bound.
+
+    Attributes:
+        classes_: (K,) labels.
+        n_features_in_: D.
+    """
+
+    def __init__(
+        self,
+        n_neighbors: int = 5,
+        *,
+        weights: Any = "uniform",
+        metric: Any = "minkowski",
+        p: float = 2,
+        n_jobs: int | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        super().__init__(n_neighbors, weights=weights, algorithm="brute", metric=metric, p=p, n_jobs=n_jobs)
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Keeps the rows.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) labels; None takes those of a ``FeatureSet``.
+
+        Raises:
+            UsageError: The rows do not fit into ``memory``, one class only, or a value is not finite.
+        """
+        data = training_data(self, X, y)
+        dtype = working_dtype(data.blocks.dtype)
+        count, width = data.blocks.shape
+        needed = count * width * dtype.itemsize
+        if self.memory is not None and needed > bytes_of(self.memory):
+            raise UsageError(
+                f"knn keeps its training rows: {count} x {width} values take {needed / 1e6:.0f} MB, more than the memory "
+                f"allowed ({self.memory}); allow more, train on fewer rows or with pca=, or take a head that keeps none "
+                "(logistic, centroid, ...)"
+            )
+        kept = data.blocks.read(dtype)
+        super().fit(kept, data.classes[data.codes])
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) labels."""
+        return map_rows(prediction_blocks(self, X), super().predict, memory=self.memory)
+
+    def predict_proba(self, X: Any) -> Array:
+        """Returns (n, K): the share of the neighbours in each class."""
+        return map_rows(prediction_blocks(self, X), super().predict_proba, memory=self.memory)
+
+    def __sklearn_tags__(self) -> Any:
+        """Says that features are dense and each row has one label."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        tags.target_tags.multi_output = False
+        tags.classifier_tags.multi_label = False
+        return tags
+
+
+class BlockCentroid(ClassifierMixin, BaseEstimator):
+    """The class whose mean is nearest: ``NearestCentroid`` (Euclidean) for blocks.
+
+    Two passes: means, then variances within classes if means are to be shrunken (Tibshirani et al. 2002, "Diagnosis of
+    multiple cancer types by shrunken centroids of gene expression").
+
+    Args:
+        shrink_threshold: By how many standard errors each mean is moved towards the common one; None for not at all.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Attributes:
+        classes_: (K,) labels.
+        centroids_: (K, D) float64.
+        n_features_in_: D.
+    """
+
+    def __init__(self, shrink_threshold: float | None = None, *, memory: int | str | None = None) -> None:
+        self.shrink_threshold = shrink_threshold
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fits in one pass, or two with ``shrink_threshold``.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) labels; None takes those of a ``FeatureSet``.
+
+        Raises:
+            UsageError: One class only, a value that is not finite, or a threshold that is not positive.
+        """
+        if self.shrink_threshold is not None and not self.shrink_threshold > 0:
+            raise UsageError(f"shrink_threshold={self.shrink_threshold!r} must be positive, or None")
+        data = training_data(self, X, y)
+        self.classes_ = data.classes
+        self.centroids_ = _class_means(data, self.memory)
+        if self.shrink_threshold is not None:
+            self.centroids_ = _shrunken(data, self.centroids_, self.shrink_threshold, self.memory)
+        return self
+
+    def decision_function(self, X: Any) -> Floats:
+        """Returns ``x . c - |c|^2 / 2`` for each centroid c, (n, K); for two classes the difference, (n,).
+
+        It is minus half the squared distance, up to a term that is the same for all classes.
+        """
+        blocks = prediction_blocks(self, X)
+        return map_rows(blocks, lambda block: centroid_scores(block, self.centroids_), memory=self.memory)
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) labels."""
+        return labels_from(self.decision_function(X), self.classes_)
+
+
+def centroid_scores(block: Array, centroids: Floats) -> Floats:
+    """Returns ``x . c - |c|^2 / 2`` for each of (K, D) centroids: (m, K), or the difference (m,) for two."""
+    scores = np.asarray(block @ centroids.T - 0.5 * np.einsum("kd,kd->k", centroids, centroids))
+    return scores[:, 1] - scores[:, 0] if len(centroids) == 2 else scores
+
+
+def _class_sums(blocks: Any, data: TrainingData, width: int) -> Floats:
+    """Sums of the rows of each class, (K, width) float64."""
+    sums = np.zeros((len(data.classes), width))
+    for place, block in blocks:
+        members = np.zeros((len(data.classes), len(block)))
+        members[data.codes[place], np.arange(len(block))] = 1
+        sums += members @ block
+    return sums
+
+
+def _class_means(data: TrainingData, memory: int | str | None) -> Floats:
+    counts = np.bincount(data.codes, minlength=len(data.classes))
+    blocks = iterate(data.blocks, memory=memory, dtype=np.float64)
+    return np.asarray(_class_sums(blocks, data, data.blocks.shape[1]) / counts[:, None])
+
+
+def _shrunken(data: TrainingData, means: Floats, threshold: float, memory: int | str | None) -> Floats:
+    """Soft-thresholds the distance of each mean from the common one, in standard errors plus their median."""
+    counts = np.bincount(data.codes, minlength=len(means))
+    total = len(data.codes)
+    squares = np.zeros(means.shape[1])
+    for place, block in iterate(data.blocks, memory=memory, dtype=np.float64):
+        squares += ((block - means[data.codes[place]]) ** 2).sum(axis=0)
+    deviation = np.sqrt(squares / max(1, total - len(means)))
+    common = counts @ means / total
+    errors = np.sqrt(1 / counts - 1 / total)[:, None] * (deviation + np.median(deviation))
+    offsets = means - common
+    return np.asarray(common + np.sign(offsets) * np.maximum(np.abs(offsets) - threshold * errors, 0))
