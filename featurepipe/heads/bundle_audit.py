@@ -1,0 +1,148 @@
+"""What a skops file may hold before skops itself gets to see it.
+
+skops builds objects by looking up ``module.class`` names that the file gives, for those names that are on its list and
+ours. Its loopholes so far (CVE-2024-37065, CVE-2025-54412, CVE-2025-54413; in 0.16 the name of a bit generator) were kinds of
+nodes that call something while a name beside it is checked: methods, operators, constructors, random generators, and
+older variants of nodes that a file can choose by its protocol number. Heads need none of these. So a file may hold only
+data and estimators, in the current protocol, whatever skops would allow.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+from featurepipe.errors import BundleError
+
+OURS = (
+    "featurepipe.heads.boosted.BoostedTrees",
+    "featurepipe.heads.neighbours.BlockCentroid",
+    "featurepipe.heads.neighbours.BlockNeighbours",
+)
+_SCALAR_NAMES = "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 str_"
+_SCALARS = frozenset(f"numpy.{name}" for name in _SCALAR_NAMES.split())
+_KEY_TYPES = frozenset({"builtins.bool", "builtins.float", "builtins.int", "builtins.str"})
+# Each kind of node that may be in the file, with what it may be; ObjectNode is settled in ``_may_be``.
+_NODES = {
+    "DictNode": frozenset({"builtins.dict"}),
+    "JsonNode": frozenset({"builtins.str"}),
+    "ListNode": frozenset({"builtins.list"}),
+    "NdArrayNode": _SCALARS | {"numpy.ndarray"},
+    "TupleNode": frozenset({"builtins.tuple"}),
+    "TypeNode": _SCALARS | _KEY_TYPES,
+}
+_LEAST_PROTOCOL = 2
+
+
+def audit(content: bytes, name: str) -> None:
+    """Checks a skops file without importing or building anything that it names.
+
+    Args:
+        content: The file.
+        name: For messages.
+
+    Raises:
+        BundleError: It is no skops file, or holds more than data and estimators; names what, and the next step.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            _check_members(members, len(content), name)
+            schema = json.loads(archive.read("schema.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError, NotImplementedError, EOFError) as error:
+        raise BundleError(f"{name} is not a file of skops ({error}); {_hint(content)}") from error
+    if not isinstance(schema, dict) or "__loader__" not in schema:
+        raise BundleError(f"{name} holds no object; do not use this bundle")
+    protocol = schema.get("protocol")
+    if not isinstance(protocol, int) or isinstance(protocol, bool) or protocol < _LEAST_PROTOCOL:
+        raise BundleError(f"{name} is of skops protocol {protocol!r}, bundles have 2 or later; do not use this bundle")
+    nodes = list(_nodes(schema))
+    found = sorted({_described(node) for node in nodes if not _may_be(node)})
+    if found:
+        raise BundleError(
+            f"{name} holds what no head needs: {', '.join(found[:5])}. Nothing of it was run or imported. "
+            "Do not use this bundle unless you know who made it; train again from your own features"
+        )
+    _check_reads(nodes, {member.filename for member in members}, name)
+    try:
+        _measure(schema, {})
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{name} refers to itself ({error}), ours never do; do not use this bundle") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], total: int, name: str) -> None:
+    """Everything is stored as it is, once: what is read can never be more than the file itself."""
+    names = {member.filename for member in members}
+    stored = all(member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1 for member in members)
+    if len(names) < len(members) or not stored or sum(member.file_size for member in members) > total:
+        raise BundleError(
+            f"{name} holds compressed, encrypted or overlapping entries, ours never do; do not use this bundle"
+        )
+
+
+def _check_reads(nodes: list[dict[str, Any]], members: set[str], name: str) -> None:
+    """Each array's bytes are read for one object only, so that a small file cannot fill the memory."""
+    owners: dict[str, int] = {}
+    for node in nodes:
+        if node["__loader__"] == "NdArrayNode" and "file" in node:
+            file, owner = node["file"], node.get("__id__")
+            known = isinstance(file, str) and file in members
+            if not (known and isinstance(owner, int) and owner > 0 and owners.setdefault(file, owner) == owner):
+                raise BundleError(f"{name} has an array without bytes of its own ({file!r}); do not use this bundle")
+
+
+def _measure(value: Any, sizes: dict[int, int]) -> int:
+    """Counts the nodes in a part of the schema, those of an object that comes again as often as it comes.
+
+    skops takes a node whose ``__id__`` it knows for the one it read before. If all nodes of one id are of one size, what
+    it will walk through is no more than what is written, and nothing contains itself.
+
+    Raises:
+        ValueError: They are not.
+    """
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    count = sum(_measure(child, sizes) for child in inner)
+    if not isinstance(value, dict) or not {"__loader__", "__id__"} & value.keys():
+        return count
+    identity = value.get("__id__")
+    if "__loader__" not in value or (identity is not None and not isinstance(identity, int)):
+        raise ValueError(f"object {identity!r} is not written out")
+    if identity is not None and sizes.setdefault(identity, count) != count:
+        raise ValueError(f"object {identity} has two forms")
+    return count + 1
+
+
+def _nodes(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every dict that skops could take for a node, wherever it lies."""
+    pending: list[Any] = [schema]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "__loader__" in value:
+                yield value
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+
+
+def _may_be(node: dict[str, Any]) -> bool:
+    loader, module, kind = node["__loader__"], node.get("__module__"), node.get("__class__")
+    if not (isinstance(loader, str) and isinstance(module, str) and isinstance(kind, str)):
+        return False
+    full = f"{module}.{kind}"
+    if loader == "ObjectNode":  # which of scikit-learn's, skops decides next
+        return "." not in kind and (module.startswith("sklearn.") or full in OURS)
+    return "." not in kind and full in _NODES.get(loader, frozenset())
+
+
+def _described(node: dict[str, Any]) -> str:
+    return f"{node.get('__module__')}.{node.get('__class__')} as {node['__loader__']}"
+
+
+def _hint(content: bytes) -> str:
+    if content[:1] == b"\x80":
+        return "it looks like a pickle, which can run any code, and was not opened: do not use this bundle"
+    return "copy the whole folder again from where it was made, or train again"

@@ -1,0 +1,228 @@
+"""The files of a bundle: read only where they lie, only as they were written; and ``bundle.json``, which vouches for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurepipe.errors import BundleError
+
+FORMAT, VERSION = "featurepipe-bundle", 1
+MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
+    "bundle.json",
+    "head.skops",
+    "head.ubj",
+    "seen.safetensors",
+    "weights.safetensors",
+)
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "backbone": dict,
+    "classes": list,
+    "columns": list,
+    "family": str,
+    "files": dict,
+    "fingerprint": str,
+    "metrics": dict,
+    "params": dict,
+    "software": dict,
+    "space": dict,
+    "temperature": (int, float, type(None)),
+    "training": dict,
+    "width": int,
+}
+_LARGEST_MANIFEST = 64 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_AGAIN = "copy the whole folder again from where it was made, or train again"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one form of a JSON value that is hashed, that of a store's feature spaces: sorted, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def plain(value: Any, where: str) -> Any:
+    """Returns ``value`` as JSON values: NumPy's numbers as Python's, tuples and arrays as lists.
+
+    Raises:
+        BundleError: JSON cannot hold it, or it is NaN or infinite; names the place.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {_text_key(key, where): plain(inner, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner, f"{where}[{number}]") for number, inner in enumerate(value)]
+    if isinstance(value, float) and not np.isfinite(value):
+        raise BundleError(f"{where} is {value}, which JSON cannot hold; give None where there is no number")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise BundleError(
+        f"{where} is a {type(value).__name__}, which a bundle cannot record; give numbers, text, lists and dicts"
+    )
+
+
+def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes ``bundle.json``: ``record`` with the format's name and version, and the checksum of all that."""
+    content = {**record, "format": FORMAT, "version": VERSION}
+    content["checksum"] = sha256_of(content)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads ``bundle.json`` and checks that it is one that this version can use, and as it was written.
+
+    Raises:
+        BundleError: It is not; says what to do.
+    """
+    content = _parse(_manifest_bytes(folder), folder / MANIFEST)
+    place = folder / MANIFEST
+    if content.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder} is not a bundle: the format in {MANIFEST} is {content.get('format')!r}, not {FORMAT!r}"
+        )
+    version = content.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"{place} is damaged: its version is {version!r}; {_AGAIN}")
+    if version > VERSION:
+        raise BundleError(
+            f"{place} has version {version} of the format, this featurepipe reads up to {VERSION}; "
+            "run: pip install --upgrade featurepipe"
+        )
+    claimed = content.pop("checksum", None)
+    if claimed != sha256_of(content):
+        raise BundleError(f"{place} is not what was written (its checksum differs); {_AGAIN}")
+    _check_entries(content, place)
+    return content
+
+
+def record_file(folder: Path, name: str) -> dict[str, Any]:
+    """What ``bundle.json`` keeps of a file: its SHA-256 and size."""
+    with open_plain(folder, name) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Compares a file with what ``bundle.json`` keeps of it, in bounded memory.
+
+    Raises:
+        BundleError: It is missing, no plain file, or not what was written.
+    """
+    with open_plain(folder, name) as file:
+        _check_size(file, folder / name, expected)
+        _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), folder / name, expected)
+
+
+def read_file(folder: Path, name: str, expected: Mapping[str, Any]) -> bytes:
+    """Reads a file once and returns exactly the bytes that were checked.
+
+    Raises:
+        BundleError: It is missing, no plain file, or not what was written.
+    """
+    with open_plain(folder, name) as file:
+        _check_size(file, folder / name, expected)
+        content = file.read()
+    _check_digest(hashlib.sha256(content).hexdigest(), folder / name, expected)
+    return content
+
+
+def open_plain(folder: Path, name: str) -> BufferedReader:
+    """Opens a file that lies in ``folder`` itself: no link, no device, no pipe.
+
+    Raises:
+        BundleError: There is none.
+    """
+    path = folder / name
+    try:  # O_NONBLOCK: opening a pipe must not wait for its other end
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing; {_AGAIN}") from error
+    except OSError as error:
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link; a bundle holds its files itself: {_AGAIN}") from error
+        raise BundleError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BundleError(f"{path} is not a plain file; {_AGAIN}")
+    return os.fdopen(descriptor, "rb")
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "missing"
+        raise BundleError(f"{folder} is {what}, not a bundle; give the folder that featurepipe train --out wrote")
+    if not os.path.lexists(folder / MANIFEST):
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that featurepipe train --out wrote"
+        )
+    with open_plain(folder, MANIFEST) as file:
+        content = file.read(_LARGEST_MANIFEST + 1)
+    if len(content) > _LARGEST_MANIFEST:
+        raise BundleError(
+            f"{folder / MANIFEST} is larger than {_LARGEST_MANIFEST >> 20} MiB, so it is none of ours; {_AGAIN}"
+        )
+    return content
+
+
+def _parse(content: bytes, place: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{place} is not JSON: {error}; {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{place} is not a JSON object; {_AGAIN}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _check_entries(content: Mapping[str, Any], place: Path) -> None:
+    for name, kind in ENTRIES.items():
+        if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise BundleError(f"{place} is damaged: {name!r} is missing or of the wrong type; {_AGAIN}")
+    for name in ("classes", "columns"):
+        values = content[name]
+        if not values or not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
+            raise BundleError(f"{place} is damaged: {name!r} must be distinct text, at least one; {_AGAIN}")
+    for name, entry in content["files"].items():
+        if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+            raise BundleError(f"{place} names a file {name!r} that may lie outside the bundle; do not use this bundle")
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise BundleError(f"{place} is damaged: it keeps no size or no SHA-256 of {name}; {_AGAIN}")
+    for name in (HEAD, SEEN):
+        if name not in content["files"]:
+            raise BundleError(f"{place} is damaged: it does not list {name}; {_AGAIN}")
+
+
+def _check_size(file: BufferedReader, path: Path, expected: Mapping[str, Any]) -> None:
+    found = os.fstat(file.fileno()).st_size
+    if found != expected["bytes"]:
+        raise BundleError(f"{path} has {found} bytes, {expected['bytes']} were written; {_AGAIN}")
+
+
+def _check_digest(found: str, path: Path, expected: Mapping[str, Any]) -> None:
+    if found != expected["sha256"]:
+        raise BundleError(f"{path} is not what was written (its checksum differs); {_AGAIN}")
+
+
+def _text_key(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise BundleError(f"{where} has the key {key!r}, which is not text; a bundle records JSON objects")
+    return str(key)

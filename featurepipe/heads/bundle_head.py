@@ -1,0 +1,143 @@
+"""A head as files and back: scikit-learn's parts through skops, XGBoost's trees as UBJSON, and no pickle."""
+
+from __future__ import annotations
+
+import copy
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import BundleError
+from featurepipe.heads.bundle_audit import OURS, audit
+from featurepipe.heads.bundle_bounds import check_bounds
+from featurepipe.heads.bundle_files import BOOSTER, HEAD
+
+# What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
+_SENSELESS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def head_files(head: Any) -> dict[str, bytes]:
+    """Turns a fitted estimator into the files that hold it.
+
+    Returns:
+        File name to content: ``head.skops``, and ``head.ubj`` for boosted trees.
+
+    Raises:
+        BundleError: It holds something that could not be loaded again without running code.
+    """
+    import skops.io
+    from skops.io.exceptions import UnsupportedTypeException
+
+    files = {}
+    trees = _last(head)
+    if hasattr(trees, "booster_ubjson"):
+        files[BOOSTER] = trees.booster_ubjson()
+        head = _with_last(head, trees.without_booster())
+    try:
+        files[HEAD] = skops.io.dumps(head)
+    except (UnsupportedTypeException, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"a bundle cannot hold this {type(head).__name__}: {error}; use a head of make_head"
+        ) from error
+    return files
+
+
+def load_head(files: Mapping[str, bytes], folder: Path) -> Any:
+    """Builds the estimator from its files, after checking everything that they name.
+
+    Args:
+        files: As ``head_files`` made them.
+        folder: For messages.
+
+    Raises:
+        BundleError: They hold anything but data and estimators of scikit-learn and featurepipe.
+    """
+    import skops.io
+
+    content, name = files[HEAD], str(folder / HEAD)
+    audit(content, name)
+    try:
+        untrusted = set(skops.io.get_untrusted_types(data=content)) - set(OURS)
+        if untrusted:
+            raise BundleError(
+                f"{name} holds types that bundles do not: {', '.join(sorted(untrusted))}. Nothing of it was run. "
+                "Do not use this bundle unless you know who made it; train again from your own features"
+            )
+        head = _loaded(content)
+        check_bounds(head, name)
+        return _with_booster(head, files.get(BOOSTER), folder)
+    except _SENSELESS as error:
+        raise BundleError(
+            f"{name} does not hold a usable head ({type(error).__name__}: {error}); train again"
+        ) from error
+
+
+def _loaded(content: bytes) -> Any:
+    import skops.io
+    from sklearn.exceptions import InconsistentVersionWarning
+
+    with warnings.catch_warnings():  # the bundle says it once for all parts, see bundle.py
+        warnings.simplefilter("ignore", InconsistentVersionWarning)
+        return skops.io.loads(content, trusted=list(OURS))
+
+
+def _last(head: Any) -> Any:
+    """The classifier itself: of a pipeline the last step."""
+    return head.steps[-1][1] if hasattr(head, "steps") else head
+
+
+def _with_last(head: Any, last: Any) -> Any:
+    """A copy of ``head`` with another classifier in it."""
+    if not hasattr(head, "steps"):
+        return last
+    changed = copy.copy(head)
+    changed.steps = [*head.steps[:-1], (head.steps[-1][0], last)]
+    return changed
+
+
+def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
+    trees = _last(head)
+    if hasattr(trees, "with_booster") != (booster is not None):
+        raise BundleError(f"{folder / HEAD} and {folder / BOOSTER} do not belong together; train again")
+    if booster is None:
+        return head
+    if booster[:1] != b"{":
+        raise BundleError(f"{folder / BOOSTER} is not UBJSON, and was not opened; do not use this bundle")
+    try:
+        return _with_last(head, trees.with_booster(booster))
+    except BundleError as error:
+        raise BundleError(f"{folder / BOOSTER}: {error}; train again") from error
+
+
+def check_head(head: Any, classes: tuple[str, ...], name: str, *, width: int | None = None) -> None:
+    """Checks that a head is a fitted classifier of these classes, and of ``width`` values if that is known.
+
+    Raises:
+        BundleError: It is not.
+    """
+    found = getattr(head, "classes_", None)
+    if found is None or not hasattr(head, "predict") or not isinstance(getattr(head, "n_features_in_", None), int):
+        raise BundleError(f"{name} is a {type(head).__name__}, not a fitted classifier; train again")
+    names = list(found)
+    if not all(isinstance(label, str) for label in names):
+        raise BundleError(f"{name} has classes that are not text ({names[:3]}...); fit it with text labels")
+    if names != list(classes):
+        raise BundleError(f"{name} knows the classes {names[:5]}, the bundle names {list(classes[:5])}; train again")
+    if width not in {None, head.n_features_in_}:
+        raise BundleError(f"{name} takes {head.n_features_in_} values, the bundle says {width}; train again")
