@@ -1,0 +1,122 @@
+"""Copies of images where they should not be: trained on and tested on, in two splits, or under two labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
+
+EXAMPLES = 5
+"""Images shown of each kind of leak."""
+_IDS = 10
+
+Positions = npt.NDArray[np.int64]
+
+
+def report(features: FeatureSet) -> dict[str, Any]:
+    """Finds images whose copies lie in several of the user's own splits, or carry different labels.
+
+    Copies have equal bytes; they are told by the first 8 bytes of their SHA-256, which match by chance for any two of a
+    million images with a probability of 3e-8. Rows without a split or a label count on no side.
+
+    Args:
+        features: All rows of a dataset.
+
+    Returns:
+        JSON values. ``copies``: rows whose image is also that of an earlier row. ``across_splits``: ``images`` (distinct
+        ones) and ``rows`` concerned, ``pairs`` (each two splits with the number of images in both), ``examples``.
+        ``label_conflicts``: ``images``, ``rows``, ``examples``. An example is a list of ``{"id", "split", "label"}``, the
+        first row of the image on each side.
+    """
+    _, image, counts = np.unique(features.keys64, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(counts[image] > 1)  # the few that matter
+    copied = features.take(rows)
+    image = image[rows]
+    splits, split_names = _codes(copied.splits)
+    labels, _ = _codes(copied.labels)
+    split_rows, label_rows = _sides(image, splits), _sides(image, labels)
+    return {
+        "copies": len(features) - len(counts),
+        "across_splits": {
+            **_found(copied, image, splits, split_rows),
+            "pairs": _pairs(image[split_rows], splits[split_rows], split_names),
+        },
+        "label_conflicts": _found(copied, image, labels, label_rows),
+    }
+
+
+def trained_on(
+    features: FeatureSet, seen: npt.NDArray[np.uint64], correct: npt.NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
+    """Finds the images that a head was trained on among those it is evaluated on.
+
+    Args:
+        features: The n evaluated rows.
+        seen: First 8 bytes (little-endian) of the keys of the images that the head was trained on, in any order.
+        correct: (n,) whether the head is right.
+
+    Returns:
+        JSON values: ``images``, their ``share``, the first ``ids``, and, given ``correct``, ``accuracy_with`` and
+        ``accuracy_without`` them (null where no image is left).
+    """
+    known = np.isin(features.keys64, seen)
+    first = features.take(np.flatnonzero(known)[:_IDS])
+    found: dict[str, Any] = {
+        "images": int(known.sum()),
+        "share": float(known.mean()) if len(known) else 0.0,
+        "ids": [str(name) for name in first.ids],
+    }
+    if correct is not None:
+        others = correct[~known]
+        found["accuracy_with"] = float(correct.mean()) if len(correct) else None
+        found["accuracy_without"] = float(others.mean()) if len(others) else None
+    return found
+
+
+def _codes(values: npt.NDArray[Any]) -> tuple[Positions, list[str]]:
+    """Numbers for names, -1 for None, and the names in the order of the numbers, which is theirs."""
+    encoded = pa.array(values, pa.string()).dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    order = sorted(range(len(names)), key=lambda k: str(names[k]))
+    rank = np.full(len(names) + 1, -1, np.int64)  # the last one is what -1 finds
+    rank[order] = np.arange(len(names))
+    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)], [names[k] for k in order]
+
+
+def _sides(image: Positions, codes: Positions) -> Positions:
+    """The first row of each image on each of its sides, for images with more than one; images in the order of rows."""
+    rows = np.flatnonzero(codes >= 0)
+    _, first = np.unique(np.stack([image[rows], codes[rows]]), axis=1, return_index=True)
+    rows = np.sort(rows[first])
+    _, number, sides = np.unique(image[rows], return_inverse=True, return_counts=True)
+    return rows[sides[number] > 1]
+
+
+def _found(copied: FeatureSet, image: Positions, codes: Positions, sides: Positions) -> dict[str, Any]:
+    concerned = np.isin(image, image[sides]) & (codes >= 0)
+    firsts = np.sort(np.unique(image[sides], return_index=True)[1])[:EXAMPLES]
+    return {
+        "images": len(np.unique(image[sides])),
+        "rows": int(concerned.sum()),
+        "examples": [_example(copied, sides[image[sides] == image[sides[first]]]) for first in firsts],
+    }
+
+
+def _example(copied: FeatureSet, rows: Positions) -> list[dict[str, Any]]:
+    shown = copied.take(rows)
+    columns = zip(shown.ids, shown.splits, shown.labels, strict=True)
+    return [{"id": str(name), "split": split, "label": label} for name, split, label in columns]
+
+
+def _pairs(image: Positions, splits: Positions, names: list[str]) -> list[dict[str, Any]]:
+    """How many images each two splits share; ``image`` and ``splits`` hold each pair of them once."""
+    _, number = np.unique(image, return_inverse=True)
+    member = np.zeros((number.max(initial=-1) + 1, len(names)), np.int64)
+    member[number, splits] = 1
+    shared = np.triu(member.T @ member, 1)
+    return [{"splits": [names[a], names[b]], "images": int(shared[a, b])} for a, b in np.argwhere(shared)]

@@ -1,0 +1,183 @@
+"""An evaluation as plain text: warnings first, then measures, classes, confusions and mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from featurepipe.tables import share, table
+
+MATRIX_CLASSES = 20
+"""Classes up to which the confusion matrix is shown; past it the most frequent confusions."""
+MATRIX_WIDTH = 132
+"""Columns of text that the matrix may take."""
+
+_ROWS = 10
+_TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auc": "AUC, one vs rest",
+    "log_loss": "log-loss",
+    "ece": "calibration error",
+}
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """What ``featurepipe evaluate`` prints of ``evaluate(...)``."""
+    metrics = record["metrics"]
+    sections = [
+        _heading(record),
+        *_warnings(record),
+        _measures(metrics),
+        _classes(metrics["per_class"]),
+        _confusion(metrics),
+        _mistakes(metrics),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _heading(record: Mapping[str, Any]) -> str:
+    counts, bundle = record["counts"], record["bundle"]
+    parts = [f"{counts['scored']:,} images scored"]
+    parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
+    unknown = counts["unknown_classes"]
+    parts += (
+        [f"{sum(unknown.values()):,} left out, of classes the bundle does not know: {', '.join(unknown)}"]
+        if unknown
+        else []
+    )
+    copies = counts["duplicates"]
+    parts += [f"{copies:,} of the scored {_are(copies, 'is a copy', 'are copies')} of another"] if copies else []
+    return (
+        f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
+        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {bundle['classes']} classes"
+    )
+
+
+def _warnings(record: Mapping[str, Any]) -> list[str]:
+    found = record["leakage"]
+    kinds = [
+        _trained_on(found["trained_on"]),
+        _across_splits(found["across_splits"]),
+        _conflicts(found["label_conflicts"]),
+    ]
+    return ["\n".join(lines) for lines in kinds if lines]
+
+
+def _trained_on(found: Mapping[str, Any]) -> list[str]:
+    count = found["images"]
+    if not count:
+        return []
+    without = found["accuracy_without"]
+    others = f"without {_are(count, 'it', 'them')} {without:.4f}" if without is not None else "no other image is left"
+    return [
+        f"WARNING: the head was trained on {count:,} of these images ({share(found['share'])}): {_some(found['ids'], count)}",
+        f"  accuracy {found['accuracy_with']:.4f}, {others}; every measure below includes {_are(count, 'it', 'them')}",
+    ]
+
+
+def _across_splits(found: Mapping[str, Any]) -> list[str]:
+    if not found["images"]:
+        return []
+    pairs = ", ".join(f"{' and '.join(pair['splits'])} share {pair['images']:,}" for pair in found["pairs"])
+    return [
+        f"WARNING: {_images(found['images'])} of the dataset with copies in several splits ({pairs})",
+        *_examples(found, lambda row: f"{row['id']} ({row['split']})"),
+    ]
+
+
+def _conflicts(found: Mapping[str, Any]) -> list[str]:
+    if not found["images"]:
+        return []
+    return [
+        f"WARNING: {_images(found['images'])} of the dataset with copies under different labels",
+        *_examples(found, lambda row: f"{row['id']} ({row['label']})"),
+    ]
+
+
+def _examples(found: Mapping[str, Any], show: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    lines = ["  " + " = ".join(show(row) for row in rows) for rows in found["examples"]]
+    return [*lines, "  ..."] if found["images"] > len(lines) else lines
+
+
+def _measures(metrics: Mapping[str, Any]) -> str:
+    tops = {name: name.replace("_", "-") + " accuracy" for name in metrics if name.startswith("top_")}
+    rows, reasons = [], []
+    for name, title in {"accuracy": "accuracy", **tops, **_TITLES}.items():
+        found = metrics[name]
+        if found["value"] is not None:
+            limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}"
+            rows.append([title, f"{found['value']:.4f}", limits])
+        elif not name.startswith("top_"):  # of few classes nobody expects it
+            reasons.append(f"{title}: none, {found['reason']}")
+    resamples = metrics["bootstrap"]["resamples"]
+    header = ["measure", "value", f"95 % interval ({resamples:,} resamples)" if resamples else ""]
+    return "\n".join([table(header, rows), *reasons])
+
+
+def _classes(per_class: Sequence[Mapping[str, Any]]) -> str:
+    shown, note = list(per_class), ""
+    if len(shown) > MATRIX_CLASSES:
+        supported = [row for row in shown if row["support"]]
+        shown = sorted(supported, key=lambda row: (row["f1"], -row["support"]))[:_ROWS]
+        note = f"the {len(shown)} classes of lowest F1, of {len(per_class)}\n"
+    rows = [
+        [row["class"], row["support"], *(_number(row[name]) for name in ("precision", "recall", "f1", "auc"))]
+        for row in shown
+    ]
+    return note + table(["class", "images", "precision", "recall", "F1", "AUC"], rows)
+
+
+def _confusion(metrics: Mapping[str, Any]) -> str:
+    names, counts = metrics["confusion"]["classes"], metrics["confusion"]["counts"]
+    if len(names) <= MATRIX_CLASSES:
+        matrix = _matrix(names, counts)
+        if max(map(len, matrix.splitlines())) <= MATRIX_WIDTH:
+            return "rows are true classes, columns predicted ones\n" + matrix
+    pairs = metrics["confused"][:_ROWS]
+    if not pairs:
+        return ""
+    rows = [[pair["true"], pair["predicted"], pair["count"]] for pair in pairs]
+    return "most frequent confusions\n" + table(["true", "predicted", "images"], rows)
+
+
+def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Columns are numbered where their names would not fit; a dot is a zero."""
+    wide = max(len(name) for name in names) > 6 or len(names) > 12
+    heads = [str(number) for number in range(1, len(names) + 1)] if wide else list(names)
+    width = max([*(len(head) for head in heads), *(len(f"{cell}") for row in counts for cell in row)])
+    titles = [f"{head} {name}" if wide else name for head, name in zip(heads, names, strict=True)]
+    cells = [[(str(cell) if cell else ".").rjust(width) for cell in row] for row in counts]
+    return table(
+        ["", *(head.rjust(width) for head in heads)], [[t, *row] for t, row in zip(titles, cells, strict=True)]
+    )
+
+
+def _mistakes(metrics: Mapping[str, Any]) -> str:
+    found = metrics["mistakes"]
+    if not found["count"]:
+        return "no mistakes"
+    shown = found["most_confident"][:_ROWS]
+    rows = [[row["id"], row["true"], row["predicted"], f"{row['probability']:.4f}"] for row in shown]
+    title = (
+        f"the {len(rows)} most confident of {found['count']:,} mistakes\n" if len(rows) > 1 else "the only mistake\n"
+    )
+    return title + table(["id", "true", "predicted", "probability"], rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _images(count: int) -> str:
+    return f"{count:,} {_are(count, 'image', 'images')}"
+
+
+def _are(count: int, one: str, several: str) -> str:
+    return one if count == 1 else several
+
+
+def _some(ids: Sequence[str], count: int) -> str:
+    shown = ", ".join(ids[:3])
+    return f"{shown}, ..." if count > 3 else shown
