@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -150,6 +150,73 @@ def export(args: Namespace) -> int:
     return _print(args, result, lambda r: f"{r['file']}: {rows:,} x {width:,} {r['dtype']}, {size(r['bytes'])}")
 
 
+def train(args: Namespace) -> int:
+    """``featurepipe train``."""
+    from featurepipe.training.text import cost_text, train_text
+    from featurepipe.training.train import train as run
+
+    result = run(
+        args.store,
+        dataset=args.dataset,
+        nodes=args.nodes or ["bottleneck"],
+        head=args.head,
+        out=args.out,
+        backbone=args.backbone,
+        labels=args.labels,
+        split=args.split,
+        params=_parameters(args.params),
+        pca=None if args.pca is None else _value(args.pca),
+        class_weight=args.class_weight,
+        tune=args.tune,
+        calibration=not args.no_calibration,
+        min_class_size=args.min_class_size,
+        memory=args.memory,
+        jobs=args.jobs,
+        seed=args.seed,
+        weights=args.weights,
+        dry_run=args.dry_run,
+        silent=args.quiet,
+    )
+    return _print(args, result, cost_text if args.dry_run else train_text)
+
+
+def evaluate(args: Namespace) -> int:
+    """``featurepipe evaluate``."""
+    from featurepipe.evaluation.evaluate import evaluate as run
+    from featurepipe.evaluation.text import text
+
+    result = run(
+        args.bundle,
+        _store(args),
+        dataset=args.dataset,
+        split=args.split,
+        labels=args.labels,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+    )
+    return _print(args, result, text)
+
+
+def predict(args: Namespace) -> int:
+    """``featurepipe predict``."""
+    from featurepipe.prediction.predict import predict as run
+    from featurepipe.prediction.text import text
+
+    result = run(
+        args.bundle,
+        args.source,
+        args.to,
+        weights=args.weights,
+        device=args.device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        max_rejects=args.max_rejects,
+        silent=args.quiet,
+    )
+    _print(args, result, text)
+    return int(result.get("exit_code", 0))
+
+
 def doctor(args: Namespace) -> int:
     """``featurepipe doctor``."""
     from featurepipe.doctor import examine
@@ -157,6 +224,25 @@ def doctor(args: Namespace) -> int:
     report = examine(Path(args.store or "."))
     _print(args, report.as_dict(), lambda _: report.text())
     return 0 if report.healthy else 1
+
+
+def _parameters(settings: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as keyword arguments."""
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--set {setting!r} is no NAME=VALUE; write for instance --set C=0.1")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null as JSON has them, else the text itself."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return None if text == "None" else text
 
 
 def _store(args: Namespace) -> Any:

@@ -1,0 +1,147 @@
+"""What a fit will take: memory by what each family keeps, time by fitting small samples first; and so where it runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.families import HEADS
+from featurepipe.progress import duration
+from featurepipe.tables import size
+
+SMALL_VALUES = 20_000_000
+"""Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
+
+BYTES_PER_VALUE = {
+    "logistic": 12,
+    "linear-svm": 16,
+    "rbf-svm": 16,
+    "xgboost": 12,
+    "ridge": 16,
+    "lda": 32,
+    "knn": 8,
+    "centroid": 8,
+}
+"""Peak memory of a fit in memory per value of X, measured with 20,000 x 1,280: X itself, the scaled copy, the solver's own."""
+
+PILOT_ROWS = (1000, 3000)
+"""Rows of the small fits from which time is extrapolated."""
+
+STEEPEST = {"rbf-svm": 2.0}
+"""How the time of a fit grows with the rows at most, where that is not in proportion."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How a fit is going to run.
+
+    Attributes:
+        rows: rows of the fit.
+        width: values per row.
+        in_memory_bytes: what a fit in memory would take, beyond this process.
+        budget_bytes: what it may take.
+        out_of_core: whether it reads blocks from the store instead of holding X.
+        solver: ``scikit-learn`` (or ``xgboost``) for their own estimators in memory, ``blocks`` for ours.
+        seconds: about how long all fits will take; None where no pilot was run.
+        fits: how many fits that is.
+    """
+
+    rows: int
+    width: int
+    in_memory_bytes: int
+    budget_bytes: int
+    out_of_core: bool
+    solver: str
+    seconds: float | None = None
+    fits: int = 1
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        where = "out of core" if self.out_of_core else "in memory"
+        how_long = "" if self.seconds is None else f"; about {duration(self.seconds)} min for {_fits(self.fits)}"
+        return (
+            f"{self.rows:,} x {self.width:,} features, {size(self.in_memory_bytes)} in memory, {size(self.budget_bytes)} "
+            f"allowed: {where}, {self.solver}{how_long}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
+    """Decides between memory and blocks.
+
+    Args:
+        head: name of the family.
+        rows: rows of the largest fit.
+        width: values per row.
+        budget: bytes that the fit may take.
+
+    Raises:
+        UsageError: the family needs more memory than allowed and has no out-of-core form.
+    """
+    need = rows * width * BYTES_PER_VALUE[head]
+    streams = HEADS[head].out_of_core
+    fits_in = need <= budget
+    if fits_in and (not streams or rows * width <= SMALL_VALUES):
+        return Cost(rows, width, need, budget, out_of_core=False, solver="scikit-learn")
+    if streams:
+        prepared = 2 * rows * width * np.dtype(np.float32).itemsize
+        return Cost(rows, width, need, budget, out_of_core=prepared > budget, solver="blocks")
+    others = ", ".join(name for name, family in HEADS.items() if family.out_of_core)
+    raise UsageError(
+        f"{head} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and it has no "
+        f"out-of-core form; allow more with --memory, or choose one that has: {others}"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, by the kernel's account and the control group's limit."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free
+
+
+def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> float:
+    """Extrapolates the seconds of a fit from two small ones.
+
+    A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows.
+
+    Args:
+        fit: fits on so many rows.
+        rows: what to extrapolate to.
+        steepest: the largest exponent that the family can have: 1 for passes, 2 for kernels.
+    """
+    small, large = (max(min(count, rows // divisor), 1) for count, divisor in zip(PILOT_ROWS, (8, 4), strict=True))
+    seconds = []
+    for count in (small, large):
+        start = time.perf_counter()
+        fit(count)
+        seconds.append(max(time.perf_counter() - start, 1e-4))
+    if large == small:
+        return seconds[1] * rows / large
+    if steepest == 1:
+        slope = max((seconds[1] - seconds[0]) / (large - small), 0.0)
+        return seconds[1] + slope * (rows - large)
+    exponent = float(np.clip(np.log(seconds[1] / seconds[0]) / np.log(large / small), 1.0, steepest))
+    return float(seconds[1] * (rows / large) ** exponent)
+
+
+def _fits(count: int) -> str:
+    return "1 fit" if count == 1 else f"{count} fits"

@@ -1,0 +1,105 @@
+"""Fitting one head on rows of a task, and calibrating it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+
+from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
+from featurepipe.heads.families import make_head
+
+if TYPE_CHECKING:
+    from featurepipe.training.settle import Task
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which head to fit.
+
+    Attributes:
+        head: name of the family.
+        params: of the final estimator.
+        pca: components, or share of the variance, to keep; None for no PCA.
+        class_weight: ``balanced`` or None.
+        seed: of the estimator.
+    """
+
+    head: str
+    params: Mapping[str, Any]
+    pca: float | None = None
+    class_weight: str | None = None
+    seed: int = 0
+
+    def with_params(self, params: Mapping[str, Any]) -> Recipe:
+        """The same with other parameters on top."""
+        return replace(self, params={**self.params, **params})
+
+    def options(self, memory: int | None) -> dict[str, Any]:
+        """What `make_head` takes besides the name and the final estimator's parameters."""
+        return {"pca": self.pca, "class_weight": self.class_weight, "random_state": self.seed, "memory": memory}
+
+    def make(self, *, out_of_core: bool = False, memory: int | None = None) -> BaseEstimator:
+        """An unfitted estimator."""
+        return make_head(self.head, out_of_core=out_of_core, **self.options(memory), **self.params)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature and what it does on the rows it was fitted on.
+
+    Attributes:
+        temperature: what class scores are divided by before the softmax.
+        rows: validation rows.
+        ece_before: expected calibration error with temperature 1, from 0 to 1.
+        ece_after: with the temperature.
+    """
+
+    temperature: float
+    rows: int
+    ece_before: float
+    ece_after: float
+
+
+def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | None = None) -> BaseEstimator:
+    """Fits the recipe's head on some rows of the task, in memory or from blocks as the task's cost says."""
+    head = recipe.make(out_of_core=task.cost.solver == "blocks", memory=task.cost.budget_bytes)
+    features = task.features.take(rows)
+    start = time.perf_counter()
+    if task.cost.solver == "blocks":
+        head.fit(features, features.labels)
+    else:
+        head.fit(*features.numpy())
+    if say:
+        say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
+    return head
+
+
+def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:
+    """Fits a temperature on the validation rows, with a head fitted on the others; None where there are no validation rows."""
+    rows = task.division.validation
+    head = fit(task, recipe, task.division.train)
+    known = {name: code for code, name in enumerate(head.classes_)}
+    renumbered = np.array(
+        [*(known.get(name, -1) for name in task.classes), -1]
+    )  # its last is for rows of no known class
+    rows = rows[renumbered[task.codes[rows]] >= 0]
+    if not len(rows):
+        say("no validation images to calibrate on: probabilities stay as the head gives them")
+        return None
+    codes = renumbered[task.codes[rows]]
+    scores = class_scores(head, task.features.take(rows))
+    temperature = fit_temperature(scores, codes)
+    before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
+    say(
+        f"calibrated on {len(rows):,} images the head had not seen: temperature {temperature:.3g}, expected calibration error "
+        f"{before:.4f} before, {after:.4f} after"
+    )
+    return Calibration(temperature, len(rows), before, after)

@@ -1,0 +1,121 @@
+"""What a training leaves: a bundle with the head, its metrics and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.bundle import Bundle, write_bundle
+from featurepipe.heads.metrics import score_table
+from featurepipe.records import now
+from featurepipe.store import FeatureStore, Space
+from featurepipe.training.fit import Calibration, Recipe
+from featurepipe.training.settle import Task
+from featurepipe.training.tuning import Search
+
+LONG = ("confusion", "confused", "mistakes", "bootstrap")
+"""Parts of the metrics that ``featurepipe evaluate`` gives anew and a bundle need not carry."""
+
+
+def publish(
+    target: Path,
+    store: FeatureStore,
+    task: Task,
+    recipe: Recipe,
+    head: BaseEstimator,
+    *,
+    search: Search | None,
+    calibration: Calibration | None,
+    weights: Path | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tests the head on the test rows, writes the bundle, and returns what was done as JSON values."""
+    space = next(space for space in store.spaces() if space.fingerprint == task.features.space_fingerprint)
+    training = {
+        **task.as_dict(),
+        "head": recipe.head,
+        "params": dict(recipe.params),
+        "seed": task.seed,
+        "search": search.as_dict() if search else None,
+        "when": now(),
+        "seconds": round(seconds, 2),
+    }
+    bundle = Bundle(
+        backbone=_backbone(space),
+        space=dict(space.fields),
+        fingerprint=space.fingerprint,
+        columns=task.features.columns,
+        family=recipe.head,
+        params=dict(recipe.params),
+        head=head,
+        classes=tuple(str(name) for name in head.classes_),
+        temperature=calibration.temperature if calibration else None,
+        metrics={},
+        training=training,
+        seen=np.unique(task.features.take(task.division.final).keys64),
+    )
+    tested = _tested(bundle, task)
+    metrics = {"test": {k: v for k, v in tested.items() if k not in LONG} if tested else None}
+    metrics["calibration"] = asdict(calibration) if calibration else None
+    bundle = replace(bundle, metrics=metrics)
+    path = write_bundle(target, bundle, weights_file=weights)
+    say(f"wrote {target}")
+    return {
+        "bundle": str(path),
+        "backbone": bundle.backbone["name"],
+        **training,
+        "calibration": metrics["calibration"],
+        "test": tested,
+    }
+
+
+def weights_copy(space: Space, weights: str | PathLike[str] | None) -> Path | None:
+    """The backbone's own weights file, checked to be the one that the features were computed with.
+
+    Raises:
+        UsageError: it holds other weights, or the backbone's are not from a file.
+    """
+    if weights is None:
+        return None
+    if not str(space.notes.get("backbone", {}).get("weights", "")).startswith("file:"):
+        raise UsageError(
+            f"the features of {space.name} were not computed with a weights file of yours; leave --weights out"
+        )
+    from featurepipe.backbones import load_backbone
+
+    found = load_backbone(space.backbone, str(weights)).weights_sha256
+    if found != space.fields["weights_sha256"]:
+        raise UsageError(f"{weights} holds other weights than those the features of {space.name} were computed with")
+    return Path(weights)
+
+
+def _backbone(space: Space) -> dict[str, Any]:
+    """How to load the backbone again, on any machine."""
+    description: Mapping[str, Any] = space.notes.get("backbone", {})
+    label = str(description.get("weights", "DEFAULT"))
+    weights = "none" if description.get("random") else "file" if label.startswith("file:") else label
+    return {
+        "name": space.backbone,
+        "weights": weights,
+        "seed": description.get("seed") or 0,
+        "description": dict(description),
+    }
+
+
+def _tested(bundle: Bundle, task: Task) -> dict[str, Any] | None:
+    """Metrics on the test rows whose class the head knows."""
+    rows = task.division.test
+    features = task.features.take(rows)
+    codes = features.codes(bundle.classes)
+    if not (codes >= 0).any():
+        return None
+    known = features.take(np.flatnonzero(codes >= 0))
+    return score_table(bundle.probabilities(known), codes[codes >= 0], bundle.classes, ids=known.ids, seed=task.seed)

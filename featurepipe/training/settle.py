@@ -1,0 +1,205 @@
+"""Everything that is settled before the first fit: rows, classes, who validates, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.heads.families import HEADS
+from featurepipe.sizes import bytes_of
+from featurepipe.store import FeatureStore
+from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_route, time_of
+from featurepipe.training.fit import Recipe, fit
+from featurepipe.training.splits import Division, class_counts, divide, folds_of
+from featurepipe.training.tuning import MOST_ROWS, grid_size
+
+if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training with everything settled.
+
+    Attributes:
+        features: the labelled rows of the dataset.
+        classes: names of the classes of the training rows, sorted.
+        codes: (n,) number of each row's class, -1 for a class that no training row has.
+        division: which rows train, validate and test.
+        cost: memory and time, and so how the fits run.
+        unlabelled: images left out because they have no label.
+        seed: of all draws.
+    """
+
+    features: FeatureSet
+    classes: tuple[str, ...]
+    codes: npt.NDArray[np.int64]
+    division: Division
+    cost: Cost
+    unlabelled: int
+    seed: int
+
+    def folds(self) -> Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
+        division = self.division
+        if len(division.validation) and not division.is_carved:
+            return [(division.train, division.validation)]
+        return folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
+
+    def counts(self) -> dict[str, int]:
+        """How many images take which part."""
+        division = self.division
+        return {
+            "train": len(division.final),
+            "validation": len(division.validation),
+            "test": len(division.test),
+            "unlabelled": self.unlabelled,
+            "rejected": self.features.rejected,
+            "duplicates": self.features.take(division.final).duplicates,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values: what a dry run prints."""
+        return {
+            "dataset": self.features.dataset,
+            "columns": list(self.features.columns),
+            "classes": class_counts(self.codes[self.division.final], self.classes),
+            "counts": self.counts(),
+            "split": self.division.text,
+            "cost": {**self.cost.as_dict(), "text": self.cost.text},
+        }
+
+
+def settle(
+    store: FeatureStore,
+    dataset: str | None,
+    nodes: str | Sequence[str],
+    recipe: Recipe,
+    *,
+    backbone: str | None,
+    labels: Any,
+    split: str | None,
+    min_class_size: int,
+    calibration: bool,
+    tune: bool,
+    memory: int | str | None,
+    say: Callable[[str], None],
+) -> Task:
+    """Settles everything before the first fit; see `featurepipe.train` for the arguments.
+
+    Raises:
+        UsageError: an argument is wrong, or the labels cannot be learned from.
+    """
+    if recipe.head not in HEADS:
+        raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
+    recipe.make()  # wrong parameters are refused before any work
+    found = store.features(dataset or only_dataset(store), node=nodes, backbone=backbone)
+    if labels is not None:
+        found = found.with_labels(labels)
+    features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
+    every = features.codes(features.classes)
+    division = divide(features, every, split=split, seed=recipe.seed, validate=calibration or tune)
+    classes = _learnable(features, division, min_class_size)
+    task = Task(
+        features=features,
+        classes=classes,
+        codes=features.codes(classes),
+        division=division,
+        cost=choose_route(
+            recipe.head, len(division.final), features.shape[1], bytes_of(memory or available_memory() // 2)
+        ),
+        unlabelled=found.unlabelled,
+        seed=recipe.seed,
+    )
+    say(f"{task.features.dataset}: {_counted(task)}; {division.text}")
+    task = replace(
+        task,
+        cost=_timed(task, recipe, fits=1 + calibration, tries=grid_size(recipe) * len(task.folds()) if tune else 0),
+    )
+    say(task.cost.text)
+    return task
+
+
+def only_dataset(store: FeatureStore) -> str:
+    """The store's one dataset.
+
+    Raises:
+        UsageError: it has none, or several.
+    """
+    names = store.datasets()
+    if len(names) != 1:
+        raise UsageError(
+            f"{store.path} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}"
+        )
+    return names[0]
+
+
+def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
+    raise UsageError(
+        f"none of the {len(features):,} images of dataset {features.dataset} has a label; put them in folders named by class and "
+        "extract again, or give a CSV with the columns id and label: --labels FILE.csv"
+    )
+
+
+def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[str, ...]:
+    """The classes of the training rows.
+
+    Raises:
+        UsageError: there is one class only, or a class has fewer than ``least`` images.
+    """
+    train = features.take(division.final)
+    classes = train.classes
+    if len(classes) < 2:
+        raise UsageError(
+            f"all {len(train):,} training images are of class {classes[0]!r}; a head needs two or more. Check the labels, "
+            f"and which split is trained on ({division.text})"
+        )
+    counts = class_counts(train.codes(classes), classes)
+    few = [name for name, count in counts.items() if count < least]
+    if few:
+        where = int(np.flatnonzero(train.codes(classes) == classes.index(few[0]))[0])
+        raise UsageError(
+            f"{len(few)} of {len(classes)} classes have fewer than {least} training images, such as {few[0]!r} with "
+            f"{counts[few[0]]} (id {train.ids[where]}); give more images, take the labels away, or accept them with "
+            f"--min-class-size {min(counts[name] for name in few)}"
+        )
+    return tuple(classes)
+
+
+def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
+    """The cost with an estimate of the time of all fits."""
+    cost = task.cost
+    order = np.random.default_rng(task.seed).permutation(task.division.final)
+
+    def pilot(rows: int) -> None:
+        enough = np.union1d(order[:rows], _one_per_class(task))
+        fit(replace(task, cost=cost), recipe, enough)
+
+    one = partial(time_of, pilot, steepest=STEEPEST.get(recipe.head, 1.0))
+    seconds = one(cost.rows) * fits
+    if tries:
+        seconds += one(min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))) * tries
+    return replace(cost, seconds=seconds, fits=fits + tries)
+
+
+def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
+    rows = task.division.final
+    _, first = np.unique(task.codes[rows], return_index=True)
+    return rows[first]
+
+
+def _counted(task: Task) -> str:
+    counts = task.counts()
+    parts = [f"{counts['train']:,} images of {len(task.classes)} classes to train on"]
+    parts += [f"{counts[name]:,} to test" for name in ("test",) if counts[name]]
+    parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
+    parts += [f"{counts['duplicates']:,} copies among them"] if counts["duplicates"] else []
+    return ", ".join(parts)

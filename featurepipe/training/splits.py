@@ -1,0 +1,155 @@
+"""Which rows train, which ones choose and calibrate, and which ones are kept for the test: copies never land on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
+
+Positions = npt.NDArray[np.int64]
+
+TEST_FOLDS = 5
+"""One in so many images is held out for the test where the dataset has no splits."""
+VALIDATION_FOLDS = 10
+"""At least one in so many training images chooses and calibrates where there is no ``val`` split."""
+MOST_VALIDATION = 10_000
+"""Images that validation takes at most from the training images: more would not sharpen one number."""
+ALWAYS_TRAIN = -1
+
+
+@dataclass(frozen=True)
+class Division:
+    """Positions of rows in a feature set.
+
+    Attributes:
+        train: rows to fit on; the validation rows are not among them.
+        validation: rows that choose parameters and calibrate.
+        test: rows that nothing is chosen by; may be empty.
+        is_carved: whether the validation rows were taken from the training rows, so that the last fit may have them back.
+        text: how it was done, for people.
+    """
+
+    train: Positions
+    validation: Positions
+    test: Positions
+    is_carved: bool
+    text: str
+
+    @property
+    def final(self) -> Positions:
+        """Rows that the last fit is made on, in order."""
+        return np.union1d(self.train, self.validation) if self.is_carved else self.train
+
+
+def divide(
+    features: FeatureSet, codes: npt.NDArray[np.int64], *, split: str | None, seed: int, validate: bool
+) -> Division:
+    """Divides the labelled rows of a dataset.
+
+    The dataset's own splits are taken as they are: ``train`` to fit, ``val`` to choose and calibrate, ``test`` kept away.
+    Without splits a fifth of the images is held out, and without ``val`` a tenth of the training images (10,000 at most) is
+    set aside; both by class, and by key, so that copies of one image stay together.
+
+    Args:
+        features: n rows.
+        codes: (n,) class numbers, -1 where a row has no label.
+        split: the split to train on; None for ``train``, or for what is not held out where there are no splits.
+        seed: of the draw.
+        validate: whether validation rows are needed.
+
+    Raises:
+        UsageError: the split does not exist or has no labelled row.
+    """
+    names = sorted({name for name in features.splits if name is not None})
+    if names:
+        train, own, test, text = _own_splits(features, codes, names, split or "train")
+    elif split is not None:
+        raise UsageError(f"unknown split {split!r}: dataset {features.dataset} has no splits; leave --split out")
+    else:
+        train, test = hold_out(features, codes, np.flatnonzero(codes >= 0), folds=TEST_FOLDS, seed=seed)
+        own = test[:0]
+        text = f"no splits in the dataset: every {TEST_FOLDS}th image held out for the test (seed {seed})"
+    if len(own) or not validate:
+        return Division(train, own, test, is_carved=False, text=text)
+    folds = max(VALIDATION_FOLDS, -(-len(train) // MOST_VALIDATION))
+    train, carved = hold_out(features, codes, train, folds=folds, seed=seed + 1)
+    return Division(
+        train, carved, test, is_carved=True, text=f"{text}; {len(carved):,} of its images set aside to calibrate"
+    )
+
+
+def _own_splits(
+    features: FeatureSet, codes: npt.NDArray[np.int64], names: list[str], wanted: str
+) -> tuple[Positions, Positions, Positions, str]:
+    """Labelled rows of the split to train on, of ``val`` and of ``test``, and what to say."""
+    if wanted not in names:
+        raise unknown("split", wanted, names, where=f"dataset {features.dataset}", see="featurepipe info STORE")
+    splits = features.splits
+    train, own, test = (np.flatnonzero((codes >= 0) & (splits == name)) for name in (wanted, "val", "test"))
+    if not len(train):
+        raise UsageError(
+            f"split {wanted} of dataset {features.dataset} has no labelled image to train on; give labels with --labels FILE, "
+            f"or choose another with --split: {', '.join(names)}"
+        )
+    none = train[:0]
+    text = f"the dataset's own splits ({', '.join(names)}), trained on {wanted}"
+    return train, none if wanted == "val" else own, none if wanted == "test" else test, text
+
+
+def hold_out(
+    features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
+) -> tuple[Positions, Positions]:
+    """Splits ``rows`` into the rest and one fold of ``folds``."""
+    fold = fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
+    return rows[fold != 0], rows[fold == 0]
+
+
+def fold_numbers(
+    keys: npt.NDArray[np.uint64], codes: npt.NDArray[np.int64], *, folds: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Deals images to folds: by class as evenly as can be, copies together, classes with a single image always to training.
+
+    Args:
+        keys: (n,) what tells images apart.
+        codes: (n,) class numbers.
+        folds: how many folds, at least 2.
+        seed: of the shuffle.
+
+    Returns:
+        (n,) fold of each row, from 0 to ``folds`` - 1, or `ALWAYS_TRAIN`.
+
+    Example:
+        >>> fold_numbers(np.array([7, 7, 8, 9], np.uint64), np.array([0, 0, 0, 1]), folds=2, seed=0)
+        array([ 1,  1,  0, -1])
+    """
+    _, first, image = np.unique(keys, return_index=True, return_inverse=True)
+    image = image.reshape(-1)
+    classes = codes[first]  # of copies with different labels, that of the first
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(first)), classes))
+    dealt = np.empty(len(first), np.int64)
+    dealt[order] = np.arange(len(first)) % folds  # running on over classes keeps the folds equally large
+    singles = np.bincount(classes, minlength=int(classes.max(initial=0)) + 1)[classes] == 1
+    dealt[singles] = ALWAYS_TRAIN
+    return dealt[image]
+
+
+def folds_of(
+    features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
+) -> Sequence[tuple[Positions, Positions]]:
+    """Cross-validation folds of ``rows``: (training positions, validation positions) each, as positions in ``features``."""
+    number = fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
+    return [(rows[number != fold], rows[number == fold]) for fold in range(folds)]
+
+
+def class_counts(codes: npt.NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
+    """How many rows each class has."""
+    counts = np.bincount(codes[codes >= 0], minlength=len(classes))
+    return {name: int(count) for name, count in zip(classes, counts, strict=True)}

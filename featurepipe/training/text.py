@@ -1,0 +1,65 @@
+"""What ``featurepipe train`` prints, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from featurepipe.progress import duration
+from featurepipe.tables import table
+
+_CLASSES_SHOWN = 10
+_SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc", "top_5", "ece")
+
+
+def cost_text(found: Mapping[str, Any]) -> str:
+    """What ``featurepipe train --dry-run`` prints."""
+    return "\n".join([*_task_lines(found), found["cost"]["text"], "dry run: nothing was written"])
+
+
+def train_text(found: Mapping[str, Any]) -> str:
+    """What ``featurepipe train`` prints."""
+    params = ", ".join(f"{name}={value}" for name, value in found["params"].items())
+    lines = [
+        *_task_lines(found),
+        f"{found['head']}{f' ({params})' if params else ''}, {duration(found['seconds'])} min in all",
+    ]
+    if found["search"]:
+        lines += [found["search"]["how"], _trials(found["search"]["trials"])]
+    if found["calibration"]:
+        lines.append(
+            "temperature {temperature:.3g} from {rows:,} unseen images: calibration error {ece_before:.4f} before, "
+            "{ece_after:.4f} after".format(**found["calibration"])
+        )
+    lines += _test_lines(found)
+    lines.append(f"bundle {found['bundle']}")
+    return "\n".join(lines)
+
+
+def _task_lines(found: Mapping[str, Any]) -> list[str]:
+    counts, classes = found["counts"], found["classes"]
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:_CLASSES_SHOWN])
+    left_out = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
+    return [
+        f"{found['dataset']}, {' + '.join(found['columns'])}: {counts['train']:,} images to train on, {counts['test']:,} to test"
+        + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        f"{len(classes):,} classes: {shown}{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
+        found["split"],
+    ]
+
+
+def _trials(trials: list[Mapping[str, Any]]) -> str:
+    rows = [[", ".join(f"{k}={v}" for k, v in trial["params"].items()), f"{trial['accuracy']:.4f}"] for trial in trials]
+    return table(["parameters", "validation accuracy"], rows)
+
+
+def _test_lines(found: Mapping[str, Any]) -> list[str]:
+    if not found["test"]:
+        return ["no test images: accuracy is unknown; featurepipe evaluate measures it on another dataset or split"]
+    measures = [(name.replace("_", " "), found["test"][name]) for name in _SHOWN if name in found["test"]]
+    rows = [
+        [name, f"{m['value']:.4f}", f"{m['low']:.4f} to {m['high']:.4f}"]
+        for name, m in measures
+        if m["value"] is not None
+    ]
+    return [f"on the {found['test']['images']:,} test images:", table(["measure", "value", "95 % interval"], rows)]

@@ -1,0 +1,108 @@
+"""Stage two: from cached features to a calibrated head in a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from featurepipe.heads.bundle_folder import check_bundle_target
+from featurepipe.progress import announcer
+from featurepipe.store import FeatureStore
+from featurepipe.training.fit import Recipe, calibrate, fit
+from featurepipe.training.publish import publish, weights_copy
+from featurepipe.training.settle import settle
+from featurepipe.training.tuning import search
+
+
+def train(
+    store: FeatureStore | str | PathLike[str],
+    *,
+    dataset: str | None = None,
+    nodes: str | Sequence[str] = "bottleneck",
+    head: str = "logistic",
+    out: str | PathLike[str],
+    backbone: str | None = None,
+    labels: Any = None,
+    split: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    pca: float | None = None,
+    class_weight: str | None = None,
+    tune: bool = False,
+    calibration: bool = True,
+    min_class_size: int = 2,
+    memory: int | str | None = None,
+    jobs: int = 1,
+    seed: int = 0,
+    weights: str | PathLike[str] | None = None,
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Fits a head on cached features and writes a bundle that predicts on images.
+
+    Rows: the dataset's splits are taken as they are (``train``, ``val``, ``test``); what is missing is set aside by class and
+    by key, so that copies of one image never land on both sides. Parameters and temperature are chosen on validation rows
+    only, and the last fit is made on all rows that may train. The test rows are looked at once, at the end.
+
+    Args:
+        store: the feature store or its path.
+        dataset: a dataset in it; may be left out if there is only one.
+        nodes: the column, or several to put side by side.
+        head: a name of `featurepipe.heads.families.HEADS`.
+        out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
+        backbone: as in `FeatureStore.features`, where the store holds several.
+        labels: a CSV (``id,label``) or mapping to use instead of the dataset's labels.
+        split: the split to train on, by default ``train``.
+        params: of the final estimator, such as ``{"C": 0.1}``.
+        pca: components (a number) or share of the variance to keep.
+        class_weight: ``balanced`` to weigh classes equally.
+        tune: search the family's grid.
+        calibration: fit a temperature on validation rows.
+        min_class_size: classes with fewer images are refused.
+        memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
+        jobs: fits at once during a search.
+        seed: of draws and of the estimators.
+        weights: the backbone's weights file, where it has one of your own; it is copied into the bundle.
+        dry_run: say what would be done and what it would take; write nothing.
+        silent: say nothing on the way.
+
+    Returns:
+        What was done, as plain JSON values; with ``dry_run`` what would be.
+
+    Raises:
+        UsageError: an argument is wrong, or the labels cannot be learned from.
+        StoreError: features are missing.
+        BundleError: the target is a folder of something else.
+    """
+    start = time.perf_counter()
+    say = announcer(silent=silent)
+    target = check_bundle_target(out)
+    source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    recipe = Recipe(head, dict(params or {}), pca, class_weight, seed)
+    task = settle(
+        source,
+        dataset,
+        nodes,
+        recipe,
+        backbone=backbone,
+        labels=labels,
+        split=split,
+        min_class_size=min_class_size,
+        calibration=calibration,
+        tune=tune,
+        memory=memory,
+        say=say,
+    )
+    if dry_run:
+        return task.as_dict()
+    copied = weights_copy(source.space(task.features.space_fingerprint), weights)
+    found = search(task, recipe, jobs=jobs, say=say) if tune else None
+    chosen = recipe.with_params(found.params) if found else recipe
+    calibrated = calibrate(task, chosen, say) if calibration else None
+    fitted = fit(task, chosen, task.division.final, say)
+    seconds = time.perf_counter() - start
+    return publish(
+        target, source, task, chosen, fitted,
+        search=found, calibration=calibrated, weights=copied, seconds=seconds, say=say,
+    )  # fmt: skip

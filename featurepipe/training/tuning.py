@@ -1,0 +1,191 @@
+"""Choosing a head's parameters on validation rows or folds; the test rows are never seen here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from joblib import Parallel, delayed
+from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection import ParameterGrid
+from sklearn.pipeline import Pipeline
+
+from featurepipe.heads.families import HEADS
+
+if TYPE_CHECKING:
+    from featurepipe.training.fit import Recipe
+    from featurepipe.training.settle import Task
+
+Array = npt.NDArray[Any]
+Fold = tuple[Array, Array]
+
+SHARED_PASSES = ("logistic", "linear-svm")
+"""Families whose values of C and folds are all fitted in the same passes over the data."""
+
+MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
+"""Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
+
+ROUNDS = 50
+"""Boosting rounds without a better validation loss after which a fit stops."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of parameters and how it did.
+
+    Attributes:
+        params: of the final estimator.
+        accuracy: mean over the folds.
+        folds: accuracy on each fold's validation rows.
+        learned: parameters that the fit itself found, such as the number of trees.
+    """
+
+    params: Mapping[str, Any]
+    accuracy: float
+    folds: tuple[float, ...]
+    learned: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"params": dict(self.params), **self.learned, "accuracy": self.accuracy, "folds": list(self.folds)}
+
+
+@dataclass(frozen=True)
+class Search:
+    """All trials, in the order of the grid, from simple to flexible."""
+
+    trials: tuple[Trial, ...]
+    rows: int
+    text: str
+
+    @property
+    def best(self) -> Trial:
+        """The most accurate trial; of equals the first, which is the simplest."""
+        return max(self.trials, key=lambda trial: trial.accuracy)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What to give to `make_head` for the last fit."""
+        return {**self.best.params, **self.best.learned}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"rows": self.rows, "how": self.text, "best": self.params, "trials": [t.as_dict() for t in self.trials]}
+
+
+def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None]) -> Search:
+    """Tries the family's grid on the task's validation rows or folds.
+
+    Args:
+        task: what was settled.
+        recipe: the head; parameters that it sets are not searched.
+        jobs: fits at once, where each fits in memory.
+        say: told what is tried, and what won.
+    """
+    start = time.perf_counter()
+    folds = _thinned(task.folds(), MOST_ROWS.get(recipe.head), task.seed)
+    grid = _open_parameters(recipe)
+    if recipe.head in SHARED_PASSES and set(grid) == {"C"}:
+        trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
+    else:
+        jobs = jobs if task.cost.solver != "blocks" else 1
+        trials, how = _each_by_itself(task, recipe, folds, grid, jobs), f"each by itself, {jobs} at a time"
+    where = f"{len(folds)} folds" if len(folds) > 1 else "the validation split"
+    rows = sum(map(len, folds[0]))
+    found = Search(tuple(trials), rows, f"{len(trials)} sets of parameters on {where}, {rows:,} images, {how}")
+    say(
+        f"tuned in {time.perf_counter() - start:.1f} s: {found.text}; best {found.params}, accuracy {found.best.accuracy:.4f}"
+    )
+    return found
+
+
+def grid_size(recipe: Recipe) -> int:
+    """How many sets of parameters a search tries."""
+    return len(ParameterGrid(_open_parameters(recipe)))
+
+
+def _open_parameters(recipe: Recipe) -> dict[str, Sequence[Any]]:
+    return {name: values for name, values in HEADS[recipe.head].grid.items() if name not in recipe.params}
+
+
+def _thinned(folds: Sequence[Fold], most: int | None, seed: int) -> list[Fold]:
+    """The folds with so many rows at most, drawn at random."""
+    rows = sum(map(len, folds[0]))
+    if most is None or rows <= most:
+        return list(folds)
+    keep = np.random.default_rng(seed).random(1 + max(int(part.max()) for fold in folds for part in fold)) < most / rows
+    return [(train[keep[train]], check[keep[check]]) for train, check in folds]
+
+
+def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float]) -> list[Trial]:
+    from featurepipe.heads import fit_path
+
+    pool = np.unique(np.concatenate([rows for fold in folds for rows in fold]))
+    features = task.features.take(pool)
+    *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
+    ready = Pipeline(before).fit_transform(features) if before else features
+    fitted = fit_path(last, ready, features.labels, Cs=values, folds=[np.searchsorted(pool, rows) for rows, _ in folds])
+    accuracies = []
+    for path, (_, check) in zip(fitted, folds, strict=True):
+        part = task.features.take(check)
+        labels = part.labels
+        accuracies.append([float(np.mean(Pipeline([*before, (name, head)]).predict(part) == labels)) for head in path])
+    return [
+        Trial({"C": value}, float(np.mean(each)), tuple(each))
+        for value, each in zip(values, zip(*accuracies, strict=True), strict=True)
+    ]
+
+
+def _each_by_itself(
+    task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]], jobs: int
+) -> list[Trial]:
+    in_blocks = task.cost.solver == "blocks"
+    data: Any = (
+        task.features if in_blocks else task.features.numpy()
+    )  # joblib hands it to its workers as one memory map
+    fit = _boosted if recipe.head == "xgboost" else _plain
+    points = list(ParameterGrid(grid))
+    heads = [recipe.with_params(p).make(out_of_core=in_blocks, memory=task.cost.budget_bytes) for p in points]
+    results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
+    each = len(folds)
+    return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)]
+
+
+def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[str, float]]]) -> Trial:
+    accuracies = tuple(accuracy for accuracy, _ in outcomes)
+    learned = {name: round(float(np.mean([found[name] for _, found in outcomes]))) for name in outcomes[0][1]}
+    return Trial(params, float(np.mean(accuracies)), accuracies, learned)
+
+
+def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
+    head.fit(*_part(data, train))
+    features, labels = _part(data, check)
+    return float(np.mean(head.predict(features) == labels)), {}
+
+
+def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
+    """Fits trees until the validation loss stops falling, and learns how many that took."""
+    *before, (_, last) = steps_of(head)
+    last.set_params(early_stopping_rounds=ROUNDS)
+    features, labels = _part(data, train)
+    checked, expected = _part(data, check)
+    for _, step in before:
+        features, checked = step.fit_transform(features), step.transform(checked)
+    last.fit(features, labels, eval_set=(checked, expected))
+    return float(np.mean(last.predict(checked) == expected)), {"n_estimators": last.best_iteration_ + 1}
+
+
+def _part(data: Any, rows: Array) -> tuple[Any, Array]:
+    if isinstance(data, tuple):
+        return data[0][rows], data[1][rows]
+    part = data.take(rows)
+    return part, part.labels
+
+
+def steps_of(head: BaseEstimator) -> list[tuple[str, BaseEstimator]]:
+    """The named steps of a pipeline, or the one estimator as its only step."""
+    return list(head.steps) if isinstance(head, Pipeline) else [("head", head)]
