@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +14,13 @@ from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
 from featurepipe.store.identity import differences
 from featurepipe.store.keys import Keys, keys_from_arrow
+from featurepipe.store.labelled_images import unknown_split
+from featurepipe.store.origin import Origin
 from featurepipe.store.rows import ColumnRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space
-from featurepipe.store.views import FeatureSet, unknown_split
+from featurepipe.store.views import FeatureSet
+from featurepipe.store.wide_rows import WideRows
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
@@ -103,34 +108,75 @@ def usable_keys(snapshot: pa.Table) -> Keys:
     return keys_from_arrow(snapshot.filter(pc.equal(snapshot["status"], OK))["key"])
 
 
-def open_features(store: FeatureStore, dataset: str, node: str, backbone: str | None, split: str | None) -> FeatureSet:
-    """Joins the current snapshot with the rows of one column; see ``FeatureStore.features``."""
+def open_features(
+    store: FeatureStore, dataset: str, node: str | Sequence[str], backbone: str | None, split: str | None
+) -> FeatureSet:
+    """Joins the current snapshot with the rows of one or several columns; see ``FeatureStore.features``."""
     snapshot = require_snapshot(store, dataset)
     space = choose_space(store, backbone, dataset)
-    column = space.resolve_column(node)
+    columns = _columns(space, node)
     if split is not None:
         snapshot = _of_split(snapshot, split, dataset)
     usable = snapshot.filter(pc.equal(snapshot["status"], OK))
     keys = keys_from_arrow(usable["key"])
-    index = space.index([column])
-    part, row, found = index.locate(keys, column)
-    if not found.all():
-        lost = f"; {len(space.damaged)} parts are damaged" if space.damaged else ""
-        command = extract_command(store.path, dataset=dataset, backbone=space.backbone, notes=space.notes, node=column)
-        raise StoreError(
-            f"{np.count_nonzero(~found)} of {len(keys)} images of dataset {dataset!r} have no {column} in "
-            f"{space.name}{lost}; run: {command}"
-        )
-    rows = ColumnRows.of(column, index.parts, part, row, width=space.columns()[column].width)
-    map_shape = space.notes.get("map_shapes", {}).get(column)
+    map_shape = space.notes.get("map_shapes", {}).get(columns[0]) if len(columns) == 1 else None
     return FeatureSet(
         usable.select(["id", "label", "split"]).combine_chunks(),
         keys,
-        rows,
-        space_fingerprint=space.fingerprint,
-        rejected=len(snapshot) - len(usable),
+        _locate(space, columns, keys, dataset),
+        Origin(str(store.path), dataset, space.backbone, space.name, space.fingerprint, space.fields),
+        rejects=_rejects(snapshot),
         map_shape=tuple(map_shape) if map_shape else None,
     )
+
+
+def _columns(space: Space, node: str | Sequence[str]) -> list[str]:
+    """The columns meant, each once."""
+    named = [node] if isinstance(node, str) else list(node)
+    if not named:
+        raise UsageError("node=[] names no column; name one node or several")
+    columns = [space.resolve_column(name) for name in named]
+    for number, column in enumerate(columns):
+        if column in columns[:number]:
+            both = named[columns.index(column)], named[number]
+            raise UsageError(f"nodes {both[0]!r} and {both[1]!r} are one column, {column}; name each column once")
+    return columns
+
+
+def _locate(space: Space, columns: list[str], keys: Keys, dataset: str) -> WideRows:
+    """Finds the rows of every column, or says which images lack which columns."""
+    index = space.index(columns)
+    part, row, found = index.locate(keys)  # rows that have all columns, as the images of one run do
+    places = {}
+    lacking = {}
+    for column in columns:
+        places[column] = (part, row, found) if found.all() else index.locate(keys, column)
+        missing = int(np.count_nonzero(~places[column][2]))
+        if missing:
+            lacking[column] = missing
+    if lacking:
+        raise StoreError(_missing(space, lacking, len(keys), dataset))
+    widths = space.columns()
+    parts = [ColumnRows.of(c, index.parts, *places[c][:2], width=widths[c].width) for c in columns]
+    return WideRows(tuple(parts))
+
+
+def _missing(space: Space, lacking: dict[str, int], count: int, dataset: str) -> str:
+    first, *others = lacking
+    store = space.path.parent.parent
+    command = extract_command(store, dataset=dataset, backbone=space.backbone, notes=space.notes, node=first)
+    more = "".join(f" --node {shlex.quote(column)}" for column in others)
+    also = f" (and {', '.join(others)})" if others else ""
+    lost = f"; {len(space.damaged)} parts are damaged" if space.damaged else ""
+    return (
+        f"{lacking[first]} of {count} images of dataset {dataset!r} have no {first}{also} in {space.name}{lost}; "
+        f"run: {command}{more}"
+    )
+
+
+def _rejects(snapshot: pa.Table) -> dict[str | None, int]:
+    rejected = snapshot.filter(pc.not_equal(snapshot["status"], OK))
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(rejected["split"]).to_pylist()}
 
 
 def _of_split(snapshot: pa.Table, split: str, dataset: str) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,13 +138,18 @@ class FeatureStore:
         return choose_space(self, name_or_backbone_or_fingerprint, dataset)
 
     def features(
-        self, dataset: str, node: str = "bottleneck", backbone: str | None = None, split: str | None = None
+        self,
+        dataset: str,
+        node: str | Sequence[str] = "bottleneck",
+        backbone: str | None = None,
+        split: str | None = None,
     ) -> FeatureSet:
         """Opens the features of a dataset's current snapshot.
 
         Args:
             dataset: Its name.
-            node: A node (pooled by ``gap``), ``node:pooling``, or an alias such as ``bottleneck``.
+            node: A node (pooled by ``gap``), ``node:pooling``, or an alias such as ``bottleneck``; or several of them,
+                whose columns stand side by side in that order, as one feature vector.
             backbone: Name of the network, of the space, or the start of a fingerprint (at least 4 characters); may be
                 left out if only one space, or only one with trained weights, holds features of this dataset.
             split: Only rows of this split.

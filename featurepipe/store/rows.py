@@ -13,23 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.half import copy_into
+from featurepipe.store.part_files import PartColumn, PartMaps, open_part, read_into
 from featurepipe.store.parts import PartInfo, crc32_of
 
-_BLOCK_BYTES = 4 << 20  # read at once when the dtype changes on the way
-_RUN_ROWS = 64  # consecutive rows in the file from which reading beats mapping
-_OPEN_MAPS = 64  # each keeps a file descriptor
+_BLOCK_BYTES = 1 << 20  # read at once when the rows are converted or picked out on the way
+_RUN_ROWS = 64  # consecutive rows in the file from which they are read straight into their place
+_DENSE = 8  # one row in so many is wanted: reading all of them beats touching the pages one by one
 
-
-@dataclass(frozen=True, slots=True)
-class PartColumn:
-    """One column of one part, as plain values."""
-
-    path: str
-    offset: int
-    dtype: str
-    rows: int
-    nbytes: int
-    crc32: int
+Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -49,28 +41,33 @@ class ColumnRows:
     parts: tuple[PartColumn, ...]
     part: npt.NDArray[np.uint32]
     row: npt.NDArray[np.uint32]
-    _maps: dict[int, npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+    _maps: PartMaps = field(default_factory=PartMaps, repr=False, compare=False)
 
     @classmethod
-    def of(
-        cls, column: str, parts: Sequence[PartInfo], part: npt.NDArray[Any], row: npt.NDArray[Any], *, width: int
-    ) -> Self:
+    def of(cls, column: str, parts: Sequence[PartInfo], part: Array, row: Array, *, width: int) -> Self:
         """Builds the view from what ``KeyIndex.locate`` returned; keeps only the parts that are used."""
-        used, renumbered = np.unique(part, return_inverse=True)
+        used, renumbered = _used(part, len(parts))
         columns = []
         for number in used:
             info = parts[number].columns[column]
             if info.shape[1] != width:
                 raise StoreError(f"parts of {column} differ in width ({info.shape[1]} and {width}): featurepipe verify")
-            place = parts[number].path, info.offset, info.dtype, parts[number].rows
-            columns.append(PartColumn(*place, info.nbytes, info.crc32))
-        return cls(column, width, tuple(columns), renumbered.reshape(-1).astype(np.uint32), row.astype(np.uint32))
+            path = os.path.abspath(parts[number].path)  # workers may stand in another folder  # noqa: PTH100
+            columns.append(PartColumn(path, info.offset, info.dtype, parts[number].rows, info.nbytes, info.crc32))
+        return cls(column, width, tuple(columns), renumbered, row.astype(np.uint32))
 
     def __len__(self) -> int:
         return len(self.row)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        used, renumbered = _used(self.part, len(self.parts))
+        parts = tuple(self.parts[number] for number in used)
+        places = _packed(renumbered, self.row)
+        return {"column": self.column, "width": self.width, "parts": parts, "places": places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        part, row = _unpacked(*state["places"])
+        self.__init__(state["column"], state["width"], state["parts"], part, row)  # type: ignore[misc]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -78,7 +75,7 @@ class ColumnRows:
         names = {part.dtype for part in self.parts} or {"<f4"}
         return np.result_type(*(np.dtype(name) for name in names)).newbyteorder("=")
 
-    def take(self, positions: npt.NDArray[Any] | slice) -> ColumnRows:
+    def take(self, positions: Array | slice) -> ColumnRows:
         """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
         chosen = self.part[positions], self.row[positions]
         return ColumnRows(self.column, self.width, self.parts, *chosen, self._maps)  # mapping anew costs page faults
@@ -92,7 +89,7 @@ class ColumnRows:
         """
         for number in np.unique(self.part):
             part = self.parts[number]
-            descriptor = _open(part)
+            descriptor = open_part(part)
             try:
                 intact = crc32_of(descriptor, part.offset, part.nbytes) == part.crc32
             finally:
@@ -104,93 +101,127 @@ class ColumnRows:
                     f"run: featurepipe verify {path.parents[3]}, then extract again"
                 )
 
-    def read(self, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+    def read(self, dtype: npt.DTypeLike | None = None, *, out: Array | None = None) -> Array:
         """Fetches all rows in order.
 
         Args:
             dtype: Of the result; by default that of the store.
+            out: (n, D) array to fill, of any strides; by default a new one of ``dtype``.
 
         Returns:
-            (n, D) array, newly allocated.
+            (n, D) array: ``out``, or one newly allocated.
 
         Raises:
             StoreError: A part is gone or shorter than it was.
         """
-        out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
+        if out is None:
+            out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
         for start, stop, neighbours in self._runs():
             if neighbours:
                 self._read_run(self.parts[int(self.part[start])], int(self.row[start]), out[start:stop])
             else:
-                self._gather(start, stop, out)
+                self._gather(self.part[start:stop], self.row[start:stop], out[start:stop])
         return out
 
     def _runs(self) -> list[tuple[int, int, bool]]:
         """Cuts the rows into long runs of neighbours in one file (true), and the scattered stretches between them."""
         if not len(self):
             return []
-        follows = (np.diff(self.part.astype(np.int64)) == 0) & (np.diff(self.row.astype(np.int64)) == 1)
-        starts = np.concatenate([[0], np.flatnonzero(~follows) + 1])
-        stops = np.concatenate([starts[1:], [len(self)]])
+        starts = _run_starts(self.part, self.row)
+        stops = np.append(starts[1:], len(self))
         long = stops - starts >= min(_RUN_ROWS, len(self))
         edges = np.unique(np.concatenate([[0, len(self)], starts[long], stops[long]]))
-        return [(int(a), int(b), bool(follows[a : b - 1].all())) for a, b in itertools.pairwise(edges)]
+        runs = np.isin(edges[:-1], starts[long])
+        return [(int(a), int(b), bool(run)) for (a, b), run in zip(itertools.pairwise(edges), runs, strict=True)]
 
-    def _read_run(self, part: PartColumn, first: int, out: npt.NDArray[Any]) -> None:
+    def _read_run(self, part: PartColumn, first: int, out: Array) -> None:
         stored = np.dtype(part.dtype)
         row_bytes = self.width * stored.itemsize
-        descriptor = _open(part)
+        descriptor = open_part(part)
         try:
-            if out.dtype == stored:
-                _read_into(descriptor, out, part.offset + first * row_bytes, part)
+            if out.dtype == stored and out.flags.c_contiguous:
+                read_into(descriptor, out, part.offset + first * row_bytes, part)
                 return
             step = max(1, _BLOCK_BYTES // row_bytes)
             scratch = np.empty((min(step, len(out)), self.width), stored)
             for start in range(0, len(out), step):
                 block = scratch[: min(step, len(out) - start)]
-                _read_into(descriptor, block, part.offset + (first + start) * row_bytes, part)
-                out[start : start + len(block)] = block
+                read_into(descriptor, block, part.offset + (first + start) * row_bytes, part)
+                copy_into(out[start : start + len(block)], block)
         finally:
             os.close(descriptor)
 
-    def _gather(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
-        numbers = self.part[start:stop]
-        for number in np.unique(numbers):
-            where = np.flatnonzero(numbers == number) + start
-            rows = self._map(int(number))[self.row[where]]
-            out[where] = rows
+    def _gather(self, parts: Array, rows: Array, out: Array) -> None:
+        """Fetches scattered rows, part by part and in the order of the file."""
+        order = np.lexsort((rows, parts))
+        in_order = bool((order == np.arange(len(order))).all())
+        edges = np.append(_change(parts[order]), len(order))
+        for start, stop in itertools.pairwise(edges.tolist()):
+            part, chosen = self.parts[int(parts[order[start]])], rows[order[start:stop]]
+            if in_order:
+                self._pick(part, chosen, out[start:stop])
+            else:
+                found = np.empty((stop - start, self.width), out.dtype)
+                self._pick(part, chosen, found)
+                out[order[start:stop]] = found
 
-    def _map(self, number: int) -> npt.NDArray[Any]:
-        mapped = self._maps.get(number)
-        if mapped is None:
-            part = self.parts[number]
-            try:
-                mapped = np.memmap(part.path, part.dtype, "r", part.offset, (part.rows, self.width)).view(np.ndarray)
-            except (OSError, ValueError) as error:
-                raise _gone(part) from error
-            for oldest in list(self._maps)[: max(0, len(self._maps) - _OPEN_MAPS + 1)]:
-                self._maps.pop(oldest, None)  # another thread may have been here
-            self._maps[number] = mapped
-        return mapped
+    def _pick(self, part: PartColumn, rows: Array, out: Array) -> None:
+        """Fetches ascending rows of one part: whole windows of the file where many are wanted, else through a map."""
+        window_rows = max(1, _BLOCK_BYTES // (self.width * np.dtype(part.dtype).itemsize))
+        starts = _change(rows // window_rows)
+        stops = np.append(starts[1:], len(rows))
+        dense = (stops - starts) * _DENSE >= np.minimum(window_rows, part.rows)
+        edges = np.append(_change(dense), len(dense))
+        for a, b in itertools.pairwise(edges.tolist()):
+            if dense[a]:
+                self._pick_windows(part, rows, out, zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True))
+            else:
+                stretch = slice(starts[a], stops[b - 1])
+                copy_into(out[stretch], self._maps.rows(part, rows[stretch], self.width))
+
+    def _pick_windows(self, part: PartColumn, rows: Array, out: Array, windows: Any) -> None:
+        row_bytes = self.width * np.dtype(part.dtype).itemsize
+        descriptor = open_part(part)
+        try:
+            for start, stop in windows:
+                first, last = int(rows[start]), int(rows[stop - 1])
+                block = np.empty((last - first + 1, self.width), part.dtype)
+                read_into(descriptor, block, part.offset + first * row_bytes, part)
+                copy_into(out[start:stop], block[rows[start:stop] - first])
+        finally:
+            os.close(descriptor)
 
 
-def _open(part: PartColumn) -> int:
-    try:
-        return os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _gone(part) from error
+def _change(values: Array) -> Array:
+    """Where each run of equal values starts."""
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, np.intp)
 
 
-def _read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartColumn) -> None:
-    content = memoryview(block.reshape(-1).view(np.uint8))
-    while content:
-        count = os.preadv(descriptor, [content], offset)
-        if count == 0:
-            raise _gone(part)
-        content, offset = content[count:], offset + count
+def _run_starts(part: Array, row: Array) -> Array:
+    """Where each run of neighbouring rows of one part starts."""
+    follows = (part[1:] == part[:-1]) & (row[1:] == row[:-1] + np.uint32(1))
+    return np.flatnonzero(np.append(True, ~follows))
 
 
-def _gone(part: PartColumn) -> StoreError:
-    return StoreError(
-        f"part {part.path} is gone or shorter than it was; if the store was compacted meanwhile, open the features "
-        "again with store.features(...), else run: featurepipe verify STORE"
-    )
+def _used(part: Array, count: int) -> tuple[Array, npt.NDArray[np.uint32]]:
+    """The part numbers in use, ascending, and ``part`` renumbered by them."""
+    used = np.bincount(part.astype(np.int64), minlength=count) > 0
+    return np.flatnonzero(used), (np.cumsum(used) - 1).astype(np.uint32)[part]
+
+
+def _packed(part: Array, row: Array) -> tuple[Array, Array, Array | None]:
+    """Places as runs (part, first row, length) where that is smaller, as it is for rows in the order of the store."""
+    if not len(row):
+        return part, row, None
+    starts = _run_starts(part, row)
+    if 2 * len(starts) > len(row):
+        return np.ascontiguousarray(part), np.ascontiguousarray(row), None
+    return part[starts], row[starts], np.diff(np.append(starts, len(row))).astype(np.uint32)
+
+
+def _unpacked(part: Array, row: Array, lengths: Array | None) -> tuple[Array, Array]:
+    if lengths is None:
+        return part, row
+    first = np.cumsum(lengths, dtype=np.int64) - lengths
+    steps = np.arange(first[-1] + lengths[-1]) - np.repeat(first, lengths)
+    return np.repeat(part, lengths), (np.repeat(row, lengths) + steps).astype(np.uint32)

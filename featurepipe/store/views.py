@@ -1,129 +1,177 @@
-"""A picklable view of one column's features for the images of a dataset, with labels joined by id."""
+"""A picklable view of the features of a dataset's images, one column or several, with labels joined by id."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from featurepipe.errors import UsageError, unknown
-from featurepipe.store.keys import Keys, keys_to_arrow
-from featurepipe.store.rows import ColumnRows
+from featurepipe.errors import UsageError
+from featurepipe.sizes import bytes_of
+from featurepipe.store.dask_arrays import CHUNK_BYTES, features_array, labels_array
+from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.labels import LabelSource, join_labels, read_labels
+from featurepipe.store.origin import Origin, check_rows, check_spaces
+from featurepipe.store.overview import counts_of, describe
+from featurepipe.store.wide_rows import WideRows
 
 Labels = npt.NDArray[Any] | None
+Positions = npt.NDArray[Any] | slice
+
+DEFAULT_BLOCK_ROWS = 8192
 
 
-class FeatureSet:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureSet(LabelledImages):
     """Features of n images, one row each, in snapshot order; get one from ``FeatureStore.features``.
 
     Holds labels, keys, paths and row numbers, but no open file: pickle it and send it to a worker. Two images with
-    the same bytes share one stored vector.
+    the same bytes share one stored vector. It never changes: ``+``, ``with_labels``, ``select`` and ``take`` return
+    new views.
 
     Attributes:
+        table: ``id``, ``label``, ``split`` of each image.
         keys: (n, 32) uint8, the SHA-256 of each image.
-        space_fingerprint: Which feature space the values are of.
-        rejected: Images of the snapshot that could not be used and are not here.
+        rows: Where the features lie.
+        origin: Which store, dataset and feature space they are of.
+        rejects: Images that could not be used and are not here, counted by split.
+        unmatched: Ids of the labels given by ``with_labels`` that are no image here.
         map_shape: What to reshape a row to, (C, H, W), if the pooling is ``map``; else None.
     """
 
-    def __init__(
-        self,
-        table: pa.Table,
-        keys: Keys,
-        rows: ColumnRows,
-        *,
-        space_fingerprint: str,
-        rejected: int = 0,
-        map_shape: tuple[int, ...] | None = None,
-    ) -> None:
-        self.keys = keys
-        self.space_fingerprint = space_fingerprint
-        self.rejected = rejected
-        self.map_shape = map_shape
-        self._table = table
-        self._rows = rows
+    rows: WideRows
+    origin: Origin
+    rejects: Mapping[str | None, int] = field(default_factory=dict)
+    unmatched: int = 0
+    map_shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"<FeatureSet {self.column} {self.shape} {self.dtype}>"
+        return f"<FeatureSet {self.origin.dataset}: {self.column} {self.shape} {self.dtype}>"
+
+    def describe(self) -> str:
+        """Sums up the view in a few lines: images, labels, rejects, duplicates, classes, splits."""
+        return describe(self)
+
+    def counts(self) -> dict[str, Any]:
+        """Counts, as JSON values.
+
+        Returns:
+            ``images``, ``labelled``, ``unlabelled``, ``rejected``, ``duplicates``, ``unmatched``, and ``classes`` and
+            ``splits`` with the images of each.
+        """
+        return counts_of(self)
+
+    # What it is of
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns, ``node:pooling``, in the order of the feature vector."""
+        return self.rows.columns
 
     @property
     def column(self) -> str:
-        """The column, ``node:pooling``."""
-        return self._rows.column
+        """The column, ``node:pooling``; several are joined by ``+``."""
+        return "+".join(self.columns)
+
+    @property
+    def space_fingerprint(self) -> str:
+        """Which feature space the values are of."""
+        return self.origin.fingerprint
 
     @property
     def shape(self) -> tuple[int, int]:
         """Images and values per image."""
-        return len(self._rows), self._rows.width
+        return len(self), self.rows.width
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The stored dtype (float32 if parts differ)."""
-        return self._rows.dtype
+        """The stored dtype (float32 if parts or columns differ)."""
+        return self.rows.dtype
 
     @property
-    def ids(self) -> npt.NDArray[np.object_]:
-        """(n,) ids, text."""
-        return _objects(self._table["id"])
+    def rejected(self) -> int:
+        """Images that could not be used and are not here."""
+        return sum(self.rejects.values())
 
-    @property
-    def labels(self) -> npt.NDArray[np.object_]:
-        """(n,) labels, text or None."""
-        return _objects(self._table["label"])
+    # Other views of it
 
-    @property
-    def splits(self) -> npt.NDArray[np.object_]:
-        """(n,) splits, text or None."""
-        return _objects(self._table["split"])
-
-    @property
-    def classes(self) -> list[str]:
-        """The distinct labels, sorted."""
-        return sorted(pc.unique(self._table["label"].drop_null()).to_pylist())
-
-    @property
-    def duplicates(self) -> int:
-        """Rows whose image is also that of an earlier row."""
-        return len(self) - int(pc.count_distinct(keys_to_arrow(self.keys)).as_py())
-
-    def take(self, positions: npt.NDArray[Any] | slice) -> FeatureSet:
-        """Returns the view of some rows: positions in any order, a boolean mask, or a slice."""
-        chosen = np.arange(len(self))[positions]
-        return FeatureSet(
-            self._table.take(chosen),
-            self.keys[chosen],
-            self._rows.take(chosen),
-            space_fingerprint=self.space_fingerprint,
-            rejected=self.rejected,
-            map_shape=self.map_shape,
-        )
-
-    def select(self, *, split: str | None = None, labelled: bool = False) -> FeatureSet:
-        """Returns the view of one split, of the labelled rows, or of both.
+    def __add__(self, other: FeatureSet) -> FeatureSet:
+        """Puts the columns of both side by side: several layers as one feature vector.
 
         Raises:
-            UsageError: No row is of that split.
+            UsageError: They are of two feature spaces, of other images, in another order or labelled otherwise, or a
+                column is in both.
         """
-        keep = np.ones(len(self), np.bool_)
-        if split is not None:
-            splits = self.splits
-            keep &= splits == split
-            if not keep.any():
-                raise unknown_split(split, sorted({name for name in splits if name is not None}))
-        if labelled:
-            keep &= self._table["label"].is_valid().to_numpy()
-        return self.take(keep)
+        if not isinstance(other, FeatureSet):
+            return NotImplemented
+        check_spaces(self.origin, other.origin)
+        twice = [column for column in other.columns if column in self.columns]
+        if twice:
+            raise UsageError(f"column {twice[0]} would be in the feature vector twice; name each column once")
+        check_rows((self.table, self.keys), (other.table, other.keys))
+        return replace(self, rows=WideRows(self.rows.parts + other.rows.parts), map_shape=None)
 
-    def read(
-        self, dtype: npt.DTypeLike | None = None, *, rows: npt.NDArray[Any] | slice | None = None
-    ) -> npt.NDArray[Any]:
+    def with_labels(self, labels: LabelSource) -> FeatureSet:
+        """Returns the view with other labels, joined by id; nothing is computed again.
+
+        Images whose id is not given, or given with an empty label or None, are unlabelled. Labels become text: whole
+        numbers (3, and 3.0, which a table program makes of a column with gaps) become "3". Ids that are no image
+        here are counted in ``unmatched``.
+
+        Args:
+            labels: A mapping from id to label; a pyarrow table with the columns ``id`` (or ``path``) and ``label``; or
+                the path of a .csv, .parquet or .jsonl file with these columns.
+
+        Raises:
+            UsageError: A label is NaN, the text "nan", or neither text nor a whole number; an id has two labels; or no
+                id is one of an image here.
+        """
+        found, strangers = join_labels(self.table["id"], read_labels(labels))
+        place = self.table.column_names.index("label")
+        return replace(self, table=self.table.set_column(place, "label", found), unmatched=strangers)
+
+    def take(self, positions: Positions) -> FeatureSet:
+        """Returns the view of some rows: positions in any order, a boolean mask, or a slice."""
+        chosen = np.arange(len(self))[positions]
+        return replace(self, table=self.table.take(chosen), keys=self.keys[chosen], rows=self.rows.take(chosen))
+
+    def __getitem__(self, positions: Positions) -> FeatureSet:
+        """Does what ``take`` does, which is what scikit-learn asks of what it cuts into folds."""
+        if np.ndim(positions) == 0 and not isinstance(positions, slice):  # type: ignore[arg-type]
+            raise TypeError("a FeatureSet is cut by positions, a mask or a slice; to go through its rows use .blocks()")
+        return self.take(positions)
+
+    __iter__ = None  # else Python would count through __getitem__
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Refuses to be read into memory unasked."""
+        raise UsageError(
+            "a FeatureSet is not in memory; pass features.read(np.float32), or X, y = features.numpy(), or fit a head "
+            "that reads block by block"
+        )
+
+    def select(
+        self, *, split: str | None = None, labelled: bool = False, classes: Sequence[str] | None = None
+    ) -> FeatureSet:
+        """Returns the view of the rows that are of one split, labelled, and of some classes.
+
+        Raises:
+            UsageError: No row is of that split, or of one of the classes.
+        """
+        rejects = self.rejects
+        if split is not None:
+            rejects = {name: count for name, count in rejects.items() if name == split}
+        return replace(self.take(self.mask(split=split, labelled=labelled, classes=classes)), rejects=rejects)
+
+    # The values
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Positions | None = None) -> npt.NDArray[Any]:
         """Reads features alone.
 
         Args:
@@ -132,18 +180,21 @@ class FeatureSet:
 
         Returns:
             (n, D) array, newly allocated.
+
+        Raises:
+            StoreError: A part is gone: the store was compacted meanwhile, or is damaged.
         """
-        return (self._rows if rows is None else self._rows.take(rows)).read(dtype)
+        return (self.rows if rows is None else self.rows.take(rows)).read(dtype)
 
     def check(self) -> None:
-        """Compares the column's bytes with their checksums in every part that holds one of the rows.
+        """Compares the columns' bytes with their checksums in every part that holds one of the rows.
 
         ``read``, ``numpy`` and ``blocks`` do not: they map and read at the disk's speed, and ``verify`` finds damage.
 
         Raises:
             CorruptPart: A part is damaged; the message names it and the next step.
         """
-        self._rows.check()
+        self.rows.check()
 
     def numpy(self, dtype: npt.DTypeLike = np.float32, *, labelled: bool = False) -> tuple[npt.NDArray[Any], Labels]:
         """Reads everything into memory.
@@ -159,30 +210,57 @@ class FeatureSet:
             return self.select(labelled=True).numpy(dtype)
         return self.read(dtype), self._labels_or_none()
 
-    def blocks(self, rows: int = 8192, dtype: npt.DTypeLike = np.float32) -> Iterator[tuple[npt.NDArray[Any], Labels]]:
-        """Yields (features, labels) of at most ``rows`` rows at a time, in order; memory does not grow with n."""
-        any_label = self._table["label"].null_count < len(self)
-        for start in range(0, len(self), rows):
-            block = slice(start, start + rows)
-            labels = _objects(self._table["label"].slice(start, rows)) if any_label else None
-            yield self._rows.take(block).read(dtype), labels
+    def blocks(
+        self, rows: int | None = None, dtype: npt.DTypeLike = np.float32, *, memory: int | str | None = None
+    ) -> Iterator[tuple[npt.NDArray[Any], Labels]]:
+        """Yields (features, labels) of some rows at a time, in order; memory does not grow with n.
+
+        Args:
+            rows: At most so many rows; by default 8192, or what ``memory`` allows.
+            dtype: Of the features.
+            memory: What one block may take while it is read, in bytes or as text ("256MB"): its features, what is read
+                before it is converted, and the row numbers. A block that you keep while you ask for the next is
+                yours.
+
+        Raises:
+            UsageError: ``rows`` is not positive, or not one row fits into ``memory``.
+        """
+        step = self._rows_per_block(rows, dtype, memory)
+        any_label = self.unlabelled < len(self)
+        places = (slice(start, start + step) for start in range(0, len(self), step))
+        return ((self.read(dtype, rows=place), self.labels_of_rows(place) if any_label else None) for place in places)
+
+    def _rows_per_block(self, rows: int | None, dtype: npt.DTypeLike, memory: int | str | None) -> int:
+        if rows is not None and rows < 1:
+            raise UsageError(f"rows={rows}: a block needs at least one row")
+        if memory is None:
+            return DEFAULT_BLOCK_ROWS if rows is None else rows
+        row_bytes = self.rows.row_bytes(dtype)
+        fitting = bytes_of(memory) // row_bytes
+        if not fitting:
+            raise UsageError(f"memory {memory!r} is too little for one row; give at least {row_bytes} bytes")
+        return fitting if rows is None else min(rows, fitting)
+
+    def dask(self, rows: int | None = None, dtype: npt.DTypeLike = np.float32) -> tuple[Any, Any]:
+        """Returns the features, and the labels, as Dask arrays, for a cluster that sees the store under the same path.
+
+        Tasks carry paths and row numbers, never data or open files. Rows without a label are kept: call
+        ``select(labelled=True)`` first. ``xgboost.dask`` takes numbers as labels, made by ``codes``:
+        ``dask.array.from_array(features.codes(), chunks=(X.chunks[0],))``.
+
+        Args:
+            rows: Rows of a chunk; by default as many as make about 64 MB.
+            dtype: Of the features.
+
+        Returns:
+            Features (n, D), chunked by rows only, and labels (n,) of dtype object with the same chunks, text or None;
+            None if no row has a label.
+        """
+        size = max(1, self.rows.width * np.dtype(dtype).itemsize)
+        step = max(1, CHUNK_BYTES // size) if rows is None else self._rows_per_block(rows, dtype, None)
+        features = features_array(self.rows, step, dtype)
+        labels = self._labels_or_none()
+        return features, None if labels is None else labels_array(labels, features.chunks[0])
 
     def _labels_or_none(self) -> Labels:
-        return None if self._table["label"].null_count == len(self) else self.labels
-
-
-def unknown_split(split: str, splits: list[str], where: str = "") -> UsageError:
-    """Builds the error for a split that is not among ``splits``, which may be none."""
-    if splits:
-        return unknown("split", split, splits, where=where)
-    inside = f" in {where}" if where else ""
-    return UsageError(
-        f"unknown split {split!r}{inside}: this dataset has no splits; leave split out, or put train/ and test/ above "
-        "the class folders"
-    )
-
-
-def _objects(column: pa.ChunkedArray) -> npt.NDArray[np.object_]:
-    result = np.empty(len(column), object)
-    result[:] = column.to_pylist()
-    return result
+        return None if self.unlabelled == len(self) else self.labels

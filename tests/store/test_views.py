@@ -176,11 +176,11 @@ def test_an_empty_dataset_has_no_rows(filled, rows):
 
 
 def test_more_parts_than_open_maps(store, space, rows, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.rows._OPEN_MAPS", 2)
+    monkeypatch.setattr("featurepipe.store.part_files._OPEN_MAPS", 2)
     for name in NAMES[:9]:
         rows.write(store, space, [name])
     rows.snapshot(store, "d", NAMES[:9])
     features = store.features("d")
     backwards = np.arange(9)[::-1]
     np.testing.assert_array_equal(features.read(rows=backwards), rows.features(NAMES[:9])[::-1])
-    assert len(features._rows._maps) <= 2
+    assert len(features.rows.parts[0]._maps) <= 2

@@ -1,0 +1,198 @@
+"""Labels by id, from a mapping, a table or a file: read, checked, and joined with the ids of a view."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from featurepipe.errors import UsageError, unknown
+
+LabelSource: TypeAlias = Mapping[Any, Any] | pa.Table | str | os.PathLike[str]
+
+_SUFFIXES = (".csv", ".parquet", ".jsonl")
+_NAN = ("nan", "NaN")  # what programs write for a number that is none
+_EXACT = 2.0**53  # whole floats below it are whole numbers
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels by id.
+
+    Attributes:
+        ids: (m,) text, none missing; an id that occurs again has the same label again.
+        labels: (m,) text, null for unlabelled.
+        name: What errors call it.
+    """
+
+    ids: pa.Array
+    labels: pa.Array
+    name: str
+
+
+def read_labels(source: LabelSource) -> LabelTable:
+    """Reads labels; see ``FeatureSet.with_labels``.
+
+    Raises:
+        UsageError: It is nothing that holds labels, a label is NaN or no class, or an id has two labels.
+    """
+    if isinstance(source, Mapping):
+        return _checked(list(map(str, source)), list(source.values()), "the mapping")
+    if isinstance(source, pa.Table):
+        return _of_table(source, "the table")
+    if isinstance(source, str | os.PathLike):
+        return _of_file(Path(source))
+    raise UsageError(
+        f"labels come as a mapping (id -> label), a pyarrow table, or the path of a {', '.join(_SUFFIXES)} file with the "
+        f"columns id and label, not as {type(source).__name__}; of a pandas Series pass series.to_dict()"
+    )
+
+
+def join_labels(ids: pa.ChunkedArray, table: LabelTable) -> tuple[pa.Array, int]:
+    """Finds the label of each id.
+
+    Returns:
+        (n,) labels, null where the table has none, and how many of the table's ids are not among ``ids``.
+
+    Raises:
+        UsageError: Not one id is among ``ids``.
+    """
+    place = pc.index_in(ids, value_set=table.ids)
+    if len(ids) and place.null_count == len(ids):
+        if not len(table.ids):
+            raise UsageError(f"{table.name} holds no labels; it needs the id of each labelled image, and its label")
+        raise UsageError(
+            f"none of the {len(table.ids)} ids in {table.name} is an id of these features: there {table.ids[0].as_py()!r}, "
+            f"here {ids[0].as_py()!r}; write them as features.ids shows them"
+        )
+    strangers = table.ids.filter(pc.invert(pc.is_in(table.ids, value_set=pc.unique(ids))))
+    labels = table.labels.take(place)
+    return labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels, pc.count_distinct(
+        strangers
+    ).as_py()
+
+
+def _of_file(path: Path) -> LabelTable:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UsageError(f"cannot read labels from {path}: the file name must end in {', '.join(_SUFFIXES)}")
+    try:
+        if suffix == ".jsonl":
+            return _of_lines(path)
+        return _of_table(_csv(path) if suffix == ".csv" else pa.parquet.read_table(path), path.name)
+    except OSError as error:
+        raise UsageError(f"cannot read labels from {path}: {error.strerror or error}") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read labels from {path}: {error}") from error
+
+
+def _csv(path: Path) -> pa.Table:
+    # Labels such as 007 stay as written; only an empty field is null: a class may well be called "NA" or "null".
+    options = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(("id", "path", "label"), pa.string()), null_values=[""], strings_can_be_null=True
+    )
+    if not path.stat().st_size:
+        return pa.table({})
+    return pa.csv.read_csv(path, convert_options=options)
+
+
+def _of_lines(path: Path) -> LabelTable:
+    # Python's json, not Arrow's: there a label that is a number in one line and text in the next is an error.
+    ids, labels = [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path.name}: line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict) or "label" not in row or row.get("id", row.get("path")) is None:
+                raise UsageError(f"{path.name}: line {number} is no object with an `id` (or a `path`) and a `label`")
+            ids.append(str(row["id"] if row.get("id") is not None else row["path"]))
+            labels.append(row["label"])
+    return _checked(ids, labels, path.name)
+
+
+def _of_table(table: pa.Table, name: str) -> LabelTable:
+    names = table.column_names
+    if "label" not in names:
+        raise unknown("column", "label", names, where=name)
+    column = next((candidate for candidate in ("id", "path") if candidate in names), None)
+    if column is None:
+        raise unknown("column", "id", names, where=name)
+    if table[column].null_count:
+        row = pc.index(pc.is_null(table[column]), value=True).as_py()
+        raise UsageError(f"{name}: row {row + 1} has no {column}; every row needs one")
+    ids = _plain(table[column]).cast(pa.string()).combine_chunks()
+    labels = _plain(table["label"])
+    if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type):
+        return _checked_text(ids, labels.cast(pa.string()).combine_chunks(), name)
+    return _checked(ids, labels.to_pylist(), name)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _checked(ids: Sequence[str] | pa.Array, labels: Sequence[Any], name: str) -> LabelTable:
+    ids = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
+    texts: list[str | None] = []
+    for row, label in enumerate(labels):
+        text, wrong = _text_of(label)
+        if wrong:
+            raise UsageError(_wrong_label(name, ids[row].as_py(), row, wrong))
+        texts.append(text)
+    return _checked_text(ids, pa.array(texts, pa.string()), name)
+
+
+def _text_of(label: Any) -> tuple[str | None, str]:
+    """The label as text (None: unlabelled), and what is wrong with it, if anything."""
+    value = label.item() if isinstance(label, np.generic) else label
+    if value is None or isinstance(value, str):
+        return value, ""
+    if isinstance(value, bool | numbers.Integral):
+        return str(value), ""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None, "NaN"
+        return (str(int(value)), "") if value.is_integer() and abs(value) < _EXACT else (None, f"the number {value!r}")
+    return None, f"a {type(value).__name__}"
+
+
+def _wrong_label(name: str, image: str, row: int, wrong: str) -> str:
+    nan = "; if the image has no label, leave it empty (None)" if wrong == "NaN" or wrong in map(repr, _NAN) else ""
+    return f"{name}: the label of {image!r} (row {row + 1}) is {wrong}; labels are text or whole numbers{nan}"
+
+
+def _checked_text(ids: pa.Array, texts: pa.Array, name: str) -> LabelTable:
+    row = pc.index(pc.is_in(texts, value_set=pa.array(_NAN)), value=True).as_py()
+    if row >= 0:
+        raise UsageError(_wrong_label(name, ids[row].as_py(), row, repr(texts[row].as_py())))
+    labels = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+    if pc.count_distinct(ids).as_py() < len(ids):
+        _refuse_contradictions(ids, labels, name)
+    return LabelTable(ids, labels, name)
+
+
+def _refuse_contradictions(ids: pa.Array, labels: pa.Array, name: str) -> None:
+    pairs = pa.table({"id": ids, "label": labels}).group_by(["id", "label"], use_threads=False).aggregate([])
+    counted = pairs.group_by("id", use_threads=False).aggregate([("label", "count", pc.CountOptions(mode="all"))])
+    twice = counted.filter(pc.greater(counted["label_count"], 1))["id"]
+    if len(twice):
+        first = twice[0].as_py()
+        given = [str(label) for label in pairs.filter(pc.equal(pairs["id"], first))["label"].to_pylist()]
+        raise UsageError(
+            f"{name}: {len(twice)} ids have several labels; {first!r} has {' and '.join(given)}: an image has one label"
+        )

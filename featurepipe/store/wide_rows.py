@@ -1,0 +1,65 @@
+"""Rows of several columns side by side: several layers as one feature vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.store.rows import ColumnRows
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class WideRows:
+    """n rows of one or more columns, the columns in the order of the feature vector.
+
+    Attributes:
+        parts: The rows of each column; all have the same length.
+    """
+
+    parts: tuple[ColumnRows, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return tuple(part.column for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        """Values a row."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that holds all columns' values exactly."""
+        return np.result_type(*(part.dtype for part in self.parts))
+
+    def row_bytes(self, dtype: npt.DTypeLike) -> int:
+        """Memory that reading takes a row: the result, what is read before it is converted, and the row numbers."""
+        scratch = max(part.width * part.dtype.itemsize for part in self.parts)
+        return self.width * np.dtype(dtype).itemsize + scratch + 32
+
+    def take(self, positions: Array | slice) -> WideRows:
+        """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
+        return WideRows(tuple(part.take(positions) for part in self.parts))
+
+    def check(self) -> None:
+        """Compares the checksums of every part concerned; see ``ColumnRows.check``."""
+        for part in self.parts:
+            part.check()
+
+    def read(self, dtype: npt.DTypeLike | None = None) -> Array:
+        """Fetches all rows, (n, D), each column straight into its place; see ``ColumnRows.read``."""
+        out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
+        start = 0
+        for part in self.parts:
+            part.read(out=out[:, start : start + part.width])
+            start += part.width
+        return out
