@@ -1,28 +1,26 @@
-"""From loaded images to committed rows: batches, the forward, and the books that must balance."""
+"""From loaded images to committed rows, and the books that must balance."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from featurepipe.backbones import Column
-from featurepipe.backbones.engine import Engine, Pending
 from featurepipe.errors import FeaturepipeError, Reject
+from featurepipe.extraction.batches import Batches, Missing, Sink
 from featurepipe.extraction.prepare import Job
-from featurepipe.extraction.stream import Loaded, StageSeconds
+from featurepipe.extraction.stream import Loaded
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space
 
-Missing = tuple[str, ...]
 FACTS = ["id", "size", "mtime_ns"]
 
 
@@ -64,39 +62,17 @@ class Outcome:
             )
 
 
-class Computation:
-    """Collects loaded images into batches, runs them, and hands the features to the store.
-
-    Images that lack different columns (some have one already) go into different batches, so that nothing is computed
-    twice; nearly always all images lack the same ones.
+class Bookkeeping:
+    """Books every loaded image, and passes on those that are to be computed.
 
     Args:
-        listing: where ids, sizes and times of the rows are.
         outcome: the books, kept as images go by.
-        make_engine: builds the network for a set of missing columns, once per set.
-        writer: where features go.
+        batches: what computes.
         claimed: keys that are being computed in this run; kept up to date here.
-        batch_size: images per forward.
-        clock: where the stages' time is added up.
     """
 
-    def __init__(
-        self,
-        listing: pa.Table,
-        outcome: Outcome,
-        make_engine: Callable[[Missing], Engine],
-        writer: PartWriter,
-        *,
-        claimed: set[bytes],
-        batch_size: int,
-        clock: StageSeconds,
-    ) -> None:
-        self._listing, self._outcome, self._make_engine, self._writer = listing, outcome, make_engine, writer
-        self._batch_size, self._clock = batch_size, clock
-        self._engines: dict[Missing, Engine] = {}
-        self._batches: dict[Missing, list[Loaded]] = {}
-        self._pending: deque[tuple[list[Loaded], Pending]] = deque()
-        self._claimed = claimed
+    def __init__(self, outcome: Outcome, batches: Batches, claimed: set[bytes]) -> None:
+        self._outcome, self._batches, self._claimed = outcome, batches, claimed
 
     def take(self, images: Iterable[Loaded]) -> None:
         """Books each image, and runs the batches that are full."""
@@ -106,29 +82,9 @@ class Computation:
                 self._claimed.add(image.key)
                 self._outcome.computed += 1
                 self._outcome.columns.update(image.missing)
-                batch = self._batches.setdefault(image.missing, [])
-                batch.append(image)
-                if len(batch) == self._batch_size:
-                    self._run(image.missing)
+                self._batches.add(image)
             elif image.reason is None:
                 self._outcome.known += 1
-
-    def finish(self) -> None:
-        """Runs what is left and waits for everything under way."""
-        for missing in list(self._batches):
-            self._run(missing)
-        self._drain()
-
-    def _drain(self) -> None:
-        while self._pending:
-            self._collect()
-
-    def _engine(self, missing: Missing) -> Engine:
-        if missing not in self._engines:
-            self._drain()  # tracing a network patches torch for all threads, so nothing may run meanwhile
-            with self._clock.stage("forward"):
-                self._engines[missing] = self._make_engine(missing)
-        return self._engines[missing]
 
     def _book(self, image: Loaded) -> None:
         self._outcome.read += 1
@@ -138,28 +94,17 @@ class Computation:
         if image.reason is not None:
             self._outcome.reasons[image.row] = image.reason
 
-    def _run(self, missing: Missing) -> None:
-        images = self._batches.pop(missing)
-        pixels = torch.stack([image.pixels for image in images if image.pixels is not None])
-        for image in images:
-            image.pixels = None
-        engine = self._engine(missing)
-        with self._clock.stage("forward"):
-            self._pending.append((images, engine.submit(pixels)))
-        while len(self._pending) > engine.streams:
-            self._collect()
 
-    def _collect(self) -> None:
-        images, pending = self._pending.popleft()
-        with self._clock.stage("forward"):
-            features = pending.result()
-        rows = pa.array([image.row for image in images])
-        facts = self._listing.select(FACTS).take(rows)
+def store_sink(listing: pa.Table, writer: PartWriter) -> Sink:
+    """A sink that hands rows to the store, with the ids, sizes and times of the listing."""
+    listed = listing.select(FACTS)
+
+    def add(images: list[Loaded], features: dict[str, np.ndarray]) -> None:
+        facts = listed.take(pa.array([image.row for image in images]))
         keys = np.frombuffer(b"".join(image.key or b"" for image in images), dtype=np.uint8).reshape(len(images), -1)
-        with self._clock.stage("write"):
-            self._writer.add(
-                keys, facts["id"].to_pylist(), facts["size"].to_numpy(), facts["mtime_ns"].to_numpy(), features
-            )
+        writer.add(keys, facts["id"].to_pylist(), facts["size"].to_numpy(), facts["mtime_ns"].to_numpy(), features)
+
+    return add
 
 
 class Wanted:
@@ -206,22 +151,20 @@ def compute(job: Job, run_id: str, stop: StopRequest, progress: Progress) -> Out
     loader = job.loader(wanted)
     start = time.perf_counter()
     with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer:
-        work = Computation(
-            plan.listing,
-            outcome,
+        batches = Batches(
             lambda missing: job.engine([by_name[name] for name in missing]),
-            writer,
-            claimed=wanted.claimed,
+            store_sink(plan.listing, writer),
             batch_size=machine.batch_size,
             clock=job.clock,
         )
+        books = Bookkeeping(outcome, batches, wanted.claimed)
         rejects = RejectLog(plan.listing, space, job.dataset, run_id)
         for images in loader.load(plan.listing, plan.todo, stop):
-            work.take(images)
+            books.take(images)
             rejects.take(images)
             writer.tick()
             progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
-        work.finish()
+        batches.finish()
         rejects.write()
     outcome.seconds = time.perf_counter() - start
     return outcome

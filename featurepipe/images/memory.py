@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import UsageError
+from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import read_file, stat_file
 from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.pillow import PillowReader, bytes_of, is_pillow
 from featurepipe.images.source import Source
 
-Item = bytes | str | os.PathLike[str] | np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Item = Union[bytes, str, os.PathLike[str], np.ndarray[Any, Any], "Image"]
 
 
 class MemorySource(Source):
     """Images from a mapping id -> item, a sequence of items, or one array of all pixels.
 
-    An item is the bytes of an encoded file, an array of pixels, or a path or URL. In a sequence a path is its own id;
-    anything else is numbered.
+    An item is the bytes of an encoded file, an array of pixels, a PIL image, or a path or URL. In a sequence a path is
+    its own id; anything else is numbered. A PIL image is read as the array of its pixels, and keyed by them.
 
     Args:
         images: The images; an array is (N,H,W) or (N,H,W,C), one image per row.
@@ -49,6 +54,7 @@ class MemorySource(Source):
         ids = list(images) if isinstance(images, Mapping) else map(_id_of, range(len(images)), self._items)
         self._ids = [printable(str(id_)) for id_ in ids]
         self._labels = _labels_of(labels, self._ids)
+        self._pillow = PerProcess(PillowReader)
 
     def scan(self) -> pa.Table:
         """Lists the images in the order given; one stat per path."""
@@ -57,6 +63,8 @@ class MemorySource(Source):
     def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
         """Reads one image; see :meth:`Source.read`."""
         item = self._items[int.from_bytes(locator, "little")]
+        if is_pillow(item):
+            return self._pillow.get()(item)
         return read_file(os.fspath(item)) if isinstance(item, str | os.PathLike) else item
 
     def _rows(self) -> Iterator[Row]:
@@ -85,4 +93,6 @@ def _stat_item(item: Item) -> tuple[int, int]:
         return len(item), UNKNOWN
     if isinstance(item, np.ndarray):
         return item.nbytes, UNKNOWN
-    raise UsageError(f"a {type(item).__name__} is no image; give bytes, an array of pixels, or a path")
+    if is_pillow(item):
+        return bytes_of(item), UNKNOWN
+    raise UsageError(f"a {type(item).__name__} is no image; give bytes, an array of pixels, a PIL image, or a path")

@@ -1,0 +1,227 @@
+"""Features of a source without a store: the same loader, engine and batches as `extract`, in the listing's order."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.backbones import Backbone, Column
+from featurepipe.backbones.engine import Engine
+from featurepipe.extraction.batches import Batches
+from featurepipe.extraction.machine import Machine
+from featurepipe.extraction.rounding import Rounding
+from featurepipe.extraction.stream import Loaded, StageSeconds, loader_for
+from featurepipe.images import Source
+from featurepipe.progress import Progress, Silent
+from featurepipe.records import bottleneck
+from featurepipe.store.keys import KEY_BYTES
+
+REMEMBERED_BYTES = 64 * 1024 * 1024
+"""Features kept at hand for copies of an image; a copy that comes later is computed again."""
+
+LONGEST_WAIT = 65_536
+"""Rows that may wait for a batch to fill, as when thousands of copies follow one image."""
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """What became of consecutive rows of a listing; every row is in ``rows`` or in ``rejects``.
+
+    Attributes:
+        rows: int64 (m,), the rows with features, ascending.
+        keys: uint8 (m, 32), their keys.
+        features: for each column (m, D), the values that a store would hold, float16 or float32.
+        rejects: the other rows, ascending, each with the reason.
+    """
+
+    rows: np.ndarray
+    keys: np.ndarray
+    features: Mapping[str, np.ndarray]
+    rejects: Sequence[tuple[int, str]]
+
+    def vectors(self) -> np.ndarray:
+        """The columns side by side, float32 (m, D)."""
+        return np.concatenate([values.astype(np.float32, copy=False) for values in self.features.values()], axis=1)
+
+
+class FeatureStream:
+    """A network made ready, through which any number of sources can be streamed.
+
+    The features are, bit for bit, those that `extract` stores for the same source, space and batch size. Two things are
+    out of its reach: a copy of an image that comes long after it is computed anew (so equal only within the batch
+    tolerance), and the order in which a store was filled, where a column stops fitting float16.
+
+    Args:
+        backbone: the network.
+        columns: what to compute, in the order of the features.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        dtype: stored dtype to round to, ``float16`` or ``float32``.
+        decode: ``cpu`` or ``gpu``.
+        machine: device, batch size and threads.
+        engine: the engine for these very settings, if there is one already.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        columns: Sequence[Column],
+        *,
+        precision: str,
+        dtype: str,
+        decode: str,
+        machine: Machine,
+        engine: Engine | None = None,
+    ) -> None:
+        self.backbone, self.columns, self.machine = backbone, tuple(columns), machine
+        self._precision, self._dtype, self._decode = precision, dtype, decode
+        self._engine = engine
+
+    def batches(
+        self,
+        source: Source,
+        listing: pa.Table,
+        *,
+        clock: StageSeconds | None = None,
+        stop: Callable[[], bool] = bool,
+        progress: Progress | None = None,
+    ) -> Iterator[FeatureBatch]:
+        """Yields the features of every row of a listing, in its order, in bounded memory.
+
+        Args:
+            source: where the images are.
+            listing: what it listed.
+            clock: where the stages' time is added up.
+            stop: asked between images; once true, no more are read, and the rows read so far are the last.
+            progress: told how far it is, and of columns that float16 cannot hold.
+
+        Raises:
+            NonFiniteFeatures: the network gave NaN or infinity; names the images.
+        """
+        clock, progress = clock or StageSeconds(), progress or Silent()
+        wanted = tuple(map(str, self.columns))
+        queue = _Queue(wanted, self._remembered_rows(), Rounding(self._dtype, progress.say), listing["id"])
+        batches = Batches(self._ready_engine, queue.fill, batch_size=self.machine.batch_size, clock=clock)
+        loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, self._decode, clock)
+        with closing(loader.load(listing, np.arange(listing.num_rows), stop)) as loaded:
+            for images in loaded:
+                for image in images:
+                    if queue.add(image):
+                        batches.add(image)
+                if len(queue) > LONGEST_WAIT:
+                    batches.finish()
+                progress.advance(len(images), f"{bottleneck(clock.totals)}-bound")
+                yield from queue.take()
+        batches.finish()
+        yield from queue.take()
+
+    def _ready_engine(self, _columns: tuple[str, ...]) -> Engine:
+        if self._engine is None:
+            self._engine = Engine(
+                self.backbone,
+                self.columns,
+                precision=self._precision,
+                device=self.machine.device,
+                batch_size=self.machine.batch_size,
+            )
+        return self._engine
+
+    def _remembered_rows(self) -> int:
+        width = sum(int(np.prod(self.backbone.feature_shape(column))) for column in self.columns)
+        return max(self.machine.batch_size, REMEMBERED_BYTES // (4 * width))
+
+
+class _Feature:
+    """One image's features by column, (D,) each, once they are computed."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: dict[str, np.ndarray] | None = None
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row on its way: with a feature that is or will be computed, or rejected."""
+
+    row: int
+    key: bytes
+    feature: _Feature | None
+    reason: str | None
+
+    @property
+    def done(self) -> bool:
+        return self.feature is None or self.feature.values is not None
+
+
+class _Queue:
+    """Rows in the listing's order: they enter when loaded, get their features batch by batch, and leave from the head.
+
+    Which copies share a feature depends on the order of the rows alone, never on timing.
+
+    Args:
+        columns: names of the columns.
+        remembered: for how many images the feature is kept at hand for copies.
+        rounding: gives features their stored values.
+        ids: the listing's ids.
+    """
+
+    def __init__(self, columns: Sequence[str], remembered: int, rounding: Rounding, ids: pa.ChunkedArray) -> None:
+        self._columns, self._remembered, self._rounding, self._ids = columns, remembered, rounding, ids
+        self._rows: deque[_Row] = deque()
+        self._recent: OrderedDict[bytes, _Feature] = OrderedDict()
+        self._under_way: dict[int, _Feature] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, image: Loaded) -> bool:
+        """Enters a row; tells whether its features are to be computed."""
+        if image.reason is not None or image.key is None:
+            self._rows.append(_Row(image.row, b"", None, image.reason))
+            return False
+        feature = self._recent.get(image.key)
+        is_new = feature is None
+        if feature is None:
+            feature = self._recent[image.key] = self._under_way[image.row] = _Feature()
+            if len(self._recent) > self._remembered:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(image.key)
+        self._rows.append(_Row(image.row, image.key, feature, None))
+        return is_new
+
+    def fill(self, images: Sequence[Loaded], features: Mapping[str, np.ndarray]) -> None:
+        """Gives the images of one batch their features."""
+        ids = self._ids.take(pa.array([image.row for image in images])).to_pylist()
+        stored = {column: self._rounding(column, features[column], ids) for column in self._columns}
+        for place, image in enumerate(images):
+            # Copies, so that one remembered row does not keep its whole batch in memory.
+            self._under_way.pop(image.row).values = {name: values[place].copy() for name, values in stored.items()}
+
+    def take(self) -> Iterator[FeatureBatch]:
+        """Yields the rows at the head that are done, as one batch, if there are any."""
+        done: list[_Row] = []
+        while self._rows and self._rows[0].done:
+            done.append(self._rows.popleft())
+        if done:
+            yield self._batch(done)
+
+    def _batch(self, rows: Sequence[_Row]) -> FeatureBatch:
+        usable = [(row, row.feature.values) for row in rows if row.feature is not None and row.feature.values]
+        keys = np.frombuffer(b"".join(row.key for row, _ in usable), np.uint8).reshape(-1, KEY_BYTES)
+        return FeatureBatch(
+            rows=np.array([row.row for row, _ in usable], dtype=np.int64),
+            keys=keys,
+            features={name: _stacked([values[name] for _, values in usable]) for name in self._columns},
+            rejects=[(row.row, row.reason) for row in rows if row.reason is not None],
+        )
+
+
+def _stacked(vectors: Sequence[np.ndarray]) -> np.ndarray[Any, Any]:
+    """(m, D); float32 where some of the vectors are."""
+    return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)

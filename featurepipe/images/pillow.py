@@ -1,0 +1,64 @@
+"""PIL images as arrays of pixels, the same that decoding gives; imports torch only when one is read."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
+
+import numpy as np
+
+from featurepipe.errors import Reject
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_LOCKS: Final = 64
+
+
+def is_pillow(item: object) -> TypeGuard[Image]:
+    """Whether an object is a PIL image; imports nothing, since without PIL loaded there is none."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(item, module.Image)
+
+
+def bytes_of(image: Image) -> int:
+    """How many bytes an image's pixels take, one byte each; reads none of them."""
+    return image.width * image.height * len(image.getbands())
+
+
+class PillowReader:
+    """Turns PIL images into uint8 arrays, from several threads.
+
+    Two threads must not load one image at a time (it may still be an open file), so images share a few locks.
+    """
+
+    def __init__(self) -> None:
+        self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
+
+    def __call__(self, image: Image) -> np.ndarray[Any, Any]:
+        """Pixels as decoding gives them: upright, on white, uint8 (H, W) for greys and (H, W, 3) for everything else.
+
+        Raises:
+            Reject: as ``featurepipe.images.decode.decode``.
+        """
+        # In here, for decode imports torch.
+        from featurepipe.images.decode import (
+            _DAMAGE,
+            QUIET,
+            _check_pixels,
+            _first_line,
+            _flattened,
+            _says_truncated,
+            _turned,
+        )
+
+        with self._locks[(id(image) >> 4) % _LOCKS], QUIET:
+            _check_pixels(*image.size)
+            try:
+                image.load()
+                flat = _flattened(_turned(image))
+                return np.array(flat if flat.mode == "L" else flat.convert("L" if flat.mode == "1" else "RGB"))
+            except _DAMAGE as error:
+                code = "truncated" if _says_truncated(error) else "corrupt"
+                raise Reject(f"{code}: {_first_line(error) or type(error).__name__}") from error
