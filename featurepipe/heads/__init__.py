@@ -1,1 +1,45 @@
-"""What is learned: estimators on features. Nothing here yet; the demo fits scikit-learn's own."""
+"""What is learned: estimators on features, their calibration, and the bundle that keeps one. No torch, no h5py."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurepipe.heads.boosted import BoostedTrees as BoostedTrees
+    from featurepipe.heads.calibration import class_scores as class_scores
+    from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
+    from featurepipe.heads.calibration import fit_temperature as fit_temperature
+    from featurepipe.heads.calibration import probabilities as probabilities
+    from featurepipe.heads.families import HEADS as HEADS
+    from featurepipe.heads.families import HeadFamily as HeadFamily
+    from featurepipe.heads.families import make_head as make_head
+    from featurepipe.heads.kernel import RBFSVM as RBFSVM
+    from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
+    from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
+    from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
+
+_HOMES = {
+    "HEADS": "families",
+    "RBFSVM": "kernel",
+    "BlockCentroid": "neighbours",
+    "BlockLinearDiscriminantAnalysis": "lda",
+    "BlockNeighbours": "neighbours",
+    "BlockRidgeClassifier": "ridge",
+    "BoostedTrees": "boosted",
+    "HeadFamily": "families",
+    "class_scores": "calibration",
+    "expected_calibration_error": "calibration",
+    "fit_temperature": "calibration",
+    "make_head": "families",
+    "probabilities": "calibration",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is asked for (PEP 562), so that ``import featurepipe`` loads neither scikit-learn nor xgboost."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

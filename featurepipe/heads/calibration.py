@@ -79,9 +79,9 @@ def two_columns(scores: Array) -> Floats:
 def fit_temperature(scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.integer[Any]]) -> float:
     """Finds the temperature that makes held-out labels most probable.
 
-    Temperature scaling is from Guo et al. 2017, "On calibration of modern neural networks". The mean negative log-likelihood is convex in 1 / T, so its slope is zero once at most: a root found between bounds
-    on log T, 1e4 times below and above the scores' own spread. (Scores that are right everywhere have no best T; they
-    get the lower bound.)
+    Temperature scaling is from Guo et al. 2017, "On calibration of modern neural networks". The mean negative
+    log-likelihood is convex in 1 / T, so its slope is zero once at most: a root found between bounds on log T, 1e4 times
+    below and above the scores' own spread. (Scores that are right everywhere have no best T; they get the lower bound.)
 
     Args:
         scores: (n, K) as from ``class_scores``, of images that the head was not trained on.
@@ -133,8 +133,9 @@ def expected_calibration_error(
 ) -> float:
     """How far confidence is from accuracy.
 
-    After Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning". Images are sorted into ``bins`` equal intervals, open below, by the probability of the predicted class; the result is
-    the mean over images of ``|accuracy - mean confidence|`` of their bin.
+    After Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning". Images are sorted into
+    ``bins`` equal intervals, open below, by the probability of the predicted class; the result is the mean over images of
+    ``|accuracy - mean confidence|`` of their bin.
 
     Args:
         probabilities: (n, K), rows that sum to 1.

@@ -176,13 +176,14 @@ def linear_scores(
     blocks = prediction_blocks(estimator, features)
     coef, intercept = estimator.coef_, estimator.intercept_
     scores = map_rows(blocks, lambda block: block @ coef.T + intercept, memory=memory, dtype=dtype)
-    return scores[:, 0] if scores.shape[1] == 1 else scores
+    return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
 
 
 def labels_from(scores: Array, classes: Array) -> Array:
     """The class with the highest score: of (n, K) scores, or of the (n,) signs for two classes."""
     chosen = (scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)
-    return np.asarray(classes)[chosen]
+    labels: Array = np.asarray(classes)[chosen]
+    return labels
 
 
 def _weights(sample_weight: Any, class_weight: Any, labels: Array) -> Floats | None:

@@ -112,7 +112,7 @@ def _priors(priors: Any, counts: Codes) -> Floats:
         raise UsageError(
             f"priors must be {len(counts)} positive numbers that sum to 1, one for each class, not {priors!r}"
         )
-    return given / given.sum()
+    return np.asarray(given / given.sum())
 
 
 def _within(gram: Gram) -> Floats:

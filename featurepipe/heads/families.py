@@ -1,0 +1,265 @@
+"""The families of heads: what each is, how it is searched, and how one is made."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from featurepipe.errors import UsageError, unknown
+
+_DECADES = tuple(10.0**power for power in range(-4, 3))
+
+
+@dataclass(frozen=True)
+class EstimatorPlace:
+    """Where an estimator lives, and which of its parameters are set by default."""
+
+    module: str
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def load(self) -> Any:
+        """Imports the class."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+@dataclass(frozen=True)
+class HeadFamily:
+    """One kind of head.
+
+    Attributes:
+        name: As ``make_head`` takes it.
+        text: What it is, in one line.
+        in_memory: The estimator for arrays.
+        blocks: The estimator for features of any size.
+        grid: What a search varies: values of each parameter of the final estimator.
+        linear: Its scores are an affine map of the features (``linear_map``).
+        weights: It takes ``class_weight`` and ``sample_weight``.
+        probabilities: It has ``predict_proba``; others only rank classes until they are calibrated.
+        out_of_core: It learns in memory that does not grow with the rows.
+        scaled: Features are standardised before it unless ``scale=False``.
+    """
+
+    name: str
+    text: str
+    in_memory: EstimatorPlace
+    blocks: EstimatorPlace
+    grid: Mapping[str, tuple[Any, ...]]
+    linear: bool = False
+    weights: bool = True
+    probabilities: bool = False
+    out_of_core: bool = True
+    scaled: bool = True
+
+
+def _place(module: str, name: str, **defaults: Any) -> EstimatorPlace:
+    return EstimatorPlace(module, name, MappingProxyType(defaults))
+
+
+def _ours(module: str, name: str) -> EstimatorPlace:
+    return _place(f"featurepipe.heads.{module}", name)
+
+
+def _grid(**values: tuple[Any, ...]) -> Mapping[str, tuple[Any, ...]]:
+    return MappingProxyType(values)
+
+
+_FAMILIES = (
+    HeadFamily(
+        "logistic",
+        "multinomial logistic regression with an L2 penalty",
+        _place("sklearn.linear_model", "LogisticRegression", max_iter=5000),
+        _ours("logistic", "BlockLogisticRegression"),
+        _grid(C=_DECADES),
+        linear=True,
+        probabilities=True,
+    ),
+    HeadFamily(
+        "linear-svm",
+        "linear support vector machine, squared hinge, one class against the rest",
+        _place("sklearn.svm", "LinearSVC", max_iter=10_000),
+        _ours("linear_svc", "BlockLinearSVC"),
+        _grid(C=_DECADES),
+        linear=True,
+    ),
+    HeadFamily(
+        "rbf-svm",
+        "support vector machine with a Gaussian kernel; exact up to 20,000 rows, landmarks above",
+        _ours("kernel", "RBFSVM"),
+        _ours("kernel", "RBFSVM"),
+        _grid(C=(1.0, 3.0, 10.0, 30.0), gamma_factor=(0.3, 1.0, 3.0)),
+    ),
+    HeadFamily(
+        "xgboost",
+        "gradient-boosted trees",
+        _ours("boosted", "BoostedTrees"),
+        _ours("boosted", "BoostedTrees"),
+        _grid(
+            max_depth=(4, 6, 8),
+            min_child_weight=(1.0, 5.0),
+            learning_rate=(0.1,),
+            subsample=(0.8,),
+            colsample_bytree=(0.5,),
+            n_estimators=(1000,),
+            early_stopping_rounds=(20,),
+        ),
+        probabilities=True,
+        scaled=False,
+    ),
+    HeadFamily(
+        "ridge",
+        "least squares on +1 and -1 with an L2 penalty",
+        _place("sklearn.linear_model", "RidgeClassifier"),
+        _ours("ridge", "BlockRidgeClassifier"),
+        _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
+        linear=True,
+    ),
+    HeadFamily(
+        "lda",
+        "linear discriminant analysis: Gaussian classes with one covariance",
+        _place("sklearn.discriminant_analysis", "LinearDiscriminantAnalysis", solver="lsqr"),
+        _ours("lda", "BlockLinearDiscriminantAnalysis"),
+        _grid(shrinkage=(0.0, 0.001, 0.01, 0.1, 0.3, "auto")),
+        linear=True,
+        weights=False,
+        probabilities=True,
+    ),
+    HeadFamily(
+        "knn",
+        "vote of the nearest training images; keeps all their features",
+        _place("sklearn.neighbors", "KNeighborsClassifier", algorithm="brute"),
+        _ours("neighbours", "BlockNeighbours"),
+        _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance")),
+        weights=False,
+        probabilities=True,
+        out_of_core=False,
+    ),
+    HeadFamily(
+        "centroid",
+        "the class whose mean is nearest",
+        _place("sklearn.neighbors", "NearestCentroid"),
+        _ours("neighbours", "BlockCentroid"),
+        _grid(shrink_threshold=(None, 0.1, 0.3, 1.0, 3.0)),
+        linear=True,
+        weights=False,
+    ),
+)
+HEADS: Mapping[str, HeadFamily] = MappingProxyType({family.name: family for family in _FAMILIES})
+
+
+def make_head(
+    name: str,
+    *,
+    scale: bool | None = None,
+    pca: float | None = None,
+    class_weight: Any = None,
+    random_state: Any = 0,
+    out_of_core: bool = False,
+    memory: int | str | None = None,
+    **params: Any,
+) -> Any:
+    """Makes an unfitted head: an ordinary scikit-learn estimator, or a ``Pipeline`` of steps scale, pca and head.
+
+    In a pipeline, arguments of ``fit`` are addressed as usual: ``fit(X, y, head__sample_weight=weights)``.
+
+    Args:
+        name: One of ``HEADS``.
+        scale: Standardise features first; by default for every family but xgboost, whose trees do not see the scale.
+        pca: Project onto so many principal components (a whole number), or onto as many as explain this share of the variance
+            (below 1); None for none.
+        class_weight: None, ``"balanced"`` or a dict from label to weight.
+        random_state: Seed of whatever is random.
+        out_of_core: Every step takes a ``FeatureSet`` or other ``Blocks`` (and arrays), and keeps to ``memory``; else arrays
+            only, with scikit-learn's own estimators where it has one.
+        memory: What the blocks alive at one time may take in an estimator that works in blocks (bytes or "512MB").
+        **params: Of the final estimator.
+
+    Raises:
+        UsageError: An unknown name or parameter, or class weights for a family that has none.
+
+    Example:
+        >>> make_head("logistic", C=0.01).named_steps["head"]
+        LogisticRegression(C=0.01, max_iter=5000, random_state=0)
+    """
+    if name not in HEADS:
+        raise unknown("head", name, HEADS)
+    family = HEADS[name]
+    head = _final(family, params, class_weight, random_state, out_of_core=out_of_core, memory=memory)
+    steps = _steps(family, scale, pca, random_state, out_of_core=out_of_core, memory=memory)
+    if not steps:
+        return head
+    from sklearn.pipeline import Pipeline
+
+    return Pipeline([*steps, ("head", head)])
+
+
+def refuse_weights(name: str, argument: str = "sample_weight") -> UsageError:
+    """Builds the error for class or sample weights given to a family that takes none."""
+    takers = ", ".join(family.name for family in HEADS.values() if family.weights)
+    return UsageError(f"{name} takes no {argument}; heads that do: {takers}")
+
+
+def _final(
+    family: HeadFamily,
+    params: Mapping[str, Any],
+    class_weight: Any,
+    random_state: Any,
+    *,
+    out_of_core: bool,
+    memory: int | str | None,
+) -> Any:
+    place = family.blocks if out_of_core else family.in_memory
+    if class_weight is not None and not family.weights:
+        raise refuse_weights(family.name, "class_weight")
+    kind = place.load()
+    accepted = kind().get_params()
+    for name in params:
+        if name not in accepted:
+            raise unknown("parameter", name, accepted, where=f"head {family.name!r}")
+    common = {"class_weight": class_weight, "random_state": random_state, "memory": memory}
+    settings = {name: value for name, value in common.items() if name in accepted}
+    return kind(**{**settings, **place.defaults, **params})
+
+
+def _steps(
+    family: HeadFamily,
+    scale: bool | None,
+    pca: float | None,
+    random_state: Any,
+    *,
+    out_of_core: bool,
+    memory: int | str | None,
+) -> list[tuple[str, Any]]:
+    steps: list[tuple[str, Any]] = []
+    if family.scaled if scale is None else scale:
+        steps.append(("scale", _scaler(memory) if out_of_core else _array_scaler()))
+    if pca is not None:
+        steps.append(("pca", _pca(pca, memory) if out_of_core else _array_pca(pca, random_state)))
+    return steps
+
+
+def _scaler(memory: int | str | None) -> Any:
+    from featurepipe.heads.scaling import BlockScaler
+
+    return BlockScaler(memory=memory)
+
+
+def _pca(components: float, memory: int | str | None) -> Any:
+    from featurepipe.heads.pca import BlockPCA
+
+    return BlockPCA(components, memory=memory)
+
+
+def _array_scaler() -> Any:
+    from sklearn.preprocessing import StandardScaler
+
+    return StandardScaler()
+
+
+def _array_pca(components: float, random_state: Any) -> Any:
+    from sklearn.decomposition import PCA
+
+    return PCA(components, random_state=random_state)

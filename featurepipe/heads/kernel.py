@@ -1,0 +1,222 @@
+"""A support vector machine with a Gaussian kernel: exact while that is possible, by landmarks above."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import scipy.linalg
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.svm import SVC
+from sklearn.utils import check_random_state
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, iterate, working_dtype
+from featurepipe.heads.inputs import Floats, TrainingData, labels_from, map_rows, prediction_blocks, training_data
+from featurepipe.sizes import bytes_of
+
+_KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
+_FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory is given
+
+
+class RBFSVM(ClassifierMixin, BaseEstimator):
+    """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
+
+    Up to ``exact_rows`` rows it is scikit-learn's (libsvm's) ``SVC``. Its time grows faster than the square of the rows:
+    the default keeps a fit to minutes, and the rows it holds to memory of their own size. Above that, ``n_components`` random
+    training rows serve as landmarks (Williams & Seeger 2001, "Using the Nystroem method to speed up kernel machines"): each
+    row becomes the vector of its kernel values with them, whitened by the landmarks' own kernel, and a linear SVM learns on
+    those. This streams blocks in bounded memory. ``method_`` tells which it was.
+
+    Both predict by matrix products, many times faster than libsvm, on arrays and ``Blocks``.
+
+    Args:
+        C: Inverse strength of the penalty, > 0.
+        gamma: ``"scale"`` for 1 / (D * variance of all values), ``"auto"`` for 1 / D, or a positive number.
+        gamma_factor: What that is multiplied by; searches vary this, as the best gamma moves with the scale.
+        exact_rows: Most rows for the exact method; 0 for never.
+        n_components: Landmarks of the approximation.
+        class_weight: None, ``"balanced"`` or a dict from label to weight.
+        random_state: Seed of the choice of landmarks.
+        memory: What blocks and kernel values alive at one time may take (bytes or "2GB"), half of it for kept kernel features.
+            The exact method's own rows are extra.
+
+    Attributes:
+        classes_: (K,) labels.
+        method_: ``"exact"`` or ``"nystroem"``.
+        method_text_: The same in a sentence.
+        gamma_: The number used.
+        points_: (P, D) support vectors, in the order of the classes, or landmarks.
+        weights_: Exact: (K - 1, P) as ``SVC.dual_coef_``. Nystroem: (K, P), (1, P) for two classes.
+        intercept_: One for each pair of classes (exact), or for each row of ``weights_``.
+        counts_: Exact: (K,) support vectors of each class.
+        n_features_in_: D.
+    """
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        gamma: float | str = "scale",
+        gamma_factor: float = 1.0,
+        exact_rows: int = 20_000,
+        n_components: int = 2000,
+        class_weight: Any = None,
+        random_state: Any = None,
+        memory: int | str | None = None,
+    ) -> None:
+        self.C = C
+        self.gamma = gamma
+        self.gamma_factor = gamma_factor
+        self.exact_rows = exact_rows
+        self.n_components = n_components
+        self.class_weight = class_weight
+        self.random_state = random_state
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fits by the method that the number of rows asks for.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) labels; None takes those of a ``FeatureSet``.
+            sample_weight: (n,) or one number.
+
+        Raises:
+            UsageError: One class only, a value that is not finite, or a wrong parameter.
+        """
+        _check_parameters(self)
+        data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
+        self.classes_ = data.classes
+        self.gamma_ = self.gamma_factor * _gamma(self.gamma, data.blocks, self.memory)
+        if data.blocks.shape[0] <= self.exact_rows:
+            self._fit_exact(data)
+        else:
+            self._fit_landmarks(data)
+        return self
+
+    def decision_function(self, X: Any) -> Floats:
+        """Returns a score of each class against the rest, (n, K); for two classes that of the second, (n,).
+
+        The exact method's are those of ``SVC(decision_function_shape="ovr")``: won duels between two classes plus a
+        fraction for their margins.
+        """
+        blocks = prediction_blocks(self, X)
+        several = len(self.classes_) ** 2 if self.method_ == "exact" else 0
+        budget = _KERNEL_BYTES if self.memory is None else bytes_of(self.memory) // 2
+        rows = max(16, budget // (16 * (len(self.points_) + several)))
+        return map_rows(blocks, self._block_scores, rows=min(rows, 8192), dtype=np.float64)
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) labels: of the highest score, as ``SVC(break_ties=True)``."""
+        return labels_from(self.decision_function(X), self.classes_)
+
+    def _fit_exact(self, data: TrainingData) -> None:
+        rows = data.blocks.read(np.float64)
+        machine = SVC(C=self.C, gamma=self.gamma_).fit(rows, data.codes, data.weights)
+        self.method_ = "exact"
+        self.method_text_ = f"exact: SVC on {len(rows):,} rows (exact_rows={self.exact_rows:,})"
+        self.points_ = machine.support_vectors_.astype(working_dtype(data.blocks.dtype))  # loses nothing
+        self.weights_, self.intercept_ = machine.dual_coef_, machine.intercept_
+        self.counts_ = machine.n_support_.astype(np.int64)
+
+    def _fit_landmarks(self, data: TrainingData) -> None:
+        from featurepipe.heads.linear_svc import BlockLinearSVC
+
+        count = data.blocks.shape[0]
+        chosen = check_random_state(self.random_state).choice(count, min(self.n_components, count), replace=False)
+        landmarks = data.blocks.read(np.float64, rows=np.sort(chosen))
+        whitening = _inverse_root(rbf_kernel(landmarks, gamma=self.gamma_))
+        mapping = _KernelFeatures(landmarks, whitening, self.gamma_)
+        features: Any = MappedBlocks(data.blocks, mapping, whitening.shape[1])
+        needed = count * features.width * features.dtype.itemsize
+        keep = needed <= (_FEATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2)
+        if keep:
+            features = map_rows(data.blocks, mapping, memory=self.memory).astype(features.dtype, copy=False)
+        machine = BlockLinearSVC(C=self.C, memory=self.memory).fit(features, data.codes, sample_weight=data.weights)
+        self.method_ = "nystroem"
+        self.method_text_ = (
+            f"Nystroem: {count:,} rows are more than exact_rows={self.exact_rows:,}, so {len(landmarks):,} landmarks and a "
+            f"linear SVM; kernel features ({needed / 1e6:,.0f} MB) {'kept in memory' if keep else 'computed in every pass'}"
+        )
+        self.points_ = landmarks.astype(working_dtype(data.blocks.dtype))
+        self.weights_ = np.atleast_2d(machine.coef_) @ whitening.T
+        self.intercept_ = np.atleast_1d(machine.intercept_)
+
+    def _block_scores(self, block: Array) -> Floats:
+        kernel = rbf_kernel(block, self.points_.astype(np.float64, copy=False), gamma=self.gamma_)
+        if self.method_ == "exact" and len(self.classes_) > 2:
+            return _one_against_rest(self._duels(kernel))
+        scores = np.asarray(kernel @ self.weights_.T + self.intercept_)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def _duels(self, kernel: Floats) -> Floats:
+        """Margins of every class (second axis) against every other (third), (m, K, K), the diagonal zero."""
+        classes = len(self.classes_)
+        margins = np.zeros((len(kernel), classes, classes))
+        stops = np.cumsum(self.counts_)
+        for code, (stop, count) in enumerate(zip(stops, self.counts_, strict=True)):
+            own = slice(stop - count, stop)
+            others = np.delete(np.arange(classes), code)
+            margins[:, code, others] = kernel[:, own] @ self.weights_[:, own].T
+        first, second = np.triu_indices(classes, 1)
+        duels = margins[:, first, second] + margins[:, second, first] + self.intercept_
+        margins[:, first, second], margins[:, second, first] = duels, -duels
+        return margins
+
+
+class _KernelFeatures:
+    """Maps rows to whitened kernel values with the landmarks; its inner products approximate the kernel."""
+
+    def __init__(self, landmarks: Floats, whitening: Floats, gamma: float) -> None:
+        self.landmarks, self.whitening, self.gamma = landmarks, whitening, gamma
+
+    def __call__(self, block: Array) -> Array:
+        kernel = rbf_kernel(block, self.landmarks.astype(block.dtype, copy=False), gamma=self.gamma)
+        return np.asarray(kernel @ self.whitening.astype(block.dtype, copy=False))
+
+
+def _one_against_rest(margins: Floats) -> Floats:
+    """Won duels of each class plus its summed margins squeezed into a third: scikit-learn's rule, (m, K)."""
+    classes = margins.shape[1]
+    lower = np.tri(classes, k=-1, dtype=bool)
+    won = (margins > 0) | ((margins == 0) & lower.T)  # a draw goes to the first of the two
+    total = margins.sum(axis=2)
+    return np.asarray(won.sum(axis=2) + total / (3 * (np.abs(total) + 1)))
+
+
+def _inverse_root(kernel: Floats) -> Floats:
+    """W with ``W W^T`` the pseudo-inverse of ``kernel``; directions below rounding are left out."""
+    values, vectors = scipy.linalg.eigh(kernel, check_finite=False)
+    kept = values > values[-1] * 1e-10
+    return np.asarray(vectors[:, kept] / np.sqrt(values[kept]))
+
+
+def _gamma(gamma: float | str, blocks: Blocks, memory: int | str | None) -> float:
+    width = blocks.shape[1]
+    if gamma == "auto":
+        return 1 / width
+    if gamma != "scale":
+        return float(gamma)
+    variance = _variance(blocks, memory)
+    return 1 / (width * variance) if variance else 1.0
+
+
+def _variance(blocks: Blocks, memory: int | str | None) -> float:
+    """Of all values, in one pass (Chan, Golub & LeVeque 1983)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for _, block in iterate(blocks, memory=memory, dtype=np.float64):
+        own_mean, size = float(block.mean()), block.size
+        gap, total = own_mean - mean, count + size
+        squares += float(((block - own_mean) ** 2).sum()) + gap**2 * count * size / total
+        mean, count = mean + gap * size / total, total
+    return squares / count
+
+
+def _check_parameters(machine: RBFSVM) -> None:
+    for name in ("C", "gamma_factor", "n_components"):
+        if not getattr(machine, name) > 0:
+            raise UsageError(f"{name}={getattr(machine, name)!r} must be positive")
+    if machine.gamma not in ("scale", "auto") and (isinstance(machine.gamma, str) or not machine.gamma > 0):
+        raise UsageError(f"gamma={machine.gamma!r} must be 'scale', 'auto' or a positive number")
