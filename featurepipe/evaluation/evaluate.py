@@ -7,8 +7,6 @@ import shlex
 import time
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
-
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
@@ -49,7 +47,7 @@ def evaluate(
 
     Returns:
         JSON values: ``bundle``, ``dataset``, ``split`` (null if not one split) and ``scope`` (the same in words),
-        ``counts`` (images, scored, unlabelled, unknown_classes, rejected, duplicates), ``metrics``
+        ``counts`` (images, scored, unlabelled, unknown_classes, unmatched labels, rejected, duplicates), ``metrics``
         (``featurepipe.heads.metrics.score_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
 
@@ -78,7 +76,7 @@ def evaluate(
         "dataset": name,
         "split": chosen.split,
         "scope": chosen.scope,
-        "counts": _counts(chosen, source, name),
+        "counts": _counts(chosen),
         "metrics": metrics,
         "leakage": {
             "trained_on": leakage.trained_on(chosen.features, model.seen, correct),
@@ -151,17 +149,13 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
     }
 
 
-def _counts(chosen: Chosen, store: FeatureStore, dataset: str) -> dict[str, Any]:
-    snapshot = store.snapshot(dataset)
-    rejected = 0
-    if snapshot is not None:
-        rows = snapshot if chosen.split is None else snapshot.filter(pc.equal(snapshot["split"], chosen.split))
-        rejected = len(rows) - int(pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0)
+def _counts(chosen: Chosen) -> dict[str, Any]:
     return {
         "images": chosen.images,
         "scored": len(chosen.codes),
         "unlabelled": chosen.unlabelled,
         "unknown_classes": chosen.unknown,
-        "rejected": rejected,
+        "unmatched": chosen.features.unmatched,
+        "rejected": chosen.features.rejected,
         "duplicates": chosen.features.duplicates,
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -37,8 +38,8 @@ def report(features: FeatureSet) -> dict[str, Any]:
     rows = np.flatnonzero(counts[image] > 1)  # the few that matter
     copied = features.take(rows)
     image = image[rows]
-    splits, split_names = _codes(copied.splits)
-    labels, _ = _codes(copied.labels)
+    splits, split_names = _codes(copied.table["split"])
+    labels, _ = _codes(copied.table["label"])
     split_rows, label_rows = _sides(image, splits), _sides(image, labels)
     return {
         "copies": len(features) - len(counts),
@@ -78,14 +79,11 @@ def trained_on(
     return found
 
 
-def _codes(values: npt.NDArray[Any]) -> tuple[Positions, list[str]]:
-    """Numbers for names, -1 for None, and the names in the order of the numbers, which is theirs."""
-    encoded = pa.array(values, pa.string()).dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    order = sorted(range(len(names)), key=lambda k: str(names[k]))
-    rank = np.full(len(names) + 1, -1, np.int64)  # the last one is what -1 finds
-    rank[order] = np.arange(len(names))
-    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)], [names[k] for k in order]
+def _codes(column: pa.ChunkedArray) -> tuple[Positions, list[str]]:
+    """Numbers for names, -1 for null, and the names in the order of the numbers, which is theirs."""
+    names = sorted(pc.unique(column.drop_null()).to_pylist())
+    codes = pc.index_in(column, value_set=pa.array(names, pa.string()))
+    return codes.fill_null(-1).to_numpy().astype(np.int64), names
 
 
 def _sides(image: Positions, codes: Positions) -> Positions:

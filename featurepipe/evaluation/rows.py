@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError
 
@@ -59,25 +58,24 @@ def choose_rows(
         UsageError: There is no such split, no labelled image in it, or a label that the head does not know.
     """
     candidates, name, scope = _of_split(bundle, features, split)
-    labels = pa.array(candidates.labels, pa.string())
-    codes = pc.index_in(labels, pa.array(bundle.classes)).fill_null(-1).to_numpy(zero_copy_only=False)
-    labelled = labels.is_valid().to_numpy(zero_copy_only=False)
-    if not labelled.any():
+    if candidates.unlabelled == len(candidates):
         raise UsageError(
             f"none of the {len(candidates):,} images of {scope} has a label; name a file with the columns id and label: "
             "--labels FILE.csv"
         )
-    unknown = _unknown(labels.filter(pa.array(labelled & (codes < 0))))
+    labels = candidates.table["label"]
+    codes = candidates.codes(bundle.classes)
+    unknown = _unknown(labels.filter(pa.array(codes < 0)).drop_null())
     known = np.flatnonzero(codes >= 0)
     if unknown and not (ignore_unknown_classes and len(known)):
         raise UsageError(_unknown_text(bundle, unknown, scope, some_known=bool(len(known))))
     return Chosen(
         features=candidates.take(known),
-        codes=codes[known].astype(np.int64),
+        codes=codes[known],
         split=name,
         scope=scope,
         images=len(candidates),
-        unlabelled=int((~labelled).sum()),
+        unlabelled=candidates.unlabelled,
         unknown=unknown,
     )
 
@@ -94,7 +92,7 @@ def _of_split(bundle: Bundle, features: FeatureSet, split: str | None) -> tuple[
     return features, None, "all images" if split else "all images (there is no split test)"
 
 
-def _unknown(labels: pa.Array) -> dict[str, int]:
+def _unknown(labels: pa.ChunkedArray) -> dict[str, int]:
     """Label to number of images, the most frequent first."""
     counts = {str(pair["values"]): int(pair["counts"]) for pair in labels.value_counts().to_pylist()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
@@ -102,7 +100,7 @@ def _unknown(labels: pa.Array) -> dict[str, int]:
 
 def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_known: bool) -> str:
     named = _listed([f"{label!r} ({count:,})" for label, count in unknown.items()])
-    known = _listed([repr(name) for name in bundle.classes])
+    known = _listed([repr(str(name)) for name in bundle.classes])
     step = "leave these images out with --ignore-unknown-classes, " if some_known else ""
     return (
         f"{sum(unknown.values()):,} images of {scope} have labels that the bundle does not know: {named}; it knows "
@@ -110,6 +108,6 @@ def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_k
     )
 
 
-def _listed(names: list[Any]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

@@ -39,19 +39,20 @@ def text(record: Mapping[str, Any]) -> str:
 
 def _heading(record: Mapping[str, Any]) -> str:
     counts, bundle = record["counts"], record["bundle"]
-    parts = [f"{counts['scored']:,} images scored"]
+    unknown, copies = counts["unknown_classes"], counts["duplicates"]
+    parts = [f"{_images(counts['scored'])} scored"]
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
-    unknown = counts["unknown_classes"]
-    parts += (
-        [f"{sum(unknown.values()):,} left out, of classes the bundle does not know: {', '.join(unknown)}"]
-        if unknown
-        else []
-    )
-    copies = counts["duplicates"]
-    parts += [f"{copies:,} of the scored {_are(copies, 'is a copy', 'are copies')} of another"] if copies else []
+    if unknown:
+        parts.append(f"{sum(unknown.values()):,} left out, of classes the bundle does not know: {_some(list(unknown))}")
+    if counts["unmatched"]:
+        parts.append(f"{counts['unmatched']:,} of the given labels fit no image")
+    if copies:
+        parts.append(f"{copies:,} of the scored {_are(copies, 'is a copy', 'are copies')} of another")
+    heat = bundle["temperature"]
+    calibrated = "not calibrated" if heat is None else f"calibrated (temperature {heat:.3g})"
     return (
         f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
-        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {bundle['classes']} classes"
+        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {bundle['classes']} classes, {calibrated}"
     )
 
 
@@ -71,8 +72,9 @@ def _trained_on(found: Mapping[str, Any]) -> list[str]:
         return []
     without = found["accuracy_without"]
     others = f"without {_are(count, 'it', 'them')} {without:.4f}" if without is not None else "no other image is left"
+    part = share(found["share"]) if found["share"] >= 0.001 else "under 0.1 %"
     return [
-        f"WARNING: the head was trained on {count:,} of these images ({share(found['share'])}): {_some(found['ids'], count)}",
+        f"WARNING: the head was trained on {count:,} of these images ({part}): {_some(found['ids'])}",
         f"  accuracy {found['accuracy_with']:.4f}, {others}; every measure below includes {_are(count, 'it', 'them')}",
     ]
 
@@ -178,6 +180,5 @@ def _are(count: int, one: str, several: str) -> str:
     return one if count == 1 else several
 
 
-def _some(ids: Sequence[str], count: int) -> str:
-    shown = ", ".join(ids[:3])
-    return f"{shown}, ..." if count > 3 else shown
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.auc import OneVsRest, one_vs_rest, resampled_auc
-from featurepipe.heads.resampling import Array, bootstrap_sums, interval
+from featurepipe.heads.resampling import Array, bootstrap_sums, interval, plain_sums
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -42,6 +42,8 @@ def score_table(
     the classes that are true or predicted anywhere), ``log_loss``, ``roc_auc_score`` (one against the rest, mean over
     the classes that have images) and ``top_k_accuracy_score``, and the expected calibration error of Guo et al.
     (2017) over 15 equal bins. Intervals resample the images (Efron and Tibshirani, 1993).
+    Where classes or bins have few images, resamples have a larger ``ece`` and a smaller ``macro_f1`` than the images, so
+    that these two intervals need not have their value in the middle, or at all.
 
     Args:
         probabilities: (n, K), of each class; the largest (the first of equals) is what is predicted.
@@ -63,7 +65,10 @@ def score_table(
     Raises:
         UsageError: There is no image, shapes do not fit, a value is no probability or a code is none of the classes.
     """
-    scores, truth = _checked(probabilities, codes, classes, ids)
+    if bootstrap < 0:
+        raise UsageError(f"bootstrap={bootstrap} must be 0 (no intervals) or more; 1000 is usual")
+    names = [str(name) for name in classes]
+    scores, truth = _checked(probabilities, codes, names, ids)
     ranked = one_vs_rest(scores, truth)
     images = _Images(scores, truth, ranked, top)
     n = len(truth)
@@ -73,19 +78,19 @@ def score_table(
         resampled = images.measures(drawn)
         exact = resampled_auc(scores, truth, resamples=bootstrap, seed=seed)
         resampled |= {} if exact is None else {"auc": exact}
-    sums = images.contributions(slice(0, n)).sum(axis=0)
+    sums = plain_sums(images.contributions, n)
     values = {name: float(value[0]) for name, value in images.measures(sums[None]).items()} | {"auc": ranked.macro}
     table: dict[str, Any] = {"images": n}
     table |= {name: _with_interval(value, resampled.get(name)) for name, value in values.items()}
-    table |= {f"top_{k}": _no_top(k, len(classes)) for k in top if k >= len(classes)}
+    table |= {f"top_{k}": _no_top(k, len(names)) for k in top if k >= len(names)}
     if np.isnan(ranked.macro):
-        table["auc"]["reason"] = f"all {n} images are of class {classes[truth[0]]}"
+        table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
     confusion = images.confusion()
     table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": _LEVEL}
-    table["per_class"] = _per_class(confusion, ranked, classes)
-    table["confusion"] = {"classes": list(classes), "counts": confusion.tolist()}
-    table["confused"] = _confused(confusion, classes, mistakes)
-    table["mistakes"] = _mistakes(images, classes, ids, mistakes)
+    table["per_class"] = _per_class(confusion, ranked, names)
+    table["confusion"] = {"classes": names, "counts": confusion.tolist()}
+    table["confused"] = _confused(confusion, names, mistakes)
+    table["mistakes"] = _mistakes(images, names, ids, mistakes)
     return table
 
 

@@ -14,9 +14,17 @@ _RESAMPLES = 1000  # held at once; 4,096 x 1,000 counts are 33 MB
 Array = npt.NDArray[np.float64]
 
 
-def bootstrap_sums(
-    contributions: Callable[[slice], csr_array], rows: int, width: int, *, resamples: int, seed: int
-) -> Array:
+Contributions = Callable[[slice], csr_array]
+"""Returns what each image of a slice adds to the sums: sparse, (images, width)."""
+
+
+def plain_sums(contributions: Contributions, rows: int) -> Array:
+    """Sums what each image contributes, chunk by chunk: (width,) float64."""
+    total: Array = np.sum([contributions(chunk).sum(axis=0) for chunk in _chunks(rows)], axis=0)
+    return total
+
+
+def bootstrap_sums(contributions: Contributions, rows: int, width: int, *, resamples: int, seed: int) -> Array:
     """Sums what each image contributes, over bootstrap resamples of the images (Efron and Tibshirani, 1993).
 
     A resample draws ``rows`` images with replacement; all that a sum needs of it is how often each image was drawn,
@@ -24,7 +32,7 @@ def bootstrap_sums(
     memory does not grow with the number of images.
 
     Args:
-        contributions: Returns those of a slice of images, sparse, (images, width).
+        contributions: Of the images.
         rows: Number of images.
         width: Number of sums.
         resamples: How many to draw.
@@ -34,7 +42,7 @@ def bootstrap_sums(
         (resamples, width) float64.
     """
     rng = np.random.default_rng(seed)
-    chunks = [slice(start, min(start + _CHUNK, rows)) for start in range(0, rows, _CHUNK)]
+    chunks = _chunks(rows)
     sizes = np.array([chunk.stop - chunk.start for chunk in chunks])
     sums = np.zeros((resamples, width))
     for first in range(0, resamples, _RESAMPLES):
@@ -59,8 +67,8 @@ def interval(values: Array, level: float = 0.95) -> tuple[float, float] | None:
     """Returns the percentile interval of resampled values, NaN left out; None if nothing is left.
 
     Example:
-        >>> interval(np.arange(101.0), level=0.9)
-        (5.0, 95.0)
+        >>> interval(np.arange(101.0), level=0.5)
+        (25.0, 75.0)
     """
     finite = values[~np.isnan(values)]
     if not len(finite):
@@ -68,6 +76,10 @@ def interval(values: Array, level: float = 0.95) -> tuple[float, float] | None:
     tail = 50 * (1 - level)
     low, high = np.percentile(finite, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(start, min(start + _CHUNK, rows)) for start in range(0, rows, _CHUNK)]
 
 
 def _counts(rng: np.random.Generator, size: int, draws: int) -> npt.NDArray[np.int64]:

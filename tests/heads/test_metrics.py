@@ -98,7 +98,7 @@ def test_a_bins_upper_edge_belongs_to_it_as_in_guo_et_al():
 def test_images_of_one_class_alone_have_no_auc_and_the_table_says_why():
     p, codes = guesses(30, 3, present=[1])
     found = score_table(p, codes, ["cat", "dog", "emu"], bootstrap=50)
-    assert found["auc"] == {"value": None, "low": None, "high": None, "reason": "all 30 images are of class dog"}
+    assert found["auc"] == {"value": None, "low": None, "high": None, "reason": "there are images of class dog only"}
     assert [row["auc"] for row in found["per_class"]] == [None, None, None]
     assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
 
@@ -254,3 +254,17 @@ def test_ece_is_that_of_the_calibration_module():
 def test_a_probability_may_exceed_one_by_rounding():
     p = np.array([[1 + 2**-52, 0.0], [0.5, 0.5]])
     assert score_table(p, [0, 1], ["a", "b"], bootstrap=0)["accuracy"]["value"] == 0.5
+
+
+def test_a_negative_number_of_resamples_is_refused():
+    with pytest.raises(UsageError, match="bootstrap=-1 must be 0"):
+        score_table([[0.5, 0.5]], [0], ["a", "b"], bootstrap=-1)
+
+
+def test_values_of_many_images_are_summed_chunk_by_chunk(monkeypatch):
+    p, codes = guesses(300, 4)
+    whole = score_table(p, codes, classes(4), bootstrap=0)
+    monkeypatch.setattr(resampling, "_CHUNK", 64)
+    chunked = score_table(p, codes, classes(4), bootstrap=0)
+    for name in NAMES:
+        assert chunked[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-12)
