@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -124,10 +125,10 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
 
     def decision_function(self, X: Any) -> Array:
         """Returns the sum of the leaves: (n, K) log-odds up to a constant per row, or (n,) for two classes."""
-        booster, rounds = self._booster(), (0, self.best_iteration_ + 1)
+        booster, used = self._booster(), (0, self.best_iteration_ + 1)
 
         def margins(block: Array) -> Array:
-            return np.asarray(booster.inplace_predict(block, rounds, predict_type="margin"))
+            return np.asarray(booster.inplace_predict(block, iteration_range=used, predict_type="margin"))
 
         return map_rows(prediction_blocks(self, X), margins, memory=self.memory, dtype=np.float32)
 
@@ -166,8 +167,13 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
             raise BundleError(
                 f"these {len(raw)} bytes are no booster in UBJSON: {str(error).splitlines()[0]}"
             ) from error
-        if booster.num_features() != self.n_features_in_:
-            raise BundleError(f"the booster takes {booster.num_features()} features, the head {self.n_features_in_}")
+        features, classes = booster.num_features(), _classes_in(booster)
+        if (features, classes) != (self.n_features_in_, len(self.classes_)):
+            raise BundleError(
+                f"the booster takes {features} features for {classes} classes, the head {self.n_features_in_} for "
+                f"{len(self.classes_)}: it belongs to another head"
+            )
+        booster.set_param({"nthread": self.n_jobs or 0})
         complete = copy.copy(self)
         complete.booster_ = booster
         return complete
@@ -214,6 +220,11 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
             "nthread": self.n_jobs or 0,
             **(several if len(self.classes_) > 2 else {"objective": "binary:logistic", "eval_metric": "logloss"}),
         }
+
+
+def _classes_in(booster: Any) -> int:
+    learner = json.loads(booster.save_config())["learner"]
+    return max(2, int(learner["learner_model_param"]["num_class"]))
 
 
 class _Batches(xgboost.DataIter):

@@ -189,7 +189,7 @@ def labels_from(scores: Array, classes: Array) -> Array:
 def _weights(sample_weight: Any, class_weight: Any, labels: Array) -> Floats | None:
     weights: Floats | None = None
     if sample_weight is not None:
-        weights = np.asarray(sample_weight, np.float64)
+        weights = np.asarray(sample_weight, np.float64, order="C")  # libsvm takes no other
         weights = np.full(len(labels), float(weights)) if weights.ndim == 0 else weights
         if weights.ndim != 1:
             raise UsageError(f"Sample weights must be 1D array or scalar, these have shape {weights.shape}")
