@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurepipe.errors import UsageError
+from featurepipe.extraction.options import AUTO
 
-AUTO = "auto"
 CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
     "dtype": ("float16", "float32"),

@@ -10,7 +10,8 @@ from typing import Any
 
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
-from featurepipe.extraction.prepare import Options, prepare
+from featurepipe.extraction.options import Options
+from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import allowance, begin_run, publish
 from featurepipe.images import open_source
 from featurepipe.interrupt import stop_on_signals
@@ -90,7 +91,7 @@ def extract(
     allowance(max_rejects, 0)  # refused before any work
     with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
         if dry_run:
-            job = prepare(images, _existing(store), dataset, options, announcer(silent=silent), dry_run=True)
+            job = prepare(images, existing_store(store), dataset, options, announcer(silent=silent), dry_run=True)
             return estimate(job, TIMED_SAMPLE).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
         with target.lock(shared=True), stop_on_signals() as stop:
@@ -101,7 +102,7 @@ def extract(
             return publish(target, job, run, outcome, stop)
 
 
-def _existing(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:
+def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:
     """The store, or None when there is none yet; a dry run makes none."""
     if isinstance(store, FeatureStore):
         return store

@@ -33,19 +33,21 @@ class GivenImages:
     Attributes:
         source: every path once, everything else as often as it was given.
         place: int64 (n,), for each image given its row in the source.
+        ids: the source's ids.
     """
 
     source: MemorySource
     place: np.ndarray
+    ids: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.place)
 
-    def refuse(self, row: int, id_: str, reason: str) -> UsageError:
+    def refuse(self, row: int, reason: str) -> UsageError:
         """The error for a row of the source that cannot be used."""
         position = int(np.flatnonzero(self.place == row)[0])
-        name = "" if id_.startswith("#") else f" ({id_})"
-        return UsageError(f"image {position}{name} cannot be used: {reason}. Leave it out, of the labels too")
+        name = "" if self.ids[row].startswith("#") else f" ({self.ids[row]})"
+        return UsageError(f"image {position}{name} cannot be used: {reason}. Leave it out, and its label")
 
 
 def images_given(images: Any, *, name: str) -> GivenImages:
@@ -70,7 +72,7 @@ def images_given(images: Any, *, name: str) -> GivenImages:
             rows[id_] = len(ids)
             ids[id_] = item
         place[position] = rows[id_]
-    return GivenImages(MemorySource(ids, name=name), place)
+    return GivenImages(MemorySource(ids, name=name), place, list(ids))
 
 
 def _items(images: Any) -> Sequence[Any]:

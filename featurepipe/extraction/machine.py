@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from featurepipe.errors import UsageError
-from featurepipe.extraction.auto import AUTO
+from featurepipe.extraction.options import AUTO
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.extraction import auto
 from featurepipe.extraction.machine import Machine, settle_machine
+from featurepipe.extraction.options import Options
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.stream import Loader, StageSeconds, load_sample, loader_for
 from featurepipe.images import Source
@@ -32,23 +33,6 @@ LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to extract; each field is an argument of `featurepipe.extract`, where it is explained."""
-
-    backbone: str = "resnet50"
-    weights: str = "DEFAULT"
-    seed: int = 0
-    nodes: Sequence[str] = ("bottleneck",)
-    precision: str = auto.AUTO
-    dtype: str = auto.AUTO
-    decode: str = auto.AUTO
-    device: str = auto.AUTO
-    batch_size: int | str = auto.AUTO
-    workers: int | None = None
-    max_rejects: int | str = "1%"
-
-
-@dataclass(frozen=True)
 class Job:
     """An extraction with everything settled.
 
@@ -56,7 +40,7 @@ class Job:
         space: the feature space; None in a dry run that would start one.
         why_new: why the space is a new one, or None.
         gone: images of the last snapshot that the source no longer lists.
-        built: the engine that was built to compare precisions, if one was.
+        engines: the networks built so far, by their columns.
     """
 
     source: Source
@@ -72,7 +56,7 @@ class Job:
     plan: Plan
     gone: int
     clock: StageSeconds
-    built: Engine | None = None
+    engines: dict[frozenset[Column], Engine] = field(default_factory=dict)
 
     @property
     def existing_space(self) -> Space:
@@ -86,16 +70,17 @@ class Job:
         return loader_for(self.source, missing, self.backbone, self.machine, self.settings.decode, self.clock)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
-        """The network for some of the columns, in the job's precision; the one that was built already if it fits."""
-        if self.built is not None and set(columns) == set(self.built.columns):
-            return self.built
-        return Engine(
-            self.backbone,
-            columns,
-            precision=self.settings.precision,
-            device=self.machine.device,
-            batch_size=self.machine.batch_size,
-        )
+        """The network for some of the columns, in the job's precision; built once."""
+        wanted = frozenset(columns)
+        if wanted not in self.engines:
+            self.engines[wanted] = Engine(
+                self.backbone,
+                columns,
+                precision=self.settings.precision,
+                device=self.machine.device,
+                batch_size=self.machine.batch_size,
+            )
+        return self.engines[wanted]
 
 
 def prepare(
@@ -106,6 +91,7 @@ def prepare(
     say: Callable[[str], None],
     *,
     dry_run: bool,
+    network: Backbone | None = None,
 ) -> Job:
     """Settles everything before the first image.
 
@@ -116,6 +102,7 @@ def prepare(
         options: what the user asked for.
         say: told what was decided, one line at a time.
         dry_run: leave the store as it is.
+        network: the backbone that ``options`` names, if it is loaded already.
 
     Raises:
         UsageError: an option is wrong; see the message.
@@ -126,7 +113,7 @@ def prepare(
     auto.check(asked)
     machine = settle_machine(options.device, options.batch_size, options.workers, options.decode)
     name = checked_dataset(dataset or dataset_name(source.name))
-    backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
+    backbone = network or load_backbone(options.backbone, options.weights, seed=options.seed)
     listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
     if not listing.num_rows:
         raise SourceError(f"no images in {source.name}: nothing there has the suffix of an image. Check the path")
@@ -168,7 +155,7 @@ def prepare(
         plan=plan,
         gone=0 if snapshot is None else int(pc.sum(pc.invert(pc.is_in(snapshot["id"], listing["id"]))).as_py() or 0),
         clock=StageSeconds(),
-        built=measure.engine,
+        engines={frozenset(columns): measure.engine} if measure.engine else {},
     )
 
 

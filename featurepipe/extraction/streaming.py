@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column
 from featurepipe.backbones.engine import Engine
+from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.batches import Batches
 from featurepipe.extraction.machine import Machine
 from featurepipe.extraction.rounding import Rounding
@@ -60,27 +61,22 @@ class FeatureStream:
     Args:
         backbone: the network.
         columns: what to compute, in the order of the features.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        dtype: stored dtype to round to, ``float16`` or ``float32``.
-        decode: ``cpu`` or ``gpu``.
+        settings: precision, stored dtype and decode route.
         machine: device, batch size and threads.
-        engine: the engine for these very settings, if there is one already.
+        make_engine: builds the network for the columns; by default anew, once.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         columns: Sequence[Column],
-        *,
-        precision: str,
-        dtype: str,
-        decode: str,
+        settings: Settings,
         machine: Machine,
-        engine: Engine | None = None,
+        make_engine: Callable[[Sequence[Column]], Engine] | None = None,
     ) -> None:
-        self.backbone, self.columns, self.machine = backbone, tuple(columns), machine
-        self._precision, self._dtype, self._decode = precision, dtype, decode
-        self._engine = engine
+        self.backbone, self.columns, self.settings, self.machine = backbone, tuple(columns), settings, machine
+        self._make_engine = make_engine or self._new_engine
+        self._engine: Engine | None = None
 
     def batches(
         self,
@@ -105,9 +101,9 @@ class FeatureStream:
         """
         clock, progress = clock or StageSeconds(), progress or Silent()
         wanted = tuple(map(str, self.columns))
-        queue = _Queue(wanted, self._remembered_rows(), Rounding(self._dtype, progress.say), listing["id"])
+        queue = _Queue(wanted, self._remembered_rows(), Rounding(self.settings.dtype, progress.say), listing["id"])
         batches = Batches(self._ready_engine, queue.fill, batch_size=self.machine.batch_size, clock=clock)
-        loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, self._decode, clock)
+        loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, self.settings.decode, clock)
         with closing(loader.load(listing, np.arange(listing.num_rows), stop)) as loaded:
             for images in loaded:
                 for image in images:
@@ -122,14 +118,17 @@ class FeatureStream:
 
     def _ready_engine(self, _columns: tuple[str, ...]) -> Engine:
         if self._engine is None:
-            self._engine = Engine(
-                self.backbone,
-                self.columns,
-                precision=self._precision,
-                device=self.machine.device,
-                batch_size=self.machine.batch_size,
-            )
+            self._engine = self._make_engine(self.columns)
         return self._engine
+
+    def _new_engine(self, columns: Sequence[Column]) -> Engine:
+        return Engine(
+            self.backbone,
+            columns,
+            precision=self.settings.precision,
+            device=self.machine.device,
+            batch_size=self.machine.batch_size,
+        )
 
     def _remembered_rows(self) -> int:
         width = sum(int(np.prod(self.backbone.feature_shape(column))) for column in self.columns)

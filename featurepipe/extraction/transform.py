@@ -1,0 +1,143 @@
+"""Features of images that are at hand, in the order given, from a store or computed: what `CNNFeatures` does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+
+from featurepipe import records
+from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones.engine import Engine
+from featurepipe.errors import UsageError
+from featurepipe.extraction.compute import Outcome, compute
+from featurepipe.extraction.extract import existing_store
+from featurepipe.extraction.given import GivenImages
+from featurepipe.extraction.options import Options
+from featurepipe.extraction.prepare import Job, prepare
+from featurepipe.extraction.publish import begin_run, describe
+from featurepipe.extraction.streaming import FeatureStream
+from featurepipe.images import Source
+from featurepipe.interrupt import StopRequest
+from featurepipe.progress import Progress, Silent, show
+from featurepipe.store import FeatureStore, differences
+from featurepipe.store.rows import ColumnRows
+
+Store = FeatureStore | str | PathLike[str] | None
+Rejects = dict[int, str]
+
+
+class Transformation:
+    """A network in one feature space, ready for images, with a store as its cache if there is one.
+
+    Args:
+        backbone: the network.
+        columns: what to compute, in the order of the features.
+        options: with the space's precision, stored dtype and decoding, none of them ``auto``.
+        store: where features are kept, or None.
+        space: the fields of the feature space.
+        engines: the networks built so far, by their columns.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        columns: tuple[Column, ...],
+        options: Options,
+        store: Store,
+        space: dict[str, Any],
+        engines: dict[frozenset[Column], Engine],
+    ) -> None:
+        self.columns, self.space = columns, space
+        self.widths = tuple(math.prod(backbone.feature_shape(column)) for column in columns)
+        self._backbone, self._options, self._store, self._engines = backbone, options, store, engines
+
+    @classmethod
+    def settle(cls, given: GivenImages, options: Options, store: Store) -> Self:
+        """Settles what is ``auto``, on the first of the images where it has to be measured; writes nothing."""
+        held = None if store is None else existing_store(store)
+        job = prepare(given.source, held, None, options, Silent().say, dry_run=True)
+        fixed = job.settings
+        settled = replace(options, precision=fixed.precision, dtype=fixed.dtype, decode=fixed.decode)
+        return cls(job.backbone, tuple(job.columns), settled, store, dict(job.fields), job.engines)
+
+    @classmethod
+    def resume(cls, options: Options, store: Store, space: dict[str, Any]) -> Self:
+        """Makes ready again what was settled before, perhaps on another machine."""
+        settled = replace(options, precision=space["precision"], dtype=space["dtype"], decode=space["decode"])
+        backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
+        return cls(backbone, tuple(backbone.columns(options.nodes)), settled, store, space, {})
+
+    def features(self, given: GivenImages, *, silent: bool) -> tuple[np.ndarray, Rejects]:
+        """Computes or looks up the features of all images.
+
+        Returns:
+            float32 (n, D) in the order given, NaN where an image cannot be used; and by row of the source why.
+
+        Raises:
+            UsageError: the network is not the one that was settled.
+        """
+        width = sum(self.widths)
+        if not len(given):
+            return np.zeros((0, width), np.float32), {}
+        if self._store is None:
+            rows, rejects = self._streamed(given.source, len(given.ids), silent=silent)
+        else:
+            rows, rejects = self._through_store(given.source, self._store, silent=silent)
+        in_order = len(given.ids) == len(given)
+        return (rows if in_order else rows[given.place]), rejects
+
+    def _streamed(self, source: Source, count: int, *, silent: bool) -> tuple[np.ndarray, Rejects]:
+        job = self._job(source, None)
+        stream = FeatureStream(job.backbone, job.columns, job.settings, job.machine, job.engine)
+        rows = np.full((count, sum(self.widths)), np.nan, np.float32)
+        rejects: Rejects = {}
+        with show(count, "features", silent=silent) as progress:
+            for batch in stream.batches(source, job.plan.listing, clock=job.clock, progress=progress):
+                rows[batch.rows] = batch.vectors()
+                rejects.update(batch.rejects)
+        return rows, rejects
+
+    def _through_store(self, source: Source, place: Any, *, silent: bool) -> tuple[np.ndarray, Rejects]:
+        store = place if isinstance(place, FeatureStore) else FeatureStore(place)
+        with store.lock(shared=True):
+            job = self._job(source, store)
+            with show(len(job.plan.todo), "features", silent=silent) as progress:
+                outcome = self._compute(store, job, progress)
+            return self._read(job, outcome), outcome.reasons
+
+    def _job(self, source: Source, store: FeatureStore | None) -> Job:
+        job = prepare(source, store, None, self._options, Silent().say, dry_run=store is None, network=self._backbone)
+        changed = differences(self.space, job.fields)
+        if changed:
+            raise UsageError(
+                f"the network {self._options.backbone} is not the one that was fitted: {', '.join(changed)} differ; fit again"
+            )
+        return replace(job, columns=self.columns, engines=self._engines)
+
+    def _compute(self, store: FeatureStore, job: Job, progress: Progress) -> Outcome:
+        """Computes and commits what the store lacks; leaves a run record if there was anything."""
+        run = begin_run(store)
+        outcome = compute(job, run.id, StopRequest(), progress)
+        outcome.check()
+        if outcome.computed:
+            record = {"run_id": run.id, "command": "transform", "started": run.started, **describe(job, outcome)}
+            store.write_run({**record, "status": "done", "ended": records.now(), "exit_code": 0})
+        return outcome
+
+    def _read(self, job: Job, outcome: Outcome) -> np.ndarray:
+        """Reads by key what the store now holds."""
+        usable = outcome.has_key.copy()
+        usable[list(outcome.reasons)] = False
+        rows = np.full((len(usable), sum(self.widths)), np.nan, np.float32)
+        start = 0
+        for column, width in zip(map(str, self.columns), self.widths, strict=True):
+            index = job.existing_space.index([column])
+            part, row, _ = index.locate(outcome.keys[usable], column)
+            found = ColumnRows.of(column, index.parts, part, row, width=width)
+            rows[usable, start : start + width] = found.read(np.float32)
+            start += width
+        return rows
