@@ -89,7 +89,7 @@ def _codes(column: pa.ChunkedArray) -> tuple[Positions, list[str]]:
 def _sides(image: Positions, codes: Positions) -> Positions:
     """The first row of each image on each of its sides, for images with more than one; images in the order of rows."""
     rows = np.flatnonzero(codes >= 0)
-    _, first = np.unique(np.stack([image[rows], codes[rows]]), axis=1, return_index=True)
+    _, first = np.unique(image[rows] * (codes.max(initial=0) + 1) + codes[rows], return_index=True)
     rows = np.sort(rows[first])
     _, number, sides = np.unique(image[rows], return_inverse=True, return_counts=True)
     return rows[sides[number] > 1]

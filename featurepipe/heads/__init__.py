@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
     from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.metrics import score_table as score_table
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
@@ -34,6 +35,7 @@ _HOMES = {
     "fit_temperature": "calibration",
     "make_head": "families",
     "probabilities": "calibration",
+    "score_table": "metrics",
 }
 __all__ = list(_HOMES)
 
