@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from featurepipe import commands
 
-    args.out = sys.stdout
+    args.stdout = sys.stdout
     try:
         with redirect_stdout(sys.stderr):  # whatever others print, a user's network say, stays out of the result
             code = int(getattr(commands, args.run)(args))

@@ -20,7 +20,7 @@ def demo(args: Namespace) -> int:
     """``featurepipe demo``."""
     from featurepipe.demo import run_demo
 
-    run_demo(Path(args.folder), say=partial(print, file=args.out))
+    run_demo(Path(args.folder), say=partial(print, file=args.stdout))
     return 0
 
 
@@ -253,9 +253,9 @@ def _store(args: Namespace) -> Any:
 
 def _print(args: Namespace, value: Any, text: Callable[[Any], str]) -> int:
     if args.json:
-        print(json.dumps(value, indent=2), file=args.out)  # ASCII only, which every terminal and pipe can take
+        print(json.dumps(value, indent=2), file=args.stdout)  # ASCII only, which every terminal and pipe can take
     else:
-        print(text(value), file=args.out)
+        print(text(value), file=args.stdout)
     return 0
 
 

@@ -69,7 +69,7 @@ class Task:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: what a dry run prints."""
         return {
-            "dataset": self.features.dataset,
+            "dataset": self.features.origin.dataset,
             "columns": list(self.features.columns),
             "classes": class_counts(self.codes[self.division.final], self.classes),
             "counts": self.counts(),
@@ -119,7 +119,7 @@ def settle(
         unlabelled=found.unlabelled,
         seed=recipe.seed,
     )
-    say(f"{task.features.dataset}: {_counted(task)}; {division.text}")
+    say(f"{task.features.origin.dataset}: {_counted(task)}; {division.text}")
     task = replace(
         task,
         cost=_timed(task, recipe, fits=1 + calibration, tries=grid_size(recipe) * len(task.folds()) if tune else 0),
@@ -144,7 +144,7 @@ def only_dataset(store: FeatureStore) -> str:
 
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
     raise UsageError(
-        f"none of the {len(features):,} images of dataset {features.dataset} has a label; put them in folders named by class and "
+        f"none of the {len(features):,} images of dataset {features.origin.dataset} has a label; put them in folders "
         "extract again, or give a CSV with the columns id and label: --labels FILE.csv"
     )
 

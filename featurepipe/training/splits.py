@@ -72,7 +72,7 @@ def divide(
     if names:
         train, own, test, text = _own_splits(features, codes, names, split or "train")
     elif split is not None:
-        raise UsageError(f"unknown split {split!r}: dataset {features.dataset} has no splits; leave --split out")
+        raise UsageError(f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave --split out")
     else:
         train, test = hold_out(features, codes, np.flatnonzero(codes >= 0), folds=TEST_FOLDS, seed=seed)
         own = test[:0]
@@ -91,13 +91,13 @@ def _own_splits(
 ) -> tuple[Positions, Positions, Positions, str]:
     """Labelled rows of the split to train on, of ``val`` and of ``test``, and what to say."""
     if wanted not in names:
-        raise unknown("split", wanted, names, where=f"dataset {features.dataset}", see="featurepipe info STORE")
+        raise unknown("split", wanted, names, where=f"dataset {features.origin.dataset}", see="featurepipe info STORE")
     splits = features.splits
     train, own, test = (np.flatnonzero((codes >= 0) & (splits == name)) for name in (wanted, "val", "test"))
     if not len(train):
         raise UsageError(
-            f"split {wanted} of dataset {features.dataset} has no labelled image to train on; give labels with --labels FILE, "
-            f"or choose another with --split: {', '.join(names)}"
+            f"split {wanted} of dataset {features.origin.dataset} has no labelled image to train on; give "
+            f"labels with --labels FILE, or choose another with --split: {', '.join(names)}"
         )
     none = train[:0]
     text = f"the dataset's own splits ({', '.join(names)}), trained on {wanted}"

@@ -29,8 +29,8 @@ SHARED_PASSES = ("logistic", "linear-svm")
 MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
 """Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
 
-ROUNDS = 50
-"""Boosting rounds without a better validation loss after which a fit stops."""
+STOPPING = "early_stopping_rounds"
+"""A parameter of searches alone: the last fit has no validation rows, and grows as many trees as the search found best."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Search:
     @property
     def params(self) -> dict[str, Any]:
         """What to give to `make_head` for the last fit."""
-        return {**self.best.params, **self.best.learned}
+        return {name: v for name, v in {**self.best.params, **self.best.learned}.items() if name != STOPPING}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -170,7 +170,6 @@ def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[
 def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
     """Fits trees until the validation loss stops falling, and learns how many that took."""
     *before, (_, last) = steps_of(head)
-    last.set_params(early_stopping_rounds=ROUNDS)
     features, labels = _part(data, train)
     checked, expected = _part(data, check)
     for _, step in before:
