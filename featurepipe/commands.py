@@ -191,8 +191,10 @@ def evaluate(args: Namespace) -> int:
         dataset=args.dataset,
         split=args.split,
         labels=args.labels,
+        ignore_unknown_classes=args.ignore_unknown_classes,
         bootstrap=args.bootstrap,
         seed=args.seed,
+        silent=args.quiet,
     )
     return _print(args, result, text)
 

@@ -256,16 +256,26 @@ def _add_evaluate(commands: Commands) -> None:
     add("bundle", metavar="BUNDLE")
     add("store", metavar="STORE")
     add("--dataset", metavar="NAME", help="default: the store's only dataset")
-    add("--split", metavar="NAME", help="default: test where the dataset has it, else every labelled image")
+    add(
+        "--split",
+        metavar="NAME",
+        help="default: test where the dataset has it, else the images not trained on; all: every labelled one",
+    )
     add(
         "--labels",
         metavar="FILE",
         help="labels to use instead of the dataset's: .csv, .parquet or .jsonl with id and label",
     )
     add(
+        "--ignore-unknown-classes",
+        action="store_true",
+        help="leave out images of classes that the bundle does not know, instead of refusing",
+    )
+    add(
         "--bootstrap", type=int, default=1000, metavar="N", help="resamples behind the intervals (default: %(default)s)"
     )
     add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    add("--quiet", action="store_true", help="no messages on the way")
     _add_json(command)
 
 
