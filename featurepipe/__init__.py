@@ -10,16 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featurepipe.backbones import load_backbone
+    from featurepipe.cnn_features import CNNFeatures
+    from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
+    from featurepipe.heads.families import make_head
+    from featurepipe.prediction.image_classifier import ImageClassifier
+    from featurepipe.prediction.predict import predict
     from featurepipe.store import FeatureStore
+    from featurepipe.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["FeatureStore", "__version__", "extract", "load_backbone"]
+__all__ = [
+    "CNNFeatures",
+    "FeatureStore",
+    "ImageClassifier",
+    "__version__",
+    "evaluate",
+    "extract",
+    "load_backbone",
+    "make_head",
+    "predict",
+    "train",
+]
 
 _HOMES = {
+    "CNNFeatures": "featurepipe.cnn_features",
     "FeatureStore": "featurepipe.store",
+    "ImageClassifier": "featurepipe.prediction.image_classifier",
+    "evaluate": "featurepipe.evaluation.evaluate",
     "extract": "featurepipe.extraction.extract",
     "load_backbone": "featurepipe.backbones",
+    "make_head": "featurepipe.heads.families",
+    "predict": "featurepipe.prediction.predict",
+    "train": "featurepipe.training.train",
 }
 
 

@@ -26,26 +26,36 @@ def loaded(statement):
 
 
 def test_the_public_surface_is_what_it_was():
-    assert featurepipe.__all__ == ["FeatureStore", "__version__", "extract", "load_backbone"]
+    assert featurepipe.__all__ == [
+        "CNNFeatures",
+        "FeatureStore",
+        "ImageClassifier",
+        "__version__",
+        "evaluate",
+        "extract",
+        "load_backbone",
+        "make_head",
+        "predict",
+        "train",
+    ]
     assert dir(featurepipe) == sorted(featurepipe.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Store'; it has FeatureStore"):
         featurepipe.Store  # noqa: B018
 
 
 def test_public_names_are_what_they_say():
-    from featurepipe.backbones import load_backbone
-    from featurepipe.extraction.extract import extract
-    from featurepipe.store import FeatureStore
-
-    assert featurepipe.extract is extract
-    assert featurepipe.load_backbone is load_backbone
-    assert featurepipe.FeatureStore is FeatureStore
-    assert callable(featurepipe.extract)
+    for name in set(featurepipe.__all__) - {"__version__"}:
+        found = getattr(featurepipe, name)
+        assert found.__name__ == name
+        assert found.__module__.startswith("featurepipe.")
+        assert callable(found)
 
 
-def test_extract_stays_a_function_whatever_was_imported_before():
-    code = "import featurepipe.extraction.extract, featurepipe as fp; print(fp.extract.__name__, callable(fp.extract))"
-    assert run("-W", "error", "-c", code).stdout == "extract True\n"
+def test_verbs_stay_functions_whatever_was_imported_before():
+    verbs = "extraction.extract", "training.train", "evaluation.evaluate", "prediction.predict"
+    imports = ", ".join(f"featurepipe.{verb}" for verb in verbs)
+    code = f"import {imports}, featurepipe as fp; print(*(callable(getattr(fp, v.split('.')[1])) for v in {verbs}))"
+    assert run("-W", "error", "-c", code).stdout == "True True True True\n"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +66,7 @@ def test_extract_stays_a_function_whatever_was_imported_before():
         "import featurepipe.cli",
         "from featurepipe.cli import main; main(['--help'])",
         "from featurepipe.cli import main; main(['extract', '--help'])",
+        "from featurepipe.cli import main; main(['train', '--help'])",
         "from featurepipe.cli import main; main(['extract'])",
     ],
 )

@@ -63,7 +63,7 @@ def test_python_example_prints_a_held_out_accuracy(python_output: str) -> None:
 def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> None:
     assert python_output  # it has run before, as in the README
     commands = [shlex.split(line) for line in fence("In the shell", "sh").splitlines()]
-    assert [words[0] for words in commands] == ["featurepipe"] * 5
+    assert [words[0] for words in commands] == ["featurepipe"] * 8
     results = {}
     for words in commands:
         finished = cli(*words[1:], cwd=checkout)
@@ -73,6 +73,10 @@ def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> Non
     assert f"{TRAIN + TEST} images listed, {TRAIN + TEST} computed" in results["extract"]
     assert "blocks.10:gap" in results["info"]
     assert "bottleneck" in results["info"]
+    assert "on the 20 test images:" in results["train"]
+    assert f"{TEST:,} images" in results["evaluate"]
+    labelled = (checkout / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert len(labelled) == 1 + TRAIN + TEST
     assert "everything is as it was committed" in results["verify"]
     with np.load(checkout / "clothes.npz") as exported:
         assert exported["X"].shape == (TRAIN + TEST, 1280)
