@@ -13,7 +13,16 @@ from sklearn.utils import check_random_state
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, iterate, working_dtype
-from featurepipe.heads.inputs import Floats, TrainingData, labels_from, map_rows, prediction_blocks, training_data
+from featurepipe.heads.duels import Duels, fit_duels
+from featurepipe.heads.inputs import (
+    Codes,
+    Floats,
+    TrainingData,
+    labels_from,
+    map_rows,
+    prediction_blocks,
+    training_data,
+)
 from featurepipe.sizes import bytes_of
 
 _KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
@@ -23,11 +32,13 @@ _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory i
 class RBFSVM(ClassifierMixin, BaseEstimator):
     """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
 
-    Up to ``exact_rows`` rows it is scikit-learn's (libsvm's) ``SVC``. Its time grows faster than the square of the rows:
-    the default keeps a fit to minutes, and the rows it holds to memory of their own size. Above that, ``n_components`` random
-    training rows serve as landmarks (Williams & Seeger 2001, "Using the Nystroem method to speed up kernel machines"): each
-    row becomes the vector of its kernel values with them, whitened by the landmarks' own kernel, and a linear SVM learns on
-    those. This streams blocks in bounded memory. ``method_`` tells which it was.
+    Up to ``exact_rows`` rows it is ``SVC``, fitted duel by duel (``fit_duels``), or by libsvm as it is where kernel matrices
+    do not fit into ``memory``. Time and kernel matrices grow with the square of the rows: 20,000 rows of 472 values take 19 s
+    on two cores, so the default keeps a fit under a minute.
+
+    Above that, ``n_components`` random training rows serve as landmarks (Williams & Seeger 2001, "Using the Nystroem method to
+    speed up kernel machines"): each row becomes the vector of its kernel values with them, whitened by the landmarks' own
+    kernel, and a linear SVM learns on those. This streams blocks in bounded memory. ``method_`` tells which it was.
 
     Both predict by matrix products, many times faster than libsvm, on arrays and ``Blocks``.
 
@@ -40,7 +51,7 @@ class RBFSVM(ClassifierMixin, BaseEstimator):
         class_weight: None, ``"balanced"`` or a dict from label to weight.
         random_state: Seed of the choice of landmarks.
         memory: What blocks and kernel values alive at one time may take (bytes or "2GB"), half of it for kept kernel features.
-            The exact method's own rows are extra.
+            The rows that the exact method holds are extra.
 
     Attributes:
         classes_: (K,) labels.
@@ -48,7 +59,7 @@ class RBFSVM(ClassifierMixin, BaseEstimator):
         method_text_: The same in a sentence.
         gamma_: The number used.
         points_: (P, D) support vectors, in the order of the classes, or landmarks.
-        weights_: Exact: (K - 1, P) as ``SVC.dual_coef_``. Nystroem: (K, P), (1, P) for two classes.
+        weights_: Exact: (K - 1, P), those of ``Duels``. Nystroem: (K, P), (1, P) for two classes.
         intercept_: One for each pair of classes (exact), or for each row of ``weights_``.
         counts_: Exact: (K,) support vectors of each class.
         n_features_in_: D.
@@ -113,13 +124,14 @@ class RBFSVM(ClassifierMixin, BaseEstimator):
         return labels_from(self.decision_function(X), self.classes_)
 
     def _fit_exact(self, data: TrainingData) -> None:
-        rows = data.blocks.read(np.float64)
-        machine = SVC(C=self.C, gamma=self.gamma_).fit(rows, data.codes, data.weights)
+        rows = data.blocks.read(working_dtype(data.blocks.dtype))
+        memory = None if self.memory is None else bytes_of(self.memory)
+        settings: dict[str, Any] = {"C": self.C, "gamma": self.gamma_, "sample_weight": data.weights}
+        duels = fit_duels(rows, data.codes, memory=memory, **settings) or _libsvm(rows, data.codes, **settings)
         self.method_ = "exact"
-        self.method_text_ = f"exact: SVC on {len(rows):,} rows (exact_rows={self.exact_rows:,})"
-        self.points_ = machine.support_vectors_.astype(working_dtype(data.blocks.dtype))  # loses nothing
-        self.weights_, self.intercept_ = machine.dual_coef_, machine.intercept_
-        self.counts_ = machine.n_support_.astype(np.int64)
+        self.method_text_ = f"exact: a support vector machine on {len(rows):,} rows (exact_rows={self.exact_rows:,})"
+        self.points_, self.counts_ = rows[duels.support], duels.counts
+        self.weights_, self.intercept_ = duels.weights, duels.intercepts
 
     def _fit_landmarks(self, data: TrainingData) -> None:
         from featurepipe.heads.linear_svc import BlockLinearSVC
@@ -146,8 +158,9 @@ class RBFSVM(ClassifierMixin, BaseEstimator):
 
     def _block_scores(self, block: Array) -> Floats:
         kernel = rbf_kernel(block, self.points_.astype(np.float64, copy=False), gamma=self.gamma_)
-        if self.method_ == "exact" and len(self.classes_) > 2:
-            return _one_against_rest(self._duels(kernel))
+        if self.method_ == "exact":
+            margins = self._duels(kernel)
+            return margins[:, 1, 0] if len(self.classes_) == 2 else _one_against_rest(margins)
         scores = np.asarray(kernel @ self.weights_.T + self.intercept_)
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
@@ -164,6 +177,14 @@ class RBFSVM(ClassifierMixin, BaseEstimator):
         duels = margins[:, first, second] + margins[:, second, first] + self.intercept_
         margins[:, first, second], margins[:, second, first] = duels, -duels
         return margins
+
+
+def _libsvm(rows: Array, codes: Codes, *, C: float, gamma: float, sample_weight: Floats | None) -> Duels:
+    """The same from libsvm as it is, slower, which keeps few kernel values at a time."""
+    machine = SVC(C=C, gamma=gamma).fit(rows.astype(np.float64, copy=False), codes, sample_weight)
+    sign = -1.0 if len(machine.classes_) == 2 else 1.0  # of two classes SVC reports margins for the second
+    counts = machine.n_support_.astype(np.int64)
+    return Duels(machine.support_.astype(np.int64), counts, sign * machine.dual_coef_, sign * machine.intercept_)
 
 
 class _KernelFeatures:
