@@ -115,7 +115,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
             for row, reason in sorted(outcome.reasons.items())[:SHOWN_REJECTS]
         ],
         "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
-        "reject_reasons": _by_code(outcome.reasons),
+        "reject_reasons": by_code(outcome.reasons),
         "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
         "images_per_second": round(outcome.computed / outcome.seconds, 2) if outcome.seconds else None,
         "verdict": records.verdict(job.clock.totals, outcome.seconds, device=job.machine.device),
@@ -142,7 +142,7 @@ def snapshot_table(listing: pa.Table, outcome: Outcome) -> pa.Table:
     return pa.table({**columns, "key": keys, "status": status, "reason": reason_column})
 
 
-def _by_code(reasons: Mapping[int, str]) -> dict[str, int]:
+def by_code(reasons: Mapping[int, str]) -> dict[str, int]:
     """How many images were rejected for each kind of reason."""
     counts: dict[str, int] = {}
     for reason in reasons.values():

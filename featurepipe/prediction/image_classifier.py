@@ -1,0 +1,104 @@
+"""A bundle as one object: images in, labels and probabilities out."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.extraction.given import images_given
+from featurepipe.extraction.options import AUTO
+from featurepipe.heads.bundle import Bundle
+from featurepipe.prediction.ready import ReadyBundle, make_ready
+
+if TYPE_CHECKING:
+    from featurepipe.prediction.torch_module import TorchClassifier
+
+
+class ImageClassifier:
+    """A trained head with the network that its features come from; make one with ``ImageClassifier.load``.
+
+    Features are computed as `featurepipe.extract` computes them, in the bundle's own feature space, so that an image gets the
+    label here that it gets from its cached feature.
+
+    Attributes:
+        bundle: The head and all that is known of it.
+        classes_: (K,) class names, in the order of the probabilities.
+    """
+
+    def __init__(self, ready: ReadyBundle) -> None:
+        self.bundle = ready.bundle
+        self.classes_ = np.array(ready.bundle.classes, dtype=object)
+        self._ready = ready
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str] | Bundle,
+        *,
+        weights: str | PathLike[str] | None = None,
+        device: str = AUTO,
+        batch_size: int | str = AUTO,
+        workers: int | None = None,
+    ) -> Self:
+        """Reads a bundle and loads its network.
+
+        Args:
+            path: The bundle's folder.
+            weights: The network's weights, if they are a file that is not in the bundle.
+            device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+            batch_size: Images per forward, or ``auto``.
+            workers: Threads that read and decode; by default one per CPU, at most 16.
+
+        Raises:
+            BundleError: The bundle is damaged, or the network gives other features here; the message names what differs.
+            UsageError: An argument is wrong.
+            WeightsNotFound: The network's weights are not at hand.
+        """
+        return cls(make_ready(path, weights=weights, device=device, batch_size=batch_size, workers=workers))
+
+    def __repr__(self) -> str:
+        bundle = self.bundle
+        columns = " + ".join(bundle.columns)
+        return f"<ImageClassifier {bundle.family} on {columns} of {bundle.backbone['name']}, {len(bundle.classes)} classes>"
+
+    def predict(self, images: Any) -> npt.NDArray[np.object_]:
+        """Labels images.
+
+        Args:
+            images: A list, array, Series or one-column DataFrame of paths, a list of PIL images, or uint8 arrays: a list of
+                (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3).
+
+        Returns:
+            (n,) labels, text, in the order of the images.
+
+        Raises:
+            UsageError: These are no images, or one of them cannot be used; names it and its position.
+        """
+        labels: npt.NDArray[np.object_] = self.classes_[self.predict_proba(images).argmax(axis=1)]
+        return labels
+
+    def predict_proba(self, images: Any) -> npt.NDArray[np.float64]:
+        """Returns the (n, K) probabilities of the classes; takes and raises as ``predict``."""
+        given = images_given(images, name="images")
+        probabilities = np.zeros((len(given.ids), len(self.classes_)))
+        listing = given.source.scan().combine_chunks()
+        for group in self._ready.groups(given.source, listing):
+            for row, reason in (reject for batch in group for reject in batch.rejects):
+                raise given.refuse(row, reason)
+            rows = np.concatenate([batch.rows for batch in group])
+            probabilities[rows] = self._ready.probabilities(group)
+        in_order: npt.NDArray[np.float64] = probabilities[given.place]
+        return in_order
+
+    def to_torch(self) -> TorchClassifier:
+        """Returns network, pooling and head as one module that maps images to logits; see ``TorchClassifier``.
+
+        Raises:
+            UsageError: The head is not linear.
+        """
+        from featurepipe.prediction.torch_module import torch_classifier
+
+        return torch_classifier(self._ready)

@@ -1,0 +1,145 @@
+"""From a bundle to the network that it was trained on: loaded, compared with the bundle's feature space, ready for images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones.engine import NUMERICS
+from featurepipe.errors import BundleError
+from featurepipe.extraction.auto import Settings
+from featurepipe.extraction.machine import settle_machine
+from featurepipe.extraction.options import AUTO
+from featurepipe.extraction.stream import StageSeconds
+from featurepipe.extraction.streaming import FeatureBatch, FeatureStream
+from featurepipe.heads.bundle import Bundle, read_bundle
+from featurepipe.images import Source
+from featurepipe.images.decode import DECODING
+from featurepipe.progress import Progress
+from featurepipe.store import differences
+
+SETTINGS = ("precision", "dtype", "decode")
+SCORED_BYTES = 32 * 1024 * 1024
+"""Features that are scored at once: some heads are many times faster on more rows."""
+
+
+@dataclass(frozen=True)
+class ReadyBundle:
+    """A bundle and what computes its features.
+
+    Attributes:
+        bundle: the head and all that is known of it.
+        backbone: the network.
+        stream: computes the bundle's columns from any source, in the bundle's feature space.
+    """
+
+    bundle: Bundle
+    backbone: Backbone
+    stream: FeatureStream
+
+    def groups(
+        self,
+        source: Source,
+        listing: pa.Table,
+        *,
+        clock: StageSeconds | None = None,
+        stop: Callable[[], bool] = bool,
+        progress: Progress | None = None,
+    ) -> Iterator[list[FeatureBatch]]:
+        """Yields the features of every row as `FeatureStream.batches` does, as many batches at a time as are worth scoring."""
+        bundle = self.bundle
+        enough = min(8192, max(16, SCORED_BYTES // (4 * (bundle.width + 4 * len(bundle.classes)))))
+        group: list[FeatureBatch] = []
+        rows = 0
+        for batch in self.stream.batches(source, listing, clock=clock, stop=stop, progress=progress):
+            group.append(batch)
+            rows += len(batch.rows) + len(batch.rejects)
+            if rows >= enough:
+                yield group
+                group, rows = [], 0
+        if group:
+            yield group
+
+    def probabilities(self, group: Sequence[FeatureBatch]) -> npt.NDArray[np.float64]:
+        """Probabilities (m, K) of the m images of a group that have features, in order."""
+        vectors = [batch.vectors() for batch in group if len(batch.rows)]
+        if not vectors:
+            return np.zeros((0, len(self.bundle.classes)))
+        return self.bundle.probabilities(np.concatenate(vectors))
+
+
+def make_ready(
+    bundle: Bundle | str | PathLike[str],
+    *,
+    weights: str | PathLike[str] | None = None,
+    device: str = AUTO,
+    batch_size: int | str = AUTO,
+    workers: int | None = None,
+) -> ReadyBundle:
+    """Loads a bundle's network and checks that its features will be those that the head was trained on.
+
+    Args:
+        bundle: the bundle or its folder.
+        weights: the network's weights, if they are a file that is not in the bundle; else the bundle knows them.
+        device: where the network runs.
+        batch_size: images per forward.
+        workers: threads that read and decode.
+
+    Raises:
+        BundleError: the bundle is damaged; its weights are needed; or this network, these weights or this version of
+            featurepipe give other features, and names what differs.
+        UsageError: an argument is wrong.
+        WeightsNotFound: the network's weights are not at hand.
+    """
+    found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    precision, dtype, decode = (str(found.space[name]) for name in SETTINGS)
+    settings = Settings(precision, dtype, decode, why=dict.fromkeys(SETTINGS, "as in the bundle"))
+    machine = settle_machine(device, batch_size, workers, settings.decode)
+    backbone = load_backbone(found.backbone["name"], _weights(found, weights), seed=found.backbone["seed"])
+    fields = {**backbone.identity(), **settings.fields(), "decoding": dict(DECODING), "numerics": NUMERICS}
+    changed = differences(found.space, fields)
+    if changed:
+        raise BundleError(
+            f"the bundle's head was trained on other features than {backbone.name} gives here: {', '.join(changed)} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. {_advice(changed)}"
+        )
+    columns = backbone.columns(found.columns)
+    _check_width(found, backbone, columns)
+    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine))
+
+
+def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:
+    if given is not None:
+        return str(given)
+    named = str(bundle.backbone["weights"])
+    if named != "file":
+        return named
+    if bundle.weights_file is not None:
+        return str(bundle.weights_file)
+    label = bundle.backbone.get("description", {}).get("weights", "a file of your own")
+    raise BundleError(
+        f"the bundle's network {bundle.backbone['name']} has weights of your own ({label}), which are not in the bundle; "
+        "give them: --weights FILE, or weights=FILE in Python"
+    )
+
+
+def _advice(changed: list[str]) -> str:
+    if changed == ["weights_sha256"]:
+        return "Give the weights that it was trained with: --weights FILE, or weights=FILE in Python"
+    return "Use the versions that it was trained with (they are in the bundle), or extract and train again"
+
+
+def _check_width(bundle: Bundle, backbone: Backbone, columns: list[Column]) -> None:
+    width = sum(math.prod(backbone.feature_shape(column)) for column in columns)
+    if width != bundle.width:
+        raise BundleError(
+            f"the bundle's head takes {bundle.width} values per image, but {', '.join(bundle.columns)} of {backbone.name} "
+            f"{'has' if len(columns) == 1 else 'have'} {width}; train it again"
+        )

@@ -1,0 +1,32 @@
+"""What ``featurepipe predict`` prints, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from featurepipe.progress import duration
+
+_LABELS_SHOWN = 10
+_REJECTS_SHOWN = 5
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """Sums up the record that `featurepipe.prediction.predict.predict` returns."""
+    counts, seconds = record["counts"], record["seconds"]
+    lines = [f"{counts['listed']:,} images listed, {counts['predicted']:,} predicted, {counts['rejected']:,} rejected"]
+    given = sorted(((count, name) for name, count in record["labels"].items() if count), reverse=True)
+    if given:
+        shown = ", ".join(f"{name} ({count:,})" for count, name in given[:_LABELS_SHOWN])
+        lines.append(shown + (", ..." if len(given) > _LABELS_SHOWN else ""))
+    if record["rejects"]:
+        lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
+        lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
+        if counts["rejected"] > _REJECTS_SHOWN:
+            lines.append("  ..." + (f" all in {record['file']}" if record["file"] else ""))
+    stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "score"))
+    lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+    lines.append(record["verdict"])
+    if record["file"]:
+        lines.append(f"file {record['file']}")
+    return "\n".join(lines)
