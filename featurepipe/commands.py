@@ -132,12 +132,7 @@ def export(args: Namespace) -> int:
     from featurepipe.store import export as write
 
     store = _store(args)
-    names = store.datasets()
-    if args.dataset is None and len(names) != 1:
-        raise UsageError(
-            f"{args.store} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}"
-        )
-    features = store.features(args.dataset or names[0], node=args.node, backbone=args.backbone, split=args.split)
+    features = store.features(args.dataset or store.only_dataset(), node=args.node, backbone=args.backbone, split=args.split)
     path = write(features, Path(args.to))
     rows, width = features.shape
     result = {

@@ -7,7 +7,7 @@ import shlex
 import time
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.errors import BundleError, UsageError
+from featurepipe.errors import BundleError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
 from featurepipe.heads.bundle import Bundle, read_bundle
@@ -60,7 +60,7 @@ def evaluate(
     say = announcer(silent=silent)
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    name = dataset or _only_dataset(source)
+    name = dataset or source.only_dataset()
     features = _features(model, source, name)
     if labels is not None:
         features = features.with_labels(labels)
@@ -84,16 +84,6 @@ def evaluate(
         },
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _only_dataset(store: FeatureStore) -> str:
-    store.check_exists()
-    names = store.datasets()
-    if len(names) != 1:
-        raise UsageError(
-            f"{store.path} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}"
-        )
-    return names[0]
 
 
 def _features(bundle: Bundle, store: FeatureStore, dataset: str) -> FeatureSet:

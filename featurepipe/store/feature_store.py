@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from featurepipe import __version__
-from featurepipe.errors import StoreError
+from featurepipe.errors import StoreError, UsageError
 from featurepipe.store import runs, snapshots
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, read_json, write_json
@@ -167,6 +167,20 @@ class FeatureStore:
     def datasets(self) -> list[str]:
         """Lists the datasets that have a snapshot."""
         return snapshots.dataset_names(self.path / "snapshots")
+
+    def only_dataset(self) -> str:
+        """Returns the name of the store's one dataset, for whoever leaves it out.
+
+        Raises:
+            StoreError: There is no store.
+            UsageError: There are several datasets, or none; the message says which.
+        """
+        self.check_exists()
+        names = self.datasets()
+        if len(names) != 1:
+            found = f"{len(names)} datasets ({', '.join(names)}); choose one with --dataset" if names else "no dataset yet"
+            raise UsageError(f"{self.path} holds {found}")
+        return names[0]
 
     def snapshot_ids(self, dataset: str) -> list[str]:
         """Lists the run ids of a dataset's snapshots, oldest first."""

@@ -101,7 +101,7 @@ def settle(
     if recipe.head not in HEADS:
         raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
     recipe.make()  # wrong parameters are refused before any work
-    found = store.features(dataset or only_dataset(store), node=nodes, backbone=backbone)
+    found = store.features(dataset or store.only_dataset(), node=nodes, backbone=backbone)
     if labels is not None:
         found = found.with_labels(labels)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
@@ -126,20 +126,6 @@ def settle(
     )
     say(task.cost.text)
     return task
-
-
-def only_dataset(store: FeatureStore) -> str:
-    """The store's one dataset.
-
-    Raises:
-        UsageError: it has none, or several.
-    """
-    names = store.datasets()
-    if len(names) != 1:
-        raise UsageError(
-            f"{store.path} holds {len(names)} datasets; choose one with --dataset: {', '.join(names) or 'none yet'}"
-        )
-    return names[0]
 
 
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:

@@ -201,7 +201,7 @@ def precision_space(zoo, precision):
 
 def test_a_store_of_several_datasets_needs_a_name(zoo, split):
     zoo.write(zoo.images("x"), name="farm")
-    with pytest.raises(UsageError, match="2 datasets; choose one with --dataset: farm, zoo"):
+    with pytest.raises(UsageError, match=r"2 datasets \(farm, zoo\); choose one with --dataset"):
         evaluate(split[2], zoo.store, silent=True)
     with pytest.raises(UsageError, match=r"unknown dataset 'zo'.*nearest: zoo"):
         evaluate(split[2], zoo.store, dataset="zo", silent=True)
