@@ -33,11 +33,13 @@ class LabelTable:
     Attributes:
         ids: (m,) text, none missing; an id that occurs again has the same label again.
         labels: (m,) text, null for unlabelled.
+        distinct: How many ids there are, each counted once.
         name: What errors call it.
     """
 
     ids: pa.Array
     labels: pa.Array
+    distinct: int
     name: str
 
 
@@ -181,9 +183,10 @@ def _checked_text(ids: pa.Array, texts: pa.Array, name: str) -> LabelTable:
     if row >= 0:
         raise UsageError(_wrong_label(name, ids[row].as_py(), row, repr(texts[row].as_py())))
     labels = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
-    if pc.count_distinct(ids).as_py() < len(ids):
+    distinct = pc.count_distinct(ids).as_py()
+    if distinct < len(ids):
         _refuse_contradictions(ids, labels, name)
-    return LabelTable(ids, labels, name)
+    return LabelTable(ids, labels, distinct, name)
 
 
 def _refuse_contradictions(ids: pa.Array, labels: pa.Array, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -141,11 +142,12 @@ class FeatureSet(LabelledImages):
         chosen = np.arange(len(self))[positions]
         return replace(self, table=self.table.take(chosen), keys=self.keys[chosen], rows=self.rows.take(chosen))
 
-    def __getitem__(self, positions: Positions) -> FeatureSet:
-        """Does what ``take`` does, which is what scikit-learn asks of what it cuts into folds."""
-        if np.ndim(positions) == 0 and not isinstance(positions, slice):  # type: ignore[arg-type]
-            raise TypeError("a FeatureSet is cut by positions, a mask or a slice; to go through its rows use .blocks()")
-        return self.take(positions)
+    def __getitem__(self, positions: Positions | tuple[Positions, EllipsisType]) -> FeatureSet:
+        """Does what ``take`` does, also for ``features[positions, ...]``, as scikit-learn cuts folds."""
+        rows = positions[0] if isinstance(positions, tuple) and positions[1:] == (...,) else positions
+        if isinstance(rows, slice | np.ndarray | list):
+            return self.take(rows)
+        raise TypeError("a FeatureSet is cut by positions, a mask or a slice; to go through its rows use .blocks()")
 
     __iter__ = None  # else Python would count through __getitem__
 
@@ -218,9 +220,9 @@ class FeatureSet(LabelledImages):
         Args:
             rows: At most so many rows; by default 8192, or what ``memory`` allows.
             dtype: Of the features.
-            memory: What one block may take while it is read, in bytes or as text ("256MB"): its features, what is read
-                before it is converted, and the row numbers. A block that you keep while you ask for the next is
-                yours.
+            memory: What one block may take while it is read, in bytes or as text ("256MB"): its features, the same before
+                they are converted and in order, and row numbers. Fixed buffers of about 3 MB come on top; a block that
+                you keep while you ask for the next is yours.
 
         Raises:
             UsageError: ``rows`` is not positive, or not one row fits into ``memory``.

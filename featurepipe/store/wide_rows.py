@@ -11,6 +11,7 @@ import numpy.typing as npt
 from featurepipe.store.rows import ColumnRows
 
 Array = npt.NDArray[Any]
+_NUMBERS_BYTES = 64  # a row's place in the file, in the order of the file, and its label
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class WideRows:
         return np.result_type(*(part.dtype for part in self.parts))
 
     def row_bytes(self, dtype: npt.DTypeLike) -> int:
-        """Memory that reading takes a row: the result, what is read before it is converted, and the row numbers."""
-        scratch = max(part.width * part.dtype.itemsize for part in self.parts)
-        return self.width * np.dtype(dtype).itemsize + scratch + 32
+        """Memory that reading takes a row: the result, a column of it before it is in its place, and row numbers."""
+        size = np.dtype(dtype).itemsize
+        scratch = max(part.width * (part.dtype.itemsize + size) for part in self.parts)
+        return self.width * size + scratch + _NUMBERS_BYTES
 
     def take(self, positions: Array | slice) -> WideRows:
         """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
