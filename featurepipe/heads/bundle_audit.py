@@ -19,8 +19,15 @@ from featurepipe.errors import BundleError
 
 OURS = (
     "featurepipe.heads.boosted.BoostedTrees",
+    "featurepipe.heads.kernel.RBFSVM",
+    "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
+    "featurepipe.heads.linear_svc.BlockLinearSVC",
+    "featurepipe.heads.logistic.BlockLogisticRegression",
     "featurepipe.heads.neighbours.BlockCentroid",
     "featurepipe.heads.neighbours.BlockNeighbours",
+    "featurepipe.heads.pca.BlockPCA",
+    "featurepipe.heads.ridge.BlockRidgeClassifier",
+    "featurepipe.heads.scaling.BlockScaler",
 )
 _SCALAR_NAMES = "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 str_"
 _SCALARS = frozenset(f"numpy.{name}" for name in _SCALAR_NAMES.split())
