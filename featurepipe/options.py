@@ -250,7 +250,7 @@ def _add_evaluate(commands: Commands) -> None:
     command = _command(
         commands,
         "evaluate",
-        "metrics of a bundle on cached features, each with its 95 % interval; leaks between splits",
+        "metrics of a bundle on cached features, each with its confidence interval; leaks between splits",
     )
     add = command.add_argument
     add("bundle", metavar="BUNDLE")

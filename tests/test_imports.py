@@ -39,7 +39,7 @@ def test_the_public_surface_is_what_it_was():
         "train",
     ]
     assert dir(featurepipe) == sorted(featurepipe.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'Store'; it has FeatureStore"):
+    with pytest.raises(AttributeError, match="has no attribute 'Store'; it has CNNFeatures, FeatureStore"):
         featurepipe.Store  # noqa: B018
 
 

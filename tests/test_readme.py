@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from featurepipe.cli import build_parser
 
@@ -19,12 +20,10 @@ PROSE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "featurepipe/data/READM
 TRAIN, TEST = 40, 20  # of the bundled images, so that the examples take seconds
 
 
-def fence(heading: str, language: str) -> str:
-    """The first code block below a heading."""
+def fence(heading: str, language: str, number: int = 0) -> str:
+    """A code block below a heading."""
     section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert found, heading
-    return found[1]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[number]
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -58,6 +57,16 @@ def test_python_example_prints_a_held_out_accuracy(python_output: str) -> None:
     accuracy = float(python_output)
     assert accuracy * TEST == pytest.approx(round(accuracy * TEST))  # a share of the held-out images
     assert accuracy >= 0.3  # three times chance, from four images per class
+
+
+def test_python_example_from_images(checkout: Path, launcher) -> None:
+    rng = np.random.default_rng(0)
+    for name, colour in (("cat1", 40), ("cat2", 60), ("dog1", 190), ("dog2", 210)):
+        Image.fromarray(rng.integers(colour, colour + 40, (60, 80, 3), dtype=np.uint8)).save(checkout / f"{name}.jpg")
+    code = fence("In Python", "python", 1) + "print(*search.predict(images), search.best_score_)"
+    finished = launcher.start(code, cwd=checkout).wait()
+    assert finished.code == 0, finished.err
+    assert finished.out == "cat cat dog dog 1.0\n"
 
 
 def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> None:
