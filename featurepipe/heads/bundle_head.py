@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import struct
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from featurepipe.errors import BundleError
 from featurepipe.heads.bundle_audit import OURS, audit
 from featurepipe.heads.bundle_bounds import check_bounds
 from featurepipe.heads.bundle_files import BOOSTER, HEAD
+from featurepipe.heads.bundle_trees import ForgedTrees, check_trees
 
 # What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
 _SENSELESS = (
@@ -28,6 +30,7 @@ _SENSELESS = (
     TypeError,
     ValueError,
     struct.error,
+    tokenize.TokenError,  # NumPy reads an array's header as Python does
     zipfile.BadZipFile,
 )
 
@@ -117,12 +120,13 @@ def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
         raise BundleError(f"{folder / HEAD} and {folder / BOOSTER} do not belong together; train again")
     if booster is None:
         return head
-    if booster[:1] != b"{":
-        raise BundleError(f"{folder / BOOSTER} is not UBJSON, and was not opened; do not use this bundle")
     try:
+        check_trees(booster, width=trees.n_features_in_, classes=len(trees.classes_))
         return _with_last(head, trees.with_booster(booster))
-    except BundleError as error:
-        raise BundleError(f"{folder / BOOSTER}: {error}; train again") from error
+    except (ForgedTrees, BundleError) as error:
+        raise BundleError(
+            f"{folder / BOOSTER} does not hold the trees of this head ({error}); do not use this bundle"
+        ) from error
 
 
 def check_head(head: Any, classes: tuple[str, ...], name: str, *, width: int | None = None) -> None:

@@ -18,8 +18,10 @@ from sklearn.svm import SVC
 
 from featurepipe.errors import BundleError
 from featurepipe.heads import bundle_head
+from featurepipe.heads.boosted import BoostedTrees
 from featurepipe.heads.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle_files import read_manifest
+from featurepipe.heads.bundle_trees import ForgedTrees, check_trees
 from featurepipe.heads.neighbours import BlockNeighbours
 
 
@@ -487,3 +489,92 @@ def test_neighbours_that_would_read_elsewhere_are_refused(digits, bundle_of, tmp
         with pytest.raises(BundleError, match="a BlockNeighbours that does not fit together"):
             read_bundle(folder)
         setattr(head, attribute, before)
+
+
+def test_an_array_with_a_forged_header_is_refused(folder, forge):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    members = read_zip((folder / "head.skops").read_bytes())
+    for array in (header.getvalue(), header.getvalue().replace(b"}", b" "), header.getvalue()[:40], b"PK\x03\x04"):
+        forge(
+            folder, head_skops=zipped({name: array if name.endswith(".npy") else old for name, old in members.items()})
+        )
+        with pytest.raises(BundleError, match=r"head.skops does not hold a usable head"):
+            read_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def trees(digits):
+    x, y = digits
+    few = np.isin(y, ["digit 0", "digit 1", "digit 2"])
+    return BoostedTrees(2, max_depth=3, n_jobs=1).fit(x[few], y[few])
+
+
+def patched(raw, key, kind, change):
+    """The first array of that name in a booster, changed in place."""
+    start = raw.index(key.encode() + b"[$") + len(key) + 5
+    count = int.from_bytes(raw[start : start + 8], "big")
+    size = np.dtype(kind).itemsize * count
+    values = np.frombuffer(raw[start + 8 : start + 8 + size], kind).copy()
+    change(values)
+    return raw[: start + 8] + values.tobytes() + raw[start + 8 + size :]
+
+
+FORGED_TREES = {
+    "a child far outside": ("left_children", ">i4", lambda a: np.put(a, 0, 10**6), "no tree"),
+    "a child before": ("left_children", ">i4", lambda a: np.put(a, 0, -7), "no tree"),
+    "a loop": ("right_children", ">i4", lambda a: np.put(a, 0, 0), "no tree"),
+    "one child": ("right_children", ">i4", lambda a: np.put(a, 0, -1), "no tree|one child"),
+    "another parent": ("parents", ">i4", lambda a: np.put(a, 1, 5), "no tree"),
+    "a feature outside": ("split_indices", ">i4", lambda a: np.put(a, 0, 64), "a feature that there is not"),
+    "a feature before": ("split_indices", ">i4", lambda a: np.put(a, 0, -1), "a feature that there is not"),
+    "categories": ("split_type", ">u1", lambda a: np.put(a, 0, 1), "categories"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_TREES)
+def test_trees_that_would_read_elsewhere_are_refused(name, trees, bundle_of, tmp_path, forge):
+    key, kind, change, message = FORGED_TREES[name]
+    folder = write_bundle(tmp_path / "b", bundle_of(trees))
+    raw = trees.booster_ubjson()
+    assert patched(raw, key, kind, lambda values: None) == raw
+    forge(folder, head_ubj=patched(raw, key, kind, change))
+    with pytest.raises(
+        BundleError, match=rf"head.ubj does not hold the trees of this head \((ForgedTrees: )?.*({message})"
+    ):
+        read_bundle(folder)
+
+
+def test_trees_of_another_kind_of_file_are_refused(trees, bundle_of, tmp_path, forge, sentinel, digits):
+    x, y = digits
+    folder = write_bundle(tmp_path / "b", bundle_of(trees))
+    raw = trees.booster_ubjson()
+    wider = BoostedTrees(2, n_jobs=1).fit(np.hstack([x, x])[:99], y[:99])
+    others = [b"", b"{", pickle.dumps(Payload(sentinel)), raw[:-1], raw + b"}", b"[" * 10**5, wider.booster_ubjson()]
+    others += [
+        raw.replace(b"gbtree", b"dart"),
+        raw.replace(b"softprob", b"softmaxx"),
+        bytes(trees.booster_.save_raw("json")),
+    ]
+    for content in others:
+        forge(folder, head_ubj=content)
+        with pytest.raises(BundleError, match=r"head.ubj does not hold the trees of this head"):
+            read_bundle(folder)
+    assert not sentinel.exists()
+    forge(folder, head_ubj=raw)
+    np.testing.assert_array_equal(read_bundle(folder).scores(x), trees.predict_log_proba(x))
+
+
+def test_trees_with_random_damage_are_refused_or_harmless(trees, digits):
+    generator = np.random.default_rng(0)
+    raw = trees.booster_ubjson()
+    harmless = 0
+    for _ in range(300):
+        content = bytearray(raw)
+        for place in generator.integers(len(raw), size=generator.integers(1, 4)):
+            content[place] = generator.integers(256)
+        with contextlib.suppress(ForgedTrees):
+            check_trees(bytes(content), width=64, classes=3)
+            harmless += 1
+            trees.with_booster(bytes(content)).predict(digits[0])  # a crash would end the tests
+    assert 0 < harmless < 300
