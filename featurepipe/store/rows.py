@@ -14,12 +14,11 @@ import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, StoreError
 from featurepipe.half import copy_into
-from featurepipe.store.part_files import PartColumn, PartMaps, open_part, read_into
+from featurepipe.store.gathering import PartMaps, gather
+from featurepipe.store.part_files import BLOCK_BYTES, PartColumn, open_part, read_into
 from featurepipe.store.parts import PartInfo, crc32_of
 
-_BLOCK_BYTES = 1 << 20  # read at once when the rows are converted or picked out on the way
 _RUN_ROWS = 64  # consecutive rows in the file from which they are read straight into their place
-_DENSE = 8  # one row in so many is wanted: reading all of them beats touching the pages one by one
 
 Array = npt.NDArray[Any]
 
@@ -142,7 +141,7 @@ class ColumnRows:
             if out.dtype == stored and out.flags.c_contiguous:
                 read_into(descriptor, out, part.offset + first * row_bytes, part)
                 return
-            step = max(1, _BLOCK_BYTES // row_bytes)
+            step = max(1, BLOCK_BYTES // row_bytes)
             scratch = np.empty((min(step, len(out)), self.width), stored)
             for start in range(0, len(out), step):
                 block = scratch[: min(step, len(out) - start)]
@@ -152,49 +151,15 @@ class ColumnRows:
             os.close(descriptor)
 
     def _gather(self, parts: Array, rows: Array, out: Array) -> None:
-        """Fetches scattered rows, part by part and in the order of the file."""
-        order = np.lexsort((rows, parts))
-        in_order = bool((order == np.arange(len(order))).all())
-        edges = np.append(_change(parts[order]), len(order))
-        for start, stop in itertools.pairwise(edges.tolist()):
-            part, chosen = self.parts[int(parts[order[start]])], rows[order[start:stop]]
-            if in_order:
-                self._pick(part, chosen, out[start:stop])
-            else:
-                found = np.empty((stop - start, self.width), out.dtype)
-                self._pick(part, chosen, found)
-                out[order[start:stop]] = found
-
-    def _pick(self, part: PartColumn, rows: Array, out: Array) -> None:
-        """Fetches ascending rows of one part: whole windows of the file where many are wanted, else through a map."""
-        window_rows = max(1, _BLOCK_BYTES // (self.width * np.dtype(part.dtype).itemsize))
-        starts = _change(rows // window_rows)
-        stops = np.append(starts[1:], len(rows))
-        dense = (stops - starts) * _DENSE >= np.minimum(window_rows, part.rows)
-        edges = np.append(_change(dense), len(dense))
-        for a, b in itertools.pairwise(edges.tolist()):
-            if dense[a]:
-                self._pick_windows(part, rows, out, zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True))
-            else:
-                stretch = slice(starts[a], stops[b - 1])
-                copy_into(out[stretch], self._maps.rows(part, rows[stretch], self.width))
-
-    def _pick_windows(self, part: PartColumn, rows: Array, out: Array, windows: Any) -> None:
-        row_bytes = self.width * np.dtype(part.dtype).itemsize
-        descriptor = open_part(part)
-        try:
-            for start, stop in windows:
-                first, last = int(rows[start]), int(rows[stop - 1])
-                block = np.empty((last - first + 1, self.width), part.dtype)
-                read_into(descriptor, block, part.offset + first * row_bytes, part)
-                copy_into(out[start:stop], block[rows[start:stop] - first])
-        finally:
-            os.close(descriptor)
-
-
-def _change(values: Array) -> Array:
-    """Where each run of equal values starts."""
-    return np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, np.intp)
+        """Fetches scattered rows, part by part."""
+        if (parts == parts[0]).all():
+            gather(self.parts[int(parts[0])], rows, out, self._maps)
+            return
+        for number in np.unique(parts):
+            places = np.flatnonzero(parts == number)
+            found = np.empty((len(places), self.width), out.dtype)
+            gather(self.parts[int(number)], rows[places], found, self._maps)
+            out[places] = found
 
 
 def _run_starts(part: Array, row: Array) -> Array:

@@ -57,7 +57,8 @@ def orders():
 @pytest.mark.parametrize("order", orders())
 @pytest.mark.parametrize("window", [400, 4000, 1 << 20])
 def test_any_rows_in_any_order(features, expected, order, window, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.rows._BLOCK_BYTES", window)
+    for module in ("rows", "gathering"):
+        monkeypatch.setattr(f"featurepipe.store.{module}.BLOCK_BYTES", window)
     rows = orders()[order]
     for dtype in (np.float16, np.float32, np.float64):
         found = features.read(dtype, rows=rows)
@@ -76,13 +77,13 @@ def test_reading_into_a_given_array_touches_nothing_else(features, values):
 
 
 def test_maps_are_let_go(features, expected, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.part_files._MAPPED_BYTES", 100_000)
-    monkeypatch.setattr("featurepipe.store.rows._DENSE", 1)
+    monkeypatch.setattr("featurepipe.store.gathering._MAPPED_BYTES", 100_000)
+    monkeypatch.setattr("featurepipe.store.gathering._DENSE", 1)
     rows = np.random.default_rng(0).permutation(N)[:900]
     maps = features.rows.parts[0]._maps
     np.testing.assert_array_equal(features.read(rows=rows), expected[rows])
     assert len(maps) <= 2
-    monkeypatch.setattr("featurepipe.store.part_files._MAPPED_BYTES", 100_000_000)
+    monkeypatch.setattr("featurepipe.store.gathering._MAPPED_BYTES", 100_000_000)
     features.read(rows=rows)
     assert len(maps) == 3
 
@@ -98,7 +99,8 @@ def test_every_float16_is_widened_exactly(dtype):
 
 @pytest.mark.parametrize("order", ["all", "most", "shuffled"])
 def test_blocks_keep_within_their_memory(features, expected, order, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.rows._BLOCK_BYTES", 10_000)  # else the fixed buffers are all there is
+    for module in ("rows", "gathering"):  # else the fixed buffers are all there is
+        monkeypatch.setattr(f"featurepipe.store.{module}.BLOCK_BYTES", 10_000)
     monkeypatch.setattr("featurepipe.half._BLOCK", 1000)
     rows = orders()[order]
     view = features.take(rows)
