@@ -76,7 +76,7 @@ def test_other_ways_of_the_same_families_come_back_too(tmp_path, digits, bundle_
         "bare": make_head("xgboost", n_estimators=3),
         "weighted": make_head("logistic", class_weight={"digit 3": 2.0}),
         "votes": make_head("knn", weights="distance", n_neighbors=3),
-        "shrunken": make_head("centroid", shrink_threshold=0.1, scale=False),
+        "shrunken": make_head("centroid", shrink_threshold=0.1, pca=8),
     }
     for name, head in heads.items():
         made = bundle_of(head.fit(x, y))
