@@ -178,7 +178,9 @@ class FeatureStore:
         self.check_exists()
         names = self.datasets()
         if len(names) != 1:
-            found = f"{len(names)} datasets ({', '.join(names)}); choose one with --dataset" if names else "no dataset yet"
+            found = (
+                f"{len(names)} datasets ({', '.join(names)}); choose one with --dataset" if names else "no dataset yet"
+            )
             raise UsageError(f"{self.path} holds {found}")
         return names[0]
 
