@@ -91,6 +91,11 @@ class MappedBlocks:
         """The dtype that ``read`` returns by default."""
         return self._dtype
 
+    @property
+    def labels(self) -> Any:
+        """Those that the source carries, or None: a pipeline's later steps need them too."""
+        return getattr(self.source, "labels", None)
+
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads rows of the source and maps them."""
         wanted = self._dtype if dtype is None else np.dtype(dtype)

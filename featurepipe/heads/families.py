@@ -102,7 +102,6 @@ _FAMILIES = (
             min_child_weight=(1.0, 5.0),
             learning_rate=(0.1,),
             subsample=(0.8,),
-            colsample_bytree=(0.5,),
             n_estimators=(1000,),
             early_stopping_rounds=(20,),
         ),

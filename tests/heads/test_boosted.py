@@ -24,7 +24,15 @@ def digits(request):
 
 
 def trees(head, **changes):
-    return head(n_estimators=8, max_depth=3, n_jobs=1, random_state=3, **changes)
+    options = {
+        "n_estimators": 8,
+        "max_depth": 3,
+        "max_bin": 64,
+        "colsample_bytree": 0.3,
+        "n_jobs": 1,
+        "random_state": 3,
+    }
+    return head(**{**options, **changes})
 
 
 def dump(booster):
@@ -35,7 +43,7 @@ def dump(booster):
 def test_streamed_trees_are_those_of_xgbclassifier(digits, stored, weighted):
     X, y = digits
     weights = np.random.default_rng(1).uniform(0.2, 3, len(y)) if weighted else None
-    options = {"subsample": 0.7, "colsample_bytree": 0.5, "learning_rate": 0.3}
+    options = {"subsample": 0.7, "max_bin": 256, "learning_rate": 0.3}
     codes = np.unique(y, return_inverse=True)[1]
     theirs = trees(xgboost.XGBClassifier, tree_method="hist", **options).fit(X, codes, sample_weight=weights)
     features = stored(X, y)

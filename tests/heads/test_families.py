@@ -20,7 +20,7 @@ from featurepipe.heads.calibration import class_scores, probabilities
 from featurepipe.heads.families import HEADS, HeadFamily, make_head, refuse_weights
 from featurepipe.heads.linear_map import linear_map
 
-QUICK = {"xgboost": {"n_estimators": 5, "n_jobs": 1}}
+QUICK = {"xgboost": {"n_estimators": 30, "max_depth": 3, "n_jobs": 1}}
 LINEAR = [name for name, family in HEADS.items() if family.linear]
 WEIGHTED = [name for name, family in HEADS.items() if family.weights]
 
