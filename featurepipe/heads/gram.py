@@ -86,6 +86,43 @@ def gram_of(
     return _finish(weight, total, scatter, class_weights, class_sums, np.zeros(width) if shift is None else shift)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Weight, (D,) mean and (D,) variance of features' columns, float64."""
+
+    weight: float
+    mean: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+
+
+def moments_of(
+    features: Blocks | Array,
+    sample_weight: npt.NDArray[np.floating] | None = None,
+    *,
+    memory: int | str | None = None,
+) -> Moments:
+    """Computes the weighted mean and variance of every column in one pass; see ``gram_of``.
+
+    Raises:
+        ValueError: A feature is NaN or infinite.
+    """
+    weight, shift = 0.0, None
+    total = squares = np.zeros(features.shape[1])
+    for place, block in iterate(features, memory=memory):
+        refuse_non_finite(block)
+        if shift is None:
+            shift = block.mean(axis=0, dtype=np.float64).astype(block.dtype)
+        weights = np.ones(len(block)) if sample_weight is None else np.asarray(sample_weight[place], np.float64)
+        centred = block - shift
+        weight += float(weights.sum())
+        total = total + weights.astype(block.dtype) @ centred
+        np.square(centred, out=centred)
+        squares = squares + weights.astype(block.dtype) @ centred
+    offset = total / weight if weight else total
+    variance = np.maximum(squares / (weight or 1) - offset**2, 0)
+    return Moments(weight, offset + (0 if shift is None else shift), variance)
+
+
 def refuse_non_finite(block: Array) -> None:
     """Raises ``ValueError`` if a value is NaN or infinite."""
     if not np.isfinite(block.sum(dtype=np.float64)) and not np.isfinite(block).all():

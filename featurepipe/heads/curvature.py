@@ -1,0 +1,115 @@
+"""Second derivatives of a linear classifier's objective, measured on few rows, as preconditioners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg.lapack import dpotrf, dtrtri
+
+Array = npt.NDArray[Any]
+
+WIDEST = 4096  # values a row up to which whole matrices are measured; above it their diagonals
+_ROWS_PER_VALUE = 4  # rows measured for each value a row: enough for a matrix that is close enough
+_LEAST_ROWS = 4096
+
+
+class Measured:
+    """Sums of ``h * outer(x, x)`` over rows, one for each weighting h; x has a one appended for the intercept.
+
+    Only some rows are used, taken with a frequency proportional to h and weighted by its inverse: where most rows are
+    fitted well, most of the curvature is that of a few. The choice is systematic, not random, so a fit repeats exactly.
+
+    Args:
+        count: Weightings.
+        mean: (D,) of the rows; its dtype is that of the sums.
+        centre: Subtract it.
+        intercept: Append a one.
+        share: Rows to use of all there are, a fraction.
+        diagonal: Sum the diagonals alone.
+    """
+
+    def __init__(self, count: int, mean: Array, *, centre: bool, intercept: bool, share: float, diagonal: bool) -> None:
+        size = len(mean) + intercept
+        self.sums = np.zeros((count, size) if diagonal else (count, size, size), mean.dtype)
+        self._mean = mean if centre else np.zeros_like(mean)
+        self._intercept, self._share = intercept, share
+
+    def add(self, block: Array, curvature: Array) -> None:
+        """Adds the rows of a block (m, D), weighted by ``curvature`` (K, m)."""
+        for number, amounts in enumerate(curvature):
+            rows, weights = _choose(amounts, self._share)
+            if not len(rows):
+                continue
+            chosen = np.empty((len(rows), self.sums.shape[-1]), block.dtype)
+            chosen[:, : block.shape[1]] = block[rows] - self._mean
+            if self._intercept:
+                chosen[:, -1] = 1
+            chosen *= np.sqrt(weights)[:, None].astype(block.dtype)
+            diagonal = self.sums.ndim == 2
+            self.sums[number] += np.einsum("ij,ij->j", chosen, chosen) if diagonal else chosen.T @ chosen
+
+
+def share_of(rows: int, width: int) -> float:
+    """Which fraction of the rows to measure."""
+    return min(1.0, max(_LEAST_ROWS, _ROWS_PER_VALUE * width) / max(1, rows))
+
+
+def _choose(amounts: Array, share: float) -> tuple[Array, Array]:
+    """Returns rows, about ``share`` of all, as frequent as their amounts, and what each stands for."""
+    total = float(amounts.sum(dtype=np.float64))
+    if total <= 0:
+        return np.empty(0, np.intp), amounts[:0]
+    frequency = np.minimum(1, amounts * (share * len(amounts) / total)) if share < 1 else (amounts > 0).astype(float)
+    passed = np.floor(np.cumsum(frequency, dtype=np.float64) + 0.5)
+    rows = np.flatnonzero(np.diff(passed, prepend=0.0))
+    return rows, amounts[rows] / frequency[rows]
+
+
+class CholeskyPreconditioner:
+    """Solves with one positive definite matrix for each row of a (K, size) gradient, or one for all rows.
+
+    Kept as inverses of Cholesky factors: their product is positive definite however they are rounded, and a product
+    with them is several times as fast as a substitution.
+    """
+
+    def __init__(self, matrices: Iterable[Array], dtype: npt.DTypeLike) -> None:
+        factors = [_inverse_factor(matrix, dtype) for matrix in matrices]
+        self._scales = np.stack([scale for scale, _ in factors])
+        self._inverses = np.stack([inverse for _, inverse in factors])
+
+    def __call__(self, gradient: Array) -> Array:
+        """Returns the (K, size) solutions, float64."""
+        scaled = (gradient * self._scales).astype(self._inverses.dtype)
+        if len(self._inverses) == 1:
+            solved = (scaled @ self._inverses[0].T) @ self._inverses[0]
+        else:
+            half = np.matmul(self._inverses, scaled[:, :, None])
+            solved = np.matmul(self._inverses.transpose(0, 2, 1), half)[:, :, 0]
+        return np.asarray(solved.astype(np.float64) * self._scales)
+
+
+class DiagonalPreconditioner:
+    """Divides a (K, size) gradient by (K, size) or (1, size) positive numbers."""
+
+    def __init__(self, diagonals: Array) -> None:
+        self._diagonals = np.where(diagonals > 0, diagonals, 1)
+
+    def __call__(self, gradient: Array) -> Array:
+        """Returns the quotients, float64."""
+        return np.asarray(gradient / self._diagonals)
+
+
+def _inverse_factor(matrix: Array, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    """Returns the scale that makes the diagonal one, and the inverse of the scaled matrix's lower Cholesky factor."""
+    diagonal = np.diagonal(matrix)
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))
+    scaled = matrix * scale[:, None] * scale
+    for jitter in (10 * np.finfo(dtype).eps, 1e-5, 1e-3):
+        scaled[np.diag_indices_from(scaled)] = 1 + jitter
+        factor, failed = dpotrf(scaled, lower=True, clean=True)
+        if not failed:
+            return scale, np.ascontiguousarray(dtrtri(factor, lower=True)[0], dtype)
+    return scale, np.eye(len(scaled), dtype=dtype)

@@ -1,0 +1,178 @@
+"""Many optimisations at once, each a generator that asks for its objective at a point: one pass answers them all.
+
+A generator knows nothing of the data or of its neighbours. ``run`` collects what all that are still alive ask for,
+has it computed together, and hands out the answers; whoever has converged drops out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+Precondition = Callable[[Vector], Vector]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an optimiser asks: objective and gradient at ``point``, and the curvature there if it wants it.
+
+    Attributes:
+        point: Array of any shape.
+        curvature: "" for none, "shared" for one matrix for all columns, "each" for one a column where memory allows.
+    """
+
+    point: Vector
+    curvature: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Objective and gradient, and an approximate inverse of the second derivative if it was asked for."""
+
+    value: float
+    gradient: Vector
+    precondition: Precondition | None = None
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where an optimiser stopped, after how many iterations, and whether it was satisfied."""
+
+    point: Vector
+    iterations: int
+    converged: bool
+
+
+Optimiser = Generator[Question, Answer, Optimum]
+
+
+def run(optimisers: Sequence[Optimiser], answer: Callable[[list[int], list[Question]], list[Answer]]) -> list[Optimum]:
+    """Runs optimisers to their ends.
+
+    Args:
+        optimisers: Generators that have not started.
+        answer: Gets the numbers of the optimisers still alive and their questions; returns their answers.
+    """
+    optima: dict[int, Optimum] = {}
+    questions = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
+    while questions:
+        answers = answer(list(questions), list(questions.values()))
+        alive: dict[int, Question] = {}
+        for number, found in zip(questions, answers, strict=True):
+            try:
+                alive[number] = optimisers[number].send(found)
+            except StopIteration as stop:
+                optima[number] = stop.value
+        questions = alive
+    return [optima[number] for number in range(len(optimisers))]
+
+
+_PAIRS = 10  # of steps and gradient differences that are remembered
+
+
+def lbfgs(start: Vector, *, tolerance: float, max_iterations: int, refresh: int = 5, growth: float = 1.5) -> Optimiser:
+    """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
+
+    The two-loop recursion starts from the preconditioner in place of a multiple of the identity, and the
+    preconditioner is measured anew where the iterate has moved to.
+
+    Args:
+        start: The first point.
+        tolerance: Stops when half of ``-gradient . direction``, which is what a quasi-Newton step hopes to gain and so
+            estimates the distance to the optimum in terms of the objective, is at most this fraction of the objective,
+            twice in a row.
+        max_iterations: Stops unsatisfied after as many.
+        refresh: Iterations until the curvature is measured again.
+        growth: Factor by which that number grows each time.
+    """
+    point, pairs, satisfied, due = start, _Pairs(), 0, refresh
+    at = yield Question(point, "shared")
+    precondition = at.precondition
+    for iteration in range(max_iterations):
+        direction = -pairs.apply(at.gradient, precondition)
+        slope = _dot(at.gradient, direction)
+        if not slope < 0:  # nothing but rounding is left of the gradient
+            return Optimum(point, iteration, converged=True)
+        satisfied = satisfied + 1 if -slope / 2 <= tolerance * abs(at.value) else 0
+        if satisfied == 2:
+            return Optimum(point, iteration, converged=True)
+        measure = iteration + 1 == due
+        step, found = yield from _search(point, at, direction, slope, "each" if measure else "")
+        if step == 0:  # the objective cannot be told apart from its neighbours any more
+            return Optimum(point, iteration, converged=-slope / 2 <= 100 * tolerance * abs(at.value))
+        if measure:  # pairs tell of places left behind
+            refresh = math.ceil(refresh * growth)
+            due, precondition, pairs = due + refresh, found.precondition, _Pairs()
+        else:
+            pairs.add(step * direction, found.gradient - at.gradient)
+        point, at = point + step * direction, found
+    return Optimum(point, max_iterations, converged=False)
+
+
+def _search(
+    point: Vector, at: Answer, direction: Vector, slope: float, curvature: str
+) -> Generator[Question, Answer, tuple[float, Answer]]:
+    """Finds a step that decreases a convex objective enough; 0 if there is none.
+
+    A step is shortened to where the slope, taken as linear, would vanish. Near the optimum the objective's rounding
+    hides its decrease, and the slope decides (the approximate Wolfe condition of Hager & Zhang 2005).
+    """
+    step = 1.0
+    for _ in range(30):
+        found = yield Question(point + step * direction, curvature)
+        gained = at.value - found.value
+        end = _dot(found.gradient, direction)
+        hidden = gained >= -1e-6 * abs(at.value) and end <= -0.8 * slope
+        if np.isfinite(found.value) and (gained >= -1e-4 * step * slope or (hidden and end >= 0.9 * slope)):
+            return step, found
+        step *= min(0.8, max(0.1, slope / (slope - end))) if np.isfinite(end) and end > 0 else 0.3
+    return 0.0, at
+
+
+class _Pairs:
+    """The last steps s and gradient differences y, as an approximation of the inverse second derivative."""
+
+    def __init__(self) -> None:
+        self._pairs: deque[tuple[Vector, Vector, float]] = deque(maxlen=_PAIRS)
+
+    def add(self, step: Vector, difference: Vector) -> None:
+        """Remembers a pair, unless rounding has made it useless."""
+        product = _dot(step, difference)
+        if product > 1e-12 * np.sqrt(_dot(step, step) * _dot(difference, difference)):
+            self._pairs.append((step, difference, 1 / product))
+
+    def apply(self, gradient: Vector, precondition: Precondition | None) -> Vector:
+        """The two-loop recursion."""
+        result, amounts = gradient.copy(), []
+        for step, difference, inverse in reversed(self._pairs):
+            amounts.append(inverse * _dot(step, result))
+            result -= amounts[-1] * difference
+        result = self._scaled(result, precondition)
+        for (step, difference, inverse), amount in zip(self._pairs, reversed(amounts), strict=True):
+            result += (amount - inverse * _dot(difference, result)) * step
+        return result
+
+    def _scaled(self, vector: Vector, precondition: Precondition | None) -> Vector:
+        """Applies the preconditioner, scaled to the curvature met on the last step."""
+        start = precondition or _identity
+        if not self._pairs:
+            return start(vector)
+        _, difference, inverse = self._pairs[-1]
+        scaled: Vector = start(vector) / (inverse * _dot(difference, start(difference)))
+        return scaled
+
+
+def _identity(vector: Vector) -> Vector:
+    same: Vector = vector.copy()
+    return same
+
+
+def _dot(one: Vector, other: Vector) -> Any:
+    return np.vdot(one, other)

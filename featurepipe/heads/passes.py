@@ -1,0 +1,210 @@
+"""One pass over the features answers the questions of all linear problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.heads.blocks import ArrayBlocks, Blocks, MappedBlocks, iterate, rows_per_block, working_dtype
+from featurepipe.heads.curvature import WIDEST, CholeskyPreconditioner, DiagonalPreconditioner, Measured, share_of
+from featurepipe.heads.gram import moments_of
+from featurepipe.heads.inputs import FiniteBlocks
+from featurepipe.heads.lockstep import Answer, Question
+from featurepipe.heads.losses import Loss
+from featurepipe.sizes import bytes_of
+
+Array = npt.NDArray[Any]
+
+_CENTRE_FROM = 30  # |mean| / deviation from which float32 products of uncentred columns lose too many digits
+_CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One objective: ``C * sum(weight * loss) + |W|^2 / 2 + intercept_penalty * |b|^2 / 2``.
+
+    Attributes:
+        fold: Which row weights.
+        C: Of the objective.
+        target: The positive class of a loss of two classes.
+    """
+
+    fold: int
+    C: float
+    target: int = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Features as the passes read them.
+
+    Attributes:
+        blocks: The features, centred if ``centred``, in memory if they fit.
+        dtype: To compute in.
+        mean: (D,) about which the problems are posed, in that dtype; zeros without an intercept.
+        centred: Whether the blocks have it subtracted, or the pass must.
+    """
+
+    blocks: Blocks
+    dtype: np.dtype[Any]
+    mean: Array
+    centred: bool
+
+
+def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Prepared:
+    """Reads the features once: checks that they are finite, finds their means, and keeps them if they fit.
+
+    Raises:
+        ValueError: A feature is NaN or infinite.
+    """
+    dtype = working_dtype(source.dtype)
+    moments = moments_of(source, memory=memory)
+    source = source.source if isinstance(source, FiniteBlocks) else source  # looked at once is enough
+    mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
+    centred = intercept and dtype == np.float32 and bool((mean**2 > _CENTRE_FROM**2 * moments.variance).any())
+    blocks: Blocks = MappedBlocks(source, lambda block: block - mean, len(mean), dtype) if centred else source
+    at_hand = isinstance(blocks, ArrayBlocks) and blocks.dtype == dtype
+    if not at_hand and (memory is None or 2 * source.shape[0] * len(mean) * dtype.itemsize <= bytes_of(memory)):
+        blocks = _in_memory(blocks, dtype)
+    return Prepared(blocks, dtype, mean, centred)
+
+
+def _in_memory(blocks: Blocks, dtype: np.dtype[Any]) -> ArrayBlocks:
+    kept = np.empty(blocks.shape, dtype)
+    for place, block in iterate(blocks, dtype=dtype):
+        kept[place] = block
+    return ArrayBlocks(kept)
+
+
+class Passes:
+    """Answers questions about problems on the same features.
+
+    A point is (K, D + 1), or (K, D) without an intercept: coefficients, and the intercept of the centred features.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        codes: npt.NDArray[np.integer[Any]],
+        weights: Array,
+        problems: Sequence[Problem],
+        loss: Loss,
+        *,
+        intercept: bool,
+        intercept_penalty: float,
+        memory: int | str | None,
+    ) -> None:
+        """Stores what the passes need.
+
+        Args:
+            prepared: (n, D) features.
+            codes: (n,) class numbers.
+            weights: (F, n) row weights of each fold, zero for rows outside it.
+            problems: What to minimise.
+            loss: Of all problems.
+            intercept: Whether there is one.
+            intercept_penalty: Factor of half its square in the objective.
+            memory: Limit for blocks and preconditioners, in bytes or as text; None for none.
+        """
+        self.prepared, self.codes, self.problems, self.loss = prepared, codes, problems, loss
+        self.weights = np.asarray(weights, prepared.dtype)
+        self.intercept, self.intercept_penalty = intercept, intercept_penalty
+        self.memory = memory
+        self.count = 0
+
+    def __call__(self, numbers: list[int], questions: list[Question]) -> list[Answer]:
+        """Answers the questions of some problems, given by their numbers, in one pass."""
+        self.count += 1
+        problems = [self.problems[number] for number in numbers]
+        points = np.stack([question.point for question in questions])
+        measured = [self._measured(question) for question in questions]
+        values, gradients = self._sums(problems, points, measured)
+        return [
+            self._answer(problem, point, value, gradient, sums)
+            for problem, point, value, gradient, sums in zip(problems, points, values, gradients, measured, strict=True)
+        ]
+
+    def _sums(self, problems: list[Problem], points: Array, measured: list[Measured | None]) -> tuple[Array, Array]:
+        """Sums losses, gradients and curvature over all rows, without penalties and C."""
+        dtype, mean, width = self.prepared.dtype, self.prepared.mean, len(self.prepared.mean)
+        count, columns = points.shape[:2]
+        folds = np.array([problem.fold for problem in problems])
+        targets = np.array([problem.target for problem in problems])
+        coefficients = points[:, :, :width].reshape(-1, width).astype(dtype)
+        bias = points[:, :, width].ravel() if self.intercept else np.zeros(count * columns)
+        if not self.prepared.centred:
+            bias = bias - coefficients.astype(np.float64) @ mean
+        bias = bias.astype(dtype)[:, None]
+        values, sums, totals = np.zeros(count), np.zeros(coefficients.shape), np.zeros(len(coefficients))
+        for place, block in iterate(self.prepared.blocks, rows=self._rows(len(coefficients)), dtype=dtype):
+            flat = coefficients @ block.T
+            flat += bias
+            scores, weights, codes = flat.reshape(count, columns, -1), self.weights[folds, place], self.codes[place]
+            for number, into in enumerate(measured):
+                if into is not None:
+                    amounts = self.loss.curvature(scores[number], codes, weights[number], targets[number])
+                    into.add(block, amounts if len(into.sums) > 1 else amounts.mean(axis=0, keepdims=True))
+            values += self.loss.residuals(scores, codes, weights, targets)
+            sums += flat @ block
+            totals += flat.sum(axis=1, dtype=np.float64)
+        if not self.prepared.centred:
+            sums -= totals[:, None] * mean
+        gradients = np.column_stack([sums, totals]) if self.intercept else sums
+        return values, gradients.reshape(points.shape)
+
+    def _answer(
+        self, problem: Problem, point: Array, value: float, gradient: Array, measured: Measured | None
+    ) -> Answer:
+        """Adds the penalties."""
+        width, mean = len(self.prepared.mean), self.prepared.mean.astype(np.float64)
+        coefficients = point[:, :width]
+        value, gradient = problem.C * value + np.vdot(coefficients, coefficients) / 2, problem.C * gradient
+        gradient[:, :width] += coefficients
+        if self.intercept and self.intercept_penalty:
+            bias = point[:, width] - coefficients @ mean
+            pull = self.intercept_penalty * bias
+            value += np.vdot(pull, bias) / 2
+            gradient[:, :width] -= pull[:, None] * mean
+            gradient[:, width] += pull
+        return Answer(float(value), gradient, None if measured is None else self._preconditioner(problem, measured))
+
+    def _preconditioner(self, problem: Problem, measured: Measured) -> CholeskyPreconditioner | DiagonalPreconditioner:
+        """The inverse of curvature and penalty."""
+        mean = self.prepared.mean.astype(np.float64)
+        lever = np.append(-mean, 1) if self.intercept else mean
+        ridge = np.ones(len(lever))
+        if self.intercept:
+            ridge[-1] = 0
+        pull = self.intercept_penalty if self.intercept else 0.0
+        if measured.sums.ndim == 2:
+            return DiagonalPreconditioner(problem.C * measured.sums.astype(np.float64) + ridge + pull * lever**2)
+        penalty = np.diag(ridge) + pull * np.outer(lever, lever)
+        matrices = (problem.C * total.astype(np.float64) + penalty for total in measured.sums)
+        return CholeskyPreconditioner(matrices, self.prepared.dtype)
+
+    def _measured(self, question: Question) -> Measured | None:
+        """Where to sum the curvature that a question asks for, as much of it as memory allows."""
+        if not question.curvature:
+            return None
+        rows, width = self.prepared.blocks.shape
+        columns = len(question.point) if question.curvature == "each" else 1
+        allowed = _CURVATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2
+        matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # sums, old and new factors
+        columns = columns if columns * matrix <= allowed else 1
+        return Measured(
+            columns,
+            self.prepared.mean,
+            centre=not self.prepared.centred,
+            intercept=self.intercept,
+            share=share_of(rows, width),
+            diagonal=width > WIDEST or matrix > allowed,
+        )
+
+    def _rows(self, columns: int) -> int:
+        """Rows of a block: its scores take memory too."""
+        limit = None if self.memory is None else bytes_of(self.memory) // 4
+        return rows_per_block(self.prepared.blocks.shape[1] + 4 * columns, self.prepared.dtype, limit)
