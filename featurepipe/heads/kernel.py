@@ -29,7 +29,7 @@ _KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
 _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory is given
 
 
-class RBFSVM(ClassifierMixin, BaseEstimator):
+class RBFSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
 
     Up to ``exact_rows`` rows it is ``SVC``, fitted duel by duel (``fit_duels``), or by libsvm as it is where kernel matrices

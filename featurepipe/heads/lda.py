@@ -15,7 +15,7 @@ from featurepipe.heads.gram import Gram, gram_of
 from featurepipe.heads.inputs import Codes, Floats, TrainingData, labels_from, linear_scores, training_data
 
 
-class BlockLinearDiscriminantAnalysis(ClassifierMixin, BaseEstimator):
+class BlockLinearDiscriminantAnalysis(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Gaussian classes with one common covariance: ``LinearDiscriminantAnalysis(solver="lsqr")`` for blocks.
 
     All that is needed of the data is each class's mean and the scatter within classes (Fisher 1936; Hastie, Tibshirani &

@@ -14,7 +14,7 @@ from featurepipe.heads.inputs import Floats, TrainingData, labels_from, map_rows
 from featurepipe.sizes import bytes_of
 
 
-class BlockNeighbours(KNeighborsClassifier):
+class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]
     """``KNeighborsClassifier`` by brute force that predicts on blocks, and says so if its rows cannot be kept.
 
     It keeps every training row (as float32 where they are float16 or float32), so ``fit`` refuses more of them than
@@ -88,7 +88,7 @@ class BlockNeighbours(KNeighborsClassifier):
         return tags
 
 
-class BlockCentroid(ClassifierMixin, BaseEstimator):
+class BlockCentroid(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """The class whose mean is nearest: ``NearestCentroid`` (Euclidean) for blocks.
 
     Two passes: means, then variances within classes if means are to be shrunken (Tibshirani et al. 2002, "Diagnosis of

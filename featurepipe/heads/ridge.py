@@ -14,7 +14,7 @@ from featurepipe.heads.gram import Gram, gram_of
 from featurepipe.heads.inputs import Floats, labels_from, linear_scores, training_data
 
 
-class BlockRidgeClassifier(ClassifierMixin, BaseEstimator):
+class BlockRidgeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Least squares on targets of +1 and -1 with an L2 penalty, the intercept free: ``RidgeClassifier`` for blocks.
 
     The normal equations need only the D x D scatter and the class means (Hoerl & Kennard 1970, "Ridge regression"), so one
