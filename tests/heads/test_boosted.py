@@ -64,11 +64,15 @@ def test_class_weights_are_sample_weights(digits):
     assert dump(weighted.booster_) != dump(trees(BoostedTrees).fit(X, y).booster_)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 5])
 @pytest.mark.parametrize("own_labels", [False, True])
-def test_early_stopping_uses_the_best_round_of_the_validation_data(digits, stored, own_labels):
+def test_early_stopping_uses_the_best_round_of_the_validation_data(digits, stored, own_labels, seed):
     X, y = digits
+    y = np.where(
+        np.random.default_rng(0).random(len(y)) < 0.2, np.random.default_rng(1).permutation(y), y
+    )  # no easy data
     X, y, unseen, truth = X[::2], y[::2], X[1::2], y[1::2]
-    head = BoostedTrees(400, learning_rate=0.5, max_depth=6, early_stopping_rounds=5, n_jobs=1)
+    head = BoostedTrees(400, learning_rate=0.5, max_depth=6, early_stopping_rounds=5, n_jobs=1, random_state=seed)
     head.fit(X, y, eval_set=(stored(unseen, truth), None) if own_labels else (unseen, truth))
     assert head.best_iteration_ == int(np.argmin(head.evaluation_)) < len(head.evaluation_) - 1 < 399
     own = head.predict_log_proba(unseen)[np.arange(len(truth)), np.searchsorted(head.classes_, truth)]
