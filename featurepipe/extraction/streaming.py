@@ -26,6 +26,9 @@ from featurepipe.store.keys import KEY_BYTES
 REMEMBERED_BYTES = 64 * 1024 * 1024
 """Features kept at hand for copies of an image; a copy that comes later is computed again."""
 
+ROW_OBJECTS_BYTES = 512
+"""What Python adds to one remembered vector."""
+
 LONGEST_WAIT = 65_536
 """Rows that may wait for a batch to fill, as when thousands of copies follow one image."""
 
@@ -132,7 +135,7 @@ class FeatureStream:
 
     def _remembered_rows(self) -> int:
         width = sum(int(np.prod(self.backbone.feature_shape(column))) for column in self.columns)
-        return max(self.machine.batch_size, REMEMBERED_BYTES // (4 * width))
+        return max(self.machine.batch_size, REMEMBERED_BYTES // (4 * width + ROW_OBJECTS_BYTES * len(self.columns)))
 
 
 class _Feature:
