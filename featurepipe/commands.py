@@ -97,6 +97,12 @@ def extract(args: Namespace) -> int:
 
 def info(args: Namespace) -> int:
     """``featurepipe info``."""
+    if (Path(args.store) / "bundle.json").is_file():
+        from featurepipe.heads.bundle import read_bundle
+        from featurepipe.heads.bundle_description import bundle_text, describe_bundle
+
+        bundle = read_bundle(args.store)
+        return _print(args, describe_bundle(bundle), lambda _: bundle_text(bundle))
     from featurepipe.store import describe
 
     return _print(args, describe(_store(args)), summary.info_text)
@@ -132,7 +138,9 @@ def export(args: Namespace) -> int:
     from featurepipe.store import export as write
 
     store = _store(args)
-    features = store.features(args.dataset or store.only_dataset(), node=args.node, backbone=args.backbone, split=args.split)
+    features = store.features(
+        args.dataset or store.only_dataset(), node=args.node, backbone=args.backbone, split=args.split
+    )
     path = write(features, Path(args.to))
     rows, width = features.shape
     result = {

@@ -155,7 +155,7 @@ def _add_extract(commands: Commands) -> None:
 
 def _add_store_commands(commands: Commands) -> None:
     for name, summary in (
-        ("info", "what a store holds: spaces, columns, datasets, runs"),
+        ("info", "what a store holds: spaces, columns, datasets, runs; or what a bundle is"),
         ("verify", "recompute every checksum; damaged parts are named and set aside, and extract computes them anew"),
         ("compact", "merge small parts and drop duplicate rows"),
         ("gc", "remove what no snapshot needs, and what killed runs left behind"),

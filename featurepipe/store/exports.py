@@ -58,11 +58,6 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
     return path
 
 
-def _class_numbers(features: FeatureSet) -> npt.NDArray[np.int64]:
-    numbers = {name: number for number, name in enumerate(features.classes)}
-    return np.array([numbers.get(label, -1) for label in features.labels], dtype="<i8")
-
-
 def _splits(features: FeatureSet) -> list[str]:
     return [split or "" for split in features.splits]
 
@@ -80,7 +75,7 @@ def _write_hdf5(features: FeatureSet, file: IO[bytes]) -> None:
         _whole("splits", _encoded(_splits(features))),
     ]
     if features.classes:
-        arrays += [_whole("y", _class_numbers(features)), _whole("classes", _encoded(features.classes))]
+        arrays += [_whole("y", features.codes()), _whole("classes", _encoded(features.classes))]
     header: dict[str, str | int] = {"column": features.column, "space": features.space_fingerprint}
     write_arrays(file.fileno(), header, arrays)
 
@@ -96,7 +91,7 @@ def _write_npz(features: FeatureSet, file: IO[bytes]) -> None:
         "splits": np.array(_splits(features), dtype=np.str_),
     }
     if features.classes:
-        arrays |= {"y": _class_numbers(features), "classes": np.array(features.classes, dtype=np.str_)}
+        arrays |= {"y": features.codes(), "classes": np.array(features.classes, dtype=np.str_)}
     np.savez(file, allow_pickle=False, **arrays)
 
 

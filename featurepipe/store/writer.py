@@ -217,7 +217,7 @@ class PartWriter:
                 names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
                 raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
             return self._widened(column, values, f"a value of {np.abs(values).max():g} does not fit (largest 65504)")
-        if narrow and _loses_small_values(values, stored):
+        if narrow and len(values) and _loses_small_values(values, stored):
             return self._widened(
                 column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits"
             )

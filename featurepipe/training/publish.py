@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -77,24 +79,35 @@ def publish(
     }
 
 
-def weights_copy(space: Space, weights: str | PathLike[str] | None) -> Path | None:
-    """The backbone's own weights file, checked to be the one that the features were computed with.
+@contextmanager
+def weights_copy(space: Space, weights: str | PathLike[str] | None) -> Iterator[Path | None]:
+    """The backbone's own weights as a .safetensors file for the bundle, checked to be those of the features.
 
     Raises:
         UsageError: it holds other weights, or the backbone's are not from a file.
     """
     if weights is None:
-        return None
+        yield None
+        return
     if not str(space.notes.get("backbone", {}).get("weights", "")).startswith("file:"):
         raise UsageError(
             f"the features of {space.name} were not computed with a weights file of yours; leave --weights out"
         )
+    from safetensors.torch import save_file
+
     from featurepipe.backbones import load_backbone
+    from featurepipe.backbones.weights import read_state_dict
 
     found = load_backbone(space.backbone, str(weights)).weights_sha256
     if found != space.fields["weights_sha256"]:
         raise UsageError(f"{weights} holds other weights than those the features of {space.name} were computed with")
-    return Path(weights)
+    if str(weights).endswith(".safetensors"):
+        yield Path(weights)
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "weights.safetensors"
+        save_file({name: values.clone() for name, values in read_state_dict(Path(weights)).items()}, copy)
+        yield copy
 
 
 def _backbone(space: Space) -> dict[str, Any]:

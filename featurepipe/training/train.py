@@ -96,13 +96,13 @@ def train(
     )
     if dry_run:
         return task.as_dict()
-    copied = weights_copy(source.space(task.features.space_fingerprint), weights)
-    found = search(task, recipe, jobs=jobs, say=say) if tune else None
-    chosen = recipe.with_params(found.params) if found else recipe
-    calibrated = calibrate(task, chosen, say) if calibration else None
-    fitted = fit(task, chosen, task.division.final, say)
-    seconds = time.perf_counter() - start
-    return publish(
-        target, source, task, chosen, fitted,
-        search=found, calibration=calibrated, weights=copied, seconds=seconds, say=say,
-    )  # fmt: skip
+    with weights_copy(source.space(task.features.space_fingerprint), weights) as own_weights:
+        found = search(task, recipe, jobs=jobs, say=say) if tune else None
+        chosen = recipe.with_params(found.params) if found else recipe
+        calibrated = calibrate(task, chosen, say) if calibration else None
+        fitted = fit(task, chosen, task.division.final, say)
+        seconds = time.perf_counter() - start
+        return publish(
+            target, source, task, chosen, fitted,
+            search=found, calibration=calibrated, weights=own_weights, seconds=seconds, say=say,
+        )  # fmt: skip

@@ -29,6 +29,9 @@ SHARED_PASSES = ("logistic", "linear-svm")
 MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
 """Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
 
+ROUGHLY = 1e-3
+"""How far above its minimum a search may leave the objective: the accuracies of two values of C differ by more."""
+
 STOPPING = "early_stopping_rounds"
 """A parameter of searches alone: the last fit has no validation rows, and grows as many trees as the search found best."""
 
@@ -127,6 +130,7 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     pool = np.unique(np.concatenate([rows for fold in folds for rows in fold]))
     features = task.features.take(pool)
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
+    last.set_params(tol=ROUGHLY)
     ready = Pipeline(before).fit_transform(features) if before else features
     fitted = fit_path(last, ready, features.labels, Cs=values, folds=[np.searchsorted(pool, rows) for rows, _ in folds])
     accuracies = []

@@ -1,0 +1,105 @@
+"""Who trains and who checks: copies together, classes even, the user's own splits as they are."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featurepipe.errors import UsageError
+from featurepipe.training.splits import ALWAYS_TRAIN, divide, fold_numbers
+
+
+@given(
+    images=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=80),
+    folds=st.integers(2, 6),
+    seed=st.integers(0, 5),
+)
+def test_folds_keep_copies_together_and_classes_even(images, folds, seed):
+    keys = np.array([key for key, _ in images], np.uint64)
+    label_of = dict(reversed(images))  # copies share a label here
+    codes = np.array([label_of[key] for key, _ in images])
+    found = fold_numbers(keys, codes, folds=folds, seed=seed)
+    by_key = {key: {int(f) for f in found[keys == key]} for key in keys}
+    assert all(len(numbers) == 1 for numbers in by_key.values())
+    for code in set(codes):
+        members = [by_key[key].copy().pop() for key in set(keys[codes == code])]
+        if len(members) == 1:
+            assert members == [ALWAYS_TRAIN]
+        else:
+            sizes = [members.count(fold) for fold in range(folds)]
+            assert max(sizes) - min(sizes) <= 1
+            assert sum(sizes) == len(members)
+
+
+def test_another_seed_is_another_draw_and_the_same_seed_the_same():
+    keys, codes = np.arange(200, dtype=np.uint64), np.zeros(200, np.int64)
+    first = fold_numbers(keys, codes, folds=5, seed=0)
+    np.testing.assert_array_equal(first, fold_numbers(keys, codes, folds=5, seed=0))
+    assert (first != fold_numbers(keys, codes, folds=5, seed=1)).sum() > 100
+
+
+def test_copies_with_two_labels_still_stay_together():
+    keys = np.array([1, 1, 2, 2, 3, 4], np.uint64)
+    codes = np.array([0, 1, 0, 0, 1, 1])
+    found = fold_numbers(keys, codes, folds=2, seed=3)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def division_of(zoo, split=None, *, validate=True, seed=0):
+    features = zoo.features()
+    return features, divide(features, features.codes(), split=split, seed=seed, validate=validate)
+
+
+def test_own_splits_are_taken_as_they_are(zoo):
+    zoo.write([*zoo.images("train"), *zoo.images("val", 10), *zoo.images("test", 10), *zoo.images(None, 5)])
+    features, found = division_of(zoo)
+    assert set(features.take(found.train).splits) == {"train"}
+    assert set(features.take(found.validation).splits) == {"val"}
+    assert set(features.take(found.test).splits) == {"test"}
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [120, 30, 30]
+    np.testing.assert_array_equal(found.final, found.train)  # a user's validation rows are never trained on
+
+
+def test_without_val_a_tenth_is_set_aside_and_given_back_for_the_last_fit(zoo):
+    zoo.write([*zoo.images("train"), *zoo.images("test", 10)])
+    features, found = division_of(zoo)
+    assert len(found.validation) == 12
+    assert found.is_carved
+    assert not set(found.train) & set(found.validation)
+    assert set(features.take(found.final).splits) == {"train"}
+    assert len(found.final) == 120
+
+
+def test_without_splits_a_fifth_is_held_out_with_its_copies(zoo):
+    originals = zoo.images(None)
+    copies = [zoo.image(f"copy-{image.id}", image.content, image.label) for image in originals]
+    zoo.write([*originals, *copies])
+    features, found = division_of(zoo)
+    parts = [set(features.keys64[rows].tolist()) for rows in (found.train, found.validation, found.test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert len(found.test) == 48
+    assert sorted(np.concatenate([found.final, found.test])) == list(range(240))
+
+
+def test_unlabelled_images_take_no_part(zoo):
+    rows = [*zoo.images("train"), zoo.image("stranger", "cat-stranger", None, "train")]
+    zoo.write(rows)
+    _, found = division_of(zoo)
+    assert 120 not in found.final
+
+
+def test_splits_that_are_not_there_are_named_with_the_choices(zoo):
+    zoo.write([*zoo.images("train"), zoo.image("x", "cat-x", None, "extra")])
+    with pytest.raises(UsageError, match=r"unknown split 'trian' in dataset zoo; nearest: train"):
+        division_of(zoo, "trian")
+    with pytest.raises(UsageError, match="split extra of dataset zoo has no labelled image to train on"):
+        division_of(zoo, "extra")
+
+
+def test_a_split_of_a_dataset_without_splits_is_refused(zoo):
+    zoo.write(zoo.images(None))
+    with pytest.raises(UsageError, match="has no splits; leave --split out"):
+        division_of(zoo, "train")

@@ -1,0 +1,215 @@
+"""From features to a bundle: what is fitted, on which rows, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from featurepipe.errors import BundleError, UsageError
+from featurepipe.heads.bundle import read_bundle
+from featurepipe.heads.calibration import expected_calibration_error
+from featurepipe.training.train import train
+
+NODES = ["a:gap", "b:gap"]
+
+
+@pytest.fixture
+def split_zoo(zoo):
+    zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
+    return zoo
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_(zoo, **options):
+        options = {"nodes": NODES, "out": tmp_path / "bundle", "silent": True, **options}
+        return train(zoo.store, **options)
+
+    return run_
+
+
+def test_the_head_is_scikit_learns_on_all_training_rows(split_zoo, run, tmp_path):
+    record = run(split_zoo, params={"C": 0.3})
+    features = split_zoo.features()
+    x, y = features.select(split="train").numpy()
+    expected = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000)).fit(x, y)
+    held_out = features.select(split="test")
+    bundle = read_bundle(tmp_path / "bundle")
+    np.testing.assert_allclose(
+        bundle.scores(held_out), expected.predict_log_proba(held_out.read(np.float32)), rtol=1e-3, atol=1e-3
+    )
+    right = expected.predict(held_out.read(np.float32)) == held_out.labels
+    assert record["test"]["accuracy"]["value"] == pytest.approx(right.mean())
+    assert bundle.metrics["test"]["accuracy"] == record["test"]["accuracy"]
+    assert bundle.columns == ("a:gap", "b:gap")
+    assert bundle.backbone["name"] == "tiny"
+
+
+def test_seen_are_the_training_images_alone(split_zoo, run, tmp_path):
+    run(split_zoo)
+    features = split_zoo.features()
+    seen = set(read_bundle(tmp_path / "bundle").seen.tolist())
+    assert seen == set(features.select(split="train").keys64.tolist())
+
+
+def test_temperature_is_from_rows_the_head_had_not_seen(split_zoo, run, tmp_path):
+    record = run(split_zoo)
+    found = record["calibration"]
+    assert found["rows"] == 18
+    assert read_bundle(tmp_path / "bundle").temperature == found["temperature"] != 1.0
+    assert run(split_zoo, calibration=False)["calibration"] is None
+    assert read_bundle(tmp_path / "bundle").temperature is None
+
+
+def test_calibration_lowers_the_error_of_an_overconfident_head(zoo, run):
+    zoo.write([*zoo.images("train", 5), *zoo.images("val", 100), *zoo.images("test", 100)])
+    record = run(zoo, params={"C": 1e6})
+    assert record["calibration"]["temperature"] > 1
+    assert record["calibration"]["ece_after"] < record["calibration"]["ece_before"]
+
+
+def test_out_of_core_is_chosen_by_memory_and_predicts_the_same(zoo, run, tmp_path):
+    zoo.write([*zoo.images("train", 1500), *zoo.images("test", 20)])
+    inside = run(zoo)
+    assert inside["cost"]["solver"] == "scikit-learn"
+    small = read_bundle(tmp_path / "bundle")
+    outside = run(zoo, memory="60kB")
+    assert outside["cost"]["out_of_core"] is True
+    assert "60.0 kB allowed: out of core" in outside["cost"]["text"]
+    features = zoo.features()
+    np.testing.assert_allclose(read_bundle(tmp_path / "bundle").scores(features), small.scores(features), atol=0.02)
+
+
+def test_a_family_without_blocks_is_refused_when_memory_is_short(split_zoo, run):
+    with pytest.raises(UsageError, match=r"knn on 180 x 3 features needs about .* choose one that has: logistic"):
+        run(split_zoo, head="knn", memory=2000)
+
+
+@pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "lda", "centroid", "knn", "rbf-svm", "xgboost"])
+def test_every_family_trains_tunes_and_tells_classes_apart(split_zoo, run, head):
+    record = run(split_zoo, head=head, tune=True)
+    assert record["test"]["accuracy"]["value"] > 0.6  # a third by chance
+    trials = record["search"]["trials"]
+    best = max(trial["accuracy"] for trial in trials)
+    chosen = next(trial for trial in trials if trial["accuracy"] == best)
+    for_searches = {"early_stopping_rounds", "n_estimators"}  # the last fit grows as many trees as were found best
+    assert {k: v for k, v in chosen["params"].items() if k not in for_searches}.items() <= record["params"].items()
+    if head == "xgboost":
+        assert record["params"]["n_estimators"] == chosen["n_estimators"] < 1000
+        assert "early_stopping_rounds" not in record["params"]
+    assert {"cat", "dog", "emu"} == set(record["classes"])
+
+
+def test_tuning_never_looks_at_the_test_rows(zoo, run):
+    """With every test label wrong, the same parameters, temperature and head come out."""
+    train_rows = zoo.images("train", 60)
+    test_rows = zoo.images("test", 20)
+    zoo.write([*train_rows, *test_rows], "right")
+    zoo.write(
+        [*train_rows, *(replace(row, label="emu" if row.label == "cat" else "cat") for row in test_rows)], "wrong"
+    )
+    right, wrong = (run(zoo, dataset=name, tune=True) for name in ("right", "wrong"))
+    for part in ("params", "calibration"):
+        assert right[part] == wrong[part]
+    assert right["search"]["trials"] == wrong["search"]["trials"]
+    assert wrong["test"]["accuracy"]["value"] < right["test"]["accuracy"]["value"] - 0.3
+
+
+def test_shared_passes_find_what_single_fits_find(split_zoo, run):
+    """The accuracy of each C over 5 folds is that of scikit-learn's own fits on the same folds."""
+    from featurepipe.progress import announcer
+    from featurepipe.training.fit import Recipe
+    from featurepipe.training.settle import settle
+
+    record = run(split_zoo, tune=True, calibration=False)
+    recipe = Recipe("logistic", {})
+    task = settle(
+        split_zoo.store, None, NODES, recipe, backbone=None, labels=None, split=None, min_class_size=2,
+        calibration=False, tune=True, memory=None, say=announcer(silent=True),
+    )  # fmt: skip
+    x, y = task.features.numpy()
+    for trial in record["search"]["trials"]:
+        heads = make_pipeline(StandardScaler(), LogisticRegression(C=trial["params"]["C"], max_iter=2000))
+        single = [np.mean(heads.fit(x[a], y[a]).predict(x[b]) == y[b]) for a, b in task.folds()]
+        assert trial["accuracy"] == pytest.approx(np.mean(single), abs=0.012)  # two of 180 images near a boundary
+
+
+def test_a_dry_run_tells_and_writes_nothing(split_zoo, run, tmp_path):
+    record = run(split_zoo, dry_run=True, tune=True)
+    assert record["counts"]["train"] == 180
+    assert record["cost"]["seconds"] > 0
+    assert not (tmp_path / "bundle").exists()
+    json.dumps(record)
+
+
+def test_labels_from_a_file_replace_the_datasets(split_zoo, run, tmp_path):
+    file = tmp_path / "labels.csv"
+    rows = split_zoo.images("train", 60)
+    file.write_text("id,label\n" + "".join(f"{row.id},{'cat' if row.label == 'cat' else 'other'}\n" for row in rows))
+    record = run(split_zoo, labels=file)
+    assert record["classes"] == {"cat": 60, "other": 120}
+    assert record["counts"]["unlabelled"] == 60
+    assert record["test"] is None
+
+
+# What cannot be learned from
+
+
+def test_one_class_only(zoo, run):
+    zoo.write([row for row in zoo.images("train") if row.label == "cat"])
+    with pytest.raises(UsageError, match=r"all 40 training images are of class 'cat'; a head needs two or more"):
+        run(zoo)
+
+
+def test_a_class_with_one_image_is_named_with_its_id_and_can_be_accepted(zoo, run):
+    rows = [*zoo.images("train"), zoo.image("lonely.png", "emu-lonely", "yak", "train")]
+    zoo.write(rows)
+    with pytest.raises(UsageError, match=r"such as 'yak' with 1 \(id lonely.png\).*--min-class-size 1"):
+        run(zoo)
+    assert run(zoo, min_class_size=1)["classes"]["yak"] == 1
+
+
+def test_no_label_at_all(zoo, run):
+    zoo.write([replace(row, label=None) for row in zoo.images("train")])
+    with pytest.raises(UsageError, match=r"none of the 120 images of dataset zoo has a label.*--labels FILE"):
+        run(zoo)
+
+
+def test_labels_that_match_no_id(split_zoo, run):
+    with pytest.raises(UsageError, match=r"elsewhere/1\.png"):
+        run(split_zoo, labels={"elsewhere/1.png": "cat"})
+
+
+def test_nan_labels(split_zoo, run):
+    ids = split_zoo.features().ids
+    with pytest.raises(UsageError, match=r"(?i)nan"):
+        run(split_zoo, labels={ids[0]: "cat", ids[1]: float("nan")})
+
+
+def test_an_unknown_head_and_a_wrong_parameter_are_refused_before_any_work(split_zoo, run):
+    with pytest.raises(UsageError, match="unknown head 'logistics'; nearest: logistic"):
+        run(split_zoo, head="logistics")
+    with pytest.raises(UsageError, match="Cs"):
+        run(split_zoo, params={"Cs": 1})
+
+
+def test_a_folder_of_something_else_is_left_alone(split_zoo, run, tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError, match="left alone"):
+        run(split_zoo)
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_expected_calibration_error_of_the_record_is_that_of_the_rows(zoo, run, tmp_path):
+    zoo.write([*zoo.images("train", 60), *zoo.images("val", 40)])
+    record = run(zoo)
+    bundle = read_bundle(tmp_path / "bundle")
+    rows = zoo.features().select(split="val")
+    found = expected_calibration_error(bundle.probabilities(rows), rows.codes(bundle.classes))
+    assert record["calibration"]["ece_after"] == pytest.approx(found, abs=1e-6)
