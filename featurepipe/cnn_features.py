@@ -35,8 +35,9 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     With a store, features are looked up by the images' content, and only those that are missing are computed and kept: a
     grid search over heads extracts once, and images that ``featurepipe extract`` has seen cost no forward. To know its
     content a file is read, unless it was computed here before and path, size and time are as they were. Any number of
-    processes may share the store. No snapshot names these features; ``featurepipe gc`` leaves them all the same, as the
-    work of runs that have not finished, and ``compact`` merges them.
+    processes may share the store: one at a time computes, the others wait and find what it has left. No snapshot names
+    these features; ``featurepipe gc`` leaves them all the same, as the work of runs that have not finished, and
+    ``compact`` merges them.
 
     ``fit`` learns nothing from the images but settles what is ``"auto"``, so that all features of one fitted transformer
     come from one feature space. Whatever is measured or computed is the same with and without labels.
@@ -101,7 +102,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.on_reject = on_reject
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002, N803 (scikit-learn's signature)
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002 (scikit-learn's signature)
         """Settles the network, the columns and the feature space.
 
         Args:
@@ -126,7 +127,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._widths = self._transformation.widths
         return self
 
-    def transform(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
+    def transform(self, X: Any) -> npt.NDArray[np.float32]:
         """Computes features, or takes them from the store.
 
         Args:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Self
@@ -105,8 +109,13 @@ class Transformation:
         store = place if isinstance(place, FeatureStore) else FeatureStore(place)
         with store.lock(shared=True):
             job = self._job(source, store)
-            with show(len(job.plan.todo), "features", silent=silent) as progress:
-                outcome = self._compute(store, job, progress)
+            if not len(job.plan.todo):
+                outcome = self._compute(store, job, Silent())
+            else:
+                with _one_at_a_time(store):
+                    job = self._job(source, store)  # others may have computed meanwhile what we lacked
+                    with show(len(job.plan.todo), "features", silent=silent) as progress:
+                        outcome = self._compute(store, job, progress)
             return self._read(job, outcome), outcome.reasons
 
     def _job(self, source: Source, store: FeatureStore | None) -> Job:
@@ -141,3 +150,17 @@ class Transformation:
             rows[usable, start : start + width] = found.read(np.float32)
             start += width
         return rows
+
+
+@contextmanager
+def _one_at_a_time(store: FeatureStore) -> Iterator[None]:
+    """Waits until no other process or thread computes here: those of a grid search want nearly the same images.
+
+    The lock is on a folder that nobody else locks, and the kernel drops it when a process dies.
+    """
+    descriptor = os.open(store.path / "spaces", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
