@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
+from threadpoolctl import threadpool_limits
 
 from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
 from featurepipe.heads.families import make_head
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]
+
+ONE_THREAD_VALUES = 5_000_000
+"""Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,11 @@ def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | No
     if task.cost.solver == "blocks":
         head.fit(features, features.labels)
     else:
-        head.fit(*features.numpy())
+        # Where products are small, BLAS threads wait for each other more than they work: 20 s against 1 s on a busy machine.
+        with threadpool_limits(
+            1 if features.shape[0] * features.shape[1] <= ONE_THREAD_VALUES else None, user_api="blas"
+        ):
+            head.fit(*features.numpy())
     if say:
         say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
     return head

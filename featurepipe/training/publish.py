@@ -65,8 +65,17 @@ def publish(
         seen=np.unique(task.features.take(task.division.final).keys64),
     )
     tested = _tested(bundle, task)
-    metrics = {"test": {k: v for k, v in tested.items() if k not in LONG} if tested else None}
-    metrics["calibration"] = asdict(calibration) if calibration else None
+    calibrated = asdict(calibration) if calibration else None
+    if tested and calibrated:  # on images that neither the head nor the temperature has seen
+        plain = _tested(replace(bundle, temperature=None), task, bootstrap=0)
+        calibrated |= {
+            "test_ece_before": plain["ece"]["value"] if plain else None,
+            "test_ece_after": tested["ece"]["value"],
+        }
+    metrics = {
+        "test": {k: v for k, v in tested.items() if k not in LONG} if tested else None,
+        "calibration": calibrated,
+    }
     bundle = replace(bundle, metrics=metrics)
     path = write_bundle(target, bundle, weights_file=weights)
     say(f"wrote {target}")
@@ -74,7 +83,7 @@ def publish(
         "bundle": str(path),
         "backbone": bundle.backbone["name"],
         **training,
-        "calibration": metrics["calibration"],
+        "calibration": calibrated,
         "test": tested,
     }
 
@@ -123,7 +132,7 @@ def _backbone(space: Space) -> dict[str, Any]:
     }
 
 
-def _tested(bundle: Bundle, task: Task) -> dict[str, Any] | None:
+def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, Any] | None:
     """Metrics on the test rows whose class the head knows."""
     rows = task.division.test
     features = task.features.take(rows)
@@ -131,4 +140,5 @@ def _tested(bundle: Bundle, task: Task) -> dict[str, Any] | None:
     if not (codes >= 0).any():
         return None
     known = features.take(np.flatnonzero(codes >= 0))
-    return score_table(bundle.probabilities(known), codes[codes >= 0], bundle.classes, ids=known.ids, seed=task.seed)
+    probabilities, truth = bundle.probabilities(known), codes[codes >= 0]
+    return score_table(probabilities, truth, bundle.classes, ids=known.ids, bootstrap=bootstrap, seed=task.seed)

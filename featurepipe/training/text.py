@@ -26,11 +26,7 @@ def train_text(found: Mapping[str, Any]) -> str:
     ]
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
-    if found["calibration"]:
-        lines.append(
-            "temperature {temperature:.3g} from {rows:,} unseen images: calibration error {ece_before:.4f} before, "
-            "{ece_after:.4f} after".format(**found["calibration"])
-        )
+    lines += _calibration_lines(found["calibration"])
     lines += _test_lines(found)
     lines.append(f"bundle {found['bundle']}")
     return "\n".join(lines)
@@ -51,6 +47,18 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
 def _trials(trials: list[Mapping[str, Any]]) -> str:
     rows = [[", ".join(f"{k}={v}" for k, v in trial["params"].items()), f"{trial['accuracy']:.4f}"] for trial in trials]
     return table(["parameters", "validation accuracy"], rows)
+
+
+def _calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["not calibrated"]
+    errors = f"{found['ece_before']:.4f} before, {found['ece_after']:.4f} after"
+    line = (
+        f"temperature {found['temperature']:.3g} from {found['rows']:,} unseen images; calibration error there {errors}"
+    )
+    if "test_ece_before" not in found:
+        return [line]
+    return [f"{line}; on the test images {found['test_ece_before']:.4f} before, {found['test_ece_after']:.4f} after"]
 
 
 def _test_lines(found: Mapping[str, Any]) -> list[str]:
