@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg.lapack import dpotrf, dtrtri
+from scipy.linalg import get_lapack_funcs
 
 Array = npt.NDArray[Any]
 
@@ -68,6 +68,20 @@ def _choose(amounts: Array, share: float) -> tuple[Array, Array]:
     return rows, amounts[rows] / frequency[rows]
 
 
+@dataclass(frozen=True)
+class Penalty:
+    """A penalty's second derivative for one column of coefficients: ``diag(ridge) + pull * outer(lever, lever)``."""
+
+    ridge: Array
+    lever: Array
+    pull: float
+
+    @property
+    def diagonal(self) -> Array:
+        """(size,) diagonal."""
+        return np.asarray(self.ridge + self.pull * self.lever**2)
+
+
 class CholeskyPreconditioner:
     """Solves with one positive definite matrix for each row of a (K, size) gradient, or one for all rows.
 
@@ -75,10 +89,14 @@ class CholeskyPreconditioner:
     with them is several times as fast as a substitution.
     """
 
-    def __init__(self, matrices: Iterable[Array], dtype: npt.DTypeLike) -> None:
-        factors = [_inverse_factor(matrix, dtype) for matrix in matrices]
-        self._scales = np.stack([scale for scale, _ in factors])
-        self._inverses = np.stack([inverse for _, inverse in factors])
+    def __init__(self, sums: Array, C: float, penalty: Penalty) -> None:
+        """Factorises ``C * sums + penalty``; overwrites the (K, size, size) sums."""
+        diagonals = C * np.diagonal(sums, axis1=1, axis2=2).astype(np.float64) + penalty.diagonal
+        self._scales = 1 / np.sqrt(np.where(diagonals > 0, diagonals, 1))  # to a diagonal of ones
+        for matrix, scale in zip(sums, self._scales, strict=True):
+            _scale_and_add(matrix, C, scale, penalty)
+            _invert_factor(matrix)
+        self._inverses = sums
 
     def __call__(self, gradient: Array) -> Array:
         """Returns the (K, size) solutions, float64."""
@@ -92,9 +110,10 @@ class CholeskyPreconditioner:
 
 
 class DiagonalPreconditioner:
-    """Divides a (K, size) gradient by (K, size) or (1, size) positive numbers."""
+    """Divides a (K, size) gradient by the (K, size) or (1, size) diagonals of the second derivatives."""
 
-    def __init__(self, diagonals: Array) -> None:
+    def __init__(self, sums: Array, C: float, penalty: Penalty) -> None:
+        diagonals = C * sums.astype(np.float64) + penalty.diagonal
         self._diagonals = np.where(diagonals > 0, diagonals, 1)
 
     def __call__(self, gradient: Array) -> Array:
@@ -102,14 +121,23 @@ class DiagonalPreconditioner:
         return np.asarray(gradient / self._diagonals)
 
 
-def _inverse_factor(matrix: Array, dtype: npt.DTypeLike) -> tuple[Array, Array]:
-    """Returns the scale that makes the diagonal one, and the inverse of the scaled matrix's lower Cholesky factor."""
-    diagonal = np.diagonal(matrix)
-    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))
-    scaled = matrix * scale[:, None] * scale
-    for jitter in (10 * np.finfo(dtype).eps, 1e-5, 1e-3):
-        scaled[np.diag_indices_from(scaled)] = 1 + jitter
-        factor, failed = dpotrf(scaled, lower=True, clean=True)
+def _scale_and_add(matrix: Array, C: float, scale: Array, penalty: Penalty) -> None:
+    """Overwrites a matrix by ``scale * (C * matrix + penalty) * scale``, but for what the ridge adds to the diagonal."""
+    matrix *= (C * scale[:, None]).astype(matrix.dtype)
+    matrix *= scale.astype(matrix.dtype)
+    if penalty.pull:
+        lever = (np.sqrt(penalty.pull) * scale * penalty.lever).astype(matrix.dtype)
+        matrix += np.outer(lever, lever)
+
+
+def _invert_factor(matrix: Array) -> None:
+    """Overwrites a symmetric matrix, whose diagonal is to be ones, by the inverse of its lower Cholesky factor."""
+    factorise, invert = get_lapack_funcs(("potrf", "trtri"), (matrix,))
+    for jitter in (10 * np.finfo(matrix.dtype).eps, 1e-5, 1e-3, 1e-1):
+        matrix[np.diag_indices_from(matrix)] = 1 + jitter
+        upper, failed = factorise(matrix.T, lower=False, clean=True)  # transposed views are what LAPACK takes as it is
         if not failed:
-            return scale, np.ascontiguousarray(dtrtri(factor, lower=True)[0], dtype)
-    return scale, np.eye(len(scaled), dtype=dtype)
+            inverse, _ = invert(upper, lower=False, overwrite_c=True)
+            matrix[:] = inverse.T
+            return
+    matrix[:] = np.eye(len(matrix))

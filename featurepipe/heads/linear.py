@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import TrainingData, labels_from, linear_scores, training_data
-from featurepipe.heads.lockstep import Optimum, lbfgs, run
+from featurepipe.heads.lockstep import Optimum, Patience, lbfgs, run
 from featurepipe.heads.losses import Loss
 from featurepipe.heads.passes import Passes, Prepared, Problem, prepare
 
@@ -182,15 +182,10 @@ def _solve_group(
     )
     starts = [objective.loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
+    loss = objective.loss
+    patience = Patience(estimator.tol / _SAFETY, estimator.max_iter, loss.refresh, loss.growth)
     optimisers = [
-        lbfgs(
-            _start(starts[problem.fold], width, intercept=estimator.fit_intercept),
-            tolerance=estimator.tol / _SAFETY,
-            max_iterations=estimator.max_iter,
-            refresh=objective.loss.refresh,
-            growth=objective.loss.growth,
-        )
-        for problem in problems
+        lbfgs(_start(starts[problem.fold], width, intercept=estimator.fit_intercept), patience) for problem in problems
     ]
     optima = run(optimisers, passes)
     each = len(targets)

@@ -77,43 +77,56 @@ def run(optimisers: Sequence[Optimiser], answer: Callable[[list[int], list[Quest
 _PAIRS = 10  # of steps and gradient differences that are remembered
 
 
-def lbfgs(start: Vector, *, tolerance: float, max_iterations: int, refresh: int = 5, growth: float = 1.5) -> Optimiser:
-    """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
+@dataclass(frozen=True)
+class Patience:
+    """When an optimiser measures the curvature again, and when it stops.
 
-    The two-loop recursion starts from the preconditioner in place of a multiple of the identity, and the
-    preconditioner is measured anew where the iterate has moved to.
-
-    Args:
-        start: The first point.
+    Attributes:
         tolerance: Stops when half of ``-gradient . direction``, which is what a quasi-Newton step hopes to gain and so
             estimates the distance to the optimum in terms of the objective, is at most this fraction of the objective,
-            twice in a row.
+            or of what has been gained since the start if that is less. The estimate is believed only with curvature
+            just measured: that of a place left behind can promise far too little.
         max_iterations: Stops unsatisfied after as many.
         refresh: Iterations until the curvature is measured again.
         growth: Factor by which that number grows each time.
     """
-    point, pairs, satisfied, due = start, _Pairs(), 0, refresh
+
+    tolerance: float
+    max_iterations: int
+    refresh: int = 5
+    growth: float = 1.5
+
+
+def lbfgs(start: Vector, patience: Patience) -> Optimiser:
+    """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
+
+    The two-loop recursion starts from the preconditioner in place of a multiple of the identity. The preconditioner is
+    measured anew where the iterate has moved to, and pairs from before are forgotten.
+    """
+    point, pairs, satisfied = start, _Pairs(), 0
     at = yield Question(point, "shared")
-    precondition = at.precondition
-    for iteration in range(max_iterations):
+    first, precondition, age, interval = at.value, at.precondition, 0, patience.refresh
+    for iteration in range(patience.max_iterations):
         direction = -pairs.apply(at.gradient, precondition)
         slope = _dot(at.gradient, direction)
         if not slope < 0:  # nothing but rounding is left of the gradient
             return Optimum(point, iteration, converged=True)
-        satisfied = satisfied + 1 if -slope / 2 <= tolerance * abs(at.value) else 0
-        if satisfied == 2:
+        goal = patience.tolerance * max(min(abs(at.value), first - at.value), 1e-3 * abs(at.value))
+        satisfied = satisfied + 1 if -slope / 2 <= goal else 0
+        if satisfied and age == 0:
             return Optimum(point, iteration, converged=True)
-        measure = iteration + 1 == due
+        measure = age + 1 >= interval or satisfied == 2
         step, found = yield from _search(point, at, direction, slope, "each" if measure else "")
         if step == 0:  # the objective cannot be told apart from its neighbours any more
-            return Optimum(point, iteration, converged=-slope / 2 <= 100 * tolerance * abs(at.value))
-        if measure:  # pairs tell of places left behind
-            refresh = math.ceil(refresh * growth)
-            due, precondition, pairs = due + refresh, found.precondition, _Pairs()
+            return Optimum(point, iteration, converged=-slope / 2 <= 100 * patience.tolerance * abs(at.value))
+        age += 1
+        if measure:
+            interval = math.ceil(interval * patience.growth) if age >= interval else interval
+            age, satisfied, precondition, pairs = 0, 0, found.precondition, _Pairs()
         else:
             pairs.add(step * direction, found.gradient - at.gradient)
         point, at = point + step * direction, found
-    return Optimum(point, max_iterations, converged=False)
+    return Optimum(point, patience.max_iterations, converged=False)
 
 
 def _search(

@@ -21,11 +21,13 @@ class Loss(Protocol):
 
     Attributes:
         refresh: Iterations after which its curvature is measured anew.
-        growth: Factor by which that number grows each time; 1 where rows come and go until the end.
+        growth: Factor by which that number grows each time.
+        redundant: Whether adding the same to all columns changes nothing; then the best columns sum to zero.
     """
 
     refresh: int
     growth: float
+    redundant: bool
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """Sums the loss and overwrites the scores by its derivatives.
@@ -50,7 +52,7 @@ class Loss(Protocol):
 class SoftmaxLoss:
     """Minus the logarithm of the softmax probability of the row's class; K columns are K classes."""
 
-    refresh, growth = 5, 1.25
+    refresh, growth, redundant = 5, 2.0, True
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:  # noqa: ARG002
         """See ``Loss``."""
@@ -79,7 +81,7 @@ class SoftmaxLoss:
 class BinomialLoss:
     """The logistic loss of one column: the class ``target`` against the other."""
 
-    refresh, growth = 5, 1.25
+    refresh, growth, redundant = 5, 2.0, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
@@ -101,7 +103,7 @@ class BinomialLoss:
 class SquaredHingeLoss:
     """The squared hinge ``max(0, 1 - sign * score) ** 2`` of one column: the class ``target`` against all others."""
 
-    refresh, growth = 3, 1.0
+    refresh, growth, redundant = 3, 1.1, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""

@@ -10,16 +10,24 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import ArrayBlocks, Blocks, MappedBlocks, iterate, rows_per_block, working_dtype
-from featurepipe.heads.curvature import WIDEST, CholeskyPreconditioner, DiagonalPreconditioner, Measured, share_of
+from featurepipe.heads.curvature import (
+    WIDEST,
+    CholeskyPreconditioner,
+    DiagonalPreconditioner,
+    Measured,
+    Penalty,
+    share_of,
+)
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
-from featurepipe.heads.lockstep import Answer, Question
+from featurepipe.heads.lockstep import Answer, Precondition, Question
 from featurepipe.heads.losses import Loss
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
 
 _CENTRE_FROM = 30  # |mean| / deviation from which float32 products of uncentred columns lose too many digits
+_SMALL_BYTES = 32 << 20  # features that take no more as float64 are computed in it, whatever they are
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -61,7 +69,8 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     Raises:
         ValueError: A feature is NaN or infinite.
     """
-    dtype = working_dtype(source.dtype)
+    small = 8 * source.shape[0] * source.shape[1] <= _SMALL_BYTES
+    dtype = np.dtype(np.float64) if small else working_dtype(source.dtype)
     moments = moments_of(source, memory=memory)
     source = source.source if isinstance(source, FiniteBlocks) else source  # looked at once is enough
     mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
@@ -170,21 +179,19 @@ class Passes:
             value += np.vdot(pull, bias) / 2
             gradient[:, :width] -= pull[:, None] * mean
             gradient[:, width] += pull
+        if self.loss.redundant:
+            gradient -= gradient.mean(axis=0)
         return Answer(float(value), gradient, None if measured is None else self._preconditioner(problem, measured))
 
-    def _preconditioner(self, problem: Problem, measured: Measured) -> CholeskyPreconditioner | DiagonalPreconditioner:
+    def _preconditioner(self, problem: Problem, measured: Measured) -> Precondition:
         """The inverse of curvature and penalty."""
         mean = self.prepared.mean.astype(np.float64)
-        lever = np.append(-mean, 1) if self.intercept else mean
-        ridge = np.ones(len(lever))
+        penalty = Penalty(np.ones(len(mean)), mean, 0.0)
         if self.intercept:
-            ridge[-1] = 0
-        pull = self.intercept_penalty if self.intercept else 0.0
-        if measured.sums.ndim == 2:
-            return DiagonalPreconditioner(problem.C * measured.sums.astype(np.float64) + ridge + pull * lever**2)
-        penalty = np.diag(ridge) + pull * np.outer(lever, lever)
-        matrices = (problem.C * total.astype(np.float64) + penalty for total in measured.sums)
-        return CholeskyPreconditioner(matrices, self.prepared.dtype)
+            penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
+        kind = DiagonalPreconditioner if measured.sums.ndim == 2 else CholeskyPreconditioner
+        solve: Precondition = kind(measured.sums, problem.C, penalty)
+        return _zero_sum(solve) if self.loss.redundant else solve
 
     def _measured(self, question: Question) -> Measured | None:
         """Where to sum the curvature that a question asks for, as much of it as memory allows."""
@@ -208,3 +215,13 @@ class Passes:
         """Rows of a block: its scores take memory too."""
         limit = None if self.memory is None else bytes_of(self.memory) // 4
         return rows_per_block(self.prepared.blocks.shape[1] + 4 * columns, self.prepared.dtype, limit)
+
+
+def _zero_sum(solve: Precondition) -> Precondition:
+    """Keeps columns summing to zero: along that direction only the penalty has curvature, which no single column's shows."""
+
+    def solve_within(gradient: Array) -> Array:
+        solved = solve(gradient)
+        return np.asarray(solved - solved.mean(axis=0))
+
+    return solve_within

@@ -1,0 +1,101 @@
+"""Optimisers in lock-step find minima that are known, ask together, and stop for themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from featurepipe.heads.lockstep import Answer, Optimum, Patience, Question, lbfgs, run
+
+
+def quadratic(scale, centre):
+    """Half the weighted squared distance to ``centre``, and its exact inverse second derivative."""
+
+    def answer(question):
+        away = question.point - centre
+        value = 1 + (scale * away**2).sum() / 2
+        return Answer(value, scale * away, (lambda vector: vector / scale) if question.curvature else None)
+
+    return answer
+
+
+def solo(objective, start, **options):
+    asked = []
+
+    def answer(numbers, questions):
+        asked.extend(questions)
+        return [objective(question) for question in questions]
+
+    options = {"tolerance": 1e-12, "max_iterations": 500} | options
+    [optimum] = run([lbfgs(start, Patience(**options))], answer)
+    return optimum, asked
+
+
+def test_with_the_exact_second_derivative_one_step_reaches_the_minimum():
+    optimum, asked = solo(quadratic(np.logspace(-4, 4, 30), np.arange(30.0)), np.zeros(30))
+    np.testing.assert_allclose(optimum.point, np.arange(30.0), rtol=1e-10)
+    assert optimum.converged
+    assert len(asked) <= 4
+
+
+def test_without_curvature_the_minimum_of_a_convex_function_is_found():
+    rng = np.random.default_rng(0)
+    features, signs = rng.standard_normal((200, 5)), rng.choice([-1, 1], 200)
+
+    def logistic(question):
+        margins = signs * (features @ question.point)
+        pulls = -signs / (1 + np.exp(margins))
+        value = np.logaddexp(0, -margins).sum() + question.point @ question.point / 2
+        return Answer(value, features.T @ pulls + question.point, None)
+
+    optimum, _ = solo(logistic, np.full(5, 30.0))
+    assert optimum.converged
+    np.testing.assert_allclose(logistic(Question(optimum.point)).gradient, 0, atol=1e-3)
+
+
+def test_curvature_is_asked_for_at_the_start_and_ever_more_rarely():
+    def awkward(question):  # the fourth power, whose curvature vanishes towards its minimum: progress is slow
+        return Answer(1 + (question.point**4).sum(), 4 * question.point**3, lambda vector: vector / 100)
+
+    _, asked = solo(awkward, np.linspace(0.5, 2, 8), refresh=2, growth=2.0, tolerance=1e-300, max_iterations=20)
+    kinds = [question.curvature for question in asked]
+    assert kinds[0] == "shared"
+    assert 2 <= kinds.count("each") <= 5
+    assert set(kinds) == {"shared", "each", ""}
+
+
+def test_problems_are_asked_together_and_drop_out_as_they_finish():
+    objectives = [quadratic(np.ones(3), np.ones(3) * k) for k in range(4)]
+    alive = []
+
+    def answer(numbers, questions):
+        alive.append(tuple(numbers))
+        return [objectives[number](question) for number, question in zip(numbers, questions, strict=True)]
+
+    found = run([lbfgs(np.zeros(3), Patience(1e-12, 50)) for _ in objectives], answer)
+    assert alive[0] == (0, 1, 2, 3)
+    assert 0 not in alive[1]  # it starts at its minimum
+    np.testing.assert_allclose([optimum.point[0] for optimum in found], [0, 1, 2, 3], atol=1e-9)
+    assert found[0] == Optimum(found[0].point, 0, converged=True)
+
+
+def test_too_few_iterations_leave_it_unconverged():
+    objective = quadratic(np.logspace(-3, 3, 30), np.ones(30))
+
+    def blind(question):
+        found = objective(question)
+        return Answer(found.value, found.gradient, None)
+
+    optimum, _ = solo(blind, np.zeros(30), max_iterations=3)
+    assert not optimum.converged
+    assert optimum.iterations == 3
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6])
+def test_steps_that_overshoot_are_shortened(far):
+    def answer(question):  # the preconditioner promises a curvature far too small
+        found = quadratic(np.ones(2), np.ones(2))(question)
+        return Answer(found.value, found.gradient, (lambda vector: vector * far) if question.curvature else None)
+
+    optimum, _ = solo(answer, np.zeros(2))
+    np.testing.assert_allclose(optimum.point, 1, atol=1e-4)
