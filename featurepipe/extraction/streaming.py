@@ -16,12 +16,12 @@ from featurepipe.backbones.engine import Engine
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.batches import Batches
 from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.rounding import Rounding
 from featurepipe.extraction.stream import Loaded, StageSeconds, loader_for
 from featurepipe.images import Source
 from featurepipe.progress import Progress, Silent
 from featurepipe.records import bottleneck
 from featurepipe.store.keys import KEY_BYTES
+from featurepipe.store.rounding import Rounding
 
 REMEMBERED_BYTES = 64 * 1024 * 1024
 """Features kept at hand for copies of an image; a copy that comes later is computed again."""

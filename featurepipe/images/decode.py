@@ -60,7 +60,7 @@ _NAMED_ONLY: Final = (
     (b"JXL ", "JPEG XL"),
 )
 # What PIL's parsers raise on damaged files, besides OSError and SyntaxError.
-_DAMAGE: Final = (
+DAMAGE: Final = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError,
     AttributeError, OverflowError, ZeroDivisionError, NotImplementedError,
 )  # fmt: skip
@@ -105,7 +105,7 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
         raise Reject("empty: 0 bytes")
     if is_jpeg(payload):
         header = read_jpeg_header(payload)
-        _check_pixels(header.width, header.height)
+        check_pixels(header.width, header.height)
         if header.components in (1, 3) and decode_jpeg is not None:
             with QUIET:
                 return _decode_jpeg(payload, colour)
@@ -113,7 +113,8 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
         return _decode_pillow(payload, colour)
 
 
-def _check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
+    """Rejects an image of more than ``MAX_PIXELS`` pixels, a decompression bomb perhaps, before it is decoded."""
     if width * height > MAX_PIXELS:
         raise Reject(f"bomb: {width}x{height} pixels, more than {MAX_PIXELS}")
     if width * height == 0:
@@ -128,7 +129,7 @@ def _decode_jpeg(payload: bytes, colour: Colour) -> torch.Tensor:
         tensor: torch.Tensor = decode_jpeg(data, mode, apply_exif_orientation=True)
     except RuntimeError as error:
         code = "truncated" if "truncated" in str(error) else "corrupt"
-        raise Reject(f"{code}: libjpeg cannot decode it: {_OWN_SOURCE.sub('', _first_line(error))}") from error
+        raise Reject(f"{code}: libjpeg cannot decode it: {_OWN_SOURCE.sub('', first_line(error))}") from error
     return tensor
 
 
@@ -141,7 +142,7 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
         raise Reject(
             f"unsupported: an array of shape {array.shape}; pixels are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
-    _check_pixels(array.shape[1], array.shape[0])
+    check_pixels(array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -150,14 +151,14 @@ def _decode_pillow(payload: bytes, colour: Colour) -> torch.Tensor:
     _check_complete(payload, plugin)
     try:
         with plugin(io.BytesIO(payload)) as image:
-            _check_pixels(*image.size)
+            check_pixels(*image.size)
             image.load()
-            return _to_tensor(_turned(image), colour)
+            return _to_tensor(turned(image), colour)
     except Image.DecompressionBombError as error:
         raise Reject(f"bomb: {error}") from error
-    except _DAMAGE as error:
-        code = "truncated" if _says_truncated(error) else "corrupt"
-        raise Reject(f"{code}: {_first_line(error) or type(error).__name__}") from error
+    except DAMAGE as error:
+        code = "truncated" if says_truncated(error) else "corrupt"
+        raise Reject(f"{code}: {first_line(error) or type(error).__name__}") from error
 
 
 def _plugin_for(payload: bytes) -> type[Any]:
@@ -178,21 +179,22 @@ def _check_complete(payload: bytes, plugin: type[Any]) -> None:
         raise Reject("truncated: a WebP shorter than it says")
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def turned(image: Image.Image) -> Image.Image:
+    """The image upright, as its EXIF orientation says."""
     # Not ImageOps.exif_transpose: it also rewrites the metadata, and fails on images whose metadata is damaged.
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except _DAMAGE:
+    except DAMAGE:
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def _to_tensor(image: Image.Image, colour: Colour) -> torch.Tensor:
-    pixels = np.array(_flattened(image).convert("RGB" if colour == "rgb" else "L"))
+    pixels = np.array(flattened(image).convert("RGB" if colour == "rgb" else "L"))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
-def _flattened(image: Image.Image) -> Image.Image:
+def flattened(image: Image.Image) -> Image.Image:
     """Eight bits per channel and no transparency."""
     if image.mode.startswith(("I", "F")):
         return _eight_bits(image)
@@ -213,10 +215,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _says_truncated(error: Exception) -> bool:
+def says_truncated(error: Exception) -> bool:
+    """Whether a decoder's error means that the file ends too early."""
     words = ("truncat", "eof", "end of file", "unpack requires", "not enough", "incomplete")
     return isinstance(error, EOFError | struct.error | IndexError) or any(word in str(error).lower() for word in words)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, not too long."""
     return str(error).partition("\n")[0][:200]

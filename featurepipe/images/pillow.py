@@ -44,21 +44,21 @@ class PillowReader:
         """
         # In here, for decode imports torch.
         from featurepipe.images.decode import (
-            _DAMAGE,
+            DAMAGE,
             QUIET,
-            _check_pixels,
-            _first_line,
-            _flattened,
-            _says_truncated,
-            _turned,
+            check_pixels,
+            first_line,
+            flattened,
+            says_truncated,
+            turned,
         )
 
         with self._locks[(id(image) >> 4) % _LOCKS], QUIET:
-            _check_pixels(*image.size)
+            check_pixels(*image.size)
             try:
                 image.load()
-                flat = _flattened(_turned(image))
+                flat = flattened(turned(image))
                 return np.array(flat if flat.mode == "L" else flat.convert("L" if flat.mode == "1" else "RGB"))
-            except _DAMAGE as error:
-                code = "truncated" if _says_truncated(error) else "corrupt"
-                raise Reject(f"{code}: {_first_line(error) or type(error).__name__}") from error
+            except DAMAGE as error:
+                code = "truncated" if says_truncated(error) else "corrupt"
+                raise Reject(f"{code}: {first_line(error) or type(error).__name__}") from error

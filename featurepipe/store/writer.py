@@ -14,17 +14,15 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import NonFiniteFeatures, StoreError, UsageError
+from featurepipe.errors import StoreError, UsageError
 from featurepipe.store.commit import PartArray, write_part
 from featurepipe.store.keys import Keys, as_keys
 from featurepipe.store.parts import FEATURES, PartInfo
+from featurepipe.store.rounding import Rounding
 from featurepipe.store.skeleton import ArraySpec
 
 DEFAULT_PART_BYTES = 64 * 1024 * 1024
 DEFAULT_PART_SECONDS = 60.0
-ROW_MAXIMUM_SAFE = 1.0
-"""A row whose largest value is beyond this loses nothing that matters to float16's coarse steps near zero, unless it is
-wider than a hundred million values."""
 Features = dict[str, npt.NDArray[Any]]
 
 
@@ -112,11 +110,9 @@ class PartWriter:
         self._attributes = {"fingerprint": fingerprint, "run_id": run_id, "dataset": dataset}
         self._name = f"{run_id}-{secrets.token_hex(4)}"  # several writers may share a run
         self._count = 0
-        self._dtype = np.dtype(dtype)
-        self._wide: set[str] = set()  # columns that float16 cannot hold
+        self._rounding = Rounding(dtype, on_overflow)
         self._part_bytes = part_bytes
         self._part_seconds = part_seconds
-        self._on_overflow = on_overflow
         self._buffer = _Buffer()
         self._pool = ThreadPoolExecutor(1, "featurepipe-commit")
         self._in_flight: Future[None] | None = None
@@ -196,39 +192,12 @@ class PartWriter:
             encode_ids(ids),
             np.array(sizes, dtype=np.int64),
             np.array(mtimes_ns, dtype=np.int64),
-            {column: self._stored(_column_name(column), values, ids) for column, values in sorted(features.items())},
+            {column: self._rounding(_column_name(column), values, ids) for column, values in sorted(features.items())},
         )
         lengths = {len(chunk.keys), len(chunk.ids), *(len(values) for values in chunk.features.values())}
         if lengths != {len(chunk.keys)} or not chunk.sizes.shape == chunk.mtimes_ns.shape == chunk.ids.shape:
             raise UsageError(f"keys, ids, sizes, mtimes and features differ in length: {sorted(lengths)}")
         return chunk
-
-    def _stored(self, column: str, values: npt.NDArray[Any], ids: Sequence[str]) -> npt.NDArray[Any]:
-        """Returns a copy in the stored dtype, checked to be finite."""
-        if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind != "f":
-            raise UsageError(f"{column}: features must be (n, D) floats, not {values.shape} {values.dtype}")
-        narrow = self._dtype == np.float16 and column not in self._wide
-        with np.errstate(over="ignore"):
-            stored = values.astype(np.float16 if narrow else np.float32)
-        if not _all_finite(stored):
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any() or not narrow:
-                where = np.flatnonzero(bad)
-                names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
-                raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
-            return self._widened(column, values, f"a value of {np.abs(values).max():g} does not fit (largest 65504)")
-        if narrow and len(values) and _loses_small_values(values, stored):
-            return self._widened(
-                column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits"
-            )
-        return stored
-
-    def _widened(self, column: str, values: npt.NDArray[Any], why: str) -> npt.NDArray[Any]:
-        """Keeps the column as float32 from here on, and says so."""
-        self._wide.add(column)
-        if self._on_overflow is not None:
-            self._on_overflow(f"{column}: float16 cannot hold it: {why}; this column is stored as float32 from here on")
-        return values.astype(np.float32)
 
     def _start_commit(self) -> None:
         self._wait()
@@ -289,17 +258,3 @@ def _column_name(column: str) -> str:
 
 def _shape_of(chunk: _Chunk) -> dict[str, int]:
     return {column: values.shape[1] for column, values in chunk.features.items()}
-
-
-def _loses_small_values(values: npt.NDArray[Any], stored: npt.NDArray[Any]) -> bool:
-    """Whether float16's fixed steps of 6e-8 below 6e-5 cost some row more than a thousandth of its length."""
-    if np.maximum(values.max(axis=1), -values.min(axis=1)).min() > ROW_MAXIMUM_SAFE:
-        return False
-    lost = np.linalg.norm(values - stored, axis=1)
-    return bool((lost > 1e-3 * np.linalg.norm(values, axis=1)).any())
-
-
-def _all_finite(values: npt.NDArray[Any]) -> bool:
-    if values.dtype == np.float16:  # an all-ones exponent; 2.5 times faster than isfinite
-        return not bool(((values.view(np.uint16) & 0x7C00) == 0x7C00).any())
-    return bool(np.isfinite(values).all())

@@ -176,7 +176,7 @@ def test_lab_is_unsupported(colour):
 
 
 def test_a_failing_conversion_is_a_reject(monkeypatch):
-    monkeypatch.setattr("featurepipe.images.decode._flattened", lambda image: image.convert("no such mode"))
+    monkeypatch.setattr("featurepipe.images.decode.flattened", lambda image: image.convert("no such mode"))
     with pytest.raises(Reject, match=r"^corrupt: "):
         decode(encoded(RGB, "PNG"))
 
