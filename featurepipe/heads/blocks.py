@@ -14,6 +14,9 @@ from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
 BLOCK_BYTES = 16 << 20  # larger blocks gain nothing, smaller ones cost matrix products their speed
+_CHUNK = 1 << 16  # values converted at once: they stay in the core's cache
+_EXPONENT = np.int16(0x7C00)  # of a float16
+_SIGN_AND_REST = np.int32(-0x70002000)  # the bits of a shifted float16, without the copies of its sign
 _ALIVE = 3  # the block in use, the one read ahead, and the rows as stored that it is converted from
 
 
@@ -99,7 +102,7 @@ class MappedBlocks:
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads rows of the source and maps them."""
         wanted = self._dtype if dtype is None else np.dtype(dtype)
-        return np.asarray(self.function(self.source.read(wanted, rows=rows)), wanted)
+        return np.asarray(self.function(read_as(self.source, wanted, rows)), wanted)
 
 
 def as_blocks(features: Blocks | Array) -> Blocks:
@@ -165,7 +168,7 @@ def iterate(
         return
 
     def read(number: int) -> Any:
-        return source.read(wanted, rows=places[number]) if number < len(places) else None
+        return read_as(source, wanted, places[number]) if number < len(places) else None
 
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
         coming = reader.submit(read, 0)
@@ -174,6 +177,35 @@ def iterate(
             coming = reader.submit(read, number + 1)
             yield place, block
             del block
+
+
+def read_as(source: Blocks, dtype: npt.DTypeLike, rows: Array | slice | None = None) -> Array:
+    """Reads some rows as ``dtype``; float16 becomes float32 several times as fast as NumPy converts it."""
+    if source.dtype == np.float16 and np.dtype(dtype) == np.float32:
+        return widened(source.read(rows=rows))
+    return source.read(dtype, rows=rows)
+
+
+def widened(halves: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """Returns float16 values as float32, exactly.
+
+    Shifted to float32's place, exponent and mantissa lack only the difference of the exponents' offsets, a factor of
+    2 ** 112, which is exact for subnormal numbers too. These are whole-vector operations, unlike NumPy's conversion.
+    """
+    bits = np.ascontiguousarray(halves).reshape(-1).view(np.int16)
+    result = np.empty(halves.shape, np.float32)
+    flat = result.reshape(-1)
+    for start in range(0, len(bits), _CHUNK):
+        source, values = bits[start : start + _CHUNK], flat[start : start + _CHUNK]
+        if (source & _EXPONENT).max() == _EXPONENT:
+            values[:] = source.view(np.float16)  # infinity and NaN have an exponent of their own
+            continue
+        shifted = values.view(np.int32)
+        shifted[:] = source
+        shifted <<= 13
+        shifted &= _SIGN_AND_REST
+        values *= np.float32(2.0**112)
+    return result
 
 
 def labels_of(features: Any, labels: Any) -> Array:

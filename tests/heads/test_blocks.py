@@ -16,6 +16,7 @@ from featurepipe.heads.blocks import (
     iterate,
     labels_of,
     rows_per_block,
+    widened,
     working_dtype,
 )
 from featurepipe.sizes import bytes_of
@@ -109,3 +110,11 @@ def test_labels_come_from_the_features_where_none_are_given():
 def test_what_is_no_amount_of_memory_is_refused(amount):
     with pytest.raises(UsageError, match="no amount of memory"):
         bytes_of(amount)
+
+
+def test_every_float16_there_is_becomes_the_same_float32():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)].reshape(-1, 2)
+    np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    np.testing.assert_array_equal(widened(halves[::-1]), halves[::-1].astype(np.float32))  # with infinities and NaN
+    assert widened(np.empty((0, 3), np.float16)).shape == (0, 3)

@@ -130,8 +130,11 @@ def reference(case, C, fit_intercept=True):
         return LogisticRegression(C=C, **options).fit(features, labels)
 
 
+SLOW = [pytest.param(digits, marks=pytest.mark.slow), *CASES[1:]]  # the references take 20 s
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SLOW)
 def test_every_c_reaches_scikit_learns_optimum_in_shared_passes(case, dtype):
     features, labels = case()
     features = features.astype(dtype)
@@ -142,7 +145,7 @@ def test_every_c_reaches_scikit_learns_optimum_in_shared_passes(case, dtype):
         assert ours <= theirs * (1 + 1e-5)
         assert least(case, C) * (1 - 1e-7) <= ours <= least(case, C) * (1 + 1e-5)
         if theirs <= ours * (1 + 1e-5):  # scikit-learn too stops early on columns that are not scaled
-            assert (head.predict(features) == other.predict(features)).mean() >= 0.999
+            assert (head.predict(features) != other.predict(features)).sum() <= max(1, len(labels) // 1000)
 
 
 @pytest.mark.parametrize("case", [digits, unscaled, constant_columns])
@@ -153,7 +156,7 @@ def test_float32_arithmetic_suffices(case, monkeypatch):
     [heads] = fit_path(BlockLogisticRegression(), features, labels, Cs=[1e-3, 0.1, 10])
     for C, head in zip([1e-3, 0.1, 10], heads, strict=True):
         assert objective(head, features, labels, C) <= least(case, C) * (1 + 1e-5)
-        assert (head.predict(features) == reference(case, C).predict(features)).mean() >= 0.998
+        assert (head.predict(features) != reference(case, C).predict(features)).sum() <= max(1, len(labels) // 1000)
 
 
 def test_without_an_intercept_the_optimum_is_scikit_learns():
@@ -283,7 +286,7 @@ def svm_reference(case, C, intercept_scaling=1.0, fit_intercept=True):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SLOW)
 def test_the_svm_reaches_liblinears_optimum_for_each_class(case, dtype):
     features, labels = case()
     features = features.astype(dtype)
@@ -294,7 +297,7 @@ def test_the_svm_reaches_liblinears_optimum_for_each_class(case, dtype):
         assert (ours <= theirs * (1 + 1e-5)).all()
         assert ours.sum() >= theirs.sum() * (1 - 1e-2)
         if ours.sum() >= theirs.sum() * (1 - 1e-5):  # LIBLINEAR stops early on columns that are not scaled
-            assert (head.predict(features) == other.predict(features)).mean() >= 0.999
+            assert (head.predict(features) != other.predict(features)).sum() <= max(1, len(labels) // 1000)
 
 
 @pytest.mark.parametrize("intercept_scaling", [0.1, 10.0])
