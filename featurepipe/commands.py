@@ -216,6 +216,7 @@ def predict(args: Namespace) -> int:
         batch_size=args.batch_size,
         workers=args.workers,
         max_rejects=args.max_rejects,
+        trust_code=args.trust_code,
         silent=args.quiet,
     )
     _print(args, result, text)

@@ -297,6 +297,7 @@ def _add_predict(commands: Commands) -> None:
     add("--batch-size", default="auto", metavar="auto|N", help="images per forward (default: auto)")
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
     add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
+    add("--trust-code", action="store_true", help="let a bundle of a package.module:factory network run that module")
     add("--quiet", action="store_true", help="no progress")
     _add_json(command)
 

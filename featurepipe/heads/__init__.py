@@ -22,15 +22,24 @@ if TYPE_CHECKING:
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
     from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.linear import fit_path as fit_path
+    from featurepipe.heads.linear_svc import BlockLinearSVC as BlockLinearSVC
+    from featurepipe.heads.logistic import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.metrics import score_table as score_table
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
+    from featurepipe.heads.pca import BlockPCA as BlockPCA
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
+    from featurepipe.heads.scaling import BlockScaler as BlockScaler
 
 _HOMES = {
     "HEADS": "families",
     "RBFSVM": "kernel",
     "BlockCentroid": "neighbours",
+    "BlockLinearSVC": "linear_svc",
+    "BlockLogisticRegression": "logistic",
+    "BlockPCA": "pca",
+    "BlockScaler": "scaling",
     "BlockLinearDiscriminantAnalysis": "lda",
     "BlockNeighbours": "neighbours",
     "BlockRidgeClassifier": "ridge",
@@ -42,6 +51,7 @@ _HOMES = {
     "class_scores": "calibration",
     "describe_bundle": "bundle_description",
     "expected_calibration_error": "calibration",
+    "fit_path": "linear",
     "fit_temperature": "calibration",
     "make_head": "families",
     "probabilities": "calibration",

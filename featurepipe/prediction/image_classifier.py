@@ -42,6 +42,7 @@ class ImageClassifier:
         device: str = AUTO,
         batch_size: int | str = AUTO,
         workers: int | None = None,
+        trust_code: bool = False,
     ) -> Self:
         """Reads a bundle and loads its network.
 
@@ -51,13 +52,17 @@ class ImageClassifier:
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
             batch_size: Images per forward, or ``auto``.
             workers: Threads that read and decode; by default one per CPU, at most 16.
+            trust_code: Whether a network ``package.module:factory`` may be loaded, which runs that module.
 
         Raises:
             BundleError: The bundle is damaged, or the network gives other features here; the message names what differs.
             UsageError: An argument is wrong.
             WeightsNotFound: The network's weights are not at hand.
         """
-        return cls(make_ready(path, weights=weights, device=device, batch_size=batch_size, workers=workers))
+        ready = make_ready(
+            path, weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
+        )
+        return cls(ready)
 
     def __repr__(self) -> str:
         bundle = self.bundle

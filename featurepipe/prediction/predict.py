@@ -57,6 +57,7 @@ def predict(
     batch_size: int | str = AUTO,
     workers: int | None = None,
     max_rejects: int | str = "1%",
+    trust_code: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
@@ -74,6 +75,7 @@ def predict(
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         silent: show no progress and say nothing.
 
     Returns:
@@ -90,7 +92,9 @@ def predict(
     allowance(max_rejects, 0)  # refused before any work, as is a file that cannot be written
     target = None if to is None else checked_target(to)
     started = records.now()
-    ready = make_ready(bundle, weights=weights, device=device, batch_size=batch_size, workers=workers)
+    ready = make_ready(
+        bundle, weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
+    )
     with closing(open_source(source, array_readers=ARRAY_READERS)) as images, stop_on_signals() as stop:
         listing = images.scan().combine_chunks()
         if not listing.num_rows:

@@ -82,6 +82,7 @@ def make_ready(
     device: str = AUTO,
     batch_size: int | str = AUTO,
     workers: int | None = None,
+    trust_code: bool = False,
 ) -> ReadyBundle:
     """Loads a bundle's network and checks that its features will be those that the head was trained on.
 
@@ -91,14 +92,21 @@ def make_ready(
         device: where the network runs.
         batch_size: images per forward.
         workers: threads that read and decode.
+        trust_code: whether a network ``package.module:factory`` may be loaded, which imports and runs that module: a bundle
+            that someone else made could name any module of this machine.
 
     Raises:
-        BundleError: the bundle is damaged; its weights are needed; or this network, these weights or this version of
+        BundleError: the bundle is damaged; its weights are needed; it names a module and ``trust_code`` is false; or this network, these weights or this version of
             featurepipe give other features, and names what differs.
         UsageError: an argument is wrong.
         WeightsNotFound: the network's weights are not at hand.
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    if ":" in found.backbone["name"] and not trust_code:
+        raise BundleError(
+            f"the bundle's network is {found.backbone['name']}: loading it imports and runs that module. If you know who made the "
+            "bundle: --trust-code, or trust_code=True in Python"
+        )
     precision, dtype, decode = (str(found.space[name]) for name in SETTINGS)
     settings = Settings(precision, dtype, decode, why=dict.fromkeys(SETTINGS, "as in the bundle"))
     machine = settle_machine(device, batch_size, workers, settings.decode)

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.backbones import load_backbone
-from featurepipe.errors import BundleError, UsageError
+from featurepipe.errors import BundleError, FeaturepipeError, UsageError
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.calibration import class_scores
 from featurepipe.heads.families import HEADS, make_head
@@ -238,10 +238,29 @@ def test_a_network_that_cannot_be_traced_works_too(tmp_path, monkeypatch):
     bundle = Bundle({"name": "untraceable_net:make", "weights": "DEFAULT", "seed": 0, "description": {}}, space.fields,
                     space.fingerprint, features.columns, "logistic", {}, head, ("a", "b"), None, {}, {},
                     np.zeros(0, np.uint64))  # fmt: skip
-    classifier = ImageClassifier.load(bundle)
+    with pytest.raises(
+        BundleError, match=r"untraceable_net:make: loading it imports and runs that module.*--trust-code"
+    ):
+        ImageClassifier.load(bundle)
+    classifier = ImageClassifier.load(bundle, trust_code=True)
     np.testing.assert_allclose(classifier.predict_proba(images), head.predict_proba(features.read()), rtol=1e-4)
     batch = torch.stack(
         [classifier._ready.backbone.preprocessing.resize_crop(decode(i, colour="grey")) for i in images]
     )
     with torch.no_grad():
         check_scores(classifier.to_torch()(batch).double().numpy(), class_scores(head, features.read()))
+
+
+def test_a_bundle_that_names_a_module_does_not_get_it_imported(album, tmp_path, monkeypatch):
+    """Nothing runs before the user says that the bundle's maker is known."""
+    (tmp_path / "evil_net.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    bundle = album.bundle()
+    forged = replace(bundle, backbone={**bundle.backbone, "name": "evil_net:make"})
+    with pytest.raises(BundleError, match="--trust-code"):
+        ImageClassifier.load(forged)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FeaturepipeError):  # the attack works where it is allowed to
+        ImageClassifier.load(forged, trust_code=True)
+    assert (tmp_path / "ran").exists()
