@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_extract", {"results"}),
+        ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
     ],
 )
 def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
