@@ -52,7 +52,7 @@ class Loss(Protocol):
 class SoftmaxLoss:
     """Minus the logarithm of the softmax probability of the row's class; K columns are K classes."""
 
-    refresh, growth, redundant = 5, 2.0, True
+    refresh, growth, redundant = 5, 1.5, True
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:  # noqa: ARG002
         """See ``Loss``."""
@@ -81,7 +81,7 @@ class SoftmaxLoss:
 class BinomialLoss:
     """The logistic loss of one column: the class ``target`` against the other."""
 
-    refresh, growth, redundant = 5, 2.0, False
+    refresh, growth, redundant = 5, 1.5, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
