@@ -96,16 +96,16 @@ def make_ready(
             that someone else made could name any module of this machine.
 
     Raises:
-        BundleError: the bundle is damaged; its weights are needed; it names a module and ``trust_code`` is false; or this network, these weights or this version of
-            featurepipe give other features, and names what differs.
+        BundleError: the bundle is damaged; its weights are needed; it names a module and ``trust_code`` is false; or this
+            network, these weights or this version of featurepipe give other features, and names what differs.
         UsageError: an argument is wrong.
         WeightsNotFound: the network's weights are not at hand.
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     if ":" in found.backbone["name"] and not trust_code:
         raise BundleError(
-            f"the bundle's network is {found.backbone['name']}: loading it imports and runs that module. If you know who made the "
-            "bundle: --trust-code, or trust_code=True in Python"
+            f"the bundle's network is {found.backbone['name']}: loading it imports and runs that module. If you "
+            "know who made the bundle: --trust-code, or trust_code=True in Python"
         )
     precision, dtype, decode = (str(found.space[name]) for name in SETTINGS)
     settings = Settings(precision, dtype, decode, why=dict.fromkeys(SETTINGS, "as in the bundle"))

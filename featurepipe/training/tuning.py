@@ -13,8 +13,10 @@ from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
 
 from featurepipe.heads.families import HEADS
+from featurepipe.training.fit import ONE_THREAD_VALUES
 
 if TYPE_CHECKING:
     from featurepipe.training.fit import Recipe
@@ -24,7 +26,7 @@ Array = npt.NDArray[Any]
 Fold = tuple[Array, Array]
 
 SHARED_PASSES = ("logistic", "linear-svm")
-"""Families whose values of C and folds are all fitted in the same passes over the data."""
+"""Families whose values of C and folds are all fitted in the same passes, where the data are too many for scikit-learn's."""
 
 MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
 """Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
@@ -92,10 +94,11 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
     start = time.perf_counter()
     folds = _thinned(task.folds(), MOST_ROWS.get(recipe.head), task.seed)
     grid = _open_parameters(recipe)
-    if recipe.head in SHARED_PASSES and set(grid) == {"C"}:
+    in_blocks = task.cost.solver == "blocks"
+    if in_blocks and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
     else:
-        jobs = jobs if task.cost.solver != "blocks" else 1
+        jobs = 1 if in_blocks else jobs
         trials, how = _each_by_itself(task, recipe, folds, grid, jobs), f"each by itself, {jobs} at a time"
     where = f"{len(folds)} folds" if len(folds) > 1 else "the validation split"
     rows = sum(map(len, folds[0]))
@@ -154,7 +157,9 @@ def _each_by_itself(
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
     heads = [recipe.with_params(p).make(out_of_core=in_blocks, memory=task.cost.budget_bytes) for p in points]
-    results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
+    rows, width = task.features.shape
+    with threadpool_limits(1 if jobs == 1 and rows * width <= ONE_THREAD_VALUES else None, user_api="blas"):
+        results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
     each = len(folds)
     return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)]
 
