@@ -9,17 +9,25 @@ from typing import Any, Self
 
 import numpy as np
 import xgboost
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate, labels_of
 from featurepipe.heads.calibration import log_softmax, two_columns
-from featurepipe.heads.inputs import Codes, Floats, labels_from, map_rows, prediction_blocks, training_data
+from featurepipe.heads.inputs import (
+    BlockClassifier,
+    Codes,
+    Floats,
+    labels_from,
+    map_rows,
+    prediction_blocks,
+    training_data,
+)
 
 
-class BoostedTrees(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Gradient-boosted trees (Chen & Guestrin 2016, "XGBoost: A scalable tree boosting system"), histogram method.
 
     What ``xgboost.XGBClassifier(tree_method="hist")`` learns, tree for tree, and besides:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.base import ClassifierMixin
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
@@ -18,6 +19,20 @@ from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iter
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _DTYPES = [np.float64, np.float32, np.float16]  # kept as they are; everything else becomes float64
+
+
+class BlockClassifier(ClassifierMixin):  # type: ignore[misc]
+    """A classifier of arrays and ``Blocks``, whose labels may come with the features."""
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Returns the accuracy, a share of 1.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) labels; None for those that ``X`` carries.
+            sample_weight: (n,) weights; None for one each.
+        """
+        return float(super().score(X, labels_of(X, y), sample_weight))
 
 
 @dataclass(frozen=True)

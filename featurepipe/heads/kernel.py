@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 from sklearn.utils import check_random_state
@@ -15,6 +15,7 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, iterate, working_dtype
 from featurepipe.heads.duels import Duels, fit_duels
 from featurepipe.heads.inputs import (
+    BlockClassifier,
     Codes,
     Floats,
     TrainingData,
@@ -29,7 +30,7 @@ _KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
 _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory is given
 
 
-class RBFSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
 
     Up to ``exact_rows`` rows it is ``SVC``, fitted duel by duel (``fit_duels``), or by libsvm as it is where kernel matrices

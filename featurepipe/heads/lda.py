@@ -6,16 +6,24 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.calibration import log_softmax, two_columns
 from featurepipe.heads.gram import Gram, gram_of
-from featurepipe.heads.inputs import Codes, Floats, TrainingData, labels_from, linear_scores, training_data
+from featurepipe.heads.inputs import (
+    BlockClassifier,
+    Codes,
+    Floats,
+    TrainingData,
+    labels_from,
+    linear_scores,
+    training_data,
+)
 
 
-class BlockLinearDiscriminantAnalysis(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class BlockLinearDiscriminantAnalysis(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Gaussian classes with one common covariance: ``LinearDiscriminantAnalysis(solver="lsqr")`` for blocks.
 
     All that is needed of the data is each class's mean and the scatter within classes (Fisher 1936; Hastie, Tibshirani &

@@ -9,12 +9,12 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.class_weight import compute_class_weight
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.inputs import TrainingData, labels_from, linear_scores, training_data
+from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
 from featurepipe.heads.lockstep import Optimum, Patience, lbfgs, run
 from featurepipe.heads.losses import Loss
 from featurepipe.heads.passes import Passes, Prepared, Problem, prepare
@@ -51,7 +51,7 @@ class Solution:
     converged: bool
 
 
-class BlockLinearClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class BlockLinearClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Base of linear classifiers that learn from arrays or ``Blocks``."""
 
     C: float

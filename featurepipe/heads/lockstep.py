@@ -103,7 +103,7 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
     The two-loop recursion starts from the preconditioner in place of a multiple of the identity. The preconditioner is
     measured anew where the iterate has moved to, and pairs from before are forgotten.
     """
-    point, pairs, satisfied = start, _Pairs(), 0
+    point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
     at = yield Question(point, "shared")
     first, precondition, age, interval = at.value, at.precondition, 0, patience.refresh
     for iteration in range(patience.max_iterations):
@@ -116,7 +116,8 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
         if satisfied and age == 0:
             return Optimum(point, iteration, converged=True)
         measure = age + 1 >= interval or satisfied == 2
-        step, found = yield from _search(point, at, direction, slope, "each" if measure else "")
+        search = _search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
+        step, found = yield from search
         if step == 0:  # the objective cannot be told apart from its neighbours any more
             return Optimum(point, iteration, converged=-slope / 2 <= 100 * patience.tolerance * abs(at.value))
         age += 1
@@ -130,14 +131,15 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
 
 
 def _search(
-    point: Vector, at: Answer, direction: Vector, slope: float, curvature: str
+    point: Vector, at: Answer, direction: Vector, slope: float, *, first: float, curvature: str
 ) -> Generator[Question, Answer, tuple[float, Answer]]:
     """Finds a step that decreases a convex objective enough; 0 if there is none.
 
-    A step is shortened to where the slope, taken as linear, would vanish. Near the optimum the objective's rounding
+    The first step tried is 1, or a few times the last one where that was short. A step is shortened to where the
+    slope, taken as linear, would vanish. Near the optimum the objective's rounding
     hides its decrease, and the slope decides (the approximate Wolfe condition of Hager & Zhang 2005).
     """
-    step = 1.0
+    step = first
     for _ in range(30):
         found = yield Question(point + step * direction, curvature)
         gained = at.value - found.value

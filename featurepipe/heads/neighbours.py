@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsClassifier
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, iterate, working_dtype
-from featurepipe.heads.inputs import Floats, TrainingData, labels_from, map_rows, prediction_blocks, training_data
+from featurepipe.heads.inputs import (
+    BlockClassifier,
+    Floats,
+    TrainingData,
+    labels_from,
+    map_rows,
+    prediction_blocks,
+    training_data,
+)
 from featurepipe.sizes import bytes_of
 
 
@@ -88,7 +96,7 @@ class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]
         return tags
 
 
-class BlockCentroid(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class BlockCentroid(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """The class whose mean is nearest: ``NearestCentroid`` (Euclidean) for blocks.
 
     Two passes: means, then variances within classes if means are to be shrunken (Tibshirani et al. 2002, "Diagnosis of

@@ -6,15 +6,15 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array
 from featurepipe.heads.gram import Gram, gram_of
-from featurepipe.heads.inputs import Floats, labels_from, linear_scores, training_data
+from featurepipe.heads.inputs import BlockClassifier, Floats, labels_from, linear_scores, training_data
 
 
-class BlockRidgeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Least squares on targets of +1 and -1 with an L2 penalty, the intercept free: ``RidgeClassifier`` for blocks.
 
     The normal equations need only the D x D scatter and the class means (Hoerl & Kennard 1970, "Ridge regression"), so one

@@ -154,8 +154,8 @@ class FeatureSet(LabelledImages):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Refuses to be read into memory unasked."""
         raise UsageError(
-            "a FeatureSet is not in memory; pass features.read(np.float32), or X, y = features.numpy(), or fit a head "
-            "that reads block by block"
+            "a FeatureSet is not in memory; pass X, y = features.numpy(), or fit a head that reads block by block: "
+            "make_head(..., out_of_core=True)"
         )
 
     def select(

@@ -18,7 +18,9 @@ def main(path: str) -> None:
     """Writes the bundle."""
     x = np.arange(48, dtype=np.float32).reshape(12, 4) % 7
     y = np.array(["cat", "dog", "ünïcorn"])[np.arange(12) % 3]
-    head = Pipeline([("scale", StandardScaler()), ("head", BoostedTrees(2, max_depth=2, min_child_weight=0.1, n_jobs=1))])
+    head = Pipeline(
+        [("scale", StandardScaler()), ("head", BoostedTrees(2, max_depth=2, min_child_weight=0.1, n_jobs=1))]
+    )
     weights = f"{path}.safetensors"
     safetensors.numpy.save_file({"conv.weight": np.arange(6, dtype=np.float32)}, weights)
     bundle = Bundle(
