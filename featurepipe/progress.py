@@ -114,6 +114,20 @@ def show(total: int, what: str, *, silent: bool = False, stream: IO[str] | None 
         yield Bar(bar, task)
 
 
+def spoken(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> spoken(0.3), spoken(12.4), spoken(96), spoken(3725.4)
+        ('a second', '12 s', '1:36 min', '1:02:05 h')
+    """
+    if seconds < 1.5:
+        return "a second"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    return f"{duration(seconds)} {'min' if seconds < 3599.5 else 'h'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``.
 

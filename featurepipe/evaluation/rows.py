@@ -102,9 +102,11 @@ def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_k
     named = _listed([f"{label!r} ({count:,})" for label, count in unknown.items()])
     known = _listed([repr(str(name)) for name in bundle.classes])
     step = "leave these images out with --ignore-unknown-classes, " if some_known else ""
+    own = bundle.training.get("labels")
+    hint = f" (the bundle was trained with labels of its own: {own})" if own else ""
     return (
-        f"{sum(unknown.values()):,} images of {scope} have labels that the bundle does not know: {named}; it knows "
-        f"{known}. Correct the labels (--labels FILE.csv), {step}or train a bundle that knows them"
+        f"in {scope}, {sum(unknown.values()):,} have labels that the bundle does not know: {named}; it knows "
+        f"{known}{hint}. Correct the labels (--labels FILE.csv), {step}or train a bundle that knows them"
     )
 
 

@@ -101,7 +101,8 @@ class Transformation:
         rejects: Rejects = {}
         with show(count, "features", silent=silent) as progress:
             for batch in stream.batches(source, job.plan.listing, clock=job.clock, progress=progress):
-                rows[batch.rows] = batch.vectors()
+                if len(batch.rows):
+                    rows[batch.rows] = batch.vectors()
                 rejects.update(batch.rejects)
         return rows, rejects
 

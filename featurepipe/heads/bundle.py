@@ -49,7 +49,8 @@ class Bundle:
         temperature: Scores are divided by it before the softmax; None if the head was not calibrated.
         metrics: What was measured, as JSON values.
         training: Dataset, split, rows, and whatever else tells how it came about, as JSON values.
-        seen: (n,) uint64, the first 8 bytes (little-endian) of the keys of the images that it was trained on.
+        seen: (n,) uint64, the first 8 bytes (little-endian) of the keys of the images that it was fitted, tuned or
+            calibrated on.
         weights_file: The backbone's own weights inside the bundle, if it has them. Set by ``read_bundle``.
         software: Versions it was written with. Set by ``read_bundle``.
     """

@@ -39,7 +39,7 @@ def check_bundle_target(path: str | os.PathLike[str]) -> Path:
         raise BundleError(
             f"{target} is there and is no bundle that can be replaced, so it is left alone ({error}); give another path"
         ) from error
-    others = sorted(inside.name for inside in target.iterdir() if inside.name not in ours and inside.name[0] != ".")
+    others = sorted(inside.name for inside in target.iterdir() if inside.name not in ours)
     if others:
         raise BundleError(
             f"{target} holds {', '.join(others[:3])} beside the old bundle, and replacing it would delete that; "

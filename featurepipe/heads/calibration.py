@@ -81,7 +81,9 @@ def fit_temperature(scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np
 
     Temperature scaling is from Guo et al. 2017, "On calibration of modern neural networks". The mean negative
     log-likelihood is convex in 1 / T, so its slope is zero once at most: a root found between bounds on log T, 1e4 times
-    below and above the scores' own spread. (Scores that are right everywhere have no best T; they get the lower bound.)
+    below and above the scores' own spread. Each label counts as right but for one part in n + 2, shared out over all
+    classes (as Platt 1999 does for two): n images that are all right say no more than that errors are about as rare as that, and
+    never that the next one is certain.
 
     Args:
         scores: (n, K) as from ``class_scores``, of images that the head was not trained on.
@@ -99,9 +101,11 @@ def fit_temperature(scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np
     if spread == 0:
         return 1.0
 
+    doubt = float(values.mean()) / (len(values) + 2)
+
     def slope(log_temperature: float) -> float:
         """Of the mean negative log-likelihood along 1 / T."""
-        return float((probabilities(values, np.exp(log_temperature)) * values).sum(axis=1).mean())
+        return float((probabilities(values, np.exp(log_temperature)) * values).sum(axis=1).mean() - doubt)
 
     low, high = np.log(spread / _RANGE), np.log(spread * _RANGE)
     if slope(low) <= 0:

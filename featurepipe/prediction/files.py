@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from featurepipe.errors import UsageError
+from featurepipe.heads.bundle_files import MANIFEST
 from featurepipe.store.atomic import atomic_file
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -43,17 +44,28 @@ def schema_of(classes: Sequence[str]) -> pa.Schema:
     )
 
 
-def checked_target(to: str | PathLike[str]) -> Path:
+def checked_target(to: str | PathLike[str], *, spared: Sequence[Any] = ()) -> Path:
     """The path to write, if a file can be made there.
 
+    Args:
+        to: the path.
+        spared: files that must not be replaced, and bundles of which no file may be; what is no path is passed over.
+
     Raises:
-        UsageError: its suffix names no format, or its folder is missing or cannot be written into.
+        UsageError: it would replace what predictions are made from, its suffix names no format, or its folder is missing
+            or cannot be written into.
     """
     path = Path(to)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"cannot write predictions to {path}: its suffix must be one of {', '.join(SUFFIXES)}")
     if path.is_dir():
         raise UsageError(f"cannot write predictions to {path}: it is a folder; name a file in it")
+    for place in (Path(given) for given in spared if isinstance(given, str | PathLike)):
+        inside = (place / MANIFEST).is_file() and path.resolve().is_relative_to(place.resolve())
+        if inside or (path.exists() and place.exists() and path.samefile(place)):
+            raise UsageError(
+                f"cannot write predictions to {path}: that would replace what they are made from; name another file"
+            )
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return path

@@ -90,7 +90,7 @@ def predict(
         Interrupted: SIGINT or SIGTERM; no file is left.
     """
     allowance(max_rejects, 0)  # refused before any work, as is a file that cannot be written
-    target = None if to is None else checked_target(to)
+    target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
     ready = make_ready(
         bundle, weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.machine import settle_machine
@@ -127,6 +128,10 @@ def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:
     if given is not None:
         return str(given)
     named = str(bundle.backbone["weights"])
+    if is_file_name(named):
+        raise BundleError(
+            f"the bundle names the file {named} for its network's weights, which no bundle may; do not use it"
+        )
     if named != "file":
         return named
     if bundle.weights_file is not None:

@@ -55,9 +55,13 @@ def read_labels(source: LabelSource) -> LabelTable:
         return _of_table(source, "the table")
     if isinstance(source, str | os.PathLike):
         return _of_file(Path(source))
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, which need not be installed
+        return _of_table(pa.Table.from_pandas(source, preserve_index=False), "the table")
+    if hasattr(source, "to_dict"):
+        return read_labels(source.to_dict())
     raise UsageError(
         f"labels come as a mapping (id -> label), a pyarrow table, or the path of a {', '.join(_SUFFIXES)} file with the "
-        f"columns id and label, not as {type(source).__name__}; of a pandas Series pass series.to_dict()"
+        f"columns id and label, or a pandas DataFrame with them, not as {type(source).__name__}"
     )
 
 
@@ -95,7 +99,7 @@ def _of_file(path: Path) -> LabelTable:
         return _of_table(_csv(path) if suffix == ".csv" else pa.parquet.read_table(path), path.name)
     except OSError as error:
         raise UsageError(f"cannot read labels from {path}: {error.strerror or error}") from error
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read labels from {path}: {error}") from error
 
 
@@ -129,6 +133,9 @@ def _of_lines(path: Path) -> LabelTable:
 
 def _of_table(table: pa.Table, name: str) -> LabelTable:
     names = table.column_names
+    twice = next((column for column in ("id", "path", "label") if names.count(column) > 1), None)
+    if twice:
+        raise UsageError(f"{name}: column {twice!r} is there {names.count(twice)} times; leave one")
     if "label" not in names:
         raise unknown("column", "label", names, where=name)
     column = next((candidate for candidate in ("id", "path") if candidate in names), None)

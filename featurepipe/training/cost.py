@@ -13,7 +13,7 @@ import numpy as np
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.families import HEADS
-from featurepipe.progress import duration
+from featurepipe.progress import spoken
 from featurepipe.tables import size
 
 SMALL_VALUES = 20_000_000
@@ -30,6 +30,9 @@ BYTES_PER_VALUE = {
     "centroid": 8,
 }
 """Peak memory of a fit in memory per value of X, measured with 20,000 x 1,280: X itself, the scaled copy, the solver's own."""
+
+LEAST_ROWS = 1024
+"""Rows for whose values there must be memory: blocks smaller than that are all overhead."""
 
 PILOT_ROWS = (1000, 3000)
 """Rows of the small fits from which time is extrapolated."""
@@ -66,7 +69,7 @@ class Cost:
     def text(self) -> str:
         """One line for people."""
         where = "out of core" if self.out_of_core else "in memory"
-        how_long = "" if self.seconds is None else f"; about {duration(self.seconds)} min for {_fits(self.fits)}"
+        how_long = "" if self.seconds is None else f"; about {spoken(self.seconds)} for {_fits(self.fits)}"
         return (
             f"{self.rows:,} x {self.width:,} features, {size(self.in_memory_bytes)} in memory, {size(self.budget_bytes)} "
             f"allowed: {where}, {self.solver}{how_long}"
@@ -89,6 +92,11 @@ def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
     Raises:
         UsageError: the family needs more memory than allowed and has no out-of-core form.
     """
+    least = LEAST_ROWS * width * np.dtype(np.float32).itemsize
+    if budget < least:
+        raise UsageError(
+            f"--memory {size(budget)} is too little for {width:,} values an image; give {size(least)} or more"
+        )
     need = rows * width * BYTES_PER_VALUE[head]
     streams = HEADS[head].out_of_core
     fits_in = need <= budget

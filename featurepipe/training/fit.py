@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,18 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from threadpoolctl import threadpool_limits
 
+from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
 from featurepipe.heads.families import make_head
 
 if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
     from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]
+
+ENOUGH = 100
+"""Validation images below which a temperature is rough."""
 
 ONE_THREAD_VALUES = 5_000_000
 """Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
@@ -77,6 +83,25 @@ def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | No
     head = recipe.make(out_of_core=task.cost.solver == "blocks", memory=task.cost.budget_bytes)
     features = task.features.take(rows)
     start = time.perf_counter()
+    with refusals(recipe.head):
+        _fit(head, features, task)
+    if say:
+        say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
+    return head
+
+
+@contextmanager
+def refusals(head: str) -> Iterator[None]:
+    """Turns what an estimator refuses (a parameter, mostly) into an error of one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{head} cannot be fitted: {error}") from error
+
+
+def _fit(head: BaseEstimator, features: FeatureSet, task: Task) -> None:
     if task.cost.solver == "blocks":
         head.fit(features, features.labels)
     else:
@@ -85,9 +110,6 @@ def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | No
             1 if features.shape[0] * features.shape[1] <= ONE_THREAD_VALUES else None, user_api="blas"
         ):
             head.fit(*features.numpy())
-    if say:
-        say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
-    return head
 
 
 def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:
@@ -106,8 +128,6 @@ def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibra
     scores = class_scores(head, task.features.take(rows))
     temperature = fit_temperature(scores, codes)
     before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
-    say(
-        f"calibrated on {len(rows):,} images the head had not seen: temperature {temperature:.3g}, expected calibration error "
-        f"{before:.4f} before, {after:.4f} after"
-    )
+    if len(rows) < ENOUGH:
+        say(f"{len(rows):,} validation images are few to calibrate on: take the temperature as rough")
     return Calibration(temperature, len(rows), before, after)

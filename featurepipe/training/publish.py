@@ -36,6 +36,7 @@ def publish(
     search: Search | None,
     calibration: Calibration | None,
     weights: Path | None,
+    labels: str | None,
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def publish(
         "head": recipe.head,
         "params": dict(recipe.params),
         "seed": task.seed,
+        "labels": labels,
         "search": search.as_dict() if search else None,
         "when": now(),
         "seconds": round(seconds, 2),
@@ -62,7 +64,7 @@ def publish(
         temperature=calibration.temperature if calibration else None,
         metrics={},
         training=training,
-        seen=np.unique(task.features.take(task.division.final).keys64),
+        seen=np.unique(task.features.take(np.union1d(task.division.final, task.division.validation)).keys64),
     )
     tested = _tested(bundle, task)
     calibrated = asdict(calibration) if calibration else None
@@ -74,6 +76,7 @@ def publish(
         }
     metrics = {
         "test": {k: v for k, v in tested.items() if k not in LONG} if tested else None,
+        "test_left_out": int((task.codes[task.division.test] < 0).sum()),
         "calibration": calibrated,
     }
     bundle = replace(bundle, metrics=metrics)

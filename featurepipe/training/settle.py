@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_route, time_of
 from featurepipe.training.fit import Recipe, fit
-from featurepipe.training.splits import Division, class_counts, divide, folds_of
+from featurepipe.training.splits import Division, Fold, class_counts, divide, folds_of
 from featurepipe.training.tuning import MOST_ROWS, grid_size
 
 if TYPE_CHECKING:
@@ -47,12 +48,21 @@ class Task:
     unlabelled: int
     seed: int
 
-    def folds(self) -> Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def folds(self) -> Sequence[Fold]:
         """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
         division = self.division
         if len(division.validation) and not division.is_carved:
-            return [(division.train, division.validation)]
-        return folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
+            folds: Sequence[Fold] = [(division.train, division.validation)]
+        else:
+            folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
+        usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
+        usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.codes[fold[0]])) > 1]
+        if not usable:
+            raise UsageError(
+                f"{len(division.final):,} training images are too few to tune on: no part of them can be set aside that "
+                "leaves two classes; leave --tune out, or give more images"
+            )
+        return usable
 
     def counts(self) -> dict[str, int]:
         """How many images take which part."""
@@ -98,9 +108,7 @@ def settle(
     Raises:
         UsageError: an argument is wrong, or the labels cannot be learned from.
     """
-    if recipe.head not in HEADS:
-        raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
-    recipe.make()  # wrong parameters are refused before any work
+    _check(recipe)
     found = store.features(dataset or store.only_dataset(), node=nodes, backbone=backbone)
     if labels is not None:
         found = found.with_labels(labels)
@@ -119,7 +127,7 @@ def settle(
         unlabelled=found.unlabelled,
         seed=recipe.seed,
     )
-    say(f"{task.features.origin.dataset}: {_counted(task)}; {division.text}")
+    say(f"{task.features.origin.dataset}: {_counted(task)}")
     task = replace(
         task,
         cost=_timed(task, recipe, fits=1 + calibration, tries=grid_size(recipe) * len(task.folds()) if tune else 0),
@@ -128,10 +136,31 @@ def settle(
     return task
 
 
+def _check(recipe: Recipe) -> None:
+    """Refuses what can be refused before any work."""
+    if recipe.head not in HEADS:
+        raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
+    if not 0 <= recipe.seed < 2**32:
+        raise UsageError(f"seed {recipe.seed} is out of range; give a whole number from 0 to {2**32 - 1}")
+    options = {"pca": "--pca", "class_weight": "--class-weight", "random_state": "--seed", "memory": "--memory"}
+    taken = next((name for name in recipe.params if name in options), None)
+    if taken:
+        raise UsageError(
+            f"{taken} is no parameter of {recipe.head} to set; it has an option of its own: {options[taken]}"
+        )
+    try:
+        json.dumps(dict(recipe.params), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the parameters {dict(recipe.params)} cannot be written down as JSON ({error}); give finite numbers"
+        ) from error
+    recipe.make()
+
+
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
     raise UsageError(
-        f"none of the {len(features):,} images of dataset {features.origin.dataset} has a label; put them in folders "
-        "extract again, or give a CSV with the columns id and label: --labels FILE.csv"
+        f"none of the {len(features):,} images of dataset {features.origin.dataset} has a label; put them in "
+        "folders named by class and extract again, or give a CSV with the columns id and label: --labels FILE.csv"
     )
 
 
@@ -166,13 +195,17 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
     order = np.random.default_rng(task.seed).permutation(task.division.final)
 
     def pilot(rows: int) -> None:
+        rows = max(rows, 2 * len(task.classes), int(recipe.pca or 0))
         enough = np.union1d(order[:rows], _one_per_class(task))
         fit(replace(task, cost=cost), recipe, enough)
 
     one = partial(time_of, pilot, steepest=STEEPEST.get(recipe.head, 1.0))
-    seconds = one(cost.rows) * fits
-    if tries:
-        seconds += one(min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))) * tries
+    try:
+        seconds = one(cost.rows) * fits
+        if tries:
+            seconds += one(min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))) * tries
+    except UsageError:  # the parameters ask for more rows than a sample has, or are wrong: the fit itself will tell
+        return replace(cost, fits=fits + tries)
     return replace(cost, seconds=seconds, fits=fits + tries)
 
 

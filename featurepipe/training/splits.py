@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
 
 Positions = npt.NDArray[np.int64]
+Fold = tuple[Positions, Positions]
 
 TEST_FOLDS = 5
 """One in so many images is held out for the test where the dataset has no splits."""
@@ -82,7 +83,7 @@ def divide(
     folds = max(VALIDATION_FOLDS, -(-len(train) // MOST_VALIDATION))
     train, carved = hold_out(features, codes, train, folds=folds, seed=seed + 1)
     return Division(
-        train, carved, test, is_carved=True, text=f"{text}; {len(carved):,} of its images set aside to calibrate"
+        train, carved, test, is_carved=True, text=f"{text}; {len(carved):,} training images set aside to calibrate"
     )
 
 
@@ -143,7 +144,7 @@ def fold_numbers(
 
 def folds_of(
     features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
-) -> Sequence[tuple[Positions, Positions]]:
+) -> Sequence[Fold]:
     """Cross-validation folds of ``rows``: (training positions, validation positions) each, as positions in ``features``."""
     number = fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
     return [(rows[number != fold], rows[number == fold]) for fold in range(folds)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.progress import duration
+from featurepipe.progress import spoken
 from featurepipe.tables import table
 
 _CLASSES_SHOWN = 10
@@ -21,8 +21,8 @@ def train_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe train`` prints."""
     params = ", ".join(f"{name}={value}" for name, value in found["params"].items())
     lines = [
-        *_task_lines(found),
-        f"{found['head']}{f' ({params})' if params else ''}, {duration(found['seconds'])} min in all",
+        found["split"],
+        f"{found['head']}{f' ({params})' if params else ''}, {spoken(found['seconds'])} in all",
     ]
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
@@ -62,6 +62,9 @@ def _calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _test_lines(found: Mapping[str, Any]) -> list[str]:
+    left_out = found["test_left_out"]
+    if not found["test"] and left_out:
+        return [f"none of the {left_out:,} labelled test images is of a class that was trained on: accuracy is unknown"]
     if not found["test"]:
         return ["no test images: accuracy is unknown; featurepipe evaluate measures it on another dataset or split"]
     measures = [(name.replace("_", " "), found["test"][name]) for name in _SHOWN if name in found["test"]]
@@ -70,4 +73,8 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
         for name, m in measures
         if m["value"] is not None
     ]
-    return [f"on the {found['test']['images']:,} test images:", table(["measure", "value", "95 % interval"], rows)]
+    note = f" ({left_out:,} more are of classes that were not trained on)" if left_out else ""
+    return [
+        f"on the {found['test']['images']:,} test images{note}:",
+        table(["measure", "value", "95 % interval"], rows),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from featurepipe.heads.bundle_folder import check_bundle_target
@@ -104,5 +105,12 @@ def train(
         seconds = time.perf_counter() - start
         return publish(
             target, source, task, chosen, fitted,
-            search=found, calibration=calibrated, weights=own_weights, seconds=seconds, say=say,
+            search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), seconds=seconds, say=say,
         )  # fmt: skip
+
+
+def _name_of(labels: Any) -> str | None:
+    """What a bundle may say of the labels it was trained with: a file's name, not where it is."""
+    if labels is None:
+        return None
+    return Path(labels).name if isinstance(labels, str | PathLike) else f"given as a {type(labels).__name__}"

@@ -16,14 +16,15 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featurepipe.heads.families import HEADS
-from featurepipe.training.fit import ONE_THREAD_VALUES
+from featurepipe.training.fit import ONE_THREAD_VALUES, refusals
+from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
     from featurepipe.training.fit import Recipe
     from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]
-Fold = tuple[Array, Array]
 
 SHARED_PASSES = ("logistic", "linear-svm")
 """Families whose values of C and folds are all fitted in the same passes, where the data are too many for scikit-learn's."""
@@ -92,21 +93,27 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
         say: told what is tried, and what won.
     """
     start = time.perf_counter()
+    say(f"tuning {recipe.head}: {grid_size(recipe)} sets of parameters")
+    with refusals(recipe.head):
+        found = _search(task, recipe, jobs)
+    say(f"tuned in {time.perf_counter() - start:.1f} s")
+    return found
+
+
+def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     folds = _thinned(task.folds(), MOST_ROWS.get(recipe.head), task.seed)
     grid = _open_parameters(recipe)
     in_blocks = task.cost.solver == "blocks"
     if in_blocks and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
     else:
-        jobs = 1 if in_blocks else jobs
+        jobs = 1 if in_blocks else min(jobs, max(1, task.cost.budget_bytes // max(1, task.cost.in_memory_bytes)))
         trials, how = _each_by_itself(task, recipe, folds, grid, jobs), f"each by itself, {jobs} at a time"
-    where = f"{len(folds)} folds" if len(folds) > 1 else "the validation split"
     rows = sum(map(len, folds[0]))
-    found = Search(tuple(trials), rows, f"{len(trials)} sets of parameters on {where}, {rows:,} images, {how}")
-    say(
-        f"tuned in {time.perf_counter() - start:.1f} s: {found.text}; best {found.params}, accuracy {found.best.accuracy:.4f}"
-    )
-    return found
+    where = f"{len(folds)} folds of {rows:,} images"
+    if len(folds) == 1:
+        where = f"{len(folds[0][0]):,} images, compared on {len(folds[0][1]):,} of the validation split"
+    return Search(tuple(trials), rows, f"{len(trials)} sets of parameters, fitted on {where}; {how}")
 
 
 def grid_size(recipe: Recipe) -> int:
@@ -130,14 +137,15 @@ def _thinned(folds: Sequence[Fold], most: int | None, seed: int) -> list[Fold]:
 def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float]) -> list[Trial]:
     from featurepipe.heads import fit_path
 
-    pool = np.unique(np.concatenate([rows for fold in folds for rows in fold]))
-    features = task.features.take(pool)
+    checks = [check for _, check in folds]
+    features, folds = _pool(task, folds, parts=1)
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
     last.set_params(tol=ROUGHLY)
+    # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
     ready = Pipeline(before).fit_transform(features) if before else features
-    fitted = fit_path(last, ready, features.labels, Cs=values, folds=[np.searchsorted(pool, rows) for rows, _ in folds])
+    fitted = fit_path(last, ready, features.labels, Cs=values, folds=[rows for rows, _ in folds])
     accuracies = []
-    for path, (_, check) in zip(fitted, folds, strict=True):
+    for path, check in zip(fitted, checks, strict=True):
         part = task.features.take(check)
         labels = part.labels
         accuracies.append([float(np.mean(Pipeline([*before, (name, head)]).predict(part) == labels)) for head in path])
@@ -151,17 +159,24 @@ def _each_by_itself(
     task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]], jobs: int
 ) -> list[Trial]:
     in_blocks = task.cost.solver == "blocks"
-    data: Any = (
-        task.features if in_blocks else task.features.numpy()
-    )  # joblib hands it to its workers as one memory map
+    features, folds = _pool(task, folds, parts=2)
+    data: Any = features if in_blocks else features.numpy()  # joblib hands it to its workers as one memory map
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
     heads = [recipe.with_params(p).make(out_of_core=in_blocks, memory=task.cost.budget_bytes) for p in points]
-    rows, width = task.features.shape
+    rows, width = features.shape
     with threadpool_limits(1 if jobs == 1 and rows * width <= ONE_THREAD_VALUES else None, user_api="blas"):
         results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
     each = len(folds)
     return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)]
+
+
+def _pool(task: Task, folds: Sequence[Fold], *, parts: int) -> tuple[FeatureSet, list[Fold]]:
+    """The rows that the first ``parts`` parts of all folds need, and the folds as positions in them."""
+    rows = np.unique(np.concatenate([part for fold in folds for part in fold[:parts]]))
+    return task.features.take(rows), [
+        (np.searchsorted(rows, train), np.searchsorted(rows, check)) for train, check in folds
+    ]
 
 
 def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[str, float]]]) -> Trial:
