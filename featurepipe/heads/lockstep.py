@@ -116,6 +116,7 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
         if satisfied and age == 0:
             return Optimum(point, iteration, converged=True)
         measure = age + 1 >= interval or satisfied == 2
+        # where the last step was short, the next one hardly is 1
         search = _search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
         step, found = yield from search
         if step == 0:  # the objective cannot be told apart from its neighbours any more
@@ -135,8 +136,7 @@ def _search(
 ) -> Generator[Question, Answer, tuple[float, Answer]]:
     """Finds a step that decreases a convex objective enough; 0 if there is none.
 
-    The first step tried is 1, or a few times the last one where that was short. A step is shortened to where the
-    slope, taken as linear, would vanish. Near the optimum the objective's rounding
+    A step is shortened to where the slope, taken as linear, would vanish. Near the optimum the objective's rounding
     hides its decrease, and the slope decides (the approximate Wolfe condition of Hager & Zhang 2005).
     """
     step = first

@@ -103,7 +103,7 @@ class BinomialLoss:
 class SquaredHingeLoss:
     """The squared hinge ``max(0, 1 - sign * score) ** 2`` of one column: the class ``target`` against all others."""
 
-    refresh, growth, redundant = 3, 1.1, False
+    refresh, growth, redundant = 2, 1.0, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
