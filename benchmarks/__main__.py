@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("bench_store", "bench_rerun", "bench_extract")
+BENCHMARKS = ("bench_store", "bench_rerun", "bench_extract", "bench_heads")
 
 for name in BENCHMARKS:
     arguments = sys.argv[1:] or ["--record"]

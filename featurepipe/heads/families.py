@@ -139,7 +139,7 @@ _FAMILIES = (
     HeadFamily(
         "centroid",
         "the class whose mean is nearest",
-        _ours("neighbours", "BlockCentroid"),  # scikit-learn's has scores that contradict its predictions
+        _place("sklearn.neighbors", "NearestCentroid"),
         _ours("neighbours", "BlockCentroid"),
         _grid(shrink_threshold=(None, 0.1, 0.3, 1.0, 3.0)),
         linear=True,

@@ -125,7 +125,8 @@ def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibra
         say("no validation images to calibrate on: probabilities stay as the head gives them")
         return None
     codes = renumbered[task.codes[rows]]
-    scores = class_scores(head, task.features.take(rows))
+    with refusals(recipe.head):
+        scores = class_scores(head, task.features.take(rows))
     temperature = fit_temperature(scores, codes)
     before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
     if len(rows) < ENOUGH:

@@ -76,7 +76,6 @@ def publish(
         }
     metrics = {
         "test": {k: v for k, v in tested.items() if k not in LONG} if tested else None,
-        "test_left_out": int((task.codes[task.division.test] < 0).sum()),
         "calibration": calibrated,
     }
     bundle = replace(bundle, metrics=metrics)
@@ -86,6 +85,7 @@ def publish(
         "bundle": str(path),
         "backbone": bundle.backbone["name"],
         **training,
+        "test_left_out": int((task.codes[task.division.test] < 0).sum()),
         "calibration": calibrated,
         "test": tested,
     }

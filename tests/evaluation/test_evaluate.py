@@ -139,7 +139,7 @@ def test_labels_that_the_bundle_does_not_know_are_refused_or_left_out_if_asked(z
     test = zoo.images("test", 10)
     zoo.write([*train, *test])
     with pytest.raises(
-        UsageError, match=r"10 images of split test .*: 'emu' \(10\); it knows 'cat', 'dog'.*--ignore-unk"
+        UsageError, match=r"in split test, 10 have .*: 'emu' \(10\); it knows 'cat', 'dog'.*--ignore-unk"
     ):
         evaluate(bundle, zoo.store, silent=True)
     found = evaluate(bundle, zoo.store, ignore_unknown_classes=True, bootstrap=0, silent=True)
@@ -159,7 +159,7 @@ def test_a_split_of_unknown_classes_alone_is_refused_in_any_case(zoo):
 def test_many_unknown_labels_are_counted_and_the_most_frequent_named(zoo):
     rows = [zoo.image(f"{i}.png", f"cat-{i}", f"class {i % 30:02}") for i in range(45)]
     zoo.write(rows)
-    with pytest.raises(UsageError, match=r"45 images .*'class 00' \(2\), .*'class 09' \(2\) and 20 more; it knows"):
+    with pytest.raises(UsageError, match=r"45 have .*'class 00' \(2\), .*'class 09' \(2\) and 20 more; it knows"):
         choose_rows(zoo.bundle(zoo.images("train")), zoo.features(), None)
 
 

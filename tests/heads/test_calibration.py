@@ -125,9 +125,15 @@ def test_scores_times_a_factor_have_that_temperature_times_the_factor(factor):
 def test_the_temperature_is_where_likelihood_peaks():
     scores, codes = noisy_scores()
     best = fit_temperature(scores, codes)
-    least = negative_log_likelihood(scores, codes, best)
-    assert all(negative_log_likelihood(scores, codes, best * factor) > least for factor in (0.9, 0.999, 1.001, 1.1))
-    assert least < negative_log_likelihood(scores, codes)
+    # each label right but for one part in n + 2, shared out over the classes
+    targets = np.full(scores.shape, 1 / (len(scores) + 2) / scores.shape[1])
+    targets[np.arange(len(codes)), codes] += 1 - 1 / (len(scores) + 2)
+
+    def loss(temperature):
+        return -(targets * np.log(probabilities(scores, temperature))).sum(axis=1).mean()
+
+    assert all(loss(best * factor) > loss(best) for factor in (0.9, 0.999, 1.001, 1.1))
+    assert negative_log_likelihood(scores, codes, best) < negative_log_likelihood(scores, codes)
 
 
 def test_labels_drawn_from_the_probabilities_have_temperature_one():
@@ -152,7 +158,10 @@ def test_likelihood_never_gets_worse(seed):
 
 def test_scores_that_have_no_best_temperature_get_a_finite_one():
     right = np.array([[1.0, 0], [0, 1]])
-    assert 0 < fit_temperature(right, np.array([0, 1])) < 0.01
+    few = fit_temperature(right, np.array([0, 1]))
+    assert probabilities(right, few)[0, 0] == pytest.approx(1 - 1 / 4 / 2)  # two right of two: not certain at all
+    many = fit_temperature(np.tile(right, (500, 1)), np.tile([0, 1], 500))
+    assert probabilities(right, many)[0, 0] == pytest.approx(1 - 1 / 1002 / 2)
     assert 100 < fit_temperature(right, np.array([1, 0])) < np.inf
     assert fit_temperature(np.zeros((4, 3)), np.array([0, 1, 2, 0])) == 1
 

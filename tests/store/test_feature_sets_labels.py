@@ -177,5 +177,5 @@ def test_files_that_hold_no_labels_are_usage_errors(features, tmp_path, name, co
 def test_what_holds_no_labels_is_refused(features, tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         features.with_labels(tmp_path / "absent.csv")
-    with pytest.raises(UsageError, match=r"not as list; of a pandas Series pass series\.to_dict\(\)"):
+    with pytest.raises(UsageError, match=r"or a pandas DataFrame with them, not as list"):
         features.with_labels(["x"] * 4)

@@ -1,6 +1,7 @@
 """From features to a bundle: what is fitted, on which rows, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.errors import BundleError, UsageError
+from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle import read_bundle
 from featurepipe.heads.calibration import expected_calibration_error
+from featurepipe.heads.scaling import BlockScaler
+from featurepipe.training.text import train_text
 from featurepipe.training.train import train
 
 NODES = ["a:gap", "b:gap"]
@@ -84,9 +88,12 @@ def test_out_of_core_is_chosen_by_memory_and_predicts_the_same(zoo, run, tmp_pat
     np.testing.assert_allclose(read_bundle(tmp_path / "bundle").scores(features), small.scores(features), atol=0.02)
 
 
-def test_a_family_without_blocks_is_refused_when_memory_is_short(split_zoo, run):
-    with pytest.raises(UsageError, match=r"knn on 180 x 3 features needs about .* choose one that has: logistic"):
-        run(split_zoo, head="knn", memory=2000)
+def test_a_family_without_blocks_is_refused_when_memory_is_short(zoo, run):
+    zoo.write(zoo.images("train", 1500))
+    with pytest.raises(UsageError, match=r"knn on 4,500 x 3 features needs about .* choose one that has: logistic"):
+        run(zoo, head="knn", memory="60kB")
+    with pytest.raises(UsageError, match=r"--memory 2.0 kB is too little for 3 values an image; give 12.3 kB or more"):
+        run(zoo, memory=2000)
 
 
 @pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "lda", "centroid", "knn", "rbf-svm", "xgboost"])
@@ -216,3 +223,87 @@ def test_expected_calibration_error_of_the_record_is_that_of_the_rows(zoo, run, 
     rows = zoo.features().select(split="val")
     found = expected_calibration_error(bundle.probabilities(rows), rows.codes(bundle.classes))
     assert record["calibration"]["ece_after"] == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"params": {"C": "abc"}}, "logistic cannot be fitted: The 'C' parameter"),
+        ({"params": {"C": -1}}, "logistic cannot be fitted: The 'C' parameter"),
+        ({"params": {"C": float("inf")}}, "cannot be written down as JSON"),
+        ({"params": {"class_weight": "balanced"}}, "it has an option of its own: --class-weight"),
+        ({"params": {"memory": 3}}, "it has an option of its own: --memory"),
+        ({"pca": 5000}, "logistic cannot be fitted: n_components=5000"),
+        ({"seed": -1}, "seed -1 is out of range"),
+        ({"head": "knn", "params": {"n_neighbors": 5000}}, "Expected n_neighbors <= "),
+    ],
+)
+def test_wrong_values_end_in_one_line_and_no_bundle(split_zoo, run, tmp_path, options, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        run(split_zoo, **options)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_components_as_many_as_the_pilot_has_rows_are_no_obstacle(split_zoo, run, tmp_path):
+    run(split_zoo, pca=3)
+    assert read_bundle(tmp_path / "bundle").head[1].n_components_ == 3
+
+
+@pytest.mark.parametrize("head", ["logistic", "knn", "xgboost"])
+def test_too_few_images_to_tune_on_are_refused_with_the_reason(zoo, run, head):
+    lonely = [zoo.image(f"{name}.png", f"{name}-only", name, "train") for name in ("cat", "dog")]
+    zoo.write(lonely)
+    with pytest.raises(UsageError, match="2 training images are too few to tune on"):
+        run(zoo, head=head, tune=True, min_class_size=1, params={"n_neighbors": 1} if head == "knn" else {})
+
+
+def test_a_validation_class_that_does_not_train_is_left_out_of_the_search(zoo, run):
+    zoo.write(
+        [
+            *zoo.images("train", 30),
+            *(replace(row, label="yak") for row in zoo.images("val", 2)),
+            *zoo.images("val", 9, 2),
+        ]
+    )
+    record = run(zoo, head="xgboost", tune=True)
+    assert "compared on 27 of the validation split" in record["search"]["how"]
+
+
+def test_test_images_of_classes_that_do_not_train_are_counted(zoo, run):
+    zoo.write([*zoo.images("train"), *zoo.images("test", 9), zoo.image("y.png", "emu-y", "yak", "test")])
+    record = run(zoo)
+    assert (record["test"]["images"], record["test_left_out"]) == (27, 1)
+    assert "27 test images (1 more are of classes that were not trained on)" in train_text(record)
+
+
+def test_validation_images_count_as_seen(zoo, run, tmp_path):
+    """They chose the temperature: scores on them would flatter the head."""
+    zoo.write([*zoo.images("train"), *zoo.images("val", 9)])
+    run(zoo)
+    assert set(read_bundle(tmp_path / "bundle").seen.tolist()) == set(zoo.features().keys64.tolist())
+
+
+def test_scaling_never_sees_the_users_validation_rows(zoo, run, monkeypatch):
+    monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
+    rows = []
+    fit = BlockScaler.fit
+    monkeypatch.setattr(
+        BlockScaler, "fit", lambda self, x, y=None, **kw: rows.append(x.shape[0]) or fit(self, x, y, **kw)
+    )
+    zoo.write([*zoo.images("train"), *zoo.images("val", 30)])
+    run(zoo, tune=True)
+    assert max(rows) == 120
+
+
+def test_few_easy_validation_images_do_not_make_probabilities_certain(zoo, run):
+    zoo.write([row for row in zoo.images("train", 60) if row.label != "emu"])
+    assert run(zoo, params={"C": 1e4})["calibration"]["temperature"] > 0.1  # it was 1e-4
+
+
+def test_a_bundle_says_that_it_was_trained_with_labels_of_its_own(split_zoo, run, tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("id,label\n" + "".join(f"{row.id},{row.label}y\n" for row in split_zoo.images("train", 60)))
+    run(split_zoo, labels=file)
+    assert read_bundle(tmp_path / "bundle").training["labels"] == "mine.csv"
+    with pytest.raises(UsageError, match=r"trained with labels of its own: mine\.csv"):
+        evaluate(tmp_path / "bundle", split_zoo.store, silent=True)
