@@ -6,8 +6,9 @@ The store must hold Fashion-MNIST (or any dataset with the splits train and test
 
     featurepipe extract FOLDER --store DIR --dataset NAME --backbone efficientnet_lite0 --node COLUMN ...
 
-A sixth of the training images (every image with its copies) validates. Each head is fitted on the rest with its fixed
-parameters, except that logistic and linear-svm take the best of seven C, fitted in shared passes. The most accurate
+A sixth of the training images (every image with its copies) validates. Each head is fitted on the rest (rbf-svm and xgboost on
+20,000 of them) with its fixed parameters, except that logistic and linear-svm take the best of four C, fitted in shared
+passes. The most accurate
 combination on the validation images is then fitted on all training images and looks at the test images, once.
 """
 
@@ -35,7 +36,7 @@ COLUMNS = (
     "blocks.4:avg4x4+blocks.10:avg3x3",
     "blocks.4:avg4x4+blocks.10:avg3x3+blocks.15",
 )
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 HEADS: dict[str, dict[str, Any]] = {
     "logistic": {},
     "linear-svm": {},
@@ -47,6 +48,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "rbf-svm": {"C": 10.0, "exact_rows": 60_000},
 }
 SIXTH = 6
+MOST = {"rbf-svm": 20_000, "xgboost": 20_000}
+"""Images that the table's fits take at most, where their time grows faster; the fit that is tested takes all."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,9 +72,10 @@ def table_of(store: FeatureStore, dataset: str, columns: Any, heads: list[str]) 
         fitting, checking = features.take(folds != 0), features.take(folds == 0)
         for name in heads:
             start = time.perf_counter()
-            params, accuracy = validated(name, fitting, checking)
+            some = fitting.take(np.sort(np.random.default_rng(0).permutation(len(fitting))[: MOST.get(name)]))
+            params, accuracy = validated(name, some, checking)
             seconds = time.perf_counter() - start
-            rows.append({"columns": names, "width": features.shape[1], "head": name, "params": params,
+            rows.append({"columns": names, "width": features.shape[1], "head": name, "params": params, "images": len(some),
                          "validation_accuracy": round(accuracy, 4), "seconds": round(seconds, 1)})  # fmt: skip
             record.note(f"{names} ({features.shape[1]}) {name} {params}: {accuracy:.4f} in {seconds:.1f} s")
     best = max(rows, key=lambda row: row["validation_accuracy"])
@@ -90,6 +94,7 @@ def validated(name: str, fitting: FeatureSet, checking: FeatureSet) -> tuple[dic
     if name not in ("logistic", "linear-svm"):
         data = (fitting, fitting.labels) if in_blocks else fitting.numpy()
         return HEADS[name], accuracy_of(head.fit(*data), checking)
+    head[-1].set_params(tol=1e-3)
     scaled = head[:-1].fit_transform(fitting)
     (path,) = fit_path(head[-1], scaled, fitting.labels, Cs=STRENGTHS)
     check = head[:-1].transform(checking.read(np.float32))
