@@ -36,20 +36,34 @@ class Measured:
         self.sums = np.zeros((count, size) if diagonal else (count, size, size), mean.dtype)
         self._mean = mean if centre else np.zeros_like(mean)
         self._intercept, self._share = intercept, share
+        self._waiting: list[list[Array]] = [[] for _ in range(count)]
 
     def add(self, block: Array, curvature: Array) -> None:
         """Adds the rows of a block (m, D), weighted by ``curvature`` (K, m)."""
         for number, amounts in enumerate(curvature):
             rows, weights = _choose(amounts, self._share)
-            if not len(rows):
-                continue
             chosen = np.empty((len(rows), self.sums.shape[-1]), block.dtype)
             chosen[:, : block.shape[1]] = block[rows] - self._mean
             if self._intercept:
                 chosen[:, -1] = 1
             chosen *= np.sqrt(weights)[:, None].astype(block.dtype)
-            diagonal = self.sums.ndim == 2
-            self.sums[number] += np.einsum("ij,ij->j", chosen, chosen) if diagonal else chosen.T @ chosen
+            self._waiting[number].append(chosen)
+            if self.sums.ndim == 2 or sum(map(len, self._waiting[number])) >= self.sums.shape[-1]:
+                self._multiply(number)
+
+    def finish(self) -> Array:
+        """Returns the sums, (K, size, size) or (K, size)."""
+        for number in range(len(self.sums)):
+            self._multiply(number)
+        return self.sums
+
+    def _multiply(self, number: int) -> None:
+        """Multiplies the rows that wait: few blocks' together, since each product writes a whole matrix."""
+        if not self._waiting[number]:
+            return
+        rows = np.concatenate(self._waiting[number])
+        self._waiting[number].clear()
+        self.sums[number] += np.einsum("ij,ij->j", rows, rows) if self.sums.ndim == 2 else rows.T @ rows
 
 
 def share_of(rows: int, width: int) -> float:

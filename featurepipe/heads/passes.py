@@ -190,7 +190,7 @@ class Passes:
         if self.intercept:
             penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
         kind = DiagonalPreconditioner if measured.sums.ndim == 2 else CholeskyPreconditioner
-        solve: Precondition = kind(measured.sums, problem.C, penalty)
+        solve: Precondition = kind(measured.finish(), problem.C, penalty)
         return _zero_sum(solve) if self.loss.redundant else solve
 
     def _measured(self, question: Question) -> Measured | None:
@@ -200,7 +200,7 @@ class Passes:
         rows, width = self.prepared.blocks.shape
         columns = len(question.point) if question.curvature == "each" else 1
         allowed = _CURVATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2
-        matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # sums, old and new factors
+        matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # old, new, and rows for it
         columns = columns if columns * matrix <= allowed else 1
         return Measured(
             columns,
