@@ -222,7 +222,9 @@ def test_it_is_cut_as_scikit_learn_cuts(wide, expected):
 
 def test_it_is_not_read_into_memory_unasked(wide):
     features = wide.features("d", node="a")
-    with pytest.raises(UsageError, match=r"not in memory; pass features\.read\(np\.float32\)"):
+    with pytest.raises(
+        UsageError, match=r"not in memory; pass X, y = features\.numpy\(\), or fit a head that reads block by block"
+    ):
         np.asarray(features)
     with pytest.raises(TypeError):
         list(features)
