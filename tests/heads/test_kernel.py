@@ -81,7 +81,7 @@ def test_above_it_is_an_svm_on_landmarks(sides, stored, kept):
     features = stored(X, y)
     head.fit(features)
     assert head.method_ == "nystroem"
-    assert f"Nystroem: {len(X)} rows are more than exact_rows=100, so 100 landmarks" in head.method_text_
+    assert f"Nystroem: {len(X):,} rows are more than exact_rows=100, so 100 landmarks" in head.method_text_
     assert head.method_text_.endswith("kept in memory" if kept else "computed in every pass")
     exact = RBFSVM(C=1).fit(X, y)
     assert np.mean(head.predict(stored(others)) == truth) > np.mean(exact.predict(others) == truth) - 0.05
