@@ -108,4 +108,4 @@ def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | 
         return store
     path = Path(store)
     is_new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    return None if is_new else FeatureStore(path, create=False)
+    return None if is_new else FeatureStore(path)

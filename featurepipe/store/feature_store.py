@@ -43,9 +43,9 @@ class FeatureStore:
         if self.exists:
             self._check_version()
             return
-        self._refuse_others()
         if not create:
             self.check_exists()
+        self._refuse_others()
 
     @property
     def exists(self) -> bool:
