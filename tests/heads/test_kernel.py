@@ -75,8 +75,8 @@ def test_gamma_factor_multiplies_gamma(sides):
 @pytest.mark.parametrize("kept", [True, False])
 def test_above_it_is_an_svm_on_landmarks(sides, stored, kept):
     X, y, others, truth = sides
-    if not kept:
-        X, y = np.tile(X, (5, 1)), np.tile(y, 5)
+    if not kept:  # more rows than memory, of few different images
+        X, y = np.resize(X, (600, X.shape[1])), np.resize(y, 600)
     head = RBFSVM(C=1, exact_rows=100, n_components=100, random_state=0, memory="20MB" if kept else "240kB")
     features = stored(X, y)
     head.fit(features)
