@@ -421,3 +421,9 @@ def test_cross_validation_reports_the_bad_image(paths, tmp_path):
     model = make_pipeline(CNNFeatures(**LENET), LogisticRegression())
     with pytest.raises(ValueError, match="cannot be used: empty: 0 bytes"):
         cross_val_score(model, [*paths, str(tmp_path / "bad.png")], [*LABELS, "top"], cv=3, error_score="raise")
+
+
+def test_a_batch_of_nothing_but_missing_files_gives_rows_of_nan(tmp_path):
+    rows = CNNFeatures("lenet5", weights="none", on_reject="nan").fit_transform([str(tmp_path / "gone.png")])
+    assert np.isnan(rows).all()
+    assert len(rows) == 1

@@ -180,3 +180,11 @@ def test_reading_while_it_is_replaced_gives_one_or_the_other(bundle, digits, tmp
         stop.set()
         writer.join()
     np.testing.assert_array_equal(read.scores(x), bundle.scores(x))
+
+
+def test_hidden_files_of_the_users_are_not_deleted_with_an_old_bundle(bundle, tmp_path):
+    folder = write_bundle(tmp_path / "b", bundle)
+    (folder / ".gitattributes").write_text("precious")
+    with pytest.raises(BundleError, match=r"holds \.gitattributes beside the old bundle"):
+        write_bundle(folder, bundle)
+    assert (folder / ".gitattributes").read_text() == "precious"

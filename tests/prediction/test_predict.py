@@ -316,3 +316,14 @@ def test_it_moves_to_another_place(album, written, tmp_path):
     shutil.move(tmp_path / "bundle", moved)
     assert predict(moved, album.root, **OPTIONS)["labels"] == here["labels"]
     write_bundle(moved, album.bundle())  # and can be written over
+
+
+def test_predictions_never_replace_what_they_are_made_from(album, written, tmp_path):
+    manifest = tmp_path / "images.csv"
+    manifest.write_text("path\n" + "".join(f"{path}\n" for path in album.paths()))
+    before = manifest.read_text()
+    bundle = written()
+    for target in (manifest, bundle / "bundle.csv"):
+        with pytest.raises(UsageError, match="would replace what they are made from"):
+            predict(bundle, manifest, target, silent=True)
+    assert manifest.read_text() == before
