@@ -6,6 +6,7 @@ import argparse
 from typing import TypeAlias
 
 from featurepipe import __version__
+from featurepipe.heads.families import HEADS
 
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
@@ -13,9 +14,6 @@ EXIT_CODES = """exit codes:
   2  wrong usage               75  another process holds the store's lock
   130, 143  stopped by Ctrl-C or SIGTERM, everything in flight committed
 """
-
-HEADS = ("logistic", "linear-svm", "rbf-svm", "xgboost", "ridge", "lda", "knn", "centroid")
-"""As `featurepipe.heads.families.HEADS`, which a test compares: importing that would load scikit-learn for ``--help``."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,19 @@ def _fit(head: BaseEstimator, features: FeatureSet, task: Task) -> None:
     if task.cost.solver == "blocks":
         head.fit(features, features.labels)
     else:
-        # Where products are small, BLAS threads wait for each other more than they work: 20 s against 1 s on a busy machine.
-        with threadpool_limits(
-            1 if features.shape[0] * features.shape[1] <= ONE_THREAD_VALUES else None, user_api="blas"
-        ):
+        with threads_for(features.shape):
             head.fit(*features.numpy())
+
+
+def threads_for(shape: tuple[int, int]) -> AbstractContextManager[Any]:
+    """One BLAS thread for small features (rows, values a row), all for large ones, while the block runs.
+
+    Where products are small, threads wait for each other more than they work: 20 s against 1 s on a busy machine.
+    """
+    limits: AbstractContextManager[Any] = threadpool_limits(
+        1 if shape[0] * shape[1] <= ONE_THREAD_VALUES else None, user_api="blas"
+    )
+    return limits
 
 
 def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:

@@ -197,13 +197,15 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
     def pilot(rows: int) -> None:
         rows = max(rows, 2 * len(task.classes), int(recipe.pca or 0))
         enough = np.union1d(order[:rows], _one_per_class(task))
-        fit(replace(task, cost=cost), recipe, enough)
+        fit(task, recipe, enough)
 
     one = partial(time_of, pilot, steepest=STEEPEST.get(recipe.head, 1.0))
     try:
-        seconds = one(cost.rows) * fits
+        each = one(cost.rows)
+        searched = min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))
+        seconds = each * fits
         if tries:
-            seconds += one(min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))) * tries
+            seconds += tries * (each if searched == cost.rows else one(searched))
     except UsageError:  # the parameters ask for more rows than a sample has, or are wrong: the fit itself will tell
         return replace(cost, fits=fits + tries)
     return replace(cost, seconds=seconds, fits=fits + tries)
@@ -218,7 +220,7 @@ def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
 def _counted(task: Task) -> str:
     counts = task.counts()
     parts = [f"{counts['train']:,} images of {len(task.classes)} classes to train on"]
-    parts += [f"{counts[name]:,} to test" for name in ("test",) if counts[name]]
+    parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
     parts += [f"{counts['duplicates']:,} copies among them"] if counts["duplicates"] else []
     return ", ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,9 @@ from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
-from threadpoolctl import threadpool_limits
 
 from featurepipe.heads.families import HEADS
-from featurepipe.training.fit import ONE_THREAD_VALUES, refusals
+from featurepipe.training.fit import refusals, threads_for
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ def _each_by_itself(
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
     heads = [recipe.with_params(p).make(out_of_core=in_blocks, memory=task.cost.budget_bytes) for p in points]
-    rows, width = features.shape
-    with threadpool_limits(1 if jobs == 1 and rows * width <= ONE_THREAD_VALUES else None, user_api="blas"):
+    with threads_for(features.shape) if jobs == 1 else nullcontext():
         results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
     each = len(folds)
     return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)]
