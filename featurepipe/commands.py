@@ -98,8 +98,8 @@ def extract(args: Namespace) -> int:
 def info(args: Namespace) -> int:
     """``featurepipe info``."""
     if (Path(args.store) / "bundle.json").is_file():
-        from featurepipe.heads.bundle import read_bundle
-        from featurepipe.heads.bundle_description import bundle_text, describe_bundle
+        from featurepipe.heads.bundle.bundle import read_bundle
+        from featurepipe.heads.bundle.description import bundle_text, describe_bundle
 
         bundle = read_bundle(args.store)
         return _print(args, describe_bundle(bundle), lambda _: bundle_text(bundle))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from featurepipe.heads.bundle import Bundle
+from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 

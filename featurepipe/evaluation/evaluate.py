@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.errors import BundleError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
-from featurepipe.heads.bundle import Bundle, read_bundle
+from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.metrics import score_table
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore, Space, differences

@@ -12,7 +12,7 @@ import pyarrow as pa
 from featurepipe.errors import UsageError
 
 if TYPE_CHECKING:
-    from featurepipe.heads.bundle import Bundle
+    from featurepipe.heads.bundle.bundle import Bundle
     from featurepipe.store.views import FeatureSet
 
 DEFAULT_SPLIT, EVERY_SPLIT = "test", "all"

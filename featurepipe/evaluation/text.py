@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from featurepipe.heads.measures import measures_text
 from featurepipe.tables import share, table
 
 MATRIX_CLASSES = 20
@@ -13,14 +14,6 @@ MATRIX_WIDTH = 132
 """Columns of text that the matrix may take."""
 
 _ROWS = 10
-_TITLES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "auc": "AUC, one vs rest",
-    "log_loss": "log-loss",
-    "ece": "calibration error",
-}
 
 
 def text(record: Mapping[str, Any]) -> str:
@@ -29,7 +22,7 @@ def text(record: Mapping[str, Any]) -> str:
     sections = [
         _heading(record),
         *_warnings(record),
-        _measures(metrics),
+        measures_text(metrics),
         _classes(metrics["per_class"]),
         _confusion(metrics),
         _mistakes(metrics),
@@ -101,21 +94,6 @@ def _conflicts(found: Mapping[str, Any]) -> list[str]:
 def _examples(found: Mapping[str, Any], show: Callable[[Mapping[str, Any]], str]) -> list[str]:
     lines = ["  " + " = ".join(show(row) for row in rows) for rows in found["examples"]]
     return [*lines, "  ..."] if found["images"] > len(lines) else lines
-
-
-def _measures(metrics: Mapping[str, Any]) -> str:
-    tops = {name: name.replace("_", "-") + " accuracy" for name in metrics if name.startswith("top_")}
-    rows, reasons = [], []
-    for name, title in {"accuracy": "accuracy", **tops, **_TITLES}.items():
-        found = metrics[name]
-        if found["value"] is not None:
-            limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}"
-            rows.append([title, f"{found['value']:.4f}", limits])
-        elif not name.startswith("top_"):  # of few classes nobody expects it
-            reasons.append(f"{title}: none, {found['reason']}")
-    resamples = metrics["bootstrap"]["resamples"]
-    header = ["measure", "value", f"95 % interval ({resamples:,} resamples)" if resamples else ""]
-    return "\n".join([table(header, rows), *reasons])
 
 
 def _classes(per_class: Sequence[Mapping[str, Any]]) -> str:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featurepipe.heads.boosted import BoostedTrees as BoostedTrees
-    from featurepipe.heads.bundle import Bundle as Bundle
-    from featurepipe.heads.bundle import read_bundle as read_bundle
-    from featurepipe.heads.bundle import write_bundle as write_bundle
-    from featurepipe.heads.bundle_description import bundle_text as bundle_text
-    from featurepipe.heads.bundle_description import describe_bundle as describe_bundle
-    from featurepipe.heads.bundle_folder import check_bundle_target as check_bundle_target
+    from featurepipe.heads.bundle.bundle import Bundle as Bundle
+    from featurepipe.heads.bundle.bundle import read_bundle as read_bundle
+    from featurepipe.heads.bundle.bundle import write_bundle as write_bundle
+    from featurepipe.heads.bundle.description import bundle_text as bundle_text
+    from featurepipe.heads.bundle.description import describe_bundle as describe_bundle
+    from featurepipe.heads.bundle.folder import check_bundle_target as check_bundle_target
     from featurepipe.heads.calibration import class_scores as class_scores
     from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
     from featurepipe.heads.calibration import fit_temperature as fit_temperature
@@ -44,20 +44,20 @@ _HOMES = {
     "BlockNeighbours": "neighbours",
     "BlockRidgeClassifier": "ridge",
     "BoostedTrees": "boosted",
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "HeadFamily": "families",
-    "bundle_text": "bundle_description",
-    "check_bundle_target": "bundle_folder",
+    "bundle_text": "bundle.description",
+    "check_bundle_target": "bundle.folder",
     "class_scores": "calibration",
-    "describe_bundle": "bundle_description",
+    "describe_bundle": "bundle.description",
     "expected_calibration_error": "calibration",
     "fit_path": "linear",
     "fit_temperature": "calibration",
     "make_head": "families",
     "probabilities": "calibration",
-    "read_bundle": "bundle",
+    "read_bundle": "bundle.bundle",
     "score_table": "metrics",
-    "write_bundle": "bundle",
+    "write_bundle": "bundle.bundle",
 }
 __all__ = list(_HOMES)
 

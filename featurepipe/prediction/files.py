@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.bundle_files import MANIFEST
+from featurepipe.heads.bundle.files import MANIFEST
 from featurepipe.store.atomic import atomic_file
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")

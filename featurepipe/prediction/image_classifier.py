@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from featurepipe.extraction.given import images_given
 from featurepipe.extraction.options import AUTO
-from featurepipe.heads.bundle import Bundle
+from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from featurepipe.extraction.options import AUTO
 from featurepipe.extraction.publish import SHOWN_REJECTS, allowance, by_code
 from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.streaming import FeatureBatch
-from featurepipe.heads.bundle import Bundle
+from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.prediction.files import Write, checked_target, predictions_file, schema_of

@@ -20,7 +20,7 @@ from featurepipe.extraction.machine import settle_machine
 from featurepipe.extraction.options import AUTO
 from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.streaming import FeatureBatch, FeatureStream
-from featurepipe.heads.bundle import Bundle, read_bundle
+from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
 from featurepipe.progress import Progress

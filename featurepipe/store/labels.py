@@ -110,7 +110,13 @@ def _csv(path: Path) -> pa.Table:
     )
     if not path.stat().st_size:
         return pa.table({})
-    return pa.csv.read_csv(path, convert_options=options)
+    table = pa.csv.read_csv(path, convert_options=options)
+    other = next((mark for mark in (";", "\t") if mark in table.column_names[0]), None)
+    if table.num_columns == 1 and other:
+        raise UsageError(
+            f"{path.name} is separated by {other!r}, and labels are read from comma-separated columns; save it so"
+        )
+    return table
 
 
 def _of_lines(path: Path) -> LabelTable:

@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.bundle import Bundle, write_bundle
 from featurepipe.heads.metrics import score_table
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
@@ -22,7 +22,7 @@ from featurepipe.training.fit import Calibration, Recipe
 from featurepipe.training.settle import Task
 from featurepipe.training.tuning import Search
 
-LONG = ("confusion", "confused", "mistakes", "bootstrap")
+LONG = ("confusion", "confused", "mistakes")
 """Parts of the metrics that ``featurepipe evaluate`` gives anew and a bundle need not carry."""
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurepipe.heads.measures import measures_text
 from featurepipe.progress import spoken
 from featurepipe.tables import table
 
 _CLASSES_SHOWN = 10
-_SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc", "top_5", "ece")
 
 
 def cost_text(found: Mapping[str, Any]) -> str:
@@ -67,14 +67,8 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
         return [f"none of the {left_out:,} labelled test images is of a class that was trained on: accuracy is unknown"]
     if not found["test"]:
         return ["no test images: accuracy is unknown; featurepipe evaluate measures it on another dataset or split"]
-    measures = [(name.replace("_", " "), found["test"][name]) for name in _SHOWN if name in found["test"]]
-    rows = [
-        [name, f"{m['value']:.4f}", f"{m['low']:.4f} to {m['high']:.4f}"]
-        for name, m in measures
-        if m["value"] is not None
-    ]
     note = f" ({left_out:,} more are of classes that were not trained on)" if left_out else ""
     return [
         f"on the {found['test']['images']:,} test images{note}:",
-        table(["measure", "value", "95 % interval"], rows),
+        measures_text(found["test"]),
     ]

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.heads.bundle_folder import check_bundle_target
+from featurepipe.heads.bundle.folder import check_bundle_target
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.training.fit import Recipe, calibrate, fit

@@ -8,8 +8,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.heads.boosted import BoostedTrees
-from featurepipe.heads.bundle import Bundle, write_bundle
-from featurepipe.heads.bundle_files import sha256_of
+from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.files import sha256_of
 
 SPACE = {"architecture": "tiny", "dtype": "float16", "mean": [0.5, 0.25], "name": "ü", "scale": 0.1}
 

@@ -8,7 +8,7 @@ import pytest
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.rows import choose_rows
-from featurepipe.heads.bundle import write_bundle
+from featurepipe.heads.bundle.bundle import write_bundle
 
 
 def accuracy(bundle, rows):

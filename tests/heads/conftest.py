@@ -1,4 +1,4 @@
-"""Bundles for the tests of ``featurepipe.heads.bundle``."""
+"""Bundles for the tests of ``featurepipe.heads.bundle.bundle``."""
 
 import dataclasses
 import hashlib
@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from featurepipe.heads.bundle import Bundle, write_bundle
-from featurepipe.heads.bundle_files import read_manifest, write_manifest
+from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.files import read_manifest, write_manifest
 
 SPACE = {"architecture": "tiny", "dtype": "float16", "preprocessing": {"mean": [0.5, 0.25], "crop": 8}, "scale": 0.1}
 
@@ -40,7 +40,7 @@ def bundle_of():
             head=head,
             classes=tuple(str(name) for name in head.classes_),
             temperature=1.7,
-            metrics={"test": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}}},
+            metrics={"test": {"images": 100, "accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}}},
             training={"dataset": "digits", "split": "train", "rows": 500},
             seen=np.array([1, 2**64 - 1, 2**63], np.uint64),
         )

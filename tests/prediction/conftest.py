@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.extraction.extract import extract
-from featurepipe.heads.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.bundle import Bundle, write_bundle
 from featurepipe.store import FeatureStore
 
 CLASSES = ("day", "night, late", "ümlaut")

@@ -233,7 +233,7 @@ def test_a_network_that_cannot_be_traced_works_too(tmp_path, monkeypatch):
     features = store.features("d", "conv:avg2x2")
     (space,) = store.spaces()
     head = LogisticRegression().fit(features.read(), np.array(["a", "b"] * 10, object))
-    from featurepipe.heads.bundle import Bundle
+    from featurepipe.heads.bundle.bundle import Bundle
 
     bundle = Bundle({"name": "untraceable_net:make", "weights": "DEFAULT", "seed": 0, "description": {}}, space.fields,
                     space.fingerprint, features.columns, "logistic", {}, head, ("a", "b"), None, {}, {},

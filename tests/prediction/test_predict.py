@@ -16,7 +16,7 @@ import torch
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import BundleError, Interrupted, SourceError, TooManyRejects, UsageError
-from featurepipe.heads.bundle import write_bundle
+from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.prediction import files
 from featurepipe.prediction.predict import predict
 from featurepipe.prediction.text import text

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.heads.bundle_ubjson import parse_ubjson
+from featurepipe.heads.bundle.ubjson import parse_ubjson
 
 _NO_PARENT = 2**31 - 1
 _KINDS = {

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle_audit import OURS, audit
-from featurepipe.heads.bundle_bounds import check_bounds
-from featurepipe.heads.bundle_files import BOOSTER, HEAD
-from featurepipe.heads.bundle_trees import ForgedTrees, check_trees
+from featurepipe.heads.bundle.audit import OURS, audit
+from featurepipe.heads.bundle.bounds import check_bounds
+from featurepipe.heads.bundle.files import BOOSTER, HEAD
+from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
 
 # What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
 _SENSELESS = (

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurepipe.heads.bundle import read_bundle
+from featurepipe.heads.bundle.bundle import read_bundle
 
-ARCHIVES = Path(__file__).parent.parent / "archives"
+ARCHIVES = Path(__file__).parents[2] / "archives"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
-from featurepipe.heads.bundle_files import (
+from featurepipe.heads.bundle.files import (
     BOOSTER,
     HEAD,
     SEEN,
@@ -25,10 +25,10 @@ from featurepipe.heads.bundle_files import (
     record_file,
     write_manifest,
 )
-from featurepipe.heads.bundle_folder import check_bundle_target, existing_folder, folder_in_place
-from featurepipe.heads.bundle_head import check_head, head_files, load_head
-from featurepipe.heads.bundle_record import plain_record, warn_of_versions
-from featurepipe.heads.bundle_tensors import check_weights, seen_bytes, seen_of
+from featurepipe.heads.bundle.folder import check_bundle_target, existing_folder, folder_in_place
+from featurepipe.heads.bundle.head import check_head, head_files, load_head
+from featurepipe.heads.bundle.record import plain_record, warn_of_versions
+from featurepipe.heads.bundle.tensors import check_weights, seen_bytes, seen_of
 from featurepipe.heads.calibration import class_scores, probabilities
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle_files import plain, sha256_of
-from featurepipe.heads.bundle_head import check_head
+from featurepipe.heads.bundle.files import plain, sha256_of
+from featurepipe.heads.bundle.head import check_head
 
 if TYPE_CHECKING:
-    from featurepipe.heads.bundle import Bundle
+    from featurepipe.heads.bundle.bundle import Bundle
 
 _PACKAGES = ("featurepipe", "numpy", "safetensors", "scikit-learn", "scipy", "skops", "xgboost")
 _JSON = ("backbone", "space", "params", "metrics", "training", "temperature", "columns", "classes")

@@ -15,9 +15,9 @@ from sklearn.svm import SVC, LinearSVC
 
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import ArrayBlocks
-from featurepipe.heads.bundle import read_bundle, write_bundle
-from featurepipe.heads.bundle_audit import OURS
-from featurepipe.heads.bundle_description import bundle_text, describe_bundle
+from featurepipe.heads.bundle.audit import OURS
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.description import bundle_text, describe_bundle
 from featurepipe.heads.families import HEADS, make_head
 
 OTHERS = {  # estimators that are not ours, as a user may put into a bundle
@@ -236,12 +236,12 @@ def test_description_and_text(folder, bundle):
     text = bundle_text(read)
     for line in (
         "backbone  tiny, weights none",
-        f"space     {bundle.fingerprint[:12]} (architecture tiny, dtype float16, scale 0.1)",
-        "columns   layer1:gap, flatten:gap (64 values)",
-        "head      logistic (C 0.5), temperature 1.7",
-        "classes   digit 0, digit 1, digit 2, digit 3, digit 4, digit 5, digit 6, digit 7, ... (10 in all)",
-        "seen      3 images in training",
-        "metrics   test accuracy 0.9 [0.8, 0.95]",
+        f"features  layer1:gap + flatten:gap: 64 values, float16, space {bundle.fingerprint[:12]}",
+        "head      logistic (C=0.5), calibrated (temperature 1.7)",
+        "classes   10: digit 0, digit 1, digit 2, digit 3, digit 4, digit 5, digit 6, digit 7, ...",
+        "trained   on dataset digits, 3 different images; train",
+        "on the 100 test images when it was trained:",
+        "accuracy  0.9000  0.8000 to 0.9500",
     ):
         assert line in text.splitlines()
     assert "not calibrated" in bundle_text(dataclasses.replace(read, temperature=None))

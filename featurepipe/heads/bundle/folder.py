@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle_files import MANIFEST, read_manifest
+from featurepipe.heads.bundle.files import MANIFEST, read_manifest
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}

@@ -17,11 +17,11 @@ import skops.io
 from sklearn.svm import SVC
 
 from featurepipe.errors import BundleError
-from featurepipe.heads import bundle_head
 from featurepipe.heads.boosted import BoostedTrees
-from featurepipe.heads.bundle import read_bundle, write_bundle
-from featurepipe.heads.bundle_files import read_manifest
-from featurepipe.heads.bundle_trees import ForgedTrees, check_trees
+from featurepipe.heads.bundle import head as bundle_head
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.files import read_manifest
+from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
 from featurepipe.heads.neighbours import BlockNeighbours
 
 
@@ -437,7 +437,7 @@ def test_entries_that_are_missing_or_wrong_are_named(folder, forge):
 
 
 def forge_back(folder, original):
-    from featurepipe.heads.bundle_files import write_manifest
+    from featurepipe.heads.bundle.files import write_manifest
 
     write_manifest(folder, original)
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import BundleError
-from featurepipe.heads import bundle_folder
-from featurepipe.heads.bundle import read_bundle, write_bundle
-from featurepipe.heads.bundle_folder import check_bundle_target
+from featurepipe.heads.bundle import folder as bundle_folder
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.folder import check_bundle_target
 
 # Loads what it needs once; for each line it is sent, forks a child that writes two bundles to one place in turn for ever.
 WRITER = """
 import os, sys
-from featurepipe.heads import bundle_folder
-from featurepipe.heads.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle import folder as bundle_folder
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 
 two = read_bundle(sys.argv[1]), read_bundle(sys.argv[2])
 print("ready", flush=True)
@@ -111,7 +111,7 @@ def test_a_failure_leaves_the_old_bundle_and_no_rest(bundle, folder, monkeypatch
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"featurepipe.heads.bundle.{moment}", fail)
+    monkeypatch.setattr(f"featurepipe.heads.bundle.bundle.{moment}", fail)
     with pytest.raises(
         BundleError, match=r"cannot write the bundle .*No space left on device; what was there is unchanged"
     ):
