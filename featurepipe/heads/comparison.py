@@ -1,0 +1,244 @@
+"""What repeated measurements of accuracy say: intervals, paired differences, the one-standard-error choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtr
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.variance import EQUAL, of_folds, of_images, quantile, wilson
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval and standard error; None where one measurement cannot tell."""
+
+    value: float
+    low: float | None
+    high: float | None
+    se: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its 95 % interval, and the two-sided p value of no difference; None as in ``Estimate``."""
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def over_folds(cells: npt.ArrayLike, test_to_train: float) -> Estimate:
+    """Estimates the accuracy of a head trained on so many images, from folds of one or several cross-validations.
+
+    Training sets overlap, so that cells are not independent and the plain t interval is much too narrow. In the tests'
+    simulation of 100 images it holds the true mean in 74 % of cases for 3 x 5 folds and 56 % for 5 x 2, this one in 98 %:
+    the corrected resampled t interval of Nadeau & Bengio 2003 ("Inference for the Generalization Error"), which Bouckaert &
+    Frank 2004 ("Evaluating the Replicability of Significance Tests for Comparing Learning Algorithms") apply to repeated
+    cross-validation: the variance of the mean is ``variance * (1 / k + test_to_train)``, with k - 1 degrees of freedom.
+
+    Args:
+        cells: (k,) accuracies, one for each fold of each repetition.
+        test_to_train: Images of a fold over images that train: ``1 / (folds - 1)``. 0 for independent measurements.
+
+    Returns:
+        The mean; interval (within 0 and 1) and error are None for a single cell: use ``over_images`` there.
+
+    Raises:
+        UsageError: There is no cell, a cell is no accuracy, or the ratio is negative.
+    """
+    accuracies = _accuracies(cells, "cells")
+    if accuracies.ndim != 1:
+        raise UsageError(f"cells must be one accuracy for each fold of each seed, these have shape {accuracies.shape}")
+    value, variance = of_folds(accuracies, test_to_train)
+    if variance is None:
+        return Estimate(value, None, None, None)
+    se = float(np.sqrt(variance))
+    reach = quantile(len(accuracies) - 1) * se
+    return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), se)
+
+
+def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Estimate:
+    """Estimates the accuracy on images like these of heads trained with seeds like these, from one fixed test split.
+
+    Images and seeds are two crossed samples. The variance of the mean is that over groups of images (of the mean over
+    seeds), plus that between seeds as far as it is more than the images' sampling explains (Cameron, Gelbach & Miller
+    2011, "Robust Inference With Multiway Clustering": the sum of both less that of their cells). Degrees of freedom
+    are Satterthwaite's, so that few seeds that disagree make the interval wide. With one seed it is for this head.
+
+    The interval is Wilson's (1927) for as many independent images as would give this variance (Dean & Pagano 2015,
+    "Evaluating Confidence Interval Methods for Binomial Proportions in Clustered Surveys"). Resampling the groups
+    would give the same variance at a thousand times the cost, and no interval at all where every image is right;
+    there Wilson's has the right width for so many groups.
+
+    Args:
+        correct: (k, n) or (n,): whether each seed's head was right on each image, or the share of times it was.
+        groups: (n,) or (n, bytes) keys of the images: copies of one image count as one. None if all differ.
+
+    Returns:
+        The mean over images and seeds; interval and error are None where there is a single group.
+
+    Raises:
+        UsageError: There is no image, a value is not within 0 and 1, or groups do not fit.
+    """
+    hits = np.atleast_2d(_accuracies(correct, "correct"))
+    value, sampling = of_images(hits, groups)
+    if sampling is None:
+        return Estimate(value, None, None, None)
+    low, high = wilson(value, sampling)
+    return Estimate(value, low, high, float(np.sqrt(sampling.variance)))
+
+
+def difference_over_folds(a: npt.ArrayLike, b: npt.ArrayLike, test_to_train: float) -> Difference:
+    """Estimates by how much ``a`` is more accurate than ``b``, both measured on the same folds: see ``over_folds``.
+
+    Args:
+        a: (k,) accuracies.
+        b: (k,) accuracies on the same folds, in the same order.
+        test_to_train: ``1 / (folds - 1)``.
+
+    Returns:
+        The mean of ``a - b``; exactly no difference has p = 1 and no width. One fold has no interval and no p. The same
+        difference in every fold has p = 0 and no width, which of few small folds says little: compare over images.
+
+    Raises:
+        UsageError: As ``over_folds``, or the shapes differ.
+    """
+    first, second = _paired(a, b)
+    if first.ndim != 1:
+        raise UsageError(f"a and b must be one accuracy for each fold of each seed, they have shape {first.shape}")
+    value, variance = of_folds(_without_rounding(first - second), test_to_train)
+    return _difference(value, variance, len(first) - 1)
+
+
+def difference_over_images(a: npt.ArrayLike, b: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Difference:
+    """Estimates by how much ``a`` is more accurate than ``b`` on images like these: see ``over_images``.
+
+    The t test of paired differences, which for one seed and no copies is all but McNemar's (1947).
+
+    Args:
+        a: (k, n) or (n,), whether right.
+        b: Of the same shape, for the same images and seeds.
+        groups: (n,) or (n, bytes) keys of the images; None if all differ.
+
+    Returns:
+        The mean of ``a - b``, as ``difference_over_folds``.
+
+    Raises:
+        UsageError: As ``over_images``, or the shapes differ.
+    """
+    first, second = _paired(a, b)
+    value, sampling = of_images(np.atleast_2d(_without_rounding(first - second)), groups)
+    if sampling is None:
+        return _difference(value, None, 0)
+    return _difference(value, sampling.variance, sampling.freedom)
+
+
+def cheapest_within_one_se(estimates: Mapping[str, Estimate], costs: Mapping[str, float]) -> tuple[str, str]:
+    """Chooses the cheapest whose accuracy is at most one standard error below the best's.
+
+    The one-standard-error rule (Breiman, Friedman, Olshen & Stone 1984, "Classification and Regression Trees", section
+    3.4.3), with cost in the place of a tree's size. An unknown standard error counts as 0.
+
+    Args:
+        estimates: Of each candidate.
+        costs: Of each candidate, in any unit.
+
+    Returns:
+        The chosen and the best. Of equally accurate ones the cheaper is best, of equally cheap ones the more accurate
+        is chosen; the first of those that are equal in both.
+
+    Raises:
+        UsageError: There is no candidate, one has no cost, or its accuracy is NaN.
+
+    Example:
+        >>> accuracies = {"early": Estimate(0.90, 0.88, 0.92, 0.01), "late": Estimate(0.905, 0.89, 0.92, 0.01)}
+        >>> cheapest_within_one_se(accuracies, {"early": 0.3, "late": 1.0})
+        ('early', 'late')
+    """
+    if not estimates:
+        raise UsageError("there is nothing to choose from; give an estimate or more")
+    missing = [name for name in estimates if name not in costs]
+    if missing:
+        raise UsageError(f"{missing[0]!r} has no cost; give one for each of: {', '.join(estimates)}")
+    undefined = [name for name, one in estimates.items() if np.isnan(one.value) or np.isnan(costs[name])]
+    if undefined:
+        raise UsageError(f"the accuracy or cost of {undefined[0]!r} is NaN; leave it out")
+    best = min(estimates, key=lambda name: (-estimates[name].value, costs[name]))
+    least = estimates[best].value - (estimates[best].se or 0.0) - EQUAL
+    near = [name for name, one in estimates.items() if one.value >= least]
+    return min(near, key=lambda name: (costs[name], -estimates[name].value)), best
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
+    """Computes Spearman's rho and Kendall's tau-b; pairs with a value that is not finite are left out.
+
+    Args:
+        a: Values.
+        b: As many, of the same things.
+
+    Returns:
+        ``{"spearman", "kendall"}``, None where undefined: fewer than 3 pairs, or one side constant.
+
+    Raises:
+        UsageError: There are not as many of both.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise UsageError(f"ranks are compared of as many values, not of shapes {first.shape} and {second.shape}")
+    known = np.isfinite(first) & np.isfinite(second)
+    first, second = first[known], second[known]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return {"spearman": None, "kendall": None}
+    from scipy import stats  # takes half a second
+
+    return {
+        "spearman": float(stats.spearmanr(first, second).statistic),
+        "kendall": float(stats.kendalltau(first, second).statistic),
+    }
+
+
+def _difference(value: float, variance: float | None, freedom: float) -> Difference:
+    if variance is None:
+        return Difference(value, None, None, None)
+    if variance == 0:
+        return Difference(value, value, value, 1.0 if abs(value) <= EQUAL else 0.0)
+    se = float(np.sqrt(variance))
+    reach = quantile(freedom) * se
+    return Difference(value, value - reach, value + reach, float(2 * stdtr(freedom, -abs(value) / se)))
+
+
+def _accuracies(values: npt.ArrayLike, name: str) -> Floats:
+    found = np.asarray(values, np.float64)
+    if found.ndim not in {1, 2} or not found.size:
+        raise UsageError(f"{name} must have a value or more, in one or two dimensions, not shape {found.shape}")
+    if not (found.min() >= 0 and found.max() <= 1):  # NaN is neither
+        raise UsageError(f"{name} must be from 0 to 1; these reach from {found.min()} to {found.max()}")
+    return found
+
+
+def _paired(a: npt.ArrayLike, b: npt.ArrayLike) -> tuple[Floats, Floats]:
+    first, second = _accuracies(a, "a"), _accuracies(b, "b")
+    if first.shape != second.shape:
+        raise UsageError(f"differences are taken of the same folds or images, not of {first.shape} and {second.shape}")
+    return first, second
+
+
+def _without_rounding(differences: Floats) -> Floats:
+    """Differences that are only rounding become exactly 0."""
+    return np.where(np.abs(differences) <= EQUAL, 0.0, differences)

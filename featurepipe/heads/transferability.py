@@ -1,0 +1,226 @@
+"""How well features will serve a set of labels, without fitting a head: LogME and H-score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import linalg
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import Array, Blocks, as_blocks
+from featurepipe.heads.gram_forms import SecondMoments, eigen, second_moments
+from featurepipe.heads.sampling import SomeRows, sampled_positions
+
+Floats = npt.NDArray[np.float64]
+Shrinkage = float | Literal["ledoit-wolf"]
+
+_STEPS = 500  # of the fixed point; it takes ten where there is something to learn
+_TOLERANCE = 1e-6  # relative change of the ratio, which changes the evidence by its square
+_WIDEST = 1e12  # how far the ratio may leave the largest squared singular value, either way
+
+
+@dataclass(frozen=True)
+class TransferScores:
+    """Both scores of one set of features; higher is better.
+
+    Attributes:
+        log_me: See ``log_me``.
+        h_score: See ``h_score``.
+        images: How many images they were computed from.
+    """
+
+    log_me: float
+    h_score: float
+    images: int
+
+
+def log_me(
+    X: Blocks | Array,
+    codes: npt.ArrayLike,
+    classes: int,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> float:
+    """Computes the logarithm of the maximum evidence of labels given features, per image.
+
+    You et al. 2021, "LogME: Practical Assessment of Pre-trained Models for Transfer Learning": each class's 0/1 label is
+    a linear function of the features with a Gaussian prior of precision alpha on its weights and Gaussian noise of
+    precision beta; the evidence is what remains when the weights are integrated out, at the alpha and beta that
+    maximise it. Those are found by the fixed-point iteration of You et al. 2022 ("Ranking and Tuning Pre-trained
+    Models", JMLR 23), which needs only squared singular values of the features and the labels' projections on the
+    singular vectors. There is no intercept, as in the paper.
+
+    The determinant has all D eigenvalues. The authors' program leaves out D - n of them where D > n (their issue 23),
+    so there its values differ from these.
+
+    Args:
+        X: (n, D) features, array or ``Blocks``. Where D <= n they are read in blocks and only a (D, D) matrix is held;
+            else they are read at once, which takes less than that.
+        codes: (n,) class of each image, from 0 to ``classes - 1``.
+        classes: Number of classes; those without images are left out of the mean.
+        rows: Use at most so many images, drawn by ``seed``: bounds the time, which grows with min(n, D) cubed. Compare
+            scores of the same images only.
+        seed: Of the draw.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Returns:
+        The mean over classes, in nats per image; comparable between features of the same images and labels.
+
+    Raises:
+        UsageError: Codes do not fit, or fewer than two classes have images.
+        ValueError: A feature is NaN or infinite.
+    """
+    return _log_me(_summary(X, codes, classes, rows, seed, memory))
+
+
+def h_score(
+    X: Blocks | Array,
+    codes: npt.ArrayLike,
+    classes: int,
+    *,
+    shrinkage: Shrinkage = "ledoit-wolf",
+    rows: int | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> float:
+    """Computes the H-score: the share of the features' variance that lies between classes, summed over directions.
+
+    Bao et al. 2019 ("An Information-Theoretic Approach to Transferability in Task Transfer Learning"):
+    ``trace(cov(X)^-1 cov(E[X | class]))``, between 0 and ``classes - 1``. With few images to many values it only grows
+    with D, so by default both covariances are regularised as Ibrahim et al. 2021 do ("Newer is not always better:
+    Rethinking transferability metrics, their peculiarities, stability and performance"):
+    ``trace(S^-1 (1 - a) cov(E[X | class]))`` with ``S = (1 - a) cov(X) + a trace(cov(X)) / D I`` and the share a of
+    Ledoit & Wolf 2004 ("A well-conditioned estimator for large-dimensional covariance matrices").
+
+    Args:
+        X: (n, D) features; see ``log_me``.
+        codes: (n,) class of each image.
+        classes: Number of classes.
+        shrinkage: The share a, from 0 to 1; 0 gives Bao's score, with a pseudo-inverse.
+        rows: Use at most so many images; see ``log_me``.
+        seed: Of the draw.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Returns:
+        The score; 0 for constant features.
+
+    Raises:
+        UsageError: Codes or shrinkage do not fit, or fewer than two classes have images.
+        ValueError: A feature is NaN or infinite.
+    """
+    _check_shrinkage(shrinkage)
+    return _h_score(_summary(X, codes, classes, rows, seed, memory), shrinkage)
+
+
+def transfer_scores(
+    X: Blocks | Array,
+    codes: npt.ArrayLike,
+    classes: int,
+    *,
+    shrinkage: Shrinkage = "ledoit-wolf",
+    rows: int | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> TransferScores:
+    """Computes ``log_me`` and ``h_score`` from one Gram matrix; arguments and errors as there."""
+    _check_shrinkage(shrinkage)
+    summary = _summary(X, codes, classes, rows, seed, memory)
+    return TransferScores(_log_me(summary), _h_score(summary, shrinkage), summary.images)
+
+
+def _summary(
+    X: Blocks | Array, codes: npt.ArrayLike, classes: int, rows: int | None, seed: int, memory: int | str | None
+) -> SecondMoments:
+    blocks = as_blocks(X)
+    truth = _checked_codes(codes, classes, blocks.shape[0])
+    chosen = sampled_positions(len(truth), rows, seed)
+    if chosen is not None:
+        blocks, truth = SomeRows(blocks, chosen), truth[chosen]
+    if len(np.unique(truth)) < 2:
+        raise UsageError("images of one class only tell nothing about transfer; two classes or more need images")
+    return second_moments(blocks, truth, classes, memory)
+
+
+def _checked_codes(codes: npt.ArrayLike, classes: int, count: int) -> npt.NDArray[np.int64]:
+    truth = np.asarray(codes)
+    if truth.shape != (count,):
+        raise UsageError(f"codes must be one for each of the {count} images, these have shape {truth.shape}")
+    if not np.issubdtype(truth.dtype, np.integer) or (count and (truth.min() < 0 or truth.max() >= classes)):
+        raise UsageError(f"codes must be integers from 0 to {classes - 1}")
+    return truth.astype(np.int64)
+
+
+def _check_shrinkage(shrinkage: Any) -> None:
+    if shrinkage != "ledoit-wolf" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
+        raise UsageError(f"shrinkage={shrinkage!r} must be a number from 0 to 1, or 'ledoit-wolf'")
+
+
+def _log_me(summary: SecondMoments) -> float:
+    """The evidence at the ratio t = alpha / beta to which the fixed point leads.
+
+    For a given t the best beta is n / (residual + t |weights|^2), so that the evidence is a function of t alone. Written
+    so, eigenvalues that are 0 add nothing, however many they are, and neither alpha nor beta can overflow: t goes to
+    infinity where features are useless, and to 0 where there is no noise.
+    """
+    n, squares = summary.images, summary.counts  # the sum of squares of a 0/1 label is its number of images
+    sigma, projected = summary.spectrum()
+    outside = np.maximum(squares - projected.sum(axis=1), 0)
+    ratio = _fixed_point(sigma, projected, outside, n)
+    cost = outside + (projected * (ratio / (sigma + ratio))).sum(axis=1)
+    evidence = n * np.log(n / (2 * np.pi * cost)) - np.log1p(sigma / ratio).sum(axis=1) - n
+    return float(evidence.mean() / (2 * n))
+
+
+def _fixed_point(sigma: Floats, projected: Floats, outside: Floats, n: int) -> Floats:
+    """Iterates t = gamma residual / (|weights|^2 (n - gamma)), for all classes at once; (K, 1)."""
+    ratio = np.ones((len(projected), 1))
+    if not len(sigma):
+        return ratio
+    for _ in range(_STEPS):
+        shrunk = ratio / (sigma + ratio)
+        rest = n - len(sigma) + shrunk.sum(axis=1)  # n - gamma, without cancelling digits
+        residual = outside + (projected * shrunk**2).sum(axis=1)
+        weights = (projected * sigma / (sigma + ratio) ** 2).sum(axis=1)
+        with np.errstate(divide="ignore", over="ignore"):
+            new = (n - rest) * residual / (weights * rest)
+        new = np.clip(new, sigma[-1] / _WIDEST, sigma[-1] * _WIDEST)[:, None]
+        done = np.abs(new - ratio) <= _TOLERANCE * ratio
+        ratio = new
+        if done.all():
+            break
+    return ratio
+
+
+def _h_score(summary: SecondMoments, shrinkage: Shrinkage) -> float:
+    share = _ledoit_wolf_share(summary) if shrinkage == "ledoit-wolf" else float(shrinkage)
+    left, right = summary.between()
+    mean_variance = float(np.trace(summary.centred)) / (summary.images * summary.width)
+    solved = _solve(summary.centred * ((1 - share) / summary.images), share * mean_variance, right)
+    return (1 - share) * float((left * solved).sum())
+
+
+def _solve(matrix: Floats, ridge: float, right: Floats) -> Floats:
+    """``right (matrix + ridge I)^-1``, with the pseudo-inverse where there is no ridge."""
+    if ridge > 0:
+        matrix[np.diag_indices_from(matrix)] += ridge
+        solved: Floats = linalg.solve(matrix, right.T, assume_a="pos").T
+        return solved
+    values, vectors = eigen(matrix)
+    inverted: Floats = (right @ vectors / values) @ vectors.T
+    return inverted
+
+
+def _ledoit_wolf_share(summary: SecondMoments) -> float:
+    """The share of the identity that brings the covariance nearest to the true one (their lemmas 3.3 and 3.4)."""
+    n, width = summary.images, summary.width
+    if width == 1:
+        return 0.0  # any multiple of the identity is the same matrix
+    squared = float((summary.centred**2).sum()) / n**2  # of the covariance: scatter and Gram matrix have the same
+    noise = (summary.quartic() / n - squared) / (width * n)
+    distance = (squared - (float(np.trace(summary.centred)) / n) ** 2 / width) / width
+    return 0.0 if noise <= 0 or distance <= 0 else min(1.0, noise / distance)
