@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from featurepipe.heads.pca import BlockPCA as BlockPCA
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.scaling import BlockScaler as BlockScaler
+    from featurepipe.heads.similarity import linear_cka as linear_cka
+    from featurepipe.heads.transferability import h_score as h_score
+    from featurepipe.heads.transferability import log_me as log_me
+    from featurepipe.heads.transferability import transfer_scores as transfer_scores
 
 _HOMES = {
     "HEADS": "families",
@@ -53,10 +57,14 @@ _HOMES = {
     "expected_calibration_error": "calibration",
     "fit_path": "linear",
     "fit_temperature": "calibration",
+    "h_score": "transferability",
+    "linear_cka": "similarity",
+    "log_me": "transferability",
     "make_head": "families",
     "probabilities": "calibration",
     "read_bundle": "bundle.bundle",
     "score_table": "metrics",
+    "transfer_scores": "transferability",
     "write_bundle": "bundle.bundle",
 }
 __all__ = list(_HOMES)

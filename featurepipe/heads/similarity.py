@@ -43,7 +43,7 @@ def linear_cka(
 
     Gram matrices are made tile by tile, those of all sets at once, so that no (n, n) matrix is ever held. Products are
     made in ``working_dtype`` of centred and scaled values (float32 for float16 and float32 features, which changes the
-    result by about 1e-6), all sums in float64.
+    result by some 1e-8), all sums in float64.
 
     Args:
         features: L sets of (n, D_l) features, arrays or ``Blocks``, whose rows are the same n images.

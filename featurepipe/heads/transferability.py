@@ -19,7 +19,7 @@ Shrinkage = float | Literal["ledoit-wolf"]
 
 _STEPS = 500  # of the fixed point; it takes ten where there is something to learn
 _TOLERANCE = 1e-6  # relative change of the ratio, which changes the evidence by its square
-_WIDEST = 1e12  # how far the ratio may leave the largest squared singular value, either way
+_DECADES = 12  # how far the ratio may leave the largest squared singular value, either way
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def log_me(
     precision beta; the evidence is what remains when the weights are integrated out, at the alpha and beta that
     maximise it. Those are found by the fixed-point iteration of You et al. 2022 ("Ranking and Tuning Pre-trained
     Models", JMLR 23), which needs only squared singular values of the features and the labels' projections on the
-    singular vectors. There is no intercept, as in the paper.
+    singular vectors. There is no intercept, as in the paper. The iteration starts from the best of a grid, not from
+    alpha = beta = 1: there may be several maxima, and which one is found must not depend on the features' scale.
 
     The determinant has all D eigenvalues. The authors' program leaves out D - n of them where D > n (their issue 23),
     so there its values differ from these.
@@ -163,37 +164,61 @@ def _check_shrinkage(shrinkage: Any) -> None:
 def _log_me(summary: SecondMoments) -> float:
     """The evidence at the ratio t = alpha / beta to which the fixed point leads.
 
-    For a given t the best beta is n / (residual + t |weights|^2), so that the evidence is a function of t alone. Written
-    so, eigenvalues that are 0 add nothing, however many they are, and neither alpha nor beta can overflow: t goes to
-    infinity where features are useless, and to 0 where there is no noise.
+    It may have several maxima and the iteration finds the one nearby, so it starts from the best of a grid.
     """
-    n, squares = summary.images, summary.counts  # the sum of squares of a 0/1 label is its number of images
     sigma, projected = summary.spectrum()
-    outside = np.maximum(squares - projected.sum(axis=1), 0)
-    ratio = _fixed_point(sigma, projected, outside, n)
-    cost = outside + (projected * (ratio / (sigma + ratio))).sum(axis=1)
-    evidence = n * np.log(n / (2 * np.pi * cost)) - np.log1p(sigma / ratio).sum(axis=1) - n
-    return float(evidence.mean() / (2 * n))
-
-
-def _fixed_point(sigma: Floats, projected: Floats, outside: Floats, n: int) -> Floats:
-    """Iterates t = gamma residual / (|weights|^2 (n - gamma)), for all classes at once; (K, 1)."""
-    ratio = np.ones((len(projected), 1))
+    labels = _Labels(summary.images, sigma, projected, np.maximum(summary.counts - projected.sum(axis=1), 0))
     if not len(sigma):
-        return ratio
+        return float(labels.evidence(np.ones((len(projected), 1))).mean())
+    grid = sigma[-1] * np.logspace(-_DECADES, _DECADES, 4 * _DECADES + 1)
+    tried = np.stack([labels.evidence(np.full((len(projected), 1), ratio)) for ratio in grid])
+    ratio = grid[tried.argmax(axis=0)][:, None]
     for _ in range(_STEPS):
-        shrunk = ratio / (sigma + ratio)
-        rest = n - len(sigma) + shrunk.sum(axis=1)  # n - gamma, without cancelling digits
-        residual = outside + (projected * shrunk**2).sum(axis=1)
-        weights = (projected * sigma / (sigma + ratio) ** 2).sum(axis=1)
-        with np.errstate(divide="ignore", over="ignore"):
-            new = (n - rest) * residual / (weights * rest)
-        new = np.clip(new, sigma[-1] / _WIDEST, sigma[-1] * _WIDEST)[:, None]
+        new = np.clip(labels.next_ratio(ratio), grid[0], grid[-1])
         done = np.abs(new - ratio) <= _TOLERANCE * ratio
         ratio = new
         if done.all():
             break
-    return ratio
+    return float(labels.evidence(ratio).mean())
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """K 0/1 labels as linear functions of features with r singular values.
+
+    Attributes:
+        images: n.
+        sigma: (r,) squared singular values.
+        projected: (K, r) squared projections of the labels on the singular vectors.
+        outside: (K,) what of their squares lies outside.
+    """
+
+    images: int
+    sigma: Floats
+    projected: Floats
+    outside: Floats
+
+    def evidence(self, ratio: Floats) -> Floats:
+        """(K,) log evidence per image at the ratio (K, 1), with the best beta for it: n / (residual + t |weights|^2).
+
+        Written so, eigenvalues that are 0 add nothing, however many they are, and neither alpha nor beta can overflow:
+        t goes to infinity where features are useless, and to 0 where there is no noise.
+        """
+        n = self.images
+        cost = self.outside + (self.projected * (ratio / (self.sigma + ratio))).sum(axis=1)
+        likelihood = n * np.log(n / (2 * np.pi * cost)) - n
+        found: Floats = (likelihood - np.log1p(self.sigma / ratio).sum(axis=1)) / (2 * n)
+        return found
+
+    def next_ratio(self, ratio: Floats) -> Floats:
+        """(K, 1) gamma residual / (|weights|^2 (n - gamma)), the fixed point's step."""
+        shrunk = ratio / (self.sigma + ratio)
+        rest = self.images - len(self.sigma) + shrunk.sum(axis=1)  # n - gamma, without cancelling digits
+        residual = self.outside + (self.projected * shrunk**2).sum(axis=1)
+        weights = (self.projected * self.sigma / (self.sigma + ratio) ** 2).sum(axis=1)
+        with np.errstate(divide="ignore", over="ignore"):
+            step: Floats = (self.images - rest) * residual / (weights * rest)
+        return step[:, None]
 
 
 def _h_score(summary: SecondMoments, shrinkage: Shrinkage) -> float:

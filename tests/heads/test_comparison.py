@@ -179,6 +179,11 @@ class TestImages:
             covered.append(found.low <= true <= found.high)
         assert least <= np.mean(covered) <= most
 
+    def test_chance_that_images_explain_is_not_counted_for_seeds_again(self):
+        rng = np.random.default_rng(8)
+        squared = [over_images(rng.random((5, 200)) < 0.7).se ** 2 for _ in range(300)]
+        assert 0.95 < np.mean(squared) / (0.21 / 1000) < 1.4
+
     def test_seeds_that_disagree_widen_it_and_deterministic_ones_do_not(self):
         rng = np.random.default_rng(3)
         correct = rng.random(1000) < 0.8
@@ -245,6 +250,11 @@ class TestChoice:
 
     def test_the_cheapest_within_the_bests_error_is_chosen(self):
         assert cheapest_within_one_se(self.ESTIMATES, self.COSTS) == ("middle", "late")
+
+    def test_exactly_one_error_below_is_within_it(self):
+        even = {"a": Estimate(0.7, None, None, 0.1), "b": Estimate(0.8, None, None, 0.1)}
+        assert 0.8 - 0.1 > 0.7
+        assert cheapest_within_one_se(even, {"a": 1, "b": 2}) == ("a", "b")
 
     def test_the_error_that_counts_is_the_bests(self):
         sure = self.ESTIMATES | {"late": Estimate(0.90, 0.89, 0.91, 0.004)}

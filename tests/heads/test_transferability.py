@@ -54,6 +54,30 @@ def test_log_me_is_the_largest_evidence(n, width, wrap):
     assert log_me(wrap(x), codes, 3) == pytest.approx(dense_log_me(x, codes, 3), abs=1e-6)
 
 
+def test_the_scale_does_not_decide_which_maximum_is_found():
+    """The evidence of these has two maxima; from alpha = beta = 1 the iteration finds the lower one of small features."""
+    rng = np.random.default_rng(0)
+    codes = np.arange(60) % 2
+    strong = rng.standard_normal(60)
+    weak = 1e-2 * (2.0 * codes - 1 + 0.3 * rng.standard_normal(60))
+    x = np.column_stack([strong, weak])
+    found = [log_me(x * scale, codes, 2) for scale in (1e-6, 1, 1e6)]
+    assert found == pytest.approx([best_on_a_grid(x, codes)] * 3, abs=1e-3)
+
+
+def best_on_a_grid(x, codes):
+    """Mean over two classes of the highest log evidence at any alpha / beta, each with its best beta."""
+    found = []
+    for y in (codes == 0, codes == 1):
+        values = []
+        for ratio in np.logspace(-7, 4, 200):
+            covariance = np.eye(len(x)) + x @ x.T / ratio
+            beta = len(x) / (y @ np.linalg.solve(covariance, y.astype(float)))
+            values.append(multivariate_normal.logpdf(y, cov=covariance / beta) / len(x))
+        found.append(max(values))
+    return np.mean(found)
+
+
 @SHAPES
 @pytest.mark.parametrize("shrinkage", ["ledoit-wolf", 0.3, 0.0, 1.0])
 def test_h_score_is_that_of_the_formula(n, width, shrinkage, wrap):
@@ -136,9 +160,20 @@ def test_classes_without_images_do_not_count(wrap):
     )
 
 
-def test_one_value_an_image_is_enough():
-    x, codes = problem(50, 1)
+@pytest.mark.parametrize("seed", range(5))
+def test_one_value_an_image_is_enough(seed):
+    x, codes = problem(50, 1, seed=seed)
     assert h_score(x, codes, 3) == pytest.approx(dense_h_score_of_one(x[:, 0], codes), rel=1e-10)
+
+
+@pytest.mark.parametrize("width", [6, 40], ids=["tall", "wide"])
+def test_columns_that_follow_from_others_add_nothing(width):
+    x, codes = problem(30, width)
+    x[:, 3] = x[:, :3].sum(axis=1)
+    mixed = x @ np.linalg.qr(np.random.default_rng(1).standard_normal((width, width)))[0]
+    twice = np.concatenate([mixed, mixed], axis=1)
+    assert log_me(twice, codes, 3) == pytest.approx(log_me(x, codes, 3), abs=1e-6)
+    assert h_score(twice, codes, 3, shrinkage=0) == pytest.approx(dense_h_score(x, codes, 0), rel=1e-6)
 
 
 def dense_h_score_of_one(x, codes):
