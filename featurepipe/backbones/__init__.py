@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from featurepipe.backbones.measure import NodeInfo
     from featurepipe.backbones.pooling import pool
     from featurepipe.backbones.preprocessing import Preprocessing
+    from featurepipe.backbones.stages import bounded_pooling
+    from featurepipe.backbones.timing import node_times
 
 __all__ = [
     "Backbone",
@@ -22,8 +24,10 @@ __all__ = [
     "Column",
     "NodeInfo",
     "Preprocessing",
+    "bounded_pooling",
     "list_backbones",
     "load_backbone",
+    "node_times",
     "parse_column",
     "pool",
     "timm_models",
@@ -36,8 +40,10 @@ _HOME = {
     "Column": "columns",
     "NodeInfo": "measure",
     "Preprocessing": "preprocessing",
+    "bounded_pooling": "stages",
     "list_backbones": "catalog",
     "load_backbone": "loading",
+    "node_times": "timing",
     "parse_column": "columns",
     "pool": "pooling",
     "timm_models": "catalog",

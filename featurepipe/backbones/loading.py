@@ -20,6 +20,7 @@ from featurepipe.backbones.nodes import Trace
 from featurepipe.backbones.packaged import EfficientNetLite, LeNet
 from featurepipe.backbones.pooling import pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
+from featurepipe.backbones.stages import stages
 from featurepipe.backbones.weights import StateDict, is_file_name
 from featurepipe.errors import UsageError, unknown
 
@@ -156,6 +157,10 @@ class Backbone:
     def nodes(self) -> list[NodeInfo]:
         """Returns the nodes whose output can be kept, in execution order; needs no weights."""
         return list(self._node_infos)
+
+    def stages(self) -> tuple[str, ...]:
+        """Names the outputs of the network's blocks in execution order, the bottleneck last; needs no weights."""
+        return stages(self._skeleton, self._node_infos, self.node(self.bottleneck))
 
     def graph(self, names: Sequence[str]) -> fx.GraphModule | None:
         """Returns a module that maps images (N, C, H, W) to ``{node: output}``, pruned above the deepest node.
