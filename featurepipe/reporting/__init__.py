@@ -1,0 +1,1 @@
+"""The page: one HTML file that shows what a depth benchmark or an evaluation found, without a network."""

@@ -1,0 +1,138 @@
+"""Bokeh plots that follow the page: transparent, as wide as they may be, no toolbar that keeps a finger from scrolling.
+
+Text in a canvas that comes from the document is given as ``PlainText``: what Bokeh takes for TeX makes it load MathJax
+from the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bokeh.models import (
+    ColumnDataSource,
+    DataRange1d,
+    FixedTicker,
+    HoverTool,
+    NumeralTickFormatter,
+    PlainText,
+    Range1d,
+)
+from bokeh.plotting import figure
+
+from featurepipe.reporting.numbers import shortened
+from featurepipe.reporting.palette import INK, QUIET, RULE, Paint, Style
+
+Figure = Any
+"""A ``bokeh.plotting.figure``, whose annotations do not know all that its properties accept."""
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_TICK = 22  # characters of a label under an axis
+_CARD = "background:var(--card);color:var(--ink);margin:-5px;padding:8px 10px;max-width:15rem;font:13px/1.4 var(--sans)"
+_BREAK = "overflow-wrap:anywhere"
+
+
+def blank(paint: Paint, *, height: int = 400, y_range: DataRange1d | Range1d | None = None) -> Figure:
+    """An empty plot without tools; ``y_range`` may be another plot's."""
+    ranges: dict[str, Any] = {} if y_range is None else {"y_range": y_range}
+    plot: Figure = figure(
+        sizing_mode="stretch_width",
+        height=height,
+        min_width=200,
+        tools="",
+        toolbar_location=None,
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+        **ranges,
+    )
+    plot.toolbar.logo = None
+    for axis in plot.axis:
+        paint.set_plain(axis, axis_line_color=RULE, major_tick_line_color=RULE)
+        paint.set_plain(axis, major_label_text_color=QUIET, axis_label_text_color=INK)
+        axis.minor_tick_line_color = None
+        axis.major_label_text_font = axis.axis_label_text_font = _FONT
+        axis.major_label_text_font_size = axis.axis_label_text_font_size = "12px"
+        axis.axis_label_text_font_style = "normal"
+    for grid in plot.grid:
+        paint.set_plain(grid, grid_line_color=RULE)
+    return plot
+
+
+def label_axis(axis: Any, text: str, *, shares: bool = False) -> None:
+    """Says what an axis shows; ``shares`` are written as per cent."""
+    axis.axis_label = PlainText(text=text)
+    if shares:
+        axis.formatter = NumeralTickFormatter(format="0.[0] %")
+
+
+def name_places(axis: Any, places: Sequence[float], names: Sequence[str], *, slanted: bool = False) -> None:
+    """Puts names at places of an axis; long ones are cut in the middle."""
+    axis.ticker = FixedTicker(ticks=list(places))
+    labels = [PlainText(text=shortened(name, _TICK)) for name in names]
+    axis.major_label_overrides = dict(zip(places, labels, strict=True))
+    axis.major_tick_line_color = None
+    if slanted:
+        axis.major_label_orientation = 0.9
+
+
+def hover(
+    plot: Figure, renderers: Sequence[Any], lines: Sequence[tuple[str, str]], *, title: str, image: str = ""
+) -> None:
+    """Shows the uppermost point under the pointer: ``title``, ``image`` and the values of ``lines`` are columns.
+
+    Args:
+        plot: Where.
+        renderers: Whose points.
+        lines: What each value is, and its column.
+        title: The column shown in bold.
+        image: The column of data URIs, if there are images.
+    """
+    rows = "".join(
+        f'<div style="{_BREAK}"><span style="color:var(--quiet)">{name}</span> @{{{column}}}</div>'
+        for name, column in lines
+    )
+    picture = (
+        f'<img src="@{{{image}}}" alt="" style="display:block;width:96px;height:96px;object-fit:contain;'
+        'background:#808080;margin-bottom:6px">'
+        if image
+        else ""
+    )
+    html = f'<div style="{_CARD}">{picture}<div style="font-weight:600;{_BREAK}">@{{{title}}}</div>{rows}</div>'
+    plot.add_tools(
+        HoverTool(
+            renderers=list(renderers), tooltips=html, limit=1, sort_by=[("$index", "descending")], show_arrow=False
+        )
+    )
+
+
+def draw_series(plot: Figure, paint: Paint, source: ColumnDataSource, style: Style) -> tuple[list[Any], Any]:
+    """Draws columns ``x``, ``y``, ``low`` and ``high`` as a line with markers and intervals.
+
+    Returns:
+        Every renderer, and the one of the markers, on which to hover.
+    """
+    bars = plot.segment("x", "low", "x", "high", source=source, line_width=2, line_alpha=0.75)
+    line = plot.line("x", "y", source=source, line_width=2, line_dash=style.dash or "solid")
+    points = draw_points(plot, paint, source, style)
+    for renderer in (bars, line):
+        _follow(paint, renderer, line_color=style)
+    return [bars, line, points], points
+
+
+def draw_points(plot: Figure, paint: Paint, source: ColumnDataSource, style: Style, *, size: int = 10) -> Any:
+    """Draws columns ``x`` and ``y`` as markers."""
+    points = plot.scatter("x", "y", source=source, marker=style.marker or "circle", size=size, line_width=1.5)
+    _follow(paint, points, line_color=style)
+    if style.filled:
+        _follow(paint, points, fill_color=style)
+    else:
+        points.glyph.fill_color = None
+    return points
+
+
+def _follow(paint: Paint, renderer: Any, **styles: Style) -> None:
+    """Colours a glyph; Bokeh's own dimmed copies of it are never shown."""
+    renderer.nonselection_glyph = None
+    renderer.muted_glyph = None
+    paint.set(renderer.glyph, **{name: style.colour for name, style in styles.items()})

@@ -1,0 +1,106 @@
+"""The sections that a depth benchmark and a bundle share: the confusions, the map, the mistakes, the provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featurepipe.reporting.blocks import Block, Facts, Gallery, Picture, Prose, Section, Table
+from featurepipe.reporting.feature_map import feature_map
+from featurepipe.reporting.matrices import confusion_map
+from featurepipe.reporting.numbers import Cell, bounded, count, finite, interval, percent, plain
+from featurepipe.reporting.palette import Paint
+from featurepipe.reporting.projection import Projection
+
+Document = Mapping[str, Any]
+
+_SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "top_5", "ece")
+_MEASURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auc": "AUC, one against the rest",
+    "top_5": "true class among the first five",
+    "log_loss": "log loss",
+    "ece": "expected calibration error",
+}
+
+
+def details(metrics: Document, column: str, head: str, paint: Paint) -> Section | None:
+    """What kinds of errors a head makes: its measures, the confusion matrix, the classes."""
+    blocks: list[Block | None] = [_measures(metrics), confusion_map(metrics, paint), _classes(metrics)]
+    kept = [block for block in blocks if block]
+    return Section("details", f"{head} on {column} in detail" if head else "In detail", kept) if kept else None
+
+
+def map_of_images(
+    projection: Projection | None, images: Mapping[str, str], column: str, paint: Paint
+) -> Section | None:
+    """Where the images lie."""
+    if projection is None or not projection.ids:
+        return None
+    return Section("map", "Map of the images", [feature_map(projection, images, column, paint)])
+
+
+def mistakes(metrics: Document, images: Mapping[str, str]) -> Section | None:
+    """The images that were named wrongly with the greatest confidence."""
+    found = metrics.get("mistakes") or {}
+    worst = found.get("most_confident") or []
+    if not worst:
+        return None
+    total = found.get("count")
+    words = f"The {len(worst)} most confident of {count(total)} mistakes." if finite(total) else ""
+    words += " Some may be errors of the labels rather than of the head."
+    gallery = Gallery(tuple(_picture(mistake, images) for mistake in worst))
+    return Section("mistakes", "Most confident mistakes", [Prose((words.strip(),)), gallery])
+
+
+def provenance(document: Document, facts: Document) -> Section | None:
+    """How it was measured, and everything needed to do it again."""
+    blocks: list[Block] = [Prose((str(document["protocol"]),))] if document.get("protocol") else []
+    blocks += [Facts(title, values) for title, values in facts.items() if values]
+    return Section("provenance", "How this was measured", blocks) if blocks else None
+
+
+def _picture(mistake: Document, images: Mapping[str, str]) -> Picture:
+    id_, true, predicted = (str(mistake.get(name, "")) for name in ("id", "true", "predicted"))
+    sure = percent(mistake.get("probability"))
+    alt = f"Image {id_}: {true}, taken for {predicted} with probability {sure}"
+    return Picture(images.get(id_), alt, id_, (f"is {true}", f"taken for {predicted}, {sure}"))
+
+
+def _measures(metrics: Document) -> Table | None:
+    rows = []
+    for name, words in _MEASURES.items():
+        found = metrics.get(name)
+        if not isinstance(found, Mapping):
+            continue
+        if name in _SHARES:
+            cell = bounded(found.get("value"), found.get("low"), found.get("high"))
+        else:
+            cell = Cell(plain(found.get("value")), finite(found.get("value")))
+        bounds = interval(found.get("low"), found.get("high")) if name in _SHARES else _plain_bounds(found)
+        rows.append((Cell(words), Cell(cell.text, cell.order), Cell(bounds or str(found.get("reason", "")))))
+    if not rows:
+        return None
+    images = f" on {count(metrics['images'])} images" if finite(metrics.get("images")) else ""
+    return Table(f"Measures{images}", ("Measure", "Value", "95\u00a0% interval"), tuple(rows), sortable=False)
+
+
+def _plain_bounds(found: Document) -> str:
+    low, high = found.get("low"), found.get("high")
+    return "" if finite(low) is None or finite(high) is None else f"{plain(low)} to {plain(high)}"
+
+
+def _classes(metrics: Document) -> Table | None:
+    found: Sequence[Document] = metrics.get("per_class") or []
+    shares = ("precision", "recall", "f1", "auc")
+    rows = tuple(
+        (
+            Cell(str(row["class"])),
+            Cell(count(row.get("support")), finite(row.get("support"))),
+            *(Cell(percent(row.get(name)), finite(row.get(name))) for name in shares),
+        )
+        for row in found
+    )
+    return Table("Each class", ("Class", "Images", "Precision", "Recall", "F1", "AUC"), rows) if rows else None

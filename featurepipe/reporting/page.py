@@ -1,0 +1,142 @@
+"""The file itself: sections through the template, scripts and styles inline, and a policy under which nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from bokeh.embed import components
+from bokeh.resources import Resources
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from featurepipe.reporting import template_text
+from featurepipe.reporting.blocks import Exhibit, Section
+from featurepipe.reporting.bundle_sections import bundle_column, bundle_sections, bundle_title
+from featurepipe.reporting.common_sections import details, map_of_images, mistakes, provenance
+from featurepipe.reporting.depth_sections import depth_sections, depth_title
+from featurepipe.reporting.palette import Paint
+from featurepipe.reporting.projection import Projection
+
+Document = Mapping[str, Any]
+Images = Mapping[str, str]
+
+_PACKAGE = "featurepipe.reporting"
+
+
+def compose(document: Document, metrics: Document, projection: Projection | None, small: Images, large: Images) -> str:
+    """The page as HTML.
+
+    Args:
+        document: Of either kind.
+        metrics: Its table of scores, or nothing.
+        projection: Where the images of the map are.
+        small: Thumbnails for the map, data URIs by id.
+        large: Thumbnails of the mistakes.
+    """
+    paint = Paint()
+    depth = document["kind"] == "depth"
+    part = document.get("details") or {}
+    column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)
+    head = str(part.get("head", "")) if depth else str((document.get("bundle") or {}).get("family", ""))
+    sections = [
+        *(depth_sections(document, paint) if depth else bundle_sections(document)),
+        details(metrics, column, head, paint),
+        map_of_images(projection, small, column, paint),
+        mistakes(metrics, large),
+        provenance(document, _depth_facts(document) if depth else _bundle_facts(document)),
+    ]
+    title = depth_title(document) if depth else bundle_title(document)
+    return render(title, [section for section in sections if section], paint, _footer(document))
+
+
+def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -> str:
+    """Fills the template; everything that is not ``Markup`` is escaped there."""
+    plots = {
+        panel.plot.id: panel.plot
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, Exhibit)
+        for panel in block.panels
+    }
+    scripts: list[str] = []
+    divs: dict[str, str] = {}
+    if plots:
+        start, divs = components(plots, wrap_script=False)
+        library = Resources(mode="inline", components=["bokeh"], log_level="warn")
+        scripts = [*library.js_raw, start]
+    scripts.append(_text("page.js"))
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(template_text.FUNCTIONS)
+    return environment.get_template("page.html").render(
+        title=title,
+        sections=sections,
+        divs={name: Markup(div) for name, div in divs.items()},  # noqa: S704  Bokeh's own, made of ids only
+        style=Markup(_text("style.css")),  # noqa: S704
+        scripts=[Markup(_inline(script)) for script in scripts],  # noqa: S704
+        policy=_policy([_inline(script) for script in scripts]),
+        colours=Markup(_json(paint.notes)),  # noqa: S704
+        footer=footer,
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A Content Security Policy: these scripts and no others, pictures from the page itself, and no connection at all."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _inline(script: str) -> str:
+    """A script as it may stand between tags, line ends as the browser's parser leaves them (the hash is of those)."""
+    return script.replace("\r\n", "\n").replace("</script", "<\\/script")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _text(name: str) -> str:
+    return (resources.files(_PACKAGE) / name).read_text(encoding="utf-8")
+
+
+def _depth_facts(document: Document) -> dict[str, Any]:
+    return {
+        "Provenance": document.get("provenance"),
+        "Settings": document.get("settings"),
+        "Data": {
+            name: document[name]
+            for name in ("dataset", "test_dataset", "images", "counts", "classes")
+            if name in document
+        },
+        "Network": {name: document[name] for name in ("backbone", "space", "control") if name in document},
+    }
+
+
+def _bundle_facts(document: Document) -> dict[str, Any]:
+    evaluation = document.get("evaluation") or {}
+    return {
+        "Provenance": document.get("provenance"),
+        "Bundle": document.get("bundle"),
+        "Evaluation": {name: value for name, value in evaluation.items() if name != "metrics"},
+    }
+
+
+def _footer(document: Document) -> str:
+    origin = document.get("provenance") or {}
+    version = (origin.get("software") or {}).get("featurepipe")
+    made = f"featurepipe {version}" if version else "featurepipe"
+    return f"Made with {made}{', ' + str(origin['when']) if origin.get('when') else ''}"

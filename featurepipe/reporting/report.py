@@ -1,0 +1,93 @@
+"""From a document of numbers to the page: everything that is slow first, then the file, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import UsageError
+from featurepipe.progress import announcer
+from featurepipe.reporting.thumbnails import ReadImage, bounded_thumbnails, thumbnails
+from featurepipe.store.atomic import atomic_file
+from featurepipe.tables import size
+
+KINDS = ("depth", "bundle")
+VERSION = 1
+
+_MAP_CHARACTERS = (
+    3_600_000  # of thumbnails on the map: with Bokeh's own 1.3 MB and the numbers the page stays under 6 MB
+)
+_MISTAKE_SIDE = 112
+
+Features = tuple[Sequence[str], Any, Sequence[Any] | None]
+
+
+def write_report(
+    document: Mapping[str, Any],
+    target: str | os.PathLike[str],
+    *,
+    images: ReadImage | None = None,
+    features: Features | None = None,
+    silent: bool = False,
+) -> Path:
+    """Writes one self-contained HTML page that shows a document; nothing on it is fetched from anywhere.
+
+    Parts of the page are left out where the document lacks what they show.
+
+    Args:
+        document: What ``featurepipe depth --json`` gives, or of a trained bundle ``kind`` "bundle", ``version`` 1,
+            ``bundle`` (from ``describe_bundle``), ``evaluation`` (from ``evaluate``) and ``provenance``.
+        target: The file; one that is there is replaced once the new one is complete.
+        images: Gives the image of an id as encoded bytes, array (H, W), (H, W, C) or (C, H, W), or PIL image; None
+            where it is not at hand. Without it the page has no pictures.
+        features: Ids (n,), features (n, D) float32 of the recommended column and labels (n,) for the map. At most 2,000
+            images, drawn at random, are placed.
+        silent: Say nothing on standard error.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: The document is of another kind or version, or the folder of ``target`` does not exist.
+        DiskFull: No space is left; a file that was there is as before.
+    """
+    from featurepipe.reporting.page import compose
+    from featurepipe.reporting.projection import project
+
+    path = Path(target)
+    _check(document, path)
+    say = announcer(silent=silent)
+    projection = None
+    if features is not None and len(features[0]):
+        say(f"placing {min(len(features[0]), 2000):,} of {len(features[0]):,} images on a map")
+        projection = project(*features)
+    metrics = metrics_of(document)
+    wrong = [str(m.get("id")) for m in (metrics.get("mistakes") or {}).get("most_confident") or []]
+    large = thumbnails(wrong, images, side=_MISTAKE_SIDE)
+    small = bounded_thumbnails(list(projection.ids), images, most=_MAP_CHARACTERS) if projection else {}
+    html = compose(document, metrics, projection, small, large).encode("utf-8", "replace")
+    with atomic_file(path) as file:
+        file.write(html)
+    say(f"wrote {path} ({size(len(html))})")
+    return path
+
+
+def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table of scores (``heads.metrics.score_table``) of the recommended column, or of the bundle."""
+    part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
+    found: Mapping[str, Any] = (part or {}).get("metrics") or {}
+    return found
+
+
+def _check(document: Mapping[str, Any], path: Path) -> None:
+    kind, version = document.get("kind"), document.get("version")
+    if kind not in KINDS:
+        raise UsageError(
+            f"a document of kind {kind!r} has no page; kinds: {', '.join(KINDS)}. Make one with: featurepipe depth --json"
+        )
+    if version != VERSION:
+        raise UsageError(f"this featurepipe shows documents of version {VERSION}, not {version!r}; measure again")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; make it first")

@@ -1,0 +1,107 @@
+"""Images as small data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ReadImage = Callable[[str], Any]
+"""Gives the image of an id: encoded bytes, an array, a PIL image, or None where it is not at hand."""
+
+BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+"""One transparent pixel."""
+
+_SIDES = (80, 64, 48, 36, 28)
+_TRIED = 40  # images by whose size that of all is judged
+_QUALITY = 72
+
+
+def thumbnails(ids: Iterable[str], read: ReadImage | None, *, side: int) -> dict[str, str]:
+    """Makes data URIs of at most ``side`` x ``side`` pixels, for the ids whose images can be had."""
+    made = {id_: thumbnail(read(id_), side) for id_ in ids} if read else {}
+    return {id_: uri for id_, uri in made.items() if uri}
+
+
+def bounded_thumbnails(ids: list[str], read: ReadImage | None, *, most: int) -> dict[str, str]:
+    """As ``thumbnails``, as large as ``most`` characters in all allow, judged by some of the images.
+
+    Images that no longer fit, if those were unusually small, are left out.
+    """
+    step = max(1, len(ids) // _TRIED)
+    tried = ids[::step]
+    for side in _SIDES:
+        sample = thumbnails(tried, read, side=side)
+        if sum(map(len, sample.values())) * len(ids) / max(len(tried), 1) <= most:
+            break
+    made, spent = {}, 0
+    for id_, uri in thumbnails(ids, read, side=side).items():
+        spent += len(uri)
+        if spent > most:
+            break
+        made[id_] = uri
+    return made
+
+
+def thumbnail(image: Any, side: int) -> str | None:
+    """One image as a data URI, JPEG or PNG, whichever is shorter; None if it cannot be read as an image."""
+    try:
+        small = _upright(image, side)
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
+        return None  # what Pillow raises for damaged files; a page lacks a picture rather than failing
+    if small is None:
+        return None
+    candidates = [("jpeg", _encoded(small, "JPEG", quality=_QUALITY, optimize=True))]
+    if small.width * small.height <= 32 * 32:
+        candidates.append(("png", _encoded(small, "PNG", optimize=True)))
+    kind, data = min(candidates, key=lambda candidate: len(candidate[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _upright(image: Any, side: int) -> Image.Image | None:
+    """The image, turned as its EXIF says, on white, at most ``side`` wide and high, grey or RGB."""
+    if image is None:
+        return None
+    if isinstance(image, bytes | bytearray | memoryview):
+        image = Image.open(io.BytesIO(image))
+        image.draft("RGB", (2 * side, 2 * side))  # lets JPEG decode at a fraction of its size
+    elif not isinstance(image, Image.Image):
+        image = _from_array(np.asarray(image))
+    turned = ImageOps.exif_transpose(image)
+    flat = _flat(turned)
+    flat.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return flat
+
+
+def _from_array(pixels: np.ndarray[Any, Any]) -> Image.Image:
+    """An array (H, W), (H, W, C) or (C, H, W); values beyond bytes are brought into their range."""
+    if pixels.ndim == 3 and pixels.shape[0] in {1, 3, 4} and pixels.shape[2] not in {1, 3, 4}:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype != np.uint8:
+        values = np.nan_to_num(pixels.astype(np.float64))
+        low, high = values.min(initial=0), values.max(initial=0)
+        pixels = ((values - low) * (255 / (high - low if high > low else 1))).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+        image = _from_array(np.asarray(image))
+    if image.mode in {"1", "L"}:
+        return image.convert("L")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    clear = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
