@@ -41,8 +41,9 @@ def node_times(
         nodes: Names of nodes or modules, ``bottleneck``, or columns ``node:pooling``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         device: A torch device such as ``cpu`` or ``cuda:0``.
-        batch: Images per forward.
-        seconds: About how long each node is measured, in three rounds at least.
+        batch: Images per forward; a few are enough for a slow network on a CPU.
+        seconds: About how long each node is measured, but no less than four forwards on every core: one to warm up, and
+            three that count.
 
     Returns:
         For each name as given, the median over rounds of milliseconds per image.
