@@ -379,6 +379,7 @@ def draw(rows: list[dict[str, Any]], tasks: Sequence[str], folds: int, path: Pat
         pixels = 100 * find(rows, task, "none")[0]["accuracy"]
         panel.axhline(pixels, color="#b06000", linewidth=1, linestyle=":", label="pixels, no network")
         panel.set_title(task, fontsize=11, fontweight="bold")
+        panel.set_xlim(-0.5, len(names) - 0.5)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy of a linear head, %")

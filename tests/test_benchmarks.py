@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SMALL = ["--backbone", "resnet18", "--precision", "fp32"]
+ARGUMENTS = {"bench_extract": SMALL, "layer_depth": [*SMALL, "--weights", "none"]}
 
 
 @pytest.mark.slow
@@ -20,11 +22,11 @@ ROOT = Path(__file__).parent.parent
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_extract", {"results"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
+        ("layer_depth", {"columns", "results", "script"}),
     ],
 )
 def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
-    arguments = ["--backbone", "resnet18", "--precision", "fp32"] if name == "bench_extract" else []
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--json", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--json", *ARGUMENTS.get(name, [])]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
@@ -32,5 +34,12 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
     assert result["machine"]["cores"] >= 1
     if name == "bench_extract":
         assert result["results"][0]["worst_cosine"] >= 0.9999
+    elif name == "layer_depth":
+        (measured,) = result["results"]
+        assert measured["ratio"] == pytest.approx(measured["stages_seconds"] / measured["deepest_seconds"], abs=1e-3)
+        assert measured["stages"]["images"] == measured["deepest"]["images"] == 24
+        # float16 values; an HDF5 file of 24 rows has some 60 bytes of frame for each row and column
+        assert 0 <= measured["stages"]["bytes_per_image"] - 2 * sum(result["columns"].values()) < 2000
+        assert result["script"]["passes"] == len(result["columns"]) == 5
     else:
         assert all(isinstance(result[figure], int | float) for figure in figures)
