@@ -35,11 +35,9 @@ def _answer(document: Document) -> Section | None:
     if finite(accuracy.get("value")) is None:
         return None
     bounds = interval(accuracy.get("low"), accuracy.get("high"))
+    known = f", 95\u00a0% interval {bounds}" if bounds else ""
     scope = f" ({evaluation['scope']})" if evaluation.get("scope") else ""
-    sentence = (
-        f"It names {percent(accuracy['value'])} of {count(metrics.get('images'))} images rightly"
-        f"{f', 95 % interval {bounds}' if bounds else ''}{scope}."
-    )
+    sentence = f"It names {percent(accuracy['value'])} of {count(metrics.get('images'))} images rightly{known}{scope}."
     balanced = metrics.get("balanced_accuracy") or {}
     figures = (
         ("Accuracy", percent(accuracy["value"]), bounds),

@@ -28,7 +28,10 @@ Figure = Any
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _TICK = 22  # characters of a label under an axis
-_CARD = "background:var(--card);color:var(--ink);margin:-5px;padding:8px 10px;max-width:15rem;font:13px/1.4 var(--sans)"
+_CARD = (  # narrow enough to fit beside any point on a phone
+    "background:var(--card);color:var(--ink);box-sizing:border-box;max-width:min(15rem,42vw);margin:-5px;padding:8px 10px;"
+    "font:13px/1.4 var(--sans)"
+)
 _BREAK = "overflow-wrap:anywhere"
 
 

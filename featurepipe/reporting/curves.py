@@ -118,7 +118,12 @@ def _or(value: Any, other: float) -> float:
 
 
 def _chosen(params: Any) -> str:
-    return ", ".join(dict.fromkeys(str(value) for value in params or [])) or "its defaults"
+    """The parameters that were chosen in some fold, each once."""
+    words = [
+        ", ".join(f"{name} {value}" for name, value in chosen.items()) if isinstance(chosen, Mapping) else str(chosen)
+        for chosen in params or []
+    ]
+    return " or ".join(filter(None, dict.fromkeys(words))) or "its defaults"
 
 
 def _ring(

@@ -57,7 +57,7 @@ def feature_map(projection: Projection, images: Mapping[str, str], column: str, 
         tuple(Key(name, styles[code], row=code) for code, name in enumerate(names)),
         chosen=True,
         filters=(shown.id, source.id),
-        note="Point at an image to see it."
+        note="Point at a mark, or tap it, to see the image."
         + (" In t-SNE neighbours mean something, distances between groups do not." if len(panels) > 1 else ""),
     )
 

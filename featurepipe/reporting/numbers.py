@@ -32,11 +32,11 @@ def finite(value: Any) -> float | None:
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """A share as per cent.
+    r"""A share as per cent.
 
     Example:
         >>> percent(0.9134), percent(None), percent(0.5, 0)
-        ('91.3 %', '\u2013', '50 %')
+        ('91.3\xa0%', '–', '50\xa0%')
     """
     number = finite(value)
     return DASH if number is None else f"{100 * number:.{digits}f}\u00a0%"

@@ -1,6 +1,6 @@
 "use strict";
 // The page works without this but for its plots. Of Bokeh it uses the global `Bokeh.documents`, a document's
-// `get_model_by_id`, and the models' own properties.
+// `get_model_by_id`, the models' own properties, and that its plots listen to pointer events.
 (() => {
   const colours = JSON.parse(document.getElementById("colours").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -80,6 +80,21 @@
     const button = event.target.closest?.("button");
     if (button?.dataset.panel !== undefined) choose(button);
     else if (button?.closest(".keys") && plots !== null) toggle(button);
+  });
+
+  // Bokeh's tooltips follow a pointer that moves; a finger that taps does not.
+  let tapped = null;
+  function pass_on(name, target, event) {
+    const { clientX, clientY } = event;
+    target.dispatchEvent(new PointerEvent(name, {
+      view: window, clientX, clientY, isPrimary: true, bubbles: true, composed: true,
+    }));
+  }
+  document.addEventListener("click", (event) => {
+    if (event.pointerType === "mouse") return;
+    if (tapped !== null) pass_on("pointerout", tapped, event);
+    tapped = event.target.closest?.(".plot") ? event.composedPath()[0] : null;
+    if (tapped !== null) pass_on("pointermove", tapped, event);
   });
 
   const folded = new Set();

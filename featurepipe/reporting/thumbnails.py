@@ -79,6 +79,8 @@ def _upright(image: Any, side: int) -> Image.Image | None:
 
 def _from_array(pixels: np.ndarray[Any, Any]) -> Image.Image:
     """An array (H, W), (H, W, C) or (C, H, W); values beyond bytes are brought into their range."""
+    if pixels.ndim not in {2, 3} or not pixels.size:
+        raise ValueError(f"an array of shape {pixels.shape} is no image")
     if pixels.ndim == 3 and pixels.shape[0] in {1, 3, 4} and pixels.shape[2] not in {1, 3, 4}:
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.ndim == 3 and pixels.shape[2] == 1:

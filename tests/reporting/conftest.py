@@ -205,9 +205,15 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="session")
+def new_document() -> Callable[[], dict[str, Any]]:
+    """Makes documents that a test may change."""
+    return lambda: copy.deepcopy(DOCUMENT)
+
+
 @pytest.fixture
-def document() -> dict[str, Any]:
-    return copy.deepcopy(DOCUMENT)
+def document(new_document) -> dict[str, Any]:
+    return new_document()
 
 
 @pytest.fixture
@@ -254,7 +260,7 @@ def bundle_document() -> dict[str, Any]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def read_image() -> Callable[[str], bytes]:
     """PNG files of 28 x 28, which differ from id to id."""
 
@@ -269,7 +275,7 @@ def read_image() -> Callable[[str], bytes]:
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def features() -> tuple[list[str], np.ndarray, list[str]]:
     """Six hundred images in ten groups."""
     rng = np.random.default_rng(2)

@@ -1,0 +1,370 @@
+"""The page in a real browser: nothing is fetched, nothing fails, and it can be read on a phone and in the dark."""
+
+import asyncio
+import base64
+import io
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from PIL import Image
+
+from featurepipe.reporting.report import write_report
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine"),
+]
+SECONDS = 60
+
+
+class Browser:
+    """One tab of a headless Chromium, driven by the DevTools protocol."""
+
+    def __init__(self, folder: Path) -> None:
+        options = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--disable-gpu"]
+        options += [
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--hide-scrollbars",
+        ]
+        options += ["--no-sandbox", "--disable-dev-shm-usage"] if os.geteuid() == 0 else []
+        log = (folder / "log").open("wb")
+        with log:
+            self._process = subprocess.Popen([str(CHROMIUM), *options, "about:blank"], stdout=log, stderr=log)
+        self._runner = asyncio.Runner()
+        self.events: list[dict[str, Any]] = []
+        self._number = 0
+        try:
+            self._runner.run(self._connect(folder / "DevToolsActivePort"))
+        except BaseException:
+            self.close()
+            raise
+
+    _http: aiohttp.ClientSession | None = None
+    _tab: str | None = None
+
+    async def _connect(self, port_file: Path) -> None:
+        end = time.monotonic() + SECONDS
+        while not port_file.exists() or len(port_file.read_text().splitlines()) < 2:
+            if time.monotonic() > end or self._process.poll() is not None:
+                raise RuntimeError(f"chromium did not start: {(port_file.parent / 'log').read_text()[-2000:]}")
+            await asyncio.sleep(0.05)
+        port, path = port_file.read_text().splitlines()[:2]
+        self._http = aiohttp.ClientSession()
+        self._socket = await self._http.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0)
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        return self._runner.run(self._send(method, params))
+
+    async def _send(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        self._number += 1
+        order = {"id": self._number, "method": method, "params": params}
+        await self._socket.send_json(order | ({"sessionId": self._tab} if self._tab else {}))
+        while True:
+            message = await self._socket.receive_json(timeout=SECONDS)
+            if message.get("id") != self._number:
+                self.events.append(message)
+            elif "error" in message:
+                raise RuntimeError(f"{method}: {message['error']}")
+            else:
+                return message["result"]
+
+    def run(self, expression: str) -> Any:
+        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        end = time.monotonic() + SECONDS
+        while not self.run(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"never became true: {expression}"
+            time.sleep(0.1)
+
+    def open(
+        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, touch: bool = False
+    ) -> None:
+        self._new_tab()
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
+        self.send("Emulation.setTouchEmulationEnabled", enabled=touch)
+        self.scheme("dark" if dark else "light")
+        self.send("Page.navigate", url=path.as_uri())
+        self.wait_for(f"location.href === {path.as_uri()!r} && document.readyState === 'complete'")
+        self.wait_for("window.Bokeh && Bokeh.documents.length && Bokeh.documents[0].is_idle")
+        self.wait_for("document.documentElement.dataset.plots")
+
+    def _new_tab(self) -> None:
+        self._tab = None  # what follows is for the browser
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._tab = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.send(f"{domain}.enable")
+
+    def scheme(self, name: str) -> None:
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+
+    def move(self, x: float, y: float) -> None:
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def tap(self, x: float, y: float) -> None:
+        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def colours(self, selector: str) -> int:
+        """How many colours a part of the page is painted in."""
+        left, top, width, height = self.box(selector)
+        clip = {"x": left, "y": top + self.run("scrollY"), "width": width, "height": height, "scale": 1}
+        data = self.send("Page.captureScreenshot", clip=clip)["data"]
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            return len(image.convert("RGB").getcolors(1 << 24))
+
+    def box(self, selector: str) -> list[float]:
+        """Left, top, width and height of an element, which is brought into view."""
+        return self.run(f"""(() => {{
+            const element = document.querySelector({selector!r});
+            element.scrollIntoView({{block: "center", behavior: "instant"}});
+            const {{left, top, width, height}} = element.getBoundingClientRect();
+            return [left, top, width, height];
+        }})()""")
+
+    def paper(self) -> bytes:
+        """The page as it is printed, PDF."""
+        return base64.b64decode(self.send("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"])
+
+    def requests(self) -> list[str]:
+        self.run("0")  # reads what has arrived
+        return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+
+    def complaints(self) -> list[Any]:
+        self.run("0")
+        logged = [e["params"]["entry"] for e in self.events if e["method"] == "Log.entryAdded"]
+        said = [e["params"] for e in self.events if e["method"] == "Runtime.consoleAPICalled"]
+        thrown = [e["params"]["exceptionDetails"] for e in self.events if e["method"] == "Runtime.exceptionThrown"]
+        return (
+            [e for e in logged if e["level"] != "verbose"]
+            + [e for e in said if e["type"] in {"error", "warning"}]
+            + thrown
+        )
+
+    def close(self) -> None:
+        if self._http is not None:
+            self._runner.run(self._http.close())
+        self._runner.close()
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+# Bokeh's parts are in shadow roots, which selectors do not enter.
+DEEP = """
+globalThis.deep = (selector, root = document) => [
+  ...root.querySelectorAll(selector),
+  ...Array.from(root.querySelectorAll("*")).flatMap((e) => (e.shadowRoot ? deep(selector, e.shadowRoot) : [])),
+];
+globalThis.tips = () => deep(".bk-Tooltip").filter((e) => e.getBoundingClientRect().height > 10);
+"""
+MAP = "#map .panel:not(.tucked) .plot"
+NAMES = ("<img src=x onerror=alert(1)>", "$$x^2$$", 'a & b\'s "class"')
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    tab = Browser(tmp_path_factory.mktemp("chromium"))
+    yield tab
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def page(new_document, features, read_image, tmp_path_factory):
+    """A page with names that are hard on browsers."""
+    document = new_document()
+    ids, values, labels = features
+    document["details"]["metrics"]["mistakes"]["most_confident"][0]["id"] = NAMES[0]
+    names = dict(zip(("Shirt", "Bag", "Coat"), NAMES, strict=True))
+    labels = [names.get(label, label) for label in labels]
+    classes = document["details"]["metrics"]["confusion"]["classes"]
+    classes[:] = [names.get(name, name) for name in classes]
+    return write_report(
+        document, tmp_path / "page.html", images=read_image, features=(ids, values, labels), silent=True
+    )
+
+
+def find_tip(browser: Browser, selector: str, act) -> dict[str, Any]:
+    """Points at places of a plot until a tooltip shows; returns its text, pictures and edges."""
+    left, top, width, height = browser.box(selector)
+    browser.run(DEEP + "0")
+    for down in range(8, 92, 4):
+        for right in range(12, 96, 2):
+            act(left + width * right / 100, top + height * down / 100)
+            if browser.run("tips().length"):
+                return browser.run("""(async () => {
+                    const [tip] = tips(), content = tip.shadowRoot.querySelector(".bk-tooltip-content");
+                    const images = [...content.querySelectorAll("img")];
+                    await Promise.all(images.map((image) => image.decode()));
+                    const {left, right} = tip.getBoundingClientRect();
+                    return {
+                        text: content.textContent, left, right,
+                        sizes: images.map((image) => image.naturalWidth), sources: images.map((image) => image.src.slice(0, 11)),
+                    };
+                })()""")
+    raise AssertionError(f"no tooltip anywhere in {selector}")
+
+
+def test_nothing_fails_and_nothing_is_fetched(browser, page):
+    browser.open(page)
+    assert browser.run("Bokeh.documents[0].roots().length") == 7
+    for plot in ("#curves .plot", "#similarity .plot", "#scores .plot", "#details .plot", MAP):
+        assert browser.colours(plot) > 20, plot  # drawn, not blank
+    find_tip(browser, MAP, browser.move)
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
+
+
+def test_the_policy_stops_what_would_be_fetched_or_run(browser, page):
+    """So that the test before means something, and a name that slipped through unescaped could do nothing."""
+    browser.open(page)
+    browser.run("""(() => {
+        const image = document.createElement("img"), script = document.createElement("script");
+        image.src = "https://example.invalid/a.png";
+        script.textContent = "globalThis.ran = true";
+        document.body.append(image, script);
+    })()""")
+    time.sleep(0.5)
+    assert browser.run("globalThis.ran === undefined")
+    assert len(browser.complaints()) >= 2
+
+
+def test_the_tooltip_of_the_map_shows_the_image(browser, page):
+    browser.open(page)
+    tip = find_tip(browser, MAP, browser.move)
+    assert tip["sizes"] == [28]
+    assert tip["sources"] == ["data:image/"]
+    assert re.search(r"test/\d+", tip["text"])
+
+
+def test_a_finger_sees_the_image_as_well(browser, page):
+    browser.open(page, width=360, height=740, touch=True)
+    tip = find_tip(browser, MAP, browser.tap)
+    assert tip["sizes"] == [28]
+    browser.tap(180, 20)
+    browser.wait_for("tips().length === 0")
+    for plot in ("#curves .plot", "#details .plot"):
+        tip = find_tip(browser, plot, browser.tap)
+        assert tip["left"] >= 0, plot
+        assert tip["right"] <= 360, plot
+
+
+def test_names_stay_text_in_tooltips_and_legends(browser, page):
+    browser.open(page)
+    browser.run(DEEP + "0")
+    shown = browser.run("""(() => {
+        const source = Bokeh.documents[0].get_model_by_id(document.querySelector("#map .exhibit").dataset.source);
+        return [...new Set(source.data.label)];
+    })()""")
+    assert set(NAMES) < set(shown)
+    labels = browser.run("[...document.querySelectorAll('#map .keys button')].map((b) => b.textContent.trim())")
+    assert set(NAMES) < set(labels)
+    keys = "document.querySelectorAll('#map .keys button')"
+    for position, label in enumerate(labels):
+        if label not in NAMES:
+            browser.run(f"{keys}[{position}].click()")
+    tip = find_tip(browser, MAP, browser.move)
+    assert tip["text"].startswith(NAMES)
+    assert len(tip["sizes"]) == 1  # the thumbnail and no other
+    assert browser.complaints() == []
+
+
+def test_the_legend_hides_and_shows(browser, page):
+    browser.open(page)
+    first = "document.querySelector('#curves .keys button')"
+    models = f"JSON.parse({first}.dataset.models).map((id) => Bokeh.documents[0].get_model_by_id(id).visible)"
+    assert browser.run(models) == [True] * 6  # bars, line and markers in two panels
+    browser.run(f"{first}.focus()")
+    for pressed in (False, True):
+        browser.send(
+            "Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+        )
+        browser.send("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        assert browser.run(models) == [pressed] * 6
+        assert browser.run(f"{first}.getAttribute('aria-pressed')") == str(pressed).lower()
+
+
+def test_the_projections_are_chosen_by_a_button(browser, page):
+    browser.open(page)
+    seen = "[...document.querySelectorAll('#map .panel')].map((p) => getComputedStyle(p).visibility)"
+    assert browser.run(seen) == ["visible", "hidden"]
+    browser.run("document.querySelectorAll('.choice button')[1].click()")
+    assert browser.run(seen) == ["hidden", "visible"]
+    assert browser.colours(MAP) > 20
+    assert find_tip(browser, MAP, browser.move)["sizes"] == [28]
+
+
+def test_tables_are_sorted_by_a_click(browser, page):
+    browser.open(page)
+    header = "document.querySelectorAll('#nodes thead tr:last-child th')[1]"
+    widths = "[...document.querySelectorAll('#nodes tbody tr')].map((row) => Number(row.cells[1].dataset.order))"
+    before = browser.run(widths)
+    browser.run(f"{header}.querySelector('button').click()")
+    assert browser.run(widths) == sorted(before) != before
+    assert browser.run(f"{header}.getAttribute('aria-sort')") == "ascending"
+    browser.run(f"{header}.querySelector('button').click()")
+    assert browser.run(widths) == sorted(before, reverse=True)
+    assert browser.run("document.querySelectorAll('#nodes tr.marked').length") == 1
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_the_page_never_scrolls_sideways(browser, page, width):
+    browser.open(page, width=width, height=740, touch=width < 500)
+    browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert browser.run("document.documentElement.scrollWidth") == browser.run("innerWidth") == width
+    outside = browser.run(f"""[...document.querySelectorAll("main *, header *")].filter((e) => {{
+        const box = e.getBoundingClientRect();
+        return box.width && box.right > {width} + 1 && !e.closest(".scroll");
+    }}).map((e) => e.className || e.tagName)""")
+    assert outside == []
+
+
+def test_the_dark_scheme_reaches_page_and_plots(browser, page):
+    browser.open(page)
+    colours = """[getComputedStyle(document.body).backgroundColor,
+        Bokeh.documents[0].get_model_by_id(JSON.parse(document.getElementById("colours").textContent)[0][0])
+            .axis_line_color]"""
+    light = browser.run(colours)
+    assert light == ["rgb(255, 255, 255)", "#dfe3e8"]
+    browser.scheme("dark")
+    browser.wait_for("document.documentElement.dataset.plots === 'dark'")
+    assert browser.run(colours) == ["rgb(21, 24, 29)", "#363c45"]
+    browser.scheme("light")
+    browser.wait_for("document.documentElement.dataset.plots === 'light'")
+    assert browser.run(colours) == light
+    browser.open(page, dark=True)
+    assert browser.run(colours) == ["rgb(21, 24, 29)", "#363c45"]
+
+
+def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
+    browser.open(page)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    shown = "getComputedStyle(document.querySelector({!r})).display !== 'none'"
+    assert not browser.run(shown.format("nav"))
+    assert not browser.run(shown.format(".choice"))
+    assert browser.run("[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 300)")
+    assert browser.run("[...document.querySelectorAll('table, .record')].every((t) => t.clientHeight > 20)")
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run("document.querySelectorAll('details[open]').length") == 0
+    pdf = browser.paper()
+    assert pdf.startswith(b"%PDF")
+    assert 5 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 20

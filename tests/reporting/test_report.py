@@ -1,0 +1,375 @@
+"""What is on the page, found by parsing it; that it asks for nothing from outside; that it is there whole or not at all."""
+
+import copy
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import featurepipe.reporting.report as report_module
+from featurepipe.errors import UsageError
+from featurepipe.reporting.report import write_report
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "path"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>'",
+    "a & b &amp; c",
+    "$$x^2$$",
+    "</script><b>",
+    "名前 🙂 é",
+    "x" * 300,
+)
+
+
+class Page(HTMLParser):
+    """A page as elements; fails where tags do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.cells: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag in {"h1", "h2", "h3", "p", "caption", "summary", "th", "td", "title", "dd", "dt", "li"}:
+            self.texts.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"th", "td"}:
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in self._open:
+            if tag in self.texts:
+                self.texts[tag][-1] += data
+        if self.cells and {"th", "td"} & set(self._open):
+            self.cells[-1][-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, start):
+        return next([" ".join(cell.split()) for cell in row] for row in self.cells if row[0].split()[:1] == [start])
+
+    def headings(self):
+        return [int(name[1]) for name, _ in self.elements if re.fullmatch(r"h[1-6]", name)]
+
+
+def page_of(document, folder, **options):
+    return write_report(document, folder / "page.html", silent=True, **options).read_text("utf-8")
+
+
+def without_library(html: str) -> str:
+    """The page but for Bokeh's own script, whose text has addresses in it."""
+    return re.sub(r"/\* BEGIN bokeh.min.js \*/.*?/\* END bokeh.min.js \*/", "", html, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """t-SNE takes seconds; where it matters a test undoes this."""
+    import featurepipe.reporting.projection as projection
+
+    monkeypatch.setattr(projection, "_tsne", lambda components, seed: components[:, :2] * 2.0)
+
+
+def test_the_answer_and_every_number_of_the_nodes(document, tmp_path):
+    page = Page(page_of(document, tmp_path))
+    assert page.texts["title"] == page.texts["h1"] == ["Which layer of efficientnet_lite0 transfers best to fashion?"]
+    assert page.texts["p"][1] == (  # the first is for those without JavaScript
+        "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0%). "
+        "Stopping the network there saves 38\u00a0% of its forward cost. "
+        "The most accurate node, blocks.14:avg5x5, reaches 91.8\u00a0%."
+    )
+    nodes = next(k for k, row in enumerate(page.cells) if "share of cost" in row)
+    header, rows = page.cells[nodes], page.cells[nodes + 1 : nodes + 8]
+    assert header[:6] == ["Node", "width", "bytes", "ms per image", "share of cost", "LogME"]
+    assert header[6:10] == ["accuracy", "random weights", "shifted data", "difference to best"]
+    chosen = [" ".join(cell.split()) for cell in rows[3]]
+    assert chosen[:6] == ["blocks.10:avg5x5 ★ recommended", "2,800", "5.6 kB", "16.4", "62 %", "0.710"]
+    assert chosen[9] == "−0.48−0.68 to −0.28"
+    assert [row[0].split()[-1] for row in rows].count("recommended") == 1
+    assert rows[4][9] == "–"  # the best has no difference to itself
+
+
+def test_concatenations_similarity_scores_and_provenance(document, tmp_path):
+    html = page_of(document, tmp_path)
+    page = Page(html)
+    joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 + ")]
+    assert [row[-1] for row in joined] == ["yes", "no difference shown"]
+    assert "Most alike are blocks.2:avg6x6 and blocks.4:avg6x6 (0.70), least alike are" in html
+    assert "logistic: Spearman 0.96, Kendall 0.90" in html
+    for text in ("featurepipe depth photos", "2026-11-22T09:00:00+00:00", "300.25", "3.11.2", document["protocol"]):
+        assert text in html
+
+
+def test_confusions_classes_and_mistakes(document, tmp_path, read_image, features):
+    html = page_of(document, tmp_path, images=read_image, features=features)
+    page = Page(html)
+    assert "1,079 of 1,180 images (91.4\u00a0%) are named rightly. Most often mistaken: Shirt for T-shirt (8)" in html
+    pictures = page.all("img")
+    assert len(pictures) == 20
+    assert all(image["src"].startswith("data:image/") for image in pictures)
+    assert pictures[1]["alt"] == "Image test/17: Trouser, taken for Sneaker with probability 99.6\u00a0%"
+    assert page.row("Shirt")[1:4] == ["8", "1", "5"]
+
+
+def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, features):
+    html = page_of(bundle_document, tmp_path, images=read_image, features=features)
+    page = Page(html)
+    assert page.texts["h1"] == ["How good is logistic on blocks.10:avg5x5 on fashion?"]
+    assert page.texts["p"][1].startswith(
+        "It names 91.4\u00a0% of 1,180 images rightly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
+    )
+    assert "7 of these images (1.2\u00a0%) were trained on; without them the accuracy is 88.8\u00a0%." in html
+    assert "3 images carry different labels" in html
+    titles = page.texts["h2"]
+    assert titles[0] == "Answer"
+    assert titles[-1] == "How this was measured"
+    assert "Map of the images" in titles
+
+
+def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, features):
+    html = page_of(document, tmp_path, images=read_image, features=features)
+    page = Page(html)
+    assert page.all("html")[0]["lang"] == "en"
+    assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
+    levels = page.headings()
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    identities = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+    assert len(identities) == len(set(identities))
+    assert {link["href"][1:] for link in page.all("a")} <= set(identities)
+    plots = [a for a in page.all("div") if a.get("class") == "plot"]
+    assert len(plots) == 7  # two of curves, CKA, scores, confusions, PCA and t-SNE
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 40 for a in plots)
+    assert len(page.all("table")) == len(page.texts["caption"])
+    assert all(a.get("scope") in {"col", "row", "colgroup"} for a in page.all("th"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(a.get("aria-pressed") in {"true", "false"} for a in page.all("button"))
+
+
+def test_nothing_is_asked_of_the_network(document, tmp_path, read_image, features):
+    html = page_of(document, tmp_path, images=read_image, features=features)
+    own = without_library(html)
+    assert len(html) - len(own) > 1_000_000  # the library is in the page
+    for tag, attributes in Page(html).elements:
+        for name in ("src", "href", "data", "poster", "action", "srcset"):
+            value = attributes.get(name)
+            assert not value or value.startswith(("data:", "#")), (tag, name, value)
+    assert not re.search(r"https?://|@import|url\(", own)
+    policy = next(a["content"] for a in Page(html).all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+
+
+@pytest.fixture(scope="module")
+def plain_tags():
+    """The elements of a page of harmless names, once they are known."""
+    return []
+
+
+@pytest.mark.parametrize("text", ["a", *HOSTILE])
+def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags, text, read_image, features):
+    changed = replaced(document, text)
+    ids, values, labels = features
+    ids = [text, *ids[1:]]
+    labels = [text if label == "Shirt" else label for label in labels]
+    html = page_of(changed, tmp_path, images=read_image, features=(ids, values, labels))
+    page = Page(html)
+    plain_tags[:] = plain_tags or [tag for tag, _ in page.elements]
+    assert [tag for tag, _ in page.elements] == plain_tags  # no element more or less
+    assert len(page.all("script")) == 4 + 1  # the library (two), the plots, ours, and the colours
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert any(text in heading for heading in page.texts["h1"])
+    assert any(text in cell for row in page.cells for cell in row)
+    assert any(text in (image["alt"] or "") for image in page.all("img"))
+    if "<" in text:
+        assert text not in html
+
+
+def replaced(document, text):
+    """A document in which dataset, one head, one node, one class, ids and the command are all ``text``."""
+    changed = copy.deepcopy(document)
+    changed["dataset"] = text
+    changed["provenance"]["command"] = text
+    for mistake in changed["details"]["metrics"]["mistakes"]["most_confident"]:
+        mistake["id"] = text
+    names = {"blocks.7:avg6x6": text, "knn": f"{text} head", "Shirt": f"{text} class"}
+
+    def walk(value):
+        if isinstance(value, dict):
+            return {names.get(key, key): walk(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [walk(part) for part in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return walk(changed)
+
+
+def test_text_in_plots_is_never_taken_for_formulas(document, tmp_path):
+    """Bokeh loads MathJax from the network for an axis label between dollars."""
+    html = page_of(replaced(document, "$$x$$"), tmp_path)
+    labels = re.findall(r'"name":"PlainText","id":"p\d+","attributes":{"text":"\$\$x\$\$"}', html)
+    assert len(labels) >= 4  # two panels of curves, and two sides of the similarities
+    assert '"major_label_overrides":{"type":"map"' in html
+    assert not re.search(r'"major_label_overrides":{"type":"map","entries":\[\[\d+,"', html)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "results",
+        "columns",
+        "concatenations",
+        "recommended",
+        "similarity",
+        "transferability",
+        "details",
+        "provenance",
+        "rest",
+    ],
+)
+def test_what_is_missing_is_left_out(document, tmp_path, part):
+    if part == "rest":
+        for name in ("settings", "classes", "control", "test_dataset", "protocol", "images", "counts", "space"):
+            document[name] = None
+    elif part in {"results", "similarity", "details"}:
+        document[part] = None
+    else:
+        del document[part]
+    page = Page(page_of(document, tmp_path))
+    gone = {
+        "results": "Accuracy over depth",
+        "columns": "All nodes",
+        "concatenations": "Nodes side by side",
+        "recommended": "Answer",
+        "similarity": "Similarity of nodes",
+        "transferability": "Transferability without fitting",
+        "details": "Most confident mistakes",
+    }
+    assert gone.get(part) not in page.texts["h2"]
+    assert len(page.texts["h2"]) >= 6
+
+
+def test_a_document_with_nothing_in_it_is_a_page(tmp_path):
+    for kind in ("depth", "bundle"):
+        html = page_of({"kind": kind, "version": 1}, tmp_path)
+        assert len(Page(html).texts["h1"]) == 1
+        assert len(html) < 50_000  # no library for no plot
+
+
+def test_numbers_that_are_none_become_dashes(document, tmp_path):
+    document["columns"][0] |= {"ms_per_image": math.nan, "width": None, "bytes_per_image": math.inf}
+    document["results"][0] |= {"low": None, "high": math.nan, "train_accuracy": math.nan}
+    document["similarity"]["cka"][0][1] = None
+    document["transferability"]["scores"]["blocks.2:avg6x6"] = math.nan
+    html = page_of(document, tmp_path)
+    page = Page(html)
+    row = next(row for row in page.cells if row[0] == "blocks.2:avg6x6" and len(row) > 10)
+    assert [cell.strip() for cell in row[1:6]] == ["–", "–", "–", "21\u00a0%", "–"]
+    assert row[6] == "84.2\u00a0%"
+    assert "nan" not in " ".join(cell for row in page.cells for cell in row).lower()
+
+
+def test_an_existing_page_stays_until_the_new_one_is_complete(document, tmp_path, monkeypatch):
+    target = tmp_path / "page.html"
+    target.write_text("old")
+
+    def broken(*_):
+        raise RuntimeError("stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featurepipe.reporting.page.render", broken)
+        with pytest.raises(RuntimeError, match="stop"):
+            write_report(document, target, silent=True)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: broken())
+        with pytest.raises(RuntimeError, match="stop"):
+            write_report(document, target, silent=True)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert write_report(document, str(target), silent=True) == target
+    assert target.read_text("utf-8").endswith("</html>\n") or target.read_text("utf-8").endswith("</html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_other_documents_are_refused(document, tmp_path):
+    with pytest.raises(UsageError, match=r"kind 'runs' has no page; kinds: depth, bundle"):
+        write_report({"kind": "runs"}, tmp_path / "page.html")
+    with pytest.raises(UsageError, match="version 1, not 2"):
+        write_report(document | {"version": 2}, tmp_path / "page.html")
+    with pytest.raises(UsageError, match=r"there is no folder .*nowhere"):
+        write_report(document, tmp_path / "nowhere" / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_map_takes_at_most_two_thousand_images_and_bounded_bytes(document, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (200, 200, 3), np.uint8)  # compresses badly
+    n = 2100
+    features = [f"i{k}" for k in range(n)], rng.normal(size=(n, 8)).astype(np.float32), ["a"] * n
+    monkeypatch.setattr(report_module, "_MAP_CHARACTERS", 1_500_000)
+    asked = []
+    path = write_report(document, tmp_path / "p.html", images=lambda id_: asked.append(id_) or noise, features=features)
+    size = path.stat().st_size
+    assert 2_500_000 < size < 1_500_000 + 1_268_000 + 700_000
+    assert len(set(asked) - {f"test/{17 * k}" for k in range(20)}) == 2000
+    assert "placing 2,000 of 2,100 images on a map" in capsys.readouterr().err
+
+
+def test_the_page_can_be_drawn_without_images_features_or_labels(document, tmp_path, features):
+    ids, values, _ = features
+    html = page_of(document, tmp_path, features=(ids, values, None))
+    page = Page(html)
+    assert page.all("img") == []
+    assert "no picture" in html
+    assert "placed so that images with similar features are near each other" in html
+
+
+def test_many_classes_share_the_legend(document, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = [f"class {k % 300}" for k in range(900)]
+    features = [str(k) for k in range(900)], rng.normal(size=(900, 4)).astype(np.float32), labels
+    names = sorted(set(labels))
+    counts = np.eye(300, dtype=int) * 3
+    counts[5, 7] = 9
+    metrics = document["details"]["metrics"]
+    metrics["confusion"] = {"classes": names, "counts": counts.tolist()}
+    metrics["confused"] = [{"true": names[5], "predicted": names[7], "count": 9}]
+    html = page_of(document, tmp_path, features=features)
+    keys = [a for a in Page(html).all("button") if a.get("data-row") is not None]
+    assert len(keys) == 25
+    assert "other classes" in html
+    assert "Shown are the 60 of 300 classes with the most mistakes" in html
+    assert len(html) < 4_500_000
+
+
+def test_colours_of_both_schemes_are_noted(document, tmp_path):
+    html = page_of(document, tmp_path)
+    notes = json.loads(re.search(r'id="colours">(.*?)</script>', html, re.DOTALL)[1])
+    known = set(re.findall(r'"id":"(p\d+)"', html))
+    assert len(notes) > 60
+    assert {note[0] for note in notes} <= known
+    assert all(light != dark for _, _, light, dark in notes)
