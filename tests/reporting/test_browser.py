@@ -190,16 +190,14 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(new_document, features, read_image, tmp_path_factory):
     """A page with names that are hard on browsers."""
-    document = new_document()
+    document, folder = new_document(), tmp_path_factory.mktemp("page")
     ids, values, labels = features
     document["details"]["metrics"]["mistakes"]["most_confident"][0]["id"] = NAMES[0]
     names = dict(zip(("Shirt", "Bag", "Coat"), NAMES, strict=True))
     labels = [names.get(label, label) for label in labels]
     classes = document["details"]["metrics"]["confusion"]["classes"]
     classes[:] = [names.get(name, name) for name in classes]
-    return write_report(
-        document, tmp_path / "page.html", images=read_image, features=(ids, values, labels), silent=True
-    )
+    return write_report(document, folder / "page.html", images=read_image, features=(ids, values, labels), silent=True)
 
 
 def find_tip(browser: Browser, selector: str, act) -> dict[str, Any]:
