@@ -28,6 +28,7 @@ Figure = Any
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _TICK = 22  # characters of a label under an axis
+_SLANTED, _LEVEL = 16, 30  # labels that fit side by side on a phone, and one above the other
 _CARD = (  # narrow enough to fit beside any point on a phone
     "background:var(--card);color:var(--ink);box-sizing:border-box;max-width:min(15rem,42vw);margin:-5px;padding:8px 10px;"
     "font:13px/1.4 var(--sans)"
@@ -69,14 +70,28 @@ def label_axis(axis: Any, text: str, *, shares: bool = False) -> None:
         axis.formatter = NumeralTickFormatter(format="0.[0] %")
 
 
-def name_places(axis: Any, places: Sequence[float], names: Sequence[str], *, slanted: bool = False) -> None:
-    """Puts names at places of an axis; long ones are cut in the middle."""
-    axis.ticker = FixedTicker(ticks=list(places))
-    labels = [PlainText(text=shortened(name, _TICK)) for name in names]
-    axis.major_label_overrides = dict(zip(places, labels, strict=True))
+def name_places(axis: Any, names: Sequence[str], *, slanted: bool = False) -> None:
+    """Names the places 0, 1, ... of an axis; where they are many, only some, so that labels stay apart on a phone."""
+    every = -(-len(names) // (_SLANTED if slanted else _LEVEL))
+    labels = dict(list(enumerate(tick_names(names)))[:: max(every, 1)])
+    axis.ticker = FixedTicker(ticks=list(labels))
+    axis.major_label_overrides = {place: PlainText(text=text) for place, text in labels.items()}
     axis.major_tick_line_color = None
     if slanted:
-        axis.major_label_orientation = 0.9
+        axis.major_label_orientation = 0.9 if max(map(len, labels.values()), default=0) <= 14 else 1.25  # stays inside
+
+
+def tick_names(names: Sequence[str]) -> list[str]:
+    """Names short enough for an axis; they are numbered where they could no longer be told apart.
+
+    Example:
+        >>> tick_names(["conv1", "features.stage.1.block.conv", "features.stage.2.block.conv"])
+        ['1 conv1', '2 features.…ock.conv', '3 features.…ock.conv']
+    """
+    short = [shortened(name, _TICK) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    return [f"{place} {shortened(name, _TICK - 4)}" for place, name in enumerate(names, start=1)]
 
 
 def hover(

@@ -76,7 +76,7 @@ def _panel(
     y_range: DataRange1d,
 ) -> Any:
     plot = blank(paint, height=430, y_range=y_range)
-    name_places(plot.xaxis[0], range(len(columns)), columns, slanted=True)
+    name_places(plot.xaxis[0], columns, slanted=True)
     plot.x_range.range_padding = 0.06
     label_axis(plot.yaxis[0], "accuracy", shares=True)
     plot.xgrid[0].grid_line_color = None

@@ -115,15 +115,9 @@ def _heat(
         words.glyph.text_font_size = "12px" if side <= 10 else "10px"
         paint.set_fields(words.glyph, text_color="ink")
     plot.grid.visible = False
-    _name_sides(plot, names)
+    name_places(plot.xaxis[0], names, slanted=True)
+    name_places(plot.yaxis[0], names)
     return plot
-
-
-def _name_sides(plot: Figure, names: Sequence[str]) -> None:
-    every = max(1, -(-len(names) // 30))
-    places = range(0, len(names), every)
-    name_places(plot.xaxis[0], places, [names[k] for k in places], slanted=True)
-    name_places(plot.yaxis[0], places, [names[k] for k in places])
 
 
 def _likeness(names: Sequence[str], values: Values) -> str:

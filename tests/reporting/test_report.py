@@ -366,6 +366,18 @@ def test_many_classes_share_the_legend(document, tmp_path):
     assert len(html) < 4_500_000
 
 
+def test_many_nodes_have_few_labels_which_can_be_told_apart(document, tmp_path):
+    names = [f"features.denseblock1.denselayer{k}.conv2.something:avg2x2" for k in range(40)]
+    document["columns"] = [document["columns"][0] | {"column": name} for name in names]
+    document["results"] = [document["results"][0] | {"column": name} for name in names]
+    document["similarity"] = None
+    html = page_of(document, tmp_path)
+    axis = html.split('"major_label_overrides":{"type":"map","entries":[', 1)[1].split("]]", 1)[0]
+    labels = re.findall(r'"text":"([^"]+)"', axis)
+    assert len(labels) == len(set(labels)) == 14  # every third of forty
+    assert [int(label.split()[0]) for label in labels] == list(range(1, 41, 3))
+
+
 def test_colours_of_both_schemes_are_noted(document, tmp_path):
     html = page_of(document, tmp_path)
     notes = json.loads(re.search(r'id="colours">(.*?)</script>', html, re.DOTALL)[1])
