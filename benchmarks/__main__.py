@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("bench_store", "bench_rerun", "bench_extract", "bench_heads")
+BENCHMARKS = ("bench_store", "bench_rerun", "bench_extract", "bench_heads", "layer_depth")
 
 for name in BENCHMARKS:
     arguments = sys.argv[1:] or ["--record"]

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
     from featurepipe.heads.families import make_head
+    from featurepipe.layer_depth.depth import depth
     from featurepipe.prediction.image_classifier import ImageClassifier
     from featurepipe.prediction.predict import predict
+    from featurepipe.reporting.from_store import report
     from featurepipe.store import FeatureStore
     from featurepipe.training.train import train
 
@@ -25,11 +27,13 @@ __all__ = [
     "FeatureStore",
     "ImageClassifier",
     "__version__",
+    "depth",
     "evaluate",
     "extract",
     "load_backbone",
     "make_head",
     "predict",
+    "report",
     "train",
 ]
 
@@ -37,11 +41,13 @@ _HOMES = {
     "CNNFeatures": "featurepipe.cnn_features",
     "FeatureStore": "featurepipe.store",
     "ImageClassifier": "featurepipe.prediction.image_classifier",
+    "depth": "featurepipe.layer_depth.depth",
     "evaluate": "featurepipe.evaluation.evaluate",
     "extract": "featurepipe.extraction.extract",
     "load_backbone": "featurepipe.backbones",
     "make_head": "featurepipe.heads.families",
     "predict": "featurepipe.prediction.predict",
+    "report": "featurepipe.reporting.from_store",
     "train": "featurepipe.training.train",
 }
 

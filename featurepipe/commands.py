@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -223,6 +225,57 @@ def predict(args: Namespace) -> int:
     return int(result.get("exit_code", 0))
 
 
+def depth(args: Namespace) -> int:
+    """``featurepipe depth``."""
+    from featurepipe.layer_depth.depth import depth as run
+    from featurepipe.layer_depth.text import plan_text, text
+
+    result = run(
+        args.source,
+        args.store,
+        dataset=args.dataset,
+        backbone=args.backbone,
+        weights=args.weights,
+        nodes=args.nodes or "auto",
+        heads=_list(args.heads),
+        folds=args.folds,
+        split=args.split,
+        pooling=_list(args.pooling) if args.pooling else None,
+        max_width=args.max_width,
+        seeds=args.seeds,
+        control=args.control,
+        test_source=args.test_source,
+        labels=args.labels,
+        extraction={
+            name: getattr(args, name) for name in ("precision", "device", "batch_size", "workers", "max_rejects")
+        },
+        jobs=args.jobs,
+        command=shlex.join(["featurepipe", *sys.argv[1:]]),
+        report=args.report,
+        dry_run=args.dry_run,
+        silent=args.quiet,
+    )
+    return _print(args, result, plan_text if args.dry_run else text)
+
+
+def report(args: Namespace) -> int:
+    """``featurepipe report``."""
+    from featurepipe.reporting.from_store import report as run
+
+    path = run(
+        _store(args),
+        args.to,
+        bundle=args.bundle,
+        dataset=args.dataset,
+        split=args.split,
+        source=args.source,
+        command=shlex.join(["featurepipe", *sys.argv[1:]]),
+        silent=args.quiet,
+    )
+    print(path, file=args.stdout)
+    return 0
+
+
 def doctor(args: Namespace) -> int:
     """``featurepipe doctor``."""
     from featurepipe.doctor import examine
@@ -230,6 +283,11 @@ def doctor(args: Namespace) -> int:
     report = examine(Path(args.store or "."))
     _print(args, report.as_dict(), lambda _: report.text())
     return 0 if report.healthy else 1
+
+
+def _list(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _parameters(settings: Sequence[str]) -> dict[str, Any]:

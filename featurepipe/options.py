@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_depth(commands)
+    _add_report(commands)
     _add_doctor(commands)
     return parser
 
@@ -195,7 +197,8 @@ def _add_train(commands: Commands) -> None:
     add("store", metavar="STORE")
     add("--dataset", metavar="NAME", help="default: the store's only dataset")
     add("--node", action="append", dest="nodes", metavar="COLUMN",
-        help="a column as featurepipe info lists it; several are put side by side (default: bottleneck)")  # fmt: skip
+        help="a column as featurepipe info lists it; several are put side by side; recommended: "
+        "as featurepipe depth found (default: bottleneck)")  # fmt: skip
     add("--backbone", metavar="NAME", help="a backbone, a space's name or fingerprint, where the store holds several")
     add("--head", default="logistic", metavar="|".join(HEADS), help="default: %(default)s")
     add(
@@ -298,6 +301,73 @@ def _add_predict(commands: Commands) -> None:
     add("--trust-code", action="store_true", help="let a bundle of a package.module:factory network run that module")
     add("--quiet", action="store_true", help="no progress")
     _add_json(command)
+
+
+def _add_depth(commands: Commands) -> None:
+    command = _command(
+        commands, "depth", "which layer of a network transfers best: every stage measured alike, with intervals",
+        epilog="All columns come from one pass over the images and stay in the store; what has been measured is kept as well. "
+        "Stopped at any moment, the same command goes on. featurepipe train --node recommended uses the answer.",
+    )  # fmt: skip
+    add = command.add_argument
+    add("source", metavar="SOURCE|STORE", help="images, as for featurepipe extract; or a store, compared as it is")
+    add("--store", metavar="DIR", help="where features of SOURCE go (default: features)")
+    add("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
+    add("--backbone", metavar="NAME", help="see featurepipe backbones (default: resnet50, or what STORE holds)")
+    add("--weights", default="DEFAULT", metavar="NAME|none|FILE", help="of the network, as for featurepipe extract")
+    add("--node", action="append", dest="nodes", metavar="auto|NODE[:POOLING]",
+        help="may be repeated; auto: the network's stages and its bottleneck (default: auto)")  # fmt: skip
+    add(
+        "--heads",
+        default="logistic",
+        metavar="LIST",
+        help=f"of {', '.join(HEADS)}; separated by commas (default: %(default)s)",
+    )
+    add("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: %(default)s)")
+    add("--split", action="store_true", help="train on the dataset's split train and test on test, instead of folds")
+    add("--seeds", type=int, default=3, metavar="N", help="how many times folds are dealt anew (default: %(default)s)")
+    add("--pooling", metavar="LIST",
+        help="such as gap,avg2x2 (default: the finest average grid within --max-width)")  # fmt: skip
+    add("--max-width", type=int, default=9000, metavar="N", help="values per image of a column (default: %(default)s)")
+    add("--control", choices=["random"], help="measure the same network with random weights as well")
+    add(
+        "--test-source",
+        metavar="SOURCE",
+        help="images of the same classes from elsewhere, which heads are tested on, too",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="labels to use instead of the source's: .csv, .parquet or .jsonl with id and label",
+    )
+    add("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
+    add("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="as for featurepipe extract")
+    add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
+    add("--batch-size", default="auto", metavar="auto|N", help="images per forward (default: auto)")
+    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
+    add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
+    add("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
+    add("--dry-run", action="store_true", help="say which columns, how long extracting takes and how much is measured")
+    add("--quiet", action="store_true", help="no progress")
+    _add_json(command)
+
+
+def _add_report(commands: Commands) -> None:
+    command = _command(
+        commands, "report", "one HTML page of what a comparison of layers, or the test of a bundle, found"
+    )
+    add = command.add_argument
+    add("store", metavar="STORE")
+    add(
+        "--bundle",
+        metavar="BUNDLE",
+        help="report on this bundle, evaluated on the dataset, instead of the last comparison",
+    )
+    add("--dataset", metavar="NAME", help="default: the store's only dataset")
+    add("--split", metavar="NAME", help="of the bundle's evaluation, as for featurepipe evaluate")
+    add("--source", metavar="SOURCE", help="the images, for thumbnails (default: where they were extracted from)")
+    add("--to", required=True, metavar="FILE.html", help="the page to write")
+    add("--quiet", action="store_true", help="no messages on the way")
 
 
 def _add_doctor(commands: Commands) -> None:

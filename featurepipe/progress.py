@@ -19,7 +19,7 @@ class Progress(Protocol):
     """Where a verb tells how far it is."""
 
     def advance(self, images: int, bottleneck: str = "") -> None:
-        """``images`` more are finished; ``bottleneck`` is what the work waits for now, if known."""
+        """``images`` (or other units) more are finished; ``bottleneck`` is what the work waits for now, if known."""
         ...
 
     def say(self, message: str) -> None:
@@ -41,9 +41,17 @@ class Lines:
     """A plain line every few seconds, for logs and pipes."""
 
     def __init__(
-        self, total: int, what: str, stream: IO[str], *, every: float = 5.0, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        what: str,
+        stream: IO[str],
+        *,
+        unit: str = "images",
+        every: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._what, self._stream, self._every, self._clock = total, what, stream, every, clock
+        self._unit = unit
         self._start = self._last = clock()
         self._done = 0
 
@@ -57,7 +65,9 @@ class Lines:
         rate = self._done / max(now - self._start, 1e-9)
         left = duration((self._total - self._done) / rate) if rate > 0 else "?"
         tail = f", {bottleneck}" if bottleneck else ""
-        self.say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.1f} img/s, {left} left{tail}")
+        self.say(
+            f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f} {_short(self._unit)}/s, {left} left{tail}"
+        )
 
     def say(self, message: str) -> None:
         """Prints one line."""
@@ -67,15 +77,15 @@ class Lines:
 class Bar:
     """A rich progress bar with rate, time left and the current bottleneck."""
 
-    def __init__(self, bar: rich.progress.Progress, task: rich.progress.TaskID) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: rich.progress.Progress, task: rich.progress.TaskID, unit: str) -> None:
+        self._bar, self._task, self._unit = bar, task, unit
         self._start, self._done = time.monotonic(), 0
 
     def advance(self, images: int, bottleneck: str = "") -> None:
         """Moves the bar."""
         self._done += images
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(self._task, advance=images, bottleneck=bottleneck, rate=f"{rate:,.1f} img/s")
+        self._bar.update(self._task, advance=images, bottleneck=bottleneck, rate=f"{rate:,.1f} {_short(self._unit)}/s")
 
     def say(self, message: str) -> None:
         """Prints one line above the bar."""
@@ -88,14 +98,16 @@ def announcer(*, silent: bool = False) -> Callable[[str], None]:
 
 
 @contextmanager
-def show(total: int, what: str, *, silent: bool = False, stream: IO[str] | None = None) -> Iterator[Progress]:
-    """Progress of ``total`` images in the form that fits ``stream`` (standard error unless told otherwise)."""
+def show(
+    total: int, what: str, *, unit: str = "images", silent: bool = False, stream: IO[str] | None = None
+) -> Iterator[Progress]:
+    """Progress of ``total`` images, or other units, in the form that fits ``stream`` (standard error unless told otherwise)."""
     stream = stream or sys.stderr
     if silent:
         yield Silent()
         return
     if not stream.isatty():
-        yield Lines(total, what, stream)
+        yield Lines(total, what, stream, unit=unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -111,7 +123,11 @@ def show(total: int, what: str, *, silent: bool = False, stream: IO[str] | None 
     )
     with RichProgress(*columns, console=Console(file=stream), refresh_per_second=4) as bar:
         task = bar.add_task(what, total=total, bottleneck="", rate="")
-        yield Bar(bar, task)
+        yield Bar(bar, task, unit)
+
+
+def _short(unit: str) -> str:
+    return "img" if unit == "images" else unit
 
 
 def spoken(seconds: float) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from featurepipe import __version__
 from featurepipe.errors import StoreError, UsageError
-from featurepipe.store import runs, snapshots
+from featurepipe.store import depths, runs, snapshots
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, read_json, write_json
 from featurepipe.store.locks import store_lock
@@ -213,6 +213,20 @@ class FeatureStore:
     def runs(self) -> list[dict[str, Any]]:
         """Reads the records of all runs, oldest first."""
         return runs.read_runs(self.path / "runs")
+
+    # Which layer transfers best
+
+    def depth_journal(self, dataset: str) -> Path:
+        """Where comparisons of a dataset's layers keep what they have measured; may not be there yet."""
+        return depths.journal(self.path / "depth", dataset)
+
+    def write_depth(self, document: Mapping[str, Any]) -> Path:
+        """Writes what a comparison of layers found, atomically; it is the dataset's newest from then on."""
+        return depths.write(self._made("depth"), document, self.new_run_id())
+
+    def depth_documents(self, dataset: str) -> list[dict[str, Any]]:
+        """Reads what comparisons of a dataset's layers found, oldest first."""
+        return depths.read(self.path / "depth", dataset)
 
     def lock(self, shared: bool) -> AbstractContextManager[None]:
         """Holds the store's lock: shared by those that add, alone by those that rewrite.

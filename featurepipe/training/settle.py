@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
 
 FOLDS = 5
+RECOMMENDED = "recommended"
+"""Instead of a node: the column that the last comparison of layers (``featurepipe depth``) recommends."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ def settle(
         UsageError: an argument is wrong, or the labels cannot be learned from.
     """
     _check(recipe)
-    found = store.features(dataset or store.only_dataset(), node=nodes, backbone=backbone)
+    dataset = dataset or store.only_dataset()
+    if nodes in (RECOMMENDED, [RECOMMENDED], (RECOMMENDED,)):
+        nodes, backbone = _recommended(store, dataset, backbone, say)
+    found = store.features(dataset, node=nodes, backbone=backbone)
     if labels is not None:
         found = found.with_labels(labels)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
@@ -134,6 +139,31 @@ def settle(
     )
     say(task.cost.text)
     return task
+
+
+def _recommended(
+    store: FeatureStore, dataset: str, backbone: str | None, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """The recommended column and the fingerprint of its space.
+
+    Raises:
+        UsageError: the dataset's layers have not been compared.
+    """
+    documents = store.depth_documents(dataset)
+    if backbone is not None:
+        spaces = {store.space(backbone, dataset=dataset).fingerprint}
+        documents = [document for document in documents if document["space"]["fingerprint"] in spaces]
+    if not documents:
+        of = f" of {backbone}" if backbone else ""
+        raise UsageError(
+            f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth SOURCE "
+            f"--store {store.path} --dataset {dataset}, or name a column with --node"
+        )
+    found = documents[-1]["recommended"]
+    say(
+        f"recommended on {documents[-1]['provenance']['when'][:10]}: {found['column']}, accuracy {found['accuracy']:.4f}"
+    )
+    return str(found["column"]), str(documents[-1]["space"]["fingerprint"])
 
 
 def _check(recipe: Recipe) -> None:

@@ -49,7 +49,7 @@ def train(
     Args:
         store: the feature store or its path.
         dataset: a dataset in it; may be left out if there is only one.
-        nodes: the column, or several to put side by side.
+        nodes: the column, or several to put side by side; ``recommended`` for the one that `featurepipe.depth` recommends.
         head: a name of `featurepipe.heads.families.HEADS`.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         backbone: as in `FeatureStore.features`, where the store holds several.

@@ -1,0 +1,185 @@
+"""From cells to answers: accuracies with intervals, differences, the recommended column, whether columns side by side help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.heads.comparison import (
+    Difference,
+    Estimate,
+    cheapest_within_one_se,
+    difference_over_folds,
+    difference_over_images,
+    over_folds,
+    over_images,
+    rank_correlation,
+)
+from featurepipe.layer_depth.study import PRETRAINED
+
+if TYPE_CHECKING:
+    from featurepipe.layer_depth.columns import DepthColumn
+    from featurepipe.layer_depth.measure import Series
+    from featurepipe.layer_depth.study import Study
+
+SOURCE, SHIFTED = "source", "shifted"
+
+
+def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
+    """Accuracy with its interval: over folds, or over images where there is one split or another source."""
+    if tested_on == SHIFTED:
+        return over_images(np.stack(_right(series, SHIFTED)), _keys(study, SHIFTED))
+    if study.protocol.folds:
+        return over_folds([cell.accuracy for cell in series.cells], study.test_share)
+    return over_images(np.stack(_right(series, SOURCE)), _keys(study, SOURCE))
+
+
+def difference(study: Study, one: Series, other: Series) -> Difference:
+    """By how much ``one`` is more accurate than ``other``, paired by fold or by image."""
+    if study.protocol.folds:
+        first, second = ([cell.accuracy for cell in series.cells] for series in (one, other))
+        return difference_over_folds(first, second, study.test_share)
+    first_hits, second_hits = (np.stack(_right(series, SOURCE)) for series in (one, other))
+    return difference_over_images(first_hits, second_hits, _keys(study, SOURCE))
+
+
+def results(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:
+    """One entry for each column, head, network and source of test images."""
+    found = []
+    for series in measured:
+        kinds = [SOURCE, SHIFTED] if study.shifted is not None else [SOURCE]
+        found += [_result(study, series, kind) for kind in kinds]
+    return found
+
+
+def _result(study: Study, series: Series, tested_on: str) -> dict[str, Any]:
+    found = estimate(study, series, tested_on)
+    return {
+        "column": "+".join(series.columns),
+        "head": series.head,
+        "network": series.network,
+        "tested_on": tested_on,
+        "accuracy": found.value,
+        "low": found.low,
+        "high": found.high,
+        "se": found.se,
+        "cells": [float(hits.mean()) for hits in _right(series, tested_on)],
+        "params": [dict(cell.params) for cell in series.cells],
+        "train_accuracy": float(np.mean([cell.train_accuracy for cell in series.cells])),
+        "seconds": round(sum(cell.seconds for cell in series.cells), 2),
+    }
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The cheapest column within one standard error of the best, and that best one.
+
+    Attributes:
+        chosen: what to use.
+        best: the most accurate.
+        estimate: of the chosen one.
+        best_estimate: of the best one.
+    """
+
+    chosen: Series
+    best: Series
+    estimate: Estimate
+    best_estimate: Estimate
+
+
+def recommend(study: Study, measured: Sequence[Series]) -> Recommendation:
+    """Chooses among all single columns and heads of the pretrained network, by its cost up to the column."""
+    candidates = {f"{series.columns[0]} {series.head}": series for series in measured if series.network == PRETRAINED}
+    costs = {column.column: _cost(column) for column in study.columns}
+    estimates = {name: estimate(study, series) for name, series in candidates.items()}
+    chosen, best = cheapest_within_one_se(
+        estimates, {name: costs[series.columns[0]] for name, series in candidates.items()}
+    )
+    return Recommendation(candidates[chosen], candidates[best], estimates[chosen], estimates[best])
+
+
+def differences(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:
+    """Every column against the best one of the same head, on the same folds; ``p_adjusted`` is for all of a head's together."""
+    found: list[dict[str, Any]] = []
+    for head in study.protocol.heads:
+        own = [series for series in measured if series.head == head and series.network == PRETRAINED]
+        best = max(own, key=lambda series: estimate(study, series).value)
+        others = [(series.columns[0], difference(study, series, best)) for series in own if series is not best]
+        found += _holm([{"head": head, "a": a, "b": best.columns[0], **_between(between)} for a, between in others])
+    return found
+
+
+def neighbours_to_join(study: Study, measured: Sequence[Series], head: str, widest: int) -> list[tuple[str, ...]]:
+    """Columns worth measuring side by side: the two, and the three, most accurate of different nodes; all, where not too wide."""
+    nodes = {column.column: column.node for column in study.columns}
+    widths = {column.column: column.width for column in study.columns}
+    own = [series for series in measured if series.head == head and series.network == PRETRAINED]
+    ranked = sorted(own, key=lambda series: -estimate(study, series).value)
+    kept: dict[str, str] = {}
+    for series in ranked:
+        kept.setdefault(nodes[series.columns[0]], series.columns[0])
+    order = [column.column for column in study.columns]
+    first = [tuple(sorted(list(kept.values())[:count], key=order.index)) for count in (2, 3, len(kept))]
+    return [
+        columns
+        for columns in dict.fromkeys(first)
+        if len(columns) > 1 and (len(columns) <= 3 or sum(widths[column] for column in columns) <= widest)
+    ]
+
+
+def concatenations(study: Study, joined: Sequence[Series], best: Series) -> list[dict[str, Any]]:
+    """Columns side by side against the best single one of the same head."""
+    found = []
+    for series in joined:
+        between = difference(study, series, best)
+        found.append({
+            "columns": list(series.columns), "head": series.head, "accuracy": (one := estimate(study, series)).value,
+            "low": one.low, "high": one.high, "se": one.se, "against": best.columns[0], "difference": between.value,
+            "low_difference": between.low, "high_difference": between.high, "p": between.p,
+        })  # fmt: skip
+    return found
+
+
+def correlations(study: Study, measured: Sequence[Series], scores: Mapping[str, float]) -> dict[str, Any]:
+    """Rank correlation of a score that needs no fitting with each head's accuracy, over columns."""
+    found = {}
+    for head in study.protocol.heads:
+        own = [series for series in measured if series.head == head and series.network == PRETRAINED]
+        accuracies = [estimate(study, series).value for series in own]
+        found[head] = rank_correlation([scores[series.columns[0]] for series in own], accuracies)
+    return found
+
+
+def _cost(column: DepthColumn) -> float:
+    """Share of the forward, and of equal ones the narrower column."""
+    return column.cost + 1e-9 * column.width
+
+
+def _between(found: Difference) -> dict[str, float | None]:
+    return {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+
+
+def _right(series: Series, tested_on: str) -> list[npt.NDArray[np.bool_]]:
+    """Which images each cell has right."""
+    found = [cell.correct if tested_on == SOURCE else cell.shifted for cell in series.cells]
+    return [hits for hits in found if hits is not None]
+
+
+def _holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds p values adjusted for the number of comparisons (Holm 1979)."""
+    known = sorted((one for one in found if one["p"] is not None), key=lambda one: one["p"])
+    floor = 0.0
+    for place, one in enumerate(known):
+        floor = max(floor, min(1.0, one["p"] * (len(known) - place)))
+        one["p_adjusted"] = floor
+    return found
+
+
+def _keys(study: Study, tested_on: str) -> Any:
+    if tested_on == SHIFTED:
+        return None if study.shifted is None else study.shifted.keys64
+    return study.images.keys64[study.folds[0].test]

@@ -1,0 +1,236 @@
+"""Which layer transfers best: one pass over the images, every stage measured alike, a recommendation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import UsageError
+from featurepipe.layer_depth import answers
+from featurepipe.layer_depth.details import details, similarity, transferability
+from featurepipe.layer_depth.journal import Journal
+from featurepipe.layer_depth.measure import Series, measure
+from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
+from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol, Study, settle
+from featurepipe.progress import announcer, show
+from featurepipe.records import host, now, versions
+from featurepipe.reporting.from_store import report as write_page
+from featurepipe.store import FeatureStore
+
+MAX_WIDTH = 9000
+"""Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
+
+
+def depth(
+    source: Any,
+    store: FeatureStore | str | PathLike[str] | None = None,
+    *,
+    dataset: str | None = None,
+    backbone: str | None = None,
+    weights: str = "DEFAULT",
+    nodes: str | Sequence[str] = "auto",
+    heads: Sequence[str] = ("logistic",),
+    folds: int = 5,
+    split: bool = False,
+    pooling: Sequence[str] | None = None,
+    max_width: int = MAX_WIDTH,
+    seeds: int = 3,
+    control: str | None = None,
+    test_source: Any = None,
+    labels: Any = None,
+    extraction: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    command: str | None = None,
+    report: str | PathLike[str] | None = None,
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Measures how well the layers of a network tell a dataset's classes apart, and recommends one.
+
+    All columns come from one pass over the images and stay in the store, so that a second call extracts nothing; what has
+    been measured is kept as well, so that a call that was stopped goes on.
+
+    Args:
+        source: images, anything ``extract`` takes; or a feature store, whose columns are compared as they are.
+        store: where features go, by default ``features``; not with a store as the source.
+        dataset: its name in the store; by default the source's own.
+        backbone: the network, by default ``resnet50``, or the one of the store.
+        weights: of the network, as in ``extract``.
+        nodes: ``auto`` for the network's stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
+        heads: families to measure with, such as ``logistic``, ``linear-svm``, ``xgboost``, ``knn``.
+        folds: of the cross-validation.
+        split: test on the dataset's split ``test`` instead, trained on ``train``.
+        pooling: poolings of nodes named without one; None for the finest average grid within ``max_width`` values.
+        max_width: values per image that a column may have.
+        seeds: how many times the folds are dealt anew.
+        control: ``random`` to measure the same network with random weights as well.
+        test_source: images of the same classes from elsewhere, which all heads are tested on, too.
+        labels: a CSV or mapping to use instead of the source's labels.
+        extraction: further arguments of ``extract``, such as ``{"device": "cuda"}``.
+        jobs: measurements at once; by default one per CPU.
+        command: how it was called, for the record.
+        report: an HTML file to write, the page of what was found.
+        dry_run: say what would be extracted and measured; write nothing.
+        silent: say nothing on the way.
+
+    Returns:
+        JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
+        ``transferability``, ``details``, ``provenance`` and what they were measured on. Kept in the store as well.
+
+    Raises:
+        UsageError: an argument is wrong, or there are not two classes to tell apart.
+        StoreError: features are missing.
+    """
+    protocol = Protocol(tuple(heads), None if split else folds, seeds)
+    protocol.check()
+    if control not in (None, "random"):
+        raise UsageError(f"--control {control!r}: random is the only one")
+    if report is not None and not Path(report).absolute().parent.is_dir():  # before hours of work, not after
+        raise UsageError(f"cannot write {report}: there is no folder {Path(report).parent}; make it first")
+    say, clock = announcer(silent=silent), _Clock()
+    wanted = Wanted(source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent)
+    with clock.stage("extract"):
+        found = extracted(wanted, dict(extraction or {}), dry_run=dry_run, say=say)
+    if dry_run:
+        return {
+            "kind": "depth plan",
+            **found.plan(),
+            "measurements": _measurements(found, protocol),
+            "protocol": protocol.text,
+        }
+    study = settle(
+        found.store, found.dataset, found.columns, protocol,
+        spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
+    )  # fmt: skip
+    say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns. {protocol.text}")
+    journal = Journal(found.store.depth_journal(found.dataset))
+    with clock.stage("measure"):
+        measured = _measure_all(study, journal, jobs, silent=silent)
+        recommended = answers.recommend(study, measured)
+        sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
+        joined = _measure_joined(study, sets, recommended.best.head, journal, jobs, silent=silent)
+    with clock.stage("describe"):
+        document = _document(study, found, measured, joined, recommended, say)
+    document["provenance"] = _provenance(study, found, clock.seconds, command)
+    found.store.write_depth(document)
+    if report is not None:
+        write_page(found.store, report, dataset=found.dataset, source=None if found.is_held else source, silent=silent)
+    return document
+
+
+def _measure_all(study: Study, journal: Journal, jobs: int | None, *, silent: bool) -> list[Series]:
+    sets = [(network, (column.column,)) for network in study.networks for column in study.columns]
+    total = len(sets) * len(study.folds) * len(study.protocol.heads)
+    with show(total, "measure", silent=silent, unit="fits") as progress:
+        return measure(study, sets, journal, jobs=jobs, progress=progress)
+
+
+def _measure_joined(
+    study: Study, sets: Sequence[tuple[str, ...]], head: str, journal: Journal, jobs: int | None, *, silent: bool
+) -> list[Series]:
+    """Columns side by side, with the head that does best on single ones."""
+    alone = study.with_heads([head])
+    with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
+        return measure(alone, [(PRETRAINED, columns) for columns in sets], journal, jobs=jobs, progress=progress)
+
+
+def _document(
+    study: Study,
+    found: Extracted,
+    measured: Sequence[Series],
+    joined: Sequence[Series],
+    recommended: answers.Recommendation,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    say("comparing columns, and timing the network up to each")
+    times = found.milliseconds()
+    columns = [
+        {
+            **column.as_dict(),
+            "bytes_per_image": column.width * study.itemsize(column.column),
+            "ms_per_image": times.get(column.node),
+            "saved": 1 - column.cost,
+        }
+        for column in study.columns
+    ]
+    scores = transferability(study)
+    return {
+        "kind": "depth",
+        "version": 1,
+        "dataset": study.dataset,
+        "backbone": found.backbone_record,
+        "space": {"name": found.space_name, "fingerprint": study.spaces[PRETRAINED]},
+        "control": {"space": study.spaces[RANDOM], "seed": 0} if RANDOM in study.spaces else None,
+        "test_dataset": study.shifted_dataset,
+        "settings": found.settings(study.protocol),
+        "classes": list(study.classes),
+        "images": len(study.images),
+        "counts": {"shifted": 0 if study.shifted is None else len(study.shifted), **study.left_out},
+        "protocol": study.protocol.text,
+        "columns": columns,
+        "results": answers.results(study, measured),
+        "concatenations": answers.concatenations(study, joined, _best_of(study, measured, recommended.best.head)),
+        "differences": answers.differences(study, measured),
+        "recommended": _recommended(recommended, columns),
+        "similarity": similarity(study),
+        "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
+        "details": details(study, recommended.chosen),
+    }
+
+
+def _best_of(study: Study, measured: Sequence[Series], head: str) -> Series:
+    own = [series for series in measured if series.head == head and series.network == PRETRAINED]
+    return max(own, key=lambda series: answers.estimate(study, series).value)
+
+
+def _recommended(found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    (column,) = (column for column in columns if column["column"] == found.chosen.columns[0])
+    return {
+        "column": found.chosen.columns[0],
+        "node": column["node"],
+        "head": found.chosen.head,
+        "accuracy": found.estimate.value,
+        "low": found.estimate.low,
+        "high": found.estimate.high,
+        "se": found.estimate.se,
+        "best": found.best.columns[0],
+        "best_head": found.best.head,
+        "best_accuracy": found.best_estimate.value,
+        "rule": "the cheapest column within one standard error of the most accurate (Breiman et al. 1984)",
+        **{name: column[name] for name in ("width", "bytes_per_image", "ms_per_image", "saved")},
+    }
+
+
+def _provenance(study: Study, found: Extracted, seconds: Mapping[str, float], command: str | None) -> dict[str, Any]:
+    return {
+        "command": command,
+        "when": now(),
+        "software": versions(),
+        "machine": host(),
+        "store": str(study.store.path),
+        "runs": found.runs,
+        "snapshot": study.store.snapshot_ids(study.dataset)[-1],
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+
+
+def _measurements(found: Extracted, protocol: Protocol) -> int:
+    return len(found.columns) * len(found.networks) * len(protocol.heads) * (protocol.folds or 1) * protocol.seeds
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Any:
+        """Times what happens inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

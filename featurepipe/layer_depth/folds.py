@@ -1,0 +1,108 @@
+"""Who trains, who chooses and who is tested, for every seed and fold; copies of one image stay together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.folds import fold_numbers
+
+if TYPE_CHECKING:
+    from featurepipe.store import FeatureSet
+
+Positions = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int64]
+
+CHOOSING = 5
+"""One in so many training images chooses the regularisation."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Positions of rows; no image, nor a copy of it, is in two of them.
+
+    Attributes:
+        seed: of the shuffle.
+        number: which fold of that seed.
+        fit: rows that heads are fitted on while parameters are compared.
+        choose: rows that parameters are compared on; both together are the rows of the last fit.
+        test: rows that the accuracy is measured on.
+    """
+
+    seed: int
+    number: int
+    fit: Positions
+    choose: Positions
+    test: Positions
+
+    @property
+    def train(self) -> Positions:
+        """Rows of the last fit, in order."""
+        return np.union1d(self.fit, self.choose)
+
+    @property
+    def test_share(self) -> float:
+        """Test images for each training image: how much folds overlap."""
+        return len(self.test) / (len(self.fit) + len(self.choose))
+
+
+def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: int) -> list[Fold]:
+    """Every labelled image is tested once for each seed, by class and by key as evenly as can be.
+
+    Args:
+        features: n labelled rows.
+        codes: (n,) class numbers.
+        folds: of each seed, at least 2.
+        seeds: how many times all is dealt anew.
+
+    Raises:
+        UsageError: there are too few folds, or too few images of some class.
+    """
+    if folds < 2:
+        raise UsageError(f"--folds {folds}: cross-validation needs 2 folds or more; 5 is usual")
+    every = np.arange(len(codes))
+    found = []
+    for seed in range(seeds):
+        dealt = fold_numbers(features.keys64, codes, folds=folds, seed=seed)
+        for number in range(folds):
+            test = every[dealt == number]
+            found.append(_fold(features, codes, every[dealt != number], test, seed, number, number))
+    return found
+
+
+def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
+    """The dataset's own splits: fitted on ``train``, tested on ``test``; ``val`` chooses, else a part of ``train`` by seed.
+
+    Raises:
+        UsageError: the dataset has no split ``train`` or ``test``.
+    """
+    splits = features.splits
+    train, val, test = (np.flatnonzero(splits == name) for name in ("train", "val", "test"))
+    if not len(train) or not len(test):
+        there = ", ".join(sorted({str(name) for name in splits})) or "none"
+        raise UsageError(
+            f"dataset {features.origin.dataset} needs labelled images in the splits train and test for --split "
+            f"(it has: {there}); leave --split out to cross-validate"
+        )
+    known = np.isin(codes[test], codes[train])
+    test = test[known]
+    if len(val):
+        return [Fold(seed, 0, train, val, test) for seed in range(seeds)]
+    return [_fold(features, codes, train, test, seed, 0, 0) for seed in range(seeds)]
+
+
+def _fold(
+    features: FeatureSet, codes: Codes, train: Positions, test: Positions, seed: int, number: int, draw: int
+) -> Fold:
+    dealt = fold_numbers(features.keys64[train], codes[train], folds=CHOOSING, seed=1000 * (seed + 1) + draw)
+    fit, choose = train[dealt != 0], train[dealt == 0]
+    if not len(choose) or not len(test) or len(np.unique(codes[fit])) < 2:
+        raise UsageError(
+            f"{len(codes):,} labelled images of {len(np.unique(codes))} classes are too few for such folds: one of them leaves "
+            "no image to choose by, to test, or fewer than two classes to learn; give more images or fewer --folds"
+        )
+    return Fold(seed, number, fit, choose, test)

@@ -1,0 +1,107 @@
+"""What has been measured so far, so that a comparison that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.layer_depth.probes import Cell
+
+Bits = npt.NDArray[np.bool_]
+
+
+def key_of(**settings: Any) -> str:
+    """A name for a measurement: equal settings, equal name."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class Journal:
+    """Cells by the column and fold that they were measured on, one JSON line each; a torn last line is passed over.
+
+    A line is written and synced when all heads asked for are measured on a fold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cells: dict[tuple[str, str, int, int], Cell] = {}
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(line)
+                self._remember(entry["key"], _cell(entry))
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill: measured again
+
+    def get(self, key: str, head: str, seed: int, fold: int) -> Cell | None:
+        """The cell of a column (by ``key_of``), head and fold, if it has been measured."""
+        return self._cells.get((key, head, seed, fold))
+
+    def add(self, key: str, cells: Iterable[Cell]) -> None:
+        """Keeps cells."""
+        cells = list(cells)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            _on_a_new_line(file)
+            file.write("".join(json.dumps(_entry(key, cell)) + "\n" for cell in cells).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        for cell in cells:
+            self._remember(key, cell)
+
+    def _remember(self, key: str, cell: Cell) -> None:
+        self._cells[key, cell.head, cell.seed, cell.fold] = cell
+
+
+def _on_a_new_line(file: IO[bytes]) -> None:
+    """Ends a line that was torn."""
+    if file.tell():
+        with open(file.name, "rb") as reader:
+            reader.seek(-1, os.SEEK_END)
+            if reader.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _entry(key: str, cell: Cell) -> dict[str, Any]:
+    return {
+        "key": key,
+        "head": cell.head,
+        "seed": cell.seed,
+        "fold": cell.fold,
+        "params": dict(cell.params),
+        "correct": _packed(cell.correct),
+        "shifted": None if cell.shifted is None else _packed(cell.shifted),
+        "train_accuracy": cell.train_accuracy,
+        "seconds": round(cell.seconds, 3),
+    }
+
+
+def _cell(entry: Mapping[str, Any]) -> Cell:
+    shifted = entry["shifted"]
+    return Cell(
+        entry["head"],
+        entry["seed"],
+        entry["fold"],
+        entry["params"],
+        _unpacked(entry["correct"]),
+        None if shifted is None else _unpacked(shifted),
+        entry["train_accuracy"],
+        entry["seconds"],
+    )
+
+
+def _packed(bits: Bits) -> list[Any]:
+    """A count and eight images a byte."""
+    return [len(bits), base64.b64encode(np.packbits(bits).tobytes()).decode()]
+
+
+def _unpacked(packed: list[Any]) -> Bits:
+    count, text = packed
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)

@@ -1,0 +1,111 @@
+"""Measuring every column on every fold, several at once, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from featurepipe.layer_depth.probes import SMALL_VALUES, Cell, measure_fold
+
+if TYPE_CHECKING:
+    from featurepipe.layer_depth.folds import Fold
+    from featurepipe.layer_depth.journal import Journal
+    from featurepipe.layer_depth.study import Study
+    from featurepipe.progress import Progress
+
+
+@dataclass(frozen=True)
+class Series:
+    """All cells of one head on one set of columns, in the order of the folds.
+
+    Attributes:
+        network: ``pretrained`` or ``random``.
+        columns: side by side.
+        head: name of the family.
+        cells: one a fold.
+    """
+
+    network: str
+    columns: tuple[str, ...]
+    head: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One column on one fold with the heads that are not measured yet."""
+
+    key: str
+    network: str
+    columns: tuple[str, ...]
+    fold: Fold
+    heads: Sequence[str]
+
+
+def measure(
+    study: Study,
+    sets: Sequence[tuple[str, tuple[str, ...]]],
+    journal: Journal,
+    *,
+    jobs: int | None,
+    progress: Progress,
+) -> list[Series]:
+    """Measures sets of columns on all folds with all heads; what the journal has is not measured again.
+
+    Args:
+        study: what is compared on what.
+        sets: (network, columns) each.
+        journal: where cells are kept.
+        jobs: processes at once; None for one per CPU. Where features are many, one that uses all CPUs.
+        progress: advanced by one for each head on each fold.
+    """
+    for work, cells in _measured(study, _missing(study, sets, journal, progress), jobs):
+        journal.add(work.key, cells)
+        progress.advance(len(cells), f"{work.network} {'+'.join(work.columns)}")
+    return [
+        Series(network, columns, head, _cells(study, journal, study.key(network, columns), head))
+        for network, columns in sets
+        for head in study.protocol.heads
+    ]
+
+
+def _missing(
+    study: Study, sets: Sequence[tuple[str, tuple[str, ...]]], journal: Journal, progress: Progress
+) -> list[_Work]:
+    missing = []
+    for network, columns in sets:
+        key = study.key(network, columns)
+        for fold in study.folds:
+            heads = [h for h in study.protocol.heads if journal.get(key, h, fold.seed, fold.number) is None]
+            progress.advance(len(study.protocol.heads) - len(heads))
+            if heads:
+                missing.append(_Work(key, network, columns, fold, heads))
+    return missing
+
+
+def _cells(study: Study, journal: Journal, key: str, head: str) -> list[Cell]:
+    found = (journal.get(key, head, fold.seed, fold.number) for fold in study.folds)
+    return [cell for cell in found if cell is not None]
+
+
+def _measured(study: Study, missing: Sequence[_Work], jobs: int | None) -> Iterator[tuple[_Work, list[Cell]]]:
+    """Cells as they come: small features side by side on one thread each, large ones one after the other on all."""
+    if not missing:
+        return
+    count = jobs or os.cpu_count() or 1
+    widest = max(column.width for column in study.columns)
+    if count == 1 or len(missing) == 1 or len(study.folds[0].train) * widest > SMALL_VALUES:
+        for work in missing:
+            yield _one(study, work)
+        return
+    from joblib import Parallel, delayed, parallel_config
+
+    with parallel_config("loky", n_jobs=count, inner_max_num_threads=1):
+        done: Any = Parallel(return_as="generator_unordered")(delayed(_one)(study, work) for work in missing)
+        yield from done
+
+
+def _one(study: Study, work: _Work) -> tuple[_Work, list[Cell]]:
+    return work, measure_fold(study.data(work.network, work.columns), work.fold, work.heads)

@@ -1,0 +1,196 @@
+"""One column on one fold: parameters chosen on images set aside from training, then the accuracy on the test images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import ParameterGrid
+from sklearn.preprocessing import StandardScaler
+
+from featurepipe.heads.families import HEADS, make_head
+from featurepipe.heads.row_space import RowSpace
+
+if TYPE_CHECKING:
+    from featurepipe.layer_depth.folds import Fold
+    from featurepipe.store import FeatureSet
+
+Array = npt.NDArray[Any]
+Codes = npt.NDArray[np.int64]
+
+TURNABLE = ("logistic", "linear-svm", "rbf-svm", "ridge", "knn", "centroid")
+"""Families that see features by their inner products or distances alone: a rotation changes nothing."""
+
+TURNED_FROM = 2
+"""How many times as many values as training images there must be, before going over to their span repays."""
+
+SMALL_VALUES = 20_000_000
+"""Values (training rows times columns) up to which scikit-learn's solvers take seconds."""
+
+SHARED_PASSES = ("logistic", "linear-svm")
+"""Families whose values of C are fitted together where the data are many."""
+
+ROUGHLY = 1e-3
+"""Tolerance of fits in blocks: how far above its minimum they may leave the objective."""
+
+QUICK: Mapping[str, Mapping[str, Any]] = {"logistic": {"tol": 1e-3}, "linear-svm": {"dual": False, "tol": 1e-2}}
+"""Settings of scikit-learn's solvers: with the usual ones fits take 3 and 10 times as long, and accuracies change by chance."""
+
+TREES = {"max_depth": 6, "learning_rate": 0.1, "subsample": 0.8, "n_estimators": 500, "early_stopping_rounds": 20}
+TREE_COLUMNS = 500
+"""Columns that a tree draws from at most: the time of trees grows with it, their accuracy hardly."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """One column's features and what is to be told apart.
+
+    Attributes:
+        features: (n, D), read by whoever measures.
+        codes: (n,) class numbers.
+        shifted: (m, D) features of the other source, or None.
+        shifted_codes: (m,) their classes, empty if there is no other source.
+    """
+
+    features: FeatureSet
+    codes: Codes
+    shifted: FeatureSet | None
+    shifted_codes: Codes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One head on one column and one fold.
+
+    Attributes:
+        head: name of the family.
+        seed: of the fold.
+        fold: number of the fold.
+        params: what was chosen.
+        correct: (t,) whether each test image was classified rightly, in the order of the fold's test rows.
+        shifted: (m,) the same for the other source; None if there is none.
+        train_accuracy: on the images it was fitted on.
+        seconds: choosing and fitting.
+    """
+
+    head: str
+    seed: int
+    fold: int
+    params: Mapping[str, Any]
+    correct: npt.NDArray[np.bool_]
+    shifted: npt.NDArray[np.bool_] | None
+    train_accuracy: float
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that are classified rightly."""
+        return float(self.correct.mean())
+
+
+def measure_fold(data: Data, fold: Fold, heads: Sequence[str]) -> list[Cell]:
+    """Measures several heads on one column and one fold.
+
+    Features are standardised by the training rows alone. Where an image has many more values than there are training images,
+    the heads that only see inner products work in the training images' span, which is the same and much smaller. Where
+    the values are many, linear heads read them block by block and fit all values of C in shared passes.
+    """
+    width = data.features.shape[1]
+    in_blocks = [head for head in heads if head in SHARED_PASSES] if len(fold.train) * width > SMALL_VALUES else []
+    in_memory = [head for head in heads if head not in in_blocks]
+    cells = [_measure_in_blocks(data, fold, head) for head in in_blocks]
+    turned = [head for head in in_memory if head in TURNABLE and width > TURNED_FROM * len(fold.train)]
+    for group in (turned, [head for head in in_memory if head not in turned]):
+        if group:
+            rows = _Rows.of(data, fold, turned=group is turned)
+            cells += [_measure(rows, fold, head) for head in group]
+    return sorted(cells, key=lambda cell: heads.index(cell.head))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Standardised features and codes of a fold's parts; ``train`` is fit and choose together."""
+
+    fit: tuple[Array, Codes]
+    choose: tuple[Array, Codes]
+    train: tuple[Array, Codes]
+    test: tuple[Array, Codes]
+    shifted: tuple[Array, Codes] | None
+
+    @staticmethod
+    def of(data: Data, fold: Fold, *, turned: bool) -> _Rows:
+        """Cuts and standardises; ``turned`` also goes over to the span of the training rows."""
+        features = data.features.read(np.float32)
+        scaler = StandardScaler().fit(features[fold.train])
+        parts = {name: scaler.transform(features[getattr(fold, name)]) for name in ("fit", "choose", "train", "test")}
+        if data.shifted is not None:
+            parts["shifted"] = scaler.transform(data.shifted.read(np.float32))
+        if turned:
+            span = RowSpace().fit(parts["train"])
+            parts = {name: span.transform(part).astype(np.float32) for name, part in parts.items()}
+        labelled = {name: (parts[name], data.codes[getattr(fold, name)]) for name in ("fit", "choose", "train", "test")}
+        other = None if data.shifted is None else (parts["shifted"], data.shifted_codes)
+        return _Rows(**labelled, shifted=other)
+
+
+def _measure(rows: _Rows, fold: Fold, head: str) -> Cell:
+    start = time.perf_counter()
+    chosen = _chosen(rows, head, fold.seed)
+    fitted = _head(head, chosen, rows.train[0].shape[1], fold.seed).fit(*rows.train)
+    seconds = time.perf_counter() - start
+    shifted = None if rows.shifted is None else _right(fitted, *rows.shifted)
+    train_accuracy = float(_right(fitted, *rows.train).mean())
+    return Cell(head, fold.seed, fold.number, chosen, _right(fitted, *rows.test), shifted, train_accuracy, seconds)
+
+
+def _chosen(rows: _Rows, head: str, seed: int) -> dict[str, Any]:
+    """The parameters that do best on the images set aside; of equals the first, which is the simplest."""
+    if head == "xgboost":
+        fitted = _head(head, TREES, rows.fit[0].shape[1], seed).fit(*rows.fit, eval_set=rows.choose)
+        params = {name: value for name, value in TREES.items() if name != "early_stopping_rounds"}
+        return {**params, "n_estimators": int(fitted.best_iteration_) + 1}
+    best: tuple[float, dict[str, Any]] = (-1.0, {})
+    for params in ParameterGrid(dict(HEADS[head].grid)):
+        if params.get("n_neighbors", 1) > len(rows.fit[1]):
+            continue
+        accuracy = float(_right(_head(head, params, rows.fit[0].shape[1], seed).fit(*rows.fit), *rows.choose).mean())
+        best = max(best, (accuracy, params), key=lambda trial: trial[0])
+    return best[1]
+
+
+def _head(head: str, params: Mapping[str, Any], width: int, seed: int) -> BaseEstimator:
+    settings: dict[str, Any] = dict(params)
+    if head == "xgboost":
+        settings |= {"colsample_bytree": min(1.0, TREE_COLUMNS / width), "n_jobs": 1}
+    settings |= QUICK.get(head, {})
+    return make_head(head, scale=False, random_state=seed, **settings)
+
+
+def _right(fitted: BaseEstimator, features: Array, codes: Codes) -> npt.NDArray[np.bool_]:
+    return np.asarray(fitted.predict(features) == codes)
+
+
+def _measure_in_blocks(data: Data, fold: Fold, head: str) -> Cell:
+    """The same where the values are many: standardised as they are read, all values of C in shared passes."""
+    from featurepipe.heads import fit_path
+
+    start = time.perf_counter()
+    scaler, last = (step for _, step in make_head(head, out_of_core=True).steps)
+    train = scaler.fit(data.features.take(fold.train)).transform(data.features.take(fold.train))
+    codes, strengths = data.codes[fold.train], HEADS[head].grid["C"]
+    last.set_params(tol=ROUGHLY)
+    (path,) = fit_path(last, train, codes, Cs=strengths, folds=[np.searchsorted(fold.train, fold.fit)])
+    choose = scaler.transform(data.features.take(fold.choose))
+    accuracies = [_right(fitted, choose, data.codes[fold.choose]).mean() for fitted in path]
+    chosen = {"C": strengths[int(np.argmax(accuracies))]}
+    ((fitted,),) = fit_path(last, train, codes, Cs=[chosen["C"]])
+    seconds = time.perf_counter() - start
+    correct = _right(fitted, scaler.transform(data.features.take(fold.test)), data.codes[fold.test])
+    other = None if data.shifted is None else _right(fitted, scaler.transform(data.shifted), data.shifted_codes)
+    train_accuracy = float(_right(fitted, train, codes).mean())
+    return Cell(head, fold.seed, fold.number, chosen, correct, other, train_accuracy, seconds)

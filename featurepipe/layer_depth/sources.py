@@ -1,0 +1,214 @@
+"""Getting the columns into a store: extracted in one pass over the images, or found in a store that has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurepipe.errors import UsageError
+from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
+from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
+from featurepipe.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurepipe.backbones import Backbone
+
+DEFAULT_STORE = "features"
+DEFAULT_BACKBONE = "resnet50"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for; the fields are arguments of `featurepipe.depth`."""
+
+    source: Any
+    store: FeatureStore | str | PathLike[str] | None
+    dataset: str | None
+    backbone: str | None
+    weights: str
+    nodes: str | Sequence[str]
+    pooling: Sequence[str] | None
+    max_width: int
+    control: str | None
+    test_source: Any
+    silent: bool
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Where the columns are.
+
+    Attributes:
+        wanted: what was asked for.
+        store: the store.
+        dataset: the images' name in it.
+        shifted_dataset: name of the other source's images, or None.
+        backbone: the network, whose weights are not needed any more.
+        columns: what is compared, in execution order.
+        spaces: fingerprint of the feature space of each network.
+        records: run records, or in a dry run estimates, of each extraction.
+    """
+
+    wanted: Wanted
+    store: FeatureStore
+    dataset: str
+    shifted_dataset: str | None
+    backbone: Backbone
+    columns: Sequence[DepthColumn]
+    spaces: Mapping[str, str]
+    records: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the columns were found in a store, and nothing was extracted."""
+        return is_store(self.wanted.source)
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """``pretrained``, and ``random`` where a control is wanted."""
+        return [PRETRAINED, RANDOM] if self.wanted.control else [PRETRAINED]
+
+    @property
+    def runs(self) -> list[str]:
+        """Ids of the extractions' runs."""
+        return [str(record["run_id"]) for record in self.records]
+
+    @property
+    def space_name(self) -> str:
+        """Name of the pretrained network's feature space."""
+        return self.store.space(self.spaces[PRETRAINED]).name
+
+    @property
+    def backbone_record(self) -> dict[str, Any]:
+        """How to load the network again."""
+        notes = self.store.space(self.spaces[PRETRAINED]).notes.get("backbone", {})
+        return {
+            "name": self.backbone.name,
+            "weights": notes.get("weights"),
+            "seed": notes.get("seed"),
+            "description": notes,
+        }
+
+    def settings(self, protocol: Protocol) -> dict[str, Any]:
+        """What was asked for, as JSON values."""
+        return {
+            "heads": list(protocol.heads),
+            "folds": protocol.folds,
+            "split": protocol.folds is None,
+            "seeds": list(range(protocol.seeds)),
+            "nodes": self.wanted.nodes if isinstance(self.wanted.nodes, str) else list(self.wanted.nodes),
+            "pooling": None if self.wanted.pooling is None else list(self.wanted.pooling),
+            "max_width": self.wanted.max_width,
+        }
+
+    def plan(self) -> dict[str, Any]:
+        """What a dry run says."""
+        return {
+            "dataset": self.dataset,
+            "backbone": self.backbone.name,
+            "columns": [column.as_dict() for column in self.columns],
+            "extractions": [dict(record) for record in self.records],
+        }
+
+    def milliseconds(self) -> dict[str, float]:
+        """Milliseconds of the forward for one image, up to each node, on this machine."""
+        from featurepipe.backbones import load_backbone
+        from featurepipe.backbones.timing import node_times
+
+        space = self.store.space(self.spaces[PRETRAINED])
+        network = load_backbone(self.backbone.name, "none")  # other weights take the same time, and need not be at hand
+        nodes = list(dict.fromkeys(column.node for column in self.columns))
+        return node_times(network, nodes, precision=str(space.fields.get("precision", "fp32")))
+
+
+def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
+    """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
+    if is_store(wanted.source):
+        return _held(wanted)
+    return _computed(wanted, extraction, dry_run=dry_run, say=say)
+
+
+def is_store(source: Any) -> bool:
+    """Whether a source is a feature store."""
+    if isinstance(source, FeatureStore):
+        return True
+    return isinstance(source, str | os.PathLike) and (Path(source) / "store.json").is_file()
+
+
+def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
+    from featurepipe.backbones import load_backbone
+    from featurepipe.extraction.extract import extract
+
+    name = wanted.backbone or DEFAULT_BACKBONE
+    backbone = load_backbone(name, wanted.weights)
+    columns = choose_columns(backbone, wanted.nodes, wanted.pooling, wanted.max_width)
+    target = wanted.store if wanted.store is not None else DEFAULT_STORE
+    store = target if isinstance(target, FeatureStore) else FeatureStore(target)
+    say(f"{name}: {', '.join(column.column for column in columns)}")
+
+    def run(source: Any, dataset: str | None, weights: str) -> dict[str, Any]:
+        return extract(
+            source, store, dataset=dataset, backbone=name, weights=weights, nodes=[column.column for column in columns],
+            dry_run=dry_run, silent=wanted.silent, **extraction,
+        )  # fmt: skip
+
+    records = [run(wanted.source, wanted.dataset, wanted.weights)]
+    dataset = records[0]["dataset"]
+    spaces = {PRETRAINED: records[0].get("fingerprint", "")}
+    shifted = None
+    if wanted.test_source is not None:
+        records.append(run(wanted.test_source, None, wanted.weights))
+        shifted = _other_name(records[-1]["dataset"], dataset)
+        _check_same_space(records[0], records[-1])
+    if wanted.control:
+        records.append(run(wanted.source, dataset, "none"))
+        spaces[RANDOM] = records[-1].get("fingerprint", "")
+        if shifted is not None:
+            records.append(run(wanted.test_source, shifted, "none"))
+    return Extracted(wanted, store, dataset, shifted, backbone, columns, spaces, records)
+
+
+def _held(wanted: Wanted) -> Extracted:
+    """A comparison of what a store has."""
+    from featurepipe.backbones import load_backbone
+
+    if wanted.store is not None or wanted.control or wanted.test_source is not None:
+        raise UsageError(
+            f"{wanted.source} is a feature store: its columns are compared as they are. For --store, --control or --test-source "
+            "give the images as the source, and the store with --store"
+        )
+    store = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
+    dataset = wanted.dataset or store.only_dataset()
+    space = store.space(wanted.backbone, dataset=dataset) if wanted.backbone else _only_space(store, dataset)
+    backbone = load_backbone(space.backbone, "none")
+    nodes = (
+        columns_of_space(backbone, space, wanted.max_width) if wanted.nodes in (AUTO, [AUTO], (AUTO,)) else wanted.nodes
+    )
+    columns = choose_columns(backbone, nodes, wanted.pooling, wanted.max_width)
+    return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint})
+
+
+def _only_space(store: FeatureStore, dataset: str) -> Any:
+    from featurepipe.store.choice import choose_space
+
+    return choose_space(store, None, dataset)
+
+
+def _other_name(name: str, dataset: str) -> str:
+    if name == dataset:
+        raise UsageError(
+            f"both sources would be dataset {name!r}; call the first otherwise with --dataset, such as --dataset {name}-source"
+        )
+    return name
+
+
+def _check_same_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    if one.get("fingerprint") != other.get("fingerprint"):
+        raise UsageError(
+            f"the two sources came out in two feature spaces, {one.get('space')} and {other.get('space')}; make them one: "
+            "fix what `auto` decided differently, for instance with --precision fp32"
+        )

@@ -1,0 +1,238 @@
+"""A comparison with everything settled: which images, which columns, which folds; and the cells that it asks for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.heads.families import HEADS
+from featurepipe.layer_depth.folds import Fold, cross_validation, own_split
+from featurepipe.layer_depth.journal import key_of
+from featurepipe.layer_depth.probes import Data
+from featurepipe.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurepipe.layer_depth.columns import DepthColumn
+    from featurepipe.store import FeatureSet
+
+Codes = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
+
+PRETRAINED, RANDOM = "pretrained", "random"
+PROTOCOL_VERSION = 1
+"""Goes up when the same settings would measure something else."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to measure.
+
+    Attributes:
+        heads: families, in the order of the answer; the first one's curve decides.
+        folds: of the cross-validation; None for the dataset's own splits.
+        seeds: how many times folds are dealt anew.
+    """
+
+    heads: Sequence[str]
+    folds: int | None
+    seeds: int
+
+    def check(self) -> None:
+        """Refuses what cannot be measured.
+
+        Raises:
+            UsageError: a head is unknown or named twice, or there is no seed.
+        """
+        for head in self.heads:
+            if head not in HEADS:
+                raise unknown("head", head, HEADS, see="featurepipe depth --help")
+        if not self.heads or len(set(self.heads)) < len(self.heads):
+            raise UsageError(f"--heads {','.join(self.heads)!r}: name each head once, such as --heads logistic,knn")
+        if self.seeds < 1:
+            raise UsageError(f"--seeds {self.seeds}: at least 1; 3 is usual")
+
+    @property
+    def text(self) -> str:
+        """How it was measured, in words."""
+        how = (
+            f"{self.folds}-fold cross-validation, {_times(self.seeds)}"
+            if self.folds
+            else f"the dataset's own splits, {_times(self.seeds)}"
+        )
+        return (
+            f"{how}; copies of one image stay on one side. Features are standardised by the training images. In each fold the "
+            "head's parameters are chosen on training images set aside, and the head is fitted again on all of them; test "
+            "images choose nothing. All columns see the same folds."
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared on what.
+
+    Attributes:
+        store: where the features are.
+        dataset: the labelled images.
+        shifted_dataset: images of another source, or None.
+        spaces: fingerprint of the feature space of each network: pretrained, and random if there is a control.
+        columns: in execution order.
+        protocol: how to measure.
+        classes: names, sorted.
+        folds: who trains and who is tested, as positions among the labelled images.
+        rows: positions of the labelled images in the dataset.
+        images: those images, as a view of the first column.
+        shifted_rows: positions in the other dataset of the images of known classes that are not in this one, too.
+        shifted: those images, or None.
+        left_out: images that take no part, and why.
+    """
+
+    store: FeatureStore
+    dataset: str
+    shifted_dataset: str | None
+    spaces: Mapping[str, str]
+    columns: Sequence[DepthColumn]
+    protocol: Protocol
+    classes: Sequence[str]
+    folds: Sequence[Fold]
+    rows: Positions
+    images: FeatureSet
+    shifted_rows: Positions
+    shifted: FeatureSet | None
+    left_out: Mapping[str, int]
+
+    def data(self, network: str, columns: Sequence[str]) -> Data:
+        """The features of some columns side by side, of the pretrained network or of the control."""
+        features = self._view(self.dataset, network, columns).take(self.rows)
+        if self.shifted is None or self.shifted_dataset is None:
+            return Data(features, self.codes, None, np.empty(0, np.int64))
+        shifted = self._view(self.shifted_dataset, network, columns).take(self.shifted_rows)
+        return Data(features, self.codes, shifted, shifted.codes(self.classes))
+
+    @property
+    def codes(self) -> Codes:
+        """(n,) class of each labelled image."""
+        return self.images.codes(self.classes)
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """``pretrained``, and ``random`` if there is a control."""
+        return list(self.spaces)
+
+    def key(self, network: str, columns: Sequence[str]) -> str:
+        """Names the measurements of some columns: the same images, labels, folds and space give the same name."""
+        return key_of(
+            version=PROTOCOL_VERSION,
+            space=self.spaces[network],
+            columns=list(columns),
+            images=_digest(self.images),
+            shifted=None if self.shifted is None else _digest(self.shifted),
+            folds=self.protocol.folds,
+        )
+
+    def with_heads(self, heads: Sequence[str]) -> Study:
+        """The same with other heads."""
+        return replace(self, protocol=replace(self.protocol, heads=tuple(heads)))
+
+    def itemsize(self, column: str) -> int:
+        """Bytes of one stored value."""
+        return int(self._view(self.dataset, PRETRAINED, [column]).dtype.itemsize)
+
+    @property
+    def test_share(self) -> float:
+        """Test images for each training image, the mean over folds."""
+        return float(np.mean([fold.test_share for fold in self.folds]))
+
+    def _view(self, dataset: str, network: str, columns: Sequence[str]) -> FeatureSet:
+        return self.store.features(dataset, node=list(columns), backbone=self.spaces[network])
+
+
+def settle(
+    store: FeatureStore,
+    dataset: str,
+    columns: Sequence[DepthColumn],
+    protocol: Protocol,
+    *,
+    spaces: Mapping[str, str],
+    shifted_dataset: str | None,
+    labels: Any,
+) -> Study:
+    """Settles images and folds.
+
+    Args:
+        store: holds the features.
+        dataset: the images to compare on.
+        columns: what to compare.
+        protocol: how.
+        spaces: fingerprint of the feature space of each network.
+        shifted_dataset: images of another source, or None.
+        labels: labels to use instead of the dataset's, or None.
+
+    Raises:
+        UsageError: the labels cannot be learned from, or the other source has no image of a known class.
+    """
+    protocol.check()
+    every = store.features(dataset, node=columns[0].column, backbone=spaces[PRETRAINED])
+    every = every if labels is None else every.with_labels(labels)
+    rows = np.flatnonzero(every.mask(labelled=True))
+    images = every.take(rows)
+    classes = images.classes
+    if len(classes) < 2:
+        raise UsageError(
+            f"dataset {dataset} has {len(images):,} labelled images of {len(classes)} classes; which layer tells classes apart "
+            "can be said of two or more. Put images into folders named by class, or give --labels FILE.csv"
+        )
+    codes = images.codes(classes)
+    folds = (
+        cross_validation(images, codes, folds=protocol.folds, seeds=protocol.seeds)
+        if protocol.folds
+        else own_split(images, codes, seeds=protocol.seeds)
+    )
+    shifted_rows, shifted, strangers, twins = np.empty(0, np.int64), None, 0, 0
+    if shifted_dataset is not None:
+        others = store.features(shifted_dataset, node=columns[0].column, backbone=spaces[PRETRAINED])
+        known = others.codes(classes) >= 0
+        twin = np.isin(others.keys64, images.keys64)
+        shifted_rows = np.flatnonzero(known & ~twin)
+        strangers, twins = int((~known).sum()), int((known & twin).sum())
+        if not len(shifted_rows):
+            raise UsageError(
+                f"none of the {len(others):,} images of {shifted_dataset} is of a class of {dataset} without being in it; there: "
+                f"{', '.join(others.classes[:5]) or 'no label'}; here: {', '.join(classes[:5])}"
+            )
+        shifted = others.take(shifted_rows)
+    return Study(
+        store,
+        dataset,
+        shifted_dataset,
+        spaces,
+        columns,
+        protocol,
+        classes,
+        folds,
+        rows,
+        images,
+        shifted_rows,
+        shifted,
+        {
+            "unlabelled": every.unlabelled,
+            "rejected": every.rejected,
+            "shifted_of_other_classes": strangers,
+            "shifted_in_both": twins,
+        },
+    )
+
+
+def _digest(images: FeatureSet) -> str:
+    """Tells sets of labelled, split images apart."""
+    parts = (images.keys.tobytes(), "\0".join(images.labels).encode(), "\0".join(map(str, images.splits)).encode())
+    return hashlib.sha256(b"\1".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _times(seeds: int) -> str:
+    return "dealt once" if seeds == 1 else f"dealt {seeds} times"

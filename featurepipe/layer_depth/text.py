@@ -1,0 +1,118 @@
+"""What ``featurepipe depth`` prints, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featurepipe.progress import duration
+from featurepipe.tables import share, size, table
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The answer, the table of columns, and what it rests on."""
+    return "\n\n".join([_answer(found), _columns(found), *_side_by_side(found), *_scores(found), _provenance(found)])
+
+
+def plan_text(found: Mapping[str, Any]) -> str:
+    """What ``featurepipe depth --dry-run`` prints."""
+    rows = [[column["column"], column["width"], share(column["cost"])] for column in found["columns"]]
+    lines = [
+        f"{found['dataset']}, {found['backbone']}: {len(rows)} columns",
+        table(["column", "width", "of the forward"], rows),
+    ]
+    for estimate in found["extractions"]:
+        seconds = f"about {duration(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
+        needed = size(sum(estimate["bytes_per_column"].values()))
+        lines.append(f"{estimate['dataset']}: {estimate['to_read']:,} images to read, {seconds}, {needed}")
+    lines += [f"{found['measurements']:,} measurements: {found['protocol']}", "dry run: nothing was changed"]
+    return "\n".join(lines)
+
+
+def _answer(found: Mapping[str, Any]) -> str:
+    chosen = found["recommended"]
+    best = "the most accurate as well"
+    if (chosen["column"], chosen["head"]) != (chosen["best"], chosen["best_head"]):
+        best = f"the most accurate is {chosen['best']} with {chosen['best_head']}, {chosen['best_accuracy']:.4f}"
+    return (
+        f"recommended: {chosen['column']} with {chosen['head']}, accuracy {_interval(chosen)}; {best}\n"
+        f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
+        f"{share(chosen['saved'])} of the forward{_milliseconds(chosen['ms_per_image'])}\n"
+        f"rule: {chosen['rule']}\n"
+        f"use it: featurepipe train {found['provenance']['store']} --dataset {found['dataset']} --node recommended --out BUNDLE"
+    )
+
+
+def _columns(found: Mapping[str, Any]) -> str:
+    """One line a column: what it costs, its accuracy with each head, of the control and on the other source."""
+    series = list(dict.fromkeys((r["head"], r["network"], r["tested_on"]) for r in found["results"]))
+    by_place = {(r["column"], r["head"], r["network"], r["tested_on"]): r for r in found["results"]}
+    header = ["column", "width", "forward", "ms", *(_series_title(*one) for one in series), "LogME"]
+    rows = []
+    for column in found["columns"]:
+        name = column["column"]
+        mark = " *" if name == found["recommended"]["column"] else ""
+        rows.append([
+            name + mark, column["width"], share(column["cost"]), _number(column["ms_per_image"], 2),
+            *(_interval(by_place[name, *one]) if (name, *one) in by_place else "-" for one in series),
+            _number(found["transferability"]["scores"].get(name), 3),
+        ])  # fmt: skip
+    how = found["settings"]
+    tested = f"{how['folds']} folds" if how["folds"] else "the split test"
+    title = (
+        f"{found['backbone']['name']} on {found['dataset']}: {found['images']:,} images of {len(found['classes'])} classes, "
+        f"{tested}, {len(how['seeds'])} seeds; accuracy with its 95 % interval"
+    )
+    return f"{title}\n{table(header, rows)}"
+
+
+def _series_title(head: str, network: str, tested_on: str) -> str:
+    more = [name for name, usual in ((network, "pretrained"), (tested_on, "source")) if name != usual]
+    return f"{head} ({', '.join(more)})" if more else head
+
+
+def _side_by_side(found: Mapping[str, Any]) -> Sequence[str]:
+    rows = [
+        [" + ".join(one["columns"]), _interval(one), f"{one['difference']:+.4f}", _range(one)]
+        for one in found["concatenations"]
+    ]
+    if not rows:
+        return []
+    against = found["concatenations"][0]
+    title = f"side by side, {against['head']}, against {against['against']} alone"
+    return [f"{title}\n{table(['columns', 'accuracy', 'difference', '95 % interval'], rows)}"]
+
+
+def _scores(found: Mapping[str, Any]) -> Sequence[str]:
+    known = {head: rank["spearman"] for head, rank in found["transferability"]["correlations"].items()}
+    told = [f"{rho:+.2f} with {head}" for head, rho in known.items() if rho is not None]
+    return [f"rank correlation of LogME, which fits no head, with accuracy: {', '.join(told)}"] if told else []
+
+
+def _provenance(found: Mapping[str, Any]) -> str:
+    seconds = ", ".join(f"{name} {duration(value)}" for name, value in found["provenance"]["seconds"].items())
+    left_out = [
+        f"{count:,} {name.replace('_', ' ')}" for name, count in found["counts"].items() if count and name != "shifted"
+    ]
+    more = f"; left out: {', '.join(left_out)}" if left_out else ""
+    return f"{found['protocol']}\n{seconds}{more}"
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:
+        return f"{found['accuracy']:.4f}"
+    return f"{found['accuracy']:.4f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _range(found: Mapping[str, Any]) -> str:
+    return (
+        "" if found["low_difference"] is None else f"{found['low_difference']:+.4f} to {found['high_difference']:+.4f}"
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f", {value:.2f} ms an image up to there"
