@@ -1,4 +1,4 @@
-"""Features as coordinates in the span of the training rows: fewer numbers, the same inner products."""
+"""Features as coordinates in the span of the training rows: fewer numbers, the same distances to them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Array = npt.NDArray[Any]
 
 
 class RowSpace(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Rotates (n, D) features into the span of the rows it was fitted on, which has at most n dimensions.
+    """Rotates (n, D) features into the span of the rows it was fitted on, and one direction more for all that lies outside.
 
     Where D is larger than n, whatever depends on features only by inner products or distances to those rows is learned there
     as well as in D dimensions: the optimum of an L2-penalised linear model lies in their span (the representer theorem of
-    Kimeldorf and Wahba, 1971), and what another row has outside of it adds the same to its distance from each of them.
+    Kimeldorf and Wahba, 1971). The last coordinate, 0 for those rows, is how far a row lies outside of the span: it keeps the
+    distances that kernels and votes weighted by distance are made of.
 
     The rows' own mean is not subtracted: standardise first.
 
@@ -34,5 +35,8 @@ class RowSpace(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def transform(self, X: Any) -> Array:
-        """Returns the (n, r) coordinates, float64."""
-        return np.asarray(np.asarray(X, np.float64) @ self.components_)
+        """Returns the (n, r + 1) coordinates, float64: those in the span, and the distance from it."""
+        rows = np.asarray(X, np.float64)
+        inside = rows @ self.components_
+        outside = np.linalg.norm(rows - inside @ self.components_.T, axis=1)
+        return np.column_stack([inside, outside])

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.preprocessing import StandardScaler
 
-from featurepipe.heads.calibration import class_scores, probabilities
-from featurepipe.heads.families import make_head
+from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
+from featurepipe.layer_depth.probes import scores_of_test
 from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
+    from featurepipe.layer_depth.folds import Fold
     from featurepipe.layer_depth.measure import Series
+    from featurepipe.layer_depth.probes import Cell, Data
     from featurepipe.layer_depth.study import Study
 
 CKA_IMAGES = 2000
@@ -32,22 +33,17 @@ def details(study: Study, series: Series) -> dict[str, Any]:
     scores = []
     for cell, fold in zip(series.cells, study.folds, strict=True):
         if fold.seed == 0:
-            scores.append(_scores(data.features, data.codes, fold, series.head, dict(cell.params), len(study.classes)))
+            scores.append(_scores(data, fold, cell, len(study.classes)))
     found = probabilities(np.concatenate(scores))
     metrics = score_table(found, data.codes[tested], list(study.classes), ids=study.images.ids[tested])
     return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
 
 
-def _scores(features: Any, codes: Any, fold: Any, head: str, params: dict[str, Any], classes: int) -> Any:
+def _scores(data: Data, fold: Fold, cell: Cell, classes: int) -> Any:
     """Class scores (t, K) of a fold's test images; a class that no training image has gets the lowest score."""
-    train = features.read(np.float32, rows=fold.train)
-    scaler = StandardScaler().fit(train)
-    fitted = make_head(head, scale=False, random_state=fold.seed, **params).fit(
-        scaler.transform(train), codes[fold.train]
-    )
-    known = class_scores(fitted, scaler.transform(features.read(np.float32, rows=fold.test)))
-    scores = np.full((len(fold.test), classes), known.min() - 20.0)
-    scores[:, np.asarray(fitted.classes_)] = known
+    found, known = scores_of_test(data, fold, cell)
+    scores = np.full((len(fold.test), classes), found.min() - 20.0)
+    scores[:, known] = found
     return scores
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.int64]
 
-TURNABLE = ("logistic", "linear-svm", "rbf-svm", "ridge", "knn", "centroid")
-"""Families that see features by their inner products or distances alone: a rotation changes nothing."""
+TURNABLE = ("logistic", "linear-svm", "rbf-svm", "ridge", "knn")
+"""Families that see features by their inner products or distances alone, so that a rotation changes nothing; the shrinkage
+of ``centroid`` looks at single values."""
 
 TURNED_FROM = 2
 """How many times as many values as training images there must be, before going over to their span repays."""
@@ -100,16 +101,36 @@ def measure_fold(data: Data, fold: Fold, heads: Sequence[str]) -> list[Cell]:
     the heads that only see inner products work in the training images' span, which is the same and much smaller. Where
     the values are many, linear heads read them block by block and fit all values of C in shared passes.
     """
-    width = data.features.shape[1]
-    in_blocks = [head for head in heads if head in SHARED_PASSES] if len(fold.train) * width > SMALL_VALUES else []
+    in_blocks = [head for head in heads if _is_in_blocks(data, fold, head)]
     in_memory = [head for head in heads if head not in in_blocks]
     cells = [_measure_in_blocks(data, fold, head) for head in in_blocks]
-    turned = [head for head in in_memory if head in TURNABLE and width > TURNED_FROM * len(fold.train)]
+    turned = [head for head in in_memory if _is_turned(data, fold, head)]
     for group in (turned, [head for head in in_memory if head not in turned]):
         if group:
             rows = _Rows.of(data, fold, turned=group is turned)
             cells += [_measure(rows, fold, head) for head in group]
     return sorted(cells, key=lambda cell: heads.index(cell.head))
+
+
+def scores_of_test(data: Data, fold: Fold, cell: Cell) -> tuple[Array, Codes]:
+    """Class scores (t, K) of the test images by the head that a cell was measured with, and the K classes that it knows."""
+    from featurepipe.heads.calibration import class_scores
+
+    if _is_in_blocks(data, fold, cell.head):
+        head = make_head(cell.head, out_of_core=True, tol=ROUGHLY, **cell.params)
+        fitted = head.fit(data.features.take(fold.train), data.codes[fold.train])
+        return class_scores(fitted, data.features.take(fold.test)), fitted.classes_
+    rows = _Rows.of(data, fold, turned=_is_turned(data, fold, cell.head))
+    fitted = _head(cell.head, cell.params, rows.train[0].shape[1], fold.seed).fit(*rows.train)
+    return class_scores(fitted, rows.test[0]), fitted.classes_
+
+
+def _is_in_blocks(data: Data, fold: Fold, head: str) -> bool:
+    return head in SHARED_PASSES and len(fold.train) * data.features.shape[1] > SMALL_VALUES
+
+
+def _is_turned(data: Data, fold: Fold, head: str) -> bool:
+    return head in TURNABLE and data.features.shape[1] > TURNED_FROM * len(fold.train)
 
 
 @dataclass(frozen=True)
