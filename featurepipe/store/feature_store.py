@@ -203,7 +203,14 @@ class FeatureStore:
         return runs.next_run_id(self._run_names())
 
     def _run_names(self) -> Iterator[str]:
-        for pattern in ("runs/*.json", "snapshots/*/*.parquet", "spaces/*/parts/*.h5", "spaces/*/quarantine/*.h5"):
+        folders = (
+            "runs/*.json",
+            "snapshots/*/*.parquet",
+            "spaces/*/parts/*.h5",
+            "spaces/*/quarantine/*.h5",
+            "depth/*/*.json",
+        )
+        for pattern in folders:
             yield from (path.name for path in self.path.glob(pattern))
 
     def write_run(self, record: dict[str, Any]) -> Path:
