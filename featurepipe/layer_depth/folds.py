@@ -60,10 +60,8 @@ def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: i
         seeds: how many times all is dealt anew.
 
     Raises:
-        UsageError: there are too few folds, or too few images of some class.
+        UsageError: there are too few images.
     """
-    if folds < 2:
-        raise UsageError(f"--folds {folds}: cross-validation needs 2 folds or more; 5 is usual")
     every = np.arange(len(codes))
     found = []
     for seed in range(seeds):
@@ -77,8 +75,10 @@ def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: i
 def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
     """The dataset's own splits: fitted on ``train``, tested on ``test``; ``val`` chooses, else a part of ``train`` by seed.
 
+    Training images that are copies of test images take no part, nor do test images of classes that no training image has.
+
     Raises:
-        UsageError: the dataset has no split ``train`` or ``test``.
+        UsageError: the dataset has no split ``train`` or ``test``, or one of them is too small.
     """
     splits = features.splits
     train, val, test = (np.flatnonzero(splits == name) for name in ("train", "val", "test"))
@@ -88,21 +88,26 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
             f"dataset {features.origin.dataset} needs labelled images in the splits train and test for --split "
             f"(it has: {there}); leave --split out to cross-validate"
         )
-    known = np.isin(codes[test], codes[train])
-    test = test[known]
-    if len(val):
-        return [Fold(seed, 0, train, val, test) for seed in range(seeds)]
-    return [_fold(features, codes, train, test, seed, 0, 0) for seed in range(seeds)]
+    keys = features.keys64
+    train = train[~np.isin(keys[train], keys[test])]
+    val = val[~np.isin(keys[val], keys[np.union1d(train, test)])]
+    test = test[np.isin(codes[test], codes[np.union1d(train, val)])]
+    if not len(val):
+        return [_fold(features, codes, train, test, seed, 0, 0) for seed in range(seeds)]
+    return [_checked(Fold(seed, 0, train, val, test), codes) for seed in range(seeds)]
 
 
 def _fold(
     features: FeatureSet, codes: Codes, train: Positions, test: Positions, seed: int, number: int, draw: int
 ) -> Fold:
     dealt = fold_numbers(features.keys64[train], codes[train], folds=CHOOSING, seed=1000 * (seed + 1) + draw)
-    fit, choose = train[dealt != 0], train[dealt == 0]
-    if not len(choose) or not len(test) or len(np.unique(codes[fit])) < 2:
+    return _checked(Fold(seed, number, train[dealt != 0], train[dealt == 0], test), codes)
+
+
+def _checked(fold: Fold, codes: Codes) -> Fold:
+    if not len(fold.choose) or not len(fold.test) or len(np.unique(codes[fold.fit])) < 2:
         raise UsageError(
             f"{len(codes):,} labelled images of {len(np.unique(codes))} classes are too few for such folds: one of them leaves "
             "no image to choose by, to test, or fewer than two classes to learn; give more images or fewer --folds"
         )
-    return Fold(seed, number, fit, choose, test)
+    return fold

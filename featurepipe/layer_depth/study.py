@@ -47,13 +47,15 @@ class Protocol:
         """Refuses what cannot be measured.
 
         Raises:
-            UsageError: a head is unknown or named twice, or there is no seed.
+            UsageError: a head is unknown or named twice, or there are too few folds or no seed.
         """
         for head in self.heads:
             if head not in HEADS:
                 raise unknown("head", head, HEADS, see="featurepipe depth --help")
         if not self.heads or len(set(self.heads)) < len(self.heads):
             raise UsageError(f"--heads {','.join(self.heads)!r}: name each head once, such as --heads logistic,knn")
+        if self.folds is not None and self.folds < 2:
+            raise UsageError(f"--folds {self.folds}: cross-validation needs 2 folds or more; 5 is usual")
         if self.seeds < 1:
             raise UsageError(f"--seeds {self.seeds}: at least 1; 3 is usual")
 
@@ -62,7 +64,7 @@ class Protocol:
         """How it was measured, in words."""
         how = (
             f"{self.folds}-fold cross-validation, {_times(self.seeds)}"
-            if self.folds
+            if self.folds is not None
             else f"the dataset's own splits, {_times(self.seeds)}"
         )
         return (
@@ -190,7 +192,7 @@ def settle(
     codes = images.codes(classes)
     folds = (
         cross_validation(images, codes, folds=protocol.folds, seeds=protocol.seeds)
-        if protocol.folds
+        if protocol.folds is not None
         else own_split(images, codes, seeds=protocol.seeds)
     )
     shifted_rows, shifted, strangers, twins = np.empty(0, np.int64), None, 0, 0
@@ -222,6 +224,7 @@ def settle(
         {
             "unlabelled": every.unlabelled,
             "rejected": every.rejected,
+            "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
             "shifted_of_other_classes": strangers,
             "shifted_in_both": twins,
         },
