@@ -10,6 +10,7 @@ from featurepipe.errors import UsageError
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone, Column
+    from featurepipe.backbones.measure import NodeInfo
     from featurepipe.store import Space
 
 AUTO = "auto"
@@ -63,15 +64,16 @@ def choose_columns(
             requested.append(name)
             continue
         info = backbone.node(backbone.bottleneck if name == "bottleneck" else name)
-        own = [bounded_pooling(info, max_width)] if pooling is None else _suiting(pooling, info.shape)
+        own = [bounded_pooling(info, max_width)] if pooling is None else _suiting(pooling, info)
         requested += [f"{name}:{kind}" for kind in own]
-    found = [_placed(backbone, column) for column in backbone.columns(requested)]
+    found = [_placed(backbone, column) for column in backbone.columns(requested)] if requested else []
     kept = [c for c in found if c.width <= max_width or (pooling is None and c.pooling in ("gap", "flatten"))]
     if len(kept) < 2:
         wide = ", ".join(f"{column.column} ({column.width:,})" for column in found)
+        have = f"{len(kept)} of {wide} {'is' if len(kept) == 1 else 'are'} at most --max-width {max_width:,} wide"
         raise UsageError(
-            f"a comparison needs two columns or more, and {len(kept)} of {wide} {'is' if len(kept) == 1 else 'are'} at most "
-            f"--max-width {max_width:,} wide; name more nodes or allow more values"
+            f"a comparison needs two columns or more, and {have if found else 'no node has such a pooling'}; name more nodes or "
+            "allow more values"
         )
     return sorted(kept, key=lambda column: (column.depth, column.width))
 
@@ -82,18 +84,19 @@ def columns_of_space(backbone: Backbone, space: Space, max_width: int) -> list[s
     return [str(column) for column in backbone.columns(list(held)) if held[str(column)].width <= max_width]
 
 
-def _suiting(pooling: Sequence[str], shape: tuple[int, ...]) -> list[str]:
-    """The poolings that a node can have: a vector has only one form, a map of 3 x 3 no grid of 4 x 4."""
-    if len(shape) < 3:
+def _suiting(pooling: Sequence[str], info: NodeInfo) -> list[str]:
+    """The poolings that a node can have: a vector has only one form, tokens no grid, a map of 3 x 3 no grid of 4 x 4."""
+    from featurepipe.backbones.pooling import grid_of
+
+    if len(info.shape) == 1:
         return ["gap"]
-    smallest = min(sorted(shape)[:2])
-    return [kind for kind in pooling if _cells(kind) <= smallest]
-
-
-def _cells(pooling: str) -> int:
-    """Cells along one side of a pooling grid."""
-    size = pooling.removeprefix("avg").removeprefix("max").split("x")[0]
-    return int(size) if size.isdigit() else 1
+    sides = [size for axis, size in enumerate(info.shape, 1) if axis != info.channel_axis]
+    fitting = []
+    for kind in pooling:
+        grid = grid_of(kind)
+        if grid is None or (len(sides) == 2 and grid[1] <= sides[0] and grid[2] <= sides[1]):
+            fitting.append(kind)
+    return fitting
 
 
 def _placed(backbone: Backbone, column: Column) -> DepthColumn:
