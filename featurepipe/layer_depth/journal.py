@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._cells: dict[tuple[str, str, int, int], Cell] = {}
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 entry = json.loads(line)
                 self._remember(entry["key"], _cell(entry))

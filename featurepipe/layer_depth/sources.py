@@ -143,6 +143,8 @@ def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
     from featurepipe.backbones import load_backbone
     from featurepipe.extraction.extract import extract
 
+    if wanted.control and wanted.weights == "none":
+        raise UsageError("--weights none is a random network already: --control random would compare it with itself")
     name = wanted.backbone or DEFAULT_BACKBONE
     backbone = load_backbone(name, wanted.weights)
     columns = choose_columns(backbone, wanted.nodes, wanted.pooling, wanted.max_width)
