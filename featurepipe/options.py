@@ -310,7 +310,7 @@ def _add_depth(commands: Commands) -> None:
         "Stopped at any moment, the same command goes on. featurepipe train --node recommended uses the answer.",
     )  # fmt: skip
     add = command.add_argument
-    add("source", metavar="SOURCE|STORE", help="images, as for featurepipe extract; or a store, compared as it is")
+    add("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, compared as it is")
     add("--store", metavar="DIR", help="where features of SOURCE go (default: features)")
     add("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
     add("--backbone", metavar="NAME", help="see featurepipe backbones (default: resnet50, or what STORE holds)")

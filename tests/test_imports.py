@@ -8,7 +8,7 @@ import pytest
 
 import featurepipe
 
-HEAVY = ("torch", "torchvision", "xgboost", "dask", "h5py", "timm", "sklearn", "pyarrow")
+HEAVY = ("torch", "torchvision", "xgboost", "dask", "h5py", "timm", "sklearn", "pyarrow", "bokeh")
 
 
 def run(*arguments):
@@ -31,11 +31,13 @@ def test_the_public_surface_is_what_it_was():
         "FeatureStore",
         "ImageClassifier",
         "__version__",
+        "depth",
         "evaluate",
         "extract",
         "load_backbone",
         "make_head",
         "predict",
+        "report",
         "train",
     ]
     assert dir(featurepipe) == sorted(featurepipe.__all__)
@@ -52,10 +54,10 @@ def test_public_names_are_what_they_say():
 
 
 def test_verbs_stay_functions_whatever_was_imported_before():
-    verbs = "extraction.extract", "training.train", "evaluation.evaluate", "prediction.predict"
+    verbs = "extraction.extract", "training.train", "evaluation.evaluate", "prediction.predict", "layer_depth.depth"
     imports = ", ".join(f"featurepipe.{verb}" for verb in verbs)
     code = f"import {imports}, featurepipe as fp; print(*(callable(getattr(fp, v.split('.')[1])) for v in {verbs}))"
-    assert run("-W", "error", "-c", code).stdout == "True True True True\n"
+    assert run("-W", "error", "-c", code).stdout == "True True True True True\n"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def test_verbs_stay_functions_whatever_was_imported_before():
         "from featurepipe.cli import main; main(['--help'])",
         "from featurepipe.cli import main; main(['extract', '--help'])",
         "from featurepipe.cli import main; main(['train', '--help'])",
+        "from featurepipe.cli import main; main(['depth', '--help'])",
         "from featurepipe.cli import main; main(['extract'])",
     ],
 )

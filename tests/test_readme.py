@@ -72,7 +72,7 @@ def test_python_example_from_images(checkout: Path, launcher) -> None:
 def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> None:
     assert python_output  # it has run before, as in the README
     commands = [shlex.split(line) for line in fence("In the shell", "sh").splitlines()]
-    assert [words[0] for words in commands] == ["featurepipe"] * 8
+    assert [words[0] for words in commands] == ["featurepipe"] * 9
     results = {}
     for words in commands:
         finished = cli(*words[1:], cwd=checkout)
@@ -86,6 +86,8 @@ def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> Non
     assert f"{TEST:,} images" in results["evaluate"]
     labelled = (checkout / "predictions.csv").read_text(encoding="utf-8").splitlines()
     assert len(labelled) == 1 + TRAIN + TEST
+    assert results["depth"].startswith("recommended: ")
+    assert (checkout / "depth.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "everything is as it was committed" in results["verify"]
     with np.load(checkout / "clothes.npz") as exported:
         assert exported["X"].shape == (TRAIN + TEST, 1280)
@@ -93,6 +95,14 @@ def test_shell_example(checkout: Path, python_output: str, cli: Callable) -> Non
 
     again = cli(*commands[1][1:], "--json", cwd=checkout)
     assert again.json()["counts"]["computed"] == 0
+
+
+def test_what_was_recommended_can_be_trained_and_shown(checkout: Path, cli: Callable) -> None:
+    assert (checkout / "depth.html").exists()  # compared in the example before
+    for line in fence("Which layer transfers best?", "sh").splitlines():
+        finished = cli(*shlex.split(line)[1:], cwd=checkout)
+        assert finished.code == 0, (line, finished.err)
+    assert "recommended-bundle" in (checkout / "bundle.html").read_text(encoding="utf-8")
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -138,7 +148,7 @@ def test_options_named_in_the_prose_exist() -> None:
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    paths = re.findall(r"`((?:featurepipe|tests|tools|images|store|backbones)/[\w./-]+)`", text)
+    paths = re.findall(r"`((?:featurepipe|tests|tools|images|store|backbones|pipelines|heads)/[\w./-]+)`", text)
     roots = (ROOT, ROOT / "featurepipe")
     missing = [path for path in links + paths if not any((root / path).exists() for root in roots)]
     assert missing == []

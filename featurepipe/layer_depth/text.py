@@ -37,7 +37,7 @@ def _answer(found: Mapping[str, Any]) -> str:
     return (
         f"recommended: {chosen['column']} with {chosen['head']}, accuracy {_interval(chosen)}; {best}\n"
         f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
-        f"{share(chosen['saved'])} of the forward{_milliseconds(chosen['ms_per_image'])}\n"
+        f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
         f"use it: featurepipe train {found['provenance']['store']} --dataset {found['dataset']} --node recommended --out BUNDLE"
     )
@@ -114,5 +114,10 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _milliseconds(value: float | None) -> str:
-    return "" if value is None else f", {value:.2f} ms an image up to there"
+def _milliseconds(found: Mapping[str, Any]) -> str:
+    """The measured time up to the recommended column and up to the deepest one."""
+    known = [column["ms_per_image"] for column in found["columns"] if column["ms_per_image"] is not None]
+    here = found["recommended"]["ms_per_image"]
+    if here is None:
+        return ""
+    return f" (measured here: {here:.2f} ms an image, {known[-1]:.2f} ms up to {found['columns'][-1]['column']})"
