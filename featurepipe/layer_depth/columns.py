@@ -66,8 +66,9 @@ def choose_columns(
         info = backbone.node(backbone.bottleneck if name == "bottleneck" else name)
         own = [bounded_pooling(info, max_width)] if pooling is None else _suiting(pooling, info)
         requested += [f"{name}:{kind}" for kind in own]
-    found = [_placed(backbone, column) for column in backbone.columns(requested)] if requested else []
-    kept = [c for c in found if c.width <= max_width or (pooling is None and c.pooling in ("gap", "flatten"))]
+    placed = [_placed(backbone, column) for column in backbone.columns(requested)] if requested else []
+    found = list({(c.depth, c.pooling): c for c in placed}.values())  # a node may have several names
+    kept = [c for c in found if c.width <= max_width or (pooling is None and c.pooling == "gap")]
     if len(kept) < 2:
         wide = ", ".join(f"{column.column} ({column.width:,})" for column in found)
         have = f"{len(kept)} of {wide} {'is' if len(kept) == 1 else 'are'} at most --max-width {max_width:,} wide"
@@ -75,7 +76,7 @@ def choose_columns(
             f"a comparison needs two columns or more, and {have if found else 'no node has such a pooling'}; name more nodes or "
             "allow more values"
         )
-    return sorted(kept, key=lambda column: (column.depth, column.width))
+    return sorted(kept, key=lambda column: (column.depth, column.width, column.column))
 
 
 def columns_of_space(backbone: Backbone, space: Space, max_width: int) -> list[str]:
