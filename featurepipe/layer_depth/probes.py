@@ -189,7 +189,8 @@ def _head(head: str, params: Mapping[str, Any], width: int, seed: int) -> BaseEs
     if head == "xgboost":
         settings |= {"colsample_bytree": min(1.0, TREE_COLUMNS / width), "n_jobs": 1}
     settings |= QUICK.get(head, {})
-    return make_head(head, scale=False, random_state=seed, **settings)
+    ours = head == "centroid"  # scikit-learn's warns of values that are constant, as many after a ReLU are
+    return make_head(head, scale=False, random_state=seed, out_of_core=ours, **settings)
 
 
 def _right(fitted: BaseEstimator, features: Array, codes: Codes) -> npt.NDArray[np.bool_]:
