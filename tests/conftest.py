@@ -26,7 +26,7 @@ SERVER = textwrap.dedent("""
     import torch
     import featurepipe.cli, featurepipe.commands, featurepipe.demo
     from featurepipe.backbones import load_backbone
-    import featurepipe.extraction.extract
+    import featurepipe.extraction.extract, featurepipe.layer_depth.depth
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.exports
 
     torch.set_num_threads(1)
