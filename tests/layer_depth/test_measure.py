@@ -1,0 +1,251 @@
+"""What is measured is measured once; what changes is measured anew."""
+
+import numpy as np
+import pytest
+
+from featurepipe.layer_depth import measure as module
+from featurepipe.layer_depth.journal import Journal
+from featurepipe.layer_depth.measure import measure
+from featurepipe.layer_depth.study import PRETRAINED, RANDOM
+
+COLUMNS = [("a:gap", 0.3, 2), ("b:gap", 1.0, 3)]
+COUNT = 60
+LABELS = ["cat", "dog", "emu"] * (COUNT // 3)
+
+
+def features(seed=0, count=COUNT):
+    rng = np.random.default_rng(seed)
+    codes = np.arange(count) % 3
+    centres = rng.normal(size=(3, 5))
+    values = (centres[codes] + rng.normal(size=(count, 5))).astype(np.float32)
+    return {"a:gap": values[:, :2], "b:gap": values[:, 2:]}
+
+
+class Counted:
+    """Measures, and keeps what it was asked to measure."""
+
+    def __init__(self, path, monkeypatch):
+        self.path, self.calls, self.fail_after = path, [], None
+        original = module.measure_fold
+
+        def spy(data, fold, heads):
+            if self.fail_after is not None and len(self.calls) >= self.fail_after:
+                raise KeyboardInterrupt
+            self.calls.append((data.features.column, fold.seed, fold.number, tuple(heads)))
+            return original(data, fold, heads)
+
+        monkeypatch.setattr(module, "measure_fold", spy)
+
+    def __call__(self, study, sets=None, jobs=1):
+        """The series, and what had to be measured for them."""
+        self.calls = []
+        sets = sets or [(PRETRAINED, (column.column,)) for column in study.columns]
+        progress = Silent()
+        found = measure(study, sets, Journal(self.path), jobs=jobs, progress=progress)
+        self.advanced = progress.count
+        return found
+
+
+class Silent:
+    def __init__(self):
+        self.count = 0
+
+    def advance(self, count, detail=""):
+        self.count += count
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    return Counted(tmp_path / "journal.jsonl", monkeypatch)
+
+
+@pytest.fixture
+def study(album):
+    fingerprint = album.write("zoo", features(), LABELS)
+    album.write("away", features(1, 30), LABELS[:30])
+
+    def make(name="zoo", **options):
+        return album.study(name, fingerprint, COLUMNS, **options)
+
+    make.fingerprint = fingerprint
+    return make
+
+
+def check_same(one, other):
+    assert [(s.network, s.columns, s.head) for s in one] == [(s.network, s.columns, s.head) for s in other]
+    for first, second in zip(one, other, strict=True):
+        assert [(c.seed, c.fold, c.params) for c in first.cells] == [(c.seed, c.fold, c.params) for c in second.cells]
+        for a, b in zip(first.cells, second.cells, strict=True):
+            np.testing.assert_array_equal(a.correct, b.correct)
+
+
+def test_each_series_has_a_cell_a_fold_in_order(study, counted):
+    given = study(heads=("centroid", "knn"), folds=3, seeds=2)
+    found = counted(given)
+    assert [(series.columns, series.head) for series in found] == [
+        (("a:gap",), "centroid"), (("a:gap",), "knn"), (("b:gap",), "centroid"), (("b:gap",), "knn")
+    ]  # fmt: skip
+    for series in found:
+        assert [(cell.seed, cell.fold) for cell in series.cells] == [(s, f) for s in range(2) for f in range(3)]
+        assert {cell.head for cell in series.cells} == {series.head}
+        assert [len(cell.correct) for cell in series.cells] == [len(fold.test) for fold in given.folds]
+    assert counted.advanced == 2 * 2 * 6
+    assert len(counted.calls) == 2 * 6  # all heads of a column and fold at once
+
+
+def test_the_second_time_nothing_is_measured(study, counted):
+    first = counted(study(heads=("centroid", "knn")))
+    again = counted(study(heads=("centroid", "knn")))
+    assert counted.calls == []
+    assert counted.advanced == 2 * 2 * 2  # the progress still comes to its end
+    check_same(first, again)
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_interrupted_it_goes_on_where_it_was(study, counted, done):
+    counted.fail_after = done
+    with pytest.raises(KeyboardInterrupt):
+        counted(study())
+    assert len(counted.calls) == done
+    before = counted.calls
+    counted.fail_after = None
+    found = counted(study())
+    every = [(column, 0, fold, ("centroid",)) for column in ("a:gap", "b:gap") for fold in range(2)]
+    assert before + counted.calls == every
+    assert all(len(series.cells) == 2 for series in found)
+
+
+def test_several_at_once_measure_the_same(study, counted, tmp_path):
+    given = study(heads=("logistic", "knn"), seeds=2, shifted="away")
+    alone = counted(given)
+    counted.path = tmp_path / "other.jsonl"
+    together = counted(given, jobs=2)
+    assert counted.calls == []  # all in other processes
+    check_same(alone, together)
+    for one, other in zip(alone, together, strict=True):
+        for a, b in zip(one.cells, other.cells, strict=True):
+            np.testing.assert_array_equal(a.shifted, b.shifted)
+            assert len(a.shifted) == 30
+
+
+def test_a_seed_a_head_or_a_column_more_measures_only_what_is_new(study, counted, album):
+    counted(study())
+    counted(study(seeds=2))
+    assert counted.calls == [(c, 1, fold, ("centroid",)) for c in ("a:gap", "b:gap") for fold in range(2)]
+    counted(study(heads=("knn", "centroid")))
+    assert counted.calls == [(c, 0, fold, ("knn",)) for c in ("a:gap", "b:gap") for fold in range(2)]
+    counted(album.study("zoo", study.fingerprint, COLUMNS[:1], heads=("knn",), seeds=2))
+    assert counted.calls == [("a:gap", 1, fold, ("knn",)) for fold in range(2)]
+    counted(study(), sets=[(PRETRAINED, ("a:gap", "b:gap"))])
+    assert counted.calls == [("a:gap+b:gap", 0, fold, ("centroid",)) for fold in range(2)]
+    counted(study(), sets=[(PRETRAINED, ("a:gap", "b:gap"))])
+    assert counted.calls == []
+
+
+ANEW = 4
+
+
+def test_other_folds_are_measured_anew(study, counted):
+    counted(study())
+    counted(study(folds=3))
+    assert len(counted.calls) == 6
+
+
+def test_other_labels_are_measured_anew(study, counted):
+    counted(study())
+    changed = {f"{row}.png": "dog" if row == 0 else LABELS[row] for row in range(COUNT)}
+    counted(study(labels=changed))
+    assert len(counted.calls) == ANEW
+    counted(study(labels={f"{row}.png": LABELS[row] for row in range(COUNT)}))
+    assert counted.calls == []  # the same labels, only given otherwise
+
+
+def test_another_set_of_images_is_measured_anew(study, counted, album):
+    counted(study())
+    album.write("zoo", features(count=57), LABELS[:57])
+    counted(study())
+    assert len(counted.calls) == ANEW
+
+
+def test_an_unlabelled_image_changes_nothing(study, counted, album):
+    first = counted(study())
+    more = {name: np.concatenate([values, values[:1] + 9]) for name, values in features().items()}
+    album.write("zoo", more, [*LABELS, None])
+    again = study()
+    assert again.left_out["unlabelled"] == 1
+    check_same(first, counted(again))
+    assert counted.calls == []
+
+
+def test_another_space_is_measured_anew(study, counted, album):
+    given = study()
+    one = counted(given)
+    fields = {"dtype": "float32", "net": "random", "precision": "fp32"}
+    other = album.write("zoo", features(5), LABELS, fields=fields)
+    both = album.study("zoo", study.fingerprint, COLUMNS, spaces={PRETRAINED: study.fingerprint, RANDOM: other})
+    sets = [(network, (column,)) for network in both.networks for column in ("a:gap", "b:gap")]
+    found = counted(both, sets)
+    assert len(counted.calls) == ANEW
+    check_same(one, found[:2])
+    assert [cell.correct.tolist() for cell in found[2].cells] != [cell.correct.tolist() for cell in found[0].cells]
+
+
+def test_another_source_to_test_on_is_measured_anew(study, counted, album):
+    counted(study())
+    counted(study(shifted="away"))
+    assert len(counted.calls) == ANEW
+    album.write("away", features(1, 27), LABELS[:27])
+    counted(study(shifted="away"))
+    assert len(counted.calls) == ANEW
+    counted(study())
+    assert counted.calls == []
+
+
+def test_own_splits_are_measured_apart_from_folds(album, counted, study):
+    counted(study())
+    splits = ["train"] * 40 + ["test"] * 20
+    album.write("zoo", features(), LABELS, splits=splits)
+    counted(study(folds=None))
+    assert len(counted.calls) == 2
+    album.write("zoo", features(), LABELS, splits=["train"] * 39 + ["test"] * 21)
+    counted(study(folds=None))
+    assert len(counted.calls) == 2  # an image has moved
+
+
+def test_another_version_of_the_protocol_is_measured_anew(study, counted, monkeypatch):
+    counted(study())
+    monkeypatch.setattr("featurepipe.layer_depth.study.PROTOCOL_VERSION", 10_000)
+    counted(study())
+    assert len(counted.calls) == ANEW
+
+
+def test_large_features_are_measured_one_after_the_other(study, counted, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_VALUES", 10)
+    counted(study(), jobs=2)
+    assert len(counted.calls) == ANEW  # in this process
+
+
+def test_copies_and_strangers_of_the_other_source_take_no_part(album, study):
+    contents = ["zoo-0", "zoo-1", *[f"new-{i}" for i in range(8)]]  # the first two are images of the zoo
+    labels = ["cat", "dog", "emu", "cat", None, "fox", "cat", "dog", "emu", "cat"]
+    album.write("away", features(3, 10), labels, contents=contents)
+    given = study(shifted="away")
+    assert given.shifted_rows.tolist() == [2, 3, 6, 7, 8, 9]
+    assert given.left_out == {
+        "unlabelled": 0, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2, "shifted_in_both": 2
+    }  # fmt: skip
+    data = given.data(PRETRAINED, ["b:gap"])
+    assert [given.classes[code] for code in data.shifted_codes] == ["emu", "cat", "cat", "dog", "emu", "cat"]
+    np.testing.assert_array_equal(data.shifted.read(), features(3, 10)["b:gap"][given.shifted_rows])
+
+
+def test_data_are_the_labelled_rows_in_order(album):
+    labels = ["cat", None, "dog", "cat", "dog", "cat", "dog", "cat", "dog", None, "cat", "dog"]
+    fingerprint = album.write("gaps", features(count=12), labels)
+    given = album.study("gaps", fingerprint, COLUMNS)
+    data = given.data(PRETRAINED, ["b:gap", "a:gap"])
+    rows = [row for row, label in enumerate(labels) if label]
+    values = features(count=12)
+    np.testing.assert_array_equal(data.features.read(), np.hstack([values["b:gap"], values["a:gap"]])[rows])
+    assert [given.classes[code] for code in data.codes] == [labels[row] for row in rows]
+    assert given.test_share == pytest.approx(1)
