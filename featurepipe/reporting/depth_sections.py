@@ -59,7 +59,7 @@ def _answer(document: Document) -> list[Block]:
     rule = f"Rule: {best['rule']}." if best.get("rule") else ""
     figures = (
         ("Accuracy", percent(best.get("accuracy")), interval(best.get("low"), best.get("high"))),
-        ("Forward cost saved", percent(best.get("saved"), 0), "by stopping the network there"),
+        ("Operations saved", percent(best.get("saved"), 0), "by stopping the network there"),
         ("Time", f"{milliseconds(best.get('ms_per_image'))} ms", "per image"),
         ("Width", count(best.get("width")), f"values, {amount(best.get('bytes_per_image'))} per image"),
     )
@@ -77,7 +77,7 @@ def _in_brackets(best: Document) -> str:
 
 def _against_best(best: Document) -> str:
     saved = finite(best.get("saved"))
-    cost = f"Stopping the network there saves {percent(saved, 0)} of its forward cost. " if saved else ""
+    cost = f"Stopping the network there saves {percent(saved, 0)} of its operations. " if saved else ""
     if best.get("best") in {None, best["column"]}:
         return f"{cost}No node did better."
     return f"{cost}The most accurate node, {best['best']}, reaches {percent(best.get('best_accuracy'))}."

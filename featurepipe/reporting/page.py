@@ -78,7 +78,7 @@ def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -
         lstrip_blocks=True,
     )
     environment.globals.update(template_text.FUNCTIONS)
-    return environment.get_template("page.html").render(
+    html = environment.get_template("page.html").render(
         title=title,
         sections=sections,
         divs={name: Markup(div) for name, div in divs.items()},  # noqa: S704  Bokeh's own, made of ids only
@@ -88,6 +88,7 @@ def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -
         colours=Markup(_json(paint.notes)),  # noqa: S704
         footer=footer,
     )
+    return html.lstrip()  # what the template's macros leave before the doctype
 
 
 def _policy(scripts: Sequence[str]) -> str:

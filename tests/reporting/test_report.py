@@ -96,7 +96,7 @@ def test_the_answer_and_every_number_of_the_nodes(document, tmp_path):
     assert page.texts["title"] == page.texts["h1"] == ["Which layer of efficientnet_lite0 transfers best to fashion?"]
     assert page.texts["p"][1] == (  # the first is for those without JavaScript
         "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0%). "
-        "Stopping the network there saves 38\u00a0% of its forward cost. "
+        "Stopping the network there saves 38\u00a0% of its operations. "
         "The most accurate node, blocks.14:avg5x5, reaches 91.8\u00a0%."
     )
     nodes = next(k for k, row in enumerate(page.cells) if "share of cost" in row)
