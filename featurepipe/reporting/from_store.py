@@ -17,6 +17,7 @@ from featurepipe.records import host, now, versions
 from featurepipe.reporting.report import Features, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.choice import require_snapshot
 
 MAPPED = 2000
 """Images on the map."""
@@ -49,7 +50,7 @@ def report(
         The file.
 
     Raises:
-        UsageError: no comparison was made of the dataset, or the folder of ``target`` does not exist.
+        UsageError: the dataset is unknown, no comparison was made of it, or the folder of ``target`` does not exist.
     """
     say = announcer(silent=silent)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
@@ -64,6 +65,7 @@ def report(
 
 def _depth(store: FeatureStore, dataset: str) -> tuple[Mapping[str, Any], Features]:
     documents = store.depth_documents(dataset)
+    require_snapshot(store, dataset)
     if not documents:
         raise UsageError(
             f"the layers of dataset {dataset} have not been compared yet; run: featurepipe depth SOURCE --store {store.path}, "

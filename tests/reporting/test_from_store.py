@@ -1,0 +1,195 @@
+"""The page of what a store holds: a comparison of layers or a bundle, with the images where they can be had."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurepipe.errors import UsageError
+from featurepipe.reporting import from_store
+from featurepipe.reporting.from_store import report
+from featurepipe.training.train import train
+
+
+def pictures_in(page):
+    """All pictures in a page, a few of which are Bokeh's own."""
+    return set(re.findall(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/=]+", page.read_text(encoding="utf-8")))
+
+
+def png(shade):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((20, 20), shade, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def compared(zoo, new_document):
+    """A store of made-up features; returns it and writes documents that recommend a column of them."""
+    zoo.write([*zoo.images("train", 20), *zoo.images("test", 5)])
+
+    def write(column="b:gap", dataset="zoo", accuracy=0.9):
+        document = new_document()
+        document["dataset"] = dataset
+        document["details"]["column"] = column
+        document["recommended"]["accuracy"] = accuracy
+        document["space"] = {"name": "tiny", "fingerprint": zoo.features().space_fingerprint}
+        zoo.store.write_depth(document)
+
+    zoo.compared = write
+    return zoo
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What the page is written from, without the seconds that drawing takes."""
+    kept = {}
+    monkeypatch.setattr(
+        from_store, "write_report", lambda document, target, **more: kept.update(document=document, **more) or target
+    )
+    return kept
+
+
+@pytest.fixture
+def folder(compared, tmp_path):
+    """The images of the dataset, but one."""
+    for shade, id_ in enumerate(compared.features().ids):
+        if shade:
+            path = tmp_path / "pictures" / id_
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(shade))
+    return tmp_path / "pictures"
+
+
+def test_the_newest_comparison_is_shown_with_the_features_it_recommends(compared, tmp_path, given):
+    compared.compared("a:gap", accuracy=0.7)
+    compared.compared("b:gap", accuracy=0.8)
+    compared.compared("a:gap", "other", accuracy=0.1)
+    assert report(compared.store, tmp_path / "page.html", silent=True) == tmp_path / "page.html"
+    assert given["document"]["recommended"]["accuracy"] == 0.8
+    ids, values, labels = given["features"]
+    view = compared.store.features("zoo", node="b:gap")
+    assert ids == list(view.ids)
+    assert labels == list(view.labels)
+    np.testing.assert_array_equal(values, view.read(np.float32))
+
+
+def test_columns_side_by_side_are_shown_as_one(compared, tmp_path, given):
+    compared.compared("a:gap+b:gap")
+    report(compared.store.path, tmp_path / "page.html", silent=True)
+    np.testing.assert_array_equal(given["features"][1], compared.features().read(np.float32))
+
+
+def test_of_many_images_some_are_placed_on_the_map(compared, tmp_path, given, monkeypatch):
+    monkeypatch.setattr(from_store, "MAPPED", 10)
+    compared.compared()
+    report(compared.store, tmp_path / "page.html", silent=True)
+    ids, values, _ = given["features"]
+    view = compared.store.features("zoo", node="b:gap")
+    places = [list(view.ids).index(id_) for id_ in ids]
+    assert places == sorted(set(places))
+    assert len(places) == 10
+    np.testing.assert_array_equal(values, view.read(np.float32)[places])
+    assert len({id_.split("/")[1] for id_ in ids}) == 3  # of all classes, not the first ten
+
+
+def test_pictures_are_read_by_id_where_they_are(compared, folder, tmp_path, given):
+    compared.compared()
+    report(compared.store, tmp_path / "page.html", source=folder, silent=True)
+    ids = list(compared.features().ids)
+    assert np.asarray(Image.open(io.BytesIO(as_bytes(given["images"](ids[7])))))[0, 0] == 7
+    assert given["images"](ids[0]) is None  # there is no such file
+    (folder / ids[8]).unlink()
+    assert given["images"](ids[8]) is None  # gone since it was listed
+
+
+def as_bytes(payload):
+    return payload if isinstance(payload, bytes) else getattr(payload, "content", payload)
+
+
+def test_where_the_images_are_is_known_from_the_last_run(compared, folder, tmp_path, given, capsys):
+    compared.compared()
+    for source in (tmp_path / "long-gone", folder):
+        run_id = compared.store.new_run_id()
+        compared.store.write_run({"run_id": run_id, "dataset": "zoo", "source": str(source)})
+    compared.store.write_run(
+        {"run_id": compared.store.new_run_id(), "dataset": "other", "source": str(tmp_path / "none")}
+    )
+    report(compared.store, tmp_path / "page.html")
+    assert given["images"](compared.features().ids[3]) is not None
+    assert "no pictures" not in capsys.readouterr().err
+
+
+def test_without_images_it_says_so_and_writes_the_page(compared, tmp_path, capsys):
+    compared.compared()
+    page = tmp_path / "page.html"
+    report(compared.store, page)
+    assert (
+        "no run says where the images are: the page has no pictures; name them with --source" in capsys.readouterr().err
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "blocks.10:avg5x5" in text
+    assert "train/cat/0.png" in text  # placed on the map
+    assert len(pictures_in(page)) < 5
+    report(compared.store, page, source=tmp_path / "nowhere")
+    assert "the images cannot be listed (" in capsys.readouterr().err
+    report(compared.store, page, silent=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bundle_is_evaluated_and_shown_with_its_own_columns(compared, folder, tmp_path):
+    bundle, page = tmp_path / "bundle", tmp_path / "page.html"
+    record = train(compared.store, nodes=["a:gap", "b:gap"], out=bundle, silent=True)
+    report(compared.store, page, bundle=bundle, source=folder, command="featurepipe report it", silent=True)
+    text = page.read_text(encoding="utf-8")
+    accuracy = record["test"]["accuracy"]["value"]
+    assert f"{100 * accuracy:.1f}" in text or f"{accuracy:.3f}" in text or f"{accuracy:.4f}" in text
+    for shown in ("featurepipe report it", "a:gap", "b:gap", "test/cat/0.png"):
+        assert shown in text
+    assert "train/cat/0.png" not in text  # only what it was tested on is on the map
+    report(compared.store, tmp_path / "plain.html", bundle=bundle, silent=True)
+    assert len(pictures_in(page) - pictures_in(tmp_path / "plain.html")) >= 15  # one for each image of the test
+
+
+def test_a_bundles_document_has_what_was_found(compared, tmp_path, given):
+    train(compared.store, nodes=["b:gap"], out=tmp_path / "bundle", silent=True)
+    report(compared.store, tmp_path / "page.html", bundle=tmp_path / "bundle", split="train", silent=True)
+    document = given["document"]
+    assert (document["kind"], document["version"]) == ("bundle", 1)
+    assert document["bundle"]["columns"] == ["b:gap"]
+    assert document["evaluation"]["split"] == "train"
+    assert document["evaluation"]["counts"]["images"] == 60
+    assert document["provenance"]["snapshot"] == compared.store.snapshot_ids("zoo")[-1]
+    assert len(given["features"][0]) == 60
+    assert given["features"][1].shape == (60, 2)
+
+
+def test_what_was_not_compared_has_no_page(compared, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"the layers of dataset zoo have not been compared yet; run: featurepipe depth"
+    ):
+        report(compared.store, tmp_path / "page.html", silent=True)
+    with pytest.raises(UsageError, match=r"unknown dataset 'zu'.*zoo"):
+        report(compared.store, tmp_path / "page.html", dataset="zu", silent=True)
+    compared.compared()
+    with pytest.raises(UsageError, match=r"there is no folder .*missing; make it first"):
+        report(compared.store, tmp_path / "missing" / "page.html", silent=True)
+    assert list(tmp_path.glob("*.html")) == []
+
+
+def test_of_several_datasets_one_must_be_named(compared, tmp_path, given):
+    compared.compared()
+    compared.write(compared.images("more", 3), "ark")
+    with pytest.raises(UsageError, match=r"2 datasets \(ark, zoo\); choose one with --dataset"):
+        report(compared.store, tmp_path / "page.html", silent=True)
+    report(compared.store, tmp_path / "page.html", dataset="zoo", silent=True)
+    assert given["document"]["dataset"] == "zoo"
+
+
+def test_the_command_line_writes_the_page(compared, tmp_path, cli):
+    compared.compared()
+    finished = cli("report", compared.store.path, "--to", tmp_path / "page.html")
+    assert finished.code == 0, finished.err
+    assert finished.out == f"{tmp_path / 'page.html'}\n"
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
