@@ -116,8 +116,8 @@ def _number(value: float | None, digits: int) -> str:
 
 def _milliseconds(found: Mapping[str, Any]) -> str:
     """The measured time up to the recommended column and up to the deepest one."""
-    known = [column["ms_per_image"] for column in found["columns"] if column["ms_per_image"] is not None]
+    known = [column for column in found["columns"] if column["ms_per_image"] is not None]
     here = found["recommended"]["ms_per_image"]
     if here is None:
         return ""
-    return f" (measured here: {here:.2f} ms an image, {known[-1]:.2f} ms up to {found['columns'][-1]['column']})"
+    return f" (measured here: {here:.2f} ms an image, {known[-1]['ms_per_image']:.2f} ms up to {known[-1]['column']})"

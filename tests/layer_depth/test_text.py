@@ -1,0 +1,119 @@
+"""What the command prints: the answer first, then the table it rests on."""
+
+import copy
+
+import pytest
+
+from featurepipe.layer_depth.text import plan_text, text
+
+RESULT = {"head": "knn", "network": "pretrained", "tested_on": "source", "low": 0.85, "high": 0.95}
+DOCUMENT = {
+    "dataset": "album",
+    "backbone": {"name": "lenet5"},
+    "settings": {"folds": 5, "seeds": [0, 1, 2]},
+    "classes": ["cat", "dog"],
+    "images": 1200,
+    "counts": {"shifted": 7, "unlabelled": 3, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2},
+    "protocol": "5-fold cross-validation, dealt 3 times.",
+    "columns": [
+        {"column": "a:gap", "width": 1000, "cost": 0.25, "ms_per_image": 1.234},
+        {"column": "b:gap", "width": 84, "cost": 1.0, "ms_per_image": None},
+    ],
+    "results": [
+        {**RESULT, "column": "a:gap", "accuracy": 0.9},
+        {**RESULT, "column": "b:gap", "accuracy": 0.91, "low": None, "high": None},
+        {**RESULT, "column": "a:gap", "accuracy": 0.5, "network": "random"},
+        {**RESULT, "column": "a:gap", "accuracy": 0.6, "tested_on": "shifted"},
+    ],
+    "concatenations": [
+        {"columns": ["a:gap", "b:gap"], "head": "knn", "accuracy": 0.93, "low": 0.9, "high": 0.96, "against": "b:gap",
+         "difference": 0.02, "low_difference": -0.01, "high_difference": 0.05},
+    ],
+    "recommended": {
+        "column": "a:gap", "head": "knn", "accuracy": 0.9, "low": 0.85, "high": 0.95, "best": "b:gap", "best_head": "knn",
+        "best_accuracy": 0.91, "rule": "the rule", "width": 1000, "bytes_per_image": 4000, "ms_per_image": 1.234, "saved": 0.75,
+    },
+    "transferability": {"scores": {"a:gap": 0.1234}, "correlations": {"knn": {"spearman": 0.5}, "lda": {"spearman": None}}},
+    "provenance": {"store": "features", "seconds": {"extract": 12.0, "measure": 3.0}},
+}  # fmt: skip
+
+
+def changed(**parts):
+    document = copy.deepcopy(DOCUMENT)
+    for name, value in parts.items():
+        document[name] = {**document[name], **value} if isinstance(value, dict) else value
+    return document
+
+
+def test_the_answer_comes_first():
+    lines = text(DOCUMENT).splitlines()
+    assert lines[:4] == [
+        "recommended: a:gap with knn, accuracy 0.9000 (0.850 to 0.950); the most accurate is b:gap with knn, 0.9100",
+        "1,000 values and 4.0 kB an image; stopping there saves 75.0 % of the forward's operations "
+        "(measured here: 1.23 ms an image, 1.23 ms up to a:gap)",
+        "rule: the rule",
+        "use it: featurepipe train features --dataset album --node recommended --out BUNDLE",
+    ]
+
+
+def test_the_time_is_compared_with_the_deepest_column_that_was_timed():
+    columns = [DOCUMENT["columns"][0], {**DOCUMENT["columns"][1], "ms_per_image": 5.678}]
+    assert "(measured here: 1.23 ms an image, 5.68 ms up to b:gap)" in text(changed(columns=columns))
+
+
+def test_the_best_may_be_the_recommended_one():
+    same = changed(recommended={"best": "a:gap", "ms_per_image": None})
+    assert "0.9000 (0.850 to 0.950); the most accurate as well\n" in text(same)
+    assert "75.0 % of the forward's operations\nrule" in text(same)
+    other_head = changed(recommended={"best": "a:gap", "best_head": "ridge"})
+    assert "the most accurate is a:gap with ridge, 0.9100" in text(other_head)
+
+
+def test_the_table_has_a_line_a_column():
+    lines = text(DOCUMENT).splitlines()
+    title = "lenet5 on album: 1,200 images of 2 classes, 5 folds, 3 seeds; accuracy with its 95 % interval"
+    at = lines.index(title)
+    header, first, second = (line for line in lines[at + 1 : at + 5] if not set(line) <= set("- "))
+    for name in ("column", "width", "forward", "ms", "knn", "knn (random)", "knn (shifted)", "LogME"):
+        assert name in header
+    low_high = "(0.850 to 0.950)"
+    expected = f"a:gap * 1000 25.0 % 1.23 0.9000 {low_high} 0.5000 {low_high} 0.6000 {low_high} 0.123"
+    assert " ".join(first.split()) == expected
+    assert " ".join(second.split()) == "b:gap 84 100.0 % - 0.9100 - - -"
+
+
+def test_side_by_side_is_told_where_it_was_measured():
+    found = text(DOCUMENT)
+    assert "side by side, knn, against b:gap alone" in found
+    line = next(line for line in found.splitlines() if line.startswith("a:gap + b:gap"))
+    assert " ".join(line.split()) == "a:gap + b:gap 0.9300 (0.900 to 0.960) +0.0200 -0.0100 to +0.0500"
+    assert "side by side" not in text(changed(concatenations=[]))
+
+
+def test_correlations_that_are_undefined_are_not_told():
+    assert "rank correlation of LogME, which fits no head, with accuracy: +0.50 with knn\n" in text(DOCUMENT)
+    none = changed(transferability={"correlations": {"knn": {"spearman": None}}})
+    assert "rank correlation" not in text(none)
+
+
+def test_the_end_says_how_long_and_who_was_left_out():
+    last = text(DOCUMENT).splitlines()[-2:]
+    assert last[0] == "5-fold cross-validation, dealt 3 times."
+    assert last[1].startswith("extract 0:12, measure 0:03; ")
+    assert last[1].endswith("; left out: 3 unlabelled, 2 shifted of other classes")
+
+
+def test_an_own_split_is_named():
+    assert "the split test, 3 seeds" in text(changed(settings={"folds": None}))
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(50.0, "about 0:02"), (None, "nothing to compute")])
+def test_a_plan_says_what_would_be_done(speed, expected):
+    estimate = {"dataset": "album", "to_read": 100, "seconds": 2.0, "images_per_second": speed,
+                "bytes_per_column": {"a:gap": 3000, "b:gap": 1000}}  # fmt: skip
+    plan = {"dataset": "album", "backbone": "lenet5", "columns": DOCUMENT["columns"], "extractions": [estimate],
+            "measurements": 1200, "protocol": "folds."}  # fmt: skip
+    lines = plan_text(plan).splitlines()
+    assert lines[0] == "album, lenet5: 2 columns"
+    assert f"album: 100 images to read, {expected}, 4.0 kB" in lines
+    assert lines[-2:] == ["1,200 measurements: folds.", "dry run: nothing was changed"]
