@@ -1,0 +1,380 @@
+"""From pictures to a recommendation: the whole verb, in Python and on the command line."""
+
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from featurepipe.backbones.engine import Engine
+from featurepipe.errors import UsageError
+from featurepipe.layer_depth import measure as measuring
+from featurepipe.layer_depth import sources
+from featurepipe.layer_depth.depth import depth
+from featurepipe.layer_depth.sources import Extracted
+from featurepipe.store import FeatureStore
+
+COLUMNS = ["c1:avg7x7", "s4:avg4x4", "f6:gap"]
+SMALL = ["--folds", 2, "--seeds", 1, "--heads", "logistic,knn", "--precision", "fp32", "--quiet"]
+NETWORK = [
+    "--backbone",
+    "lenet5",
+    "--weights",
+    "none",
+    "--node",
+    "c1",
+    "--node",
+    "s4",
+    "--node",
+    "f6",
+    "--max-width",
+    300,
+]
+MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
+SLOW = """
+    import sys, time
+    from featurepipe.layer_depth import measure
+
+    original = measure.measure_fold
+    measure.measure_fold = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]
+    from featurepipe.cli import main
+    sys.exit(main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick_timing(monkeypatch):
+    """Timing each node takes a second or more and is tested with the backbones."""
+
+    def milliseconds(found):
+        return {column.node: 1.0 + column.depth for column in found.columns}
+
+    monkeypatch.setattr(Extracted, "milliseconds", milliseconds)
+
+
+class Spies:
+    """Counts forwards and measurements."""
+
+    def __init__(self, monkeypatch):
+        self.forwards, self.measured = 0, []
+        submit, measure_fold = Engine.submit, measuring.measure_fold
+
+        def counting_submit(engine, batch):
+            self.forwards += len(batch)
+            return submit(engine, batch)
+
+        def counting_measure(data, fold, heads):
+            self.measured += [(data.features.column, fold.number, head) for head in heads]
+            return measure_fold(data, fold, heads)
+
+        monkeypatch.setattr(Engine, "submit", counting_submit)
+        monkeypatch.setattr(measuring, "measure_fold", counting_measure)
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    return Spies(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_(source, **options):
+        given = {
+            "store": tmp_path / "store", "backbone": "lenet5", "weights": "none", "nodes": ["c1", "s4", "f6"], "max_width": 300,
+            "heads": ("logistic", "knn"), "folds": 2, "seeds": 1, "jobs": 1, "silent": True,
+            "extraction": {"precision": "fp32", "dtype": "float32"},
+        }  # fmt: skip
+        return depth(source, **{**given, **options})
+
+    return run_
+
+
+def numbers(value):
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for one in value for number in numbers(one)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def without_times(value):
+    """A JSON value less what a stopwatch said."""
+    if isinstance(value, list):
+        return [without_times(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_times(one) for name, one in value.items() if name not in ("seconds", "ms_per_image")}
+    return value
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A file of weights for a LeNet-5."""
+    torch = pytest.importorskip("torch")
+    from featurepipe.backbones.lenet import LeNet5
+
+    torch.manual_seed(3)
+    torch.save(LeNet5().state_dict(), tmp_path / "lenet.pth")
+    return str(tmp_path / "lenet.pth")
+
+
+def test_the_document_says_what_was_found_of_what(run, pictures, tmp_path, spies):
+    report = tmp_path / "page.html"
+    found = run(pictures(), report=report, command="featurepipe depth")
+    assert (found["kind"], found["version"], found["dataset"]) == ("depth", 1, "halves")
+    assert found["backbone"]["name"] == "lenet5"
+    assert found["classes"] == ["left", "upper"]
+    assert found["images"] == 24
+    assert [column["column"] for column in found["columns"]] == COLUMNS
+    assert [column["width"] for column in found["columns"]] == [294, 256, 84]
+    assert [column["bytes_per_image"] for column in found["columns"]] == [4 * 294, 4 * 256, 4 * 84]
+    for column in found["columns"]:
+        assert column["saved"] == pytest.approx(1 - column["cost"])
+        assert column["ms_per_image"] == 1 + column["depth"]
+    assert spies.forwards == 24
+    alone = [one for one in spies.measured if "+" not in one[0]]
+    assert sorted(alone) == sorted(
+        (c, fold, head) for c in COLUMNS for fold in range(2) for head in ("logistic", "knn")
+    )
+    series = [(r["column"], r["head"]) for r in found["results"]]
+    assert series == [(column, head) for column in COLUMNS for head in ("logistic", "knn")]
+    for result in found["results"]:
+        assert result["accuracy"] == pytest.approx(np.mean(result["cells"]))
+        assert len(result["cells"]) == len(result["params"]) == 2
+    best = max(result["accuracy"] for result in found["results"])
+    assert best >= 0.95  # one half is brighter: any layer sees which
+    chosen = found["recommended"]
+    assert chosen["best_accuracy"] == best
+    assert (chosen["column"], chosen["node"]) == ("c1:avg7x7", "c1")
+    own = next(r for r in found["results"] if (r["column"], r["head"]) == (chosen["column"], chosen["head"]))
+    assert [chosen[name] for name in ("accuracy", "low", "high", "se")] == [
+        own[name] for name in ("accuracy", "low", "high", "se")
+    ]
+    assert (chosen["width"], chosen["ms_per_image"]) == (294, found["columns"][0]["ms_per_image"])
+    assert len(found["differences"]) == 4
+    assert [one["columns"] for one in found["concatenations"]][-1] == COLUMNS
+    cka = np.array(found["similarity"]["cka"])
+    np.testing.assert_allclose(cka, cka.T)
+    np.testing.assert_allclose(cka.diagonal(), 1)
+    assert set(found["transferability"]["scores"]) == set(COLUMNS)
+    assert set(found["transferability"]["correlations"]) == {"logistic", "knn"}
+    assert found["settings"]["folds"] == 2
+    assert found["provenance"]["command"] == "featurepipe depth"
+    assert set(found["provenance"]["seconds"]) == {"extract", "measure", "describe"}
+    assert "c1:avg7x7" in report.read_text(encoding="utf-8")
+
+
+def test_it_is_plain_json_and_kept_in_the_store(run, pictures, tmp_path):
+    found = run(pictures())
+    assert all(math.isfinite(number) for number in numbers(found))
+    text = json.dumps(found, allow_nan=False)
+    (kept,) = FeatureStore(tmp_path / "store").depth_documents("halves")
+    assert {**json.loads(text), "run_id": kept["run_id"]} == kept
+
+
+@pytest.mark.parametrize("head", ["logistic", "knn"])
+def test_details_are_of_the_heads_that_were_measured(run, pictures, head):
+    """As many right as in the cells, the images as the folds tested them."""
+    found = run(pictures(count=15), nodes=["c1:gap", "s4:gap", "f6"], heads=(head,))
+    metrics = found["details"]["metrics"]
+    column = found["details"]["column"]
+    (own,) = (r for r in found["results"] if r["column"] == column)
+    assert metrics["images"] == 30
+    assert metrics["accuracy"]["value"] == pytest.approx(own["accuracy"], abs=1e-9)  # folds are equally large
+    ids = [one["id"] for one in metrics["mistakes"]["most_confident"]]
+    assert all(one["true"] == one["id"].split("/")[0] for one in metrics["mistakes"]["most_confident"])
+    assert len(set(ids)) == len(ids) == min(len(ids), round(30 * (1 - own["accuracy"])))
+
+
+def test_the_second_call_computes_nothing_and_finds_the_same(run, pictures, spies):
+    source = pictures()
+    first = run(source)
+    assert spies.forwards == 24
+    spies.forwards, spies.measured = 0, []
+    again = run(source)
+    assert spies.forwards == 0
+    assert spies.measured == []
+    for result in (*first["results"], *again["results"]):
+        assert result.pop("seconds") > 0
+    for name in ("columns", "results", "recommended", "differences", "concatenations", "similarity", "details"):
+        assert again[name] == first[name]
+
+
+def test_new_images_are_measured_anew_but_only_they_are_extracted(run, pictures, spies):
+    source = pictures()
+    run(source)
+    spies.forwards, spies.measured = 0, []
+    (source / "left" / "more.png").write_bytes((source / "upper" / "000.png").read_bytes())  # a copy with another label
+    assert run(source)["images"] == 25
+    assert spies.forwards == 0
+    assert spies.measured
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, pictures, tmp_path, spies):
+    source = pictures()
+    found = run(source, dry_run=True, report=tmp_path / "page.html")
+    assert [column["column"] for column in found["columns"]] == COLUMNS
+    assert found["measurements"] == 3 * 2 * 2
+    assert found["extractions"][0]["to_read"] == 24
+    assert json.dumps(found, allow_nan=False)
+    assert spies.measured == []
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_store_is_compared_as_it_is(run, pictures, tmp_path, spies):
+    source = pictures()
+    run(source)
+    spies.forwards, spies.measured = 0, []
+    for given in (tmp_path / "store", FeatureStore(tmp_path / "store")):
+        found = run(given, store=None, backbone=None, nodes="auto", report=tmp_path / "page.html")
+        assert [column["column"] for column in found["columns"]] == COLUMNS
+        assert spies.forwards == 0
+        assert spies.measured == []
+        assert found["provenance"]["runs"] == []
+    fewer = run(tmp_path / "store", store=None, backbone="lenet5", nodes=["f6", "s4:avg4x4"])
+    assert [column["column"] for column in fewer["columns"]] == COLUMNS[1:]
+    for more in (
+        {"store": tmp_path / "other"},
+        {"store": None, "control": "random"},
+        {"store": None, "test_source": source},
+    ):
+        with pytest.raises(UsageError, match="is a feature store: its columns are compared as they are"):
+            run(tmp_path / "store", **more)
+
+
+def test_control_and_other_source_stand_beside(run, pictures, trained, tmp_path):
+    other = pictures("away", count=5, start=500)
+    found = run(pictures(), weights=trained, control="random", test_source=other)
+    series = {(r["column"], r["head"], r["network"], r["tested_on"]) for r in found["results"]}
+    assert len(series) == len(found["results"]) == 3 * 2 * 2 * 2
+    assert found["test_dataset"] == "away"
+    assert found["counts"]["shifted"] == 10
+    assert found["control"]["space"] != found["space"]["fingerprint"]
+    shifted = [r for r in found["results"] if r["tested_on"] == "shifted"]
+    assert max(r["accuracy"] for r in shifted) >= 0.9  # the same halves
+    trained_, random = (
+        [r["cells"] for r in found["results"] if r["network"] == name] for name in ("pretrained", "random")
+    )
+    assert trained_ != random
+    store = FeatureStore(tmp_path / "store")
+    assert store.features("halves", node=COLUMNS, backbone=found["control"]["space"]).shape == (24, 634)
+
+
+def test_the_own_split_is_used_where_asked_for(run, pictures, tmp_path):
+    root = tmp_path / "split"
+    for name, count, start in (("train", 12, 0), ("test", 4, 100)):
+        pictures(f"split/{name}", count=count, start=start)
+    (root / "train" / "left" / "copy.png").write_bytes((root / "test" / "left" / "100.png").read_bytes())
+    found = run(root, split=True, seeds=2)
+    assert found["settings"]["folds"] is None
+    assert found["settings"]["split"] is True
+    assert found["counts"]["in_no_fold"] == 1  # the copy
+    assert found["details"]["metrics"]["images"] == 8
+    assert all(len(r["cells"]) == 2 for r in found["results"])
+    assert found["recommended"]["low"] < 1
+
+
+def test_given_labels_are_used_instead(run, pictures):
+    source = pictures(count=8)
+    labels = {f"{kind}/{n:03d}.png": f"{kind}-{n % 2}" for kind in ("left", "upper") for n in range(8)}
+    labels.pop("left/000.png")
+    found = run(source, labels=labels)
+    assert found["classes"] == ["left-0", "left-1", "upper-0", "upper-1"]
+    assert (found["images"], found["counts"]["unlabelled"]) == (15, 1)
+
+
+def test_what_cannot_be_compared_is_refused(run, pictures, tmp_path, spies):
+    source = pictures()
+    with pytest.raises(UsageError, match="unknown head 'logistics'"):
+        run(source, heads=("logistics",))
+    with pytest.raises(UsageError, match=r"cannot write .*page.html: there is no folder"):
+        run(source, report=tmp_path / "missing" / "page.html")
+    with pytest.raises(UsageError, match="--control 'untrained': random is the only one"):
+        run(source, control="untrained")
+    with pytest.raises(UsageError, match="--weights none is a random network already"):
+        run(source, control="random")
+    with pytest.raises(UsageError, match="--folds 0: cross-validation needs 2"):
+        run(source, folds=0)
+    assert spies.forwards == 0  # all of this is known before the first image
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(UsageError, match="needs labelled images in the splits train and test"):
+        run(source, split=True)
+    with pytest.raises(UsageError, match="both sources would be dataset 'halves'"):
+        run(source, test_source=source)
+    strangers = pictures("strangers", count=3, classes=("rook", "pawn"), start=700)
+    with pytest.raises(UsageError, match=r"none of the 6 images of strangers is of a class of halves.*rook.*upper"):
+        run(source, test_source=strangers)
+    with pytest.raises(UsageError, match="none of the 24 images of twin is of a class of halves without being in it"):
+        run(source, test_source=pictures("twin"))
+    assert FeatureStore(tmp_path / "store").depth_documents("halves") == []
+
+
+def test_one_class_and_no_label_are_refused(run, pictures, tmp_path):
+    single = pictures("single", classes=("left",))
+    with pytest.raises(UsageError, match="dataset single has 12 labelled images of 1 classes"):
+        run(single)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (single / "left").iterdir():
+        path.rename(flat / path.name)
+    with pytest.raises(UsageError, match=r"dataset flat has 0 labelled images of 0 classes.*--labels FILE.csv"):
+        run(flat)
+
+
+def test_the_command_line_does_the_same(pictures, tmp_path, cli, run):
+    source, store = pictures(), tmp_path / "cli"
+    finished = cli(
+        "depth", source, "--store", store, *NETWORK, *SMALL, "--jobs", 1, "--json", "--report", tmp_path / "p.html"
+    )
+    assert finished.code == 0, finished.err
+    found, expected = finished.json(), run(source, extraction={"precision": "fp32"}, store=tmp_path / "python")
+    for name in ("results", "recommended", "differences"):
+        assert without_times(found[name]) == without_times(json.loads(json.dumps(expected[name])))
+    assert all(0 < column["ms_per_image"] < 1000 for column in found["columns"])
+    assert found["provenance"]["command"].startswith("featurepipe depth ")
+    assert (tmp_path / "p.html").stat().st_size > 100_000
+    planned = cli("depth", source, "--store", store, *NETWORK, *SMALL, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "halves, lenet5: 3 columns" in planned.out
+    assert "halves: 0 images to read, nothing to compute" in planned.out
+    assert "dry run: nothing was changed" in planned.out
+    wrong = cli("depth", source, "--store", store, *NETWORK, "--heads", "knn,nn")
+    assert wrong.code == 2
+    assert "unknown head 'nn'" in wrong.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_measuring_the_same_command_goes_on(pictures, tmp_path, launcher, run, spies, number):
+    source, store = pictures(), FeatureStore(tmp_path / "store")
+    arguments = ["depth", source, "--store", store.path, *NETWORK, *SMALL, "--jobs", 1]
+    process = launcher.start(SLOW, arguments)
+    deadline = time.monotonic() + 60
+    path = store.depth_journal("halves")
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send(number)
+    finished = process.wait()
+    assert finished.code == {signal.SIGINT: 130, signal.SIGTERM: -15, signal.SIGKILL: -9}[number], finished.err
+    assert "Traceback" not in finished.err
+    assert store.depth_documents("halves") == []
+    done = len([line for line in path.read_text().split("\n") if line.endswith("}")])
+    assert 0 < done < 12
+    spies.measured = []
+    run(source, extraction={"precision": "fp32"})
+    assert spies.forwards == 0
+    alone = [one for one in spies.measured if "+" not in one[0]]
+    assert len(alone) == 3 * 2 * 2 - done
+    assert len(set(alone)) == len(alone)
+    assert len(store.depth_documents("halves")) == 1
+
+
+def test_what_is_a_store_is_told_by_its_file(tmp_path):
+    assert not sources.is_store(tmp_path)
+    assert not sources.is_store(np.zeros((3, 8, 8)))
+    (tmp_path / "store.json").write_text("{}")
+    assert sources.is_store(tmp_path)
+    assert sources.is_store(str(tmp_path))
+    assert sources.is_store(FeatureStore(tmp_path / "new"))
