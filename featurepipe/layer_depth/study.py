@@ -25,7 +25,7 @@ Codes = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 
 PRETRAINED, RANDOM = "pretrained", "random"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up when the same settings would measure something else."""
 
 
