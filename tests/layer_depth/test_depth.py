@@ -324,6 +324,7 @@ def test_one_class_and_no_label_are_refused(run, pictures, tmp_path):
         run(flat)
 
 
+@pytest.mark.slow
 def test_the_command_line_does_the_same(pictures, tmp_path, cli, run):
     source, store = pictures(), tmp_path / "cli"
     finished = cli(
@@ -346,7 +347,9 @@ def test_the_command_line_does_the_same(pictures, tmp_path, cli, run):
     assert "unknown head 'nn'" in wrong.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopped_while_measuring_the_same_command_goes_on(pictures, tmp_path, launcher, run, spies, number):
     source, store = pictures(), FeatureStore(tmp_path / "store")
     arguments = ["depth", source, "--store", store.path, *NETWORK, *SMALL, "--jobs", 1]

@@ -132,6 +132,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path, launcher):
     assert all(json.loads(line) for line in path.read_text().splitlines() if line)
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_loses_no_line_that_was_written(tmp_path, launcher):
     path, rng, first, amid = tmp_path / "journal.jsonl", random.Random(0), 0, 0
     for _ in range(5):
