@@ -43,7 +43,8 @@ def score_table(
     the classes that have images) and ``top_k_accuracy_score``, and the expected calibration error of Guo et al.
     (2017) over 15 equal bins. Intervals resample the images (Efron and Tibshirani, 1993).
     Where classes or bins have few images, resamples have a larger ``ece`` and a smaller ``macro_f1`` than the images, so
-    that these two intervals need not have their value in the middle, or at all.
+    that these two intervals need not have their value in the middle; where they would not have it at all, they are
+    stretched to it.
 
     Args:
         probabilities: (n, K), of each class; the largest (the first of equals) is what is predicted.
@@ -192,8 +193,9 @@ def _mean_defined(part: Array, whole: Array) -> Array:
 
 def _with_interval(value: float, resampled: Array | None) -> dict[str, Any]:
     limits = None if resampled is None or np.isnan(value) else interval(resampled, _LEVEL)
-    low, high = limits or (None, None)
-    return {"value": None if np.isnan(value) else value, "low": low, "high": high}
+    if limits is None:
+        return {"value": None if np.isnan(value) else value, "low": None, "high": None}
+    return {"value": value, "low": min(limits[0], value), "high": max(limits[1], value)}
 
 
 def _no_top(k: int, classes: int) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def publish(
         "backbone": bundle.backbone["name"],
         **training,
         "test_left_out": int((task.codes[task.division.test] < 0).sum()),
+        "test_seen": int(np.isin(task.features.take(task.division.test).keys64, bundle.seen).sum()),
         "calibration": calibrated,
         "test": tested,
     }

@@ -22,7 +22,7 @@ def train_text(found: Mapping[str, Any]) -> str:
     params = ", ".join(f"{name}={value}" for name, value in found["params"].items())
     lines = [
         found["split"],
-        f"{found['head']}{f' ({params})' if params else ''}, {spoken(found['seconds'])} in all",
+        f"{found['head']} ({params or 'default parameters'}), {spoken(found['seconds'])} in all",
     ]
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
@@ -68,7 +68,14 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
     if not found["test"]:
         return ["no test images: accuracy is unknown; featurepipe evaluate measures it on another dataset or split"]
     note = f" ({left_out:,} more are of classes that were not trained on)" if left_out else ""
+    seen = found["test_seen"]
+    warning = (
+        [f"WARNING: copies of {seen:,} of the test images were trained on; featurepipe evaluate names them"]
+        if seen
+        else []
+    )
     return [
+        *warning,
         f"on the {found['test']['images']:,} test images{note}:",
         measures_text(found["test"]),
     ]

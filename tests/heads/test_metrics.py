@@ -239,6 +239,16 @@ def test_wrong_input_is_named(probabilities, codes, message):
         score_table(probabilities, codes, ["a", "b"])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_interval_holds_its_value(seed):
+    """Resamples of few, well calibrated images have a larger calibration error than the images."""
+    rng = np.random.default_rng(seed)
+    likely = rng.dirichlet(np.ones(4), 40)
+    table = score_table(likely, [rng.choice(4, p=row) for row in likely], list("abcd"), bootstrap=200)
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc", "ece"):
+        assert table[name]["low"] <= table[name]["value"] <= table[name]["high"], name
+
+
 def test_as_many_ids_as_images():
     with pytest.raises(UsageError, match="2 images, but 1 ids"):
         score_table([[0.5, 0.5], [0.5, 0.5]], [0, 1], ["a", "b"], ids=["x"])

@@ -276,6 +276,17 @@ def test_test_images_of_classes_that_do_not_train_are_counted(zoo, run):
     assert "27 test images (1 more are of classes that were not trained on)" in train_text(record)
 
 
+def test_copies_that_train_and_test_are_told_at_once(zoo, run):
+    train = zoo.images("train")
+    twins = [replace(row, id=f"twin-{row.id}", split="test") for row in train[:2]]
+    zoo.write([*train, *zoo.images("test", 9), *twins])
+    record = run(zoo)
+    assert record["test_seen"] == 2
+    assert "WARNING: copies of 2 of the test images were trained on" in train_text(record)
+    zoo.write([*train, *zoo.images("test", 9)])
+    assert "WARNING" not in train_text(run(zoo))
+
+
 def test_validation_images_count_as_seen(zoo, run, tmp_path):
     """They chose the temperature: scores on them would flatter the head."""
     zoo.write([*zoo.images("train"), *zoo.images("val", 9)])
