@@ -269,6 +269,7 @@ def report(args: Namespace) -> int:
         dataset=args.dataset,
         split=args.split,
         source=args.source,
+        labels=args.labels,
         command=shlex.join(["featurepipe", *sys.argv[1:]]),
         silent=args.quiet,
     )

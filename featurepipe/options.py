@@ -366,6 +366,7 @@ def _add_report(commands: Commands) -> None:
     add("--dataset", metavar="NAME", help="default: the store's only dataset")
     add("--split", metavar="NAME", help="of the bundle's evaluation, as for featurepipe evaluate")
     add("--source", metavar="SOURCE", help="the images, for thumbnails (default: where they were extracted from)")
+    add("--labels", metavar="FILE", help="the labels that were compared with, if they were not the dataset's")
     add("--to", required=True, metavar="FILE.html", help="the page to write")
     add("--quiet", action="store_true", help="no messages on the way")
 

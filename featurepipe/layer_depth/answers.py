@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +34,28 @@ def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
     if tested_on == SHIFTED:
         return over_images(np.stack(_right(series, SHIFTED)), _keys(study, SHIFTED))
     if study.protocol.folds:
-        return over_folds([cell.accuracy for cell in series.cells], study.test_share)
+        found = over_folds([cell.accuracy for cell in series.cells], study.test_share)
+        return _wider(found, over_images(*_by_image(study, series)))
     return over_images(np.stack(_right(series, SOURCE)), _keys(study, SOURCE))
+
+
+def _wider(one: Estimate, other: Estimate) -> Estimate:
+    """The first, but with the interval of the second if that is wider: folds that happen to agree are no certainty."""
+    if one.se is None or (other.se is not None and other.high - other.low > one.high - one.low):  # type: ignore[operator]
+        return replace(
+            other, value=one.value, low=min(other.low or 0.0, one.value), high=max(other.high or 1.0, one.value)
+        )
+    return one
+
+
+def _by_image(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
+    """How often each tested image was right, the mean over seeds, and the images' keys."""
+    right, times = np.zeros(len(study.images)), np.zeros(len(study.images))
+    for fold, cell in zip(study.folds, series.cells, strict=True):
+        right[fold.test] += cell.correct
+        times[fold.test] += 1
+    tested = times > 0
+    return right[tested] / times[tested], study.images.keys64[tested]
 
 
 def difference(study: Study, one: Series, other: Series) -> Difference:

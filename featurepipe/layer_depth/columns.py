@@ -57,7 +57,8 @@ def choose_columns(
     """
     from featurepipe.backbones.stages import bounded_pooling
 
-    names = backbone.stages() if nodes in (AUTO, [AUTO], (AUTO,)) else [nodes] if isinstance(nodes, str) else nodes
+    asked = [nodes] if isinstance(nodes, str) else list(nodes)
+    names = [name for node in asked for name in (backbone.stages() if node == AUTO else [node])]
     requested = []
     for name in names:
         if ":" in name:
@@ -66,8 +67,16 @@ def choose_columns(
         info = backbone.node(backbone.bottleneck if name == "bottleneck" else name)
         own = [bounded_pooling(info, max_width)] if pooling is None else _suiting(pooling, info)
         requested += [f"{name}:{kind}" for kind in own]
+    written = [name for name in names if ":" in name]
+    as_written = {str(column) for column in backbone.columns(written)} if written else set()
     placed = [_placed(backbone, column) for column in backbone.columns(requested)] if requested else []
     found = list({(c.depth, c.pooling): c for c in placed}.values())  # a node may have several names
+    too_wide = [c for c in found if c.width > max_width and str(c.column) in as_written]
+    if too_wide:
+        raise UsageError(
+            f"{too_wide[0].column} has {too_wide[0].width:,} values an image, more than --max-width {max_width:,} allows; "
+            "allow more, or name a coarser pooling"
+        )
     kept = [c for c in found if c.width <= max_width or (pooling is None and c.pooling == "gap")]
     if len(kept) < 2:
         wide = ", ".join(f"{column.column} ({column.width:,})" for column in found)

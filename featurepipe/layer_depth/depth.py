@@ -15,10 +15,11 @@ from featurepipe.layer_depth.details import details, similarity, transferability
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
-from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol, Study, settle
+from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
 from featurepipe.progress import announcer, show
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.from_store import report as write_page
+from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 
 MAX_WIDTH = 9000
@@ -33,7 +34,7 @@ def depth(
     backbone: str | None = None,
     weights: str = "DEFAULT",
     nodes: str | Sequence[str] = "auto",
-    heads: Sequence[str] = ("logistic",),
+    heads: str | Sequence[str] = ("logistic",),
     folds: int = 5,
     split: bool = False,
     pooling: Sequence[str] | None = None,
@@ -85,12 +86,14 @@ def depth(
         UsageError: an argument is wrong, or there are not two classes to tell apart.
         StoreError: features are missing.
     """
-    protocol = Protocol(tuple(heads), None if split else folds, seeds)
+    protocol = Protocol(tuple(heads.split(",") if isinstance(heads, str) else heads), None if split else folds, seeds)
     protocol.check()
     if control not in (None, "random"):
         raise UsageError(f"--control {control!r}: random is the only one")
-    if report is not None and not Path(report).absolute().parent.is_dir():  # before hours of work, not after
-        raise UsageError(f"cannot write {report}: there is no folder {Path(report).parent}; make it first")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs}: at least 1; leave it out for one per CPU")
+    if report is not None:
+        check_target(report)  # before hours of work, not after
     say, clock = announcer(silent=silent), _Clock()
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent)
     with clock.stage("extract"):
@@ -114,11 +117,12 @@ def depth(
         sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
         joined = _measure_joined(study, sets, recommended.best.head, journal, jobs, silent=silent)
     with clock.stage("describe"):
-        document = _document(study, found, measured, joined, recommended, say)
+        document = _document(study, found, measured, joined, recommended, _name_of(labels), say)
     document["provenance"] = _provenance(study, found, clock.seconds, command)
     found.store.write_depth(document)
     if report is not None:
-        write_page(found.store, report, dataset=found.dataset, source=None if found.is_held else source, silent=silent)
+        pictures = None if found.is_held else source
+        write_page(found.store, report, document=document, labels=labels, source=pictures, silent=silent)
     return document
 
 
@@ -144,6 +148,7 @@ def _document(
     measured: Sequence[Series],
     joined: Sequence[Series],
     recommended: answers.Recommendation,
+    labels_name: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     say("comparing columns, and timing the network up to each")
@@ -164,9 +169,10 @@ def _document(
         "dataset": study.dataset,
         "backbone": found.backbone_record,
         "space": {"name": found.space_name, "fingerprint": study.spaces[PRETRAINED]},
-        "control": {"space": study.spaces[RANDOM], "seed": 0} if RANDOM in study.spaces else None,
+        "control": found.control(),
         "test_dataset": study.shifted_dataset,
         "settings": found.settings(study.protocol),
+        "labels": labels_name,
         "classes": list(study.classes),
         "images": len(study.images),
         "counts": {"shifted": 0 if study.shifted is None else len(study.shifted), **study.left_out},
@@ -213,9 +219,16 @@ def _provenance(study: Study, found: Extracted, seconds: Mapping[str, float], co
         "machine": host(),
         "store": str(study.store.path),
         "runs": found.runs,
-        "snapshot": study.store.snapshot_ids(study.dataset)[-1],
+        "snapshot": study.snapshots[study.dataset],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+
+
+def _name_of(labels: Any) -> str | None:
+    """What the record says of labels of the user's own."""
+    if labels is None:
+        return None
+    return Path(labels).name if isinstance(labels, str | PathLike) else type(labels).__name__
 
 
 def _measurements(found: Extracted, protocol: Protocol) -> int:

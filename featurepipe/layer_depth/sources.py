@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -82,6 +83,13 @@ class Extracted:
         """Name of the pretrained network's feature space."""
         return self.store.space(self.spaces[PRETRAINED]).name
 
+    def control(self) -> dict[str, Any] | None:
+        """The random network's feature space and seed, if there is one."""
+        if RANDOM not in self.spaces:
+            return None
+        space = self.store.space(self.spaces[RANDOM])
+        return {"space": space.fingerprint, "seed": space.notes.get("backbone", {}).get("seed")}
+
     @property
     def backbone_record(self) -> dict[str, Any]:
         """How to load the network again."""
@@ -158,13 +166,13 @@ def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
             dry_run=dry_run, silent=wanted.silent, **extraction,
         )  # fmt: skip
 
-    records = [run(wanted.source, wanted.dataset, wanted.weights)]
-    dataset = records[0]["dataset"]
+    dataset, shifted = _names(wanted)
+    records = [run(wanted.source, dataset, wanted.weights)]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
-    shifted = None
-    if wanted.test_source is not None:
-        records.append(run(wanted.test_source, None, wanted.weights))
-        shifted = _other_name(records[-1]["dataset"], dataset)
+    if not dry_run:  # all that is compared is computed alike
+        extraction["precision"] = records[0]["settings"]["precision"]["value"]
+    if shifted is not None:
+        records.append(run(wanted.test_source, shifted, wanted.weights))
         _check_same_space(records[0], records[-1])
     if wanted.control:
         records.append(run(wanted.source, dataset, "none"))
@@ -200,12 +208,31 @@ def _only_space(store: FeatureStore, dataset: str) -> Any:
     return choose_space(store, None, dataset)
 
 
-def _other_name(name: str, dataset: str) -> str:
-    if name == dataset:
+def _names(wanted: Wanted) -> tuple[str, str | None]:
+    """Names of both datasets, which must differ: the second would replace the first.
+
+    Raises:
+        UsageError: they do not.
+    """
+    dataset = wanted.dataset or _own_name(wanted.source)
+    if wanted.test_source is None:
+        return dataset, None
+    shifted = _own_name(wanted.test_source)
+    if shifted == dataset:
         raise UsageError(
-            f"both sources would be dataset {name!r}; call the first otherwise with --dataset, such as --dataset {name}-source"
+            f"both sources would be dataset {shifted!r}; call the first otherwise with --dataset, such as --dataset "
+            f"{shifted}-source"
         )
-    return name
+    return dataset, shifted
+
+
+def _own_name(source: Any) -> str:
+    from featurepipe.extraction.extract import ARRAY_READERS
+    from featurepipe.extraction.prepare import dataset_name
+    from featurepipe.images import open_source
+
+    with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
+        return dataset_name(images.name)
 
 
 def _check_same_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ Codes = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 
 PRETRAINED, RANDOM = "pretrained", "random"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up when the same settings would measure something else."""
 
 
@@ -62,15 +62,18 @@ class Protocol:
     @property
     def text(self) -> str:
         """How it was measured, in words."""
-        how = (
-            f"{self.folds}-fold cross-validation, {_times(self.seeds)}"
-            if self.folds is not None
-            else f"the dataset's own splits, {_times(self.seeds)}"
+        fitted = (
+            "Features are standardised by the training images, the head's parameters are chosen on training images set aside, "
+            "and the head is fitted again on all of them."
         )
+        if self.folds is not None:
+            return (
+                f"{self.folds}-fold cross-validation, {_times(self.seeds)}, on the images outside the split test, if there is "
+                f"one; copies of one image stay on one side. {fitted} All columns see the same folds."
+            )
         return (
-            f"{how}; copies of one image stay on one side. Features are standardised by the training images. In each fold the "
-            "head's parameters are chosen on training images set aside, and the head is fitted again on all of them; test "
-            "images choose nothing. All columns see the same folds."
+            f"Fitted on the split train and tested on the split test; training images that are copies of test images are left "
+            f"out. {fitted} The recommendation looks at the test images: measure what you make of it on others."
         )
 
 
@@ -92,6 +95,7 @@ class Study:
         shifted_rows: positions in the other dataset of the images of known classes that are not in this one, too.
         shifted: those images, or None.
         left_out: images that take no part, and why.
+        snapshots: which snapshot of each dataset the positions are of, whatever is extracted meanwhile.
     """
 
     store: FeatureStore
@@ -107,6 +111,7 @@ class Study:
     shifted_rows: Positions
     shifted: FeatureSet | None
     left_out: Mapping[str, int]
+    snapshots: Mapping[str, str]
 
     def data(self, network: str, columns: Sequence[str]) -> Data:
         """The features of some columns side by side, of the pretrained network or of the control."""
@@ -151,7 +156,8 @@ class Study:
         return float(np.mean([fold.test_share for fold in self.folds]))
 
     def _view(self, dataset: str, network: str, columns: Sequence[str]) -> FeatureSet:
-        return self.store.features(dataset, node=list(columns), backbone=self.spaces[network])
+        snapshot = self.snapshots[dataset]
+        return self.store.features(dataset, node=list(columns), backbone=self.spaces[network], snapshot=snapshot)
 
 
 def settle(
@@ -179,9 +185,18 @@ def settle(
         UsageError: the labels cannot be learned from, or the other source has no image of a known class.
     """
     protocol.check()
-    every = store.features(dataset, node=columns[0].column, backbone=spaces[PRETRAINED])
+    snapshots = {name: store.snapshot_ids(name)[-1] for name in (dataset, shifted_dataset) if name is not None}
+
+    def view(name: str) -> FeatureSet:
+        return store.features(name, columns[0].column, spaces[PRETRAINED], snapshot=snapshots[name])
+
+    every = view(dataset)
     every = every if labels is None else every.with_labels(labels)
-    rows = np.flatnonzero(every.mask(labelled=True))
+    usable = every.mask(labelled=True)
+    kept_away = np.zeros(len(every), np.bool_)
+    if protocol.folds is not None:  # what a later test is made on must not have chosen the column
+        kept_away = usable & (every.splits == "test")
+    rows = np.flatnonzero(usable & ~kept_away)
     images = every.take(rows)
     classes = images.classes
     if len(classes) < 2:
@@ -197,7 +212,7 @@ def settle(
     )
     shifted_rows, shifted, strangers, twins = np.empty(0, np.int64), None, 0, 0
     if shifted_dataset is not None:
-        others = store.features(shifted_dataset, node=columns[0].column, backbone=spaces[PRETRAINED])
+        others = view(shifted_dataset)
         known = others.codes(classes) >= 0
         twin = np.isin(others.keys64, images.keys64)
         shifted_rows = np.flatnonzero(known & ~twin)
@@ -224,10 +239,13 @@ def settle(
         {
             "unlabelled": every.unlabelled,
             "rejected": every.rejected,
+            "kept_for_the_test": int(kept_away.sum()),
             "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
             "shifted_of_other_classes": strangers,
             "shifted_in_both": twins,
+            "shifted_of_equal_id": 0 if shifted is None else int(np.isin(shifted.ids, images.ids).sum()),
         },
+        snapshots,
     )
 
 

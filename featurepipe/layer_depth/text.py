@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,15 +40,73 @@ def _answer(found: Mapping[str, Any]) -> str:
         f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
         f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
-        f"use it: featurepipe train {found['provenance']['store']} --dataset {found['dataset']} --node recommended --out BUNDLE"
+        + "".join(f"{line}\n" for line in (_ties(found), _elsewhere(found)) if line)
+        + f"use it: {_command(found)}"
     )
+
+
+def _ties(found: Mapping[str, Any]) -> str:
+    """Which columns chance may have put behind the best."""
+    chosen = found["recommended"]
+    same = [
+        one["a"]
+        for one in found["differences"]
+        if one["head"] == chosen["best_head"] and (one["p_adjusted"] or 0) > 0.05
+    ]
+    return f"not told apart from {chosen['best']}: {', '.join(same)}" if same else ""
+
+
+def _elsewhere(found: Mapping[str, Any]) -> str:
+    """How the recommended column does on the other source, and which one is best there."""
+    chosen = found["recommended"]
+    own = [
+        one
+        for one in found["results"]
+        if (one["tested_on"], one["network"], one["head"]) == ("shifted", "pretrained", chosen["head"])
+    ]
+    if not own:
+        return ""
+    best = max(own, key=lambda one: one["accuracy"])
+    (here,) = (one for one in own if one["column"] == chosen["column"])
+    same = found["counts"]["shifted_of_equal_id"]
+    paired = (
+        f"; {same:,} of its {found['counts']['shifted']:,} images have the id of one that most folds train on"
+        if same
+        else ""
+    )
+    return (
+        f"on {found['test_dataset']}, all of it tested with each fold's head: {_interval(here)}; best there is {best['column']}, "
+        f"{_interval(best)}{paired}"
+    )
+
+
+def _command(found: Mapping[str, Any]) -> str:
+    words = [
+        "featurepipe",
+        "train",
+        found["provenance"]["store"],
+        "--dataset",
+        found["dataset"],
+        "--node",
+        "recommended",
+    ]
+    words += ["--head", found["recommended"]["head"], "--tune"]
+    words += ["--labels", "FILE"] if found.get("labels") else []
+    return shlex.join([*words, "--out", "BUNDLE"])
 
 
 def _columns(found: Mapping[str, Any]) -> str:
     """One line a column: what it costs, its accuracy with each head, of the control and on the other source."""
     series = list(dict.fromkeys((r["head"], r["network"], r["tested_on"]) for r in found["results"]))
     by_place = {(r["column"], r["head"], r["network"], r["tested_on"]): r for r in found["results"]}
-    header = ["column", "width", "forward", "ms", *(_series_title(*one) for one in series), "LogME"]
+    header = [
+        "column",
+        "width",
+        "forward",
+        "ms",
+        *(_series_title(*one, found["test_dataset"]) for one in series),
+        "LogME",
+    ]
     rows = []
     for column in found["columns"]:
         name = column["column"]
@@ -61,14 +120,19 @@ def _columns(found: Mapping[str, Any]) -> str:
     tested = f"{how['folds']} folds" if how["folds"] else "the split test"
     title = (
         f"{found['backbone']['name']} on {found['dataset']}: {found['images']:,} images of {len(found['classes'])} classes, "
-        f"{tested}, {len(how['seeds'])} seeds; accuracy with its 95 % interval"
+        f"{tested}, {_seeds(how['seeds'])}; accuracy with its 95 % interval"
     )
     return f"{title}\n{table(header, rows)}"
 
 
-def _series_title(head: str, network: str, tested_on: str) -> str:
-    more = [name for name, usual in ((network, "pretrained"), (tested_on, "source")) if name != usual]
+def _series_title(head: str, network: str, tested_on: str, other: str | None) -> str:
+    more = [f"{network} weights"] if network != "pretrained" else []
+    more += [f"on {other}"] if tested_on != "source" else []
     return f"{head} ({', '.join(more)})" if more else head
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def _side_by_side(found: Mapping[str, Any]) -> Sequence[str]:
@@ -92,7 +156,9 @@ def _scores(found: Mapping[str, Any]) -> Sequence[str]:
 def _provenance(found: Mapping[str, Any]) -> str:
     seconds = ", ".join(f"{name} {duration(value)}" for name, value in found["provenance"]["seconds"].items())
     left_out = [
-        f"{count:,} {name.replace('_', ' ')}" for name, count in found["counts"].items() if count and name != "shifted"
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in found["counts"].items()
+        if count and name not in ("shifted", "shifted_of_equal_id")
     ]
     more = f"; left out: {', '.join(left_out)}" if left_out else ""
     return f"{found['protocol']}\n{seconds}{more}"

@@ -11,10 +11,10 @@ import numpy as np
 
 from featurepipe.errors import FeaturepipeError, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
-from featurepipe.images import open_source
+from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
-from featurepipe.reporting.report import Features, write_report
+from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
@@ -31,6 +31,8 @@ def report(
     dataset: str | None = None,
     split: str | None = None,
     source: Any = None,
+    document: Mapping[str, Any] | None = None,
+    labels: Any = None,
     command: str | None = None,
     silent: bool = False,
 ) -> Path:
@@ -43,6 +45,8 @@ def report(
         dataset: a dataset in the store; may be left out if there is only one.
         split: what the bundle is evaluated on, as in ``evaluate``.
         source: the images, for pictures; by default where they were extracted from. Without them the page has none.
+        document: what a comparison returned, to show that one instead of the dataset's last.
+        labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
         command: how it was called, for the record.
         silent: say nothing on the way.
 
@@ -52,18 +56,25 @@ def report(
     Raises:
         UsageError: the dataset is unknown, no comparison was made of it, or the folder of ``target`` does not exist.
     """
+    check_target(target)
     say = announcer(silent=silent)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    name = dataset or kept.only_dataset()
+    name = str(document["dataset"]) if document else dataset or kept.only_dataset()
     if bundle is None:
-        document, features = _depth(kept, name)
+        if split is not None:
+            raise UsageError(
+                f"--split {split} is for the page of a bundle; name one with --bundle, or leave --split out"
+            )
+        shown = document or _last_document(kept, name)
+        features, snapshot = _mapped(kept, shown, labels, say), str(shown["provenance"]["snapshot"])
     else:
-        document, features = _bundle(kept, name, bundle, split, command, silent=silent)
-    read = _pictures(kept, name, source, say)
-    return write_report(document, target, images=read, features=features, silent=silent)
+        shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
+        snapshot = str(shown["provenance"]["snapshot"])
+    read = _pictures(kept, name, snapshot, source, say)
+    return write_report(shown, target, images=read, features=features, silent=silent)
 
 
-def _depth(store: FeatureStore, dataset: str) -> tuple[Mapping[str, Any], Features]:
+def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
     documents = store.depth_documents(dataset)
     require_snapshot(store, dataset)
     if not documents:
@@ -71,10 +82,28 @@ def _depth(store: FeatureStore, dataset: str) -> tuple[Mapping[str, Any], Featur
             f"the layers of dataset {dataset} have not been compared yet; run: featurepipe depth SOURCE --store {store.path}, "
             "or show a bundle with --bundle BUNDLE"
         )
-    document = documents[-1]
+    return documents[-1]
+
+
+def _mapped(
+    store: FeatureStore, document: Mapping[str, Any], labels: Any, say: Callable[[str], None]
+) -> Features | None:
+    """Features of the recommended column as they were when it was compared; None, and why, if they are gone."""
     column = str(document["details"]["column"]).split("+")
-    view = store.features(dataset, node=column, backbone=document["space"]["fingerprint"])
-    return document, _features(view)
+    snapshot = document["provenance"]["snapshot"]
+    try:
+        view = store.features(
+            document["dataset"], node=column, backbone=document["space"]["fingerprint"], snapshot=snapshot
+        )
+    except FeaturepipeError as error:
+        say(f"the features that were compared are gone ({error}): the page has no map")
+        return None
+    if labels is not None:
+        return _features(view.with_labels(labels))
+    if document.get("labels"):
+        say(f"compared with the labels of {document['labels']}: the map shows no classes; give them with --labels")
+        return (*_features(view)[:2], None)
+    return _features(view)
 
 
 def _bundle(
@@ -113,8 +142,13 @@ def _features(view: FeatureSet) -> Features:
     return list(some.ids), some.read(np.float32), list(some.labels)
 
 
-def _pictures(store: FeatureStore, dataset: str, source: Any, say: Callable[[str], None]) -> ReadImage | None:
-    """Reads images by id from where they were extracted; None, and why, if they cannot be had."""
+def _pictures(
+    store: FeatureStore, dataset: str, snapshot: str, source: Any, say: Callable[[str], None]
+) -> ReadImage | None:
+    """Reads images by id from where they were extracted; None, and why, if they cannot be had.
+
+    An image that has changed since is not shown: it is not what the features are of.
+    """
     location = source if source is not None else _last_source(store, dataset)
     if location is None:
         say("no run says where the images are: the page has no pictures; name them with --source")
@@ -126,12 +160,17 @@ def _pictures(store: FeatureStore, dataset: str, source: Any, say: Callable[[str
         say(f"the images cannot be listed ({error}): the page has no pictures; name them with --source")
         return None
     locators = dict(zip(listing["id"].to_pylist(), listing["locator"].to_pylist(), strict=True))
+    table = store.snapshot(dataset, snapshot) if snapshot in store.snapshot_ids(dataset) else store.snapshot(dataset)
+    keys = {} if table is None else dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
 
     def read(image: str) -> Any:
+        if image not in locators:
+            return None
         try:
-            return images.read(locators[image]) if image in locators else None
+            payload = images.read(locators[image])
         except FeaturepipeError:
             return None  # rejected since: the page goes without it
+        return payload if key_of(payload) == keys.get(image) else None
 
     return read
 

@@ -57,7 +57,8 @@ def write_report(
     from featurepipe.reporting.projection import project
 
     path = Path(target)
-    _check(document, path)
+    _check(document)
+    check_target(path)
     say = announcer(silent=silent)
     projection = None
     if features is not None and len(features[0]):
@@ -81,7 +82,20 @@ def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _check(document: Mapping[str, Any], path: Path) -> None:
+def check_target(target: str | os.PathLike[str]) -> None:
+    """Refuses a place that no page can be written to, before the work.
+
+    Raises:
+        UsageError: it is a folder, or in a folder that does not exist.
+    """
+    path = Path(target)
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it, such as {path / 'report.html'}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+
+
+def _check(document: Mapping[str, Any]) -> None:
     kind, version = document.get("kind"), document.get("version")
     if kind not in KINDS:
         raise UsageError(
@@ -89,5 +103,3 @@ def _check(document: Mapping[str, Any], path: Path) -> None:
         )
     if version != VERSION:
         raise UsageError(f"this featurepipe shows documents of version {VERSION}, not {version!r}; measure again")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; make it first")

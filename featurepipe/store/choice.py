@@ -90,10 +90,10 @@ def _look_up(space: Space, dotted: str) -> object:
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 
-def require_snapshot(store: FeatureStore, dataset: str) -> pa.Table:
-    """Reads the current snapshot of a dataset that must have one."""
+def require_snapshot(store: FeatureStore, dataset: str, run_id: str | None = None) -> pa.Table:
+    """Reads the current snapshot, or that of a run, of a dataset that must have one."""
     store.check_exists()
-    table = store.snapshot(dataset)
+    table = store.snapshot(dataset, run_id)
     if table is not None:
         return table
     names = store.datasets()
@@ -109,10 +109,15 @@ def usable_keys(snapshot: pa.Table) -> Keys:
 
 
 def open_features(
-    store: FeatureStore, dataset: str, node: str | Sequence[str], backbone: str | None, split: str | None
+    store: FeatureStore,
+    dataset: str,
+    node: str | Sequence[str],
+    backbone: str | None,
+    split: str | None,
+    run_id: str | None = None,
 ) -> FeatureSet:
-    """Joins the current snapshot with the rows of one or several columns; see ``FeatureStore.features``."""
-    snapshot = require_snapshot(store, dataset)
+    """Joins a snapshot with the rows of one or several columns; see ``FeatureStore.features``."""
+    snapshot = require_snapshot(store, dataset, run_id)
     space = choose_space(store, backbone, dataset)
     columns = _columns(space, node)
     if split is not None:

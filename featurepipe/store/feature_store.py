@@ -143,8 +143,9 @@ class FeatureStore:
         node: str | Sequence[str] = "bottleneck",
         backbone: str | None = None,
         split: str | None = None,
+        snapshot: str | None = None,
     ) -> FeatureSet:
-        """Opens the features of a dataset's current snapshot.
+        """Opens the features of a dataset's current snapshot, or of an older one.
 
         Args:
             dataset: Its name.
@@ -153,14 +154,15 @@ class FeatureStore:
             backbone: Name of the network, of the space, or the start of a fingerprint (at least 4 characters); may be
                 left out if only one space, or only one with trained weights, holds features of this dataset.
             split: Only rows of this split.
+            snapshot: One of ``snapshot_ids(dataset)``; by default the current one.
 
         Raises:
-            UsageError: The dataset, column, space or split is unknown or ambiguous.
+            UsageError: The dataset, column, space, split or snapshot is unknown or ambiguous.
             StoreError: Features of some images are missing in this space.
         """
         from featurepipe.store.choice import open_features
 
-        return open_features(self, dataset, node, backbone, split)
+        return open_features(self, dataset, node, backbone, split, snapshot)
 
     # Datasets
 

@@ -23,6 +23,8 @@ _OURS = (
     "spaces/*/quarantine/*.h5",
     "snapshots/*/*.parquet",
     "runs/*.json",
+    "depth/*/*.json",
+    "depth/*/journal.jsonl",
 )
 
 

@@ -159,11 +159,13 @@ def _recommended(
             f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth SOURCE "
             f"--store {store.path} --dataset {dataset}, or name a column with --node"
         )
-    found = documents[-1]["recommended"]
+    document = documents[-1]
+    found, own = document["recommended"], f" with the labels of {document['labels']}" if document.get("labels") else ""
     say(
-        f"recommended on {documents[-1]['provenance']['when'][:10]}: {found['column']}, accuracy {found['accuracy']:.4f}"
+        f"recommended on {document['provenance']['when'][:10]}{own}: {found['column']} (there {found['accuracy']:.4f}: "
+        f"{found['head']}, its parameters chosen in each fold)"
     )
-    return str(found["column"]), str(documents[-1]["space"]["fingerprint"])
+    return str(found["column"]), str(document["space"]["fingerprint"])
 
 
 def _check(recipe: Recipe) -> None:

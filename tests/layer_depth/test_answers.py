@@ -159,8 +159,8 @@ def test_the_most_accurate_of_different_nodes_are_joined(study):
 def test_all_nodes_are_joined_only_where_that_is_not_too_wide(album):
     columns = [(f"n{i}:gap", i / 5, 10) for i in range(1, 6)]
     values = {name: np.zeros((COUNT, 10), np.float32) for name, _, _ in columns}
-    given = album.study("wide", album.write("wide", values, LABELS), columns, heads=("knn",))
-    measured = [series(name, [1 - place / 10] * 2) for place, (name, _, _) in enumerate(columns)]
+    given = album.study("wide", album.write("wide", values, LABELS), columns, heads=("knn",), folds=4)
+    measured = [series(name, [1 - place / 10] * 4) for place, (name, _, _) in enumerate(columns)]
     names = tuple(name for name, _, _ in columns)
     assert answers.neighbours_to_join(given, measured, "knn", 50) == [names[:2], names[:3], names]
     assert answers.neighbours_to_join(given, measured, "knn", 49) == [names[:2], names[:3]]
@@ -235,3 +235,13 @@ def test_a_seed_that_changes_nothing_changes_no_interval(study):
     once = answers.estimate(given, split_series("a:gap", [right]))
     twice = answers.estimate(given, split_series("a:gap", [right, right]))
     assert once.as_dict() == pytest.approx(twice.as_dict())
+
+
+def test_folds_that_agree_are_no_certainty(study):
+    """Four folds of ten images, all right: the interval is that of forty images, not a point."""
+    perfect = answers.estimate(study(), series("a:gap", [1.0] * 4))
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert 0.89 < perfect.low < 0.95  # Wilson's for 40 of 40 is 0.912
+    equal = answers.estimate(study(), series("a:gap", [0.9] * 4))
+    assert equal.low < 0.85 < 0.95 < equal.high
+    assert equal.se == pytest.approx(np.sqrt(0.9 * 0.1 / 40), rel=0.1)

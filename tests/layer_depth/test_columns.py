@@ -85,8 +85,15 @@ def test_a_column_named_twice_is_compared_once(network):
 
 
 def test_columns_that_are_too_wide_are_left_out(network):
-    found = names(choose_columns(network("lenet5"), ["c1:flatten", "c3:gap", "f6"], None, 1000))
-    assert found == ["c3:gap", "f6:gap"]
+    found = names(choose_columns(network("lenet5"), ["c1", "c3:gap", "f6"], ["flatten", "gap"], 1000))
+    assert found == ["c1:gap", "c3:gap", "f6:gap"]
+    with pytest.raises(UsageError, match=r"c1:flatten has 4,704 values an image, more than --max-width 1,000 allows"):
+        choose_columns(network("lenet5"), ["c1:flatten", "c3:gap", "f6"], None, 1000)
+
+
+def test_auto_may_stand_beside_nodes(network):
+    found = names(choose_columns(network("lenet5"), ["auto", "c3:gmp"], None, 9000))
+    assert set(found) - set(names(choose_columns(network("lenet5"), "auto", None, 9000))) == {"c3:gmp"}
 
 
 def test_one_column_is_no_comparison(network):

@@ -263,6 +263,23 @@ def test_control_and_other_source_stand_beside(run, pictures, trained, tmp_path)
     assert store.features("halves", node=COLUMNS, backbone=found["control"]["space"]).shape == (24, 634)
 
 
+def test_a_source_of_the_same_name_replaces_nothing(run, pictures, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    first = pictures()
+    other = pictures("elsewhere/halves", count=5, start=500)
+    run(first)
+    with pytest.raises(UsageError, match=r"both sources would be dataset 'halves'; .* --dataset halves-source"):
+        run(first, test_source=other)
+    assert len(FeatureStore(tmp_path / "store").features("halves", node="c1:avg7x7")) == 24
+
+
+def test_a_comparison_belongs_to_its_store(run, pictures, tmp_path):
+    from featurepipe.store.verify import verify_store
+
+    run(pictures())
+    assert verify_store(FeatureStore(tmp_path / "store")).leftovers == []
+
+
 def test_the_own_split_is_used_where_asked_for(run, pictures, tmp_path):
     root = tmp_path / "split"
     for name, count, start in (("train", 12, 0), ("test", 4, 100)):

@@ -189,5 +189,10 @@ def test_protocols_that_measure_nothing_are_refused(protocol, message):
 
 
 def test_the_protocol_says_how_it_was_measured():
-    assert Protocol(("knn",), 5, 3).text.startswith("5-fold cross-validation, dealt 3 times; copies of one image stay")
-    assert Protocol(("knn",), None, 1).text.startswith("the dataset's own splits, dealt once; ")
+    folds = Protocol(("knn",), 5, 3).text
+    assert folds.startswith(
+        "5-fold cross-validation, dealt 3 times, on the images outside the split test, if there is one; copies"
+    )
+    split = Protocol(("knn",), None, 1).text
+    assert split.startswith("Fitted on the split train and tested on the split test; ")
+    assert "The recommendation looks at the test images" in split

@@ -232,7 +232,8 @@ def test_copies_and_strangers_of_the_other_source_take_no_part(album, study):
     given = study(shifted="away")
     assert given.shifted_rows.tolist() == [2, 3, 6, 7, 8, 9]
     assert given.left_out == {
-        "unlabelled": 0, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2, "shifted_in_both": 2
+        "unlabelled": 0, "rejected": 0, "kept_for_the_test": 0, "in_no_fold": 0, "shifted_of_other_classes": 2,
+        "shifted_in_both": 2, "shifted_of_equal_id": 6,
     }  # fmt: skip
     data = given.data(PRETRAINED, ["b:gap"])
     assert [given.classes[code] for code in data.shifted_codes] == ["emu", "cat", "cat", "dog", "emu", "cat"]
@@ -249,3 +250,23 @@ def test_data_are_the_labelled_rows_in_order(album):
     np.testing.assert_array_equal(data.features.read(), np.hstack([values["b:gap"], values["a:gap"]])[rows])
     assert [given.classes[code] for code in data.codes] == [labels[row] for row in rows]
     assert given.test_share == pytest.approx(1)
+
+
+def test_what_is_extracted_meanwhile_changes_nothing(album, study):
+    """Positions are those of the snapshot that was settled on."""
+    given = study()
+    before = given.data(PRETRAINED, ["b:gap"])
+    keys, values = before.features.keys.copy(), before.features.read()
+    album.write("zoo", features(9, 30), LABELS[:30], contents=[f"later-{i}" for i in range(30)])
+    after = given.data(PRETRAINED, ["b:gap"])
+    np.testing.assert_array_equal(after.features.keys, keys)
+    np.testing.assert_array_equal(after.features.read(), values)
+    assert len(study().images) == 30  # whoever settles now sees the new ones
+
+
+def test_images_of_the_split_test_take_no_part_in_cross_validation(album):
+    splits = ["test" if place >= 45 else "train" for place in range(COUNT)]
+    given = album.study("split", album.write("split", features(), LABELS, splits=splits), COLUMNS)
+    assert given.left_out["kept_for_the_test"] == 15
+    assert len(given.images) == 45
+    assert set(given.images.splits) == {"train"}

@@ -35,6 +35,7 @@ def compared(zoo, new_document):
         document["details"]["column"] = column
         document["recommended"]["accuracy"] = accuracy
         document["space"] = {"name": "tiny", "fingerprint": zoo.features().space_fingerprint}
+        document["provenance"]["snapshot"] = zoo.store.snapshot_ids("zoo")[-1]
         zoo.store.write_depth(document)
 
     zoo.compared = write
@@ -52,13 +53,16 @@ def given(monkeypatch):
 
 
 @pytest.fixture
-def folder(compared, tmp_path):
-    """The images of the dataset, but one."""
-    for shade, id_ in enumerate(compared.features().ids):
+def folder(compared, tmp_path, monkeypatch):
+    """The images of the dataset, but one; their made-up keys are taken for those of these bytes."""
+    view, keys = compared.features(), {}
+    for shade, (id_, key) in enumerate(zip(view.ids, view.keys, strict=True)):
         if shade:
             path = tmp_path / "pictures" / id_
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(shade))
+            keys[png(shade)] = key.tobytes()
+    monkeypatch.setattr(from_store, "key_of", lambda payload: keys.get(as_bytes(payload), b"changed"))
     return tmp_path / "pictures"
 
 
@@ -102,6 +106,39 @@ def test_pictures_are_read_by_id_where_they_are(compared, folder, tmp_path, give
     assert given["images"](ids[0]) is None  # there is no such file
     (folder / ids[8]).unlink()
     assert given["images"](ids[8]) is None  # gone since it was listed
+    (folder / ids[9]).write_bytes(png(200))
+    assert given["images"](ids[9]) is None  # another image than the one that the features are of
+
+
+def test_features_that_are_gone_leave_the_page_without_a_map(compared, tmp_path, given, capsys):
+    compared.compared()
+    document = compared.store.depth_documents("zoo")[-1]
+    document["provenance"]["snapshot"] = "20200101T000000000000Z-00000000"
+    report(compared.store, tmp_path / "page.html", document=document)
+    assert given["features"] is None
+    assert "the features that were compared are gone (unknown snapshot" in capsys.readouterr().err
+
+
+def test_the_map_shows_the_labels_that_were_compared_with(compared, tmp_path, given, capsys):
+    compared.compared()
+    document = {**compared.store.depth_documents("zoo")[-1], "labels": "own.csv"}
+    report(compared.store, tmp_path / "page.html", document=document)
+    assert given["features"][2] is None
+    assert (
+        "compared with the labels of own.csv: the map shows no classes; give them with --labels"
+        in capsys.readouterr().err
+    )
+    own = {id_: "odd" if place % 2 else "even" for place, id_ in enumerate(compared.features().ids)}
+    report(compared.store, tmp_path / "page.html", document=document, labels=own, silent=True)
+    assert given["features"][2] == [own[id_] for id_ in given["features"][0]]
+
+
+def test_a_split_is_for_bundles_and_a_folder_is_no_page(compared, tmp_path):
+    compared.compared()
+    with pytest.raises(UsageError, match="--split test is for the page of a bundle"):
+        report(compared.store, tmp_path / "page.html", split="test", silent=True)
+    with pytest.raises(UsageError, match="it is a folder; name a file in it"):
+        report(compared.store, tmp_path, silent=True)
 
 
 def as_bytes(payload):

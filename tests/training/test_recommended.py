@@ -20,7 +20,8 @@ OTHER = {"dtype": "float32", "net": "other", "precision": "fp32"}
 def recommend(store, dataset, column, fingerprint, accuracy=0.9):
     store.write_depth({
         "kind": "depth", "version": 1, "dataset": dataset, "space": {"name": "-", "fingerprint": fingerprint},
-        "recommended": {"column": column, "accuracy": accuracy}, "provenance": {"when": "2026-11-22T09:00:00+00:00"},
+        "recommended": {"column": column, "accuracy": accuracy, "head": "knn"},
+        "provenance": {"when": "2026-11-22T09:00:00+00:00"},
     })  # fmt: skip
 
 
@@ -37,7 +38,10 @@ def test_the_newest_of_the_dataset_counts_and_is_told(split_zoo, tmp_path, capsy
     recommend(split_zoo.store, "zoo", "b:gap", space, 0.8125)
     recommend(split_zoo.store, "ark", "a:gap", space, 0.9)
     record = train(split_zoo.store, nodes=nodes, out=tmp_path / "bundle")
-    assert "recommended on 2026-11-22: b:gap, accuracy 0.8125" in capsys.readouterr().err
+    assert (
+        "recommended on 2026-11-22: b:gap (there 0.8125: knn, its parameters chosen in each fold)"
+        in capsys.readouterr().err
+    )
     assert read_bundle(tmp_path / "bundle").columns == ("b:gap",)
     named = train(split_zoo.store, nodes="b:gap", out=tmp_path / "named", silent=True)
     assert record["test"]["accuracy"] == named["test"]["accuracy"]
