@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from featurepipe.layer_depth.study import Study
 
 SOURCE, SHIFTED = "source", "shifted"
+SURE = 0.05
+"""Adjusted p value up to which a difference is taken for more than chance."""
 
 
 def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
@@ -120,6 +122,33 @@ def recommend(study: Study, measured: Sequence[Series]) -> Recommendation:
         estimates, {name: costs[series.columns[0]] for name, series in candidates.items()}
     )
     return Recommendation(candidates[chosen], candidates[best], estimates[chosen], estimates[best])
+
+
+def not_told_apart(found: Recommendation, between: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that chance may have put behind the best one: those of its head with an adjusted p value over 0.05."""
+    own = [one for one in between if one["head"] == found.best.head]
+    return [one["a"] for one in own if one.get("p_adjusted", 1.0) > SURE]
+
+
+def elsewhere(study: Study, found: Recommendation, measured: Sequence[Series]) -> dict[str, Any] | None:
+    """How the recommended column does on the other source, and which one does best there with the same head."""
+    if study.shifted is None:
+        return None
+    own = [series for series in measured if series.network == PRETRAINED and series.head == found.chosen.head]
+    there = {series.columns[0]: estimate(study, series, SHIFTED) for series in own}
+    best = max(there, key=lambda column: there[column].value)
+    return {
+        "dataset": study.shifted_dataset,
+        "images": len(study.shifted),
+        "of_equal_id": study.left_out["shifted_of_equal_id"],
+        **_accuracy(there[found.chosen.columns[0]]),
+        "best": best,
+        "best_accuracy": there[best].value,
+    }
+
+
+def _accuracy(found: Estimate) -> dict[str, float | None]:
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "se": found.se}
 
 
 def differences(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:

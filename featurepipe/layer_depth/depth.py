@@ -162,7 +162,7 @@ def _document(
         }
         for column in study.columns
     ]
-    scores = transferability(study)
+    scores, between = transferability(study), answers.differences(study, measured)
     return {
         "kind": "depth",
         "version": 1,
@@ -180,8 +180,12 @@ def _document(
         "columns": columns,
         "results": answers.results(study, measured),
         "concatenations": answers.concatenations(study, joined, _best_of(study, measured, recommended.best.head)),
-        "differences": answers.differences(study, measured),
-        "recommended": _recommended(recommended, columns),
+        "differences": between,
+        "recommended": {
+            **_recommended(recommended, columns),
+            "not_told_apart": answers.not_told_apart(recommended, between),
+            "elsewhere": answers.elsewhere(study, recommended, measured),
+        },
         "similarity": similarity(study),
         "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
         "details": details(study, recommended.chosen),

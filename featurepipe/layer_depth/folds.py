@@ -51,7 +51,7 @@ class Fold:
 
 
 def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: int) -> list[Fold]:
-    """Every labelled image is tested once for each seed, by class and by key as evenly as can be.
+    """Every labelled image is tested once for each seed, by class and by key as evenly as can be; the only one of a class trains.
 
     Args:
         features: n labelled rows.

@@ -130,7 +130,7 @@ class Extracted:
         space = self.store.space(self.spaces[PRETRAINED])
         network = load_backbone(self.backbone.name, "none")  # other weights take the same time, and need not be at hand
         nodes = list(dict.fromkeys(column.node for column in self.columns))
-        return node_times(network, nodes, precision=str(space.fields.get("precision", "fp32")))
+        return node_times(network, nodes, precision=str(space.fields.get("precision", "fp32")), batch=4)
 
 
 def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:

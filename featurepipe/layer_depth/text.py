@@ -40,43 +40,26 @@ def _answer(found: Mapping[str, Any]) -> str:
         f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
         f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
-        + "".join(f"{line}\n" for line in (_ties(found), _elsewhere(found)) if line)
+        + "".join(f"{line}\n" for line in (_ties(chosen), _elsewhere(chosen["elsewhere"])) if line)
         + f"use it: {_command(found)}"
     )
 
 
-def _ties(found: Mapping[str, Any]) -> str:
+def _ties(chosen: Mapping[str, Any]) -> str:
     """Which columns chance may have put behind the best."""
-    chosen = found["recommended"]
-    same = [
-        one["a"]
-        for one in found["differences"]
-        if one["head"] == chosen["best_head"] and (one["p_adjusted"] or 0) > 0.05
-    ]
+    same = chosen["not_told_apart"]
     return f"not told apart from {chosen['best']}: {', '.join(same)}" if same else ""
 
 
-def _elsewhere(found: Mapping[str, Any]) -> str:
+def _elsewhere(found: Mapping[str, Any] | None) -> str:
     """How the recommended column does on the other source, and which one is best there."""
-    chosen = found["recommended"]
-    own = [
-        one
-        for one in found["results"]
-        if (one["tested_on"], one["network"], one["head"]) == ("shifted", "pretrained", chosen["head"])
-    ]
-    if not own:
+    if found is None:
         return ""
-    best = max(own, key=lambda one: one["accuracy"])
-    (here,) = (one for one in own if one["column"] == chosen["column"])
-    same = found["counts"]["shifted_of_equal_id"]
-    paired = (
-        f"; {same:,} of its {found['counts']['shifted']:,} images have the id of one that most folds train on"
-        if same
-        else ""
-    )
+    same = found["of_equal_id"]
+    paired = f"; {same:,} of its {found['images']:,} images have the id of one that most folds train on" if same else ""
     return (
-        f"on {found['test_dataset']}, all of it tested with each fold's head: {_interval(here)}; best there is {best['column']}, "
-        f"{_interval(best)}{paired}"
+        f"on {found['dataset']}, all of it tested with each fold's head: {_interval(found)}; best there is {found['best']}, "
+        f"{found['best_accuracy']:.4f}{paired}"
     )
 
 

@@ -66,8 +66,27 @@ def _answer(document: Document) -> list[Block]:
     return [
         Prose((f"{sentence} {against}".strip(),)),
         Figures(figures),
+        Prose(tuple(filter(None, (_ties(best), _elsewhere(best.get("elsewhere")))))),
         Prose(tuple(filter(None, (rule, _asked(document))))),
     ]
+
+
+def _ties(best: Document) -> str:
+    same = best.get("not_told_apart")
+    return f"By these folds not told apart from {best.get('best')}: {', '.join(same)}." if same else ""
+
+
+def _elsewhere(there: Document | None) -> str:
+    """How the recommended node does on the other source."""
+    if not there:
+        return ""
+    same = there.get("of_equal_id")
+    paired = f" {count(same)} of its images have the id of one that most folds train on." if same else ""
+    return (
+        f"On {there['dataset']}, {count(there.get('images'))} images tested with every fold's head: "
+        f"{percent(there.get('accuracy'))}"
+        f"{_in_brackets(there)}; the best node there is {there['best']} with {percent(there.get('best_accuracy'))}.{paired}"
+    )
 
 
 def _in_brackets(best: Document) -> str:

@@ -245,3 +245,11 @@ def test_folds_that_agree_are_no_certainty(study):
     equal = answers.estimate(study(), series("a:gap", [0.9] * 4))
     assert equal.low < 0.85 < 0.95 < equal.high
     assert equal.se == pytest.approx(np.sqrt(0.9 * 0.1 / 40), rel=0.1)
+
+
+def test_what_chance_may_have_put_behind_is_named(study):
+    given = study()
+    best = answers.recommend(given, [series("c:gap", [0.9, 0.9, 1.0, 0.9])])
+    between = [{"head": "knn", "a": "a:gap", "p_adjusted": 0.01}, {"head": "knn", "a": "b:gap", "p_adjusted": 0.2},
+               {"head": "knn", "a": "d:gap", "p": None}, {"head": "lda", "a": "e:gap", "p_adjusted": 0.9}]  # fmt: skip
+    assert answers.not_told_apart(best, between) == ["b:gap", "d:gap"]
