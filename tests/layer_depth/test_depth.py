@@ -253,11 +253,12 @@ def test_control_and_other_source_stand_beside(run, pictures, trained, tmp_path)
     assert found["test_dataset"] == "away"
     assert found["counts"]["shifted"] == 10
     there = found["recommended"]["elsewhere"]
-    shifted = {r["column"]: r["accuracy"] for r in found["results"]
-               if (r["tested_on"], r["network"], r["head"]) == ("shifted", "pretrained", found["recommended"]["head"])}  # fmt: skip
+    kind = ("shifted", "pretrained", found["recommended"]["head"])
+    same = [r for r in found["results"] if (r["tested_on"], r["network"], r["head"]) == kind]
+    there_by_column = {r["column"]: r["accuracy"] for r in same}
     assert (there["dataset"], there["images"], there["of_equal_id"]) == ("away", 10, 0)
-    assert there["accuracy"] == shifted[found["recommended"]["column"]]
-    assert there["best_accuracy"] == shifted[there["best"]] == max(shifted.values())
+    assert there["accuracy"] == there_by_column[found["recommended"]["column"]]
+    assert there["best_accuracy"] == there_by_column[there["best"]] == max(there_by_column.values())
     assert found["control"]["space"] != found["space"]["fingerprint"]
     shifted = [r for r in found["results"] if r["tested_on"] == "shifted"]
     assert max(r["accuracy"] for r in shifted) >= 0.9  # the same halves
