@@ -21,6 +21,7 @@ from featurepipe.heads.inputs import (
     linear_scores,
     training_data,
 )
+from featurepipe.heads.sampling import SomeRows
 
 
 class BlockLinearDiscriminantAnalysis(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -139,7 +140,7 @@ def _ledoit_wolf(data: TrainingData, priors: Floats, memory: int | str | None) -
     width = data.blocks.shape[1]
     means, covariance = np.zeros((len(priors), width)), np.zeros((width, width))
     for code, prior in enumerate(priors):
-        rows = _Rows(data.blocks, np.flatnonzero(data.codes == code))
+        rows = SomeRows(data.blocks, np.flatnonzero(data.codes == code))
         gram = gram_of(rows, memory=memory)
         means[code] = gram.mean
         scale = np.sqrt(gram.variance)
@@ -161,21 +162,3 @@ def _ledoit_wolf_share(
     noise = (fourth / count - squared) / (width * count)
     distance = (squared - np.trace(covariance) ** 2 / width) / width
     return 0.0 if noise <= 0 or distance <= 0 else float(min(1.0, noise / distance))
-
-
-class _Rows:
-    """Some rows of blocks, as blocks."""
-
-    def __init__(self, source: Blocks, positions: Any) -> None:
-        self.source, self.positions = source, positions
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.positions), self.source.shape[1]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
-
-    def read(self, dtype: Any = None, *, rows: Any = None) -> Array:
-        return self.source.read(dtype, rows=self.positions if rows is None else self.positions[rows])
