@@ -50,6 +50,12 @@ def _wider(one: Estimate, other: Estimate) -> Estimate:
     return one
 
 
+def _less_sure(one: Difference, other: Difference) -> Difference:
+    """The same of differences: the wider interval, and its p value."""
+    widths = [0.0 if found.low is None or found.high is None else found.high - found.low for found in (one, other)]
+    return replace(other, value=one.value) if one.low is None or widths[1] > widths[0] else one
+
+
 def _by_image(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
     """How often each tested image was right, the mean over seeds, and the images' keys."""
     right, times = np.zeros(len(study.images)), np.zeros(len(study.images))
@@ -64,7 +70,9 @@ def difference(study: Study, one: Series, other: Series) -> Difference:
     """By how much ``one`` is more accurate than ``other``, paired by fold or by image."""
     if study.protocol.folds:
         first, second = ([cell.accuracy for cell in series.cells] for series in (one, other))
-        return difference_over_folds(first, second, study.test_share)
+        over_cells = difference_over_folds(first, second, study.test_share)
+        (hits, keys), (others, _) = _by_image(study, one), _by_image(study, other)
+        return _less_sure(over_cells, difference_over_images(hits, others, keys))
     first_hits, second_hits = (np.stack(_right(series, SOURCE)) for series in (one, other))
     return difference_over_images(first_hits, second_hits, _keys(study, SOURCE))
 

@@ -116,7 +116,7 @@ def test_the_head_may_be_any_but_the_network_is_the_trained_one(study):
 def test_differences_are_paired_and_adjusted(study):
     given = study()
     best = [0.7, 0.9, 0.8, 1.0]
-    worse = {"a:gap": [0.5, 0.7, 0.7, 0.8], "a:avg2x2": [0.6, 0.9, 0.7, 1.0], "b:gap": [0.7, 0.8, 0.8, 0.9]}
+    worse = {"a:gap": [0.4, 0.9, 0.5, 0.8], "a:avg2x2": [0.6, 0.9, 0.7, 1.0], "b:gap": [0.7, 0.8, 0.8, 0.9]}
     measured = [*(series(column, values) for column, values in worse.items()), series("c:gap", best)]
     measured += [series(column, [0.5, 0.5, 0.6, 0.6], "ridge") for column in ("a:gap", "b:gap")]
     measured += [series("c:gap", [0.0] * 4, network=RANDOM)]
@@ -253,3 +253,13 @@ def test_what_chance_may_have_put_behind_is_named(study):
     between = [{"head": "knn", "a": "a:gap", "p_adjusted": 0.01}, {"head": "knn", "a": "b:gap", "p_adjusted": 0.2},
                {"head": "knn", "a": "d:gap", "p": None}, {"head": "lda", "a": "e:gap", "p_adjusted": 0.9}]  # fmt: skip
     assert answers.not_told_apart(best, between) == ["b:gap", "d:gap"]
+
+
+def test_folds_that_differ_alike_are_no_certainty(study):
+    """One image in ten more is right in every fold: four images of forty, which may be chance."""
+    more = answers.difference(study(), series("a:gap", [0.9] * 4), series("b:gap", [0.8] * 4))
+    assert more.value == pytest.approx(0.1)
+    assert more.low < 0.05 < 0.15 < more.high
+    assert 0.001 < more.p < 0.2
+    same = answers.difference(study(), series("a:gap", [0.9] * 4), series("b:gap", [0.9] * 4))
+    assert (same.value, same.p) == (0.0, 1.0)
