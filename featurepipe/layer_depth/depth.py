@@ -11,7 +11,7 @@ from typing import Any
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import details, similarity, transferability
+from featurepipe.layer_depth.details import details, placed, similarity, transferability
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
@@ -80,7 +80,8 @@ def depth(
 
     Returns:
         JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
-        ``transferability``, ``details``, ``provenance`` and what they were measured on. Kept in the store as well.
+        ``transferability``, ``details``, ``provenance``, with ``report`` also the ``map``, and what they were measured on.
+        Kept in the store as well.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.
@@ -118,6 +119,8 @@ def depth(
         joined = _measure_joined(study, sets, recommended.best.head, journal, jobs, silent=silent)
     with clock.stage("describe"):
         document = _document(study, found, measured, joined, recommended, _name_of(labels), say)
+        if report is not None:
+            document["map"] = placed(study, recommended.chosen)
     document["provenance"] = _provenance(study, found, clock.seconds, command)
     found.store.write_depth(document)
     if report is not None:

@@ -39,6 +39,17 @@ def details(study: Study, series: Series) -> dict[str, Any]:
     return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
 
 
+def placed(study: Study, series: Series) -> dict[str, Any]:
+    """Where the images lie in two dimensions by the features of some columns: at most 2,000 of them, drawn at random."""
+    from featurepipe.reporting.projection import POINTS, project
+
+    features = study.data(PRETRAINED, series.columns).features
+    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:POINTS])
+    some, shown = features.take(chosen), study.images.take(chosen)
+    found = project(list(shown.ids), some.read(np.float32), list(shown.labels))
+    return {**found.as_dict(), "total": len(features)}
+
+
 def _scores(data: Data, fold: Fold, cell: Cell, classes: int) -> Any:
     """Class scores (t, K) of a fold's test images; a class that no training image has gets the lowest score."""
     found, known = scores_of_test(data, fold, cell)

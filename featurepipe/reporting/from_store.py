@@ -88,7 +88,12 @@ def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
 def _mapped(
     store: FeatureStore, document: Mapping[str, Any], labels: Any, say: Callable[[str], None]
 ) -> Features | None:
-    """Features of the recommended column as they were when it was compared; None, and why, if they are gone."""
+    """Features of the recommended column as they were when it was compared; None, and why, if they are gone.
+
+    A document that has its map already needs none.
+    """
+    if document.get("map"):
+        return None
     column = str(document["details"]["column"]).split("+")
     snapshot = document["provenance"]["snapshot"]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,23 @@ class Projection:
     total: int
     places: dict[str, Array]
     kept: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        places = {method: np.round(place, 4).tolist() for method, place in self.places.items()}
+        return {
+            "ids": list(self.ids),
+            "labels": list(self.labels),
+            "total": self.total,
+            "places": places,
+            "kept": self.kept,
+        }
+
+    @staticmethod
+    def from_dict(found: Mapping[str, Any]) -> Projection:
+        """What ``as_dict`` gave."""
+        places = {method: np.asarray(place, np.float64) for method, place in found["places"].items()}
+        return Projection(tuple(found["ids"]), tuple(found["labels"]), found["total"], places, found["kept"])
 
 
 def project(ids: Sequence[str], features: npt.ArrayLike, labels: Sequence[Any] | None, *, seed: int = 0) -> Projection:

@@ -42,8 +42,8 @@ def write_report(
         target: The file; one that is there is replaced once the new one is complete.
         images: Gives the image of an id as encoded bytes, array (H, W), (H, W, C) or (C, H, W), or PIL image; None
             where it is not at hand. Without it the page has no pictures.
-        features: Ids (n,), features (n, D) float32 of the recommended column and labels (n,) for the map. At most 2,000
-            images, drawn at random, are placed.
+        features: Ids (n,), features (n, D) float32 of the recommended column and labels (n,) for the map, where the document
+            has none (``map``). At most 2,000 images, drawn at random, are placed.
         silent: Say nothing on standard error.
 
     Returns:
@@ -54,14 +54,14 @@ def write_report(
         DiskFull: No space is left; a file that was there is as before.
     """
     from featurepipe.reporting.page import compose
-    from featurepipe.reporting.projection import project
+    from featurepipe.reporting.projection import Projection, project
 
     path = Path(target)
     _check(document)
     check_target(path)
     say = announcer(silent=silent)
-    projection = None
-    if features is not None and len(features[0]):
+    projection = Projection.from_dict(document["map"]) if document.get("map") else None
+    if projection is None and features is not None and len(features[0]):
         say(f"placing {min(len(features[0]), 2000):,} of {len(features[0]):,} images on a map")
         projection = project(*features)
     metrics = metrics_of(document)

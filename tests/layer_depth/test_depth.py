@@ -14,6 +14,7 @@ from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth import sources
 from featurepipe.layer_depth.depth import depth
 from featurepipe.layer_depth.sources import Extracted
+from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
 
 COLUMNS = ["c1:avg7x7", "s4:avg4x4", "f6:gap"]
@@ -405,3 +406,16 @@ def test_what_is_a_store_is_told_by_its_file(tmp_path):
     assert sources.is_store(tmp_path)
     assert sources.is_store(str(tmp_path))
     assert sources.is_store(FeatureStore(tmp_path / "new"))
+
+
+def test_the_document_holds_the_map_that_its_page_shows(run, pictures, tmp_path):
+    found = run(pictures(), report=tmp_path / "page.html")
+    places = found["map"]["places"]
+    assert set(places) == {"PCA", "t-SNE"}
+    assert len(found["map"]["ids"]) == len(places["PCA"]) == len(places["t-SNE"]) == found["map"]["total"] == 24
+    labels = dict(zip(found["map"]["ids"], found["map"]["labels"], strict=True))
+    assert all(id_.split("/")[0] == label for id_, label in labels.items())
+    again = report(tmp_path / "store", tmp_path / "again.html", silent=True)
+    assert all(id_ in again.read_text(encoding="utf-8") for id_ in found["map"]["ids"])
+    assert FeatureStore(tmp_path / "store").depth_documents("halves")[-1]["map"] == found["map"]
+    assert "map" not in run(pictures("others", start=50))
