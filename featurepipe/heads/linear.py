@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -170,28 +170,58 @@ def _solve_group(
     objective = estimator.objective(len(classes))
     targets = range(len(classes)) if objective.one_vs_rest and len(classes) > 2 else [1]
     problems = [Problem(fold, C, target) for fold in range(len(weights)) for C in Cs for target in targets]
-    passes = Passes(
-        prepared,
-        codes,
-        weights * factors[:, codes],
-        problems,
-        objective.loss,
-        intercept=estimator.fit_intercept,
-        intercept_penalty=objective.intercept_penalty,
-        memory=estimator.memory,
-    )
-    starts = [objective.loss.start(row) for row in totals * factors]
-    width = len(prepared.mean)
     loss = objective.loss
-    patience = Patience(estimator.tol / _SAFETY, estimator.max_iter, loss.refresh, loss.growth)
-    optimisers = [
-        lbfgs(_start(starts[problem.fold], width, intercept=estimator.fit_intercept), patience) for problem in problems
-    ]
-    optima = run(optimisers, passes)
+
+    def solve(
+        features: Prepared, chosen: Sequence[int], starts: Sequence[Array], iterations: Sequence[int]
+    ) -> list[Optimum]:
+        """Solves the chosen problems from where they start, in so many iterations each."""
+        passes = Passes(
+            features,
+            codes,
+            weights * factors[:, codes],
+            [problems[number] for number in chosen],
+            loss,
+            intercept=estimator.fit_intercept,
+            intercept_penalty=objective.intercept_penalty,
+            memory=estimator.memory,
+        )
+        patience = Patience(estimator.tol / _SAFETY, estimator.max_iter, loss.refresh, loss.growth)
+        return run(
+            [
+                lbfgs(start, replace(patience, max_iterations=most))
+                for start, most in zip(starts, iterations, strict=True)
+            ],
+            passes,
+        )
+
+    begin = [loss.start(row) for row in totals * factors]
+    width = len(prepared.mean)
+    points = [_start(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
+    optima = solve(prepared, range(len(problems)), points, [estimator.max_iter] * len(problems))
+    optima = _finished(optima, prepared, estimator.max_iter, solve)
     each = len(targets)
     groups = [optima[first : first + each] for first in range(0, len(optima), each)]
     found = [_solution(classes, group, prepared, intercept=estimator.fit_intercept) for group in groups]
     return [found[first : first + len(Cs)] for first in range(0, len(found), len(Cs))]
+
+
+def _finished(
+    optima: list[Optimum], prepared: Prepared, max_iter: int, solve: Callable[..., list[Optimum]]
+) -> list[Optimum]:
+    """Goes on in float64 where float32 could not tell the objective from its neighbours before the optimum was reached.
+
+    That happens with a large C where some columns hold values a hundred deviations from their mean.
+    """
+    stuck = [number for number, one in enumerate(optima) if not one.converged and one.iterations < max_iter]
+    if not stuck or prepared.dtype != np.float32:
+        return optima
+    exact = replace(prepared, dtype=np.dtype(np.float64), mean=prepared.mean.astype(np.float64))
+    left = [max_iter - optima[number].iterations for number in stuck]
+    finished = list(optima)
+    for number, one in zip(stuck, solve(exact, stuck, [optima[number].point for number in stuck], left), strict=True):
+        finished[number] = replace(one, iterations=one.iterations + optima[number].iterations)
+    return finished
 
 
 def _start(intercepts: Array, width: int, *, intercept: bool) -> Array:

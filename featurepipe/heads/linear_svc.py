@@ -52,7 +52,7 @@ class BlockLinearSVC(BlockLinearClassifier):
         penalise_intercept: bool = True,
         class_weight: Any = None,
         tol: float = 1e-5,
-        max_iter: int = 1000,
+        max_iter: int = 10_000,
         memory: int | str | None = None,
     ) -> None:
         self.C = C

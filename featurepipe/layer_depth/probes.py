@@ -207,7 +207,7 @@ def _measure_in_blocks(data: Data, fold: Fold, head: str) -> Cell:
     scaler, last = (step for _, step in make_head(head, out_of_core=True).steps)
     train = scaler.fit(data.features.take(fold.train)).transform(data.features.take(fold.train))
     codes, strengths = data.codes[fold.train], HEADS[head].grid["C"]
-    last.set_params(tol=ROUGHLY)
+    last.set_params(tol=ROUGHLY, max_iter=1000)
     with warnings.catch_warnings():  # the weakest regularisation may not be done in time: it is compared as it stands
         warnings.simplefilter("ignore", ConvergenceWarning)
         (path,) = fit_path(last, train, codes, Cs=strengths, folds=[np.searchsorted(fold.train, fold.fit)])

@@ -140,7 +140,7 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     checks = [check for _, check in folds]
     features, folds = _pool(task, folds, parts=1)
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
-    last.set_params(tol=ROUGHLY)
+    last.set_params(tol=ROUGHLY, max_iter=1000)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
     ready = Pipeline(before).fit_transform(features) if before else features
     fitted = fit_path(last, ready, features.labels, Cs=values, folds=[rows for rows, _ in folds])

@@ -331,3 +331,30 @@ def test_the_svm_without_an_intercept_is_liblinears():
     head = BlockLinearSVC(fit_intercept=False, tol=1e-9).fit(features, labels)
     np.testing.assert_allclose(head.coef_, svm_reference(two_classes, 1.0, 1.0, fit_intercept=False).coef_, atol=1e-4)
     assert not head.intercept_.any()
+
+
+def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
+    """``_finished`` takes the problems that stopped early, from where they stopped, and no others."""
+    from featurepipe.heads import linear
+    from featurepipe.heads.lockstep import Optimum
+
+    prepared = passes.Prepared(None, np.dtype(np.float32), np.ones(3, np.float32), centred=False)
+    stopped = [Optimum(np.full((1, 4), float(i)), 7, converged=i != 1) for i in range(3)]
+    asked = []
+
+    def solve(features, chosen, starts, iterations):
+        asked.append((features.dtype, features.mean.dtype, list(chosen), [s.copy() for s in starts], list(iterations)))
+        return [Optimum(start + 1, 5, converged=True) for start in starts]
+
+    found = linear._finished(stopped, prepared, 100, solve)
+    ((dtype, mean_dtype, chosen, starts, iterations),) = asked
+    assert (dtype, mean_dtype, chosen, iterations) == (np.float64, np.float64, [1], [93])
+    np.testing.assert_array_equal(starts[0], np.ones((1, 4)))
+    assert [(one.point[0, 0], one.iterations, one.converged) for one in found] == [
+        (0, 7, True),
+        (2, 12, True),
+        (2, 7, True),
+    ]
+    at_the_end = [Optimum(np.zeros((1, 4)), 100, converged=False)]
+    assert linear._finished(at_the_end, prepared, 100, solve) is at_the_end  # it had its iterations
+    assert len(asked) == 1
