@@ -147,6 +147,15 @@ _FAMILIES = (
         weights=False,
     ),
 )
+SMALL_VALUES = 20_000_000
+"""Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
+
+SHARED_PASSES = ("logistic", "linear-svm")
+"""Families whose values of C and folds ``fit_path`` fits in the same passes."""
+
+ROUGH: Mapping[str, Any] = MappingProxyType({"tol": 1e-3, "max_iter": 1000})
+"""Of those, where parameters are only compared: the accuracies of two values of C differ by more than this leaves open."""
+
 HEADS: Mapping[str, HeadFamily] = MappingProxyType({family.name: family for family in _FAMILIES})
 
 

@@ -186,14 +186,8 @@ def _solve_group(
             intercept_penalty=objective.intercept_penalty,
             memory=estimator.memory,
         )
-        patience = Patience(estimator.tol / _SAFETY, estimator.max_iter, loss.refresh, loss.growth)
-        return run(
-            [
-                lbfgs(start, replace(patience, max_iterations=most))
-                for start, most in zip(starts, iterations, strict=True)
-            ],
-            passes,
-        )
+        patience = [Patience(estimator.tol / _SAFETY, most, loss.refresh, loss.growth) for most in iterations]
+        return run([lbfgs(start, each) for start, each in zip(starts, patience, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)

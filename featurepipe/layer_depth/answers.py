@@ -132,6 +132,16 @@ def recommend(study: Study, measured: Sequence[Series]) -> Recommendation:
     return Recommendation(candidates[chosen], candidates[best], estimates[chosen], estimates[best])
 
 
+def of_head(measured: Sequence[Series], head: str) -> list[Series]:
+    """What a head reached on the pretrained network."""
+    return [series for series in measured if series.head == head and series.network == PRETRAINED]
+
+
+def best_of(study: Study, measured: Sequence[Series], head: str) -> Series:
+    """The most accurate of them."""
+    return max(of_head(measured, head), key=lambda series: estimate(study, series).value)
+
+
 def not_told_apart(found: Recommendation, between: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns that chance may have put behind the best one: those of its head with an adjusted p value over 0.05."""
     own = [one for one in between if one["head"] == found.best.head]
@@ -142,7 +152,7 @@ def elsewhere(study: Study, found: Recommendation, measured: Sequence[Series]) -
     """How the recommended column does on the other source, and which one does best there with the same head."""
     if study.shifted is None:
         return None
-    own = [series for series in measured if series.network == PRETRAINED and series.head == found.chosen.head]
+    own = of_head(measured, found.chosen.head)
     there = {series.columns[0]: estimate(study, series, SHIFTED) for series in own}
     best = max(there, key=lambda column: there[column].value)
     return {
@@ -163,8 +173,7 @@ def differences(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]
     """Every column against the best one of the same head, on the same folds; ``p_adjusted`` is for all of a head's together."""
     found: list[dict[str, Any]] = []
     for head in study.protocol.heads:
-        own = [series for series in measured if series.head == head and series.network == PRETRAINED]
-        best = max(own, key=lambda series: estimate(study, series).value)
+        own, best = of_head(measured, head), best_of(study, measured, head)
         others = [(series.columns[0], difference(study, series, best)) for series in own if series is not best]
         found += _holm([{"head": head, "a": a, "b": best.columns[0], **_between(between)} for a, between in others])
     return found
@@ -174,8 +183,7 @@ def neighbours_to_join(study: Study, measured: Sequence[Series], head: str, wide
     """Columns worth measuring side by side: the two, and the three, most accurate of different nodes; all, where not too wide."""
     nodes = {column.column: column.node for column in study.columns}
     widths = {column.column: column.width for column in study.columns}
-    own = [series for series in measured if series.head == head and series.network == PRETRAINED]
-    ranked = sorted(own, key=lambda series: -estimate(study, series).value)
+    ranked = sorted(of_head(measured, head), key=lambda series: -estimate(study, series).value)
     kept: dict[str, str] = {}
     for series in ranked:
         kept.setdefault(nodes[series.columns[0]], series.columns[0])
@@ -205,7 +213,7 @@ def correlations(study: Study, measured: Sequence[Series], scores: Mapping[str, 
     """Rank correlation of a score that needs no fitting with each head's accuracy, over columns."""
     found = {}
     for head in study.protocol.heads:
-        own = [series for series in measured if series.head == head and series.network == PRETRAINED]
+        own = of_head(measured, head)
         accuracies = [estimate(study, series).value for series in own]
         found[head] = rank_correlation([scores[series.columns[0]] for series in own], accuracies)
     return found

@@ -182,7 +182,9 @@ def _document(
         "protocol": study.protocol.text,
         "columns": columns,
         "results": answers.results(study, measured),
-        "concatenations": answers.concatenations(study, joined, _best_of(study, measured, recommended.best.head)),
+        "concatenations": answers.concatenations(
+            study, joined, answers.best_of(study, measured, recommended.best.head)
+        ),
         "differences": between,
         "recommended": {
             **_recommended(recommended, columns),
@@ -193,11 +195,6 @@ def _document(
         "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
         "details": details(study, recommended.chosen),
     }
-
-
-def _best_of(study: Study, measured: Sequence[Series], head: str) -> Series:
-    own = [series for series in measured if series.head == head and series.network == PRETRAINED]
-    return max(own, key=lambda series: answers.estimate(study, series).value)
 
 
 def _recommended(found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.layer_depth.probes import SMALL_VALUES, Cell, measure_fold
+from featurepipe.heads.families import SMALL_VALUES
+from featurepipe.layer_depth.probes import Cell, measure_fold
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import ParameterGrid
 from sklearn.preprocessing import StandardScaler
 
-from featurepipe.heads.families import HEADS, make_head
+from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES, make_head
 from featurepipe.heads.row_space import RowSpace
 
 if TYPE_CHECKING:
@@ -31,15 +32,6 @@ of ``centroid`` looks at single values."""
 
 TURNED_FROM = 2
 """How many times as many values as training images there must be, before going over to their span repays."""
-
-SMALL_VALUES = 20_000_000
-"""Values (training rows times columns) up to which scikit-learn's solvers take seconds."""
-
-SHARED_PASSES = ("logistic", "linear-svm")
-"""Families whose values of C are fitted together where the data are many."""
-
-ROUGHLY = 1e-3
-"""Tolerance of fits in blocks: how far above its minimum they may leave the objective."""
 
 QUICK: Mapping[str, Mapping[str, Any]] = {"logistic": {"tol": 1e-3}}
 """Settings of scikit-learn's solvers: with the usual tolerance fits take 3 times as long, and accuracies change by chance."""
@@ -119,8 +111,9 @@ def scores_of_test(data: Data, fold: Fold, cell: Cell) -> tuple[Array, Codes]:
     from featurepipe.heads.calibration import class_scores
 
     if _is_in_blocks(data, fold, cell.head):
-        head = make_head(cell.head, out_of_core=True, tol=ROUGHLY, **cell.params)
-        fitted = head.fit(data.features.take(fold.train), data.codes[fold.train])
+        head = make_head(cell.head, out_of_core=True, **ROUGH, **cell.params)
+        with _as_it_stands():
+            fitted = head.fit(data.features.take(fold.train), data.codes[fold.train])
         return class_scores(fitted, data.features.take(fold.test)), fitted.classes_
     rows = _Rows.of(data, fold, turned=_is_turned(data, fold, cell.head))
     fitted = _head(cell.head, cell.params, rows.train[0].shape[1], fold.seed).fit(*rows.train)
@@ -199,22 +192,29 @@ def _right(fitted: BaseEstimator, features: Array, codes: Codes) -> npt.NDArray[
     return np.asarray(fitted.predict(features) == codes)
 
 
+@contextmanager
+def _as_it_stands() -> Iterator[None]:
+    """Lets the weakest regularisation, which may not be done in time, pass without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
 def _measure_in_blocks(data: Data, fold: Fold, head: str) -> Cell:
     """The same where the values are many: standardised as they are read, all values of C in shared passes."""
     from featurepipe.heads import fit_path
 
     start = time.perf_counter()
-    scaler, last = (step for _, step in make_head(head, out_of_core=True).steps)
+    scaler, last = (step for _, step in make_head(head, out_of_core=True, **ROUGH).steps)
     train = scaler.fit(data.features.take(fold.train)).transform(data.features.take(fold.train))
     codes, strengths = data.codes[fold.train], HEADS[head].grid["C"]
-    last.set_params(tol=ROUGHLY, max_iter=1000)
-    with warnings.catch_warnings():  # the weakest regularisation may not be done in time: it is compared as it stands
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with _as_it_stands():
         (path,) = fit_path(last, train, codes, Cs=strengths, folds=[np.searchsorted(fold.train, fold.fit)])
     choose = scaler.transform(data.features.take(fold.choose))
     accuracies = [_right(fitted, choose, data.codes[fold.choose]).mean() for fitted in path]
     chosen = {"C": strengths[int(np.argmax(accuracies))]}
-    ((fitted,),) = fit_path(last, train, codes, Cs=[chosen["C"]])
+    with _as_it_stands():
+        ((fitted,),) = fit_path(last, train, codes, Cs=[chosen["C"]])
     seconds = time.perf_counter() - start
     correct = _right(fitted, scaler.transform(data.features.take(fold.test)), data.codes[fold.test])
     other = None if data.shifted is None else _right(fitted, scaler.transform(data.shifted), data.shifted_codes)

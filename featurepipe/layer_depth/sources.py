@@ -14,6 +14,7 @@ from featurepipe.errors import UsageError
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
 from featurepipe.store import FeatureStore
+from featurepipe.store.choice import choose_space
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
@@ -193,19 +194,13 @@ def _held(wanted: Wanted) -> Extracted:
         )
     store = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
     dataset = wanted.dataset or store.only_dataset()
-    space = store.space(wanted.backbone, dataset=dataset) if wanted.backbone else _only_space(store, dataset)
+    space = choose_space(store, wanted.backbone, dataset)
     backbone = load_backbone(space.backbone, "none")
     nodes = (
         columns_of_space(backbone, space, wanted.max_width) if wanted.nodes in (AUTO, [AUTO], (AUTO,)) else wanted.nodes
     )
     columns = choose_columns(backbone, nodes, wanted.pooling, wanted.max_width)
     return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint})
-
-
-def _only_space(store: FeatureStore, dataset: str) -> Any:
-    from featurepipe.store.choice import choose_space
-
-    return choose_space(store, None, dataset)
 
 
 def _names(wanted: Wanted) -> tuple[str, str | None]:

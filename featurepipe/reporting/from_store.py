@@ -14,13 +14,11 @@ from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
+from featurepipe.reporting.projection import POINTS as MAPPED
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
-
-MAPPED = 2000
-"""Images on the map."""
 
 
 def report(
@@ -142,8 +140,7 @@ def _bundle(
 
 def _features(view: FeatureSet) -> Features:
     """As many rows as the map shows, drawn at random."""
-    chosen = np.sort(np.random.default_rng(0).permutation(len(view))[:MAPPED])
-    some = view.take(chosen)
+    some = view.take(np.sort(np.random.default_rng(0).permutation(len(view))[:MAPPED]))
     return list(some.ids), some.read(np.float32), list(some.labels)
 
 

@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.families import HEADS
+from featurepipe.heads.families import HEADS, SMALL_VALUES
 from featurepipe.progress import spoken
 from featurepipe.tables import size
-
-SMALL_VALUES = 20_000_000
-"""Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
 
 BYTES_PER_VALUE = {
     "logistic": 12,

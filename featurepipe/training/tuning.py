@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
-from featurepipe.heads.families import HEADS
+from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES
 from featurepipe.training.fit import refusals, threads_for
 from featurepipe.training.splits import Fold
 
@@ -26,14 +26,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-SHARED_PASSES = ("logistic", "linear-svm")
-"""Families whose values of C and folds are all fitted in the same passes, where the data are too many for scikit-learn's."""
-
 MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
 """Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
-
-ROUGHLY = 1e-3
-"""How far above its minimum a search may leave the objective: the accuracies of two values of C differ by more."""
 
 STOPPING = "early_stopping_rounds"
 """A parameter of searches alone: the last fit has no validation rows, and grows as many trees as the search found best."""
@@ -140,7 +134,7 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     checks = [check for _, check in folds]
     features, folds = _pool(task, folds, parts=1)
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
-    last.set_params(tol=ROUGHLY, max_iter=1000)
+    last.set_params(**ROUGH)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
     ready = Pipeline(before).fit_transform(features) if before else features
     fitted = fit_path(last, ready, features.labels, Cs=values, folds=[rows for rows, _ in folds])
