@@ -1,40 +1,63 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next safe place."""
+"""Ctrl-C, SIGTERM and the end of a time budget as a request to stop at the next safe place."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class StopRequest:
-    """Which signal asked to stop, if any."""
+    """Whether to stop at the next safe place, and why: a signal came, or the time is over.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: value of `time.monotonic` from which on to stop; None for never.
+
+    Attributes:
+        signal_number: the signal that asked to stop, or None.
+        deadline: as given.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
         self.signal_number: int | None = None
+        self.deadline = deadline
+
+    @classmethod
+    def after(cls, seconds: float | None) -> StopRequest:
+        """A request whose time is over ``seconds`` from now; None for never."""
+        return cls(None if seconds is None else time.monotonic() + seconds)
 
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
-        return self.signal_number is not None
+        return self.signal_number is not None or self.out_of_time
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def name(self) -> str:
-        """The signal's name, such as ``SIGTERM``."""
+        """The signal's name, such as ``SIGTERM``; empty when none came."""
         return signal.Signals(self.signal_number).name if self.signal_number else ""
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """While the block runs, SIGINT and SIGTERM set the yielded request; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread signals cannot be caught, and the request stays unset.
+    Outside the main thread signals cannot be caught, and only a deadline can set the request.
+
+    Args:
+        request: what to set and yield, such as one with a deadline; by default a new one.
     """
-    request = StopRequest()
+    request = request or StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        if request() and number == signal.SIGINT:
+        if request.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_number = number
 

@@ -14,7 +14,7 @@ from featurepipe.extraction.options import Options
 from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import allowance, begin_run, publish
 from featurepipe.images import open_source
-from featurepipe.interrupt import stop_on_signals
+from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, open_arrays
 
@@ -39,6 +39,11 @@ def extract(
     batch_size: int | str = "auto",
     workers: int | None = None,
     max_rejects: int | str = "1%",
+    max_gone: int | str | None = None,
+    min_free: int | str | None = None,
+    retry_rejects: bool = False,
+    time_budget: float | None = None,
+    stop: StopRequest | None = None,
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -62,17 +67,26 @@ def extract(
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        max_gone: images of the dataset's last snapshot that may be gone from the source, a number or a share such as
+            ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
+        min_free: space that must stay free on the store's disk, in bytes or such as ``"20GB"``.
+        retry_rejects: try images again whose bytes were rejected before.
+        time_budget: seconds after which to stop; what is left is for the next run.
+        stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
+            ``time_budget`` then.
         dry_run: estimate images, time and bytes; change nothing.
         silent: show no progress and say nothing.
 
     Returns:
-        The run record (also kept in the store's ``runs/``), or with ``dry_run`` the estimate, as plain JSON values.
+        The run record (also kept in the store's ``runs/``), or with ``dry_run`` the estimate, as plain JSON values. Its
+        ``status`` is ``done``, or ``out of time`` when the deadline passed first; then there is no snapshot.
 
     Raises:
         UsageError: an argument is wrong.
-        SourceError: the source cannot be listed, or holds no image.
+        SourceError: the source cannot be listed, holds no image, or lacks more than ``max_gone`` allows.
         WeightsNotFound: the weights are not at hand.
         TooManyRejects: more images were unusable than ``max_rejects``; features are kept, no snapshot is written.
+        DiskFull: less than ``min_free`` is free, or nothing; everything computed before was committed.
         Interrupted: SIGINT or SIGTERM; everything in flight was committed.
     """
     options = Options(
@@ -94,12 +108,12 @@ def extract(
             job = prepare(images, existing_store(store), dataset, options, announcer(silent=silent), dry_run=True)
             return estimate(job, TIMED_SAMPLE).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        with target.lock(shared=True), stop_on_signals() as stop:
+        with target.lock(shared=True), stop_on_signals(StopRequest.after(time_budget)) as asked:
             job = prepare(images, target, dataset, options, announcer(silent=silent), dry_run=False)
             run = begin_run(target)
             with show(len(job.plan.todo), "extract", silent=silent) as progress:
-                outcome = compute(job, run.id, stop, progress)
-            return publish(target, job, run, outcome, stop)
+                outcome = compute(job, run.id, asked, progress)
+            return publish(target, job, run, outcome, asked)
 
 
 def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:
