@@ -10,6 +10,7 @@ from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
+from featurepipe.layer_depth.mapped import mapped
 from featurepipe.layer_depth.probes import scores_of_test
 from featurepipe.layer_depth.study import PRETRAINED
 
@@ -41,13 +42,11 @@ def details(study: Study, series: Series) -> dict[str, Any]:
 
 def placed(study: Study, series: Series) -> dict[str, Any]:
     """Where the images lie in two dimensions by the features of some columns: at most 2,000 of them, drawn at random."""
-    from featurepipe.reporting.projection import POINTS, project
+    from featurepipe.reporting.projection import project
 
-    features = study.data(PRETRAINED, series.columns).features
-    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:POINTS])
-    some, shown = features.take(chosen), study.images.take(chosen)
-    found = project(list(shown.ids), some.read(np.float32), list(shown.labels))
-    return {**found.as_dict(), "total": len(features)}
+    features, images = mapped(study.data(PRETRAINED, series.columns).features), mapped(study.images)
+    found = project(list(images.ids), features.read(np.float32), list(images.labels))
+    return {**found.as_dict(), "total": len(study.images)}
 
 
 def _scores(data: Data, fold: Fold, cell: Cell, classes: int) -> Any:
