@@ -1,0 +1,265 @@
+"""The job file as values: one class a table, each field with what it means. `reading.py` reads and cross-checks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.heads.families import HEADS
+from featurepipe.jobs.values import (
+    Amount,
+    JobPath,
+    Name,
+    Names,
+    PathOrUrl,
+    Seconds,
+    Share,
+    Template,
+    listed,
+)
+
+
+def _head(name: str) -> str:
+    if name not in HEADS:
+        raise unknown("head", name, HEADS)
+    return name
+
+
+def _heads(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_head(name) for name in names)
+
+
+def _batch_size(size: int | str) -> int | str:
+    if size == "auto" or (isinstance(size, int) and size >= 1):
+        return size
+    raise UsageError("must be 'auto' or a number from 1")
+
+
+Head = Annotated[str, AfterValidator(_head)]
+Heads = Annotated[Names, Field(min_length=1), AfterValidator(_heads)]
+PValue = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Table(BaseModel):
+    """What all tables have in common: they never change, know all their keys, and take no text for a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class SourceTable(Table):
+    """``[source]``: where the images are."""
+
+    path: PathOrUrl
+    """Anything that `featurepipe extract` reads: a folder, a manifest, archives, image arrays, or a URL."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label, to use instead of the source's own labels."""
+    retries: int = Field(default=5, ge=0)
+    """How often a source that cannot be opened or listed is tried again."""
+    first_wait: Seconds = 10.0
+    """How long to wait before the first retry; each wait is twice as long as the one before."""
+    longest_wait: Seconds = 600.0
+    """The longest wait between two tries."""
+
+
+class FeaturesTable(Table):
+    """``[[features]]``: one frozen network, and what is kept of it."""
+
+    backbone: str = "resnet50"
+    """A name that `featurepipe backbones` lists, `timm/NAME`, or `package.module:factory`."""
+    weights: str = "DEFAULT"
+    """A weights enum of torchvision, `DEFAULT`, a state-dict file, or `none` for a random control network."""
+    nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
+    """What to keep, each `NODE` or `NODE:POOLING`."""
+    seed: int = Field(default=0, ge=0)
+    """Of a random control network."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """The network's arithmetic."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Stored numbers."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where JPEGs are decoded."""
+
+
+class MachineTable(Table):
+    """``[machine]``: with how much the network runs."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    batch_size: Annotated[int | str, AfterValidator(_batch_size)] = "auto"
+    """Images per forward, or `auto`."""
+    workers: int | None = Field(default=None, ge=1)
+    """Threads that read and decode; by default one per CPU, at most 16."""
+
+
+class LimitsTable(Table):
+    """``[limits]``: what a night may cost, and what makes it fail."""
+
+    max_rejects: Share = "1%"
+    """Unusable images to put up with, a number or a share."""
+    time_budget: Seconds | None = None
+    """How long a night may take; what is not done by then is done the next night."""
+    min_free: Amount | None = None
+    """What must stay free on the store's disk, such as `20GB`."""
+    max_gone: Share = "50%"
+    """Images of the last snapshot that may be missing from tonight's listing, a number or a share."""
+
+
+class TrainTable(Table):
+    """``[[train]]``: a head to train; see `featurepipe train`."""
+
+    out: JobPath
+    """Folder of the bundle; the last one is replaced once the new one is complete."""
+    when: Literal["labels changed", "always"] = "labels changed"
+    """Every night, or only when what it learns from is not what the bundle was trained on."""
+    nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
+    """The column, or several side by side; `recommended` for the one that a comparison of layers recommends."""
+    head: Head = "logistic"
+    """The kind of head."""
+    backbone: str | None = None
+    """The network, where several `[[features]]` have the column."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+    split: str | None = None
+    """The split to train on, by default `train`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Of the final estimator, such as `{ C = 0.1 }`."""
+    pca: float | None = Field(default=None, gt=0)
+    """Components, or a share of the variance, to keep."""
+    class_weight: Literal["balanced"] | None = None
+    """`balanced` weighs all classes alike."""
+    tune: bool = False
+    """Search the head's grid."""
+    calibration: bool = True
+    """Fit a temperature on validation rows."""
+    min_class_size: int = Field(default=2, ge=1)
+    """Classes with fewer images are refused."""
+    memory: Amount | None = None
+    """What fitting may take; by default half of what is free."""
+    jobs: int = Field(default=1, ge=1)
+    """Fits at once during a search."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of draws and of the estimators."""
+
+
+class PredictTable(Table):
+    """``[[predict]]``: a bundle whose predictions are written down."""
+
+    bundle: JobPath
+    """A bundle's folder; one of a `[[train]]`, or one that is there."""
+    to: Template
+    """The file, `.parquet`, `.csv` or `.jsonl`; `{date}`, `{run}` and `{job}` are replaced."""
+    images: Literal["new", "all"] = "new"
+    """Tonight's new images, or all."""
+
+    def file(self, *, date: str, run: str, job: str) -> Path:
+        """The file of one night."""
+        return Path(self.to.format(date=date, run=run, job=job))
+
+
+class DriftTable(Table):
+    """``[drift]``: whether tonight's images are like those of before."""
+
+    reference: str = "previous"
+    """`previous`, `first`, or the run id of a snapshot."""
+    columns: Names | None = None
+    """The columns to compare; by default all."""
+    bundle: JobPath | None = None
+    """A bundle whose predicted classes are compared, too."""
+    warn: PValue = 0.01
+    """Warn below this p-value."""
+    fail: PValue | None = None
+    """Fail the run below this p-value; by default never."""
+    seed: int = Field(default=0, ge=0)
+    """Of what is drawn."""
+
+
+class DepthTable(Table):
+    """``[depth]``: which layer transfers best; see `featurepipe depth`."""
+
+    when: Literal["images changed", "always"] = "images changed"
+    """Every night, or only when the images or their labels are not those that were compared last."""
+    backbone: str | None = None
+    """The network, where there are several `[[features]]`."""
+    heads: Heads = ("logistic",)
+    """Kinds of heads to measure with."""
+    folds: int = Field(default=5, ge=2)
+    """Of the cross-validation."""
+    split: bool = False
+    """Test on the split `test` instead."""
+    seeds: int = Field(default=3, ge=1)
+    """How often the folds are dealt anew."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+    max_width: int = Field(default=9000, ge=1)
+    """Values per image that a column may have."""
+    jobs: int | None = Field(default=None, ge=1)
+    """Measurements at once; by default one per CPU."""
+    report: JobPath | None = None
+    """An HTML file to write."""
+
+
+class CompactTable(Table):
+    """``[compact]``: merge small parts; it has no keys."""
+
+
+class KeepTable(Table):
+    """``[keep]``: how much of the past stays."""
+
+    snapshots: int | None = Field(default=30, ge=1)
+    """Snapshots of the dataset that stay, one a night."""
+    runs: int | None = Field(default=365, ge=1)
+    """Run records of the job that stay."""
+
+
+class ReportTable(Table):
+    """``[report]``: the page of the last nights."""
+
+    to: JobPath
+    """The HTML file."""
+    last: int = Field(default=30, ge=1)
+    """Nights that it shows."""
+
+
+class MetricsTable(Table):
+    """``[metrics]``: figures for those who watch many jobs."""
+
+    prometheus: JobPath
+    """The text file for Prometheus' node exporter, `.prom`."""
+
+
+class Job(Table):
+    """A job file."""
+
+    name: Name
+    """The job's name; by default the file's, without its suffix."""
+    store: JobPath
+    """The feature store."""
+    dataset: Name | None = None
+    """Name of the snapshots; by default the source's own."""
+    source: SourceTable
+    """Where the images are."""
+    features: Annotated[tuple[FeaturesTable, ...], BeforeValidator(listed), Field(min_length=1)]
+    """Networks, and what is kept of each."""
+    machine: MachineTable = MachineTable()
+    """With how much the networks run."""
+    limits: LimitsTable = LimitsTable()
+    """What a night may cost, and what makes it fail."""
+    train: Annotated[tuple[TrainTable, ...], BeforeValidator(listed)] = ()
+    """Heads to train."""
+    predict: Annotated[tuple[PredictTable, ...], BeforeValidator(listed)] = ()
+    """Bundles whose predictions are written down."""
+    drift: DriftTable | None = None
+    """Whether tonight's images are like those of before."""
+    depth: DepthTable | None = None
+    """Which layer transfers best."""
+    compact: CompactTable | None = None
+    """Merge small parts."""
+    keep: KeepTable | None = None
+    """How much of the past stays."""
+    report: ReportTable | None = None
+    """The page of the last nights."""
+    metrics: MetricsTable | None = None
+    """Figures for those who watch many jobs."""

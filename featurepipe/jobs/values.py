@@ -1,0 +1,109 @@
+"""The kinds of values that a job file holds: durations, amounts, shares, paths, names, lists."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.sizes import bytes_of
+
+_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*")
+PLACEHOLDERS = ("date", "run", "job")
+"""What the name of a file of predictions may hold in braces."""
+
+
+def seconds_of(text: Any) -> float:
+    """Returns a duration in seconds.
+
+    Raises:
+        UsageError: It is none.
+
+    Example:
+        >>> seconds_of("90s"), seconds_of("1h30m"), seconds_of("0.5d")
+        (90.0, 5400.0, 43200.0)
+    """
+    if not isinstance(text, str) or not re.fullmatch(rf"\s*(?:{_PART.pattern})+", text):
+        raise UsageError("no duration; write a number and its unit (s, m, h, d), such as '90s', '10m', '1h30m'")
+    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+
+
+def _amount(amount: int | str) -> int | str:
+    bytes_of(amount)  # refused here, with the key's name, and not hours later
+    return amount
+
+
+def _share(given: Any) -> int | str:
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return given
+    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?%?", given):
+        return given
+    raise UsageError("must be a number of images such as 10, or a share such as '1%'")
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(
+            "cannot be a name; use letters, digits, '.', '_' and '-', at most 100, starting with a letter, digit or '_'"
+        )
+    return name
+
+
+def listed(value: Any) -> Any:
+    """TOML's arrays as tuples, since a job never changes; one text stands for a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _place(text: Any, info: ValidationInfo) -> Any:
+    return Path(_joined(text, info)) if isinstance(text, str) else text
+
+
+def _joined(text: str, info: ValidationInfo) -> str:
+    """A relative path seen from the job file's folder; URLs stay as they are."""
+    if not text.strip():
+        raise UsageError("must not be empty")
+    folder = (info.context or {}).get("folder")
+    if folder is None or "://" in text:
+        return text
+    return os.path.normpath(Path(folder) / Path(text).expanduser())
+
+
+def _template(text: str, info: ValidationInfo) -> str:
+    try:
+        named = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise UsageError(f"a brace without its partner ({error}); write {{{{ and }}}} for braces themselves") from error
+    for name in named:
+        if name not in PLACEHOLDERS:
+            raise unknown("placeholder", name, PLACEHOLDERS)
+    folder = (info.context or {}).get("folder")
+    if folder is None:
+        return text
+    literal = str(folder).replace("{", "{{").replace("}", "}}")
+    return os.path.normpath(Path(literal) / Path(text).expanduser())
+
+
+Seconds = Annotated[float, BeforeValidator(seconds_of)]
+"""A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
+Amount = Annotated[int | str, AfterValidator(_amount)]
+"""Bytes, or text such as ``"20GB"``."""
+Share = Annotated[int | str, BeforeValidator(_share)]
+"""A number of images, or a share such as ``"1%"``."""
+Name = Annotated[str, AfterValidator(_name)]
+"""What may name files."""
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
+"""One or more texts."""
+JobPath = Annotated[Path, BeforeValidator(_place)]
+"""A path, relative to the job file's folder."""
+PathOrUrl = Annotated[str, AfterValidator(_joined)]
+"""A path or glob, relative to the job file's folder, or a URL."""
+Template = Annotated[str, AfterValidator(_template)]
+"""A path with ``{date}``, ``{run}`` or ``{job}`` in it, relative to the job file's folder."""
