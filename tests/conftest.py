@@ -24,7 +24,7 @@ from featurepipe.store.snapshots import SCHEMA
 SERVER = textwrap.dedent("""
     import json, os, signal, sys, threading, traceback
     import torch
-    import featurepipe.cli, featurepipe.commands, featurepipe.demo
+    import featurepipe.cli, featurepipe.demo
     from featurepipe.backbones import load_backbone
     import featurepipe.extraction.extract, featurepipe.layer_depth.depth
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.exports

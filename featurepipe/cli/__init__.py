@@ -1,7 +1,7 @@
-"""The command line: parses arguments, calls the verbs, prints results, turns errors into exit codes.
+"""The command line: one module a command, or family of commands; each declares options, calls a verb, prints its result.
 
 Results go to standard output (one JSON document with ``--json``); progress and messages go to standard error.
-Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once: verbs are imported where they are called.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
+from featurepipe.cli.parser import build_parser
 from featurepipe.errors import FeaturepipeError
-from featurepipe.options import build_parser
+
+__all__ = ["build_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs one command and returns its exit code: errors become words and a code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    from featurepipe import commands
-
     args.stdout = sys.stdout
     try:
         with redirect_stdout(sys.stderr):  # whatever others print, a user's network say, stays out of the result
-            code = int(getattr(commands, args.run)(args))
+            code = int(args.run(args))
         sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
         return code
     except FeaturepipeError as error:

@@ -1,0 +1,80 @@
+"""``featurepipe depth``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from featurepipe.cli.options import Commands, add_command, add_json, add_labels, add_machine, add_quiet, machine, names
+from featurepipe.cli.output import show, this_command
+from featurepipe.heads.families import HEADS
+
+
+def add(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands, "depth", run, "which layer of a network transfers best: every stage measured alike, with intervals",
+        epilog="All columns come from one pass over the images and stay in the store; what has been measured is kept as well. "
+        "Stopped at any moment, the same command goes on. featurepipe train --node recommended uses the answer.",
+    )  # fmt: skip
+    option = command.add_argument
+    option("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, compared as it is")
+    option("--store", metavar="DIR", help="where features of SOURCE go (default: features)")
+    option("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
+    option("--backbone", metavar="NAME", help="see featurepipe backbones (default: resnet50, or what STORE holds)")
+    option("--weights", default="DEFAULT", metavar="NAME|none|FILE", help="of the network, as for featurepipe extract")
+    option("--node", action="append", dest="nodes", metavar="auto|NODE[:POOLING]",
+           help="may be repeated; auto: the network's stages and its bottleneck (default: auto)")  # fmt: skip
+    option("--heads", default="logistic", metavar="LIST",
+           help=f"of {', '.join(HEADS)}; separated by commas (default: %(default)s)")  # fmt: skip
+    option("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: %(default)s)")
+    option("--split", action="store_true", help="train on the dataset's split train and test on test, instead of folds")
+    option("--seeds", type=int, default=3, metavar="N",
+           help="how many times folds are dealt anew (default: %(default)s)")  # fmt: skip
+    option("--pooling", metavar="LIST",
+           help="such as gap,avg2x2 (default: the finest average grid within --max-width)")  # fmt: skip
+    option("--max-width", type=int, default=9000, metavar="N",
+           help="values per image of a column (default: %(default)s)")  # fmt: skip
+    option("--control", choices=["random"], help="measure the same network with random weights as well")
+    option("--test-source", metavar="SOURCE",
+           help="images of the same classes from elsewhere, which heads are tested on, too")  # fmt: skip
+    add_labels(command, of="source")
+    option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
+    option("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="as for featurepipe extract")
+    add_machine(command)
+    option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
+    option("--dry-run", action="store_true",
+           help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
+    add_quiet(command, "progress")
+    add_json(command)
+
+
+def run(args: Namespace) -> int:
+    """Runs the command."""
+    from featurepipe.layer_depth.depth import depth
+    from featurepipe.layer_depth.text import plan_text, text
+
+    result = depth(
+        args.source,
+        args.store,
+        dataset=args.dataset,
+        backbone=args.backbone,
+        weights=args.weights,
+        nodes=args.nodes or "auto",
+        heads=names(args.heads),
+        folds=args.folds,
+        split=args.split,
+        pooling=names(args.pooling) if args.pooling else None,
+        max_width=args.max_width,
+        seeds=args.seeds,
+        control=args.control,
+        test_source=args.test_source,
+        labels=args.labels,
+        extraction={"precision": args.precision, **machine(args)},
+        jobs=args.jobs,
+        command=this_command(),
+        report=args.report,
+        dry_run=args.dry_run,
+        silent=args.quiet,
+    )
+    show(args, result, plan_text if args.dry_run else text)
+    return 0

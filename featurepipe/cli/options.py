@@ -1,0 +1,99 @@
+"""Options that several commands share, each said once."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[Namespace], int], summary: str, *, epilog: str | None = None
+) -> ArgumentParser:
+    """Declares a command: ``run`` gets its parsed arguments and returns the exit code."""
+    command: ArgumentParser = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_json(command: ArgumentParser) -> None:
+    """``--json``: what `featurepipe.cli.output.show` looks at."""
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output, nothing else there"
+    )
+
+
+def add_quiet(command: ArgumentParser, what: str = "messages on the way") -> None:
+    """``--quiet``."""
+    command.add_argument("--quiet", action="store_true", help=f"no {what}")
+
+
+def add_seed(command: ArgumentParser, what: str) -> None:
+    """``--seed`` of ``what``."""
+    command.add_argument("--seed", type=int, default=0, help=f"of {what} (default: %(default)s)")
+
+
+def add_weights(command: ArgumentParser) -> None:
+    """``--weights`` and ``--seed`` of a network that is chosen here."""
+    command.add_argument(
+        "--weights", default="DEFAULT", metavar="NAME|none|FILE",
+        help="a weights enum of torchvision, DEFAULT, a state-dict file, or none: a random control network",
+    )  # fmt: skip
+    add_seed(command, "the random control network")
+
+
+def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> None:
+    """``--device``, ``--batch-size``, ``--workers``, ``--max-rejects``: how images are read and computed."""
+    add = command.add_argument
+    add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
+    add("--batch-size", default="auto", metavar="auto|N", help=f"images per forward ({batch_size})")
+    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
+    add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
+
+
+def machine(args: Namespace) -> dict[str, Any]:
+    """What `add_machine` declared, as keyword arguments of a verb."""
+    return {name: getattr(args, name) for name in ("device", "batch_size", "workers", "max_rejects")}
+
+
+def add_store(command: ArgumentParser) -> None:
+    """The store that a command reads."""
+    command.add_argument("store", metavar="STORE")
+
+
+def add_dataset(command: ArgumentParser) -> None:
+    """``--dataset`` of a store that exists."""
+    command.add_argument("--dataset", metavar="NAME", help="default: the store's only dataset")
+
+
+def add_space(command: ArgumentParser, when: str = ", where the store holds several") -> None:
+    """``--backbone`` of features that exist."""
+    command.add_argument("--backbone", metavar="NAME", help=f"a backbone, a space's name or fingerprint{when}")
+
+
+def add_labels(command: ArgumentParser, of: str = "dataset") -> None:
+    """``--labels`` of one's own."""
+    command.add_argument(
+        "--labels", metavar="FILE",
+        help=f"labels to use instead of the {of}'s: .csv, .parquet or .jsonl with id and label",
+    )  # fmt: skip
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas.
+
+    Example:
+        >>> names("gap, avg2x2,")
+        ['gap', 'avg2x2']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def existing_store(args: Namespace) -> Any:
+    """The store that `add_store` names; it is not made."""
+    from featurepipe.store import FeatureStore
+
+    return FeatureStore(args.store, create=False)

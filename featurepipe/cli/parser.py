@@ -1,0 +1,30 @@
+"""The parser of all commands, in the order in which people meet them."""
+
+from __future__ import annotations
+
+import argparse
+
+from featurepipe import __version__
+from featurepipe.cli import demo, depth, doctor, evaluate, extract, networks, predict, report, stores, train
+
+EXIT_CODES = """exit codes:
+  0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
+  1  failure                    4  more images rejected than --max-rejects
+  2  wrong usage               75  another process holds the store's lock
+  130, 143  stopped by Ctrl-C or SIGTERM, everything in flight committed
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; a parsed command's ``run`` is the function that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="featurepipe",
+        description="A frozen ConvNet as a fixed feature extractor: images in, HDF5 features out, once and never twice.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for module in (demo, networks, extract, stores, train, evaluate, predict, depth, report, doctor):
+        module.add(commands)
+    return parser

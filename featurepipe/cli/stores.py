@@ -1,0 +1,109 @@
+"""``featurepipe info``, ``verify``, ``compact``, ``gc`` and ``export``: looking into a store, and its upkeep."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from featurepipe import summary
+from featurepipe.cli.options import Commands, add_command, add_dataset, add_json, add_space, add_store, existing_store
+from featurepipe.cli.output import show
+from featurepipe.tables import size
+
+
+def add(commands: Commands) -> None:
+    """Declares the five commands."""
+    for name, run, purpose in (
+        ("info", info, "what a store holds: spaces, columns, datasets, runs; or what a bundle is"),
+        ("verify", verify,
+         "recompute every checksum; damaged parts are named and set aside, and extract computes them anew"),
+        ("compact", compact, "merge small parts and drop duplicate rows"),
+        ("gc", gc, "remove what no snapshot needs, and what killed runs left behind"),
+    ):  # fmt: skip
+        command = add_command(commands, name, run, purpose)
+        add_store(command)
+        if name in ("compact", "gc"):
+            command.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
+        if name == "gc":
+            command.add_argument(
+                "--keep-snapshots", type=int, metavar="N", help="keep the last N of each dataset (default: all)"
+            )
+        add_json(command)
+    _add_export(commands)
+
+
+def _add_export(commands: Commands) -> None:
+    command = add_command(
+        commands, "export", export, "write one column's features to one plain HDF5, .npz or .parquet file"
+    )
+    option = command.add_argument
+    add_store(command)
+    option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
+    option("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
+    add_dataset(command)
+    add_space(command, "; default: the only one with that column")
+    option("--split", metavar="NAME", help="only this split")
+    add_json(command)
+
+
+def info(args: Namespace) -> int:
+    """Runs ``featurepipe info``, on a store or a bundle."""
+    if (Path(args.store) / "bundle.json").is_file():
+        from featurepipe.heads.bundle.bundle import read_bundle
+        from featurepipe.heads.bundle.description import bundle_text, describe_bundle
+
+        bundle = read_bundle(args.store)
+        show(args, describe_bundle(bundle), lambda _: bundle_text(bundle))
+        return 0
+    from featurepipe.store import describe
+
+    show(args, describe(existing_store(args)), summary.info_text)
+    return 0
+
+
+def verify(args: Namespace) -> int:
+    """Runs ``featurepipe verify``; damage is a failure."""
+    from featurepipe.store import verify_store
+
+    report = verify_store(existing_store(args))
+    show(args, asdict(report), lambda _: summary.verify_text(report))
+    return 1 if report.problems else 0
+
+
+def compact(args: Namespace) -> int:
+    """Runs ``featurepipe compact``."""
+    from featurepipe.store import compact_store
+
+    report = compact_store(existing_store(args), dry_run=args.dry_run)
+    show(args, asdict(report), lambda _: summary.compact_text(report, dry_run=args.dry_run))
+    return 0
+
+
+def gc(args: Namespace) -> int:
+    """Runs ``featurepipe gc``."""
+    from featurepipe.store import gc_store
+
+    report = gc_store(existing_store(args), dry_run=args.dry_run, keep_snapshots=args.keep_snapshots)
+    show(args, asdict(report), lambda _: summary.gc_text(report, dry_run=args.dry_run))
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """Runs ``featurepipe export``."""
+    from featurepipe.store import export as write
+
+    store = existing_store(args)
+    dataset = args.dataset or store.only_dataset()
+    features = store.features(dataset, node=args.node, backbone=args.backbone, split=args.split)
+    path = write(features, Path(args.to))
+    rows, width = features.shape
+    result = {
+        "file": str(path),
+        "rows": rows,
+        "width": width,
+        "dtype": str(features.dtype),
+        "bytes": path.stat().st_size,
+    }
+    show(args, result, lambda r: f"{r['file']}: {rows:,} x {width:,} {r['dtype']}, {size(r['bytes'])}")
+    return 0

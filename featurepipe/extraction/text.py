@@ -1,0 +1,50 @@
+"""What ``featurepipe extract`` prints, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from featurepipe.progress import duration
+from featurepipe.tables import size
+
+_REJECTS_SHOWN = 5
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """Sums up the run record that `featurepipe.extraction.extract.extract` returns."""
+    counts, seconds = record["counts"], record["seconds"]
+    lines = [
+        f"{record['dataset']}: {counts['listed']:,} images listed, {counts['computed']:,} computed, {counts['known']:,} known, "
+        f"{counts['rejected']:,} rejected",
+    ]
+    if record["gone"]:
+        lines.append(f"{record['gone']:,} images of the last snapshot are gone")
+    if record["rejects"]:
+        lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
+        lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
+        if counts["rejected"] > _REJECTS_SHOWN:
+            lines.append(f"  ... all in {record['rejects_file']}")
+    if counts["computed"]:
+        by_column = record["computed_by_column"].items()
+        lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
+        stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "write"))
+        lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+        lines.append(record["verdict"])
+    lines.append(f"space {record['space']}")
+    return "\n".join(lines)
+
+
+def estimate_text(estimate: Mapping[str, Any]) -> str:
+    """Sums up what ``extract(..., dry_run=True)`` returns."""
+    lines = [
+        f"{estimate['dataset']}: {estimate['listed']:,} images listed, {estimate['known']:,} known, {estimate['rejected']:,} "
+        f"rejected before, {estimate['to_read']:,} to read (at most {estimate['new']:,} new ones: copies are known once read)"
+    ]
+    if estimate["images_per_second"]:
+        lines.append(
+            f"about {duration(estimate['seconds'])} at {estimate['images_per_second']:,.1f} img/s, "
+            f"from a timed sample of {estimate['sampled']} images"
+        )
+    lines += [f"{column}: {size(count)}" for column, count in estimate["bytes_per_column"].items()]
+    return "\n".join([*lines, "dry run: nothing was changed"])
