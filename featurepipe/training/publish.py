@@ -19,6 +19,7 @@ from featurepipe.heads.metrics import score_table
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe
+from featurepipe.training.inputs import Inputs
 from featurepipe.training.settle import Task
 from featurepipe.training.tuning import Search
 
@@ -33,6 +34,7 @@ def publish(
     recipe: Recipe,
     head: BaseEstimator,
     *,
+    inputs: Inputs,
     search: Search | None,
     calibration: Calibration | None,
     weights: Path | None,
@@ -48,6 +50,7 @@ def publish(
         "params": dict(recipe.params),
         "seed": task.seed,
         "labels": labels,
+        "inputs": inputs.as_dict(),
         "search": search.as_dict() if search else None,
         "when": now(),
         "seconds": round(seconds, 2),

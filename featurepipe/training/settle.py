@@ -105,7 +105,7 @@ def settle(
     memory: int | str | None,
     say: Callable[[str], None],
 ) -> Task:
-    """Settles everything before the first fit; see `featurepipe.train` for the arguments.
+    """Settles what is learned from and how, without fitting anything; see `featurepipe.train` for the arguments.
 
     Raises:
         UsageError: an argument is wrong, or the labels cannot be learned from.
@@ -133,10 +133,13 @@ def settle(
         seed=recipe.seed,
     )
     say(f"{task.features.origin.dataset}: {_counted(task)}")
-    task = replace(
-        task,
-        cost=_timed(task, recipe, fits=1 + calibration, tries=grid_size(recipe) * len(task.folds()) if tune else 0),
-    )
+    return task
+
+
+def timed(task: Task, recipe: Recipe, *, calibration: bool, tune: bool, say: Callable[[str], None]) -> Task:
+    """The task with an estimate of how long its fits will take, from small ones."""
+    tries = grid_size(recipe) * len(task.folds()) if tune else 0
+    task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
     say(task.cost.text)
     return task
 

@@ -12,9 +12,12 @@ from featurepipe.heads.bundle.folder import check_bundle_target
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.training.fit import Recipe, calibrate, fit
+from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.publish import publish, weights_copy
-from featurepipe.training.settle import settle
+from featurepipe.training.settle import settle, timed
 from featurepipe.training.tuning import search
+
+UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
 
 
 def train(
@@ -37,6 +40,7 @@ def train(
     jobs: int = 1,
     seed: int = 0,
     weights: str | PathLike[str] | None = None,
+    if_changed: bool = False,
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -65,11 +69,13 @@ def train(
         jobs: fits at once during a search.
         seed: of draws and of the estimators.
         weights: the backbone's weights file, where it has one of your own; it is copied into the bundle.
+        if_changed: train only if the bundle at ``out`` was made from other images, labels, columns or settings, or is missing.
         dry_run: say what would be done and what it would take; write nothing.
         silent: say nothing on the way.
 
     Returns:
-        What was done, as plain JSON values; with ``dry_run`` what would be.
+        What was done, as plain JSON values; with ``dry_run`` what would be. With ``if_changed``, ``why`` it was trained, or
+        ``skipped``: why not.
 
     Raises:
         UsageError: an argument is wrong, or the labels cannot be learned from.
@@ -95,18 +101,26 @@ def train(
         memory=memory,
         say=say,
     )
+    inputs = inputs_of(task, recipe, tune=tune, calibration=calibration)
+    asked = {"why": why_train(target, inputs)} if if_changed else {}
+    if asked == {"why": []}:
+        return {"bundle": str(target), "skipped": UNCHANGED.format(images=inputs.images)}
+    for reason in asked.get("why", []):
+        say(f"{target.name} is trained: {reason}")
+    task = timed(task, recipe, calibration=calibration, tune=tune, say=say)
     if dry_run:
-        return task.as_dict()
+        return {**task.as_dict(), **asked}
     with weights_copy(source.space(task.features.space_fingerprint), weights) as own_weights:
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated = calibrate(task, chosen, say) if calibration else None
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
-        return publish(
-            target, source, task, chosen, fitted,
+        record = publish(
+            target, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), seconds=seconds, say=say,
         )  # fmt: skip
+    return {**record, **asked}
 
 
 def _name_of(labels: Any) -> str | None:
