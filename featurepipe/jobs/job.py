@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.jobs.values import (
     Amount,
+    BatchSize,
     JobPath,
     Name,
     Names,
@@ -30,12 +31,6 @@ def _head(name: str) -> str:
 
 def _heads(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_head(name) for name in names)
-
-
-def _batch_size(size: int | str) -> int | str:
-    if size == "auto" or (isinstance(size, int) and size >= 1):
-        return size
-    raise UsageError("must be 'auto' or a number from 1")
 
 
 Head = Annotated[str, AfterValidator(_head)]
@@ -88,7 +83,7 @@ class MachineTable(Table):
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    batch_size: Annotated[int | str, AfterValidator(_batch_size)] = "auto"
+    batch_size: BatchSize = "auto"
     """Images per forward, or `auto`."""
     workers: int | None = Field(default=None, ge=1)
     """Threads that read and decode; by default one per CPU, at most 16."""

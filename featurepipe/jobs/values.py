@@ -34,9 +34,17 @@ def seconds_of(text: Any) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
 
 
-def _amount(amount: int | str) -> int | str:
-    bytes_of(amount)  # refused here, with the key's name, and not hours later
-    return amount
+def _amount(given: Any) -> Any:
+    if isinstance(given, bool) or not isinstance(given, int | str):
+        raise UsageError("no amount of memory; give bytes or text such as '512MB', '20GB'")
+    bytes_of(given)  # refused here, with the key's name, and not hours later
+    return given
+
+
+def _batch_size(given: Any) -> Any:
+    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+        return given
+    raise UsageError("must be 'auto' or a number from 1")
 
 
 def _share(given: Any) -> int | str:
@@ -93,8 +101,10 @@ def _template(text: str, info: ValidationInfo) -> str:
 
 Seconds = Annotated[float, BeforeValidator(seconds_of)]
 """A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
-Amount = Annotated[int | str, AfterValidator(_amount)]
+Amount = Annotated[int | str, BeforeValidator(_amount)]
 """Bytes, or text such as ``"20GB"``."""
+BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
+"""Images per forward, or ``"auto"``."""
 Share = Annotated[int | str, BeforeValidator(_share)]
 """A number of images, or a share such as ``"1%"``."""
 Name = Annotated[str, AfterValidator(_name)]

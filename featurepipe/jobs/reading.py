@@ -1,0 +1,80 @@
+"""From a job file to a job: everything that is wrong with it is said at once, a line each."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from featurepipe.errors import UsageError
+from featurepipe.jobs.checks import CHECKS, Problem
+from featurepipe.jobs.job import Job
+from featurepipe.jobs.wording import problem_of
+
+LONGEST_SHOWN = 80
+_STAND_INS: Mapping[str, Any] = MappingProxyType(
+    {"name": "job", "store": "store", "source": {"path": "images"}, "features": [{}]}
+)
+
+
+def read_job(path: str | PathLike[str]) -> Job:
+    """Reads a job file; relative paths in it are seen from its folder.
+
+    Raises:
+        UsageError: It cannot be read, or something in it is wrong. The message has a line for each problem: file, key, what
+            was given, and the choices or the nearest name.
+    """
+    file = Path(path).absolute()
+    given = {"name": file.stem, **_parsed(file)}
+    context = {"folder": file.parent}
+    problems: list[Problem] = []
+    try:
+        job = Job.model_validate(given, context=context)
+    except ValidationError as error:
+        problems = [problem_of(details) for details in _one_per_key(error)]
+        wrong = {key.partition("[")[0].partition(".")[0] for key, _, _ in problems}
+        # What the other tables say of each other can still be checked.
+        sound = {name: value for name, value in given.items() if name not in wrong}
+        job = Job.model_validate({**_STAND_INS, **sound}, context=context)
+    else:
+        wrong = set()
+    problems += [problem for check, tables in CHECKS if wrong.isdisjoint(tables) for problem in check(job)]
+    if problems:
+        raise UsageError("\n".join(f"{path}: {_line(problem)}" for problem in problems))
+    return job
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not UTF-8, as TOML must be: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}; name a job file, such as nightly.toml") from error
+
+
+def _line(problem: Problem) -> str:
+    key, given, message = problem
+    return f"{key}: {message}" if given is None else f"{key} = {_shown(given)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def _one_per_key(error: ValidationError) -> Iterable[ErrorDetails]:
+    found: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for details in error.errors(include_url=False):
+        found.setdefault(details["loc"], details)
+    return found.values()
