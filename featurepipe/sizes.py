@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory, and of time, as people write them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from featurepipe.errors import UsageError
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt", 1) for end in ("", "b")}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_DURATION = r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*"
 
 
 def bytes_of(amount: int | str) -> int:
@@ -34,3 +36,25 @@ def bytes_of(amount: int | str) -> int:
             f"memory {amount!r} is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
         )
     return int(number)
+
+
+def seconds_of(duration: float | str) -> float:
+    """Returns a duration in seconds.
+
+    Args:
+        duration: Seconds, or text: numbers with units (s, m or min, h, d), or a number alone, which is seconds.
+
+    Raises:
+        UsageError: It is no positive duration.
+
+    Example:
+        >>> seconds_of("30min"), seconds_of("1h30m"), seconds_of("0.5 d"), seconds_of("90"), seconds_of(1.5)
+        (1800.0, 5400.0, 43200.0, 90.0, 1.5)
+    """
+    text = str(duration).strip().lower()
+    if re.fullmatch(r"[\d.]+", text):
+        text += "s"
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(_DURATION, text))
+    if not seconds or not re.fullmatch(f"(?:{_DURATION})+", text):
+        raise UsageError(f"{duration!r} is no duration; give seconds or text such as '90s', '30min', '6h', '1h30m'")
+    return seconds
