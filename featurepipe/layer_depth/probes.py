@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES, make_head
 from featurepipe.heads.row_space import RowSpace
+from featurepipe.layer_depth.climb import climb
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold
@@ -93,7 +94,7 @@ def measure_fold(data: Data, fold: Fold, heads: Sequence[str]) -> list[Cell]:
 
     Features are standardised by the training rows alone. Where an image has many more values than there are training images,
     the heads that only see inner products work in the training images' span, which is the same and much smaller. Where
-    the values are many, linear heads read them block by block and fit all values of C in shared passes.
+    the values are many, linear heads read them block by block and fit several values of C in shared passes.
     """
     in_blocks = [head for head in heads if _is_in_blocks(data, fold, head)]
     in_memory = [head for head in heads if head not in in_blocks]
@@ -170,13 +171,15 @@ def _chosen(rows: _Rows, head: str, seed: int) -> dict[str, Any]:
         fitted = _head(head, TREES, rows.fit[0].shape[1], seed).fit(*rows.fit, eval_set=rows.choose)
         params = {name: value for name, value in TREES.items() if name != "early_stopping_rounds"}
         return {**params, "n_estimators": int(fitted.best_iteration_) + 1}
-    best: tuple[float, dict[str, Any]] = (-1.0, {})
-    for params in ParameterGrid(dict(HEADS[head].grid)):
-        if params.get("n_neighbors", 1) > len(rows.fit[1]):
-            continue
-        accuracy = float(_right(_head(head, params, rows.fit[0].shape[1], seed).fit(*rows.fit), *rows.choose).mean())
-        best = max(best, (accuracy, params), key=lambda trial: trial[0])
-    return best[1]
+
+    def accuracy(params: Mapping[str, Any]) -> float:
+        return float(_right(_head(head, params, rows.fit[0].shape[1], seed).fit(*rows.fit), *rows.choose).mean())
+
+    grid = HEADS[head].grid
+    if head in SHARED_PASSES:
+        return {"C": climb(grid["C"], lambda some: [accuracy({"C": C}) for C in some], len(rows.choose[1]))}
+    every: list[dict[str, Any]] = list(ParameterGrid(dict(grid)))
+    return max((params for params in every if params.get("n_neighbors", 1) <= len(rows.fit[1])), key=accuracy)
 
 
 def _head(head: str, params: Mapping[str, Any], width: int, seed: int) -> BaseEstimator:
@@ -201,19 +204,21 @@ def _as_it_stands() -> Iterator[None]:
 
 
 def _measure_in_blocks(data: Data, fold: Fold, head: str) -> Cell:
-    """The same where the values are many: standardised as they are read, all values of C in shared passes."""
+    """The same where the values are many: standardised as they are read, several values of C in shared passes."""
     from featurepipe.heads import fit_path
 
     start = time.perf_counter()
     scaler, last = (step for _, step in make_head(head, out_of_core=True, **ROUGH).steps)
     train = scaler.fit(data.features.take(fold.train)).transform(data.features.take(fold.train))
-    codes, strengths = data.codes[fold.train], HEADS[head].grid["C"]
-    with _as_it_stands():
-        (path,) = fit_path(last, train, codes, Cs=strengths, folds=[np.searchsorted(fold.train, fold.fit)])
     choose = scaler.transform(data.features.take(fold.choose))
-    accuracies = [_right(fitted, choose, data.codes[fold.choose]).mean() for fitted in path]
-    chosen = {"C": strengths[int(np.argmax(accuracies))]}
+    codes, fit = data.codes[fold.train], np.searchsorted(fold.train, fold.fit)
+
+    def accuracies(some: Sequence[float]) -> list[float]:
+        (path,) = fit_path(last, train, codes, Cs=some, folds=[fit])
+        return [float(_right(fitted, choose, data.codes[fold.choose]).mean()) for fitted in path]
+
     with _as_it_stands():
+        chosen = {"C": climb(HEADS[head].grid["C"], accuracies, len(fold.choose))}
         ((fitted,),) = fit_path(last, train, codes, Cs=[chosen["C"]])
     seconds = time.perf_counter() - start
     correct = _right(fitted, scaler.transform(data.features.take(fold.test)), data.codes[fold.test])

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
+from featurepipe.layer_depth.climb import RULE
 from featurepipe.layer_depth.folds import Fold, cross_validation, own_split
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.probes import Data
@@ -25,7 +26,7 @@ Codes = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 
 PRETRAINED, RANDOM = "pretrained", "random"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Goes up when the same settings would measure something else."""
 
 
@@ -64,7 +65,7 @@ class Protocol:
         """How it was measured, in words."""
         fitted = (
             "Features are standardised by the training images, the head's parameters are chosen on training images set aside, "
-            "and the head is fitted again on all of them."
+            f"and the head is fitted again on all of them. {RULE[0].upper()}{RULE[1:]}."
         )
         if self.folds is not None:
             return (
