@@ -1,0 +1,172 @@
+"""A bundle's predictions on features that a store holds already: no image is read and no network runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.errors import BundleError, Interrupted, UsageError
+from featurepipe.evaluation.evaluate import _no_such_space
+from featurepipe.heads.bundle.bundle import Bundle, read_bundle
+from featurepipe.prediction.files import checked_target, predictions_file, schema_of
+from featurepipe.progress import show
+from featurepipe.store import FeatureStore
+from featurepipe.store.choice import require_snapshot
+from featurepipe.store.snapshots import OK
+
+if TYPE_CHECKING:
+    from featurepipe.interrupt import StopRequest
+    from featurepipe.store.views import FeatureSet
+
+BLOCK_BYTES = 64 * 1024 * 1024
+"""Features and scores that are in memory at once."""
+MOST_ROWS = 65_536
+"""Rows that are scored at once, and that a row group of a Parquet file holds."""
+
+Positions = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+
+
+def predict_features(
+    bundle: Bundle | str | os.PathLike[str],
+    store: FeatureStore | str | os.PathLike[str],
+    to: str | os.PathLike[str] | None = None,
+    *,
+    dataset: str | None = None,
+    snapshot: str | None = None,
+    rows: Positions | None = None,
+    spared: Sequence[Any] = (),
+    stop: StopRequest | None = None,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Predicts the images of a dataset's snapshot from their stored features, in blocks of bounded memory.
+
+    The file is that of `featurepipe.prediction.predict.predict` on the same images: one row for each, in the order of the
+    snapshot, those that could not be used with their reason alone. The probabilities are the same up to the rounding of
+    stored features. It appears when it is complete, and replaces an older one.
+
+    Args:
+        bundle: the bundle or its folder.
+        store: the feature store or its path.
+        to: the file to write, ``.parquet``, ``.csv`` or ``.jsonl``, in a folder that exists; None only counts.
+        dataset: name of the dataset; by default the store's only one.
+        snapshot: one of ``snapshot_ids(dataset)``; by default the current one.
+        rows: which rows of the snapshot, as ascending positions or a mask (n,); by default all.
+        spared: further files that must not be replaced, such as the source of the images.
+        stop: asked between blocks; only a signal stops, not a deadline, since what is left takes seconds.
+        silent: show no progress.
+
+    Returns:
+        JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``counts`` (images, predicted, rejected), ``labels``
+        (images by label), ``seconds``, ``images_per_second``.
+
+    Raises:
+        BundleError: the bundle cannot be used, or the store has no features of its feature space.
+        StoreError: features of some images are missing.
+        UsageError: the dataset or snapshot is unknown, or no file can be written there.
+        Interrupted: a signal came; no file is left.
+    """
+    start = time.perf_counter()
+    model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    target = None if to is None else _checked_target(to, source, [bundle, *spared])
+    name = dataset or source.only_dataset()
+    run_id = snapshot or next(reversed(source.snapshot_ids(name)), None)  # another run may write one meanwhile
+    features = features_for(model, source, name, run_id)
+    images = _Images(require_snapshot(source, name, run_id), features)
+    chosen = np.arange(len(images))[slice(None) if rows is None else rows]
+    counts = np.zeros(len(model.classes), np.int64)
+    with ExitStack() as stack:
+        write = stack.enter_context(predictions_file(target, model.classes)) if target else None
+        progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
+        for block in _blocks(chosen, model):
+            if stop is not None and stop.signal_number is not None:
+                raise Interrupted(f"stopped by {stop.name}: no predictions were written", stop.signal_number)
+            codes, batch = images.scored(block, model)
+            counts += np.bincount(codes[codes >= 0], minlength=len(counts))
+            if write is not None:
+                write(batch)
+            progress.advance(len(block))
+    seconds, predicted = time.perf_counter() - start, int(counts.sum())
+    return {
+        "bundle": None if isinstance(bundle, Bundle) else os.fspath(bundle),
+        "dataset": name,
+        "snapshot": run_id,
+        "file": None if target is None else str(target),
+        "counts": {"images": len(chosen), "predicted": predicted, "rejected": len(chosen) - predicted},
+        "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=True) if count},
+        "seconds": round(seconds, 3),
+        "images_per_second": round(predicted / seconds, 1),
+    }
+
+
+def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: str | None = None) -> FeatureSet:
+    """Opens the bundle's columns of a dataset, in the bundle's feature space and no other.
+
+    Raises:
+        BundleError: the store has no features of that space; says which it has and how to compute them.
+        StoreError: features of some images are missing.
+        UsageError: the dataset or snapshot is unknown.
+    """
+    spaces = store.spaces()
+    if dataset in store.datasets() and bundle.fingerprint not in {space.fingerprint for space in spaces}:
+        raise BundleError(_no_such_space(bundle, store, spaces, dataset))
+    features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint, snapshot=snapshot)
+    bundle.check(features)
+    return features
+
+
+class _Images:
+    """The rows of a snapshot, of which the usable ones have features."""
+
+    def __init__(self, snapshot: pa.Table, features: FeatureSet) -> None:
+        usable = pc.equal(snapshot["status"], OK).to_numpy()
+        self._facts = snapshot.select(["id", "reason"])
+        self._features = features
+        self._place = np.where(usable, np.cumsum(usable) - 1, -1)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def scored(self, rows: npt.NDArray[np.int64], bundle: Bundle) -> tuple[npt.NDArray[np.int64], pa.RecordBatch]:
+        """The class of each row (-1 without features), and the rows of the file."""
+        place = self._place[rows]
+        usable = place >= 0
+        probabilities = np.full((len(rows), len(bundle.classes)), np.nan, np.float32)
+        codes = np.full(len(rows), -1, np.int64)
+        if usable.any():
+            exact = bundle.probabilities(self._features.take(place[usable]))
+            probabilities[usable] = exact
+            codes[usable] = exact.argmax(axis=1)
+        ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
+        columns = [
+            ids,
+            pa.array(bundle.classes, pa.string()).take(pa.array(codes, mask=~usable)),
+            pa.array(probabilities.max(axis=1), mask=~usable),
+            reasons,
+            *(pa.array(np.ascontiguousarray(column), mask=~usable) for column in probabilities.T),
+        ]
+        return codes, pa.RecordBatch.from_arrays(columns, schema=schema_of(bundle.classes))
+
+
+def _blocks(rows: npt.NDArray[np.int64], bundle: Bundle) -> Iterator[npt.NDArray[np.int64]]:
+    """Rows that are scored together: float32 features, and scores in float64 and again in float32."""
+    step = BLOCK_BYTES // (4 * bundle.width + 24 * len(bundle.classes))
+    step = min(MOST_ROWS, max(16, step))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def _checked_target(to: str | os.PathLike[str], store: FeatureStore, spared: Sequence[Any]) -> Path:
+    """The file, which must be none of those to be spared and not in the store."""
+    path = checked_target(to, spared=spared)
+    if path.resolve().is_relative_to(store.path.resolve()):
+        raise UsageError(f"cannot write predictions to {path}: it is inside the store {store.path}; name another place")
+    return path
