@@ -1,21 +1,21 @@
-"""Removing what no snapshot needs."""
+"""Removing what no snapshot needs: rows, old snapshots, and the records of old runs."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError
 from featurepipe.store.atomic import is_temporary
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.keys import Keys, as_keys, keys_from_arrow
+from featurepipe.store.keys import KEY_BYTES, Keys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
 from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
+from featurepipe.store.runs import checked_run_id
 from featurepipe.store.segment import Segment, prefixes_of
 from featurepipe.store.space import Space
 
@@ -42,16 +42,28 @@ class GcReport:
 
 
 class _Needed:
-    """The keys of all snapshots that stay."""
+    """The keys of all snapshots that stay, each image once, however many snapshots have it."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._set = Segment.of_keys(keys)
+    def __init__(self) -> None:
+        self._set = Segment.of_keys(np.empty((0, KEY_BYTES), np.uint8))
+
+    def add(self, keys: Keys) -> None:
+        fresh = keys[~self.contains(keys)]
+        if len(fresh):
+            self._set = Segment.of_keys(np.concatenate([self._set.keys, fresh]))
 
     def contains(self, keys: Keys) -> Mask:
         return self._set.find(keys, prefixes_of(keys))[1]
 
 
-def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int | None = None) -> GcReport:
+def gc_store(
+    store: FeatureStore,
+    *,
+    dry_run: bool = False,
+    keep_snapshots: int | None = None,
+    dataset: str | None = None,
+    spared: Collection[str] = (),
+) -> GcReport:
     """Removes temporary files of dead writers, and rows and quarantined parts that no snapshot needs.
 
     Takes the store's lock alone, so every temporary file is a dead writer's. Rows that a run committed before it was
@@ -61,6 +73,8 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
         store: The store.
         dry_run: Only say what would be done.
         keep_snapshots: Keep only this many of the latest snapshots of each dataset (at least 1); None keeps all.
+        dataset: Remove old snapshots of this dataset only.
+        spared: Run ids of snapshots that stay, however old.
 
     Raises:
         StoreLocked: Someone is writing into the store.
@@ -71,7 +85,8 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
     report = GcReport()
     store.check_exists()
     with store.lock(shared=False):
-        old = list(_old_snapshots(store, keep_snapshots))
+        datasets = store.datasets() if dataset is None else [dataset]
+        old = [path for name in datasets for path in _old_snapshots(store, name, keep_snapshots, spared)]
         needed = _needed_keys(store, set(old))
         report.snapshots_removed = len(old)
         dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and is_temporary(path.name)]
@@ -86,21 +101,47 @@ def gc_store(store: FeatureStore, *, dry_run: bool = False, keep_snapshots: int 
     return report
 
 
-def _old_snapshots(store: FeatureStore, keep: int | None) -> Iterator[Path]:
-    for dataset in store.datasets():
-        for run_id in store.snapshot_ids(dataset)[: -keep if keep else 0]:
+def remove_runs(store: FeatureStore, run_ids: Iterable[str], *, dry_run: bool = False) -> list[str]:
+    """Removes the records of some runs, but of none whose snapshot is there: it says where that came from.
+
+    Args:
+        store: The store.
+        run_ids: Whose records are to go; those without one are passed over.
+        dry_run: Only say which ones.
+
+    Returns:
+        The run ids whose records went.
+
+    Raises:
+        UsageError: A run id is none.
+    """
+    needed = {run_id for dataset in store.datasets() for run_id in store.snapshot_ids(dataset)}
+    removed = []
+    for run_id in run_ids:
+        path = store.path / "runs" / f"{checked_run_id(run_id)}.json"
+        if run_id in needed or not path.exists():
+            continue
+        removed.append(run_id)
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    return removed
+
+
+def _old_snapshots(store: FeatureStore, dataset: str, keep: int | None, spared: Collection[str]) -> Iterator[Path]:
+    for run_id in store.snapshot_ids(dataset)[: -keep if keep else 0]:
+        if run_id not in spared:
             yield store.path / "snapshots" / dataset / f"{run_id}.parquet"
 
 
 def _needed_keys(store: FeatureStore, old: set[Path]) -> _Needed:
-    keys = [np.empty((0, 32), np.uint8)]
+    needed = _Needed()
     for dataset in store.datasets():
-        for run_id in store.snapshot_ids(dataset):
+        for run_id in reversed(store.snapshot_ids(dataset)):  # the current one first: most have the same images
             if store.path / "snapshots" / dataset / f"{run_id}.parquet" not in old:
                 table = store.snapshot(dataset, run_id)
                 if table is not None:
-                    keys.append(keys_from_arrow(table.filter(pc.is_valid(table["key"]))["key"]))
-    return _Needed(np.unique(np.concatenate(keys), axis=0))
+                    needed.add(keys_from_arrow(table["key"].drop_null()))
+    return needed
 
 
 def _collect_space(

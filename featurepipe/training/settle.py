@@ -97,6 +97,7 @@ def settle(
     recipe: Recipe,
     *,
     backbone: str | None,
+    snapshot: str | None = None,
     labels: Any,
     split: str | None,
     min_class_size: int,
@@ -114,7 +115,7 @@ def settle(
     dataset = dataset or store.only_dataset()
     if nodes in (RECOMMENDED, [RECOMMENDED], (RECOMMENDED,)):
         nodes, backbone = _recommended(store, dataset, backbone, say)
-    found = store.features(dataset, node=nodes, backbone=backbone)
+    found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     if labels is not None:
         found = found.with_labels(labels)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)

@@ -28,6 +28,7 @@ def train(
     head: str = "logistic",
     out: str | PathLike[str],
     backbone: str | None = None,
+    snapshot: str | None = None,
     labels: Any = None,
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
@@ -57,6 +58,7 @@ def train(
         head: a name of `featurepipe.heads.families.HEADS`.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         backbone: as in `FeatureStore.features`, where the store holds several.
+        snapshot: run id of an older snapshot of the dataset; by default the current one.
         labels: a CSV (``id,label``) or mapping to use instead of the dataset's labels.
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
@@ -93,6 +95,7 @@ def train(
         nodes,
         recipe,
         backbone=backbone,
+        snapshot=snapshot,
         labels=labels,
         split=split,
         min_class_size=min_class_size,
