@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from featurepipe.cli.options import Commands, add_command, add_json, add_machine, add_quiet, add_weights, machine
 from featurepipe.cli.output import show
+from featurepipe.sizes import seconds_of
 
 
 def add(commands: Commands) -> None:
@@ -32,6 +33,12 @@ def add(commands: Commands) -> None:
     option("--decode", default="auto", metavar="auto|cpu|gpu",
            help="where JPEGs are decoded (auto: as in the store, else cpu)")  # fmt: skip
     add_machine(command, batch_size="auto: 16 on a CPU, 256 on CUDA, halved when memory runs out")
+    option("--max-gone", metavar="N|P%",
+           help="refuse if more images of the last snapshot are gone (default: if all are; 100%%: never)")  # fmt: skip
+    option("--retry-rejects", action="store_true", help="try images again whose bytes were rejected before")
+    option("--min-free", metavar="AMOUNT", help="stop while this much is still free on the store's disk, such as 20GB")
+    option("--time-budget", metavar="TIME",
+           help="stop after so long, such as 90s, 30min or 6h; the next run goes on")  # fmt: skip
     option("--dry-run", action="store_true",
            help="say what is new, how long it will take and how many bytes it needs; change nothing")  # fmt: skip
     add_quiet(command, "progress")
@@ -55,6 +62,10 @@ def run(args: Namespace) -> int:
         dtype=args.dtype,
         decode=args.decode,
         **machine(args),
+        max_gone=args.max_gone,
+        min_free=args.min_free,
+        retry_rejects=args.retry_rejects,
+        time_budget=None if args.time_budget is None else seconds_of(args.time_budget),
         dry_run=args.dry_run,
         silent=args.quiet,
     )

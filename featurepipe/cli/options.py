@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -62,6 +62,20 @@ def machine(args: Namespace) -> dict[str, Any]:
 def add_store(command: ArgumentParser) -> None:
     """The store that a command reads."""
     command.add_argument("store", metavar="STORE")
+
+
+def add_last(command: ArgumentParser, what: str, number: int) -> None:
+    """``--last``: how many of the newest."""
+    command.add_argument(
+        "--last", type=counted, default=number, metavar="N", help=f"how many {what}, the newest (default: %(default)s)"
+    )
+
+
+def counted(text: str) -> int:
+    """A number from 1, as argparse's ``type``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
 
 
 def add_dataset(command: ArgumentParser) -> None:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 
 from featurepipe import __version__
-from featurepipe.cli import demo, depth, doctor, evaluate, extract, networks, predict, report, stores, train
+from featurepipe.cli import (
+    demo,
+    depth,
+    doctor,
+    evaluate,
+    extract,
+    monitoring,
+    networks,
+    predict,
+    report,
+    run,
+    stores,
+    train,
+)
 
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
   1  failure                    4  more images rejected than --max-rejects
-  2  wrong usage               75  another process holds the store's lock
+  2  wrong usage               75  another process holds the store's lock, or runs the same job
   130, 143  stopped by Ctrl-C or SIGTERM, everything in flight committed
 """
 
@@ -25,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (demo, networks, extract, stores, train, evaluate, predict, depth, report, doctor):
+    in_order = (demo, networks, extract, stores, train, evaluate, predict, depth, report, run, monitoring, doctor)
+    for module in in_order:
         module.add(commands)
     return parser

@@ -18,6 +18,9 @@ def text(record: Mapping[str, Any]) -> str:
         f"{record['dataset']}: {counts['listed']:,} images listed, {counts['computed']:,} computed, {counts['known']:,} known, "
         f"{counts['rejected']:,} rejected",
     ]
+    changes = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in record.get("changes", {}).items() if count]
+    if changes and changes != [f"{counts['listed']:,} unchanged"]:
+        lines.append("changes: " + ", ".join(changes))
     if record["gone"]:
         lines.append(f"{record['gone']:,} images of the last snapshot are gone")
     if record["rejects"]:
@@ -32,6 +35,8 @@ def text(record: Mapping[str, Any]) -> str:
         lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
         lines.append(record["verdict"])
     lines.append(f"space {record['space']}")
+    if record.get("status") == "out of time":
+        lines.append("out of time: what is computed is kept, there is no snapshot; the same command goes on")
     return "\n".join(lines)
 
 

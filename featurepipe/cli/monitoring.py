@@ -1,0 +1,101 @@
+"""``featurepipe drift`` and ``featurepipe duplicates``: what is odd about the images, as their features show it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from featurepipe.cli.options import (
+    Commands,
+    add_command,
+    add_dataset,
+    add_json,
+    add_quiet,
+    add_seed,
+    add_space,
+    add_store,
+    existing_store,
+)
+from featurepipe.cli.output import show
+
+
+def add(commands: Commands) -> None:
+    """Declares both commands."""
+    _add_drift(commands)
+    _add_duplicates(commands)
+
+
+def _add_drift(commands: Commands) -> None:
+    command = add_command(
+        commands, "drift", drift, "test whether the newest images are like those of an earlier snapshot"
+    )
+    option = command.add_argument
+    add_store(command)
+    add_dataset(command)
+    option("--node", action="append", dest="nodes", metavar="COLUMN",
+           help="a column as featurepipe info lists it; may be repeated (default: all)")  # fmt: skip
+    add_space(command)
+    option("--reference", default="previous", metavar="previous|first|RUN-ID",
+           help="the snapshot to compare with (default: %(default)s)")  # fmt: skip
+    option("--bundle", metavar="BUNDLE", help="compare the classes that this bundle predicts as well")
+    option("--warn", type=float, default=0.01, metavar="P", help="warn below this p-value (default: %(default)s)")
+    option("--fail", type=float, metavar="P", help="fail, with exit code 1, below this p-value (default: never)")
+    add_seed(command, "what is drawn")
+    add_quiet(command)
+    add_json(command)
+
+
+def _add_duplicates(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "duplicates",
+        duplicates,
+        "list copies of images, those that straddle splits first, and images nearly alike",
+    )
+    option = command.add_argument
+    add_store(command)
+    add_dataset(command)
+    option("--node", default="bottleneck", metavar="COLUMN", help="whose distances count (default: %(default)s)")
+    add_space(command)
+    option("--near", type=float, metavar="DISTANCE", help="list images that are at most so far apart, too")
+    option("--to", metavar="FILE", help="write all pairs: .csv, .jsonl or .parquet")
+    add_quiet(command)
+    add_json(command)
+
+
+def drift(args: Namespace) -> int:
+    """Runs ``featurepipe drift``; drift beyond ``--fail`` is a failure."""
+    from featurepipe.monitoring.drift import drift as test
+    from featurepipe.monitoring.text import drift_text
+
+    found = test(
+        existing_store(args),
+        dataset=args.dataset,
+        columns=args.nodes,
+        backbone=args.backbone,
+        reference=args.reference,
+        bundle=args.bundle,
+        warn=args.warn,
+        fail=args.fail,
+        seed=args.seed,
+        silent=args.quiet,
+    )
+    show(args, found, drift_text)
+    return int(found.get("exit_code", 0))
+
+
+def duplicates(args: Namespace) -> int:
+    """Runs ``featurepipe duplicates``."""
+    from featurepipe.monitoring.duplicates import duplicates as find
+    from featurepipe.monitoring.text import duplicates_text
+
+    found = find(
+        existing_store(args),
+        dataset=args.dataset,
+        node=args.node,
+        backbone=args.backbone,
+        near=args.near,
+        to=args.to,
+        silent=args.quiet,
+    )
+    show(args, found, duplicates_text)
+    return 0

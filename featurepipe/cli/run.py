@@ -1,0 +1,72 @@
+"""``featurepipe run`` and ``featurepipe runs``: a night of a job, and what earlier nights did."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featurepipe.cli.options import Commands, add_command, add_json, add_last, add_quiet, add_store, existing_store
+from featurepipe.cli.output import show
+from featurepipe.errors import unknown
+
+
+def add(commands: Commands) -> None:
+    """Declares both commands."""
+    command = add_command(
+        commands, "run", run, "run a job once: features of what is new, then the steps that its file names",
+        epilog="Schedule it, for every night say: it goes on where the last run stopped, and a second run of the same job "
+        "ends at once with exit code 75. pipelines/ has jobs to copy. See exit codes in featurepipe --help.",
+    )  # fmt: skip
+    option = command.add_argument
+    option("job", metavar="JOB.toml", help="the job file; relative paths in it are seen from its folder")
+    option("--dry-run", action="store_true", help="say what would be done; change nothing")
+    option("--retry-rejects", action="store_true", help="try images again whose bytes were rejected before")
+    option("--log-format", choices=["text", "json"], default="text",
+           help="of the messages on standard error; json: one object a line, and no summary (default: %(default)s)")  # fmt: skip
+    add_quiet(command)
+    add_json(command)
+    command = add_command(commands, "runs", runs, "list what was done to a store, night after night")
+    add_store(command)
+    add_last(command, "runs", 30)
+    command.add_argument("--job", metavar="NAME", help="only runs of this job")
+    add_json(command)
+
+
+def run(args: Namespace) -> int:
+    """Runs ``featurepipe run``; the run record holds the exit code."""
+    from featurepipe.jobs.run import run_job
+    from featurepipe.jobs.text import plan_text, run_text
+
+    record = run_job(
+        args.job,
+        dry_run=args.dry_run,
+        retry_rejects=args.retry_rejects,
+        log_format=args.log_format,
+        silent=args.quiet,
+    )
+    if args.json or args.dry_run or args.log_format == "text":
+        show(args, record, plan_text if args.dry_run else run_text)
+    return int(record.get("exit_code", 0))
+
+
+def runs(args: Namespace) -> int:
+    """Runs ``featurepipe runs``."""
+    from featurepipe.jobs.text import runs_text
+
+    show(args, _last(existing_store(args).runs(), args.job, args.last), runs_text)
+    return 0
+
+
+def _last(records: Sequence[Mapping[str, Any]], job: str | None, last: int) -> list[Mapping[str, Any]]:
+    """The last records, of one job if it is named; extractions of a job's run are part of that run, not runs of their own.
+
+    Raises:
+        UsageError: The store knows no such job.
+    """
+    jobs = {record["job"] for record in records if "job" in record}
+    if job is not None and job not in jobs:
+        raise unknown("job", job, sorted(jobs), where="the store", see="featurepipe runs STORE")
+    parts = {run_id for record in records for run_id in record.get("extractions", ())}
+    chosen = [r for r in records if r["run_id"] not in parts and (job is None or r.get("job") == job)]
+    return chosen[-last:]

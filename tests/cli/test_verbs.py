@@ -1,0 +1,138 @@
+"""What is typed reaches the verb, and what the verb returns is printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featurepipe.store import FeatureStore
+
+EXTRACT = "featurepipe.extraction.extract:extract"
+TRAIN = "featurepipe.training.train:train"
+EVALUATE = "featurepipe.evaluation.evaluate:evaluate"
+PREDICT = "featurepipe.prediction.predict:predict"
+DEPTH = "featurepipe.layer_depth.depth:depth"
+
+CASES = {
+    "extract": (
+        EXTRACT,
+        "extract photos --store kept --dataset d --backbone vgg16 --weights none --seed 3 --node a --node b:gmp "
+        "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 --max-gone 20% "
+        "--min-free 20GB --retry-rejects --time-budget 1h30m --dry-run --quiet",
+        {
+            "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "seed": 3,
+            "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
+            "batch_size": "8", "workers": 2, "max_rejects": "3", "max_gone": "20%", "min_free": "20GB",
+            "retry_rejects": True, "time_budget": 5400.0, "dry_run": True, "silent": True,
+        },
+    ),
+    "extract as it is": (
+        EXTRACT,
+        "extract photos --store kept",
+        {
+            "source": "photos", "store": "kept", "dataset": None, "backbone": "resnet50", "weights": "DEFAULT", "seed": 0,
+            "nodes": ["bottleneck"], "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
+            "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None,
+            "retry_rejects": False, "time_budget": None, "dry_run": False, "silent": False,
+        },
+    ),
+    "train": (
+        TRAIN,
+        "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv --split s "
+        "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
+        "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --seed 7 --dry-run --quiet",
+        {
+            "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
+            "labels": "l.csv", "split": "s",
+            "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
+            "class_weight": "balanced", "calibration": False, "min_class_size": 5, "memory": "2GB", "jobs": 3,
+            "weights": "w.pt", "seed": 7, "dry_run": True, "silent": True,
+        },
+    ),
+    "predict": (
+        PREDICT,
+        "predict bundle photos --to p.csv --weights w.pt --device cpu --batch-size 4 --workers 1 --max-rejects 5% "
+        "--trust-code --quiet",
+        {
+            "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
+            "workers": 1, "max_rejects": "5%", "trust_code": True, "silent": True,
+        },
+    ),
+    "depth": (
+        DEPTH,
+        "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads knn,ridge --folds 3 --split "
+        "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv "
+        "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --jobs 1 --quiet",
+        {
+            "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
+            "heads": ["knn", "ridge"], "folds": 3, "split": True, "seeds": 2, "pooling": ["gap", "avg2x2"],
+            "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "report": "page.html",
+            "extraction": {
+                "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
+            },
+            "jobs": 1, "dry_run": False, "silent": True,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_option_reaches_the_verb(case, verb, call):
+    place, line, expected = CASES[case]
+    called = verb(place, {"done": "so"})
+    answer = call(*line.split(), "--json")
+    assert (answer.code, json.loads(answer.out)) == (0, {"done": "so"})
+    called.given.pop("command", None)
+    assert called.given == expected
+
+
+def test_evaluate_reads_a_store_that_exists(verb, call, store):
+    called = verb(EVALUATE, {"measured": 1})
+    line = "--dataset d --split s --labels l.csv --ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
+    answer = call("evaluate", "bundle", store.path, *line.split())
+    assert json.loads(answer.out) == {"measured": 1}
+    opened = called.given.pop("store")
+    assert isinstance(opened, FeatureStore)
+    assert Path(opened.path) == store.path
+    assert called.given == {
+        "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "ignore_unknown_classes": True,
+        "bootstrap": 50, "seed": 2, "silent": True,
+    }  # fmt: skip
+
+
+def test_the_exit_code_is_the_records(verb, call):
+    for place, line in ((EXTRACT, "extract x --store y"), (PREDICT, "predict x y --to z.csv")):
+        verb(place, {"exit_code": 3})
+        assert call(*line.split(), "--json").code == 3
+
+
+def test_comparisons_remember_how_they_were_called(verb, call, monkeypatch):
+    called = verb(DEPTH, {})
+    monkeypatch.setattr("sys.argv", ["/somewhere/featurepipe", "depth", "my photos"])
+    call("depth", "my photos", "--json")
+    assert called.given["command"] == "featurepipe depth 'my photos'"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train kept --out b --set C", "--set 'C' is no NAME=VALUE"),
+        ("extract x --store y --time-budget soon", "'soon' is no duration; give seconds or text such as '90s'"),
+        ("extract x --store y --time-budget 0", "'0' is no duration"),
+        ("runs kept --last 0", "'0' is no number from 1"),
+        ("runs kept --last some", "'some' is no number from 1"),
+    ],
+)
+def test_mistakes_are_refused_before_the_verb(line, message, call):
+    answer = call(*line.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert message in answer.err
+
+
+def test_text_or_one_document(verb, texts, call):
+    verb(EXTRACT, {"dataset": "é"})
+    texts("featurepipe.extraction.text:text")
+    texts("featurepipe.extraction.text:estimate_text")
+    assert call("extract", "x", "--store", "y").out == "text of {'dataset': 'é'}\n"
+    assert call("extract", "x", "--store", "y", "--dry-run").out == "estimate_text of {'dataset': 'é'}\n"
+    assert call("extract", "x", "--store", "y", "--json").out == '{\n  "dataset": "\\u00e9"\n}\n'
