@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import rich.progress
@@ -24,6 +24,15 @@ class Progress(Protocol):
 
     def say(self, message: str) -> None:
         """A line that the user should see, above the bar."""
+        ...
+
+
+@runtime_checkable
+class TakesProgress(Protocol):
+    """A stream that takes progress as numbers instead of lines, as a structured log does."""
+
+    def progress(self, total: int, what: str, unit: str) -> Progress:
+        """Begins work of ``total`` units."""
         ...
 
 
@@ -94,7 +103,11 @@ class Bar:
 
 def announcer(*, silent: bool = False) -> Callable[[str], None]:
     """A function that prints one line on standard error, or does nothing when ``silent``."""
-    return Silent().say if silent else Lines(0, "", sys.stderr).say
+    if silent:
+        return Silent().say
+    if isinstance(sys.stderr, TakesProgress):
+        return sys.stderr.progress(0, "", "").say
+    return Lines(0, "", sys.stderr).say
 
 
 @contextmanager
@@ -105,6 +118,9 @@ def show(
     stream = stream or sys.stderr
     if silent:
         yield Silent()
+        return
+    if isinstance(stream, TakesProgress):
+        yield stream.progress(total, what, unit)
         return
     if not stream.isatty():
         yield Lines(total, what, stream, unit=unit)

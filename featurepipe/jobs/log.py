@@ -1,0 +1,200 @@
+"""What a run of a job says while it works: plain lines for people, or one JSON object a line for machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from datetime import UTC, datetime
+from typing import IO, Any, Literal
+
+from featurepipe.progress import Progress
+
+LogFormat = Literal["text", "json"]
+FORMATS: tuple[LogFormat, ...] = ("text", "json")
+PROGRESS_SECONDS = 30.0
+"""How often progress is logged in the JSON form."""
+
+_MESSAGE, _PROGRESS, _OUTPUT = "message", "progress", "output"
+
+
+class JobLog:
+    """Events of one run of a job, with what they are about.
+
+    Attributes:
+        logger: where they go.
+        fields: what every event carries: ``job``, and inside ``about`` more.
+    """
+
+    def __init__(self, logger: logging.Logger, **fields: Any) -> None:
+        self.logger = logger
+        self.fields = fields
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.event(_MESSAGE, text)
+
+    def warn(self, text: str) -> None:
+        """A line that people should not miss."""
+        self.event(_MESSAGE, text, level="warning")
+
+    def event(
+        self, event: str, text: str = "", *, level: Literal["info", "warning", "error"] = "info", **numbers: Any
+    ) -> None:
+        """Logs something that happened.
+
+        Args:
+            event: its name, for machines.
+            text: what people read; without one the text form leaves the event out.
+            level: how grave it is.
+            numbers: what belongs to it, as JSON values.
+        """
+        about = {"event": event, **self.fields, **numbers}
+        self.logger.log(logging.getLevelNamesMapping()[level.upper()], "%s", text, extra={"about": about})
+
+    @contextmanager
+    def about(self, **fields: Any) -> Iterator[None]:
+        """What is logged while the block runs carries these fields too, such as ``run_id`` or ``step``."""
+        before = self.fields
+        self.fields = {**before, **fields}
+        try:
+            yield
+        finally:
+            self.fields = before
+
+
+@contextmanager
+def job_log(
+    job: str, *, log_format: LogFormat = "text", silent: bool = False, stream: IO[str] | None = None
+) -> Iterator[JobLog]:
+    """Opens the log of one run on standard error.
+
+    In the JSON form standard error holds nothing else while the block runs: what verbs say becomes the event ``message``,
+    the progress of long work ``progress`` with its numbers, and what anyone else prints there (Python's warnings, a user's
+    network) ``output``. So verbs need not be told to be silent.
+
+    Args:
+        job: the job's name.
+        log_format: ``text`` or ``json``. A JSON line has ``time`` (UTC), ``level``, ``event``, ``job``, then ``run_id`` and
+            ``step`` where there are any, ``text``, and the event's numbers.
+        silent: log nothing.
+        stream: where to, standard error by default.
+    """
+    log = JobLog(logging.getLogger(f"featurepipe.jobs.{job}"), job=job)
+    handler = logging.NullHandler() if silent else _Handler(stream or sys.stderr, log_format)
+    with ExitStack() as stack:
+        stack.enter_context(_only_to(handler, log.logger))
+        if log_format == "json" and not silent:
+            stack.enter_context(redirect_stderr(_LoggedOutput(log)))
+        yield log
+
+
+@contextmanager
+def _only_to(handler: logging.Handler, logger: logging.Logger) -> Iterator[None]:
+    """Sends a logger's events to one handler, and to none of its parents': what they print would be logged again."""
+    before = logger.propagate, logger.level
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
+        logger.removeHandler(handler)
+
+
+class _Handler(logging.StreamHandler[IO[str]]):
+    def __init__(self, stream: IO[str], log_format: LogFormat) -> None:
+        super().__init__(stream)
+        self.setFormatter(_JsonLine() if log_format == "json" else _PlainLine())
+        if log_format == "text":
+            self.addFilter(lambda record: bool(record.getMessage()))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A log that nobody can read any more must not end the night."""
+
+
+class _PlainLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        grave = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{grave}{record.getMessage()}"
+
+
+class _JsonLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        about = dict(getattr(record, "about", {}))
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            **{name: about.pop(name) for name in ("event", "job", "run_id", "step") if name in about},
+            **({"text": record.getMessage()} if record.getMessage() else {}),
+            **about,
+        }
+        return json.dumps(line, default=str)  # ASCII only, on one line
+
+
+class _LoggedOutput(io.TextIOBase):
+    """Stands for standard error: each line becomes an event."""
+
+    def __init__(self, log: JobLog) -> None:
+        self._log = log
+        self._unfinished = threading.local()  # print() writes a line and its end one after the other
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Logs the lines that are complete."""
+        *lines, rest = (getattr(self._unfinished, "text", "") + text).split("\n")
+        self._unfinished.text = rest
+        for line in lines:
+            if line.strip():
+                self._log.event(_OUTPUT, line)
+        return len(text)
+
+    def progress(self, total: int, what: str, unit: str) -> Progress:
+        """Progress as events; see `featurepipe.progress.show`."""
+        return LoggedProgress(self._log, total, what, unit)
+
+
+class LoggedProgress:
+    """Progress as events with numbers, now and then."""
+
+    def __init__(
+        self,
+        log: JobLog,
+        total: int,
+        what: str,
+        unit: str,
+        *,
+        every: float = PROGRESS_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._log, self._every, self._clock = log, every, clock
+        self._what, self._total, self._unit = what, total, unit
+        self._start = self._last = clock()
+        self._done = 0
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """Counts, and logs when the last event is old enough."""
+        self._done += images
+        now = self._clock()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        rate = self._done / max(now - self._start, 1e-9)
+        text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
+        numbers: dict[str, Any] = {"what": self._what, "done": self._done, "total": self._total}
+        numbers |= {"per_second": round(rate, 2)} | ({"waits_for": bottleneck} if bottleneck else {})
+        self._log.event(_PROGRESS, text, **numbers)
+
+    def say(self, message: str) -> None:
+        """A line for people."""
+        self._log.say(message)
