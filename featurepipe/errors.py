@@ -6,6 +6,7 @@
     +-- UsageError (ValueError)          2   an argument is wrong: names the value, the choices, the next step
     +-- SourceError                      1   a source as a whole cannot be read
     +-- Reject                           -   one image cannot be used; recorded with its reason, never fatal
+    |   +-- Unavailable                  -   it cannot be read now, but perhaps in a moment
     +-- WeightsNotFound                  1   weights are not at hand and cannot be downloaded
     +-- StoreError                       1   the store cannot be read or written
     |   +-- CorruptPart                  1   a part's bytes are not what was committed
@@ -44,6 +45,10 @@ class Reject(FeaturepipeError):
 
     Reasons start with a short stable code and a colon, such as ``truncated: ...`` or ``not-an-image: ...``.
     """
+
+
+class Unavailable(Reject):
+    """One image that cannot be read now, but perhaps in a moment: a server is busy, a share does not answer."""
 
 
 class WeightsNotFound(FeaturepipeError):

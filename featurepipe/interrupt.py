@@ -6,8 +6,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
+
+from featurepipe.errors import Interrupted, UsageError
 
 
 class StopRequest:
@@ -24,6 +26,7 @@ class StopRequest:
     def __init__(self, deadline: float | None = None) -> None:
         self.signal_number: int | None = None
         self.deadline = deadline
+        self._at_once = False
 
     @classmethod
     def after(cls, seconds: float | None) -> StopRequest:
@@ -44,6 +47,35 @@ class StopRequest:
         """The signal's name, such as ``SIGTERM``; empty when none came."""
         return signal.Signals(self.signal_number).name if self.signal_number else ""
 
+    @contextmanager
+    def at_once(self, before: str) -> Iterator[None]:
+        """While the block runs, a signal ends it there and then: for long work that leaves nothing half done.
+
+        Args:
+            before: what has not begun yet, for the message.
+
+        Raises:
+            Interrupted: a signal came, perhaps earlier.
+        """
+        self._at_once = True
+        try:
+            self._check()
+            yield
+        except Interrupted as error:
+            raise Interrupted(f"{error} before {before}; nothing was changed", self.signal_number or 2) from None
+        finally:
+            self._at_once = False
+
+    def signalled(self, number: int) -> None:
+        """Takes note of a signal."""
+        self.signal_number = number
+        if self._at_once:
+            self._check()
+
+    def _check(self) -> None:
+        if self.signal_number is not None:
+            raise Interrupted(f"stopped by {self.name}", self.signal_number)
+
 
 @contextmanager
 def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
@@ -59,7 +91,7 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
     def ask(number: int, _frame: FrameType | None) -> None:
         if request.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal_number = number
+        request.signalled(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -70,3 +102,22 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopping(stop: StopRequest | None, time_budget: float | None) -> AbstractContextManager[StopRequest]:
+    """What asks a verb to stop: the caller's own request, or else signals and the end of a time budget.
+
+    Args:
+        stop: the caller's request, if it handles signals and time itself.
+        time_budget: seconds from now, or None.
+
+    Raises:
+        UsageError: both are given, or the budget is no positive number.
+    """
+    if time_budget is not None and not time_budget > 0:
+        raise UsageError(f"time_budget {time_budget!r} must be a positive number of seconds")
+    if stop is None:
+        return stop_on_signals(StopRequest.after(time_budget))
+    if time_budget is not None:
+        raise UsageError("stop and time_budget were both given; give the request its own deadline instead")
+    return nullcontext(stop)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
-from featurepipe.backbones import Column
-from featurepipe.errors import FeaturepipeError, Reject
-from featurepipe.extraction.batches import Batches, Missing, Sink
+from featurepipe.errors import FeaturepipeError, SourceError
+from featurepipe.extraction.batches import Batches, Sink
 from featurepipe.extraction.prepare import Job
 from featurepipe.extraction.stream import Loaded
-from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space
@@ -35,6 +34,7 @@ class Outcome:
         computed: rows whose features were computed and handed to the store.
         known: rows whose features the store had, or gets from another row with the same bytes.
         read: how many images were read.
+        tried_again: how many of those could be read only at a further try.
         columns: for how many images each column was computed.
         seconds: wall-clock time of it all.
     """
@@ -45,8 +45,22 @@ class Outcome:
     computed: int = 0
     known: int = 0
     read: int = 0
+    tried_again: int = 0
     columns: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The books of a job that has not begun: what is known and what was rejected before is settled."""
+        plan = job.plan
+        outcome = cls(plan.keys.copy(), plan.has_key.copy(), known=plan.known)
+        outcome.reasons = {int(row): job.wanted.reasons[plan.keys[row].tobytes()] for row in plan.rejected}
+        return outcome
+
+    @property
+    def accounted(self) -> int:
+        """How many rows are computed, known or rejected."""
+        return self.computed + self.known + len(self.reasons)
 
     def check(self) -> None:
         """Every listed image is accounted for, or the run fails.
@@ -54,11 +68,10 @@ class Outcome:
         Raises:
             FeaturepipeError: the counts do not add up; a defect of ours that must not go unseen.
         """
-        total = self.computed + self.known + len(self.reasons)
-        if total != len(self.keys):
+        if self.accounted != len(self.keys):
             raise FeaturepipeError(
-                f"{len(self.keys)} images were listed but {total} are accounted for ({self.computed} computed, {self.known} "
-                f"known, {len(self.reasons)} rejected); no snapshot was written. Please report this as a bug"
+                f"{len(self.keys)} images were listed but {self.accounted} are accounted for ({self.computed} computed, "
+                f"{self.known} known, {len(self.reasons)} rejected); no snapshot was written. Please report this as a bug"
             )
 
 
@@ -107,67 +120,56 @@ def store_sink(listing: pa.Table, writer: PartWriter) -> Sink:
     return add
 
 
-class Wanted:
-    """Tells for a key which columns are still to be computed.
-
-    Args:
-        space: the feature space, for what it holds and what it rejected.
-        columns: the columns asked for.
-    """
-
-    def __init__(self, space: Space, columns: Sequence[Column]) -> None:
-        self._names = tuple(str(column) for column in columns)
-        self._complete = space.index(self._names)
-        held = space.columns()
-        self._partly = {name: space.index([name]) for name in self._names if name in held} if len(columns) > 1 else {}
-        rejects = space.rejects()
-        self.reasons = dict(zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
-        self.claimed: set[bytes] = set()
-
-    def __call__(self, key: bytes) -> Missing | Reject:
-        """The names of the missing columns, none when all are there, or the reject that these bytes were before."""
-        if key in self.reasons:
-            return Reject(self.reasons[key])
-        row = np.frombuffer(key, dtype=np.uint8)[None]
-        if key in self.claimed or self._complete.contains(row)[0]:
-            return ()
-        return tuple(
-            name for name in self._names if name not in self._partly or not self._partly[name].contains(row)[0]
-        )
-
-
-def compute(job: Job, run_id: str, stop: StopRequest, progress: Progress) -> Outcome:
+def compute(job: Job, run_id: str, outcome: Outcome, stop: Callable[[], bool], progress: Progress) -> None:
     """Reads, keys, decodes, computes and commits what the plan asks for, until done or asked to stop.
 
-    Everything handed to the writer is committed when this returns, and also when it raises.
+    Everything handed to the writer is committed when this returns, and also when it raises; when the source goes away,
+    all that was read before is computed and committed, too.
+
+    Args:
+        job: what to do.
+        run_id: names the parts.
+        outcome: the books, kept as images go by.
+        stop: whether to stop at the next safe place.
+        progress: where to tell how far it is.
     """
-    plan, space, machine = job.plan, job.existing_space, job.machine
-    wanted = Wanted(space, job.columns)
-    outcome = Outcome(plan.keys.copy(), plan.has_key.copy(), known=plan.known)
-    outcome.reasons = {int(row): wanted.reasons[plan.keys[row].tobytes()] for row in plan.rejected}
+    plan, space = job.plan, job.existing_space
     if not len(plan.todo):
-        return outcome
+        return
     by_name = {str(column): column for column in job.columns}
-    loader = job.loader(wanted)
+    loader = job.loader(job.wanted)
     start = time.perf_counter()
     with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer:
         batches = Batches(
             lambda missing: job.engine([by_name[name] for name in missing]),
             store_sink(plan.listing, writer),
-            batch_size=machine.batch_size,
+            batch_size=job.machine.batch_size,
             clock=job.clock,
         )
-        books = Bookkeeping(outcome, batches, wanted.claimed)
+        books = Bookkeeping(outcome, batches, job.wanted.claimed)
         rejects = RejectLog(plan.listing, space, job.dataset, run_id)
-        for images in loader.load(plan.listing, plan.todo, stop):
-            books.take(images)
-            rejects.take(images)
-            writer.tick()
-            progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
-        batches.finish()
-        rejects.write()
+        with _finishing(batches, rejects):
+            for images in loader.load(plan.listing, plan.todo, stop):
+                books.take(images)
+                rejects.take(images)
+                writer.tick()
+                progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
     outcome.seconds = time.perf_counter() - start
-    return outcome
+    outcome.tried_again = loader.tried_again
+
+
+@contextmanager
+def _finishing(batches: Batches, rejects: RejectLog) -> Iterator[None]:
+    """Computes and notes what has been loaded, also when the source goes away."""
+    gone: SourceError | None = None
+    try:
+        yield
+    except SourceError as error:
+        gone = error
+    batches.finish()
+    rejects.write()
+    if gone is not None:
+        raise gone
 
 
 class RejectLog:

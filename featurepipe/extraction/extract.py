@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
+from featurepipe.extraction.limits import Limits
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.prepare import prepare
-from featurepipe.extraction.publish import allowance, begin_run, publish
+from featurepipe.extraction.publish import begin_run, publish, recorded
 from featurepipe.images import open_source
-from featurepipe.interrupt import StopRequest, stop_on_signals
+from featurepipe.interrupt import StopRequest, stopping
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, open_arrays
 
@@ -89,31 +91,27 @@ def extract(
         DiskFull: less than ``min_free`` is free, or nothing; everything computed before was committed.
         Interrupted: SIGINT or SIGTERM; everything in flight was committed.
     """
+    columns = (nodes,) if isinstance(nodes, str) else tuple(nodes)
     options = Options(
-        backbone,
-        weights,
-        seed,
-        (nodes,) if isinstance(nodes, str) else tuple(nodes),
-        precision,
-        dtype,
-        decode,
-        device,
-        batch_size,
-        workers,
-        max_rejects,
+        backbone, weights, seed, columns, precision, dtype, decode, device, batch_size, workers, retry_rejects
     )
-    allowance(max_rejects, 0)  # refused before any work
+    limits = Limits(max_rejects, max_gone, min_free)
+    stops = stopping(stop, time_budget)
+    settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=announcer(silent=silent))
     with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
         if dry_run:
-            job = prepare(images, existing_store(store), dataset, options, announcer(silent=silent), dry_run=True)
-            return estimate(job, TIMED_SAMPLE).as_dict()
+            return estimate(settle(images, existing_store(store), dry_run=True), TIMED_SAMPLE).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        with target.lock(shared=True), stop_on_signals(StopRequest.after(time_budget)) as asked:
-            job = prepare(images, target, dataset, options, announcer(silent=silent), dry_run=False)
-            run = begin_run(target)
-            with show(len(job.plan.todo), "extract", silent=silent) as progress:
-                outcome = compute(job, run.id, asked, progress)
-            return publish(target, job, run, outcome, asked)
+        with target.lock(shared=True), stops as asked:
+            floor = limits.floor(target.path)
+            floor.check()
+            with asked.at_once(before="the first image"):
+                job = settle(images, target, dry_run=False)
+            run = begin_run(target, job)
+            with recorded(run):
+                with show(len(job.plan.todo), "extract", silent=silent) as progress:
+                    compute(job, run.id, run.outcome, lambda: asked() or floor(), progress)
+                return publish(run, limits, asked, floor)
 
 
 def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:

@@ -22,4 +22,4 @@ class Options:
     device: str = AUTO
     batch_size: int | str = AUTO
     workers: int | None = None
-    max_rejects: int | str = "1%"
+    retry_rejects: bool = False

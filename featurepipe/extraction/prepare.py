@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, Engine
 from featurepipe.backbones.precision import choose_precision
-from featurepipe.errors import Reject, SourceError, UsageError
+from featurepipe.errors import Reject, UsageError
 from featurepipe.extraction import auto
+from featurepipe.extraction.history import History
+from featurepipe.extraction.limits import Limits
 from featurepipe.extraction.machine import Machine, settle_machine
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.stream import Loader, StageSeconds, load_sample, loader_for
+from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
 from featurepipe.store import FeatureStore, Space, differences
@@ -39,6 +41,8 @@ class Job:
     Attributes:
         space: the feature space; None in a dry run that would start one.
         why_new: why the space is a new one, or None.
+        wanted: what is still to be computed, by key.
+        history: what the store remembers of the dataset.
         gone: images of the last snapshot that the source no longer lists.
         engines: the networks built so far, by their columns.
     """
@@ -53,7 +57,9 @@ class Job:
     fields: Mapping[str, Any]
     space: Space | None
     why_new: str | None
+    wanted: Wanted
     plan: Plan
+    history: History
     gone: int
     clock: StageSeconds
     engines: dict[frozenset[Column], Engine] = field(default_factory=dict)
@@ -91,6 +97,7 @@ def prepare(
     say: Callable[[str], None],
     *,
     dry_run: bool,
+    limits: Limits | None = None,
     network: Backbone | None = None,
 ) -> Job:
     """Settles everything before the first image.
@@ -102,11 +109,12 @@ def prepare(
         options: what the user asked for.
         say: told what was decided, one line at a time.
         dry_run: leave the store as it is.
+        limits: what makes the extraction refuse a listing; without them only an empty one is refused.
         network: the backbone that ``options`` names, if it is loaded already.
 
     Raises:
         UsageError: an option is wrong; see the message.
-        SourceError: the source holds no image.
+        SourceError: the source holds no image, or lacks too many of the last snapshot.
         WeightsNotFound: the weights are not at hand.
     """
     asked = {name: getattr(options, name) for name in auto.CHOICES}
@@ -114,11 +122,14 @@ def prepare(
     machine = settle_machine(options.device, options.batch_size, options.workers, options.decode)
     name = checked_dataset(dataset or dataset_name(source.name))
     backbone = network or load_backbone(options.backbone, options.weights, seed=options.seed)
-    listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
-    if not listing.num_rows:
-        raise SourceError(f"no images in {source.name}: nothing there has the suffix of an image. Check the path")
+    clock = StageSeconds()
+    with clock.stage("scan"):
+        listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
+    history = History.of(store, name)
+    gone = history.gone(listing)
+    (limits or Limits()).check_gone(source.name, listing.num_rows, history.images, gone)
 
-    spaces = held_spaces(store, backbone, name)
+    spaces = held_spaces(store, backbone, history)
     columns = _columns(backbone, spaces, options.nodes)
     measure = PrecisionMeasurement(source, listing, backbone, columns, machine)
     settings = auto.resolve(asked, [_held(space, columns) for space in spaces], measure)
@@ -138,9 +149,8 @@ def prepare(
     for setting, value in settings.fields().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 
-    snapshot = None if store is None else store.snapshot(name)
-    here = _same_place(store, name, source, say)
-    plan = _plan(listing, space, name, columns, snapshot, trust_times=here)
+    wanted = Wanted(space, columns, retry_rejects=options.retry_rejects)
+    plan = _plan(listing, name, space, wanted, history, source.location, say)
     return Job(
         source=source,
         dataset=name,
@@ -152,9 +162,11 @@ def prepare(
         fields=fields,
         space=space,
         why_new=why_new,
+        wanted=wanted,
         plan=plan,
-        gone=0 if snapshot is None else int(pc.sum(pc.invert(pc.is_in(snapshot["id"], listing["id"]))).as_py() or 0),
-        clock=StageSeconds(),
+        history=history,
+        gone=gone,
+        clock=clock,
         engines={frozenset(columns): measure.engine} if measure.engine else {},
     )
 
@@ -193,16 +205,15 @@ def dataset_name(source_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source_name)[:LONGEST_NAME].strip("-.") or "images"
 
 
-def held_spaces(store: FeatureStore | None, backbone: Backbone, dataset: str) -> list[Space]:
-    """The store's feature spaces of this backbone that hold features: those this dataset used last first, then the rest."""
+def held_spaces(store: FeatureStore | None, backbone: Backbone, history: History) -> list[Space]:
+    """The store's feature spaces of this backbone that hold features: those the dataset used last first, then the rest."""
     if store is None:
         return []
     identity = backbone.identity()
     same = [space for space in store.spaces() if all(space.fields.get(k) == v for k, v in identity.items())]
-    used = [run.get("fingerprint") for run in reversed(store.runs()) if run.get("dataset") == dataset]
-    order = {fingerprint: place for place, fingerprint in reversed(list(enumerate(used)))}
+    order = {fingerprint: place for place, fingerprint in enumerate(history.fingerprints)}
     filled = [space for space in same if space.columns()]
-    return sorted(filled, key=lambda space: order.get(space.fingerprint, len(used)))
+    return sorted(filled, key=lambda space: order.get(space.fingerprint, len(order)))
 
 
 def _held(space: Space, columns: Sequence[Column]) -> auto.Held:
@@ -220,40 +231,32 @@ def _columns(backbone: Backbone, spaces: Sequence[Space], nodes: Sequence[str]) 
     return backbone.columns(nodes)
 
 
-def _same_place(store: FeatureStore | None, dataset: str, source: Source, say: Callable[[str], None]) -> bool:
-    """Whether the dataset was last taken from this very source, so that equal ids, sizes and times mean equal files."""
-    runs = [] if store is None else store.runs()
-    before = next((run["source"] for run in reversed(runs) if run.get("dataset") == dataset and "source" in run), None)
-    if before is None or before == source.location:
-        return True
-    say(
-        f"dataset {dataset} was last taken from {before}, now from {source.location}: every file is read again, and "
-        "the dataset becomes what is listed now. To keep the two apart give one another name: --dataset NAME"
-    )
-    return False
-
-
 def _plan(
     listing: pa.Table,
-    space: Space | None,
     dataset: str,
-    columns: Sequence[Column],
-    snapshot: pa.Table | None,
-    *,
-    trust_times: bool,
+    space: Space | None,
+    wanted: Wanted,
+    history: History,
+    location: str,
+    say: Callable[[str], None],
 ) -> Plan:
     """Joins the listing with the last snapshot, and with the parts too where that leaves files unexplained."""
-    if space is None:
-        return make_plan(listing, KNOWN_FILES.empty_table(), KeySet(), KeySet())
-    have = space.index([str(column) for column in columns])
-    rejected = KeySet(key for key in space.rejects()["key"].to_pylist() if key)
-    if not trust_times:
-        return make_plan(listing, KNOWN_FILES.empty_table(), have, rejected)
-    known = KNOWN_FILES.empty_table() if snapshot is None else _with_key(snapshot)
-    plan = make_plan(listing, known, have, rejected)
-    if plan.has_key.all():
+    known = KNOWN_FILES.empty_table()
+    rejected = KeySet(wanted.reasons)
+    elsewhere = history.elsewhere(location)
+    if elsewhere is not None:
+        say(
+            f"dataset {dataset} was last taken from {elsewhere}, now from {location}: every file is read again, and "
+            "the dataset becomes what is listed now. To keep the two apart give one another name: --dataset NAME"
+        )
+    elif history.snapshot is not None:
+        known = _with_key(history.snapshot)
+    plan = make_plan(listing, known, wanted, rejected)
+    if space is None or plan.has_key.all() or not history.is_only_of(location):
         return plan
-    return make_plan(listing, pa.concat_tables([_with_key(space.known_files(dataset=dataset)), known]), have, rejected)
+    return make_plan(
+        listing, pa.concat_tables([_with_key(space.known_files(dataset=dataset)), known]), wanted, rejected
+    )
 
 
 def _with_key(files: pa.Table) -> pa.Table:

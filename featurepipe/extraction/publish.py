@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
 from featurepipe import records
-from featurepipe.errors import Interrupted, TooManyRejects, UsageError
+from featurepipe.errors import Interrupted, StoreError, TooManyRejects
+from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.compute import Outcome
+from featurepipe.extraction.limits import DiskFloor, Limits, allowance
 from featurepipe.extraction.prepare import Job
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
@@ -24,66 +26,98 @@ SHOWN_REJECTS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun."""
+    """A run that has begun: what it is to do, and what has come of it so far."""
 
+    store: FeatureStore
+    job: Job
+    command: str
     id: str
     started: str
-    clock: float
+    outcome: Outcome
+
+    @cached_property
+    def snapshot(self) -> pa.Table:
+        """What the dataset is now; only for a run whose books are closed."""
+        return snapshot_table(self.job.plan.listing, self.outcome)
+
+    def end(self, status: str, exit_code: int, **more: Any) -> dict[str, Any]:
+        """Writes the run's record, and returns it."""
+        facts = {"run_id": self.id, "command": self.command, "status": status, "exit_code": exit_code}
+        times = {"started": self.started, "ended": records.now()}
+        record = {**facts, **times, **describe(self.job, self.outcome), **more}
+        self.store.write_run(record)
+        return record
 
 
-def begin_run(store: FeatureStore) -> Run:
-    """Gives a run its name and starts its clock."""
-    return Run(store.new_run_id(), records.now(), time.perf_counter())
+def begin_run(store: FeatureStore, job: Job, command: str = "extract") -> Run:
+    """Gives a run its name and opens its books."""
+    return Run(store, job, command, store.new_run_id(), records.now(), Outcome.of(job))
 
 
-def allowance(max_rejects: int | str, listed: int) -> float:
-    """How many rejects ``max_rejects`` allows among ``listed`` images.
-
-    Raises:
-        UsageError: it is neither a count nor a share.
-
-    Example:
-        >>> allowance("1%", 250), allowance(3, 250)
-        (2.5, 3.0)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(max_rejects).strip())
-    if match is None:
-        raise UsageError(f"max_rejects {max_rejects!r} must be a number of images such as 10, or a share such as 1%")
-    number = float(match[1])
-    return number / 100 * listed if match[2] else number
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Leaves a record of a run that ends with an error, and passes the error on."""
+    try:
+        yield
+    except Exception as error:
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with suppress(StoreError):  # such as a full disk, of which the error tells already
+            run.end(status, getattr(error, "exit_code", 1), error=str(error), changes=_changes(run))
+        raise
 
 
-def publish(store: FeatureStore, job: Job, run: Run, outcome: Outcome, stop: StopRequest) -> dict[str, Any]:
+def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> dict[str, Any]:
     """Writes the snapshot and the run record, and returns the record.
 
+    A run that has no time left writes no snapshot, but a record that says so.
+
+    Args:
+        run: whose images are all computed, unless something stopped it.
+        limits: for the number of rejects.
+        asked: whether a signal, or the time, has stopped it.
+        floor: whether the disk has.
+
     Raises:
-        Interrupted: the run was stopped; its record says so, and there is no new snapshot.
+        Interrupted: a signal came; there is no new snapshot.
+        DiskFull: the same, for too little space.
         TooManyRejects: the same, for more rejects than allowed.
         FeaturepipeError: the books do not balance.
     """
-    record = {"run_id": run.id, "command": "extract", "started": run.started, **describe(job, outcome)}
-    if stop():
-        store.write_run({**record, "status": "interrupted", "ended": records.now()})
-        left = len(job.plan.todo) - outcome.read
+    job, outcome = run.job, run.outcome
+    left = len(job.plan.todo) - outcome.read
+    if asked.signal_number is not None:
         raise Interrupted(
-            f"stopped by {stop.name}: {outcome.computed:,} images computed and committed, {left:,} left. "
+            f"stopped by {asked.name}: {outcome.computed:,} images computed and committed, {left:,} left. "
             "Run the same command again to go on",
-            stop.signal_number or 2,
+            asked.signal_number,
         )
+    if left and floor.reached:
+        floor.check()
+    if left and asked.out_of_time:
+        return run.end("out of time", 0, left=left, changes=None)
     outcome.check()
-    rejected, listed = len(outcome.reasons), job.plan.listing.num_rows
-    if rejected > allowance(job.options.max_rejects, listed):
-        store.write_run({**record, "status": "failed", "ended": records.now()})
-        first = next(iter(outcome.reasons))
+    _check_rejects(run, limits)
+    run.store.write_snapshot(job.dataset, run.id, run.snapshot)
+    return run.end("done", 3 if outcome.reasons else 0, changes=_changes(run))
+
+
+def _changes(run: Run) -> dict[str, int] | None:
+    """What happened to each image since the last snapshot; None while not every image is accounted for."""
+    if run.outcome.accounted != len(run.outcome.keys):
+        return None
+    return count_changes(run.job.history.snapshot, run.snapshot)
+
+
+def _check_rejects(run: Run, limits: Limits) -> None:
+    job, reasons = run.job, run.outcome.reasons
+    listed = job.plan.listing
+    if len(reasons) > allowance(limits.max_rejects, listed.num_rows):
+        first = min(reasons)
         raise TooManyRejects(
-            f"{rejected:,} of {listed:,} images were rejected, more than --max-rejects {job.options.max_rejects} allows; first: "
-            f"{job.plan.listing['id'][first].as_py()}: {outcome.reasons[first]}. The features of all others are kept, the "
+            f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than --max-rejects {limits.max_rejects} "
+            f"allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, the "
             f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl"
         )
-    store.write_snapshot(job.dataset, run.id, snapshot_table(job.plan.listing, outcome))
-    record |= {"status": "done", "ended": records.now(), "exit_code": 3 if rejected else 0}
-    store.write_run(record)
-    return record
 
 
 def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -109,6 +143,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
             "read": outcome.read,
         },
         "gone": job.gone,
+        "tried_again": outcome.tried_again,
         "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},
         "rejects": [
             {"id": job.plan.listing["id"][row].as_py(), "reason": reason}

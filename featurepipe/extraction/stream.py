@@ -19,14 +19,15 @@ import torch
 from featurepipe.backbones import Backbone
 from featurepipe.errors import Reject
 from featurepipe.extraction.machine import Machine
+from featurepipe.extraction.reading import PatientReader, Payload
 from featurepipe.images import Source, key_of
 from featurepipe.images.decode import decode
+from featurepipe.images.listing import UNKNOWN
 from featurepipe.threads import pool_of
 
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
-Payload = bytes | np.ndarray
 Decoder = Callable[[Sequence[Payload]], Iterable["torch.Tensor | Reject"]]
 
 
@@ -47,6 +48,16 @@ class Loaded:
     missing: tuple[str, ...] = ()
     pixels: torch.Tensor | None = None
     reason: str | None = None
+
+    def refuse(self, reason: str, payload: Payload, size: int) -> None:
+        """Rejects the image for what was read of it; ``size`` is that of the listing.
+
+        Bytes of another number than listed are perhaps not all of them, and are not remembered as a reject.
+        """
+        self.reason, self.missing = reason, ()
+        if isinstance(payload, bytes) and size not in (UNKNOWN, len(payload)):
+            self.reason = f"{reason} (read {len(payload):,} bytes, listed with {size:,})"
+            self.key = None
 
 
 @dataclass
@@ -73,7 +84,7 @@ class StageSeconds:
     def add(self, name: str, seconds: float) -> None:
         """Adds ``seconds`` to stage ``name``."""
         with self._lock:
-            self.totals[name] += seconds
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
 
 
 class Loader:
@@ -87,6 +98,9 @@ class Loader:
         clock: where the stages' time is added up.
         workers: threads; they spend their time in code that releases the interpreter's lock.
         window: how many images may be loaded but not yet taken.
+
+    Attributes:
+        tried_again: how many images could be read only at a further try.
     """
 
     def __init__(
@@ -102,25 +116,34 @@ class Loader:
     ) -> None:
         self._source, self._missing, self._decoder, self._prepare = source, missing, decoder, prepare
         self._clock, self._workers, self._window = clock, workers, window
+        self.tried_again = 0
 
     def load(self, listing: pa.Table, rows: np.ndarray, stop: Callable[[], bool] = bool) -> Generator[list[Loaded]]:
-        """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true."""
-        locators = listing["locator"]
-        starts = range(0, len(rows), SLICE)
-        tasks = ((rows[s : s + SLICE], locators.take(pa.array(rows[s : s + SLICE])).to_pylist()) for s in starts)
+        """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true.
+
+        Raises:
+            SourceError: nothing can be read any more; what was loaded before has been yielded.
+        """
+        starts, listed = range(0, len(rows), SLICE), listing.select(["locator", "size"])
+        tasks = (listed.take(pa.array(rows[start : start + SLICE])) for start in starts)
+        reader = PatientReader(self._source, listing["locator"])
         ahead: deque[Future[list[Loaded]]] = deque()
         pool = pool_of(self._workers, "featurepipe-load")
         try:
-            for some_rows, some_locators in tasks:
-                ahead.append(pool.submit(self._load_slice, some_rows, some_locators))
+            for start, task in zip(starts, tasks, strict=True):
+                ahead.append(pool.submit(self._load_slice, reader, rows[start : start + SLICE], task))
                 if len(ahead) * SLICE >= self._window and self._ready(ahead[0], stop):
                     yield ahead.popleft().result()
                 if stop():
                     return
             while ahead and self._ready(ahead[0], stop):
                 yield ahead.popleft().result()
+            if not stop():
+                reader.check_at_end()
         finally:
+            reader.close()
             pool.shutdown(wait=False, cancel_futures=True)
+            self.tried_again = reader.tried_again
 
     def _ready(self, future: Future[list[Loaded]], stop: Callable[[], bool]) -> bool:
         """Waits until ``future`` is done, or it is time to stop."""
@@ -130,30 +153,30 @@ class Loader:
                     return True
         return False
 
-    def _load_slice(self, rows: np.ndarray, locators: Sequence[bytes]) -> list[Loaded]:
+    def _load_slice(self, reader: PatientReader, rows: np.ndarray, listed: pa.Table) -> list[Loaded]:
         images = [Loaded(int(row)) for row in rows]
         payloads: list[Payload] = []
-        wanted: list[Loaded] = []
-        for image, locator in zip(images, locators, strict=True):
-            payload = self._read(image, locator)
+        wanted: list[tuple[Loaded, int]] = []
+        for image, locator, size in zip(images, *(column.to_pylist() for column in listed.columns), strict=True):
+            payload = self._read(reader, image, locator)
             if payload is not None and image.missing:
                 payloads.append(payload)
-                wanted.append(image)
+                wanted.append((image, size))
         if not wanted:
             return images
         with self._clock.stage("decode"):
-            for image, pixels in zip(wanted, self._decoder(payloads), strict=True):
+            for (image, size), payload, pixels in zip(wanted, payloads, self._decoder(payloads), strict=True):
                 if isinstance(pixels, Reject):
-                    image.reason, image.missing = str(pixels), ()
+                    image.refuse(str(pixels), payload, size)
                 else:
                     image.pixels = self._prepare(pixels)
         return images
 
-    def _read(self, image: Loaded, locator: bytes) -> Payload | None:
+    def _read(self, reader: PatientReader, image: Loaded, locator: bytes) -> Payload | None:
         """Reads the bytes and looks their key up; None when they cannot be read."""
         try:
             with self._clock.stage("read"):
-                payload = self._source.read(locator)
+                payload = reader(locator)
                 image.key = key_of(payload)
             missing = self._missing(image.key)
         except Reject as reject:

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from featurepipe import records
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError
@@ -22,7 +21,7 @@ from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.prepare import Job, prepare
-from featurepipe.extraction.publish import begin_run, describe
+from featurepipe.extraction.publish import begin_run
 from featurepipe.extraction.streaming import FeatureStream
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
@@ -130,13 +129,12 @@ class Transformation:
 
     def _compute(self, store: FeatureStore, job: Job, progress: Progress) -> Outcome:
         """Computes and commits what the store lacks; leaves a run record if there was anything."""
-        run = begin_run(store)
-        outcome = compute(job, run.id, StopRequest(), progress)
-        outcome.check()
-        if outcome.computed:
-            record = {"run_id": run.id, "command": "transform", "started": run.started, **describe(job, outcome)}
-            store.write_run({**record, "status": "done", "ended": records.now(), "exit_code": 0})
-        return outcome
+        run = begin_run(store, job, "transform")
+        compute(job, run.id, run.outcome, StopRequest(), progress)
+        run.outcome.check()
+        if run.outcome.computed:
+            run.end("done", 0)
+        return run.outcome
 
     def _read(self, job: Job, outcome: Outcome) -> np.ndarray:
         """Reads by key what the store now holds."""

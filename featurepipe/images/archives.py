@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from featurepipe.errors import Reject
-from featurepipe.images.blobs import Blob, ShortRead, gunzip
+from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
+from featurepipe.images.files import unreadable
 from featurepipe.images.labels import FolderLabels, is_hidden
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.members import DEFLATED, LINK, STORED, Found, Member, list_tar, list_zip
@@ -57,6 +58,8 @@ class ArchiveSource(Source):
             return _inflate(blob.pread(_zip_data_offset(blob, member), member.stored), member)
         except ShortRead as error:
             raise Reject("truncated: the archive ends inside this member") from error
+        except FailedRead as error:
+            raise unreadable(error.error) from error
 
     def close(self) -> None:
         """Closes the archives; a spooled copy is deleted."""

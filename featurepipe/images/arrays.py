@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from featurepipe.errors import SourceError, UsageError
 from featurepipe.images.blobs import PerProcess
-from featurepipe.images.files import stat_file
+from featurepipe.images.files import stat_file, unreadable
 from featurepipe.images.labels import split_of
 from featurepipe.images.listing import Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
@@ -76,8 +76,11 @@ class ArraySource(Source):
     def read(self, locator: bytes) -> np.ndarray[Any, Any]:
         """Reads one image's pixels; see :meth:`Source.read`."""
         block = self._blocks.get()[int.from_bytes(locator[:4], "little")]
-        with self._lock.get():
-            return np.asarray(block.images[int.from_bytes(locator[4:], "little")])
+        try:
+            with self._lock.get():
+                return np.asarray(block.images[int.from_bytes(locator[4:], "little")])
+        except OSError as error:
+            raise unreadable(error) from error
 
     def close(self) -> None:
         """Closes the files; a spooled copy is deleted."""

@@ -25,6 +25,14 @@ class ShortRead(SourceError):
     """A file ends before the bytes that were asked for."""
 
 
+class FailedRead(SourceError):
+    """The operating system could not read a file that is open; ``error`` is what it said."""
+
+    def __init__(self, path: str, error: OSError) -> None:
+        super().__init__(f"{path}: cannot be read: {error.strerror}")
+        self.error = error
+
+
 class PerProcess(Generic[T]):
     """Opens something once per process, on first use, and never carries it into another process.
 
@@ -86,15 +94,23 @@ class Blob:
 
         Raises:
             ShortRead: The file is shorter than it was, or than something in it says.
+            FailedRead: It cannot be read now.
             SourceError: The file has gone.
         """
-        data = os.pread(self._file.get().fileno(), size, offset)
+        data = self._pread(offset, size)
         while len(data) < size:  # one call returns at most 2 GiB
-            more = os.pread(self._file.get().fileno(), size - len(data), offset + len(data))
+            more = self._pread(offset + len(data), size - len(data))
             if not more:
                 raise ShortRead(f"{self.path}: ends inside bytes {offset} to {offset + size}: truncated, or it changed")
             data += more
         return data
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._file.get().fileno(), size, offset)
+        except OSError as error:
+            self._file.forget()  # a handle from before a share was mounted anew never works again
+            raise FailedRead(self.path, error) from error
 
     def stream(self) -> IO[bytes]:
         """A seekable stream over the bytes with a position of its own."""

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import stat
 import sys
 from collections.abc import Mapping
@@ -15,8 +17,15 @@ from typing import Any, Final
 
 import fsspec
 
-from featurepipe.errors import Reject
+from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.listing import UNKNOWN, printable
+
+_PASSING: Final = {
+    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.EIO, errno.EMFILE, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENFILE, errno.ENOLINK, errno.ENOTCONN,
+    errno.EPIPE, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, socket.EAI_AGAIN,
+}  # fmt: skip
+_BUSY: Final = {408, 425, 429, 500, 502, 503, 504}  # HTTP status codes that invite to ask again
 
 _USER_AND_PASSWORD: Final = re.compile(r"(?<=://)[^/]*@")
 
@@ -88,10 +97,8 @@ def _read_local(path: str) -> bytes:
         raise Reject("missing: no such file") from None
     except IsADirectoryError:
         raise Reject("unreadable: is a directory") from None
-    except OSError as error:
-        raise Reject(f"unreadable: {error.strerror or error}") from error
-    except ValueError as error:
-        raise Reject(f"unreadable: {error}") from error
+    except (OSError, ValueError) as error:
+        raise unreadable(error) from error
 
 
 def _stat_url(url: str) -> tuple[int, int]:
@@ -109,7 +116,7 @@ def _read_url(url: str) -> bytes:
     except FileNotFoundError:
         raise Reject("missing: no such file") from None
     except remote_errors() as error:
-        raise Reject(f"unreadable: {type(error).__name__}: {error}") from error
+        raise unreadable(error) from error
 
 
 def details_of(info: Mapping[str, Any]) -> tuple[int, int]:
@@ -130,6 +137,22 @@ def _nanoseconds(date: object) -> int:
         date = date.timestamp()
     # Rounded to microseconds: a float holds no more of today's date, and the rounding makes it reproducible.
     return round(date * 1_000_000) * 1_000 if isinstance(date, int | float) else UNKNOWN
+
+
+def unreadable(error: Exception) -> Reject:
+    """The reject for an image whose reading failed; an `Unavailable` where it may succeed in a moment."""
+    plain = getattr(error, "strerror", None) if type(error).__module__ == "builtins" else None
+    reason = f"unreadable: {plain or f'{type(error).__name__}: {error}'}"
+    return Unavailable(reason) if is_passing(error) else Reject(reason)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a failure may be over in a moment: a share does not answer, a connection broke, a server is busy."""
+    if isinstance(error, OSError):
+        return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
+    # What the libraries of file systems raise has the server's answer, unless there was none.
+    status = getattr(error, "status", getattr(error, "code", None))
+    return not isinstance(error, ValueError) if status is None else status in _BUSY
 
 
 def remote_errors() -> tuple[type[Exception], ...]:

@@ -15,7 +15,7 @@ from typing import Final
 import pyarrow as pa
 
 from featurepipe.errors import Reject, SourceError
-from featurepipe.images.files import read_file, stat_of
+from featurepipe.images.files import is_passing, read_file, stat_of
 from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden, split_of
 from featurepipe.images.listing import UNKNOWN, Row, printable, table_of
 from featurepipe.images.source import Source
@@ -52,11 +52,12 @@ class FolderSource(Source):
         try:
             found = os.stat(self.path)
             top = [entry for entry in os.scandir(self.path) if _is_class_folder(entry)]
+            root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
+            prefix = len(self.path.rstrip("/")) + 1
+            return table_of(_walk(root, FolderLabels(_deciding(top, root, prefix)), prefix))
         except OSError as error:
-            raise SourceError(f"{self.path}: cannot be listed: {error.strerror}") from error
-        root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
-        prefix = len(self.path.rstrip("/")) + 1
-        return table_of(_walk(root, FolderLabels(_deciding(top, root, prefix)), prefix))
+            where = printable(str(error.filename or self.path))
+            raise SourceError(f"{where}: cannot be listed: {error.strerror}") from error
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
@@ -113,7 +114,9 @@ def _children(directory: _Directory, labels: FolderLabels, prefix: int) -> list[
                     found.append((id_, (id_, label, split, size, mtime_ns, base + os.fsencode(name))))
                 elif (child := _descend(directory, entry)) is not None:
                     found.append((child.id, child))
-    except OSError:
+    except OSError as error:
+        if is_passing(error):
+            raise  # else all that lies below would be taken for deleted
         # Listed as an entry of its own, so that reading it gives a reject with the reason: what lies below must not
         # be missing without a trace.
         id_ = directory.id.removesuffix("/")
@@ -145,7 +148,9 @@ def _descend(parent: _Directory, entry: os.DirEntry[str]) -> _Directory | None:
         if not entry.is_dir():
             return None
         found = entry.stat()
-    except OSError:
+    except OSError as error:
+        if is_passing(error):
+            raise
         return None
     identity = (found.st_dev, found.st_ino)
     ancestors = (*parent.ancestors, parent.identity)

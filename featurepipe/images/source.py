@@ -45,7 +45,8 @@ class Source(Protocol):
             The encoded file, or the pixels of an image that is stored as an array.
 
         Raises:
-            Reject: This image cannot be read: ``missing: ...`` or ``unreadable: ...``.
+            Reject: This image cannot be read: ``missing: ...`` or ``unreadable: ...``; as `Unavailable` where it may be
+                readable in a moment.
             SourceError: The source as a whole has gone.
         """
         ...

@@ -16,8 +16,9 @@ import pyarrow as pa
 from featurepipe import records
 from featurepipe.errors import Interrupted, SourceError, TooManyRejects
 from featurepipe.extraction.extract import ARRAY_READERS
+from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.options import AUTO
-from featurepipe.extraction.publish import SHOWN_REJECTS, allowance, by_code
+from featurepipe.extraction.publish import SHOWN_REJECTS, by_code
 from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.streaming import FeatureBatch
 from featurepipe.heads.bundle.bundle import Bundle

@@ -180,3 +180,9 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     return write
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for seconds before it is tried again."""
+    monkeypatch.setattr("featurepipe.extraction.reading.WAITS", (0.001, 0.001, 0.001))

@@ -132,7 +132,7 @@ def test_the_record_says_who_did_what_and_where_time_went(album, run):
     record = run(album.root, nodes=["c3", "f6"], batch_size=4)
     assert run.store.runs() == [record]
     seconds = record["seconds"]
-    assert set(seconds) == {"read", "decode", "forward", "write", "waiting", "wall"}
+    assert set(seconds) == {"scan", "read", "decode", "forward", "write", "waiting", "wall"}
     assert min(seconds.values()) >= 0
     assert seconds["decode"] > 0
     assert seconds["forward"] + seconds["waiting"] + seconds["write"] <= seconds["wall"] + 0.01

@@ -8,7 +8,7 @@ import pytest
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, TooManyRejects, UsageError
 from featurepipe.extraction.compute import Outcome
-from featurepipe.extraction.publish import allowance
+from featurepipe.extraction.limits import allowance
 from featurepipe.images import open_source
 
 

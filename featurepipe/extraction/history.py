@@ -1,0 +1,61 @@
+"""What the store remembers of a dataset: its last snapshot, where it was taken from, which feature spaces it used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class History:
+    """What the store remembers of a dataset; every run record is read once.
+
+    Attributes:
+        snapshot: the current snapshot without its reasons, or None.
+        places: locations of the sources that the dataset was taken from since (and for) that snapshot, the latest first.
+        fingerprints: of the feature spaces that its runs used, the latest first.
+    """
+
+    snapshot: pa.Table | None = None
+    places: Sequence[str] = ()
+    fingerprints: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, store: FeatureStore | None, dataset: str) -> Self:
+        """Reads it; a store that does not exist yet remembers nothing."""
+        if store is None:
+            return cls()
+        last = max(store.snapshot_ids(dataset), default=None)
+        snapshot = None if last is None else store.snapshot(dataset, last)
+        runs = [run for run in reversed(store.runs()) if run.get("dataset") == dataset and "fingerprint" in run]
+        return cls(
+            snapshot=None if snapshot is None else snapshot.drop_columns(["reason"]),
+            places=[run["source"] for run in runs if "source" in run and run["run_id"] >= (last or "")],
+            fingerprints=list(dict.fromkeys(run["fingerprint"] for run in runs)),
+        )
+
+    @property
+    def images(self) -> int:
+        """How many images the last snapshot lists."""
+        return 0 if self.snapshot is None else self.snapshot.num_rows
+
+    def gone(self, listing: pa.Table) -> int:
+        """How many ids of the last snapshot a listing lacks."""
+        if self.snapshot is None or self.snapshot["id"].equals(listing["id"]):
+            return 0
+        return self.images - int(pc.sum(pc.is_in(self.snapshot["id"], listing["id"])).as_py() or 0)
+
+    def elsewhere(self, location: str) -> str | None:
+        """The other place that the snapshot (or without one, a run) is from, so that its sizes and times mean nothing here."""
+        places = self.places if self.snapshot is None else self.places[-1:]
+        return next((place for place in places if place != location), None)
+
+    def is_only_of(self, location: str) -> bool:
+        """Whether no run since the snapshot took the dataset from another place, not even one that failed."""
+        return all(place == location for place in self.places)
