@@ -23,6 +23,7 @@ from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.columns import DepthColumn
+    from featurepipe.layer_depth.elsewhere import Elsewhere
     from featurepipe.layer_depth.measure import Series
     from featurepipe.layer_depth.study import Study
 
@@ -34,11 +35,11 @@ SURE = 0.05
 def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
     """Accuracy with its interval: over folds, or over images where there is one split or another source."""
     if tested_on == SHIFTED:
-        return over_images(np.stack(_right(series, SHIFTED)), _keys(study, SHIFTED))
+        return over_images(*_by_image_elsewhere(study, series))
     if study.protocol.folds:
         found = over_folds([cell.accuracy for cell in series.cells], study.test_share)
         return _wider(found, over_images(*_by_image(study, series)))
-    return over_images(np.stack(_right(series, SOURCE)), _keys(study, SOURCE))
+    return over_images(np.stack([cell.correct for cell in series.cells]), _keys_of_test(study))
 
 
 def _wider(one: Estimate, other: Estimate) -> Estimate:
@@ -66,6 +67,22 @@ def _by_image(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], An
     return right[tested] / times[tested], study.images.keys64[tested]
 
 
+def _by_image_elsewhere(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
+    """Whether each image of the other source was right, a row for each head, and the images' keys.
+
+    Where some heads have learned from an image's twin there is a row for each seed instead: the mean over its other heads.
+    """
+    there = _there(study)
+    right = np.stack([cell.shifted for cell in series.cells]).astype(np.float64)  # type: ignore[misc]
+    if there.unseen.all():
+        return right, there.images.keys64
+    seeds = np.array([fold.seed for fold in study.folds])
+    rows = [
+        (right * there.unseen)[seeds == seed].sum(0) / there.unseen[seeds == seed].sum(0) for seed in np.unique(seeds)
+    ]
+    return np.stack(rows), there.images.keys64
+
+
 def difference(study: Study, one: Series, other: Series) -> Difference:
     """By how much ``one`` is more accurate than ``other``, paired by fold or by image."""
     if study.protocol.folds:
@@ -73,15 +90,15 @@ def difference(study: Study, one: Series, other: Series) -> Difference:
         over_cells = difference_over_folds(first, second, study.test_share)
         (hits, keys), (others, _) = _by_image(study, one), _by_image(study, other)
         return _less_sure(over_cells, difference_over_images(hits, others, keys))
-    first_hits, second_hits = (np.stack(_right(series, SOURCE)) for series in (one, other))
-    return difference_over_images(first_hits, second_hits, _keys(study, SOURCE))
+    first_hits, second_hits = (np.stack([cell.correct for cell in series.cells]) for series in (one, other))
+    return difference_over_images(first_hits, second_hits, _keys_of_test(study))
 
 
 def results(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:
     """One entry for each column, head, network and source of test images."""
     found = []
     for series in measured:
-        kinds = [SOURCE, SHIFTED] if study.shifted is not None else [SOURCE]
+        kinds = [SOURCE, SHIFTED] if study.elsewhere else [SOURCE]
         found += [_result(study, series, kind) for kind in kinds]
     return found
 
@@ -97,7 +114,7 @@ def _result(study: Study, series: Series, tested_on: str) -> dict[str, Any]:
         "low": found.low,
         "high": found.high,
         "se": found.se,
-        "cells": [float(hits.mean()) for hits in _right(series, tested_on)],
+        "cells": _accuracies(study, series, tested_on),
         "params": [dict(cell.params) for cell in series.cells],
         "train_accuracy": float(np.mean([cell.train_accuracy for cell in series.cells])),
         "seconds": round(sum(cell.seconds for cell in series.cells), 2),
@@ -150,15 +167,15 @@ def not_told_apart(found: Recommendation, between: Sequence[Mapping[str, Any]]) 
 
 def elsewhere(study: Study, found: Recommendation, measured: Sequence[Series]) -> dict[str, Any] | None:
     """How the recommended column does on the other source, and which one does best there with the same head."""
-    if study.shifted is None:
+    if study.elsewhere is None:
         return None
     own = of_head(measured, found.chosen.head)
     there = {series.columns[0]: estimate(study, series, SHIFTED) for series in own}
     best = max(there, key=lambda column: there[column].value)
     return {
-        "dataset": study.shifted_dataset,
-        "images": len(study.shifted),
-        "of_equal_id": study.left_out["shifted_of_equal_id"],
+        "dataset": study.elsewhere.dataset,
+        "images": len(study.elsewhere.rows),
+        "of_equal_id": study.elsewhere.twins,
         **_accuracy(there[found.chosen.columns[0]]),
         "best": best,
         "best_accuracy": there[best].value,
@@ -228,10 +245,18 @@ def _between(found: Difference) -> dict[str, float | None]:
     return {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
 
 
-def _right(series: Series, tested_on: str) -> list[npt.NDArray[np.bool_]]:
-    """Which images each cell has right."""
-    found = [cell.correct if tested_on == SOURCE else cell.shifted for cell in series.cells]
-    return [hits for hits in found if hits is not None]
+def _accuracies(study: Study, series: Series, tested_on: str) -> list[float]:
+    """Of each cell; elsewhere on the images whose twin it has not seen, if there are any."""
+    if tested_on == SOURCE:
+        return [cell.accuracy for cell in series.cells]
+    pairs = zip(series.cells, _there(study).unseen, strict=True)
+    return [float(cell.shifted[unseen].mean()) for cell, unseen in pairs if cell.shifted is not None and unseen.any()]
+
+
+def _there(study: Study) -> Elsewhere:
+    if study.elsewhere is None:
+        raise RuntimeError("there is no other source")
+    return study.elsewhere
 
 
 def _holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -244,7 +269,5 @@ def _holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _keys(study: Study, tested_on: str) -> Any:
-    if tested_on == SHIFTED:
-        return None if study.shifted is None else study.shifted.keys64
+def _keys_of_test(study: Study) -> Any:
     return study.images.keys64[study.folds[0].test]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import Any
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import details, placed, similarity, transferability
+from featurepipe.layer_depth.document import document, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
 from featurepipe.progress import announcer, show
-from featurepipe.records import host, now, versions
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
@@ -80,8 +79,8 @@ def depth(
 
     Returns:
         JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
-        ``transferability``, ``details``, ``provenance``, with ``report`` also the ``map``, and what they were measured on.
-        Kept in the store as well.
+        ``transferability``, ``details``, ``details_shifted``, ``timing``, ``provenance``, with ``report`` also the ``map``,
+        and what they were measured on. Kept in the store as well.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.
@@ -118,15 +117,16 @@ def depth(
         sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
         joined = _measure_joined(study, sets, recommended.best.head, journal, jobs, silent=silent)
     with clock.stage("describe"):
-        document = _document(study, found, measured, joined, recommended, _name_of(labels), say)
-        if report is not None:
-            document["map"] = placed(study, recommended.chosen)
-    document["provenance"] = _provenance(study, found, clock.seconds, command)
-    found.store.write_depth(document)
+        answer = document(
+            study, found, journal, measured, joined, recommended,
+            labels_name=_name_of(labels), with_map=report is not None, say=say,
+        )  # fmt: skip
+    answer["provenance"] = provenance(study, found, clock.seconds, command)
+    found.store.write_depth(answer)
     if report is not None:
         pictures = None if found.is_held else source
-        write_page(found.store, report, document=document, labels=labels, source=pictures, silent=silent)
-    return document
+        write_page(found.store, report, document=answer, labels=labels, source=pictures, silent=silent)
+    return answer
 
 
 def _measure_all(study: Study, journal: Journal, jobs: int | None, *, silent: bool) -> list[Series]:
@@ -143,89 +143,6 @@ def _measure_joined(
     alone = study.with_heads([head])
     with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
         return measure(alone, [(PRETRAINED, columns) for columns in sets], journal, jobs=jobs, progress=progress)
-
-
-def _document(
-    study: Study,
-    found: Extracted,
-    measured: Sequence[Series],
-    joined: Sequence[Series],
-    recommended: answers.Recommendation,
-    labels_name: str | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    say("comparing columns, and timing the network up to each")
-    times = found.milliseconds()
-    columns = [
-        {
-            **column.as_dict(),
-            "bytes_per_image": column.width * study.itemsize(column.column),
-            "ms_per_image": times.get(column.node),
-            "saved": 1 - column.cost,
-        }
-        for column in study.columns
-    ]
-    scores, between = transferability(study), answers.differences(study, measured)
-    return {
-        "kind": "depth",
-        "version": 1,
-        "dataset": study.dataset,
-        "backbone": found.backbone_record,
-        "space": {"name": found.space_name, "fingerprint": study.spaces[PRETRAINED]},
-        "control": found.control(),
-        "test_dataset": study.shifted_dataset,
-        "settings": found.settings(study.protocol),
-        "labels": labels_name,
-        "classes": list(study.classes),
-        "images": len(study.images),
-        "counts": {"shifted": 0 if study.shifted is None else len(study.shifted), **study.left_out},
-        "protocol": study.protocol.text,
-        "columns": columns,
-        "results": answers.results(study, measured),
-        "concatenations": answers.concatenations(
-            study, joined, answers.best_of(study, measured, recommended.best.head)
-        ),
-        "differences": between,
-        "recommended": {
-            **_recommended(recommended, columns),
-            "not_told_apart": answers.not_told_apart(recommended, between),
-            "elsewhere": answers.elsewhere(study, recommended, measured),
-        },
-        "similarity": similarity(study),
-        "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
-        "details": details(study, recommended.chosen),
-    }
-
-
-def _recommended(found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    (column,) = (column for column in columns if column["column"] == found.chosen.columns[0])
-    return {
-        "column": found.chosen.columns[0],
-        "node": column["node"],
-        "head": found.chosen.head,
-        "accuracy": found.estimate.value,
-        "low": found.estimate.low,
-        "high": found.estimate.high,
-        "se": found.estimate.se,
-        "best": found.best.columns[0],
-        "best_head": found.best.head,
-        "best_accuracy": found.best_estimate.value,
-        "rule": "the cheapest column within one standard error of the most accurate (Breiman et al. 1984)",
-        **{name: column[name] for name in ("width", "bytes_per_image", "ms_per_image", "saved")},
-    }
-
-
-def _provenance(study: Study, found: Extracted, seconds: Mapping[str, float], command: str | None) -> dict[str, Any]:
-    return {
-        "command": command,
-        "when": now(),
-        "software": versions(),
-        "machine": host(),
-        "store": str(study.store.path),
-        "runs": found.runs,
-        "snapshot": study.snapshots[study.dataset],
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-    }
 
 
 def _name_of(labels: Any) -> str | None:

@@ -11,13 +11,11 @@ from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
 from featurepipe.layer_depth.mapped import mapped
-from featurepipe.layer_depth.probes import scores_of_test
+from featurepipe.layer_depth.probes import scores_again
 from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
-    from featurepipe.layer_depth.folds import Fold
     from featurepipe.layer_depth.measure import Series
-    from featurepipe.layer_depth.probes import Cell, Data
     from featurepipe.layer_depth.study import Study
 
 CKA_IMAGES = 2000
@@ -28,16 +26,34 @@ SCORED_IMAGES = 5000
 
 
 def details(study: Study, series: Series) -> dict[str, Any]:
-    """Measures of the images as the first seed's folds test them, each by a head that has not seen it."""
-    data = study.data(PRETRAINED, series.columns)
-    tested = np.concatenate([fold.test for fold in study.folds if fold.seed == 0])
-    scores = []
-    for cell, fold in zip(series.cells, study.folds, strict=True):
-        if fold.seed == 0:
-            scores.append(_scores(data, fold, cell, len(study.classes)))
-    found = probabilities(np.concatenate(scores))
-    metrics = score_table(found, data.codes[tested], list(study.classes), ids=study.images.ids[tested])
-    return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
+    """Measures of every image as the first seed's folds test it, by a head that has not seen it: here, and elsewhere.
+
+    Images of the other source are asked about once, too, of one head that has not seen the image of equal id.
+
+    Returns:
+        ``{"details", "details_shifted"}``, each with column, head and metrics; the second is None without another source.
+    """
+    data, there = study.data(PRETRAINED, series.columns), study.elsewhere
+    scores = np.empty((len(study.images), len(study.classes)))
+    shifted = np.empty((0 if there is None else len(there.rows), len(study.classes)))
+    testers = np.empty(0, np.int64) if there is None else there.testers(study.folds)
+    first = [number for number, fold in enumerate(study.folds) if fold.seed == study.folds[0].seed]
+    for number in first:
+        found = scores_again(data, study.folds[number], series.cells[number])
+        scores[study.folds[number].test] = _of_all_classes(found.test, found.classes, scores.shape[1])
+        if found.shifted is not None:
+            own = testers == number
+            shifted[own] = _of_all_classes(found.shifted[own], found.classes, scores.shape[1])
+    tested = np.concatenate([study.folds[number].test for number in first])
+
+    def table(scores: Any, codes: Any, ids: Any) -> dict[str, Any]:
+        metrics = score_table(probabilities(scores), codes, list(study.classes), ids=ids)
+        return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
+
+    return {
+        "details": table(scores[tested], data.codes[tested], study.images.ids[tested]),
+        "details_shifted": None if there is None else table(shifted, data.shifted_codes, there.images.ids),
+    }
 
 
 def placed(study: Study, series: Series) -> dict[str, Any]:
@@ -49,12 +65,11 @@ def placed(study: Study, series: Series) -> dict[str, Any]:
     return {**found.as_dict(), "total": len(study.images)}
 
 
-def _scores(data: Data, fold: Fold, cell: Cell, classes: int) -> Any:
-    """Class scores (t, K) of a fold's test images; a class that no training image has gets the lowest score."""
-    found, known = scores_of_test(data, fold, cell)
-    scores = np.full((len(fold.test), classes), found.min() - 20.0)
-    scores[:, known] = found
-    return scores
+def _of_all_classes(scores: Any, known: Any, classes: int) -> Any:
+    """Scores (n, classes) from those (n, K) of the known ones; a class that no training image has gets the lowest."""
+    found = np.full((len(scores), classes), scores.min(initial=0.0) - 20.0)
+    found[:, known] = scores
+    return found
 
 
 def similarity(study: Study) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.layer_depth.probes import Cell
+from featurepipe.store.atomic import reporting_full_disk
 
 Bits = npt.NDArray[np.bool_]
 
@@ -25,18 +26,18 @@ def key_of(**settings: Any) -> str:
 
 
 class Journal:
-    """Cells by the column and fold that they were measured on, one JSON line each; a torn last line is passed over.
+    """Cells by the column and fold that they were measured on, and other findings, one JSON line each.
 
-    A line is written and synced when all heads asked for are measured on a fold.
+    A line is written and synced when all heads asked for are measured on a fold; a torn last line is passed over.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._cells: dict[tuple[str, str, int, int], Cell] = {}
+        self._findings: dict[str, Any] = {}
         for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
-                entry = json.loads(line)
-                self._remember(entry["key"], _cell(entry))
+                self._remember(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill: measured again
 
@@ -45,19 +46,45 @@ class Journal:
         return self._cells.get((key, head, seed, fold))
 
     def add(self, key: str, cells: Iterable[Cell]) -> None:
-        """Keeps cells."""
-        cells = list(cells)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            _on_a_new_line(file)
-            file.write("".join(json.dumps(_entry(key, cell)) + "\n" for cell in cells).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        for cell in cells:
-            self._remember(key, cell)
+        """Keeps cells.
 
-    def _remember(self, key: str, cell: Cell) -> None:
-        self._cells[key, cell.head, cell.seed, cell.fold] = cell
+        Raises:
+            DiskFull: no space is left.
+        """
+        self._append([_entry(key, cell) for cell in cells])
+
+    def finding(self, key: str, find: Callable[[], Any]) -> Any:
+        """What ``find`` returned when it was last called under this key (by ``key_of``); it is called if it never was.
+
+        Args:
+            key: names all that the finding depends on.
+            find: returns JSON values.
+
+        Raises:
+            DiskFull: no space is left.
+        """
+        if key not in self._findings:
+            self._append([{"key": key, "finding": find()}])
+        return self._findings[key]
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(entry, allow_nan=False) for entry in entries]
+        with reporting_full_disk(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                _on_a_new_line(file)
+                file.write("".join(f"{line}\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        for line in lines:
+            self._remember(json.loads(line))  # as whoever reads it later
+
+    def _remember(self, entry: Mapping[str, Any]) -> None:
+        if "finding" in entry:
+            self._findings[entry["key"]] = entry["finding"]
+        else:
+            cell = _cell(entry)
+            self._cells[entry["key"], cell.head, cell.seed, cell.fold] = cell
 
 
 def _on_a_new_line(file: IO[bytes]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.heads.families import SMALL_VALUES
 from featurepipe.layer_depth.probes import Cell, measure_fold
+from featurepipe.layer_depth.workers import end_with
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold
@@ -103,7 +104,8 @@ def _measured(study: Study, missing: Sequence[_Work], jobs: int | None) -> Itera
         return
     from joblib import Parallel, delayed, parallel_config
 
-    with parallel_config("loky", n_jobs=count, inner_max_num_threads=1):
+    ends = {"initializer": end_with, "initargs": (os.getpid(),)}
+    with parallel_config("loky", n_jobs=count, inner_max_num_threads=1, **ends):
         done: Any = Parallel(return_as="generator_unordered")(delayed(_one)(study, work) for work in missing)
         yield from done
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -107,18 +107,36 @@ def measure_fold(data: Data, fold: Fold, heads: Sequence[str]) -> list[Cell]:
     return sorted(cells, key=lambda cell: heads.index(cell.head))
 
 
-def scores_of_test(data: Data, fold: Fold, cell: Cell) -> tuple[Array, Codes]:
-    """Class scores (t, K) of the test images by the head that a cell was measured with, and the K classes that it knows."""
+class Scores(NamedTuple):
+    """Class scores of images by one head.
+
+    Attributes:
+        test: (t, K) of the fold's test images.
+        classes: (K,) numbers of the classes that the head knows.
+        shifted: (m, K) of the other source's images; None if there is none.
+    """
+
+    test: Array
+    classes: Codes
+    shifted: Array | None
+
+
+def scores_again(data: Data, fold: Fold, cell: Cell) -> Scores:
+    """Class scores by the head that a cell was measured with, which is fitted again."""
     from featurepipe.heads.calibration import class_scores
 
     if _is_in_blocks(data, fold, cell.head):
         head = make_head(cell.head, out_of_core=True, **ROUGH, **cell.params)
         with _as_it_stands():
             fitted = head.fit(data.features.take(fold.train), data.codes[fold.train])
-        return class_scores(fitted, data.features.take(fold.test)), fitted.classes_
-    rows = _Rows.of(data, fold, turned=_is_turned(data, fold, cell.head))
-    fitted = _head(cell.head, cell.params, rows.train[0].shape[1], fold.seed).fit(*rows.train)
-    return class_scores(fitted, rows.test[0]), fitted.classes_
+        test: Any = data.features.take(fold.test)
+        shifted: Any = data.shifted
+    else:
+        rows = _Rows.of(data, fold, turned=_is_turned(data, fold, cell.head))
+        fitted = _head(cell.head, cell.params, rows.train[0].shape[1], fold.seed).fit(*rows.train)
+        test, shifted = rows.test[0], None if rows.shifted is None else rows.shifted[0]
+    there = None if shifted is None else class_scores(fitted, shifted)
+    return Scores(class_scores(fitted, test), fitted.classes_, there)
 
 
 def _is_in_blocks(data: Data, fold: Fold, head: str) -> bool:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
+from featurepipe.extraction.machine import Machine, settle_machine
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
+from featurepipe.layer_depth.timing import FEW, Timing
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 
@@ -52,6 +54,7 @@ class Extracted:
         backbone: the network, whose weights are not needed any more.
         columns: what is compared, in execution order.
         spaces: fingerprint of the feature space of each network.
+        machine: where features are computed.
         records: run records, or in a dry run estimates, of each extraction.
     """
 
@@ -62,6 +65,7 @@ class Extracted:
     backbone: Backbone
     columns: Sequence[DepthColumn]
     spaces: Mapping[str, str]
+    machine: Machine
     records: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     @property
@@ -123,22 +127,27 @@ class Extracted:
             "extractions": [dict(record) for record in self.records],
         }
 
-    def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of the forward for one image, up to each node, on this machine."""
-        from featurepipe.backbones import load_backbone
-        from featurepipe.backbones.timing import node_times
-
-        space = self.store.space(self.spaces[PRETRAINED])
-        network = load_backbone(self.backbone.name, "none")  # other weights take the same time, and need not be at hand
-        nodes = list(dict.fromkeys(column.node for column in self.columns))
-        return node_times(network, nodes, precision=str(space.fields.get("precision", "fp32")), batch=4)
+    def timing(self) -> Timing:
+        """How long the forward takes up to each node is measured where features are computed, and as they are."""
+        fields, device = self.store.space(self.spaces[PRETRAINED]).fields, self.machine.device
+        return Timing(
+            self.backbone.name,
+            tuple(dict.fromkeys(column.node for column in self.columns)),
+            str(fields.get("precision", "fp32")),
+            device,
+            FEW if device == "cpu" else self.machine.batch_size,
+        )
 
 
 def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
     """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
+    machine = settle_machine(
+        extraction.get("device", AUTO), extraction.get("batch_size", AUTO), extraction.get("workers"),
+        extraction.get("decode", AUTO),
+    )  # fmt: skip
     if is_store(wanted.source):
-        return _held(wanted)
-    return _computed(wanted, extraction, dry_run=dry_run, say=say)
+        return _held(wanted, machine)
+    return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)
 
 
 def is_store(source: Any) -> bool:
@@ -148,7 +157,9 @@ def is_store(source: Any) -> bool:
     return isinstance(source, str | os.PathLike) and (Path(source) / "store.json").is_file()
 
 
-def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
+def _computed(
+    wanted: Wanted, extraction: dict[str, Any], machine: Machine, *, dry_run: bool, say: Callable[[str], None]
+) -> Extracted:
     from featurepipe.backbones import load_backbone
     from featurepipe.extraction.extract import extract
 
@@ -170,8 +181,8 @@ def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
     dataset, shifted = _names(wanted)
     records = [run(wanted.source, dataset, wanted.weights)]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
-    if not dry_run:  # all that is compared is computed alike
-        extraction["precision"] = records[0]["settings"]["precision"]["value"]
+    settled = records[0]["space"]["precision"] if dry_run else records[0]["settings"]["precision"]["value"]
+    extraction["precision"] = settled  # all that is compared is computed alike, and precisions are compared once
     if shifted is not None:
         records.append(run(wanted.test_source, shifted, wanted.weights))
         _check_same_space(records[0], records[-1])
@@ -180,10 +191,10 @@ def _computed(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
         spaces[RANDOM] = records[-1].get("fingerprint", "")
         if shifted is not None:
             records.append(run(wanted.test_source, shifted, "none"))
-    return Extracted(wanted, store, dataset, shifted, backbone, columns, spaces, records)
+    return Extracted(wanted, store, dataset, shifted, backbone, columns, spaces, machine, records)
 
 
-def _held(wanted: Wanted) -> Extracted:
+def _held(wanted: Wanted, machine: Machine) -> Extracted:
     """A comparison of what a store has."""
     from featurepipe.backbones import load_backbone
 
@@ -200,7 +211,7 @@ def _held(wanted: Wanted) -> Extracted:
         columns_of_space(backbone, space, wanted.max_width) if wanted.nodes in (AUTO, [AUTO], (AUTO,)) else wanted.nodes
     )
     columns = choose_columns(backbone, nodes, wanted.pooling, wanted.max_width)
-    return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint})
+    return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint}, machine)
 
 
 def _names(wanted: Wanted) -> tuple[str, str | None]:

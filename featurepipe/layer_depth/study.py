@@ -13,6 +13,7 @@ import numpy.typing as npt
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.layer_depth.climb import RULE
+from featurepipe.layer_depth.elsewhere import LEFT_OUT, Elsewhere, settle_elsewhere
 from featurepipe.layer_depth.folds import Fold, cross_validation, own_split
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.probes import Data
@@ -85,7 +86,7 @@ class Study:
     Attributes:
         store: where the features are.
         dataset: the labelled images.
-        shifted_dataset: images of another source, or None.
+        elsewhere: images of another source that heads are tested on, too, or None.
         spaces: fingerprint of the feature space of each network: pretrained, and random if there is a control.
         columns: in execution order.
         protocol: how to measure.
@@ -93,15 +94,13 @@ class Study:
         folds: who trains and who is tested, as positions among the labelled images.
         rows: positions of the labelled images in the dataset.
         images: those images, as a view of the first column.
-        shifted_rows: positions in the other dataset of the images of known classes that are not in this one, too.
-        shifted: those images, or None.
         left_out: images that take no part, and why.
         snapshots: which snapshot of each dataset the positions are of, whatever is extracted meanwhile.
     """
 
     store: FeatureStore
     dataset: str
-    shifted_dataset: str | None
+    elsewhere: Elsewhere | None
     spaces: Mapping[str, str]
     columns: Sequence[DepthColumn]
     protocol: Protocol
@@ -109,17 +108,15 @@ class Study:
     folds: Sequence[Fold]
     rows: Positions
     images: FeatureSet
-    shifted_rows: Positions
-    shifted: FeatureSet | None
     left_out: Mapping[str, int]
     snapshots: Mapping[str, str]
 
     def data(self, network: str, columns: Sequence[str]) -> Data:
         """The features of some columns side by side, of the pretrained network or of the control."""
         features = self._view(self.dataset, network, columns).take(self.rows)
-        if self.shifted is None or self.shifted_dataset is None:
+        if self.elsewhere is None:
             return Data(features, self.codes, None, np.empty(0, np.int64))
-        shifted = self._view(self.shifted_dataset, network, columns).take(self.shifted_rows)
+        shifted = self._view(self.elsewhere.dataset, network, columns).take(self.elsewhere.rows)
         return Data(features, self.codes, shifted, shifted.codes(self.classes))
 
     @property
@@ -132,16 +129,33 @@ class Study:
         """``pretrained``, and ``random`` if there is a control."""
         return list(self.spaces)
 
-    def key(self, network: str, columns: Sequence[str]) -> str:
+    def key(self, network: str, columns: Sequence[str], **more: Any) -> str:
         """Names the measurements of some columns: the same images, labels, folds and space give the same name."""
         return key_of(
             version=PROTOCOL_VERSION,
             space=self.spaces[network],
             columns=list(columns),
             images=_digest(self.images),
-            shifted=None if self.shifted is None else _digest(self.shifted),
+            shifted=None if self.elsewhere is None else _digest(self.elsewhere.images),
             folds=self.protocol.folds,
+            **more,
         )
+
+    def key_without_folds(self, columns: Sequence[str], **more: Any) -> str:
+        """Names what some columns of the pretrained network have to say of the images without any head."""
+        return key_of(
+            version=PROTOCOL_VERSION,
+            space=self.spaces[PRETRAINED],
+            columns=list(columns),
+            images=_digest(self.images),
+            **more,
+        )
+
+    @property
+    def names(self) -> str:
+        """Names the ids of all images, for findings that hold ids."""
+        views = [self.images, *([self.elsewhere.images] if self.elsewhere else [])]
+        return key_of(ids=[list(map(str, view.ids)) for view in views])
 
     def with_heads(self, heads: Sequence[str]) -> Study:
         """The same with other heads."""
@@ -211,42 +225,20 @@ def settle(
         if protocol.folds is not None
         else own_split(images, codes, seeds=protocol.seeds)
     )
-    shifted_rows, shifted, strangers, twins = np.empty(0, np.int64), None, 0, 0
-    if shifted_dataset is not None:
-        others = view(shifted_dataset)
-        known = others.codes(classes) >= 0
-        twin = np.isin(others.keys64, images.keys64)
-        shifted_rows = np.flatnonzero(known & ~twin)
-        strangers, twins = int((~known).sum()), int((known & twin).sum())
-        if not len(shifted_rows):
-            raise UsageError(
-                f"none of the {len(others):,} images of {shifted_dataset} is of a class of {dataset} without being in it; there: "
-                f"{', '.join(others.classes[:5]) or 'no label'}; here: {', '.join(classes[:5])}"
-            )
-        shifted = others.take(shifted_rows)
+    elsewhere = (
+        settle_elsewhere(shifted_dataset, view(shifted_dataset), dataset, images, classes, folds)
+        if shifted_dataset is not None
+        else None
+    )
+    left_out = {
+        "unlabelled": every.unlabelled,
+        "rejected": every.rejected,
+        "kept_for_the_test": int(kept_away.sum()),
+        "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
+        **(elsewhere.left_out if elsewhere else dict.fromkeys(LEFT_OUT, 0)),
+    }
     return Study(
-        store,
-        dataset,
-        shifted_dataset,
-        spaces,
-        columns,
-        protocol,
-        classes,
-        folds,
-        rows,
-        images,
-        shifted_rows,
-        shifted,
-        {
-            "unlabelled": every.unlabelled,
-            "rejected": every.rejected,
-            "kept_for_the_test": int(kept_away.sum()),
-            "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
-            "shifted_of_other_classes": strangers,
-            "shifted_in_both": twins,
-            "shifted_of_equal_id": 0 if shifted is None else int(np.isin(shifted.ids, images.ids).sum()),
-        },
-        snapshots,
+        store, dataset, elsewhere, spaces, columns, protocol, classes, folds, rows, images, left_out, snapshots
     )
 
 

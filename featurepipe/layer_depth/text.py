@@ -56,10 +56,12 @@ def _elsewhere(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     same = found["of_equal_id"]
-    paired = f"; {same:,} of its {found['images']:,} images have the id of one that most folds train on" if same else ""
+    heads = "every head" + (
+        f", {same:,} of them only by those that have not seen the image of equal id" if same else ""
+    )
     return (
-        f"on {found['dataset']}, all of it tested with each fold's head: {_interval(found)}; best there is {found['best']}, "
-        f"{found['best_accuracy']:.4f}{paired}"
+        f"on {found['dataset']}: {_interval(found)}; {found['images']:,} images, each tested by {heads}; best there is "
+        f"{found['best']}, {found['best_accuracy']:.4f}"
     )
 
 
@@ -169,4 +171,6 @@ def _milliseconds(found: Mapping[str, Any]) -> str:
     here = found["recommended"]["ms_per_image"]
     if here is None:
         return ""
-    return f" (measured here: {here:.2f} ms an image, {known[-1]['ms_per_image']:.2f} ms up to {known[-1]['column']})"
+    where = f"on {found['timing']['device']}, {found['timing']['precision']}"
+    deepest = f"{known[-1]['ms_per_image']:.2f} ms up to {known[-1]['column']}"
+    return f" (measured {where}: {here:.2f} ms an image, {deepest})"

@@ -34,9 +34,10 @@ class Album:
         *,
         contents: Sequence[str] | None = None,
         splits: Sequence[str | None] | None = None,
+        ids: Sequence[str] | None = None,
         fields: dict[str, Any] = FIELDS,
     ) -> str:
-        """Writes rows whose ``contents`` tell images apart; the fingerprint of the feature space."""
+        """Writes rows whose ``contents`` tell images apart, by default with ids ``0.png`` onwards; the space's fingerprint."""
         count = len(labels)
         self._count += 1
         names = contents or [f"{name}-{i}" for i in range(count)]
@@ -53,7 +54,7 @@ class Album:
                     np.arange(len(new)), np.arange(len(new)), {c: values[new] for c, values in columns.items()},
                 )  # fmt: skip
         table = {
-            "id": [f"{row}.png" for row in range(count)],
+            "id": ids or [f"{row}.png" for row in range(count)],
             "key": keys,
             "label": list(labels),
             "split": list(splits) if splits is not None else [None] * count,

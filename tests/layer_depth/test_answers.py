@@ -58,7 +58,8 @@ def test_over_folds_the_interval_is_corrected(study):
 
 
 def test_results_have_an_entry_for_all_that_was_measured(study, album):
-    album.write("away", {n: np.ones((6, w), np.float32) for n, _, w in COLUMNS}, ["cat", "dog", "dog"] * 2)
+    away = {name: np.ones((6, width), np.float32) for name, _, width in COLUMNS}
+    album.write("away", away, ["cat", "dog", "dog"] * 2, ids=[f"other-{row}" for row in range(6)])
     given = study(shifted="away")
     shifted = [hits(value, 6) for value in (0.5, 1.0, 0.5, 1.0)]
     one = series("a:gap", [0.5, 0.7, 0.6, 0.8], shifted=shifted, train=0.75)

@@ -13,7 +13,7 @@ from featurepipe.errors import UsageError
 from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth import sources
 from featurepipe.layer_depth.depth import depth
-from featurepipe.layer_depth.sources import Extracted
+from featurepipe.layer_depth.timing import Timing
 from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
 
@@ -49,10 +49,10 @@ SLOW = """
 def _quick_timing(monkeypatch):
     """Timing each node takes a second or more and is tested with the backbones."""
 
-    def milliseconds(found):
-        return {column.node: 1.0 + column.depth for column in found.columns}
+    def milliseconds(timing):
+        return {node: 1.0 + place for place, node in enumerate(timing.nodes)}
 
-    monkeypatch.setattr(Extracted, "milliseconds", milliseconds)
+    monkeypatch.setattr(Timing, "milliseconds", milliseconds)
 
 
 class Spies:
@@ -131,9 +131,9 @@ def test_the_document_says_what_was_found_of_what(run, pictures, tmp_path, spies
     assert [column["column"] for column in found["columns"]] == COLUMNS
     assert [column["width"] for column in found["columns"]] == [294, 256, 84]
     assert [column["bytes_per_image"] for column in found["columns"]] == [4 * 294, 4 * 256, 4 * 84]
-    for column in found["columns"]:
+    for place, column in enumerate(found["columns"]):
         assert column["saved"] == pytest.approx(1 - column["cost"])
-        assert column["ms_per_image"] == 1 + column["depth"]
+        assert column["ms_per_image"] == 1 + place
     assert spies.forwards == 24
     alone = [one for one in spies.measured if "+" not in one[0]]
     assert sorted(alone) == sorted(

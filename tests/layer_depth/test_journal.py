@@ -161,6 +161,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, launcher):
     limited = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     finished = launcher.start(limited + textwrap.dedent(WRITER), [path, 0, 100]).wait()
     assert finished.code != 0
+    assert "DiskFull: no space left while writing journal.jsonl" in finished.err
     found = Journal(path)
     count = sum(found.get("key", "knn", 0, fold) is not None for fold in range(100))
     assert count > 3
@@ -174,3 +175,34 @@ def test_a_byte_keeps_eight_images(tmp_path, count):
     Journal(path).add("key", [cell(count=count)])
     same(Journal(path).get("key", "logistic", 0, 0), cell(count=count))
     assert len(path.read_bytes()) < 250 + count / 8 * 4 / 3 + 8
+
+
+def test_a_finding_is_looked_for_once(tmp_path):
+    asked = []
+
+    def find():
+        asked.append(len(asked))
+        return {"values": (1.5, None), "number": asked[-1]}
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.add("key", [cell()])
+    first = journal.finding("key", find)
+    assert first == {"values": [1.5, None], "number": 0}  # as it will be read later
+    assert journal.finding("key", find) == first
+    again = Journal(journal.path)
+    assert again.finding("key", find) == first
+    assert asked == [0]
+    assert again.finding("other", find)["number"] == 1
+    same(again.get("key", "logistic", 0, 0), cell())  # findings and cells do not disturb each other
+
+
+def test_what_finding_raises_is_not_kept(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        journal.finding("key", fail)
+    assert journal.finding("key", lambda: None) is None
+    assert journal.finding("key", fail) is None  # nothing is a finding, too

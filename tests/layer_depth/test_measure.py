@@ -230,14 +230,14 @@ def test_copies_and_strangers_of_the_other_source_take_no_part(album, study):
     labels = ["cat", "dog", "emu", "cat", None, "fox", "cat", "dog", "emu", "cat"]
     album.write("away", features(3, 10), labels, contents=contents)
     given = study(shifted="away")
-    assert given.shifted_rows.tolist() == [2, 3, 6, 7, 8, 9]
+    assert given.elsewhere.rows.tolist() == [2, 3, 6, 7, 8, 9]
     assert given.left_out == {
         "unlabelled": 0, "rejected": 0, "kept_for_the_test": 0, "in_no_fold": 0, "shifted_of_other_classes": 2,
-        "shifted_in_both": 2, "shifted_of_equal_id": 6,
+        "shifted_in_both": 2, "shifted_twins_that_train": 0,
     }  # fmt: skip
     data = given.data(PRETRAINED, ["b:gap"])
     assert [given.classes[code] for code in data.shifted_codes] == ["emu", "cat", "cat", "dog", "emu", "cat"]
-    np.testing.assert_array_equal(data.shifted.read(), features(3, 10)["b:gap"][given.shifted_rows])
+    np.testing.assert_array_equal(data.shifted.read(), features(3, 10)["b:gap"][given.elsewhere.rows])
 
 
 def test_data_are_the_labelled_rows_in_order(album):

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featurepipe.layer_depth import probes
 from featurepipe.layer_depth.folds import Fold
-from featurepipe.layer_depth.probes import Data, measure_fold, scores_of_test
+from featurepipe.layer_depth.probes import Data, measure_fold, scores_again
 
 COLUMN = "a:gap"
 
@@ -58,11 +58,11 @@ def test_in_the_span_of_the_rows_everything_comes_out_the_same(head, monkeypatch
     given = data(values, codes, other)
     assert probes._is_turned(given, cut, head)
     (turned,) = measure_fold(given, cut, [head])
-    turned_scores, classes = scores_of_test(given, cut, turned)
+    turned_scores, classes, _ = scores_again(given, cut, turned)
     monkeypatch.setattr(probes, "TURNED_FROM", 1000)
     assert not probes._is_turned(given, cut, head)
     (plain,) = measure_fold(given, cut, [head])
-    plain_scores, _ = scores_of_test(given, cut, plain)
+    plain_scores, _, _ = scores_again(given, cut, plain)
     assert turned.params == plain.params
     np.testing.assert_array_equal(turned.correct, plain.correct)
     np.testing.assert_array_equal(turned.shifted, plain.shifted)
@@ -82,11 +82,11 @@ def test_each_vote_of_neighbours_is_the_same(neighbours, weights, monkeypatch):
     values, codes = made_up(150, 600, distance=0.1)
     given, cut = data(values, codes), fold(50, 20, 80)
     (turned,) = measure_fold(given, cut, ["knn"])
-    turned_scores, _ = scores_of_test(given, cut, turned)
+    turned_scores, _, _ = scores_again(given, cut, turned)
     monkeypatch.setattr(probes, "TURNABLE", ())
     (plain,) = measure_fold(given, cut, ["knn"])
     np.testing.assert_array_equal(turned.correct, plain.correct)
-    np.testing.assert_allclose(turned_scores, scores_of_test(given, cut, plain)[0], rtol=1e-4)
+    np.testing.assert_allclose(turned_scores, scores_again(given, cut, plain)[0], rtol=1e-4)
 
 
 def test_centroids_are_measured_value_by_value():
@@ -100,7 +100,7 @@ def test_in_blocks_the_same_is_chosen_and_predicted(head, monkeypatch):
     other = made_up(100, 20, seed=1, distance=0.35, spread=1.5)
     given, cut = data(values, codes, other), fold(300, 100, 300)
     (inside,) = measure_fold(given, cut, [head])
-    inside_scores, _ = scores_of_test(given, cut, inside)
+    inside_scores, _, inside_shifted = scores_again(given, cut, inside)
     monkeypatch.setattr(probes, "SMALL_VALUES", 1000)
     (blocks,) = measure_fold(given, cut, [head])
     assert blocks.params == inside.params
@@ -109,9 +109,11 @@ def test_in_blocks_the_same_is_chosen_and_predicted(head, monkeypatch):
     assert blocks.accuracy == pytest.approx(inside.accuracy, abs=0.01)
     assert blocks.train_accuracy == pytest.approx(inside.train_accuracy, abs=0.01)
     assert 0.6 < inside.accuracy < 0.97
-    blocks_scores, classes = scores_of_test(given, cut, blocks)
+    blocks_scores, classes, blocks_shifted = scores_again(given, cut, blocks)
     np.testing.assert_array_equal(codes[cut.test] == classes[blocks_scores.argmax(axis=1)], blocks.correct)
     np.testing.assert_allclose(blocks_scores, inside_scores, atol=0.05 * np.abs(inside_scores).max())
+    np.testing.assert_array_equal(other[1] == classes[blocks_shifted.argmax(axis=1)], blocks.shifted)
+    np.testing.assert_array_equal(other[1] == classes[inside_shifted.argmax(axis=1)], inside.shifted)
 
 
 def test_it_is_scikit_learns_head_on_standardised_training_rows():
@@ -192,7 +194,7 @@ def test_trees_are_as_many_as_stopping_early_chose():
     del settings["early_stopping_rounds"]
     last = BoostedTrees(**{**settings, "n_estimators": best + 1}).fit(x[cut.train], codes[cut.train])
     np.testing.assert_array_equal(cell.correct, last.predict(x[cut.test]) == codes[cut.test])
-    scores, classes = scores_of_test(given, cut, cell)
+    scores, classes, _ = scores_again(given, cut, cell)
     np.testing.assert_array_equal(classes[scores.argmax(axis=1)] == codes[cut.test], cell.correct)
 
 
@@ -213,7 +215,7 @@ def test_classes_that_a_fold_does_not_learn_are_never_right():
     given, cut = data(values, codes), fold(40, 20, 30)
     (cell,) = measure_fold(given, cut, ["centroid"])
     assert not cell.correct[10]
-    assert scores_of_test(given, cut, cell)[1].tolist() == [0, 1, 2]
+    assert scores_again(given, cut, cell)[1].tolist() == [0, 1, 2]
 
 
 def test_features_that_are_constant_are_no_obstacle():

@@ -17,6 +17,7 @@ DOCUMENT = {
     "counts": {"shifted": 7, "unlabelled": 3, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2,
                "shifted_of_equal_id": 4},
     "protocol": "5-fold cross-validation, dealt 3 times.",
+    "timing": {"device": "cpu", "precision": "fp32"},
     "columns": [
         {"column": "a:gap", "width": 1000, "cost": 0.25, "ms_per_image": 1.234},
         {"column": "b:gap", "width": 84, "cost": 1.0, "ms_per_image": None},
@@ -54,18 +55,18 @@ def test_the_answer_comes_first():
     assert lines[:6] == [
         "recommended: a:gap with knn, accuracy 0.9000 (0.850 to 0.950); the most accurate is b:gap with knn, 0.9100",
         "1,000 values and 4.0 kB an image; stopping there saves 75.0 % of the forward's operations "
-        "(measured here: 1.23 ms an image, 1.23 ms up to a:gap)",
+        "(measured on cpu, fp32: 1.23 ms an image, 1.23 ms up to a:gap)",
         "rule: the rule",
         "not told apart from b:gap: a:gap",
-        "on away, all of it tested with each fold's head: 0.6000 (0.550 to 0.650); best there is b:gap, 0.7000; "
-        "4 of its 7 images have the id of one that most folds train on",
+        "on away: 0.6000 (0.550 to 0.650); 7 images, each tested by every head, 4 of them only by those that have not seen the "
+        "image of equal id; best there is b:gap, 0.7000",
         "use it: featurepipe train features --dataset album --node recommended --head knn --tune --out BUNDLE",
     ]
 
 
 def test_the_time_is_compared_with_the_deepest_column_that_was_timed():
     columns = [DOCUMENT["columns"][0], {**DOCUMENT["columns"][1], "ms_per_image": 5.678}]
-    assert "(measured here: 1.23 ms an image, 5.68 ms up to b:gap)" in text(changed(columns=columns))
+    assert "(measured on cpu, fp32: 1.23 ms an image, 5.68 ms up to b:gap)" in text(changed(columns=columns))
 
 
 def test_the_best_may_be_the_recommended_one():

@@ -1,0 +1,75 @@
+"""How long a forward takes up to each node, and on what that was measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from featurepipe.errors import UsageError
+from featurepipe.layer_depth.journal import key_of
+from featurepipe.records import host, versions
+
+if TYPE_CHECKING:
+    from featurepipe.backbones import Backbone
+
+FEW = 4
+"""Images in a forward on a CPU: slow networks take long for more, and the time of one hardly changes."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed, and where.
+
+    Attributes:
+        backbone: name of the network.
+        nodes: up to each of which the forward is timed.
+        precision: of weights and activations.
+        device: a torch device.
+        batch: images in a forward.
+    """
+
+    backbone: str
+    nodes: tuple[str, ...]
+    precision: str
+    device: str
+    batch: int
+
+    @property
+    def key(self) -> str:
+        """Names all that the times depend on, the machine among them."""
+        return key_of(what="timing", torch=versions()["torch"], **asdict(self), **self.machine())
+
+    def machine(self) -> dict[str, Any]:
+        """What computes."""
+        import torch
+
+        is_cuda = self.device.startswith("cuda")
+        return {
+            "host": host()["name"],
+            "processor": torch.cuda.get_device_name(self.device) if is_cuda else "cpu",
+            "threads": torch.get_num_threads(),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"device": self.device, "precision": self.precision, "batch": self.batch, **self.machine()}
+
+    def milliseconds(self) -> dict[str, float]:
+        """Milliseconds of the forward for one image, up to each node."""
+        from featurepipe.backbones.timing import node_times
+
+        return node_times(
+            network_to_time(self.backbone), self.nodes, precision=self.precision, device=self.device, batch=self.batch
+        )
+
+
+def network_to_time(name: str) -> Backbone:
+    """The network with random weights, which take the same time and are always at hand; else as its author's code builds it."""
+    from featurepipe.backbones import load_backbone
+
+    network = load_backbone(name, "none")
+    try:
+        network.module  # noqa: B018 - builds it
+    except UsageError:  # a layer of the user's own whose values cannot be drawn anew
+        return load_backbone(name)
+    return network
