@@ -115,10 +115,8 @@ def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dr
 
 def _plan(parts: Iterable[PartInfo]) -> list[_Planned]:
     """Says for each part which rows stay: those that the index finds when asked for all columns of the part."""
-    index = KeyIndex({column for part in parts for column in part.columns})
     ordered = sorted(parts, key=lambda part: -len(part.columns))  # stable: else in order of commit
-    for part in ordered:
-        index.add(part)
+    index = KeyIndex({column for part in ordered for column in part.columns}, ordered)
     plan = []
     for number, part in enumerate(index.parts):
         found_part, found_row, _ = index.search(as_keys(read_array(part, "key")), frozenset(part.columns))

@@ -16,7 +16,7 @@ from featurepipe.store.keys import KEY_BYTES, Keys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
 from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.runs import checked_run_id
-from featurepipe.store.segment import Segment, prefixes_of
+from featurepipe.store.segment import Segment
 from featurepipe.store.space import Space
 
 
@@ -53,7 +53,7 @@ class _Needed:
             self._set = Segment.of_keys(np.concatenate([self._set.keys, fresh]))
 
     def contains(self, keys: Keys) -> Mask:
-        return self._set.find(keys, prefixes_of(keys))[1]
+        return self._set.contains(keys)
 
 
 def gc_store(

@@ -2,69 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import UsageError
-from featurepipe.store.keys import Keys, as_keys
+from featurepipe.errors import CorruptPart, UsageError
+from featurepipe.store.keys import KEY_BYTES, Keys, as_keys
 from featurepipe.store.parts import PartInfo, read_array
-from featurepipe.store.segment import Segment, prefixes_of
+from featurepipe.store.segment import Segment
+
+OnDamage = Callable[[PartInfo, CorruptPart], None]
+_Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The rows of all parts that have the same of the columns asked for."""
+
+    segment: Segment
+    numbers: _Rows
+    starts: _Rows
+
+    def find(self, keys: Keys) -> tuple[_Rows, _Rows]:
+        """Returns for each key the number of its part and the row there, of the first committed copy; -1 without one."""
+        found = self.segment.find(keys)
+        part, row = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
+        at = np.flatnonzero(found >= 0)
+        place = np.searchsorted(self.starts, found[at], side="right") - 1
+        part[at], row[at] = self.numbers[place], found[at] - self.starts[place]
+        return part, row
 
 
 class KeyIndex:
     """Keys that have all of some columns, and where each column of a key lies.
 
+    Holds 44 bytes a row, and needs 28 more while it is built.
+
     Args:
         columns: The columns asked for; none means any part counts, whatever its columns.
-        parts: Parts to start with; more come by ``add``.
+        parts: The parts, the first committed first.
+        on_damage: Told of each part whose keys are damaged, and which is taken to hold nothing.
+
+    Attributes:
+        columns: The columns asked for.
+        parts: The parts that have any of them.
+
+    Raises:
+        CorruptPart: The keys of a part are damaged, and there is no ``on_damage``.
     """
 
-    def __init__(self, columns: Iterable[str] = (), parts: Iterable[PartInfo] = ()) -> None:
+    def __init__(
+        self, columns: Iterable[str] = (), parts: Iterable[PartInfo] = (), on_damage: OnDamage | None = None
+    ) -> None:
         self.columns = tuple(dict.fromkeys(columns))
         self.parts: list[PartInfo] = []
-        self._groups: dict[frozenset[str], list[Segment]] = {}
+        numbers: dict[frozenset[str], list[int]] = {}
         for part in parts:
-            self.add(part)
+            held = frozenset(self.columns).intersection(part.columns)
+            if held or not self.columns:
+                numbers.setdefault(held, []).append(len(self.parts))
+                self.parts.append(part)
+        self._groups = {held: self._group(alike, on_damage) for held, alike in numbers.items()}
+
+    def _group(self, numbers: Sequence[int], on_damage: OnDamage | None) -> _Group:
+        # One array made for all of them at once: gathered and joined, keys would be in memory twice.
+        keys = np.empty((sum(self.parts[number].rows for number in numbers), KEY_BYTES), np.uint8)
+        starts, stop = [], 0
+        for part in (self.parts[number] for number in numbers):
+            starts.append(stop)
+            try:
+                keys[stop : stop + part.rows] = read_array(part, "key")
+            except CorruptPart as error:
+                if on_damage is None:
+                    raise
+                on_damage(part, error)
+            else:
+                stop += part.rows
+        return _Group(Segment.of_keys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
 
     def __len__(self) -> int:
         """Rows held, copies included."""
-        return sum(len(s.rows) for segments in self._groups.values() for s in segments)
+        return sum(len(group.segment.keys) for group in self._groups.values())
 
     @property
     def nbytes(self) -> int:
         """Memory held by the index, in bytes."""
-        return sum(s.nbytes for segments in self._groups.values() for s in segments)
-
-    def add(self, part: PartInfo) -> None:
-        """Adds the rows of one part.
-
-        Raises:
-            CorruptPart: Its keys are damaged; the index is as before.
-        """
-        held = frozenset(self.columns) & part.columns.keys()
-        if self.columns and not held:
-            return
-        keys = as_keys(read_array(part, "key"))
-        numbers = np.full(len(keys), len(self.parts), np.uint32)
-        fresh = Segment.sort(keys, numbers, np.arange(len(keys), dtype=np.uint32))
-        self.parts.append(part)
-        segments = self._groups.setdefault(frozenset(held), [])
-        segments.append(fresh)
-        # Merging neighbours of like size keeps few segments, and each row is moved only log(n) times.
-        while len(segments) > 1 and len(segments[-2].rows) <= 2 * len(segments[-1].rows):
-            segments[-2:] = [Segment.merge(segments[-2:])]
+        return sum(group.segment.nbytes for group in self._groups.values())
 
     def contains(self, keys: npt.NDArray[Any] | Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Tells for each key of (n, 32) uint8 whether all columns are there, in one part or in several."""
         wanted = as_keys(keys)
-        if not self.columns:
-            return self.search(wanted, frozenset())[2]
         result = np.ones(len(wanted), np.bool_)
-        for column in self.columns:
-            result &= self.search(wanted, frozenset([column]))[2]
+        for columns in [frozenset([column]) for column in self.columns] or [frozenset[str]()]:
+            held = np.zeros(len(wanted), np.bool_)
+            for group in self._with(columns):
+                held |= group.segment.contains(wanted)
+            result &= held
         return result
 
     def locate(
@@ -90,16 +126,12 @@ class KeyIndex:
         self, keys: Keys, wanted: frozenset[str]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Finds for each key the first committed row that has all ``wanted`` columns; returns as ``locate``."""
-        part = np.full(len(keys), -1, np.int64)
-        row = np.full(len(keys), -1, np.int64)
-        prefixes = prefixes_of(keys)
-        for held, segments in self._groups.items():
-            if not wanted <= held:
-                continue
-            for segment in segments:
-                position, found = segment.find(keys, prefixes)
-                at = position[found]
-                newer = (part[found] >= 0) & (part[found] < segment.parts[at])  # the first committed copy wins
-                part[found] = np.where(newer, part[found], segment.parts[at])
-                row[found] = np.where(newer, row[found], segment.rows[at])
+        part, row = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
+        for group in self._with(wanted):
+            number, place = group.find(keys)
+            first = (number >= 0) & ((part < 0) | (number < part))  # the first committed copy wins
+            part[first], row[first] = number[first], place[first]
         return part, row, part >= 0
+
+    def _with(self, columns: frozenset[str]) -> list[_Group]:
+        return [group for held, group in self._groups.items() if columns <= held]

@@ -153,13 +153,7 @@ class Space:
 
     def index(self, columns: Sequence[str] | None = None) -> KeyIndex:
         """Builds the index of keys that have all ``columns`` (None: any). Damaged parts are left out."""
-        index = KeyIndex(columns or ())
-        for part in self.parts():
-            try:
-                index.add(part)
-            except CorruptPart as error:
-                self._mark_damaged(part, error)
-        return index
+        return KeyIndex(columns or (), self.parts(), self._mark_damaged)
 
     def known_files(self, *, dataset: str | None = None) -> pa.Table:
         """Lists the files whose key is known from parts and rejects, so that they need not be read again.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.store import KeyIndex
+from featurepipe.store import segment
 
 
 def add_keys(store, space, keys, columns=("a:gap",)):
@@ -50,17 +50,28 @@ def test_the_first_committed_copy_is_found_however_segments_were_merged(store, s
     np.testing.assert_array_equal(row, np.arange(50) - 5 * expected)
 
 
-def test_grows_by_parts_and_stays_compact(store, space):
-    rng = np.random.default_rng(0)
-    keys = rng.integers(0, 256, (4000, 32), np.uint8)
-    index = KeyIndex(["a:gap"])
-    for number in range(8):
-        add_keys(store, space, keys[number * 500 : (number + 1) * 500])
-        index.add(space.parts()[-1])
-        np.testing.assert_array_equal(index.contains(keys), np.arange(4000) < (number + 1) * 500)
-    assert len(index) == 4000
-    assert index.nbytes <= 60 * 4000
-    assert sum(map(len, index._groups.values())) <= 3
+def test_many_keys_in_many_parts_take_44_bytes_each(store, space):
+    keys = np.random.default_rng(0).integers(0, 256, (4000, 32), np.uint8)
+    for start in range(0, 4000, 500):
+        add_keys(store, space, keys[start : start + 500])
+    index = space.index(["a:gap"])
+    assert (len(index), index.nbytes) == (4000, 44 * 4000)
+    shuffled = np.random.default_rng(1).permutation(4000)
+    part, row, found = index.locate(keys[shuffled])
+    assert found.all()
+    np.testing.assert_array_equal(500 * part + row, shuffled)
+    absent = keys.copy()
+    absent[:, 31] ^= 1  # only the last byte differs
+    assert not index.contains(absent).any()
+
+
+def test_keys_are_looked_up_in_blocks(monkeypatch):
+    monkeypatch.setattr(segment, "_BLOCK", 7)
+    keys = np.random.default_rng(0).integers(0, 2, (300, 32), np.uint8)
+    keys[:, :10] = 0  # prefixes are all the same
+    first = {bytes(key): row for row, key in reversed(list(enumerate(keys[:200])))}
+    found = segment.Segment.of_keys(keys[:200]).find(keys)
+    assert found.tolist() == [first.get(bytes(key), -1) for key in keys]
 
 
 def test_takes_keys_as_bytes_too(store, space, rows):
@@ -80,6 +91,7 @@ def test_a_damaged_part_counts_as_absent_and_is_named(store, space, rows, flip_b
     flip_bit(second, space.parts()[0].arrays["key"].offset)
     fresh = store.spaces()[0]
     assert fresh.index(["a:gap"]).contains(rows.keys(["1", "2", "3"])).tolist() == [False, False, True]
+    assert fresh.index(["a:gap"]).locate(rows.keys(["3"]))[1].tolist() == [0]
     assert sorted(fresh.damaged) == [first.name, second.name]
     assert "header" in fresh.damaged[first.name]
     assert "key" in fresh.damaged[second.name]
