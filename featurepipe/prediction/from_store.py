@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import BundleError, Interrupted, UsageError
+from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import _no_such_space
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
@@ -24,7 +24,6 @@ from featurepipe.store.choice import require_snapshot
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:
-    from featurepipe.interrupt import StopRequest
     from featurepipe.store.views import FeatureSet
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -44,14 +43,13 @@ def predict_features(
     snapshot: str | None = None,
     rows: Positions | None = None,
     spared: Sequence[Any] = (),
-    stop: StopRequest | None = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts the images of a dataset's snapshot from their stored features, in blocks of bounded memory.
 
     The file is that of `featurepipe.prediction.predict.predict` on the same images: one row for each, in the order of the
     snapshot, those that could not be used with their reason alone. The probabilities are the same up to the rounding of
-    stored features. It appears when it is complete, and replaces an older one.
+    stored features. It appears when it is complete and not before, and replaces an older one.
 
     Args:
         bundle: the bundle or its folder.
@@ -61,7 +59,6 @@ def predict_features(
         snapshot: one of ``snapshot_ids(dataset)``; by default the current one.
         rows: which rows of the snapshot, as ascending positions or a mask (n,); by default all.
         spared: further files that must not be replaced, such as the source of the images.
-        stop: asked between blocks; only a signal stops, not a deadline, since what is left takes seconds.
         silent: show no progress.
 
     Returns:
@@ -72,7 +69,6 @@ def predict_features(
         BundleError: the bundle cannot be used, or the store has no features of its feature space.
         StoreError: features of some images are missing.
         UsageError: the dataset or snapshot is unknown, or no file can be written there.
-        Interrupted: a signal came; no file is left.
     """
     start = time.perf_counter()
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
@@ -88,8 +84,6 @@ def predict_features(
         write = stack.enter_context(predictions_file(target, model.classes)) if target else None
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
-            if stop is not None and stop.signal_number is not None:
-                raise Interrupted(f"stopped by {stop.name}: no predictions were written", stop.signal_number)
             codes, batch = images.scored(block, model)
             counts += np.bincount(codes[codes >= 0], minlength=len(counts))
             if write is not None:

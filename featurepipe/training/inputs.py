@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featurepipe.errors import BundleError
 from featurepipe.heads.bundle.bundle import read_bundle
 
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle
+    from featurepipe.store.labelled_images import LabelledImages
     from featurepipe.training.fit import Recipe
     from featurepipe.training.settle import Task
 
@@ -63,21 +65,24 @@ def inputs_of(task: Task, recipe: Recipe, *, tune: bool, calibration: bool) -> I
     return Inputs(
         fingerprint=task.features.space_fingerprint,
         columns=task.features.columns,
-        rows=_digest(task, rows),
+        rows=digest_of(task.features.take(rows), np.isin(rows, task.division.validation)),
         images=len(rows),
         settings=json.loads(json.dumps(settings, default=dict)),  # as it will come back from a file
     )
 
 
-def _digest(task: Task, rows: np.ndarray[Any, Any]) -> str:
-    """A digest of (key, label, part) of each row, sorted, without a Python object a row."""
-    chosen = task.features.take(rows)
-    classes = chosen.classes
-    codes = chosen.codes(classes)
-    validates = np.isin(rows, task.division.validation)
-    order = np.lexsort((validates, codes, chosen.keys64))
+def digest_of(images: LabelledImages, part: npt.NDArray[Any]) -> str:
+    """SHA-256 of the (key, label, part) of each image, in no order, without a Python object a row.
+
+    Args:
+        images: n images.
+        part: (n,) whole numbers, what each image is for.
+    """
+    classes = images.classes
+    codes = images.codes(classes)
+    order = np.lexsort((part, codes, images.keys64))
     found = hashlib.sha256(json.dumps(classes).encode())
-    for column in (chosen.keys, codes.astype("<i8"), validates):
+    for column in (images.keys, codes.astype("<i8"), part.astype("<i8")):
         found.update(np.ascontiguousarray(column[order]))
     return found.hexdigest()
 

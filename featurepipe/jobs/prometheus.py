@@ -1,0 +1,137 @@
+"""What a run did, as figures in the text format of Prometheus, for the textfile collector of its node exporter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+
+from featurepipe.errors import UsageError
+from featurepipe.jobs.steps.history import SUCCESS
+
+if TYPE_CHECKING:
+    from featurepipe.store import FeatureStore
+
+
+def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any], store: FeatureStore) -> Path:
+    """Writes the figures of a run, done or failed; the file is replaced in one step.
+
+    Args:
+        path: the file, ``*.prom``; its folder is made if it is missing.
+        record: the run record.
+        store: where it ran, and where the records of earlier runs are.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    target = Path(path)
+    registry = registry_of(record, store.runs(), store_bytes=bytes_in(store.path), free_bytes=_free(store.path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_to_textfile(str(target), registry)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror or error}; name another file") from error
+    return target
+
+
+def registry_of(
+    record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], *, store_bytes: int, free_bytes: int
+) -> CollectorRegistry:
+    """Gathers the figures of a run in a registry of their own, each labelled with its job.
+
+    Args:
+        record: the run record.
+        runs: records of all runs of the store, oldest first; the run's own may be among them.
+        store_bytes: what the store takes.
+        free_bytes: what is free on its disk.
+    """
+    figures = _Figures(CollectorRegistry(), str(record["job"]))
+    earlier = [run for run in runs if run.get("job") == record["job"] and run["run_id"] != record["run_id"]]
+    successes = [_ended(run) for run in [*earlier, record] if run.get("exit_code") in SUCCESS]
+    figures.gauge(
+        "last_success_timestamp_seconds",
+        "When the job last ended with exit code 0 or 3; 0 if it never has.",
+        successes[-1] if successes else 0.0,
+    )
+    figures.gauge("last_run_timestamp_seconds", "When the job last ended.", _ended(record))
+    figures.gauge("last_run_exit_code", "How the job last ended; 0 and 3 are good.", record["exit_code"])
+    figures.gauge("run_duration_seconds", "How long the last run took.", record["seconds"]["wall"])
+    figures.gauges("images", "Images of the last run.", "outcome", record["counts"])
+    figures.gauges("changes", "What happened to images since the run before.", "kind", record["changes"])
+    figures.gauge(
+        "images_per_second", "Images computed per second in the last run.", record["images_per_second"] or 0.0
+    )
+    figures.gauge("store_bytes", "What the store takes on its disk.", store_bytes)
+    figures.gauge("store_free_bytes", "What is free on the store's disk.", free_bytes)
+    columns = list(_drift(record))
+    for name, text in (
+        ("p_value", "Chance of a difference as large if nothing had changed."),
+        ("effect", "How far tonight's images are from those of the reference."),
+    ):
+        values = {column: found[name] for column, found in columns if found.get(name) is not None}
+        figures.gauges(f"drift_{name}", text, "column", values)
+    return figures.registry
+
+
+class _Figures:
+    """Gauges of one job."""
+
+    def __init__(self, registry: CollectorRegistry, job: str) -> None:
+        self.registry = registry
+        self._job = job
+
+    def gauge(self, name: str, text: str, value: float) -> None:
+        Gauge(f"featurepipe_{name}", text, ["job"], registry=self.registry).labels(self._job).set(value)
+
+    def gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> None:
+        gauge = Gauge(f"featurepipe_{name}", text, ["job", label], registry=self.registry)
+        for key, value in values.items():
+            gauge.labels(self._job, key).set(value)
+
+
+def bytes_in(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files in a folder; files that vanish meanwhile count nothing."""
+    total = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    total += bytes_in(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    total += _size(entry)
+    except FileNotFoundError:
+        return total
+    return total
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _ended(run: Mapping[str, Any]) -> float:
+    """Seconds since the epoch; of a run that has not ended, now."""
+    return datetime.fromisoformat(run["ended"]).timestamp() if "ended" in run else datetime.now(UTC).timestamp()
+
+
+def _drift(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What drift found in each column, if the step was reached."""
+    for entry in record["steps"]:
+        if entry["step"] == "drift":
+            yield from _columns((entry.get("result") or {}).get("columns") or {})
+
+
+def _columns(found: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(found, Mapping):
+        yield from found.items()

@@ -1,0 +1,13 @@
+"""What a night does after its extractions: one function a step, `(night, table) -> dict` of plain JSON values.
+
+Each result has a ``text``, the line that the summary shows; ``skipped`` says why there was nothing to do, ``warnings`` what
+people should look at. A step that fails raises.
+"""
+
+from featurepipe.jobs.steps.learning import train
+from featurepipe.jobs.steps.measuring import depth, drift
+from featurepipe.jobs.steps.showing import metrics, report
+from featurepipe.jobs.steps.tonight import predict
+from featurepipe.jobs.steps.upkeep import compact, keep
+
+__all__ = ["compact", "depth", "drift", "keep", "metrics", "predict", "report", "train"]

@@ -1,0 +1,106 @@
+"""Measurements on tonight's features: drift, and which layer transfers best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from featurepipe.jobs.job import DepthTable, DriftTable
+from featurepipe.jobs.night import Night
+from featurepipe.jobs.steps.history import last_result
+from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.steps.tonight import extraction_of
+
+
+def drift(night: Night, table: DriftTable) -> dict[str, Any]:
+    """Compares tonight's new images with those of a reference snapshot; warns, or fails the run.
+
+    ``previous`` is the last snapshot before tonight: a night of several feature spaces writes several.
+    """
+    from featurepipe.monitoring.drift import drift as run
+
+    reference = night.before if table.reference == "previous" else table.reference
+    if reference is None:
+        return {"skipped": "the first night: there is nothing to compare with"}
+    found: dict[str, Any] = run(
+        night.store,
+        dataset=night.dataset,
+        columns=table.columns,
+        reference=reference,
+        bundle=table.bundle,
+        warn=table.warn,
+        fail=table.fail,
+        seed=table.seed,
+        silent=night.silent,
+    )
+    return found
+
+
+def depth(night: Night, table: DepthTable) -> dict[str, Any]:
+    """Compares the layers that the store has, if the images, their labels or what is asked are not those of last time.
+
+    What has been measured before is not measured again, so that a comparison that ran out of time goes on the next night.
+    """
+    from featurepipe.layer_depth.depth import depth as run
+    from featurepipe.reporting.from_store import report
+
+    inputs = _inputs(night, table)
+    last = last_result(night, "depth") or {}
+    if table.when == "images changed" and last.get("inputs") == inputs and _is_shown(table):
+        return {"skipped": "images, labels and columns are those that were compared last", "inputs": inputs}
+    labels = table.labels or night.job.source.labels
+
+    def work() -> dict[str, Any]:
+        document = run(
+            night.store,
+            dataset=night.dataset,
+            backbone=table.backbone,
+            heads=table.heads,
+            folds=table.folds,
+            split=table.split,
+            seeds=table.seeds,
+            labels=labels,
+            max_width=table.max_width,
+            jobs=table.jobs,
+            command=f"featurepipe run, job {night.job.name}",
+            silent=night.silent,
+        )
+        if table.report is not None:
+            table.report.parent.mkdir(parents=True, exist_ok=True)
+            report(night.store, table.report, document=document, labels=labels, silent=night.silent)
+        best = document["recommended"]
+        return {
+            "inputs": inputs,
+            "recommended": {name: best[name] for name in ("column", "head", "accuracy", "low", "high")},
+            "images": document["images"],
+            "report": None if table.report is None else str(table.report),
+            "text": f"recommended: {best['column']}, {best['head']} {best['accuracy']:.4f} right",
+        }
+
+    return within_time(night.stop.deadline, work, "the comparison goes on the next night")
+
+
+def _is_shown(table: DepthTable) -> bool:
+    return table.report is None or table.report.exists()
+
+
+def _inputs(night: Night, table: DepthTable) -> str:
+    """A digest of all that decides what a comparison finds: labelled images, columns, settings."""
+    from featurepipe.training.inputs import digest_of
+
+    run = extraction_of(night, table.backbone)
+    if run is None:
+        return ""
+    features = night.store.features(
+        night.dataset, node=run["columns"], backbone=run["fingerprint"], snapshot=run["run_id"]
+    )
+    labels = table.labels or night.job.source.labels
+    images = (features if labels is None else features.with_labels(labels)).select(labelled=True)
+    splits, split = np.unique(images.splits.astype(str), return_inverse=True)
+    settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report"})
+    columns = sorted(night.store.space(run["fingerprint"]).columns())
+    found = [digest_of(images, split), splits.tolist(), run["fingerprint"], columns, settings]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""Predictions for tonight's images, and which images are tonight's."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.jobs.job import PredictTable
+from featurepipe.jobs.night import Night
+from featurepipe.jobs.steps.history import last_result
+from featurepipe.store.choice import require_snapshot
+
+
+def predict(night: Night, table: PredictTable) -> dict[str, Any]:
+    """Writes a bundle's predictions for the images that are new since it predicted last, or for all.
+
+    New is what has no prediction yet: ids that were not there, and ids with other bytes or another status. If the step
+    failed last night, last night's images are still new tonight. A second run on one date writes a second file beside
+    the first (``2026-11-22-2.parquet``).
+    """
+    from featurepipe.heads.bundle.bundle import read_bundle
+    from featurepipe.prediction.from_store import predict_features
+
+    bundle = read_bundle(table.bundle)
+    snapshot = snapshot_of(night, bundle.fingerprint)
+    about = {"bundle": str(table.bundle), "to": table.to, "snapshot": snapshot}
+    rows = None
+    if table.images == "new":
+        rows = new_images(require_snapshot(night.store, night.dataset, snapshot), _before(night, table))
+        if not rows.any():
+            return {**about, "skipped": "no new images"}
+    file = _file(night, table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
+    found = predict_features(
+        bundle, night.store, file, dataset=night.dataset, snapshot=snapshot, rows=rows, spared=spared,
+        silent=night.silent,
+    )  # fmt: skip
+    counts = found["counts"]
+    unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
+    return {**found, **about, "text": f"{counts['predicted']:,} images labelled{unusable}, in {file.name}"}
+
+
+def snapshot_of(night: Night, network: str | None) -> str:
+    """The snapshot of tonight's extraction of a feature space, by its fingerprint, name or network; else the last one.
+
+    Every extraction of a night has a snapshot of its own, and only that is sure to have all features of its space.
+    """
+    run = extraction_of(night, network)
+    return str(run["run_id"]) if run else night.store.snapshot_ids(night.dataset)[-1]
+
+
+def extraction_of(night: Night, network: str | None) -> dict[str, Any] | None:
+    """The record of tonight's extraction of a feature space; see ``snapshot_of``. None if nothing was extracted."""
+    run: dict[str, Any]
+    for run in reversed(night.extracted):
+        names = (run["fingerprint"], run["space"], run["backbone"]["name"])
+        if network is None or network in names or run["fingerprint"].startswith(network):
+            return run
+    return night.extracted[-1] if night.extracted else None
+
+
+def new_images(tonight: pa.Table, before: pa.Table | None) -> npt.NDArray[np.bool_]:
+    """Which rows of a snapshot are new since another: (n,) mask of other ids, other bytes, or another status."""
+    if before is None or not before.num_rows:
+        return np.ones(tonight.num_rows, np.bool_)
+    place = pc.index_in(tonight["id"], value_set=before["id"].combine_chunks())
+    earlier = before.select(["key", "status"]).take(place)  # nulls where there is none
+    same_key = pc.fill_null(pc.equal(tonight["key"], earlier["key"]), fill_value=False)
+    same_key = pc.or_(same_key, pc.and_(tonight["key"].is_null(), earlier["key"].is_null()))
+    same = pc.and_(same_key, pc.equal(tonight["status"], earlier["status"]))
+    found: npt.NDArray[np.bool_] = ~pc.fill_null(same, fill_value=False).to_numpy()
+    return found
+
+
+def _before(night: Night, table: PredictTable) -> pa.Table | None:
+    """The snapshot that this table predicted last; if it never has, the one before tonight. None: everything is new."""
+    result = last_result(night, "predict", bundle=str(table.bundle), to=table.to)
+    last = result["snapshot"] if result else night.before
+    there = last is not None and last in night.store.snapshot_ids(night.dataset)
+    return night.store.snapshot(night.dataset, last) if there else None
+
+
+def _file(night: Night, table: PredictTable) -> Path:
+    """Tonight's file; the date is that of the night's beginning, here."""
+    started = datetime.fromisoformat(night.record["started"]).astimezone()
+    file = table.file(date=started.date().isoformat(), run=night.run_id, job=night.job.name)
+    if table.images == "all" or not file.exists():
+        return file
+    others = (file.with_stem(f"{file.stem}-{number}") for number in count(2))  # no other night predicts these images
+    return next(other for other in others if not other.exists())

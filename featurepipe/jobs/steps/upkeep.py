@@ -1,0 +1,102 @@
+"""Keeping the store small: merging parts, letting old snapshots and run records go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from featurepipe.errors import StoreLocked
+from featurepipe.jobs.job import CompactTable, KeepTable
+from featurepipe.jobs.night import Night
+from featurepipe.jobs.steps.history import SUCCESS
+from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.store.compact import compact_store
+from featurepipe.store.gc import gc_store, remove_runs
+from featurepipe.tables import size
+
+
+def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG001 - as every step
+    """Merges small parts; another writer in the store puts it off to the next night."""
+
+    def work() -> dict[str, Any]:
+        report = compact_store(night.store)
+        if report.parts_before == report.parts_after and not report.rows_dropped:
+            return {**asdict(report), "skipped": f"nothing to merge: {report.parts_before:,} parts"}
+        copies = f", {report.rows_dropped:,} copies of rows dropped" if report.rows_dropped else ""
+        return {**asdict(report), "text": f"{report.parts_before:,} parts into {report.parts_after:,}{copies}"}
+
+    return _alone(night, work, "parts are merged the next night")
+
+
+def keep(night: Night, table: KeepTable) -> dict[str, Any]:
+    """Lets old snapshots of the dataset go, the features that only they needed, and old run records of the job.
+
+    Drift's reference stays, as does the record of the last successful run, and those of runs whose snapshot is there.
+    """
+
+    def work() -> dict[str, Any]:
+        spaces = len(night.job.features)  # a night writes one snapshot for each
+        kept = None if table.snapshots is None else table.snapshots * spaces
+        report = gc_store(night.store, keep_snapshots=kept, dataset=night.dataset, spared=_references(night))
+        old = [] if table.runs is None else old_records(night.store.runs(), night, table.runs)
+        removed = remove_runs(night.store, old)
+        found = {**asdict(report), "runs_removed": len(removed)}
+        counts = {
+            "snapshots": report.snapshots_removed,
+            "run records": len(removed),
+            "rows of features": report.rows_dropped,
+            "leftover files": report.leftovers_removed,
+            "quarantined parts": report.quarantined_removed,
+        }
+        gone = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        if not gone:
+            return {**found, "skipped": "nothing to remove"}
+        return {**found, "text": f"removed {gone}: {size(report.bytes_freed)}"}
+
+    return _alone(night, work, "old snapshots go the next night")
+
+
+def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -> list[str]:
+    """Which run records to remove, so that those of the job's last ``keep`` nights stay, tonight among them.
+
+    Besides the job's own records these are its extractions', and records of the dataset that no job names, such as those of
+    a night that was killed. Records of other jobs stay.
+
+    Args:
+        records: all of the store, oldest first.
+        night: tonight.
+        keep: how many nights stay, at least 1.
+    """
+    runs = [record for record in records if record.get("command") == "run"]
+    own = [run for run in runs if run.get("job") == night.job.name and run["run_id"] != night.run_id]
+    kept = own[len(own) - keep + 1 :] if len(own) >= keep else own
+    oldest = min([night.run_id, *(run["run_id"] for run in night.extracted), *(i for run in kept for i in _ids(run))])
+    last_success = next((run["run_id"] for run in reversed(own) if run.get("exit_code") in SUCCESS), None)
+    others = {run_id for run in runs if run.get("job") != night.job.name for run_id in _ids(run)}
+    return [
+        record["run_id"]
+        for record in records
+        if record["run_id"] < oldest
+        and record["run_id"] not in {*others, last_success}
+        and (record.get("dataset") == night.dataset or record.get("job") == night.job.name)
+    ]
+
+
+def _ids(run: Mapping[str, Any]) -> list[str]:
+    return [run["run_id"], *run.get("extractions", ())]
+
+
+def _references(night: Night) -> set[str]:
+    """Snapshots that drift is measured against."""
+    reference = night.job.drift.reference if night.job.drift else "previous"
+    if reference == "first":
+        return set(night.store.snapshot_ids(night.dataset)[:1])
+    return set() if reference == "previous" else {reference}
+
+
+def _alone(night: Night, work: Callable[[], dict[str, Any]], otherwise: str) -> dict[str, Any]:
+    try:
+        return within_time(night.stop.deadline, work, otherwise)
+    except StoreLocked as error:
+        return {"skipped": f"another process works on the store: {otherwise}", "warnings": [str(error)]}

@@ -1,0 +1,132 @@
+"""What a run of a job did or would do, and what all runs did, as text: pure functions of their records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from featurepipe.progress import duration, spoken
+from featurepipe.tables import size, table
+
+_KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
+          "still_rejected", "unchanged")  # fmt: skip
+_WARNINGS_SHOWN = 8
+_WIDEST = 110
+"""Characters of a step's line beyond which its text goes on below."""
+
+
+def summary_text(record: Mapping[str, Any]) -> str:
+    """One screen for the morning: how the run ended, what happened to the images, what each step did.
+
+    Args:
+        record: the run record of ``featurepipe run``.
+    """
+    took = spoken(record.get("seconds", {}).get("wall", 0.0))
+    lines = [
+        f"{record['job']}: {_ending(record)}",
+        f"{_minute(record['started'])} to {_minute(record['ended'])[-5:]} UTC, {took}, run {record['run_id']}",
+        "",
+        *_images(record),
+        "",
+        *_steps(record["steps"]),
+    ]
+    warnings = record.get("warnings", [])
+    lines += ["", *(f"warning: {text}" for text in warnings[:_WARNINGS_SHOWN])] if warnings else []
+    if len(warnings) > _WARNINGS_SHOWN:
+        lines.append(f"and {len(warnings) - _WARNINGS_SHOWN} more warnings, in the run record")
+    return "\n".join(lines)
+
+
+run_text = summary_text
+
+
+def runs_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """A table of runs, oldest first; runs that no job made have no job's name."""
+    if not records:
+        return "no runs yet"
+    header = ["started (UTC)", "job", "dataset", "status", "exit", "listed", "computed", "rejected", "time", "run"]
+    return table(header, [_row(record) for record in records])
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """What ``featurepipe run --dry-run`` prints."""
+    lines = [
+        f"{plan['job']}: {plan['listed']:,} images in {plan['source']}, dataset {plan['dataset']} of {plan['store']}"
+    ]
+    lines += [line for found in plan["features"] for line in _estimate(found)]
+    seconds = "an unknown time" if plan["seconds"] is None else f"about {spoken(plan['seconds'])}"
+    lines.append(f"in all {seconds}, {size(plan['bytes'])}")
+    words = {True: "yes", False: "no", None: "perhaps"}
+    rows = [[f"{step['step']} {step['name']}".strip(), words[step["runs"]], step["why"]] for step in plan["steps"]]
+    lines += ["", table(["step", "runs", "why"], rows)] if rows else []
+    return "\n".join([*lines, "dry run: nothing was changed"])
+
+
+def _ending(record: Mapping[str, Any]) -> str:
+    code, status = record["exit_code"], str(record["status"])
+    rejects = ", with images that could not be used" if code == 3 else ""
+    failed = [f"{entry['step']} {entry['name']}".strip() for entry in record["steps"] if entry["status"] == "failed"]
+    why = f": {', '.join(failed)}" if failed else ""
+    return f"{status.upper() if status in ('failed', 'interrupted') else status}{rejects}{why} (exit code {code})"
+
+
+def _images(record: Mapping[str, Any]) -> Iterator[str]:
+    counts, changes = record.get("counts", {}), record.get("changes", {})
+    kinds = [f"{changes[kind]:,} {kind.replace('_', ' ')}" for kind in _KINDS if changes.get(kind)]
+    gone = [f"{changes['deleted']:,} gone"] if changes.get("deleted") else []
+    yield f"{record.get('dataset') or '?'}: {counts.get('listed', 0):,} images listed"
+    if kinds or gone:
+        yield f"  {'; '.join([', '.join(kinds), *gone] if kinds else gone)}"
+    yield "  " + ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+    if counts.get("computed"):
+        yield f"  {record.get('images_per_second') or 0:,.1f} img/s; {record.get('verdict', '')}"
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names = [f"{entry['step']} {entry['name']}".strip() for entry in steps]
+    wide, widest = max(map(len, names), default=0), max((len(entry["status"]) for entry in steps), default=0)
+    for name, entry in zip(names, steps, strict=True):
+        start = f"{name.ljust(wide)}  {entry['status'].ljust(widest)}  {entry['seconds']:8.1f} s"
+        told = _told(entry)
+        if len(start) + len(told) + 2 > _WIDEST or "\n" in told:
+            yield start
+            yield "    " + told.replace("\n", "\n    ")
+        else:
+            yield f"{start}  {told}".rstrip()
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """What a step has to say of itself."""
+    result = entry.get("result") or {}
+    for said in (entry.get("error"), result.get("skipped"), result.get("text"), result.get("why")):
+        if said:
+            return str(said)
+    if "counts" in result:
+        return ", ".join(f"{result['counts'].get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+    return f"{result['listed']:,} images" if "listed" in result else ""
+
+
+def _row(record: Mapping[str, Any]) -> list[object]:
+    counts = record.get("counts", {})
+    wall = record.get("seconds", {}).get("wall")
+    return [
+        _minute(record.get("started", "?")),
+        record.get("job", "-"),
+        record.get("dataset", "?"),
+        record.get("status", "?"),
+        record.get("exit_code", "-"),
+        *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
+        "-" if wall is None else duration(wall),
+        record["run_id"],
+    ]
+
+
+def _estimate(found: Mapping[str, Any]) -> Iterator[str]:
+    nodes = ", ".join(found["nodes"])
+    yield f"{found['backbone']} ({nodes}): {found['known']:,} known, {found['to_read']:,} to read, {found['new']:,} new at most"
+    if found["seconds"] is not None:
+        yield f"  about {spoken(found['seconds'])}, {size(sum(found['bytes_per_column'].values()))}"
+
+
+def _minute(stamp: str) -> str:
+    return stamp[:16].replace("T", " ")
