@@ -10,8 +10,9 @@ import pytest
 
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError
+from featurepipe.extraction import prepare
+from featurepipe.layer_depth import document, sources
 from featurepipe.layer_depth import measure as measuring
-from featurepipe.layer_depth import sources
 from featurepipe.layer_depth.depth import depth
 from featurepipe.layer_depth.timing import Timing
 from featurepipe.reporting.from_store import report
@@ -203,6 +204,42 @@ def test_the_second_call_computes_nothing_and_finds_the_same(run, pictures, spie
         assert again[name] == first[name]
 
 
+FINDERS = ("similarity", "transferability", "details", "placed")
+
+
+def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypatch):
+    found, times = [], []
+
+    def spy(name):
+        original = getattr(document, name)
+        monkeypatch.setattr(document, name, lambda *given: (found.append(name), original(*given))[1])
+
+    def milliseconds(timing):
+        times.append(timing.nodes)
+        return {node: 7.0 + len(times) for node in timing.nodes}
+
+    for name in FINDERS:
+        spy(name)
+    monkeypatch.setattr(Timing, "milliseconds", milliseconds)
+    source = pictures()
+    first = run(source, report=tmp_path / "page.html")
+    assert (sorted(found), len(times)) == (sorted(FINDERS), 1)
+    again = run(source, report=tmp_path / "page.html")
+    assert (sorted(found), len(times)) == (sorted(FINDERS), 1)
+    for name in ("columns", "similarity", "transferability", "details", "details_shifted", "map", "timing"):
+        assert again[name] == first[name]
+    assert all(column["ms_per_image"] == 8.0 for column in again["columns"])
+    found.clear()
+    run(source, folds=3)
+    assert found == ["details"]  # the others know no folds
+    found.clear()
+    (source / "left" / "000.png").rename(source / "left" / "000a.png")
+    renamed = run(source, report=tmp_path / "page.html")
+    assert sorted(found) == ["details", "placed"]  # these name images; their order is the same
+    assert "left/000a.png" in renamed["map"]["ids"]
+    assert len(times) == 1
+
+
 def test_new_images_are_measured_anew_but_only_they_are_extracted(run, pictures, spies):
     source = pictures()
     run(source)
@@ -223,6 +260,24 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, pictures, tmp
     assert spies.measured == []
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_dry_run_compares_precisions_once(run, pictures, trained, monkeypatch):
+    compared = []
+    original = prepare.choose_precision
+    monkeypatch.setattr(
+        prepare, "choose_precision", lambda *given, **more: (compared.append(1), original(*given, **more))[1]
+    )
+    more = {
+        "weights": trained,
+        "control": "random",
+        "test_source": pictures("away", count=3, start=500),
+        "extraction": {},
+    }
+    found = run(pictures(), dry_run=True, **more)
+    assert len(found["extractions"]) == 4
+    assert len(compared) == 1
+    assert len({estimate["space"]["precision"] for estimate in found["extractions"]}) == 1
 
 
 def test_a_store_is_compared_as_it_is(run, pictures, tmp_path, spies):
@@ -252,7 +307,8 @@ def test_control_and_other_source_stand_beside(run, pictures, trained, tmp_path)
     series = {(r["column"], r["head"], r["network"], r["tested_on"]) for r in found["results"]}
     assert len(series) == len(found["results"]) == 3 * 2 * 2 * 2
     assert found["test_dataset"] == "away"
-    assert found["counts"]["shifted"] == 10
+    assert found["counts"]["shifted"] == found["details_shifted"]["metrics"]["images"] == 10
+    assert found["details_shifted"]["column"] == found["recommended"]["column"]
     there = found["recommended"]["elsewhere"]
     kind = ("shifted", "pretrained", found["recommended"]["head"])
     same = [r for r in found["results"] if (r["tested_on"], r["network"], r["head"]) == kind]

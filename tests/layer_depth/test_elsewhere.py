@@ -109,7 +109,7 @@ def test_the_same_image_in_both_is_no_stranger(study):
 
 
 def test_each_image_is_asked_of_one_head_that_has_not_seen_its_twin_the_others_in_turns(study):
-    given = study([f"{row}.png" for row in range(0, 2 * COUNT)], folds=4, seeds=2)
+    given = study([f"{row}.png" for row in range(2 * COUNT)], folds=4, seeds=2)
     there = given.elsewhere
     testers = there.testers(given.folds)
     assert {given.folds[number].seed for number in testers} == {0}
