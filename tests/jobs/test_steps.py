@@ -1,0 +1,357 @@
+"""The steps of a night on a store of made-up features: what each does, and what it leaves alone."""
+
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from featurepipe.errors import BundleError, UsageError
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.interrupt import StopRequest
+from featurepipe.jobs import steps
+from featurepipe.jobs.job import CompactTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
+from featurepipe.jobs.night import Night
+from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.steps.tonight import new_images, snapshot_of
+from featurepipe.store import fingerprint
+
+STARTED = "2026-11-22T01:30:00+00:00"
+FIELDS = {"dtype": "float32", "net": "tiny", "precision": "fp32"}
+
+
+class Nights:
+    """Plays the part of run_job: nights one after the other, each with its snapshot, record and steps."""
+
+    def __init__(self, zoo: Any, folder: Path) -> None:
+        self.zoo, self.folder, self.store = zoo, folder, zoo.store
+
+    def job(self, **tables: Any) -> Job:
+        source = {"path": "images", **tables.pop("source", {})}
+        given = {"name": "nightly", "store": "store", "dataset": "zoo", "source": source, "features": [{}], **tables}
+        return Job.model_validate(given, context={"folder": self.folder})
+
+    def begin(self, rows: list[Any] | None = None, *, stop: StopRequest | None = None, **tables: Any) -> Night:
+        """A night that has extracted these rows, or nothing."""
+        before = next(reversed(self.store.snapshot_ids("zoo")), None)
+        run_id = self.store.new_run_id()
+        self.store.write_run(
+            {"run_id": run_id, "command": "run", "job": "nightly", "dataset": "zoo", "status": "failed"}
+        )
+        extracted = ()
+        if rows is not None:
+            self.zoo.write(rows)
+            extracted = ({**self.extraction(), "run_id": self.store.snapshot_ids("zoo")[-1]},)
+            self.store.write_run(extracted[0])
+        return Night(
+            job=self.job(**tables), dataset="zoo", store=self.store, run_id=run_id, before=before,
+            stop=stop or StopRequest(), say=lambda _: None, silent=True, extracted=extracted,
+            record={"run_id": run_id, "started": STARTED},
+        )  # fmt: skip
+
+    def extraction(self) -> dict[str, Any]:
+        (space,) = (space for space in self.store.spaces() if space.fingerprint == fingerprint(FIELDS))
+        return {
+            "command": "extract",
+            "dataset": "zoo",
+            "fingerprint": space.fingerprint,
+            "space": space.name,
+            "backbone": {"name": "tiny"},
+            "columns": ["a:gap", "b:gap"],
+        }
+
+    def end(self, night: Night, *entries: dict[str, Any], exit_code: int = 0) -> None:
+        """Writes the night's record, as run_job does."""
+        record = {"run_id": night.run_id, "command": "run", "job": night.job.name, "dataset": "zoo", "status": "done",
+                  "exit_code": exit_code, "ended": STARTED, "extractions": [run["run_id"] for run in night.extracted],
+                  "steps": list(entries)}  # fmt: skip
+        self.store.write_run(record)
+
+
+@pytest.fixture
+def nights(zoo, tmp_path):
+    return Nights(zoo, tmp_path)
+
+
+@pytest.fixture
+def rows(zoo):
+    return [*zoo.images("train", 20), *zoo.images("test", 8)]
+
+
+def entry(step, result, status="done"):
+    return {"step": step, "name": "", "status": status, "seconds": 0.1, "result": result}
+
+
+# train
+
+
+@pytest.fixture
+def learn(tmp_path):
+    return TrainTable(out=tmp_path / "bundle", nodes=("a:gap", "b:gap"), params={"C": 0.5})
+
+
+def test_train_says_why_it_trains_and_why_not(nights, rows, learn, tmp_path):
+    first = steps.train(nights.begin(rows), learn)
+    assert first["why"] == ["there is no bundle yet"]
+    assert first["text"].startswith("trained on 60 images of 3 classes; 0.")
+    assert first["params"] == {"C": 0.5}
+    assert not {"search", "classes", "test", "cost"} & first.keys()  # a run record stays small
+    written = (tmp_path / "bundle" / "bundle.json").read_bytes()
+    second = steps.train(nights.begin(rows), learn)
+    assert second["skipped"].startswith("the 60 images that it learns from")
+    assert (tmp_path / "bundle" / "bundle.json").read_bytes() == written
+    third = steps.train(nights.begin([replace(rows[0], label="dog"), *rows[1:]]), learn)
+    assert third["why"] == ["its images or their labels changed: 60 to learn from, 60 before"]
+    always = steps.train(nights.begin(rows), learn.model_copy(update={"when": "always"}))
+    assert "why" not in always
+    assert always["text"].startswith("trained on 60 images")
+
+
+def test_train_takes_the_tables_labels_then_the_sources(nights, rows, learn, tmp_path):
+    for name, label in (("source", "old"), ("own", "new")):
+        lines = [f"{row.id},{label}-{row.label}" for row in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["id,label", *lines]))
+    night = nights.begin(rows, source={"labels": "source.csv"})
+    steps.train(night, learn)
+    assert read_bundle(learn.out).classes == ("old-cat", "old-dog", "old-emu")
+    steps.train(night, learn.model_copy(update={"labels": tmp_path / "own.csv"}))
+    assert read_bundle(learn.out).classes == ("new-cat", "new-dog", "new-emu")
+
+
+def test_train_that_fails_or_has_no_time_leaves_the_bundle(nights, rows, learn, monkeypatch):
+    steps.train(nights.begin(rows), learn)
+    with pytest.raises(UsageError, match="all 20 training images are of class"):
+        steps.train(nights.begin(rows[:20]), learn)
+    monkeypatch.setattr("featurepipe.training.train.fit", lambda *_: time.sleep(5))
+    start = time.monotonic()
+    late = steps.train(nights.begin(rows[1:], stop=StopRequest.after(0.3)), learn)
+    assert time.monotonic() - start < 4
+    assert late["skipped"] == "no time was left: the older bundle stays, and the next night trains"
+    assert late["warnings"] == [late["skipped"]]
+    assert len(read_bundle(learn.out).seen) == 60
+
+
+def test_whole_numbers_of_components_stay_whole(nights, rows, learn):
+    found = steps.train(nights.begin(rows), learn.model_copy(update={"pca": 2.0}))
+    assert "trained on 60 images" in found["text"]
+    assert read_bundle(learn.out).head.steps[1][1].n_components == 2
+
+
+# predict
+
+
+@pytest.fixture
+def labels(nights, zoo, rows, tmp_path):
+    write_bundle(tmp_path / "bundle", zoo.bundle(rows[:60]))
+    return PredictTable(bundle=tmp_path / "bundle", to=str(tmp_path / "predictions" / "{job}-{date}.parquet"))
+
+
+def ids_in(file):
+    return pq.read_table(file)["id"].to_pylist()
+
+
+def date():
+    return datetime.fromisoformat(STARTED).astimezone().date().isoformat()
+
+
+def test_predict_labels_what_is_new_and_no_more(nights, zoo, rows, labels, tmp_path):
+    first = steps.predict(nights.begin(rows[:10]), labels)
+    assert first["file"] == str(tmp_path / "predictions" / f"nightly-{date()}.parquet")
+    assert ids_in(first["file"]) == [row.id for row in rows[:10]]
+    more = [
+        *rows[2:10],
+        replace(rows[0], content="dog-else"),
+        *rows[10:12],
+        zoo.image("bad", "cat-bad", None, is_usable=False),
+    ]
+    night = nights.begin(more)
+    second = steps.predict(night, labels)
+    assert second["file"] == str(
+        tmp_path / "predictions" / f"nightly-{date()}-2.parquet"
+    )  # on the same date: both stay
+    assert ids_in(second["file"]) == [row.id for row in more[8:]]
+    assert second["text"] == f"3 images labelled (1 more could not be used), in nightly-{date()}-2.parquet"
+    found, bundle = pq.read_table(second["file"]), read_bundle(labels.bundle)
+    expected = bundle.probabilities(zoo.features())[8:]
+    np.testing.assert_allclose(
+        np.stack([found[f"p({name})"].to_numpy() for name in bundle.classes], 1)[:3], expected, rtol=1e-5
+    )
+    assert found["reason"].to_pylist() == [None, None, None, "truncated: ends early"]
+    assert ids_in(first["file"]) == [row.id for row in rows[:10]]
+
+
+def test_predict_makes_up_for_a_night_on_which_it_failed(nights, rows, labels):
+    night = nights.begin(rows[:10])
+    nights.end(night, entry("predict", steps.predict(night, labels)))
+    nights.end(nights.begin(rows[:12]), {**entry("predict", {}), "status": "failed"}, exit_code=1)
+    night = nights.begin(rows[:15])
+    third = steps.predict(night, labels)
+    assert ids_in(third["file"]) == [row.id for row in rows[10:15]]
+    nights.end(night, entry("predict", third))
+    night = nights.begin(rows[:15])
+    fourth = steps.predict(night, labels)
+    assert fourth["skipped"] == "no new images"
+    nights.end(night, entry("predict", fourth, "skipped"))
+    assert ids_in(steps.predict(nights.begin(rows[:16]), labels)["file"]) == [rows[15].id]
+
+
+def test_predict_all_replaces_its_file(nights, rows, labels, tmp_path):
+    every = labels.model_copy(update={"images": "all", "to": str(tmp_path / "all.csv")})
+    for count in (10, 12):
+        found = steps.predict(nights.begin(rows[:count]), every)
+        assert found["counts"]["predicted"] == count
+        assert len((tmp_path / "all.csv").read_text().splitlines()) == count + 1
+    assert sorted(tmp_path.glob("all*")) == [tmp_path / "all.csv"]
+
+
+def test_predict_spares_what_it_is_made_from(nights, rows, labels, tmp_path):
+    (tmp_path / "images.csv").write_text("path\n")
+    night = nights.begin(rows, source={"path": "images.csv", "labels": "labels.csv"})
+    (tmp_path / "labels.csv").write_text("id,label\n")
+    for target in ("images.csv", "labels.csv", "store/runs/out.csv"):
+        with pytest.raises(UsageError, match="cannot write predictions to"):
+            steps.predict(night, labels.model_copy(update={"images": "all", "to": str(tmp_path / target)}))
+    assert (tmp_path / "images.csv").read_text() == "path\n"
+
+
+def test_predict_refuses_features_of_another_space(nights, zoo, rows, tmp_path, labels):
+    write_bundle(tmp_path / "other", zoo.bundle(rows[:60], fields={**FIELDS, "precision": "bf16"}))
+    with pytest.raises(BundleError, match=r"has none of that space(.|\n)*differs in precision"):
+        steps.predict(nights.begin(rows), labels.model_copy(update={"bundle": tmp_path / "other"}))
+
+
+def test_new_is_another_id_other_bytes_or_another_status(nights, zoo, rows):
+    cat, dog, emu = rows[0], rows[20], rows[40]
+    bad = zoo.image("bad", "cat-bad", None, is_usable=False)
+    nights.begin([cat, dog, emu, bad, replace(bad, id="worse")])
+    nights.begin([emu, replace(cat, label="dog", split=None), replace(dog, content="dog-else"), replace(cat, id="copy"),
+                  replace(bad, is_usable=True), replace(bad, id="worse")])  # fmt: skip
+    before, after = (nights.store.snapshot("zoo", run) for run in nights.store.snapshot_ids("zoo"))
+    assert new_images(after, before).tolist() == [False, False, True, True, True, False]
+    assert new_images(after, None).all()
+    assert new_images(after, before.slice(0, 0)).all()
+    assert not new_images(after, after).any()
+
+
+def test_each_space_has_its_own_snapshot_of_tonight(nights, rows):
+    night = nights.begin(rows)
+    one = night.extracted[0]
+    other = {
+        **one,
+        "run_id": "later",
+        "fingerprint": "f" * 64,
+        "space": "big-ffffffffffff",
+        "backbone": {"name": "big"},
+    }
+    night = replace(night, extracted=(one, other))
+    for name in ("tiny", one["space"], one["fingerprint"], one["fingerprint"][:6]):
+        assert snapshot_of(night, name) == one["run_id"]
+    assert snapshot_of(night, "big") == snapshot_of(night, None) == snapshot_of(night, "unheard of") == "later"
+    assert snapshot_of(replace(night, extracted=()), "tiny") == one["run_id"]
+
+
+# compact, keep
+
+
+def test_compact_merges_once_and_waits_for_nobody(nights, rows, zoo):
+    night = nights.begin(rows[:10])
+    night = nights.begin(rows)
+    with night.store.lock(shared=True):
+        busy = steps.compact(night, CompactTable())
+    assert busy["skipped"] == "another process works on the store: parts are merged the next night"
+    assert "cannot rewrite parts" in busy["warnings"][0]
+    done = steps.compact(night, CompactTable())
+    assert done["text"] == "2 parts into 1, 10 copies of rows dropped"
+    assert done["rows_dropped"] == 10
+    assert steps.compact(night, CompactTable())["skipped"] == "nothing to merge: 1 parts"
+
+
+def run_ids(store):
+    return [run["run_id"] for run in store.runs()]
+
+
+def test_keep_lets_old_nights_go_with_what_only_they_needed(nights, rows, zoo):
+    past = []
+    for number in range(5):
+        past.append(nights.begin(rows[number : number + 10]))
+        nights.end(past[-1])
+    zoo.write(rows[:3], "other")
+    night = nights.begin(rows[5:15])
+    found = steps.keep(night, KeepTable(snapshots=2, runs=3))
+    assert found["text"].startswith("removed 4 snapshots, 6 run records, 4 rows of features: ")  # four nights stored it
+    assert nights.store.snapshot_ids("zoo") == [night.before, night.extracted[0]["run_id"]]
+    assert nights.store.snapshot_ids("other")
+    kept = [*past[3:], night]
+    expected = [run_id for each in kept for run_id in (each.run_id, each.extracted[0]["run_id"])]
+    assert run_ids(nights.store) == expected
+    assert len(nights.store.features("zoo", node="a", snapshot=night.before)) == 10
+    assert steps.keep(night, KeepTable(snapshots=2, runs=3))["skipped"] == "nothing to remove"
+    assert steps.keep(night, KeepTable(snapshots=None, runs=None))["skipped"] == "nothing to remove"
+
+
+def test_keep_spares_the_record_of_a_snapshot_and_of_the_last_success(nights, rows):
+    past = []
+    for number in range(6):
+        past.append(nights.begin(rows[number : number + 10]))
+        nights.end(past[-1], exit_code=0 if number == 1 else 1)
+    night = nights.begin(rows[5:15])
+    steps.keep(night, KeepTable(snapshots=4, runs=1))
+    with_snapshots = [each.extracted[0]["run_id"] for each in [*past[3:], night]]
+    assert run_ids(nights.store) == sorted([past[1].run_id, *with_snapshots, night.run_id])
+
+
+def test_keep_leaves_the_records_of_others_and_takes_those_of_killed_nights(nights, rows, zoo):
+    killed = nights.begin(rows[:10])
+    (nights.store.path / "runs" / f"{killed.run_id}.json").unlink()  # it never came to write one
+    zoo.write(rows[:10])
+    weekly = {"command": "run", "job": "weekly", "dataset": "zoo", "exit_code": 0}
+    other = nights.store.new_run_id()
+    nights.store.write_run({**weekly, "run_id": other, "extractions": [nights.store.snapshot_ids("zoo")[-1]]})
+    nights.store.write_run({**nights.extraction(), "run_id": nights.store.snapshot_ids("zoo")[-1]})
+    elsewhere = nights.store.new_run_id()
+    nights.store.write_run({"run_id": elsewhere, "command": "extract", "dataset": "other"})
+    unlisted = nights.store.new_run_id()  # the source could not be listed, so nobody knew the dataset
+    nights.store.write_run({**weekly, "run_id": unlisted, "job": "nightly", "dataset": "", "exit_code": 1})
+    for _ in range(3):
+        night = nights.begin(rows[:10])
+        nights.end(night, exit_code=1)
+    theirs = nights.store.snapshot_ids("zoo")[1]
+    steps.keep(night, KeepTable(snapshots=1, runs=1))
+    assert run_ids(nights.store) == sorted([other, theirs, elsewhere, night.run_id, night.extracted[0]["run_id"]])
+
+
+@pytest.mark.parametrize(("reference", "stays"), [("first", 0), ("previous", None), ("ID", 1)])
+def test_keep_leaves_what_drift_is_measured_against(nights, rows, reference, stays):
+    for _ in range(4):
+        nights.end(nights.begin(rows[:10]))
+    ids = nights.store.snapshot_ids("zoo")
+    night = nights.begin(rows[:10], drift={"reference": ids[1] if reference == "ID" else reference})
+    steps.keep(night, KeepTable(snapshots=1, runs=1))
+    expected = [] if stays is None else [ids[stays]]
+    assert nights.store.snapshot_ids("zoo") == [*expected, night.extracted[0]["run_id"]]
+
+
+def test_a_job_of_two_spaces_keeps_twice_as_many_snapshots(nights, rows):
+    for _ in range(5):
+        nights.end(nights.begin(rows[:10]))
+    night = nights.begin(rows[:10], features=[{"backbone": "a"}, {"backbone": "b"}])
+    assert steps.keep(night, KeepTable(snapshots=2))["snapshots_removed"] == 2
+
+
+# time
+
+
+def test_work_ends_with_the_time_and_not_before():
+    assert within_time(None, lambda: {"done": 1}, "x") == {"done": 1}
+    assert within_time(time.monotonic() + 60, lambda: {"done": 1}, "x") == {"done": 1}
+    start = time.monotonic()
+    late = within_time(start + 0.2, lambda: {"slept": time.sleep(5)}, "tomorrow then")
+    assert 0.1 < time.monotonic() - start < 3
+    assert late == {"skipped": "no time was left: tomorrow then", "warnings": ["no time was left: tomorrow then"]}
+    assert "skipped" in within_time(start - 5, lambda: {"slept": time.sleep(5)}, "x")
+    time.sleep(0.05)  # no alarm is left behind
+    assert DriftTable().reference == "previous"
