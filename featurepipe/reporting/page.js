@@ -97,14 +97,21 @@
     if (tapped !== null) pass_on("pointermove", tapped, event);
   });
 
+  // On paper everything is unfolded, and plots, which keep the size that they had on the screen, shrink to fit.
   const folded = new Set();
+  const PAPER = 690; // CSS pixels between the margins of A4 and Letter
   addEventListener("beforeprint", () => {
+    for (const plot of document.querySelectorAll(".plot")) {
+      plot.style.zoom = "";
+      plot.style.zoom = Math.min(1, PAPER / plot.offsetWidth);
+    }
     for (const details of document.querySelectorAll("details:not([open])")) {
       folded.add(details);
       details.open = true;
     }
   });
   addEventListener("afterprint", () => {
+    for (const plot of document.querySelectorAll(".plot")) plot.style.zoom = "";
     for (const details of folded) details.open = false;
     folded.clear();
   });
