@@ -75,11 +75,19 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One Bokeh plot of an exhibit, with the words under which it is chosen."""
+    """One Bokeh plot of an exhibit, with the words under which it is chosen.
+
+    Attributes:
+        title: What it shows, in a word or two.
+        plot: The Bokeh figure.
+        shape: How wide it may be: ``wide``, ``square``, or ``strip``, several of which fit side by side.
+        spoken: Its points in words, for screen readers; by default the exhibit's summary.
+    """
 
     title: str
     plot: Any
     shape: str = "wide"
+    spoken: str = ""
 
 
 @dataclass(frozen=True)

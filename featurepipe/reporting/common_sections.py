@@ -28,9 +28,14 @@ _MEASURES = {
 
 def details(metrics: Document, column: str, head: str, paint: Paint) -> Section | None:
     """What kinds of errors a head makes: its measures, the confusion matrix, the classes."""
-    blocks: list[Block | None] = [_measures(metrics), confusion_map(metrics, paint), _classes(metrics)]
-    kept = [block for block in blocks if block]
+    kept = errors(metrics, paint)
     return Section("details", f"{head} on {column} in detail" if head else "In detail", kept) if kept else None
+
+
+def errors(metrics: Document, paint: Paint) -> list[Block]:
+    """The confusion matrix, then the measures and the classes, which may stand side by side."""
+    blocks: list[Block | None] = [confusion_map(metrics, paint), _measures(metrics), _classes(metrics)]
+    return [block for block in blocks if block]
 
 
 def map_of_images(
@@ -44,15 +49,19 @@ def map_of_images(
 
 def mistakes(metrics: Document, images: Mapping[str, str]) -> Section | None:
     """The images that were named wrongly with the greatest confidence."""
+    blocks = worst(metrics, images)
+    return Section("mistakes", "Most confident mistakes", blocks) if blocks else None
+
+
+def worst(metrics: Document, images: Mapping[str, str]) -> list[Block]:
+    """Those images, and how many of how many they are."""
     found = metrics.get("mistakes") or {}
-    worst = found.get("most_confident") or []
-    if not worst:
-        return None
+    shown = found.get("most_confident") or []
     total = found.get("count")
-    words = f"The {len(worst)} most confident of {count(total)} mistakes." if finite(total) else ""
+    words = f"The {len(shown)} most confident of {count(total)} mistakes." if finite(total) else ""
     words += " Some may be errors of the labels rather than of the head."
-    gallery = Gallery(tuple(_picture(mistake, images) for mistake in worst))
-    return Section("mistakes", "Most confident mistakes", [Prose((words.strip(),)), gallery])
+    gallery = Gallery(tuple(_picture(mistake, images) for mistake in shown))
+    return [Prose((words.strip(),)), gallery] if shown else []
 
 
 def provenance(document: Document, facts: Document) -> Section | None:
@@ -94,13 +103,13 @@ def _plain_bounds(found: Document) -> str:
 
 def _classes(metrics: Document) -> Table | None:
     found: Sequence[Document] = metrics.get("per_class") or []
-    shares = ("precision", "recall", "f1", "auc")
+    shares = ("recall", "precision", "f1", "auc")
     rows = tuple(
         (
             Cell(str(row["class"])),
-            Cell(count(row.get("support")), finite(row.get("support"))),
             *(Cell(percent(row.get(name)), finite(row.get(name))) for name in shares),
+            Cell(count(row.get("support")), finite(row.get("support"))),
         )
         for row in found
     )
-    return Table("Each class", ("Class", "Images", "Precision", "Recall", "F1", "AUC"), rows) if rows else None
+    return Table("Each class", ("Class", "Recall", "Precision", "F1", "AUC", "Images"), rows) if rows else None

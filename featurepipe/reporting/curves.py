@@ -17,7 +17,11 @@ Results = Sequence[Mapping[str, Any]]
 
 _NETWORKS = {"pretrained": "", "random": ", random weights"}
 _PANELS = {"source": "Same data", "shifted": "Shifted data"}
+_RING = Style(INK, "circle", None, filled=False)
 _APART = 0.07  # between the heads' points of one node, whose intervals would cover one another
+
+LINES = (("head", "head"), ("accuracy", "accuracy"), ("95\u00a0% interval", "interval"), ("measured", "cells"))
+"""What every tooltip of a measured accuracy says, and the column of the data that has it."""
 
 
 def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
@@ -39,12 +43,13 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
         for (head, net), ids in drawn.items()
         if ids
     ]
-    ring = _ring(document, panels, paint, columns, results, heads)
+    best = recommended(document, results)
+    ring = [] if best is None else [draw_ring(panels[0].plot, paint, best, _places(columns, heads, best["head"]))]
     return Exhibit(
         "Accuracy over depth",
         _summary(columns, results, heads),
         tuple(panels),
-        (*keys, *ring),
+        (*keys, *ring_key(ring)),
         _table(columns, results),
         note="Nodes in the order in which the network computes them. Bars are 95\u00a0% intervals.",
     )
@@ -84,20 +89,26 @@ def _panel(
     for (head, network), ids in drawn.items():
         own = [row for row in rows if row["head"] == head and row["network"] == network]
         if own:
-            source = _source(columns, own, _APART * (heads.index(head) - (len(heads) - 1) / 2))
+            source = series_source(own, _places(columns, heads, head))
             renderers, points = draw_series(plot, paint, source, head_style(heads, head, network))
             ids.extend(renderer.id for renderer in renderers)
             markers.append(points)
-    lines = [("head", "head"), ("accuracy", "accuracy"), ("95\u00a0% interval", "interval"), ("measured", "cells")]
-    hover(plot, markers, [*lines, ("on its training images", "train"), ("parameters", "params")], title="name")
+    hover(plot, markers, [*LINES, ("on its training images", "train"), ("parameters", "params")], title="name")
     return plot
 
 
-def _source(columns: Sequence[str], rows: Results, shift: float) -> ColumnDataSource:
-    ordered = sorted(rows, key=lambda row: columns.index(row["column"]))
+def _places(columns: Sequence[str], heads: Sequence[str], head: str) -> dict[str, float]:
+    """Where a head's points are: side by side with those of the other heads."""
+    shift = _APART * (heads.index(head) - (len(heads) - 1) / 2)
+    return {column: place + shift for place, column in enumerate(columns)}
+
+
+def series_source(rows: Results, places: Mapping[str, float]) -> ColumnDataSource:
+    """A head's accuracies with their intervals, and what their tooltips say, at the place of each column."""
+    ordered = sorted(rows, key=lambda row: places[row["column"]])
     return ColumnDataSource(
         {
-            "x": [columns.index(row["column"]) + shift for row in ordered],
+            "x": [places[row["column"]] for row in ordered],
             "y": [finite(row["accuracy"]) for row in ordered],
             "low": [_or(row.get("low"), row["accuracy"]) for row in ordered],
             "high": [_or(row.get("high"), row["accuracy"]) for row in ordered],
@@ -126,27 +137,21 @@ def _chosen(params: Any) -> str:
     return " or ".join(filter(None, dict.fromkeys(words))) or "its defaults"
 
 
-def _ring(
-    document: Mapping[str, Any],
-    panels: Sequence[Panel],
-    paint: Paint,
-    columns: Sequence[str],
-    results: Results,
-    heads: Sequence[str],
-) -> list[Key]:
-    """A ring around the recommended point."""
+def recommended(document: Mapping[str, Any], results: Results) -> Mapping[str, Any] | None:
+    """The result of the recommended column and head."""
     best = document.get("recommended") or {}
-    rows = [
-        row
-        for row in results
-        if is_main(row) and (row["column"], row["head"]) == (best.get("column"), best.get("head"))
-    ]
-    if not rows:
-        return []
-    shift = _APART * (heads.index(rows[0]["head"]) - (len(heads) - 1) / 2)
-    style = Style(INK, "circle", None, filled=False)
-    ring = draw_points(panels[0].plot, paint, _source(columns, rows[:1], shift), style, size=22)
-    return [Key("recommended", style, (ring.id,))]
+    wanted = (best.get("column"), best.get("head"))
+    return next((row for row in results if is_main(row) and (row["column"], row["head"]) == wanted), None)
+
+
+def draw_ring(plot: Any, paint: Paint, row: Mapping[str, Any], places: Mapping[str, float]) -> Any:
+    """Draws a ring around a point."""
+    return draw_points(plot, paint, series_source([row], places), _RING, size=22)
+
+
+def ring_key(rings: Sequence[Any]) -> list[Key]:
+    """Says what the rings mean, where there are any."""
+    return [Key("recommended", _RING, tuple(ring.id for ring in rings))] if rings else []
 
 
 def _summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:

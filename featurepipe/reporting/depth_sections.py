@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.reporting.blocks import Block, Figures, Prose, Section, Table
+from featurepipe.reporting.blocks import Block, Figures, Prose, Section
+from featurepipe.reporting.common_sections import errors, worst
+from featurepipe.reporting.cost_curves import cost_curves
 from featurepipe.reporting.curves import depth_curves
 from featurepipe.reporting.matrices import similarity_map
-from featurepipe.reporting.numbers import (
-    Cell,
-    amount,
-    bounded,
-    count,
-    finite,
-    interval,
-    milliseconds,
-    percent,
-    plain,
-    points,
-    points_interval,
-)
+from featurepipe.reporting.node_tables import elsewhere_table, joined_table, node_table
+from featurepipe.reporting.numbers import amount, count, finite, interval, milliseconds, percent
 from featurepipe.reporting.palette import Paint
+from featurepipe.reporting.report import metrics_elsewhere
 from featurepipe.reporting.scores import score_scatter
 
 Document = Mapping[str, Any]
@@ -37,14 +29,26 @@ def depth_sections(document: Document, paint: Paint) -> list[Section]:
     """What the document has, in the order in which one reads it."""
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
         ("answer", "Answer", _answer(document)),
-        ("curves", "Accuracy over depth", (depth_curves(document, paint),)),
+        ("curves", "Accuracy over depth", (depth_curves(document, paint), cost_curves(document, paint))),
         ("nodes", "All nodes", (node_table(document),)),
-        ("joined", "Nodes side by side", (_concatenations(document),)),
+        ("joined", "Nodes side by side", (joined_table(document),)),
         ("similarity", "Similarity of nodes", (similarity_map(document, paint),)),
         ("scores", "Transferability without fitting", (score_scatter(document, paint),)),
     ]
     sections = [Section(anchor, title, [block for block in blocks if block]) for anchor, title, blocks in parts]
     return [section for section in sections if section.blocks]
+
+
+def elsewhere_section(document: Document, images: Mapping[str, str], paint: Paint) -> Section | None:
+    """How the nodes do on the other source, and what the recommended one takes for what there, where that is known."""
+    table = elsewhere_table(document)
+    metrics = metrics_elsewhere(document)
+    if table is None and not metrics:
+        return None
+    sentence = _elsewhere((document.get("recommended") or {}).get("elsewhere"))
+    blocks: list[Block | None] = [Prose((sentence,)) if sentence else None, table, *errors(metrics, paint)]
+    title = f"On {document.get('test_dataset') or 'the other source'}"
+    return Section("elsewhere", title, [block for block in (*blocks, *worst(metrics, images)) if block])
 
 
 def _answer(document: Document) -> list[Block]:
@@ -114,107 +118,3 @@ def _asked(document: Document) -> str:
         "the same network with random weights as control" if document.get("control") else "",
     ]
     return f"Compared: {'; '.join(filter(None, parts))}."
-
-
-def node_table(document: Document) -> Table | None:
-    """One row for each node: what it costs, and how each head does on it."""
-    columns = document.get("columns") or []
-    if not columns:
-        return None
-    results = {
-        (row["column"], row["head"], row["network"], row.get("tested_on", "source")): row
-        for row in document.get("results") or []
-    }
-    heads = list(dict.fromkeys(head for _, head, _, _ in results))
-    kinds = [kind for kind in _KINDS if any(key[2:] == kind for key in results)]
-    scores = (document.get("transferability") or {}).get("scores") or {}
-    method = str((document.get("transferability") or {}).get("method") or "score")
-    differences = {(row["head"], row["a"]): row for row in document.get("differences") or []}
-    names = [column["column"] for column in columns]
-    recommended = (document.get("recommended") or {}).get("column")
-    header, groups = _header(heads, kinds, method if scores else "", with_differences=bool(differences))
-    rows = []
-    for place, column in enumerate(columns):
-        name = column["column"]
-        row = [*_cost(column, place), *([Cell(plain(scores.get(name)), finite(scores.get(name)))] if scores else [])]
-        for head in heads:
-            row += [_measured(results.get((name, head, *kind))) for kind in kinds]
-            row += [_difference(differences.get((head, name)))] if differences else []
-        rows.append(tuple(row))
-    marked = names.index(recommended) if recommended in names else None
-    return Table(_CAPTION, header, tuple(rows), groups, marked)
-
-
-_CAPTION = (
-    "Nodes in the order in which the network computes them, with 95\u00a0% intervals; differences are to the head's most "
-    "accurate node, in percentage points, on the same folds"
-)
-_KINDS = {
-    ("pretrained", "source"): "accuracy",
-    ("random", "source"): "random weights",
-    ("pretrained", "shifted"): "shifted data",
-    ("random", "shifted"): "shifted, random weights",
-}
-
-
-def _header(
-    heads: Sequence[str], kinds: Sequence[tuple[str, str]], method: str, *, with_differences: bool
-) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
-    own = [_KINDS[kind] for kind in kinds] + (["difference to best"] if with_differences else [])
-    costs = ["Node", "width", "bytes", "ms per image", "share of cost", *([method] if method else [])]
-    header = (*costs, *(name for _ in heads for name in own))
-    return header, (
-        ("", 1),
-        ("Cost" if not method else "Cost and score", len(costs) - 1),
-        *((head, len(own)) for head in heads),
-    )
-
-
-def _cost(column: Document, place: int) -> list[Cell]:
-    return [
-        Cell(str(column["column"]), place),
-        Cell(count(column.get("width")), finite(column.get("width"))),
-        Cell(amount(column.get("bytes_per_image")), finite(column.get("bytes_per_image"))),
-        Cell(milliseconds(column.get("ms_per_image")), finite(column.get("ms_per_image"))),
-        Cell(percent(column.get("cost"), 0), finite(column.get("cost"))),
-    ]
-
-
-def _measured(row: Document | None) -> Cell:
-    return bounded(*(row.get(name) for name in ("accuracy", "low", "high"))) if row else Cell(percent(None))
-
-
-def _difference(row: Document | None) -> Cell:
-    if not row:
-        return Cell(points(None))
-    return Cell(
-        points(row.get("difference")), finite(row.get("difference")), points_interval(row.get("low"), row.get("high"))
-    )
-
-
-def _concatenations(document: Document) -> Table | None:
-    found = document.get("concatenations") or []
-    rows = tuple(
-        (
-            Cell(" + ".join(map(str, row["columns"]))),
-            Cell(str(row["head"])),
-            bounded(row.get("accuracy"), row.get("low"), row.get("high")),
-            Cell(str(row.get("against", ""))),
-            Cell(
-                points(row.get("difference")),
-                finite(row.get("difference")),
-                points_interval(row.get("low_difference"), row.get("high_difference")),
-            ),
-            Cell(_verdict(row)),
-        )
-        for row in found
-    )
-    header = ("Nodes", "Head", "Accuracy", "Against", "Difference (points)", "Does it help?")
-    return Table("Features of several nodes joined, against the best of one", header, rows) if rows else None
-
-
-def _verdict(row: Document) -> str:
-    low, high = finite(row.get("low_difference")), finite(row.get("high_difference"))
-    if low is None or high is None:
-        return points(None)
-    return "yes" if low > 0 else "no, it harms" if high < 0 else "no difference shown"

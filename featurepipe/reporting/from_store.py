@@ -12,10 +12,10 @@ import numpy as np
 from featurepipe.errors import FeaturepipeError, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
+from featurepipe.layer_depth.mapped import mapped
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
-from featurepipe.reporting.projection import POINTS as MAPPED
-from featurepipe.reporting.report import Features, check_target, write_report
+from featurepipe.reporting.report import Features, check_target, metrics_elsewhere, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
@@ -69,7 +69,8 @@ def report(
         shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
     read = _pictures(kept, name, snapshot, source, say)
-    return write_report(shown, target, images=read, features=features, silent=silent)
+    there = _pictures_elsewhere(kept, shown, say)
+    return write_report(shown, target, images=read, elsewhere=there, features=features, silent=silent)
 
 
 def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
@@ -105,7 +106,7 @@ def _mapped(
         return _features(view.with_labels(labels))
     if document.get("labels"):
         say(f"compared with the labels of {document['labels']}: the map shows no classes; give them with --labels")
-        return (*_features(view)[:2], None)
+        return _features(view)._replace(labels=None)
     return _features(view)
 
 
@@ -139,9 +140,19 @@ def _bundle(
 
 
 def _features(view: FeatureSet) -> Features:
-    """As many rows as the map shows, drawn at random."""
-    some = view.take(np.sort(np.random.default_rng(0).permutation(len(view))[:MAPPED]))
-    return list(some.ids), some.read(np.float32), list(some.labels)
+    """As many rows as the map shows."""
+    some = mapped(view)
+    return Features(list(some.ids), some.read(np.float32), list(some.labels), len(view))
+
+
+def _pictures_elsewhere(
+    store: FeatureStore, document: Mapping[str, Any], say: Callable[[str], None]
+) -> ReadImage | None:
+    """Reads images of the other source that a comparison was tested on, where the page shows some."""
+    name = document.get("test_dataset")
+    if not name or not metrics_elsewhere(document) or not store.snapshot_ids(name):
+        return None
+    return _pictures(store, str(name), store.snapshot_ids(name)[-1], None, say)
 
 
 def _pictures(

@@ -18,7 +18,7 @@ from featurepipe.reporting import template_text
 from featurepipe.reporting.blocks import Exhibit, Section
 from featurepipe.reporting.bundle_sections import bundle_column, bundle_sections, bundle_title
 from featurepipe.reporting.common_sections import details, map_of_images, mistakes, provenance
-from featurepipe.reporting.depth_sections import depth_sections, depth_title
+from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.projection import Projection
 
@@ -28,7 +28,14 @@ Images = Mapping[str, str]
 _PACKAGE = "featurepipe.reporting"
 
 
-def compose(document: Document, metrics: Document, projection: Projection | None, small: Images, large: Images) -> str:
+def compose(
+    document: Document,
+    metrics: Document,
+    projection: Projection | None,
+    small: Images,
+    large: Images,
+    elsewhere: Images,
+) -> str:
     """The page as HTML.
 
     Args:
@@ -37,6 +44,7 @@ def compose(document: Document, metrics: Document, projection: Projection | None
         projection: Where the images of the map are.
         small: Thumbnails for the map, data URIs by id.
         large: Thumbnails of the mistakes.
+        elsewhere: Thumbnails of the mistakes on the other source.
     """
     paint = Paint()
     depth = document["kind"] == "depth"
@@ -48,6 +56,7 @@ def compose(document: Document, metrics: Document, projection: Projection | None
         details(metrics, column, head, paint),
         map_of_images(projection, small, column, paint),
         mistakes(metrics, large),
+        elsewhere_section(document, elsewhere, paint) if depth else None,
         provenance(document, _depth_facts(document) if depth else _bundle_facts(document)),
     ]
     title = depth_title(document) if depth else bundle_title(document)
@@ -123,7 +132,7 @@ def _depth_facts(document: Document) -> dict[str, Any]:
             for name in ("dataset", "test_dataset", "images", "counts", "classes")
             if name in document
         },
-        "Network": {name: document[name] for name in ("backbone", "space", "control") if name in document},
+        "Network": {name: document[name] for name in ("backbone", "space", "control", "timing") if name in document},
     }
 
 

@@ -54,7 +54,14 @@ class Projection:
         return Projection(tuple(found["ids"]), tuple(found["labels"]), found["total"], places, found["kept"])
 
 
-def project(ids: Sequence[str], features: npt.ArrayLike, labels: Sequence[Any] | None, *, seed: int = 0) -> Projection:
+def project(
+    ids: Sequence[str],
+    features: npt.ArrayLike,
+    labels: Sequence[Any] | None,
+    *,
+    total: int | None = None,
+    seed: int = 0,
+) -> Projection:
     """Places a random sample of images by their features: principal components, and t-SNE of the first 50 of them.
 
     Features are centred, not scaled. t-SNE (van der Maaten and Hinton, 2008; Barnes-Hut, 2014) starts from the principal
@@ -64,6 +71,7 @@ def project(ids: Sequence[str], features: npt.ArrayLike, labels: Sequence[Any] |
         ids: (n,).
         features: (n, D), finite.
         labels: (n,), or None.
+        total: How many images these were drawn from, if they are a sample already.
         seed: Of the sample and of t-SNE.
     """
     values = np.asarray(features)
@@ -76,7 +84,7 @@ def project(ids: Sequence[str], features: npt.ArrayLike, labels: Sequence[Any] |
     return Projection(
         tuple(str(ids[k]) for k in chosen),
         tuple("" if labels is None or labels[k] is None else str(labels[k]) for k in chosen),
-        len(values),
+        len(values) if total is None else total,
         places,
         kept,
     )

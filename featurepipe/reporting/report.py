@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featurepipe.errors import UsageError
 from featurepipe.progress import announcer
@@ -21,7 +21,21 @@ _MAP_CHARACTERS = (
 )
 _MISTAKE_SIDE = 112
 
-Features = tuple[Sequence[str], Any, Sequence[Any] | None]
+
+class Features(NamedTuple):
+    """What a map is drawn from.
+
+    Attributes:
+        ids: (n,).
+        values: (n, D) float32.
+        labels: (n,), or None.
+        total: How many images these were drawn from, if they are a sample already.
+    """
+
+    ids: Sequence[str]
+    values: Any
+    labels: Sequence[Any] | None
+    total: int | None = None
 
 
 def write_report(
@@ -29,6 +43,7 @@ def write_report(
     target: str | os.PathLike[str],
     *,
     images: ReadImage | None = None,
+    elsewhere: ReadImage | None = None,
     features: Features | None = None,
     silent: bool = False,
 ) -> Path:
@@ -42,8 +57,9 @@ def write_report(
         target: The file; one that is there is replaced once the new one is complete.
         images: Gives the image of an id as encoded bytes, array (H, W), (H, W, C) or (C, H, W), or PIL image; None
             where it is not at hand. Without it the page has no pictures.
-        features: Ids (n,), features (n, D) float32 of the recommended column and labels (n,) for the map, where the document
-            has none (``map``). At most 2,000 images, drawn at random, are placed.
+        elsewhere: The same for the images of the other source that a comparison was tested on.
+        features: Of the recommended column, for the map, where the document has none (``map``). At most 2,000 images,
+            drawn at random, are placed.
         silent: Say nothing on standard error.
 
     Returns:
@@ -54,21 +70,22 @@ def write_report(
         DiskFull: No space is left; a file that was there is as before.
     """
     from featurepipe.reporting.page import compose
-    from featurepipe.reporting.projection import Projection, project
+    from featurepipe.reporting.projection import POINTS, Projection, project
 
     path = Path(target)
     _check(document)
     check_target(path)
     say = announcer(silent=silent)
     projection = Projection.from_dict(document["map"]) if document.get("map") else None
-    if projection is None and features is not None and len(features[0]):
-        say(f"placing {min(len(features[0]), 2000):,} of {len(features[0]):,} images on a map")
-        projection = project(*features)
+    if projection is None and features is not None and len(features.ids):
+        total = features.total or len(features.ids)
+        say(f"placing {min(len(features.ids), POINTS):,} of {total:,} images on a map")
+        projection = project(features.ids, features.values, features.labels, total=total)
     metrics = metrics_of(document)
-    wrong = [str(m.get("id")) for m in (metrics.get("mistakes") or {}).get("most_confident") or []]
-    large = thumbnails(wrong, images, side=_MISTAKE_SIDE)
+    large = thumbnails(_mistaken(metrics), images, side=_MISTAKE_SIDE)
+    there = thumbnails(_mistaken(metrics_elsewhere(document)), elsewhere, side=_MISTAKE_SIDE)
     small = bounded_thumbnails(list(projection.ids), images, most=_MAP_CHARACTERS) if projection else {}
-    html = compose(document, metrics, projection, small, large).encode("utf-8", "replace")
+    html = compose(document, metrics, projection, small, large, there).encode("utf-8", "replace")
     with atomic_file(path) as file:
         file.write(html)
     say(f"wrote {path} ({size(len(html))})")
@@ -80,6 +97,17 @@ def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
     found: Mapping[str, Any] = (part or {}).get("metrics") or {}
     return found
+
+
+def metrics_elsewhere(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same of the recommended column on the other source; empty where the document has none."""
+    found: Mapping[str, Any] = (document.get("details_shifted") or {}).get("metrics") or {}
+    return found
+
+
+def _mistaken(metrics: Mapping[str, Any]) -> list[str]:
+    """Ids of the mistakes to show."""
+    return [str(mistake.get("id")) for mistake in (metrics.get("mistakes") or {}).get("most_confident") or []]
 
 
 def check_target(target: str | os.PathLike[str]) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featurepipe.reporting.report import Features
+
 NODES = ("blocks.2", "blocks.4", "blocks.7", "blocks.10", "blocks.14", "blocks.15", "bottleneck")
 POOLINGS = ("avg6x6", "avg6x6", "avg6x6", "avg5x5", "avg5x5", "avg5x5", "gap")
 WIDTHS = (8064, 8640, 8640, 2800, 4800, 8000, 1280)
@@ -276,10 +278,10 @@ def read_image() -> Callable[[str], bytes]:
 
 
 @pytest.fixture(scope="session")
-def features() -> tuple[list[str], np.ndarray, list[str]]:
+def features() -> Features:
     """Six hundred images in ten groups."""
     rng = np.random.default_rng(2)
     classes = rng.integers(0, len(CLASSES), IMAGES)
     centres = rng.normal(0, 4, (len(CLASSES), 32))
     values = (centres[classes] + rng.normal(0, 1, (IMAGES, 32))).astype(np.float32)
-    return [f"test/{k}" for k in range(IMAGES)], values, [CLASSES[k] for k in classes]
+    return Features([f"test/{k}" for k in range(IMAGES)], values, [CLASSES[k] for k in classes])

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from featurepipe.reporting.report import write_report
+from featurepipe.reporting.report import Features, write_report
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
@@ -187,17 +187,22 @@ def browser(tmp_path_factory):
     tab.close()
 
 
+COLUMNS = ("blocks.", "bottleneck:gap")
+
+
 @pytest.fixture(scope="module")
 def page(new_document, features, read_image, tmp_path_factory):
     """A page with names that are hard on browsers."""
     document, folder = new_document(), tmp_path_factory.mktemp("page")
-    ids, values, labels = features
+    ids, values, labels, _ = features
     document["details"]["metrics"]["mistakes"]["most_confident"][0]["id"] = NAMES[0]
     names = dict(zip(("Shirt", "Bag", "Coat"), NAMES, strict=True))
     labels = [names.get(label, label) for label in labels]
     classes = document["details"]["metrics"]["confusion"]["classes"]
     classes[:] = [names.get(name, name) for name in classes]
-    return write_report(document, folder / "page.html", images=read_image, features=(ids, values, labels), silent=True)
+    return write_report(
+        document, folder / "page.html", images=read_image, features=Features(ids, values, labels), silent=True
+    )
 
 
 def find_tip(browser: Browser, selector: str, act) -> dict[str, Any]:
@@ -223,7 +228,7 @@ def find_tip(browser: Browser, selector: str, act) -> dict[str, Any]:
 
 def test_nothing_fails_and_nothing_is_fetched(browser, page):
     browser.open(page)
-    assert browser.run("Bokeh.documents[0].roots().length") == 7
+    assert browser.run("Bokeh.documents[0].roots().length") == 9
     for plot in ("#curves .plot", "#similarity .plot", "#scores .plot", "#details .plot", MAP):
         assert browser.colours(plot) > 20, plot  # drawn, not blank
     find_tip(browser, MAP, browser.move)
@@ -265,6 +270,37 @@ def test_a_finger_sees_the_image_as_well(browser, page):
         assert tip["right"] <= 360, plot
 
 
+def test_a_score_says_which_node_it_is_of(browser, page):
+    browser.open(page)
+    tip = find_tip(browser, "#scores .plot", browser.move)
+    assert tip["text"].startswith(tuple(COLUMNS))
+    assert re.search(r"LogME 0\.\d{3}", tip["text"])
+
+
+def test_accuracy_is_shown_over_cost_too(browser, page):
+    browser.open(page)
+    browser.run("document.querySelectorAll('#curves .choice button')[1].click()")
+    tip = find_tip(browser, "#curves .chosen .panel:not(.tucked) .plot", browser.move)
+    assert tip["text"].startswith(tuple(COLUMNS))
+    assert re.search(r"milliseconds per image \d+\.\d+ ms", tip["text"])
+
+
+def test_a_phone_shows_accuracy_beside_each_node_and_a_desk_all_of_it(browser, page):
+    browser.open(page, width=390, height=844, touch=True)
+    browser.box("#nodes table")
+    cells = "[...document.querySelectorAll('#nodes tbody tr')].map((row) => row.cells[1].getBoundingClientRect().right)"
+    assert max(browser.run(cells)) <= 390
+    browser.open(page, width=1440)
+    assert browser.run("document.querySelector('main').getBoundingClientRect().width") > 1300
+    words, plot = browser.box("#similarity figcaption"), browser.box("#similarity .plot")
+    assert words[0] + words[2] < plot[0]  # words beside the plot
+    tables = browser.run(
+        "[...document.querySelectorAll('#details > .scroll')].map((t) => t.getBoundingClientRect().top)"
+    )
+    assert len(tables) == 2
+    assert tables[0] == tables[1]  # side by side
+
+
 def test_names_stay_text_in_tooltips_and_legends(browser, page):
     browser.open(page)
     browser.run(DEEP + "0")
@@ -304,7 +340,7 @@ def test_the_projections_are_chosen_by_a_button(browser, page):
     browser.open(page)
     seen = "[...document.querySelectorAll('#map .panel')].map((p) => getComputedStyle(p).visibility)"
     assert browser.run(seen) == ["visible", "hidden"]
-    browser.run("document.querySelectorAll('.choice button')[1].click()")
+    browser.run("document.querySelectorAll('#map .choice button')[1].click()")
     assert browser.run(seen) == ["hidden", "visible"]
     assert browser.colours(MAP) > 20
     assert find_tip(browser, MAP, browser.move)["sizes"] == [28]
@@ -355,14 +391,20 @@ def test_the_dark_scheme_reaches_page_and_plots(browser, page):
 def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
     browser.open(page)
     browser.send("Emulation.setEmulatedMedia", media="print")
-    browser.run("dispatchEvent(new Event('beforeprint'))")
+    widths = browser.run("""(() => {
+        const plots = [...document.querySelectorAll(".plot")], widths = plots.map((plot) => plot.offsetWidth);
+        dispatchEvent(new Event("beforeprint"));
+        return plots.map((plot, k) => widths[k] * plot.style.zoom);
+    })()""")
+    assert 600 < max(widths) <= 700  # nothing is cut off between the margins of A4
     shown = "getComputedStyle(document.querySelector({!r})).display !== 'none'"
     assert not browser.run(shown.format("nav"))
     assert not browser.run(shown.format(".choice"))
-    assert browser.run("[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 300)")
+    assert browser.run("[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 250)")
     assert browser.run("[...document.querySelectorAll('table, .record')].every((t) => t.clientHeight > 20)")
     browser.run("dispatchEvent(new Event('afterprint'))")
     assert browser.run("document.querySelectorAll('details[open]').length") == 0
+    browser.send("Emulation.setEmulatedMedia", media="")
     pdf = browser.paper()
     assert pdf.startswith(b"%PDF")
     assert 5 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 20

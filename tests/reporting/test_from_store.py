@@ -72,10 +72,11 @@ def test_the_newest_comparison_is_shown_with_the_features_it_recommends(compared
     compared.compared("a:gap", "other", accuracy=0.1)
     assert report(compared.store, tmp_path / "page.html", silent=True) == tmp_path / "page.html"
     assert given["document"]["recommended"]["accuracy"] == 0.8
-    ids, values, labels = given["features"]
+    ids, values, labels, total = given["features"]
     view = compared.store.features("zoo", node="b:gap")
     assert ids == list(view.ids)
     assert labels == list(view.labels)
+    assert total == len(ids) == 75
     np.testing.assert_array_equal(values, view.read(np.float32))
 
 
@@ -86,16 +87,30 @@ def test_columns_side_by_side_are_shown_as_one(compared, tmp_path, given):
 
 
 def test_of_many_images_some_are_placed_on_the_map(compared, tmp_path, given, monkeypatch):
-    monkeypatch.setattr(from_store, "MAPPED", 10)
+    monkeypatch.setattr("featurepipe.layer_depth.mapped.POINTS", 10)
     compared.compared()
     report(compared.store, tmp_path / "page.html", silent=True)
-    ids, values, _ = given["features"]
+    ids, values, _, total = given["features"]
     view = compared.store.features("zoo", node="b:gap")
     places = [list(view.ids).index(id_) for id_ in ids]
     assert places == sorted(set(places))
     assert len(places) == 10
+    assert total == 75
     np.testing.assert_array_equal(values, view.read(np.float32)[places])
     assert len({id_.split("/")[1] for id_ in ids}) == 3  # of all classes, not the first ten
+
+
+def test_pictures_of_the_other_source_are_its_own(compared, folder, tmp_path, given, new_document):
+    compared.compared()
+    report(compared.store, tmp_path / "page.html", source=folder, silent=True)
+    assert given["elsewhere"] is None  # the document names no mistakes there
+    document = compared.store.depth_documents("zoo")[-1] | {"test_dataset": "zoo"}
+    document["details_shifted"] = {"metrics": document["details"]["metrics"]}
+    compared.store.write_run({"run_id": compared.store.new_run_id(), "dataset": "zoo", "source": str(folder)})
+    report(compared.store, tmp_path / "page.html", document=document, source=tmp_path, silent=True)
+    ids = list(compared.features().ids)
+    assert np.asarray(Image.open(io.BytesIO(as_bytes(given["elsewhere"](ids[7])))))[0, 0] == 7
+    assert given["images"](ids[7]) is None  # not in that folder
 
 
 def test_pictures_are_read_by_id_where_they_are(compared, folder, tmp_path, given):

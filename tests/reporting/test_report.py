@@ -12,8 +12,9 @@ import pytest
 
 import featurepipe.reporting.report as report_module
 from featurepipe.errors import UsageError
-from featurepipe.reporting.report import write_report
+from featurepipe.reporting.report import Features, write_report
 
+HEADS = ["logistic", "xgboost", "knn"]  # of the document
 VOID = {"meta", "link", "img", "br", "hr", "input", "path"}
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -100,21 +101,77 @@ def test_the_answer_and_every_number_of_the_nodes(document, tmp_path):
         "The most accurate node, blocks.14:avg5x5, reaches 91.8\u00a0%."
     )
     nodes = next(k for k, row in enumerate(page.cells) if "share of cost" in row)
-    header, rows = page.cells[nodes], page.cells[nodes + 1 : nodes + 8]
-    assert header[:6] == ["Node", "width", "bytes", "ms per image", "share of cost", "LogME"]
-    assert header[6:10] == ["accuracy", "random weights", "shifted data", "difference to best"]
+    groups, header, rows = page.cells[nodes - 1], page.cells[nodes], page.cells[nodes + 1 : nodes + 8]
+    assert groups == ["", "Accuracy", "Cost", "Without fitting", "Difference to best", "Accuracy, random weights"]
+    costs = ["share of cost", "ms per image", "width", "bytes"]
+    assert header == ["Node", *HEADS, *costs, "LogME", *HEADS, *HEADS]  # accuracy first: a phone shows three columns
     chosen = [" ".join(cell.split()) for cell in rows[3]]
-    assert chosen[:6] == ["blocks.10:avg5x5 ★ recommended", "2,800", "5.6 kB", "16.4", "62 %", "0.710"]
+    assert chosen[0] == "blocks.10:avg5x5 ★ recommended"
+    assert chosen[1] == "91.3 %91.1 to 91.6 %"
+    assert chosen[4:9] == ["62 %", "16.4", "2,800", "5.6 kB", "0.710"]
     assert chosen[9] == "−0.48−0.68 to −0.28"
+    assert [cell.split("%")[0].strip() for cell in chosen[12:]] == ["76.3", "75.2", "71.6"]
     assert [row[0].split()[-1] for row in rows].count("recommended") == 1
     assert rows[4][9] == "–"  # the best has no difference to itself
+
+
+def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp_path, read_image):
+    html = page_of(document, tmp_path)
+    page = Page(html)
+    assert "On emoji-outlined" in page.texts["h2"]
+    there = next(k for k, row in enumerate(page.cells) if "Accuracy there" in row)
+    assert page.cells[there + 1] == ["Node", *HEADS, *HEADS]
+    row = [" ".join(cell.split()) for cell in page.cells[there + 2 + 3]]
+    assert [cell[:4] for cell in row[1:4]] == ["72.3", "71.2", "67.6"]
+    assert row[4:] == ["−19.00"] * 3  # what a head loses there
+    asked = []
+    metrics = copy.deepcopy(document["details"]["metrics"])
+    for mistake in metrics["mistakes"]["most_confident"]:
+        mistake |= {"id": f"other/{mistake['id']}", "true": "Bag", "predicted": "Coat"}
+    metrics["accuracy"]["value"] = 0.5678
+    document["details_shifted"] = {"metrics": metrics}
+    html = page_of(document, tmp_path, elsewhere=lambda id_: asked.append(id_) or read_image(id_))
+    page = Page(html)
+    assert page.texts["caption"].count("Each class") == page.texts["h3"].count("Confusion matrix") == 2
+    assert "56.8\u00a0%" in html
+    assert asked == [f"other/test/{17 * k}" for k in range(20)]  # its own pictures, not those of equal ids here
+    assert [image["alt"][:16] for image in page.all("img")] == ["Image other/test"] * 20
+    del document["details_shifted"], document["test_dataset"]
+    document["results"] = [row for row in document["results"] if row["tested_on"] == "source"]
+    assert not any(title.startswith("On ") for title in Page(page_of(document, tmp_path)).texts["h2"])
+
+
+def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path):
+    html = page_of(document, tmp_path)
+    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    scores = next(label for label in labels if label.startswith("LogME"))
+    assert "blocks.10:avg5x5, xgboost: LogME 0.710, accuracy 90.2\u00a0%" in scores
+    assert scores.count("accuracy ") == 21
+    assert "3\u00a0blocks.7:avg6x6, 4\u00a0blocks.10:avg5x5" in html  # the numbers beside the points
+    assert re.search(r'"number",\["1","2","3","4","5","6","7"\]', html)
+
+
+def test_accuracy_over_cost_has_every_point(document, tmp_path):
+    html = page_of(document, tmp_path)
+    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    shares, times = (next(label for label in labels if label.startswith(t)) for t in ("Share of the", "Milliseconds"))
+    assert "blocks.4:avg6x6, knn: 82.0\u00a0% at 33\u00a0%;" in shares
+    assert "blocks.4:avg6x6, knn: 82.0\u00a0% at 8.20 ms;" in times
+    assert shares.index("blocks.2") < shares.index("blocks.4") < shares.index("bottleneck")
+    assert "logistic: 88.9\u00a0% with half of the operations or less (blocks.7:avg6x6), 91.8\u00a0% at most" in html
+    for column in document["columns"]:
+        column["ms_per_image"] = None  # a network that could not be timed
+    html = page_of(document, tmp_path)
+    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    assert any(label.startswith("Share of the operations") for label in labels)
+    assert not any(label.startswith("Milliseconds") for label in labels)
 
 
 def test_concatenations_similarity_scores_and_provenance(document, tmp_path):
     html = page_of(document, tmp_path)
     page = Page(html)
     joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 + ")]
-    assert [row[-1] for row in joined] == ["yes", "no difference shown"]
+    assert [row[3] for row in joined] == ["yes", "no difference shown"]
     assert "Most alike are blocks.2:avg6x6 and blocks.4:avg6x6 (0.70), least alike are" in html
     assert "logistic: Spearman 0.96, Kendall 0.90" in html
     for text in ("featurepipe depth photos", "2026-11-22T09:00:00+00:00", "300.25", "3.11.2", document["protocol"]):
@@ -159,7 +216,7 @@ def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, featur
     assert len(identities) == len(set(identities))
     assert {link["href"][1:] for link in page.all("a")} <= set(identities)
     plots = [a for a in page.all("div") if a.get("class") == "plot"]
-    assert len(plots) == 7  # two of curves, CKA, scores, confusions, PCA and t-SNE
+    assert len(plots) == 9  # two of curves, two over cost, CKA, scores, confusions, PCA and t-SNE
     assert all(a["role"] == "img" and len(a["aria-label"]) > 40 for a in plots)
     assert len(page.all("table")) == len(page.texts["caption"])
     assert all(a.get("scope") in {"col", "row", "colgroup"} for a in page.all("th"))
@@ -191,10 +248,10 @@ def plain_tags():
 @pytest.mark.parametrize("text", ["a", *HOSTILE])
 def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags, text, read_image, features):
     changed = replaced(document, text)
-    ids, values, labels = features
+    ids, values, labels, _ = features
     ids = [text, *ids[1:]]
     labels = [text if label == "Shirt" else label for label in labels]
-    html = page_of(changed, tmp_path, images=read_image, features=(ids, values, labels))
+    html = page_of(changed, tmp_path, images=read_image, features=Features(ids, values, labels))
     page = Page(html)
     plain_tags[:] = plain_tags or [tag for tag, _ in page.elements]
     assert [tag for tag, _ in page.elements] == plain_tags  # no element more or less
@@ -286,8 +343,8 @@ def test_numbers_that_are_none_become_dashes(document, tmp_path):
     html = page_of(document, tmp_path)
     page = Page(html)
     row = next(row for row in page.cells if row[0] == "blocks.2:avg6x6" and len(row) > 10)
-    assert [cell.strip() for cell in row[1:6]] == ["–", "–", "–", "21\u00a0%", "–"]
-    assert row[6] == "84.2\u00a0%"
+    assert row[1] == "84.2\u00a0%"
+    assert [cell.strip() for cell in row[4:9]] == ["21\u00a0%", "–", "–", "–", "–"]
     assert "nan" not in " ".join(cell for row in page.cells for cell in row).lower()
 
 
@@ -329,7 +386,7 @@ def test_the_map_takes_at_most_two_thousand_images_and_bounded_bytes(document, t
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (200, 200, 3), np.uint8)  # compresses badly
     n = 2100
-    features = [f"i{k}" for k in range(n)], rng.normal(size=(n, 8)).astype(np.float32), ["a"] * n
+    features = Features([f"i{k}" for k in range(n)], rng.normal(size=(n, 8)).astype(np.float32), ["a"] * n)
     monkeypatch.setattr(report_module, "_MAP_CHARACTERS", 1_500_000)
     asked = []
     path = write_report(document, tmp_path / "p.html", images=lambda id_: asked.append(id_) or noise, features=features)
@@ -340,18 +397,24 @@ def test_the_map_takes_at_most_two_thousand_images_and_bounded_bytes(document, t
 
 
 def test_the_page_can_be_drawn_without_images_features_or_labels(document, tmp_path, features):
-    ids, values, _ = features
-    html = page_of(document, tmp_path, features=(ids, values, None))
+    ids, values, *_ = features
+    html = page_of(document, tmp_path, features=Features(ids, values, None))
     page = Page(html)
     assert page.all("img") == []
     assert "no picture" in html
     assert "placed so that images with similar features are near each other" in html
 
 
+def test_a_map_of_a_sample_says_of_how_many_images(document, tmp_path, features):
+    html = page_of(document, tmp_path, features=features._replace(total=70_000))
+    assert "600 of 70,000 images, drawn at random, placed so that" in html
+    assert "All 600 images, placed so that" in page_of(document, tmp_path, features=features)
+
+
 def test_many_classes_share_the_legend(document, tmp_path):
     rng = np.random.default_rng(0)
     labels = [f"class {k % 300}" for k in range(900)]
-    features = [str(k) for k in range(900)], rng.normal(size=(900, 4)).astype(np.float32), labels
+    features = Features([str(k) for k in range(900)], rng.normal(size=(900, 4)).astype(np.float32), labels)
     names = sorted(set(labels))
     counts = np.eye(300, dtype=int) * 3
     counts[5, 7] = 9
