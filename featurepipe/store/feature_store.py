@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from featurepipe.errors import StoreError, UsageError
 from featurepipe.store import depths, runs, snapshots
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, read_json, write_json
+from featurepipe.store.headers import Headers
 from featurepipe.store.locks import store_lock
 from featurepipe.store.space import Space
 
@@ -40,6 +42,7 @@ class FeatureStore:
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
         self.path = Path(path)
+        self._headers: defaultdict[str, Headers] = defaultdict(Headers)  # of each space, by its name
         if self.exists:
             self._check_version()
             return
@@ -96,6 +99,9 @@ class FeatureStore:
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r})"
 
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
+        return FeatureStore, (self.path,)  # what is known of the parts can be read again
+
     def _made(self, name: str) -> Path:
         """Makes the store and a folder in it, to write into; readers must not come here."""
         self._make()
@@ -107,7 +113,8 @@ class FeatureStore:
 
     def spaces(self) -> list[Space]:
         """Lists the feature spaces, by name."""
-        return [Space(path.parent) for path in sorted((self.path / "spaces").glob("[!.]*/space.json"))]
+        folders = [path.parent for path in sorted((self.path / "spaces").glob("[!.]*/space.json"))]
+        return [Space(folder, self._headers[folder.name]) for folder in folders]
 
     def open_space(self, fields: Mapping[str, Any], *, backbone: str, notes: Mapping[str, Any] = _EMPTY_NOTES) -> Space:
         """Opens the feature space with exactly these fields, making it if it is new.
@@ -117,7 +124,7 @@ class FeatureStore:
             backbone: Name of the network.
             notes: What is good to know and changes no value; only used if the space is new.
         """
-        return Space.open(self._made("spaces"), fields, backbone, notes)
+        return Space.open(self._made("spaces"), fields, backbone, notes, self._headers)
 
     def space(self, name_or_backbone_or_fingerprint: str, *, dataset: str | None = None) -> Space:
         """Finds one feature space by its name, its backbone, or the start of its fingerprint.

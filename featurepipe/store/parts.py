@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
+from h5py import h5a, h5d, h5f, h5o, h5p
 
 from featurepipe.errors import CorruptPart, StoreError
 
 PART_VERSION = 1
 FEATURES = "features/"
+_ATTRIBUTES = ("format_version", "rows", "fingerprint", "run_id", "dataset")
 _BLOCK = 1 << 20  # bytes read at a time when checking: stays in the processor's cache
 # What h5py raises on files that are not what they should be.
 _UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)
@@ -74,11 +75,7 @@ def read_part(path: Path) -> PartInfo:
     """
     try:
         size = path.stat().st_size
-        # Parts never change, and HDF5's own file locks fail on some network file systems.
-        with h5py.File(path, "r", locking=False) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
-            arrays: dict[str, ArrayInfo] = {}
-            file.visititems(lambda name, item: _collect(arrays, name, item))
+        attributes, arrays = _read_header(path)
     except (FileNotFoundError, PermissionError) as error:
         raise StoreError(f"cannot open part {path}: {error.strerror}") from error
     except _UNREADABLE as error:
@@ -86,20 +83,39 @@ def read_part(path: Path) -> PartInfo:
     return _checked(path, size, attributes, arrays)
 
 
-def _plain(value: Any) -> str | int:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    return value if isinstance(value, str) else int(value)
+def _read_header(path: Path) -> tuple[dict[str, str | int], dict[str, ArrayInfo]]:
+    """Reads a part's attributes and arrays by h5py's plain calls: its classes take twice as long, and parts are many."""
+    access = h5p.create(h5p.FILE_ACCESS)
+    # Parts never change, and HDF5's own file locks fail on some network file systems.
+    access.set_file_locking(use_file_locking=False, ignore_when_disabled=False)
+    file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, access)
+    try:
+        attributes = {name: _attribute(file, name) for name in _ATTRIBUTES if h5a.exists(file, name.encode())}
+        arrays: dict[str, ArrayInfo] = {}
+        h5o.visit(file, lambda name: _collect(arrays, name.decode(), h5o.open(file, name)))
+    finally:
+        file.close()
+    return attributes, arrays
+
+
+def _attribute(holder: h5f.FileID | h5d.DatasetID, name: str) -> str | int:
+    attribute = h5a.open(holder, name.encode())
+    read = np.empty((), attribute.dtype)
+    attribute.read(read)
+    value: object = read[()]
+    if isinstance(value, np.integer):
+        return int(value)
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _collect(arrays: dict[str, ArrayInfo], name: str, item: object) -> None:
-    if isinstance(item, h5py.Dataset):
-        offset = item.id.get_offset()
+    if isinstance(item, h5d.DatasetID):
+        offset = item.get_offset()
         arrays[name] = ArrayInfo(
             offset=-1 if offset is None else int(offset),
             dtype=item.dtype.str,
             shape=tuple(int(n) for n in item.shape),
-            crc32=int(item.attrs["crc32"]),
+            crc32=int(_attribute(item, "crc32")),
         )
 
 

@@ -18,16 +18,18 @@ import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
-from featurepipe.store.atomic import is_temporary, read_json, sync_folder, write_json
+from featurepipe.store.atomic import read_json, sync_folder, write_json
+from featurepipe.store.headers import Headers, list_parts
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.keys import keys_to_arrow
-from featurepipe.store.parts import PartInfo, read_array, read_part
+from featurepipe.store.parts import PartInfo, read_array
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter
 
+_HeadersByName = Mapping[str, Headers]
 KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
 
 
@@ -50,10 +52,13 @@ class Space:
         fingerprint: The hash of ``fields``.
         backbone: Name of the network.
         notes: What is good to know and changes no value, such as ``aliases``.
-        damaged: Parts that cannot be read, with the reason; their rows count as absent.
+
+    Args:
+        path: Its folder.
+        headers: What is known of its parts already; kept up to date.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, headers: Headers | None = None) -> None:
         record = read_json(path / "space.json")
         try:
             self.fields: dict[str, Any] = record["fields"]
@@ -63,11 +68,12 @@ class Space:
         except KeyError as error:
             raise StoreError(f"{path / 'space.json'} lacks {error}; run: featurepipe verify STORE") from error
         self.path = path
-        self.damaged: dict[str, str] = {}
-        self._headers: dict[str, PartInfo] = {}
+        self._headers = Headers() if headers is None else headers
 
     @classmethod
-    def open(cls, folder: Path, fields: Mapping[str, Any], backbone: str, notes: Mapping[str, Any]) -> Space:
+    def open(
+        cls, folder: Path, fields: Mapping[str, Any], backbone: str, notes: Mapping[str, Any], headers: _HeadersByName
+    ) -> Space:
         """Opens the space of these fields under ``folder``, making it if it is new; safe against racing processes."""
         identity = fingerprint(fields)
         path = folder / f"{_slug(backbone)}-{identity[:12]}"
@@ -76,7 +82,7 @@ class Space:
             canonical_json(record)  # refuses what JSON cannot hold before anything is written
             folder.mkdir(parents=True, exist_ok=True)
             _publish_folder(path, record)
-        space = cls(path)
+        space = cls(path, headers[path.name])
         if space.fingerprint != identity:
             raise StoreError(f"{path / 'space.json'} holds another feature space; run: featurepipe verify STORE")
         return space
@@ -108,38 +114,16 @@ class Space:
 
     def part_paths(self) -> list[Path]:
         """Lists the part files, by name, which is by run."""
-        folder = self.path / "parts"
-        return sorted(path for path in folder.glob("*.h5") if not is_temporary(path.name) and path.name[0] != ".")
+        return [self.path / "parts" / name for name in list_parts(self.path / "parts")]
 
     def parts(self) -> list[PartInfo]:
         """Reads the headers of all parts (each only once); unreadable ones are named in ``damaged``."""
-        paths = self.part_paths()
-        present = {path.name for path in paths}
-        self._headers = {name: header for name, header in self._headers.items() if name in present}
-        self.damaged = {name: why for name, why in self.damaged.items() if name in present}
-        for path in paths:
-            if path.name not in self._headers and path.name not in self.damaged:
-                self._read_header(path)
-        return [self._headers[path.name] for path in paths if path.name in self._headers]
+        return self._headers.refresh(self.path / "parts", self.fingerprint)
 
-    def _read_header(self, path: Path) -> None:
-        try:
-            header = read_part(path)
-        except CorruptPart as error:
-            self.damaged[path.name] = str(error)
-        except StoreError:
-            if path.exists():  # else: compacted away since the folder was listed
-                raise
-        else:
-            if header.fingerprint == self.fingerprint:
-                self._headers[path.name] = header
-            else:
-                self.damaged[path.name] = f"part {path.name} is of another feature space ({header.fingerprint[:12]})"
-
-    def _mark_damaged(self, part: PartInfo, error: CorruptPart) -> None:
-        name = Path(part.path).name
-        self.damaged[name] = str(error)
-        self._headers.pop(name, None)
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Parts that cannot be read, with the reason; their rows count as absent."""
+        return {name: why for name, (_, why) in self._headers.damaged.items()}
 
     def columns(self) -> dict[str, ColumnInfo]:
         """Sums up the columns over all parts (copies of a row count as often as they are stored)."""
@@ -153,7 +137,7 @@ class Space:
 
     def index(self, columns: Sequence[str] | None = None) -> KeyIndex:
         """Builds the index of keys that have all ``columns`` (None: any). Damaged parts are left out."""
-        return KeyIndex(columns or (), self.parts(), self._mark_damaged)
+        return KeyIndex(columns or (), self.parts(), self._headers.mark_damaged)
 
     def known_files(self, *, dataset: str | None = None) -> pa.Table:
         """Lists the files whose key is known from parts and rejects, so that they need not be read again.
@@ -173,7 +157,7 @@ class Space:
                 try:
                     tables.append(_files_of(part))
                 except CorruptPart as error:
-                    self._mark_damaged(part, error)
+                    self._headers.mark_damaged(part, error)
         rejects = self.rejects(dataset=dataset).select(KNOWN_FILES.names)
         tables.append(rejects.filter(pc.is_valid(rejects["key"])))
         table = pa.concat_tables(tables)
