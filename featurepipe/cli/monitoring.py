@@ -36,8 +36,15 @@ def _add_drift(commands: Commands) -> None:
     add_space(command)
     option("--reference", default="previous", metavar="previous|first|RUN-ID",
            help="the snapshot to compare with (default: %(default)s)")  # fmt: skip
+    option("--snapshot", metavar="RUN-ID", help="the snapshot whose images are tested (default: the current one)")
     option("--bundle", metavar="BUNDLE", help="compare the classes that this bundle predicts as well")
-    option("--warn", type=float, default=0.01, metavar="P", help="warn below this p-value (default: %(default)s)")
+    option(
+        "--warn",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help="warn below this p-value, adjusted for the number of tests (default: %(default)s)",
+    )
     option("--fail", type=float, metavar="P", help="fail, with exit code 1, below this p-value (default: never)")
     add_seed(command, "what is drawn")
     add_quiet(command)
@@ -73,6 +80,7 @@ def drift(args: Namespace) -> int:
         columns=args.nodes,
         backbone=args.backbone,
         reference=args.reference,
+        snapshot=args.snapshot,
         bundle=args.bundle,
         warn=args.warn,
         fail=args.fail,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from featurepipe.cli.options import Commands, add_command, add_json, add_last, add_quiet, add_store, existing_store
 from featurepipe.cli.output import show
-from featurepipe.errors import unknown
+from featurepipe.errors import UsageError, unknown
 
 
 def add(commands: Commands) -> None:
@@ -36,7 +37,7 @@ def add(commands: Commands) -> None:
 def run(args: Namespace) -> int:
     """Runs ``featurepipe run``; the run record holds the exit code."""
     from featurepipe.jobs.run import run_job
-    from featurepipe.jobs.text import plan_text, run_text
+    from featurepipe.jobs.text import plan_text, summary_text
 
     record = run_job(
         args.job,
@@ -46,7 +47,7 @@ def run(args: Namespace) -> int:
         silent=args.quiet,
     )
     if args.json or args.dry_run or args.log_format == "text":
-        show(args, record, plan_text if args.dry_run else run_text)
+        show(args, record, plan_text if args.dry_run else summary_text)
     return int(record.get("exit_code", 0))
 
 
@@ -54,19 +55,22 @@ def runs(args: Namespace) -> int:
     """Runs ``featurepipe runs``."""
     from featurepipe.jobs.text import runs_text
 
-    show(args, _last(existing_store(args).runs(), args.job, args.last), runs_text)
+    store = existing_store(args)
+    records = store.runs()
+    if args.job is not None:
+        _check_job(args.job, {record["job"] for record in records if "job" in record}, store.path)
+    show(args, _whole_runs(records, args.job)[-args.last :], runs_text)
     return 0
 
 
-def _last(records: Sequence[Mapping[str, Any]], job: str | None, last: int) -> list[Mapping[str, Any]]:
-    """The last records, of one job if it is named; extractions of a job's run are part of that run, not runs of their own.
-
-    Raises:
-        UsageError: The store knows no such job.
-    """
-    jobs = {record["job"] for record in records if "job" in record}
-    if job is not None and job not in jobs:
-        raise unknown("job", job, sorted(jobs), where="the store", see="featurepipe runs STORE")
+def _whole_runs(records: Sequence[Mapping[str, Any]], job: str | None) -> list[Mapping[str, Any]]:
+    """All runs, or those of a job; what a job extracted is a part of its run, and no run of its own."""
     parts = {run_id for record in records for run_id in record.get("extractions", ())}
-    chosen = [r for r in records if r["run_id"] not in parts and (job is None or r.get("job") == job)]
-    return chosen[-last:]
+    return [r for r in records if r["run_id"] not in parts and (job is None or r.get("job") == job)]
+
+
+def _check_job(job: str, jobs: Collection[str], store: Path) -> None:
+    if not jobs:
+        raise UsageError(f"unknown job {job!r}: no job has run with {store} yet; see featurepipe run --help")
+    if job not in jobs:
+        raise unknown("job", job, sorted(jobs), where=str(store), see=f"featurepipe runs {store}")

@@ -1,0 +1,104 @@
+"""``featurepipe run`` and ``runs``: a job's exit code, what is printed, which records are listed."""
+
+import json
+
+import pytest
+
+from featurepipe.errors import StoreLocked
+
+RUN = "featurepipe.jobs.run:run_job"
+TEXT = "featurepipe.jobs.text"
+
+
+def test_options_reach_the_verb(verb, call):
+    called = verb(RUN, {"exit_code": 0})
+    assert call("run", "nightly.toml", "--json").code == 0
+    assert called.given == {
+        "path": "nightly.toml", "dry_run": False, "retry_rejects": False, "log_format": "text", "silent": False,
+    }  # fmt: skip
+    call("run", "nightly.toml", "--dry-run", "--retry-rejects", "--log-format", "json", "--quiet", "--json")
+    assert called.given == {
+        "path": "nightly.toml", "dry_run": True, "retry_rejects": True, "log_format": "json", "silent": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 4, 143])
+def test_the_exit_code_is_the_records(code, verb, call):
+    verb(RUN, {"exit_code": code, "status": "x"})
+    answer = call("run", "nightly.toml", "--json")
+    assert (answer.code, json.loads(answer.out)) == (code, {"exit_code": code, "status": "x"})
+
+
+def test_a_job_that_is_running_is_75(verb, call):
+    verb(RUN, StoreLocked("job nightly runs already"))
+    answer = call("run", "nightly.toml")
+    assert (answer.code, answer.out, answer.err) == (75, "", "featurepipe: job nightly runs already\n")
+
+
+def test_a_plan_has_a_text_of_its_own_and_no_exit_code(verb, texts, call):
+    verb(RUN, {"listed": 3})
+    texts(f"{TEXT}:plan_text")
+    texts(f"{TEXT}:summary_text")
+    assert call("run", "nightly.toml", "--dry-run").out == "plan_text of {'listed': 3}\n"
+    assert call("run", "nightly.toml").out == "summary_text of {'listed': 3}\n"
+
+
+def test_a_log_for_machines_is_not_followed_by_a_summary(verb, texts, call):
+    """Whoever collects standard output and standard error into one log gets JSON only."""
+    verb(RUN, {"exit_code": 0})
+    texts(f"{TEXT}:plan_text")
+    assert call("run", "nightly.toml", "--log-format", "json").out == ""
+    assert call("run", "nightly.toml", "--log-format", "json", "--dry-run").out == "plan_text of {'exit_code': 0}\n"
+    assert call("run", "nightly.toml", "--log-format", "json", "--json").out == '{\n  "exit_code": 0\n}\n'
+
+
+def test_an_unknown_log_format_is_wrong_usage(verb, call):
+    called = verb(RUN, {})
+    assert call("run", "nightly.toml", "--log-format", "xml").code == 2
+    assert called.given == {}
+
+
+@pytest.fixture
+def nights(store):
+    """Three nights of a job, whose extractions have records too, one night of another job, and an extraction by hand."""
+    for number, job in enumerate(["nightly", "weekly", "nightly", None, "nightly"]):
+        inside = {"run_id": store.new_run_id(), "command": "extract", "number": f"part of {number}"}
+        store.write_run(inside)
+        record = {"run_id": store.new_run_id(), "command": "run", "job": job, "extractions": [inside["run_id"]]}
+        by_hand = {"run_id": store.new_run_id(), "command": "extract"}
+        store.write_run({**(record if job else by_hand), "number": number})
+    return store.path
+
+
+def numbers(answer):
+    assert answer.code == 0
+    return [record["number"] for record in json.loads(answer.out)]
+
+
+def test_runs_are_listed_oldest_first_without_the_parts_of_jobs(nights, call):
+    assert numbers(call("runs", nights, "--json")) == [0, 1, 2, "part of 3", 3, 4]
+    assert numbers(call("runs", nights, "--json", "--last", "2")) == [3, 4]
+
+
+def test_runs_of_one_job(nights, call):
+    assert numbers(call("runs", nights, "--json", "--job", "nightly")) == [0, 2, 4]
+    assert numbers(call("runs", nights, "--json", "--job", "nightly", "--last", "2")) == [2, 4]
+    answer = call("runs", nights, "--job", "nihtly")
+    assert (answer.code, answer.out) == (2, "")
+    assert f"unknown job 'nihtly' in {nights}; nearest: nightly" in answer.err
+
+
+def test_runs_as_text(nights, call, texts):
+    texts(f"{TEXT}:runs_text")
+    said = call("runs", nights, "--last", "1").out
+    assert said.startswith("runs_text of [{")
+    assert [f"'number': {number}" in said for number in range(5)] == [False, False, False, False, True]
+
+
+def test_a_store_without_runs(store, call):
+    assert json.loads(call("runs", store.path, "--json").out) == []
+    assert call("runs", store.path).out == "no runs yet\n"
+    assert (
+        f"unknown job 'nightly': no job has run with {store.path} yet"
+        in call("runs", store.path, "--job", "nightly").err
+    )
