@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ from featurepipe.jobs.steps.history import SUCCESS
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
+
+CLASSES = "predicted classes"
+"""What the shift of predicted classes is called among the columns."""
 
 
 def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any], store: FeatureStore) -> Path:
@@ -68,13 +71,14 @@ def registry_of(
     )
     figures.gauge("store_bytes", "What the store takes on its disk.", store_bytes)
     figures.gauge("store_free_bytes", "What is free on the store's disk.", free_bytes)
-    columns = list(_drift(record))
-    for name, text in (
-        ("p_value", "Chance of a difference as large if nothing had changed."),
-        ("effect", "How far tonight's images are from those of the reference."),
-    ):
-        values = {column: found[name] for column, found in columns if found.get(name) is not None}
-        figures.gauges(f"drift_{name}", text, "column", values)
+    p_values, effects = _drift(record)
+    figures.gauges(
+        "drift_p_value",
+        "Chance of a difference as large if nothing had changed, adjusted for the number of columns.",
+        "column",
+        p_values,
+    )
+    figures.gauges("drift_effect", "How far tonight's images are from those of before.", "column", effects)
     return figures.registry
 
 
@@ -125,13 +129,14 @@ def _ended(run: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(run["ended"]).timestamp() if "ended" in run else datetime.now(UTC).timestamp()
 
 
-def _drift(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What drift found in each column, if the step was reached."""
-    for entry in record["steps"]:
-        if entry["step"] == "drift":
-            yield from _columns((entry.get("result") or {}).get("columns") or {})
-
-
-def _columns(found: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(found, Mapping):
-        yield from found.items()
+def _drift(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """P-value and effect of each column, and of predicted classes, if the step drift came to test them."""
+    results = [entry.get("result") or {} for entry in record["steps"] if entry["step"] == "drift"]
+    tests = [test for result in results for test in result.get("columns", ())]
+    several = len({test["space"] for test in tests}) > 1
+    names = [f"{test['space']}/{test['column']}" if several else test["column"] for test in tests]
+    p_values = {name: test["adjusted"] for name, test in zip(names, tests, strict=True)}
+    effects = {name: test["effect"] for name, test in zip(names, tests, strict=True)}
+    for classes in (result["classes"] for result in results if result.get("classes")):
+        p_values[CLASSES], effects[CLASSES] = classes["adjusted"], classes["total_variation"]
+    return p_values, effects

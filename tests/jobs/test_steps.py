@@ -1,5 +1,6 @@
 """The steps of a night on a store of made-up features: what each does, and what it leaves alone."""
 
+import signal
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -10,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurepipe.errors import BundleError, UsageError
+from featurepipe.errors import BundleError, FeaturepipeError, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import steps
-from featurepipe.jobs.job import CompactTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
+from featurepipe.jobs.job import CompactTable, DepthTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.steps.tonight import new_images, snapshot_of
@@ -254,6 +255,97 @@ def test_each_space_has_its_own_snapshot_of_tonight(nights, rows):
     assert snapshot_of(replace(night, extracted=()), "tiny") == one["run_id"]
 
 
+# drift
+
+
+def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
+    cats, emus = (images[:20] for images in (zoo.images("a", 40), zoo.images("b", 40)[80:]))
+    more = [zoo.image(f"x{i}", f"cat-x-{i}", "cat") for i in range(20)]
+    table = DriftTable(warn=0.01, seed=1)
+    assert steps.drift(nights.begin(cats), table)["skipped"] == "the first night: there is nothing to compare with"
+    first = nights.store.snapshot_ids("zoo")[0]
+    calm = steps.drift(nights.begin([*cats, *more]), table)
+    assert calm["verdict"] == "no drift"
+    assert calm["reference"] == first
+    assert calm["text"].startswith("no drift: 20 new images, ")
+    assert not calm["warnings"]
+    quiet = steps.drift(nights.begin([*cats, *more]), table)
+    assert quiet["skipped"].startswith("0 images are new since")
+    assert not quiet["warnings"]
+    night = nights.begin([*cats, *more, *emus])
+    worried = steps.drift(night, table)
+    (warning,) = worried["warnings"]
+    assert warning.startswith(f"tonight's images may not be like those of {night.before}: ")
+    least = min(worried["columns"], key=lambda test: test["adjusted"])
+    assert f"{least['column']} differs most (p = {least['adjusted']:.2g}, " in warning
+    with pytest.raises(FeaturepipeError, match=r"are not like those of .* differs most \(p = ") as caught:
+        steps.drift(night, DriftTable(warn=0.01, fail=0.005, seed=1))
+    assert caught.value.exit_code == 1
+    assert caught.value.result["columns"] == worried["columns"]
+
+
+def test_drift_compares_with_the_night_before_though_tonight_has_two_snapshots(nights, zoo, rows):
+    nights.begin(rows[:20])
+    night = nights.begin(rows)
+    zoo.write(rows)  # of another feature space
+    night = replace(
+        night, extracted=(*night.extracted, {**nights.extraction(), "run_id": nights.store.snapshot_ids("zoo")[-1]})
+    )
+    found = steps.drift(night, DriftTable())
+    assert (found["reference"], found["snapshot"]) == (night.before, nights.store.snapshot_ids("zoo")[-1])
+    assert found["images"] == {"reference": 20, "new": 64}
+    asked = steps.drift(night, DriftTable(reference=night.extracted[0]["run_id"]))
+    assert asked["reference"] == night.extracted[0]["run_id"]
+
+
+def test_drift_of_predicted_classes_is_told_too(nights, zoo, rows, labels):
+    nights.begin(rows[:20])
+    found = steps.drift(nights.begin(rows[:40]), DriftTable(bundle=labels.bundle))
+    assert found["classes"]["adjusted"] < 0.01  # cats before, dogs now
+    assert found["verdict"] == "warning"
+
+
+# depth
+
+
+def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypatch, tmp_path):
+    asked = []
+    best = {"column": "a:gap", "head": "logistic", "accuracy": 0.91234, "low": 0.9, "high": 0.92, "se": 0.1}
+
+    def fake(store, **options):
+        asked.append(options)
+        return {"recommended": best, "images": 84}
+
+    monkeypatch.setattr("featurepipe.layer_depth.depth.depth", fake)
+    monkeypatch.setattr("featurepipe.reporting.from_store.report", lambda *a, **k: a[1].write_text("page"))
+    table = DepthTable(heads=("logistic", "knn"), folds=3, report=tmp_path / "pages" / "depth.html")
+
+    def tonight(rows, table, status="done", **tables):
+        night = nights.begin(rows, **tables)
+        found = steps.depth(night, table)
+        nights.end(night, entry("depth", found, "skipped" if "skipped" in found else status))
+        return found
+
+    first = tonight(rows, table)
+    assert first["text"] == "recommended: a:gap, logistic 0.9123 right"
+    assert (asked[0]["heads"], asked[0]["folds"], asked[0]["dataset"]) == (("logistic", "knn"), 3, "zoo")
+    assert tonight(rows, table)["skipped"] == "images, labels and columns are those that were compared last"
+    assert "skipped" in tonight(list(reversed(rows)), table)
+    assert len(asked) == 1
+    relabelled = [replace(rows[0], label="dog"), *rows[1:]]
+    assert "skipped" not in tonight(relabelled, table)
+    assert "skipped" not in tonight([replace(row, split=None) for row in relabelled], table)
+    assert "skipped" in tonight([replace(row, split=None) for row in relabelled], table)
+    assert "skipped" not in tonight(rows, table)
+    assert "skipped" not in tonight(rows, table.model_copy(update={"folds": 4}))
+    assert "skipped" not in tonight(rows, table, status="failed")
+    assert "skipped" not in tonight(rows, table)  # the night before failed, and the one before asked for other folds
+    assert "skipped" in tonight(rows, table.model_copy(update={"jobs": 1}))
+    table.report.unlink()
+    assert "skipped" not in tonight(rows, table)
+    assert "skipped" not in tonight(rows, table.model_copy(update={"when": "always"}))
+
+
 # compact, keep
 
 
@@ -353,5 +445,4 @@ def test_work_ends_with_the_time_and_not_before():
     assert 0.1 < time.monotonic() - start < 3
     assert late == {"skipped": "no time was left: tomorrow then", "warnings": ["no time was left: tomorrow then"]}
     assert "skipped" in within_time(start - 5, lambda: {"slept": time.sleep(5)}, "x")
-    time.sleep(0.05)  # no alarm is left behind
-    assert DriftTable().reference == "previous"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # no alarm is left behind

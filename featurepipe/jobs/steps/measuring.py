@@ -4,39 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
 from featurepipe.jobs.steps.stopping import within_time
-from featurepipe.jobs.steps.tonight import extraction_of
+from featurepipe.jobs.steps.tonight import extraction_of, snapshot_of
+
+
+class Drifted(FeaturepipeError):
+    """Tonight's images differ from those of before by more than the job puts up with.
+
+    Attributes:
+        result: what the step found, for the run record.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     """Compares tonight's new images with those of a reference snapshot; warns, or fails the run.
 
     ``previous`` is the last snapshot before tonight: a night of several feature spaces writes several.
+
+    Raises:
+        Drifted: a p-value is below ``fail``.
     """
     from featurepipe.monitoring.drift import drift as run
+    from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
 
     reference = night.before if table.reference == "previous" else table.reference
     if reference is None:
         return {"skipped": "the first night: there is nothing to compare with"}
-    found: dict[str, Any] = run(
+    found = run(
         night.store,
         dataset=night.dataset,
         columns=table.columns,
         reference=reference,
+        snapshot=snapshot_of(night, None),
         bundle=table.bundle,
         warn=table.warn,
         fail=table.fail,
         seed=table.seed,
         silent=night.silent,
     )
-    return found
+    if found["verdict"] == TOO_FEW:
+        return {**found, "warnings": [], "skipped": "; ".join(found["warnings"])}
+    told = _least(found)
+    result = {**found, "text": f"{found['verdict']}: {found['images']['new']:,} new images, {told}"}
+    if found["verdict"] == DRIFT:
+        raise Drifted(f"tonight's images are not like those of {found['reference']}: {told}", result)
+    if found["verdict"] == WARNING:
+        result["warnings"] = [*found["warnings"], f"tonight's images may not be like those of {reference}: {told}"]
+    return result
+
+
+def _least(found: Mapping[str, Any]) -> str:
+    """The test that differs most, as text."""
+    tests = [(test["adjusted"], test["column"], test["effect"]) for test in found["columns"]]
+    if found["classes"]:
+        tests.append((found["classes"]["adjusted"], "predicted classes", found["classes"]["total_variation"]))
+    value, name, effect = min(tests)
+    return f"{name} differs most (p = {value:.2g}, effect {effect:.3f})"
 
 
 def depth(night: Night, table: DepthTable) -> dict[str, Any]:

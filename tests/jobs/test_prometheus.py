@@ -1,0 +1,132 @@
+"""Figures for Prometheus, read back with its own parser."""
+
+import stat
+import time
+from datetime import datetime
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from featurepipe.errors import UsageError
+from featurepipe.jobs.prometheus import bytes_in, registry_of, write_metrics
+from featurepipe.store import FeatureStore
+
+
+def record(number=7, *, exit_code=3, job="nightly", **more):
+    return {
+        "run_id": f"run{number}",
+        "job": job,
+        "exit_code": exit_code,
+        "ended": f"2026-11-{number:02d}T01:42:10+00:00",
+        "seconds": {"wall": 730.25, "extract": 600.0},
+        "counts": {"listed": 100, "computed": 12, "known": 84, "rejected": 4, "read": 16},
+        "changes": {"new": 12, "unchanged": 84, "still_rejected": 4, "deleted": 2},
+        "images_per_second": 55.5,
+        "steps": [],
+        **more,
+    }
+
+
+def figures(path):
+    """{name: {labels without the job: value}}; every sample must be of the job."""
+    found = {}
+    for family in text_string_to_metric_families(path.read_text()):
+        assert family.type == "gauge"
+        assert family.documentation
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("job") == "nightly"
+            found.setdefault(sample.name.removeprefix("featurepipe_"), {})[next(iter(labels.values()), "")] = (
+                sample.value
+            )
+    return found
+
+
+def at(number):
+    return datetime.fromisoformat(f"2026-11-{number:02d}T01:42:10+00:00").timestamp()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = FeatureStore(tmp_path / "store")
+    store.write_run({"run_id": "run1"})  # an extraction that no job made
+    return store
+
+
+def test_every_figure_is_read_back(store, tmp_path):
+    test = {"space": "tiny-1", "p_value": 0.001, "effect": 0.25}
+    drift = {"columns": [{**test, "column": "layer3:gap", "adjusted": 0.002}, {**test, "column": 'a"\\b', "adjusted": 0.5}],
+             "classes": {"adjusted": 0.75, "total_variation": 0.125}}  # fmt: skip
+    tonight = record(steps=[{"step": "drift", "result": drift}, {"step": "compact", "result": {"columns": 3}}])
+    store.write_run(tonight)
+    before = time.time()
+    path = write_metrics(tmp_path / "new" / "featurepipe.prom", tonight, store)
+    found = figures(path)
+    free = found.pop("store_free_bytes")[""]
+    assert free > 1_000_000
+    assert found == {
+        "last_success_timestamp_seconds": {"": at(7)},
+        "last_run_timestamp_seconds": {"": at(7)},
+        "last_run_exit_code": {"": 3.0},
+        "run_duration_seconds": {"": 730.25},
+        "images": {"listed": 100.0, "computed": 12.0, "known": 84.0, "rejected": 4.0, "read": 16.0},
+        "changes": {"new": 12.0, "unchanged": 84.0, "still_rejected": 4.0, "deleted": 2.0},
+        "images_per_second": {"": 55.5},
+        "store_bytes": {"": float(sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()))},
+        "drift_p_value": {"layer3:gap": 0.002, 'a"\\b': 0.5, "predicted classes": 0.75},
+        "drift_effect": {"layer3:gap": 0.25, 'a"\\b': 0.25, "predicted classes": 0.125},
+    }
+    assert path.stat().st_mtime > before - 2
+    assert path.stat().st_mode & stat.S_IROTH  # the exporter is another user
+
+
+def test_after_a_failure_the_last_success_is_that_of_the_last_successful_run(store, tmp_path):
+    for number, code, job in [(2, 0, "nightly"), (3, 3, "nightly"), (4, 4, "nightly"), (5, 0, "weekly")]:
+        store.write_run(record(number, exit_code=code, job=job))
+    failed = record(6, exit_code=1, counts={}, changes={}, images_per_second=None)
+    store.write_run(failed)
+    found = figures(write_metrics(tmp_path / "x.prom", failed, store))
+    assert found["last_success_timestamp_seconds"] == {"": at(3)}
+    assert found["last_run_timestamp_seconds"] == {"": at(6)}
+    assert found["last_run_exit_code"] == {"": 1.0}
+    assert found["images_per_second"] == {"": 0.0}
+    assert not {"images", "changes", "drift_p_value"} & found.keys()
+
+
+def test_a_job_that_never_succeeded_says_zero_and_one_that_runs_says_now(store, tmp_path):
+    running = record(7, exit_code=1, steps=[{"step": "drift", "error": "no such column"}])
+    del running["ended"]
+    found = figures(write_metrics(tmp_path / "x.prom", running, store))
+    assert found["last_success_timestamp_seconds"] == {"": 0.0}
+    assert abs(found["last_run_timestamp_seconds"][""] - time.time()) < 10
+
+
+def test_columns_of_two_spaces_are_told_apart():
+    tests = [
+        {"space": space, "column": "bottleneck:gap", "adjusted": p, "effect": 0.0}
+        for space, p in [("a-1", 0.1), ("b-2", 0.2)]
+    ]
+    tonight = record(steps=[{"step": "drift", "result": {"columns": tests, "classes": None}}])
+    registry = registry_of(tonight, [], store_bytes=1, free_bytes=2)
+    for space, p in (("a-1", 0.1), ("b-2", 0.2)):
+        labels = {"job": "nightly", "column": f"{space}/bottleneck:gap"}
+        assert registry.get_sample_value("featurepipe_drift_p_value", labels) == p
+
+
+def test_the_file_is_replaced_whole_or_not_at_all(store, tmp_path, monkeypatch):
+    path = tmp_path / "x.prom"
+    path.write_text("before")
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match=r"cannot write .*x\.prom: No space left on device"):
+        write_metrics(path, record(), store)
+    assert path.read_text() == "before"
+    assert sorted(tmp_path.iterdir()) == [store.path, path]
+
+
+def test_bytes_count_every_file_once(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "x").write_bytes(b"123")
+    (tmp_path / "a" / "b" / "y").write_bytes(b"12345")
+    (tmp_path / "a" / "round").symlink_to(tmp_path)
+    assert bytes_in(tmp_path) == 8
+    assert bytes_in(tmp_path / "none") == 0
