@@ -77,12 +77,12 @@ class PatientReader:
         self._closed.set()
 
     def check_at_end(self) -> None:
-        """Looks whether the source is there, if the last images could not be read while others could.
+        """Looks whether the source is there, if the last images could not be read while earlier ones could.
 
         Raises:
             SourceError: it has gone.
         """
-        if self._read_any and self._doubt >= RELIEF:
+        if self._read_any and self._doubt:
             self.check("the last images could not be read")
 
     def check(self, reason: str) -> None:

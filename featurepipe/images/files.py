@@ -151,7 +151,7 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, OSError):
         return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
     # What the libraries of file systems raise has the server's answer, unless there was none.
-    status = getattr(error, "status", getattr(error, "code", None))
+    status = next((getattr(error, name) for name in ("status", "code") if hasattr(error, name)), None)
     return not isinstance(error, ValueError) if status is None else status in _BUSY
 
 

@@ -46,6 +46,12 @@ STUCK = (
 """
     + EXTRACT
 )
+DEAF = """
+        try:
+            time.sleep(60)
+        except Exception:
+            time.sleep(60)
+"""
 FULL_DISK = (
     """
     import resource, signal
@@ -173,9 +179,26 @@ def test_a_signal_commits_what_is_in_flight_and_the_next_run_goes_on(album, laun
     assert (counts["computed"], counts["known"], counts["read"]) == (120 - computed, computed, 120 - computed)
 
 
-def test_a_second_ctrl_c_stops_at_once(album, launcher, command, run):
-    album.fill(40)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_source_is_listed_ends_it_at_once(album, launcher, command, run, number, code):
+    album.fill(3)
     process = launcher.start(STUCK, command())
+    wait_for(lambda: "scanning" in process.err(), process)
+    asked = time.perf_counter()
+    process.send(number)
+    ended = process.wait()
+    assert time.perf_counter() - asked < 6
+    assert ended.code == code
+    assert f"stopped by {number.name} before the first image; nothing was changed" in ended.err
+    assert "Traceback" not in ended.err
+    assert run.store.runs() == []
+    assert launcher.start(EXTRACT, command()).wait().code == 0
+
+
+def test_a_second_ctrl_c_stops_at_once(album, launcher, command, run):
+    """Even what does not care about the first."""
+    album.fill(40)
+    process = launcher.start(STUCK.replace("time.sleep(60)", DEAF), command())
     wait_for(lambda: "scanning" in process.err(), process)
     process.send(signal.SIGINT)
     time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,3 +206,63 @@ def test_a_source_without_images_is_an_error(album, run):
     with pytest.raises(SourceError, match="no images in album"):
         run(album.root)
     assert not list(run.path.glob("spaces/*"))
+
+
+@pytest.fixture
+def late_decoder(monkeypatch):
+    """A decoder that cannot read files that start with ``new``, until its ``learn()`` was called."""
+    from featurepipe.extraction import stream
+
+    decode = stream.decode
+    known = []
+
+    def decoder(payload, **options):
+        if payload.startswith(b"new"):
+            if not known:
+                raise Reject("not-an-image: unknown format")
+            payload = payload[3:]
+        return decode(payload, **options)
+
+    monkeypatch.setattr(stream, "decode", decoder)
+    return SimpleNamespace(learn=lambda: known.append(1))
+
+
+def test_rejects_are_retried_on_request_only(album, run, picture, late_decoder):
+    album.fill(3)
+    album.write("late.png", b"new" + picture(60))
+    album.write("never.png", b"nothing")
+    assert run(album.root, max_rejects=2)["counts"]["rejected"] == 2
+    (path,) = run.path.glob("spaces/*/rejects.jsonl")
+    noted = path.read_text()
+    late_decoder.learn()
+    assert run(album.root, max_rejects=2)["counts"]["rejected"] == 2
+    assert run.reads == 0
+    record = run(album.root, max_rejects=2, retry_rejects=True)
+    assert record["counts"] == {"listed": 5, "computed": 1, "known": 3, "rejected": 1, "read": 2}
+    assert (record["changes"]["repaired"], record["changes"]["still_rejected"]) == (1, 1)
+    assert "late.png" in run.features()
+    assert path.read_text() == noted  # the same bytes for the same reason
+
+
+def test_an_image_that_was_repaired_by_retrying_stays_so(album, run, picture, late_decoder):
+    """What was once said of its bytes is over: for copies of it, for other nodes, for the nights to come."""
+    album.write("late.png", b"new" + picture(60))
+    run(album.root, max_rejects=1)
+    late_decoder.learn()
+    run(album.root, retry_rejects=True)
+    assert run(album.root, max_rejects=0)["changes"]["unchanged"] == 1
+    assert run.reads == 0
+    album.write("copy.png", b"new" + picture(60))
+    record = run(album.root, max_rejects=0)
+    assert (record["counts"]["known"], record["changes"]["copied"]) == (2, 1)
+    record = run(album.root, max_rejects=0, nodes=["c3", "bottleneck"])
+    assert record["computed_by_column"] == {"c3:gap": 1, "f6.1:gap": 0}
+    assert len(run.store.features("album", "c3")) == 2
+
+
+def test_a_dry_run_knows_what_would_be_retried(album, run):
+    album.fill(2)
+    album.write("bad.png", b"nothing")
+    run(album.root, max_rejects=1)
+    plans = [run(album.root, dry_run=True, retry_rejects=retry) for retry in (False, True)]
+    assert [(plan["rejected"], plan["to_read"]) for plan in plans] == [(1, 0), (0, 1)]
