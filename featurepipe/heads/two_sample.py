@@ -1,0 +1,252 @@
+"""Whether two sets of features are of the same kind: a kernel two-sample test, and how far they lie apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.auc import one_vs_rest
+from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
+from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.monte_carlo import sequential_p_value
+
+ROWS = 1024
+"""Rows of a side that are compared at most."""
+
+_GROUPS = 256  # of rows on a side, which change sides together
+_BANDWIDTHS = 5
+_NEIGHBOURS = 5
+
+Single = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two sets of features compare.
+
+    Attributes:
+        p_value: How often rows dealt anew to the two sides lie as far apart as they do.
+        effect: How far the mean moved: the distance between the means, in root mean square distances of a reference row
+            from the reference's mean, with every feature scaled to the same spread and what sampling alone adds taken
+            off. None if the reference does not vary.
+        auc: How often a new row looks more like other new rows, and less like the reference, than a reference row does;
+            rows are judged by rows of the other half. 0.5 is chance, 1 tells them all apart.
+        reference: Rows of the reference that were compared.
+        new: Positions of the new rows that were compared.
+        farthest: (m,) positions of new rows, those that lie farthest from their nearest reference rows first.
+        typical: (m,) positions of new rows, those most like new and least like reference rows first.
+    """
+
+    p_value: float
+    effect: float | None
+    auc: float
+    reference: int
+    new: Positions
+    farthest: Positions
+    typical: Positions
+
+
+def two_sample(
+    reference: Blocks | Array,
+    new: Blocks | Array,
+    *,
+    rows: int = ROWS,
+    permutations: int = 9_999,
+    shown: int = 10,
+    seed: int = 0,
+) -> Comparison:
+    """Tests whether two sets of features could be samples of one distribution, and says how far apart they lie.
+
+    The statistic is the unbiased squared maximum mean discrepancy (Gretton et al. 2012, "A Kernel Two-Sample Test") of
+    Gaussian kernels with five bandwidths, which reach from half the 5 % quantile of the distances between rows to twice
+    the 95 % quantile. Each is divided by the size of its centred kernel matrix, to which its deviation under dealing is
+    proportional, and the greatest counts: adapting over kernels without splitting the data, as in Schrab et al. 2023 ("MMD
+    Aggregated Two-Sample Test") and Biggs et al. 2023 ("MMD-FUSE"). Every feature is scaled to one variance first.
+    Scales, bandwidths and sizes are those of both sides together, which dealing does not change, so that the level
+    is exact for any number of rows and features.
+
+    Rows change sides in up to 256 groups a side (Domingo-Enrich et al. 2025, "Cheap Permutation Testing"): the level stays
+    exact, the power almost the same, and a deal is a product with a matrix of at most 512 x 512. Dealing ends early where
+    the p-value is not small (Besag & Clifford 1991, "Sequential Monte Carlo p-values").
+
+    What is exact assumes rows that are drawn independently: count copies once, and expect low p-values where images come in
+    series, such as frames of a film.
+
+    Memory: ``2 * rows * (12 * D + 32 * rows)`` bytes at most, for all n: 120 MB for 2,048 values, 290 MB for 9,000.
+
+    Args:
+        reference: (n, D) features, an array or ``Blocks``.
+        new: (m, D) features.
+        rows: The most rows of a side to use; of more, so many are drawn.
+        permutations: The most deals; the least p-value is one over one more.
+        shown: Length of ``farthest`` and ``typical`` at most.
+        seed: Of the draws and deals.
+
+    Raises:
+        UsageError: A side has fewer than 2 rows, the widths differ, or a number is too small.
+        ValueError: A feature is NaN or infinite.
+    """
+    sides = as_blocks(reference), as_blocks(new)
+    _check(sides, rows, permutations)
+    rng = np.random.default_rng(seed)
+    group = _group_size([side.shape[0] for side in sides], rows)
+    drawn = [_draw(side.shape[0], group, rng) for side in sides]
+    pooled = _scaled(np.concatenate([_read(side, at) for side, at in zip(sides, drawn, strict=True)]))
+    squared, first = _squared_distances(pooled), len(drawn[0])
+    bandwidths = _squared_bandwidths(squared)
+    likeness = _held_out_likeness(squared, first, bandwidths)
+    is_new = np.arange(len(pooled)) >= first
+    best = np.argsort(-likeness[first:], kind="stable")[:shown]
+    return Comparison(
+        p_value=_p_value(squared, bandwidths, group, first // group, permutations, rng),
+        effect=_effect(pooled, first),
+        auc=float(one_vs_rest(np.column_stack([-likeness, likeness]), is_new.astype(np.int64)).values[1]),
+        reference=first,
+        new=drawn[1],
+        farthest=drawn[1][_farthest(squared[first:, :first])[:shown]],
+        typical=drawn[1][best],
+    )
+
+
+def _check(sides: tuple[Blocks, Blocks], rows: int, permutations: int) -> None:
+    counts, widths = [side.shape[0] for side in sides], [side.shape[1] for side in sides]
+    if widths[0] != widths[1]:
+        raise UsageError(f"features of {widths[0]} and of {widths[1]} values cannot be compared; give the same column")
+    if min(counts) < 2:
+        raise UsageError(f"two sets of features are compared from 2 rows each; these have {counts[0]} and {counts[1]}")
+    if rows < 2 or permutations < 1:
+        raise UsageError(f"rows={rows} must be 2 or more, permutations={permutations} 1 or more")
+
+
+def _group_size(counts: list[int], rows: int) -> int:
+    """Rows of a group, for which the smaller side still has groups enough."""
+    return -(-min(*counts, rows) // _GROUPS)
+
+
+def _draw(count: int, group: int, rng: np.random.Generator) -> Positions:
+    """Positions of whole groups of rows, in random order, so that groups are random as well."""
+    return rng.choice(count, min(count // group, _GROUPS) * group, replace=False).astype(np.int64)
+
+
+def _read(side: Blocks, positions: Positions) -> Single:
+    rows: Single = read_as(side, np.float32, positions)
+    refuse_non_finite(rows)
+    return rows
+
+
+def _scaled(pooled: Single) -> Single:
+    """Gives every feature mean 0 and variance 1 over both sides, in place; constant ones become 0."""
+    rounding = 1e-6 * np.maximum(pooled.max(axis=0), -pooled.min(axis=0))
+    pooled -= pooled.mean(axis=0, dtype=np.float64).astype(np.float32)
+    deviation = np.sqrt(np.einsum("ij,ij->j", pooled, pooled, dtype=np.float64) / len(pooled))
+    deviation[deviation <= rounding] = np.inf
+    pooled /= deviation.astype(np.float32)
+    return pooled
+
+
+def _squared_distances(rows: Single) -> Single:
+    norms = np.einsum("ij,ij->i", rows, rows)
+    squared: Single = rows @ rows.T
+    squared *= -2
+    squared += norms[:, None]
+    squared += norms
+    np.maximum(squared, 0, out=squared)
+    np.fill_diagonal(squared, 0)
+    return squared
+
+
+def _squared_bandwidths(squared: Single) -> Floats:
+    """(k,) ascending, from the distances that are not 0; none if all rows are equal."""
+    apart = squared[np.triu_indices(len(squared), 1)]
+    apart = apart[apart > 0]
+    if not len(apart):
+        return np.empty(0)
+    low, high = np.quantile(apart, [0.05, 0.95])
+    return np.geomspace(low / 4, 4 * high, _BANDWIDTHS)
+
+
+def _kernel(squared: Single, squared_bandwidth: float) -> Single:
+    kernel: Single = squared * np.float32(-0.5 / squared_bandwidth)
+    np.exp(kernel, out=kernel)
+    return kernel
+
+
+def _p_value(
+    squared: Single, bandwidths: Floats, group: int, first: int, permutations: int, rng: np.random.Generator
+) -> float:
+    """Deals the groups, of which the ``first`` ones are the reference, anew."""
+    matrices = [_deal_matrix(_kernel(squared, bandwidth), group) for bandwidth in bandwidths]
+    stacked = np.array([matrix for matrix in matrices if matrix is not None], np.float32)
+    if not len(stacked):
+        return 1.0  # nothing tells one row from another
+    side = np.zeros((1, stacked.shape[1]), np.float32)
+    side[:, :first] = 1
+
+    def statistics(sides: Single) -> Single:
+        """The greatest discrepancy of each deal (b, groups); up to a factor that is the same for all."""
+        dealt = sides.T
+        greatest: Single = np.einsum("kgb,gb->kb", stacked @ dealt, dealt).max(axis=0)
+        return greatest
+
+    return sequential_p_value(
+        float(statistics(side)[0]),
+        lambda count: statistics(rng.permuted(np.repeat(side, count, axis=0), axis=1)),
+        permutations,
+    )
+
+
+def _deal_matrix(kernel: Single, group: int) -> Floats | None:
+    """What the discrepancy of a deal is a quadratic form of: group means, U-centred, over their own size; None if all 0.
+
+    With a diagonal of 0 and rows that sum to 0 ("U-centred": Szekely & Rizzo 2014), the unbiased discrepancy between any
+    dealing of the groups, the means within both sides less twice the mean across, is proportional to the sum within
+    one side: what lies within the other, and across, follows from it.
+    """
+    groups = len(kernel) // group
+    means = kernel.reshape(groups, group, groups, group).mean(axis=(1, 3), dtype=np.float64)
+    np.fill_diagonal(means, 0)
+    sums = means.sum(axis=1)
+    centred: Floats = means - (sums[:, None] + sums) / (groups - 2) + sums.sum() / ((groups - 1) * (groups - 2))
+    np.fill_diagonal(centred, 0)
+    size = np.linalg.norm(centred)
+    return centred / size if size > groups * np.finfo(np.float32).eps else None
+
+
+def _effect(pooled: Single, first: int) -> float | None:
+    """The distance between the means in the reference's spread; see ``Comparison``."""
+    sides = pooled[:first], pooled[first:]
+    variances = [float(side.var(axis=0, ddof=1, dtype=np.float64).sum()) for side in sides]
+    if not variances[0]:
+        return None
+    apart = np.subtract(*(side.mean(axis=0, dtype=np.float64) for side in sides))
+    by_sampling = sum(variance / len(side) for variance, side in zip(variances, sides, strict=True))
+    return float(np.sqrt(max(0.0, float(apart @ apart) - by_sampling) / variances[0]))
+
+
+def _held_out_likeness(squared: Single, first: int, bandwidths: Floats) -> Floats:
+    """(n,) how much more each row is like the new rows than like the reference rows of the half that it is not in.
+
+    It is the test's witness function (Gretton et al. 2012) at the middle bandwidth.
+    """
+    if not len(bandwidths):
+        return np.zeros(len(squared))
+    kernel = _kernel(squared, float(bandwidths[_BANDWIDTHS // 2]))
+    likeness = np.empty(len(squared))
+    is_new = np.arange(len(squared)) >= first
+    half = np.arange(len(squared)) % 2 == 0  # rows are in random order; either half has rows of both sides
+    for judged, judges in ((half, ~half), (~half, half)):
+        new, reference = (kernel[np.ix_(judged, judges & side)].mean(axis=1) for side in (is_new, ~is_new))
+        likeness[judged] = new - reference
+    return likeness
+
+
+def _farthest(squared: Single) -> Positions:
+    """Rows of (m, n) squared distances, those whose nearest columns are farthest first."""
+    nearest = min(_NEIGHBOURS, squared.shape[1])
+    distance = np.sqrt(np.partition(squared, nearest - 1, axis=1)[:, :nearest]).mean(axis=1)
+    return np.argsort(-distance, kind="stable")
