@@ -19,6 +19,7 @@ from featurepipe.jobs.values import (
     Seconds,
     Share,
     Template,
+    Weights,
     listed,
 )
 
@@ -64,7 +65,7 @@ class FeaturesTable(Table):
 
     backbone: str = "resnet50"
     """A name that `featurepipe backbones` lists, `timm/NAME`, or `package.module:factory`."""
-    weights: str = "DEFAULT"
+    weights: Weights = "DEFAULT"
     """A weights enum of torchvision, `DEFAULT`, a state-dict file, or `none` for a random control network."""
     nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
     """What to keep, each `NODE` or `NODE:POOLING`."""
@@ -121,7 +122,7 @@ class TrainTable(Table):
     """The split to train on, by default `train`."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Of the final estimator, such as `{ C = 0.1 }`."""
-    pca: float | None = Field(default=None, gt=0)
+    pca: int | float | None = Field(default=None, gt=0)
     """Components, or a share of the variance, to keep."""
     class_weight: Literal["balanced"] | None = None
     """`balanced` weighs all classes alike."""

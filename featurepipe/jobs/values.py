@@ -11,27 +11,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.sizes import bytes_of
+from featurepipe.sizes import bytes_of, seconds_of
 
-_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*")
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
-
-
-def seconds_of(text: Any) -> float:
-    """Returns a duration in seconds.
-
-    Raises:
-        UsageError: It is none.
-
-    Example:
-        >>> seconds_of("90s"), seconds_of("1h30m"), seconds_of("0.5d")
-        (90.0, 5400.0, 43200.0)
-    """
-    if not isinstance(text, str) or not re.fullmatch(rf"\s*(?:{_PART.pattern})+", text):
-        raise UsageError("no duration; write a number and its unit (s, m, h, d), such as '90s', '10m', '1h30m'")
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
 
 
 def _amount(given: Any) -> Any:
@@ -99,6 +82,14 @@ def _template(text: str, info: ValidationInfo) -> str:
     return os.path.normpath(Path(literal) / Path(text).expanduser())
 
 
+def _weights(text: str, info: ValidationInfo) -> str:
+    if "." not in text and "/" not in text:
+        return text
+    from featurepipe.backbones.weights import is_file_name
+
+    return _joined(text, info) if is_file_name(text) else text
+
+
 Seconds = Annotated[float, BeforeValidator(seconds_of)]
 """A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
 Amount = Annotated[int | str, BeforeValidator(_amount)]
@@ -115,5 +106,7 @@ JobPath = Annotated[Path, BeforeValidator(_place)]
 """A path, relative to the job file's folder."""
 PathOrUrl = Annotated[str, AfterValidator(_joined)]
 """A path or glob, relative to the job file's folder, or a URL."""
+Weights = Annotated[str, AfterValidator(_weights)]
+"""A name, or a file, relative to the job file's folder."""
 Template = Annotated[str, AfterValidator(_template)]
 """A path with ``{date}``, ``{run}`` or ``{job}`` in it, relative to the job file's folder."""

@@ -1,0 +1,119 @@
+"""The extractions of a night: one for each feature space, all about the same images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import SourceError
+from featurepipe.extraction.extract import extract
+from featurepipe.extraction.prepare import dataset_name
+from featurepipe.interrupt import StopRequest
+from featurepipe.jobs.job import FeaturesTable, Job
+from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
+from featurepipe.jobs.sources import Patience, TonightsSource
+
+_TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
+"""What a step's result says of an extraction; the extraction's own record says all."""
+_THEIRS_ALONE = ("UsageError", "WeightsNotFound", "TooManyRejects", "NonFiniteFeatures")
+"""Errors of one feature space that say nothing about the others."""
+
+
+@dataclass
+class Extractions:
+    """The first part of a night.
+
+    Attributes:
+        job: the job.
+        record: the night's books.
+        stop: what ends it.
+        say: a line for people.
+        silent: whether extractions say nothing themselves.
+        before: the dataset's snapshot before tonight, if there is one.
+    """
+
+    job: Job
+    record: RunRecord
+    stop: StopRequest
+    say: Callable[[str], None]
+    silent: bool
+    before: str | None = None
+
+    def run(self) -> None:
+        """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
+        source = TonightsSource(self.job, self.stop)
+        table = self.job.source
+        patience = Patience(table.retries, table.first_wait, table.longest_wait, self.stop, self.say)
+        why = self._list(source, patience)
+        for features in self.job.features:
+            if why:
+                self.record.not_reached("extract", features.backbone, why)
+            else:
+                why = self._extract(features, source, patience)
+        self.record.listing = source.seconds
+
+    def _list(self, source: TonightsSource, patience: Patience) -> str:
+        """Lists the source; returns why nothing can be extracted, if so."""
+
+        def work() -> dict[str, Any]:
+            found = patience.insist(source)
+            self.record.dataset = self.job.dataset or dataset_name(found.name)
+            self.before = max(self.record.store.snapshot_ids(self.record.dataset), default=None)
+            return {"source": found.location, "listed": found.scan().num_rows}
+
+        entry = self.record.attempt("list", "", work)
+        return "" if entry["status"] == DONE else "the source was not listed"
+
+    def _extract(self, features: FeaturesTable, source: TonightsSource, patience: Patience) -> str:
+        """Extracts one feature space; returns why no other one can be, if so."""
+        found: dict[str, Any] = {}
+
+        def work() -> dict[str, Any]:
+            found.update(patience.insist(lambda: self._try(features, source)))
+            return {name: found[name] for name in _TOLD if name in found}
+
+        entry = self.record.attempt("extract", features.backbone, work)
+        if found.get("status") == OUT_OF_TIME:
+            entry["status"] = OUT_OF_TIME
+            return "no time was left"
+        if entry["status"] == DONE or (entry["status"] == FAILED and entry["error_type"] in _THEIRS_ALONE):
+            return ""
+        return f"extract {features.backbone} did not end well"
+
+    def _try(self, features: FeaturesTable, source: TonightsSource) -> dict[str, Any]:
+        before = self._run_ids()
+        try:
+            return extract(
+                source(),
+                self.record.store,
+                dataset=self.record.dataset,
+                retry_rejects=self.record.retry_rejects,
+                stop=self.stop,
+                silent=self.silent,
+                **arguments(self.job, features),
+            )
+        except SourceError:
+            source.forget()
+            raise
+        finally:
+            self._note(before)
+
+    def _run_ids(self) -> set[str]:
+        return {path.stem for path in (self.record.store.path / "runs").glob("[!.]*.json")}
+
+    def _note(self, before: set[str]) -> None:
+        """Takes up the record that an extraction has left, also where it raised an error."""
+        if self._run_ids() - before:
+            self.record.extractions += [
+                run
+                for run in self.record.store.runs()
+                if run["run_id"] not in before and run.get("command") == "extract" and run["host"]["pid"] == os.getpid()
+            ]
+
+
+def arguments(job: Job, features: FeaturesTable) -> dict[str, Any]:
+    """What a job file says of an extraction, as arguments of `featurepipe.extract`."""
+    limits = job.limits.model_dump(include={"max_rejects", "max_gone", "min_free"})
+    return {**features.model_dump(), **job.machine.model_dump(), **limits}

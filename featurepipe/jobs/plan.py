@@ -1,0 +1,58 @@
+"""What a run of a job would do: ``featurepipe run JOB.toml --dry-run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featurepipe.extraction.extract import extract
+from featurepipe.extraction.prepare import dataset_name
+from featurepipe.interrupt import StopRequest
+from featurepipe.jobs.extractions import arguments
+from featurepipe.jobs.job import Job
+from featurepipe.jobs.schedule import outlook, steps_of
+from featurepipe.jobs.sources import TonightsSource
+
+
+def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
+    """Estimates the extractions, and says of each step whether it would run; changes nothing and retries nothing.
+
+    Args:
+        job: the job.
+        file: its file.
+        retry_rejects: whether images would be tried again whose bytes were rejected before.
+        silent: say nothing.
+
+    Returns:
+        Plain JSON values: ``listed``; ``features``, what `featurepipe.extract` estimates for each space; ``seconds`` and
+        ``bytes`` in all; ``steps``, each with ``runs`` (true, or null where that depends on the night) and ``why``.
+
+    Raises:
+        SourceError: the source cannot be listed.
+        UsageError: a network or node is unknown.
+    """
+    source = TonightsSource(job, StopRequest())()
+    dataset = job.dataset or dataset_name(source.name)
+    estimates = []
+    for features in job.features:
+        found = extract(
+            source, job.store, dataset=dataset, retry_rejects=retry_rejects, dry_run=True, silent=silent,
+            **arguments(job, features),
+        )  # fmt: skip
+        estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
+    seconds = [found["seconds"] for found in estimates]
+    steps = [(step, *outlook(step.table)) for step in steps_of(job)]
+    return {
+        "dry_run": True,
+        "job": job.name,
+        "job_file": str(file),
+        "store": str(job.store),
+        "dataset": dataset,
+        "source": source.location,
+        "listed": source.scan().num_rows,
+        "limits": job.limits.model_dump(mode="json"),
+        "features": estimates,
+        "seconds": None if None in seconds else sum(seconds),
+        "bytes": sum(sum(found["bytes_per_column"].values()) for found in estimates),
+        "steps": [{"step": step.step, "name": step.name, "runs": runs, "why": why} for step, runs, why in steps],
+    }

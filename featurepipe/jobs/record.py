@@ -1,0 +1,206 @@
+"""What a run of a job did: the books while it runs, the run record at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurepipe import records
+from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
+from featurepipe.jobs.job import Job
+from featurepipe.jobs.provenance import git_commit
+from featurepipe.jobs.schedule import steps_of
+from featurepipe.store import FeatureStore
+
+DONE, SKIPPED, FAILED, NOT_REACHED = "done", "skipped", "failed", "not reached"
+INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"
+_SUMMED = ("computed", "read")
+_COUNTED = ("listed", "known", "rejected")
+_STAGES = ("read", "decode", "forward", "write", "waiting")
+_TOO_MANY_REJECTS = 4
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class RunRecord:
+    """The books of one run.
+
+    Attributes:
+        job: the job.
+        file: its file.
+        store: where the record goes.
+        run_id: of this run.
+        dataset: its name, empty while unknown.
+        retry_rejects: whether rejects are tried again.
+        warn: told what goes wrong with the record itself.
+        steps: what became of each step, in their order.
+        extractions: the run records of tonight's extractions, also of those that failed.
+        listing: seconds it took to list the source.
+        is_late: whether steps were left out because no time was left.
+        written: the record as it was last written.
+    """
+
+    job: Job
+    file: Path
+    store: FeatureStore
+    run_id: str
+    warn: Callable[[str], None]
+    retry_rejects: bool = False
+    dataset: str = ""
+    steps: list[Entry] = field(default_factory=list)
+    extractions: list[dict[str, Any]] = field(default_factory=list)
+    listing: float = 0.0
+    is_late: bool = False
+    written: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._started, self._clock = records.now(), time.monotonic()
+        self._git, self._host = git_commit(self.file.parent), records.host()
+
+    # While it runs
+
+    def attempt(self, step: str, name: str, work: Callable[[], Mapping[str, Any]]) -> Entry:
+        """Does a step, and notes what became of it; only what is a defect of ours is raised.
+
+        Args:
+            step: which one.
+            name: which of several.
+            work: does it; returns what it did, or why it was ``skipped``.
+        """
+        entry: Entry = {"step": step, "name": name, "status": DONE}
+        start = time.monotonic()
+        try:
+            result = dict(work())
+            entry["status"] = SKIPPED if "skipped" in result else DONE
+            entry["result"] = result
+        except Interrupted as error:
+            entry |= _told(INTERRUPTED, error, error.exit_code)
+        except (FeaturepipeError, OSError) as error:
+            entry |= _told(FAILED, error, getattr(error, "exit_code", 1))
+        entry["seconds"] = round(time.monotonic() - start, 3)
+        self.steps.append(entry)
+        return entry
+
+    def not_reached(self, step: str, name: str, why: str) -> None:
+        """Notes a step that was not begun."""
+        self.steps.append({"step": step, "name": name, "status": NOT_REACHED, "seconds": 0.0, "result": {"why": why}})
+
+    def failed(self, step: str, error: BaseException, exit_code: int = 1) -> None:
+        """Notes that something went wrong that is no step's own failure."""
+        told = _told(INTERRUPTED if exit_code > 128 else FAILED, error, exit_code)
+        self.steps.append({"step": step, "name": "", "seconds": 0.0, **told})
+
+    def has(self, *statuses: str) -> bool:
+        """Whether anything so far ended in one of these ways."""
+        return any(entry["status"] in statuses for entry in self.steps)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Writes the record at the end of the block, however it ends."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            self.failed("run", error, 130)
+            raise
+        except BaseException as error:
+            self.failed("run", error)
+            raise
+        finally:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the record as it is now; a disk without space for it does not end the night."""
+        self.written = self.as_dict()
+        try:
+            self.store.write_run(self.written)
+        except (StoreError, OSError) as error:
+            self.warn(f"the run record could not be written: {error}")
+
+    # At the end
+
+    @property
+    def status(self) -> str:
+        """How the run ended, or would if it ended now."""
+        late = OUT_OF_TIME if self.is_late else DONE
+        return next((status for status in (INTERRUPTED, FAILED, OUT_OF_TIME) if self.has(status)), late)
+
+    @property
+    def exit_code(self) -> int:
+        """The process' exit code; see ``featurepipe --help``."""
+        if self.status in (DONE, OUT_OF_TIME):
+            return max((int(run.get("exit_code") or 0) for run in self._done()), default=0)
+        codes = [int(entry["exit_code"]) for entry in self.steps if entry["status"] == self.status]
+        return next((code for code in codes if code != _TOO_MANY_REJECTS), _TOO_MANY_REJECTS)
+
+    def _done(self) -> list[dict[str, Any]]:
+        return [run for run in self.extractions if run["status"] == DONE]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run record, plain JSON values."""
+        seconds, counts = self._seconds(), self._counts()
+        computing = seconds["extract"]
+        device = next((run["machine"]["device"] for run in self.extractions), "cpu")
+        return {
+            "run_id": self.run_id,
+            "command": "run",
+            "job": self.job.name,
+            "job_file": str(self.file),
+            "dataset": self.dataset,
+            "status": self.status,
+            "exit_code": self.exit_code,
+            "started": self._started,
+            "ended": records.now(),
+            "plan": plan_of(self.job, retry_rejects=self.retry_rejects),
+            "counts": counts,
+            "changes": next((run["changes"] for run in self.extractions if run.get("changes")), {}),
+            "steps": list(self.steps),
+            "extractions": [run["run_id"] for run in self.extractions],
+            "seconds": seconds,
+            "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
+            "verdict": records.verdict(seconds, computing, device=device),
+            "warnings": [text for entry in self.steps for text in entry.get("result", {}).get("warnings", ())],
+            "versions": records.versions(),
+            "host": self._host,
+            "git": self._git,
+        }
+
+    def _counts(self) -> dict[str, int]:
+        """Images listed, known and rejected in the first feature space; computed and read in all."""
+        first = self.extractions[-1:] if not self._done() else self._done()[:1]
+        counts = {name: sum(int(run["counts"][name]) for run in first) for name in _COUNTED}
+        return counts | {name: sum(int(run["counts"][name]) for run in self.extractions) for name in _SUMMED}
+
+    def _seconds(self) -> dict[str, float]:
+        """Per stage, summed over extractions; ``extract`` is what they took in all, ``wall`` the whole run."""
+        stages = dict.fromkeys(_STAGES, 0.0)
+        for run in self.extractions:
+            for stage, value in run["seconds"].items():
+                stages[stage] = stages.get(stage, 0.0) + value
+        stages["extract"] = stages.pop("wall", 0.0)
+        stages["scan"] = stages.get("scan", 0.0) + self.listing
+        stages["wall"] = time.monotonic() - self._clock
+        return {stage: round(value, 3) for stage, value in stages.items()}
+
+
+def _told(status: str, error: BaseException, exit_code: int) -> Entry:
+    kind = type(error).__name__
+    told = {"status": status, "error": str(error) or kind, "error_type": kind, "exit_code": exit_code}
+    found = getattr(error, "result", None)  # what a step had found when it decided to fail
+    return told if found is None else {**told, "result": found}
+
+
+def plan_of(job: Job, *, retry_rejects: bool) -> dict[str, Any]:
+    """What a run sets out to do, as JSON values; a source's path may hold a password, and is left out."""
+    return {
+        "store": str(job.store),
+        "features": [table.model_dump(mode="json") for table in job.features],
+        "limits": job.limits.model_dump(mode="json"),
+        "machine": job.machine.model_dump(mode="json"),
+        "steps": [str(step) for step in steps_of(job)],
+        "retry_rejects": retry_rejects,
+    }

@@ -1,0 +1,157 @@
+"""A night of a job: its extractions, then its steps, and a record of what became of them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from featurepipe.errors import FeaturepipeError, Interrupted, StoreLocked
+from featurepipe.interrupt import StopRequest, stop_on_signals
+from featurepipe.jobs.extractions import Extractions
+from featurepipe.jobs.job import Job
+from featurepipe.jobs.lock import Held, job_lock
+from featurepipe.jobs.log import JobLog, LogFormat, job_log
+from featurepipe.jobs.networks import check_networks
+from featurepipe.jobs.night import Night
+from featurepipe.jobs.plan import plan_job
+from featurepipe.jobs.reading import read_job
+from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
+from featurepipe.jobs.schedule import OF_ANY_NIGHT, OF_TONIGHT, Step, steps_of
+from featurepipe.store import FeatureStore
+
+
+def run_job(
+    path: str | PathLike[str],
+    *,
+    dry_run: bool = False,
+    retry_rejects: bool = False,
+    log_format: LogFormat = "text",
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Runs a job once: computes the features of what is new, then takes the steps that its file names.
+
+    It goes on where the last run stopped, however that ended. What fails during the night is in the record, not raised: look at
+    its ``status`` (``done``, ``failed``, ``interrupted``, ``out of time``) and ``exit_code``.
+
+    Args:
+        path: the job file, see `featurepipe.jobs.job.Job`.
+        dry_run: say what would be done; change nothing.
+        retry_rejects: try images again whose bytes were rejected before.
+        log_format: of what is said on standard error, ``text`` or ``json``.
+        silent: say nothing.
+
+    Returns:
+        The run record as JSON values, also kept in the store's ``runs/``; with ``dry_run`` the plan.
+
+    Raises:
+        UsageError: something in the job file is wrong.
+        WeightsNotFound: the weights of a network are not at hand.
+        StoreLocked: another run of the job has not ended, or the store is being rewritten.
+        StoreError: the store cannot be used.
+    """
+    job, file = read_job(path), Path(path).absolute()
+    with job_log(job.name, log_format=log_format, silent=silent) as log:
+        check_networks(job)
+        if dry_run:
+            return plan_job(job, file, retry_rejects=retry_rejects, silent=silent)
+        store = FeatureStore(job.store)
+        with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
+            record = RunRecord(job, file, store, store.new_run_id(), log.warn, retry_rejects, job.dataset or "")
+            with log.about(run_id=record.run_id), record.kept():
+                extractions = Extractions(job, record, stop, log.say, silent)
+                extractions.run()
+                _take_steps(_night(extractions), record, log, held)
+                _close(record, stop, held)
+    return record.written
+
+
+def _only_run(store: FeatureStore, job: Job, stop: StopRequest) -> AbstractContextManager[Held]:
+    def end_soon() -> None:
+        stop.deadline = time.monotonic()
+
+    return job_lock(store, job.name, stop, on_lost=end_soon)
+
+
+def _night(done: Extractions) -> Night:
+    """What the steps see of the night so far."""
+    record, job = done.record, done.job
+    record.dataset = record.dataset or _last_dataset(record.store, job.name)
+    return Night(
+        job=job,
+        dataset=record.dataset,
+        store=record.store,
+        run_id=record.run_id,
+        before=done.before,
+        stop=done.stop,
+        say=done.say,
+        silent=done.silent,
+        extracted=tuple(run for run in record.extractions if run["status"] == DONE),
+        record=record.as_dict(),
+    )
+
+
+def _last_dataset(store: FeatureStore, job: str) -> str:
+    """What the dataset was called when the job last ran: its source, which could tell, is not there tonight."""
+    names = (run["dataset"] for run in reversed(store.runs()) if run.get("job") == job and run.get("dataset"))
+    return next(names, job)
+
+
+def _take_steps(night: Night, record: RunRecord, log: JobLog, held: Held) -> None:
+    """Takes the steps in their order; those that tell of the night find its record as it stands."""
+    for step in steps_of(night.job):
+        why = _why_not(step, night, record, held)
+        if why:
+            record.not_reached(step.step, step.name, why)
+            continue
+        if step.step in OF_ANY_NIGHT:
+            record.write()
+        with log.about(step=str(step)):
+            _take(step, replace(night, record=record.as_dict()), record)
+
+
+def _take(step: Step, night: Night, record: RunRecord) -> None:
+    from featurepipe.jobs import steps
+
+    def work() -> dict[str, Any]:
+        try:
+            with night.stop.at_once(before=f"the end of step {step}"):
+                found: dict[str, Any] = getattr(steps, step.step)(night, step.table)
+                return found
+        except Interrupted as error:
+            number = error.exit_code - 128
+            raise Interrupted(f"stopped in step {step}; what it had finished stays", number) from error
+
+    entry = record.attempt(step.step, step.name, work)
+    record.is_late |= entry["status"] == SKIPPED and night.stop.out_of_time
+
+
+def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
+    """Why a step is not begun; empty if it is."""
+    if night.stop.signal_number or record.has(INTERRUPTED):
+        return "the run was stopped"
+    if held.lost:
+        return "another host has taken over"
+    if step.step in OF_ANY_NIGHT:
+        return ""
+    if night.stop.out_of_time or record.has(OUT_OF_TIME):
+        record.is_late = True
+        return "no time was left"
+    if step.step in OF_TONIGHT and len(night.extracted) < len(night.job.features):
+        return "the features of tonight's images are not complete"
+    return ""
+
+
+def _close(record: RunRecord, stop: StopRequest, held: Held) -> None:
+    """Notes what no step has noted: a signal between two of them, a lock that was lost."""
+    if stop.signal_number and not record.has(INTERRUPTED):
+        error: FeaturepipeError = Interrupted(f"stopped by {stop.name}", stop.signal_number)
+        record.failed("run", error, error.exit_code)
+    if held.lost:
+        error = StoreLocked(
+            "another host took over the job while this one could not renew its lease: it was suspended, or cut off from the store"
+        )
+        record.failed("lock", error, error.exit_code)

@@ -1,0 +1,157 @@
+"""A source that cannot be had just now is tried again; one that can be is listed once a night."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.errors import Interrupted, SourceError
+from featurepipe.extraction.extract import ARRAY_READERS
+from featurepipe.extraction.limits import ALL
+from featurepipe.images import Source, open_source
+from featurepipe.interrupt import StopRequest
+from featurepipe.jobs.job import Job
+from featurepipe.progress import spoken
+
+T = TypeVar("T")
+Wait = Callable[[float, StopRequest], None]
+
+_LOOK = 0.25
+"""Seconds between two looks at whether to stop."""
+
+
+def wait(seconds: float, stop: StopRequest) -> None:
+    """Sleeps, but no longer than until ``stop``."""
+    until = time.monotonic() + seconds
+    while not stop() and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to insist on a source: tries whose distance doubles.
+
+    Attributes:
+        retries: tries after the first one.
+        first_wait: seconds before the first of them.
+        longest_wait: seconds that no wait exceeds.
+        stop: ends the waiting.
+        say: told of each failure.
+        wait: how to wait.
+    """
+
+    retries: int
+    first_wait: float
+    longest_wait: float
+    stop: StopRequest
+    say: Callable[[str], None]
+    wait: Wait = wait
+
+    def insist(self, attempt: Callable[[], T]) -> T:
+        """Returns what ``attempt`` returns, and tries again while it raises `SourceError`; other errors do not heal.
+
+        Raises:
+            SourceError: it failed at the last try too, or there is no time left.
+            Interrupted: a signal came while waiting.
+        """
+        tried = 0
+        while True:
+            try:
+                return attempt()
+            except SourceError as error:
+                self._before_next(tried, error)
+                tried += 1
+
+    def _before_next(self, tried: int, error: SourceError) -> None:
+        if tried >= self.retries or self.stop.out_of_time:
+            times = f" (tried {tried + 1} times)" if tried else ""
+            raise SourceError(f"{error}{times}") from error
+        if not self.stop.signal_number:
+            seconds = min(self.first_wait * 2**tried, self.longest_wait)
+            self.say(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {self.retries}")
+            self.wait(seconds, self.stop)
+        if self.stop.signal_number:
+            raise Interrupted(
+                f"stopped by {self.stop.name} while waiting for the source ({error})", self.stop.signal_number
+            ) from error
+
+
+class Listed(Source):
+    """A source with its listing, so that all feature spaces of a night hold the same images, and one walk does for all.
+
+    Args:
+        source: the images.
+        listing: what it lists.
+    """
+
+    def __init__(self, source: Source, listing: pa.Table) -> None:
+        self._source, self._listing = source, listing
+        self.name, self.location = source.name, source.location
+
+    def scan(self) -> pa.Table:
+        """Returns the listing."""
+        return self._listing
+
+    def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+        """Reads one image; see :meth:`Source.read`."""
+        return self._source.read(locator)
+
+    def close(self) -> None:
+        """Releases what is held open."""
+        self._source.close()
+
+
+class TonightsSource:
+    """The source of a job's run: opened and listed when it is first needed, and again after it failed.
+
+    Args:
+        job: the job.
+        stop: a signal ends the listing at once.
+
+    Attributes:
+        seconds: what listing took.
+    """
+
+    def __init__(self, job: Job, stop: StopRequest) -> None:
+        self._job, self._stop = job, stop
+        self._listed: Listed | None = None
+        self.seconds = 0.0
+
+    def __call__(self) -> Listed:
+        """The source.
+
+        Raises:
+            UsageError: the job names something that no source can be made of.
+            SourceError: it cannot be opened or listed, is empty, or its labels are not there.
+            Interrupted: a signal came while listing.
+        """
+        if self._listed is None:
+            start = time.monotonic()
+            with self._stop.at_once(before="the source was listed"):
+                self._listed = self._list()
+            self.seconds += time.monotonic() - start
+        return self._listed
+
+    def forget(self) -> None:
+        """Lets the source be listed again, since it has failed."""
+        self._listed = None
+
+    def _list(self) -> Listed:
+        table = self._job.source
+        if table.labels is not None and not table.labels.is_file():
+            raise SourceError(f"{table.labels}: the labels are not there")
+        try:
+            source = open_source(table.path, array_readers=ARRAY_READERS)
+            listing = source.scan()
+        except OSError as error:
+            raise SourceError(f"{table.path}: {error}") from error
+        if not listing.num_rows and self._job.limits.max_gone != ALL:  # an empty folder, on which no share is mounted
+            raise SourceError(
+                f'{source.location} lists no image; if that is so on purpose: [limits] max_gone = "{ALL}"'
+            )
+        return Listed(source, listing)

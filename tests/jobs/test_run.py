@@ -1,0 +1,469 @@
+"""A night as a whole: what is computed, which steps are taken, how it ends, and the record that it leaves."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import featurepipe.jobs
+from featurepipe.errors import FeaturepipeError, StoreLocked, UsageError
+from featurepipe.interrupt import StopRequest
+from featurepipe.jobs import run as run_module
+from featurepipe.jobs.lock import job_lock
+
+NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
+ALL_STEPS = """
+[[train]]
+out = "bundles/a"
+[[predict]]
+bundle = "bundles/a"
+to = "predictions/{run}.parquet"
+[drift]
+[depth]
+[compact]
+[keep]
+[report]
+to = "nights.html"
+[metrics]
+prometheus = "job.prom"
+"""
+MAIN = """
+    import sys
+    from featurepipe.jobs.run import run_job
+    record = run_job(sys.argv[1], silent=True)
+    print(record["status"])
+    sys.exit(record["exit_code"])
+"""
+SLOWLY = (
+    """
+    import itertools, sys, time
+    from featurepipe.images.folder import FolderSource
+
+    read, count = FolderSource.read, itertools.count(1)
+
+    def slowly(self, locator):
+        time.sleep(0.05)
+        if next(count) == 100:
+            print("well under way", file=sys.stderr, flush=True)
+        return read(self, locator)
+
+    FolderSource.read = slowly
+"""
+    + MAIN
+)
+
+
+class Steps:
+    """Stands for the steps: notes the nights that they see, and does what a test tells them to."""
+
+    def __init__(self):
+        self.nights, self.acts = {}, {}
+
+    def step(self, name):
+        def take(night, table):
+            self.nights[name] = night
+            return self.acts.get(name, lambda night: {})(night)
+
+        return take
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    fake = Steps()
+    module = SimpleNamespace(**{name: fake.step(name) for name in NAMES})
+    monkeypatch.setitem(sys.modules, "featurepipe.jobs.steps", module)
+    monkeypatch.setattr(featurepipe.jobs, "steps", module, raising=False)
+    return fake
+
+
+def raising(error):
+    def act(night):
+        raise error
+
+    return act
+
+
+def wait_for_it(process):
+    deadline = time.monotonic() + 60
+    while "well under way" not in process.err():
+        assert time.monotonic() < deadline, process.wait()
+        time.sleep(0.01)
+
+
+def statuses(record):
+    return {entry["step"]: entry["status"] for entry in record["steps"]}
+
+
+def test_night_after_night(pile):
+    pile.fill(6)
+    first = pile.run()
+    assert (first["status"], first["exit_code"]) == ("done", 0)
+    assert first["counts"] == {"listed": 6, "computed": 6, "known": 0, "rejected": 0, "read": 6}
+    pile.fill(2, first=6)
+    (pile.root / "000.png").unlink()
+    second = pile.run()
+    assert second["counts"] == {"listed": 7, "computed": 2, "known": 5, "rejected": 0, "read": 2}
+    assert {name: count for name, count in second["changes"].items() if count} == {
+        "unchanged": 5, "new": 2, "deleted": 1,
+    }  # fmt: skip
+    assert pile.store.features("pile", "c3").shape[0] == 7
+    assert [record["run_id"] for record in pile.records()] == [first["run_id"], second["run_id"]]
+
+
+def test_record(pile):
+    pile.fill(3)
+    record = pile.run()
+    assert json.loads((pile.folder / f"features/runs/{record['run_id']}.json").read_bytes()) == record
+    extraction = next(run for run in pile.store.runs() if run["command"] == "extract")
+    assert record["extractions"] == [extraction["run_id"]]
+    assert (record["command"], record["job"], record["dataset"]) == ("run", "nightly", "pile")
+    assert record["job_file"] == str(pile.file)
+    assert [(entry["step"], entry["name"], entry["status"]) for entry in record["steps"]] == [
+        ("list", "", "done"), ("extract", "lenet5", "done"),
+    ]  # fmt: skip
+    assert record["steps"][0]["result"] == {"source": str(pile.root), "listed": 3}
+    told = record["steps"][1]["result"]
+    assert (told["run_id"], told["counts"]) == (extraction["run_id"], extraction["counts"])
+    seconds = record["seconds"]
+    assert {"read", "decode", "forward", "write", "waiting", "scan", "extract", "wall"} <= seconds.keys()
+    assert seconds["extract"] == extraction["seconds"]["wall"] <= seconds["wall"]
+    assert record["images_per_second"] == pytest.approx(3 / seconds["extract"], rel=0.1)
+    assert "done in" in record["verdict"]
+    assert record["plan"]["features"][0]["nodes"] == ["c3", "bottleneck"]
+    assert record["plan"]["limits"]["max_gone"] == "50%"
+    assert record["plan"]["steps"] == []
+    assert record["host"] == extraction["host"]
+    assert record["versions"] == extraction["versions"]
+    assert record["started"] <= record["ended"]
+    assert record["warnings"] == []
+
+
+def test_several_feature_spaces_hold_the_same_images(pile, monkeypatch):
+    from featurepipe.images.folder import FolderSource
+
+    scans = []
+    scan = FolderSource.scan
+    monkeypatch.setattr(FolderSource, "scan", lambda self: (scans.append(1), scan(self))[1])
+    pile.job('[[features]]\nbackbone = "lenet5"\nweights = "none"\nseed = 1\nnodes = ["f6"]\nprecision = "fp32"')
+    pile.fill(4)
+    record = pile.run()
+    assert len(scans) == 1
+    assert record["counts"] == {"listed": 4, "computed": 8, "known": 0, "rejected": 0, "read": 8}
+    assert record["changes"]["new"] == 4  # and not "unchanged", as the second extraction of the night sees them
+    assert len(record["extractions"]) == 2
+    assert [entry["status"] for entry in record["steps"]] == ["done", "done", "done"]
+    assert len(pile.store.spaces()) == 2
+
+
+def test_rejects(pile):
+    pile.fill(3)
+    pile.write("bad.png", b"\x89PNG no more")
+    pile.job('[limits]\nmax_rejects = "50%"')
+    record = pile.run()
+    assert (record["status"], record["exit_code"], record["counts"]["rejected"]) == ("done", 3, 1)
+    assert pile.run()["counts"] == {"listed": 4, "computed": 0, "known": 3, "rejected": 1, "read": 0}
+    again = pile.run(retry_rejects=True)
+    assert (again["counts"]["read"], again["exit_code"]) == (1, 3)
+    assert again["plan"]["retry_rejects"] is True
+
+
+def test_too_many_rejects(pile, steps):
+    pile.fill(3)
+    pile.write("bad.png", b"\x89PNG no more")
+    pile.job(ALL_STEPS)
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 4)
+    assert record["counts"] == {"listed": 4, "computed": 3, "known": 0, "rejected": 1, "read": 4}
+    assert statuses(record) == {
+        "list": "done", "extract": "failed", "train": "not reached", "predict": "not reached", "drift": "not reached",
+        "depth": "not reached", "compact": "done", "keep": "done", "report": "done", "metrics": "done",
+    }  # fmt: skip
+    assert "max-rejects" in record["steps"][1]["error"]
+    assert len(record["extractions"]) == 1
+
+
+def test_what_steps_see(pile, steps):
+    pile.fill(3)
+    pile.job(ALL_STEPS)
+    first = pile.run()
+    assert list(steps.nights) == list(NAMES)
+    night = steps.nights["train"]
+    assert (night.dataset, night.run_id, night.before, night.silent) == ("pile", first["run_id"], None, True)
+    assert night.store.path == pile.folder / "features"
+    assert [run["run_id"] for run in night.extracted] == first["extractions"]
+    assert night.record["counts"]["computed"] == 3
+    assert [entry["step"] for entry in steps.nights["drift"].record["steps"]] == ["list", "extract", "train", "predict"]
+    second = pile.run()
+    assert steps.nights["train"].before == first["extractions"][0]
+    assert second["status"] == "done"
+
+
+def test_report_and_metrics_find_the_night_in_the_store(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    found = {}
+    for name in ("report", "metrics"):
+        steps.acts[name] = lambda night, name=name: found.update({name: pile.records()[-1]}) or {}
+    steps.acts["drift"] = raising(FeaturepipeError("the images have drifted"))
+    record = pile.run()
+    assert found["report"]["run_id"] == found["metrics"]["run_id"] == record["run_id"]
+    assert (found["report"]["status"], found["report"]["exit_code"]) == ("failed", 1)
+    assert [entry["step"] for entry in found["metrics"]["steps"]][-1] == "report"
+    assert len(pile.records()) == 1
+
+
+def test_a_failing_step_fails_the_run_and_others_still_run(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    steps.acts["train"] = raising(UsageError("one class only"))
+    steps.acts["compact"] = raising(OSError(5, "Input/output error"))
+    steps.acts["predict"] = lambda night: {"skipped": "no new images"}
+    steps.acts["drift"] = lambda night: {"warnings": ["bottleneck:gap has drifted, p = 0.003"]}
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 2)
+    assert statuses(record) == {
+        "list": "done", "extract": "done", "train": "failed", "predict": "skipped", "drift": "done", "depth": "done",
+        "compact": "failed", "keep": "done", "report": "done", "metrics": "done",
+    }  # fmt: skip
+    failed = {entry["step"]: entry["error"] for entry in record["steps"] if entry["status"] == "failed"}
+    assert failed == {"train": "one class only", "compact": "[Errno 5] Input/output error"}
+    assert record["warnings"] == ["bottleneck:gap has drifted, p = 0.003"]
+
+
+def test_a_defect_of_ours_is_raised_and_recorded(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    steps.acts["drift"] = raising(ZeroDivisionError("division by zero"))
+    with pytest.raises(ZeroDivisionError):
+        pile.run()
+    record = pile.records()[-1]
+    assert (record["status"], record["exit_code"]) == ("failed", 1)
+    assert record["steps"][-1]["error"] == "division by zero"
+
+
+def test_out_of_time_goes_on_the_next_night(pile, steps, monkeypatch):
+    from featurepipe.images.folder import FolderSource
+
+    read = FolderSource.read
+    monkeypatch.setattr(FolderSource, "read", lambda self, locator: (time.sleep(0.05), read(self, locator))[1])
+    pile.fill(200)
+    pile.job(ALL_STEPS + '[limits]\ntime_budget = "1.5s"')
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("out of time", 0)
+    computed = record["counts"]["computed"]
+    assert 0 < computed < 200
+    assert statuses(record) == {
+        "list": "done", "extract": "out of time", "train": "not reached", "predict": "not reached", "drift": "not reached",
+        "depth": "not reached", "compact": "not reached", "keep": "not reached", "report": "done", "metrics": "done",
+    }  # fmt: skip
+    assert not pile.store.datasets()
+    monkeypatch.undo()
+    pile.job()
+    record = pile.run()
+    assert (record["status"], record["counts"]["computed"], record["counts"]["known"]) == (
+        "done",
+        200 - computed,
+        computed,
+    )
+
+
+def test_no_time_left_for_the_steps(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS + '[limits]\ntime_budget = "1h"')
+    steps.acts["train"] = lambda night: setattr(night.stop, "deadline", time.monotonic()) or {}
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("out of time", 0)
+    assert statuses(record) == {
+        "list": "done", "extract": "done", "train": "done", "predict": "not reached", "drift": "not reached",
+        "depth": "not reached", "compact": "not reached", "keep": "not reached", "report": "done", "metrics": "done",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_a_step(pile, steps, number, code):
+    """The step never looks at the request to stop."""
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+
+    def stuck(night):
+        threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+        time.sleep(60)
+
+    steps.acts["drift"] = stuck
+    started = time.monotonic()
+    record = pile.run()
+    assert time.monotonic() - started < 30
+    assert (record["status"], record["exit_code"]) == ("interrupted", code)
+    left = {entry["step"]: entry["status"] for entry in record["steps"][4:]}
+    assert left == {"drift": "interrupted", **dict.fromkeys(NAMES[3:], "not reached")}
+    assert pile.records()[-1] == record
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_an_extraction(launcher, pile, number, code):
+    pile.fill(300)
+    process = launcher.start(SLOWLY, [pile.file])
+    wait_for_it(process)
+    process.send(number)
+    started = time.monotonic()
+    ended = process.wait()
+    assert time.monotonic() - started < 10
+    assert (ended.code, ended.out) == (code, "interrupted\n")
+    (record,) = pile.records()
+    assert (record["status"], record["exit_code"]) == ("interrupted", code)
+    computed = record["counts"]["computed"]
+    assert 0 < computed < 300
+    assert pile.run()["counts"] == {
+        "listed": 300, "computed": 300 - computed, "known": computed, "rejected": 0, "read": 300 - computed,
+    }  # fmt: skip
+
+
+def test_a_kill_leaves_no_lock(launcher, pile):
+    pile.fill(300)
+    process = launcher.start(SLOWLY, [pile.file])
+    wait_for_it(process)
+    process.send(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+    record = pile.run()
+    assert (record["status"], record["counts"]["listed"]) == ("done", 300)
+
+
+def test_the_second_run_is_refused(pile):
+    pile.fill(1)
+    pile.run()
+    with (
+        job_lock(pile.store, "nightly", StopRequest()),
+        pytest.raises(StoreLocked, match="job nightly is already running"),
+    ):
+        pile.run()
+    assert len(pile.records()) == 1
+
+
+def test_a_lease_that_is_lost_ends_the_night(pile, steps, monkeypatch):
+    """Another host took over while this one was suspended."""
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    locks = []
+
+    def lock(*arguments, on_lost):
+        locks.append(SimpleNamespace(lost=False, lose=on_lost))
+        return __import__("contextlib").nullcontext(locks[0])
+
+    def lose(night):
+        locks[0].lost = True
+        locks[0].lose()
+        return {}
+
+    monkeypatch.setattr(run_module, "job_lock", lock)
+    steps.acts["train"] = lose
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 75)
+    assert [entry["status"] for entry in record["steps"][3:-1]] == ["not reached"] * 7
+    assert "another host took over" in record["steps"][-1]["error"]
+
+
+def test_a_source_that_is_gone_for_a_while(pile):
+    """The share is mounted while the job waits."""
+    pile.fill(3)
+    away = pile.root.rename(pile.folder / "away")
+    threading.Timer(0.5, away.rename, [pile.root]).start()
+    pile.job(source='first_wait = "0.1s"')
+    pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 8"))
+    record = pile.run()
+    assert (record["status"], record["counts"]["computed"]) == ("done", 3)
+    assert 0.5 < record["steps"][0]["seconds"] < 10
+
+
+def test_a_source_that_stays_away(pile, steps):
+    pile.fill(3)
+    pile.run()
+    pile.root.rename(pile.folder / "away")
+    pile.job(ALL_STEPS)
+    record = pile.run()
+    assert (record["status"], record["exit_code"], record["dataset"]) == ("failed", 1, "pile")
+    assert "no such file or folder" in record["steps"][0]["error"]
+    assert statuses(record) == {
+        "list": "failed", "extract": "not reached", "train": "not reached", "predict": "not reached",
+        "drift": "not reached", "depth": "not reached", "compact": "done", "keep": "done", "report": "done",
+        "metrics": "done",
+    }  # fmt: skip
+    assert record["counts"] == {"listed": 0, "computed": 0, "known": 0, "rejected": 0, "read": 0}
+    assert steps.nights["keep"].dataset == "pile"
+
+
+def test_an_empty_pile_is_refused_unless_told_otherwise(pile):
+    pile.fill(4)
+    pile.run()
+    for path in pile.root.iterdir():
+        path.unlink()
+    record = pile.run()
+    assert record["status"] == "failed"
+    assert 'max_gone = "100%"' in record["steps"][0]["error"]
+    pile.job('[limits]\nmax_gone = "100%"')
+    record = pile.run()
+    assert (record["status"], record["counts"]["listed"], record["changes"]["deleted"]) == ("done", 0, 4)
+
+
+def test_a_far_shorter_listing_is_refused(pile):
+    pile.fill(10)
+    pile.run()
+    for number in range(6):
+        (pile.root / f"{number:03d}.png").unlink()
+    record = pile.run()
+    assert (record["status"], statuses(record)["extract"]) == ("failed", "failed")
+    assert "6 of the 10 images" in record["steps"][1]["error"]
+    pile.job('[limits]\nmax_gone = "60%"')
+    assert pile.run()["changes"]["deleted"] == 6
+
+
+def test_one_space_that_fails_leaves_the_others(pile):
+    pile.job('[[features]]\nbackbone = "lenet5"\nweights = "none"\nseed = 1\nnodes = ["c3"]\nprecision = "fp32"')
+    text = pile.file.read_text().replace('nodes = ["c3", "bottleneck"]', 'nodes = ["layer9"]')
+    pile.file.write_text(text)
+    pile.fill(2)
+    record = pile.run()
+    assert [entry["status"] for entry in record["steps"]] == ["done", "failed", "done"]
+    assert "unknown node 'layer9'" in record["steps"][1]["error"]
+    assert (record["status"], record["exit_code"]) == ("failed", 2)
+
+
+def test_later_networks_and_heads_are_checked_before_the_first_image(pile):
+    pile.fill(2)
+    pile.job('[[features]]\nbackbone = "lenet5"\nweights = "none"\nseed = 1\nnodes = ["layer9"]')
+    with pytest.raises(UsageError, match=r"^features\[1\]: unknown node 'layer9' in lenet5"):
+        pile.run()
+    pile.job('[[train]]\nout = "b"\nhead = "logistic"\nparams = { CC = 1 }')
+    with pytest.raises(UsageError, match=r"^train\[0\]: .*CC"):
+        pile.run()
+    assert not (pile.folder / "features").exists()
+
+
+def test_a_record_that_cannot_be_written_does_not_end_the_night(pile, capsys, monkeypatch):
+    from featurepipe.errors import DiskFull
+    from featurepipe.store import FeatureStore
+
+    pile.fill(2)
+    write = FeatureStore.write_run
+
+    def full(self, record):
+        if record["command"] == "run":
+            raise DiskFull("no space left")
+        return write(self, record)
+
+    monkeypatch.setattr(FeatureStore, "write_run", full)
+    record = pile.run(silent=False)
+    assert record["status"] == "done"
+    assert "the run record could not be written: no space left" in capsys.readouterr().err
+
+
+def test_json_log(pile, capsys):
+    pile.fill(2)
+    record = pile.run(silent=False, log_format="json")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert lines
+    assert {line["job"] for line in lines} == {"nightly"}
+    assert {line["run_id"] for line in lines} == {record["run_id"]}
