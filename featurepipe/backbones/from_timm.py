@@ -28,8 +28,9 @@ class Timm(Family):
         except ImportError as error:
             raise UsageError(f"backbone 'timm/{name}' needs timm; run: pip install 'featurepipe[timm]'") from error
         self._timm: Any = timm
+        name = timm.models.get_deprecated_models().get(name, name) or name  # old names of models that timm has renamed
         self.model, _, self._tag = name.partition(".")
-        if not timm.is_model(self.model):
+        if not timm.is_model(self.model) or self.model in timm.models.get_deprecated_models():
             names = [f"timm/{model}" for model in timm.list_models()]
             raise unknown("backbone", f"timm/{name}", names, see="python -c 'import timm; print(timm.list_models())'")
         self.architecture = f"timm/{self.model}"

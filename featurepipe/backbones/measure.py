@@ -84,12 +84,16 @@ def _infos(seen: dict[str, _Seen], other: dict[str, _Seen]) -> list[NodeInfo]:
 
 
 def _channel_axis(shape: tuple[int, ...], larger: tuple[int, ...]) -> int:
-    """The one axis that stays as it is when the image grows; the usual one where that does not tell."""
-    usual = {2: 1, 3: 2, 4: 1}[len(shape)]
-    if len(larger) != len(shape):
-        return usual
-    unchanged = [axis for axis in range(1, len(shape)) if shape[axis] == larger[axis]]
-    return unchanged[0] if len(unchanged) == 1 else usual
+    """The one axis that stays as it is when the image grows; where that does not tell, the odd one out of a square map's.
+
+    Networks that take one image size only (timm's Swin and VOLO, which are channels-last) are no larger the second time.
+    """
+    unchanged = [axis for axis in range(1, len(shape)) if len(larger) == len(shape) and shape[axis] == larger[axis]]
+    if len(unchanged) == 1:
+        return unchanged[0]
+    if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
+        return 3
+    return {2: 1, 3: 2, 4: 1}[len(shape)]
 
 
 def _ending_blocks(names: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -31,6 +31,7 @@ _IN_PLACE_METHODS = {
     name: name[:-1]
     for name in ("add_", "sub_", "mul_", "div_", "relu_", "clamp_", "sigmoid_", "tanh_", "neg_", "exp_", "masked_fill_")
 }
+_SUMS: tuple[Any, ...] = (operator.add, torch.add, "add")
 
 
 @dataclass(frozen=True)
@@ -141,21 +142,35 @@ def bottleneck(found: Trace) -> str:
     """Names the node whose output feeds the final classifier.
 
     The classifier is the last Linear layer (or 1 x 1 convolution, as in SqueezeNet) between which and the network's
-    output only layers without parameters lie. A network without one gives its own output's node.
+    output only layers without parameters lie. Of several whose outputs are added (distilled networks such as LeViT have two)
+    it is the first. A network without one gives its own output's node.
     """
+    output = _last_value(found)
+    if output is None:
+        return ""
+    classifier = _classifier(found, output)
+    if classifier is None:
+        return found.names[output]
+    source = classifier.args[0]
+    return found.names[source] if isinstance(source, fx.Node) and source in found.names else found.names[classifier]
+
+
+def _classifier(found: Trace, output: fx.Node, *, may_be_sum: bool = True) -> fx.Node | None:
+    """The layer that an output comes from through layers without parameters alone, or None."""
     modules = dict(found.module.named_modules())
-    node = _last_value(found)
-    first = node
-    while node is not None:
+    node = output
+    while node in found.names:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if _classifies(node, layer):
-            source = node.args[0]
-            return found.names[source] if isinstance(source, fx.Node) and source in found.names else found.names[node]
+            return node
         inputs = node.all_input_nodes
+        if may_be_sum and len(inputs) == 2 and node.target in _SUMS:
+            both = [_classifier(found, one, may_be_sum=False) for one in inputs]
+            return both[0] if None not in both else None
         if len(inputs) != 1 or (layer is not None and any(True for _ in layer.parameters())):
-            break
-        node = inputs[0] if inputs[0] in found.names else None
-    return found.names[first] if first is not None else ""
+            return None
+        node = inputs[0]
+    return None
 
 
 def _classifies(node: fx.Node, layer: nn.Module | None) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.measure import measure_trace, run_hooked
+from featurepipe.backbones.measure import _channel_axis, measure_trace, run_hooked
 from featurepipe.backbones.nodes import bottleneck, trace
 
 
@@ -85,6 +87,46 @@ def test_the_channel_axis_is_found(name: str, node: str, axis: int, width: int) 
     assert info.channels_last == (axis == 3)
 
 
+class OneSize(nn.Module):
+    """Channels last, for images of one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 4, stride=4)
+        self.norm = nn.LayerNorm(5)
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        torch._assert(x.shape[2] == 8, "takes 32 pixels a side")
+        return self.fc(self.norm(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_the_channel_axis_of_a_network_that_takes_one_size_only() -> None:
+    found = trace(OneSize().eval())
+    assert found is not None
+    infos = {info.name: info for info in measure_trace(found, (3, 32, 32))}
+    axes = {"conv": (1, 5), "permute": (3, 5), "norm": (3, 5), "mean": (1, 5)}
+    assert {name: (infos[name].channel_axis, infos[name].width) for name in axes} == axes
+
+
+@pytest.mark.parametrize(
+    ("shape", "larger", "axis"),
+    [
+        ((3, 56, 56, 96), (3, 56, 56, 96), 3),  # channels last, no larger image
+        ((3, 96, 56, 56), (3, 96, 56, 56), 1),
+        ((3, 56, 56, 56), (3, 56, 56, 56), 1),  # nothing tells
+        ((3, 56, 56, 96), (3, 56, 72, 112), 1),  # a larger image tells: it is 56 channels of a wide map
+        ((3, 7, 7, 12), (3, 9, 9, 12), 3),
+        ((3, 49, 96), (3, 49, 96), 2),
+        ((3, 96, 49), (3, 96, 81), 1),
+        ((3, 10), (3, 10), 1),
+    ],
+)
+def test_the_axis_that_stays_as_it_is(shape: tuple[int, ...], larger: tuple[int, ...], axis: int) -> None:
+    assert _channel_axis(shape, larger) == axis
+
+
 def test_values_without_one_row_per_image_are_no_nodes() -> None:
     """Swin's attention works on windows, several to an image."""
     shapes = {info.name: info.shape for info in load_backbone("swin_t").nodes()}
@@ -115,6 +157,32 @@ class SubclassedHead(Headless):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.drop(super().forward(x)))
+
+
+class Distilled(Headless):
+    """Two classifiers, whose outputs are averaged; or a gate, or a sum with something else."""
+
+    def __init__(self, last: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.head, self.head_dist = nn.Linear(4, 2), nn.Linear(4, 2)
+        self.last = last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x).relu()
+        return self.last(self.head(x), self.head_dist(x))
+
+
+def test_of_several_classifiers_the_input_of_the_first() -> None:
+    for last in (lambda one, other: (one + other) / 2, lambda one, other: torch.add(one, 0.5 * other)):
+        found = trace(Distilled(last).eval())
+        assert found is not None
+        assert bottleneck(found) == "relu"
+    gated = trace(Distilled(lambda one, other: one * other.sigmoid()).eval())
+    assert gated is not None
+    assert bottleneck(gated) == "mul"  # what comes out is no sum of classes' scores
+    shortcut = trace(Distilled(lambda one, _other: one + one.relu()).eval())
+    assert shortcut is not None
+    assert bottleneck(shortcut) == "relu"
 
 
 class Untraceable(Headless):

@@ -61,6 +61,16 @@ def test_the_stages_of_well_known_networks(name: str) -> None:
         ("tf_efficientnet_lite0", [*(f"blocks.{i}" for i in range(7)), "global_pool"]),  # hooked, as are the next
         ("mobilevit_xxs", [*(f"stages.{i}" for i in range(5)), "head.drop"]),
         pytest.param("vgg11", [*(f"features.{i}" for i in (2, 5, 10, 15, 20)), "head.drop"], marks=pytest.mark.slow),
+        ("levit_128s", ["stem", *(f"stages.{i}" for i in range(3)), "head.drop"]),
+        ("swin_tiny_patch4_window7_224", [*(f"layers.{i}" for i in range(4)), "head.drop"]),
+        pytest.param(
+            "volo_d1_224",
+            ["patch_embed", *(f"network.{i}" for i in (0, 2, 3, 4)), "post_network", "head_drop"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "efficientformer_l1", ["stem", *(f"stages.{i}" for i in range(4)), "head_drop"], marks=pytest.mark.slow
+        ),
         # The stem and the last convolution are blocks themselves; the four stages lie together in a third.
         ("fastvit_t8", ["stem", *(f"stages.{i}" for i in range(4)), "final_conv", "head.drop"]),
     ],

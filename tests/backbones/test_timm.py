@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from featurepipe.backbones import Column, load_backbone, timm_models, weights_at_hand
+from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError, WeightsNotFound
 
 timm = pytest.importorskip("timm")
@@ -46,6 +48,27 @@ def test_a_model_that_cannot_be_traced_has_its_modules_for_nodes() -> None:
 def test_the_bottleneck_before_a_linear_of_timms_own() -> None:
     backbone = load_backbone("timm/mobilenetv3_small_050")
     assert backbone.node(backbone.bottleneck).shape == (1024,)
+
+
+def test_old_names_are_those_that_timm_has_given_them() -> None:
+    backbone = load_backbone("timm/tf_efficientnet_b0_ns")
+    assert backbone.architecture == "timm/tf_efficientnet_b0"
+    assert backbone.weights == "ns_jft_in1k"
+    assert load_backbone("timm/tf_inception_v3", "none").preprocessing.input_shape == (3, 299, 299)
+
+
+@pytest.mark.slow
+def test_features_of_a_channels_last_map_are_means_over_its_positions() -> None:
+    backbone = load_backbone("timm/swin_tiny_patch4_window7_224", "none", seed=1)
+    torch.manual_seed(1)
+    reference = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False).eval()
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    found = Engine(backbone, backbone.columns(["layers.1:gap"]))(images)["layers.1:gap"]
+    kept = []
+    reference.layers[1].register_forward_hook(lambda _module, _given, output: kept.append(output))
+    with torch.inference_mode():
+        reference(backbone.preprocessing.normalise(images))
+    np.testing.assert_allclose(found, kept[0].mean((1, 2)), rtol=1e-3, atol=1e-4)
 
 
 def test_names_that_are_wrong() -> None:
