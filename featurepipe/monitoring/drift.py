@@ -1,0 +1,168 @@
+"""Whether today's images are like those of before, by their features and by the classes that a bundle gives them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import StoreError
+from featurepipe.heads.bundle.bundle import Bundle, read_bundle
+from featurepipe.monitoring.columns import columns_to_compare
+from featurepipe.monitoring.comparisons import LEAST, Pair, bundle_pair, column_pairs, compare
+from featurepipe.monitoring.samples import PREVIOUS, Side, reference_snapshot, sides
+from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, Thresholds, holm
+from featurepipe.progress import announcer
+from featurepipe.store import FeatureStore
+from featurepipe.store.advice import extract_command
+from featurepipe.store.choice import require_snapshot
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of which images, settled."""
+
+    store: FeatureStore
+    dataset: str
+    columns: Sequence[str] | None
+    backbone: str | None
+    bundle: Bundle | None
+    thresholds: Thresholds
+    seed: int
+    say: Callable[[str], None]
+
+
+def drift(
+    store: FeatureStore | str | os.PathLike[str],
+    *,
+    dataset: str | None = None,
+    columns: Sequence[str] | None = None,
+    backbone: str | None = None,
+    reference: str = PREVIOUS,
+    snapshot: str | None = None,
+    bundle: Bundle | str | os.PathLike[str] | None = None,
+    warn: float = 0.01,
+    fail: float | None = None,
+    seed: int = 0,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Tests whether the images that are new since a reference snapshot are like those of that snapshot.
+
+    Every column is tested by `featurepipe.heads.two_sample.two_sample` on up to 1,024 images a side, the predicted classes
+    by `featurepipe.heads.class_shift.class_shift` on up to 20,000. Copies of one image count once. P-values are adjusted
+    for the number of tests, so that a night without drift is warned of with a probability of ``warn`` at most; that is so
+    for images that come independently of each other, not for frames of one film.
+
+    Args:
+        store: The feature store or its path.
+        dataset: Name of the dataset; by default the store's only one.
+        columns: Nodes, ``node:pooling`` or aliases; by default every column that the new images have.
+        backbone: Of which network, space or fingerprint; by default every space.
+        reference: ``previous`` (the snapshot before), ``first``, or a run id.
+        snapshot: Run id of the snapshot that is tested; by default the current one.
+        bundle: A bundle or its folder, whose predicted classes are compared, too.
+        warn: Adjusted p-value below which the verdict is ``warning``.
+        fail: Adjusted p-value below which the verdict is ``drift``; by default never.
+        seed: Of what is drawn.
+        silent: Say nothing on standard error.
+
+    Returns:
+        JSON values. ``dataset``; ``reference`` and ``snapshot`` (run ids; the first is null if there is none); ``images``
+        (``reference`` and ``new``: distinct ones); ``columns``, each with ``column``, ``space``, ``p_value``, ``adjusted``,
+        ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side), ``farthest`` and
+        ``typical`` (ids of new images); ``classes`` (null without a bundle) with ``p_value``, ``adjusted``,
+        ``total_variation``, ``by_chance``, ``compared`` and ``classes`` (shares, those that changed most first);
+        ``thresholds``; ``verdict`` (``no drift``, ``warning``, ``drift`` or ``too few images``); ``exit_code`` (1 for
+        ``drift``, else 0); ``warnings``; ``seconds``.
+
+    Raises:
+        UsageError: A dataset, snapshot, column or space is unknown, or a threshold cannot be.
+        BundleError: The bundle cannot be used, or the store has no features of its space.
+        StoreError: The new images have none of the columns.
+    """
+    started = time.monotonic()
+    source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    question = _Question(
+        source,
+        dataset or source.only_dataset(),
+        columns,
+        backbone,
+        read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle,
+        Thresholds(warn, fail),
+        seed,
+        announcer(silent=silent),
+    )
+    current = _settled(question, snapshot)
+    earlier = reference_snapshot(source, question.dataset, current, reference)
+    return {
+        "dataset": question.dataset,
+        "reference": earlier,
+        "snapshot": current,
+        **_answer(question, current, earlier),
+        "thresholds": {"warn": warn, "fail": fail},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _settled(question: _Question, snapshot: str | None) -> str:
+    known = question.store.snapshot_ids(question.dataset)
+    if not known or (snapshot is not None and snapshot not in known):
+        require_snapshot(question.store, question.dataset, snapshot)  # raises, and says what there is
+    return snapshot or known[-1]
+
+
+def _answer(question: _Question, snapshot: str, reference: str | None) -> dict[str, Any]:
+    """Counts the images and, if they are enough, tests them."""
+    if reference is None:
+        why = f"{snapshot} is the first snapshot of {question.dataset}: there is nothing to compare it with yet"
+        return _untested(0, 0, why)
+    before, new = sides(question.store, question.dataset, snapshot, reference, question.seed)
+    if min(before.count, new.count) < LEAST:
+        why = f"{new.count:,} images are new since {reference}, which has {before.count:,}: {LEAST} of each are needed"
+        return _untested(before.count, new.count, why)
+    question.say(f"{question.dataset}: {new.count:,} new images against {before.count:,} of {reference}")
+    return {"images": {"reference": before.count, "new": new.count}, **_tested(question, before, new)}
+
+
+def _untested(reference: int, new: int, why: str) -> dict[str, Any]:
+    return {
+        "images": {"reference": reference, "new": new},
+        "columns": [],
+        "classes": None,
+        "verdict": TOO_FEW,
+        "exit_code": 0,
+        "warnings": [why],
+    }
+
+
+def _tested(question: _Question, before: Side, new: Side) -> dict[str, Any]:
+    asked = columns_to_compare(question.store, question.dataset, question.columns, question.backbone)
+    found = list(column_pairs(asked, question.dataset, before, new, named=question.columns is not None))
+    if question.bundle is not None:
+        found.append(bundle_pair(question.store, question.bundle, question.dataset, before, new))
+    warnings = [why for why in found if isinstance(why, str)]
+    ready = [pair for pair in found if isinstance(pair, Pair)]
+    if not ready:
+        raise StoreError("; ".join(warnings) or _no_features(question, new.count))
+    permutations = question.thresholds.permutations(len(ready))
+    tests = []
+    for number, pair in enumerate(ready, 1):
+        question.say(f"{number} of {len(ready)}: {pair}")
+        tests.append(compare(pair, permutations, question.seed))
+    adjusted = holm([test["p_value"] for test in tests])
+    tests = [{**test, "adjusted": value} for test, value in zip(tests, adjusted, strict=True)]
+    verdict = question.thresholds.verdict(adjusted)
+    return {
+        "columns": [test for test, pair in zip(tests, ready, strict=True) if pair.bundle is None],
+        "classes": next((test for test, pair in zip(tests, ready, strict=True) if pair.bundle is not None), None),
+        "verdict": verdict,
+        "exit_code": int(verdict == DRIFT),
+        "warnings": warnings,
+    }
+
+
+def _no_features(question: _Question, count: int) -> str:
+    command = extract_command(question.store.path, dataset=question.dataset)
+    return f"none of the {count:,} new images of {question.dataset} has features; run: {command}"
