@@ -8,14 +8,17 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 
+from featurepipe.jobs.steps.history import SUCCESS
+from featurepipe.jobs.text import step_name, told
 from featurepipe.progress import Progress
 
 LogFormat = Literal["text", "json"]
+Level = Literal["info", "warning", "error"]
 FORMATS: tuple[LogFormat, ...] = ("text", "json")
 PROGRESS_SECONDS = 30.0
 """How often progress is logged in the JSON form."""
@@ -43,9 +46,7 @@ class JobLog:
         """A line that people should not miss."""
         self.event(_MESSAGE, text, level="warning")
 
-    def event(
-        self, event: str, text: str = "", *, level: Literal["info", "warning", "error"] = "info", **numbers: Any
-    ) -> None:
+    def event(self, event: str, text: str = "", *, level: Level = "info", **numbers: Any) -> None:
         """Logs something that happened.
 
         Args:
@@ -56,6 +57,27 @@ class JobLog:
         """
         about = {"event": event, **self.fields, **numbers}
         self.logger.log(logging.getLevelNamesMapping()[level.upper()], "%s", text, extra={"about": about})
+
+    def step_ended(self, entry: Mapping[str, Any]) -> None:
+        """Logs what became of a step, with the numbers that its result has.
+
+        Args:
+            entry: as in the ``steps`` of a run record.
+        """
+        result = entry.get("result") or {}
+        numbers = {name: value for name, value in result.items() if _is_number(value)}
+        text = f"{step_name(entry)}: {entry['status']}: {told(entry)}".removesuffix(": ")
+        level: Level = "error" if entry["status"] == "failed" else "info"
+        facts = {"status": entry["status"], "seconds": entry["seconds"], **numbers, "step": step_name(entry)}
+        self.event("step ended", text, level=level, **facts)
+        for warning in result.get("warnings", ()):
+            self.warn(warning)
+
+    def run_ended(self, record: Mapping[str, Any]) -> None:
+        """Logs how a run ended, with its numbers; the text form leaves that to the summary."""
+        names = ("status", "exit_code", "counts", "changes", "seconds", "images_per_second")
+        level: Level = "info" if record["exit_code"] in SUCCESS else "error"
+        self.event("run ended", level=level, **{name: record[name] for name in names})
 
     @contextmanager
     def about(self, **fields: Any) -> Iterator[None]:
@@ -90,7 +112,10 @@ def job_log(
     with ExitStack() as stack:
         stack.enter_context(_only_to(handler, log.logger))
         if log_format == "json" and not silent:
-            stack.enter_context(redirect_stderr(_LoggedOutput(log)))
+            output = _LoggedOutput(log)
+            if sys.stdout is sys.stderr:  # as the command line has it, to keep its result apart
+                stack.enter_context(redirect_stdout(output))
+            stack.enter_context(redirect_stderr(output))
         yield log
 
 
@@ -107,6 +132,13 @@ def _only_to(handler: logging.Handler, logger: logging.Logger) -> Iterator[None]
         logger.propagate = before[0]
         logger.setLevel(before[1])
         logger.removeHandler(handler)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or a table of numbers such as counts."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(inner, int | float) for inner in value.values())
+    return isinstance(value, int | float)
 
 
 class _Handler(logging.StreamHandler[IO[str]]):

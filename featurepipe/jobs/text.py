@@ -37,9 +37,6 @@ def summary_text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-run_text = summary_text
-
-
 def runs_text(records: Sequence[Mapping[str, Any]]) -> str:
     """A table of runs, oldest first; runs that no job made have no job's name."""
     if not records:
@@ -57,7 +54,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     seconds = "an unknown time" if plan["seconds"] is None else f"about {spoken(plan['seconds'])}"
     lines.append(f"in all {seconds}, {size(plan['bytes'])}")
     words = {True: "yes", False: "no", None: "perhaps"}
-    rows = [[f"{step['step']} {step['name']}".strip(), words[step["runs"]], step["why"]] for step in plan["steps"]]
+    rows = [[step_name(step), words[step["runs"]], step["why"]] for step in plan["steps"]]
     lines += ["", table(["step", "runs", "why"], rows)] if rows else []
     return "\n".join([*lines, "dry run: nothing was changed"])
 
@@ -65,7 +62,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 def _ending(record: Mapping[str, Any]) -> str:
     code, status = record["exit_code"], str(record["status"])
     rejects = ", with images that could not be used" if code == 3 else ""
-    failed = [f"{entry['step']} {entry['name']}".strip() for entry in record["steps"] if entry["status"] == "failed"]
+    failed = [step_name(entry) for entry in record["steps"] if entry["status"] == "failed"]
     why = f": {', '.join(failed)}" if failed else ""
     return f"{status.upper() if status in ('failed', 'interrupted') else status}{rejects}{why} (exit code {code})"
 
@@ -83,24 +80,29 @@ def _images(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    names = [f"{entry['step']} {entry['name']}".strip() for entry in steps]
+    names = list(map(step_name, steps))
     wide, widest = max(map(len, names), default=0), max((len(entry["status"]) for entry in steps), default=0)
     for name, entry in zip(names, steps, strict=True):
         start = f"{name.ljust(wide)}  {entry['status'].ljust(widest)}  {entry['seconds']:8.1f} s"
-        told = _told(entry)
-        if len(start) + len(told) + 2 > _WIDEST or "\n" in told:
+        said = told(entry)
+        if len(start) + len(said) + 2 > _WIDEST or "\n" in said:
             yield start
-            yield "    " + told.replace("\n", "\n    ")
+            yield "    " + said.replace("\n", "\n    ")
         else:
-            yield f"{start}  {told}".rstrip()
+            yield f"{start}  {said}".rstrip()
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def step_name(entry: Mapping[str, Any]) -> str:
+    """Which step, and which of several: ``train logistic``."""
+    return f"{entry['step']} {entry['name']}".strip()
+
+
+def told(entry: Mapping[str, Any]) -> str:
     """What a step has to say of itself."""
     result = entry.get("result") or {}
-    for said in (entry.get("error"), result.get("skipped"), result.get("text"), result.get("why")):
-        if said:
-            return str(said)
+    for text in (entry.get("error"), result.get("skipped"), result.get("text"), result.get("why")):
+        if text:
+            return str(text)
     if "counts" in result:
         return ", ".join(f"{result['counts'].get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
     return f"{result['listed']:,} images" if "listed" in result else ""

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import threading
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -44,6 +45,54 @@ def test_the_text_form_is_what_people_read():
         assert sys.stderr is not stream
     expected = ["100 % of {3} images", "train: done in 2 s", "warning: few images", "error: no luck"]
     assert stream.getvalue().splitlines() == expected
+
+
+def test_steps_and_the_end_of_a_run_are_logged_with_their_numbers():
+    result = {"text": "3 images labelled", "counts": {"predicted": 3}, "images_per_second": 5.5, "labels": {}, "file": "x",
+              "warnings": ["look here"]}  # fmt: skip
+    done = {"step": "predict", "name": "logistic", "status": "done", "seconds": 1.5, "result": result}
+    failed = {"step": "drift", "name": "", "status": "failed", "seconds": 0.5, "error": "no such column"}
+    late = {"step": "keep", "name": "", "status": "not reached", "seconds": 0.0}
+    record = {"status": "failed", "exit_code": 1, "counts": {"listed": 9}, "changes": {}, "seconds": {"wall": 2.0},
+              "images_per_second": None, "versions": {}}  # fmt: skip
+    streams = {name: io.StringIO() for name in FORMATS}
+    for name, stream in streams.items():
+        with job_log("nightly", log_format=name, stream=stream) as log:
+            [log.step_ended(entry) for entry in (done, failed, late)]
+            log.run_ended(record)
+    assert streams["text"].getvalue().splitlines() == [
+        "predict logistic: done: 3 images labelled",
+        "warning: look here",
+        "error: drift: failed: no such column",
+        "keep: not reached",
+    ]
+    predict, warning, drift, keep, end = lines_of(streams["json"])
+    assert [line["level"] for line in (predict, warning, drift, keep, end)] == [
+        "info",
+        "warning",
+        "error",
+        "info",
+        "error",
+    ]
+    assert {**predict, "time": ""} == {
+        "time": "", "level": "info", "event": "step ended", "job": "nightly", "step": "predict logistic",
+        "text": "predict logistic: done: 3 images labelled", "status": "done", "seconds": 1.5, "counts": {"predicted": 3},
+        "images_per_second": 5.5,
+    }  # fmt: skip
+    assert {**end, "time": ""} == {
+        "time": "", "level": "error", "event": "run ended", "job": "nightly", "status": "failed", "exit_code": 1,
+        "counts": {"listed": 9}, "changes": {}, "seconds": {"wall": 2.0}, "images_per_second": None,
+    }  # fmt: skip
+
+
+def test_standard_output_is_logged_where_it_goes_to_standard_error(capsys):
+    with redirect_stdout(sys.stderr), job_log("nightly", log_format="json"):
+        print("a user's network")
+    with job_log("nightly", log_format="json"):
+        print("the result")
+    captured = capsys.readouterr()
+    assert json.loads(captured.err)["text"] == "a user's network"
+    assert captured.out == "the result\n"
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
