@@ -127,7 +127,12 @@ class Engine:
 
     def _placed(self, network: nn.Module) -> nn.Module:
         network.to(device=self.device, dtype=self.dtype)
-        return network.to(memory_format=torch.channels_last)
+        for parameter in network.parameters():
+            if (
+                parameter.dim() == 4
+            ):  # Module.to fails at buffers of 5, which a trace may have, such as that of timm's Swin
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return network
 
     def _start_copy(self, batch: torch.Tensor) -> Pending:
         """Uploads from pinned memory in a stream of its own, beside the forward of the batch before."""
