@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
     from featurepipe.heads.families import make_head
+    from featurepipe.jobs.run import run_job
     from featurepipe.layer_depth.depth import depth
+    from featurepipe.monitoring.drift import drift
     from featurepipe.prediction.image_classifier import ImageClassifier
     from featurepipe.prediction.predict import predict
     from featurepipe.reporting.from_store import report
@@ -28,12 +30,14 @@ __all__ = [
     "ImageClassifier",
     "__version__",
     "depth",
+    "drift",
     "evaluate",
     "extract",
     "load_backbone",
     "make_head",
     "predict",
     "report",
+    "run_job",
     "train",
 ]
 
@@ -42,12 +46,14 @@ _HOMES = {
     "FeatureStore": "featurepipe.store",
     "ImageClassifier": "featurepipe.prediction.image_classifier",
     "depth": "featurepipe.layer_depth.depth",
+    "drift": "featurepipe.monitoring.drift",
     "evaluate": "featurepipe.evaluation.evaluate",
     "extract": "featurepipe.extraction.extract",
     "load_backbone": "featurepipe.backbones",
     "make_head": "featurepipe.heads.families",
     "predict": "featurepipe.prediction.predict",
     "report": "featurepipe.reporting.from_store",
+    "run_job": "featurepipe.jobs.run",
     "train": "featurepipe.training.train",
 }
 

@@ -15,7 +15,7 @@ from featurepipe.errors import UsageError, unknown
 def add(commands: Commands) -> None:
     """Declares both commands."""
     command = add_command(
-        commands, "run", run, "run a job once: features of what is new, then the steps that its file names",
+        commands, "run", run, "one night of a job: what is new, then heads, predictions, drift, upkeep, report",
         epilog="Schedule it, for every night say: it goes on where the last run stopped, and a second run of the same job "
         "ends at once with exit code 75. pipelines/ has jobs to copy. See exit codes in featurepipe --help.",
     )  # fmt: skip

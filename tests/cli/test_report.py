@@ -1,0 +1,49 @@
+"""``featurepipe report``: pages of findings, pages of nights, and options that belong to one of them only."""
+
+from pathlib import Path
+
+import pytest
+
+REPORT = "featurepipe.reporting.from_store:report"
+NIGHTS = "featurepipe.reporting.nights:nights_document"
+WRITE = "featurepipe.reporting.report:write_report"
+
+
+def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["featurepipe", "report", "kept"])
+    called = verb(REPORT, Path("page.html"))
+    line = "--bundle b --dataset d --split s --source photos --labels l.csv --to page.html --quiet"
+    answer = call("report", store.path, *line.split())
+    assert (answer.code, answer.out) == (0, "page.html\n")
+    assert called.given.pop("store").path == store.path
+    assert called.given == {
+        "target": "page.html", "bundle": "b", "dataset": "d", "split": "s", "source": "photos", "labels": "l.csv",
+        "command": "featurepipe report kept", "silent": True,
+    }  # fmt: skip
+
+
+def test_options_of_nights_reach_the_page(verb, call, store):
+    document, page = verb(NIGHTS, {"nights": []}), verb(WRITE, Path("page.html"))
+    answer = call("report", store.path, "--nights", "--last", "7", "--job", "nightly", "--to", "page.html", "--quiet")
+    assert (answer.code, answer.out) == (0, "page.html\n")
+    assert document.given.pop("store").path == store.path
+    assert document.given == {"last": 7, "job": "nightly"}
+    assert page.given == {"document": {"nights": []}, "target": "page.html", "silent": True}
+    call("report", store.path, "--nights", "--to", "page.html")
+    assert document.given["last"] == 30
+    assert document.given["job"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--last 5", "--last: only together with --nights"),
+        ("--last 5 --job nightly", "--last, --job: only together with --nights"),
+        ("--nights --bundle b", "--bundle: not together with --nights"),
+        ("--nights --dataset d --labels l.csv", "--dataset, --labels: not together with --nights"),
+    ],
+)
+def test_options_of_the_other_page_are_refused(options, message, call, store):
+    answer = call("report", store.path, "--to", "page.html", *options.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert message in answer.err
