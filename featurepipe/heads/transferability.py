@@ -98,14 +98,8 @@ def h_score(
     ``trace(S^-1 (1 - a) cov(E[X | class]))`` with ``S = (1 - a) cov(X) + a trace(cov(X)) / D I`` and the share a of
     Ledoit & Wolf 2004 ("A well-conditioned estimator for large-dimensional covariance matrices").
 
-    Args:
-        X: (n, D) features; see ``log_me``.
-        codes: (n,) class of each image.
-        classes: Number of classes.
-        shrinkage: The share a, from 0 to 1; 0 gives Bao's score, with a pseudo-inverse.
-        rows: Use at most so many images; see ``log_me``.
-        seed: Of the draw.
-        memory: What the blocks alive at one time may take (bytes or "512MB").
+    ``shrinkage`` is the share a, from 0 to 1 or ``ledoit-wolf``; 0 gives Bao's score, with a pseudo-inverse. All other
+    arguments are those of ``log_me``.
 
     Returns:
         The score; 0 for constant features.
