@@ -42,7 +42,9 @@ def add(commands: Commands) -> None:
     option("--labels", metavar="FILE", help="the labels that were compared with, if they were not the dataset's")
     option("--nights", action="store_true", help="the trend of the last nights instead: images, time, drift, rejects")
     add_last(command, "nights", NIGHTS)
-    option("--job", metavar="NAME", help="only nights of this job")
+    option(
+        "--job", metavar="NAME", help="of these nights, or a dataset that has no job (default: the one that ran last)"
+    )
     option("--to", required=True, metavar="FILE.html", help="the page to write")
     add_quiet(command)
 
@@ -63,11 +65,9 @@ def _check(args: Namespace) -> None:
 
 
 def _nights(args: Namespace) -> Path:
-    from featurepipe.reporting.nights import nights_document
-    from featurepipe.reporting.report import write_report
+    from featurepipe.reporting.nights import nights_report
 
-    document = nights_document(existing_store(args), last=args.last, job=args.job)
-    return write_report(document, args.to, silent=args.quiet)
+    return nights_report(existing_store(args), args.to, last=args.last, job=args.job, silent=args.quiet)
 
 
 def _findings(args: Namespace) -> Path:

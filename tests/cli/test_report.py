@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 REPORT = "featurepipe.reporting.from_store:report"
-NIGHTS = "featurepipe.reporting.nights:nights_document"
-WRITE = "featurepipe.reporting.report:write_report"
+NIGHTS = "featurepipe.reporting.nights:nights_report"
 
 
 def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
@@ -23,15 +22,13 @@ def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
 
 
 def test_options_of_nights_reach_the_page(verb, call, store):
-    document, page = verb(NIGHTS, {"nights": []}), verb(WRITE, Path("page.html"))
+    called = verb(NIGHTS, Path("page.html"))
     answer = call("report", store.path, "--nights", "--last", "7", "--job", "nightly", "--to", "page.html", "--quiet")
     assert (answer.code, answer.out) == (0, "page.html\n")
-    assert document.given.pop("store").path == store.path
-    assert document.given == {"last": 7, "job": "nightly"}
-    assert page.given == {"document": {"nights": []}, "target": "page.html", "silent": True}
+    assert called.given.pop("store").path == store.path
+    assert called.given == {"to": "page.html", "last": 7, "job": "nightly", "silent": True}
     call("report", store.path, "--nights", "--to", "page.html")
-    assert document.given["last"] == 30
-    assert document.given["job"] is None
+    assert (called.given["last"], called.given["job"]) == (30, None)
 
 
 @pytest.mark.parametrize(
