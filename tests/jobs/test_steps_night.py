@@ -1,0 +1,143 @@
+"""Whole nights with every step, over real images and a small network."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.jobs.text import summary_text
+from featurepipe.prediction.predict import predict
+
+STEPS = """
+[[train]]
+out = "bundles/head"
+nodes = ["c3", "bottleneck"]
+[[predict]]
+bundle = "bundles/head"
+to = "predictions/{run}.parquet"
+[[predict]]
+bundle = "bundles/head"
+to = "predictions/all.parquet"
+images = "all"
+[drift]
+bundle = "bundles/head"
+[compact]
+[keep]
+snapshots = 2
+runs = 2
+[metrics]
+prometheus = "watched/featurepipe.prom"
+"""
+
+
+def by_step(record):
+    return {f"{entry['step']} {entry['name']}".strip(): entry for entry in record["steps"][2:]}
+
+
+@pytest.fixture
+def classed(pile):
+    pile.fill(24, folder="day/")
+    pile.fill(24, first=100, folder="night/")
+    pile.job(STEPS)
+    return pile
+
+
+def success(pile):
+    (family,) = (
+        family
+        for family in text_string_to_metric_families((pile.folder / "watched" / "featurepipe.prom").read_text())
+        if family.name == "featurepipe_last_success_timestamp_seconds"
+    )
+    return family.samples[0].value
+
+
+def test_night_after_night_with_every_step(classed):
+    pile = classed
+    first = pile.run()
+    assert first["exit_code"] == 0, first["steps"]
+    steps = by_step(first)
+    assert {name: entry["status"] for name, entry in steps.items()} == {
+        "train head": "done", "predict head": "done", "drift": "skipped", "compact": "skipped", "keep": "skipped",
+        "metrics": "done",
+    }  # fmt: skip
+    everything = pq.read_table(pile.folder / "predictions" / "all.parquet")
+    assert everything.equals(pq.read_table(pile.folder / "predictions" / f"{first['run_id']}.parquet"))
+    predict(pile.folder / "bundles" / "head", pile.root, pile.folder / "network.parquet", workers=2, silent=True)
+    network = pq.read_table(pile.folder / "network.parquet")
+    assert everything["id"].equals(network["id"])
+    assert everything["label"].equals(network["label"])
+    for name in ("p(day)", "p(night)"):
+        np.testing.assert_allclose(everything[name].to_numpy(), network[name].to_numpy(), rtol=1e-4)
+    ended = success(pile)
+
+    quiet = pile.run()
+    steps = by_step(quiet)
+    assert {name: entry["status"] for name, entry in steps.items()} == {
+        "train head": "skipped", "predict head": "done", "drift": "skipped", "compact": "skipped", "keep": "skipped",
+        "metrics": "done",
+    }  # fmt: skip
+    assert quiet["steps"][3]["result"]["skipped"] == "no new images"
+    assert quiet["warnings"] == []
+    assert not (pile.folder / "predictions" / f"{quiet['run_id']}.parquet").exists()
+    assert success(pile) >= ended
+
+    before = (pile.folder / "bundles" / "head" / "bundle.json").read_bytes()
+    pile.fill(12, first=200, folder="night/")
+    third = pile.run()
+    steps = by_step(third)
+    assert {name: entry["status"] for name, entry in steps.items()} == dict.fromkeys(steps, "done")
+    assert steps["train head"]["result"]["why"][0].startswith("its images or their labels changed: ")
+    assert (pile.folder / "bundles" / "head" / "bundle.json").read_bytes() != before
+    news = pq.read_table(pile.folder / "predictions" / f"{third['run_id']}.parquet")
+    assert news["id"].to_pylist() == [f"night/{number}.png" for number in range(200, 212)]
+    assert steps["drift"]["result"]["images"] == {"reference": 48, "new": 12}
+    assert steps["compact"]["result"]["parts_after"] == 1
+    assert steps["keep"]["result"]["snapshots_removed"] == 1
+    assert len(pile.store.snapshot_ids("pile")) == 2
+    assert len(pile.records()) == 2
+    json.dumps(third)
+    assert len(summary_text(third).splitlines()) < 24
+
+
+def test_a_failed_night_has_figures_too_and_the_next_one_makes_up_for_it(classed):
+    pile = classed
+    pile.run()
+    ended = success(pile)
+    bundle = pile.folder / "bundles" / "head"
+    (bundle / "bundle.json").write_text("broken")
+    (bundle / "notes.txt").write_text("mine")  # so that nothing may replace what is there
+    pile.fill(3, first=300, folder="day/")
+    failed = pile.run()
+    assert failed["exit_code"] == 1
+    broken = {name for name, entry in by_step(failed).items() if entry["status"] == "failed"}
+    assert broken == {"train head", "predict head", "drift"}
+    assert success(pile) == ended
+    shutil.rmtree(bundle)
+    pile.fill(2, first=400, folder="night/")
+    mended = pile.run()
+    assert mended["exit_code"] == 0
+    assert read_bundle(bundle).classes == ("day", "night")
+    news = pq.read_table(pile.folder / "predictions" / f"{mended['run_id']}.parquet")
+    assert news["id"].to_pylist() == [*(f"day/{n}.png" for n in range(300, 303)), "night/400.png", "night/401.png"]
+    assert success(pile) >= ended
+
+
+@pytest.mark.slow
+def test_layers_are_compared_and_shown_once(classed):
+    pile = classed
+    pile.job('[depth]\nfolds = 2\nseeds = 1\njobs = 1\nreport = "pages/depth.html"')
+    first = by_step(pile.run())["depth"]
+    assert first["status"] == "done", first
+    document = pile.store.depth_documents("pile")[-1]
+    assert first["result"]["recommended"]["column"] == document["recommended"]["column"]
+    assert "<html" in (pile.folder / "pages" / "depth.html").read_text()
+    assert (
+        by_step(pile.run())["depth"]["result"]["skipped"]
+        == "images, labels and columns are those that were compared last"
+    )
+    pile.fill(4, first=500, folder="night/")
+    assert by_step(pile.run())["depth"]["result"]["images"] == 52
