@@ -248,6 +248,61 @@ def test_a_signal_during_the_listing_ends_it_there(album, run):
     assert stop.name == "SIGTERM"
 
 
+# --- runs that fail ---------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_a_record_if_that_still_fits(album, run, monkeypatch):
+    from featurepipe.store import Space, writer
+
+    album.fill(40)
+    monkeypatch.setitem(Space.writer.__kwdefaults__, "part_bytes", 1)
+    write_part, written = writer.write_part, []
+
+    def until_full(*args, **options):
+        if len(written) == 4:
+            raise DiskFull("no space left while writing a part")
+        written.append(write_part(*args, **options))
+        return written[-1]
+
+    monkeypatch.setattr(writer, "write_part", until_full)
+    with pytest.raises(DiskFull, match="no space left"):
+        run(album.root, batch_size=4)
+    (record,) = run.store.runs()
+    assert (record["status"], record["exit_code"], record["error"]) == (
+        "failed",
+        1,
+        "no space left while writing a part",
+    )
+    assert committed_rows(run.store) == 16
+    assert run.store.datasets() == []
+    written.clear()
+    monkeypatch.setattr(writer, "write_part", write_part)
+    assert run(album.root, batch_size=4)["counts"]["known"] == 16
+
+
+def test_a_defect_leaves_a_record_too_and_what_was_computed(album, run, monkeypatch):
+    from featurepipe.backbones.engine import Engine
+
+    album.fill(20)
+    submit, submitted = Engine.submit, []
+
+    def failing(engine, batch):
+        submitted.append(1)
+        if len(submitted) == 4:
+            raise RuntimeError("the device is gone")
+        return submit(engine, batch)
+
+    monkeypatch.setattr(Engine, "submit", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run(album.root, batch_size=2)
+    (record,) = run.store.runs()
+    assert (record["status"], record["exit_code"], record["error"]) == ("failed", 1, "the device is gone")
+    assert record["changes"] is None
+    before = committed_rows(run.store)
+    assert 0 < before < 8
+    assert run(album.root, batch_size=2)["counts"]["known"] == before
+
+
 # --- what is read of the past -------------------------------------------------------------------------------------------
 
 
