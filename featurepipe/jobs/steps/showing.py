@@ -10,12 +10,10 @@ from featurepipe.jobs.night import Night
 
 def report(night: Night, table: ReportTable) -> dict[str, Any]:
     """Writes the page of the last nights, with tonight as it stands."""
-    from featurepipe.reporting.nights import nights_document
-    from featurepipe.reporting.report import write_report
+    from featurepipe.reporting.nights import nights_report
 
-    document = nights_document(night.store, last=table.last, job=night.job.name)
     table.to.parent.mkdir(parents=True, exist_ok=True)
-    page = write_report(document, table.to, silent=night.silent)
+    page = nights_report(night.store, table.to, last=table.last, job=night.job.name, silent=night.silent)
     return {"file": str(page), "text": page.name}
 
 
