@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import secrets
@@ -45,12 +46,13 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, replace: bool = True, twin: Path | None = None) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside ``path``; on success it is synced and takes that name, on failure it is removed.
 
     Args:
         path: The final name.
         replace: Whether a file that is already there is replaced; if not, the first one stays and ours is dropped.
+        twin: A file in the same folder that never changes; if it holds the same bytes, ``path`` becomes another name of it.
 
     Raises:
         DiskFull: No space is left.
@@ -61,11 +63,27 @@ def atomic_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if twin is None or not _is_linked(temporary, twin):
+                    os.fsync(file.fileno())
             _publish(temporary, path, replace=replace)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_linked(temporary: Path, twin: Path) -> bool:
+    """Makes ``temporary`` another name of ``twin`` if both hold the same bytes; tells whether it did."""
+    link = temporary.with_suffix(".link.tmp")
+    try:
+        if not filecmp.cmp(temporary, twin, shallow=False):
+            return False
+        os.link(twin, link)
+        link.replace(temporary)
+    except OSError:  # the twin is gone by now, or this file system has no hard links
+        return False
+    finally:
+        link.unlink(missing_ok=True)
+    return True
 
 
 def _publish(temporary: Path, path: Path, *, replace: bool) -> None:

@@ -105,7 +105,7 @@ def require_snapshot(store: FeatureStore, dataset: str, run_id: str | None = Non
 
 def usable_keys(snapshot: pa.Table) -> Keys:
     """Returns the keys of the usable images, (n, 32) uint8, in snapshot order."""
-    return keys_from_arrow(snapshot.filter(pc.equal(snapshot["status"], OK))["key"])
+    return keys_from_arrow(snapshot["key"].filter(pc.equal(snapshot["status"], OK)))
 
 
 def open_features(
@@ -122,11 +122,11 @@ def open_features(
     columns = _columns(space, node)
     if split is not None:
         snapshot = _of_split(snapshot, split, dataset)
-    usable = snapshot.filter(pc.equal(snapshot["status"], OK))
-    keys = keys_from_arrow(usable["key"])
+    usable = snapshot.select(["id", "label", "split"]).filter(pc.equal(snapshot["status"], OK))
+    keys = usable_keys(snapshot)
     map_shape = space.notes.get("map_shapes", {}).get(columns[0]) if len(columns) == 1 else None
     return FeatureSet(
-        usable.select(["id", "label", "split"]).combine_chunks(),
+        usable.combine_chunks(),
         keys,
         _locate(space, columns, keys, dataset),
         Origin(str(store.path), dataset, space.backbone, space.name, space.fingerprint, space.fields),
@@ -180,8 +180,8 @@ def _missing(space: Space, lacking: dict[str, int], count: int, dataset: str) ->
 
 
 def _rejects(snapshot: pa.Table) -> dict[str | None, int]:
-    rejected = snapshot.filter(pc.not_equal(snapshot["status"], OK))
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(rejected["split"]).to_pylist()}
+    rejected = snapshot["split"].filter(pc.not_equal(snapshot["status"], OK))
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(rejected).to_pylist()}
 
 
 def _of_split(snapshot: pa.Table, split: str, dataset: str) -> pa.Table:

@@ -84,7 +84,7 @@ def _count(store: FeatureStore, space: Space, wanted: Mapping[_Place, str]) -> l
 def _keys_of(store: FeatureStore, dataset: str, run_id: str) -> Keys:
     """Returns the keys of a snapshot's usable images, none if it was removed or is damaged (verify says so)."""
     try:
-        table = store.snapshot(dataset, run_id)
+        table = store.snapshot(dataset, run_id, columns=["key", "status"])
     except FeaturepipeError:
         table = None
     return np.empty((0, 32), np.uint8) if table is None else usable_keys(table)

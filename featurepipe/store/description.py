@@ -48,10 +48,10 @@ def _describe_space(space: Space) -> dict[str, Any]:
 
 def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
     run_ids = store.snapshot_ids(name)
-    table = store.snapshot(name)
+    table = store.snapshot(name, columns=["key", "label", "split", "size", "status"])
     if table is None:
         return {"name": name, "snapshots": 0}
-    usable = table.filter(pc.equal(table["status"], OK))
+    usable = table.select(["key", "label", "split"]).filter(pc.equal(table["status"], OK))
     return {
         "name": name,
         "snapshots": len(run_ids),

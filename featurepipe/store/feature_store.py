@@ -197,9 +197,11 @@ class FeatureStore:
         """Lists the run ids of a dataset's snapshots, oldest first."""
         return snapshots.snapshot_ids(self.path / "snapshots", dataset)
 
-    def snapshot(self, dataset: str, run_id: str | None = None) -> pa.Table | None:
-        """Reads a snapshot (``snapshots.SCHEMA``), by default the current one; None if there is none."""
-        return snapshots.read_snapshot(self.path / "snapshots", dataset, run_id)
+    def snapshot(
+        self, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """Reads a snapshot (``snapshots.SCHEMA`` or some columns of it), by default the current one; None without one."""
+        return snapshots.read_snapshot(self.path / "snapshots", dataset, run_id, columns)
 
     def write_snapshot(self, dataset: str, run_id: str, table: pa.Table) -> Path:
         """Writes a snapshot atomically; it is current from then on, unless a later run has written one."""

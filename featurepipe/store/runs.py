@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from collections.abc import Iterable
@@ -33,11 +34,11 @@ def next_run_id(existing: Iterable[str]) -> str:
     If the clock was set back, the time of the greatest existing id plus one microsecond is taken instead.
     """
     now = datetime.now(UTC)
-    for name in existing:
-        match = _RUN_ID.match(name)
-        if match:
-            then = datetime.strptime(match[1], _TIME).replace(tzinfo=UTC)
-            now = max(now, then + timedelta(microseconds=1))
+    times = {match[1] for match in map(_RUN_ID.match, existing) if match}
+    for time in sorted(times, reverse=True):  # as texts, which sort as they do: there may be thousands
+        with contextlib.suppress(ValueError):  # some foreign name, of the 99th month
+            now = max(now, datetime.strptime(time, _TIME).replace(tzinfo=UTC) + timedelta(microseconds=1))
+            break
     return f"{now.strftime(_TIME)}-{secrets.token_hex(4)}"
 
 

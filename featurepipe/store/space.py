@@ -14,23 +14,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
+from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import read_json, sync_folder, write_json
 from featurepipe.store.headers import Headers, list_parts
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
-from featurepipe.store.keys import keys_to_arrow
-from featurepipe.store.parts import PartInfo, read_array
+from featurepipe.store.known_files import KNOWN_FILES, known_files
+from featurepipe.store.parts import PartInfo
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter
 
+__all__ = ["KNOWN_FILES", "ColumnInfo", "Space"]
 _HeadersByName = Mapping[str, Headers]
-KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Space:
         """Builds the index of keys that have all ``columns`` (None: any). Damaged parts are left out."""
         return KeyIndex(columns or (), self.parts(), self._headers.mark_damaged)
 
-    def known_files(self, *, dataset: str | None = None) -> pa.Table:
+    def known_files(self, *, dataset: str | None = None, ids: pa.ChunkedArray | None = None) -> pa.Table:
         """Lists the files whose key is known from parts and rejects, so that they need not be read again.
 
         Rejects that could not be read at all have no key and are not listed.
@@ -147,23 +146,13 @@ class Space:
         Args:
             dataset: Only files of this dataset. Ids are unique within a dataset only, so give it wherever
                 another dataset could have an image of the same id, size and time.
+            ids: Only files with one of these ids; then memory grows with them, and not with the store.
 
         Returns:
             ``id, size, mtime_ns, key``, one row per (id, size, mtime_ns), the last committed.
         """
-        tables = [KNOWN_FILES.empty_table()]
-        for part in self.parts():
-            if dataset is None or part.dataset == dataset:
-                try:
-                    tables.append(_files_of(part))
-                except CorruptPart as error:
-                    self._headers.mark_damaged(part, error)
-        rejects = self.rejects(dataset=dataset).select(KNOWN_FILES.names)
-        tables.append(rejects.filter(pc.is_valid(rejects["key"])))
-        table = pa.concat_tables(tables)
-        numbered = table.append_column("row", pa.array(np.arange(len(table))))
-        last = numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])
-        return table.take(last["row_max"].sort())
+        parts = [part for part in self.parts() if dataset is None or part.dataset == dataset]
+        return known_files(parts, self.rejects(dataset=dataset), ids, self._headers.mark_damaged)
 
     def rejects(self, *, dataset: str | None = None) -> pa.Table:
         """Reads the rejects, the latest of each (id, key): ``key, id, size, mtime_ns, reason, run_id``."""
@@ -246,18 +235,6 @@ def _publish_folder(path: Path, record: dict[str, Any]) -> None:
         write_json(path / "space.json", record, replace=False)  # unless another process was first
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _files_of(part: PartInfo) -> pa.Table:
-    return pa.table(
-        [
-            pa.array(read_array(part, "id")).cast(pa.string()),
-            pa.array(read_array(part, "size")),
-            pa.array(read_array(part, "mtime_ns")),
-            keys_to_arrow(read_array(part, "key")),
-        ],
-        schema=KNOWN_FILES,
-    )
 
 
 def _slug(backbone: str) -> str:

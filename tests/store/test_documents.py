@@ -1,14 +1,17 @@
 """Snapshots, runs, rejects and known files."""
 
+import filecmp
 import json
+import os
 import re
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurepipe.errors import DiskFull, StoreError, UsageError
-from featurepipe.store import runs
+from featurepipe.store import known_files, runs
 from featurepipe.store.snapshots import SCHEMA
 
 REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "truncated: at byte 3", "run_id": "r"}
@@ -79,6 +82,53 @@ def test_a_snapshot_needs_its_columns(store):
         store.write_snapshot("d", store.new_run_id(), pa.table({"id": ["a"]}))
 
 
+def test_some_columns_of_a_snapshot_can_be_read_alone(store, rows):
+    rows.snapshot(store, "d", ["b", "c"])
+    everything = store.snapshot("d")
+    assert store.snapshot("d", columns=["key", "id"]).equals(everything.select(["key", "id"]))
+
+
+def test_a_snapshot_that_lacks_a_column_is_named(store, rows):
+    run_id = rows.snapshot(store, "d", ["a"])
+    path = store.path / "snapshots" / "d" / f"{run_id}.parquet"
+    pq.write_table(store.snapshot("d").drop_columns(["status"]), path)
+    with pytest.raises(StoreError, match=rf"{run_id}.*status"):
+        store.snapshot("d")
+
+
+def test_a_snapshot_that_equals_the_last_is_another_name_of_it(store, rows):
+    folder = store.path / "snapshots" / "d"
+    names = [f"n{number}" for number in range(300)]
+    run_ids = [rows.snapshot(store, "d", some) for some in (names, names, names[1:], names[1:], names)]
+    files = [(folder / f"{run_id}.parquet").stat() for run_id in run_ids]
+    assert [files[0].st_ino == file.st_ino for file in files] == [True, True, False, False, False]
+    assert [file.st_nlink for file in files] == [2, 2, 2, 2, 1]
+    (folder / f"{run_ids[0]}.parquet").unlink()
+    assert store.snapshot("d", run_ids[1])["id"].to_pylist() == names
+    assert sorted(path.name for path in folder.iterdir()) == [f"{run_id}.parquet" for run_id in run_ids[1:]]
+
+
+def test_equal_snapshots_in_pieces_are_the_same_file(store, rows):
+    run_id = rows.snapshot(store, "d", [f"n{number}" for number in range(300)])
+    table = store.snapshot("d")
+    again = store.write_snapshot("d", store.new_run_id(), pa.concat_tables([table[:7], table[7:]]))
+    assert again.samefile(again.with_name(f"{run_id}.parquet"))
+
+
+@pytest.mark.parametrize("failing", ["link", "cmp"])
+def test_where_files_cannot_be_linked_a_snapshot_is_written(store, rows, monkeypatch, failing):
+    rows.snapshot(store, "d", ["a"])
+
+    def fail(*args, **kwargs):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr({"link": os, "cmp": filecmp}[failing], failing, fail)
+    second = rows.snapshot(store, "d", ["a"])
+    assert (store.path / "snapshots" / "d" / f"{second}.parquet").stat().st_nlink == 1
+    assert store.snapshot("d", second)["id"].to_pylist() == ["a"]
+    assert len(list((store.path / "snapshots" / "d").iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ü", "x" * 101])
 def test_dataset_names_are_checked(store, rows, name):
     with pytest.raises(UsageError, match="not a dataset name"):
@@ -135,7 +185,9 @@ def test_run_ids_grow_even_if_the_clock_was_set_back(store, space, rows, trace):
 
 
 def test_foreign_names_do_not_disturb_run_ids():
-    assert runs.next_run_id(["zzz.json", "99999999T999999999999.json", ""]) < "3"
+    names = ["zzz.json", "99999999T999999999999.json", "", "99999999T999999999999Z-00000000.json"]
+    assert runs.next_run_id(names) < "3"
+    assert runs.next_run_id([*names, "29990101T000000000001Z-00000000.json"])[:22] == "29990101T000000000002Z"
 
 
 def test_run_records_are_replaced_whole(store):
@@ -202,6 +254,23 @@ def test_known_files_take_the_last_key_of_a_file(store, space, rows):
         with space.writer(store.new_run_id()) as writer:
             writer.add(rows.keys([name]), ["x.png"], [5], [6], {"a:gap": rows.features([name])})
     assert space.known_files()["key"].to_pylist() == [bytes(rows.keys(["new"])[0])]
+
+
+def test_known_files_of_some_ids_are_those_of_all(store, space, rows, monkeypatch):
+    names = [f"{number:02}" for number in range(40)]
+    for start in range(0, 40, 5):
+        rows.write(store, space, names[start : start + 5], dataset="d")
+    rows.write(store, space, ["07", "other"], dataset="d")  # of another size and time than before
+    reject = {"key": b"k" * 32, "id": "21", "size": 1, "mtime_ns": 1, "reason": "r: x", "run_id": "r"}
+    space.add_rejects([reject, {**reject, "id": "elsewhere"}], dataset="d")
+    everything = space.known_files(dataset="d").to_pylist()
+    wanted = ["07", "21", "39", "not there"]
+    expected = [row for row in everything if row["id"] in wanted]
+    assert sorted(row["id"] for row in expected) == ["07", "07", "21", "21", "39"]
+    for at_once in (1, 12, 1000):
+        monkeypatch.setattr(known_files, "_ROWS_AT_ONCE", at_once)
+        assert space.known_files(dataset="d", ids=pa.chunked_array([wanted])).to_pylist() == expected
+    assert len(space.known_files(dataset="d", ids=pa.chunked_array([[]], pa.string()))) == 0
 
 
 def test_known_files_skip_a_damaged_part(store, space, rows, flip_bit):
