@@ -134,6 +134,21 @@ def _columns_of_one_network(job: Job, table: str, nodes: Sequence[str], backbone
         yield f"{table}.backbone", None, f"is missing: which network? choices: {_networks(holders)}"
     elif backbone is not None:
         yield from _known_network(job, table, backbone)
+        yield from _columns_of(job, table, nodes, backbone)
+
+
+def _columns_of(job: Job, table: str, nodes: Sequence[str], backbone: str) -> Iterator[Problem]:
+    """Whether the network that a table names has its columns, and is one."""
+    own = [features for features in job.features if _means(backbone, features)]
+    holders = [features for features in _with_columns(job, nodes) if features in own]
+    if own and not holders:
+        choices = ", ".join(dict.fromkeys(node for features in own for node in features.nodes))
+        yield f"{table}.nodes", list(nodes), f"[[features]] has not all of these of {backbone}; choices: {choices}"
+    if len(holders) > 1 and backbone == holders[0].backbone:
+        message = (
+            "several [[features]] are of this network; name the feature space, as `featurepipe info STORE` lists them"
+        )
+        yield f"{table}.backbone", backbone, message
 
 
 def _with_columns(job: Job, columns: Sequence[str]) -> list[FeaturesTable]:

@@ -12,6 +12,7 @@ from typing import Any
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
 from featurepipe.jobs.schedule import steps_of
 from featurepipe.store import FeatureStore
@@ -37,7 +38,7 @@ class RunRecord:
         run_id: of this run.
         dataset: its name, empty while unknown.
         retry_rejects: whether rejects are tried again.
-        warn: told what goes wrong with the record itself.
+        log: told what becomes of each step.
         steps: what became of each step, in their order.
         extractions: the run records of tonight's extractions, also of those that failed.
         listing: seconds it took to list the source.
@@ -49,7 +50,7 @@ class RunRecord:
     file: Path
     store: FeatureStore
     run_id: str
-    warn: Callable[[str], None]
+    log: JobLog
     retry_rejects: bool = False
     dataset: str = ""
     steps: list[Entry] = field(default_factory=list)
@@ -73,6 +74,13 @@ class RunRecord:
             work: does it; returns what it did, or why it was ``skipped``.
         """
         entry: Entry = {"step": step, "name": name, "status": DONE}
+        with self.log.about(step=f"{step} {name}".strip()):
+            self._attempt(entry, work)
+            self.steps.append(entry)
+            self._log(entry)
+        return entry
+
+    def _attempt(self, entry: Entry, work: Callable[[], Mapping[str, Any]]) -> None:
         start = time.monotonic()
         try:
             result = dict(work())
@@ -83,8 +91,15 @@ class RunRecord:
         except (FeaturepipeError, OSError) as error:
             entry |= _told(FAILED, error, getattr(error, "exit_code", 1))
         entry["seconds"] = round(time.monotonic() - start, 3)
-        self.steps.append(entry)
-        return entry
+
+    def _log(self, entry: Entry) -> None:
+        for text in entry.get("result", {}).get("warnings", ()):
+            self.log.warn(text)
+        told = {name: entry[name] for name in ("status", "seconds", "error_type") if name in entry}
+        if "error" in entry:
+            self.log.event("step ended", f"{entry['step']}: {entry['error']}", level="error", **told)
+        else:
+            self.log.event("step ended", **told)
 
     def not_reached(self, step: str, name: str, why: str) -> None:
         """Notes a step that was not begun."""
@@ -119,7 +134,7 @@ class RunRecord:
         try:
             self.store.write_run(self.written)
         except (StoreError, OSError) as error:
-            self.warn(f"the run record could not be written: {error}")
+            self.log.warn(f"the run record could not be written: {error}")
 
     # At the end
 

@@ -14,7 +14,7 @@ from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.extractions import Extractions
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import Held, job_lock
-from featurepipe.jobs.log import JobLog, LogFormat, job_log
+from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.plan import plan_job
@@ -60,12 +60,13 @@ def run_job(
             return plan_job(job, file, retry_rejects=retry_rejects, silent=silent)
         store = FeatureStore(job.store)
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
-            record = RunRecord(job, file, store, store.new_run_id(), log.warn, retry_rejects, job.dataset or "")
+            record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
             with log.about(run_id=record.run_id), record.kept():
                 extractions = Extractions(job, record, stop, log.say, silent)
                 extractions.run()
-                _take_steps(_night(extractions), record, log, held)
+                _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
+                log.event("run ended", status=record.status, exit_code=record.exit_code)
     return record.written
 
 
@@ -100,7 +101,7 @@ def _last_dataset(store: FeatureStore, job: str) -> str:
     return next(names, job)
 
 
-def _take_steps(night: Night, record: RunRecord, log: JobLog, held: Held) -> None:
+def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
     """Takes the steps in their order; those that tell of the night find its record as it stands."""
     for step in steps_of(night.job):
         why = _why_not(step, night, record, held)
@@ -109,8 +110,7 @@ def _take_steps(night: Night, record: RunRecord, log: JobLog, held: Held) -> Non
             continue
         if step.step in OF_ANY_NIGHT:
             record.write()
-        with log.about(step=str(step)):
-            _take(step, replace(night, record=record.as_dict()), record)
+        _take(step, replace(night, record=record.as_dict()), record)
 
 
 def _take(step: Step, night: Night, record: RunRecord) -> None:

@@ -460,10 +460,32 @@ def test_a_record_that_cannot_be_written_does_not_end_the_night(pile, capsys, mo
     assert "the run record could not be written: no space left" in capsys.readouterr().err
 
 
-def test_json_log(pile, capsys):
+def test_json_log(pile, steps, capsys):
     pile.fill(2)
+    pile.job("[drift]\n[compact]")
+    steps.acts["drift"] = lambda night: {"warnings": ["perhaps drifted"]}
+    steps.acts["compact"] = raising(OSError("no disk"))
     record = pile.run(silent=False, log_format="json")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert lines
-    assert {line["job"] for line in lines} == {"nightly"}
-    assert {line["run_id"] for line in lines} == {record["run_id"]}
+    assert {(line["job"], line["run_id"]) for line in lines} == {("nightly", record["run_id"])}
+    ended = [(line["step"], line["status"], line["level"]) for line in lines if line["event"] == "step ended"]
+    assert ended == [
+        ("list", "done", "info"), ("extract lenet5", "done", "info"), ("drift", "done", "info"),
+        ("compact", "failed", "error"),
+    ]  # fmt: skip
+    assert [line["text"] for line in lines if line["level"] == "warning"] == ["perhaps drifted"]
+    assert {name: lines[-1][name] for name in ("event", "status", "exit_code")} == {
+        "event": "run ended", "status": "failed", "exit_code": 1,
+    }  # fmt: skip
+
+
+def test_text_log(pile, steps, capsys):
+    """What fails is said when it happens; what is done, the summary says."""
+    pile.fill(2)
+    pile.job("[drift]\n[compact]")
+    steps.acts["drift"] = lambda night: {"warnings": ["perhaps drifted"]}
+    steps.acts["compact"] = raising(OSError("no disk"))
+    pile.run(silent=False)
+    assert capsys.readouterr().err.splitlines()[-2:] == ["warning: perhaps drifted", "error: compact: no disk"]
+    pile.run(silent=True)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,365 @@
+"""Job files: what they mean, and what is said of those that are wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from featurepipe.errors import UsageError
+from featurepipe.jobs.job import FeaturesTable, Job, LimitsTable, SourceTable, Table, TrainTable
+from featurepipe.jobs.reading import read_job
+
+LEAST = """
+store = "features"
+[source]
+path = "photos"
+[[features]]
+"""
+FULL = """
+name = "nights"
+store = "../features"
+dataset = "photos-2026"
+
+[source]
+path = "s3://bucket/photos"
+labels = "labels.csv"
+retries = 3
+first_wait = "30s"
+longest_wait = "1h30m"
+
+[[features]]
+backbone = "resnet50"
+nodes = ["layer3", "bottleneck"]
+precision = "fp32"
+
+[[features]]
+backbone = "timm/vit"
+weights = "mine.safetensors"
+nodes = "blocks.2:gmp"
+dtype = "float32"
+
+[machine]
+device = "cuda:1"
+batch_size = 64
+workers = 4
+
+[limits]
+max_rejects = 10
+time_budget = "6h"
+min_free = "20GB"
+max_gone = "2.5%"
+
+[[train]]
+out = "bundles/a"
+nodes = ["layer3:gap", "bottleneck"]
+head = "linear-svm"
+params = { C = 0.1 }
+pca = 64
+when = "always"
+
+[[predict]]
+bundle = "bundles/a"
+to = "predictions/{job}/{date}-{run}.parquet"
+
+[drift]
+reference = "first"
+columns = ["bottleneck"]
+bundle = "bundles/a"
+fail = 1e-6
+
+[compact]
+
+[keep]
+snapshots = 10
+
+[depth]
+backbone = "resnet50"
+heads = ["logistic", "knn"]
+report = "/srv/depth.html"
+
+[report]
+to = "nights.html"
+
+[metrics]
+prometheus = "~/featurepipe.prom"
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def reading(text, name="nightly.toml"):
+        (tmp_path / name).write_text(text)
+        return read_job(tmp_path / name)
+
+    return reading
+
+
+@pytest.fixture
+def problems(tmp_path, read):
+    """The lines of the message, each without the file's name, which begins it."""
+
+    def reading(text, name="nightly.toml"):
+        with pytest.raises(UsageError) as caught:
+            read(text, name)
+        start = f"{tmp_path / name}: "
+        lines = str(caught.value).split("\n")
+        assert all(line.startswith(start) for line in lines), lines
+        return [line.removeprefix(start) for line in lines]
+
+    return reading
+
+
+def test_defaults(read, tmp_path):
+    job = read(LEAST)
+    assert job == Job(
+        name="nightly", store=tmp_path / "features", source=SourceTable(path=str(tmp_path / "photos")),
+        features=(FeaturesTable(),),
+    )  # fmt: skip
+    assert (job.dataset, job.train, job.predict) == (None, (), ())
+    assert (job.drift, job.depth, job.compact, job.keep, job.report, job.metrics) == (None,) * 6
+    assert (job.source.retries, job.source.first_wait, job.source.longest_wait) == (5, 10, 600)
+    assert job.features[0].nodes == ("bottleneck",)
+    assert job.limits == LimitsTable(max_rejects="1%", time_budget=None, min_free=None, max_gone="50%")
+
+
+def test_all_that_can_be_said(read, tmp_path):
+    job = read(FULL)
+    assert (job.name, job.store, job.dataset) == ("nights", tmp_path.parent / "features", "photos-2026")
+    assert job.source.model_dump() == {
+        "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
+        "longest_wait": 5400.0,
+    }  # fmt: skip
+    first, second = job.features
+    assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
+    assert (second.nodes, second.weights) == (("blocks.2:gmp",), str(tmp_path / "mine.safetensors"))
+    assert job.machine.model_dump() == {"device": "cuda:1", "batch_size": 64, "workers": 4}
+    assert job.limits.model_dump() == {
+        "max_rejects": 10, "time_budget": 21600.0, "min_free": "20GB", "max_gone": "2.5%",
+    }  # fmt: skip
+    (train,) = job.train
+    assert (train.out, train.head, train.params, train.pca) == (tmp_path / "bundles/a", "linear-svm", {"C": 0.1}, 64)
+    assert isinstance(train.pca, int)
+    (predict,) = job.predict
+    assert predict.bundle == train.out
+    assert (
+        predict.file(date="2026-11-22", run="r1", job="nights") == tmp_path / "predictions/nights/2026-11-22-r1.parquet"
+    )
+    assert (job.drift.reference, job.drift.columns, job.drift.warn, job.drift.fail) == (
+        "first",
+        ("bottleneck",),
+        0.01,
+        1e-6,
+    )
+    assert (job.keep.snapshots, job.keep.runs) == (10, 365)
+    assert (job.depth.heads, job.depth.report) == (("logistic", "knn"), Path("/srv/depth.html"))
+    assert (job.report.to, job.report.last) == (tmp_path / "nights.html", 30)
+    assert job.metrics.prometheus == Path("~/featurepipe.prom").expanduser()
+
+
+def test_a_job_never_changes_and_every_key_is_explained(read):
+    job = read(FULL)
+    with pytest.raises(ValidationError):
+        job.name = "other"
+    json.dumps(job.model_dump(mode="json"))
+    tables = Table.__subclasses__()
+    assert {table.__name__ for table in tables} >= {"Job", "TrainTable", "MetricsTable"}
+    unexplained = [
+        f"{table.__name__}.{name}" for table in tables for name, field in table.model_fields.items()
+        if not (field.description or "").endswith(".")
+    ]  # fmt: skip
+    assert unexplained == []
+
+
+def test_braces_in_the_folder_are_no_placeholders(tmp_path):
+    folder = tmp_path / "{date} of {x}"
+    folder.mkdir()
+    (folder / "job.toml").write_text(LEAST + '[[train]]\nout = "b"\n[[predict]]\nbundle = "b"\nto = "{run}.csv"\n')
+    (predict,) = read_job(folder / "job.toml").predict
+    assert predict.file(date="d", run="r", job="j") == folder / "r.csv"
+
+
+@pytest.mark.parametrize("name", ["nightly.toml", "layer_depth.toml", "train_heads.toml"])
+def test_the_jobs_to_copy_can_be_read(name):
+    read_job(Path(__file__).parents[2] / "pipelines" / name)
+
+
+def test_what_cannot_be_read(problems, tmp_path):
+    with pytest.raises(UsageError, match=r"no\.toml: cannot be read: No such file"):
+        read_job(tmp_path / "no.toml")
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        read_job(tmp_path)
+    (tmp_path / "latin.toml").write_bytes('store = "\xe9"'.encode("latin-1"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read_job(tmp_path / "latin.toml")
+    (line,) = problems('store = "a"\nstore = "b"\n')
+    assert line.startswith("not TOML: ")
+    assert "line 2" in line
+    (line,) = problems("[source\npath = 1")
+    assert "line 1" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('[[train]]\nout = "b"\nhed = "knn"', "train[0].hed: unknown key; nearest: head"),
+        ('[limits]\nmin_fre = "1GB"', "limits.min_fre: unknown key; nearest: min_free"),
+        ("[drifd]", "drifd: unknown key; nearest: drift"),
+        ('[machine]\ntime_budget = "6h"', "machine.time_budget: unknown key; it belongs to [limits]"),
+        ('[limits]\ndataset = "x"', "limits.dataset: unknown key; it belongs to the top of the file, before the first table"),
+        ("[keep]\ndays = 3", "keep.days: unknown key; choices: snapshots, runs"),
+        ("[compact]\nparts = 3", "compact.parts: unknown key; this table has none"),
+        ("[report]", "report.to: is missing: the HTML file"),
+        ("[metrics]", "metrics.prometheus: is missing: the text file for Prometheus' node exporter, `.prom`"),
+        ("[[train]]", "train[0].out: is missing: folder of the bundle; the last one is replaced once the new one is complete"),
+        ('[train]\nout = "b"', "train: write [[train]], with double brackets: there may be several"),
+        ("[[drift]]", "drift: write [drift], with single brackets: there is only one"),
+        ('[machine]\nworkers = "4"', "machine.workers = '4': must be a whole number"),
+        ("[machine]\nworkers = 0", "machine.workers = 0: must be at least 1"),
+        ("[machine]\nworkers = true", "machine.workers = true: must be a whole number"),
+        ("[machine]\nbatch_size = 2.5", "machine.batch_size = 2.5: must be 'auto' or a number from 1"),
+        ("[machine]\nbatch_size = true", "machine.batch_size = true: must be 'auto' or a number from 1"),
+        ("[machine]\ndevice = 1", "machine.device = 1: must be text"),
+        ('[limits]\nmax_gone = "half"', "limits.max_gone = 'half': must be a number of images such as 10, or a share"),
+        ("[limits]\nmin_free = 0", "limits.min_free = 0: memory 0 is no amount of memory; give bytes or text such as '512MB', "
+                                   "'2GB', '1.5GiB'"),
+        ("[drift]\nwarn = 1", "drift.warn = 1: must be less than 1.0"),
+        ("[drift]\nwarn = 0", "drift.warn = 0: must be more than 0.0"),
+        ('[[train]]\nout = "b"\nhead = "logistik"', "train[0].head = 'logistik': unknown head 'logistik'; nearest: logistic"),
+        ('[[train]]\nout = "b"\nwhen = "sundays"', "train[0].when = 'sundays': unknown value 'sundays'; choices: labels changed, "
+                                                  "always"),
+        ('[[train]]\nout = "b"\ntune = "yes"', "train[0].tune = 'yes': must be true or false"),
+        ('[[train]]\nout = "b"\nparams = 3', "train[0].params = 3: must be a table"),
+        ('[[train]]\nout = "b"\nnodes = []', "train[0].nodes = []: must not be empty"),
+        ('[[train]]\nout = ""', "train[0].out = '': must not be empty"),
+        ('[depth]\nheads = ["logistic", "tree"]', "depth.heads = ['logistic', 'tree']: unknown head 'tree'; choices: "),
+    ],
+)  # fmt: skip
+def test_one_problem(problems, lines, problem):
+    (line,) = problems(LEAST + lines)
+    assert line.startswith(problem)
+    assert len(line) < 250
+
+
+@pytest.mark.parametrize("given", ["'6 parsecs'", "'-6h'", "0", "true", "'6h30'", "''", "[6]"])
+def test_time_budgets_that_are_none(problems, given):
+    (line,) = problems(f"{LEAST}[limits]\ntime_budget = {given}")
+    assert line.startswith("limits.time_budget = ")
+    assert "is no duration; give seconds or text such as '90s'" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('[[predict]]\nbundle = "b"\nto = "{day}.csv"\n[[train]]\nout = "b"',
+         "predict[0].to = '{day}.csv': unknown placeholder 'day'; nearest: date"),
+        ('[[predict]]\nbundle = "b"\nto = "{date.csv"\n[[train]]\nout = "b"', "predict[0].to = '{date.csv': a brace without"),
+        ('[[train]]\nout = "b"\n[[predict]]\nbundle = "b"\nto = "{run}.xls"', "predict[0].to = "),
+        ('[[train]]\nout = "b"\n[[predict]]\nbundle = "b"\nto = "new.csv"', "predict[0].to = "),
+        ('[[predict]]\nbundle = "b"\nto = "{run}.csv"', "predict[0].bundle = "),
+        ('[drift]\nbundle = "b"', "drift.bundle = "),
+        ('[drift]\ncolumns = ["bottelneck"]',
+         "drift.columns = 'bottelneck': unknown column 'bottelneck' in [[features]]; nearest: bottleneck"),
+        ('[[train]]\nout = "b"\nnodes = ["layer3"]', "train[0].nodes = 'layer3': unknown column 'layer3' in [[features]]"),
+        ('[[train]]\nout = "b"\nbackbone = "resnet5"', "train[0].backbone = 'resnet5': unknown network 'resnet5' in "
+                                                       "[[features]]; nearest: resnet50"),
+        ('[[train]]\nout = "b"\n[[train]]\nout = "./c/../b"', "train[1].out = "),
+        ('[report]\nto = "nights.pdf"', "report.to = "),
+        ('[metrics]\nprometheus = "nights.txt"', "metrics.prometheus = "),
+        ('[report]\nto = "a.html"\n[depth]\nreport = "a.html"', "report.to = "),
+        ("[drift]\nfail = 0.1", "drift.fail = 0.1: is above drift.warn, 0.01: it would fail before it warns"),
+        ('[[features]]\nnodes = ["layer3"]', "features[1].backbone = 'resnet50': the same network as features[0]"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations(problems, lines, problem):
+    (line,) = problems(LEAST + lines)
+    assert line.startswith(problem)
+
+
+def test_waits_and_decoding(problems):
+    source = 'store = "s"\n[source]\npath = "p"\nfirst_wait = "1h"\n'
+    assert problems(source + '[[features]]\ndecode = "gpu"\n[machine]\ndevice = "cpu"') == [
+        "source.first_wait: 3600 s is longer than longest_wait, 600 s",
+        "features[0].decode = 'gpu': needs a CUDA device, and machine.device is \"cpu\"",
+    ]  # fmt: skip
+
+
+TWO = LEAST + '[[features]]\nbackbone = "resnet18"\nnodes = ["bottleneck", "layer2"]\n'
+
+
+def test_which_of_two_networks(read, problems):
+    assert problems(TWO + '[[train]]\nout = "b"\n[depth]') == [
+        "train[0].backbone: is missing: which network? choices: resnet50, resnet18",
+        "depth.backbone: is missing: which network? choices: resnet50, resnet18",
+    ]
+    read(TWO + '[[train]]\nout = "b"\nnodes = ["layer2"]')  # one of them has it
+    read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18"\n[depth]\nbackbone = "resnet50"')
+    read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18-0123abcd"')  # a feature space by its name
+    read(TWO + '[[train]]\nout = "b"\nnodes = "recommended"')
+    (line,) = problems(TWO + '[[train]]\nout = "b"\nbackbone = "resnet50"\nnodes = ["layer2", "bottleneck"]')
+    assert line == (
+        "train[0].nodes = ['layer2', 'bottleneck']: [[features]] has not all of these of resnet50; choices: bottleneck"
+    )
+
+
+def test_two_of_one_network(read, problems):
+    two = LEAST + '[[features]]\nweights = "none"\nnodes = ["bottleneck", "layer2"]\n'
+    (line,) = problems(two + '[[train]]\nout = "b"\nbackbone = "resnet50"')
+    assert line.startswith(
+        "train[0].backbone = 'resnet50': several [[features]] are of this network; name the feature space"
+    )
+    read(two + '[[train]]\nout = "b"\nbackbone = "resnet50-0123"')
+    read(two + '[[train]]\nout = "b"\nbackbone = "resnet50"\nnodes = "layer2"')
+
+
+def test_columns_with_and_without_pooling(read):
+    job = LEAST + 'nodes = ["layer3:gap", "layer2", "layer2:gmp"]\n'
+    read(job + '[[train]]\nout = "b"\nnodes = ["layer3", "layer2:gap", "layer2:gmp"]')
+
+
+def test_a_bundle_that_is_there(read, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/bundle.json").write_text("{}")
+    job = read(LEAST + '[[predict]]\nbundle = "old"\nto = "{date}.jsonl"\n[drift]\nbundle = "old"')
+    assert job.drift.bundle == tmp_path / "old"
+
+
+def test_everything_is_said_at_once(problems):
+    found = problems("""
+stor = "features"
+time_budget = "6h"
+[source]
+path = 7
+[[features]]
+nodes = ["layer3", "bottleneck"]
+precison = "fp32"
+[limits]
+max_rejects = -1
+[[train]]
+out = "b"
+[[predict]]
+bundle = "c"
+to = "{run}.csv"
+[drift]
+columns = ["bottleneck:gmp"]
+fail = 0.5
+[report]
+to = "a.txt"
+""")
+    keys = [line.partition(" ")[0].rstrip(":") for line in found]
+    assert keys == [
+        "store", "source.path", "features[0].precison", "limits.max_rejects", "stor", "time_budget",
+        "predict[0].bundle", "drift.fail", "report.to",
+    ]  # fmt: skip
+    assert not any("bottleneck:gmp" in line for line in found)  # the nodes are not known for sure
+
+
+def test_a_name_that_cannot_be_one(problems, read):
+    (line,) = problems(LEAST, name="my job.toml")
+    assert line.startswith("name = 'my job': cannot be a name; use letters")
+    assert read('name = "mine"' + LEAST, name="my job.toml").name == "mine"
+
+
+def test_tables_can_be_made_without_a_file():
+    assert TrainTable(out=Path("b")).nodes == ("bottleneck",)
+    assert SourceTable(path="photos").path == "photos"
