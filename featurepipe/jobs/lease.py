@@ -48,7 +48,7 @@ class Lease:
         self, path: Path, *, interval: float = INTERVAL, missed: int = MISSED, on_lost: Callable[[], object] = bool
     ) -> None:
         self._path, self._interval, self._patience, self._on_lost = path, interval, interval * missed, on_lost
-        self._token = secrets.token_hex(8)
+        self._token, self._holder = secrets.token_hex(8), Holder.here()
         self._number = self._beats = 0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="featurepipe-lease", daemon=True)
@@ -141,7 +141,7 @@ class Lease:
     def _write(self, *, released: bool = False) -> None:
         """Renews the lease; by a rename, so that nobody reads half of it."""
         self._beats += 1
-        content = {**Holder.here().as_dict(), "token": self._token, "beats": self._beats, "released": released}
+        content = {**self._holder.as_dict(), "token": self._token, "beats": self._beats, "released": released}
         new = self._path.with_name(f"{self._path.name}.new-{self._token}")
         try:
             new.write_text(json.dumps(content))

@@ -23,6 +23,8 @@ _SUMMED = ("computed", "read")
 _COUNTED = ("listed", "known", "rejected")
 _STAGES = ("read", "decode", "forward", "write", "waiting")
 _TOO_MANY_REJECTS = 4
+_TELLING = ("list", "extract")
+"""Steps whose failures have exit codes of their own; any other one that fails is a failure like the next."""
 
 Entry = dict[str, Any]
 
@@ -89,7 +91,8 @@ class RunRecord:
         except Interrupted as error:
             entry |= _told(INTERRUPTED, error, error.exit_code)
         except (FeaturepipeError, OSError) as error:
-            entry |= _told(FAILED, error, getattr(error, "exit_code", 1))
+            code = getattr(error, "exit_code", 1) if entry["step"] in _TELLING else 1
+            entry |= _told(FAILED, error, code)
         entry["seconds"] = round(time.monotonic() - start, 3)
 
     def _log(self, entry: Entry) -> None:
@@ -185,9 +188,15 @@ class RunRecord:
         }
 
     def _counts(self) -> dict[str, int]:
-        """Images listed, known and rejected in the first feature space; computed and read in all."""
-        first = self.extractions[-1:] if not self._done() else self._done()[:1]
+        """Images listed, known and rejected in the first feature space, computed and read in all.
+
+        What an earlier try of the night computed, before its source went away, was not known before the night.
+        """
+        first = (self._done() or self.extractions[-1:])[:1]
         counts = {name: sum(int(run["counts"][name]) for run in first) for name in _COUNTED}
+        for run in first:
+            tries = [other for other in self.extractions if other["fingerprint"] == run["fingerprint"]]
+            counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
         return counts | {name: sum(int(run["counts"][name]) for run in self.extractions) for name in _SUMMED}
 
     def _seconds(self) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """A night as a whole: what is computed, which steps are taken, how it ends, and the record that it leaves."""
 
+import itertools
 import json
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 import featurepipe.jobs
-from featurepipe.errors import FeaturepipeError, StoreLocked, UsageError
+from featurepipe.errors import FeaturepipeError, SourceError, StoreLocked, UsageError
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import run as run_module
 from featurepipe.jobs.lock import job_lock
+from featurepipe.jobs.provenance import git_commit
 
 NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
 ALL_STEPS = """
@@ -46,8 +50,8 @@ SLOWLY = (
     read, count = FolderSource.read, itertools.count(1)
 
     def slowly(self, locator):
-        time.sleep(0.05)
-        if next(count) == 100:
+        time.sleep(0.03)
+        if next(count) == 60:
             print("well under way", file=sys.stderr, flush=True)
         return read(self, locator)
 
@@ -224,7 +228,7 @@ def test_a_failing_step_fails_the_run_and_others_still_run(pile, steps):
     steps.acts["predict"] = lambda night: {"skipped": "no new images"}
     steps.acts["drift"] = lambda night: {"warnings": ["bottleneck:gap has drifted, p = 0.003"]}
     record = pile.run()
-    assert (record["status"], record["exit_code"]) == ("failed", 2)
+    assert (record["status"], record["exit_code"]) == ("failed", 1)
     assert statuses(record) == {
         "list": "done", "extract": "done", "train": "failed", "predict": "skipped", "drift": "done", "depth": "done",
         "compact": "failed", "keep": "done", "report": "done", "metrics": "done",
@@ -303,9 +307,40 @@ def test_a_signal_during_a_step(pile, steps, number, code):
     assert pile.records()[-1] == record
 
 
+def test_a_signal_while_the_source_is_listed(pile, steps, monkeypatch):
+    from featurepipe.images.folder import FolderSource
+
+    def stuck(self):
+        threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]).start()
+        time.sleep(60)
+
+    monkeypatch.setattr(FolderSource, "scan", stuck)
+    pile.job(ALL_STEPS)
+    started = time.monotonic()
+    record = pile.run()
+    assert time.monotonic() - started < 30
+    assert (record["status"], record["exit_code"]) == ("interrupted", 143)
+    assert [entry["status"] for entry in record["steps"]] == ["interrupted", *["not reached"] * 9]
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_is_recorded(pile, monkeypatch):
+    from featurepipe.jobs import extractions
+
+    def impatient(*arguments, stop, **options):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(extractions, "extract", impatient)
+    pile.fill(1)
+    with pytest.raises(KeyboardInterrupt):
+        pile.run()
+    (record,) = pile.records()
+    assert (record["status"], record["exit_code"]) == ("interrupted", 130)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_an_extraction(launcher, pile, number, code):
-    pile.fill(300)
+    pile.fill(200)
     process = launcher.start(SLOWLY, [pile.file])
     wait_for_it(process)
     process.send(number)
@@ -316,20 +351,20 @@ def test_a_signal_during_an_extraction(launcher, pile, number, code):
     (record,) = pile.records()
     assert (record["status"], record["exit_code"]) == ("interrupted", code)
     computed = record["counts"]["computed"]
-    assert 0 < computed < 300
+    assert 0 < computed < 200
     assert pile.run()["counts"] == {
-        "listed": 300, "computed": 300 - computed, "known": computed, "rejected": 0, "read": 300 - computed,
+        "listed": 200, "computed": 200 - computed, "known": computed, "rejected": 0, "read": 200 - computed,
     }  # fmt: skip
 
 
 def test_a_kill_leaves_no_lock(launcher, pile):
-    pile.fill(300)
+    pile.fill(200)
     process = launcher.start(SLOWLY, [pile.file])
     wait_for_it(process)
     process.send(signal.SIGKILL)
     assert process.wait().code == -signal.SIGKILL
     record = pile.run()
-    assert (record["status"], record["counts"]["listed"]) == ("done", 300)
+    assert (record["status"], record["counts"]["listed"]) == ("done", 200)
 
 
 def test_the_second_run_is_refused(pile):
@@ -376,6 +411,34 @@ def test_a_source_that_is_gone_for_a_while(pile):
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
     assert 0.5 < record["steps"][0]["seconds"] < 10
+
+
+def test_a_source_that_goes_away_in_the_middle(pile, monkeypatch):
+    """What was computed before stays, the listing is made anew, and the books of the night balance."""
+    from featurepipe.extraction import reading
+    from featurepipe.images.folder import FolderSource
+
+    read, scan, count, scans = FolderSource.read, FolderSource.scan, itertools.count(), []
+
+    def failing(self, locator):
+        if len(scans) == 1 and next(count) >= 30:
+            raise SourceError(f"{self.path}: the folder has gone")
+        return read(self, locator)
+
+    monkeypatch.setattr(FolderSource, "scan", lambda self: (scans.append(1), scan(self))[1])
+    monkeypatch.setattr(FolderSource, "read", failing)
+    monkeypatch.setattr(reading, "WAITS", (0,))
+    pile.fill(60)
+    pile.job(source='first_wait = "0.05s"')
+    pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 1"))
+    record = pile.run()
+    assert (record["status"], len(scans), len(record["extractions"])) == ("done", 2, 2)
+    first, second = (run["counts"]["computed"] for run in pile.store.runs() if run["command"] == "extract")
+    assert first > 0
+    assert first + second == 60
+    counts = {name: record["counts"][name] for name in ("listed", "computed", "known", "rejected")}
+    assert counts == {"listed": 60, "computed": 60, "known": 0, "rejected": 0}
+    assert record["changes"]["new"] == 60
 
 
 def test_a_source_that_stays_away(pile, steps):
@@ -489,3 +552,24 @@ def test_text_log(pile, steps, capsys):
     assert capsys.readouterr().err.splitlines()[-2:] == ["warning: perhaps drifted", "error: compact: no disk"]
     pile.run(silent=True)
     assert capsys.readouterr().err == ""
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_job_file(pile, monkeypatch):
+    assert git_commit(pile.folder) is None
+    git(pile.folder, "init", "-q")
+    assert git_commit(pile.folder) is None
+    git(pile.folder, "add", "nightly.toml")
+    git(pile.folder, "commit", "-q", "-m", "job")
+    pile.fill(1)
+    assert pile.run()["git"] == git(pile.folder, "rev-parse", "HEAD")
+    pile.job("[compact]")
+    assert pile.run()["git"] == git(pile.folder, "rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(pile.folder) is None
