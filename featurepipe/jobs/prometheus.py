@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -99,25 +100,14 @@ class _Figures:
 
 
 def bytes_in(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all files in a folder; files that vanish meanwhile count nothing."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    total += bytes_in(entry.path)
-                elif entry.is_file(follow_symlinks=False):
-                    total += _size(entry)
-    except FileNotFoundError:
-        return total
-    return total
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:
-        return 0
+    """Bytes of all files in a folder, each once however many names it has; files that vanish meanwhile count nothing."""
+    sizes: dict[int, int] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - as many as there are parts
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def _free(folder: Path) -> int:

@@ -20,7 +20,6 @@ from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
 from featurepipe.progress import show
 from featurepipe.store import FeatureStore
-from featurepipe.store.choice import require_snapshot
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def predict_features(
     name = dataset or source.only_dataset()
     run_id = snapshot or next(reversed(source.snapshot_ids(name)), None)  # another run may write one meanwhile
     features = features_for(model, source, name, run_id)
-    images = _Images(require_snapshot(source, name, run_id), features)
+    images = _Images(source.snapshot(name, run_id, columns=("id", "status", "reason")), features)
     chosen = np.arange(len(images))[slice(None) if rows is None else rows]
     counts = np.zeros(len(model.classes), np.int64)
     with ExitStack() as stack:

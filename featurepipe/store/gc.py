@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +135,17 @@ def _old_snapshots(store: FeatureStore, dataset: str, keep: int | None, spared: 
 
 
 def _needed_keys(store: FeatureStore, old: set[Path]) -> _Needed:
-    needed = _Needed()
+    needed, read = _Needed(), set()
     for dataset in store.datasets():
         for run_id in reversed(store.snapshot_ids(dataset)):  # the current one first: most have the same images
-            if store.path / "snapshots" / dataset / f"{run_id}.parquet" not in old:
-                table = store.snapshot(dataset, run_id)
-                if table is not None:
-                    needed.add(keys_from_arrow(table["key"].drop_null()))
+            path = store.path / "snapshots" / dataset / f"{run_id}.parquet"
+            file = path.stat().st_ino  # snapshots of nights with nothing new are names of one file
+            if path in old or file in read:
+                continue
+            table = store.snapshot(dataset, run_id, columns=["key"])
+            if table is not None:
+                needed.add(keys_from_arrow(table["key"].drop_null()))
+            read.add(file)
     return needed
 
 
@@ -190,7 +195,11 @@ def _is_spent(space: Space, path: Path, needed: _Needed) -> bool:
 
 
 def _remove(paths: list[Path], report: GcReport, *, dry_run: bool) -> None:
+    names = Counter(path.stat().st_ino for path in paths)
     for path in paths:
-        report.bytes_freed += path.stat().st_size
-        if not dry_run:
+        found = path.stat()
+        if names.pop(found.st_ino, 0) >= found.st_nlink:  # else another snapshot is a name of the same file
+            report.bytes_freed += found.st_size
+    if not dry_run:
+        for path in paths:
             path.unlink()

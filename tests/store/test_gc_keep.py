@@ -66,3 +66,26 @@ def test_keys_of_rejected_images_count_and_missing_ones_do_not(store, rows, nigh
     )  # fmt: skip
     assert gc_store(store, keep_snapshots=1, dataset="d").rows_dropped == 3
     assert store.spaces()[0].index().contains(rows.keys(names)).all()
+
+
+def test_equal_snapshots_are_names_of_one_file_and_are_read_and_freed_once(store, rows, nights, monkeypatch):
+    names = [f"d{name}" for name in NAMES[3:]]
+    same = [nights["d"][-1], *(rows.snapshot(store, "d", names) for _ in range(3))]
+    files = [store.path / "snapshots" / "d" / f"{run_id}.parquet" for run_id in same]
+    assert {path.stat().st_nlink for path in files} == {4}
+    read = []
+    whole = type(store).snapshot
+    monkeypatch.setattr(type(store), "snapshot", lambda *a, **k: (read.append(a[2]), whole(*a, **k))[1])
+    planned = gc_store(store, keep_snapshots=2, dataset="d", dry_run=True)
+    assert read == [same[-1], nights["e"][-1], nights["e"][0]]
+    others = sum((store.path / "snapshots" / "d" / f"{run_id}.parquet").stat().st_size for run_id in nights["d"][:3])
+    before = sum(part.file_bytes for part in store.spaces()[0].parts())
+    report = gc_store(store, keep_snapshots=2, dataset="d")
+    assert planned == report
+    assert store.snapshot_ids("d") == same[2:]
+    assert report.bytes_freed == others + before - sum(part.file_bytes for part in store.spaces()[0].parts())
+    last = rows.snapshot(store, "d", names[:1])
+    size = files[3].stat().st_size
+    assert gc_store(store, keep_snapshots=1, dataset="d", dry_run=True).bytes_freed > size
+    gc_store(store, keep_snapshots=1, dataset="d")
+    assert store.snapshot_ids("d") == [last]

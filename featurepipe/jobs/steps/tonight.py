@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 from featurepipe.jobs.job import PredictTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
-from featurepipe.store.choice import require_snapshot
+
+COMPARED = ("id", "key", "status")
+"""Columns of a snapshot that tell what is new."""
 
 
 def predict(night: Night, table: PredictTable) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     about = {"bundle": str(table.bundle), "to": table.to, "snapshot": snapshot}
     rows = None
     if table.images == "new":
-        rows = new_images(require_snapshot(night.store, night.dataset, snapshot), _before(night, table))
+        rows = new_images(night.store.snapshot(night.dataset, snapshot, columns=COMPARED), _before(night, table))
         if not rows.any():
             return {**about, "skipped": "no new images"}
     file = _file(night, table)
@@ -85,7 +87,7 @@ def _before(night: Night, table: PredictTable) -> pa.Table | None:
     result = last_result(night, "predict", bundle=str(table.bundle), to=table.to)
     last = result["snapshot"] if result else night.before
     there = last is not None and last in night.store.snapshot_ids(night.dataset)
-    return night.store.snapshot(night.dataset, last) if there else None
+    return night.store.snapshot(night.dataset, last, columns=COMPARED) if there else None
 
 
 def _file(night: Night, table: PredictTable) -> Path:
