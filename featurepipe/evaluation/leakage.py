@@ -38,9 +38,9 @@ def report(features: FeatureSet) -> dict[str, Any]:
     rows = np.flatnonzero(counts[image] > 1)  # the few that matter
     copied = features.take(rows)
     image = image[rows]
-    splits, split_names = _codes(copied.table["split"])
-    labels, _ = _codes(copied.table["label"])
-    split_rows, label_rows = _sides(image, splits), _sides(image, labels)
+    splits, split_names = numbered(copied.table["split"])
+    labels, _ = numbered(copied.table["label"])
+    split_rows, label_rows = on_several_sides(image, splits), on_several_sides(image, labels)
     return {
         "copies": len(features) - len(counts),
         "across_splits": {
@@ -79,15 +79,23 @@ def trained_on(
     return found
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[Positions, list[str]]:
-    """Numbers for names, -1 for null, and the names in the order of the numbers, which is theirs."""
+def numbered(column: pa.ChunkedArray) -> tuple[Positions, list[str]]:
+    """Returns numbers for names (n,), -1 for null, and the names in the order of the numbers, which is theirs."""
     names = sorted(pc.unique(column.drop_null()).to_pylist())
     codes = pc.index_in(column, value_set=pa.array(names, pa.string()))
     return codes.fill_null(-1).to_numpy().astype(np.int64), names
 
 
-def _sides(image: Positions, codes: Positions) -> Positions:
-    """The first row of each image on each of its sides, for images with more than one; images in the order of rows."""
+def on_several_sides(image: Positions, codes: Positions) -> Positions:
+    """Finds what lies on several sides, such as splits or labels.
+
+    Args:
+        image: (n,) number of each row's image, or of the group that it is in.
+        codes: (n,) number of its side; -1 for none.
+
+    Returns:
+        The first row of each image on each of its sides, for images with more than one, ascending.
+    """
     rows = np.flatnonzero(codes >= 0)
     _, first = np.unique(image[rows] * (codes.max(initial=0) + 1) + codes[rows], return_index=True)
     rows = np.sort(rows[first])

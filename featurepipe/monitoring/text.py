@@ -20,6 +20,78 @@ def drift_text(found: Mapping[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
+def duplicates_text(found: Mapping[str, Any]) -> str:
+    """Sums up what `featurepipe.monitoring.duplicates.duplicates` returns: counts, then groups, those across splits first."""
+    exact, near = found["exact"], found["near"]
+    lines = [
+        f"{found['dataset']}: {_images_text(found['images'])}, {exact['copies']:,} {_are(exact['copies'], 'is a copy', 'are copies')} "
+        f"of another ({_groups(exact)})"
+    ]
+    if near is not None:
+        how = "" if near["search"] == "exact" else f"; about {share(near['recall'])} of such pairs are found"
+        lines.append(f"within {near['distance']:.3g} of another by {near['column']}: {_groups(near)}{how}")
+    else:
+        lines.append("images nearly alike were not looked for; to do so: --near auto")
+    lines += [f"WARNING: {text}" for text in found["warnings"]]
+    sections = ["\n".join(lines)]
+    sections += [_listing(kind) for kind in (exact, near) if kind is not None and kind["listed"]]
+    if found["file"]:
+        sections.append(f"file {found['file']}")
+    return "\n\n".join(sections)
+
+
+def _groups(kind: Mapping[str, Any]) -> str:
+    counted = f"{kind['groups']:,} {_are(kind['groups'], 'group', 'groups')}, {_images_text(kind['images'])}"
+    odd = [(kind["across_splits"], "across splits"), (kind["label_conflicts"], "with different labels")]
+    return ", ".join([counted, *(f"{count:,} {what}" for count, what in odd if count)])
+
+
+def _listing(kind: Mapping[str, Any]) -> str:
+    """Every group across splits, and of the others as many as make a screen."""
+    groups = kind["listed"]
+    shown = max(_GROUPS, sum(group["across_splits"] for group in groups))
+    lines = [_group(group) for group in groups[:shown]]
+    left = kind["groups"] - len(lines)
+    return "\n".join([*lines, *([f"... {left:,} more; write all of them: --to FILE"] if left else [])])
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    images = group["images"]
+    marks = [
+        mark for name, mark in (("across_splits", "ACROSS SPLITS"), ("label_conflict", "LABELS DIFFER")) if group[name]
+    ]
+    sides = ["split"] * group["across_splits"] + ["label"] * group["label_conflict"]
+    named = [_image(image, sides) for image in _each_side_first(images, sides)[:_IMAGES]]
+    more = f" and {len(images) - _IMAGES:,} more" if len(images) > _IMAGES else ""
+    sign = " = " if group["kind"] == "exact" else " ~ "
+    return f"{', '.join(marks)}{': ' if marks else ''}{sign.join(named)}{more}"
+
+
+def _each_side_first(images: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The images of a group, with one of each split or label that it straddles before all others."""
+    seen: set[tuple[Any, ...]] = set()
+    first: list[Mapping[str, Any]] = []
+    rest: list[Mapping[str, Any]] = []
+    for image in images:
+        side = tuple(image[name] for name in sides)
+        (rest if side in seen else first).append(image)
+        seen.add(side)
+    return first + rest
+
+
+def _image(image: Mapping[str, Any], sides: Sequence[str]) -> str:
+    known = [image[name] or "none" for name in sides]
+    return f"{image['id']} ({', '.join(known)})" if known else str(image["id"])
+
+
+def _images_text(count: int) -> str:
+    return f"{count:,} {_are(count, 'image', 'images')}"
+
+
+def _are(count: int, one: str, several: str) -> str:
+    return one if count == 1 else several
+
+
 def _verdict(found: Mapping[str, Any]) -> str:
     images, limits = found["images"], found["thresholds"]
     lines = [f"{found['dataset']}: {found['verdict']}"]
