@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +40,43 @@ class CompactReport:
 
 @dataclass(frozen=True)
 class _Planned:
-    """One part and which of its rows stay."""
+    """One part, which of its rows stay, and the other parts that hold what goes."""
 
     part: PartInfo
     keep: Mask
+    leans_on: Sequence[PartInfo]
+
+    @cached_property
+    def kept(self) -> int:
+        return int(np.count_nonzero(self.keep))
 
     @property
     def drops(self) -> int:
-        return self.part.rows - int(self.keep.sum())
+        return self.part.rows - self.kept
 
 
 class _Batch:
     """Parts of one kind that become one part."""
 
-    def __init__(self) -> None:
-        self.items: list[_Planned] = []
+    def __init__(self, item: _Planned) -> None:
+        self.items = [item]
+        self._rows, self._id_bytes = item.kept, _id_bytes(item.part)
+        arrays = item.part.arrays.items()
+        self._other_bytes = sum(info.nbytes // item.part.rows for name, info in arrays if name != "id")
 
-    def bytes_with(self, *more: _Planned) -> int:
+    @property
+    def nbytes(self) -> int:
         """Size of the arrays of the merged part; ids are as wide as the widest of all."""
-        items = [*self.items, *more]
-        rows = sum(int(item.keep.sum()) for item in items)
-        ids = max(np.dtype(item.part.arrays["id"].dtype).itemsize for item in items)
-        part = items[0].part
-        return rows * (ids + sum(info.nbytes // part.rows for name, info in part.arrays.items() if name != "id"))
+        return self._rows * (self._id_bytes + self._other_bytes)
+
+    def takes(self, item: _Planned, target_bytes: int) -> bool:
+        """Adds a part unless the batch would become too large; tells whether it did."""
+        rows, id_bytes = self._rows + item.kept, max(self._id_bytes, _id_bytes(item.part))
+        if rows * (id_bytes + self._other_bytes) > target_bytes:
+            return False
+        self.items.append(item)
+        self._rows, self._id_bytes = rows, id_bytes
+        return True
 
     @property
     def worthwhile(self) -> bool:
@@ -92,12 +107,7 @@ def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_
 
 
 def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dry_run: bool) -> None:
-    parts = space.parts()
-    batches = _batches(_plan(parts), target_bytes)
-    damaged = {part.name for part in parts if batches and damaged_arrays(part)}
-    if damaged:  # never copy damage, and never drop a row for the sake of a damaged copy
-        parts = [part for part in parts if part.name not in damaged]
-        batches = _batches(_plan(parts), target_bytes)
+    batches, damaged = _sound_batches(space.parts(), target_bytes)
     report.damaged += sorted(damaged | {Path(name).stem for name in space.damaged})
     report.parts_before += len(space.part_paths())
     report.parts_after += len(space.part_paths())
@@ -113,14 +123,42 @@ def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dr
             report.bytes_freed -= merged.file_bytes if merged else 0
 
 
-def _plan(parts: Iterable[PartInfo]) -> list[_Planned]:
-    """Says for each part which rows stay: those that the index finds when asked for all columns of the part."""
+def _sound_batches(parts: Sequence[PartInfo], target_bytes: int) -> tuple[list[_Batch], set[str]]:
+    """Plans again without the damaged parts among those that matter, until there are none; names them.
+
+    Damage is never copied, and no row goes for the sake of a damaged copy. Parts that stay as they are, and whose rows no
+    other part gives up, are not read.
+    """
+    damaged: set[str] = set()
+    sound: set[str] = set()
+    while True:
+        plan = _plan([part for part in parts if part.name not in damaged], damaged)
+        batches = _batches(plan, target_bytes)
+        concerned = {
+            part.name: part for batch in batches for item in batch.items for part in (item.part, *item.leans_on)
+        }
+        fresh = {name: part for name, part in concerned.items() if name not in sound}
+        found = {name for name, part in fresh.items() if damaged_arrays(part)}
+        if not found:
+            return batches, damaged
+        damaged |= found
+        sound |= fresh.keys() - found
+
+
+def _plan(parts: Iterable[PartInfo], damaged: set[str]) -> list[_Planned]:
+    """Says for each part which rows stay: those that the index finds when asked for all columns of the part.
+
+    Parts whose keys are damaged are added to ``damaged`` and have no plan.
+    """
     ordered = sorted(parts, key=lambda part: -len(part.columns))  # stable: else in order of commit
-    index = KeyIndex({column for part in ordered for column in part.columns}, ordered)
+    columns = {column for part in ordered for column in part.columns}
+    index = KeyIndex(columns, ordered, lambda part, _: damaged.add(part.name))
     plan = []
     for number, part in enumerate(index.parts):
-        found_part, found_row, _ = index.search(as_keys(read_array(part, "key")), frozenset(part.columns))
-        plan.append(_Planned(part, (found_part == number) & (found_row == np.arange(part.rows))))
+        if part.name not in damaged:
+            found_part, found_row, _ = index.search(as_keys(read_array(part, "key")), frozenset(part.columns))
+            keep = (found_part == number) & (found_row == np.arange(part.rows))
+            plan.append(_Planned(part, keep, [index.parts[other] for other in np.unique(found_part[~keep])]))
     return plan
 
 
@@ -131,14 +169,16 @@ def _batches(plan: Sequence[_Planned], target_bytes: int) -> list[_Batch]:
     """
     kinds: dict[object, list[_Batch]] = {}
     for item in plan:
-        if not item.drops and _Batch().bytes_with(item) >= target_bytes // 2:
+        if not item.drops and _Batch(item).nbytes >= target_bytes // 2:
             continue
         batches = kinds.setdefault(_likeness(item.part), [])
-        fitting = next((batch for batch in batches if batch.bytes_with(item) <= target_bytes), None)
-        if fitting is None:
-            batches.append(fitting := _Batch())
-        fitting.items.append(item)
+        if not any(batch.takes(item, target_bytes) for batch in batches):
+            batches.append(_Batch(item))
     return [batch for batches in kinds.values() for batch in batches if batch.worthwhile]
+
+
+def _id_bytes(part: PartInfo) -> int:
+    return np.dtype(part.arrays["id"].dtype).itemsize
 
 
 def _likeness(part: PartInfo) -> object:

@@ -11,6 +11,7 @@ import numpy as np
 from featurepipe.errors import FeaturepipeError, StoreError
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.headers import Headers
 from featurepipe.store.keys import Keys
 from featurepipe.store.space import Space
 
@@ -44,14 +45,15 @@ def shortages(store: FeatureStore) -> Iterator[Shortage]:
     """
     expected = _expected(store.runs())
     for path in sorted((store.path / "spaces").glob("[!.]*/")):
+        headers = Headers()
         try:
-            space = Space(path)
+            space = Space(path, headers)
         except StoreError:
             continue  # its description is broken, which verify says anyway
         wanted = expected.get(space.fingerprint, {})
         if wanted and _count(store, space, wanted) != []:
             # Looked at again: a part may have been compacted away while it was being read.
-            yield from _count(store, Space(path), wanted) or []
+            yield from _count(store, Space(path, headers), wanted) or []
 
 
 def _expected(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[_Place, str]]:

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.store.feature_store import STORE_VERSION, FeatureStore
+from featurepipe.store.keys import keys_from_arrow
+from featurepipe.store.segment import count_distinct
 from featurepipe.store.snapshots import OK, REJECTED
 from featurepipe.store.space import Space
 
@@ -58,7 +60,7 @@ def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
         "current": run_ids[-1],
         "listed": len(table),
         "images": len(usable),
-        "distinct": pc.count_distinct(usable["key"]).as_py(),
+        "distinct": count_distinct(keys_from_arrow(usable["key"])),
         "rejects": pc.sum(pc.equal(table["status"], REJECTED)).as_py() or 0,
         "labels": _counts(usable["label"]),
         "splits": _counts(usable["split"]),

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.store.keys import Keys, keys_to_arrow
+from featurepipe.store.keys import Keys
+from featurepipe.store.segment import count_distinct
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,7 +55,7 @@ class LabelledImages:
     @property
     def duplicates(self) -> int:
         """Rows whose image is also that of an earlier row."""
-        return len(self.keys) - int(pc.count_distinct(keys_to_arrow(self.keys)).as_py())
+        return len(self.keys) - count_distinct(self.keys)
 
     @property
     def keys64(self) -> npt.NDArray[np.uint64]:

@@ -144,12 +144,25 @@ def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
     """Yields (path, what is wrong) of documents that cannot be read or contradict themselves."""
     for path in sorted((store.path / "spaces").glob("[!.]*/")):
         yield from _named(store, path / "space.json", partial(_check_space, path))
+    yield from _broken_snapshots(store)
+    for path in sorted((store.path / "runs").glob("[!.]*.json")):
+        yield from _named(store, path, partial(read_json, path))
+
+
+def _broken_snapshots(store: FeatureStore) -> Iterator[tuple[str, str]]:
+    """Reads every snapshot; a file that several nights share, once."""
+    sound: set[int] = set()
     for dataset in store.datasets():
         for run_id in store.snapshot_ids(dataset):
             path = store.path / "snapshots" / dataset / f"{run_id}.parquet"
-            yield from _named(store, path, partial(store.snapshot, dataset, run_id))
-    for path in sorted((store.path / "runs").glob("[!.]*.json")):
-        yield from _named(store, path, partial(read_json, path))
+            try:
+                file = path.stat().st_ino
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            if file not in sound:
+                broken = list(_named(store, path, partial(store.snapshot, dataset, run_id)))
+                yield from broken
+                sound |= set() if broken else {file}
 
 
 def _named(store: FeatureStore, path: Path, check: Callable[[], object]) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import DiskFull, StoreError, StoreLocked, UsageError
+from featurepipe.store import compact as compacting
 from featurepipe.store import compact_store, gc_store, verify_store
 from featurepipe.store import rewrite as rewriting
+from featurepipe.store.parts import damaged_arrays
 
 NAMES = [f"n{i}" for i in range(30)]
 
@@ -102,6 +104,14 @@ def test_leftovers_are_named_and_left(filled):
     assert all(path.exists() for path in strangers)
 
 
+def test_a_damaged_snapshot_is_named_for_each_night_that_shares_it(filled, rows, flip_bit):
+    shared = [filled.snapshot_ids("d")[0], rows.snapshot(filled, "d", NAMES)]
+    rows.snapshot(filled, "d", NAMES[:5])
+    assert verify_store(filled).clean
+    flip_bit(filled.path / "snapshots" / "d" / f"{shared[0]}.parquet", 60)
+    assert [problem.part for problem in verify_store(filled).problems] == [f"snapshots/d/{r}.parquet" for r in shared]
+
+
 def test_compact_merges_and_drops_copies(filled, rows):
     space = filled.spaces()[0]
     rows.write(filled, space, [*NAMES[5:15], "extra", "extra"], dataset="d")
@@ -150,6 +160,34 @@ def test_compact_never_copies_damage_nor_relies_on_it(filled, rows, flip_bit):
     assert report.rows_dropped == 0
     assert len(verify_store(filled).problems) == 1
     np.testing.assert_array_equal(filled.features("d").read(), rows.features(NAMES))
+
+
+def test_compact_leaves_a_part_with_damaged_keys_alone(filled, rows, flip_bit):
+    space = filled.spaces()[0]
+    rows.write(filled, space, NAMES[:10], dataset="d")  # a good copy
+    damaged = space.parts()[0]
+    flip_bit(Path(damaged.path), damaged.arrays["key"].offset)
+    report = compact_store(filled)
+    assert (report.damaged, report.rows_dropped) == ([damaged.name], 0)
+    assert sorted(part.rows for part in space.parts()) == [10, 30]
+    assert Path(damaged.path).exists()
+    np.testing.assert_array_equal(filled.features("d").read(), rows.features(NAMES))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_compact_reads_only_what_it_touches_or_relies_on(filled, rows, monkeypatch, copied):
+    space = filled.spaces()[0]
+    more = [f"more{number}" for number in range(200)]
+    rows.write(filled, space, more, dataset="d")
+    large = space.parts()[-1]
+    rows.write(filled, space, more[:3] if copied else ["extra"], dataset="d")
+    read = []
+    monkeypatch.setattr(compacting, "damaged_arrays", lambda part: read.append(part.name) or damaged_arrays(part))
+    report = compact_store(filled, target_bytes=large.file_bytes)
+    assert report.rows_dropped == (3 if copied else 0)
+    assert (large.name in read) == copied
+    assert len(read) == len(set(read)) == (5 if copied else 4)
+    assert Path(large.path).exists()
 
 
 def test_a_crash_between_commit_and_removal_leaves_copies_only(filled, rows, monkeypatch):
