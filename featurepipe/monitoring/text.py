@@ -23,10 +23,8 @@ def drift_text(found: Mapping[str, Any]) -> str:
 def duplicates_text(found: Mapping[str, Any]) -> str:
     """Sums up what `featurepipe.monitoring.duplicates.duplicates` returns: counts, then groups, those across splits first."""
     exact, near = found["exact"], found["near"]
-    lines = [
-        f"{found['dataset']}: {_images_text(found['images'])}, {exact['copies']:,} {_are(exact['copies'], 'is a copy', 'are copies')} "
-        f"of another ({_groups(exact)})"
-    ]
+    copies = f"{exact['copies']:,} {_are(exact['copies'], 'is a copy', 'are copies')} of another"
+    lines = [f"{found['dataset']}: {_images_text(found['images'])}, {copies} ({_groups(exact)})"]
     if near is not None:
         how = "" if near["search"] == "exact" else f"; about {share(near['recall'])} of such pairs are found"
         lines.append(f"within {near['distance']:.3g} of another by {near['column']}: {_groups(near)}{how}")
