@@ -141,3 +141,13 @@ def test_layers_are_compared_and_shown_once(classed):
     )
     pile.fill(4, first=500, folder="night/")
     assert by_step(pile.run())["depth"]["result"]["images"] == 52
+
+
+def test_the_page_of_nights_has_tonight(classed):
+    pile = classed
+    pile.job('[report]\nto = "pages/nights.html"')
+    record = pile.run()
+    assert by_step(record)["report"]["status"] == "done", record["steps"]
+    page = (pile.folder / "pages" / "nights.html").read_text()
+    assert record["run_id"] in page
+    assert "nightly" in page
