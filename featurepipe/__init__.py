@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featurepipe.jobs.run import run_job
     from featurepipe.layer_depth.depth import depth
     from featurepipe.monitoring.drift import drift
+    from featurepipe.monitoring.duplicates import duplicates
     from featurepipe.prediction.image_classifier import ImageClassifier
     from featurepipe.prediction.predict import predict
     from featurepipe.reporting.from_store import report
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "depth",
     "drift",
+    "duplicates",
     "evaluate",
     "extract",
     "load_backbone",
@@ -47,6 +49,7 @@ _HOMES = {
     "ImageClassifier": "featurepipe.prediction.image_classifier",
     "depth": "featurepipe.layer_depth.depth",
     "drift": "featurepipe.monitoring.drift",
+    "duplicates": "featurepipe.monitoring.duplicates",
     "evaluate": "featurepipe.evaluation.evaluate",
     "extract": "featurepipe.extraction.extract",
     "load_backbone": "featurepipe.backbones",

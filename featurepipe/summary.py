@@ -19,7 +19,7 @@ def info_text(found: Mapping[str, Any]) -> str:
     sections = [f"{found['path']} (store format {found['version']})"]
     sections += [_dataset_text(dataset) for dataset in found["datasets"]] or ["no dataset yet"]
     sections += [_space_text(space) for space in found["spaces"]]
-    sections += _runs_text(found["runs"])
+    sections += _runs_text(whole_runs(found["runs"]))
     return "\n\n".join(sections)
 
 
@@ -65,6 +65,12 @@ def gc_text(report: GcReport, *, dry_run: bool = False) -> str:
     if report.rows_unfinished:
         lines.append(f"kept {_count(report.rows_unfinished, 'row')} of runs that have not finished, for the next run")
     return "\n".join([*lines, *_dry(dry_run=dry_run)])
+
+
+def whole_runs(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Run records without those of extractions that were part of a job's run, which are counted in that run's record."""
+    parts = {run_id for record in records for run_id in record.get("extractions", ())}
+    return [record for record in records if record.get("run_id") not in parts]
 
 
 def _dry(*, dry_run: bool) -> list[str]:

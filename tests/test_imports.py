@@ -47,6 +47,7 @@ def test_the_public_surface_is_what_it_was():
         "__version__",
         "depth",
         "drift",
+        "duplicates",
         "evaluate",
         "extract",
         "load_backbone",

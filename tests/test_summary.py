@@ -52,6 +52,16 @@ def test_info_shows_the_last_runs_and_some_classes(tmp_path: Path) -> None:
     assert "2 more could not be used" in text
 
 
+def test_info_counts_what_a_job_extracted_as_one_run_with_the_job(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store")
+    by_hand, part, night = (store.new_run_id() for _ in range(3))
+    for run_id, extractions in ((by_hand, []), (part, []), (night, [part])):
+        store.write_run({"run_id": run_id, "dataset": f"of {run_id}", "status": "done", "extractions": extractions})
+    text = summary.info_text(describe(store))
+    assert "\n2 runs\n" in text
+    assert [f"of {run_id}" in text for run_id in (by_hand, part, night)] == [True, False, True]
+
+
 def test_info_of_a_space_with_trained_weights_and_a_part_in_quarantine(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store")
     notes = {"backbone": {"random": False, "weights": "IMAGENET1K_V2"}}

@@ -25,9 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def _add_drift(commands: Commands) -> None:
-    command = add_command(
-        commands, "drift", drift, "test whether the newest images are like those of an earlier snapshot"
-    )
+    command = add_command(commands, "drift", drift, "whether the new images are like those of an earlier snapshot")
     option = command.add_argument
     add_store(command)
     add_dataset(command)
@@ -56,17 +54,26 @@ def _add_duplicates(commands: Commands) -> None:
         commands,
         "duplicates",
         duplicates,
-        "list copies of images, those that straddle splits first, and images nearly alike",
+        "copies, near copies, and those on both sides of a split",
     )
     option = command.add_argument
     add_store(command)
     add_dataset(command)
     option("--node", default="bottleneck", metavar="COLUMN", help="whose distances count (default: %(default)s)")
     add_space(command)
-    option("--near", type=float, metavar="DISTANCE", help="list images that are at most so far apart, too")
-    option("--to", metavar="FILE", help="write all pairs: .csv, .jsonl or .parquet")
+    option("--near", type=_distance, metavar="auto|DISTANCE",
+           help="list images nearly alike, too: their features' cosine distance is at most so much")  # fmt: skip
+    option("--to", metavar="FILE", help="write all groups, one image a line: .csv, .jsonl or .parquet")
     add_quiet(command)
     add_json(command)
+
+
+def _distance(text: str) -> float | str:
+    """A number; what is none may be ``auto``, and else the verb refuses it and says why."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def drift(args: Namespace) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from featurepipe.cli.options import Commands, add_command, add_json, add_last, add_quiet, add_store, existing_store
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError, unknown
+from featurepipe.summary import whole_runs
 
 
 def add(commands: Commands) -> None:
@@ -59,14 +59,9 @@ def runs(args: Namespace) -> int:
     records = store.runs()
     if args.job is not None:
         _check_job(args.job, {record["job"] for record in records if "job" in record}, store.path)
-    show(args, _whole_runs(records, args.job)[-args.last :], runs_text)
+    chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
+    show(args, chosen[-args.last :], runs_text)
     return 0
-
-
-def _whole_runs(records: Sequence[Mapping[str, Any]], job: str | None) -> list[Mapping[str, Any]]:
-    """All runs, or those of a job; what a job extracted is a part of its run, and no run of its own."""
-    parts = {run_id for record in records for run_id in record.get("extractions", ())}
-    return [r for r in records if r["run_id"] not in parts and (job is None or r.get("job") == job)]
 
 
 def _check_job(job: str, jobs: Collection[str], store: Path) -> None:
