@@ -63,6 +63,18 @@ def test_the_result_holds_every_task_and_depth_with_its_interval(finished):
 
 
 @pytest.mark.slow
+def test_folds_that_agree_by_chance_are_no_certainty(finished):
+    from featurepipe.heads.comparison import over_images
+
+    out, _, result = finished
+    for row in result["results"]:
+        name = "-".join("".join(c if c.isalnum() else " " for c in row["task"]).split())
+        count = len(np.load(out / "images" / f"{name}.npz")["labels"])
+        least = over_images(np.arange(count) < round(row["accuracy"] * count))
+        assert row["high"] - row["low"] >= 0.98 * (least.high - least.low)
+
+
+@pytest.mark.slow
 def test_it_learns_its_own_digits_and_its_last_layers_serve_them_alone(finished):
     _, _, result = finished
     assert result["networks"][0]["accuracy"] >= 0.95  # of held-out digits
