@@ -52,14 +52,17 @@ def run_job(
         WeightsNotFound: the weights of a network are not at hand.
         StoreLocked: another run of the job has not ended, or the store is being rewritten.
         StoreError: the store cannot be used.
+        Interrupted: a signal came before anything was done.
     """
     job, file = read_job(path), Path(path).absolute()
     with job_log(job.name, log_format=log_format, silent=silent) as log:
-        check_networks(job)
         if dry_run:
+            check_networks(job)
             return plan_job(job, file, retry_rejects=retry_rejects, silent=silent)
         store = FeatureStore(job.store)
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
+            with stop.at_once(before="anything was done"):
+                check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
             with log.about(run_id=record.run_id), record.kept():
                 extractions = Extractions(job, record, stop, log.say, silent)

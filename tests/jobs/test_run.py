@@ -502,7 +502,8 @@ def test_later_networks_and_heads_are_checked_before_the_first_image(pile):
     pile.job('[[train]]\nout = "b"\nhead = "logistic"\nparams = { CC = 1 }')
     with pytest.raises(UsageError, match=r"^train\[0\]: .*CC"):
         pile.run()
-    assert not (pile.folder / "features").exists()
+    assert not pile.store.runs()
+    assert not pile.store.spaces()
 
 
 def test_a_record_that_cannot_be_written_does_not_end_the_night(pile, capsys, monkeypatch):
