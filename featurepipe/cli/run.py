@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
            help="of the messages on standard error; json: one object a line, and no summary (default: %(default)s)")  # fmt: skip
     add_quiet(command)
     add_json(command)
-    command = add_command(commands, "runs", runs, "list what was done to a store, night after night")
+    command = add_command(commands, "runs", runs, "the last runs of a store: when, of which job, how they ended")
     add_store(command)
     add_last(command, "runs", 30)
     command.add_argument("--job", metavar="NAME", help="only runs of this job")
