@@ -145,8 +145,8 @@ def test_files_that_must_stay_are_not_replaced(album, written, tmp_path):
 
 def test_a_signal_leaves_the_older_file(album, tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_text("older")
+    monkeypatch.setattr(from_store, "_blocks", lambda rows, _: (signal.raise_signal(signal.SIGTERM), [rows])[1])
     with stop_on_signals() as stop, pytest.raises(Interrupted) as caught, stop.at_once("the end"):
-        monkeypatch.setattr(from_store, "_blocks", lambda rows, _: (signal.raise_signal(signal.SIGTERM), [rows])[1])
         predict_features(album.bundle(), album.store, tmp_path / "x.parquet", silent=True)
     assert caught.value.exit_code == 143
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
