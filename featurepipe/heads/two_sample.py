@@ -33,7 +33,7 @@ class Comparison:
         p_value: How often rows dealt anew to the two sides lie as far apart as they do.
         effect: How far the mean moved: the distance between the means, in root mean square distances of a reference row
             from the reference's mean, with every feature scaled to the same spread and what sampling alone adds taken
-            off. None if the reference does not vary.
+            off. Where the reference does not vary, in those of both sides together.
         auc: How often a new row looks more like other new rows, and less like the reference, than a reference row does;
             rows are judged by rows of the other half. 0.5 is chance, 1 tells them all apart.
         reference: Rows of the reference that were compared.
@@ -43,7 +43,7 @@ class Comparison:
     """
 
     p_value: float
-    effect: float | None
+    effect: float
     auc: float
     reference: int
     new: Positions
@@ -217,15 +217,16 @@ def _deal_matrix(kernel: Single, group: int) -> Floats | None:
     return centred / size if size > groups * np.finfo(np.float32).eps else None
 
 
-def _effect(pooled: Single, first: int) -> float | None:
+def _effect(pooled: Single, first: int) -> float:
     """The distance between the means in the reference's spread; see ``Comparison``."""
     sides = pooled[:first], pooled[first:]
     variances = [float(side.var(axis=0, ddof=1, dtype=np.float64).sum()) for side in sides]
-    if not variances[0]:
-        return None
+    spread = variances[0] or float(pooled.var(axis=0, dtype=np.float64).sum())
+    if not spread:
+        return 0.0
     apart = np.subtract(*(side.mean(axis=0, dtype=np.float64) for side in sides))
     by_sampling = sum(variance / len(side) for variance, side in zip(variances, sides, strict=True))
-    return float(np.sqrt(max(0.0, float(apart @ apart) - by_sampling) / variances[0]))
+    return float(np.sqrt(max(0.0, float(apart @ apart) - by_sampling) / spread))
 
 
 def _held_out_likeness(squared: Single, first: int, bandwidths: Floats) -> Floats:

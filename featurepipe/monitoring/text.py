@@ -113,7 +113,7 @@ def _columns(columns: Sequence[Mapping[str, Any]]) -> str:
             one["space"],
             _p(one["p_value"]),
             _p(one["adjusted"]),
-            "-" if one["effect"] is None else f"{one['effect']:.2f}",
+            f"{one['effect']:.2f}",
             f"{one['auc']:.2f}",
         ]
         for one in columns
