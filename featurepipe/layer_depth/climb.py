@@ -11,8 +11,8 @@ AT_ONCE = 3
 """Values of C that are fitted before the first one is judged: the smallest ones take little time, and share passes."""
 
 RULE = (
-    f"values of C are tried from the smallest upwards, {AT_ONCE} at least, until one does worse there than the best by more than "
-    "a standard error"
+    f"Values of C are tried from the smallest upwards, {AT_ONCE} at least, until one does worse there than the best by more than "
+    "a standard error."
 )
 """What ``climb`` does, in words."""
 

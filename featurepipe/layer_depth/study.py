@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.heads.families import HEADS
+from featurepipe.heads.families import HEADS, SHARED_PASSES
 from featurepipe.layer_depth.climb import RULE
 from featurepipe.layer_depth.elsewhere import LEFT_OUT, Elsewhere, settle_elsewhere
 from featurepipe.layer_depth.folds import Fold, cross_validation, own_split
@@ -66,8 +66,10 @@ class Protocol:
         """How it was measured, in words."""
         fitted = (
             "Features are standardised by the training images, the head's parameters are chosen on training images set aside, "
-            f"and the head is fitted again on all of them. {RULE[0].upper()}{RULE[1:]}."
+            "and the head is fitted again on all of them."
         )
+        if set(self.heads) & set(SHARED_PASSES):
+            fitted += f" {RULE}"
         if self.folds is not None:
             return (
                 f"{self.folds}-fold cross-validation, {_times(self.seeds)}, on the images outside the split test, if there is "

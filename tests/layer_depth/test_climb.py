@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from featurepipe.layer_depth import probes
-from featurepipe.layer_depth.climb import climb
+from featurepipe.layer_depth.climb import RULE, climb
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.probes import Data, measure_fold
+from featurepipe.layer_depth.study import Protocol
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -99,3 +100,11 @@ def test_in_memory_and_in_blocks_the_same_values_are_fitted(head, monkeypatch):
     for cell, tried in ((inside, in_memory), (blocks, asked)):
         accuracies = {C: accuracy for some, found in tried for C, accuracy in zip(some, found, strict=True)}
         assert accuracies[cell.params["C"]] == max(accuracies.values())
+
+
+@pytest.mark.parametrize(
+    ("heads", "is_said"), [(("logistic", "knn"), True), (("linear-svm",), True), (("knn",), False)]
+)
+def test_the_protocol_says_so_where_there_is_a_c(heads, is_said):
+    for folds in (5, None):
+        assert (RULE in Protocol(heads, folds, 1).text) == is_said
