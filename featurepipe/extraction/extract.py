@@ -85,7 +85,8 @@ def extract(
 
     Raises:
         UsageError: an argument is wrong.
-        SourceError: the source cannot be listed, holds no image, or lacks more than ``max_gone`` allows.
+        SourceError: the source cannot be listed, holds no image, or lacks more than ``max_gone`` allows; or it went away
+            during the run, then all that had been read was computed and committed.
         WeightsNotFound: the weights are not at hand.
         TooManyRejects: more images were unusable than ``max_rejects``; features are kept, no snapshot is written.
         DiskFull: less than ``min_free`` is free, or nothing; everything computed before was committed.

@@ -156,7 +156,7 @@ def piles(draw):
     return rows
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(last=piles(), new=piles())
 def test_random_piles_agree_with_the_reference_and_add_up(last, new):
     found = changes(last, new)
