@@ -37,6 +37,7 @@ class Table:
         groups: A row above the header: names and how many columns each spans (an empty name spans quietly).
         marked: Position of the row to point out, and ``mark`` the word that does.
         sortable: Whether a click on a column's name sorts by it.
+        unbroken: Whether the names of rows stay on one line, as dates should.
     """
 
     kind: ClassVar[str] = "table"
@@ -47,6 +48,7 @@ class Table:
     marked: int | None = None
     mark: str = "recommended"
     sortable: bool = True
+    unbroken: bool = False
 
     @property
     def numeric(self) -> tuple[bool, ...]:
@@ -135,6 +137,15 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What to do, in order, under a name."""
+
+    kind: ClassVar[str] = "steps"
+    title: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """A record of any depth, as names and values; folded away unless printed."""
 
@@ -143,7 +154,7 @@ class Facts:
     values: Mapping[str, Any]
 
 
-Block = Prose | Figures | Table | Exhibit | Gallery | Facts
+Block = Prose | Figures | Table | Exhibit | Gallery | Steps | Facts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bokeh.models import (
     ColumnDataSource,
@@ -36,18 +36,26 @@ _CARD = (  # narrow enough to fit beside any point on a phone
 _BREAK = "overflow-wrap:anywhere"
 
 
-def blank(paint: Paint, *, height: int = 400, y_range: DataRange1d | Range1d | None = None) -> Figure:
-    """An empty plot without tools; ``y_range`` may be another plot's."""
+def blank(
+    paint: Paint,
+    *,
+    height: int = 400,
+    least_width: int = 200,
+    y_range: DataRange1d | Range1d | None = None,
+    y_axis: Literal["linear", "log"] = "linear",
+) -> Figure:
+    """An empty plot without tools; ``y_range`` may be another plot's, ``y_axis`` logarithmic."""
     ranges: dict[str, Any] = {} if y_range is None else {"y_range": y_range}
     plot: Figure = figure(
         sizing_mode="stretch_width",
         height=height,
-        min_width=200,
+        min_width=least_width,
         tools="",
         toolbar_location=None,
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,
+        y_axis_type=y_axis,
         **ranges,
     )
     plot.toolbar.logo = None
@@ -95,7 +103,13 @@ def tick_names(names: Sequence[str]) -> list[str]:
 
 
 def hover(
-    plot: Figure, renderers: Sequence[Any], lines: Sequence[tuple[str, str]], *, title: str, image: str = ""
+    plot: Figure,
+    renderers: Sequence[Any],
+    lines: Sequence[tuple[str, str]],
+    *,
+    title: str,
+    image: str = "",
+    column: bool = False,
 ) -> None:
     """Shows the uppermost point under the pointer: ``title``, ``image`` and the values of ``lines`` are columns.
 
@@ -105,6 +119,7 @@ def hover(
         lines: What each value is, and its column.
         title: The column shown in bold.
         image: The column of data URIs, if there are images.
+        column: Whether it is enough to point above or below a point: bars may be too small to be hit.
     """
     rows = "".join(
         f'<div style="{_BREAK}"><span style="color:var(--quiet)">{name}</span> @{{{column}}}</div>'
@@ -119,7 +134,12 @@ def hover(
     html = f'<div style="{_CARD}">{picture}<div style="font-weight:600;{_BREAK}">@{{{title}}}</div>{rows}</div>'
     plot.add_tools(
         HoverTool(
-            renderers=list(renderers), tooltips=html, limit=1, sort_by=[("$index", "descending")], show_arrow=False
+            renderers=list(renderers),
+            tooltips=html,
+            limit=1,
+            sort_by=[("$index", "descending")],
+            show_arrow=False,
+            mode="vline" if column else "mouse",
         )
     )
 
@@ -131,11 +151,26 @@ def draw_series(plot: Figure, paint: Paint, source: ColumnDataSource, style: Sty
         Every renderer, and the one of the markers, on which to hover.
     """
     bars = plot.segment("x", "low", "x", "high", source=source, line_width=2, line_alpha=0.75)
+    _follow(paint, bars, line_color=style)
+    renderers, points = draw_line(plot, paint, source, style)
+    return [bars, *renderers], points
+
+
+def draw_line(
+    plot: Figure, paint: Paint, source: ColumnDataSource, style: Style, *, size: int = 10
+) -> tuple[list[Any], Any]:
+    """Draws columns ``x`` and ``y`` as a line with markers; returns as ``draw_series``."""
     line = plot.line("x", "y", source=source, line_width=2, line_dash=style.dash or "solid")
-    points = draw_points(plot, paint, source, style)
-    for renderer in (bars, line):
-        _follow(paint, renderer, line_color=style)
-    return [bars, line, points], points
+    _follow(paint, line, line_color=style)
+    points = draw_points(plot, paint, source, style, size=size)
+    return [line, points], points
+
+
+def draw_bars(plot: Figure, paint: Paint, source: ColumnDataSource, style: Style) -> Any:
+    """Draws columns ``x`` and ``y`` as bars that stand on 0."""
+    bars = plot.vbar("x", 0.8, "y", source=source, line_width=0)
+    _follow(paint, bars, fill_color=style, line_color=style)
+    return bars
 
 
 def draw_points(plot: Figure, paint: Paint, source: ColumnDataSource, style: Style, *, size: int = 10) -> Any:

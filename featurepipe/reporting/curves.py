@@ -84,7 +84,7 @@ def _panel(
     name_places(plot.xaxis[0], columns, slanted=True)
     plot.x_range.range_padding = 0.06
     label_axis(plot.yaxis[0], "accuracy", shares=True)
-    plot.xgrid[0].grid_line_color = None
+    plot.xgrid[0].visible = False
     markers = []
     for (head, network), ids in drawn.items():
         own = [row for row in rows if row["head"] == head and row["network"] == network]

@@ -103,7 +103,8 @@
   addEventListener("beforeprint", () => {
     for (const plot of document.querySelectorAll(".plot")) {
       plot.style.zoom = "";
-      plot.style.zoom = Math.min(1, PAPER / plot.offsetWidth);
+      const room = plot.closest(".strip") === null ? PAPER : PAPER / 3 - 16; // three strips side by side
+      plot.style.zoom = Math.min(1, room / plot.offsetWidth);
     }
     for (const details of document.querySelectorAll("details:not([open])")) {
       folded.add(details);

@@ -19,6 +19,7 @@ from featurepipe.reporting.blocks import Exhibit, Section
 from featurepipe.reporting.bundle_sections import bundle_column, bundle_sections, bundle_title
 from featurepipe.reporting.common_sections import details, map_of_images, mistakes, provenance
 from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
+from featurepipe.reporting.night_sections import night_sections, nights_title
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.projection import Projection
 
@@ -39,7 +40,7 @@ def compose(
     """The page as HTML.
 
     Args:
-        document: Of either kind.
+        document: Of any kind.
         metrics: Its table of scores, or nothing.
         projection: Where the images of the map are.
         small: Thumbnails for the map, data URIs by id.
@@ -47,6 +48,8 @@ def compose(
         elsewhere: Thumbnails of the mistakes on the other source.
     """
     paint = Paint()
+    if document["kind"] == "nights":
+        return render(nights_title(document), night_sections(document, paint), paint, _footer(document))
     depth = document["kind"] == "depth"
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)

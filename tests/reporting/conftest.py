@@ -2,7 +2,9 @@
 
 import copy
 import io
+import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from featurepipe.reporting.report import Features
+from featurepipe.store import FeatureStore
 
 NODES = ("blocks.2", "blocks.4", "blocks.7", "blocks.10", "blocks.14", "blocks.15", "bottleneck")
 POOLINGS = ("avg6x6", "avg6x6", "avg6x6", "avg5x5", "avg5x5", "avg5x5", "gap")
@@ -285,3 +288,198 @@ def features() -> Features:
     centres = rng.normal(0, 4, (len(CLASSES), 32))
     values = (centres[classes] + rng.normal(0, 1, (IMAGES, 32))).astype(np.float32)
     return Features([f"test/{k}" for k in range(IMAGES)], values, [CLASSES[k] for k in classes])
+
+
+def run_ids(first: int, count: int) -> list[str]:
+    """Ids of runs, one a night from the second of November on."""
+    return [f"202611{2 + night:02d}T020000{night:06d}Z-{night:08x}" for night in range(first, first + count)]
+
+
+def records_of(nights: int = 28) -> list[dict[str, Any]]:
+    """Run records of a job ``nightly``, one a night and its extraction, as ``featurepipe run`` writes them.
+
+    The first night computes 5,000 images, later ones 100 and their number each; night 9 fails at drift, night 13 finds no
+    source, night 17 is interrupted, nights 20 and 21 run out of time, the last warns of drift and has three rejects.
+    """
+    found, listed = [], 5000
+    for night, run_id in enumerate(run_ids(0, nights)):
+        new = 5000 if night == 0 else 100 + night
+        listed += new if night else 0
+        part = f"{run_id[:-8]}{night:07x}f"
+        record = _good_night(night, run_id, part, listed, new)
+        extraction = {
+            "run_id": part,
+            "command": "extract",
+            "status": "done",
+            "exit_code": 3,
+            "dataset": "photos",
+            "started": record["started"],
+            "counts": record["counts"],
+            "reject_reasons": {"truncated": 2, "not-an-image": 1},
+            "rejects": [{"id": f"bad/{k}.jpg", "reason": "truncated: 3 of 9 kB"} for k in range(3)],
+        }
+        record |= _bad_night(night, record)
+        found += [extraction] * bool(record["extractions"]) + [record]
+    found[-1]["warnings"] = ["tonight's images may not be like those of before: bottleneck:gap differs most"]
+    return found
+
+
+def _good_night(night: int, run_id: str, part: str, listed: int, new: int) -> dict[str, Any]:
+    day, last = f"2026-11-{2 + night:02d}", night == 27
+    share = 0.2 + 0.01 * night
+    p = 0.003 if last else 0.5
+    tests = [
+        {"column": name, "space": "resnet50-1", "p_value": p / 2, "adjusted": p, "effect": 0.1 + 0.3 * last + 0.01 * k,
+         "auc": 0.6, "compared": {}, "farthest": [f"new/{night}-{k}.jpg"], "typical": []}
+        for k, name in enumerate(("layer3:gap", "bottleneck:gap"))
+    ]  # fmt: skip
+    drift = {
+        "verdict": "warning" if last else "no drift",
+        "reference": "R",
+        "images": {"reference": listed - new, "new": new},
+        "columns": tests,
+        "classes": {"adjusted": 0.7, "total_variation": 0.05, "classes": []},
+        "thresholds": {"warn": 0.01, "fail": 0.0001},
+        "text": "bottleneck:gap differs most",
+    }
+    counts = {"listed": listed, "computed": new, "known": listed - new, "rejected": 3 * last, "read": new}
+    labels = {"cat": round(new * share), "dog": new - round(new * share)}
+    steps = [
+        _step("list", 1.5, listed=listed),
+        _step("extract", new / 50, "resnet50", counts=counts),
+        _step("train", 20.0, "heads", text=f"trained on {listed:,} images"),
+        _step("predict", 2.0, "heads", labels=labels, counts={"predicted": new}, text=f"{new} images labelled"),
+        _step("drift", 3.0, **drift) if night else _step("drift", 0.0, skipped="the first night"),
+    ]
+    return {
+        "run_id": run_id,
+        "command": "run",
+        "job": "nightly",
+        "job_file": "jobs/my nightly.toml",
+        "dataset": "photos",
+        "status": "done",
+        "exit_code": 3 if last else 0,
+        "started": f"{day}T02:00:00+00:00",
+        "ended": f"{day}T02:{3 + night % 7:02d}:20+00:00",
+        "plan": {"store": "features", "steps": ["train heads", "predict heads", "drift"]},
+        "counts": counts,
+        "changes": {"unchanged": listed - new, "new": new, "deleted": night % 4, "touched": 10 * (night == 5), "moved": 0},
+        "steps": steps,
+        "extractions": [part],
+        "seconds": {"scan": 1.5, "read": 9.0, "decode": 40.0, "forward": new / 60, "write": 1.0, "waiting": 4.0,
+                    "extract": new / 50, "wall": 30 + new / 50},
+        "images_per_second": 50.0 - night / 10,
+        "store_bytes": 2_000_000 + 400 * listed,
+        "verdict": "forward-bound: the network was busy 92 % of the time",
+        "warnings": [],
+        "versions": {"python": "3.11.2", "torch": "2.15.0" if night < 15 else "2.16.0"},
+        "host": {"name": "vm", "cpus": 2, "pid": 100 + night},
+        "git": None,
+    }  # fmt: skip
+
+
+def _bad_night(night: int, good: dict[str, Any]) -> dict[str, Any]:
+    """What a night that does not end well has instead."""
+    *earlier, last = good["steps"]
+    if night == 9:
+        why = "tonight's images are not like those of R: p = 1e-05"
+        failed = last | {"status": "failed", "error": why, "error_type": "Drifted", "exit_code": 1}
+        return {"status": "failed", "exit_code": 1, "steps": [*earlier, failed]}
+    if night == 13:
+        failed = {"step": "list", "name": "", "status": "failed", "error": "photos/: no such folder",
+                  "error_type": "SourceError", "exit_code": 1, "seconds": 0.1}  # fmt: skip
+        nothing = {
+            "counts": dict.fromkeys(good["counts"], 0),
+            "changes": {},
+            "extractions": [],
+            "images_per_second": None,
+        }
+        return {"status": "failed", "exit_code": 1, "steps": [failed], **nothing}
+    if night == 17:
+        stopped = earlier[1] | {"status": "interrupted", "error": "stopped by SIGTERM", "exit_code": 143}
+        return {"status": "interrupted", "exit_code": 143, "steps": [earlier[0], stopped]}
+    if night in {20, 21}:
+        late = _step("train", 0.0, "heads") | {"status": "not reached", "result": {"why": "no time was left"}}
+        return {"status": "out of time", "steps": [*earlier[:2], late]}
+    return {}
+
+
+def _step(step: str, seconds: float, name: str = "", **result: Any) -> dict[str, Any]:
+    status = "skipped" if "skipped" in result else "done"
+    return {"step": step, "name": name, "status": status, "seconds": seconds, "result": result}
+
+
+@pytest.fixture(scope="session")
+def night_records() -> Callable[..., list[dict[str, Any]]]:
+    """Makes records that a test may change."""
+    return records_of
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Callable[[list[dict[str, Any]]], FeatureStore]:
+    """Makes a store that holds run records and nothing else."""
+
+    def write(records: list[dict[str, Any]]) -> FeatureStore:
+        store = FeatureStore(tmp_path / "store")
+        for record in records:
+            store.write_run(record)
+        return store
+
+    return write
+
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "path"}
+
+
+class Page(HTMLParser):
+    """A page as elements; fails where tags do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.cells: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag in {"h1", "h2", "h3", "p", "caption", "summary", "th", "td", "title", "dd", "dt", "li"}:
+            self.texts.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"th", "td"}:
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in self._open:
+            if tag in self.texts:
+                self.texts[tag][-1] += data
+        if self.cells and {"th", "td"} & set(self._open):
+            self.cells[-1][-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, start):
+        return next([" ".join(cell.split()) for cell in row] for row in self.cells if row[0].split()[:1] == [start])
+
+    def headings(self):
+        return [int(name[1]) for name, _ in self.elements if re.fullmatch(r"h[1-6]", name)]
+
+
+@pytest.fixture(scope="session")
+def parsed() -> type[Page]:
+    """Parses a page; fails where tags do not nest."""
+    return Page

@@ -15,7 +15,9 @@ import aiohttp
 import pytest
 from PIL import Image
 
+from featurepipe.reporting.nights import nights_report
 from featurepipe.reporting.report import Features, write_report
+from featurepipe.store import FeatureStore
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
@@ -205,6 +207,24 @@ def page(new_document, features, read_image, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def nights_page(night_records, tmp_path_factory):
+    """A page of four weeks of nights, one of whose steps has a name that is hard on browsers."""
+    folder = tmp_path_factory.mktemp("nights")
+    store = FeatureStore(folder / "store")
+    for record in night_records():
+        for step in record.get("steps", ()):
+            step["name"] = step["name"].replace("heads", NAMES[0])
+        store.write_run(record)
+    return nights_report(store, folder / "nights.html", silent=True)
+
+
+@pytest.fixture(params=["page", "nights_page"])
+def any_page(request):
+    """A page of each kind."""
+    return request.getfixturevalue(request.param)
+
+
 def find_tip(browser: Browser, selector: str, act) -> dict[str, Any]:
     """Points at places of a plot until a tooltip shows; returns its text, pictures and edges."""
     left, top, width, height = browser.box(selector)
@@ -248,6 +268,37 @@ def test_the_policy_stops_what_would_be_fetched_or_run(browser, page):
     time.sleep(0.5)
     assert browser.run("globalThis.ran === undefined")
     assert len(browser.complaints()) >= 2
+
+
+def test_nothing_fails_and_nothing_is_fetched_for_nights(browser, nights_page):
+    browser.open(nights_page)
+    for plot in ("#images .plot", "#speed .plot", "#drift .plot", "#classes .plot"):
+        assert browser.colours(plot) > 5, plot
+        find_tip(browser, plot, browser.move)
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [nights_page.as_uri()]
+
+
+def test_the_tooltip_of_a_bar_shows_its_night(browser, nights_page):
+    """Anywhere above a night, also where its bar is too small to be hit."""
+    browser.open(nights_page)
+    left, top, width, height = browser.box("#images .plot")
+    browser.run(DEEP + "0")
+    browser.move(left + width * 0.9, top + height * 0.2)
+    browser.wait_for("tips().length")
+    text = browser.run("tips()[0].shadowRoot.querySelector('.bk-tooltip-content').textContent")
+    night, computed = re.fullmatch(r"2026-11-(\d\d) 02:00computed (\d+)ended done ", text).groups()
+    assert int(computed) == 100 + int(night) - 2
+    tip = find_tip(browser, "#classes .plot", browser.move)
+    assert re.match(r"2026-11-\d\d 02:00 (cat|dog)share \d\d\.\d\u00a0%images \d+ of \d+", tip["text"])
+
+
+def test_a_finger_sees_the_night_as_well(browser, nights_page):
+    browser.open(nights_page, width=390, height=844, touch=True)
+    tip = find_tip(browser, "#images .plot", browser.tap)
+    assert tip["text"].startswith("2026-11-")
+    assert tip["left"] >= 0
+    assert tip["right"] <= 390
 
 
 def test_the_tooltip_of_the_map_shows_the_image(browser, page):
@@ -359,9 +410,9 @@ def test_tables_are_sorted_by_a_click(browser, page):
     assert browser.run("document.querySelectorAll('#nodes tr.marked').length") == 1
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1280])
-def test_the_page_never_scrolls_sideways(browser, page, width):
-    browser.open(page, width=width, height=740, touch=width < 500)
+@pytest.mark.parametrize("width", [320, 360, 768, 1280, 1920])
+def test_the_page_never_scrolls_sideways(browser, any_page, width):
+    browser.open(any_page, width=width, height=740, touch=width < 500)
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") == browser.run("innerWidth") == width
     outside = browser.run(f"""[...document.querySelectorAll("main *, header *")].filter((e) => {{
@@ -371,8 +422,8 @@ def test_the_page_never_scrolls_sideways(browser, page, width):
     assert outside == []
 
 
-def test_the_dark_scheme_reaches_page_and_plots(browser, page):
-    browser.open(page)
+def test_the_dark_scheme_reaches_page_and_plots(browser, any_page):
+    browser.open(any_page)
     colours = """[getComputedStyle(document.body).backgroundColor,
         Bokeh.documents[0].get_model_by_id(JSON.parse(document.getElementById("colours").textContent)[0][0])
             .axis_line_color]"""
@@ -384,8 +435,16 @@ def test_the_dark_scheme_reaches_page_and_plots(browser, page):
     browser.scheme("light")
     browser.wait_for("document.documentElement.dataset.plots === 'light'")
     assert browser.run(colours) == light
-    browser.open(page, dark=True)
+    browser.open(any_page, dark=True)
     assert browser.run(colours) == ["rgb(21, 24, 29)", "#363c45"]
+
+
+def test_paper_has_every_plot_of_the_nights(browser, nights_page):
+    browser.open(nights_page)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 80)")
+    browser.send("Emulation.setEmulatedMedia", media="")
+    assert 5 <= len(re.findall(rb"/Type\s*/Page\b", browser.paper())) <= 20
 
 
 def test_paper_has_every_plot_and_table_and_no_controls(browser, page):

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from featurepipe.errors import UsageError
 from featurepipe.reporting.report import Features, write_report
 
 HEADS = ["logistic", "xgboost", "knn"]  # of the document
-VOID = {"meta", "link", "img", "br", "hr", "input", "path"}
 HOSTILE = (
     "<script>alert(1)</script>",
     "\"><img src=x onerror=alert(1)>'",
@@ -25,54 +23,6 @@ HOSTILE = (
     "名前 🙂 é",
     "x" * 300,
 )
-
-
-class Page(HTMLParser):
-    """A page as elements; fails where tags do not nest."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.cells: list[list[str]] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag in {"h1", "h2", "h3", "p", "caption", "summary", "th", "td", "title", "dd", "dt", "li"}:
-            self.texts.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.cells.append([])
-        if tag in {"th", "td"}:
-            self.cells[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open, f"</{tag}> closes nothing"
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        for tag in self._open:
-            if tag in self.texts:
-                self.texts[tag][-1] += data
-        if self.cells and {"th", "td"} & set(self._open):
-            self.cells[-1][-1] += data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def row(self, start):
-        return next([" ".join(cell.split()) for cell in row] for row in self.cells if row[0].split()[:1] == [start])
-
-    def headings(self):
-        return [int(name[1]) for name, _ in self.elements if re.fullmatch(r"h[1-6]", name)]
 
 
 def page_of(document, folder, **options):
@@ -92,8 +42,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(projection, "_tsne", lambda components, seed: components[:, :2] * 2.0)
 
 
-def test_the_answer_and_every_number_of_the_nodes(document, tmp_path):
-    page = Page(page_of(document, tmp_path))
+def test_the_answer_and_every_number_of_the_nodes(document, tmp_path, parsed):
+    page = parsed(page_of(document, tmp_path))
     assert page.texts["title"] == page.texts["h1"] == ["Which layer of efficientnet_lite0 transfers best to fashion?"]
     assert page.texts["p"][1] == (  # the first is for those without JavaScript
         "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0%). "
@@ -115,9 +65,9 @@ def test_the_answer_and_every_number_of_the_nodes(document, tmp_path):
     assert rows[4][9] == "–"  # the best has no difference to itself
 
 
-def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp_path, read_image):
+def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp_path, read_image, parsed):
     html = page_of(document, tmp_path)
-    page = Page(html)
+    page = parsed(html)
     assert "On emoji-outlined" in page.texts["h2"]
     there = next(k for k, row in enumerate(page.cells) if "Accuracy there" in row)
     assert page.cells[there + 1] == ["Node", *HEADS, *HEADS]
@@ -131,19 +81,19 @@ def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp
     metrics["accuracy"]["value"] = 0.5678
     document["details_shifted"] = {"metrics": metrics}
     html = page_of(document, tmp_path, elsewhere=lambda id_: asked.append(id_) or read_image(id_))
-    page = Page(html)
+    page = parsed(html)
     assert page.texts["caption"].count("Each class") == page.texts["h3"].count("Confusion matrix") == 2
     assert "56.8\u00a0%" in html
     assert asked == [f"other/test/{17 * k}" for k in range(20)]  # its own pictures, not those of equal ids here
     assert [image["alt"][:16] for image in page.all("img")] == ["Image other/test"] * 20
     del document["details_shifted"], document["test_dataset"]
     document["results"] = [row for row in document["results"] if row["tested_on"] == "source"]
-    assert not any(title.startswith("On ") for title in Page(page_of(document, tmp_path)).texts["h2"])
+    assert not any(title.startswith("On ") for title in parsed(page_of(document, tmp_path)).texts["h2"])
 
 
-def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path):
+def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path, parsed):
     html = page_of(document, tmp_path)
-    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     scores = next(label for label in labels if label.startswith("LogME"))
     assert "blocks.10:avg5x5, xgboost: LogME 0.710, accuracy 90.2\u00a0%" in scores
     assert scores.count("accuracy ") == 21
@@ -151,9 +101,9 @@ def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path):
     assert re.search(r'"number",\["1","2","3","4","5","6","7"\]', html)
 
 
-def test_accuracy_over_cost_has_every_point(document, tmp_path):
+def test_accuracy_over_cost_has_every_point(document, tmp_path, parsed):
     html = page_of(document, tmp_path)
-    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     shares, times = (next(label for label in labels if label.startswith(t)) for t in ("Share of the", "Milliseconds"))
     assert "blocks.4:avg6x6, knn: 82.0\u00a0% at 33\u00a0%;" in shares
     assert "blocks.4:avg6x6, knn: 82.0\u00a0% at 8.20 ms;" in times
@@ -162,14 +112,14 @@ def test_accuracy_over_cost_has_every_point(document, tmp_path):
     for column in document["columns"]:
         column["ms_per_image"] = None  # a network that could not be timed
     html = page_of(document, tmp_path)
-    labels = [a["aria-label"] for a in Page(html).all("div") if a.get("class") == "plot"]
+    labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     assert any(label.startswith("Share of the operations") for label in labels)
     assert not any(label.startswith("Milliseconds") for label in labels)
 
 
-def test_concatenations_similarity_scores_and_provenance(document, tmp_path):
+def test_concatenations_similarity_scores_and_provenance(document, tmp_path, parsed):
     html = page_of(document, tmp_path)
-    page = Page(html)
+    page = parsed(html)
     joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 + ")]
     assert [row[3] for row in joined] == ["yes", "no difference shown"]
     assert "Most alike are blocks.2:avg6x6 and blocks.4:avg6x6 (0.70), least alike are" in html
@@ -178,9 +128,9 @@ def test_concatenations_similarity_scores_and_provenance(document, tmp_path):
         assert text in html
 
 
-def test_confusions_classes_and_mistakes(document, tmp_path, read_image, features):
+def test_confusions_classes_and_mistakes(document, tmp_path, read_image, features, parsed):
     html = page_of(document, tmp_path, images=read_image, features=features)
-    page = Page(html)
+    page = parsed(html)
     assert "1,079 of 1,180 images (91.4\u00a0%) are named rightly. Most often mistaken: Shirt for T-shirt (8)" in html
     pictures = page.all("img")
     assert len(pictures) == 20
@@ -189,9 +139,9 @@ def test_confusions_classes_and_mistakes(document, tmp_path, read_image, feature
     assert page.row("Shirt")[1:4] == ["8", "1", "5"]
 
 
-def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, features):
+def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, features, parsed):
     html = page_of(bundle_document, tmp_path, images=read_image, features=features)
-    page = Page(html)
+    page = parsed(html)
     assert page.texts["h1"] == ["How good is logistic on blocks.10:avg5x5 on fashion?"]
     assert page.texts["p"][1].startswith(
         "It names 91.4\u00a0% of 1,180 images rightly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
@@ -204,9 +154,9 @@ def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, featu
     assert "Map of the images" in titles
 
 
-def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, features):
+def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, features, parsed):
     html = page_of(document, tmp_path, images=read_image, features=features)
-    page = Page(html)
+    page = parsed(html)
     assert page.all("html")[0]["lang"] == "en"
     assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
     levels = page.headings()
@@ -224,16 +174,16 @@ def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, featur
     assert all(a.get("aria-pressed") in {"true", "false"} for a in page.all("button"))
 
 
-def test_nothing_is_asked_of_the_network(document, tmp_path, read_image, features):
+def test_nothing_is_asked_of_the_network(document, tmp_path, read_image, features, parsed):
     html = page_of(document, tmp_path, images=read_image, features=features)
     own = without_library(html)
     assert len(html) - len(own) > 1_000_000  # the library is in the page
-    for tag, attributes in Page(html).elements:
+    for tag, attributes in parsed(html).elements:
         for name in ("src", "href", "data", "poster", "action", "srcset"):
             value = attributes.get(name)
             assert not value or value.startswith(("data:", "#")), (tag, name, value)
     assert not re.search(r"https?://|@import|url\(", own)
-    policy = next(a["content"] for a in Page(html).all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(a["content"] for a in parsed(html).all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-eval" not in policy
     assert "http" not in policy
@@ -246,13 +196,13 @@ def plain_tags():
 
 
 @pytest.mark.parametrize("text", ["a", *HOSTILE])
-def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags, text, read_image, features):
+def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags, text, read_image, features, parsed):
     changed = replaced(document, text)
     ids, values, labels, _ = features
     ids = [text, *ids[1:]]
     labels = [text if label == "Shirt" else label for label in labels]
     html = page_of(changed, tmp_path, images=read_image, features=Features(ids, values, labels))
-    page = Page(html)
+    page = parsed(html)
     plain_tags[:] = plain_tags or [tag for tag, _ in page.elements]
     assert [tag for tag, _ in page.elements] == plain_tags  # no element more or less
     assert len(page.all("script")) == 4 + 1  # the library (two), the plots, ours, and the colours
@@ -306,7 +256,7 @@ def test_text_in_plots_is_never_taken_for_formulas(document, tmp_path):
         "rest",
     ],
 )
-def test_what_is_missing_is_left_out(document, tmp_path, part):
+def test_what_is_missing_is_left_out(document, tmp_path, part, parsed):
     if part == "rest":
         for name in ("settings", "classes", "control", "test_dataset", "protocol", "images", "counts", "space"):
             document[name] = None
@@ -314,7 +264,7 @@ def test_what_is_missing_is_left_out(document, tmp_path, part):
         document[part] = None
     else:
         del document[part]
-    page = Page(page_of(document, tmp_path))
+    page = parsed(page_of(document, tmp_path))
     gone = {
         "results": "Accuracy over depth",
         "columns": "All nodes",
@@ -328,20 +278,20 @@ def test_what_is_missing_is_left_out(document, tmp_path, part):
     assert len(page.texts["h2"]) >= 6
 
 
-def test_a_document_with_nothing_in_it_is_a_page(tmp_path):
+def test_a_document_with_nothing_in_it_is_a_page(tmp_path, parsed):
     for kind in ("depth", "bundle"):
         html = page_of({"kind": kind, "version": 1}, tmp_path)
-        assert len(Page(html).texts["h1"]) == 1
+        assert len(parsed(html).texts["h1"]) == 1
         assert len(html) < 50_000  # no library for no plot
 
 
-def test_numbers_that_are_none_become_dashes(document, tmp_path):
+def test_numbers_that_are_none_become_dashes(document, tmp_path, parsed):
     document["columns"][0] |= {"ms_per_image": math.nan, "width": None, "bytes_per_image": math.inf}
     document["results"][0] |= {"low": None, "high": math.nan, "train_accuracy": math.nan}
     document["similarity"]["cka"][0][1] = None
     document["transferability"]["scores"]["blocks.2:avg6x6"] = math.nan
     html = page_of(document, tmp_path)
-    page = Page(html)
+    page = parsed(html)
     row = next(row for row in page.cells if row[0] == "blocks.2:avg6x6" and len(row) > 10)
     assert row[1] == "84.2\u00a0%"
     assert [cell.strip() for cell in row[4:9]] == ["21\u00a0%", "–", "–", "–", "–"]
@@ -396,10 +346,10 @@ def test_the_map_takes_at_most_two_thousand_images_and_bounded_bytes(document, t
     assert "placing 2,000 of 2,100 images on a map" in capsys.readouterr().err
 
 
-def test_the_page_can_be_drawn_without_images_features_or_labels(document, tmp_path, features):
+def test_the_page_can_be_drawn_without_images_features_or_labels(document, tmp_path, features, parsed):
     ids, values, *_ = features
     html = page_of(document, tmp_path, features=Features(ids, values, None))
-    page = Page(html)
+    page = parsed(html)
     assert page.all("img") == []
     assert "no picture" in html
     assert "placed so that images with similar features are near each other" in html
@@ -411,7 +361,7 @@ def test_a_map_of_a_sample_says_of_how_many_images(document, tmp_path, features)
     assert "All 600 images, placed so that" in page_of(document, tmp_path, features=features)
 
 
-def test_many_classes_share_the_legend(document, tmp_path):
+def test_many_classes_share_the_legend(document, tmp_path, parsed):
     rng = np.random.default_rng(0)
     labels = [f"class {k % 300}" for k in range(900)]
     features = Features([str(k) for k in range(900)], rng.normal(size=(900, 4)).astype(np.float32), labels)
@@ -422,7 +372,7 @@ def test_many_classes_share_the_legend(document, tmp_path):
     metrics["confusion"] = {"classes": names, "counts": counts.tolist()}
     metrics["confused"] = [{"true": names[5], "predicted": names[7], "count": 9}]
     html = page_of(document, tmp_path, features=features)
-    keys = [a for a in Page(html).all("button") if a.get("data-row") is not None]
+    keys = [a for a in parsed(html).all("button") if a.get("data-row") is not None]
     assert len(keys) == 25
     assert "other classes" in html
     assert "Shown are the 60 of 300 classes with the most mistakes" in html

@@ -1,0 +1,256 @@
+"""The sections of the page of the last nights: is all well, and if not, what to do; then every figure over nights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+from featurepipe.reporting.blocks import Block, Facts, Figures, Prose, Section, Steps, Table
+from featurepipe.reporting.night_trends import class_trend, drift_trend
+from featurepipe.reporting.numbers import DASH, Cell, amount, count, finite
+from featurepipe.reporting.palette import Paint
+from featurepipe.reporting.strips import (
+    Figure,
+    Night,
+    figures,
+    is_good,
+    night_name,
+    rate,
+    seconds,
+    stored,
+    strip_exhibit,
+)
+
+Document = Mapping[str, Any]
+
+_OUTCOMES = {"computed": "computed", "rejected": "could not be used", "known": "known already", "listed": "listed"}
+_CHANGES = {
+    "new": "new",
+    "changed": "changed",
+    "deleted": "deleted",
+    "moved": "moved",
+    "copied": "copied",
+    "relabelled": "newly labelled",
+    "touched": "touched",
+    "corrupted": "corrupted",
+    "repaired": "repaired",
+    "new_rejected": "new, but unusable",
+    "still_rejected": "still unusable",
+}
+_STAGES = {
+    "scan": "listing the source",
+    "read": "reading, all threads",
+    "decode": "decoding, all threads",
+    "waiting": "waiting for images",
+    "forward": "the network",
+    "write": "writing",
+}
+_SIGNS = {"done": "\N{CHECK MARK}", "failed": "\N{MULTIPLICATION X}", "interrupted": "\N{BLACK SQUARE}"}
+_ALL_WELL = "Nothing to do."
+
+
+def nights_title(document: Document) -> str:
+    """What the page is about."""
+    nights = document.get("nights") or []
+    one, some = ("night", "nights") if document.get("is_job", True) else ("run", "runs")
+    span = f"the last {one}" if len(nights) == 1 else f"the last {len(nights)} {some}"
+    name = document.get("name", "the job")
+    return f"What {name} did in {span}" if one == "night" else f"What became of {name} in {span}"
+
+
+def night_sections(document: Document, paint: Paint) -> list[Section]:
+    """What the document has, what matters in the morning first."""
+    nights = document.get("nights") or []
+    if not nights:
+        return []
+    parts: list[tuple[str, str, Iterable[Block | None]]] = [
+        ("answer", "Last night", _answer(document, nights)),
+        ("steps", "Steps of the last night", (_steps(nights[-1]),)),
+        ("status", "Every night", (_status(nights),)),
+        ("images", "Images", _images(nights, paint)),
+        ("rejects", "Rejects", _rejects(nights)),
+        ("speed", "Time and space", _times(nights, paint)),
+        ("drift", "Drift", (drift_trend(nights, paint),)),
+        ("classes", "Predicted classes", [class_trend(nights, bundle, paint) for bundle in _bundles(nights)]),
+        ("software", "What changed besides", (_software(nights),)),
+        ("provenance", "Where this comes from", _origin(document)),
+    ]
+    sections = [Section(anchor, title, [block for block in blocks if block]) for anchor, title, blocks in parts]
+    return [section for section in sections if section.blocks]
+
+
+def _answer(document: Document, nights: Sequence[Night]) -> list[Block | None]:
+    night = nights[-1]
+    counts, changes = night.get("counts") or {}, night.get("changes") or {}
+    wall = finite((night.get("seconds") or {}).get("wall"))
+    took = f" after {seconds(wall)}" if wall is not None else ""
+    sentence = f"The night of {night_name(night)} UTC ended {_ending(night)}{took}."
+    well = sum(map(is_good, nights))
+    before = f"{well} of the last {len(nights)} nights did all that they were to do." if len(nights) > 1 else ""
+    drift = night.get("drift") or {}
+    items = (
+        (
+            "Images",
+            count(counts.get("listed")),
+            f"{count(changes.get('new'))} new, {count(changes.get('deleted'))} gone",
+        ),
+        (
+            "Computed",
+            count(counts.get("computed")),
+            rate(night.get("images_per_second")) if counts.get("computed") else "",
+        ),
+        ("Could not be used", count(counts.get("rejected")), ""),
+        ("Last success", *_day(document.get("last_success"))),
+        *((("Drift", str(drift["verdict"]), ""),) if drift else ()),
+        *((("Store", amount(night["store_bytes"]), ""),) if finite(night.get("store_bytes")) else ()),
+    )
+    return [
+        Prose((f"{sentence} {before}".strip(),)),
+        Figures(items),
+        Steps("What to do now", tuple(document.get("next_steps") or (_ALL_WELL,))),
+        Prose(tuple(night.get("reasons") or ())) if night.get("reasons") else None,
+        Prose(tuple(f"Warning: {text}." for text in night["warnings"])) if night.get("warnings") else None,
+        Prose((f"Also in this store: {', '.join(document['others'])}.",)) if document.get("others") else None,
+    ]
+
+
+def _day(moment: Any) -> tuple[str, str]:
+    """A day, and the moment itself."""
+    if not moment:
+        return "never", ""
+    return f"{datetime.fromisoformat(moment):%b %d}", f"{str(moment)[:16].replace('T', ' ')} UTC"
+
+
+def _ending(night: Night) -> str:
+    status = str(night.get("status"))
+    words = {"done": "well", "out of time": "when its time was over; the next one goes on"}
+    code = night.get("exit_code")
+    return words.get(status, f"{status} (exit code {code})" if code is not None else status)
+
+
+def _steps(night: Night) -> Table | None:
+    rows = tuple(
+        (
+            Cell(str(step["step"])),
+            Cell(_signed(str(step.get("status")))),
+            Cell(str(step.get("told") or DASH)),
+            Cell(seconds(step.get("seconds")), finite(step.get("seconds"))),
+        )
+        for step in night.get("steps") or ()
+    )
+    return (
+        Table("In their order", ("Step", "How it ended", "What it did", "Time"), rows, sortable=False) if rows else None
+    )
+
+
+def _status(nights: Sequence[Night]) -> Table:
+    rows = tuple(
+        (
+            Cell(night_name(night), place),
+            Cell(_signed(str(night.get("status"))), note=" ".join(night.get("reasons") or night.get("warnings") or ())),
+            *(_counted(night, name) for name in ("computed", "rejected", "listed")),
+            Cell(seconds((night.get("seconds") or {}).get("wall")), finite((night.get("seconds") or {}).get("wall"))),
+            Cell(str(night["run_id"])),
+        )
+        for place, night in reversed(list(enumerate(nights)))
+    )
+    header = ("Night (UTC)", "How it ended", "Computed", "Rejected", "Listed", "Time", "Run")
+    return Table("Newest first", header, rows, unbroken=True)
+
+
+def _signed(status: str) -> str:
+    return f"{_SIGNS.get(status, '')} {status}".strip()
+
+
+def _counted(night: Night, name: str) -> Cell:
+    value = (night.get("counts") or {}).get(name)
+    return Cell(count(value), finite(value))
+
+
+def _images(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
+    outcomes = figures(nights, "counts", _OUTCOMES)
+    changes = figures(nights, "changes", _CHANGES)
+    if outcomes:
+        words = "How many images each night computed, refused, knew and listed; a bar is a night, each strip has its own scale."
+        yield strip_exhibit("Outcomes", words, nights, outcomes, paint)
+    if changes:
+        never = [name for name in _CHANGES.values() if name not in {figure.name for figure in changes}]
+        none = f"On no night: {', '.join(never)}." if never else ""
+        words = "What happened to images since the snapshot before, each image counted once."
+        yield strip_exhibit("Changes", words, nights, changes, paint, note=none)
+
+
+def _times(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
+    speed = [
+        Figure("whole night", [finite((night.get("seconds") or {}).get("wall")) for night in nights], seconds),
+        Figure("speed", [finite(night.get("images_per_second")) for night in nights], rate),
+        Figure("store", [finite(night.get("store_bytes")) for night in nights], stored),
+    ]
+    known = [figure for figure in speed if any(figure.known)]
+    if known:
+        yield strip_exhibit("Whole nights", "How long nights took, and how fast they computed.", nights, known, paint)
+    kinds = dict.fromkeys(kind for night in nights for kind in (night.get("seconds") or {}).get("steps") or {})
+    steps = figures(nights, "seconds.steps", {kind: kind for kind in kinds}, seconds)
+    if steps:
+        yield strip_exhibit("Time of each step", "Where the nights' time went.", nights, steps, paint)
+    stages = figures(nights, "seconds.stages", _STAGES, seconds)
+    if stages:
+        words = "What extraction spent its time on: reading and decoding are summed over threads."
+        yield strip_exhibit("Stages of extraction", words, nights, stages, paint)
+
+
+def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
+    last = nights[-1]
+    kinds = dict.fromkeys(code for night in nights for code in night.get("reject_reasons") or {})
+    rows = []
+    for kind in kinds:
+        found = [(night.get("reject_reasons") or {}).get(kind, 0) for night in nights]
+        rows.append((Cell(str(kind)), *(Cell(count(n), float(n)) for n in (found[-1], max(found)))))
+    if rows:
+        yield Table("Kinds of reasons", ("Reason", "Last night", "Most in a night"), tuple(rows))
+    named = tuple((Cell(str(one["id"])), Cell(str(one["reason"]))) for one in last.get("rejects") or ())
+    total = (last.get("counts") or {}).get("rejected")
+    if named:
+        yield Table(
+            f"Images of the last night that could not be used, {len(named)} of {count(total)}",
+            ("Image", "Reason"),
+            named,
+        )
+
+
+def _bundles(nights: Sequence[Night]) -> list[str]:
+    return list(dict.fromkeys(bundle for night in nights for bundle in night.get("classes") or {}))
+
+
+def _software(nights: Sequence[Night]) -> Table | None:
+    """Versions, machine and commit, where a night had others than the one before it."""
+    rows = [
+        (Cell(night_name(night)), Cell(what), Cell(str(old.get(what) or DASH)), Cell(str(new.get(what) or DASH)))
+        for before, night in pairwise(nights)
+        for old, new in [(_surroundings(before), _surroundings(night))]
+        for what in sorted({*old, *new})
+        if old.get(what) != new.get(what)
+    ]
+    header = ("Night (UTC)", "What", "Before", "From then on")
+    return Table("Software, machine and job file", header, tuple(rows), sortable=False) if rows else None
+
+
+def _surroundings(night: Night) -> dict[str, Any]:
+    machine = night.get("host") or {}
+    return {
+        **(night.get("versions") or {}),
+        "machine": machine.get("name"),
+        "cpus": machine.get("cpus"),
+        "git": night.get("git"),
+    }
+
+
+def _origin(document: Document) -> list[Block | None]:
+    origin = dict(document.get("provenance") or {})
+    facts = {
+        "Plan of the last night": origin.pop("plan", None),
+        "Software of the last night": origin.pop("versions", None),
+    }
+    return [Facts("Provenance", origin), *(Facts(title, values) for title, values in facts.items() if values)]

@@ -1,0 +1,92 @@
+"""What to do after a night: the next step for each thing that did not go as it should."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise, takewhile
+from statistics import median
+from typing import Any
+
+GOOD = (0, 3)
+"""Exit codes of runs that did their work: without rejects, or with no more than are allowed."""
+
+_LATE = 3
+"""Nights in a row without time enough, after which waiting no longer helps."""
+
+_OVERDUE = 2.5
+"""Usual times between two runs, after which one is missed."""
+
+_MENDS = {
+    "SourceError": "see that the source is there and can be read",
+    "DiskFull": "free space on the store's disk, or let fewer snapshots stay ([keep])",
+    "TooManyRejects": "mend the images named under Rejects, or allow more ([limits] max_rejects)",
+    "Drifted": "look at the images named under Drift; if they are as they should be, take another [drift] reference or a "
+    "smaller fail",
+    "StoreLocked": "wait for the other run, or see why it does not end",
+}
+
+
+def next_steps(nights: Sequence[Mapping[str, Any]], newest: Mapping[str, Any], made: str) -> list[str]:
+    """Says what people should do now; empty if nothing.
+
+    Args:
+        nights: as in the document, oldest first.
+        newest: the run record of the last of them.
+        made: when the document was made, ISO 8601.
+    """
+    night = nights[-1]
+    return [
+        *_after_failure(night, newest),
+        *_after_delays(nights),
+        *_about_rejects(night),
+        *_about_drift(night),
+        *_about_silence(nights, made),
+    ]
+
+
+def _again(newest: Mapping[str, Any]) -> str:
+    file = newest.get("job_file")
+    return f"featurepipe run {shlex.quote(str(file))}" if file else "the same command again"
+
+
+def _after_failure(night: Mapping[str, Any], newest: Mapping[str, Any]) -> Iterator[str]:
+    if night["status"] == "interrupted":
+        yield f"The last run was stopped. Run {_again(newest)}: it goes on where it was."
+    elif night["status"] == "failed":
+        kinds = dict.fromkeys(step["error_type"] for step in night["steps"] if step["status"] == "failed")
+        mends = [_MENDS[kind] for kind in kinds if kind in _MENDS] or ["mend what the error names"]
+        yield f"The last run failed: {'; '.join(mends)}. Then run {_again(newest)}."
+
+
+def _after_delays(nights: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    late = len(list(takewhile(lambda night: night["status"] == "out of time", reversed(nights))))
+    if late >= _LATE:
+        verdict = f" The last one was {nights[-1]['verdict']}." if nights[-1].get("verdict") else ""
+        yield f"The time did not suffice for {late} nights in a row: allow more of it ([limits] time_budget).{verdict}"
+    elif late:
+        yield "The time did not suffice; the next run goes on. There is nothing to do unless that happens every night."
+
+
+def _about_rejects(night: Mapping[str, Any]) -> Iterator[str]:
+    rejected = night["counts"].get("rejected") or 0
+    if rejected:
+        yield (
+            f"{rejected:,} {'image' if rejected == 1 else 'images'} could not be used; see Rejects. Each is tried again when "
+            "its file changes, or with --retry-rejects."
+        )
+
+
+def _about_drift(night: Mapping[str, Any]) -> Iterator[str]:
+    if (night.get("drift") or {}).get("verdict") == "warning":
+        yield "The new images may not be like those of before: look at those named under Drift."
+
+
+def _about_silence(nights: Sequence[Mapping[str, Any]], made: str) -> Iterator[str]:
+    """A schedule that no longer starts anything leaves no record; only the clock tells."""
+    starts = [datetime.fromisoformat(night["started"]) for night in nights if night.get("started")]
+    waits = [(after - before).total_seconds() for before, after in pairwise(starts)]
+    usual = median(waits) if len(waits) >= 2 else 0.0
+    if usual > 0 and (datetime.fromisoformat(made) - starts[-1]).total_seconds() > _OVERDUE * usual:
+        yield f"Nothing has run since {starts[-1]:%Y-%m-%d %H:%M} UTC, longer than usual: see that the schedule still starts it."
