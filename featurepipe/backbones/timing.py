@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,20 @@ MOST_BYTES = 2 * 2**30
 _IN_A_ROW = 4  # batches on CUDA, where one is copied while another is computed
 
 
+@dataclass(frozen=True)
+class NodeTimes:
+    """What ``node_times`` measured.
+
+    Attributes:
+        milliseconds: Per image, for each name as given: the median over rounds.
+        waited: Of the time in which this process could have computed, the share that it waited for a core: near 0 on an idle
+            machine. 0 where the system does not tell.
+    """
+
+    milliseconds: dict[str, float]
+    waited: float
+
+
 def node_times(
     backbone: Backbone,
     nodes: Iterable[str],
@@ -27,7 +43,7 @@ def node_times(
     device: str = "cpu",
     batch: int = 16,
     seconds: float = 1.0,
-) -> dict[str, float]:
+) -> NodeTimes:
     """Measures the forward of a network that is stopped at each of these nodes.
 
     A time includes what extraction does with a batch that is ready: the copy to the device, normalisation, the forward
@@ -46,7 +62,7 @@ def node_times(
             three that count.
 
     Returns:
-        For each name as given, the median over rounds of milliseconds per image.
+        The times, and how much others disturbed them.
 
     Raises:
         UsageError: A node or the precision is unknown, or the batch holds no image.
@@ -58,14 +74,18 @@ def node_times(
         raise UsageError(f"batch {batch} must be a number from 1, such as 16")
     columns = {name: backbone.columns([name])[0] for name in nodes}
     times: dict[str, float] = {}
+    computed = waited = 0.0
     for group in _groups(list(columns), backbone):
         engines = {
             name: Engine(backbone, [columns[name]], precision=precision, device=device, batch_size=batch)
             for name in group
         }
+        before = _computed_and_waited()
         rounds = _rounds(engines, batch, seconds * len(group))
         times.update({name: statistics.median(took[name] for took in rounds) for name in group})
-    return times
+        after = _computed_and_waited()
+        computed, waited = computed + after[0] - before[0], waited + after[1] - before[1]
+    return NodeTimes(times, waited / (computed + waited) if computed + waited > 0 else 0.0)
 
 
 def _groups(names: Sequence[str], backbone: Backbone) -> Iterator[Sequence[str]]:
@@ -95,3 +115,15 @@ def _milliseconds(engine: Engine, images: torch.Tensor) -> float:
     for pending in [engine.submit(images) for _ in range(batches)]:
         pending.result()
     return 1000 * (time.perf_counter() - start) / (batches * len(images))
+
+
+def _computed_and_waited() -> tuple[float, float]:
+    """Seconds that the threads of this process have been on a core, and have waited for one (Linux; else zeros)."""
+    seconds = [0.0, 0.0]
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            counts = file.read_text().split()[:2]
+        except OSError:
+            continue  # the thread has ended
+        seconds = [total + int(count) / 1e9 for total, count in zip(seconds, counts, strict=True)]
+    return seconds[0], seconds[1]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.details import details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
+from featurepipe.layer_depth.timing import is_undisturbed
 from featurepipe.records import host, now, versions
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def document(
     say("comparing columns, and timing the network up to each")
     chosen, names = recommended.chosen, [column.column for column in study.columns]
     timing = found.timing()
-    times = journal.finding(timing.key, timing.milliseconds)
+    times = journal.finding(timing.key, timing.measure, lasts=is_undisturbed)
     columns = [
         {
             **column.as_dict(),
             "bytes_per_image": column.width * study.itemsize(column.column),
-            "ms_per_image": times.get(column.node),
+            "ms_per_image": times["milliseconds"].get(column.node),
             "saved": 1 - column.cost,
         }
         for column in study.columns
@@ -78,7 +79,7 @@ def document(
             **study.left_out,
         },
         "protocol": study.protocol.text,
-        "timing": timing.as_dict(),
+        "timing": {**timing.as_dict(), "waited": times["waited"]},
         "columns": columns,
         "results": answers.results(study, measured),
         "concatenations": answers.concatenations(

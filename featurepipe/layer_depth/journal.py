@@ -53,18 +53,22 @@ class Journal:
         """
         self._append([_entry(key, cell) for cell in cells])
 
-    def finding(self, key: str, find: Callable[[], Any]) -> Any:
+    def finding(self, key: str, find: Callable[[], Any], *, lasts: Callable[[Any], bool] = lambda _: True) -> Any:
         """What ``find`` returned when it was last called under this key (by ``key_of``); it is called if it never was.
 
         Args:
             key: names all that the finding depends on.
             find: returns JSON values.
+            lasts: whether a finding is kept; one that is not is found again the next time.
 
         Raises:
             DiskFull: no space is left.
         """
         if key not in self._findings:
-            self._append([{"key": key, "finding": find()}])
+            found = find()
+            if not lasts(found):
+                return found
+            self._append([{"key": key, "finding": found}])
         return self._findings[key]
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:

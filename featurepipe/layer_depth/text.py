@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from featurepipe.layer_depth.timing import is_undisturbed
 from featurepipe.progress import duration
 from featurepipe.tables import share, size, table
 
@@ -171,6 +172,9 @@ def _milliseconds(found: Mapping[str, Any]) -> str:
     here = found["recommended"]["ms_per_image"]
     if here is None:
         return ""
-    where = f"on {found['timing']['device']}, {found['timing']['precision']}"
+    timing = found["timing"]
+    where = f"on {timing['device']}, {timing['precision']}"
+    if not is_undisturbed(timing):
+        where += f", on a busy machine: {share(timing['waited'])} of the time was waiting"
     deepest = f"{known[-1]['ms_per_image']:.2f} ms up to {known[-1]['column']}"
     return f" (measured {where}: {here:.2f} ms an image, {deepest})"

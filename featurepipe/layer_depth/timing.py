@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Images in a forward on a CPU: slow networks take long for more, and the time of one hardly changes."""
+
+MOST_WAITING = 0.2
+"""Share of its time that a process may wait for a core while it is timed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Timing:
     @property
     def key(self) -> str:
         """Names all that the times depend on, the machine among them."""
-        return key_of(what="timing", torch=versions()["torch"], **asdict(self), **self.machine())
+        return key_of(what="times", torch=versions()["torch"], **asdict(self), **self.machine())
 
     def machine(self) -> dict[str, Any]:
         """What computes."""
@@ -54,13 +58,28 @@ class Timing:
         """Plain JSON values."""
         return {"device": self.device, "precision": self.precision, "batch": self.batch, **self.machine()}
 
-    def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of the forward for one image, up to each node."""
+    def measure(self) -> dict[str, Any]:
+        """Measures the forward for one image up to each node.
+
+        Returns:
+            ``{"milliseconds": {node: time}, "waited": share}``, see ``NodeTimes``.
+        """
         from featurepipe.backbones.timing import node_times
 
-        return node_times(
-            network_to_time(self.backbone), self.nodes, precision=self.precision, device=self.device, batch=self.batch
+        return asdict(
+            node_times(
+                network_to_time(self.backbone),
+                self.nodes,
+                precision=self.precision,
+                device=self.device,
+                batch=self.batch,
+            )
         )
+
+
+def is_undisturbed(measured: Mapping[str, Any]) -> bool:
+    """Whether times are worth keeping: on a busy machine they tell about the others."""
+    return bool(measured["waited"] <= MOST_WAITING)
 
 
 def network_to_time(name: str) -> Backbone:

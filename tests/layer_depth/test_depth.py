@@ -50,10 +50,10 @@ SLOW = """
 def _quick_timing(monkeypatch):
     """Timing each node takes a second or more and is tested with the backbones."""
 
-    def milliseconds(timing):
-        return {node: 1.0 + place for place, node in enumerate(timing.nodes)}
+    def measure(timing):
+        return {"milliseconds": {node: 1.0 + place for place, node in enumerate(timing.nodes)}, "waited": 0.0}
 
-    monkeypatch.setattr(Timing, "milliseconds", milliseconds)
+    monkeypatch.setattr(Timing, "measure", measure)
 
 
 class Spies:
@@ -208,19 +208,19 @@ FINDERS = ("similarity", "transferability", "details", "placed")
 
 
 def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypatch):
-    found, times = [], []
+    found, times, waited = [], [], 0.1
 
     def spy(name):
         original = getattr(document, name)
         monkeypatch.setattr(document, name, lambda *given: (found.append(name), original(*given))[1])
 
-    def milliseconds(timing):
+    def measure(timing):
         times.append(timing.nodes)
-        return {node: 7.0 + len(times) for node in timing.nodes}
+        return {"milliseconds": {node: 7.0 + len(times) for node in timing.nodes}, "waited": waited}
 
     for name in FINDERS:
         spy(name)
-    monkeypatch.setattr(Timing, "milliseconds", milliseconds)
+    monkeypatch.setattr(Timing, "measure", measure)
     source = pictures()
     first = run(source, report=tmp_path / "page.html")
     assert (sorted(found), len(times)) == (sorted(FINDERS), 1)
@@ -238,6 +238,14 @@ def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypat
     assert sorted(found) == ["details", "placed"]  # these name images; their order is the same
     assert "left/000a.png" in renamed["map"]["ids"]
     assert len(times) == 1
+    waited = 0.9  # the machine was busy: these times are used, but not kept
+    fewer = run(source, nodes=["c1", "f6"])
+    assert fewer["timing"]["waited"] == 0.9
+    assert all(column["ms_per_image"] == 9.0 for column in fewer["columns"])
+    waited = 0.0
+    run(source, nodes=["c1", "f6"])
+    run(source, nodes=["c1", "f6"])
+    assert len(times) == 3
 
 
 def test_new_images_are_measured_anew_but_only_they_are_extracted(run, pictures, spies):

@@ -17,7 +17,7 @@ DOCUMENT = {
     "counts": {"shifted": 7, "unlabelled": 3, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2,
                "shifted_of_equal_id": 4},
     "protocol": "5-fold cross-validation, dealt 3 times.",
-    "timing": {"device": "cpu", "precision": "fp32"},
+    "timing": {"device": "cpu", "precision": "fp32", "waited": 0.125},
     "columns": [
         {"column": "a:gap", "width": 1000, "cost": 0.25, "ms_per_image": 1.234},
         {"column": "b:gap", "width": 84, "cost": 1.0, "ms_per_image": None},
@@ -67,6 +67,11 @@ def test_the_answer_comes_first():
 def test_the_time_is_compared_with_the_deepest_column_that_was_timed():
     columns = [DOCUMENT["columns"][0], {**DOCUMENT["columns"][1], "ms_per_image": 5.678}]
     assert "(measured on cpu, fp32: 1.23 ms an image, 5.68 ms up to b:gap)" in text(changed(columns=columns))
+
+
+def test_times_of_a_busy_machine_are_told_from_others():
+    told = "(measured on cpu, fp32, on a busy machine: 75.0 % of the time was waiting: 1.23 ms an image"
+    assert told in text(changed(timing={"waited": 0.75}))
 
 
 def test_the_best_may_be_the_recommended_one():
