@@ -201,7 +201,8 @@ def _words(nights: Sequence[Night], figure: Figure) -> str:
     known = [(value, night) for value, night in zip(figure.values, nights, strict=True) if value is not None]
     top, when = max(known, key=lambda one: one[0])
     last, middle = figure.text(known[-1][0]), figure.text(median_low(figure.known))
-    return f"{last} in the last of {len(known)} nights, {middle} in the middle one, at most {figure.text(top)} on {night_name(when)}"
+    most = f"at most {figure.text(top)} on {night_name(when)}"
+    return f"{last} in the last of {len(known)} nights, {middle} in the middle one, {most}"
 
 
 def _table(title: str, nights: Sequence[Night], found: Sequence[Figure]) -> Table:

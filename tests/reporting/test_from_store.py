@@ -239,6 +239,7 @@ def test_of_several_datasets_one_must_be_named(compared, tmp_path, given):
     assert given["document"]["dataset"] == "zoo"
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_page(compared, tmp_path, cli):
     compared.compared()
     finished = cli("report", compared.store.path, "--to", tmp_path / "page.html")

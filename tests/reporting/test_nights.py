@@ -9,6 +9,7 @@ from featurepipe.errors import UsageError
 from featurepipe.reporting import nights as nights_module
 from featurepipe.reporting.nights import nights_document, nights_report
 from featurepipe.reporting.nights_advice import next_steps
+from featurepipe.store import FeatureStore
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,16 @@ def morning(monkeypatch):
 @pytest.fixture
 def store(recorded, night_records):
     return recorded(night_records())
+
+
+@pytest.fixture(scope="module")
+def html(night_records, tmp_path_factory) -> str:
+    """The page of all nights."""
+    folder = tmp_path_factory.mktemp("month")
+    store = FeatureStore(folder / "store")
+    for record in night_records():
+        store.write_run(record)
+    return nights_report(store, folder / "page.html", silent=True).read_text("utf-8")
 
 
 def test_the_last_nights_are_told_oldest_first(store):
@@ -188,8 +199,8 @@ def test_a_schedule_that_has_stopped_is_noticed(store, monkeypatch):
     assert len(next_steps(back, {}, "2026-11-28T20:00:00+00:00")) == 0
 
 
-def test_the_page_says_what_the_document_does(store, tmp_path, parsed):
-    page = parsed(nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8"))
+def test_the_page_says_what_the_document_does(html, parsed):
+    page = parsed(html)
     assert page.texts["h1"] == ["What nightly did in the last 28 nights"]
     assert page.texts["p"][1] == (
         "The night of 2026-11-29 02:00 UTC ended well after 33 s. 23 of the last 28 nights did all that they were to do."
@@ -214,8 +225,7 @@ def test_the_page_says_what_the_document_does(store, tmp_path, parsed):
     ]  # of the last night, least, most
 
 
-def test_the_page_of_nights_is_as_accessible_as_the_others(store, tmp_path, parsed):
-    html = nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8")
+def test_the_page_of_nights_is_as_accessible_as_the_others(html, parsed):
     page = parsed(html)
     plots = {a["aria-label"].split(":")[0]: a["aria-label"] for a in page.all("div") if a.get("class") == "plot"}
     assert plots["computed"].endswith(
@@ -232,16 +242,14 @@ def test_the_page_of_nights_is_as_accessible_as_the_others(store, tmp_path, pars
     assert html.count("A cross marks a night that failed") == 5
 
 
-def test_figures_that_are_always_nothing_have_no_strip(store, tmp_path, parsed):
-    html = nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8")
+def test_figures_that_are_always_nothing_have_no_strip(html, parsed):
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     assert any(label.startswith("touched: 0: 0 in the last of 27 nights") for label in labels)  # ten on one night
     assert not any(label.startswith("moved") for label in labels)
     assert "On no night: changed, moved, copied, newly labelled, corrupted, repaired, new, but unusable" in html
 
 
-def test_one_tall_bar_does_not_flatten_the_others(store, tmp_path):
-    html = nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8")
+def test_one_tall_bar_does_not_flatten_the_others(html):
     assert html.count(r'"text",["\\u2191\\u00a05,000"]') == 2  # computed, and new
     assert re.search(
         r'"name":"Range1d","id":"p\d+","attributes":{"start":-11\.43,"end":152\.4}', html

@@ -42,8 +42,22 @@ def quick(monkeypatch):
     monkeypatch.setattr(projection, "_tsne", lambda components, seed: components[:, :2] * 2.0)
 
 
-def test_the_answer_and_every_number_of_the_nodes(document, tmp_path, parsed):
-    page = parsed(page_of(document, tmp_path))
+@pytest.fixture(scope="module")
+def plain(new_document, tmp_path_factory) -> str:
+    """The page of the document alone."""
+    return page_of(new_document(), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def whole(new_document, read_image, features, tmp_path_factory) -> str:
+    """The page with images and a map."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featurepipe.reporting.projection._tsne", lambda components, seed: components[:, :2] * 2.0)
+        return page_of(new_document(), tmp_path_factory.mktemp("whole"), images=read_image, features=features)
+
+
+def test_the_answer_and_every_number_of_the_nodes(plain, parsed):
+    page = parsed(plain)
     assert page.texts["title"] == page.texts["h1"] == ["Which layer of efficientnet_lite0 transfers best to fashion?"]
     assert page.texts["p"][1] == (  # the first is for those without JavaScript
         "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0%). "
@@ -65,9 +79,8 @@ def test_the_answer_and_every_number_of_the_nodes(document, tmp_path, parsed):
     assert rows[4][9] == "–"  # the best has no difference to itself
 
 
-def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp_path, read_image, parsed):
-    html = page_of(document, tmp_path)
-    page = parsed(html)
+def test_the_other_source_has_its_table_and_where_known_its_errors(document, plain, tmp_path, read_image, parsed):
+    page = parsed(plain)
     assert "On emoji-outlined" in page.texts["h2"]
     there = next(k for k, row in enumerate(page.cells) if "Accuracy there" in row)
     assert page.cells[there + 1] == ["Node", *HEADS, *HEADS]
@@ -91,8 +104,8 @@ def test_the_other_source_has_its_table_and_where_known_its_errors(document, tmp
     assert not any(title.startswith("On ") for title in parsed(page_of(document, tmp_path)).texts["h2"])
 
 
-def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path, parsed):
-    html = page_of(document, tmp_path)
+def test_points_have_names_for_those_who_do_not_see_them(plain, parsed):
+    html = plain
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     scores = next(label for label in labels if label.startswith("LogME"))
     assert "blocks.10:avg5x5, xgboost: LogME 0.710, accuracy 90.2\u00a0%" in scores
@@ -101,8 +114,8 @@ def test_points_have_names_for_those_who_do_not_see_them(document, tmp_path, par
     assert re.search(r'"number",\["1","2","3","4","5","6","7"\]', html)
 
 
-def test_accuracy_over_cost_has_every_point(document, tmp_path, parsed):
-    html = page_of(document, tmp_path)
+def test_accuracy_over_cost_has_every_point(document, plain, tmp_path, parsed):
+    html = plain
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     shares, times = (next(label for label in labels if label.startswith(t)) for t in ("Share of the", "Milliseconds"))
     assert "blocks.4:avg6x6, knn: 82.0\u00a0% at 33\u00a0%;" in shares
@@ -117,8 +130,8 @@ def test_accuracy_over_cost_has_every_point(document, tmp_path, parsed):
     assert not any(label.startswith("Milliseconds") for label in labels)
 
 
-def test_concatenations_similarity_scores_and_provenance(document, tmp_path, parsed):
-    html = page_of(document, tmp_path)
+def test_concatenations_similarity_scores_and_provenance(document, plain, parsed):
+    html = plain
     page = parsed(html)
     joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 + ")]
     assert [row[3] for row in joined] == ["yes", "no difference shown"]
@@ -128,8 +141,8 @@ def test_concatenations_similarity_scores_and_provenance(document, tmp_path, par
         assert text in html
 
 
-def test_confusions_classes_and_mistakes(document, tmp_path, read_image, features, parsed):
-    html = page_of(document, tmp_path, images=read_image, features=features)
+def test_confusions_classes_and_mistakes(whole, parsed):
+    html = whole
     page = parsed(html)
     assert "1,079 of 1,180 images (91.4\u00a0%) are named rightly. Most often mistaken: Shirt for T-shirt (8)" in html
     pictures = page.all("img")
@@ -154,8 +167,8 @@ def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, featu
     assert "Map of the images" in titles
 
 
-def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, features, parsed):
-    html = page_of(document, tmp_path, images=read_image, features=features)
+def test_it_is_well_formed_and_accessible(whole, parsed):
+    html = whole
     page = parsed(html)
     assert page.all("html")[0]["lang"] == "en"
     assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
@@ -174,8 +187,8 @@ def test_it_is_well_formed_and_accessible(document, tmp_path, read_image, featur
     assert all(a.get("aria-pressed") in {"true", "false"} for a in page.all("button"))
 
 
-def test_nothing_is_asked_of_the_network(document, tmp_path, read_image, features, parsed):
-    html = page_of(document, tmp_path, images=read_image, features=features)
+def test_nothing_is_asked_of_the_network(whole, parsed):
+    html = whole
     own = without_library(html)
     assert len(html) - len(own) > 1_000_000  # the library is in the page
     for tag, attributes in parsed(html).elements:
@@ -195,7 +208,12 @@ def plain_tags():
     return []
 
 
-@pytest.mark.parametrize("text", ["a", *HOSTILE])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "text", ["a", HOSTILE[1], *(pytest.param(text, marks=SLOW) for text in HOSTILE[2:] + HOSTILE[:1])]
+)
 def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags, text, read_image, features, parsed):
     changed = replaced(document, text)
     ids, values, labels, _ = features
@@ -247,13 +265,11 @@ def test_text_in_plots_is_never_taken_for_formulas(document, tmp_path):
     [
         "results",
         "columns",
-        "concatenations",
-        "recommended",
-        "similarity",
-        "transferability",
-        "details",
-        "provenance",
         "rest",
+        *(
+            pytest.param(part, marks=SLOW)
+            for part in ("concatenations", "recommended", "similarity", "transferability", "details", "provenance")
+        ),
     ],
 )
 def test_what_is_missing_is_left_out(document, tmp_path, part, parsed):
@@ -391,8 +407,8 @@ def test_many_nodes_have_few_labels_which_can_be_told_apart(document, tmp_path):
     assert [int(label.split()[0]) for label in labels] == list(range(1, 41, 3))
 
 
-def test_colours_of_both_schemes_are_noted(document, tmp_path):
-    html = page_of(document, tmp_path)
+def test_colours_of_both_schemes_are_noted(plain):
+    html = plain
     notes = json.loads(re.search(r'id="colours">(.*?)</script>', html, re.DOTALL)[1])
     known = set(re.findall(r'"id":"(p\d+)"', html))
     assert len(notes) > 60
