@@ -55,14 +55,14 @@ class StopRequest:
             before: what has not begun yet, for the message.
 
         Raises:
-            Interrupted: a signal came, perhaps earlier.
+            Interrupted: a signal came, perhaps earlier, or was met by a request of the block's own.
         """
         self._at_once = True
         try:
             self._check()
             yield
         except Interrupted as error:
-            raise Interrupted(f"{error} before {before}; nothing was changed", self.signal_number or 2) from None
+            raise Interrupted(f"{error} before {before}; nothing was changed", error.exit_code - 128) from None
         finally:
             self._at_once = False
 

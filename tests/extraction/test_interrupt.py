@@ -79,6 +79,13 @@ def test_at_once_raises_for_a_signal_of_before_and_not_for_a_deadline():
     assert caught.value.exit_code == 130
 
 
+def test_at_once_keeps_the_number_of_a_signal_that_a_nested_request_met():
+    request = StopRequest()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before it") as caught, request.at_once(before="it"):
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
 def test_other_threads_leave_signals_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
