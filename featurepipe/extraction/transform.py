@@ -27,6 +27,7 @@ from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, show
 from featurepipe.store import FeatureStore, differences
+from featurepipe.store.locks import locked
 from featurepipe.store.rows import ColumnRows
 
 Store = FeatureStore | str | PathLike[str] | None
@@ -159,7 +160,7 @@ def _one_at_a_time(store: FeatureStore) -> Iterator[None]:
     """
     descriptor = os.open(store.path / "spaces", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        locked(descriptor, fcntl.LOCK_EX)  # else the same images may be computed twice, which does no harm
         yield
     finally:
         os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -16,10 +15,10 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.holder import Holder, named
 from featurepipe.jobs.lease import Lease
 from featurepipe.store import FeatureStore
+from featurepipe.store.locks import NO_LOCKS
 
 FOLDER = "jobs"
 """Of the locks, in a store."""
-_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _SIGNATURE = 512
 
 Flock = Callable[[int, int], object]
@@ -100,7 +99,7 @@ def _take(descriptor: int, what: str, flock: Flock) -> bool:
         who = named(Holder.read(os.pread(descriptor, _SIGNATURE, 0)))
         raise StoreLocked(f"{what} is already running ({who}); wait until it has finished, or stop it there") from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return False
     with contextlib.suppress(OSError):  # a full disk must not keep a job from running: it may free some

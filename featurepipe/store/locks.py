@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from featurepipe.errors import StoreLocked
+
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What file systems without locks answer to ``flock``."""
+
+
+def locked(descriptor: int, operation: int) -> bool:
+    """Does ``fcntl.flock``; returns whether there is a lock, which some network file systems and containers do not have.
+
+    Raises:
+        BlockingIOError: Someone else holds it, and ``operation`` says not to wait.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -22,14 +42,19 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
     Writers (``extract``) share it, those that rewrite parts (``compact``, ``gc``) hold it alone. The kernel drops it
     when a process dies, so there are no stale locks.
 
+    On a file system without locks writers go on, with a warning: they never need each other's absence. Nobody can know
+    there that no one writes, so nothing is rewritten.
+
     Raises:
-        StoreLocked: Someone else holds it in a way that excludes us; the message says who took it last.
+        StoreLocked: Someone else holds it in a way that excludes us (the message says who took it last), or nobody can be
+            excluded here.
     """
     path = store / ".lock"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not locked(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
+                _without(store, shared=shared)
         except BlockingIOError as error:
             who = _last_taken_by(descriptor)
             wish = "write into" if shared else "rewrite parts of"
@@ -41,6 +66,17 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _without(store: Path, *, shared: bool) -> None:
+    """Where there are no locks: warns a writer (once a process, as Python does), refuses those that rewrite."""
+    if not shared:
+        raise StoreLocked(
+            f"cannot rewrite parts of {store}: its file system has no locks (flock), so nobody can tell whether someone is "
+            "writing into it; copy the store to a disk with locks and do it there, or mount this one with locks"
+        )
+    text = f"the file system of {store} has no locks (flock): adding features works, compact and gc do not"
+    warnings.warn(text, stacklevel=2)
 
 
 def _last_taken_by(descriptor: int) -> str:

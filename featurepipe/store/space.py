@@ -22,6 +22,7 @@ from featurepipe.store.headers import Headers, list_parts
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.known_files import KNOWN_FILES, known_files
+from featurepipe.store.locks import locked
 from featurepipe.store.parts import PartInfo
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
@@ -103,7 +104,7 @@ class Space:
         """Adds to the notes, or replaces entries of the same name, atomically; other processes' changes are kept."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked(descriptor, fcntl.LOCK_EX)
             record = read_json(self.path / "space.json")
             record["notes"] = {**record.get("notes", {}), **notes}
             write_json(self.path / "space.json", record)

@@ -25,6 +25,8 @@ _OURS = (
     "runs/*.json",
     "depth/*/*.json",
     "depth/*/journal.jsonl",
+    "jobs/*.lock",
+    "jobs/*.lease.*",
 )
 
 

@@ -1,5 +1,6 @@
 """Opening stores and finding feature spaces."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -264,6 +266,40 @@ def test_a_lock_of_another_program_is_of_someone_unknown(store, content):
         (store.path / ".lock").write_text(content)
         with pytest.raises(StoreLocked, match="last taken by an unknown process"), store.lock(shared=False):
             pass
+
+
+@pytest.mark.parametrize("kind", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_where_there_are_no_locks_writers_go_on_and_nothing_is_rewritten(store, space, rows, monkeypatch, kind):
+    rows.write(store, space, ["1", "2"])
+
+    def none(descriptor, operation):
+        raise OSError(getattr(errno, kind), "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            with store.lock(shared=True):
+                rows.write(store, space, ["3"])
+    assert [str(one.message) for one in caught] == [
+        f"the file system of {store.path} has no locks (flock): adding features works, compact and gc do not"
+    ]
+    space.update_notes({"aliases": {"bottleneck": "a"}})
+    assert store.spaces()[0].notes["aliases"] == {"bottleneck": "a"}
+    before = sorted(path.name for path in space.part_paths())
+    for act in (compact_store, gc_store):
+        with pytest.raises(StoreLocked, match=r"has no locks \(flock\), so nobody can tell"):
+            act(store)
+    assert sorted(path.name for path in space.part_paths()) == before
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_locks(store, monkeypatch):
+    def broken(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", broken)
+    with pytest.raises(OSError, match="Input/output"), store.lock(shared=True):
+        pass
 
 
 def test_columns_are_summed_over_parts(store, space, rows):

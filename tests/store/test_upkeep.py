@@ -98,6 +98,9 @@ def test_leftovers_are_named_and_left(filled):
     for path in strangers:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("?")
+    (filled.path / "jobs").mkdir()
+    for name in ("nightly.lock", "nightly.lease.7"):
+        (filled.path / "jobs" / name).write_text("?")
     report = verify_store(filled)
     assert report.clean
     assert report.leftovers == sorted(str(path.relative_to(filled.path)) for path in strangers)
