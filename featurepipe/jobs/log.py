@@ -23,6 +23,7 @@ FORMATS: tuple[LogFormat, ...] = ("text", "json")
 PROGRESS_SECONDS = 30.0
 """How often progress is logged in the JSON form."""
 
+_OF_A_RUN = ("status", "exit_code", "counts", "changes", "seconds", "images_per_second", "store_bytes", "free_bytes")
 _MESSAGE, _PROGRESS, _OUTPUT = "message", "progress", "output"
 
 
@@ -67,17 +68,18 @@ class JobLog:
         result = entry.get("result") or {}
         numbers = {name: value for name, value in result.items() if _is_number(value)}
         text = f"{step_name(entry)}: {entry['status']}: {told(entry)}".removesuffix(": ")
-        level: Level = "error" if entry["status"] == "failed" else "info"
-        facts = {"status": entry["status"], "seconds": entry["seconds"], **numbers, "step": step_name(entry)}
+        level: Level = "error" if "error" in entry else "info"
+        facts: dict[str, Any] = {name: entry[name] for name in ("status", "seconds", "error_type") if name in entry}
+        facts |= {**numbers, "step": step_name(entry)}
         self.event("step ended", text, level=level, **facts)
         for warning in result.get("warnings", ()):
             self.warn(warning)
 
     def run_ended(self, record: Mapping[str, Any]) -> None:
         """Logs how a run ended, with its numbers; the text form leaves that to the summary."""
-        names = ("status", "exit_code", "counts", "changes", "seconds", "images_per_second")
         level: Level = "info" if record["exit_code"] in SUCCESS else "error"
-        self.event("run ended", level=level, **{name: record[name] for name in names})
+        numbers: dict[str, Any] = {name: record.get(name) for name in _OF_A_RUN}
+        self.event("run ended", level=level, **numbers)
 
     @contextmanager
     def about(self, **fields: Any) -> Iterator[None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.steps.history import SUCCESS
+from featurepipe.jobs.steps.history import is_success
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
 CLASSES = "predicted classes"
 """What the shift of predicted classes is called among the columns."""
+STATUSES = ("done", "out of time", "interrupted", "failed")
 
 
 def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any], store: FeatureStore) -> Path:
@@ -34,7 +33,7 @@ def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any], store
         UsageError: the file cannot be written.
     """
     target = Path(path)
-    registry = registry_of(record, store.runs(), store_bytes=bytes_in(store.path), free_bytes=_free(store.path))
+    registry = registry_of(record, store.runs())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_to_textfile(str(target), registry)
@@ -43,35 +42,41 @@ def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any], store
     return target
 
 
-def registry_of(
-    record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], *, store_bytes: int, free_bytes: int
-) -> CollectorRegistry:
+def registry_of(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> CollectorRegistry:
     """Gathers the figures of a run in a registry of their own, each labelled with its job.
 
     Args:
         record: the run record.
         runs: records of all runs of the store, oldest first; the run's own may be among them.
-        store_bytes: what the store takes.
-        free_bytes: what is free on its disk.
     """
     figures = _Figures(CollectorRegistry(), str(record["job"]))
     earlier = [run for run in runs if run.get("job") == record["job"] and run["run_id"] != record["run_id"]]
-    successes = [_ended(run) for run in [*earlier, record] if run.get("exit_code") in SUCCESS]
+    successes = [_ended(run) for run in [*earlier, record] if is_success(run)]
     figures.gauge(
         "last_success_timestamp_seconds",
-        "When the job last ended with exit code 0 or 3; 0 if it never has.",
+        "When the job last ended with all its work done; 0 if it never has.",
         successes[-1] if successes else 0.0,
     )
     figures.gauge("last_run_timestamp_seconds", "When the job last ended.", _ended(record))
     figures.gauge("last_run_exit_code", "How the job last ended; 0 and 3 are good.", record["exit_code"])
+    figures.gauges(
+        "last_run_status",
+        "How the job last ended: 1 for that status, 0 for the others.",
+        "status",
+        {status: float(status == record["status"]) for status in STATUSES},
+    )
     figures.gauge("run_duration_seconds", "How long the last run took.", record["seconds"]["wall"])
     figures.gauges("images", "Images of the last run.", "outcome", record["counts"])
     figures.gauges("changes", "What happened to images since the run before.", "kind", record["changes"])
     figures.gauge(
         "images_per_second", "Images computed per second in the last run.", record["images_per_second"] or 0.0
     )
-    figures.gauge("store_bytes", "What the store takes on its disk.", store_bytes)
-    figures.gauge("store_free_bytes", "What is free on the store's disk.", free_bytes)
+    for name, key, text in (
+        ("store_bytes", "store_bytes", "What the store takes on its disk."),
+        ("store_free_bytes", "free_bytes", "What is free on the store's disk."),
+    ):
+        if record.get(key) is not None:
+            figures.gauge(name, text, record[key])
     p_values, effects = _drift(record)
     figures.gauges(
         "drift_p_value",
@@ -97,21 +102,6 @@ class _Figures:
         gauge = Gauge(f"featurepipe_{name}", text, ["job", label], registry=self.registry)
         for key, value in values.items():
             gauge.labels(self._job, key).set(value)
-
-
-def bytes_in(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all files in a folder, each once however many names it has; files that vanish meanwhile count nothing."""
-    sizes: dict[int, int] = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - as many as there are parts
-                sizes[found.st_ino] = found.st_size
-    return sum(sizes.values())
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _ended(run: Mapping[str, Any]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
+from featurepipe.jobs.disk import disk_figures
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
@@ -45,6 +46,7 @@ class RunRecord:
         extractions: the run records of tonight's extractions, also of those that failed.
         listing: seconds it took to list the source.
         is_late: whether steps were left out because no time was left.
+        disk: what the store takes and leaves, as it was when the record was first written.
         written: the record as it was last written.
     """
 
@@ -59,6 +61,7 @@ class RunRecord:
     extractions: list[dict[str, Any]] = field(default_factory=list)
     listing: float = 0.0
     is_late: bool = False
+    disk: dict[str, int | None] = field(default_factory=dict)
     written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class RunRecord:
         with self.log.about(step=f"{step} {name}".strip()):
             self._attempt(entry, work)
             self.steps.append(entry)
-            self._log(entry)
+            self.log.step_ended(entry)
         return entry
 
     def _attempt(self, entry: Entry, work: Callable[[], Mapping[str, Any]]) -> None:
@@ -94,15 +97,6 @@ class RunRecord:
             code = getattr(error, "exit_code", 1) if entry["step"] in _TELLING else 1
             entry |= _told(FAILED, error, code)
         entry["seconds"] = round(time.monotonic() - start, 3)
-
-    def _log(self, entry: Entry) -> None:
-        for text in entry.get("result", {}).get("warnings", ()):
-            self.log.warn(text)
-        told = {name: entry[name] for name in ("status", "seconds", "error_type") if name in entry}
-        if "error" in entry:
-            self.log.event("step ended", f"{entry['step']}: {entry['error']}", level="error", **told)
-        else:
-            self.log.event("step ended", **told)
 
     def not_reached(self, step: str, name: str, why: str) -> None:
         """Notes a step that was not begun."""
@@ -119,7 +113,7 @@ class RunRecord:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Writes the record at the end of the block, however it ends."""
+        """Writes the record at the end of the block, however it ends, and logs it."""
         try:
             yield
         except KeyboardInterrupt as error:
@@ -130,9 +124,14 @@ class RunRecord:
             raise
         finally:
             self.write()
+            self.log.run_ended(self.written)
 
     def write(self) -> None:
         """Writes the record as it is now; a disk without space for it does not end the night."""
+        try:
+            self.disk = self.disk or disk_figures(self.store.path)
+        except OSError as error:
+            self.log.warn(f"the store could not be measured: {error}")
         self.written = self.as_dict()
         try:
             self.store.write_run(self.written)
@@ -180,6 +179,8 @@ class RunRecord:
             "extractions": [run["run_id"] for run in self.extractions],
             "seconds": seconds,
             "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
+            "store_bytes": self.disk.get("store_bytes"),
+            "free_bytes": self.disk.get("free_bytes"),
             "verdict": records.verdict(seconds, computing, device=device),
             "warnings": [text for entry in self.steps for text in entry.get("result", {}).get("warnings", ())],
             "versions": records.versions(),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import FeaturepipeError, Interrupted, StoreLocked
+from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.extractions import Extractions
 from featurepipe.jobs.job import Job
@@ -20,7 +20,7 @@ from featurepipe.jobs.night import Night
 from featurepipe.jobs.plan import plan_job
 from featurepipe.jobs.reading import read_job
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
-from featurepipe.jobs.schedule import OF_ANY_NIGHT, OF_TONIGHT, Step, steps_of
+from featurepipe.jobs.schedule import AT_ANY_END, OF_ANY_NIGHT, OF_TONIGHT, Step, steps_of
 from featurepipe.store import FeatureStore
 
 
@@ -69,7 +69,6 @@ def run_job(
                 extractions.run()
                 _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
-                log.event("run ended", status=record.status, exit_code=record.exit_code)
     return record.written
 
 
@@ -112,6 +111,7 @@ def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
             record.not_reached(step.step, step.name, why)
             continue
         if step.step in OF_ANY_NIGHT:
+            _note_signal(record, night.stop)
             record.write()
         _take(step, replace(night, record=record.as_dict()), record)
 
@@ -121,7 +121,8 @@ def _take(step: Step, night: Night, record: RunRecord) -> None:
 
     def work() -> dict[str, Any]:
         try:
-            with night.stop.at_once(before=f"the end of step {step}"):
+            ends = step.step not in AT_ANY_END
+            with night.stop.at_once(before=f"the end of step {step}") if ends else nullcontext():
                 found: dict[str, Any] = getattr(steps, step.step)(night, step.table)
                 return found
         except Interrupted as error:
@@ -134,12 +135,13 @@ def _take(step: Step, night: Night, record: RunRecord) -> None:
 
 def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
     """Why a step is not begun; empty if it is."""
-    if night.stop.signal_number or record.has(INTERRUPTED):
-        return "the run was stopped"
     if held.lost:
         return "another host has taken over"
-    if step.step in OF_ANY_NIGHT:
+    is_stopped = bool(night.stop.signal_number) or record.has(INTERRUPTED)
+    if step.step in (AT_ANY_END if is_stopped else OF_ANY_NIGHT):
         return ""
+    if is_stopped:
+        return "the run was stopped"
     if night.stop.out_of_time or record.has(OUT_OF_TIME):
         record.is_late = True
         return "no time was left"
@@ -150,11 +152,15 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
 
 def _close(record: RunRecord, stop: StopRequest, held: Held) -> None:
     """Notes what no step has noted: a signal between two of them, a lock that was lost."""
-    if stop.signal_number and not record.has(INTERRUPTED):
-        error: FeaturepipeError = Interrupted(f"stopped by {stop.name}", stop.signal_number)
-        record.failed("run", error, error.exit_code)
+    _note_signal(record, stop)
     if held.lost:
         error = StoreLocked(
             "another host took over the job while this one could not renew its lease: it was suspended, or cut off from the store"
         )
         record.failed("lock", error, error.exit_code)
+
+
+def _note_signal(record: RunRecord, stop: StopRequest) -> None:
+    if stop.signal_number and not record.has(INTERRUPTED):
+        error = Interrupted(f"stopped by {stop.name}", stop.signal_number)
+        record.failed("run", error, error.exit_code)

@@ -13,6 +13,8 @@ OF_TONIGHT = frozenset({"train", "predict", "drift", "depth"})
 """Steps that make no sense unless all features of tonight's images are there."""
 OF_ANY_NIGHT = frozenset({"report", "metrics"})
 """Steps that tell of a night however it went, and so run when the time is over, too."""
+AT_ANY_END = frozenset({"metrics"})
+"""Those of them that take an instant, and so run when the night was stopped, too: else the figures would be yesterday's."""
 
 
 @dataclass(frozen=True)

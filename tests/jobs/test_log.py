@@ -54,7 +54,7 @@ def test_steps_and_the_end_of_a_run_are_logged_with_their_numbers():
     failed = {"step": "drift", "name": "", "status": "failed", "seconds": 0.5, "error": "no such column"}
     late = {"step": "keep", "name": "", "status": "not reached", "seconds": 0.0}
     record = {"status": "failed", "exit_code": 1, "counts": {"listed": 9}, "changes": {}, "seconds": {"wall": 2.0},
-              "images_per_second": None, "versions": {}}  # fmt: skip
+              "images_per_second": None, "store_bytes": 5, "free_bytes": None, "versions": {}}  # fmt: skip
     streams = {name: io.StringIO() for name in FORMATS}
     for name, stream in streams.items():
         with job_log("nightly", log_format=name, stream=stream) as log:
@@ -82,6 +82,7 @@ def test_steps_and_the_end_of_a_run_are_logged_with_their_numbers():
     assert {**end, "time": ""} == {
         "time": "", "level": "error", "event": "run ended", "job": "nightly", "status": "failed", "exit_code": 1,
         "counts": {"listed": 9}, "changes": {}, "seconds": {"wall": 2.0}, "images_per_second": None,
+        "store_bytes": 5, "free_bytes": None,
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.prometheus import bytes_in, registry_of, write_metrics
+from featurepipe.jobs.disk import bytes_in
+from featurepipe.jobs.prometheus import registry_of, write_metrics
 from featurepipe.store import FeatureStore
 
 
@@ -16,12 +17,15 @@ def record(number=7, *, exit_code=3, job="nightly", **more):
     return {
         "run_id": f"run{number}",
         "job": job,
+        "status": "done" if exit_code in (0, 3) else "failed",
         "exit_code": exit_code,
         "ended": f"2026-11-{number:02d}T01:42:10+00:00",
         "seconds": {"wall": 730.25, "extract": 600.0},
         "counts": {"listed": 100, "computed": 12, "known": 84, "rejected": 4, "read": 16},
         "changes": {"new": 12, "unchanged": 84, "still_rejected": 4, "deleted": 2},
         "images_per_second": 55.5,
+        "store_bytes": 123_456,
+        "free_bytes": 7_000_000,
         "steps": [],
         **more,
     }
@@ -61,18 +65,17 @@ def test_every_figure_is_read_back(store, tmp_path):
     store.write_run(tonight)
     before = time.time()
     path = write_metrics(tmp_path / "new" / "featurepipe.prom", tonight, store)
-    found = figures(path)
-    free = found.pop("store_free_bytes")[""]
-    assert free > 1_000_000
-    assert found == {
+    assert figures(path) == {
         "last_success_timestamp_seconds": {"": at(7)},
         "last_run_timestamp_seconds": {"": at(7)},
         "last_run_exit_code": {"": 3.0},
+        "last_run_status": {"done": 1.0, "out of time": 0.0, "interrupted": 0.0, "failed": 0.0},
         "run_duration_seconds": {"": 730.25},
         "images": {"listed": 100.0, "computed": 12.0, "known": 84.0, "rejected": 4.0, "read": 16.0},
         "changes": {"new": 12.0, "unchanged": 84.0, "still_rejected": 4.0, "deleted": 2.0},
         "images_per_second": {"": 55.5},
-        "store_bytes": {"": float(sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()))},
+        "store_bytes": {"": 123_456.0},
+        "store_free_bytes": {"": 7_000_000.0},
         "drift_p_value": {"layer3:gap": 0.002, 'a"\\b': 0.5, "predicted classes": 0.75},
         "drift_effect": {"layer3:gap": 0.25, 'a"\\b': 0.25, "predicted classes": 0.125},
     }
@@ -83,14 +86,24 @@ def test_every_figure_is_read_back(store, tmp_path):
 def test_after_a_failure_the_last_success_is_that_of_the_last_successful_run(store, tmp_path):
     for number, code, job in [(2, 0, "nightly"), (3, 3, "nightly"), (4, 4, "nightly"), (5, 0, "weekly")]:
         store.write_run(record(number, exit_code=code, job=job))
-    failed = record(6, exit_code=1, counts={}, changes={}, images_per_second=None)
+    failed = record(6, exit_code=1, counts={}, changes={}, images_per_second=None, store_bytes=None, free_bytes=None)
     store.write_run(failed)
     found = figures(write_metrics(tmp_path / "x.prom", failed, store))
     assert found["last_success_timestamp_seconds"] == {"": at(3)}
     assert found["last_run_timestamp_seconds"] == {"": at(6)}
     assert found["last_run_exit_code"] == {"": 1.0}
     assert found["images_per_second"] == {"": 0.0}
-    assert not {"images", "changes", "drift_p_value"} & found.keys()
+    assert found["last_run_status"] == {"done": 0.0, "out of time": 0.0, "interrupted": 0.0, "failed": 1.0}
+    assert not {"images", "changes", "drift_p_value", "store_bytes", "store_free_bytes"} & found.keys()
+
+
+def test_a_week_without_a_complete_night_is_no_week_of_success(store, tmp_path):
+    store.write_run(record(2, exit_code=3))
+    for number in range(3, 9):
+        store.write_run(record(number, exit_code=0, status="out of time"))
+    found = figures(write_metrics(tmp_path / "x.prom", record(9, exit_code=0, status="out of time"), store))
+    assert found["last_success_timestamp_seconds"] == {"": at(2)}
+    assert (found["last_run_exit_code"], found["last_run_status"]["out of time"]) == ({"": 0.0}, 1.0)
 
 
 def test_a_job_that_never_succeeded_says_zero_and_one_that_runs_says_now(store, tmp_path):
@@ -107,7 +120,7 @@ def test_columns_of_two_spaces_are_told_apart():
         for space, p in [("a-1", 0.1), ("b-2", 0.2)]
     ]
     tonight = record(steps=[{"step": "drift", "result": {"columns": tests, "classes": None}}])
-    registry = registry_of(tonight, [], store_bytes=1, free_bytes=2)
+    registry = registry_of(tonight, [])
     for space, p in (("a-1", 0.1), ("b-2", 0.2)):
         labels = {"job": "nightly", "column": f"{space}/bottleneck:gap"}
         assert registry.get_sample_value("featurepipe_drift_p_value", labels) == p

@@ -1,5 +1,6 @@
 """A night as a whole: what is computed, which steps are taken, how it ends, and the record that it leaves."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,8 @@ import featurepipe.jobs
 from featurepipe.errors import FeaturepipeError, SourceError, StoreLocked, UsageError
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import run as run_module
+from featurepipe.jobs import steps as real_steps
+from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
 from featurepipe.jobs.provenance import git_commit
 
@@ -303,7 +307,9 @@ def test_a_signal_during_a_step(pile, steps, number, code):
     assert time.monotonic() - started < 30
     assert (record["status"], record["exit_code"]) == ("interrupted", code)
     left = {entry["step"]: entry["status"] for entry in record["steps"][4:]}
-    assert left == {"drift": "interrupted", **dict.fromkeys(NAMES[3:], "not reached")}
+    assert left == {"drift": "interrupted", **dict.fromkeys(NAMES[3:-1], "not reached"), "metrics": "done"}
+    seen = steps.nights["metrics"].record
+    assert (seen["status"], seen["exit_code"]) == ("interrupted", code)
     assert pile.records()[-1] == record
 
 
@@ -320,7 +326,74 @@ def test_a_signal_while_the_source_is_listed(pile, steps, monkeypatch):
     record = pile.run()
     assert time.monotonic() - started < 30
     assert (record["status"], record["exit_code"]) == ("interrupted", 143)
-    assert [entry["status"] for entry in record["steps"]] == ["interrupted", *["not reached"] * 9]
+    assert [entry["status"] for entry in record["steps"]] == ["interrupted", *["not reached"] * 8, "done"]
+
+
+def test_a_signal_that_no_step_met_is_in_the_figures_of_the_night(pile, steps):
+    """It came while a step ran that looked away, and let it end."""
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    steps.acts["keep"] = lambda night: setattr(night.stop, "signal_number", signal.SIGTERM) or {}
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("interrupted", 143)
+    seen = steps.nights["metrics"].record
+    assert (seen["status"], seen["exit_code"]) == ("interrupted", 143)
+    assert {entry["step"]: entry["status"] for entry in record["steps"][-3:]} == {
+        "report": "not reached", "run": "interrupted", "metrics": "done",
+    }  # fmt: skip
+
+
+def test_drift_that_fails_the_night_leaves_what_it_found(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    error = FeaturepipeError("the images have drifted")
+    error.result = {"columns": [{"column": "c3:gap", "adjusted": 1e-9}]}
+    steps.acts["drift"] = raising(error)
+    record = pile.run()
+    (entry,) = (entry for entry in record["steps"] if entry["step"] == "drift")
+    assert (entry["status"], entry["result"]) == ("failed", error.result)
+    assert steps.nights["metrics"].record["steps"][4] == entry
+
+
+def test_the_record_says_what_the_store_takes(pile, steps):
+    pile.fill(2)
+    pile.job(ALL_STEPS)
+    record = pile.run()
+    seen = steps.nights["metrics"].record
+    assert record["store_bytes"] == seen["store_bytes"]
+    assert record["free_bytes"] == seen["free_bytes"] > 1_000_000
+    parts = sum(path.stat().st_size for path in pile.store.path.glob("spaces/*/parts/*.h5"))
+    assert parts < record["store_bytes"] < parts + 100_000
+
+
+def test_a_store_too_slow_to_measure_does_not_hold_up_the_end(pile, monkeypatch):
+    from featurepipe.jobs import disk
+
+    monkeypatch.setattr(disk, "PATIENCE", 0.2)
+    monkeypatch.setattr(disk, "bytes_in", lambda folder: time.sleep(30))
+    pile.fill(2)
+    started = time.monotonic()
+    record = pile.run()
+    assert time.monotonic() - started < 20
+    assert (record["status"], record["store_bytes"], record["free_bytes"]) == ("done", None, None)
+
+
+def test_a_night_on_a_file_system_without_locks(pile, steps, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr(run_module, "job_lock", partial(job_lock, flock=none))
+    steps.acts["compact"] = partial(real_steps.compact, table=None)
+    steps.acts["keep"] = partial(real_steps.keep, table=KeepTable())
+    pile.fill(3)
+    pile.job("[compact]\n[keep]")
+    with pytest.warns(UserWarning, match="has no locks"):
+        record = pile.run()
+    assert (record["status"], record["exit_code"], record["counts"]["computed"]) == ("done", 0, 3)
+    assert {entry["status"] for entry in record["steps"][2:]} == {"skipped"}
+    assert all("has no locks (flock)" in text for text in record["warnings"])
+    assert len(record["warnings"]) == 2
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_is_recorded(pile, monkeypatch):
@@ -537,20 +610,28 @@ def test_json_log(pile, steps, capsys):
         ("list", "done", "info"), ("extract lenet5", "done", "info"), ("drift", "done", "info"),
         ("compact", "failed", "error"),
     ]  # fmt: skip
+    listed, extracted, *_, failed = (line for line in lines if line["event"] == "step ended")
+    assert (listed["listed"], extracted["counts"]["computed"], failed["error_type"]) == (2, 2, "OSError")
     assert [line["text"] for line in lines if line["level"] == "warning"] == ["perhaps drifted"]
-    assert {name: lines[-1][name] for name in ("event", "status", "exit_code")} == {
-        "event": "run ended", "status": "failed", "exit_code": 1,
+    last = ("status", "exit_code", "counts", "changes", "seconds", "images_per_second", "store_bytes", "free_bytes")
+    assert {name: lines[-1][name] for name in ("event", *last)} == {
+        "event": "run ended", **{name: record[name] for name in last},
     }  # fmt: skip
 
 
 def test_text_log(pile, steps, capsys):
-    """What fails is said when it happens; what is done, the summary says."""
+    """What becomes of a step is said when it ends; how the run ended, the summary says."""
     pile.fill(2)
     pile.job("[drift]\n[compact]")
     steps.acts["drift"] = lambda night: {"warnings": ["perhaps drifted"]}
     steps.acts["compact"] = raising(OSError("no disk"))
     pile.run(silent=False)
-    assert capsys.readouterr().err.splitlines()[-2:] == ["warning: perhaps drifted", "error: compact: no disk"]
+    assert capsys.readouterr().err.splitlines()[-4:] == [
+        "extract lenet5: done: 2 computed, 0 known, 0 rejected",
+        "drift: done",
+        "warning: perhaps drifted",
+        "error: compact: failed: no disk",
+    ]
     pile.run(silent=True)
     assert capsys.readouterr().err == ""
 

@@ -354,7 +354,7 @@ def test_compact_merges_once_and_waits_for_nobody(nights, rows, zoo):
     night = nights.begin(rows)
     with night.store.lock(shared=True):
         busy = steps.compact(night, CompactTable())
-    assert busy["skipped"] == "another process works on the store: parts are merged the next night"
+    assert busy["skipped"] == "the store was not to be had alone: parts are merged the next night"
     assert "cannot rewrite parts" in busy["warnings"][0]
     done = steps.compact(night, CompactTable())
     assert done["text"] == "2 parts into 1, 10 copies of rows dropped"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from featurepipe.jobs.job import MetricsTable, ReportTable
 from featurepipe.jobs.night import Night
+from featurepipe.jobs.steps.stopping import within_time
+
+PATIENCE = 5.0
+"""Seconds that figures may take; a night that was stopped writes them, too."""
 
 
 def report(night: Night, table: ReportTable) -> dict[str, Any]:
@@ -21,5 +26,8 @@ def metrics(night: Night, table: MetricsTable) -> dict[str, Any]:
     """Writes the figures of tonight as it stands, whatever became of it."""
     from featurepipe.jobs.prometheus import write_metrics
 
-    path = write_metrics(table.prometheus, night.record, night.store)
-    return {"file": str(path), "text": path.name}
+    def work() -> dict[str, Any]:
+        path = write_metrics(table.prometheus, night.record, night.store)
+        return {"file": str(path), "text": path.name}
+
+    return within_time(time.monotonic() + PATIENCE, work, "the figures stay those of an earlier night")

@@ -9,7 +9,7 @@ from typing import Any
 from featurepipe.errors import StoreLocked
 from featurepipe.jobs.job import CompactTable, KeepTable
 from featurepipe.jobs.night import Night
-from featurepipe.jobs.steps.history import SUCCESS
+from featurepipe.jobs.steps.history import is_success
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.store.compact import compact_store
 from featurepipe.store.gc import gc_store, remove_runs
@@ -72,7 +72,7 @@ def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -
     own = [run for run in runs if run.get("job") == night.job.name and run["run_id"] != night.run_id]
     kept = own[len(own) - keep + 1 :] if len(own) >= keep else own
     oldest = min([night.run_id, *(run["run_id"] for run in night.extracted), *(i for run in kept for i in _ids(run))])
-    last_success = next((run["run_id"] for run in reversed(own) if run.get("exit_code") in SUCCESS), None)
+    last_success = next((run["run_id"] for run in reversed(own) if is_success(run)), None)
     others = {run_id for run in runs if run.get("job") != night.job.name for run_id in _ids(run)}
     return [
         record["run_id"]
@@ -99,4 +99,4 @@ def _alone(night: Night, work: Callable[[], dict[str, Any]], otherwise: str) -> 
     try:
         return within_time(night.stop.deadline, work, otherwise)
     except StoreLocked as error:
-        return {"skipped": f"another process works on the store: {otherwise}", "warnings": [str(error)]}
+        return {"skipped": f"the store was not to be had alone: {otherwise}", "warnings": [str(error)]}
