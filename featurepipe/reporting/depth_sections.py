@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from featurepipe.layer_depth.timing import is_undisturbed
 from featurepipe.reporting.blocks import Block, Figures, Prose, Section
 from featurepipe.reporting.common_sections import errors, worst
 from featurepipe.reporting.cost_curves import cost_curves
@@ -64,7 +65,7 @@ def _answer(document: Document) -> list[Block]:
     figures = (
         ("Accuracy", percent(best.get("accuracy")), interval(best.get("low"), best.get("high"))),
         ("Operations saved", percent(best.get("saved"), 0), "by stopping the network there"),
-        ("Time", f"{milliseconds(best.get('ms_per_image'))} ms", "per image"),
+        ("Time", f"{milliseconds(best.get('ms_per_image'))} ms", f"per image{_where_timed(document.get('timing'))}"),
         ("Width", count(best.get("width")), f"values, {amount(best.get('bytes_per_image'))} per image"),
     )
     return [
@@ -73,6 +74,15 @@ def _answer(document: Document) -> list[Block]:
         Prose(tuple(filter(None, (_ties(best), _elsewhere(best.get("elsewhere")))))),
         Prose(tuple(filter(None, (rule, _asked(document))))),
     ]
+
+
+def _where_timed(timing: Document | None) -> str:
+    if not timing:
+        return ""
+    busy = (
+        "" if is_undisturbed(timing) else f", while {percent(timing['waited'], 0)} of the time was waiting for a core"
+    )
+    return f" on {timing['device']}, {timing['precision']}{busy}"
 
 
 def _ties(best: Document) -> str:
@@ -85,11 +95,11 @@ def _elsewhere(there: Document | None) -> str:
     if not there:
         return ""
     same = there.get("of_equal_id")
-    paired = f" {count(same)} of its images have the id of one that most folds train on." if same else ""
+    unseen = f", {count(same)} of them only by those that have not seen the image of equal id" if same else ""
     return (
-        f"On {there['dataset']}, {count(there.get('images'))} images tested with every fold's head: "
-        f"{percent(there.get('accuracy'))}"
-        f"{_in_brackets(there)}; the best node there is {there['best']} with {percent(there.get('best_accuracy'))}.{paired}"
+        f"On {there['dataset']} it has {percent(there.get('accuracy'))} right{_in_brackets(there)}; the best node there is "
+        f"{there['best']} with {percent(there.get('best_accuracy'))}. "
+        f"{count(there.get('images'))} images were tested, each by every fold's head{unseen}."
     )
 
 

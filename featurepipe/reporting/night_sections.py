@@ -193,12 +193,19 @@ def _times(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
         yield strip_exhibit("Whole nights", "How long nights took, and how fast they computed.", nights, known, paint)
     kinds = dict.fromkeys(kind for night in nights for kind in (night.get("seconds") or {}).get("steps") or {})
     steps = figures(nights, "seconds.steps", {kind: kind for kind in kinds}, seconds)
-    if steps:
-        yield strip_exhibit("Time of each step", "Where the nights' time went.", nights, steps, paint)
+    yield from _parts("Time of each step", "Where the nights' time went.", nights, steps, paint)
     stages = figures(nights, "seconds.stages", _STAGES, seconds)
-    if stages:
-        words = "What extraction spent its time on: reading and decoding are summed over threads."
-        yield strip_exhibit("Stages of extraction", words, nights, stages, paint)
+    words = "What extraction spent its time on: reading and decoding are summed over threads."
+    yield from _parts("Stages of extraction", words, nights, stages, paint)
+
+
+def _parts(title: str, words: str, nights: Sequence[Night], found: Sequence[Figure], paint: Paint) -> Iterator[Block]:
+    """Strips of what took a second on some night; the rest is named."""
+    long = [figure for figure in found if max(figure.known) >= 1.0]
+    short = [figure.name for figure in found if figure not in long]
+    if long:
+        note = f"Never as long as a second: {', '.join(short)}." if short else ""
+        yield strip_exhibit(title, words, nights, long, paint, note)
 
 
 def _rejects(nights: Sequence[Night]) -> Iterator[Block]:

@@ -115,9 +115,11 @@ def name_nights(plot: Any, nights: Sequence[Night], most: int = _TICKS) -> None:
     """Writes the dates of some nights under a plot: the first, the last, and some between."""
     last = len(nights) - 1
     places = sorted({round(k * last / max(most - 1, 1)) for k in range(most)})
+    names = [night_name(night) for night in nights]
+    part = slice(5, 10) if names[0][:10] != names[-1][:10] else slice(11, 16)  # the day, or the time of day
     plot.x_range = Range1d(start=-0.7, end=last + 0.7)
     plot.xaxis[0].ticker = FixedTicker(ticks=places)
-    plot.xaxis[0].major_label_overrides = {k: PlainText(text=night_name(nights[k])[5:10]) for k in places}
+    plot.xaxis[0].major_label_overrides = {k: PlainText(text=names[k][part]) for k in places}
     plot.xgrid[0].visible = False
 
 

@@ -256,6 +256,20 @@ def test_one_tall_bar_does_not_flatten_the_others(html):
     )  # 127 and a little
 
 
+def test_steps_that_take_no_time_are_named_and_runs_of_one_day_have_a_time(recorded, night_records, tmp_path, parsed):
+    records = [record for record in night_records(3) if record["command"] == "run"]
+    for hour, record in enumerate(records):
+        record |= {"started": f"2026-11-02T0{hour}:30:00+00:00"}
+        record["steps"][0]["seconds"] = 0.2
+    html = nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8")
+    labels = [a["aria-label"].split(":")[0] for a in parsed(html).all("div") if a.get("class") == "plot"]
+    assert "list" not in labels
+    assert "predict" in labels
+    assert "Never as long as a second: list." in html
+    assert '"text":"00:30"' in html
+    assert '"text":"02:30"' in html
+
+
 def test_names_from_records_are_escaped_and_fetch_nothing(recorded, night_records, tmp_path, parsed):
     hostile = "<img src=x onerror=alert(1)>$$x$$"
     records = night_records(4)

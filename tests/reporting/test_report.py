@@ -13,6 +13,7 @@ import featurepipe.reporting.report as report_module
 from featurepipe.errors import UsageError
 from featurepipe.reporting.report import Features, write_report
 
+COLUMN = "blocks.14:avg5x5"
 HEADS = ["logistic", "xgboost", "knn"]  # of the document
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -93,8 +94,20 @@ def test_the_other_source_has_its_table_and_where_known_its_errors(document, pla
         mistake |= {"id": f"other/{mistake['id']}", "true": "Bag", "predicted": "Coat"}
     metrics["accuracy"]["value"] = 0.5678
     document["details_shifted"] = {"metrics": metrics}
+    document["recommended"]["elsewhere"] = {
+        "dataset": "emoji-outlined", "images": 360, "of_equal_id": 69, "accuracy": 0.72, "low": 0.7, "high": 0.74,
+        "best": COLUMN, "best_accuracy": 0.73,
+    }  # fmt: skip
+    document["timing"] = {"device": "cpu", "precision": "fp32", "waited": 0.41}
     html = page_of(document, tmp_path, elsewhere=lambda id_: asked.append(id_) or read_image(id_))
     page = parsed(html)
+    told = (
+        "On emoji-outlined it has 72.0\u00a0% right (95\u00a0% interval 70.0 to 74.0\u00a0%); the best node there is "
+        f"{COLUMN} with 73.0\u00a0%. 360 images were tested, each by every fold's head, 69 of them only by those that have "
+        "not seen the image of equal id."
+    )
+    assert page.texts["p"].count(told) == 2  # in the answer, and where the other source is
+    assert "per image on cpu, fp32, while 41\u00a0% of the time was waiting for a core" in html
     assert page.texts["caption"].count("Each class") == page.texts["h3"].count("Confusion matrix") == 2
     assert "56.8\u00a0%" in html
     assert asked == [f"other/test/{17 * k}" for k in range(20)]  # its own pictures, not those of equal ids here
