@@ -1,8 +1,10 @@
 """The public names, and what importing them costs."""
 
+import ast
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +113,16 @@ def test_help_answers_in_half_a_second():
         best = min(best, time.perf_counter() - start)
         assert done.stdout.startswith("usage: featurepipe ")
     assert best < 0.5
+
+
+def test_no_module_imports_a_private_name_of_another():
+    root = Path(featurepipe.__file__).parent
+    found = [
+        f"{path.relative_to(root)}: {alias.name}"
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("featurepipe")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert found == []

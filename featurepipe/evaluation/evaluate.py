@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from featurepipe.errors import BundleError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.metrics import score_table
+from featurepipe.prediction.bundle_features import features_for
 from featurepipe.progress import announcer
-from featurepipe.store import FeatureStore, Space, differences
-
-if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
+from featurepipe.store import FeatureStore
 
 
 def evaluate(
@@ -61,7 +57,7 @@ def evaluate(
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
-    features = _features(model, source, name)
+    features = features_for(model, source, name)
     if labels is not None:
         features = features.with_labels(labels)
     chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
@@ -84,47 +80,6 @@ def evaluate(
         },
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _features(bundle: Bundle, store: FeatureStore, dataset: str) -> FeatureSet:
-    """Opens the bundle's columns of a dataset, in the bundle's space and no other."""
-    spaces = store.spaces()
-    if dataset in store.datasets() and bundle.fingerprint not in {space.fingerprint for space in spaces}:
-        raise BundleError(_no_such_space(bundle, store, spaces, dataset))
-    features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint)
-    bundle.check(features)
-    return features
-
-
-def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> str:
-    name = bundle.backbone["name"]
-    lines = [
-        f"the bundle is for features of the space {name}-{bundle.fingerprint[:12]}, and {store.path} has none of that space; "
-        "scores on others would mean nothing. It has:"
-    ]
-    lines += [f"  {space.name}, which differs in {_differing(bundle, space)}" for space in spaces] or [
-        "  no space at all"
-    ]
-    return "\n".join([*lines, f"compute them with: {_command(bundle, store, dataset)}"])
-
-
-def _differing(bundle: Bundle, space: Space) -> str:
-    names = differences(bundle.space, space.fields)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more fields" if len(names) > 4 else "")
-
-
-def _command(bundle: Bundle, store: FeatureStore, dataset: str) -> str:
-    """The ``featurepipe extract`` that computes what the bundle needs; only SOURCE is left to the user."""
-    about = bundle.backbone
-    words = ["featurepipe", "extract", "SOURCE", "--store", str(store.path), "--dataset", dataset]
-    words += ["--backbone", about["name"]]
-    words += ["--weights", "FILE" if about["weights"] == "file" else about["weights"]]
-    words += ["--seed", str(about["seed"])] if about["weights"] == "none" else []
-    for option in ("precision", "dtype", "decode"):
-        words += [f"--{option}", str(bundle.space[option])] if option in bundle.space else []
-    for column in bundle.columns:
-        words += ["--node", column]
-    return shlex.join(words)
 
 
 def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, Any]:

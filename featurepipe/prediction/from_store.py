@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import BundleError, UsageError
-from featurepipe.evaluation.evaluate import _no_such_space
+from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
+from featurepipe.prediction.bundle_features import features_for
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
 from featurepipe.progress import show
 from featurepipe.store import FeatureStore
@@ -99,22 +99,6 @@ def predict_features(
         "seconds": round(seconds, 3),
         "images_per_second": round(predicted / seconds, 1),
     }
-
-
-def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: str | None = None) -> FeatureSet:
-    """Opens the bundle's columns of a dataset, in the bundle's feature space and no other.
-
-    Raises:
-        BundleError: the store has no features of that space; says which it has and how to compute them.
-        StoreError: features of some images are missing.
-        UsageError: the dataset or snapshot is unknown.
-    """
-    spaces = store.spaces()
-    if dataset in store.datasets() and bundle.fingerprint not in {space.fingerprint for space in spaces}:
-        raise BundleError(_no_such_space(bundle, store, spaces, dataset))
-    features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint, snapshot=snapshot)
-    bundle.check(features)
-    return features
 
 
 class _Images:
