@@ -40,7 +40,7 @@ def train(
     memory: int | str | None = None,
     jobs: int = 1,
     seed: int = 0,
-    weights: str | PathLike[str] | None = None,
+    weights: str | PathLike[str] | Mapping[str, str] | None = None,
     if_changed: bool = False,
     dry_run: bool = False,
     silent: bool = False,
@@ -70,7 +70,8 @@ def train(
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
         jobs: fits at once during a search.
         seed: of draws and of the estimators.
-        weights: the backbone's weights file, where it has one of your own; it is copied into the bundle.
+        weights: the backbone's weights file, where it has one of your own; it is copied into the bundle. Where it is not
+            known yet which feature space that is, a mapping from fingerprints of spaces to files.
         if_changed: train only if the bundle at ``out`` was made from other images, labels, columns or settings, or is missing.
         dry_run: say what would be done and what it would take; write nothing.
         silent: say nothing on the way.
@@ -113,7 +114,9 @@ def train(
     task = timed(task, recipe, calibration=calibration, tune=tune, say=say)
     if dry_run:
         return {**task.as_dict(), **asked}
-    with weights_copy(source.space(task.features.space_fingerprint), weights) as own_weights:
+    space = source.space(task.features.space_fingerprint)
+    file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
+    with weights_copy(space, file) as own_weights:
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated = calibrate(task, chosen, say) if calibration else None

@@ -126,6 +126,38 @@ def test_a_failed_night_has_figures_too_and_the_next_one_makes_up_for_it(classed
     assert success(pile) >= ended
 
 
+def test_a_bundle_takes_the_weights_of_its_own_network_along(classed):
+    """Two networks with weights of the user's own: each head comes with those that its features are from."""
+    import torch
+
+    from featurepipe.backbones import load_backbone
+
+    pile = classed
+    for name, seed in (("one.pt", 1), ("two.pt", 2)):
+        torch.save(load_backbone("lenet5", "none", seed=seed).module.state_dict(), pile.folder / name)
+    second = '[[features]]\nbackbone = "lenet5"\nweights = "two.pt"\nnodes = ["f6"]\nprecision = "fp32"\n'
+    heads = "".join(
+        f'[[train]]\nout = "{out}"\nnodes = ["{node}"]\nbackbone = "BACKBONE"\n'
+        for out, node in (("a", "c3"), ("b", "f6"))
+    )
+    pile.job(second)
+    pile.file.write_text(pile.file.read_text().replace('weights = "none"', 'weights = "one.pt"'))
+    extractions = [entry["result"]["space"] for entry in pile.run()["steps"][1:]]
+    text = pile.file.read_text() + heads
+    for space in extractions:
+        text = text.replace("BACKBONE", space, 1)
+    pile.file.write_text(text)
+    record = pile.run()
+    assert record["exit_code"] == 0, record["steps"]
+    for name in ("one.pt", "two.pt"):
+        (pile.folder / name).unlink()
+    for out, seed in (("a", 1), ("b", 2)):
+        bundle = read_bundle(pile.folder / out)
+        assert bundle.space["weights_sha256"] == load_backbone("lenet5", "none", seed=seed).weights_sha256
+        found = predict(bundle, pile.root, workers=1, silent=True)
+        assert found["counts"]["predicted"] == 48
+
+
 @pytest.mark.slow
 def test_layers_are_compared_and_shown_once(classed):
     pile = classed

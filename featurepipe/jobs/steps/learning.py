@@ -38,12 +38,22 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             memory=table.memory,
             jobs=table.jobs,
             seed=table.seed,
+            weights=_own_weights(night),
             if_changed=table.when == "labels changed",
             silent=night.silent,
         )
 
     found = within_time(night.stop.deadline, work, "the older bundle stays, and the next night trains")
     return found if "skipped" in found else _told(found)
+
+
+def _own_weights(night: Night) -> dict[str, str]:
+    """The weights files of the user's own, by feature space: bundles take them along, as they must predict elsewhere."""
+    return {
+        run["fingerprint"]: features.weights
+        for run, features in zip(night.extracted, night.job.features, strict=False)
+        if str(run["backbone"].get("weights", "")).startswith("file:")
+    }
 
 
 def _components(pca: float | None) -> float | None:
