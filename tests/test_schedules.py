@@ -80,7 +80,7 @@ def test_the_container_passes_sigterm_on_and_waits(tmp_path: Path) -> None:
     night, committed = tmp_path / "night.sh", tmp_path / "committed"
     night.write_text(
         f"trap '/bin/sleep 0.3; : > {committed}; exit 143' TERM\n: > {tmp_path}/begun\n"
-        "while :; do /bin/sleep 0.05; done\n"
+        "for i in $(/usr/bin/seq 400); do /bin/sleep 0.05; done\n"
     )
     shell = subprocess.Popen(["sh", "-c", container_script()], env={"NIGHT": f"/bin/sh {night}"})
     while not (tmp_path / "begun").exists():

@@ -17,6 +17,7 @@ from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_route, time_of
 from featurepipe.training.fit import Recipe, fit
+from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
 from featurepipe.training.splits import Division, Fold, class_counts, divide, folds_of
 from featurepipe.training.tuning import MOST_ROWS, grid_size
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
 
 FOLDS = 5
-RECOMMENDED = "recommended"
-"""Instead of a node: the column that the last comparison of layers (``featurepipe depth``) recommends."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,9 @@ def settle(
     """
     _check(recipe)
     dataset = dataset or store.only_dataset()
-    if nodes in (RECOMMENDED, [RECOMMENDED], (RECOMMENDED,)):
-        nodes, backbone = _recommended(store, dataset, backbone, say)
+    comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
+    if comparison is not None:
+        nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     if labels is not None:
         found = found.with_labels(labels)
@@ -122,6 +122,8 @@ def settle(
     every = features.codes(features.classes)
     division = divide(features, every, split=split, seed=recipe.seed, validate=calibration or tune)
     classes = _learnable(features, division, min_class_size)
+    if comparison is not None:
+        check_same_task(comparison, classes, labels, say)
     task = Task(
         features=features,
         classes=classes,
@@ -143,33 +145,6 @@ def timed(task: Task, recipe: Recipe, *, calibration: bool, tune: bool, say: Cal
     task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
     say(task.cost.text)
     return task
-
-
-def _recommended(
-    store: FeatureStore, dataset: str, backbone: str | None, say: Callable[[str], None]
-) -> tuple[str, str]:
-    """The recommended column and the fingerprint of its space.
-
-    Raises:
-        UsageError: the dataset's layers have not been compared.
-    """
-    documents = store.depth_documents(dataset)
-    if backbone is not None:
-        spaces = {store.space(backbone, dataset=dataset).fingerprint}
-        documents = [document for document in documents if document["space"]["fingerprint"] in spaces]
-    if not documents:
-        of = f" of {backbone}" if backbone else ""
-        raise UsageError(
-            f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth SOURCE "
-            f"--store {store.path} --dataset {dataset}, or name a column with --node"
-        )
-    document = documents[-1]
-    found, own = document["recommended"], f" with the labels of {document['labels']}" if document.get("labels") else ""
-    say(
-        f"recommended on {document['provenance']['when'][:10]}{own}: {found['column']} (there {found['accuracy']:.4f}: "
-        f"{found['head']}, its parameters chosen in each fold)"
-    )
-    return str(found["column"]), str(document["space"]["fingerprint"])
 
 
 def _check(recipe: Recipe) -> None:

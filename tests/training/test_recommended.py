@@ -17,10 +17,10 @@ from featurepipe.training.train import train
 OTHER = {"dtype": "float32", "net": "other", "precision": "fp32"}
 
 
-def recommend(store, dataset, column, fingerprint, accuracy=0.9):
+def recommend(store, dataset, column, fingerprint, accuracy=0.9, classes=("cat", "dog", "emu"), labels=None):
     store.write_depth({
         "kind": "depth", "version": 1, "dataset": dataset, "space": {"name": "-", "fingerprint": fingerprint},
-        "recommended": {"column": column, "accuracy": accuracy, "head": "knn"},
+        "recommended": {"column": column, "accuracy": accuracy, "head": "knn"}, "classes": list(classes), "labels": labels,
         "provenance": {"when": "2026-11-22T09:00:00+00:00"},
     })  # fmt: skip
 
@@ -75,6 +75,50 @@ def test_without_a_comparison_the_message_says_how_to_make_one(split_zoo, tmp_pa
     assert not (tmp_path / "bundle").exists()
 
 
+def told(store, capsys, tmp_path, **options):
+    train(store, nodes="recommended", out=tmp_path / "bundle", dry_run=True, **options)
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("the recommendation ")]
+
+
+def test_a_comparison_of_some_other_classes_is_told(split_zoo, tmp_path, capsys):
+    space = split_zoo.features().space_fingerprint
+    recommend(split_zoo.store, "zoo", "a:gap", space)
+    assert told(split_zoo.store, capsys, tmp_path) == []
+    recommend(split_zoo.store, "zoo", "a:gap", space, classes=["cat", "dog", "fox", "gnu", "hen", "ibis"])
+    assert told(split_zoo.store, capsys, tmp_path) == [
+        "the recommendation is of other classes: 'emu' were not there then, 'fox', 'gnu', 'hen' and 1 more are not here now; if "
+        "that matters, compare again with featurepipe depth, or name a column with --node"
+    ]
+
+
+def test_a_comparison_of_none_of_the_classes_is_refused(split_zoo, tmp_path):
+    space = split_zoo.features().space_fingerprint
+    recommend(split_zoo.store, "zoo", "a:gap", space, classes=["large", "small"], labels="sizes.csv")
+    with pytest.raises(
+        UsageError,
+        match=r"compared on other classes with the labels of sizes.csv: 'large', 'small'; to train are 'cat', 'dog', 'emu'",
+    ):
+        train(split_zoo.store, nodes="recommended", out=tmp_path / "bundle", silent=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_comparison_with_other_labels_is_told(split_zoo, tmp_path, capsys):
+    features = split_zoo.features()
+    own = tmp_path / "own.csv"
+    own.write_text(
+        "id,label\n" + "".join(f"{i},{label}\n" for i, label in zip(features.ids, features.labels, strict=True))
+    )
+    recommend(split_zoo.store, "zoo", "a:gap", features.space_fingerprint, labels="own.csv")
+    assert told(split_zoo.store, capsys, tmp_path, labels=own) == []
+    assert told(split_zoo.store, capsys, tmp_path) == [
+        "the recommendation was made with the labels of own.csv, not of the dataset; if these are others, compare again with "
+        "featurepipe depth, or name a column with --node"
+    ]
+    recommend(split_zoo.store, "zoo", "a:gap", features.space_fingerprint)
+    (line,) = told(split_zoo.store, capsys, tmp_path, labels=str(own))
+    assert "with the labels of the dataset, not of own.csv" in line
+
+
 def test_predicting_stops_the_network_at_the_recommended_node(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for kind in ("dark", "light"):
@@ -87,7 +131,7 @@ def test_predicting_stops_the_network_at_the_recommended_node(tmp_path, monkeypa
         tmp_path / "album", store, backbone="lenet5", weights="none", nodes=["s2:avg2x2", "bottleneck"], precision="fp32",
         silent=True,
     )  # fmt: skip
-    recommend(store, "album", "s2:avg2x2", store.spaces()[0].fingerprint)
+    recommend(store, "album", "s2:avg2x2", store.spaces()[0].fingerprint, classes=["dark", "light"])
     train(store, nodes="recommended", out=tmp_path / "bundle", silent=True)
     assert read_bundle(tmp_path / "bundle").columns == ("s2:avg2x2",)
 
