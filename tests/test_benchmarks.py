@@ -20,6 +20,7 @@ ARGUMENTS = {"bench_extract": SMALL, "layer_depth": [*SMALL, "--weights", "none"
     [
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
+        ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
         ("layer_depth", {"columns", "results", "script"}),
@@ -43,3 +44,7 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
         assert result["script"]["passes"] == len(result["columns"]) == 5
     else:
         assert all(isinstance(result[figure], int | float) for figure in figures)
+    if name == "bench_nightly":
+        assert result["daily_s"].keys() == {"one_night", "many_nights"}
+        # two run records: the snapshot is another name of the last one, which takes 32 bytes an image
+        assert 0 < result["bytes_added_a_night"] < 32 * result["files"]
