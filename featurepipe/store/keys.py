@@ -39,9 +39,11 @@ def keys_to_arrow(keys: Keys) -> pa.Array:
 
 
 def keys_from_arrow(column: pa.ChunkedArray) -> Keys:
-    """Returns a column of 32-byte values, none of them null, as (n, 32) uint8."""
-    chunks = [np.empty((0, KEY_BYTES), np.uint8)]
+    """Returns a column of 32-byte values, none of them null, as (n, 32) uint8 to read only; no copy if it is in one piece."""
+    chunks = []
     for chunk in column.chunks:
         values = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)
         chunks.append(values[chunk.offset * KEY_BYTES : (chunk.offset + len(chunk)) * KEY_BYTES].reshape(-1, KEY_BYTES))
-    return np.concatenate(chunks)
+    if len(chunks) == 1:
+        return chunks[0]
+    return np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *chunks])
