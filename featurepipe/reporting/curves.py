@@ -162,10 +162,9 @@ def _summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> 
         if own:
             ordered = [name for name in columns if name in own]
             top = max(ordered, key=lambda name: own[name])
-            words.append(
-                f"{head}: {percent(own[ordered[0]])} at {ordered[0]}, at most {percent(own[top])} at {top}, "
-                f"{percent(own[ordered[-1]])} at {ordered[-1]}."
-            )
+            places = dict.fromkeys([ordered[0], top, ordered[-1]])  # the best may be the first or the last
+            course = (f"{'at most ' if name == top else ''}{percent(own[name])} at {name}" for name in places)
+            words.append(f"{head}: {', '.join(course)}.")
     for about, rows in (
         ("With random weights", [row for row in results if row["network"] == "random"]),
         (
