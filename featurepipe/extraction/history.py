@@ -18,11 +18,13 @@ class History:
 
     Attributes:
         snapshot: the current snapshot without its reasons, or None.
+        run_id: of that snapshot, or None.
         places: locations of the sources that the dataset was taken from since (and for) that snapshot, the latest first.
         fingerprints: of the feature spaces that its runs used, the latest first.
     """
 
     snapshot: pa.Table | None = None
+    run_id: str | None = None
     places: Sequence[str] = ()
     fingerprints: Sequence[str] = ()
 
@@ -36,6 +38,7 @@ class History:
         runs = [run for run in reversed(store.runs()) if run.get("dataset") == dataset and "fingerprint" in run]
         return cls(
             snapshot=None if snapshot is None else snapshot.drop_columns(["reason"]),
+            run_id=last,
             places=[run["source"] for run in runs if "source" in run and run["run_id"] >= (last or "")],
             fingerprints=list(dict.fromkeys(run["fingerprint"] for run in runs)),
         )

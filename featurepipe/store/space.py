@@ -139,7 +139,9 @@ class Space:
         """Builds the index of keys that have all ``columns`` (None: any). Damaged parts are left out."""
         return KeyIndex(columns or (), self.parts(), self._headers.mark_damaged)
 
-    def known_files(self, *, dataset: str | None = None, ids: pa.ChunkedArray | None = None) -> pa.Table:
+    def known_files(
+        self, *, dataset: str | None = None, ids: pa.ChunkedArray | None = None, since: str | None = None
+    ) -> pa.Table:
         """Lists the files whose key is known from parts and rejects, so that they need not be read again.
 
         Rejects that could not be read at all have no key and are not listed.
@@ -148,11 +150,16 @@ class Space:
             dataset: Only files of this dataset. Ids are unique within a dataset only, so give it wherever
                 another dataset could have an image of the same id, size and time.
             ids: Only files with one of these ids; then memory grows with them, and not with the store.
+            since: A run id; look only into parts that later runs have written. Rejects are listed whatever run found them.
 
         Returns:
             ``id, size, mtime_ns, key``, one row per (id, size, mtime_ns), the last committed.
         """
-        parts = [part for part in self.parts() if dataset is None or part.dataset == dataset]
+        parts = [
+            part
+            for part in self.parts()
+            if (dataset is None or part.dataset == dataset) and (since is None or part.run_id > since)
+        ]
         return known_files(parts, self.rejects(dataset=dataset), ids, self._headers.mark_damaged)
 
     def rejects(self, *, dataset: str | None = None) -> pa.Table:

@@ -41,6 +41,60 @@ def test_ten_new_images_cost_ten(filled, run):
     assert run.counts(filled.root) == (0, 22, *NOTHING)
 
 
+@pytest.fixture
+def looked(monkeypatch):
+    """Numbers of rows of the parts whose files were looked through."""
+    from featurepipe.store import known_files
+
+    found, read = [], known_files.read_array
+
+    def watched(part, name):
+        if name == "id":
+            found.append(part.rows)
+        return read(part, name)
+
+    monkeypatch.setattr(known_files, "read_array", watched)
+    return found
+
+
+def test_a_few_new_images_are_not_looked_for_in_every_part(filled, run, looked, monkeypatch):
+    monkeypatch.setattr("featurepipe.extraction.prepare.ROWS_PER_READ", 5)
+    filled.fill(2, first=100)
+    assert run.counts(filled.root) == (2, 12, 2, 2, 2)
+    assert looked == []
+    filled.fill(3, first=200)
+    assert run.counts(filled.root) == (3, 14, 3, 3, 3)
+    assert looked == [12, 2]
+
+
+def test_a_file_that_is_back_is_read_and_many_are_known(filled, run, looked, monkeypatch):
+    monkeypatch.setattr("featurepipe.extraction.prepare.ROWS_PER_READ", 5)
+    names = [filled.root / f"{number:03d}.png" for number in range(4)]
+    run.counts(filled.root)
+    for path in names:
+        path.rename(filled.root.parent / path.name)
+    assert run.counts(filled.root) == (0, 8, *NOTHING)
+    names[0].hardlink_to(filled.root.parent / names[0].name)
+    assert run.counts(filled.root) == (0, 9, 1, 0, 0)
+    assert looked == []
+    for path in names[1:]:
+        path.hardlink_to(filled.root.parent / path.name)
+    assert run.counts(filled.root) == (0, 12, *NOTHING)
+    assert looked == [12]
+
+
+def test_what_a_killed_run_left_is_found_though_it_is_little(filled, run, looked, monkeypatch):
+    monkeypatch.setattr("featurepipe.extraction.prepare.ROWS_PER_READ", 1)
+    filled.fill(3, first=100)
+    assert run.counts(filled.root)[0] == 3
+    last = run.store.snapshot_ids("album")[-1]
+    for path in (f"snapshots/album/{last}.parquet", f"runs/{last}.json"):
+        (run.store.path / path).unlink()
+    looked.clear()
+    assert run.counts(filled.root) == (0, 15, *NOTHING)
+    assert looked == [3]
+
+
 def test_touching_computes_nothing_and_is_remembered(filled, run):
     for name in ("003.png", "007.png"):
         touch(filled.root / name)

@@ -273,6 +273,15 @@ def test_known_files_of_some_ids_are_those_of_all(store, space, rows, monkeypatc
     assert len(space.known_files(dataset="d", ids=pa.chunked_array([[]], pa.string()))) == 0
 
 
+def test_known_files_since_a_run_are_of_later_parts_and_all_rejects(store, space, rows):
+    first, second, third = (rows.write(store, space, [name], dataset="d") for name in "abc")
+    space.add_rejects(
+        [{"key": b"k" * 32, "id": "r", "size": 1, "mtime_ns": 1, "reason": "r: x", "run_id": first}], dataset="d"
+    )
+    for run_id, expected in ((None, "abcr"), (first, "bcr"), (second, "cr"), (third, "r")):
+        assert "".join(space.known_files(dataset="d", since=run_id)["id"].to_pylist()) == expected
+
+
 def test_known_files_skip_a_damaged_part(store, space, rows, flip_bit):
     rows.write(store, space, ["a"])
     rows.write(store, space, ["b"])
