@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -105,8 +106,19 @@ def _fit(head: BaseEstimator, features: FeatureSet, task: Task) -> None:
     if task.cost.solver == "blocks":
         head.fit(features, features.labels)
     else:
-        with threads_for(features.shape):
+        with threads_for(features.shape), constant_columns():
             head.fit(*features.numpy())
+
+
+@contextmanager
+def constant_columns() -> Iterator[None]:
+    """Lets values that are constant, as many after a ReLU are, pass without scikit-learn's warning of them.
+
+    ``NearestCentroid`` gives it for deviations that only shrunken centroids need, and there they do no harm.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"self\.within_class_std_dev_ has at least 1 zero", UserWarning)
+        yield
 
 
 def threads_for(shape: tuple[int, int]) -> AbstractContextManager[Any]:

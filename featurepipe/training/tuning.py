@@ -16,7 +16,7 @@ from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES
-from featurepipe.training.fit import refusals, threads_for
+from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[st
 
 
 def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
-    head.fit(*_part(data, train))
+    with constant_columns():
+        head.fit(*_part(data, train))
     features, labels = _part(data, check)
     return float(np.mean(head.predict(features) == labels)), {}
 

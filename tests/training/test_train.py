@@ -111,6 +111,16 @@ def test_every_family_trains_tunes_and_tells_classes_apart(split_zoo, run, head)
     assert {"cat", "dog", "emu"} == set(record["classes"])
 
 
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_constant_column_does_the_nearest_mean_no_harm(zoo, run, monkeypatch, tune):
+    """Nor is it worth a warning, which would fail this test; many values after a ReLU are always zero."""
+    true_features = zoo.image.features
+    monkeypatch.setattr(zoo.image, "features", lambda self: true_features(self) * np.float32([0, 1, 1]))
+    zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
+    record = run(zoo, head="centroid", tune=tune)
+    assert record["test"]["accuracy"]["value"] > 0.6
+
+
 def test_tuning_never_looks_at_the_test_rows(zoo, run):
     """With every test label wrong, the same parameters, temperature and head come out."""
     train_rows = zoo.images("train", 60)
