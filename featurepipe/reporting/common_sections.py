@@ -93,7 +93,9 @@ def _measures(metrics: Document) -> Table | None:
     if not rows:
         return None
     images = f" on {count(metrics['images'])} images" if finite(metrics.get("images")) else ""
-    return Table(f"Measures{images}", ("Measure", "Value", "95\u00a0% interval"), tuple(rows), sortable=False)
+    return Table(
+        f"Measures{images}", ("Measure", "Value", "95\u00a0% interval over test images"), tuple(rows), sortable=False
+    )
 
 
 def _plain_bounds(found: Document) -> str:

@@ -56,14 +56,15 @@ def _answer(document: Document) -> list[Block]:
     best = document.get("recommended") or {}
     if not best.get("column"):
         return []
+    over = _over(document.get("settings") or {})
     sentence = (
         f"Take {best['column']} with a {best.get('head', 'linear')} head: {percent(best.get('accuracy'))} accuracy"
-        f"{_in_brackets(best)}."
+        f"{_in_brackets(best, over)}."
     )
     against = _against_best(best)
     rule = f"Rule: {best['rule']}." if best.get("rule") else ""
     figures = (
-        ("Accuracy", percent(best.get("accuracy")), interval(best.get("low"), best.get("high"))),
+        ("Accuracy", percent(best.get("accuracy")), _bounds(best, over)),
         ("Operations saved", percent(best.get("saved"), 0), "by stopping the network there"),
         ("Time", f"{milliseconds(best.get('ms_per_image'))} ms", f"per image{_where_timed(document.get('timing'))}"),
         ("Width", count(best.get("width")), f"values, {amount(best.get('bytes_per_image'))} per image"),
@@ -72,7 +73,7 @@ def _answer(document: Document) -> list[Block]:
         Prose((f"{sentence} {against}".strip(),)),
         Figures(figures),
         Prose(tuple(filter(None, (_ties(best), _elsewhere(best.get("elsewhere")))))),
-        Prose(tuple(filter(None, (rule, _asked(document))))),
+        Prose(tuple(filter(None, (rule, _what_of(document), _asked(document))))),
     ]
 
 
@@ -97,15 +98,37 @@ def _elsewhere(there: Document | None) -> str:
     same = there.get("of_equal_id")
     unseen = f", {count(same)} of them only by those that have not seen the image of equal id" if same else ""
     return (
-        f"On {there['dataset']} it has {percent(there.get('accuracy'))} right{_in_brackets(there)}; the best node there is "
-        f"{there['best']} with {percent(there.get('best_accuracy'))}. "
+        f"On {there['dataset']} it has {percent(there.get('accuracy'))} right{_in_brackets(there, 'over images')}; the best "
+        f"node there is {there['best']} with {percent(there.get('best_accuracy'))}. "
         f"{count(there.get('images'))} images were tested, each by every fold's head{unseen}."
     )
 
 
-def _in_brackets(best: Document) -> str:
-    bounds = interval(best.get("low"), best.get("high"))
+def _in_brackets(best: Document, over: str) -> str:
+    bounds = _bounds(best, over)
     return f" (95\u00a0% interval {bounds})" if bounds else ""
+
+
+def _bounds(best: Document, over: str) -> str:
+    """An interval, and over what."""
+    bounds = interval(best.get("low"), best.get("high"))
+    return f"{bounds} {over}" if bounds else ""
+
+
+def _over(settings: Document) -> str:
+    return "over folds and seeds" if settings.get("folds") else "over test images"
+
+
+def _what_of(document: Document) -> str:
+    """Why the interval of the answer is not the one of the measures further down."""
+    both = (document.get("recommended") or {}).get("low") is not None and document.get("details")
+    if not both or not (document.get("settings") or {}).get("folds"):
+        return ""
+    return (
+        "The interval above is how far the accuracy may move with other images to learn from and to test on, which folds and "
+        "seeds tell (or images, where those tell of more); the one under Measures is for one round of folds, the heads as they "
+        "were fitted, and other test images alone."
+    )
 
 
 def _against_best(best: Document) -> str:

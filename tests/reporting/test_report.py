@@ -61,8 +61,8 @@ def test_the_answer_and_every_number_of_the_nodes(plain, parsed):
     page = parsed(plain)
     assert page.texts["title"] == page.texts["h1"] == ["Which layer of efficientnet_lite0 transfers best to fashion?"]
     assert page.texts["p"][1] == (  # the first is for those without JavaScript
-        "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0%). "
-        "Stopping the network there saves 38\u00a0% of its operations. "
+        "Take blocks.10:avg5x5 with a logistic head: 91.3\u00a0% accuracy (95\u00a0% interval 91.1 to 91.6\u00a0% "
+        "over folds and seeds). Stopping the network there saves 38\u00a0% of its operations. "
         "The most accurate node, blocks.14:avg5x5, reaches 91.8\u00a0%."
     )
     nodes = next(k for k, row in enumerate(page.cells) if "share of cost" in row)
@@ -102,7 +102,7 @@ def test_the_other_source_has_its_table_and_where_known_its_errors(document, pla
     html = page_of(document, tmp_path, elsewhere=lambda id_: asked.append(id_) or read_image(id_))
     page = parsed(html)
     told = (
-        "On emoji-outlined it has 72.0\u00a0% right (95\u00a0% interval 70.0 to 74.0\u00a0%); the best node there is "
+        "On emoji-outlined it has 72.0\u00a0% right (95\u00a0% interval 70.0 to 74.0\u00a0% over images); the best node there is "
         f"{COLUMN} with 73.0\u00a0%. 360 images were tested, each by every fold's head, 69 of them only by those that have "
         "not seen the image of equal id."
     )
@@ -152,6 +152,17 @@ def test_concatenations_similarity_scores_and_provenance(document, plain, parsed
     assert "logistic: Spearman 0.96, Kendall 0.90" in html
     for text in ("featurepipe depth photos", "2026-11-22T09:00:00+00:00", "300.25", "3.11.2", document["protocol"]):
         assert text in html
+
+
+def test_two_intervals_of_one_accuracy_say_of_what_they_are(plain, document, tmp_path, parsed):
+    page = parsed(plain)
+    assert any("91.1 to 91.6\u00a0% over folds and seeds" in text for text in page.texts["dd"])
+    assert any("other test images alone" in text for text in page.texts["p"])
+    assert ["Measure", "Value", "95\u00a0% interval over test images"] in page.cells
+    document["settings"] |= {"folds": None, "split": True}
+    split = page_of(document, tmp_path)
+    assert "(95\u00a0% interval 91.1 to 91.6\u00a0% over test images)" in split
+    assert "other test images alone" not in split
 
 
 def test_confusions_classes_and_mistakes(whole, parsed):
