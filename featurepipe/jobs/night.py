@@ -22,7 +22,7 @@ class Night:
 
     Attributes:
         job: the job file.
-        dataset: the dataset's name, settled.
+        dataset: the dataset's name; empty if nobody knows it, and then only steps of the whole store are taken.
         store: the feature store.
         run_id: of this run; its record is ``runs/<run_id>.json``.
         before: the dataset's snapshot before tonight's extractions, None on the first night. Each extraction of the night

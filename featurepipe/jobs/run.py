@@ -20,7 +20,7 @@ from featurepipe.jobs.night import Night
 from featurepipe.jobs.plan import plan_job
 from featurepipe.jobs.reading import read_job
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
-from featurepipe.jobs.schedule import AT_ANY_END, OF_ANY_NIGHT, OF_TONIGHT, Step, steps_of
+from featurepipe.jobs.schedule import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Step, steps_of
 from featurepipe.store import FeatureStore
 
 
@@ -98,9 +98,12 @@ def _night(done: Extractions) -> Night:
 
 
 def _last_dataset(store: FeatureStore, job: str) -> str:
-    """What the dataset was called when the job last ran: its source, which could tell, is not there tonight."""
+    """What the dataset was called when the job last ran: its source, which could tell, is not there tonight.
+
+    Empty if no run of the job has known. A guess could be the name of someone else's dataset, whose snapshots would go.
+    """
     names = (run["dataset"] for run in reversed(store.runs()) if run.get("job") == job and run.get("dataset"))
-    return next(names, job)
+    return next(names, "")
 
 
 def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
@@ -145,6 +148,8 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
     if night.stop.out_of_time or record.has(OUT_OF_TIME):
         record.is_late = True
         return "no time was left"
+    if step.step in OF_ONE_DATASET and not night.dataset:
+        return "no run of the job has listed its source yet, so that nobody knows the dataset's name"
     if step.step in OF_TONIGHT and len(night.extracted) < len(night.job.features):
         return "the features of tonight's images are not complete"
     return ""

@@ -11,6 +11,8 @@ from featurepipe.jobs.job import DepthTable, DriftTable, Job, KeepTable, Predict
 
 OF_TONIGHT = frozenset({"train", "predict", "drift", "depth"})
 """Steps that make no sense unless all features of tonight's images are there."""
+OF_ONE_DATASET = OF_TONIGHT | {"keep"}
+"""Steps that make no sense, and may do harm, unless the dataset's name is known."""
 OF_ANY_NIGHT = frozenset({"report", "metrics"})
 """Steps that tell of a night however it went, and so run when the time is over, too."""
 AT_ANY_END = frozenset({"metrics"})
