@@ -10,7 +10,12 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt", 1) for end in ("", "b")}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_DURATION = r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*"
+_SECONDS |= {
+    f"{word}{end}": n
+    for word, n in (("second", 1), ("minute", 60), ("hour", 3600), ("day", 86400))
+    for end in ("", "s")
+}
+_DURATION = rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(_SECONDS, key=len, reverse=True))})\s*"
 
 
 def bytes_of(amount: int | str) -> int:
@@ -42,14 +47,14 @@ def seconds_of(duration: float | str) -> float:
     """Returns a duration in seconds.
 
     Args:
-        duration: Seconds, or text: numbers with units (s, m or min, h, d), or a number alone, which is seconds.
+        duration: Seconds, or text: numbers with units (s, m or min, h, d, or "6 hours"), or a number alone, which is seconds.
 
     Raises:
         UsageError: It is no positive duration.
 
     Example:
-        >>> seconds_of("30min"), seconds_of("1h30m"), seconds_of("0.5 d"), seconds_of("90"), seconds_of(1.5)
-        (1800.0, 5400.0, 43200.0, 90.0, 1.5)
+        >>> seconds_of("30min"), seconds_of("1h30m"), seconds_of("0.5 d"), seconds_of("6 hours"), seconds_of(1.5)
+        (1800.0, 5400.0, 43200.0, 21600.0, 1.5)
     """
     text = str(duration).strip().lower()
     if re.fullmatch(r"[\d.]+", text):

@@ -12,10 +12,12 @@ from featurepipe.heads.families import HEADS
 from featurepipe.jobs.values import (
     Amount,
     BatchSize,
+    Components,
     JobPath,
     Name,
     Names,
     PathOrUrl,
+    Reference,
     Seconds,
     Share,
     Template,
@@ -122,7 +124,7 @@ class TrainTable(Table):
     """The split to train on, by default `train`."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Of the final estimator, such as `{ C = 0.1 }`."""
-    pca: int | float | None = Field(default=None, gt=0)
+    pca: Components | None = None
     """Components, or a share of the variance, to keep."""
     class_weight: Literal["balanced"] | None = None
     """`balanced` weighs all classes alike."""
@@ -158,9 +160,9 @@ class PredictTable(Table):
 class DriftTable(Table):
     """``[drift]``: whether tonight's images are like those of before."""
 
-    reference: str = "previous"
+    reference: Reference = "previous"
     """`previous`, `first`, or the run id of a snapshot."""
-    columns: Names | None = None
+    columns: Annotated[Names, Field(min_length=1)] | None = None
     """The columns to compare; by default all."""
     bundle: JobPath | None = None
     """A bundle whose predicted classes are compared, too."""

@@ -37,8 +37,9 @@ def read_job(path: str | PathLike[str]) -> Job:
     try:
         job = Job.model_validate(given, context=context)
     except ValidationError as error:
-        problems = [problem_of(details) for details in _one_per_key(error)]
-        wrong = {key.partition("[")[0].partition(".")[0] for key, _, _ in problems}
+        found = list(_one_per_key(error))
+        problems = [problem_of(details) for details in found]
+        wrong = {str(details["loc"][0]) for details in found}
         # What the other tables say of each other can still be checked.
         sound = {name: value for name, value in given.items() if name not in wrong}
         job = Job.model_validate({**_STAND_INS, **sound}, context=context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,10 @@ from featurepipe.sizes import bytes_of, seconds_of
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
+
+REFERENCES = ("previous", "first")
+"""Snapshots that drift can be measured from, beside those that a run id names."""
+_RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def _amount(given: Any) -> Any:
@@ -46,6 +51,22 @@ def _name(name: str) -> str:
     return name
 
 
+def _components(given: Any) -> Any:
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        if 0 < given < 1:
+            return given
+        if given >= 1 and math.isfinite(given) and given == int(given):
+            return int(given)
+    raise UsageError("must be a whole number of components from 1, or a share of the variance below 1, such as 0.95")
+
+
+def _reference(text: str) -> str:
+    if text in REFERENCES or _RUN_ID.fullmatch(text):
+        return text
+    near = str(unknown("reference", text, REFERENCES))
+    raise UsageError(f"{near}; or the run id of a snapshot, such as 20260131T020000000000Z-0123abcd")
+
+
 def listed(value: Any) -> Any:
     """TOML's arrays as tuples, since a job never changes; one text stands for a list of one."""
     if isinstance(value, str):
@@ -64,22 +85,37 @@ def _joined(text: str, info: ValidationInfo) -> str:
     folder = (info.context or {}).get("folder")
     if folder is None or "://" in text:
         return text
-    return os.path.normpath(Path(folder) / Path(text).expanduser())
+    return os.path.normpath(Path(folder) / _at_home(text))
+
+
+def _at_home(text: str) -> Path:
+    """A path in which ``~`` or ``~user`` at the beginning stands for a home folder."""
+    if "\0" in text:
+        raise UsageError("cannot be a path: it has a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        user = text.split("/", 1)[0]
+        raise UsageError(
+            f"this machine has no home folder for {user!r}; write ./{user} for a folder of that name"
+        ) from error
 
 
 def _template(text: str, info: ValidationInfo) -> str:
     try:
-        named = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        braces = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
     except ValueError as error:
         raise UsageError(f"a brace without its partner ({error}); write {{{{ and }}}} for braces themselves") from error
-    for name in named:
+    for name, form, conversion in braces:
         if name not in PLACEHOLDERS:
-            raise unknown("placeholder", name, PLACEHOLDERS)
+            raise unknown("placeholder", name or "", PLACEHOLDERS)
+        if form or conversion:
+            raise UsageError(f"a placeholder takes no format; write {{{name}}}")
     folder = (info.context or {}).get("folder")
     if folder is None:
         return text
     literal = str(folder).replace("{", "{{").replace("}", "}}")
-    return os.path.normpath(Path(literal) / Path(text).expanduser())
+    return os.path.normpath(Path(literal) / _at_home(text))
 
 
 def _weights(text: str, info: ValidationInfo) -> str:
@@ -98,6 +134,10 @@ BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
 """Images per forward, or ``"auto"``."""
 Share = Annotated[int | str, BeforeValidator(_share)]
 """A number of images, or a share such as ``"1%"``."""
+Components = Annotated[int | float, BeforeValidator(_components)]
+"""Principal components: how many, or the share of the variance that they keep."""
+Reference = Annotated[str, AfterValidator(_reference)]
+"""``previous``, ``first``, or a run id."""
 Name = Annotated[str, AfterValidator(_name)]
 """What may name files."""
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]

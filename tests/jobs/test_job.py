@@ -232,6 +232,15 @@ def test_what_cannot_be_read(problems, tmp_path):
         ('[[train]]\nout = "b"\nparams = 3', "train[0].params = 3: must be a table"),
         ('[[train]]\nout = "b"\nnodes = []', "train[0].nodes = []: must not be empty"),
         ('[[train]]\nout = ""', "train[0].out = '': must not be empty"),
+        ('[[train]]\nout = "~nouser/x"', "train[0].out = '~nouser/x': this machine has no home folder for '~nouser'; write"),
+        ('[[train]]\nout = "a\\u0000b"', "train[0].out = 'a\\x00b': cannot be a path: it has a NUL character"),
+        ('[[train]]\nout = "b"\npca = inf', "train[0].pca = inf: must be a whole number of components from 1, or a share of the"),
+        ('[[train]]\nout = "b"\npca = nan', "train[0].pca = nan: must be a whole number of components from 1"),
+        ('[[train]]\nout = "b"\npca = 2.7', "train[0].pca = 2.7: must be a whole number of components from 1"),
+        ('[[train]]\nout = "b"\npca = true', "train[0].pca = true: must be a whole number of components from 1"),
+        ('[drift]\nreference = "yesterday"', "drift.reference = 'yesterday': unknown reference 'yesterday'; choices: previous, "
+                                             "first; or the run id of a snapshot, such as 2026"),
+        ("[drift]\ncolumns = []", "drift.columns = []: must not be empty"),
         ('[depth]\nheads = ["logistic", "tree"]', "depth.heads = ['logistic', 'tree']: unknown head 'tree'; choices: "),
     ],
 )  # fmt: skip
@@ -253,6 +262,12 @@ def test_time_budgets_that_are_none(problems, given):
     [
         ('[[predict]]\nbundle = "b"\nto = "{day}.csv"\n[[train]]\nout = "b"',
          "predict[0].to = '{day}.csv': unknown placeholder 'day'; nearest: date"),
+        ('[[predict]]\nbundle = "b"\nto = "p/{date:>5d}.csv"\n[[train]]\nout = "b"',
+         "predict[0].to = 'p/{date:>5d}.csv': a placeholder takes no format; write {date}"),
+        ('[[predict]]\nbundle = "b"\nto = "{run!r}.csv"\n[[train]]\nout = "b"',
+         "predict[0].to = '{run!r}.csv': a placeholder takes no format; write {run}"),
+        ('[[predict]]\nbundle = "b"\nto = "~nouser/{run}.csv"\n[[train]]\nout = "b"',
+         "predict[0].to = '~nouser/{run}.csv': this machine has no home folder"),
         ('[[predict]]\nbundle = "b"\nto = "{date.csv"\n[[train]]\nout = "b"', "predict[0].to = '{date.csv': a brace without"),
         ('[[train]]\nout = "b"\n[[predict]]\nbundle = "b"\nto = "{run}.xls"', "predict[0].to = "),
         ('[[train]]\nout = "b"\n[[predict]]\nbundle = "b"\nto = "new.csv"', "predict[0].to = "),
@@ -282,6 +297,23 @@ def test_waits_and_decoding(problems):
         "source.first_wait: 3600 s is longer than longest_wait, 600 s",
         "features[0].decode = 'gpu': needs a CUDA device, and machine.device is \"cpu\"",
     ]  # fmt: skip
+
+
+def test_keys_at_the_top(problems):
+    """A home folder of nobody, and a key with a dot in it, which is not the table before the dot."""
+    assert problems(LEAST.replace('"features"', '"~nouser/x"')) == [
+        "store = '~nouser/x': this machine has no home folder for '~nouser'; write ./~nouser for a folder of that name"
+    ]
+    (line,) = problems('"a.b" = 1\n' + LEAST)
+    assert line.startswith("a.b: unknown key; choices: name, store")
+
+
+def test_what_numbers_and_references_may_be(read):
+    text = LEAST + '[limits]\ntime_budget = "6 hours"\n[drift]\nreference = "20261122T134738337288Z-06a887b5"\n'
+    job = read(text + '[[train]]\nout = "a"\npca = 0.95\n[[train]]\nout = "b"\npca = 64.0')
+    assert job.limits.time_budget == 21600
+    assert job.drift.reference == "20261122T134738337288Z-06a887b5"
+    assert [repr(table.pca) for table in job.train] == ["0.95", "64"]
 
 
 TWO = LEAST + '[[features]]\nbackbone = "resnet18"\nnodes = ["bottleneck", "layer2"]\n'
