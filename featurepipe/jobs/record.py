@@ -1,10 +1,10 @@
-"""What a run of a job did: the books while it runs, the run record at its end."""
+"""What a run of a job did: the books while it runs, and the run record, which is there from its beginning."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from featurepipe.store import FeatureStore
 
 DONE, SKIPPED, FAILED, NOT_REACHED = "done", "skipped", "failed", "not reached"
 INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"
+RUNNING, KILLED = "running", "killed"
 _SUMMED = ("computed", "read")
 _COUNTED = ("listed", "known", "rejected")
 _STAGES = ("read", "decode", "forward", "write", "waiting")
@@ -46,7 +47,8 @@ class RunRecord:
         extractions: the run records of tonight's extractions, also of those that failed.
         listing: seconds it took to list the source.
         is_late: whether steps were left out because no time was left.
-        disk: what the store takes and leaves, as it was when the record was first written.
+        disk: what the store takes and leaves, as it was when the record was first written with how the run ends.
+        notes: warnings that no step gave.
         written: the record as it was last written.
     """
 
@@ -63,6 +65,7 @@ class RunRecord:
     is_late: bool = False
     disk: dict[str, int | None] = field(default_factory=dict)
     written: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._started, self._clock = records.now(), time.monotonic()
@@ -83,6 +86,7 @@ class RunRecord:
             self._attempt(entry, work)
             self.steps.append(entry)
             self.log.step_ended(entry)
+        self._write_running()
         return entry
 
     def _attempt(self, entry: Entry, work: Callable[[], Mapping[str, Any]]) -> None:
@@ -113,8 +117,13 @@ class RunRecord:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Writes the record at the end of the block, however it ends, and logs it."""
+        """Writes the record before the block and at its end, however it ends, and logs it.
+
+        A run that is killed leaves what it had done by then, with the status "running"; the next one sets that right.
+        """
         try:
+            self._note_killed()
+            self._write_running()
             yield
         except KeyboardInterrupt as error:
             self.failed("run", error, 130)
@@ -126,8 +135,28 @@ class RunRecord:
             self.write()
             self.log.run_ended(self.written)
 
+    def _note_killed(self) -> None:
+        """Marks the job's runs that say they are running: only one holds the job's lock, and that is this one."""
+        for run in self.store.runs():
+            if run.get("job") == self.job.name and run.get("status") == RUNNING and run["run_id"] != self.run_id:
+                self.notes.append(
+                    f"run {run['run_id']}, begun {run['started']} on {run['host']['name']}, was killed or lost its machine; "
+                    "what it had finished stays"
+                )
+                with suppress(StoreError, OSError):  # the next night will
+                    self.store.write_run({**run, "status": KILLED})
+        for note in self.notes:
+            self.log.warn(note)
+
+    def _write_running(self) -> None:
+        """Writes what is done so far, for the case that nothing can be written later."""
+        unknown: dict[str, Any] = {"status": RUNNING, "exit_code": None}
+        so_far = {name: value for name, value in self.as_dict().items() if name != "ended"}
+        with suppress(StoreError, OSError):  # the record at the end warns of it
+            self.store.write_run({**so_far, **unknown})
+
     def write(self) -> None:
-        """Writes the record as it is now; a disk without space for it does not end the night."""
+        """Writes the record as it would be if the run ended now; a disk without space for it does not end the night."""
         try:
             self.disk = self.disk or disk_figures(self.store.path)
         except OSError as error:
@@ -182,7 +211,7 @@ class RunRecord:
             "store_bytes": self.disk.get("store_bytes"),
             "free_bytes": self.disk.get("free_bytes"),
             "verdict": records.verdict(seconds, computing, device=device),
-            "warnings": [text for entry in self.steps for text in entry.get("result", {}).get("warnings", ())],
+            "warnings": [*self.notes, *(text for entry in self.steps for text in _warnings(entry))],
             "versions": records.versions(),
             "host": self._host,
             "git": self._git,
@@ -210,6 +239,10 @@ class RunRecord:
         stages["scan"] = stages.get("scan", 0.0) + self.listing
         stages["wall"] = time.monotonic() - self._clock
         return {stage: round(value, 3) for stage, value in stages.items()}
+
+
+def _warnings(entry: Entry) -> list[str]:
+    return list(entry.get("result", {}).get("warnings", ()))
 
 
 def _told(status: str, error: BaseException, exit_code: int) -> Entry:

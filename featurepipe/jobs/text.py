@@ -110,13 +110,13 @@ def told(entry: Mapping[str, Any]) -> str:
 
 def _row(record: Mapping[str, Any]) -> list[object]:
     counts = record.get("counts", {})
-    wall = record.get("seconds", {}).get("wall")
+    wall, code = record.get("seconds", {}).get("wall"), record.get("exit_code")
     return [
         _minute(record.get("started", "?")),
         record.get("job", "-"),
         record.get("dataset", "?"),
         record.get("status", "?"),
-        record.get("exit_code", "-"),
+        "-" if code is None else code,  # of a run that has not ended, or was killed
         *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
         "-" if wall is None else duration(wall),
         record["run_id"],
