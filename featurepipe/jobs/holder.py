@@ -10,6 +10,8 @@ from pathlib import Path
 
 from featurepipe import records
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -17,7 +19,8 @@ class Holder:
 
     Attributes:
         host: the machine's name.
-        place: what tells whose process numbers these are: two containers may have one host name, and each its pid 1.
+        place: what tells whose process numbers these are: two containers may have one host name, and each its pid 1;
+            so may two machines, which differ in their boot's id.
         pid: the process.
         since: when it took the lock, for people; nothing is decided by it, as clocks of hosts differ and jump.
     """
@@ -64,8 +67,9 @@ def named(holder: Holder | None) -> str:
 
 
 def _place() -> str:
+    """The host's name, what its kernel was given when it started (for hosts of one name), and the container's processes."""
     try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:  # no Linux
-        namespace = ""
-    return f"{socket.gethostname()} {namespace}".strip()
+        linux = [_BOOT_ID.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    except OSError:  # another system
+        linux = []
+    return " ".join([socket.gethostname(), *linux])

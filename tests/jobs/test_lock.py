@@ -14,6 +14,7 @@ import pytest
 
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest
+from featurepipe.jobs import holder
 from featurepipe.jobs.holder import Holder
 from featurepipe.jobs.lease import Lease
 from featurepipe.jobs.lock import job_lock
@@ -272,3 +273,16 @@ def test_processes_of_other_places_are_not_judged_by_their_number():
     assert not Holder(here.host, "another container", dead, "").is_dead()
     assert Holder.read(b"") is None
     assert Holder.read(json.dumps(here.as_dict()).encode()) == here
+
+
+def test_hosts_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Two machines called localhost, each in its first pid namespace: the boot's id differs."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "boot_id").write_text("11111111-2222-3333-4444-555555555555\n")
+    monkeypatch.setattr(holder, "_BOOT_ID", tmp_path / "boot_id")
+    there = Holder(Holder.here().host, Holder.here().place, process.pid, "")
+    assert there.is_dead()
+    (tmp_path / "boot_id").write_text("66666666-7777-8888-9999-000000000000\n")
+    assert Holder.here().host == there.host
+    assert not there.is_dead()
