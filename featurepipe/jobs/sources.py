@@ -21,6 +21,8 @@ from featurepipe.progress import spoken
 T = TypeVar("T")
 Wait = Callable[[float, StopRequest], None]
 
+_RETRIES_OF_NOTHING = 1
+"""Most empty folders are that: a share that is being mounted has one more chance, and nobody waits for minutes."""
 _LOOK = 0.25
 """Seconds between two looks at whether to stop."""
 
@@ -30,6 +32,10 @@ def wait(seconds: float, stop: StopRequest) -> None:
     until = time.monotonic() + seconds
     while not stop() and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _LOOK))
+
+
+class NothingListed(SourceError):
+    """A source without an image: an empty folder, or one on which a share is not mounted yet."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Patience:
     def insist(self, attempt: Callable[[], T]) -> T:
         """Returns what ``attempt`` returns, and tries again while it raises `SourceError`; other errors do not heal.
 
+        Where nothing is listed, it tries once more only.
+
         Raises:
             SourceError: it failed at the last try too, or there is no time left.
             Interrupted: a signal came while waiting.
@@ -68,12 +76,13 @@ class Patience:
                 tried += 1
 
     def _before_next(self, tried: int, error: SourceError) -> None:
-        if tried >= self.retries or self.stop.out_of_time:
+        retries = min(self.retries, _RETRIES_OF_NOTHING) if isinstance(error, NothingListed) else self.retries
+        if tried >= retries or self.stop.out_of_time:
             times = f" (tried {tried + 1} times)" if tried else ""
             raise SourceError(f"{error}{times}") from error
         if not self.stop.signal_number:
             seconds = min(self.first_wait * 2**tried, self.longest_wait)
-            self.say(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {self.retries}")
+            self.say(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {retries}")
             self.wait(seconds, self.stop)
         if self.stop.signal_number:
             raise Interrupted(
@@ -151,7 +160,7 @@ class TonightsSource:
         except OSError as error:
             raise SourceError(f"{table.path}: {error}") from error
         if not listing.num_rows and self._job.limits.max_gone != ALL:  # an empty folder, on which no share is mounted
-            raise SourceError(
+            raise NothingListed(
                 f'{source.location} lists no image; if that is so on purpose: [limits] max_gone = "{ALL}"'
             )
         return Listed(source, listing)

@@ -63,6 +63,18 @@ def test_it_fails_after_the_last_try():
         patience(waits, retries=0).insist(Attempts(1))
 
 
+def test_an_empty_folder_has_one_more_chance(pile):
+    """Minutes of waiting for a folder that is simply empty would look like a night that hangs."""
+    source, waits, said = TonightsSource(read_job(pile.file), StopRequest()), Waits(), []
+    with pytest.raises(SourceError, match=r"lists no image; .* \(tried 2 times\)$"):
+        patience(waits, said=said).insist(source)
+    assert waits.seconds == [10]
+    assert said[0].endswith("trying again in 10 s, 1 of 1")
+    waits = Waits(lambda stop: pile.fill(1))  # the share was being mounted
+    assert patience(waits).insist(source).scan().num_rows == 1
+    assert waits.seconds == [10]
+
+
 def test_what_cannot_heal_fails_at_once():
     waits, attempts = Waits(), Attempts(1, UsageError("cannot read images from 'notes.txt'"))
     with pytest.raises(UsageError, match=r"notes\.txt"):
