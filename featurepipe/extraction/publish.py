@@ -62,7 +62,7 @@ def recorded(run: Run) -> Iterator[None]:
     except Exception as error:
         status = "interrupted" if isinstance(error, Interrupted) else "failed"
         with suppress(StoreError):  # such as a full disk, of which the error tells already
-            run.end(status, getattr(error, "exit_code", 1), error=str(error), changes=_changes(run))
+            run.end(status, getattr(error, "exit_code", 1), error=str(error), changes=None)
         raise
 
 
@@ -97,15 +97,10 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
         return run.end("out of time", 0, left=left, changes=None)
     outcome.check()
     _check_rejects(run, limits)
+    # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
+    changes = count_changes(job.history.snapshot, run.snapshot)
     run.store.write_snapshot(job.dataset, run.id, run.snapshot)
-    return run.end("done", 3 if outcome.reasons else 0, changes=_changes(run))
-
-
-def _changes(run: Run) -> dict[str, int] | None:
-    """What happened to each image since the last snapshot; None while not every image is accounted for."""
-    if run.outcome.accounted != len(run.outcome.keys):
-        return None
-    return count_changes(run.job.history.snapshot, run.snapshot)
+    return run.end("done", 3 if outcome.reasons else 0, changes=changes)
 
 
 def _check_rejects(run: Run, limits: Limits) -> None:

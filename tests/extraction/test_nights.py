@@ -152,18 +152,19 @@ def test_a_repaired_image_comes_back_without_computing(album, run, night):
     assert len(run.features()) == 3
 
 
-def test_a_night_that_fails_for_its_rejects_says_what_happened(album, run, night):
+def test_nights_that_fail_for_their_rejects_leave_the_changes_to_the_one_that_does_not(album, run, night):
     album.fill(4)
     night()
     for name in ("000.png", "001.png"):
         album.write(name, NO_IMAGE)
-    with pytest.raises(TooManyRejects):
-        night(max_rejects=1)
-    record = run.store.runs()[-1]
-    assert (record["status"], record["exit_code"]) == ("failed", 4)
-    assert "2 of 4 images were rejected" in record["error"]
-    assert changes(record) == {"corrupted": 2, "unchanged": 2}
-    assert changes(night()) == {"corrupted": 2, "unchanged": 2}  # still since the last snapshot
+    for _ in range(2):
+        with pytest.raises(TooManyRejects):
+            night(max_rejects=1)
+        record = run.store.runs()[-1]
+        assert (record["status"], record["exit_code"]) == ("failed", 4)
+        assert "2 of 4 images were rejected" in record["error"]
+        assert record["changes"] is None  # else whoever adds nights up counts these images each time
+    assert changes(night()) == {"corrupted": 2, "unchanged": 2}
 
 
 def test_each_dataset_has_a_history_of_its_own(album, run, night):
