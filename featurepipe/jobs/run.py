@@ -148,6 +148,10 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
     if night.stop.out_of_time or record.has(OUT_OF_TIME):
         record.is_late = True
         return "no time was left"
+    return _what_is_missing(step, night)
+
+
+def _what_is_missing(step: Step, night: Night) -> str:
     if step.step in OF_ONE_DATASET and not night.dataset:
         return "no run of the job has listed its source yet, so that nobody knows the dataset's name"
     if step.step in OF_TONIGHT and len(night.extracted) < len(night.job.features):

@@ -1,5 +1,76 @@
 """What a night makes of those before it, and of those of other jobs in the store."""
 
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurepipe.jobs import steps
+
+DRIFT = """
+[drift]
+fail = 0.001
+[keep]
+snapshots = 1
+runs = 1
+"""
+
+
+def odd(pile, count):
+    """Adds pictures of hard, bright noise, unlike any other."""
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 2, (36, 44, 3), dtype=np.uint8) * 255
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "PNG")
+        pile.write(f"odd{number:03d}.png", buffer.getvalue())
+
+
+def entry_of(record, step):
+    (entry,) = (entry for entry in record["steps"] if entry["step"] == step)
+    return entry
+
+
+def test_drift_fails_until_the_images_pass(pile):
+    """A schedule that runs a failed job once more does not wipe the failure out."""
+    pile.fill(60)
+    pile.job(DRIFT)
+    assert pile.run()["exit_code"] == 0
+    (first,) = pile.store.snapshot_ids("pile")
+    odd(pile, 60)
+    for _ in range(3):
+        failed = pile.run()
+        assert (failed["status"], failed["exit_code"]) == ("failed", 1)
+        drift = entry_of(failed, "drift")
+        assert drift["error_type"] == "Drifted"
+        assert (drift["result"]["reference"], drift["result"]["images"]["new"]) == (first, 60)
+        assert pile.store.snapshot_ids("pile") == [first, failed["extractions"][0]]
+    for path in pile.root.glob("odd*"):
+        path.unlink()
+    pile.fill(30, first=100)
+    good = pile.run()
+    assert entry_of(good, "drift")["result"]["images"] == {"reference": 60, "new": 30}
+    assert good["exit_code"] == 0
+    assert pile.store.snapshot_ids("pile") == [good["extractions"][0]]
+
+
+def test_images_of_a_night_that_died_are_tested_the_next_night(pile, monkeypatch):
+    pile.fill(60)
+    pile.job(DRIFT)
+    pile.run()
+
+    def die(night, table):
+        raise KeyboardInterrupt
+
+    odd(pile, 60)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "drift", die)
+        with pytest.raises(KeyboardInterrupt):
+            pile.run()
+    failed = pile.run()
+    assert failed["exit_code"] == 1
+    assert entry_of(failed, "drift")["result"]["images"] == {"reference": 60, "new": 60}
+
 
 def test_a_job_that_never_listed_its_source_leaves_the_datasets_of_others(pile):
     """One of them has the job's name."""

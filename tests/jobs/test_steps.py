@@ -264,18 +264,24 @@ def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
     table = DriftTable(warn=0.01, seed=1)
     assert steps.drift(nights.begin(cats), table)["skipped"] == "the first night: there is nothing to compare with"
     first = nights.store.snapshot_ids("zoo")[0]
-    calm = steps.drift(nights.begin([*cats, *more]), table)
+    night = nights.begin([*cats, *more])
+    calm = steps.drift(night, table)
+    nights.end(night, entry("drift", calm))
+    second = night.extracted[0]["run_id"]
     assert calm["verdict"] == "no drift"
     assert calm["reference"] == first
     assert calm["text"].startswith("no drift: 20 new images, ")
     assert not calm["warnings"]
-    quiet = steps.drift(nights.begin([*cats, *more]), table)
+    night = nights.begin([*cats, *more])
+    quiet = steps.drift(night, table)
     assert quiet["skipped"].startswith("0 images are new since")
     assert not quiet["warnings"]
+    nights.end(night, entry("drift", quiet, "skipped"))
     night = nights.begin([*cats, *more, *emus])
     worried = steps.drift(night, table)
     (warning,) = worried["warnings"]
-    assert warning.startswith(f"tonight's images may not be like those of {night.before}: ")
+    assert (worried["reference"], worried["images"]["new"]) == (second, 20)  # a quiet night has tested nothing
+    assert warning.startswith(f"tonight's images may not be like those of {second}: ")
     least = min(worried["columns"], key=lambda test: test["adjusted"])
     assert f"{least['column']} differs most (p = {least['adjusted']:.2g}, " in warning
     with pytest.raises(FeaturepipeError, match=r"are not like those of .* differs most \(p = ") as caught:
@@ -416,15 +422,58 @@ def test_keep_leaves_the_records_of_others_and_takes_those_of_killed_nights(nigh
     assert run_ids(nights.store) == sorted([other, theirs, elsewhere, night.run_id, night.extracted[0]["run_id"]])
 
 
-@pytest.mark.parametrize(("reference", "stays"), [("first", 0), ("previous", None), ("ID", 1)])
+@pytest.mark.parametrize(("reference", "stays"), [("first", 0), ("previous", 2), ("ID", 1)])
 def test_keep_leaves_what_drift_is_measured_against(nights, rows, reference, stays):
-    for _ in range(4):
+    past = []
+    for number in range(5):
+        past.append(nights.begin(rows[: 10 * number + 10]))
+        own = past[-1].extracted[0]["run_id"]
+        result = {"reference": past[-1].before, "snapshot": own}
+        nights.end(past[-1], entry("drift", result, "done" if number == 2 else "failed" if number == 1 else "skipped")
+                   if number < 3 else entry("drift", {"why": "no time was left"}, "not reached"))  # fmt: skip
+    ids = nights.store.snapshot_ids("zoo")
+    night = nights.begin(rows[:50], drift={"reference": ids[1] if reference == "ID" else reference})
+    steps.keep(night, KeepTable(snapshots=1, runs=1))
+    assert nights.store.snapshot_ids("zoo") == [ids[stays], night.extracted[0]["run_id"]]
+    if reference == "previous":
+        assert past[2].run_id in run_ids(nights.store)  # its record says which one it is
+        assert steps.drift(nights.begin(rows), DriftTable())["reference"] == ids[2]
+
+
+def test_keep_leaves_what_other_jobs_measure_drift_against(nights, rows):
+    def weekly(*entries, dataset="zoo"):
+        zoo = {"command": "run", "job": "weekly", "dataset": dataset, "exit_code": 0, "steps": entries}
+        nights.store.write_run({**zoo, "run_id": nights.store.new_run_id()})
+
+    for _ in range(5):
         nights.end(nights.begin(rows[:10]))
     ids = nights.store.snapshot_ids("zoo")
-    night = nights.begin(rows[:10], drift={"reference": ids[1] if reference == "ID" else reference})
+    weekly(entry("drift", {"reference": ids[0], "snapshot": ids[1]}))
+    weekly(entry("drift", {"reference": ids[1], "snapshot": ids[2]}))
+    weekly(entry("drift", {"why": "the run was stopped"}, "not reached"))
+    weekly(entry("drift", {"reference": ids[3], "snapshot": ids[4]}), dataset="other")
+    night = nights.begin(rows[:10])
     steps.keep(night, KeepTable(snapshots=1, runs=1))
-    expected = [] if stays is None else [ids[stays]]
-    assert nights.store.snapshot_ids("zoo") == [*expected, night.extracted[0]["run_id"]]
+    assert nights.store.snapshot_ids("zoo") == [*ids[1:3], night.extracted[0]["run_id"]]
+
+
+def test_drift_goes_on_from_the_reference_that_the_job_named(nights, zoo, rows):
+    """So people say that images which failed are as they should be."""
+    emus = zoo.images("x", 40)[80:100]
+    nights.begin(rows[:20])
+    night = nights.begin([*rows[:20], *emus])
+    with pytest.raises(FeaturepipeError) as caught:
+        steps.drift(night, DriftTable(fail=0.005))
+    nights.end(night, entry("drift", caught.value.result, "failed"), exit_code=1)
+    odd = night.extracted[0]["run_id"]
+    assert f'reference = "{odd}"' in str(caught.value)
+    with pytest.raises(FeaturepipeError):
+        steps.drift(nights.begin([*rows[:20], *emus]), DriftTable(fail=0.005))
+    night = nights.begin([*rows[:20], *emus])
+    accepted = steps.drift(night, DriftTable(reference=odd, fail=0.005))
+    assert accepted["skipped"].startswith("0 images are new since")
+    nights.end(night, entry("drift", accepted, "skipped"))
+    assert steps.drift(nights.begin([*rows[:20], *emus]), DriftTable(fail=0.005))["reference"] == odd
 
 
 def test_a_job_of_two_spaces_keeps_twice_as_many_snapshots(nights, rows):

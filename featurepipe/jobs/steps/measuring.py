@@ -13,6 +13,7 @@ from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
+from featurepipe.jobs.steps.references import previous
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.steps.tonight import extraction_of, snapshot_of
 
@@ -30,9 +31,9 @@ class Drifted(FeaturepipeError):
 
 
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
-    """Compares tonight's new images with those of a reference snapshot; warns, or fails the run.
+    """Compares the images that are new since a reference snapshot with those of that snapshot; warns, or fails the run.
 
-    ``previous`` is the last snapshot before tonight: a night of several feature spaces writes several.
+    What fails is tested again every night until it passes, see `references.previous`.
 
     Raises:
         Drifted: a p-value is below ``fail``.
@@ -40,15 +41,17 @@ def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     from featurepipe.monitoring.drift import drift as run
     from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
 
-    reference = night.before if table.reference == "previous" else table.reference
+    snapshot = snapshot_of(night, None)
+    reference = previous(night) if table.reference == "previous" else table.reference
     if reference is None:
-        return {"skipped": "the first night: there is nothing to compare with"}
+        why = "the first night: there is nothing to compare with"
+        return {"reference": None, "snapshot": snapshot, "skipped": why}
     found = run(
         night.store,
         dataset=night.dataset,
         columns=table.columns,
         reference=reference,
-        snapshot=snapshot_of(night, None),
+        snapshot=snapshot,
         bundle=table.bundle,
         warn=table.warn,
         fail=table.fail,
@@ -60,7 +63,11 @@ def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     told = _least(found)
     result = {**found, "text": f"{found['verdict']}: {found['images']['new']:,} new images, {told}"}
     if found["verdict"] == DRIFT:
-        raise Drifted(f"tonight's images are not like those of {found['reference']}: {told}", result)
+        raise Drifted(
+            f"new images are not like those of {found['reference']}: {told}; they are tested again every night until they "
+            f'pass; if they are as they should be, run once with reference = "{snapshot}"',
+            result,
+        )
     if found["verdict"] == WARNING:
         result["warnings"] = [*found["warnings"], f"tonight's images may not be like those of {reference}: {told}"]
     return result

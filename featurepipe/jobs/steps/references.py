@@ -1,0 +1,83 @@
+"""Which snapshots drift is measured against: tonight, the next time, and by the other jobs of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featurepipe.jobs.night import Night
+
+Run = Mapping[str, Any]
+
+
+def previous(night: Night) -> str | None:
+    """The snapshot that ``reference = "previous"`` names: the last whose images were tested, and did not fail.
+
+    Images that failed, that were too few, or whose night was cut short are tested again, together with those that have come
+    since, until they pass; or until the job file names another reference, from which the next night goes on.
+
+    Returns:
+        Its run id, or that of the first snapshot if none was tested; None if there was none before tonight.
+    """
+    earlier = [run_id for run_id in night.store.snapshot_ids(night.dataset) if run_id <= (night.before or "")]
+    return _newest(_own(night, _past(night)), earlier)
+
+
+def needed(night: Night) -> set[str]:
+    """Snapshots of the dataset that are or may be the next reference of tonight's job, or of another one."""
+    past, there = _past(night), night.store.snapshot_ids(night.dataset)
+    found = _of_others(night, past)
+    if night.job.drift is not None and there:
+        names = {"previous": _newest([*_own(night, past), night.record], there), "first": there[0]}
+        reference = night.job.drift.reference
+        found.add(names.get(reference) or reference)
+    return found
+
+
+def telling_run(night: Night) -> str | None:
+    """The past run of the job whose record tells what ``previous`` is; None if no record does."""
+    return next((run["run_id"] for run in reversed(_own(night, _past(night))) if _next(run)), None)
+
+
+def _past(night: Night) -> list[Run]:
+    """The records of all jobs' runs about the dataset but tonight's, oldest first."""
+    runs = (run for run in night.store.runs() if run["run_id"] != night.run_id)
+    return [run for run in runs if run.get("command") == "run" and run.get("dataset") == night.dataset]
+
+
+def _own(night: Night, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run["job"] == night.job.name]
+
+
+def _of_others(night: Night, runs: Sequence[Run]) -> set[str]:
+    """What each other job compared with when it last came to that, and what it will compare with next."""
+    last = {run["job"]: run for run in runs if run["job"] != night.job.name and _next(run)}
+    return {run_id for run in last.values() for run_id in (_next(run), _result(run).get("reference")) if run_id}
+
+
+def _newest(runs: Sequence[Run], there: Sequence[str]) -> str | None:
+    """The reference that the newest run leaves which leaves one that is there; else the first snapshot."""
+    left = (_next(run) for run in reversed(runs))
+    return next((run_id for run_id in left if run_id in there), there[0] if there else None)
+
+
+def _next(run: Run) -> str | None:
+    """The reference that a run leaves: its own snapshot if that passed, else what that was compared with.
+
+    A first night has nothing to compare with, and passes; a night that did not come to drift leaves none.
+    """
+    result = _result(run)
+    found: str | None = result.get("snapshot") if _has_passed(run) else result.get("reference")
+    return found
+
+
+def _has_passed(run: Run) -> bool:
+    return _result(run).get("reference") is None or any(
+        entry["step"] == "drift" and entry["status"] == "done" for entry in run.get("steps", ())
+    )
+
+
+def _result(run: Run) -> Mapping[str, Any]:
+    """What drift found; empty if the run did not come to it."""
+    found = (entry.get("result") for entry in run.get("steps", ()) if entry["step"] == "drift")
+    return next(found, None) or {}
