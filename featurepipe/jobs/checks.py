@@ -60,6 +60,17 @@ def _same_target_twice(job: Job) -> Iterator[Problem]:
             yield key, target, f"{first} is written to the same place; one would replace the other"
 
 
+def _bundle_places(job: Job) -> Iterator[Problem]:
+    """A bundle among the images would be listed as some; one in the store is nobody's there, and replaces what is."""
+    folders = {"store": job.store}
+    if "://" not in job.source.path:
+        folders["source.path"] = Path(job.source.path)
+    for place, table in enumerate(job.train):
+        for key, folder in folders.items():
+            if table.out.is_relative_to(folder) or folder.is_relative_to(table.out):
+                yield f"train[{place}].out", table.out, f"a bundle has a folder of its own, apart from {key}, {folder}"
+
+
 def _suffixes(job: Job) -> Iterator[Problem]:
     if job.report and job.report.to.suffix.lower() not in (".html", ".htm"):
         yield "report.to", job.report.to, "the page is an .html file"
@@ -114,6 +125,17 @@ def _depth_network(job: Job) -> Iterator[Problem]:
         yield from _known_network(job, "depth", job.depth.backbone)
     elif job.depth and len(job.features) > 1:
         yield "depth.backbone", None, f"is missing: which network? choices: {_networks(job.features)}"
+
+
+def _depth_columns(job: Job) -> Iterator[Problem]:
+    if not job.depth:
+        return
+    named = job.depth.backbone
+    compared = [features for features in job.features if named is None or _means(named, features)]
+    if len(compared) == 1 and len(set(map(_column, compared[0].nodes))) == 1:
+        place = job.features.index(compared[0])
+        message = "[depth] compares two columns or more of a network; name more nodes, or leave [depth] out"
+        yield f"features[{place}].nodes", list(compared[0].nodes), message
 
 
 def _known_network(job: Job, table: str, backbone: str) -> Iterator[Problem]:
@@ -182,10 +204,12 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_train_columns, frozenset({"features", "train"})),
     (_drift_columns, frozenset({"features", "drift"})),
     (_depth_network, frozenset({"features", "depth"})),
+    (_depth_columns, frozenset({"features", "depth"})),
     (_bundles, frozenset({"train", "predict", "drift"})),
     (_thresholds, frozenset({"drift"})),
     (_predictions, frozenset({"predict"})),
     (_suffixes, frozenset({"report", "depth", "metrics"})),
+    (_bundle_places, frozenset({"store", "source", "train"})),
     (_same_target_twice, frozenset({"train", "predict", "depth", "report", "metrics"})),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""

@@ -281,7 +281,7 @@ def test_time_budgets_that_are_none(problems, given):
         ('[[train]]\nout = "b"\n[[train]]\nout = "./c/../b"', "train[1].out = "),
         ('[report]\nto = "nights.pdf"', "report.to = "),
         ('[metrics]\nprometheus = "nights.txt"', "metrics.prometheus = "),
-        ('[report]\nto = "a.html"\n[depth]\nreport = "a.html"', "report.to = "),
+        ('nodes = ["layer3", "bottleneck"]\n[report]\nto = "a.html"\n[depth]\nreport = "a.html"', "report.to = "),
         ("[drift]\nfail = 0.1", "drift.fail = 0.1: is above drift.warn, 0.01: it would fail before it warns"),
         ('[[features]]\nnodes = ["layer3"]', "features[1].backbone = 'resnet50': the same network as features[0]"),
     ],
@@ -316,6 +316,37 @@ def test_what_numbers_and_references_may_be(read):
     assert [repr(table.pca) for table in job.train] == ["0.95", "64"]
 
 
+@pytest.mark.parametrize(
+    ("out", "key"),
+    [
+        ("features", "store"),
+        ("features/spaces/b", "store"),
+        ("photos/bundle", "source.path"),
+        ("photos", "source.path"),
+    ],
+)
+def test_a_bundle_is_not_put_among_images_or_into_the_store(problems, tmp_path, out, key):
+    (line,) = problems(f'{LEAST}[[train]]\nout = "{out}"')
+    folder = tmp_path / {"store": "features", "source.path": "photos"}[key]
+    assert line.startswith("train[0].out = ")
+    assert line.endswith(f": a bundle has a folder of its own, apart from {key}, {folder}")
+
+
+def test_folders_whose_names_begin_alike_are_apart(read, problems):
+    read(LEAST + '[[train]]\nout = "features-bundle"')
+    assert len(problems(LEAST + '[[train]]\nout = "."')) == 2  # holds the store and the images
+
+
+def test_one_column_cannot_be_compared(read, problems):
+    (line,) = problems(LEAST + "[depth]")
+    assert line.startswith("features[0].nodes = ['bottleneck']: [depth] compares two columns or more of a network")
+    (line,) = problems(LEAST + 'nodes = ["layer3", "layer3:gap"]\n[depth]')
+    assert line.startswith("features[0].nodes = ['layer3', 'layer3:gap']: [depth] compares")
+    (line,) = problems(TWO + '[depth]\nbackbone = "resnet50"')
+    assert line.startswith("features[0].nodes = ['bottleneck']: [depth] compares")
+    read(TWO + '[depth]\nbackbone = "resnet18"')
+
+
 TWO = LEAST + '[[features]]\nbackbone = "resnet18"\nnodes = ["bottleneck", "layer2"]\n'
 
 
@@ -325,7 +356,7 @@ def test_which_of_two_networks(read, problems):
         "depth.backbone: is missing: which network? choices: resnet50, resnet18",
     ]
     read(TWO + '[[train]]\nout = "b"\nnodes = ["layer2"]')  # one of them has it
-    read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18"\n[depth]\nbackbone = "resnet50"')
+    read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18"\n[depth]\nbackbone = "resnet18"')
     read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18-0123abcd"')  # a feature space by its name
     read(TWO + '[[train]]\nout = "b"\nnodes = "recommended"')
     (line,) = problems(TWO + '[[train]]\nout = "b"\nbackbone = "resnet50"\nnodes = ["layer2", "bottleneck"]')
