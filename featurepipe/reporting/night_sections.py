@@ -8,20 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 from featurepipe.reporting.blocks import Block, Facts, Figures, Prose, Section, Steps, Table
+from featurepipe.reporting.night_endings import Night, ending, is_good, signed
+from featurepipe.reporting.night_times import time_exhibits
 from featurepipe.reporting.night_trends import class_trend, drift_trend
 from featurepipe.reporting.numbers import DASH, Cell, amount, count, finite
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.strips import (
-    Figure,
-    Night,
-    figures,
-    is_good,
-    night_name,
-    rate,
-    seconds,
-    stored,
-    strip_exhibit,
-)
+from featurepipe.reporting.strips import figures, night_name, rate, seconds, strip_exhibit
 
 Document = Mapping[str, Any]
 
@@ -39,15 +31,7 @@ _CHANGES = {
     "new_rejected": "new, but unusable",
     "still_rejected": "still unusable",
 }
-_STAGES = {
-    "scan": "listing the source",
-    "read": "reading, all threads",
-    "decode": "decoding, all threads",
-    "waiting": "waiting for images",
-    "forward": "the network",
-    "write": "writing",
-}
-_SIGNS = {"done": "\N{CHECK MARK}", "failed": "\N{MULTIPLICATION X}", "interrupted": "\N{BLACK SQUARE}"}
+_NIGHTS_NAMED, _REJECTS_NAMED = 7, 3
 _ALL_WELL = "Nothing to do."
 
 
@@ -71,7 +55,7 @@ def night_sections(document: Document, paint: Paint) -> list[Section]:
         ("status", "Every night", (_status(nights),)),
         ("images", "Images", _images(nights, paint)),
         ("rejects", "Rejects", _rejects(nights)),
-        ("speed", "Time and space", _times(nights, paint)),
+        ("speed", "Time and space", time_exhibits(nights, paint)),
         ("drift", "Drift", (drift_trend(nights, paint),)),
         ("classes", "Predicted classes", [class_trend(nights, bundle, paint) for bundle in _bundles(nights)]),
         ("software", "What changed besides", (_software(nights),)),
@@ -85,8 +69,7 @@ def _answer(document: Document, nights: Sequence[Night]) -> list[Block | None]:
     night = nights[-1]
     counts, changes = night.get("counts") or {}, night.get("changes") or {}
     wall = finite((night.get("seconds") or {}).get("wall"))
-    took = f" after {seconds(wall)}" if wall is not None else ""
-    sentence = f"The night of {night_name(night)} UTC ended {_ending(night)}{took}."
+    sentence = f"The night of {night_name(night)} UTC {ending(night, '' if wall is None else seconds(wall))}."
     well = sum(map(is_good, nights))
     before = f"{well} of the last {len(nights)} nights did all that they were to do." if len(nights) > 1 else ""
     drift = night.get("drift") or {}
@@ -123,18 +106,11 @@ def _day(moment: Any) -> tuple[str, str]:
     return f"{datetime.fromisoformat(moment):%b %d}", f"{str(moment)[:16].replace('T', ' ')} UTC"
 
 
-def _ending(night: Night) -> str:
-    status = str(night.get("status"))
-    words = {"done": "well", "out of time": "when its time was over; the next one goes on"}
-    code = night.get("exit_code")
-    return words.get(status, f"{status} (exit code {code})" if code is not None else status)
-
-
 def _steps(night: Night) -> Table | None:
     rows = tuple(
         (
             Cell(str(step["step"])),
-            Cell(_signed(str(step.get("status")))),
+            Cell(signed(str(step.get("status")), step.get("warnings") or ())),
             Cell(str(step.get("told") or DASH)),
             Cell(seconds(step.get("seconds")), finite(step.get("seconds"))),
         )
@@ -149,7 +125,10 @@ def _status(nights: Sequence[Night]) -> Table:
     rows = tuple(
         (
             Cell(night_name(night), place),
-            Cell(_signed(str(night.get("status"))), note=" ".join(night.get("reasons") or night.get("warnings") or ())),
+            Cell(
+                signed(str(night.get("status")), night.get("warnings") or ()),
+                note=" ".join(night.get("reasons") or night.get("warnings") or ()),
+            ),
             *(_counted(night, name) for name in ("computed", "rejected", "listed")),
             Cell(seconds((night.get("seconds") or {}).get("wall")), finite((night.get("seconds") or {}).get("wall"))),
             Cell(str(night["run_id"])),
@@ -158,10 +137,6 @@ def _status(nights: Sequence[Night]) -> Table:
     )
     header = ("Night (UTC)", "How it ended", "Computed", "Rejected", "Listed", "Time", "Run")
     return Table("Newest first", header, rows, unbroken=True)
-
-
-def _signed(status: str) -> str:
-    return f"{_SIGNS.get(status, '')} {status}".strip()
 
 
 def _counted(night: Night, name: str) -> Cell:
@@ -182,32 +157,6 @@ def _images(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
         yield strip_exhibit("Changes", words, nights, changes, paint, note=none)
 
 
-def _times(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
-    speed = [
-        Figure("whole night", [finite((night.get("seconds") or {}).get("wall")) for night in nights], seconds),
-        Figure("speed", [finite(night.get("images_per_second")) for night in nights], rate),
-        Figure("store", [finite(night.get("store_bytes")) for night in nights], stored),
-    ]
-    known = [figure for figure in speed if any(figure.known)]
-    if known:
-        yield strip_exhibit("Whole nights", "How long nights took, and how fast they computed.", nights, known, paint)
-    kinds = dict.fromkeys(kind for night in nights for kind in (night.get("seconds") or {}).get("steps") or {})
-    steps = figures(nights, "seconds.steps", {kind: kind for kind in kinds}, seconds)
-    yield from _parts("Time of each step", "Where the nights' time went.", nights, steps, paint)
-    stages = figures(nights, "seconds.stages", _STAGES, seconds)
-    words = "What extraction spent its time on: reading and decoding are summed over threads."
-    yield from _parts("Stages of extraction", words, nights, stages, paint)
-
-
-def _parts(title: str, words: str, nights: Sequence[Night], found: Sequence[Figure], paint: Paint) -> Iterator[Block]:
-    """Strips of what took a second on some night; the rest is named."""
-    long = [figure for figure in found if max(figure.known) >= 1.0]
-    short = [figure.name for figure in found if figure not in long]
-    if long:
-        note = f"Never as long as a second: {', '.join(short)}." if short else ""
-        yield strip_exhibit(title, words, nights, long, paint, note)
-
-
 def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
     last = nights[-1]
     kinds = dict.fromkeys(code for night in nights for code in night.get("reject_reasons") or {})
@@ -225,6 +174,21 @@ def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
             ("Image", "Reason"),
             named,
         )
+    yield from _earlier_rejects(nights)
+
+
+def _earlier_rejects(nights: Sequence[Night]) -> Iterator[Table]:
+    """The first few images of the nights before, each at the last night that names it."""
+    told = {(one["id"], one["reason"]) for one in nights[-1].get("rejects") or ()}
+    rows = []
+    for night in reversed(nights[-1 - _NIGHTS_NAMED : -1]):
+        found = {(one["id"], one["reason"]): None for one in night.get("rejects") or ()}
+        fresh = [one for one in found if one not in told]
+        told.update(fresh)
+        rows += [(Cell(night_name(night)), Cell(str(id_)), Cell(str(reason))) for id_, reason in fresh[:_REJECTS_NAMED]]
+    if rows:
+        caption = f"Others of the nights before, the first {_REJECTS_NAMED} of each"
+        yield Table(caption, ("Last named in the night (UTC)", "Image", "Reason"), tuple(rows), sortable=False)
 
 
 def _bundles(nights: Sequence[Night]) -> list[str]:

@@ -11,9 +11,10 @@ from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, PlainText
 
 from featurepipe.reporting.blocks import Exhibit, Key, Panel, Table
 from featurepipe.reporting.charts import blank, draw_line, hover, label_axis
+from featurepipe.reporting.night_endings import Night
 from featurepipe.reporting.numbers import DASH, Cell, count, finite, percent, plain
 from featurepipe.reporting.palette import QUIET, Paint, series
-from featurepipe.reporting.strips import Night, name_nights, night_name
+from featurepipe.reporting.strips import name_nights, night_name
 
 _LEAST = 1e-9  # a p-value of 0 has no place on a logarithmic axis
 _CLASSES = 8  # lines that can be told apart

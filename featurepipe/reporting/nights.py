@@ -9,6 +9,7 @@ from typing import Any
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.records import host, now, versions
+from featurepipe.reporting.night_endings import to_come, unknown_end
 from featurepipe.reporting.nights_advice import GOOD, next_steps
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
@@ -143,6 +144,7 @@ def _night(record: Record, extractions: Mapping[str, Record]) -> dict[str, Any]:
         "counts": record.get("counts") or {},
         "changes": record.get("changes") or {},
         "steps": steps,
+        "to_come": to_come(record, steps),
         "seconds": {"wall": seconds.get("wall"), "steps": _by_step(steps), "stages": _stages(seconds)},
         "store_bytes": record.get("store_bytes"),
         "reject_reasons": first.get("reject_reasons") or {},
@@ -162,6 +164,7 @@ def _step(entry: Record) -> dict[str, Any]:
         "status": entry.get("status"),
         "seconds": entry.get("seconds"),
         "error_type": entry.get("error_type"),
+        "warnings": list(result.get("warnings") or ()),
         "told": next((str(text) for text in told if text), ""),
     }
 
@@ -178,7 +181,7 @@ def _reasons(record: Record, steps: Sequence[Record]) -> list[str]:
     """Why a run did not end well, in the words of what failed."""
     failed = [f"{step['step']}: {step['told']}" for step in steps if step["status"] in ("failed", "interrupted")]
     error = [str(record["error"])] if record.get("error") else []
-    return failed or error
+    return failed or error or unknown_end(record.get("status"))
 
 
 def _by_step(steps: Sequence[Record]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any
 
+from featurepipe.reporting.night_endings import KILLED, RUNNING
+
 GOOD = (0, 3)
 """Exit codes of runs that did their work: without rejects, or with no more than are allowed."""
 
@@ -54,6 +56,13 @@ def _again(newest: Mapping[str, Any]) -> str:
 def _after_failure(night: Mapping[str, Any], newest: Mapping[str, Any]) -> Iterator[str]:
     if night["status"] == "interrupted":
         yield f"The last run was stopped. Run {_again(newest)}: it goes on where it was."
+    elif night["status"] == KILLED:
+        yield (
+            f"The last run was killed, by hand or for want of memory, or lost its machine. Run {_again(newest)}: it goes on "
+            "where it was."
+        )
+    elif night["status"] == RUNNING:
+        yield f"The last run has not ended yet. If nothing is running, it was killed: run {_again(newest)}, which goes on."
     elif night["status"] == "failed":
         kinds = dict.fromkeys(step["error_type"] for step in night["steps"] if step["status"] == "failed")
         mends = [_MENDS[kind] for kind in kinds if kind in _MENDS] or ["mend what the error names"]

@@ -12,15 +12,14 @@ from bokeh.models import ColumnDataSource, FixedTicker, PlainText, Range1d
 from featurepipe.progress import spoken
 from featurepipe.reporting.blocks import Exhibit, Panel, Table
 from featurepipe.reporting.charts import blank, draw_bars, draw_points, hover
+from featurepipe.reporting.night_endings import Night, is_good
 from featurepipe.reporting.numbers import DASH, Cell, amount, count, finite, plain
 from featurepipe.reporting.palette import INK, SERIES, Paint, Style
-
-Night = Mapping[str, Any]
 
 _HEIGHT = 150
 _TICKS = 2
 _TALL = 8  # times the usual height, beyond which a bar is cut off
-_FEW = 3
+_MANY = 10  # nights, of which one may be cut off; with fewer there is no usual height
 _BARS = Style(SERIES[0], "square", None)
 _BAD = Style(SERIES[7], "x", None)
 
@@ -78,7 +77,9 @@ def strip_exhibit(
         Panel(_headed(figure), _strip(nights, figure, paint), "strip", _words(nights, figure)) for figure in found
     ]
     crossed = (
-        "" if all(map(is_good, nights)) else " A cross marks a night that failed, was stopped, or ran out of time."
+        ""
+        if all(map(is_good, nights))
+        else " A cross marks a night that failed, was killed or stopped, or ran out of time."
     )
     return Exhibit(title, summary, tuple(panels), table=_table(title, nights, found), note=f"{note}{crossed}".strip())
 
@@ -86,11 +87,6 @@ def strip_exhibit(
 def night_name(night: Night) -> str:
     """When a night began, as people write it."""
     return str(night.get("started") or night["run_id"])[:16].replace("T", " ")
-
-
-def is_good(night: Night) -> bool:
-    """Whether a night did what it was to do."""
-    return night.get("status") == "done"
 
 
 def seconds(value: Any) -> str:
@@ -153,10 +149,13 @@ def _strip(nights: Sequence[Night], figure: Figure, paint: Paint) -> Any:
 
 
 def _scale(known: Sequence[float]) -> float:
-    """The height of a strip: of its highest bar, but for a few that would leave the others flat, as a first night's."""
+    """The height of a strip: of its highest bar, but for one that would leave many others flat, as a first night's.
+
+    Two would have labels that lie on each other.
+    """
     usual = median([value for value in known if value > 0])
     near = [value for value in known if value <= _TALL * usual]
-    return max(near) if len(known) - len(near) <= _FEW else max(known)
+    return max(near) if len(known) >= _MANY and len(known) - len(near) == 1 else max(known)
 
 
 def _point_at_tall(plot: Any, paint: Paint, figure: Figure, top: float) -> None:

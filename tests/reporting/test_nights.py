@@ -178,6 +178,88 @@ def test_what_to_do_now(recorded, night_records, monkeypatch, night, expected):
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 
 
+def test_a_killed_night_is_a_failure_of_which_nothing_is_known(recorded, night_records, tmp_path, parsed):
+    records = [record for record in night_records(4) if record["command"] == "run"]
+    for record, status in ((records[1], "killed"), (records[3], "running")):
+        del record["ended"]
+        record |= {"status": status, "exit_code": None, "steps": record["steps"][:1], "warnings": []}
+    store = recorded(records)
+    document = nights_document(store)
+    assert [night["reasons"] for night in document["nights"]] == [
+        [], ["killed: no record of how it ended"], [], ["running, or killed: no record of how it ended"],
+    ]  # fmt: skip
+    assert document["last_success"] == records[2]["ended"]
+    told = document["next_steps"][0]
+    assert told.startswith(
+        "The last run has not ended yet. If nothing is running, it was killed: run featurepipe run 'jobs"
+    )
+    page = nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8")
+    cells = {row[0]: row[1] for row in parsed(page).cells if "-000000" in row[-1]}
+    assert cells["2026-11-03 02:00"] == "✕ killedkilled: no record of how it ended"
+    assert "is running, or killed: no record of how it ended. 2 of the last 4 nights did all" in page
+    assert "A cross marks a night that failed, was killed or stopped" in page
+    (told,) = next_steps(document["nights"][:2], {}, "2026-11-03T08:00:00+00:00")
+    assert told.startswith("The last run was killed, by hand or for want of memory")
+
+
+def test_a_night_with_warnings_does_not_look_like_one_without(html, parsed):
+    rows = {row[0]: row[1] for row in parsed(html).cells if "-000000" in row[-1]}
+    assert rows["2026-11-29 02:00"].startswith("⚠\ufe0e done, 1 warning" + "tonight's images may not be")
+    assert rows["2026-11-28 02:00"] == "✓ done"
+    assert "The night of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning." in html
+
+
+def test_a_page_that_the_night_itself_writes_compares_like_with_like(recorded, night_records, tmp_path, parsed):
+    records = [record for record in night_records(4) if record["command"] == "run"]
+    told = [
+        {"step": step, "name": "", "status": "done", "seconds": 5.0, "result": {}} for step in ("report", "metrics")
+    ]
+    for record in records:
+        record["plan"]["steps"] += ["report", "metrics"]
+        record["steps"] += told if record is not records[-1] else []
+    html = nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8")
+    assert (
+        "UTC went well for 32 s, with 1 warning; its report and metrics came after that and are not on this page."
+        in html
+    )
+    plots = {
+        a["aria-label"].split(":")[0]: a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"
+    }
+    assert "report" not in plots
+    assert "metrics" not in plots
+    whole = "whole night, less report and metrics"
+    assert plots[whole] == (
+        f"{whole}: 32 s: 32 s in the last of 4 nights, 22 s in the middle one, at most 2:00 min on 2026-11-02 02:00"
+    )
+    assert (
+        "Less report and metrics on all nights, as the last one had not come to that when it wrote this page." in html
+    )
+
+
+def test_two_tall_bars_of_a_few_nights_are_drawn_to_their_ends(recorded, night_records, tmp_path, parsed):
+    records = [record for record in night_records(5) if record["command"] == "run"]
+    for record, took in zip(records, (5.6, 1.9, 0.1, 0.1, 0.1), strict=True):
+        record["steps"][1]["seconds"] = took
+        record["seconds"] = {"forward": took, "wall": took}
+    html = nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8")
+    assert "\\u2191" not in html.split("END bokeh.min.js")[-1].replace("5,000", "")
+    assert re.search(r'"start":-0\.504,"end":6\.72', html)
+    assert "the network: 0.1 s" in parsed(html).texts["p"]  # the title of a strip that stands alone
+
+
+def test_rejects_of_earlier_nights_are_named_once(recorded, night_records, tmp_path, parsed):
+    records = night_records(4)
+    parts = [record for record in records if record["command"] == "extract"]
+    parts[1]["rejects"] = [{"id": f"old/{k}.jpg", "reason": "empty"} for k in range(5)] + parts[1]["rejects"]
+    parts[2]["rejects"] = [{"id": "old/0.jpg", "reason": "empty"}]
+    page = parsed(nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8"))
+    assert [row for row in page.cells if "old/" in row[1]] == [
+        ["2026-11-04 02:00", "old/0.jpg", "empty"],
+        *(["2026-11-03 02:00", f"old/{k}.jpg", "empty"] for k in (1, 2, 3)),
+    ]
+    assert [row for row in page.cells if "bad/0.jpg" in row] == [["bad/0.jpg", "truncated: 3 of 9 kB"]]
+
+
 def test_three_nights_without_time_are_too_many(store):
     nights = nights_document(store)["nights"]
     late = [nights[0], *[nights[20] | {"started": f"2026-11-2{k}T02:00:00+00:00"} for k in range(3)]]
@@ -203,7 +285,8 @@ def test_the_page_says_what_the_document_does(html, parsed):
     page = parsed(html)
     assert page.texts["h1"] == ["What nightly did in the last 28 nights"]
     assert page.texts["p"][1] == (
-        "The night of 2026-11-29 02:00 UTC ended well after 33 s. 23 of the last 28 nights did all that they were to do."
+        "The night of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning. "
+        "23 of the last 28 nights did all that they were to do."
     )
     assert page.texts["h2"] == [
         "Last night", "Steps of the last night", "Every night", "Images", "Rejects", "Time and space", "Drift",
