@@ -160,9 +160,11 @@ def date():
 
 
 def test_predict_labels_what_is_new_and_no_more(nights, zoo, rows, labels, tmp_path):
-    first = steps.predict(nights.begin(rows[:10]), labels)
+    night = nights.begin(rows[:10])
+    first = steps.predict(night, labels)
     assert first["file"] == str(tmp_path / "predictions" / f"nightly-{date()}.parquet")
     assert ids_in(first["file"]) == [row.id for row in rows[:10]]
+    nights.end(night, entry("predict", first))
     more = [
         *rows[2:10],
         replace(rows[0], content="dog-else"),
@@ -183,6 +185,12 @@ def test_predict_labels_what_is_new_and_no_more(nights, zoo, rows, labels, tmp_p
     )
     assert found["reason"].to_pylist() == [None, None, None, "truncated: ends early"]
     assert ids_in(first["file"]) == [row.id for row in rows[:10]]
+
+
+def test_predict_makes_up_for_nights_before_it_first_came_to_an_end(nights, rows, labels):
+    nights.end(nights.begin(rows[:5]), {**entry("predict", {}), "status": "failed"}, exit_code=1)
+    nights.end(nights.begin(rows[:8]), entry("predict", {"why": "no time was left"}, "not reached"))
+    assert ids_in(steps.predict(nights.begin(rows[:8]), labels)["file"]) == [row.id for row in rows[:8]]
 
 
 def test_predict_makes_up_for_a_night_on_which_it_failed(nights, rows, labels):

@@ -23,9 +23,9 @@ COMPARED = ("id", "key", "status")
 def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     """Writes a bundle's predictions for the images that are new since it predicted last, or for all.
 
-    New is what has no prediction yet: ids that were not there, and ids with other bytes or another status. If the step
-    failed last night, last night's images are still new tonight. A second run on one date writes a second file beside
-    the first (``2026-11-22-2.parquet``).
+    New is what has no prediction yet: all images if the table never predicted, else ids that were not there, and ids with
+    other bytes or another status. If the step failed last night, last night's images are still new tonight. A second run on
+    one date writes a second file beside the first (``2026-11-22-2.parquet``).
     """
     from featurepipe.heads.bundle.bundle import read_bundle
     from featurepipe.prediction.from_store import predict_features
@@ -83,9 +83,9 @@ def new_images(tonight: pa.Table, before: pa.Table | None) -> npt.NDArray[np.boo
 
 
 def _before(night: Night, table: PredictTable) -> pa.Table | None:
-    """The snapshot that this table predicted last; if it never has, the one before tonight. None: everything is new."""
+    """The snapshot that this table predicted last. None if it never has, or nobody can tell: everything is new."""
     result = last_result(night, "predict", bundle=str(table.bundle), to=table.to)
-    last = result["snapshot"] if result else night.before
+    last = result["snapshot"] if result else None
     there = last is not None and last in night.store.snapshot_ids(night.dataset)
     return night.store.snapshot(night.dataset, last, columns=COMPARED) if there else None
 
