@@ -66,7 +66,7 @@ def registry_of(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
         {status: float(status == record["status"]) for status in STATUSES},
     )
     figures.gauge("run_duration_seconds", "How long the last run took.", record["seconds"]["wall"])
-    figures.gauges("images", "Images of the last run.", "outcome", record["counts"])
+    figures.images(record.get("counts_by_space", {}))
     figures.gauges("changes", "What happened to images since the run before.", "kind", record["changes"])
     figures.gauge(
         "images_per_second", "Images computed per second in the last run.", record["images_per_second"] or 0.0
@@ -97,6 +97,15 @@ class _Figures:
 
     def gauge(self, name: str, text: str, value: float) -> None:
         Gauge(f"featurepipe_{name}", text, ["job"], registry=self.registry).labels(self._job).set(value)
+
+    def images(self, by_space: Mapping[str, Mapping[str, float]]) -> None:
+        """Of each feature space by itself: one may know images that another has to compute."""
+        labels = ["job", "space", "outcome"]
+        text = "Images of the last run, in each feature space."
+        gauge = Gauge("featurepipe_images", text, labels, registry=self.registry)
+        for space, counts in by_space.items():
+            for outcome, count in counts.items():
+                gauge.labels(self._job, space, outcome).set(count)
 
     def gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> None:
         gauge = Gauge(f"featurepipe_{name}", text, ["job", label], registry=self.registry)

@@ -203,6 +203,7 @@ class RunRecord:
             "ended": records.now(),
             "plan": plan_of(self.job, retry_rejects=self.retry_rejects),
             "counts": counts,
+            "counts_by_space": {run["space"]: self._counts_of(run) for run in self._last_tries()},
             "changes": next((run["changes"] for run in self.extractions if run.get("changes")), {}),
             "steps": list(self.steps),
             "extractions": [run["run_id"] for run in self.extractions],
@@ -218,16 +219,24 @@ class RunRecord:
         }
 
     def _counts(self) -> dict[str, int]:
-        """Images listed, known and rejected in the first feature space, computed and read in all.
-
-        What an earlier try of the night computed, before its source went away, was not known before the night.
-        """
-        first = (self._done() or self.extractions[-1:])[:1]
-        counts = {name: sum(int(run["counts"][name]) for run in first) for name in _COUNTED}
-        for run in first:
-            tries = [other for other in self.extractions if other["fingerprint"] == run["fingerprint"]]
-            counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
+        """Images listed, known and rejected in the first feature space, computed and read in all."""
+        first = next(iter(self._done() or self.extractions[-1:]), None)
+        counts = dict.fromkeys(_COUNTED, 0) if first is None else self._counts_of(first)
         return counts | {name: sum(int(run["counts"][name]) for run in self.extractions) for name in _SUMMED}
+
+    def _counts_of(self, run: Mapping[str, Any]) -> dict[str, int]:
+        """What an extraction counted, with earlier tries of the night, before its source went away.
+
+        What those computed was not known before the night.
+        """
+        tries = [other for other in self.extractions if other["fingerprint"] == run["fingerprint"]]
+        counts = {name: int(run["counts"][name]) for name in _COUNTED}
+        counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
+        return counts | {name: sum(int(other["counts"][name]) for other in tries) for name in _SUMMED}
+
+    def _last_tries(self) -> list[dict[str, Any]]:
+        """The last extraction of each feature space."""
+        return list({run["fingerprint"]: run for run in self.extractions}.values())
 
     def _seconds(self) -> dict[str, float]:
         """Per stage, summed over extractions; ``extract`` is what they took in all, ``wall`` the whole run."""

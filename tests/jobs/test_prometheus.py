@@ -21,7 +21,11 @@ def record(number=7, *, exit_code=3, job="nightly", **more):
         "exit_code": exit_code,
         "ended": f"2026-11-{number:02d}T01:42:10+00:00",
         "seconds": {"wall": 730.25, "extract": 600.0},
-        "counts": {"listed": 100, "computed": 12, "known": 84, "rejected": 4, "read": 16},
+        "counts": {"listed": 100, "computed": 24, "known": 84, "rejected": 4, "read": 32},
+        "counts_by_space": {
+            "a-1": {"listed": 100, "computed": 12, "known": 84, "rejected": 4, "read": 16},
+            "b-2": {"listed": 100, "computed": 12, "known": 84, "rejected": 4, "read": 16},
+        },
         "changes": {"new": 12, "unchanged": 84, "still_rejected": 4, "deleted": 2},
         "images_per_second": 55.5,
         "store_bytes": 123_456,
@@ -40,9 +44,9 @@ def figures(path):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("job") == "nightly"
-            found.setdefault(sample.name.removeprefix("featurepipe_"), {})[next(iter(labels.values()), "")] = (
-                sample.value
-            )
+            found.setdefault(sample.name.removeprefix("featurepipe_"), {})[
+                " ".join(labels[name] for name in sorted(labels))
+            ] = sample.value
     return found
 
 
@@ -71,7 +75,17 @@ def test_every_figure_is_read_back(store, tmp_path):
         "last_run_exit_code": {"": 3.0},
         "last_run_status": {"done": 1.0, "out of time": 0.0, "interrupted": 0.0, "failed": 0.0},
         "run_duration_seconds": {"": 730.25},
-        "images": {"listed": 100.0, "computed": 12.0, "known": 84.0, "rejected": 4.0, "read": 16.0},
+        "images": {
+            f"{outcome} {space}": count
+            for space in ("a-1", "b-2")
+            for outcome, count in [
+                ("listed", 100.0),
+                ("computed", 12.0),
+                ("known", 84.0),
+                ("rejected", 4.0),
+                ("read", 16.0),
+            ]
+        },
         "changes": {"new": 12.0, "unchanged": 84.0, "still_rejected": 4.0, "deleted": 2.0},
         "images_per_second": {"": 55.5},
         "store_bytes": {"": 123_456.0},
@@ -86,7 +100,16 @@ def test_every_figure_is_read_back(store, tmp_path):
 def test_after_a_failure_the_last_success_is_that_of_the_last_successful_run(store, tmp_path):
     for number, code, job in [(2, 0, "nightly"), (3, 3, "nightly"), (4, 4, "nightly"), (5, 0, "weekly")]:
         store.write_run(record(number, exit_code=code, job=job))
-    failed = record(6, exit_code=1, counts={}, changes={}, images_per_second=None, store_bytes=None, free_bytes=None)
+    failed = record(
+        6,
+        exit_code=1,
+        counts={},
+        counts_by_space={},
+        changes={},
+        images_per_second=None,
+        store_bytes=None,
+        free_bytes=None,
+    )
     store.write_run(failed)
     found = figures(write_metrics(tmp_path / "x.prom", failed, store))
     assert found["last_success_timestamp_seconds"] == {"": at(3)}
