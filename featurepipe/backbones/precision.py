@@ -40,7 +40,14 @@ class PrecisionChoice:
         if self.worst_cosine is None:
             return f"there is no usable image to compare {self.tried} with fp32 on"
         verdict = "kept" if self.precision == self.tried else f"not kept, the bound is {WORST_COSINE}; fp32 instead"
-        return f"{self.tried} agrees with fp32 to a worst cosine of {self.worst_cosine:.5f} over {self.images} images: {verdict}"
+        worst = _digits(self.worst_cosine)
+        return f"{self.tried} agrees with fp32 to a worst cosine of {worst} over {self.images} images: {verdict}"
+
+
+def _digits(cosine: float) -> str:
+    """A cosine with as many digits as tell on which side of the bound it is, at least 5."""
+    texts = (f"{cosine:.{digits}f}" for digits in range(5, 17))
+    return next((text for text in texts if (float(text) >= WORST_COSINE) == (cosine >= WORST_COSINE)), repr(cosine))
 
 
 def reduced_precision(device: str) -> str | None:
