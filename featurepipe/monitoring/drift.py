@@ -12,7 +12,7 @@ from featurepipe.errors import StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.monitoring.columns import columns_to_compare
 from featurepipe.monitoring.comparisons import LEAST, Pair, bundle_pair, column_pairs, compare
-from featurepipe.monitoring.samples import PREVIOUS, Side, reference_snapshot, sides
+from featurepipe.monitoring.samples import PREVIOUS, Side, reference_snapshot, sides, snapshot_of_run
 from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, Thresholds, holm
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
@@ -60,8 +60,8 @@ def drift(
         dataset: Name of the dataset; by default the store's only one.
         columns: Nodes, ``node:pooling`` or aliases; by default every column that the new images have.
         backbone: Of which network, space or fingerprint; by default every space.
-        reference: ``previous`` (the snapshot before), ``first``, or a run id.
-        snapshot: Run id of the snapshot that is tested; by default the current one.
+        reference: ``previous`` (the snapshot before), ``first``, or a run id; a job's stands for its last extraction.
+        snapshot: Run id of the snapshot that is tested, likewise; by default the current one.
         bundle: A bundle or its folder, whose predicted classes are compared, too.
         warn: Adjusted p-value below which the verdict is ``warning``.
         fail: Adjusted p-value below which the verdict is ``drift``; by default never.
@@ -108,6 +108,8 @@ def drift(
 
 def _settled(question: _Question, snapshot: str | None) -> str:
     known = question.store.snapshot_ids(question.dataset)
+    if snapshot is not None:
+        snapshot = snapshot_of_run(question.store, question.dataset, snapshot)
     if not known or (snapshot is not None and snapshot not in known):
         require_snapshot(question.store, question.dataset, snapshot)  # raises, and says what there is
     return snapshot or known[-1]

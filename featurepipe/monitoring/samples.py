@@ -37,6 +37,32 @@ class Side:
     count: int
 
 
+def snapshot_of_run(store: FeatureStore, dataset: str, run_id: str) -> str:
+    """The snapshot that a run id means: a job's run has the one of its last extraction that wrote one.
+
+    Args:
+        store: The feature store.
+        dataset: Its name.
+        run_id: Of a job's run as ``featurepipe runs`` shows it, or anything else, which is returned as it is.
+
+    Raises:
+        UsageError: That run of a job left no snapshot of the dataset, or none that is still there.
+    """
+    known = store.snapshot_ids(dataset)
+    if run_id in {PREVIOUS, FIRST, *known}:
+        return run_id
+    run = next((run for run in store.runs() if run["run_id"] == run_id and run.get("command") == "run"), None)
+    if run is None:
+        return run_id
+    found = [extraction for extraction in run.get("extractions", ()) if extraction in known]
+    if not found:
+        raise UsageError(
+            f"run {run_id} ({run.get('status')}) has no snapshot of dataset {dataset}; runs that have: "
+            f"{', '.join(known[-5:]) or 'none'}"
+        )
+    return found[-1]
+
+
 def reference_snapshot(store: FeatureStore, dataset: str, snapshot: str, reference: str) -> str | None:
     """The run id of the snapshot that ``snapshot`` is compared with; None if ``snapshot`` is the first.
 
@@ -44,12 +70,13 @@ def reference_snapshot(store: FeatureStore, dataset: str, snapshot: str, referen
         store: The feature store.
         dataset: Its name.
         snapshot: Run id of the snapshot whose images are tested.
-        reference: ``previous``, ``first``, or a run id.
+        reference: ``previous``, ``first``, or a run id, of an extraction or a job.
 
     Raises:
         UsageError: There is no such snapshot, or it is ``snapshot`` itself or a later one.
     """
     known = store.snapshot_ids(dataset)
+    reference = snapshot_of_run(store, dataset, reference)
     earlier = known[: known.index(snapshot)]
     if reference in {PREVIOUS, FIRST}:
         return (earlier[-1] if reference == PREVIOUS else earlier[0]) if earlier else None

@@ -245,3 +245,18 @@ def test_permutations_let_the_least_adjusted_p_value_pass_the_lower_threshold():
 def test_holm_steps_down_and_never_exceeds_1():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_runs_of_jobs_stand_for_the_snapshots_of_their_extractions(nights):
+    pile, first, second = nights
+    pile.store.write_run({"run_id": "J1", "command": "run", "status": "done", "extractions": ["gone", first]})
+    pile.store.write_run({"run_id": "J2", "command": "run", "status": "done", "extractions": [second]})
+    pile.store.write_run({"run_id": "J3", "command": "run", "status": "failed", "extractions": []})
+    found = drift(pile.store, snapshot="J2", reference="J1", silent=True)
+    assert (found["reference"], found["snapshot"]) == (first, second)
+    with pytest.raises(
+        UsageError, match=f"run J3 \\(failed\\) has no snapshot of dataset pile; runs that have: {first}"
+    ):
+        drift(pile.store, reference="J3", silent=True)
+    with pytest.raises(UsageError, match=r"cannot compare snapshot .* that snapshot itself"):
+        drift(pile.store, snapshot=second, reference="J2", silent=True)
