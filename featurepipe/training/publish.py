@@ -21,6 +21,7 @@ from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe
 from featurepipe.training.inputs import Inputs
 from featurepipe.training.settle import Task
+from featurepipe.training.target import clear_torn
 from featurepipe.training.tuning import Search
 
 LONG = ("confusion", "confused", "mistakes")
@@ -82,6 +83,7 @@ def publish(
         "calibration": calibrated,
     }
     bundle = replace(bundle, metrics=metrics)
+    clear_torn(target)
     path = write_bundle(target, bundle, weights_file=weights)
     say(f"wrote {target}")
     return {

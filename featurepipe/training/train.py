@@ -8,13 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.heads.bundle.folder import check_bundle_target
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.training.fit import Recipe, calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.publish import publish, weights_copy
 from featurepipe.training.settle import settle, timed
+from featurepipe.training.target import bundle_target
 from featurepipe.training.tuning import search
 
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
@@ -87,7 +87,7 @@ def train(
     """
     start = time.perf_counter()
     say = announcer(silent=silent)
-    target = check_bundle_target(out)
+    target = bundle_target(out)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     recipe = Recipe(head, dict(params or {}), pca, class_weight, seed)
     task = settle(

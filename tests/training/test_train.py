@@ -226,6 +226,30 @@ def test_a_folder_of_something_else_is_left_alone(split_zoo, run, tmp_path):
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("left", [b"", b'{"backbone": {'])
+def test_a_bundle_that_was_cut_short_is_replaced(split_zoo, run, tmp_path, left):
+    """It would keep a job from training for ever."""
+    run(split_zoo, if_changed=True)
+    manifest = tmp_path / "bundle/bundle.json"
+    manifest.write_bytes(left)
+    (why,) = run(split_zoo, if_changed=True)["why"]
+    assert why.startswith("the bundle cannot be read (")
+    assert read_bundle(tmp_path / "bundle").columns == ("a:gap", "b:gap")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("notes.txt", b"mine"), ("bundle.json", b'{"format": "featurepipe-bundle", "version": 99}')]
+)
+def test_what_may_be_somebodys_is_not_taken_for_remains(split_zoo, run, tmp_path, name, content):
+    run(split_zoo)
+    (tmp_path / "bundle/bundle.json").write_bytes(b"")
+    (tmp_path / "bundle" / name).write_bytes(content)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "bundle").iterdir()}
+    with pytest.raises(BundleError, match="is left alone"):
+        run(split_zoo)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "bundle").iterdir()} == before
+
+
 def test_expected_calibration_error_of_the_record_is_that_of_the_rows(zoo, run, tmp_path):
     zoo.write([*zoo.images("train", 60), *zoo.images("val", 40)])
     record = run(zoo)
