@@ -14,13 +14,14 @@ from featurepipe.reporting.charts import blank, draw_line, hover, label_axis
 from featurepipe.reporting.night_endings import Night
 from featurepipe.reporting.numbers import DASH, Cell, count, finite, percent, plain
 from featurepipe.reporting.palette import QUIET, Paint, series
-from featurepipe.reporting.strips import name_nights, night_name
+from featurepipe.reporting.strips import Figure, name_nights, night_name, strip_panel
 
 _LEAST = 1e-9  # a p-value of 0 has no place on a logarithmic axis
 _CLASSES = 8  # lines that can be told apart
 _TABLED = 50
 _TICKS = 5
 _SIZE = 8
+_SPREAD = 0.5  # of the way to the next night, which the markers of one night take
 
 
 def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
@@ -42,8 +43,9 @@ def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
         name_nights(plot, nights, _TICKS)
         label_axis(plot.yaxis[0], label)
         markers = []
-        for name, found in tests.items():
-            renderers, points = draw_line(plot, paint, _tests(nights, name, found, field), styles[name], size=_SIZE)
+        for position, (name, found) in enumerate(tests.items()):
+            source = _tests(nights, name, found, field, aside=_aside(position, len(tests)))
+            renderers, points = draw_line(plot, paint, source, styles[name], size=_SIZE)
             drawn[name].extend(renderer.id for renderer in renderers)
             markers.append(points)
         lines = [("column", "name"), ("adjusted p-value", "p"), ("effect", "effect"), ("verdict", "verdict")]
@@ -86,8 +88,12 @@ def class_trend(nights: Sequence[Night], bundle: str, paint: Paint) -> Exhibit |
     left = f" Drawn are the {_CLASSES} most frequent of {len(shares)} classes." if len(shares) > _CLASSES else ""
     table = _class_table(bundle, shares)
     words = "; ".join(f"{row[0].text} {row[1].text}" for row in table.rows[:_CLASSES])
-    summary = f"Of the {count(totals[max(totals)])} images of the last night with predictions: {words}."
-    return Exhibit(f"Predicted by {bundle}", summary, (Panel("Shares", plot),), tuple(keys), table, note=left.strip())
+    last = totals[max(totals)]
+    images = "1 image" if last == 1 else f"{count(last)} images"
+    summary = f"Of the {images} of the last night with predictions: {words}."
+    predicted = strip_panel(nights, Figure("images predicted", [totals.get(k) for k in range(len(nights))]), paint)
+    note = f"Shares of few images say little: see how many there were.{left}"
+    return Exhibit(f"Predicted by {bundle}", summary, (Panel("Shares", plot), predicted), tuple(keys), table, note=note)
 
 
 def _name_powers(axis: Any) -> None:
@@ -121,14 +127,19 @@ def _p(value: Any) -> str:
     return DASH if number is None else f"{number:.2g}"
 
 
+def _aside(position: int, of: int) -> float:
+    """How far beside its night a test is drawn: p-values are often equal, and would hide each other."""
+    return round(_SPREAD * (position / (of - 1) - 0.5), 3) if of > 1 else 0.0
+
+
 def _tests(
-    nights: Sequence[Night], name: str, found: Sequence[tuple[int, Mapping[str, Any]]], field: str
+    nights: Sequence[Night], name: str, found: Sequence[tuple[int, Mapping[str, Any]]], field: str, aside: float
 ) -> ColumnDataSource:
     known = [(k, test) for k, test in found if finite(test.get(field)) is not None]
     drifts = [nights[k]["drift"] for k, _ in known]
     return ColumnDataSource(
         {
-            "x": [k for k, _ in known],
+            "x": [k + aside for k, _ in known],
             "y": [max(test[field], _LEAST) if field == "p" else test[field] for _, test in known],
             "night": [night_name(nights[k]) for k, _ in known],
             "name": [name] * len(known),
@@ -147,12 +158,14 @@ def _drift_words(nights: Sequence[Night], name: str, found: Sequence[tuple[int, 
 
 def _drift_summary(nights: Sequence[Night], tests: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]) -> str:
     verdicts = Counter(str(night["drift"]["verdict"]) for night in nights if night.get("drift"))
-    told = ", ".join(f"{verdict} on {times}" for verdict, times in verdicts.most_common())
+    told = [f"{verdict} on {times}" for verdict, times in verdicts.most_common()]
+    without = len(nights) - sum(verdicts.values())
+    told += [f"no comparison on {without}"] if without else []
     place, least, name = min(
         ((k, test["p"], name) for name, found in tests.items() for k, test in found), key=lambda one: one[1]
     )
     least_of_all = f"The least p-value was {_p(least)}, {name} on {night_name(nights[place])}."
-    return f"Of {sum(verdicts.values())} nights: {told}. {least_of_all}"
+    return f"Of {len(nights)} nights: {', '.join(told)}. {least_of_all}"
 
 
 def _drift_table(nights: Sequence[Night]) -> Table:

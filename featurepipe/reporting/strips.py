@@ -73,9 +73,7 @@ def strip_exhibit(
         paint: Collects the colours.
         note: How to read it.
     """
-    panels = [
-        Panel(_headed(figure), _strip(nights, figure, paint), "strip", _words(nights, figure)) for figure in found
-    ]
+    panels = [strip_panel(nights, figure, paint) for figure in found]
     crossed = (
         ""
         if all(map(is_good, nights))
@@ -87,6 +85,11 @@ def strip_exhibit(
 def night_name(night: Night) -> str:
     """When a night began, as people write it."""
     return str(night.get("started") or night["run_id"])[:16].replace("T", " ")
+
+
+def strip_panel(nights: Sequence[Night], figure: Figure, paint: Paint) -> Panel:
+    """A strip under its name and last value; the figure must be known and more than nothing on some night."""
+    return Panel(_headed(figure), _strip(nights, figure, paint), "strip", _words(nights, figure))
 
 
 def seconds(value: Any) -> str:

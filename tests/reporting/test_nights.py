@@ -333,7 +333,7 @@ def test_figures_that_are_always_nothing_have_no_strip(html, parsed):
 
 
 def test_one_tall_bar_does_not_flatten_the_others(html):
-    assert html.count(r'"text",["\\u2191\\u00a05,000"]') == 2  # computed, and new
+    assert html.count(r'"text",["\\u2191\\u00a05,000"]') == 3  # computed, new, and predicted
     assert re.search(
         r'"name":"Range1d","id":"p\d+","attributes":{"start":-11\.43,"end":152\.4}', html
     )  # 127 and a little
