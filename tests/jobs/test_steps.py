@@ -448,6 +448,16 @@ def test_keep_leaves_what_drift_is_measured_against(nights, rows, reference, sta
         assert steps.drift(nights.begin(rows), DriftTable())["reference"] == ids[2]
 
 
+def test_keep_leaves_a_reference_that_is_named_by_the_jobs_run(nights, rows):
+    past = [nights.begin(rows[:10]) for _ in range(4)]
+    for night in past:
+        nights.end(night)
+    night = nights.begin(rows[:10], drift={"reference": past[1].run_id})
+    steps.keep(night, KeepTable(snapshots=1, runs=1))
+    assert nights.store.snapshot_ids("zoo") == [past[1].extracted[0]["run_id"], night.extracted[0]["run_id"]]
+    assert past[1].run_id in run_ids(nights.store)
+
+
 def test_keep_leaves_what_other_jobs_measure_drift_against(nights, rows):
     def weekly(*entries, dataset="zoo"):
         zoo = {"command": "run", "job": "weekly", "dataset": dataset, "exit_code": 0, "steps": entries}

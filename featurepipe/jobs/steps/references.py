@@ -30,13 +30,21 @@ def needed(night: Night) -> set[str]:
     if night.job.drift is not None and there:
         names = {"previous": _newest([*_own(night, past), night.record], there), "first": there[0]}
         reference = night.job.drift.reference
-        found.add(names.get(reference) or reference)
+        found |= {names.get(reference) or reference, *_extractions(past, reference)}
     return found
 
 
-def telling_run(night: Night) -> str | None:
-    """The past run of the job whose record tells what ``previous`` is; None if no record does."""
-    return next((run["run_id"] for run in reversed(_own(night, _past(night))) if _next(run)), None)
+def telling_runs(night: Night) -> set[str]:
+    """Past runs whose records tell what tonight's job is compared with: the last that came to drift, and one that it names."""
+    if night.job.drift is None:
+        return set()
+    last = next((run["run_id"] for run in reversed(_own(night, _past(night))) if _next(run)), "")
+    return {last, night.job.drift.reference}
+
+
+def _extractions(runs: Sequence[Run], run_id: str) -> list[str]:
+    """Of a job's run, which may be named as a reference, too."""
+    return next((list(run.get("extractions", ())) for run in runs if run["run_id"] == run_id), [])
 
 
 def _past(night: Night) -> list[Run]:

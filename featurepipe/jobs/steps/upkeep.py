@@ -10,7 +10,7 @@ from featurepipe.errors import StoreLocked
 from featurepipe.jobs.job import CompactTable, KeepTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import is_success
-from featurepipe.jobs.steps.references import needed, telling_run
+from featurepipe.jobs.steps.references import needed, telling_runs
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.store.compact import compact_store
 from featurepipe.store.gc import gc_store, remove_runs
@@ -33,8 +33,8 @@ def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG00
 def keep(night: Night, table: KeepTable) -> dict[str, Any]:
     """Lets old snapshots of the dataset go, the features that only they needed, and old run records of the job.
 
-    References of drift stay, those of other jobs' too, as do the record of the last successful run, that of the last run that
-    tells what drift is measured against, and those of runs whose snapshot is there.
+    References of drift stay, those of other jobs' too, as do the record of the last successful run, those that tell what
+    drift is measured against, and those of runs whose snapshot is there.
     """
 
     def work() -> dict[str, Any]:
@@ -75,13 +75,13 @@ def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -
     kept = own[len(own) - keep + 1 :] if len(own) >= keep else own
     oldest = min([night.run_id, *(run["run_id"] for run in night.extracted), *(i for run in kept for i in _ids(run))])
     last_success = next((run["run_id"] for run in reversed(own) if is_success(run)), None)
-    telling = telling_run(night) if night.job.drift else None
+    telling = telling_runs(night)
     others = {run_id for run in runs if run.get("job") != night.job.name for run_id in _ids(run)}
     return [
         record["run_id"]
         for record in records
         if record["run_id"] < oldest
-        and record["run_id"] not in {*others, last_success, telling}
+        and record["run_id"] not in {*others, *telling, last_success}
         and (record.get("dataset") == night.dataset or record.get("job") == night.job.name)
     ]
 
