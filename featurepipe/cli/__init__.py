@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from featurepipe.cli.parser import build_parser
 from featurepipe.errors import FeaturepipeError
@@ -31,14 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
         return code
     except FeaturepipeError as error:
-        print(f"featurepipe: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(args, str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("featurepipe: stopped", file=sys.stderr)
-        return 130
+        return _failed(args, "stopped", 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 0
     except OSError as error:  # a disk or a permission, not a defect: its text names the file
-        print(f"featurepipe: {error}", file=sys.stderr)
-        return 1
+        return _failed(args, str(error), 1)
+
+
+def _failed(args: Namespace, message: str, code: int) -> int:
+    """Says why a command ended, in the form of its log, and returns its exit code."""
+    if getattr(args, "log_format", "text") == "json":
+        from featurepipe.jobs.log import job_log
+
+        with job_log(Path(args.job).stem, log_format="json") as log:  # a job that could not be read has its file's name
+            log.event("failed", message, level="error", exit_code=code)
+    else:
+        print(f"featurepipe: {message}", file=sys.stderr)
+    return code

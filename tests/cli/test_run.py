@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from featurepipe.errors import StoreLocked
+from featurepipe.errors import StoreLocked, UsageError
 
 RUN = "featurepipe.jobs.run:run_job"
 TEXT = "featurepipe.jobs.text"
@@ -33,6 +33,25 @@ def test_a_job_that_is_running_is_75(verb, call):
     verb(RUN, StoreLocked("job nightly runs already"))
     answer = call("run", "nightly.toml")
     assert (answer.code, answer.out, answer.err) == (75, "", "featurepipe: job nightly runs already\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreLocked("job nightly runs already"), 75),
+        (UsageError("nightly.toml: stor: unknown key\nnightly.toml: x: unknown key"), 2),
+        (PermissionError(13, "Permission denied", "features"), 1),
+    ],
+)
+def test_a_log_for_machines_holds_what_ended_the_command(verb, call, error, code):
+    """Job-file errors and exit code 75, too, are a line of JSON, whatever the number of their lines."""
+    verb(RUN, error)
+    answer = call("run", "jobs/nightly.toml", "--log-format", "json")
+    assert (answer.code, answer.out) == (code, "")
+    (line,) = answer.err.splitlines()
+    said = json.loads(line)
+    assert (said["level"], said["event"], said["job"]) == ("error", "failed", "nightly")
+    assert (said["text"], said["exit_code"]) == (str(error), code)
 
 
 def test_a_plan_has_a_text_of_its_own_and_no_exit_code(verb, texts, call):
