@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import SourceError
@@ -12,6 +13,7 @@ from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
+from featurepipe.jobs.labelled import LabelledSource
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
 
@@ -47,11 +49,14 @@ class Extractions:
         table = self.job.source
         patience = Patience(table.retries, table.first_wait, table.longest_wait, self.stop, self.say)
         why = self._list(source, patience)
+        images = LabelledSource(source, asked=table.labels is not None)
+        if table.labels and not why:
+            self._label(images, table.labels)
         for features in self.job.features:
             if why:
                 self.record.not_reached("extract", features.backbone, why)
             else:
-                why = self._extract(features, source, patience)
+                why = self._extract(features, source, images, patience)
         self.record.listing = source.seconds
 
     def _list(self, source: TonightsSource, patience: Patience) -> str:
@@ -66,12 +71,20 @@ class Extractions:
         entry = self.record.attempt("list", "", work)
         return "" if entry["status"] == DONE else "the source was not listed"
 
-    def _extract(self, features: FeaturesTable, source: TonightsSource, patience: Patience) -> str:
+    def _label(self, images: LabelledSource, file: Path) -> None:
+        """Reads the labels file; one that cannot be used fails the night, but keeps no image from being computed."""
+        if self.before is not None:
+            images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
+        self.record.attempt("labels", "", lambda: images.read(file))
+
+    def _extract(
+        self, features: FeaturesTable, source: TonightsSource, images: LabelledSource, patience: Patience
+    ) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""
         found: dict[str, Any] = {}
 
         def work() -> dict[str, Any]:
-            found.update(patience.insist(lambda: self._try(features, source)))
+            found.update(patience.insist(lambda: self._try(features, source, images)))
             return {name: found[name] for name in _TOLD if name in found}
 
         entry = self.record.attempt("extract", features.backbone, work)
@@ -82,11 +95,11 @@ class Extractions:
             return ""
         return f"extract {features.backbone} did not end well"
 
-    def _try(self, features: FeaturesTable, source: TonightsSource) -> dict[str, Any]:
+    def _try(self, features: FeaturesTable, source: TonightsSource, images: LabelledSource) -> dict[str, Any]:
         before = self._run_ids()
         try:
             return extract(
-                source(),
+                images(),
                 self.record.store,
                 dataset=self.record.dataset,
                 retry_rejects=self.record.retry_rejects,

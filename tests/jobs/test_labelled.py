@@ -1,0 +1,62 @@
+"""Newly labelled images are counted where the labels are in a file."""
+
+import pytest
+
+from featurepipe.jobs.text import summary_text
+
+
+@pytest.fixture
+def labelled(pile):
+    """A pile of four images in a folder that is a class, and how to write its labels file."""
+    pile.fill(4, folder="cat/")
+    pile.job(source='labels = "labels.csv"')
+
+    def label(*rows):
+        (pile.folder / "labels.csv").write_text("\n".join(["id,label", *rows]) + "\n")
+
+    return label
+
+
+def changes(record):
+    return {kind: count for kind, count in record["changes"].items() if count}
+
+
+def labels(pile):
+    return pile.store.snapshot("pile")["label"].to_pylist()
+
+
+def test_newly_labelled_images_are_counted(pile, labelled):
+    labelled()
+    first = pile.run()
+    assert (first["status"], changes(first), labels(pile)) == ("done", {"new": 4}, [None] * 4)
+    labelled("cat/000.png,tom", "cat/002.png,kit")
+    second = pile.run()
+    assert (changes(second), second["counts"]["read"]) == ({"relabelled": 2, "unchanged": 2}, 0)
+    assert labels(pile) == ["tom", None, "kit", None]
+    assert "2 of 4 images have a label in labels.csv" in summary_text(second)
+    labelled("cat/000.png,tom", "cat/002.png,tom", "cat/003.png,tom")
+    assert changes(pile.run()) == {"relabelled": 2, "unchanged": 2}
+    assert changes(pile.run()) == {"unchanged": 4}
+
+
+def test_labels_of_unknown_images_are_said(pile, labelled):
+    labelled("cat/000.png,tom", "dog/1.png,rex", "dog/2.png,rex", "dog/3.png,rex", "dog/4.png,rex")
+    record = pile.run()
+    assert record["status"] == "done"
+    assert record["warnings"] == [
+        "labels.csv labels 4 ids that the source does not list: dog/1.png, dog/2.png, dog/3.png, ...; "
+        "ids are like cat/000.png"
+    ]
+
+
+def test_a_broken_file_fails_the_night_but_leaves_labels_as_they_were_and_computes(pile, labelled):
+    labelled("cat/000.png,tom")
+    pile.run()
+    pile.fill(1, first=4, folder="cat/")
+    labelled("cat/000.png,tom", "cat/000.png,kit")
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 1)
+    assert [entry["status"] for entry in record["steps"]] == ["done", "failed", "done"]
+    assert "'cat/000.png' has tom and kit" in record["steps"][1]["error"]
+    assert changes(record) == {"new": 1, "unchanged": 4}
+    assert labels(pile) == ["tom", None, None, None, None]
