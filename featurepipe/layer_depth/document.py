@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.details import details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
-from featurepipe.layer_depth.timing import is_undisturbed
+from featurepipe.layer_depth.timing import least_disturbed
 from featurepipe.records import host, now, versions
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def document(
     say("comparing columns, and timing the network up to each")
     chosen, names = recommended.chosen, [column.column for column in study.columns]
     timing = found.timing()
-    times = journal.finding(timing.key, timing.measure, lasts=is_undisturbed)
+    times = least_disturbed(timing, journal)
     columns = [
         {
             **column.as_dict(),

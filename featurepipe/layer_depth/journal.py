@@ -53,23 +53,31 @@ class Journal:
         """
         self._append([_entry(key, cell) for cell in cells])
 
-    def finding(self, key: str, find: Callable[[], Any], *, lasts: Callable[[Any], bool] = lambda _: True) -> Any:
-        """What ``find`` returned when it was last called under this key (by ``key_of``); it is called if it never was.
+    def finding(self, key: str, find: Callable[[], Any]) -> Any:
+        """What ``find`` returned when it was called under this key (by ``key_of``); it is called if it never was.
 
         Args:
             key: names all that the finding depends on.
             find: returns JSON values.
-            lasts: whether a finding is kept; one that is not is found again the next time.
 
         Raises:
             DiskFull: no space is left.
         """
         if key not in self._findings:
-            found = find()
-            if not lasts(found):
-                return found
-            self._append([{"key": key, "finding": found}])
+            self.keep(key, find())
         return self._findings[key]
+
+    def known(self, key: str) -> Any:
+        """What was last kept under this key, or None."""
+        return self._findings.get(key)
+
+    def keep(self, key: str, found: Any) -> None:
+        """Keeps a finding; the last one under a key counts.
+
+        Raises:
+            DiskFull: no space is left.
+        """
+        self._append([{"key": key, "finding": found}])
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(entry, allow_nan=False) for entry in entries]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
-from featurepipe.layer_depth.journal import key_of
+from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.records import host, versions
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ FEW = 4
 
 MOST_WAITING = 0.2
 """Share of its time that a process may wait for a core while it is timed."""
+
+AGAIN = 3600.0
+"""Seconds after which times of a busy machine are measured again."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,26 @@ class Timing:
                 batch=self.batch,
             )
         )
+
+
+def least_disturbed(timing: Timing, journal: Journal) -> dict[str, Any]:
+    """The times of all tries so far that waited least; tried again after an hour, while all were disturbed.
+
+    So the same command says the same times again, and a machine that is always busy is not timed again and again.
+
+    Returns:
+        As `Timing.measure`, with ``tried``, when that was last, in seconds since 1970.
+
+    Raises:
+        DiskFull: no space is left to keep them.
+    """
+    known, now = journal.known(timing.key), time.time()
+    if known is not None and (is_undisturbed(known) or 0 <= now - known.get("tried", 0.0) < AGAIN):
+        return dict(known)
+    tries = [timing.measure(), *([known] if known else [])]
+    best = {**min(tries, key=lambda measured: float(measured["waited"])), "tried": now}
+    journal.keep(timing.key, best)
+    return best
 
 
 def is_undisturbed(measured: Mapping[str, Any]) -> bool:
