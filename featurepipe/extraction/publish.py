@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurepipe import records
 from featurepipe.errors import Interrupted, StoreError, TooManyRejects
@@ -19,6 +20,7 @@ from featurepipe.extraction.prepare import Job
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES
+from featurepipe.store.snapshots import OK
 
 SHOWN_REJECTS = 20
 """Rejects that a run record names; all are in the space's ``rejects.jsonl``."""
@@ -140,10 +142,8 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "gone": job.gone,
         "tried_again": outcome.tried_again,
         "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},
-        "rejects": [
-            {"id": job.plan.listing["id"][row].as_py(), "reason": reason}
-            for row, reason in sorted(outcome.reasons.items())[:SHOWN_REJECTS]
-        ],
+        "rejects": _rejects(job, outcome)[:SHOWN_REJECTS],
+        "new_rejects": _new_rejects(job, outcome)[:SHOWN_REJECTS],
         "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
         "reject_reasons": by_code(outcome.reasons),
         "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
@@ -152,6 +152,18 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "versions": records.versions(),
         "host": records.host(),
     }
+
+
+def _rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:
+    ids = job.plan.listing["id"]
+    return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(outcome.reasons.items())]
+
+
+def _new_rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:
+    """Those that the last snapshot does not have as rejected."""
+    last = job.history.snapshot
+    before = set() if last is None else set(last.filter(pc.not_equal(last["status"], OK))["id"].to_pylist())
+    return [reject for reject in _rejects(job, outcome) if reject["id"] not in before]
 
 
 def snapshot_table(listing: pa.Table, outcome: Outcome) -> pa.Table:

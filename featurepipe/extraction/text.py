@@ -21,8 +21,8 @@ def text(record: Mapping[str, Any]) -> str:
     changes = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in record.get("changes", {}).items() if count]
     if changes and changes != [f"{counts['listed']:,} unchanged"]:
         lines.append("changes: " + ", ".join(changes))
-    if record["gone"]:
-        lines.append(f"{record['gone']:,} images of the last snapshot are gone")
+    if record["gone"] and not changes:  # a run without a snapshot
+        lines.append(f"{record['gone']:,} of the last snapshot moved or deleted")
     if record["rejects"]:
         lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]

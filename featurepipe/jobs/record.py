@@ -25,6 +25,8 @@ _SUMMED = ("computed", "read")
 _COUNTED = ("listed", "known", "rejected")
 _STAGES = ("read", "decode", "forward", "write", "waiting")
 _TOO_MANY_REJECTS = 4
+_NAMED = 3
+"""New rejects that the record names; each extraction's own record names more."""
 _TELLING = ("list", "extract")
 """Steps whose failures have exit codes of their own; any other one that fails is a failure like the next."""
 
@@ -205,6 +207,7 @@ class RunRecord:
             "counts": counts,
             "counts_by_space": {run["space"]: self._counts_of(run) for run in self._last_tries()},
             "changes": next((run["changes"] for run in self.extractions if run.get("changes")), {}),
+            "new_rejects": self._new_rejects(),
             "steps": list(self.steps),
             "extractions": [run["run_id"] for run in self.extractions],
             "seconds": seconds,
@@ -233,6 +236,11 @@ class RunRecord:
         counts = {name: int(run["counts"][name]) for name in _COUNTED}
         counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
         return counts | {name: sum(int(other["counts"][name]) for other in tries) for name in _SUMMED}
+
+    def _new_rejects(self) -> list[dict[str, str]]:
+        """Some of the images that could not be used for the first time tonight; a later space sees them as known ones."""
+        found = {reject["id"]: reject for run in self.extractions for reject in run.get("new_rejects", ())}
+        return list(found.values())[:_NAMED]
 
     def _last_tries(self) -> list[dict[str, Any]]:
         """The last extraction of each feature space."""

@@ -70,11 +70,13 @@ def _ending(record: Mapping[str, Any]) -> str:
 def _images(record: Mapping[str, Any]) -> Iterator[str]:
     counts, changes = record.get("counts", {}), record.get("changes", {})
     kinds = [f"{changes[kind]:,} {kind.replace('_', ' ')}" for kind in _KINDS if changes.get(kind)]
-    gone = [f"{changes['deleted']:,} gone"] if changes.get("deleted") else []
+    deleted = [f"{changes['deleted']:,} deleted"] if changes.get("deleted") else []
     yield f"{record.get('dataset') or '?'}: {counts.get('listed', 0):,} images listed"
-    if kinds or gone:
-        yield f"  {'; '.join([', '.join(kinds), *gone] if kinds else gone)}"
+    if kinds or deleted:
+        yield f"  {'; '.join([', '.join(kinds), *deleted] if kinds else deleted)}"
     yield "  " + ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+    for reject in record.get("new_rejects", ()):
+        yield f"  rejected: {reject['id']}: {reject['reason']}"
     if counts.get("computed"):
         yield f"  {record.get('images_per_second') or 0:,.1f} img/s; {record.get('verdict', '')}"
 

@@ -1,5 +1,7 @@
 """What a run record holds of the night's extractions."""
 
+from featurepipe.jobs.text import summary_text
+
 SECOND_SPACE = """
 [[features]]
 backbone = "lenet5"
@@ -22,3 +24,20 @@ def test_each_feature_space_is_counted_by_itself(pile):
     ]
     spaces = {run["run_id"]: run["space"] for run in pile.store.runs() if run["command"] == "extract"}
     assert list(record["counts_by_space"]) == [spaces[run_id] for run_id in record["extractions"]]
+
+
+def test_the_night_names_images_that_could_not_be_used_for_the_first_time(pile):
+    pile.fill(2)
+    pile.write("00-old.png", b"no image")
+    pile.job('[limits]\nmax_rejects = "100%"\n' + SECOND_SPACE)
+    first = pile.run()
+    assert [reject["id"] for reject in first["new_rejects"]] == ["00-old.png"]
+    for name in ("bad1.png", "bad2.png", "bad3.png", "bad4.png", "000.png"):
+        pile.write(name, b"no image")
+    second = pile.run()
+    assert [reject["id"] for reject in second["new_rejects"]] == ["000.png", "bad1.png", "bad2.png"]
+    reason = second["new_rejects"][0]["reason"]
+    assert reason
+    assert f"  rejected: 000.png: {reason}\n" in summary_text(second)
+    assert "00-old.png" not in summary_text(second)
+    assert pile.run()["new_rejects"] == []

@@ -44,7 +44,7 @@ def test_a_good_night_fits_one_screen(record):
         "2026-11-22 01:30 to 01:42 UTC, 12:10 min, run R7",
         "",
         "photos: 12,345 images listed",
-        "  120 new, 3 changed, 2 moved, 1 new rejected, 3 still rejected, 12,216 unchanged; 5 gone",
+        "  120 new, 3 changed, 2 moved, 1 new rejected, 3 still rejected, 12,216 unchanged; 5 deleted",
         "  123 computed, 12,218 known, 4 rejected",
         "  55.0 img/s; decode-bound: add workers",
         "",
