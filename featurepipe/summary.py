@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.tables import size, table
+from featurepipe.tables import counted, size, table
 
 if TYPE_CHECKING:
     from featurepipe.store import CompactReport, GcReport, VerifyReport
@@ -25,7 +25,7 @@ def info_text(found: Mapping[str, Any]) -> str:
 
 def verify_text(report: VerifyReport) -> str:
     """What ``featurepipe verify`` prints."""
-    lines = [f"{_count(report.parts, 'part')} checked, {_count(report.rows, 'row')}, {size(report.bytes)}"]
+    lines = [f"{counted(report.parts, 'part')} checked, {counted(report.rows, 'row')}, {size(report.bytes)}"]
     for problem in report.problems:
         inside = "/".join(filter(None, (problem.space, problem.part, problem.dataset)))
         moved = f"; moved to {problem.quarantined}" if problem.quarantined else ""
@@ -42,11 +42,13 @@ def verify_text(report: VerifyReport) -> str:
 
 def compact_text(report: CompactReport, *, dry_run: bool = False) -> str:
     """What ``featurepipe compact`` prints."""
-    merged = f"{_count(report.parts_before, 'part')} into {report.parts_after:,}"
+    merged = f"{counted(report.parts_before, 'part')} into {report.parts_after:,}"
     freed = f"{size(report.bytes_freed)} freed" if report.bytes_freed > 0 else "no space freed"
-    lines = [f"{merged}, {_count(report.rows_dropped, 'duplicate row')} dropped, {freed}"]
+    lines = [f"{merged}, {counted(report.rows_dropped, 'duplicate row')} dropped, {freed}"]
     if report.parts_before == report.parts_after and not report.rows_dropped:
-        lines = [f"nothing to do: {_count(report.parts_before, 'part')}, no duplicate rows, none small enough to merge"]
+        lines = [
+            f"nothing to do: {counted(report.parts_before, 'part')}, no duplicate rows, none small enough to merge"
+        ]
     lines += [f"left alone, damaged: {name}; run: featurepipe verify STORE" for name in report.damaged]
     return "\n".join([*lines, *_dry(dry_run=dry_run)])
 
@@ -59,11 +61,11 @@ def gc_text(report: GcReport, *, dry_run: bool = False) -> str:
         "leftover file": report.leftovers_removed,
         "quarantined part": report.quarantined_removed,
     }
-    removed = [_count(number, noun) for noun, number in counts.items() if number]
+    removed = [counted(number, noun) for noun, number in counts.items() if number]
     verb = "would remove" if dry_run else "removed"
     lines = [f"{verb} {', '.join(removed)}: {size(report.bytes_freed)}" if removed else "nothing to remove"]
     if report.rows_unfinished:
-        lines.append(f"kept {_count(report.rows_unfinished, 'row')} of runs that have not finished, for the next run")
+        lines.append(f"kept {counted(report.rows_unfinished, 'row')} of runs that have not finished, for the next run")
     return "\n".join([*lines, *_dry(dry_run=dry_run)])
 
 
@@ -81,7 +83,7 @@ def _dataset_text(dataset: Mapping[str, Any]) -> str:
     title = f"dataset {dataset['name']}"
     if not dataset["snapshots"]:
         return f"{title}: no snapshot"
-    lines = [f"{title}: {_count(dataset['images'], 'image')}, {_count(dataset['snapshots'], 'snapshot')}"]
+    lines = [f"{title}: {counted(dataset['images'], 'image')}, {counted(dataset['snapshots'], 'snapshot')}"]
     copies = dataset["images"] - dataset["distinct"]
     if copies:
         copy = (
@@ -109,13 +111,13 @@ def _space_text(space: Mapping[str, Any]) -> str:
     lines = [
         f"feature space {space['name']}",
         f"  precision {fields.get('precision', '?')}, stored as {fields.get('dtype', '?')}, "
-        f"{_count(space['parts'], 'part')}, {_count(space['rows'], 'row')}, {size(space['bytes'])}",
+        f"{counted(space['parts'], 'part')}, {counted(space['rows'], 'row')}, {size(space['bytes'])}",
     ]
     lines += _weights(space["notes"].get("backbone", {}))
     if space["damaged"]:
-        lines.append(f"  {_count(len(space['damaged']), 'damaged part')}; run: featurepipe verify STORE")
+        lines.append(f"  {counted(len(space['damaged']), 'damaged part')}; run: featurepipe verify STORE")
     if space["quarantined"]:
-        parts = _count(len(space["quarantined"]), "damaged part")
+        parts = counted(len(space["quarantined"]), "damaged part")
         lines.append(f"  {parts} in quarantine; run the same featurepipe extract again, then featurepipe gc STORE")
     aliases = {node: alias for alias, node in space["notes"].get("aliases", {}).items()}
     rows = [
@@ -148,7 +150,7 @@ def _runs_text(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     older = f", the last {LAST_RUNS}" if len(runs) > LAST_RUNS else ""
     columns = table(["ended", "dataset", "status", "listed", "computed", "known", "rejected"], rows)
-    return [f"{_count(len(runs), 'run')}{older}\n" + "\n".join(f"  {line}" for line in columns.splitlines())]
+    return [f"{counted(len(runs), 'run')}{older}\n" + "\n".join(f"  {line}" for line in columns.splitlines())]
 
 
 def _time(stamp: str) -> str:
@@ -158,9 +160,3 @@ def _time(stamp: str) -> str:
 def _counts(run: Mapping[str, Any]) -> list[int]:
     counts = run.get("counts", {})
     return [counts.get(name, 0) for name in ("listed", "computed", "known", "rejected")]
-
-
-def _count(number: int, noun: str) -> str:
-    """A number with its noun: ``1 part``, ``2,000 parts``, ``3 rows that no snapshot needs``."""
-    first, space, rest = noun.partition(" that ")
-    return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"

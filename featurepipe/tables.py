@@ -52,3 +52,14 @@ def share(part: float) -> str:
         '4.9 %'
     """
     return f"{100 * part:.1f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "part"), counted(2000, "part"), counted(3, "row that no snapshot needs")
+        ('1 part', '2,000 parts', '3 rows that no snapshot needs')
+    """
+    first, space, rest = noun.partition(" that ")
+    return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"

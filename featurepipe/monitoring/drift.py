@@ -18,6 +18,7 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.advice import extract_command
 from featurepipe.store.choice import require_snapshot
+from featurepipe.tables import counted
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ def _answer(question: _Question, snapshot: str, reference: str | None) -> dict[s
         return _untested(0, 0, why)
     before, new = sides(question.store, question.dataset, snapshot, reference, question.seed)
     if min(before.count, new.count) < LEAST:
-        why = f"{new.count:,} images are new since {reference}, which has {before.count:,}: {LEAST} of each are needed"
+        found = f"{counted(new.count, 'image')} {'is' if new.count == 1 else 'are'} new since {reference}"
+        why = f"{found}, which has {before.count:,}: {LEAST} of each are needed"
         return _untested(before.count, new.count, why)
-    question.say(f"{question.dataset}: {new.count:,} new images against {before.count:,} of {reference}")
+    question.say(f"{question.dataset}: {counted(new.count, 'new image')} against {before.count:,} of {reference}")
     return {"images": {"reference": before.count, "new": new.count}, **_tested(question, before, new)}
 
 

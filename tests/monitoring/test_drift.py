@@ -260,3 +260,10 @@ def test_runs_of_jobs_stand_for_the_snapshots_of_their_extractions(nights):
         drift(pile.store, reference="J3", silent=True)
     with pytest.raises(UsageError, match=r"cannot compare snapshot .* that snapshot itself"):
         drift(pile.store, snapshot=second, reference="J2", silent=True)
+
+
+def test_one_new_image_is_one(nights):
+    pile, *_ = nights
+    pile.night({"b:gap": pile.add_rows(names(0, 1, "one"), np.ones((1, 8)))})
+    [why] = drift(pile.store, silent=True)["warnings"]
+    assert why.startswith("1 image is new since ")
