@@ -309,7 +309,7 @@ class Backbone:
     def _check_nodes(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self._by_name:
-                raise unknown("node", name, list(self._by_name), where=self.name, see=self._see)
+                raise unknown("node", name, [*self._by_name, BOTTLENECK], where=self.name, see=self._see)
 
 
 @contextmanager

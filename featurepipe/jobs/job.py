@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from featurepipe.errors import unknown
 from featurepipe.heads.families import HEADS
@@ -261,3 +261,15 @@ class Job(Table):
     """The page of the last nights."""
     metrics: MetricsTable | None = None
     """Figures for those who watch many jobs."""
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """Where the job was read from, for messages; None for one that was made without a file."""
+        return self._file
+
+    def read_from(self, file: Path) -> Job:
+        """The same job, which knows its file."""
+        job = self.model_copy()
+        job._file = file  # noqa: SLF001 - a copy of our own
+        return job

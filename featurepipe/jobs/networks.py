@@ -1,27 +1,75 @@
-"""Whether a job names networks, nodes and heads that there are, before hours are spent on those that come first."""
+"""Whether a job names networks, nodes, heads and snapshots that there are, before hours are spent on those that come first."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 from featurepipe.backbones import load_backbone
-from featurepipe.errors import UsageError
+from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import make_head
+from featurepipe.jobs.checks import Problem
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.values import REFERENCES
+from featurepipe.jobs.wording import told
+from featurepipe.store import FeatureStore
 
 
 def check_networks(job: Job) -> None:
-    """Loads every network but the first, which is loaded soon enough, and makes every head.
+    """Looks at every network but the first, makes every head, and looks for the snapshot that drift is measured from.
+
+    The first network is looked at soon enough, by its extraction, whose failure leaves those of the others to be done.
 
     Raises:
-        UsageError: there is no such network, node, or parameter of a head; the message names the key.
+        UsageError: there is no such network, node, parameter of a head, or snapshot; a line each, with file and key.
         WeightsNotFound: weights are not at hand.
     """
-    for place, table in enumerate(job.features[1:], start=1):
+    missing = list(_missing_snapshot(job))
+    if missing or any(named_problems(job, skip=1)):
+        raise UsageError(told([*named_problems(job), *missing], job.file))
+
+
+def check_names(job: Job) -> None:
+    """Looks at all networks and heads, the first network too.
+
+    Raises:
+        UsageError: there is no such network, node, or parameter of a head; a line each, with file and key.
+    """
+    problems = list(named_problems(job))
+    if problems:
+        raise UsageError(told(problems, job.file))
+
+
+def named_problems(job: Job, wrong: Collection[str] = (), *, skip: int = 0) -> Iterator[Problem]:
+    """What is wrong with the names of networks and nodes, and with the parameters of heads.
+
+    Args:
+        job: the job.
+        wrong: its tables that are known to be wrong, and are left out.
+        skip: how many of the first networks are left out.
+    """
+    for place, table in enumerate(job.features[skip:] if "features" not in wrong else (), start=skip):
+        key = "backbone"
         try:
-            load_backbone(table.backbone, table.weights, seed=table.seed).columns(table.nodes)
+            network = load_backbone(table.backbone, table.weights, seed=table.seed)
+            key = "nodes"
+            network.columns(table.nodes)
         except UsageError as error:
-            raise UsageError(f"features[{place}]: {error}") from error
-    for place, head in enumerate(job.train):
+            yield f"features[{place}].{key}", None, str(error)
+    for place, head in enumerate(job.train if "train" not in wrong else ()):
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
         except UsageError as error:
-            raise UsageError(f"train[{place}]: {error}") from error
+            yield f"train[{place}].params", None, str(error)
+
+
+def _missing_snapshot(job: Job) -> Iterator[Problem]:
+    """A run id that no snapshot has, where there is a store to look into."""
+    if job.drift is None or job.drift.reference in REFERENCES:
+        return
+    store = FeatureStore(job.store)
+    if not store.exists:
+        return
+    datasets = [job.dataset] if job.dataset else store.datasets()
+    known = [snapshot for dataset in datasets for snapshot in store.snapshot_ids(dataset)]
+    if job.drift.reference not in known:
+        yield "drift.reference", None, str(unknown("snapshot", job.drift.reference, [*REFERENCES, *known[::-1]]))

@@ -10,6 +10,7 @@ from featurepipe.extraction.prepare import dataset_name
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.networks import check_names
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
 
@@ -31,6 +32,7 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
         SourceError: the source cannot be listed.
         UsageError: a network or node is unknown.
     """
+    check_names(job)
     source = TonightsSource(job, StopRequest())()
     dataset = job.dataset or dataset_name(source.name)
     estimates = []

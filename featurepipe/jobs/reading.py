@@ -15,9 +15,8 @@ from pydantic_core import ErrorDetails
 from featurepipe.errors import UsageError
 from featurepipe.jobs.checks import CHECKS, Problem
 from featurepipe.jobs.job import Job
-from featurepipe.jobs.wording import problem_of
+from featurepipe.jobs.wording import problem_of, told
 
-LONGEST_SHOWN = 80
 _STAND_INS: Mapping[str, Any] = MappingProxyType(
     {"name": "job", "store": "store", "source": {"path": "images"}, "features": [{}]}
 )
@@ -47,8 +46,12 @@ def read_job(path: str | PathLike[str]) -> Job:
         wrong = set()
     problems += [problem for check, tables in CHECKS if wrong.isdisjoint(tables) for problem in check(job)]
     if problems:
-        raise UsageError("\n".join(f"{path}: {_line(problem)}" for problem in problems))
-    return job
+        from featurepipe.jobs.networks import (
+            named_problems,
+        )  # loads torch, for the sake of one list of all that is wrong
+
+        raise UsageError(told([*problems, *named_problems(job, wrong)], path))
+    return job.read_from(Path(path))
 
 
 def _parsed(file: Path) -> dict[str, Any]:
@@ -60,18 +63,6 @@ def _parsed(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: not UTF-8, as TOML must be: {error}") from error
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror}; name a job file, such as nightly.toml") from error
-
-
-def _line(problem: Problem) -> str:
-    key, given, message = problem
-    return f"{key}: {message}" if given is None else f"{key} = {_shown(given)}: {message}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _one_per_key(error: ValidationError) -> Iterable[ErrorDetails]:

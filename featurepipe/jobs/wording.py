@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic_core import ErrorDetails
@@ -25,6 +27,28 @@ _MUST_BE = {
     "less_than": "must be less than {lt}",
     "too_short": "must not be empty",
 }
+
+
+LONGEST_SHOWN = 80
+"""Characters of a value that a message repeats."""
+
+
+def told(problems: Iterable[Problem], file: str | PathLike[str] | None) -> str:
+    """A line for each problem: the file, the key, what was given, and what is wrong with it."""
+    begin = "" if file is None else f"{fspath(file)}: "
+    return "\n".join(f"{begin}{_line(problem)}" for problem in problems)
+
+
+def _line(problem: Problem) -> str:
+    key, given, message = problem
+    return f"{key}: {message}" if given is None else f"{key} = {_shown(given)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def problem_of(details: ErrorDetails) -> Problem:

@@ -570,10 +570,10 @@ def test_one_space_that_fails_leaves_the_others(pile):
 def test_later_networks_and_heads_are_checked_before_the_first_image(pile):
     pile.fill(2)
     pile.job('[[features]]\nbackbone = "lenet5"\nweights = "none"\nseed = 1\nnodes = ["layer9"]')
-    with pytest.raises(UsageError, match=r"^features\[1\]: unknown node 'layer9' in lenet5"):
+    with pytest.raises(UsageError, match=r"nightly\.toml: features\[1\]\.nodes: unknown node 'layer9' in lenet5"):
         pile.run()
     pile.job('[[train]]\nout = "b"\nhead = "logistic"\nparams = { CC = 1 }')
-    with pytest.raises(UsageError, match=r"^train\[0\]: .*CC"):
+    with pytest.raises(UsageError, match=r"nightly\.toml: train\[0\]\.params: .*CC"):
         pile.run()
     assert not pile.store.runs()
     assert not pile.store.spaces()

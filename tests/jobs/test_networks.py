@@ -1,0 +1,78 @@
+"""Names in a job file that only the networks, the heads or the store can tell: said at once, with file and key."""
+
+import pytest
+
+from featurepipe.errors import UsageError
+from featurepipe.jobs.networks import check_networks
+from featurepipe.jobs.reading import read_job
+from featurepipe.store import FeatureStore
+
+SECOND = '[[features]]\nbackbone = "resnet999"\n'
+HEAD = '[[train]]\nout = "b"\nbackbone = "lenet5"\nparams = { depth = 3 }\n'
+
+
+@pytest.fixture
+def lines(pile):
+    """The lines of the message, each without the file's name, which begins it."""
+
+    def reading(rest, *, node="c3"):
+        pile.file.write_text(pile.job(rest).read_text().replace('"c3"', f'"{node}"'))
+        with pytest.raises(UsageError) as caught:
+            check_networks(read_job(pile.file))
+        found = str(caught.value).split("\n")
+        assert all(line.startswith(f"{pile.file}: ") for line in found), found
+        return [line.removeprefix(f"{pile.file}: ") for line in found]
+
+    return reading
+
+
+def test_all_names_at_once(lines):
+    node, network, head = lines(SECOND + HEAD, node="botleneck")
+    assert node.startswith("features[0].nodes: unknown node 'botleneck' in lenet5; nearest: bottleneck")
+    assert network.startswith("features[1].backbone: unknown backbone 'resnet999'; nearest: resnet")
+    assert head.startswith("train[0].params: ")
+    assert "depth" in head
+
+
+def test_names_and_types_at_once(lines):
+    """What is wrong in other tables keeps nobody from hearing of the networks; a table wrong in itself is left alone."""
+    found = lines(SECOND + HEAD + '[keep]\nruns = "all"\n', node="c9")
+    assert [line.split(":")[0].split(" =")[0] for line in found] == [
+        "keep.runs", "features[0].nodes", "features[1].backbone", "train[0].params",
+    ]  # fmt: skip
+    found = lines(SECOND + HEAD + "tune = 3\n")
+    assert [line.split(":")[0].split(" =")[0] for line in found] == ["train[0].tune", "features[1].backbone"]
+
+
+def test_a_dry_run_names_the_first_networks_key(pile):
+    pile.fill(1)
+    pile.file.write_text(pile.file.read_text().replace('"c3"', '"botleneck"'))
+    with pytest.raises(UsageError) as caught:
+        pile.run(dry_run=True)
+    assert str(caught.value).startswith(
+        f"{pile.file}: features[0].nodes: unknown node 'botleneck' in lenet5; nearest: bottl"
+    )
+
+
+def test_a_reference_that_the_store_does_not_have(pile, lines):
+    drift = '[drift]\nreference = "20260131T020000000000Z-0123abcd"\n'
+    pile.job(drift)
+    check_networks(read_job(pile.file))  # no store yet: nobody knows
+    pile.fill(2)
+    pile.job()
+    pile.run()
+    (line,) = lines(drift)
+    assert line.startswith(
+        "drift.reference: unknown snapshot '20260131T020000000000Z-0123abcd'; choices: previous, first"
+    )
+    known = FeatureStore(pile.folder / "features").snapshot_ids("pile")
+    pile.job(f'[drift]\nreference = "{known[0]}"\n')
+    check_networks(read_job(pile.file))
+
+
+def test_the_night_does_not_begin_with_such_a_reference(pile):
+    pile.fill(2)
+    pile.job('[drift]\nreference = "20260131T020000000000Z-0123abcd"\n')
+    with pytest.raises(UsageError, match=r"drift\.reference: unknown snapshot"):
+        pile.run()
+    assert pile.records() == []
