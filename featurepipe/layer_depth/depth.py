@@ -109,7 +109,7 @@ def depth(
         found.store, found.dataset, found.columns, protocol,
         spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
     )  # fmt: skip
-    say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns. {protocol.text}")
+    say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
     journal = Journal(found.store.depth_journal(found.dataset))
     with clock.stage("measure"):
         measured = _measure_all(study, journal, jobs, silent=silent)

@@ -123,6 +123,7 @@ def provenance(study: Study, found: Extracted, seconds: Mapping[str, float], com
     """Who measured it, where, when and with what."""
     return {
         "command": command,
+        "exit_code": max((int(record.get("exit_code") or 0) for record in found.records), default=0),
         "when": now(),
         "software": versions(),
         "machine": host(),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.layer_depth.timing import is_undisturbed
 from featurepipe.progress import duration
 from featurepipe.tables import share, size, table
+
+_LINE = 100
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -37,13 +40,20 @@ def _answer(found: Mapping[str, Any]) -> str:
     if (chosen["column"], chosen["head"]) != (chosen["best"], chosen["best_head"]):
         best = f"the most accurate is {chosen['best']} with {chosen['best_head']}, {chosen['best_accuracy']:.4f}"
     return (
-        f"recommended: {chosen['column']} with {chosen['head']}, accuracy {_interval(chosen)}; {best}\n"
+        f"recommended: {_named(chosen['column'], found)} with {chosen['head']}, accuracy {_interval(chosen)}; {best}\n"
         f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
         f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
         + "".join(f"{line}\n" for line in (_ties(chosen), _elsewhere(chosen["elsewhere"])) if line)
         + f"use it: {_command(found)}"
     )
+
+
+def _named(column: str, found: Mapping[str, Any]) -> str:
+    """A column, and whether it is what people ask for as the bottleneck, whose node has a name of its own."""
+    bottleneck = (found["backbone"].get("description") or {}).get("bottleneck")
+    node = column.partition(":")[0]
+    return f"{column} (bottleneck)" if node == bottleneck != "bottleneck" else column
 
 
 def _ties(chosen: Mapping[str, Any]) -> str:
@@ -96,9 +106,10 @@ def _columns(found: Mapping[str, Any]) -> str:
     rows = []
     for column in found["columns"]:
         name = column["column"]
+        called = _named(name, found)
         mark = " *" if name == found["recommended"]["column"] else ""
         rows.append([
-            name + mark, column["width"], share(column["cost"]), _number(column["ms_per_image"], 2),
+            called + mark, column["width"], share(column["cost"]), _number(column["ms_per_image"], 2),
             *(_interval(by_place[name, *one]) if (name, *one) in by_place else "-" for one in series),
             _number(found["transferability"]["scores"].get(name), 3),
         ])  # fmt: skip
@@ -147,7 +158,7 @@ def _provenance(found: Mapping[str, Any]) -> str:
         if count and name not in ("shifted", "shifted_of_equal_id")
     ]
     more = f"; left out: {', '.join(left_out)}" if left_out else ""
-    return f"{found['protocol']}\n{seconds}{more}"
+    return f"{textwrap.fill(found['protocol'], _LINE)}\n{seconds}{more}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:

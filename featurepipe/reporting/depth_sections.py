@@ -73,7 +73,7 @@ def _answer(document: Document) -> list[Block]:
         Prose((f"{sentence} {against}".strip(),)),
         Figures(figures),
         Prose(tuple(filter(None, (_ties(best), _elsewhere(best.get("elsewhere")))))),
-        Prose(tuple(filter(None, (rule, _what_of(document), _asked(document))))),
+        Prose(tuple(filter(None, (rule, _what_of(document), _bottleneck(document), _asked(document))))),
     ]
 
 
@@ -137,6 +137,13 @@ def _against_best(best: Document) -> str:
     if best.get("best") in {None, best["column"]}:
         return f"{cost}No node did better."
     return f"{cost}The most accurate node, {best['best']}, reaches {percent(best.get('best_accuracy'))}."
+
+
+def _bottleneck(document: Document) -> str:
+    """What the node is called that people ask for as the bottleneck."""
+    described = (document.get("backbone") or {}).get("description")
+    node = described.get("bottleneck") if isinstance(described, Mapping) else None
+    return f"{node} is the network's bottleneck." if node not in {None, "bottleneck"} else ""
 
 
 def _asked(document: Document) -> str:

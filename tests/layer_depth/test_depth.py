@@ -204,6 +204,18 @@ def test_the_second_call_computes_nothing_and_finds_the_same(run, pictures, spie
         assert again[name] == first[name]
 
 
+def test_a_reject_is_in_the_exit_code_and_the_protocol_is_left_to_the_answer(run, pictures, capsys):
+    source = pictures()
+    assert run(source)["provenance"]["exit_code"] == 0
+    (source / "left" / "broken.png").write_bytes(b"no picture")
+    found = run(source, silent=False, extraction={"precision": "fp32", "dtype": "float32", "max_rejects": "50%"})
+    assert found["provenance"]["exit_code"] == 3
+    told = capsys.readouterr().err
+    assert "24 images of 2 classes, 3 columns" in told
+    assert "Features are standardised" in found["protocol"]
+    assert "Features are standardised" not in told
+
+
 FINDERS = ("similarity", "transferability", "details", "placed")
 
 

@@ -64,6 +64,20 @@ def test_the_answer_comes_first():
     ]
 
 
+def test_the_bottleneck_is_called_so_beside_its_own_name():
+    lines = text(changed(backbone={"description": {"bottleneck": "a"}})).splitlines()
+    assert lines[0].startswith("recommended: a:gap (bottleneck) with knn")
+    assert any(line.startswith("a:gap (bottleneck) * ") for line in lines)
+    assert any(line.startswith("b:gap  ") for line in lines)
+
+
+def test_a_long_protocol_is_wrapped():
+    lines = text(changed(protocol="every word " * 30)).splitlines()
+    wrapped = [line for line in lines if line.startswith(("every", "word"))]
+    assert len(wrapped) == 4
+    assert max(map(len, wrapped)) <= 100
+
+
 def test_the_time_is_compared_with_the_deepest_column_that_was_timed():
     columns = [DOCUMENT["columns"][0], {**DOCUMENT["columns"][1], "ms_per_image": 5.678}]
     assert "(measured on cpu, fp32: 1.23 ms an image, 5.68 ms up to b:gap)" in text(changed(columns=columns))
