@@ -15,13 +15,16 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
-from featurepipe.heads.lockstep import Optimum, Patience, lbfgs, run
+from featurepipe.heads.lockstep import Optimiser, Optimum, Patience, lbfgs, run
 from featurepipe.heads.losses import Loss
+from featurepipe.heads.newton import newton
 from featurepipe.heads.passes import Passes, Prepared, Problem, prepare
 
 Array = npt.NDArray[Any]
 Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
+Method = Callable[[Any, Patience], Optimiser]
 
+_NEARING = 500  # iterations of L-BFGS in float64 before Newton's method takes over
 _SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
 
 
@@ -173,7 +176,7 @@ def _solve_group(
     loss = objective.loss
 
     def solve(
-        features: Prepared, chosen: Sequence[int], starts: Sequence[Array], iterations: Sequence[int]
+        method: Method, features: Prepared, chosen: Sequence[int], starts: Sequence[Array], iterations: Sequence[int]
     ) -> list[Optimum]:
         """Solves the chosen problems from where they start, in so many iterations each."""
         passes = Passes(
@@ -187,12 +190,12 @@ def _solve_group(
             memory=estimator.memory,
         )
         patience = [Patience(estimator.tol / _SAFETY, most, loss.refresh, loss.growth) for most in iterations]
-        return run([lbfgs(start, each) for start, each in zip(starts, patience, strict=True)], passes)
+        return run([method(start, each) for start, each in zip(starts, patience, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
     points = [_start(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
-    optima = solve(prepared, range(len(problems)), points, [estimator.max_iter] * len(problems))
+    optima = solve(lbfgs, prepared, range(len(problems)), points, [estimator.max_iter] * len(problems))
     optima = _finished(optima, prepared, estimator.max_iter, solve)
     each = len(targets)
     groups = [optima[first : first + each] for first in range(0, len(optima), each)]
@@ -205,16 +208,23 @@ def _finished(
 ) -> list[Optimum]:
     """Goes on in float64 where float32 could not tell the objective from its neighbours before the optimum was reached.
 
-    That happens with a large C where some columns hold values a hundred deviations from their mean.
+    That happens with a large C where some columns hold values a hundred deviations from their mean. There L-BFGS comes
+    near the optimum in hundreds of passes and needs thousands to reach it; Newton's steps, which far from it are mostly too
+    long, need hundreds from there.
     """
     stuck = [number for number, one in enumerate(optima) if not one.converged and one.iterations < max_iter]
     if not stuck or prepared.dtype != np.float32:
         return optima
     exact = replace(prepared, dtype=np.dtype(np.float64), mean=prepared.mean.astype(np.float64))
-    left = [max_iter - optima[number].iterations for number in stuck]
     finished = list(optima)
-    for number, one in zip(stuck, solve(exact, stuck, [optima[number].point for number in stuck], left), strict=True):
-        finished[number] = replace(one, iterations=one.iterations + optima[number].iterations)
+    for method, most in ((lbfgs, _NEARING), (newton, max_iter)):
+        left = [min(most, max_iter - finished[number].iterations) for number in stuck]
+        starts = [finished[number].point for number in stuck]
+        for number, one in zip(stuck, solve(method, exact, stuck, starts, left), strict=True):
+            finished[number] = replace(one, iterations=one.iterations + finished[number].iterations)
+        stuck = [
+            number for number in stuck if not finished[number].converged and finished[number].iterations < max_iter
+        ]
     return finished
 
 

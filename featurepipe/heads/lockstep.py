@@ -26,10 +26,12 @@ class Question:
     Attributes:
         point: Array of any shape.
         curvature: "" for none, "shared" for one matrix for all columns, "each" for one a column where memory allows.
+        along: Asks for the second derivative at the point times this instead; it comes as the answer's gradient.
     """
 
     point: Vector
     curvature: str = ""
+    along: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
             return Optimum(point, iteration, converged=True)
         measure = age + 1 >= interval or satisfied == 2
         # where the last step was short, the next one hardly is 1
-        search = _search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
+        search = line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
         step, found = yield from search
         if step == 0:  # the objective cannot be told apart from its neighbours any more
             return Optimum(point, iteration, converged=-slope / 2 <= 100 * patience.tolerance * abs(at.value))
@@ -131,7 +133,7 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
     return Optimum(point, patience.max_iterations, converged=False)
 
 
-def _search(
+def line_search(
     point: Vector, at: Answer, direction: Vector, slope: float, *, first: float, curvature: str
 ) -> Generator[Question, Answer, tuple[float, Answer]]:
     """Finds a step that decreases a convex objective enough; 0 if there is none.

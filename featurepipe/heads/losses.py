@@ -45,6 +45,17 @@ class Loss(Protocol):
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:
         """Returns the second derivatives (K, m) of one problem's loss by each score alone; scores are (K, m)."""
 
+    def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:
+        """Overwrites changes of the scores by the changes of the weighted derivatives that go with them, to first order.
+
+        Args:
+            scores: (P, K, m).
+            changes: (P, K, m); overwritten.
+            codes: As for ``residuals``.
+            weights: As for ``residuals``.
+            targets: As for ``residuals``.
+        """
+
     def start(self, class_weights: Array) -> Array:
         """Returns the (K,) intercepts that are best while all coefficients are zero, or near; one entry a class."""
 
@@ -68,9 +79,15 @@ class SoftmaxLoss:
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
-        likely = np.exp(scores - scores.max(axis=0))
-        likely /= likely.sum(axis=0)
+        likely = _softmax(scores)
         return np.asarray(likely * (1 - likely) * weights)
+
+    def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
+        """See ``Loss``."""
+        likely = _softmax(scores)
+        changes -= (likely * changes).sum(axis=-2, keepdims=True)
+        changes *= likely
+        changes *= weights[:, None, :]
 
     def start(self, class_weights: Array) -> Array:
         """See ``Loss``; logarithms of the class frequencies."""
@@ -94,6 +111,10 @@ class BinomialLoss:
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
         return np.asarray(expit(scores) * expit(-scores) * weights)
+
+    def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
+        """See ``Loss``."""
+        changes *= expit(scores) * expit(-scores) * weights[:, None, :]
 
     def start(self, class_weights: Array) -> Array:
         """See ``Loss``; the logarithm of the odds."""
@@ -119,6 +140,17 @@ class SquaredHingeLoss:
         sign = np.where(codes == target, 1, -1)
         return np.asarray((sign * scores < 1) * (2 * weights))
 
+    def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:
+        """See ``Loss``."""
+        sign = np.where(codes == targets[:, None], 1, -1)
+        changes *= (sign[:, None, :] * scores < 1) * (2 * weights[:, None, :])
+
     def start(self, class_weights: Array) -> Array:  # noqa: ARG002
         """See ``Loss``."""
         return np.zeros(1)
+
+
+def _softmax(scores: Array) -> Array:
+    """Probabilities over the columns, the last axis but one."""
+    likely = np.exp(scores - scores.max(axis=-2, keepdims=True))
+    return np.asarray(likely / likely.sum(axis=-2, keepdims=True))

@@ -126,9 +126,18 @@ class Passes:
         self.count = 0
 
     def __call__(self, numbers: list[int], questions: list[Question]) -> list[Answer]:
-        """Answers the questions of some problems, given by their numbers, in one pass."""
-        self.count += 1
-        problems = [self.problems[number] for number in numbers]
+        """Answers the questions of some problems, given by their numbers, in one pass, or two if some ask for products."""
+        answers: dict[int, Answer] = {}
+        for ask, wanted in ((self._values, False), (self._products, True)):
+            places = [place for place, question in enumerate(questions) if (question.along is not None) == wanted]
+            if places:
+                self.count += 1
+                problems = [self.problems[numbers[place]] for place in places]
+                answers |= zip(places, ask(problems, [questions[place] for place in places]), strict=True)
+        return [answers[place] for place in range(len(questions))]
+
+    def _values(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
+        """Objectives and gradients, and curvature where it is asked for."""
         points = np.stack([question.point for question in questions])
         measured = [self._measured(question) for question in questions]
         values, gradients = self._sums(problems, points, measured)
@@ -137,51 +146,76 @@ class Passes:
             for problem, point, value, gradient, sums in zip(problems, points, values, gradients, measured, strict=True)
         ]
 
+    def _products(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
+        """Second derivatives times directions."""
+        points = np.stack([question.point for question in questions])
+        along = np.stack([question.along for question in questions if question.along is not None])
+        at, towards, sums = self._linear(points), self._linear(along), _Sums(points.shape, len(self.prepared.mean))
+        folds, targets = _folds(problems), _targets(problems)
+        for place, block in iterate(self.prepared.blocks, rows=self._rows(2 * sums.columns), dtype=self.prepared.dtype):
+            scores, changes = at.scores(block), towards.scores(block)
+            self.loss.bend(scores, changes, self.codes[place], self.weights[folds, place], targets)
+            sums.add(changes, block)
+        products = self._gradients(sums)
+        for problem, direction, product in zip(problems, along, products, strict=True):
+            self._penalise(problem, direction, product)
+        return [Answer(np.nan, product) for product in products]
+
     def _sums(self, problems: list[Problem], points: Array, measured: list[Measured | None]) -> tuple[Array, Array]:
         """Sums losses, gradients and curvature over all rows, without penalties and C."""
-        dtype, mean, width = self.prepared.dtype, self.prepared.mean, len(self.prepared.mean)
-        count, columns = points.shape[:2]
-        folds = np.array([problem.fold for problem in problems])
-        targets = np.array([problem.target for problem in problems])
-        coefficients = points[:, :, :width].reshape(-1, width).astype(dtype)
-        bias = points[:, :, width].ravel() if self.intercept else np.zeros(count * columns)
-        if not self.prepared.centred:
-            bias = bias - coefficients.astype(np.float64) @ mean
-        bias = bias.astype(dtype)[:, None]
-        values, sums, totals = np.zeros(count), np.zeros(coefficients.shape), np.zeros(len(coefficients))
-        for place, block in iterate(self.prepared.blocks, rows=self._rows(len(coefficients)), dtype=dtype):
-            flat = coefficients @ block.T
-            flat += bias
-            scores, weights, codes = flat.reshape(count, columns, -1), self.weights[folds, place], self.codes[place]
+        at, sums = self._linear(points), _Sums(points.shape, len(self.prepared.mean))
+        folds, targets, values = _folds(problems), _targets(problems), np.zeros(len(points))
+        for place, block in iterate(self.prepared.blocks, rows=self._rows(sums.columns), dtype=self.prepared.dtype):
+            scores, weights, codes = at.scores(block), self.weights[folds, place], self.codes[place]
             for number, into in enumerate(measured):
                 if into is not None:
                     amounts = self.loss.curvature(scores[number], codes, weights[number], targets[number])
                     into.add(block, amounts if len(into.sums) > 1 else amounts.mean(axis=0, keepdims=True))
             values += self.loss.residuals(scores, codes, weights, targets)
-            sums += flat @ block
-            totals += flat.sum(axis=1, dtype=np.float64)
+            sums.add(scores, block)
+        return values, self._gradients(sums)
+
+    def _linear(self, points: Array) -> _Linear:
+        """What makes scores of blocks at these points, in the dtype of the features."""
+        dtype, width = self.prepared.dtype, len(self.prepared.mean)
+        coefficients = points[:, :, :width].reshape(-1, width).astype(dtype)
+        bias = points[:, :, width].ravel() if self.intercept else np.zeros(len(coefficients))
         if not self.prepared.centred:
-            sums -= totals[:, None] * mean
-        gradients = np.column_stack([sums, totals]) if self.intercept else sums
-        return values, gradients.reshape(points.shape)
+            bias = bias - coefficients.astype(np.float64) @ self.prepared.mean
+        return _Linear(coefficients, bias.astype(dtype)[:, None], points.shape[:2])
+
+    def _gradients(self, sums: _Sums) -> Array:
+        """Sums over the rows as derivatives by the points, which are posed about the mean."""
+        by_coefficient = sums.products
+        if not self.prepared.centred:
+            by_coefficient = by_coefficient - sums.totals[:, None] * self.prepared.mean
+        gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
+        return gradients.reshape(sums.shape)
 
     def _answer(
         self, problem: Problem, point: Array, value: float, gradient: Array, measured: Measured | None
     ) -> Answer:
         """Adds the penalties."""
+        penalty = self._penalise(problem, point, gradient)
+        value = problem.C * value + penalty
+        return Answer(float(value), gradient, None if measured is None else self._preconditioner(problem, measured))
+
+    def _penalise(self, problem: Problem, point: Array, gradient: Array) -> float:
+        """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
         width, mean = len(self.prepared.mean), self.prepared.mean.astype(np.float64)
         coefficients = point[:, :width]
-        value, gradient = problem.C * value + np.vdot(coefficients, coefficients) / 2, problem.C * gradient
+        penalty = np.vdot(coefficients, coefficients) / 2
+        gradient *= problem.C
         gradient[:, :width] += coefficients
         if self.intercept and self.intercept_penalty:
             bias = point[:, width] - coefficients @ mean
             pull = self.intercept_penalty * bias
-            value += np.vdot(pull, bias) / 2
+            penalty += np.vdot(pull, bias) / 2
             gradient[:, :width] -= pull[:, None] * mean
             gradient[:, width] += pull
         if self.loss.redundant:
             gradient -= gradient.mean(axis=0)
-        return Answer(float(value), gradient, None if measured is None else self._preconditioner(problem, measured))
+        return float(penalty)
 
     def _preconditioner(self, problem: Problem, measured: Measured) -> Precondition:
         """The inverse of curvature and penalty."""
@@ -215,6 +249,43 @@ class Passes:
         """Rows of a block: its scores take memory too."""
         limit = None if self.memory is None else bytes_of(self.memory) // 4
         return rows_per_block(self.prepared.blocks.shape[1] + 4 * columns, self.prepared.dtype, limit)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Coefficients (P * K, D) and biases (P * K, 1) of several problems."""
+
+    coefficients: Array
+    bias: Array
+    shape: tuple[int, ...]
+
+    def scores(self, block: Array) -> Array:
+        """Scores (P, K, m) of a block (m, D)."""
+        flat = self.coefficients @ block.T
+        flat += self.bias
+        return flat.reshape(*self.shape, -1)
+
+
+class _Sums:
+    """Sums over rows of derivatives by the scores, times the row and alone, for points of a shape (P, K, D + 1)."""
+
+    def __init__(self, shape: tuple[int, ...], width: int) -> None:
+        self.shape, self.columns = shape, shape[0] * shape[1]
+        self.products, self.totals = np.zeros((self.columns, width)), np.zeros(self.columns)
+
+    def add(self, derivatives: Array, block: Array) -> None:
+        """Adds those (P, K, m) of a block (m, D)."""
+        flat = derivatives.reshape(self.columns, -1)
+        self.products += flat @ block
+        self.totals += flat.sum(axis=1, dtype=np.float64)
+
+
+def _folds(problems: list[Problem]) -> Array:
+    return np.array([problem.fold for problem in problems])
+
+
+def _targets(problems: list[Problem]) -> Array:
+    return np.array([problem.target for problem in problems])
 
 
 def _zero_sum(solve: Precondition) -> Precondition:

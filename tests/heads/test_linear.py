@@ -339,22 +339,61 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
     from featurepipe.heads.lockstep import Optimum
 
     prepared = passes.Prepared(None, np.dtype(np.float32), np.ones(3, np.float32), centred=False)
-    stopped = [Optimum(np.full((1, 4), float(i)), 7, converged=i != 1) for i in range(3)]
     asked = []
 
-    def solve(features, chosen, starts, iterations):
-        asked.append((features.dtype, features.mean.dtype, list(chosen), [s.copy() for s in starts], list(iterations)))
-        return [Optimum(start + 1, 5, converged=True) for start in starts]
+    def solve(method, features, chosen, starts, iterations):
+        asked.append((method.__name__, features.dtype, features.mean.dtype, list(chosen), starts, list(iterations)))
+        is_last = method.__name__ == "newton"
+        return [Optimum(start + 1, 5, converged=is_last or chosen[place] == 3) for place, start in enumerate(starts)]
 
+    stopped = [Optimum(np.full((1, 4), float(i)), 7, converged=i not in (1, 3)) for i in range(4)]
     found = linear._finished(stopped, prepared, 100, solve)
-    ((dtype, mean_dtype, chosen, starts, iterations),) = asked
-    assert (dtype, mean_dtype, chosen, iterations) == (np.float64, np.float64, [1], [93])
-    np.testing.assert_array_equal(starts[0], np.ones((1, 4)))
+    first, second = asked
+    assert first[:4] == ("lbfgs", np.float64, np.float64, [1, 3])
+    assert second[:4] == ("newton", np.float64, np.float64, [1])  # what L-BFGS has not finished
+    assert (first[5], second[5]) == ([93, 93], [88])
+    np.testing.assert_array_equal(first[4][0], np.ones((1, 4)))
+    np.testing.assert_array_equal(second[4][0], np.full((1, 4), 2.0))
     assert [(one.point[0, 0], one.iterations, one.converged) for one in found] == [
         (0, 7, True),
-        (2, 12, True),
+        (3, 17, True),
         (2, 7, True),
+        (4, 12, True),
     ]
     at_the_end = [Optimum(np.zeros((1, 4)), 100, converged=False)]
     assert linear._finished(at_the_end, prepared, 100, solve) is at_the_end  # it had its iterations
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("loss", ["SoftmaxLoss", "BinomialLoss", "SquaredHingeLoss"])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_products_with_the_second_derivative_are_differences_of_gradients(loss, intercept, centred):
+    """Also beside questions for values, in the same call."""
+    from featurepipe.heads import losses
+    from featurepipe.heads.blocks import ArrayBlocks
+    from featurepipe.heads.lockstep import Question
+
+    rng = np.random.default_rng(0)
+    features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)
+    mean = features.mean(axis=0) if intercept else np.zeros(4)
+    prepared = passes.Prepared(ArrayBlocks(features - mean if centred else features), np.dtype(float), mean, centred)
+    weights = rng.uniform(0, 2, (2, 50))
+    problems = [passes.Problem(0, 0.7, 1), passes.Problem(1, 3.0, 2)]
+    ask = passes.Passes(
+        prepared, codes, weights, problems, getattr(losses, loss)(),
+        intercept=intercept, intercept_penalty=0.5 if loss == "SquaredHingeLoss" else 0.0, memory=None,
+    )  # fmt: skip
+    shape = (3 if loss == "SoftmaxLoss" else 1, 4 + intercept)
+    points, towards = rng.standard_normal((2, 2, *shape))
+    if loss == "SoftmaxLoss":
+        points, towards = (array - array.mean(axis=1, keepdims=True) for array in (points, towards))
+    products = ask([0, 1], [Question(point, along=along) for point, along in zip(points, towards, strict=True)])
+    for number, (point, along) in enumerate(zip(points, towards, strict=True)):
+        step = 1e-6
+        [above, product] = ask([number, number], [Question(point + step * along), Question(point, along=along)])
+        [below] = ask([number], [Question(point - step * along)])
+        expected = (above.gradient - below.gradient) / (2 * step)
+        np.testing.assert_allclose(products[number].gradient, expected, atol=1e-5)
+        np.testing.assert_allclose(product.gradient, products[number].gradient, rtol=1e-12)
+        assert np.abs(expected).max() > 0.1

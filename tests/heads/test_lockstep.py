@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from featurepipe.heads.lockstep import Answer, Optimum, Patience, Question, lbfgs, run
+from featurepipe.heads.newton import newton
 
 
 def quadratic(scale, centre):
@@ -19,7 +21,7 @@ def quadratic(scale, centre):
     return answer
 
 
-def solo(objective, start, **options):
+def solo(objective, start, method=lbfgs, **options):
     asked = []
 
     def answer(numbers, questions):
@@ -27,7 +29,7 @@ def solo(objective, start, **options):
         return [objective(question) for question in questions]
 
     options = {"tolerance": 1e-12, "max_iterations": 500} | options
-    [optimum] = run([lbfgs(start, Patience(**options))], answer)
+    [optimum] = run([method(start, Patience(**options))], answer)
     return optimum, asked
 
 
@@ -99,3 +101,44 @@ def test_steps_that_overshoot_are_shortened(far):
 
     optimum, _ = solo(answer, np.zeros(2))
     np.testing.assert_allclose(optimum.point, 1, atol=1e-4)
+
+
+def collinear_logistic():
+    """A logistic regression on features of 1e-5 to 1 in deviation, with products by its second derivative."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((300, 20)) @ np.diag(np.logspace(-5, 0, 20)) @ rng.standard_normal((20, 20))
+    signs = np.sign(features @ rng.standard_normal(20) + rng.normal(0, 0.05, 300))
+
+    def answer(question):
+        margins = signs * (features @ question.point)
+        likely = expit(-margins)
+        if question.along is not None:
+            bent = 100 * features.T @ (likely * (1 - likely) * (features @ question.along)) + question.along
+            return Answer(np.nan, bent)
+        value = 100 * np.logaddexp(0, -margins).sum() + question.point @ question.point / 2
+        return Answer(value, question.point - 100 * features.T @ (signs * likely))
+
+    return answer
+
+
+def test_newtons_steps_reach_the_minimum_that_lbfgs_reaches():
+    objective = collinear_logistic()
+    optimum, asked = solo(objective, np.zeros(20), newton)
+    other, _ = solo(objective, np.zeros(20), lbfgs, max_iterations=100_000, tolerance=1e-15)
+    assert optimum.converged
+    np.testing.assert_allclose(objective(Question(optimum.point)).gradient, 0, atol=1e-3)
+    assert objective(Question(optimum.point)).value <= objective(Question(other.point)).value * (1 + 1e-11)
+    assert optimum.iterations == pytest.approx(len(asked), abs=8)  # a step's search is one of them
+
+
+def test_newton_stops_unsatisfied_when_its_iterations_are_used_up():
+    optimum, asked = solo(collinear_logistic(), np.zeros(20), newton, max_iterations=7)
+    assert not optimum.converged
+    assert optimum.iterations == 7
+    assert len(asked) <= 9
+
+
+def test_newton_is_satisfied_at_the_minimum():
+    optimum, _ = solo(quadratic(np.ones(3), np.arange(3.0)), np.arange(3.0), newton)
+    assert optimum == Optimum(optimum.point, optimum.iterations, converged=True)
+    np.testing.assert_array_equal(optimum.point, np.arange(3.0))
