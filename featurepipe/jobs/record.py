@@ -227,7 +227,7 @@ class RunRecord:
         counts = dict.fromkeys(_COUNTED, 0) if first is None else self._counts_of(first)
         return counts | {name: sum(int(run["counts"][name]) for run in self.extractions) for name in _SUMMED}
 
-    def _counts_of(self, run: Mapping[str, Any]) -> dict[str, int]:
+    def _counts_of(self, run: dict[str, Any]) -> dict[str, int]:
         """What an extraction counted, with earlier tries of the night, before its source went away.
 
         What those computed was not known before the night.

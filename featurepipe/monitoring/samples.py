@@ -60,7 +60,7 @@ def snapshot_of_run(store: FeatureStore, dataset: str, run_id: str) -> str:
             f"run {run_id} ({run.get('status')}) has no snapshot of dataset {dataset}; runs that have: "
             f"{', '.join(known[-5:]) or 'none'}"
         )
-    return found[-1]
+    return str(found[-1])
 
 
 def reference_snapshot(store: FeatureStore, dataset: str, snapshot: str, reference: str) -> str | None:
