@@ -77,4 +77,4 @@ def run(args: Namespace) -> int:
         silent=args.quiet,
     )
     show(args, result, plan_text if args.dry_run else text)
-    return 0 if args.dry_run else int(result["provenance"]["exit_code"])
+    return int(result.get("provenance", {}).get("exit_code", 0))

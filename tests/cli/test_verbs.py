@@ -104,6 +104,8 @@ def test_the_exit_code_is_the_records(verb, call):
     for place, line in ((EXTRACT, "extract x --store y"), (PREDICT, "predict x y --to z.csv")):
         verb(place, {"exit_code": 3})
         assert call(*line.split(), "--json").code == 3
+    verb(DEPTH, {"provenance": {"exit_code": 3}})
+    assert call("depth", "x", "--json").code == 3
 
 
 def test_comparisons_remember_how_they_were_called(verb, call, monkeypatch):
