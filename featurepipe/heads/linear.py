@@ -209,8 +209,8 @@ def _finished(
     """Goes on in float64 where float32 could not tell the objective from its neighbours before the optimum was reached.
 
     That happens with a large C where some columns hold values a hundred deviations from their mean. There L-BFGS comes
-    near the optimum in hundreds of passes and needs thousands to reach it; Newton's steps, which far from it are mostly too
-    long, need hundreds from there.
+    near the optimum in hundreds of passes and then crawls; Newton's steps, which far from it are mostly too long, converge
+    from there.
     """
     stuck = [number for number, one in enumerate(optima) if not one.converged and one.iterations < max_iter]
     if not stuck or prepared.dtype != np.float32:

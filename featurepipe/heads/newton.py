@@ -18,7 +18,7 @@ def newton(start: Vector, patience: Patience) -> Optimiser:
 
     For linear classifiers see Lin, Weng & Keerthi 2008. Every product with the second derivative is a pass and counts as an
     iteration. The conjugate gradients are preconditioned by the curvature measured on few rows, as L-BFGS is; on features
-    that are nearly collinear they take hundreds of passes where L-BFGS takes thousands.
+    that are nearly collinear they converge where L-BFGS crawls.
     """
     point, iterations = start, 1
     at = yield Question(point, "each")
