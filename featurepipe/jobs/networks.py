@@ -11,6 +11,7 @@ from featurepipe.jobs.checks import Problem
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.values import REFERENCES
 from featurepipe.jobs.wording import told
+from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
 
 
@@ -63,13 +64,19 @@ def named_problems(job: Job, wrong: Collection[str] = (), *, skip: int = 0) -> I
 
 
 def _missing_snapshot(job: Job) -> Iterator[Problem]:
-    """A run id that no snapshot has, where there is a store to look into."""
+    """A run id that no snapshot has, nor the job's run that it names, where there is a store to look into."""
     if job.drift is None or job.drift.reference in REFERENCES:
         return
     store = FeatureStore(job.store)
     if not store.exists:
         return
     datasets = [job.dataset] if job.dataset else store.datasets()
-    known = [snapshot for dataset in datasets for snapshot in store.snapshot_ids(dataset)]
-    if job.drift.reference not in known:
-        yield "drift.reference", None, str(unknown("snapshot", job.drift.reference, [*REFERENCES, *known[::-1]]))
+    known = {dataset: store.snapshot_ids(dataset) for dataset in datasets}
+    try:
+        found = any(snapshot_of_run(store, dataset, job.drift.reference) in ids for dataset, ids in known.items())
+    except UsageError as error:
+        yield "drift.reference", None, str(error)
+        return
+    if not found:
+        newest = sorted((run_id for ids in known.values() for run_id in ids), reverse=True)
+        yield "drift.reference", None, str(unknown("snapshot", job.drift.reference, [*REFERENCES, *newest]))
