@@ -46,7 +46,35 @@ class Silent:
         """Does nothing."""
 
 
-class Lines:
+class Paced:
+    """Counts, and tells every so often; what it tells, and where, subclasses say."""
+
+    def __init__(self, total: int, what: str, unit: str, *, every: float, clock: Callable[[], float]) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done = 0
+        self._every, self._clock = every, clock
+        self._start = self._last = clock()
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """Counts, and tells when that was last done long enough ago."""
+        self.done += images
+        now = self._clock()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        self.tell(self.done / max(now - self._start, 1e-9), bottleneck)
+
+    def tell(self, rate: float, bottleneck: str) -> None:
+        """Tells how far the work is, at so many units a second."""
+        raise NotImplementedError
+
+    @property
+    def how_far(self) -> str:
+        """What is done of it all, in words."""
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+
+
+class Lines(Paced):
     """A plain line every few seconds, for logs and pipes."""
 
     def __init__(
@@ -59,24 +87,14 @@ class Lines:
         every: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._what, self._stream, self._every, self._clock = total, what, stream, every, clock
-        self._unit = unit
-        self._start = self._last = clock()
-        self._done = 0
+        super().__init__(total, what, unit, every=every, clock=clock)
+        self._stream = stream
 
-    def advance(self, images: int, bottleneck: str = "") -> None:
-        """Counts, and prints when the last line is old enough."""
-        self._done += images
-        now = self._clock()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
-        left = duration((self._total - self._done) / rate) if rate > 0 else "?"
+    def tell(self, rate: float, bottleneck: str) -> None:
+        """Prints a line."""
+        left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         tail = f", {bottleneck}" if bottleneck else ""
-        self.say(
-            f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f} {_short(self._unit)}/s, {left} left{tail}"
-        )
+        self.say(f"{self.how_far}, {rate:,.1f} {_short(self.unit)}/s, {left} left{tail}")
 
     def say(self, message: str) -> None:
         """Prints one line."""

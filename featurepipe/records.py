@@ -34,6 +34,18 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+RUNNING, KILLED = "running", "killed"
+"""Statuses of a run that has left no word of its end: it goes on, or a later run found that it does not."""
+
+SUCCESS = (0, 3)
+"""Exit codes of a run that did its work: without rejects, or with as many as are allowed; also of one that ran out of time."""
+
+
+def is_success(run: Mapping[str, Any]) -> bool:
+    """Whether a run did all of its work; one that ran out of time has exit code 0, and still some to do."""
+    return run.get("status") == "done" and run.get("exit_code") in SUCCESS
+
+
 TELLING_SECONDS = 5.0
 """Shorter runs are mostly set-up, and their shares say nothing."""
 

@@ -218,6 +218,8 @@ def _finished(
     exact = replace(prepared, dtype=np.dtype(np.float64), mean=prepared.mean.astype(np.float64))
     finished = list(optima)
     for method, most in ((lbfgs, _NEARING), (newton, max_iter)):
+        if not stuck:
+            break
         left = [min(most, max_iter - finished[number].iterations) for number in stuck]
         starts = [finished[number].point for number in stuck]
         for number, one in zip(stuck, solve(method, exact, stuck, starts, left), strict=True):

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 
-from featurepipe.jobs.steps.history import SUCCESS
 from featurepipe.jobs.text import step_name, told
-from featurepipe.progress import Progress
+from featurepipe.progress import Paced, Progress
+from featurepipe.records import SUCCESS
 
 LogFormat = Literal["text", "json"]
 Level = Literal["info", "warning", "error"]
@@ -198,7 +198,7 @@ class _LoggedOutput(io.TextIOBase):
         return LoggedProgress(self._log, total, what, unit)
 
 
-class LoggedProgress:
+class LoggedProgress(Paced):
     """Progress as events with numbers, now and then."""
 
     def __init__(
@@ -211,23 +211,14 @@ class LoggedProgress:
         every: float = PROGRESS_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._log, self._every, self._clock = log, every, clock
-        self._what, self._total, self._unit = what, total, unit
-        self._start = self._last = clock()
-        self._done = 0
+        super().__init__(total, what, unit, every=every, clock=clock)
+        self._log = log
 
-    def advance(self, images: int, bottleneck: str = "") -> None:
-        """Counts, and logs when the last event is old enough."""
-        self._done += images
-        now = self._clock()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
-        text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
-        numbers: dict[str, Any] = {"what": self._what, "done": self._done, "total": self._total}
+    def tell(self, rate: float, bottleneck: str) -> None:
+        """Logs an event."""
+        numbers: dict[str, Any] = {"what": self.what, "done": self.done, "total": self.total}
         numbers |= {"per_second": round(rate, 2)} | ({"waits_for": bottleneck} if bottleneck else {})
-        self._log.event(_PROGRESS, text, **numbers)
+        self._log.event(_PROGRESS, self.how_far, **numbers)
 
     def say(self, message: str) -> None:
         """A line for people."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.steps.history import is_success
+from featurepipe.records import is_success
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureStore

@@ -16,11 +16,11 @@ from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
 from featurepipe.jobs.schedule import steps_of
+from featurepipe.records import KILLED, RUNNING
 from featurepipe.store import FeatureStore
 
 DONE, SKIPPED, FAILED, NOT_REACHED = "done", "skipped", "failed", "not reached"
 INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"
-RUNNING, KILLED = "running", "killed"
 _SUMMED = ("computed", "read")
 _COUNTED = ("listed", "known", "rejected")
 _STAGES = ("read", "decode", "forward", "write", "waiting")

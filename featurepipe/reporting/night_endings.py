@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Night = Mapping[str, Any]
+from featurepipe.records import KILLED, RUNNING
 
-RUNNING, KILLED = "running", "killed"
+Night = Mapping[str, Any]
 
 _SIGNS = {
     "done": "\N{CHECK MARK}",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.records import host, now, versions
+from featurepipe.records import host, is_success, now, versions
 from featurepipe.reporting.night_endings import to_come, unknown_end
-from featurepipe.reporting.nights_advice import GOOD, next_steps
+from featurepipe.reporting.nights_advice import next_steps
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
 
@@ -85,7 +85,7 @@ def nights_document(store: FeatureStore, *, last: int = 30, job: str | None = No
     name = _chosen(series, job, store)
     extractions = {record["run_id"]: record for record in records if record.get("command") == "extract"}
     nights = [_night(record, extractions) for record in series[name][-last:]]
-    successes = [record for record in series[name] if record.get("exit_code") in GOOD]
+    successes = [record for record in series[name] if is_success(record)]
     newest, made = series[name][-1], now()
     return {
         "kind": "nights",

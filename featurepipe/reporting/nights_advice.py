@@ -9,10 +9,7 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any
 
-from featurepipe.reporting.night_endings import KILLED, RUNNING
-
-GOOD = (0, 3)
-"""Exit codes of runs that did their work: without rejects, or with no more than are allowed."""
+from featurepipe.records import KILLED, RUNNING
 
 _LATE = 3
 """Nights in a row without time enough, after which waiting no longer helps."""

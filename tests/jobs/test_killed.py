@@ -3,8 +3,8 @@
 import signal
 import time
 
-from featurepipe.jobs.steps.history import is_success
 from featurepipe.jobs.text import runs_text, summary_text
+from featurepipe.records import is_success
 
 ENDLESS_STEP = """
     import sys, time

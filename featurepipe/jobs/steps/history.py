@@ -7,14 +7,6 @@ from typing import Any
 
 from featurepipe.jobs.night import Night
 
-SUCCESS = (0, 3)
-"""Exit codes of a run that did its work: without rejects, or with as many as are allowed; also of one that ran out of time."""
-
-
-def is_success(run: Mapping[str, Any]) -> bool:
-    """Whether a run did all of its work; one that ran out of time has exit code 0, and still some to do."""
-    return run.get("status") == "done" and run.get("exit_code") in SUCCESS
-
 
 def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | None:
     """What a step did, or had no need to do, when an earlier night of the job last came through it.
