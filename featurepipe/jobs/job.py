@@ -161,7 +161,7 @@ class DriftTable(Table):
     """``[drift]``: whether tonight's images are like those of before."""
 
     reference: Reference = "previous"
-    """`previous`, `first`, or the run id of a snapshot."""
+    """`previous`, the last snapshot that passed the test; `first`; or the run id of a snapshot or of a run of a job."""
     columns: Annotated[Names, Field(min_length=1)] | None = None
     """The columns to compare; by default all."""
     bundle: JobPath | None = None
