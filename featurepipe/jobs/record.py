@@ -12,6 +12,7 @@ from typing import Any
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.disk import disk_figures
+from featurepipe.jobs.figures import done_ones, figures_of
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
@@ -21,12 +22,7 @@ from featurepipe.store import FeatureStore
 
 DONE, SKIPPED, FAILED, NOT_REACHED = "done", "skipped", "failed", "not reached"
 INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"
-_SUMMED = ("computed", "read")
-_COUNTED = ("listed", "known", "rejected")
-_STAGES = ("read", "decode", "forward", "write", "waiting")
 _TOO_MANY_REJECTS = 4
-_NAMED = 3
-"""New rejects that the record names; each extraction's own record names more."""
 _TELLING = ("list", "extract")
 """Steps whose failures have exit codes of their own; any other one that fails is a failure like the next."""
 
@@ -181,18 +177,12 @@ class RunRecord:
     def exit_code(self) -> int:
         """The process' exit code; see ``featurepipe --help``."""
         if self.status in (DONE, OUT_OF_TIME):
-            return max((int(run.get("exit_code") or 0) for run in self._done()), default=0)
+            return max((int(run.get("exit_code") or 0) for run in done_ones(self.extractions)), default=0)
         codes = [int(entry["exit_code"]) for entry in self.steps if entry["status"] == self.status]
         return next((code for code in codes if code != _TOO_MANY_REJECTS), _TOO_MANY_REJECTS)
 
-    def _done(self) -> list[dict[str, Any]]:
-        return [run for run in self.extractions if run["status"] == DONE]
-
     def as_dict(self) -> dict[str, Any]:
         """The run record, plain JSON values."""
-        seconds, counts = self._seconds(), self._counts()
-        computing = seconds["extract"]
-        device = next((run["machine"]["device"] for run in self.extractions), "cpu")
         return {
             "run_id": self.run_id,
             "command": "run",
@@ -204,58 +194,16 @@ class RunRecord:
             "started": self._started,
             "ended": records.now(),
             "plan": plan_of(self.job, retry_rejects=self.retry_rejects),
-            "counts": counts,
-            "counts_by_space": {run["space"]: self._counts_of(run) for run in self._last_tries()},
-            "changes": next((run["changes"] for run in self.extractions if run.get("changes")), {}),
-            "new_rejects": self._new_rejects(),
+            **figures_of(self.extractions, listing=self.listing, wall=time.monotonic() - self._clock),
             "steps": list(self.steps),
             "extractions": [run["run_id"] for run in self.extractions],
-            "seconds": seconds,
-            "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
             "store_bytes": self.disk.get("store_bytes"),
             "free_bytes": self.disk.get("free_bytes"),
-            "verdict": records.verdict(seconds, computing, device=device),
             "warnings": [*self.notes, *(text for entry in self.steps for text in _warnings(entry))],
             "versions": records.versions(),
             "host": self._host,
             "git": self._git,
         }
-
-    def _counts(self) -> dict[str, int]:
-        """Images listed, known and rejected in the first feature space, computed and read in all."""
-        first = next(iter(self._done() or self.extractions[-1:]), None)
-        counts = dict.fromkeys(_COUNTED, 0) if first is None else self._counts_of(first)
-        return counts | {name: sum(int(run["counts"][name]) for run in self.extractions) for name in _SUMMED}
-
-    def _counts_of(self, run: dict[str, Any]) -> dict[str, int]:
-        """What an extraction counted, with earlier tries of the night, before its source went away.
-
-        What those computed was not known before the night.
-        """
-        tries = [other for other in self.extractions if other["fingerprint"] == run["fingerprint"]]
-        counts = {name: int(run["counts"][name]) for name in _COUNTED}
-        counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
-        return counts | {name: sum(int(other["counts"][name]) for other in tries) for name in _SUMMED}
-
-    def _new_rejects(self) -> list[dict[str, str]]:
-        """Some of the images that could not be used for the first time tonight; a later space sees them as known ones."""
-        found = {reject["id"]: reject for run in self.extractions for reject in run.get("new_rejects", ())}
-        return list(found.values())[:_NAMED]
-
-    def _last_tries(self) -> list[dict[str, Any]]:
-        """The last extraction of each feature space."""
-        return list({run["fingerprint"]: run for run in self.extractions}.values())
-
-    def _seconds(self) -> dict[str, float]:
-        """Per stage, summed over extractions; ``extract`` is what they took in all, ``wall`` the whole run."""
-        stages = dict.fromkeys(_STAGES, 0.0)
-        for run in self.extractions:
-            for stage, value in run["seconds"].items():
-                stages[stage] = stages.get(stage, 0.0) + value
-        stages["extract"] = stages.pop("wall", 0.0)
-        stages["scan"] = stages.get("scan", 0.0) + self.listing
-        stages["wall"] = time.monotonic() - self._clock
-        return {stage: round(value, 3) for stage, value in stages.items()}
 
 
 def _warnings(entry: Entry) -> list[str]:
