@@ -15,6 +15,8 @@
     +-- BundleError                      1   a bundle is damaged, foreign, or asked about features it does not know
     +-- NonFiniteFeatures                1   the network produced NaN or infinity
     +-- TooManyRejects                   4   more images were rejected than allowed
+    +-- ClusterError                     1   a cluster cannot be reached or used, or went away; what was committed stands
+    |   +-- WorkerRefused                -   one worker must not be used: other versions, weights, or no view of the store
     +-- Interrupted                      130 stopped by a signal, everything in flight committed
 """
 
@@ -85,6 +87,18 @@ class TooManyRejects(FeaturepipeError):
     """More images were rejected than ``max_rejects`` allows."""
 
     exit_code = 4
+
+
+class ClusterError(FeaturepipeError):
+    """A cluster cannot be reached or used, or went away; what its workers had committed stands."""
+
+
+class WorkerRefused(ClusterError):
+    """One worker must not be used: its versions, weights or feature space differ, or it cannot see the store.
+
+    A task raises it in the worker; `featurepipe.cluster` then reports that worker by name, leaves it alone from there on, and
+    has the task done elsewhere.
+    """
 
 
 class Interrupted(FeaturepipeError):

@@ -1,0 +1,85 @@
+"""From what the user names to a team: an address, `local:2`, a file, a table, or a client that is there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from featurepipe.cluster.kinds import opened
+from featurepipe.cluster.table import ClusterTable, read_spec
+from featurepipe.cluster.team import Team
+from featurepipe.errors import ClusterError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CONNECT_SECONDS = 10.0
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[Team]:
+    """Connects to a cluster, or starts one, for as long as the block runs.
+
+    Args:
+        spec: a `distributed.Client` or cluster object; the scheduler's address (`tcp://host:8786`) or its file (`.json`);
+            `local:2` for two processes here; a TOML file with a `[cluster]` table, or that table; or a `Team`, used as it is.
+        say: where messages go; by default to standard error.
+
+    Yields:
+        The team. What was opened here is closed at the end; a client or cluster that was given stays open.
+
+    Raises:
+        UsageError: the spec is none of these.
+        ClusterError: nobody answers at the address, or the cluster cannot be started.
+    """
+    from distributed import Client
+
+    if isinstance(spec, Team):
+        yield spec
+    elif isinstance(spec, Client):
+        with _team(spec, say, ClusterTable()) as team:
+            yield team
+    elif hasattr(spec, "scheduler_address"):
+        with _client(spec) as client, _team(client, say, ClusterTable()) as team:
+            yield team
+    else:
+        table = read_spec(spec)
+        with opened(table) as where, _client(where) as client, _team(client, say, table) as team:
+            yield team
+
+
+@contextmanager
+def _team(client: Client, say: Callable[[str], None], table: ClusterTable) -> Iterator[Team]:
+    team = Team(client, say=say, patience=table.patience, most=table.most)
+    try:
+        yield team
+    finally:
+        team.hide()
+
+
+@contextmanager
+def _client(where: Any) -> Iterator[Client]:
+    from distributed import Client
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Mismatched versions")  # we look at versions ourselves
+            client = Client(**where if isinstance(where, dict) else {"address": where}, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"no scheduler answers at {where if isinstance(where, str) else 'the cluster'} ({error}); is it running? Start one with: "
+            "dask scheduler, and workers with: dask worker ADDRESS"
+        ) from error
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    try:
+        yield client
+    finally:
+        client.close(timeout=5)
