@@ -31,8 +31,8 @@ class Night:
         say: a line for people.
         silent: what verbs are told, so that only ``say`` speaks.
         extracted: the run records of tonight's extractions that were done.
-        record: the run record as far as it is known: counts, changes, seconds, the steps before this one. The steps
-            report and metrics find it in the store, too, with the status that the night will end with if they succeed.
+        record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
+            and the status that the night will end with if all that is left succeeds. In the store it is still running.
     """
 
     job: Job

@@ -45,7 +45,7 @@ class RunRecord:
         extractions: the run records of tonight's extractions, also of those that failed.
         listing: seconds it took to list the source.
         is_late: whether steps were left out because no time was left.
-        disk: what the store takes and leaves, as it was when the record was first written with how the run ends.
+        disk: what the store takes and leaves, as it was before the steps that tell of the night.
         notes: warnings that no step gave.
         written: the record as it was last written.
     """
@@ -153,12 +153,16 @@ class RunRecord:
         with suppress(StoreError, OSError):  # the record at the end warns of it
             self.store.write_run({**so_far, **unknown})
 
-    def write(self) -> None:
-        """Writes the record as it would be if the run ended now; a disk without space for it does not end the night."""
+    def measure(self) -> None:
+        """Looks at the store's disk, once."""
         try:
             self.disk = self.disk or disk_figures(self.store.path)
         except OSError as error:
             self.log.warn(f"the store could not be measured: {error}")
+
+    def write(self) -> None:
+        """Writes the record of a run that is over; a disk without space for it does not end the night."""
+        self.measure()
         self.written = self.as_dict()
         try:
             self.store.write_run(self.written)

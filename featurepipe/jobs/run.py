@@ -107,7 +107,7 @@ def _last_dataset(store: FeatureStore, job: str) -> str:
 
 
 def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
-    """Takes the steps in their order; those that tell of the night find its record as it stands."""
+    """Takes the steps in their order; those that tell of the night see it as it will end if they succeed."""
     for step in steps_of(night.job):
         why = _why_not(step, night, record, held)
         if why:
@@ -115,7 +115,7 @@ def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
             continue
         if step.step in OF_ANY_NIGHT:
             _note_signal(record, night.stop)
-            record.write()
+            record.measure()
         _take(step, replace(night, record=record.as_dict()), record)
 
 

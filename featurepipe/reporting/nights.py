@@ -37,6 +37,7 @@ def nights_report(
     *,
     last: int = 30,
     job: str | None = None,
+    tonight: Record | None = None,
     silent: bool = False,
 ) -> Path:
     """Writes the page of the last nights; see `nights_document`.
@@ -46,6 +47,7 @@ def nights_report(
         to: the HTML file; one that is there is replaced once the new one is complete.
         last: how many nights it shows.
         job: the job's name, or a dataset's that no job works on.
+        tonight: the record of the run that writes the page, which the store still has as running.
         silent: say nothing on standard error.
 
     Returns:
@@ -57,10 +59,12 @@ def nights_report(
     """
     check_target(to)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    return write_report(nights_document(kept, last=last, job=job), to, silent=silent)
+    return write_report(nights_document(kept, last=last, job=job, tonight=tonight), to, silent=silent)
 
 
-def nights_document(store: FeatureStore, *, last: int = 30, job: str | None = None) -> dict[str, Any]:
+def nights_document(
+    store: FeatureStore, *, last: int = 30, job: str | None = None, tonight: Record | None = None
+) -> dict[str, Any]:
     """Gathers what the last runs of a job did from their records; no feature is read.
 
     Where a dataset has no job, its extractions are its nights.
@@ -69,6 +73,7 @@ def nights_document(store: FeatureStore, *, last: int = 30, job: str | None = No
         store: the feature store.
         last: how many nights, at least 1.
         job: the job's name, or a dataset's that no job works on; by default the one that ran last.
+        tonight: a record to take instead of the store's of the same run.
 
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
@@ -80,7 +85,7 @@ def nights_document(store: FeatureStore, *, last: int = 30, job: str | None = No
     """
     if last < 1:
         raise UsageError(f"last={last}: at least 1 night; 30 is usual")
-    records = store.runs()
+    records = store.runs() if tonight is None else _with(tonight, store.runs())
     series = _series(records)
     name = _chosen(series, job, store)
     extractions = {record["run_id"]: record for record in records if record.get("command") == "extract"}
@@ -106,6 +111,10 @@ def nights_document(store: FeatureStore, *, last: int = 30, job: str | None = No
             "versions": newest.get("versions"),
         },
     }
+
+
+def _with(tonight: Record, records: Sequence[Record]) -> list[Record]:
+    return [*(record for record in records if record["run_id"] != tonight["run_id"]), tonight]
 
 
 def _series(records: Sequence[Record]) -> dict[str, list[Record]]:

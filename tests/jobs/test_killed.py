@@ -3,6 +3,8 @@
 import signal
 import time
 
+import pytest
+
 from featurepipe.jobs.text import runs_text, summary_text
 from featurepipe.records import is_success
 
@@ -11,19 +13,20 @@ ENDLESS_STEP = """
     import featurepipe.jobs.steps
     from featurepipe.jobs.run import run_job
 
-    def compact(night, table):
+    def endless(night, table):
         print("well under way", file=sys.stderr, flush=True)
         time.sleep(60)
 
-    featurepipe.jobs.steps.compact = compact
+    setattr(featurepipe.jobs.steps, sys.argv[2], endless)
     run_job(sys.argv[1], silent=True)
 """
 
 
-def test_a_night_that_is_killed_is_in_the_records(launcher, pile):
+@pytest.mark.parametrize(("step", "table"), [("compact", "[compact]"), ("report", '[report]\nto = "n.html"')])
+def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table):
     pile.fill(5)
-    pile.job("[compact]")
-    process = launcher.start(ENDLESS_STEP, [pile.file])
+    pile.job(table)
+    process = launcher.start(ENDLESS_STEP, [pile.file, step])
     deadline = time.monotonic() + 60
     while "well under way" not in process.err():
         assert time.monotonic() < deadline, process.wait()

@@ -210,17 +210,20 @@ def test_what_steps_see(pile, steps):
     assert second["status"] == "done"
 
 
-def test_report_and_metrics_find_the_night_in_the_store(pile, steps):
+def test_report_and_metrics_see_the_night_as_it_will_end(pile, steps):
+    """The store has it as running, so that a kill now does not leave a night that seems to have ended."""
     pile.fill(2)
     pile.job(ALL_STEPS)
     found = {}
     for name in ("report", "metrics"):
-        steps.acts[name] = lambda night, name=name: found.update({name: pile.records()[-1]}) or {}
+        steps.acts[name] = lambda night, name=name: found.update({name: (night.record, pile.records()[-1])}) or {}
     steps.acts["drift"] = raising(FeaturepipeError("the images have drifted"))
     record = pile.run()
-    assert found["report"]["run_id"] == found["metrics"]["run_id"] == record["run_id"]
-    assert (found["report"]["status"], found["report"]["exit_code"]) == ("failed", 1)
-    assert [entry["step"] for entry in found["metrics"]["steps"]][-1] == "report"
+    for seen, kept in found.values():
+        assert seen["run_id"] == kept["run_id"] == record["run_id"]
+        assert (seen["status"], seen["exit_code"], seen["store_bytes"] > 0) == ("failed", 1, True)
+        assert (kept["status"], kept["exit_code"]) == ("running", None)
+    assert [entry["step"] for entry in found["metrics"][0]["steps"]][-1] == "report"
     assert len(pile.records()) == 1
 
 

@@ -18,7 +18,9 @@ def report(night: Night, table: ReportTable) -> dict[str, Any]:
     from featurepipe.reporting.nights import nights_report
 
     table.to.parent.mkdir(parents=True, exist_ok=True)
-    page = nights_report(night.store, table.to, last=table.last, job=night.job.name, silent=night.silent)
+    page = nights_report(
+        night.store, table.to, last=table.last, job=night.job.name, tonight=night.record, silent=night.silent
+    )
     return {"file": str(page), "text": page.name}
 
 
