@@ -38,6 +38,7 @@ def results(
     *,
     stop: Callable[[], bool] = bool,
     in_flight_per_worker: int = 2,
+    ahead: int | None = None,
     retries: int = 3,
 ) -> Iterator[tuple[T, R]]:
     """Has tasks done by the workers, and yields each with its result as they complete.
@@ -52,13 +53,15 @@ def results(
         work: what a worker does with a task; it travels with each. While it runs, `stop_of_task` tells it when to come back.
         stop: whether to stop: nothing more is begun, and tasks under way come back with what they have.
         in_flight_per_worker: how many tasks a worker has, with the one that it works on.
+        ahead: how many tasks may be begun for each worker from the oldest one without an answer on, for whoever has to put
+            answers in order and must not hold too many of them; None for any number.
         retries: how often a task is tried again after an error.
 
     Raises:
         ClusterError: no worker is left, the scheduler is gone, or a task kills its workers.
         FeaturepipeError: what the work raised.
     """
-    flow = _Flow(team, tasks, Attempt(work, team.terms, secrets.token_hex(8)), stop, in_flight_per_worker, retries)
+    flow = _Flow(team, tasks, Attempt(work, team.terms, secrets.token_hex(8)), stop, in_flight_per_worker, ahead, retries)
     try:
         yield from flow.run()
     finally:
@@ -84,10 +87,11 @@ class _Flow(Generic[T, R]):
         attempt: Attempt[T, R],
         stop: Callable[[], bool],
         per_worker: int,
+        ahead: int | None,
         retries: int,
     ) -> None:
         self.team, self.tasks, self.attempt, self.stop = team, iter(tasks), attempt, stop
-        self.per_worker, self.retries = per_worker, retries
+        self.per_worker, self.ahead, self.retries = per_worker, ahead, retries
         self.pending: dict[int, _Pending[T]] = {}
         self.done: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.seconds: list[float] = []
@@ -116,12 +120,12 @@ class _Flow(Generic[T, R]):
             self.stopping = self.exhausted = True
             self.team.ask(_Stop(self.attempt.flow), self.workers)
         self._free_the_stuck()
-        if self.exhausted and not self.stopping:
+        if (self.exhausted or self._is_held()) and not self.stopping:
             self._double_stragglers()
 
     def _fill(self) -> None:
-        room = self.per_worker * max(len(self.workers), self.team.most, 1)
-        while not self.exhausted and len(self.pending) < room and not self.stop():
+        room = self.per_worker * self._usable()
+        while not self.exhausted and len(self.pending) < room and not self._is_held() and not self.stop():
             try:
                 task = next(self.tasks)
             except StopIteration:
@@ -130,6 +134,15 @@ class _Flow(Generic[T, R]):
             self.count += 1
             self.pending[self.count] = _Pending(task, time.monotonic())
             self._submit(self.count)
+
+    def _usable(self) -> int:
+        return max(len(self.workers), self.team.most, 1)
+
+    def _is_held(self) -> bool:
+        """Whether enough has been begun beyond the oldest task without an answer."""
+        if self.ahead is None or not self.pending:
+            return False
+        return self.count - min(self.pending) >= self.ahead * self._usable()
 
     def _submit(self, number: int, workers: list[str] | None = None) -> None:
         pending = self.pending[number]
