@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from featurepipe.cli.options import Commands, add_command, add_json, add_labels, add_machine, add_quiet, machine, names
+from featurepipe.cli.options import (
+    Commands,
+    add_cluster,
+    add_command,
+    add_json,
+    add_labels,
+    add_machine,
+    add_quiet,
+    cluster,
+    machine,
+    names,
+)
 from featurepipe.cli.output import show, this_command
 from featurepipe.heads.families import HEADS
 
@@ -44,6 +55,7 @@ def add(commands: Commands) -> None:
     option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
     option("--dry-run", action="store_true",
            help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
+    add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
 
@@ -75,6 +87,7 @@ def run(args: Namespace) -> int:
         report=args.report,
         dry_run=args.dry_run,
         silent=args.quiet,
+        **cluster(args),
     )
     show(args, result, plan_text if args.dry_run else text)
     return int(result.get("provenance", {}).get("exit_code", 0))

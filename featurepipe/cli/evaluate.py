@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from featurepipe.cli.options import (
     Commands,
+    add_cluster,
     add_command,
     add_dataset,
     add_json,
@@ -13,6 +14,7 @@ from featurepipe.cli.options import (
     add_quiet,
     add_seed,
     add_store,
+    cluster,
     existing_store,
 )
 from featurepipe.cli.output import show
@@ -36,6 +38,7 @@ def add(commands: Commands) -> None:
     option("--bootstrap", type=int, default=1000, metavar="N",
            help="resamples behind the intervals (default: %(default)s)")  # fmt: skip
     add_seed(command, "the resamples")
+    add_cluster(command)
     add_quiet(command)
     add_json(command)
 
@@ -55,6 +58,7 @@ def run(args: Namespace) -> int:
         bootstrap=args.bootstrap,
         seed=args.seed,
         silent=args.quiet,
+        **cluster(args),
     )
     show(args, result, text)
     return 0

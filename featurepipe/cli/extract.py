@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from featurepipe.cli.options import Commands, add_command, add_json, add_machine, add_quiet, add_weights, machine
+from featurepipe.cli.options import (
+    Commands,
+    add_cluster,
+    add_command,
+    add_json,
+    add_machine,
+    add_quiet,
+    add_weights,
+    cluster,
+    machine,
+)
 from featurepipe.cli.output import show
 from featurepipe.sizes import seconds_of
 
@@ -41,6 +51,7 @@ def add(commands: Commands) -> None:
            help="stop after so long, such as 90s, 30min or 6h; the next run goes on")  # fmt: skip
     option("--dry-run", action="store_true",
            help="say what is new, how long it will take and how many bytes it needs; change nothing")  # fmt: skip
+    add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
 
@@ -62,6 +73,7 @@ def run(args: Namespace) -> int:
         dtype=args.dtype,
         decode=args.decode,
         **machine(args),
+        **cluster(args),
         max_gone=args.max_gone,
         min_free=args.min_free,
         retry_rejects=args.retry_rejects,

@@ -59,6 +59,24 @@ def machine(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("device", "batch_size", "workers", "max_rejects")}
 
 
+def add_cluster(command: ArgumentParser) -> None:
+    """``--scheduler`` and ``--cluster``: where the work is done, if not here."""
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--scheduler", metavar="ADDRESS", help="work on the Dask cluster of this scheduler, tcp://HOST:PORT"
+    )
+    where.add_argument(
+        "--cluster", metavar="local:N|FILE",
+        help="work on a cluster started for this: N processes here, or what the [cluster] table of a TOML file says",
+    )  # fmt: skip
+
+
+def cluster(args: Namespace) -> dict[str, Any]:
+    """What `add_cluster` declared, as keyword argument of a verb; empty if the work is done here."""
+    spec = args.scheduler or args.cluster
+    return {"cluster": spec} if spec else {}
+
+
 def add_store(command: ArgumentParser) -> None:
     """The store that a command reads."""
     command.add_argument("store", metavar="STORE")

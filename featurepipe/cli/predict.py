@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from featurepipe.cli.options import Commands, add_command, add_json, add_machine, add_quiet, machine
+from featurepipe.cli.options import (
+    Commands,
+    add_cluster,
+    add_command,
+    add_json,
+    add_machine,
+    add_quiet,
+    cluster,
+    machine,
+)
 from featurepipe.cli.output import show
 
 
@@ -22,6 +31,7 @@ def add(commands: Commands) -> None:
            help="the backbone's weights file, where it was your own and the bundle has no copy")  # fmt: skip
     add_machine(command)
     option("--trust-code", action="store_true", help="let a bundle of a package.module:factory network run that module")
+    add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
 
@@ -37,6 +47,7 @@ def run(args: Namespace) -> int:
         args.to,
         weights=args.weights,
         **machine(args),
+        **cluster(args),
         trust_code=args.trust_code,
         silent=args.quiet,
     )

@@ -6,7 +6,17 @@ from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
 
-from featurepipe.cli.options import Commands, add_command, add_json, add_last, add_quiet, add_store, existing_store
+from featurepipe.cli.options import (
+    Commands,
+    add_cluster,
+    add_command,
+    add_json,
+    add_last,
+    add_quiet,
+    add_store,
+    cluster,
+    existing_store,
+)
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError, unknown
 from featurepipe.summary import whole_runs
@@ -25,6 +35,7 @@ def add(commands: Commands) -> None:
     option("--retry-rejects", action="store_true", help="try images again whose bytes were rejected before")
     option("--log-format", choices=["text", "json"], default="text",
            help="of the messages on standard error; json: one object a line, and no summary (default: %(default)s)")  # fmt: skip
+    add_cluster(command)
     add_quiet(command)
     add_json(command)
     command = add_command(commands, "runs", runs, "the last runs of a store: when, of which job, how they ended")
@@ -45,6 +56,7 @@ def run(args: Namespace) -> int:
         retry_rejects=args.retry_rejects,
         log_format=args.log_format,
         silent=args.quiet,
+        **cluster(args),
     )
     if args.json or args.dry_run or args.log_format == "text":
         show(args, record, plan_text if args.dry_run else summary_text)

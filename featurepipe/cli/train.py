@@ -9,6 +9,7 @@ from typing import Any
 
 from featurepipe.cli.options import (
     Commands,
+    add_cluster,
     add_command,
     add_dataset,
     add_json,
@@ -17,6 +18,7 @@ from featurepipe.cli.options import (
     add_seed,
     add_space,
     add_store,
+    cluster,
 )
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
@@ -57,6 +59,7 @@ def add(commands: Commands) -> None:
     option("--weights", metavar="FILE",
            help="the backbone's weights file, if it has one of your own: a copy goes into the bundle")  # fmt: skip
     add_seed(command, "draws and estimators")
+    add_cluster(command)
     option("--dry-run", action="store_true", help="say which images, how much memory and how long; write nothing")
     add_quiet(command)
     add_json(command)
@@ -88,6 +91,7 @@ def run(args: Namespace) -> int:
         weights=args.weights,
         dry_run=args.dry_run,
         silent=args.quiet,
+        **cluster(args),
     )
     show(args, result, cost_text if args.dry_run else train_text)
     return 0
