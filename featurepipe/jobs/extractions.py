@@ -47,7 +47,7 @@ class Extractions:
         """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
         source = TonightsSource(self.job, self.stop)
         table = self.job.source
-        patience = Patience(table.retries, table.first_wait, table.longest_wait, self.stop, self.say)
+        patience = Patience(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
         why = self._list(source, patience)
         images = LabelledSource(source, asked=table.labels is not None)
         if table.labels and not why:

@@ -100,6 +100,14 @@ class RunRecord:
             entry |= _told(FAILED, error, code)
         entry["seconds"] = round(time.monotonic() - start, 3)
 
+    @contextmanager
+    def waiting(self, why: str) -> Iterator[None]:
+        """While the block runs, the record says what the run waits for, and since when."""
+        self.log.event("waiting", why)
+        self._write_running(waiting={"since": records.now(), "why": why})
+        yield
+        self._write_running()
+
     def not_reached(self, step: str, name: str, why: str) -> None:
         """Notes a step that was not begun."""
         self.steps.append({"step": step, "name": name, "status": NOT_REACHED, "seconds": 0.0, "result": {"why": why}})
@@ -146,12 +154,12 @@ class RunRecord:
         for note in self.notes:
             self.log.warn(note)
 
-    def _write_running(self) -> None:
+    def _write_running(self, **more: Any) -> None:
         """Writes what is done so far, for the case that nothing can be written later."""
         unknown: dict[str, Any] = {"status": RUNNING, "exit_code": None}
         so_far = {name: value for name, value in self.as_dict().items() if name != "ended"}
         with suppress(StoreError, OSError):  # the record at the end warns of it
-            self.store.write_run({**so_far, **unknown})
+            self.store.write_run({**so_far, **unknown, **more})
 
     def measure(self) -> None:
         """Looks at the store's disk, once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from featurepipe.progress import spoken
 
 T = TypeVar("T")
 Wait = Callable[[float, StopRequest], None]
+Meanwhile = Callable[[str], AbstractContextManager[object]]
 
 _RETRIES_OF_NOTHING = 1
 """Most empty folders are that: a share that is being mounted has one more chance, and nobody waits for minutes."""
@@ -47,7 +49,7 @@ class Patience:
         first_wait: seconds before the first of them.
         longest_wait: seconds that no wait exceeds.
         stop: ends the waiting.
-        say: told of each failure.
+        meanwhile: told of each failure, and what is so while it is waited for the next try.
         wait: how to wait.
     """
 
@@ -55,7 +57,7 @@ class Patience:
     first_wait: float
     longest_wait: float
     stop: StopRequest
-    say: Callable[[str], None]
+    meanwhile: Meanwhile
     wait: Wait = wait
 
     def insist(self, attempt: Callable[[], T]) -> T:
@@ -82,8 +84,8 @@ class Patience:
             raise SourceError(f"{error}{times}") from error
         if not self.stop.signal_number:
             seconds = min(self.first_wait * 2**tried, self.longest_wait)
-            self.say(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {retries}")
-            self.wait(seconds, self.stop)
+            with self.meanwhile(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {retries}"):
+                self.wait(seconds, self.stop)
         if self.stop.signal_number:
             raise Interrupted(
                 f"stopped by {self.stop.name} while waiting for the source ({error})", self.stop.signal_number

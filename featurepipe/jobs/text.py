@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from featurepipe.progress import duration, spoken
+from featurepipe.records import RUNNING
 from featurepipe.tables import size, table
 
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
@@ -117,12 +118,18 @@ def _row(record: Mapping[str, Any]) -> list[object]:
         _minute(record.get("started", "?")),
         record.get("job", "-"),
         record.get("dataset", "?"),
-        record.get("status", "?"),
+        _status(record),
         "-" if code is None else code,  # of a run that has not ended, or was killed
         *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
         "-" if wall is None else duration(wall),
         record["run_id"],
     ]
+
+
+def _status(record: Mapping[str, Any]) -> str:
+    """How a run ended; of one that has not, whether it waits for its source."""
+    status = str(record.get("status", "?"))
+    return "waiting" if status == RUNNING and record.get("waiting") else status
 
 
 def _estimate(found: Mapping[str, Any]) -> Iterator[str]:

@@ -22,6 +22,8 @@ from featurepipe.jobs import steps as real_steps
 from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
 from featurepipe.jobs.provenance import git_commit
+from featurepipe.jobs.sources import Patience
+from featurepipe.jobs.text import runs_text
 
 NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
 ALL_STEPS = """
@@ -487,6 +489,26 @@ def test_a_source_that_is_gone_for_a_while(pile):
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
     assert 0.5 < record["steps"][0]["seconds"] < 10
+
+
+def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
+    pile.fill(3)
+    away, seen = pile.root.rename(pile.folder / "away"), []
+
+    def wait(seconds, stop):
+        seen.append(pile.records()[-1])
+        away.rename(pile.root)
+
+    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=wait))
+    pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
+    record = pile.run()
+    (waiting,) = seen
+    assert (waiting["status"], waiting["exit_code"]) == ("running", None)
+    assert waiting["waiting"]["why"].endswith("; trying again in 10 s, 1 of 2")
+    assert waiting["started"] <= waiting["waiting"]["since"] <= record["ended"]
+    assert runs_text([waiting]).splitlines()[1].split()[4:6] == ["waiting", "-"]
+    assert "waiting" not in record
+    assert "waiting" not in pile.records()[-1]
 
 
 def test_a_source_that_goes_away_in_the_middle(pile, monkeypatch):

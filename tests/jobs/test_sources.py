@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -36,8 +37,12 @@ class Waits:
 
 
 def patience(waits, *, retries=5, first_wait=10.0, longest_wait=600.0, stop=None, said=None):
-    say = [].append if said is None else said.append
-    return Patience(retries, first_wait, longest_wait, stop or StopRequest(), say, waits)
+    @contextmanager
+    def meanwhile(why):
+        (said if said is not None else []).append(why)
+        yield
+
+    return Patience(retries, first_wait, longest_wait, stop or StopRequest(), meanwhile, waits)
 
 
 def test_waits_double_up_to_the_longest():
