@@ -117,7 +117,7 @@ def _row(record: Mapping[str, Any]) -> list[object]:
     return [
         _minute(record.get("started", "?")),
         record.get("job", "-"),
-        record.get("dataset", "?"),
+        record.get("dataset") or "?",
         _status(record),
         "-" if code is None else code,  # of a run that has not ended, or was killed
         *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
