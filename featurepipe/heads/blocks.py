@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -98,6 +99,18 @@ class MappedBlocks:
     def labels(self) -> Any:
         """Those that the source carries, or None: a pipeline's later steps need them too."""
         return getattr(self.source, "labels", None)
+
+    @property
+    def first(self) -> int:
+        """The number of the first row, in a share of more rows."""
+        return getattr(self.source, "first", 0)
+
+    def shared(self) -> Any:
+        """The shares of a spread source, mapped where they are; None for a source that is read here (``heads.shares``)."""
+        below = getattr(self.source, "shared", lambda: None)()
+        if below is None:
+            return None
+        return below.through(partial(MappedBlocks, function=self.function, width=self.width, dtype=self._dtype))
 
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads rows of the source and maps them."""
@@ -206,6 +219,14 @@ def widened(halves: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
         shifted &= _SIGN_AND_REST
         values *= np.float32(2.0**112)
     return result
+
+
+def in_memory(blocks: Blocks, dtype: npt.DTypeLike) -> ArrayBlocks:
+    """Reads all rows, block by block, into one array of a dtype."""
+    kept = np.empty(blocks.shape, dtype)
+    for place, block in iterate(blocks, dtype=dtype):
+        kept[place] = block
+    return ArrayBlocks(kept)
 
 
 def labels_of(features: Any, labels: Any) -> Array:

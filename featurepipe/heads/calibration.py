@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import SVC
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate
+from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.neighbours import centroid_scores
+from featurepipe.heads.shares import shares_of, together
 
 Floats = npt.NDArray[np.float64]
 _LEAST = float(np.log(np.finfo(np.float64).tiny))  # stands for the logarithm of a probability of zero
@@ -49,9 +51,12 @@ def class_scores(head: Any, features: Blocks | Array, *, memory: int | str | Non
     steps = getattr(head, "steps", None)
     last = steps[-1][1] if steps else head
     before = head[:-1] if steps and len(steps) > 1 else None
-    source = as_blocks(features)
-    scores = np.empty((source.shape[0], len(head.classes_)))
-    for place, block in iterate(source, memory=memory):
+    return together(shares_of(features).listed(partial(_share_scores, before=before, last=last, memory=memory)))
+
+
+def _share_scores(blocks: Blocks, *, before: Any, last: Any, memory: int | str | None) -> Floats:
+    scores = np.empty((blocks.shape[0], len(last.classes_)))
+    for place, block in iterate(blocks, memory=memory):
         scores[place] = _scores(last, block if before is None else before.transform(block))
     return scores
 

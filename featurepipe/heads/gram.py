@@ -1,13 +1,15 @@
-"""Weighted mean, scatter and class means of features, in one pass over their blocks."""
+"""Weighted mean, scatter and class means of features, in one pass over their blocks, wherever these are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate
+from featurepipe.heads.blocks import Array, Blocks, iterate
+from featurepipe.heads.shares import shares_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class Gram:
     def variance(self) -> npt.NDArray[np.float64]:
         """(D,) weighted variance (divided by the weight, as ``numpy.var``)."""
         return np.diagonal(self.scatter) / self.weight
+
+    def __add__(self, other: Gram) -> Gram:
+        """Moments of the rows of both, as Chan, Golub & LeVeque (1983) join those of two samples."""
+        weight, share, gap = _joined(self, other)
+        scatter = self.scatter + other.scatter
+        scatter += (self.weight * share) * np.outer(gap, gap)
+        class_weights = self.class_weights + other.class_weights
+        present = np.where(class_weights > 0, class_weights, 1)
+        shares = (other.class_weights / present)[:, None]
+        class_means = (1 - shares) * self.class_means + shares * other.class_means
+        return Gram(weight, self.mean + share * gap, scatter, class_weights, class_means)
 
 
 def gram_of(
@@ -59,12 +72,26 @@ def gram_of(
     Raises:
         ValueError: A feature is NaN or infinite.
     """
-    source = as_blocks(features)
-    width = source.shape[1]
+    work = partial(_gram, classes=classes, dtype=dtype, memory=memory)
+    found: Gram = shares_of(features).beside(codes, sample_weight).added(work)
+    return found
+
+
+def _gram(
+    blocks: Blocks,
+    codes: npt.NDArray[np.integer] | None,
+    sample_weight: npt.NDArray[np.floating] | None,
+    *,
+    classes: int,
+    dtype: npt.DTypeLike,
+    memory: int | str | None,
+) -> Gram:
+    """The moments of one share of the rows."""
+    width = blocks.shape[1]
     scatter, total = np.zeros((width, width)), np.zeros(width)
     class_weights, class_sums = np.zeros(classes), np.zeros((classes, width))
     weight, shift = 0.0, None
-    for place, block in iterate(source, memory=memory, dtype=dtype):
+    for place, block in iterate(blocks, memory=memory, dtype=dtype):
         if shift is None:
             shift = block.mean(axis=0, dtype=np.float64).astype(block.dtype)
         refuse_non_finite(block)
@@ -94,21 +121,46 @@ class Moments:
     mean: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
 
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the rows of both; see ``Gram``."""
+        weight, share, gap = _joined(self, other)
+        variance = (1 - share) * self.variance + share * other.variance + share * (1 - share) * gap**2
+        return Moments(weight, self.mean + share * gap, variance)
+
 
 def moments_of(
     features: Blocks | Array,
     sample_weight: npt.NDArray[np.floating] | None = None,
     *,
+    dtype: npt.DTypeLike | None = None,
     memory: int | str | None = None,
 ) -> Moments:
     """Computes the weighted mean and variance of every column in one pass; see ``gram_of``.
 
+    Args:
+        features: (n, D) ``Blocks`` or array.
+        sample_weight: (n,) non-negative weights; None for one each.
+        dtype: Of the products within a block; by default the one to compute in for such features.
+        memory: What the blocks alive at one time may take.
+
     Raises:
         ValueError: A feature is NaN or infinite.
     """
+    found: Moments = shares_of(features).beside(sample_weight).added(partial(_moments, dtype=dtype, memory=memory))
+    return found
+
+
+def _moments(
+    blocks: Blocks,
+    sample_weight: npt.NDArray[np.floating] | None,
+    *,
+    dtype: npt.DTypeLike | None,
+    memory: int | str | None,
+) -> Moments:
+    """The moments of one share of the rows."""
     weight, shift = 0.0, None
-    total = squares = np.zeros(features.shape[1])
-    for place, block in iterate(features, memory=memory):
+    total = squares = np.zeros(blocks.shape[1])
+    for place, block in iterate(blocks, memory=memory, dtype=dtype):
         refuse_non_finite(block)
         if shift is None:
             shift = block.mean(axis=0, dtype=np.float64).astype(block.dtype)
@@ -121,6 +173,12 @@ def moments_of(
     offset = total / weight if weight else total
     variance = np.maximum(squares / (weight or 1) - offset**2, 0)
     return Moments(weight, offset + (0 if shift is None else shift), variance)
+
+
+def _joined(one: Gram | Moments, other: Gram | Moments) -> tuple[float, float, Array]:
+    """The weight of both, the other's share in it, and from the one's mean to the other's."""
+    weight = one.weight + other.weight
+    return weight, other.weight / weight if weight else 0.0, other.mean - one.mean
 
 
 def refuse_non_finite(block: Array) -> None:

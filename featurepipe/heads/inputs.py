@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of
+from featurepipe.heads.shares import Shares, shares_elsewhere, shares_of, together
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -68,6 +70,11 @@ class FiniteBlocks:
         """The dtype of the values as they are kept."""
         return self.source.dtype
 
+    def shared(self) -> Shares | None:
+        """The shares of a spread source, looked at where they are; None for a source that is read here."""
+        below = shares_elsewhere(self.source)
+        return None if below is None else below.through(FiniteBlocks)
+
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads rows and looks at every value.
 
@@ -76,7 +83,7 @@ class FiniteBlocks:
         """
         block = self.source.read(dtype, rows=rows)
         if not _all_finite(block):
-            numbers = np.arange(self.shape[0])
+            numbers = getattr(self.source, "first", 0) + np.arange(self.shape[0])
             raise _non_finite(block, numbers if rows is None else numbers[rows])
         return block
 
@@ -167,15 +174,27 @@ def map_rows(
     memory: int | str | None = None,
     dtype: npt.DTypeLike | None = None,
 ) -> Array:
-    """Applies a function to the features block by block, and puts what it returns together.
+    """Applies a function to the features block by block, where they are, and puts what it returns together.
 
     Args:
         blocks: (n, D).
-        function: From (m, D) to (m,) or (m, K).
+        function: From (m, D) to (m,) or (m, K); of rows alone, whatever block they are in.
         rows: Rows of a block; by default what ``memory`` allows.
         memory: What the blocks alive at one time may take.
         dtype: Of the blocks given to the function.
     """
+    parts = shares_of(blocks).listed(partial(_mapped, function=function, rows=rows, memory=memory, dtype=dtype))
+    return together(parts)
+
+
+def _mapped(
+    blocks: Blocks,
+    *,
+    function: Callable[[Array], Array],
+    rows: int | None,
+    memory: int | str | None,
+    dtype: npt.DTypeLike | None,
+) -> Array:
     parts = [function(block) for _, block in iterate(blocks, rows=rows, memory=memory, dtype=dtype)]
     return np.concatenate(parts) if parts else np.asarray(function(np.empty(blocks.shape, dtype or np.float64)))
 
@@ -189,9 +208,13 @@ def linear_scores(
         (n, K), or (n,) for two classes.
     """
     blocks = prediction_blocks(estimator, features)
-    coef, intercept = estimator.coef_, estimator.intercept_
-    scores = map_rows(blocks, lambda block: block @ coef.T + intercept, memory=memory, dtype=dtype)
+    affine = partial(_affine, coef=estimator.coef_, intercept=estimator.intercept_)
+    scores = map_rows(blocks, affine, memory=memory, dtype=dtype)
     return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
+
+
+def _affine(block: Array, *, coef: Array, intercept: Array) -> Array:
+    return np.asarray(block @ coef.T + intercept)
 
 
 def labels_from(scores: Array, classes: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +26,7 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
+from featurepipe.heads.shares import shares_elsewhere, shares_of
 from featurepipe.sizes import bytes_of
 
 _KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
@@ -144,7 +147,8 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         mapping = _KernelFeatures(landmarks, whitening, self.gamma_)
         features: Any = MappedBlocks(data.blocks, mapping, whitening.shape[1])
         needed = count * features.width * features.dtype.itemsize
-        keep = needed <= (_FEATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2)
+        few = needed <= (_FEATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2)
+        keep = few and shares_elsewhere(features) is None
         if keep:
             features = map_rows(data.blocks, mapping, memory=self.memory).astype(features.dtype, copy=False)
         machine = BlockLinearSVC(C=self.C, memory=self.memory).fit(features, data.codes, sample_weight=data.weights)
@@ -221,19 +225,36 @@ def _gamma(gamma: float | str, blocks: Blocks, memory: int | str | None) -> floa
         return 1 / width
     if gamma != "scale":
         return float(gamma)
-    variance = _variance(blocks, memory)
+    variance = shares_of(blocks).added(partial(_values, memory=memory)).variance
     return 1 / (width * variance) if variance else 1.0
 
 
-def _variance(blocks: Blocks, memory: int | str | None) -> float:
-    """Of all values, in one pass (Chan, Golub & LeVeque 1983)."""
-    count, mean, squares = 0, 0.0, 0.0
+@dataclass(frozen=True)
+class _Values:
+    """How many values there are, their mean, and the sum of their squared distances from it."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def variance(self) -> float:
+        return self.squares / self.count
+
+    def __add__(self, other: _Values) -> _Values:
+        """Those of both (Chan, Golub & LeVeque 1983)."""
+        total, gap = self.count + other.count, other.mean - self.mean
+        squares = self.squares + other.squares + gap**2 * self.count * other.count / total
+        return _Values(total, self.mean + gap * other.count / total, squares)
+
+
+def _values(blocks: Blocks, *, memory: int | str | None) -> _Values:
+    """Of all values in a share, in one pass."""
+    found = _Values()
     for _, block in iterate(blocks, memory=memory, dtype=np.float64):
-        own_mean, size = float(block.mean()), block.size
-        gap, total = own_mean - mean, count + size
-        squares += float(((block - own_mean) ** 2).sum()) + gap**2 * count * size / total
-        mean, count = mean + gap * size / total, total
-    return squares / count
+        mean = float(block.mean())
+        found += _Values(block.size, mean, float(((block - mean) ** 2).sum()))
+    return found
 
 
 def _check_parameters(machine: RBFSVM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from featurepipe.heads.inputs import (
     training_data,
 )
 from featurepipe.heads.sampling import SomeRows
+from featurepipe.heads.shares import shares_of
 
 
 class BlockLinearDiscriminantAnalysis(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -139,25 +141,34 @@ def _shrunk(covariance: Floats, share: float) -> Floats:
 def _ledoit_wolf(data: TrainingData, priors: Floats, memory: int | str | None) -> tuple[Floats, Floats]:
     width = data.blocks.shape[1]
     means, covariance = np.zeros((len(priors), width)), np.zeros((width, width))
+    rows = shares_of(data.blocks).beside(data.codes)
     for code, prior in enumerate(priors):
-        rows = SomeRows(data.blocks, np.flatnonzero(data.codes == code))
-        gram = gram_of(rows, memory=memory)
+        gram = rows.added(partial(_gram_of_class, code=code, memory=memory))
         means[code] = gram.mean
         scale = np.sqrt(gram.variance)
         scale[scale < 10 * np.finfo(np.float64).eps * np.maximum(1, np.abs(gram.mean))] = 1
         own = gram.scatter / gram.weight / np.outer(scale, scale)
-        share = _ledoit_wolf_share(rows, own, gram.mean, scale, memory)
+        fourth = rows.added(partial(_fourth_powers, code=code, mean=gram.mean, scale=scale, memory=memory))
+        share = _ledoit_wolf_share(own, fourth, gram.weight)
         covariance += prior * _shrunk(own, share) * np.outer(scale, scale)
     return means, covariance
 
 
-def _ledoit_wolf_share(
-    rows: Blocks, covariance: Floats, mean: Floats, scale: Floats, memory: int | str | None
+def _gram_of_class(blocks: Blocks, codes: Codes, *, code: int, memory: int | str | None) -> Gram:
+    return gram_of(SomeRows(blocks, np.flatnonzero(codes == code)), memory=memory)
+
+
+def _fourth_powers(
+    blocks: Blocks, codes: Codes, *, code: int, mean: Floats, scale: Floats, memory: int | str | None
 ) -> float:
+    """The standardised rows' norms to the fourth, summed over a share's rows of one class."""
+    rows = iterate(SomeRows(blocks, np.flatnonzero(codes == code)), memory=memory, dtype=np.float64)
+    return sum(float(((((block - mean) / scale) ** 2).sum(axis=1) ** 2).sum()) for _, block in rows)
+
+
+def _ledoit_wolf_share(covariance: Floats, fourth: float, count: float) -> float:
     """The optimal share of the identity, from the fourth moments of the standardised rows (their lemma 3.3 and 3.4)."""
-    count, width = rows.shape
-    blocks = iterate(rows, memory=memory, dtype=np.float64)
-    fourth = sum(float(((((block - mean) / scale) ** 2).sum(axis=1) ** 2).sum()) for _, block in blocks)
+    width = len(covariance)
     squared = float((covariance**2).sum())
     noise = (fourth / count - squared) / (width * count)
     distance = (squared - np.trace(covariance) ** 2 / width) / width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -9,9 +10,10 @@ from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsClassifier
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, iterate, working_dtype
+from featurepipe.heads.blocks import Array, Blocks, iterate, working_dtype
 from featurepipe.heads.inputs import (
     BlockClassifier,
+    Codes,
     Floats,
     TrainingData,
     labels_from,
@@ -19,6 +21,7 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
+from featurepipe.heads.shares import shares_of
 from featurepipe.sizes import bytes_of
 
 
@@ -81,11 +84,12 @@ class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Array:
         """Returns (n,) labels."""
-        return map_rows(prediction_blocks(self, X), super().predict, memory=self.memory)
+        return map_rows(prediction_blocks(self, X), partial(KNeighborsClassifier.predict, self), memory=self.memory)
 
     def predict_proba(self, X: Any) -> Array:
         """Returns (n, K): the share of the neighbours in each class."""
-        return map_rows(prediction_blocks(self, X), super().predict_proba, memory=self.memory)
+        shares = partial(KNeighborsClassifier.predict_proba, self)
+        return map_rows(prediction_blocks(self, X), shares, memory=self.memory)
 
     def __sklearn_tags__(self) -> Any:
         """Says that features are dense and each row has one label."""
@@ -141,7 +145,7 @@ class BlockCentroid(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         It is minus half the squared distance, up to a term that is the same for all classes.
         """
         blocks = prediction_blocks(self, X)
-        return map_rows(blocks, lambda block: centroid_scores(block, self.centroids_), memory=self.memory)
+        return map_rows(blocks, partial(centroid_scores, centroids=self.centroids_), memory=self.memory)
 
     def predict(self, X: Any) -> Array:
         """Returns (n,) labels."""
@@ -154,31 +158,38 @@ def centroid_scores(block: Array, centroids: Floats) -> Floats:
     return scores[:, 1] - scores[:, 0] if len(centroids) == 2 else scores
 
 
-def _class_sums(blocks: Any, data: TrainingData, width: int) -> Floats:
-    """Sums of the rows of each class, (K, width) float64."""
-    sums = np.zeros((len(data.classes), width))
-    for place, block in blocks:
-        members = np.zeros((len(data.classes), len(block)))
-        members[data.codes[place], np.arange(len(block))] = 1
-        sums += members @ block
-    return sums
-
-
 def _class_means(data: TrainingData, memory: int | str | None) -> Floats:
     counts = np.bincount(data.codes, minlength=len(data.classes))
-    blocks = iterate(data.blocks, memory=memory, dtype=np.float64)
-    return np.asarray(_class_sums(blocks, data, data.blocks.shape[1]) / counts[:, None])
+    work = partial(_class_sums, classes=len(data.classes), memory=memory)
+    return np.asarray(shares_of(data.blocks).beside(data.codes).added(work) / counts[:, None])
+
+
+def _class_sums(blocks: Blocks, codes: Codes, *, classes: int, memory: int | str | None) -> Floats:
+    """Sums of the rows of each class, (K, D) float64, in a share."""
+    sums = np.zeros((classes, blocks.shape[1]))
+    for place, block in iterate(blocks, memory=memory, dtype=np.float64):
+        members = np.zeros((classes, len(block)))
+        members[codes[place], np.arange(len(block))] = 1
+        sums += members @ block
+    return sums
 
 
 def _shrunken(data: TrainingData, means: Floats, threshold: float, memory: int | str | None) -> Floats:
     """Soft-thresholds the distance of each mean from the common one, in standard errors plus their median."""
     counts = np.bincount(data.codes, minlength=len(means))
     total = len(data.codes)
-    squares = np.zeros(means.shape[1])
-    for place, block in iterate(data.blocks, memory=memory, dtype=np.float64):
-        squares += ((block - means[data.codes[place]]) ** 2).sum(axis=0)
+    work = partial(_squares, means=means, memory=memory)
+    squares = shares_of(data.blocks).beside(data.codes).added(work)
     deviation = np.sqrt(squares / max(1, total - len(means)))
     common = counts @ means / total
     errors = np.sqrt(1 / counts - 1 / total)[:, None] * (deviation + np.median(deviation))
     offsets = means - common
     return np.asarray(common + np.sign(offsets) * np.maximum(np.abs(offsets) - threshold * errors, 0))
+
+
+def _squares(blocks: Blocks, codes: Codes, *, means: Floats, memory: int | str | None) -> Floats:
+    """Squared distances from the class means, summed column by column, in a share."""
+    squares = np.zeros(means.shape[1])
+    for place, block in iterate(blocks, memory=memory, dtype=np.float64):
+        squares += ((block - means[codes[place]]) ** 2).sum(axis=0)
+    return squares

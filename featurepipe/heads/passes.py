@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.blocks import ArrayBlocks, Blocks, MappedBlocks, iterate, rows_per_block, working_dtype
+from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
 from featurepipe.heads.curvature import (
     WIDEST,
     CholeskyPreconditioner,
@@ -22,6 +23,8 @@ from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.lockstep import Answer, Precondition, Question
 from featurepipe.heads.losses import Loss
+from featurepipe.heads.row_sums import Linear, Products, Sums, Values
+from featurepipe.heads.shares import Shares, shares_of
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
@@ -51,13 +54,13 @@ class Prepared:
     """Features as the passes read them.
 
     Attributes:
-        blocks: The features, centred if ``centred``, in memory if they fit.
+        shares: The features, centred if ``centred``, where they are, in memory if they fit.
         dtype: To compute in.
         mean: (D,) about which the problems are posed, in that dtype; zeros without an intercept.
-        centred: Whether the blocks have it subtracted, or the pass must.
+        centred: Whether the features have it subtracted, or the pass must.
     """
 
-    blocks: Blocks
+    shares: Shares
     dtype: np.dtype[Any]
     mean: Array
     centred: bool
@@ -75,18 +78,12 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     source = source.source if isinstance(source, FiniteBlocks) else source  # looked at once is enough
     mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
     centred = intercept and dtype == np.float32 and bool((mean**2 > _CENTRE_FROM**2 * moments.variance).any())
-    blocks: Blocks = MappedBlocks(source, lambda block: block - mean, len(mean), dtype) if centred else source
-    at_hand = isinstance(blocks, ArrayBlocks) and blocks.dtype == dtype
-    if not at_hand and (memory is None or 2 * source.shape[0] * len(mean) * dtype.itemsize <= bytes_of(memory)):
-        blocks = _in_memory(blocks, dtype)
-    return Prepared(blocks, dtype, mean, centred)
+    blocks: Blocks = MappedBlocks(source, partial(_less, mean=mean), len(mean), dtype) if centred else source
+    return Prepared(shares_of(blocks).kept(dtype, memory), dtype, mean, centred)
 
 
-def _in_memory(blocks: Blocks, dtype: np.dtype[Any]) -> ArrayBlocks:
-    kept = np.empty(blocks.shape, dtype)
-    for place, block in iterate(blocks, dtype=dtype):
-        kept[place] = block
-    return ArrayBlocks(kept)
+def _less(block: Array, *, mean: Array) -> Array:
+    return np.asarray(block - mean)
 
 
 class Passes:
@@ -111,7 +108,7 @@ class Passes:
 
         Args:
             prepared: (n, D) features.
-            codes: (n,) class numbers.
+            codes: (n,) class numbers; sent to the rows once, as the weights are.
             weights: (F, n) row weights of each fold, zero for rows outside it.
             problems: What to minimise.
             loss: Of all problems.
@@ -119,10 +116,11 @@ class Passes:
             intercept_penalty: Factor of half its square in the objective.
             memory: Limit for blocks and preconditioners, in bytes or as text; None for none.
         """
-        self.prepared, self.codes, self.problems, self.loss = prepared, codes, problems, loss
-        self.weights = np.asarray(weights, prepared.dtype)
+        self.prepared, self.problems, self.loss = prepared, problems, loss
+        self.rows = prepared.shares.beside(codes, np.asarray(weights, prepared.dtype))
         self.intercept, self.intercept_penalty = intercept, intercept_penalty
-        self.memory = memory
+        limits = [limit for limit in (memory, self.rows.memory) if limit is not None]
+        self.memory = min(map(bytes_of, limits), default=None)
         self.count = 0
 
     def __call__(self, numbers: list[int], questions: list[Question]) -> list[Answer]:
@@ -138,67 +136,54 @@ class Passes:
 
     def _values(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
         """Objectives and gradients, and curvature where it is asked for."""
-        points = np.stack([question.point for question in questions])
-        measured = [self._measured(question) for question in questions]
-        values, gradients = self._sums(problems, points, measured)
-        return [
-            self._answer(problem, point, value, gradient, sums)
-            for problem, point, value, gradient, sums in zip(problems, points, values, gradients, measured, strict=True)
-        ]
+        measures = [self._measure(question) for question in questions]
+        sums = self.rows.added(Values(**self._order(problems, questions), measures=measures))
+        found = zip(problems, questions, sums.losses, self._gradients(sums, questions), sums.curvature, strict=True)
+        return [self._answer(problem, asked.point, *parts) for problem, asked, *parts in found]
 
     def _products(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
         """Second derivatives times directions."""
-        points = np.stack([question.point for question in questions])
         along = np.stack([question.along for question in questions if question.along is not None])
-        at, towards, sums = self._linear(points), self._linear(along), _Sums(points.shape, len(self.prepared.mean))
-        folds, targets = _folds(problems), _targets(problems)
-        for place, block in iterate(self.prepared.blocks, rows=self._rows(2 * sums.columns), dtype=self.prepared.dtype):
-            scores, changes = at.scores(block), towards.scores(block)
-            self.loss.bend(scores, changes, self.codes[place], self.weights[folds, place], targets)
-            sums.add(changes, block)
-        products = self._gradients(sums)
+        sums = self.rows.added(Products(**self._order(problems, questions, 2), towards=self._linear(along)))
+        products = self._gradients(sums, questions)
         for problem, direction, product in zip(problems, along, products, strict=True):
             self._penalise(problem, direction, product)
         return [Answer(np.nan, product) for product in products]
 
-    def _sums(self, problems: list[Problem], points: Array, measured: list[Measured | None]) -> tuple[Array, Array]:
-        """Sums losses, gradients and curvature over all rows, without penalties and C."""
-        at, sums = self._linear(points), _Sums(points.shape, len(self.prepared.mean))
-        folds, targets, values = _folds(problems), _targets(problems), np.zeros(len(points))
-        for place, block in iterate(self.prepared.blocks, rows=self._rows(sums.columns), dtype=self.prepared.dtype):
-            scores, weights, codes = at.scores(block), self.weights[folds, place], self.codes[place]
-            for number, into in enumerate(measured):
-                if into is not None:
-                    amounts = self.loss.curvature(scores[number], codes, weights[number], targets[number])
-                    into.add(block, amounts if len(into.sums) > 1 else amounts.mean(axis=0, keepdims=True))
-            values += self.loss.residuals(scores, codes, weights, targets)
-            sums.add(scores, block)
-        return values, self._gradients(sums)
+    def _order(self, problems: list[Problem], questions: list[Question], kinds: int = 1) -> dict[str, Any]:
+        """What the rows are told of problems and where they stand, if they make so many kinds of scores."""
+        points = np.stack([question.point for question in questions])
+        return {
+            "loss": self.loss,
+            "at": self._linear(points),
+            "folds": np.array([problem.fold for problem in problems]),
+            "targets": np.array([problem.target for problem in problems]),
+            "rows": self._block_rows(kinds * points.shape[0] * points.shape[1]),
+            "dtype": self.prepared.dtype,
+        }
 
-    def _linear(self, points: Array) -> _Linear:
+    def _linear(self, points: Array) -> Linear:
         """What makes scores of blocks at these points, in the dtype of the features."""
         dtype, width = self.prepared.dtype, len(self.prepared.mean)
         coefficients = points[:, :, :width].reshape(-1, width).astype(dtype)
         bias = points[:, :, width].ravel() if self.intercept else np.zeros(len(coefficients))
         if not self.prepared.centred:
             bias = bias - coefficients.astype(np.float64) @ self.prepared.mean
-        return _Linear(coefficients, bias.astype(dtype)[:, None], points.shape[:2])
+        return Linear(coefficients, bias.astype(dtype)[:, None], points.shape[:2])
 
-    def _gradients(self, sums: _Sums) -> Array:
+    def _gradients(self, sums: Sums, questions: list[Question]) -> Array:
         """Sums over the rows as derivatives by the points, which are posed about the mean."""
         by_coefficient = sums.products
         if not self.prepared.centred:
             by_coefficient = by_coefficient - sums.totals[:, None] * self.prepared.mean
         gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
-        return gradients.reshape(sums.shape)
+        return gradients.reshape(len(questions), *questions[0].point.shape)
 
-    def _answer(
-        self, problem: Problem, point: Array, value: float, gradient: Array, measured: Measured | None
-    ) -> Answer:
+    def _answer(self, problem: Problem, point: Array, value: float, gradient: Array, curvature: Array | None) -> Answer:
         """Adds the penalties."""
         penalty = self._penalise(problem, point, gradient)
         value = problem.C * value + penalty
-        return Answer(float(value), gradient, None if measured is None else self._preconditioner(problem, measured))
+        return Answer(float(value), gradient, None if curvature is None else self._preconditioner(problem, curvature))
 
     def _penalise(self, problem: Problem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
@@ -217,75 +202,41 @@ class Passes:
             gradient -= gradient.mean(axis=0)
         return float(penalty)
 
-    def _preconditioner(self, problem: Problem, measured: Measured) -> Precondition:
+    def _preconditioner(self, problem: Problem, curvature: Array) -> Precondition:
         """The inverse of curvature and penalty."""
         mean = self.prepared.mean.astype(np.float64)
         penalty = Penalty(np.ones(len(mean)), mean, 0.0)
         if self.intercept:
             penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
-        kind = DiagonalPreconditioner if measured.sums.ndim == 2 else CholeskyPreconditioner
-        solve: Precondition = kind(measured.finish(), problem.C, penalty)
+        kind = DiagonalPreconditioner if curvature.ndim == 2 else CholeskyPreconditioner
+        solve: Precondition = kind(
+            np.require(curvature, requirements="W"), problem.C, penalty
+        )  # what came may be read-only
         return _zero_sum(solve) if self.loss.redundant else solve
 
-    def _measured(self, question: Question) -> Measured | None:
-        """Where to sum the curvature that a question asks for, as much of it as memory allows."""
+    def _measure(self, question: Question) -> Callable[[], Measured] | None:
+        """How to sum the curvature that a question asks for, as much of it as memory allows."""
         if not question.curvature:
             return None
-        rows, width = self.prepared.blocks.shape
+        width = len(self.prepared.mean)
         columns = len(question.point) if question.curvature == "each" else 1
-        allowed = _CURVATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2
+        allowed = _CURVATURE_BYTES if self.memory is None else self.memory // 2
         matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # old, new, and rows for it
         columns = columns if columns * matrix <= allowed else 1
-        return Measured(
+        return partial(
+            Measured,
             columns,
             self.prepared.mean,
             centre=not self.prepared.centred,
             intercept=self.intercept,
-            share=share_of(rows, width),
+            share=share_of(self.rows.rows, width),
             diagonal=width > WIDEST or matrix > allowed,
         )
 
-    def _rows(self, columns: int) -> int:
+    def _block_rows(self, columns: int) -> int:
         """Rows of a block: its scores take memory too."""
-        limit = None if self.memory is None else bytes_of(self.memory) // 4
-        return rows_per_block(self.prepared.blocks.shape[1] + 4 * columns, self.prepared.dtype, limit)
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """Coefficients (P * K, D) and biases (P * K, 1) of several problems."""
-
-    coefficients: Array
-    bias: Array
-    shape: tuple[int, ...]
-
-    def scores(self, block: Array) -> Array:
-        """Scores (P, K, m) of a block (m, D)."""
-        flat = self.coefficients @ block.T
-        flat += self.bias
-        return flat.reshape(*self.shape, -1)
-
-
-class _Sums:
-    """Sums over rows of derivatives by the scores, times the row and alone, for points of a shape (P, K, D + 1)."""
-
-    def __init__(self, shape: tuple[int, ...], width: int) -> None:
-        self.shape, self.columns = shape, shape[0] * shape[1]
-        self.products, self.totals = np.zeros((self.columns, width)), np.zeros(self.columns)
-
-    def add(self, derivatives: Array, block: Array) -> None:
-        """Adds those (P, K, m) of a block (m, D)."""
-        flat = derivatives.reshape(self.columns, -1)
-        self.products += flat @ block
-        self.totals += flat.sum(axis=1, dtype=np.float64)
-
-
-def _folds(problems: list[Problem]) -> Array:
-    return np.array([problem.fold for problem in problems])
-
-
-def _targets(problems: list[Problem]) -> Array:
-    return np.array([problem.target for problem in problems])
+        limit = None if self.memory is None else self.memory // 4
+        return rows_per_block(len(self.prepared.mean) + 4 * columns, self.prepared.dtype, limit)
 
 
 def _zero_sum(solve: Precondition) -> Precondition:

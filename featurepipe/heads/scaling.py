@@ -9,8 +9,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, MappedBlocks, is_blocks, iterate
-from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.blocks import Array, MappedBlocks, is_blocks
+from featurepipe.heads.gram import Moments, moments_of
 
 
 class BlockScaler(StandardScaler):  # type: ignore[misc]
@@ -50,9 +50,13 @@ class BlockScaler(StandardScaler):  # type: ignore[misc]
             super().fit(X, y, sample_weight)
             return self
         self._reset()
-        for place, block in iterate(X, memory=self.memory, dtype=np.float64):
-            refuse_non_finite(block)
-            self.partial_fit(block, sample_weight=None if sample_weight is None else sample_weight[place])
+        weights = None if sample_weight is None else np.asarray(sample_weight, np.float64)
+        moments = moments_of(X, weights, dtype=np.float64, memory=self.memory)
+        rows, self.n_features_in_ = X.shape
+        self.n_samples_seen_ = rows if weights is None else moments.weight
+        self.mean_ = moments.mean if self.with_mean or self.with_std else None
+        self.var_ = moments.variance if self.with_std else None
+        self.scale_ = _scale(moments) if self.with_std else None
         return self
 
     def transform(self, X: Any, copy: bool | None = None) -> Any:
@@ -63,9 +67,16 @@ class BlockScaler(StandardScaler):  # type: ignore[misc]
         width = self.n_features_in_
         if X.shape[1] != width:
             raise UsageError(f"X has {X.shape[1]} features, but {type(self).__name__} is expecting {width} features")
-        mean = self.mean_ if self.with_mean else np.zeros(width)
+        mean = self.mean_ if self.with_mean and self.mean_ is not None else np.zeros(width)
         scale = self.scale_ if self.scale_ is not None else np.ones(width)
         return MappedBlocks(X, _Standardise(mean, scale), width)
+
+
+def _scale(moments: Moments) -> Array:
+    """Standard deviations; 1 for columns whose variance is only the rounding of their values, as scikit-learn has it."""
+    least = np.finfo(np.float64).eps
+    bound = moments.weight * least * moments.variance + (moments.weight * least * moments.mean) ** 2
+    return np.where(moments.variance <= bound, 1.0, np.sqrt(moments.variance))
 
 
 class _Standardise:

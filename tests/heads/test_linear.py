@@ -19,6 +19,7 @@ from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.linear import fit_path
 from featurepipe.heads.linear_svc import BlockLinearSVC
 from featurepipe.heads.logistic import BlockLogisticRegression
+from featurepipe.heads.shares import shares_of
 
 
 def digits():
@@ -371,13 +372,13 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
 def test_products_with_the_second_derivative_are_differences_of_gradients(loss, intercept, centred):
     """Also beside questions for values, in the same call."""
     from featurepipe.heads import losses
-    from featurepipe.heads.blocks import ArrayBlocks
     from featurepipe.heads.lockstep import Question
 
     rng = np.random.default_rng(0)
     features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)
     mean = features.mean(axis=0) if intercept else np.zeros(4)
-    prepared = passes.Prepared(ArrayBlocks(features - mean if centred else features), np.dtype(float), mean, centred)
+    shares = shares_of(features - mean if centred else features)
+    prepared = passes.Prepared(shares, np.dtype(float), mean, centred)
     weights = rng.uniform(0, 2, (2, 50))
     problems = [passes.Problem(0, 0.7, 1), passes.Problem(1, 3.0, 2)]
     ask = passes.Passes(
