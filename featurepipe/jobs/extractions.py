@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import SourceError
+from featurepipe.errors import SourceError, UsageError, WeightsNotFound
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.labelled import LabelledSource
+from featurepipe.jobs.networks import in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
 
@@ -52,11 +53,11 @@ class Extractions:
         images = LabelledSource(source, asked=table.labels is not None)
         if table.labels and not why:
             self._label(images, table.labels)
-        for features in self.job.features:
+        for place, features in enumerate(self.job.features):
             if why:
                 self.record.not_reached("extract", features.backbone, why)
             else:
-                why = self._extract(features, source, images, patience)
+                why = self._extract(place, source, images, patience)
         self.record.listing = source.seconds
 
     def _list(self, source: TonightsSource, patience: Patience) -> str:
@@ -77,14 +78,16 @@ class Extractions:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
         self.record.attempt("labels", "", lambda: images.read(file))
 
-    def _extract(
-        self, features: FeaturesTable, source: TonightsSource, images: LabelledSource, patience: Patience
-    ) -> str:
+    def _extract(self, place: int, source: TonightsSource, images: LabelledSource, patience: Patience) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""
+        features = self.job.features[place]
         found: dict[str, Any] = {}
 
         def work() -> dict[str, Any]:
-            found.update(patience.insist(lambda: self._try(features, source, images)))
+            try:
+                found.update(patience.insist(lambda: self._try(features, source, images)))
+            except (UsageError, WeightsNotFound) as error:
+                raise in_its_table(error, self.job, place) from error
             return {name: found[name] for name in _TOLD if name in found}
 
         entry = self.record.attempt("extract", features.backbone, work)

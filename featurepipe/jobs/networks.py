@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from featurepipe.backbones import load_backbone
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import UsageError, WeightsNotFound, unknown
 from featurepipe.heads.families import make_head
 from featurepipe.jobs.checks import Problem
-from featurepipe.jobs.job import Job
+from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.values import REFERENCES
 from featurepipe.jobs.wording import told
 from featurepipe.monitoring.samples import snapshot_of_run
@@ -49,18 +49,38 @@ def named_problems(job: Job, wrong: Collection[str] = (), *, skip: int = 0) -> I
         skip: how many of the first networks are left out.
     """
     for place, table in enumerate(job.features[skip:] if "features" not in wrong else (), start=skip):
-        key = "backbone"
-        try:
-            network = load_backbone(table.backbone, table.weights, seed=table.seed)
-            key = "nodes"
-            network.columns(table.nodes)
-        except UsageError as error:
-            yield f"features[{place}].{key}", None, str(error)
+        yield from _of_network(table, place)
     for place, head in enumerate(job.train if "train" not in wrong else ()):
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
         except UsageError as error:
             yield f"train[{place}].params", None, str(error)
+
+
+def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> UsageError | WeightsNotFound:
+    """An error of an extraction, told with its key in ``[[features]]``; as it is if that is no fault of the network's names.
+
+    Args:
+        error: what the extraction raised.
+        job: the job.
+        place: of the network among all.
+    """
+    if isinstance(error, WeightsNotFound):
+        return WeightsNotFound(told([(f"features[{place}].weights", None, str(error))], job.file))
+    problems = list(_of_network(job.features[place], place))
+    return UsageError(told(problems, job.file)) if problems else error
+
+
+def _of_network(table: FeaturesTable, place: int) -> Iterator[Problem]:
+    key = "backbone"
+    try:
+        load_backbone(table.backbone, "none")
+        key = "weights"
+        network = load_backbone(table.backbone, table.weights, seed=table.seed)
+        key = "nodes"
+        network.columns(table.nodes)
+    except UsageError as error:
+        yield f"features[{place}].{key}", None, str(error)
 
 
 def _missing_snapshot(job: Job) -> Iterator[Problem]:

@@ -54,6 +54,25 @@ def test_a_dry_run_names_the_first_networks_key(pile):
     )
 
 
+@pytest.mark.parametrize(
+    ("wrong", "key", "message"),
+    [
+        ('nodes = ["c3", "botleneck"]', "nodes", "unknown node 'botleneck' in lenet5"),
+        ('weights = "efficientnet_lite0.pt"', "weights", ""),
+        ('backbone = "timm/nonesuch"', "backbone", ""),
+    ],
+)
+def test_a_night_names_the_first_networks_key(pile, wrong, key, message):
+    """It is looked at only when its turn comes, so that what is wrong is a step's failure."""
+    pile.fill(1)
+    lines = pile.file.read_text().splitlines()
+    pile.file.write_text("\n".join(wrong if line.startswith(f"{key} = ") else line for line in lines))
+    record = pile.run()
+    (failed,) = (entry for entry in record["steps"] if entry["status"] == "failed")
+    assert failed["error"].startswith(f"{pile.file}: features[0].{key}: {message}"), failed
+    assert (failed["name"], record["exit_code"]) == ("timm/nonesuch" if key == "backbone" else "lenet5", 2)
+
+
 def test_a_reference_that_the_store_does_not_have(pile, lines):
     drift = '[drift]\nreference = "20260131T020000000000Z-0123abcd"\n'
     pile.job(drift)
