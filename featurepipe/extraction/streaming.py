@@ -89,6 +89,7 @@ class FeatureStream:
         clock: StageSeconds | None = None,
         stop: Callable[[], bool] = bool,
         progress: Progress | None = None,
+        probes: pa.ChunkedArray | None = None,
     ) -> Iterator[FeatureBatch]:
         """Yields the features of every row of a listing, in its order, in bounded memory.
 
@@ -98,6 +99,7 @@ class FeatureStream:
             clock: where the stages' time is added up.
             stop: asked between images; once true, no more are read, and the rows read so far are the last.
             progress: told how far it is, and of columns that float16 cannot hold.
+            probes: locators of images all over the source, as in `Loader.load`.
 
         Raises:
             NonFiniteFeatures: the network gave NaN or infinity; names the images.
@@ -107,7 +109,7 @@ class FeatureStream:
         queue = _Queue(wanted, self._remembered_rows(), Rounding(self.settings.dtype, progress.say), listing["id"])
         batches = Batches(self._ready_engine, queue.fill, batch_size=self.machine.batch_size, clock=clock)
         loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, self.settings.decode, clock)
-        with closing(loader.load(listing, np.arange(listing.num_rows), stop)) as loaded:
+        with closing(loader.load(listing, np.arange(listing.num_rows), stop, probes=probes)) as loaded:
             for images in loaded:
                 for image in images:
                     if queue.add(image):

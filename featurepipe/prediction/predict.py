@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from featurepipe import records
@@ -19,33 +17,13 @@ from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.options import AUTO
 from featurepipe.extraction.publish import SHOWN_REJECTS, by_code
-from featurepipe.extraction.stream import StageSeconds
-from featurepipe.extraction.streaming import FeatureBatch
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest, stop_on_signals
-from featurepipe.prediction.files import Write, checked_target, predictions_file, schema_of
-from featurepipe.prediction.ready import ReadyBundle, make_ready
-from featurepipe.progress import show
-
-
-@dataclass
-class Outcome:
-    """What became of the rows of a listing.
-
-    Attributes:
-        predicted: images with a prediction.
-        labels: how many images were given each label.
-        reasons: why an image could not be used, by row.
-        scoring: seconds in the head and in writing.
-        wall: seconds of it all, from the first image on.
-    """
-
-    predicted: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
-    reasons: dict[int, str] = field(default_factory=dict)
-    scoring: float = 0.0
-    wall: float = 0.0
+from featurepipe.prediction.files import checked_target, predictions_file
+from featurepipe.prediction.scored import Outcome, Scored
+from featurepipe.prediction.scorers import SCORE, Network, Scorer, scorer
+from featurepipe.progress import announcer, show
 
 
 def predict(
@@ -59,6 +37,7 @@ def predict(
     workers: int | None = None,
     max_rejects: int | str = "1%",
     trust_code: bool = False,
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
@@ -77,6 +56,8 @@ def predict(
         workers: threads that read and decode; by default one per CPU, at most 16.
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
+        cluster: where to predict instead of here, as `featurepipe.cluster.connect` takes it: the workers see the bundle and
+            the source under the same paths, and this process writes the file.
         silent: show no progress and say nothing.
 
     Returns:
@@ -93,15 +74,17 @@ def predict(
     allowance(max_rejects, 0)  # refused before any work, as is a file that cannot be written
     target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
-    ready = make_ready(
-        bundle, weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
-    )
-    with closing(open_source(source, array_readers=ARRAY_READERS)) as images, stop_on_signals() as stop:
+    network = Network(weights, device, batch_size, workers, trust_code)
+    with ExitStack() as stack:
+        predicts = stack.enter_context(scorer(bundle, network, cluster, announcer(silent=silent)))
+        images = stack.enter_context(closing(open_source(source, array_readers=ARRAY_READERS)))
+        stop = stack.enter_context(stop_on_signals())
         listing = images.scan().combine_chunks()
         if not listing.num_rows:
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
-        clock = StageSeconds()
-        outcome = _predict(ready, images, listing, target, clock, stop, silent=silent)
+        with show(listing.num_rows, "predict", silent=silent) as progress:
+            scored = predicts.scored(images, listing, stop, progress)
+            outcome = _write_all(scored, listing["id"], predicts.bundle, target, stop)
     record = {
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
@@ -109,7 +92,7 @@ def predict(
         "file": None if target is None else str(target),
         "started": started,
         "ended": records.now(),
-        **_describe(ready, listing, outcome, clock),
+        **_describe(predicts, listing, outcome),
     }
     rejected, listed = len(outcome.reasons), listing.num_rows
     if rejected > allowance(max_rejects, listed):
@@ -122,63 +105,30 @@ def predict(
     return {**record, "status": "done", "exit_code": 3 if rejected else 0}
 
 
-def _predict(
-    ready: ReadyBundle,
-    images: Any,
-    listing: pa.Table,
-    target: Path | None,
-    clock: StageSeconds,
-    stop: StopRequest,
-    *,
-    silent: bool,
+def _write_all(
+    scored: Iterable[Scored], ids: pa.ChunkedArray, bundle: Bundle, target: Path | None, stop: StopRequest
 ) -> Outcome:
+    """Writes and books rows as they come, in the listing's order; the file appears when all are there."""
     outcome, start = Outcome(), time.perf_counter()
     with ExitStack() as stack:
-        classes = ready.bundle.classes
-        write: Write | None = stack.enter_context(predictions_file(target, classes)) if target else None
-        progress = stack.enter_context(show(listing.num_rows, "predict", silent=silent))
-        for group in ready.groups(images, listing, clock=clock, stop=stop, progress=progress):
-            began = time.perf_counter()
-            rows = _scored(ready, group, listing, outcome)
+        write = stack.enter_context(predictions_file(target, bundle.classes)) if target else None
+        for rows in scored:
+            outcome.add(rows)
             if write is not None:
-                write(rows)
-            outcome.scoring += time.perf_counter() - began
+                began = time.perf_counter()
+                write(rows.rows_of_file(ids, bundle.classes))
+                outcome.writing += time.perf_counter() - began
         if stop():
-            done = f"{outcome.predicted:,} of {listing.num_rows:,} images were predicted"
+            done = f"{outcome.predicted:,} of {len(ids):,} images were predicted"
             raise Interrupted(f"stopped by {stop.name}: {done}, and no file was written", stop.signal_number or 2)
     outcome.wall = time.perf_counter() - start
     return outcome
 
 
-def _scored(ready: ReadyBundle, group: list[FeatureBatch], listing: pa.Table, outcome: Outcome) -> pa.RecordBatch:
-    """Predictions of consecutive rows, those of rejects empty, as rows of the file; books them."""
-    reasons = {row: reason for batch in group for row, reason in batch.rejects}
-    rows = np.concatenate([batch.rows for batch in group])
-    numbers = np.sort(np.concatenate([rows, np.fromiter(reasons, np.int64, len(reasons))]))
-    place = np.searchsorted(numbers, rows)
-    classes = np.array(ready.bundle.classes, dtype=object)
-    probabilities = np.full((len(numbers), len(classes)), np.nan, np.float32)
-    labels = np.full(len(numbers), None, dtype=object)
-    exact = ready.probabilities(group)
-    probabilities[place] = exact
-    labels[place] = classes[exact.argmax(axis=1)]
-    outcome.predicted += len(rows)
-    outcome.labels.update(labels[place].tolist())
-    outcome.reasons.update(reasons)
-    empty = np.isnan(probabilities[:, 0])
-    columns = [
-        listing["id"].take(pa.array(numbers)).combine_chunks(),
-        pa.array(labels.tolist(), pa.string()),
-        pa.array(probabilities.max(axis=1), pa.float32(), mask=empty),
-        pa.array([reasons.get(int(number)) for number in numbers], pa.string()),
-        *(pa.array(np.ascontiguousarray(column), pa.float32(), mask=empty) for column in probabilities.T),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema_of(ready.bundle.classes))
-
-
-def _describe(ready: ReadyBundle, listing: pa.Table, outcome: Outcome, clock: StageSeconds) -> dict[str, Any]:
-    bundle, machine = ready.bundle, ready.stream.machine
-    seconds = {**clock.totals, "score": outcome.scoring, "wall": outcome.wall}
+def _describe(predicts: Scorer, listing: pa.Table, outcome: Outcome) -> dict[str, Any]:
+    bundle, facts = predicts.bundle, predicts.facts(outcome.wall)
+    scoring = facts["seconds"].get(SCORE, 0.0) + outcome.writing
+    seconds = {**facts["seconds"], SCORE: scoring, "wall": outcome.wall}
     return {
         "backbone": bundle.backbone["name"],
         "fingerprint": bundle.fingerprint,
@@ -186,13 +136,13 @@ def _describe(ready: ReadyBundle, listing: pa.Table, outcome: Outcome, clock: St
         "family": bundle.family,
         "classes": list(bundle.classes),
         "temperature": bundle.temperature,
-        "machine": {"device": machine.device, "batch_size": machine.batch_size, "workers": machine.workers},
+        **facts,
         "counts": {
             "listed": listing.num_rows,
             "predicted": outcome.predicted,
             "rejected": len(outcome.reasons),
         },
-        "labels": {name: outcome.labels[name] for name in bundle.classes},
+        "labels": {name: outcome.labels[code] for code, name in enumerate(bundle.classes)},
         "rejects": [
             {"id": listing["id"][row].as_py(), "reason": reason}
             for row, reason in sorted(outcome.reasons.items())[:SHOWN_REJECTS]
@@ -200,14 +150,6 @@ def _describe(ready: ReadyBundle, listing: pa.Table, outcome: Outcome, clock: St
         "reject_reasons": by_code(outcome.reasons),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "images_per_second": round(outcome.predicted / outcome.wall, 2),
-        "verdict": _verdict(clock, outcome, machine.device),
         "versions": records.versions(),
         "host": records.host(),
     }
-
-
-def _verdict(clock: StageSeconds, outcome: Outcome, device: str) -> str:
-    if outcome.wall > records.TELLING_SECONDS and outcome.scoring > outcome.wall / 2:
-        share = f"{100 * outcome.scoring / outcome.wall:.0f} %"
-        return f"head-bound: scoring took {share} of the time; a linear head is many times faster"
-    return records.verdict(clock.totals, outcome.wall, device=device)

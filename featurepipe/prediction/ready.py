@@ -53,13 +53,14 @@ class ReadyBundle:
         clock: StageSeconds | None = None,
         stop: Callable[[], bool] = bool,
         progress: Progress | None = None,
+        probes: pa.ChunkedArray | None = None,
     ) -> Iterator[list[FeatureBatch]]:
         """Yields the features of every row as `FeatureStream.batches` does, as many batches at a time as are worth scoring."""
         bundle = self.bundle
         enough = min(8192, max(16, SCORED_BYTES // (4 * (bundle.width + 4 * len(bundle.classes)))))
         group: list[FeatureBatch] = []
         rows = 0
-        for batch in self.stream.batches(source, listing, clock=clock, stop=stop, progress=progress):
+        for batch in self.stream.batches(source, listing, clock=clock, stop=stop, progress=progress, probes=probes):
             group.append(batch)
             rows += len(batch.rows) + len(batch.rejects)
             if rows >= enough:
