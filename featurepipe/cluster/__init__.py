@@ -12,29 +12,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featurepipe.cluster.connection import connect
     from featurepipe.cluster.flow import results
+    from featurepipe.cluster.spreading import SpreadFeatures, spread
     from featurepipe.cluster.team import Team, WorkerFacts
     from featurepipe.cluster.worker import one_at_a_time, stop_of_task
     from featurepipe.errors import ClusterError, WorkerRefused
 
 __all__ = [
     "ClusterError",
+    "SpreadFeatures",
     "Team",
     "WorkerFacts",
     "WorkerRefused",
     "connect",
     "one_at_a_time",
     "results",
+    "spread",
     "stop_of_task",
 ]
 
 _HOMES = {
     "ClusterError": "featurepipe.errors",
+    "SpreadFeatures": "featurepipe.cluster.spreading",
     "Team": "featurepipe.cluster.team",
     "WorkerFacts": "featurepipe.cluster.team",
     "WorkerRefused": "featurepipe.errors",
     "connect": "featurepipe.cluster.connection",
     "one_at_a_time": "featurepipe.cluster.worker",
     "results": "featurepipe.cluster.flow",
+    "spread": "featurepipe.cluster.spreading",
     "stop_of_task": "featurepipe.cluster.worker",
 }
 

@@ -38,6 +38,11 @@ class WideRows:
         return sum(part.width for part in self.parts)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return len(self), self.width
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype that holds all columns' values exactly."""
         return np.result_type(*(part.dtype for part in self.parts))
@@ -57,8 +62,14 @@ class WideRows:
         for part in self.parts:
             part.check()
 
-    def read(self, dtype: npt.DTypeLike | None = None) -> Array:
-        """Fetches all rows, (n, D), each column straight into its place; see ``ColumnRows.read``."""
+    def part_starts(self) -> npt.NDArray[np.int64]:
+        """Row numbers, but for 0, at which another part begins."""
+        return np.flatnonzero(np.diff(self.parts[0].part)) + 1
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Fetches rows, by default all, (m, D), each column straight into its place; see ``ColumnRows.read``."""
+        if rows is not None:
+            return self.take(rows).read(dtype)
         out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
         start = 0
         for part in self.parts:

@@ -1,0 +1,138 @@
+"""One share of the rows, inside the worker that keeps it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from dask.sizeof import sizeof
+
+from featurepipe.cluster.worker import Terms
+from featurepipe.errors import WorkerRefused
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, MappedBlocks, in_memory
+from featurepipe.sizes import bytes_of
+
+Change = Callable[[Blocks], Blocks]
+
+KEPT = 0.5
+"""Of a worker's memory limit: features are kept while its process, with them, takes no more."""
+
+_KEEPING = threading.Lock()  # else two shares that move to one worker would both find room for one
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some neighbouring rows of features as ``Blocks``, read from where they are stored.
+
+    Attributes:
+        source: The rows.
+        first: The number of the first of them among all rows.
+    """
+
+    source: Any
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        rows, width = self.source.shape
+        return rows, width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As the values are stored."""
+        dtype: np.dtype[Any] = np.dtype(self.source.dtype)
+        return dtype
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Reads some of the rows, numbered from 0."""
+        return np.asarray(self.source.read(dtype, rows=rows))
+
+
+def begin(source: Any, first: int, terms: Terms) -> Share:
+    """The share as its worker begins with it.
+
+    Raises:
+        WorkerRefused: The worker must not be used.
+    """
+    why = terms.refusal()
+    if why:
+        raise WorkerRefused(f"a share of the features came to a worker that must not be used: {why}")
+    return Share(source, first)
+
+
+def keep(changes: tuple[Change, ...], dtype: np.dtype[Any], memory: int | str | None, share: Blocks) -> Blocks:
+    """The share's features in memory as ``dtype``; as they are stored if only that fits; else as they are, to be read anew.
+
+    Args:
+        changes: What is done to them as they are read.
+        dtype: To compute in.
+        memory: What the user lets the fit take; half of it is for these.
+        share: As stored.
+    """
+    with _KEEPING, all_threads():
+        room = room_here() if memory is None else min(room_here(), bytes_of(memory) // 2)
+        blocks = changed(share, changes)
+        if bytes_as(blocks, dtype) <= room:
+            return in_memory(blocks, dtype)
+        if bytes_as(share, share.dtype) <= room:
+            return changed(in_memory(share, share.dtype), changes)
+        return blocks
+
+
+def ask(work: Callable[..., Any], changes: tuple[Change, ...], share: Blocks, *rows: Array | None) -> Any:
+    """Has a work done on the share, by as many threads as the worker has."""
+    with all_threads():
+        return work(changed(share, changes), *rows)
+
+
+def same(value: Any) -> Any:
+    """What it is given: a value that tasks share travels as the result of a task of its own, which Dask can do again."""
+    return value
+
+
+def changed(blocks: Blocks, changes: tuple[Change, ...]) -> Blocks:
+    """The blocks as they are read through all changes."""
+    for change in changes:
+        blocks = change(blocks)
+    return blocks
+
+
+def bytes_as(blocks: Blocks, dtype: npt.DTypeLike) -> int:
+    """What they take in memory."""
+    return blocks.shape[0] * blocks.shape[1] * np.dtype(dtype).itemsize
+
+
+def room_here() -> int:
+    """Bytes that this worker's process may take for features, now."""
+    import psutil  # type: ignore[import-untyped,unused-ignore]
+    from distributed import get_worker
+    from distributed.system import MEMORY_LIMIT
+
+    limit = get_worker().memory_manager.memory_limit or MEMORY_LIMIT
+    return int(KEPT * limit) - int(psutil.Process().memory_info().rss)
+
+
+def all_threads() -> AbstractContextManager[Any]:
+    """Lets matrix products use all threads of the worker, for which Dask allows them one, as if each had a task."""
+    from distributed import get_worker
+    from threadpoolctl import threadpool_limits
+
+    limited: AbstractContextManager[Any] = threadpool_limits(get_worker().state.nthreads)
+    return limited
+
+
+@sizeof.register(ArrayBlocks)  # type: ignore[no-untyped-call,untyped-decorator]
+def _array_size(blocks: ArrayBlocks) -> int:
+    """Dask places tasks, and judges a worker's memory, by this."""
+    return blocks.array.nbytes
+
+
+@sizeof.register(MappedBlocks)  # type: ignore[no-untyped-call,untyped-decorator]
+def _mapped_size(blocks: MappedBlocks) -> int:
+    return int(sizeof(blocks.source)) + 1000

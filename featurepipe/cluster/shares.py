@@ -1,0 +1,153 @@
+"""Rows that workers keep, and sums over them: what `featurepipe.heads.shares` asks for, as ordinary Dask tasks.
+
+What a worker keeps is the result of a task: if the worker dies, Dask has another one do that task again. Every task of a share
+prefers the worker that the share was given to, and goes wherever Dask puts it when that worker is gone; workers that join later
+are used by the next fit. A pass is one task a worker; sums are added in pairs by the workers, and only the last one comes back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurepipe.cluster.share import Change, ask, keep, same
+from featurepipe.errors import ClusterError
+from featurepipe.heads.blocks import Array
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+    from featurepipe.cluster.team import Team
+
+WORKING = 0.2
+"""Of a worker's memory limit: what a pass may take beside the features that are kept."""
+
+_LOOK_SECONDS = 1.0  # how often the workers are counted while an answer is awaited
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker's share.
+
+    Attributes:
+        worker: The address of the worker that it was given to.
+        rows: Which of all rows.
+        kept: The features, and the arrays beside them; None for an array that is None.
+    """
+
+    worker: str
+    rows: slice
+    kept: tuple[Future[Any] | None, ...]
+
+
+@dataclass(frozen=True)
+class WorkerShares:
+    """`featurepipe.heads.shares.Shares` of a team's workers.
+
+    Attributes:
+        team: Whose workers they are.
+        places: The shares, in the order of the rows.
+        memory: Bytes that a work may take at a worker, beside the features; None where workers have no limit.
+        changes: What is done to features as they are read.
+    """
+
+    team: Team
+    places: tuple[Place, ...]
+    memory: int | None
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many there are in all shares."""
+        return int(self.places[-1].rows.stop)
+
+    def through(self, change: Change) -> WorkerShares:
+        """The same rows, changed row by row as they are read."""
+        return replace(self, changes=(*self.changes, change))
+
+    def kept(self, dtype: npt.DTypeLike, memory: int | str | None) -> WorkerShares:
+        """The same rows in the workers' memory where they fit: as ``dtype``, else as they are stored."""
+        places = tuple(
+            replace(place, kept=(self._submit(place, keep, self.changes, np.dtype(dtype), memory, first), *beside))
+            for place in self.places
+            for first, *beside in [place.kept]
+        )
+        return replace(self, places=places, changes=())
+
+    def beside(self, *rows: Array | None) -> WorkerShares:
+        """The same rows with further arrays (..., n); each worker is sent its own part, once."""
+        arrays = [None if array is None else _small(array) for array in rows]
+
+        def sent(place: Place, array: Array | None) -> Future[Any] | None:
+            if array is None:
+                return None
+            return self._submit(place, same, np.ascontiguousarray(array[..., place.rows]))
+
+        places = (replace(at, kept=(*at.kept, *(sent(at, array) for array in arrays))) for at in self.places)
+        return replace(self, places=tuple(places))
+
+    def added(self, work: Callable[..., Any]) -> Any:
+        """The sum of what the work returns of each share; workers add."""
+        sums = self._asked(work)
+        while len(sums) > 1:
+            pairs = [sums[start : start + 2] for start in range(0, len(sums), 2)]
+            sums = [self.team.client.submit(_add, *pair, pure=False) if pair[1:] else pair[0] for pair in pairs]
+        return self._result(sums[0])
+
+    def listed(self, work: Callable[..., Any]) -> list[Any]:
+        """What the work returns of each share, in the order of the rows."""
+        return [self._result(future) for future in self._asked(work)]
+
+    def _asked(self, work: Callable[..., Any]) -> list[Future[Any]]:
+        """One task a share. The work travels to one worker, and from there to the others."""
+        with self.team.reaching():
+            order = self.team.client.submit(
+                same, work, workers=self.places[0].worker, allow_other_workers=True, pure=False
+            )
+        return [self._submit(place, ask, order, self.changes, *place.kept) for place in self.places]
+
+    def _submit(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        with self.team.reaching():
+            return self.team.client.submit(
+                function, *arguments, workers=place.worker, allow_other_workers=True, pure=False
+            )
+
+    def _result(self, future: Future[Any]) -> Any:
+        """Waits for an answer for as long as there is a cluster."""
+        from distributed import KilledWorker, wait
+
+        alone_since = time.monotonic()
+        while not future.done():
+            try:
+                wait(future, timeout=_LOOK_SECONDS)
+            except TimeoutError:
+                if self.team.addresses():
+                    alone_since = time.monotonic()
+                elif time.monotonic() - alone_since > self.team.patience:
+                    raise self.team.no_worker() from None
+        if future.cancelled():
+            raise self.team.lost()
+        try:
+            return future.result()
+        except KilledWorker as error:
+            raise ClusterError(
+                f"a share of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
+                "it needs more memory than they have. Use more workers, or give them more memory; see their logs"
+            ) from error
+
+
+def _add(one: Any, other: Any) -> Any:
+    return one + other
+
+
+def _small(array: Array) -> Array:
+    """Whole numbers in the smallest dtype that holds them all; they travel."""
+    if array.dtype.kind not in "iu" or not array.size:
+        return array
+    least, most = int(array.min()), int(array.max())
+    return array.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
