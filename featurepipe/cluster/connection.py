@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.cluster.kinds import opened
+from featurepipe.cluster.kinds import QUIET, first_line, opened
 from featurepipe.cluster.table import ClusterTable, read_spec
 from featurepipe.cluster.team import Team
 from featurepipe.errors import ClusterError
@@ -48,11 +47,11 @@ def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[T
         with _team(spec, say, ClusterTable()) as team:
             yield team
     elif hasattr(spec, "scheduler_address"):
-        with _client(spec) as client, _team(client, say, ClusterTable()) as team:
+        with _quiet(), _client({"address": spec}) as client, _team(client, say, ClusterTable()) as team:
             yield team
     else:
         table = read_spec(spec)
-        with opened(table) as where, _client(where) as client, _team(client, say, table) as team:
+        with _quiet(), opened(table) as where, _client(where) as client, _team(client, say, table) as team:
             yield team
 
 
@@ -66,20 +65,32 @@ def _team(client: Client, say: Callable[[str], None], table: ClusterTable) -> It
 
 
 @contextmanager
-def _client(where: Any) -> Iterator[Client]:
+def _client(where: dict[str, Any]) -> Iterator[Client]:
     from distributed import Client
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Mismatched versions")  # we look at versions ourselves
-            client = Client(**where if isinstance(where, dict) else {"address": where}, timeout=CONNECT_SECONDS)
+            client = Client(**where, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
+        at = " ".join(str(part) for part in where.values())
         raise ClusterError(
-            f"no scheduler answers at {where if isinstance(where, str) else 'the cluster'} ({error}); is it running? Start one with: "
-            "dask scheduler, and workers with: dask worker ADDRESS"
+            f"no scheduler answers at {at} ({first_line(error)}); is it running? Start one with: dask scheduler, "
+            "and workers with: dask worker ADDRESS"
         ) from error
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         yield client
     finally:
-        client.close(timeout=5)
+        with suppress(TimeoutError):
+            client.close(timeout=5)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Dask's own log lines back while a team is at work: what a user has to know, we say."""
+    from distributed.utils import silence_logging_cmgr
+
+    with ExitStack() as stack:
+        for root in ("distributed", "tornado", "asyncio"):
+            stack.enter_context(silence_logging_cmgr(level=QUIET, root=root))
+        yield

@@ -6,7 +6,7 @@ import queue
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -27,6 +27,12 @@ LOOK_SECONDS = 0.5
 STRAGGLING = 3.0
 """At the end, a task that takes so many times the usual is begun a second time."""
 
+RETURN_SECONDS = 10.0
+"""How long tasks that are no longer wanted may take to come back with what they have."""
+
+RESULT_SECONDS = 30.0
+"""How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
+
 MOST_REFUSALS = 16
 """Of one task; then something is wrong with more than a few workers."""
 
@@ -40,7 +46,7 @@ def results(
     in_flight_per_worker: int = 2,
     ahead: int | None = None,
     retries: int = 3,
-) -> Iterator[tuple[T, R]]:
+) -> Generator[tuple[T, R], None, None]:
     """Has tasks done by the workers, and yields each with its result as they complete.
 
     Dask chooses the worker, moves a task when its worker dies, and tries again after an error that may pass. A worker that
@@ -61,7 +67,9 @@ def results(
         ClusterError: no worker is left, the scheduler is gone, or a task kills its workers.
         FeaturepipeError: what the work raised.
     """
-    flow = _Flow(team, tasks, Attempt(work, team.terms, secrets.token_hex(8)), stop, in_flight_per_worker, ahead, retries)
+    flow = _Flow(
+        team, tasks, Attempt(work, team.terms, secrets.token_hex(8)), stop, in_flight_per_worker, ahead, retries
+    )
     try:
         yield from flow.run()
     finally:
@@ -74,7 +82,8 @@ class _Pending(Generic[T]):
 
     task: T
     since: float
-    futures: list[Future] = field(default_factory=list)
+    futures: list[Future[Answer[Any]]] = field(default_factory=list)
+    attempts: int = 0
     refusals: int = 0
     restricted: frozenset[str] = frozenset()
 
@@ -93,12 +102,13 @@ class _Flow(Generic[T, R]):
         self.team, self.tasks, self.attempt, self.stop = team, iter(tasks), attempt, stop
         self.per_worker, self.ahead, self.retries = per_worker, ahead, retries
         self.pending: dict[int, _Pending[T]] = {}
-        self.done: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[tuple[int, Future[Answer[R]]]] = queue.SimpleQueue()
         self.seconds: list[float] = []
         self.workers: list[str] = []
         self.count = 0
-        self.exhausted = self.stopping = False
+        self.exhausted = self.stopping = self.late = False
         self.alone_since = time.monotonic()
+        self.next_look = 0.0
 
     def run(self) -> Iterator[tuple[T, R]]:
         while True:
@@ -110,22 +120,46 @@ class _Flow(Generic[T, R]):
                 yield from self._take(number, future)
 
     def _look(self) -> None:
-        """Counts the workers, passes on a stop, helps what is stuck."""
-        self.workers = self.team.addresses()
+        """Every so often: counts the workers, passes on a stop, helps what is stuck."""
+        self.team.check_connection()
+        if self.stop() and not self.stopping:
+            self.stopping = self.exhausted = True
+            self.next_look = 0.0
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_SECONDS
+        self._count_workers()
+        if self.stopping:
+            self._call_back()
+            return
+        self._free_the_stuck()
+        if self.exhausted or self._is_held():
+            self._double_stragglers()
+
+    def _count_workers(self) -> None:
+        before, self.workers = self.workers, self.team.addresses()
+        for address in set(before).difference(self.workers, self.team.refused):
+            if not self.team.most:  # a cluster that grows and shrinks says nothing of it
+                self.team.say(f"worker {address} is gone; what it was doing is done elsewhere")
         if self.workers:
             self.alone_since = time.monotonic()
-        elif time.monotonic() - self.alone_since > self.team.patience:
-            raise self.team.no_worker()
-        if self.stop():
-            self.stopping = self.exhausted = True
-            self.team.ask(_Stop(self.attempt.flow), self.workers)
-        self._free_the_stuck()
-        if (self.exhausted or self._is_held()) and not self.stopping:
-            self._double_stragglers()
+        elif self.pending and time.monotonic() - self.alone_since > self.team.patience:
+            raise self.team.no_worker(
+                f"{len(self.pending)} tasks are not done, the first: {_told(self._oldest().task)}"
+            )
+
+    def _oldest(self) -> _Pending[T]:
+        return self.pending[min(self.pending)]
+
+    def _call_back(self) -> None:
+        """Tells running tasks to come back, also in workers that have just come; what no worker has is given up."""
+        if not self.workers:
+            self.pending.clear()
+        self.team.ask(_Stop(self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
 
     def _fill(self) -> None:
         room = self.per_worker * self._usable()
-        while not self.exhausted and len(self.pending) < room and not self._is_held() and not self.stop():
+        while not self.exhausted and len(self.pending) < room and not self._is_held():
             try:
                 task = next(self.tasks)
             except StopIteration:
@@ -149,17 +183,21 @@ class _Flow(Generic[T, R]):
         if workers is None and self.team.refused:
             workers = self.workers
             pending.restricted = frozenset(workers)
-        key = f"{getattr(self.attempt.work, '__name__', 'task')}-{self.attempt.flow}-{number}-{len(pending.futures)}-{pending.refusals}"
+        pending.attempts += 1
+        key = f"{getattr(self.attempt.work, '__name__', 'task')}-{self.attempt.flow}-{number}-{pending.attempts}"
         with self.team.reaching():
             future = self.team.client.submit(
                 self.attempt, pending.task, key=key, workers=workers or None, retries=self.retries, pure=False
             )
         pending.futures.append(future)
+        self._await(number, future)
+
+    def _await(self, number: int, future: Future[Answer[R]]) -> None:
         future.add_done_callback(lambda future: self.done.put((number, future)))
 
-    def _arrived(self) -> list[tuple[int, Future]]:
+    def _arrived(self) -> list[tuple[int, Future[Answer[R]]]]:
         """What has come in, after a short wait if nothing has."""
-        found = []
+        found: list[tuple[int, Future[Answer[R]]]] = []
         try:
             found.append(self.done.get(timeout=LOOK_SECONDS))
             while True:
@@ -167,11 +205,14 @@ class _Flow(Generic[T, R]):
         except queue.Empty:
             return found
 
-    def _take(self, number: int, future: Future) -> Iterator[tuple[T, R]]:
+    def _take(self, number: int, future: Future[Answer[R]]) -> Iterator[tuple[T, R]]:
         pending = self.pending.get(number)
         if pending is None or future not in pending.futures:
             return  # another attempt was first
         answer = self._answer(pending, future)
+        if answer is None:
+            self._await(number, future)
+            return
         if answer.refused:
             self._elsewhere(number, future, answer)
             return
@@ -179,27 +220,33 @@ class _Flow(Generic[T, R]):
         for other in pending.futures:
             if other is not future:
                 other.cancel()
+                self.late = True
         if answer.error is not None:
             raise answer.error
         if answer.begun:
             self.seconds.append(answer.seconds)
             yield pending.task, answer.value  # type: ignore[misc]  # a value, since it is neither refused nor an error
 
-    def _answer(self, pending: _Pending[T], future: Future) -> Answer[R]:
-        from distributed import KilledWorker
+    def _answer(self, pending: _Pending[T], future: Future[Answer[R]]) -> Answer[R] | None:
+        """What an attempt has come to; None if its worker has just died, and Dask makes it again."""
+        from distributed import CancelledError, KilledWorker
 
-        if future.status == "cancelled":
-            raise self.team.lost()
         try:
-            answer: Answer[R] = future.result()
+            return future.result(timeout=RESULT_SECONDS)
+        except CancelledError as error:
+            raise self.team.lost() from error
         except KilledWorker as error:
             raise ClusterError(
-                f"{pending.task} ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: it needs more memory "
-                "than they have, or its images crash a decoder. See the workers' logs; what was committed stands"
+                f"every worker that began {_told(pending.task)} died of it, {error.allowed_failures + 1} in all, the last "
+                f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. "
+                "See the workers' logs; what was committed stands"
             ) from error
-        return answer
+        except TimeoutError:
+            if future.done():
+                raise
+            return None
 
-    def _elsewhere(self, number: int, future: Future, answer: Answer[R]) -> None:
+    def _elsewhere(self, number: int, future: Future[Answer[R]], answer: Answer[R]) -> None:
         """Has a task done by another worker than the one that is refused."""
         pending = self.pending[number]
         self.team.refuse(answer.worker, answer.refused)
@@ -207,21 +254,17 @@ class _Flow(Generic[T, R]):
         pending.futures.remove(future)
         if pending.refusals > MOST_REFUSALS:
             raise self.team.no_worker()
-        self.workers = self.team.addresses()
-        self._when_possible(number)
-
-    def _when_possible(self, number: int) -> None:
-        if self.workers and not self.pending[number].futures:
-            self._submit(number)
+        self.next_look = 0.0
 
     def _free_the_stuck(self) -> None:
         """Tasks that only certain workers may do are given to others when all of those are gone."""
         for number, pending in self.pending.items():
             if pending.restricted and not pending.restricted.intersection(self.workers):
-                for future in pending.futures:
+                gone, pending.futures = pending.futures, []
+                for future in gone:
                     future.cancel()
-                pending.futures.clear()
-            self._when_possible(number)
+            if self.workers and not pending.futures:
+                self._submit(number)
 
     def _double_stragglers(self) -> None:
         idle = len(self.workers) - len(self.pending)
@@ -231,20 +274,27 @@ class _Flow(Generic[T, R]):
         late = [n for n, p in self.pending.items() if len(p.futures) == 1 and time.monotonic() - p.since > patience]
         if not late:
             return
-        with self.team.reaching():
-            busy = self.team.client.processing(self.workers)
-        free = [address for address in self.workers if not busy.get(address)]
+        free = self.team.idle(self.workers)
         for number in late[: len(free)]:
             self._submit(number, free)
 
     def dismiss(self) -> None:
-        """Tells workers that nothing more is wanted of this flow."""
-        if not self.pending or self.team.client.status != "running":
+        """Calls back what is still under way and waits a little for it, so that it commits what it has."""
+        if not (self.pending or self.late) or self.team.client.status != "running":
             return
-        self.team.ask(_Stop(self.attempt.flow), self.workers)
-        for pending in self.pending.values():
-            for future in pending.futures:
-                future.cancel()
+        self.team.ask(_Stop(self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
+        futures = [future for pending in self.pending.values() for future in pending.futures]
+        deadline = time.monotonic() + RETURN_SECONDS
+        while time.monotonic() < deadline and not all(future.done() for future in futures):
+            time.sleep(0.05)
+        for future in futures:
+            future.cancel()
+
+
+def _told(task: object) -> str:
+    """A task in a message."""
+    text = str(task)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurepipe.errors import UsageError
 
@@ -18,6 +18,10 @@ PATIENCE = {"local": 60.0, "ssh": 120.0, "slurm": 3600.0, "pbs": 3600.0, "kubern
 """Seconds to wait for a first worker: queues take their time."""
 
 FORMS = "give tcp://HOST:PORT, a scheduler file (.json), local:N, or a TOML file with a [cluster] table"
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class ClusterTable(BaseModel):
@@ -35,8 +39,10 @@ class ClusterTable(BaseModel):
     """Of a cluster that grows and shrinks with its work."""
     maximum: int | None = Field(default=None, ge=1)
     """Of a cluster that grows and shrinks with its work."""
-    hosts: tuple[str, ...] = ()
-    """With `ssh`: the scheduler's machine, then those of the workers."""
+    hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """With `ssh`: the scheduler's machine, then those of the workers; a machine named twice has two processes."""
+    gpus: bool = False
+    """One GPU for each worker. On this machine that needs no asking; with `ssh` the k-th process of a host gets its GPU k."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Handed to LocalCluster, SSHCluster, SLURMCluster, PBSCluster or KubeCluster."""
     wait: float | None = Field(default=None, gt=0)

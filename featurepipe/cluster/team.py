@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ANSWER_SECONDS = 30.0
-"""How long a worker may take to say who it is."""
+"""How long a worker may take to say who it is, and a scheduler who its workers are."""
+
+
+TOLD_SECONDS = 5.0
+"""From when on waiting for workers is told of."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Team:
         most: how many workers there may be, on a cluster that grows with its work.
 
     Attributes:
+        address: the scheduler's.
+        terms: what a worker must fulfil.
         refused: why each address that must not be used is refused.
     """
 
@@ -71,20 +77,26 @@ class Team:
         self, client: Client, *, say: Callable[[str], None] = print, patience: float = 60.0, most: int = 0
     ) -> None:
         self.client, self.say, self.patience, self.most = client, say, patience, most
+        self.address = str(client.scheduler.address) if client.scheduler else "(gone)"
         self.refused: dict[str, str] = {}
         self.terms = Terms(tuple((name, text) for name, text in installed().items() if name in DIGITS))
-        self._token: Path | None = None
-
-    @property
-    def address(self) -> str:
-        """The scheduler's."""
-        return str(self.client.scheduler.address) if self.client.scheduler else "(gone)"
+        self._shown: dict[Path, Terms] = {}
 
     def addresses(self) -> list[str]:
         """Workers that are there now and are not refused; asks the scheduler."""
+        return [address for address in self._scheduler("ncores", workers=None) if address not in self.refused]
+
+    def idle(self, addresses: Iterable[str]) -> list[str]:
+        """Those of some workers that have nothing to do."""
+        busy = self._scheduler("processing", workers=list(addresses))
+        return [address for address, tasks in busy.items() if not tasks]
+
+    def _scheduler(self, question: str, **about: Any) -> dict[str, Any]:
+        async def ask() -> Any:
+            return await asyncio.wait_for(getattr(self.client.scheduler, question)(**about), ANSWER_SECONDS)
+
         with self.reaching():
-            there = self.client.scheduler_info(n_workers=-1)["workers"]
-        return [address for address in there if address not in self.refused]
+            return dict(self.client.sync(ask))
 
     def wait_for_workers(self, count: int = 1) -> None:
         """Waits until there is a worker that is not refused.
@@ -92,41 +104,50 @@ class Team:
         Raises:
             ClusterError: none comes in time.
         """
+        if len(self.addresses()) >= count:
+            return
         deadline = time.monotonic() + self.patience
-        told = time.monotonic() + 5
+        told = time.monotonic() + TOLD_SECONDS
+        with self.reaching():
+            wanted = self.client.submit(bool, pure=False)  # a cluster that grows with its work needs work to grow
         while len(self.addresses()) < count:
             if time.monotonic() > deadline:
                 raise self.no_worker()
             if time.monotonic() > told:
-                told += 60
+                told = time.monotonic() + 60
                 self.say(f"waiting for workers of {self.address}, at most {self.patience:.0f} s")
             time.sleep(0.1)
+        wanted.release()
 
-    def no_worker(self) -> ClusterError:
-        """The error for a team without workers."""
+    def no_worker(self, left: str = "") -> ClusterError:
+        """The error for a team without workers.
+
+        Args:
+            left: what is not done.
+        """
+        what = f"; {left}" if left else ""
         if self.refused:
-            return ClusterError(
-                f"no worker of {self.address} can be used: "
-                + "; ".join(f"{who}: {why}" for who, why in self.refused.items())
-            )
+            reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
+            return ClusterError(f"no worker of {self.address} can be used: {reasons}{what}")
         return ClusterError(
-            f"no worker came to the scheduler {self.address} within {self.patience:.0f} s; start some, such as: "
-            f"dask worker {self.address}, and give the same command again"
+            f"no worker came to the scheduler {self.address} within {self.patience:.0f} s{what}; start some, such as: "
+            f"dask worker {self.address}, and give the same command again: it goes on where it was"
         )
 
     def workers(self) -> list[WorkerFacts]:
         """The workers that are there now and are not refused; each says for itself who it is."""
-        with self.reaching():
-            known = self.client.scheduler_info(n_workers=-1)["workers"]
+        known = self._known()
         answers = self.ask(facts, (address for address in known if address not in self.refused))
         return [_facts(address, known[address], said) for address, said in answers.items() if isinstance(said, dict)]
 
-    def check(self, store: str | PathLike[str] | None = None) -> list[str]:
-        """Looks at every worker that is there, and refuses by name those that are not fit. Workers that come later are looked at
-        when they begin their first task.
+    def check(self, store: str | PathLike[str] | None = None, source: str | PathLike[str] | None = None) -> list[str]:
+        """Looks at every worker that is there, and refuses by name those that are not fit.
+
+        Workers that come later are looked at when they begin their first task.
 
         Args:
             store: a folder that every worker must see; a small file is kept there until the team is closed.
+            source: a path that must exist for every worker; URLs are not looked at.
 
         Returns:
             The addresses of the workers that may be used.
@@ -135,14 +156,12 @@ class Team:
             ClusterError: no worker comes in time, or none is fit; it names each and says why.
             StoreError: the folder cannot be written.
         """
+        self.terms = self._show(Path(store)) if store is not None else replace(self.terms, token=None, secret="")
+        self.terms = replace(self.terms, source=_local(source))
         self.wait_for_workers()
-        if store is not None:
-            self._show(Path(store))
         for address, said in self.ask(self.terms.refusal, self.addresses()).items():
-            if isinstance(said, Exception):
-                said = f"it gave no answer ({type(said).__name__}: {said})"
             if said:
-                self.refuse(address, said)
+                self.refuse(address, _reason(said) if isinstance(said, Exception) else said)
         good = self.addresses()
         if not good:
             raise self.no_worker()
@@ -154,29 +173,32 @@ class Team:
             self.refused[address] = why
             self.say(f"worker {self._name(address)} is not used: {why}")
 
+    def _known(self) -> dict[str, dict[str, Any]]:
+        return dict(self._scheduler("identity", n_workers=-1)["workers"])
+
     def _name(self, address: str) -> str:
-        worker = self.client.scheduler_info(n_workers=-1)["workers"].get(address, {})
-        name = str(worker.get("id", address))
+        name = str(self._known().get(address, {}).get("id", address))
         return address if name == address else f"{name} ({address})"
 
-    def _show(self, folder: Path) -> None:
-        """Puts a file into a folder, for workers to find."""
-        self.hide()
+    def _show(self, folder: Path) -> Terms:
+        """Puts a file into a folder, for workers to find; once for each folder."""
         folder = folder.absolute()
+        if folder in self._shown:
+            return self._shown[folder]
         secret = secrets.token_hex(8)
         token = folder / f".cluster-{secret}.tmp"  # a name that `gc` removes, should we be killed
         try:
             token.write_text(secret)
         except OSError as error:
             raise StoreError(f"cannot write into the store {folder}: {error.strerror}") from error
-        self._token = token
-        self.terms = Terms(self.terms.versions, str(token), secret)
+        self._shown[folder] = Terms(self.terms.versions, str(token), secret)
+        return self._shown[folder]
 
     def hide(self) -> None:
-        """Removes the file that `check` put into the store."""
-        if self._token is not None:
-            self._token.unlink(missing_ok=True)
-        self._token, self.terms = None, Terms(self.terms.versions)
+        """Removes the files that `check` put into stores."""
+        for shown in self._shown.values():
+            Path(shown.token or "").unlink(missing_ok=True)
+        self._shown.clear()
 
     def ask(
         self, question: Callable[[], Any], addresses: Iterable[str], seconds: float = ANSWER_SECONDS
@@ -195,26 +217,49 @@ class Team:
         found = zip(asked, said, strict=True)
         return {who: what.get(who) if isinstance(what, dict) else what for who, what in found}
 
-    def results(self, tasks: Iterator[T], work: Callable[[T], R], **options: Any) -> Iterator[tuple[T, R]]:
+    def results(self, tasks: Iterator[T], work: Callable[[T], R], **options: Any) -> Generator[tuple[T, R], None, None]:
         """Has tasks done, see `featurepipe.cluster.flow.results`."""
         return results(self, tasks, work, **options)
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
         """Turns what Dask raises when its scheduler is gone into our error."""
-        if self.client.status != "running":
-            raise self.lost()
+        from distributed.client import ClosedClientError
+
+        self.check_connection()
         try:
             yield
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ClosedClientError) as error:
             raise self.lost() from error
+
+    def check_connection(self) -> None:
+        """Looks whether the scheduler is still there.
+
+        Raises:
+            ClusterError: it is not.
+        """
+        if self.client.status != "running":
+            raise self.lost()
 
     def lost(self) -> ClusterError:
         """The error for a scheduler that is gone."""
         return ClusterError(
-            "the scheduler of the cluster is gone; what its workers had committed stands. Start it again, then "
-            "give the same command again: it goes on where it was"
+            f"the scheduler {self.address} is gone, or does not answer; what its workers had committed stands. Start the cluster "
+            "anew and give the same command again: it goes on where it was"
         )
+
+
+def _reason(error: Exception) -> str:
+    """Why a worker that did not answer is not used."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed there"
+    return f"it gave no answer ({type(error).__name__}: {error})"
+
+
+def _local(source: str | PathLike[str] | None) -> str | None:
+    """A source as a path that can be looked for; None for URLs and patterns."""
+    text = str(source) if source is not None else ""
+    return str(Path(text).absolute()) if text and "://" not in text and not set("*?[") & set(text) else None
 
 
 def _facts(address: str, known: dict[str, Any], said: dict[str, Any]) -> WorkerFacts:

@@ -36,17 +36,17 @@ def installed() -> dict[str, str]:
     return found
 
 
-def visible_gpus() -> int:
-    """How many NVIDIA devices this process may use, told without loading CUDA."""
+def gpu_names() -> list[str]:
+    """The NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; told without loading CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return len([device for device in named.split(",") if device.strip() not in {"", "-1", "NoDevFiles"}])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+        return [device.strip() for device in named.split(",") if device.strip() not in {"", "-1", "NoDevFiles"}]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def facts() -> dict[str, Any]:
     """What a worker's process says of itself."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "gpus": visible_gpus(), "versions": installed()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "gpus": len(gpu_names()), "versions": installed()}
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ class Terms:
         versions: (package, version) pairs of the client.
         token: a file that every worker must see, or None.
         secret: what is in that file.
+        source: a path that must exist, or None.
     """
 
     versions: tuple[tuple[str, str], ...]
     token: str | None = None
     secret: str = ""
+    source: str | None = None
 
     def refusal(self) -> str:
         """Why this process is not fit; empty if it is."""
@@ -70,7 +72,9 @@ class Terms:
             digits = DIGITS.get(name)
             if digits and _start(mine.get(name, ""), digits) != _start(theirs, digits):
                 return f"it has {name} {mine.get(name, '(not installed)')}, the client has {theirs}"
-        return self._unseen() if self.token else ""
+        if self.token and (why := self._unseen()):
+            return why
+        return "" if self.source is None or Path(self.source).exists() else f"it does not see the source {self.source}"
 
     def _unseen(self) -> str:
         token = Path(self.token or "")
@@ -82,7 +86,7 @@ class Terms:
 
 
 def _start(text: str, digits: int) -> list[str]:
-    return text.split("+")[0].split(".")[:digits]
+    return text.partition("+")[0].split(".")[:digits]
 
 
 @cache
