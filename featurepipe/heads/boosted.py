@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -14,17 +14,20 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.heads.blocks import Array, Blocks, iterate, labels_of
+from featurepipe.heads.blocks import Array, labels_of
+from featurepipe.heads.boosted_rows import Batches, Piece
+from featurepipe.heads.boosted_together import Desk, Grown, Growth, grow
 from featurepipe.heads.calibration import log_softmax, two_columns
 from featurepipe.heads.inputs import (
     BlockClassifier,
-    Codes,
     Floats,
+    TrainingData,
     labels_from,
     map_rows,
     prediction_blocks,
     training_data,
 )
+from featurepipe.heads.shares import Shares, shares_elsewhere
 
 
 class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -36,6 +39,9 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     - Features are handed over block by block (``QuantileDMatrix`` from a ``DataIter``), from an array and from ``Blocks``
       alike, and the trees do not depend on the blocks. What was read is never in memory as a whole; xgboost itself keeps its
       quantised features, measured at 2.2 bytes a value, and while it counts quantiles about 0.7 MB a feature.
+    - Features that are spread over a cluster stay where they are: the workers grow the same trees together, each with the
+      quantised features of its own rows (``heads.boosted_together``). Quantiles are then joined from those of the workers, so
+      trees differ from those grown in one place as they do between two draws of a sample.
     - The booster goes out as UBJSON and comes back: ``booster_ubjson()``, ``without_booster()`` (what is left: plain
       attributes, no xgboost object) and ``with_booster(raw)`` (a copy that predicts).
 
@@ -118,30 +124,16 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             raise UsageError("early_stopping_rounds needs validation data: fit(X, y, eval_set=(X_val, y_val))")
         data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
         self.classes_ = data.classes
-        matrix = self._matrix(data.blocks, data.codes, data.weights)
-        watched = [] if eval_set is None else [(self._evaluation_matrix(eval_set, matrix), "validation")]
-        history: dict[str, dict[str, list[float]]] = {}
-        self.booster_ = xgboost.train(
-            self._parameters(),
-            matrix,
-            self.n_estimators,
-            evals=watched,
-            evals_result=history,
-            early_stopping_rounds=self.early_stopping_rounds,
-            verbose_eval=False,
-        )
-        stopped = self.early_stopping_rounds is not None
-        self.best_iteration_ = int(self.booster_.best_iteration) if stopped else self.n_estimators - 1
-        self.evaluation_ = [value for values in history.get("validation", {}).values() for value in values]
+        watched = None if eval_set is None else self._validation(*eval_set)
+        grown = self._grown(data, watched)
+        self.booster_ = _booster(grown.trees, self.n_jobs)
+        self.best_iteration_ = self.n_estimators - 1 if grown.best is None else grown.best
+        self.evaluation_ = list(grown.history)
         return self
 
     def decision_function(self, X: Any) -> Array:
         """Returns the sum of the leaves: (n, K) log-odds up to a constant per row, or (n,) for two classes."""
-        booster, used = self._booster(), (0, self.best_iteration_ + 1)
-
-        def margins(block: Array) -> Array:
-            return np.asarray(booster.inplace_predict(block, iteration_range=used, predict_type="margin"))
-
+        margins = partial(_margins, booster=self._booster(), rounds=self.best_iteration_ + 1)
         return map_rows(prediction_blocks(self, X), margins, memory=self.memory, dtype=np.float32)
 
     def predict(self, X: Any) -> Array:
@@ -172,9 +164,8 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         Raises:
             BundleError: The bytes are no booster, or one for other classes or features.
         """
-        booster = xgboost.Booster()
         try:
-            booster.load_model(bytearray(raw))
+            booster = _booster(raw, self.n_jobs)
         except xgboost.core.XGBoostError as error:
             raise BundleError(
                 f"these {len(raw)} bytes are no booster in UBJSON: {str(error).splitlines()[0]}"
@@ -185,7 +176,6 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
                 f"the booster takes {features} features for {classes} classes, the head {self.n_features_in_} for "
                 f"{len(self.classes_)}: it belongs to another head"
             )
-        booster.set_param({"nthread": self.n_jobs or 0})
         complete = copy.copy(self)
         complete.booster_ = booster
         return complete
@@ -196,12 +186,29 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             raise UsageError("this head has no trees: put them back with with_booster(raw)")
         return self.booster_
 
-    def _matrix(self, blocks: Blocks, codes: Codes, weights: Floats | None, ref: Any = None) -> Any:
-        batches = _Batches(blocks, codes, weights, self.memory)
+    def _grown(self, data: TrainingData, watched: Piece | None) -> Grown:
+        """Grows the trees: here, or where the rows are if these are spread."""
+        growth = Growth(
+            self._parameters(),
+            self.n_estimators,
+            self.early_stopping_rounds,
+            width=self.n_features_in_,
+            watched=watched is not None,
+            memory=self.memory,
+        )
+        shares = shares_elsewhere(data.blocks)
+        if shares is None:
+            matrix = self._matrix(Piece(data.blocks, data.codes, data.weights))
+            return grow(growth, self.n_jobs or 0, matrix, watched and self._matrix(watched, matrix))
+        own = shares.beside(data.codes, data.weights)
+        everyone: list[Grown] = own.together(growth, Desk, *_spread(watched))
+        return next(grown for grown in everyone if grown.trees)
+
+    def _matrix(self, piece: Piece, ref: Any = None) -> Any:
+        batches = Batches([piece], self.n_features_in_, self.memory)
         return xgboost.QuantileDMatrix(batches, max_bin=self.max_bin, nthread=self.n_jobs, ref=ref)
 
-    def _evaluation_matrix(self, eval_set: tuple[Any, Any], ref: Any) -> Any:
-        features, labels = eval_set
+    def _validation(self, features: Any, labels: Any) -> Piece:
         found = np.asarray(labels_of(features, labels))
         strange = sorted({str(label) for label in found[~np.isin(found, self.classes_)]})
         if strange:
@@ -211,7 +218,7 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         blocks = prediction_blocks(self, features, fitted=False)
         if len(found) != blocks.shape[0]:
             raise UsageError(f"eval_set has {blocks.shape[0]} rows of features but {len(found)} labels")
-        return self._matrix(blocks, np.searchsorted(self.classes_, found), None, ref)
+        return Piece(blocks, np.searchsorted(self.classes_, found))
 
     def _parameters(self) -> dict[str, Any]:
         seed = self.random_state
@@ -229,33 +236,35 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             "gamma": self.gamma,
             "max_bin": self.max_bin,
             "seed": seed,
-            "nthread": self.n_jobs or 0,
             **(several if len(self.classes_) > 2 else {"objective": "binary:logistic", "eval_metric": "logloss"}),
         }
+
+
+def _margins(block: Array, *, booster: Any, rounds: int) -> Array:
+    return np.asarray(booster.inplace_predict(block, iteration_range=(0, rounds), predict_type="margin"))
+
+
+def _booster(raw: bytes, threads: int | None) -> Any:
+    booster = xgboost.Booster()
+    booster.load_model(bytearray(raw))
+    booster.set_param({"nthread": threads or 0})
+    return booster
+
+
+def _spread(watched: Piece | None) -> list[Shares]:
+    """The shares of validation rows, with their codes.
+
+    Raises:
+        UsageError: they are not spread as the training rows are.
+    """
+    if watched is None:
+        return []
+    shares = shares_elsewhere(watched.blocks)
+    if shares is None:
+        raise UsageError("the training rows are spread over a cluster, those of eval_set are not: spread them, too")
+    return [shares.beside(watched.codes)]
 
 
 def _classes_in(booster: Any) -> int:
     learner = json.loads(booster.save_config())["learner"]
     return max(2, int(learner["learner_model_param"]["num_class"]))
-
-
-class _Batches(xgboost.DataIter):
-    """Hands blocks to xgboost, which asks for all of them several times."""
-
-    def __init__(self, blocks: Blocks, codes: Codes, weights: Floats | None, memory: int | str | None) -> None:
-        super().__init__()
-        self._blocks, self._codes, self._weights, self._memory = blocks, codes, weights, memory
-        self._coming: Iterator[tuple[slice, Array]] = iter(())
-
-    def reset(self) -> None:
-        """Starts again at the first row."""
-        self._coming = iterate(self._blocks, memory=self._memory, dtype=np.float32)
-
-    def next(self, input_data: Any) -> bool:
-        """Hands over the next block; false at the end."""
-        place, block = next(self._coming, (slice(0), None))
-        if block is None:
-            return False
-        weights = {} if self._weights is None else {"weight": self._weights[place]}
-        input_data(data=block, label=self._codes[place], **weights)
-        return True

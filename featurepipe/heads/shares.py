@@ -7,7 +7,8 @@ are spread over a cluster (``featurepipe.cluster.spread``) offer ``shared()``, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,23 @@ from featurepipe.sizes import bytes_of
 
 Change = Callable[[Blocks], Blocks]
 Work = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One process's place among several that work at the same time and talk to each other.
+
+    Attributes:
+        number: From 0.
+        count: How many there are.
+        threads: That it may use.
+        desk: What the desk where they meet has to tell.
+    """
+
+    number: int
+    count: int
+    threads: int
+    desk: Mapping[str, Any]
 
 
 class Shares(Protocol):
@@ -49,6 +67,20 @@ class Shares(Protocol):
 
     def listed(self, work: Work) -> list[Any]:
         """What the work returns of each share, in the order of the rows."""
+
+    def together(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
+        """Has all places work at the same time, for work whose processes talk to each other.
+
+        Args:
+            work: Called once a place with its ``Seat``, and for these rows and each of the others with a list of the place's
+                shares: (features, *rows beside them).
+            desk: Where they meet: called at one place with its host and the number of places; has ``told()``, what all must
+                know, and ``close()``, after which nobody waits there.
+            *others: Rows on the same places.
+
+        Returns:
+            What the work returned at each place.
+        """
 
 
 class Here:
@@ -88,6 +120,10 @@ class Here:
     def listed(self, work: Work) -> list[Any]:
         """See ``Shares``."""
         return [self.added(work)]
+
+    def together(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
+        """Nobody is here to talk to: whoever has such work does it without the seam."""
+        raise NotImplementedError
 
 
 def shares_of(features: Blocks | Array) -> Shares:

@@ -1,0 +1,147 @@
+"""Trees that several processes grow together, each from its own rows: xgboost's collective training.
+
+Each process keeps only its own rows, quantised. For every level of a tree they add up their histograms (Rabit's ring allreduce;
+Chen & Guestrin 2016, section 6.3), so that all grow the same trees. The processes meet at a desk, xgboost's tracker, which
+tells them of each other and then has nothing more to do until they leave.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xgboost
+from xgboost import collective
+from xgboost.tracker import RabitTracker
+
+from featurepipe.errors import ClusterError
+from featurepipe.heads.boosted_rows import Batches, Piece
+from featurepipe.heads.shares import Seat
+
+COMING_SECONDS = 300
+"""How long processes wait at the desk for the last one to come, and to leave."""
+
+SILENT_SECONDS = 1800
+"""How long one that says nothing is waited for: it may have far more to read than the others before they first add up."""
+
+
+class Desk:
+    """Where the processes meet; it is open as long as this object lives.
+
+    Args:
+        host: address of this machine, by which the others reach it.
+        count: how many will come.
+    """
+
+    def __init__(self, host: str, count: int) -> None:
+        self._tracker = RabitTracker(n_workers=count, host_ip=host, sortby="task", timeout=COMING_SECONDS)
+        self._tracker.start()
+
+    def told(self) -> dict[str, Any]:
+        """What those who come need to know."""
+        return dict(self._tracker.worker_args())
+
+    def close(self) -> None:
+        """Lets those who wait for others know that these will not come."""
+        try:
+            self._tracker.free()
+        except xgboost.core.XGBoostError:
+            return  # it says that someone did not come or leave, which is why it is closed
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What came of growing trees.
+
+    Attributes:
+        trees: as UBJSON; empty for all places but the first, since all have the same.
+        history: log-loss on the validation rows after each round.
+        best: the round (from 0) that early stopping chose; None without it.
+    """
+
+    trees: bytes
+    history: tuple[float, ...]
+    best: int | None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Trees to grow: what each process is told.
+
+    Attributes:
+        parameters: of xgboost.
+        rounds: at most so many.
+        patience: early stopping after so many rounds without a better log-loss; None for never.
+        width: values a row.
+        watched: whether there are validation rows.
+        memory: what the blocks alive at one time may take at each place.
+    """
+
+    parameters: Mapping[str, Any]
+    rounds: int
+    patience: int | None
+    width: int
+    watched: bool
+    memory: int | str | None
+
+    def __call__(self, seat: Seat, own: Sequence[Sequence[Any]], checked: Sequence[Sequence[Any]] = ()) -> Grown:
+        """Grows them here, together with the others.
+
+        Args:
+            seat: this process's.
+            own: its rows to learn from: (features, codes, weights) of each share.
+            checked: its validation rows: (features, codes).
+
+        Raises:
+            UsageError: a value here is not finite.
+            ClusterError: one of the others could not read its rows; it says why.
+        """
+        with _meeting(seat):
+            matrix = self._matrix(seat, own)
+            watched = self._matrix(seat, checked, matrix) if self.watched else None
+            return grow(self, seat.threads, matrix, watched, trees=seat.number == 0)
+
+    def _matrix(self, seat: Seat, shares: Sequence[Sequence[Any]], ref: Any = None) -> Any:
+        """The rows here, quantised by the quantiles of all; together the processes make sure that all could read theirs."""
+        batches = Batches([Piece(*share) for share in shares], self.width, self.memory, holding=True)
+        matrix = xgboost.QuantileDMatrix(batches, max_bin=self.parameters["max_bin"], nthread=seat.threads, ref=ref)
+        failed = collective.allreduce(np.array([batches.error is not None], np.int32), collective.Op.SUM)
+        if batches.error is not None:
+            raise batches.error
+        if failed[0]:
+            raise ClusterError(f"{failed[0]} of {seat.count} workers could not read their rows; they say why")
+        return matrix
+
+
+@contextmanager
+def _meeting(seat: Seat) -> Iterator[None]:
+    """Meets the others at the desk, and leaves at the end."""
+    options = {**seat.desk, "dmlc_task_id": f"{seat.number:06d}", "dmlc_timeout": SILENT_SECONDS, "dmlc_retry": 2}
+    context = collective.CommunicatorContext(**options)
+    with redirect_stdout(sys.stderr):  # xgboost prints who has come
+        context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+def grow(growth: Growth, threads: int, matrix: Any, checked: Any, *, trees: bool = True) -> Grown:
+    """Grows trees on a matrix, here alone or inside a collective context."""
+    history: dict[str, dict[str, list[float]]] = {}
+    booster = xgboost.train(
+        {**growth.parameters, "nthread": threads},
+        matrix,
+        growth.rounds,
+        evals=[] if checked is None else [(checked, "validation")],
+        evals_result=history,
+        early_stopping_rounds=growth.patience,
+        verbose_eval=False,
+    )
+    losses = [float(loss) for values in history.get("validation", {}).values() for loss in values]
+    best = None if growth.patience is None else int(booster.best_iteration)
+    return Grown(bytes(booster.save_raw("ubj")) if trees else b"", tuple(losses), best)
