@@ -17,6 +17,7 @@ from featurepipe.jobs.labelled import LabelledSource
 from featurepipe.jobs.networks import in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
+from featurepipe.jobs.taken import check_dataset
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
 """What a step's result says of an extraction; the extraction's own record says all."""
@@ -65,7 +66,9 @@ class Extractions:
 
         def work() -> dict[str, Any]:
             found = patience.insist(source)
-            self.record.dataset = self.job.dataset or dataset_name(found.name)
+            dataset = self.job.dataset or dataset_name(found.name)
+            check_dataset(self.job, self.record.file, self.record.store, dataset, found.location)
+            self.record.dataset = dataset
             self.before = max(self.record.store.snapshot_ids(self.record.dataset), default=None)
             return {"source": found.location, "listed": found.scan().num_rows}
 

@@ -54,6 +54,8 @@ class SourceTable(Table):
     """Anything that `featurepipe extract` reads: a folder, a manifest, archives, image arrays, or a URL."""
     labels: JobPath | None = None
     """A CSV with the columns id and label, to use instead of the source's own labels."""
+    moved_from: Names = ()
+    """Where the dataset's images were before, as the run that refuses to take them from here says; one place or several."""
     retries: int = Field(default=5, ge=0)
     """How often a source that cannot be opened or listed is tried again."""
     first_wait: Seconds = 10.0

@@ -27,6 +27,7 @@ labels = "labels.csv"
 retries = 3
 first_wait = "30s"
 longest_wait = "1h30m"
+moved_from = "/mnt/photos"
 
 [[features]]
 backbone = "resnet50"
@@ -135,7 +136,7 @@ def test_all_that_can_be_said(read, tmp_path):
     assert (job.name, job.store, job.dataset) == ("nights", tmp_path.parent / "features", "photos-2026")
     assert job.source.model_dump() == {
         "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
-        "longest_wait": 5400.0,
+        "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
