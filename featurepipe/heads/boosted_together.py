@@ -103,7 +103,7 @@ class Growth:
         with _meeting(seat):
             matrix = self._matrix(seat, own)
             watched = self._matrix(seat, checked, matrix) if self.watched else None
-            return grow(self, seat.threads, matrix, watched, trees=seat.number == 0)
+            return grow(self, seat.threads, matrix, watched, trees=seat.number == 0, callbacks=[_Leave(seat)])
 
     def _matrix(self, seat: Seat, shares: Sequence[Sequence[Any]], ref: Any = None) -> Any:
         """The rows here, quantised by the quantiles of all; together the processes make sure that all could read theirs."""
@@ -130,7 +130,21 @@ def _meeting(seat: Seat) -> Iterator[None]:
         context.__exit__(None, None, None)
 
 
-def grow(growth: Growth, threads: int, matrix: Any, checked: Any, *, trees: bool = True) -> Grown:
+class _Leave(xgboost.callback.TrainingCallback):
+    """Ends all processes' work after the same round where nobody wants it any more."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self._seat = seat
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:  # noqa: ARG002 - as xgboost calls it
+        """Whether to stop, as all of them say at once."""
+        return bool(collective.allreduce(np.array([self._seat.stop()], np.int32), collective.Op.MAX)[0])
+
+
+def grow(
+    growth: Growth, threads: int, matrix: Any, checked: Any, *, trees: bool = True, callbacks: Sequence[Any] = ()
+) -> Grown:
     """Grows trees on a matrix, here alone or inside a collective context."""
     history: dict[str, dict[str, list[float]]] = {}
     booster = xgboost.train(
@@ -141,6 +155,7 @@ def grow(growth: Growth, threads: int, matrix: Any, checked: Any, *, trees: bool
         evals_result=history,
         early_stopping_rounds=growth.patience,
         verbose_eval=False,
+        callbacks=list(callbacks),
     )
     losses = [float(loss) for values in history.get("validation", {}).values() for loss in values]
     best = None if growth.patience is None else int(booster.best_iteration)

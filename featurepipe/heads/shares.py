@@ -30,12 +30,14 @@ class Seat:
         count: How many there are.
         threads: That it may use.
         desk: What the desk where they meet has to tell.
+        stop: Whether nobody wants the result any more.
     """
 
     number: int
     count: int
     threads: int
     desk: Mapping[str, Any]
+    stop: Callable[[], bool] = bool
 
 
 class Shares(Protocol):

@@ -1,0 +1,240 @@
+"""Work that all workers do at the same time and whose processes talk to each other, as when they grow trees together.
+
+Dask alone would do such tasks one after the other, or move one of them to another worker, and the rest would wait for ever. So
+each is bound to its worker, and if one is lost the work as a whole is begun again with those that are left.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from featurepipe.cluster.worker import Answer, Attempt, ask_to_stop, stop_of_task
+from featurepipe.errors import ClusterError, FeaturepipeError
+from featurepipe.heads.shares import Seat
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+    from featurepipe.cluster.shares import WorkerShares
+    from featurepipe.cluster.team import Team
+
+R = TypeVar("R")
+Kept = list[
+    list[tuple[Any, ...]]
+]  # for each set of rows the shares at one worker, each the features and what is beside them
+
+TRIES = 3
+"""How often work is begun before it is given up."""
+
+ANSWER_SECONDS = 60.0
+"""How long the desk may take to open, and workers to come back when one of them is lost."""
+
+_LOOK_SECONDS = 1.0
+_NEXT = (
+    "Workers that do this together cannot go on without one of them: see their logs; if they ran out of memory, "
+    "use more workers or give them more, and give the same command again"
+)
+
+
+class _Failed(Exception):
+    """The work has to begin again; says why."""
+
+
+@dataclass(frozen=True)
+class _Party:
+    """Who works together.
+
+    Attributes:
+        team: Whose workers.
+        kept: What each of them has, by address.
+        attempt: What each is to do with it.
+    """
+
+    team: Team
+    kept: dict[str, Kept]
+    attempt: Attempt[Any, Any]
+
+
+def together(
+    team: Team, work: Callable[..., R], desk: Callable[[str, int], Any], sets: Sequence[WorkerShares]
+) -> list[R]:
+    """Has all workers that have a share work at the same time; see `featurepipe.heads.shares.Shares.together`.
+
+    Raises:
+        ClusterError: Workers were lost again and again, or the scheduler is.
+        FeaturepipeError: What the work raised.
+    """
+    tries = 0
+    with _alone(team):
+        while True:
+            tries += 1
+            try:
+                return _worked(_party(team, work, sets), desk)
+            except _Failed as failure:
+                if tries == TRIES:
+                    raise ClusterError(f"{failure}, for the {TRIES}th time. {_NEXT}") from failure.__cause__
+                team.say(f"{failure}; those that are left begin this again")
+
+
+def _party(team: Team, work: Callable[..., Any], sets: Sequence[WorkerShares]) -> _Party:
+    """Those who are there now, each with the shares that it was given, and with those of workers that are gone."""
+    team.wait_for_workers()
+    there, kept = team.addresses(), dict[str, Kept]()
+    for number, shares in enumerate(sets):
+        for place, share in enumerate(shares.places):
+            worker = share.worker if share.worker in there else there[place % len(there)]
+            kept.setdefault(worker, [[] for _ in sets])[number].append((shares.changes, *share.kept))
+    return _Party(team, kept, Attempt(partial(_seated, work), team.terms, secrets.token_hex(8)))
+
+
+@contextmanager
+def _alone(team: Team) -> Iterator[None]:
+    """Lets one such work at a time run on a cluster: two that each have half of the workers would wait for ever."""
+    from distributed import Semaphore
+
+    with team.reaching():
+        client = team.client  # whose end is the end of the lease, too
+        permit = Semaphore(1, "featurepipe-together", scheduler_rpc=client.scheduler, loop=client.loop)
+        if not permit.acquire(timeout=5):
+            team.say("all workers are needed at the same time; waiting for someone else who has them")
+            permit.acquire()
+    try:
+        yield
+    finally:
+        if team.client.status == "running":
+            permit.release()
+
+
+def _worked(party: _Party, desk: Callable[[str, int], Any]) -> list[Any]:
+    """One try."""
+    tasks: dict[str, Future[Any]] = {}
+    opened: Any = None
+    try:
+        opened, told = _opened(party, desk)
+        for number, (worker, kept) in enumerate(party.kept.items()):
+            seat = Seat(number, len(party.kept), 1, told)
+            with party.team.reaching():
+                tasks[worker] = party.team.client.submit(
+                    party.attempt, (seat, kept), workers=[worker], pure=False, retries=0
+                )
+        return _answers(party.team, tasks)
+    finally:
+        if opened is not None:
+            _closed(party, opened, list(tasks.values()))
+
+
+def _opened(party: _Party, desk: Callable[[str, int], Any]) -> tuple[Any, dict[str, Any]]:
+    """The desk, at the first of the workers, and what it tells."""
+    from distributed.comm.addressing import get_address_host
+
+    first = next(iter(party.kept))
+    with party.team.reaching():
+        made = party.team.client.submit(
+            desk, get_address_host(first), len(party.kept), actor=True, workers=[first], pure=False
+        )
+    try:
+        opened = made.result(timeout=ANSWER_SECONDS)
+        return opened, opened.told().result(timeout=ANSWER_SECONDS)
+    except (TimeoutError, OSError, RuntimeError) as error:
+        raise _Failed(
+            f"worker {first} could not open a desk for the others ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _answers(team: Team, tasks: dict[str, Future[Any]]) -> list[Any]:
+    """Waits until all have come back, or one cannot."""
+    from distributed import wait
+
+    while not all(task.done() for task in tasks.values()):
+        lost = set(tasks).difference(team.addresses())
+        if lost:
+            raise _Failed(f"worker {', '.join(sorted(lost))} was lost")
+        _check(team, tasks)
+        try:
+            wait(list(tasks.values()), timeout=_LOOK_SECONDS)
+        except TimeoutError:
+            continue
+    _check(team, tasks)
+    answers: list[Answer[Any]] = [task.result() for task in tasks.values()]
+    for answer in answers:
+        if answer.refused:
+            team.refuse(answer.worker, answer.refused)
+    if any(answer.refused for answer in answers):
+        raise _Failed("a worker is not used")
+    errors = [answer.error for answer in answers if answer.error is not None]
+    if errors:
+        raise _cause(errors)
+    return [answer.value for answer in answers]
+
+
+def _check(team: Team, tasks: dict[str, Future[Any]]) -> None:
+    """Raises if a task has failed in a way that another try may avoid."""
+    for worker, task in tasks.items():
+        if task.status in {"cancelled", "lost"}:
+            raise team.lost()
+        if task.status == "error":
+            error = task.exception()
+            raise _Failed(f"worker {worker} failed ({type(error).__name__}: {_line(error)})") from error
+
+
+def _cause(errors: Sequence[FeaturepipeError]) -> FeaturepipeError:
+    """What was wrong, rather than what others say of it."""
+    return next((error for error in errors if not isinstance(error, ClusterError)), errors[0])
+
+
+def _line(error: BaseException | None) -> str:
+    """The last line of xgboost's and others' long messages that says something."""
+    lines = [
+        line.strip()
+        for line in str(error).splitlines()
+        if line.strip() and not line.strip().startswith(("[bt]", "Stack"))
+    ]
+    return lines[-1] if lines else ""
+
+
+def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
+    """Sends everyone home: those who wait at the desk, those who work, and those who have not begun."""
+    from distributed import wait
+
+    team = party.team
+    if team.client.status != "running" or all(task.status == "finished" for task in tasks):
+        return
+    team.ask(_Stop(party.attempt.flow), team.addresses())
+    with suppress(TimeoutError, OSError, RuntimeError):  # its worker may be the one that is lost
+        opened.close().result(timeout=ANSWER_SECONDS)
+    there = team.addresses()
+    running = [task for worker, task in zip(party.kept, tasks, strict=False) if worker in there]
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not all(task.done() for task in running) and time.monotonic() < deadline:
+        try:
+            wait(running, timeout=_LOOK_SECONDS)
+        except TimeoutError:
+            continue
+    for task in tasks:
+        task.cancel()
+
+
+@dataclass(frozen=True)
+class _Stop:
+    flow: str
+
+    def __call__(self) -> Any:
+        ask_to_stop(self.flow)
+
+
+def _seated(work: Callable[..., R], task: tuple[Seat, Kept]) -> R:
+    """The work inside a worker's process."""
+    from distributed import get_worker
+
+    from featurepipe.cluster.share import all_threads, changed
+
+    seat, sets = task
+    own = [[(changed(blocks, changes), *rows) for changes, blocks, *rows in shares] for shares in sets]
+    with all_threads():
+        return work(replace(seat, threads=get_worker().state.nthreads, stop=stop_of_task()), *own)
