@@ -37,6 +37,8 @@ class Outcome:
         tried_again: how many of those could be read only at a further try.
         columns: for how many images each column was computed.
         seconds: wall-clock time of it all.
+        busy: what all workers together have spent, where a cluster computed; else None.
+        cluster: who computed there, and what, as plain JSON values; else None.
     """
 
     keys: np.ndarray
@@ -48,6 +50,8 @@ class Outcome:
     tried_again: int = 0
     columns: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    busy: float | None = None
+    cluster: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -136,50 +140,79 @@ def compute(job: Job, run_id: str, outcome: Outcome, stop: Callable[[], bool], p
     plan, space = job.plan, job.existing_space
     if not len(plan.todo):
         return
+    rejects = RejectLog(plan.listing, space, job.dataset, run_id)
+
+    def follow(images: list[Loaded]) -> None:
+        rejects.take(images)
+        progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
+
+    start = time.perf_counter()
+    with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer, rejects:
+        compute_into(writer, job, outcome, stop, follow)
+    outcome.seconds = time.perf_counter() - start
+
+
+def compute_into(
+    writer: PartWriter,
+    job: Job,
+    outcome: Outcome,
+    stop: Callable[[], bool],
+    follow: Callable[[list[Loaded]], None],
+    *,
+    probes: pa.ChunkedArray | None = None,
+) -> None:
+    """Reads, keys, decodes and computes what the plan asks for, and hands it to a writer; see `compute`.
+
+    Args:
+        writer: of parts.
+        job: what to do.
+        outcome: the books, kept as images go by.
+        stop: whether to stop at the next safe place.
+        follow: shown every image after it was booked.
+        probes: see `Loader.load`.
+    """
     by_name = {str(column): column for column in job.columns}
     loader = job.loader(job.wanted)
-    start = time.perf_counter()
-    with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer:
-        batches = Batches(
-            lambda missing: job.engine([by_name[name] for name in missing]),
-            store_sink(plan.listing, writer),
-            batch_size=job.machine.batch_size,
-            clock=job.clock,
-        )
-        books = Bookkeeping(outcome, batches, job.wanted.claimed)
-        rejects = RejectLog(plan.listing, space, job.dataset, run_id)
-        with _finishing(batches, rejects):
-            for images in loader.load(plan.listing, plan.todo, stop):
-                books.take(images)
-                rejects.take(images)
-                writer.tick()
-                progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
-    outcome.seconds = time.perf_counter() - start
+    batches = Batches(
+        lambda missing: job.engine([by_name[name] for name in missing]),
+        store_sink(job.plan.listing, writer),
+        batch_size=job.machine.batch_size,
+        clock=job.clock,
+    )
+    books = Bookkeeping(outcome, batches, job.wanted.claimed)
+    with _finishing(batches):
+        for images in loader.load(job.plan.listing, job.plan.todo, stop, probes=probes):
+            books.take(images)
+            follow(images)
+            writer.tick()
     outcome.tried_again = loader.tried_again
 
 
 @contextmanager
-def _finishing(batches: Batches, rejects: RejectLog) -> Iterator[None]:
-    """Computes and notes what has been loaded, also when the source goes away."""
-    gone: SourceError | None = None
+def _finishing(batches: Batches) -> Iterator[None]:
+    """Computes what has been loaded, also when the source goes away."""
     try:
         yield
-    except SourceError as error:
-        gone = error
+    except SourceError:
+        batches.finish()
+        raise
     batches.finish()
-    rejects.write()
-    if gone is not None:
-        raise gone
 
 
 class RejectLog:
-    """Collects rejects and writes them to the space every so often."""
+    """Collects rejects and writes them to the space every so often, and at the end of the block that it is entered for."""
 
     def __init__(self, listing: pa.Table, space: Space, dataset: str, run_id: str, every: int = 256) -> None:
         self._listing, self._space, self._dataset, self._run_id, self._every = listing, space, dataset, run_id, every
         self._rows: list[dict[str, Any]] = []
         known = space.rejects(dataset=dataset).select([*FACTS, "reason"]).to_pylist()
         self._known = {tuple(row.values()) for row in known}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write()
 
     def take(self, images: Iterable[Loaded]) -> None:
         """Notes the rejected ones."""

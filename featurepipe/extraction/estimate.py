@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featurepipe.backbones import Column
+from featurepipe.extraction.place import Here, Place
 from featurepipe.extraction.prepare import Job
 from featurepipe.extraction.stream import load_sample
 
@@ -51,18 +52,10 @@ class Estimate:
         return {"dry_run": True, **asdict(self)}
 
 
-def estimate(job: Job, sample_size: int) -> Estimate:
-    """Times a sample of the images that would be read, and extrapolates."""
+def estimate(job: Job, sample_size: int, place: Place | None = None) -> Estimate:
+    """Times a sample of the images that would be read where they would be computed (by default here), and extrapolates."""
     plan = job.plan
-    rate: float | None = None
-    sample = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
-    if len(sample):
-        engine = job.engine(job.columns)
-        engine(sample)  # the first call pays for set-up
-        start = time.perf_counter()
-        again = load_sample(job.source, plan.listing, job.backbone, job.machine, plan.todo, sample_size)
-        engine(again)
-        rate = len(again) / (time.perf_counter() - start)
+    rate, sampled = (place or Here()).rate(job, sample_size)
     return Estimate(
         dataset=job.dataset,
         listed=plan.listing.num_rows,
@@ -72,11 +65,25 @@ def estimate(job: Job, sample_size: int) -> Estimate:
         new=int((~plan.has_key).sum()),
         seconds=len(plan.todo) / rate if rate else (None if len(plan.todo) else 0.0),
         images_per_second=rate,
-        sampled=len(sample),
+        sampled=sampled,
         bytes_per_column={str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.columns},
         space=dict(job.fields),
         new_space=job.why_new,
     )
+
+
+def sample_rate(job: Job, images: int) -> tuple[float | None, int]:
+    """Images per second over some of those to be read, loaded and computed in this process, None without any; and how many."""
+    listing, todo = job.plan.listing, job.plan.todo
+    sample = load_sample(job.source, listing, job.backbone, job.machine, todo, images)
+    if not len(sample):
+        return None, 0
+    engine = job.engine(job.columns)
+    engine(sample)  # the first call pays for set-up
+    start = time.perf_counter()
+    again = load_sample(job.source, listing, job.backbone, job.machine, todo, images)
+    engine(again)
+    return len(again) / (time.perf_counter() - start), len(sample)
 
 
 def _lacking(job: Job, column: Column) -> int:

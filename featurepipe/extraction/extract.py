@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
 from featurepipe.extraction.limits import Limits
+from featurepipe.extraction.on_cluster import place_of
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
@@ -48,6 +48,7 @@ def extract(
     stop: StopRequest | None = None,
     dry_run: bool = False,
     silent: bool = False,
+    cluster: Any = None,
 ) -> dict[str, Any]:
     """Computes the features that the store lacks for the images of a source, and records what the source held.
 
@@ -78,6 +79,8 @@ def extract(
             ``time_budget`` then.
         dry_run: estimate images, time and bytes; change nothing.
         silent: show no progress and say nothing.
+        cluster: whose workers compute, anything `featurepipe.cluster.connect` takes: a scheduler's address, ``"local:2"``, a
+            `distributed.Client`, ... They all must see the store and the source; by default this process computes.
 
     Returns:
         The run record (also kept in the store's ``runs/``), or with ``dry_run`` the estimate, as plain JSON values. Its
@@ -91,6 +94,7 @@ def extract(
         TooManyRejects: more images were unusable than ``max_rejects``; features are kept, no snapshot is written.
         DiskFull: less than ``min_free`` is free, or nothing; everything computed before was committed.
         Interrupted: SIGINT or SIGTERM; everything in flight was committed.
+        ClusterError: the cluster cannot be reached or used, or went away; everything its workers committed is kept.
     """
     columns = (nodes,) if isinstance(nodes, str) else tuple(nodes)
     options = Options(
@@ -98,20 +102,24 @@ def extract(
     )
     limits = Limits(max_rejects, max_gone, min_free)
     stops = stopping(stop, time_budget)
-    settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=announcer(silent=silent))
-    with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
+    say = announcer(silent=silent)
+    settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=say)
+    with closing(open_source(source, array_readers=ARRAY_READERS)) as images, place_of(cluster, options, say) as place:
         if dry_run:
-            return estimate(settle(images, existing_store(store), dry_run=True), TIMED_SAMPLE).as_dict()
+            place.check(None)
+            job = settle(images, existing_store(store), dry_run=True, place=place)
+            return estimate(job, TIMED_SAMPLE, place).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
         with target.lock(shared=True), stops as asked:
             floor = limits.floor(target.path)
             floor.check()
             with asked.at_once(before="the first image"):
-                job = settle(images, target, dry_run=False)
+                place.check(target.path)
+                job = settle(images, target, dry_run=False, place=place)
             run = begin_run(target, job)
             with recorded(run):
                 with show(len(job.plan.todo), "extract", silent=silent) as progress:
-                    compute(job, run.id, run.outcome, lambda: asked() or floor(), progress)
+                    place.compute(job, run.id, run.outcome, lambda: asked() or floor(), progress)
                 return publish(run, limits, asked, floor)
 
 

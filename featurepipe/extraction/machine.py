@@ -20,17 +20,35 @@ class Machine:
     workers: int
 
 
-def settle_machine(device: str, batch_size: int | str, workers: int | None, decode: str) -> Machine:
+def settle_machine(
+    device: str,
+    batch_size: int | str,
+    workers: int | None,
+    decode: str,
+    *,
+    has_cuda: bool | None = None,
+    cpus: int | None = None,
+) -> Machine:
     """Resolves what is ``auto`` or None, and refuses what cannot be.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        batch_size: images in a forward, or ``auto``.
+        workers: threads that read and decode, or None.
+        decode: the decode route asked for.
+        has_cuda: whether there is a CUDA device; None to look here.
+        cpus: cores there; None to count those here.
 
     Raises:
         UsageError: names the value, the choices and the next step.
     """
+    if has_cuda is None:
+        has_cuda = torch.cuda.is_available()
     if device == AUTO:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if has_cuda else "cpu"
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith("cuda") and not has_cuda:
         raise UsageError(f"device {device!r}: this PyTorch sees no CUDA device. See: featurepipe doctor")
     if decode == "gpu" and device == "cpu":
         raise UsageError("decode 'gpu' needs --device cuda; here the device is cpu")
@@ -39,7 +57,7 @@ def settle_machine(device: str, batch_size: int | str, workers: int | None, deco
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise UsageError(f"batch size {batch_size!r} must be 'auto' or a number from 1")
     if workers is None:
-        workers = min(os.cpu_count() or 2, 16)
+        workers = min(cpus or os.cpu_count() or 2, 16)
     if workers < 1:
         raise UsageError(f"workers {workers} must be a number from 1")
     return Machine(device, int(batch_size), workers)

@@ -7,29 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Reject, UsageError
 from featurepipe.extraction import auto
 from featurepipe.extraction.history import History
 from featurepipe.extraction.limits import Limits
-from featurepipe.extraction.machine import Machine, settle_machine
+from featurepipe.extraction.machine import Machine
 from featurepipe.extraction.options import Options
+from featurepipe.extraction.place import Here, Place
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
-from featurepipe.extraction.stream import Loader, StageSeconds, load_sample, loader_for
+from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
-
-SAMPLE = 16
-"""Images on which precisions are compared."""
 
 LONGEST_NAME = 100
 
@@ -102,6 +98,7 @@ def prepare(
     dry_run: bool,
     limits: Limits | None = None,
     network: Backbone | None = None,
+    place: Place | None = None,
 ) -> Job:
     """Settles everything before the first image.
 
@@ -114,6 +111,7 @@ def prepare(
         dry_run: leave the store as it is.
         limits: what makes the extraction refuse a listing; without them only an empty one is refused.
         network: the backbone that ``options`` names, if it is loaded already.
+        place: where images will be computed; by default here.
 
     Raises:
         UsageError: an option is wrong; see the message.
@@ -122,7 +120,8 @@ def prepare(
     """
     asked = {name: getattr(options, name) for name in auto.CHOICES}
     auto.check(asked)
-    machine = settle_machine(options.device, options.batch_size, options.workers, options.decode)
+    place = place or Here()
+    machine = place.machine(options)
     name = checked_dataset(dataset or dataset_name(source.name))
     backbone = network or load_backbone(options.backbone, options.weights, seed=options.seed)
     clock = StageSeconds()
@@ -134,7 +133,7 @@ def prepare(
 
     spaces = held_spaces(store, backbone, history)
     columns = _columns(backbone, spaces, options.nodes)
-    measure = PrecisionMeasurement(source, listing, backbone, columns, machine)
+    measure = place.precision(source, listing, backbone, columns, machine)
     settings = auto.resolve(asked, [_held(space, columns) for space in spaces], measure)
     if settings.decode == "gpu" and machine.device == "cpu":
         raise UsageError(
@@ -170,37 +169,8 @@ def prepare(
         history=history,
         gone=gone,
         clock=clock,
-        engines={frozenset(columns): measure.engine} if measure.engine else {},
+        engines=place.engines(),
     )
-
-
-class PrecisionMeasurement:
-    """Compares a reduced precision with fp32 on a source's first images, when asked to.
-
-    Attributes:
-        engine: what was built for the precision that was chosen, if anything was.
-    """
-
-    def __init__(
-        self, source: Source, listing: pa.Table, backbone: Backbone, columns: Sequence[Column], machine: Machine
-    ) -> None:
-        self._source, self._listing, self._machine = source, listing, machine
-        self._backbone, self._columns = backbone, columns
-        self.engine: Engine | None = None
-
-    def __call__(self, tried: str | None) -> tuple[str, str]:
-        """The precision to take, and why; ``tried`` is what to compare, None for what suits the device."""
-        rows = np.arange(self._listing.num_rows)
-        sample = load_sample(self._source, self._listing, self._backbone, self._machine, rows, SAMPLE)
-        choice, self.engine = choose_precision(
-            self._backbone,
-            self._columns,
-            sample,
-            self._machine.device,
-            tried=tried,
-            batch_size=self._machine.batch_size,
-        )
-        return choice.precision, choice.reason
 
 
 def dataset_name(source_name: str) -> str:

@@ -148,7 +148,8 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "reject_reasons": by_code(outcome.reasons),
         "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
         "images_per_second": round(outcome.computed / outcome.seconds, 2) if outcome.seconds else None,
-        "verdict": records.verdict(job.clock.totals, outcome.seconds, device=job.machine.device),
+        "verdict": records.verdict(job.clock.totals, outcome.busy or outcome.seconds, device=job.machine.device),
+        **({} if outcome.cluster is None else {"cluster": outcome.cluster}),
         "versions": records.versions(),
         "host": records.host(),
     }

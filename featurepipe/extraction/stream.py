@@ -118,15 +118,29 @@ class Loader:
         self._clock, self._workers, self._window = clock, workers, window
         self.tried_again = 0
 
-    def load(self, listing: pa.Table, rows: np.ndarray, stop: Callable[[], bool] = bool) -> Generator[list[Loaded]]:
+    def load(
+        self,
+        listing: pa.Table,
+        rows: np.ndarray,
+        stop: Callable[[], bool] = bool,
+        *,
+        probes: pa.ChunkedArray | None = None,
+    ) -> Generator[list[Loaded]]:
         """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true.
+
+        Args:
+            listing: of the source, or of a share of it.
+            rows: what to load of it.
+            stop: asked between images.
+            probes: locators of images all over the source, by which to tell whether it is still there; by default those of
+                the listing.
 
         Raises:
             SourceError: nothing can be read any more; what was loaded before has been yielded.
         """
         starts, listed = range(0, len(rows), SLICE), listing.select(["locator", "size"])
         tasks = (listed.take(pa.array(rows[start : start + SLICE])) for start in starts)
-        reader = PatientReader(self._source, listing["locator"])
+        reader = PatientReader(self._source, listing["locator"] if probes is None else probes)
         ahead: deque[Future[list[Loaded]]] = deque()
         pool = pool_of(self._workers, "featurepipe-load")
         try:

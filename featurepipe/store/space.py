@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurepipe.errors import StoreError, UsageError, unknown
+from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import read_json, sync_folder, write_json
 from featurepipe.store.headers import Headers, list_parts
@@ -23,11 +24,11 @@ from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.known_files import KNOWN_FILES, known_files
 from featurepipe.store.locks import locked
-from featurepipe.store.parts import PartInfo
+from featurepipe.store.parts import PartInfo, read_part
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.snapshots import checked_dataset
-from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter
+from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix
 
 __all__ = ["KNOWN_FILES", "ColumnInfo", "Space"]
 _HeadersByName = Mapping[str, Headers]
@@ -120,6 +121,17 @@ class Space:
         """Reads the headers of all parts (each only once); unreadable ones are named in ``damaged``."""
         return self._headers.refresh(self.path / "parts", self.fingerprint)
 
+    def parts_of_share(self, run_id: str, share: str) -> list[PartInfo]:
+        """Reads the headers of what writers of one share of a run have committed; unreadable ones are left out.
+
+        A run that several processes write shares its images out; a share whose process was killed goes on from here.
+        """
+        found = []
+        for path in sorted((self.path / "parts").glob(f"{share_prefix(checked_run_id(run_id), share)}*.h5")):
+            with contextlib.suppress(CorruptPart):
+                found.append(read_part(path))
+        return found
+
     @property
     def damaged(self) -> dict[str, str]:
         """Parts that cannot be read, with the reason; their rows count as absent."""
@@ -175,6 +187,7 @@ class Space:
         run_id: str,
         *,
         dataset: str = "",
+        share: str = "",
         part_bytes: int = DEFAULT_PART_BYTES,
         part_seconds: float = DEFAULT_PART_SECONDS,
         on_overflow: Callable[[str], None] | None = None,
@@ -184,6 +197,7 @@ class Space:
         Args:
             run_id: From ``FeatureStore.new_run_id``.
             dataset: Which dataset the images' ids belong to.
+            share: Which share of a run this writer has, letters and digits; see ``parts_of_share``.
             part_bytes: Commit when this much is waiting.
             part_seconds: Commit when a row has waited this long.
             on_overflow: Called once for each column that float16 cannot hold.
@@ -197,6 +211,7 @@ class Space:
             run_id=checked_run_id(run_id),
             dataset=checked_dataset(dataset) if dataset else "",
             dtype=dtype,
+            share=share,
             part_bytes=part_bytes,
             part_seconds=part_seconds,
             on_overflow=on_overflow,

@@ -12,7 +12,7 @@ from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.backbones.precision import PrecisionChoice
 from featurepipe.errors import UsageError
-from featurepipe.extraction import auto, prepare
+from featurepipe.extraction import auto, place, prepare
 from featurepipe.store import FeatureStore
 
 
@@ -33,7 +33,7 @@ def measured(monkeypatch):
             return PrecisionChoice(self.precision, "bf16", 0.99912, 3), None
 
     measured = Measured()
-    monkeypatch.setattr(prepare, "choose_precision", measured)
+    monkeypatch.setattr(place, "choose_precision", measured)
     return measured
 
 

@@ -1,0 +1,196 @@
+"""What a process of a cluster has for its work: a desk, a network that it loads once, the source as it travelled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones.engine import NUMERICS, Engine
+from featurepipe.errors import UsageError, WeightsNotFound, WorkerRefused
+from featurepipe.extraction.auto import Settings
+from featurepipe.extraction.estimate import sample_rate as time_sample
+from featurepipe.extraction.history import History
+from featurepipe.extraction.machine import Machine
+from featurepipe.extraction.options import Options
+from featurepipe.extraction.place import PrecisionMeasurement
+from featurepipe.extraction.plan import KeySet, make_plan
+from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.slices import Slice
+from featurepipe.extraction.stream import StageSeconds
+from featurepipe.extraction.wanted import Wanted
+from featurepipe.images import Source
+from featurepipe.images.decode import DECODING
+from featurepipe.images.listing import SCHEMA
+from featurepipe.store import differences
+from featurepipe.store.known_files import KNOWN_FILES
+from featurepipe.store.writer import DEFAULT_PART_BYTES
+
+LEAST_PART_BYTES = 4 * 1024 * 1024
+PART_SHARE = 32
+"""A part that is being filled, and one that is being written, each hold at most this fraction of the worker's memory limit."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as a worker loads it, once; hashable, so that a process knows whether it has it already.
+
+    Attributes:
+        backbone: its name, as the user wrote it.
+        weights: as the user wrote them.
+        seed: of a random control.
+        columns: to compute.
+        identity: what its features follow from besides precision, as canonical JSON; see `identity_of`.
+        device: ``cpu`` or ``cuda``.
+        batch_size: images in a forward.
+    """
+
+    backbone: str
+    weights: str
+    seed: int
+    columns: tuple[Column, ...]
+    identity: str
+    device: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a slice is worked on.
+
+    Attributes:
+        worker: the worker's name.
+        threads: cores that it may use.
+        memory: its limit in bytes, 0 for none.
+    """
+
+    worker: str
+    threads: int
+    memory: int = 0
+
+    def machine(self, network: Network, workers: int | None) -> Machine:
+        """Device, batch size and threads here."""
+        return Machine(network.device, network.batch_size, workers or self.threads)
+
+    @property
+    def part_bytes(self) -> int:
+        """What a part may hold: the usual, or less where memory is scarce."""
+        share = self.memory // PART_SHARE if self.memory else DEFAULT_PART_BYTES
+        return max(LEAST_PART_BYTES, min(DEFAULT_PART_BYTES, share))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A network that is loaded, and what was built of it: by precision, and then by columns."""
+
+    backbone: Backbone
+    engines: defaultdict[str, dict[frozenset[Column], Engine]] = field(default_factory=lambda: defaultdict(dict))
+
+
+@lru_cache(maxsize=1)
+def load_network(network: Network, threads: int) -> Ready:
+    """The network, loaded when a process first needs it, and checked.
+
+    Args:
+        network: what to load.
+        threads: cores that it may use.
+
+    Raises:
+        WorkerRefused: it cannot be loaded here, or would compute other features.
+    """
+    if network.device.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkerRefused("it has no CUDA device, and this run computes on cuda")
+    torch.set_num_threads(threads)
+    try:
+        backbone = load_backbone(network.backbone, network.weights, seed=network.seed)
+        mine = identity_of(backbone)
+    except (UsageError, WeightsNotFound) as error:
+        raise WorkerRefused(f"it cannot load {network.backbone}: {error}") from error
+    differing = differences(json.loads(network.identity), mine)
+    if differing:
+        raise WorkerRefused(f"its {network.backbone} would give other features: {', '.join(differing)} differs")
+    return Ready(backbone)
+
+
+def identity_of(backbone: Backbone) -> dict[str, Any]:
+    """What a backbone's features follow from besides precision, stored dtype and decode route: part of the feature space."""
+    return {**backbone.identity(), "decoding": dict(DECODING), "numerics": NUMERICS}
+
+
+@lru_cache(maxsize=1)
+def open_travelled(content: bytes) -> Source:
+    """The source that was pickled, opened once in this process.
+
+    Raises:
+        WorkerRefused: its code is not there.
+    """
+    try:
+        source: Source = pickle.loads(content)  # noqa: S301  # from the client, which runs what it likes here anyway
+    except (ImportError, AttributeError) as error:
+        raise WorkerRefused(f"it cannot open the source: {error}") from error
+    return source
+
+
+def job_of(network: Network, ready: Ready, source: Source, settings: Settings, machine: Machine) -> Job:
+    """An extraction by this process, of nothing yet."""
+    nothing = Wanted(None, network.columns)
+    return Job(
+        source=source,
+        dataset="",
+        options=Options(network.backbone, network.weights, network.seed),
+        machine=machine,
+        backbone=ready.backbone,
+        columns=network.columns,
+        settings=settings,
+        fields={},
+        space=None,
+        why_new=None,
+        wanted=nothing,
+        plan=make_plan(SCHEMA.empty_table(), KNOWN_FILES.empty_table(), nothing, KeySet()),
+        history=History(),
+        gone=0,
+        clock=StageSeconds(),
+        engines=ready.engines[settings.precision],
+    )
+
+
+def measure_precision(
+    network: Network, source: bytes, workers: int | None, tried: str | None, sample: Slice, desk: Desk
+) -> tuple[str, str]:
+    """Compares a reduced precision with fp32 on some images, as `PrecisionMeasurement` does, in this process.
+
+    Args:
+        network: what computes.
+        source: the source, pickled.
+        workers: threads that read and decode, or None.
+        tried: the reduced precision, None for what suits the device.
+        sample: the images.
+        desk: who does it.
+
+    Raises:
+        WorkerRefused: see `compute_slice`.
+    """
+    ready, machine = load_network(network, desk.threads), desk.machine(network, workers)
+    columns = network.columns
+    measure = PrecisionMeasurement(open_travelled(source), sample.table(), ready.backbone, columns, machine)
+    precision, why = measure(tried)
+    if measure.engine is not None:
+        ready.engines[precision][frozenset(columns)] = measure.engine
+    return precision, why
+
+
+def sample_rate(
+    network: Network, source: bytes, settings: Settings, workers: int | None, sample: Slice, desk: Desk
+) -> tuple[float | None, int]:
+    """Images per second of this process over some images, None without any usable one, and how many those were."""
+    ready = load_network(network, desk.threads)
+    job = job_of(network, ready, open_travelled(source), settings, desk.machine(network, workers))
+    listing = sample.table()
+    plan = make_plan(listing, KNOWN_FILES.empty_table(), job.wanted, KeySet())
+    return time_sample(replace(job, plan=plan), max(1, sample.rows // 4))

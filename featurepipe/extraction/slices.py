@@ -1,0 +1,176 @@
+"""Slices of a listing: what a worker of a cluster is given at a time, how large it is, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.errors import FeaturepipeError
+
+COLUMNS = ("id", "size", "mtime_ns", "locator")
+"""What a worker needs to know of an image; its label and split stay with the client."""
+
+UNTOUCHED, KNOWN, REJECTED, COMPUTED = range(4)
+"""What became of a row; ``COMPUTED + n`` is computed for the slice's n-th set of columns."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the rows that are to be read; small enough to travel.
+
+    Attributes:
+        number: counts the slices of a run; the parts of a slice are named by it.
+        start: place of its first row among those to be read.
+        rows: how many rows.
+        listing: `COLUMNS` of them as compressed Arrow bytes.
+    """
+
+    number: int
+    start: int
+    rows: int
+    listing: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, number: int, start: int, listing: pa.Table) -> Slice:
+        """Packs rows of a listing."""
+        return cls(number, start, listing.num_rows, packed(listing.select(COLUMNS)))
+
+    def __str__(self) -> str:
+        return f"slice {self.number} ({self.rows:,} images)"
+
+    @property
+    def share(self) -> str:
+        """What the names of its parts have in common."""
+        return f"s{self.number:06d}"
+
+    def table(self) -> pa.Table:
+        """Its rows."""
+        return unpacked(self.listing)
+
+
+@dataclass(frozen=True)
+class Worked:
+    """How a worker fared with a slice; `Done.error` tells if it did not come to the end.
+
+    Attributes:
+        worker: its name.
+        host: its machine.
+        pid: its process.
+        device: where its network ran.
+        threads: that read and decoded.
+        seconds: of the whole slice.
+        stages: seconds per stage.
+        parts: parts committed.
+        bytes: of these.
+        tried_again: images that could be read only at a further try.
+        said: lines for the user.
+    """
+
+    worker: str
+    host: str
+    pid: int
+    device: str
+    threads: int
+    seconds: float
+    stages: Mapping[str, float]
+    parts: int = 0
+    bytes: int = 0
+    tried_again: int = 0
+    said: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of each row of a slice: metadata only, since features went to the store.
+
+    Attributes:
+        status: uint16 (rows,), see `COMPUTED`.
+        kinds: the sets of columns that were computed.
+        keys: uint8 (n, 32), of the rows that could be read.
+        has_key: bool (rows,), which rows those are.
+        reasons: why rows were rejected.
+        worked: who did it, and how long it took.
+        error: what ended it early, after everything read had been committed; None if it is complete or was told to stop.
+    """
+
+    status: np.ndarray = field(repr=False)
+    kinds: Sequence[tuple[str, ...]]
+    keys: np.ndarray = field(repr=False)
+    has_key: np.ndarray = field(repr=False)
+    reasons: Mapping[int, str]
+    worked: Worked
+    error: FeaturepipeError | None = None
+
+
+class Sizes:
+    """How many images the next slice has: first few, then as many as take a while, and fewer towards the end.
+
+    A slice should take long beside what it costs to hand it out, and short beside the whole run, since a slice is what a
+    killed worker has done again and what the last workers wait for. So the rest is cut into several slices for each worker
+    (guided self-scheduling, Polychronopoulos and Kuck 1987), between bounds in seconds.
+
+    Args:
+        first: images in the slices before there is a measured rate.
+        longest: seconds that a slice should take at most.
+        shortest: seconds that a slice should take at least, unless it is a worker's even share of what is left.
+        most: images in any slice; they travel together.
+        per_worker: slices for each worker that the rest is cut into.
+    """
+
+    def __init__(
+        self, first: int = 256, longest: float = 90.0, shortest: float = 4.0, most: int = 65_536, per_worker: int = 3
+    ) -> None:
+        self._first, self._longest, self._shortest = first, longest, shortest
+        self._most, self._per_worker = most, per_worker
+        self._rate = 0.0
+
+    def note(self, images: int, seconds: float) -> None:
+        """Takes note of a slice that is done; the latest ones count most."""
+        rate = images / max(seconds, 1e-3)
+        self._rate = rate if not self._rate else (self._rate + rate) / 2
+
+    def next(self, left: int, workers: int) -> int:
+        """Images in the next slice, of ``left`` for ``workers``; at least one."""
+        even = -(-left // max(workers, 1))
+        if not self._rate:
+            size = min(self._first, even)
+        else:
+            share = max(even // self._per_worker, int(self._shortest * self._rate))
+            size = min(share, int(self._longest * self._rate), even)
+        return max(1, min(size, self._most, left))
+
+
+def cut(listing: pa.Table, todo: np.ndarray, sizes: Sizes, workers: Iterator[int]) -> Iterator[Slice]:
+    """Cuts the rows to be read into slices, each when it is asked for.
+
+    Args:
+        listing: of the source.
+        todo: int64, the rows to read.
+        sizes: tells how large the next one is.
+        workers: how many there are now.
+    """
+    listed = listing.select(COLUMNS)
+    start = number = 0
+    while start < len(todo):
+        count = sizes.next(len(todo) - start, next(workers))
+        yield Slice.of(number, start, listed.take(pa.array(todo[start : start + count])))
+        start, number = start + count, number + 1
+
+
+def packed(table: pa.Table) -> bytes:
+    """A table as Arrow's stream format; compressed, since ids and locators are much alike."""
+    sink = pa.BufferOutputStream()
+    codec = next((codec for codec in ("zstd", "lz4") if pa.Codec.is_available(codec)), None)
+    table = table.combine_chunks()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def unpacked(content: bytes) -> pa.Table:
+    """The table that was packed."""
+    with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
+        return stream.read_all()

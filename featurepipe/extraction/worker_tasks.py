@@ -1,0 +1,48 @@
+"""Stage one's tasks as Dask's workers run them: `at_worker`, at the desk that Dask has given."""
+
+from __future__ import annotations
+
+import torch
+
+from featurepipe.cluster import one_at_a_time, stop_of_task
+from featurepipe.extraction import at_worker, share
+from featurepipe.extraction.at_worker import Desk, Network
+from featurepipe.extraction.auto import Settings
+from featurepipe.extraction.share import Order
+from featurepipe.extraction.slices import Done, Slice
+
+
+def has_cuda() -> bool:
+    """Whether this process could compute on a GPU."""
+    return torch.cuda.is_available()
+
+
+def compute_slice(order: Order, piece: Slice) -> Done:
+    """Computes a slice; see `share.compute_slice`."""
+    stop = stop_of_task()
+    with one_at_a_time():
+        return share.compute_slice(order, piece, this_desk(), stop)
+
+
+def measure_precision(
+    network: Network, source: bytes, workers: int | None, tried: str | None, sample: Slice
+) -> tuple[str, str]:
+    """Compares precisions; see `at_worker.measure_precision`."""
+    with one_at_a_time():
+        return at_worker.measure_precision(network, source, workers, tried, sample, this_desk())
+
+
+def sample_rate(
+    network: Network, source: bytes, settings: Settings, workers: int | None, sample: Slice
+) -> tuple[float | None, int]:
+    """Times a sample; see `at_worker.sample_rate`."""
+    with one_at_a_time():
+        return at_worker.sample_rate(network, source, settings, workers, sample, this_desk())
+
+
+def this_desk() -> Desk:
+    """The worker that runs this task."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    return Desk(str(worker.name), worker.state.nthreads, int(worker.memory_manager.memory_limit or 0))
