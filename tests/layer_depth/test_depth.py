@@ -132,9 +132,9 @@ def test_the_document_says_what_was_found_of_what(run, pictures, tmp_path, spies
     assert [column["column"] for column in found["columns"]] == COLUMNS
     assert [column["width"] for column in found["columns"]] == [294, 256, 84]
     assert [column["bytes_per_image"] for column in found["columns"]] == [4 * 294, 4 * 256, 4 * 84]
-    for place, column in enumerate(found["columns"]):
+    for number, column in enumerate(found["columns"]):
         assert column["saved"] == pytest.approx(1 - column["cost"])
-        assert column["ms_per_image"] == 1 + place
+        assert column["ms_per_image"] == 1 + number
     assert spies.forwards == 24
     alone = [one for one in spies.measured if "+" not in one[0]]
     assert sorted(alone) == sorted(
