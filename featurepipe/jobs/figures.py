@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from featurepipe import records
+from featurepipe.jobs.keys import in_keys
 
 Run: TypeAlias = Mapping[str, Any]
 """The record of an extraction."""
@@ -35,7 +36,7 @@ def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> di
         "new_rejects": _new_rejects(extractions),
         "seconds": seconds,
         "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
-        "verdict": records.verdict(seconds, computing, device=device),
+        "verdict": in_keys(records.verdict(seconds, computing, device=device), "extract"),
     }
 
 

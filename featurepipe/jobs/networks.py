@@ -9,6 +9,7 @@ from featurepipe.errors import UsageError, WeightsNotFound, unknown
 from featurepipe.heads.families import make_head
 from featurepipe.jobs.checks import Problem
 from featurepipe.jobs.job import FeaturesTable, Job
+from featurepipe.jobs.keys import in_keys
 from featurepipe.jobs.values import REFERENCES
 from featurepipe.jobs.wording import told
 from featurepipe.monitoring.samples import snapshot_of_run
@@ -54,7 +55,7 @@ def named_problems(job: Job, wrong: Collection[str] = (), *, skip: int = 0) -> I
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
         except UsageError as error:
-            yield f"train[{place}].params", None, str(error)
+            yield f"train[{place}].params", None, in_keys(str(error), "train")
 
 
 def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> UsageError | WeightsNotFound:
@@ -80,7 +81,7 @@ def _of_network(table: FeaturesTable, place: int) -> Iterator[Problem]:
         key = "nodes"
         network.columns(table.nodes)
     except UsageError as error:
-        yield f"features[{place}].{key}", None, str(error)
+        yield f"features[{place}].{key}", None, in_keys(str(error), "extract")
 
 
 def _missing_snapshot(job: Job) -> Iterator[Problem]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featurepipe.extraction.extract import extract
+from featurepipe.errors import FeaturepipeError
+from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.keys import in_keys
 from featurepipe.jobs.networks import check_names
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
+from featurepipe.jobs.taken import check_dataset
 
 
 def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
@@ -30,17 +33,24 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
 
     Raises:
         SourceError: the source cannot be listed.
-        UsageError: a network or node is unknown.
+        UsageError: a network or node is unknown, or the dataset is another source's.
     """
     check_names(job)
     source = TonightsSource(job, StopRequest())()
     dataset = job.dataset or dataset_name(source.name)
+    store = existing_store(job.store)
+    if store is not None:
+        check_dataset(job, file, store, dataset, source.location)
     estimates = []
     for features in job.features:
-        found = extract(
-            source, job.store, dataset=dataset, retry_rejects=retry_rejects, dry_run=True, silent=silent,
-            **arguments(job, features),
-        )  # fmt: skip
+        try:
+            found = extract(
+                source, job.store, dataset=dataset, retry_rejects=retry_rejects, dry_run=True, silent=silent,
+                **arguments(job, features),
+            )  # fmt: skip
+        except FeaturepipeError as error:
+            error.args = (in_keys(str(error), "extract"),)
+            raise
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
     steps = [(step, *outlook(step.table)) for step in steps_of(job)]

@@ -14,6 +14,7 @@ from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.disk import disk_figures
 from featurepipe.jobs.figures import done_ones, figures_of
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.keys import in_keys, result_in_keys
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
 from featurepipe.jobs.schedule import steps_of
@@ -90,14 +91,14 @@ class RunRecord:
     def _attempt(self, entry: Entry, work: Callable[[], Mapping[str, Any]]) -> None:
         start = time.monotonic()
         try:
-            result = dict(work())
+            result = result_in_keys(work(), entry["step"])
             entry["status"] = SKIPPED if "skipped" in result else DONE
             entry["result"] = result
         except Interrupted as error:
-            entry |= _told(INTERRUPTED, error, error.exit_code)
+            entry |= _told(INTERRUPTED, error, error.exit_code, entry["step"])
         except (FeaturepipeError, OSError) as error:
             code = getattr(error, "exit_code", 1) if entry["step"] in _TELLING else 1
-            entry |= _told(FAILED, error, code)
+            entry |= _told(FAILED, error, code, entry["step"])
         entry["seconds"] = round(time.monotonic() - start, 3)
 
     @contextmanager
@@ -114,7 +115,7 @@ class RunRecord:
 
     def failed(self, step: str, error: BaseException, exit_code: int = 1) -> None:
         """Notes that something went wrong that is no step's own failure."""
-        told = _told(INTERRUPTED if exit_code > 128 else FAILED, error, exit_code)
+        told = _told(INTERRUPTED if exit_code > 128 else FAILED, error, exit_code, step)
         self.steps.append({"step": step, "name": "", "seconds": 0.0, **told})
 
     def has(self, *statuses: str) -> bool:
@@ -222,11 +223,11 @@ def _warnings(entry: Entry) -> list[str]:
     return list(entry.get("result", {}).get("warnings", ()))
 
 
-def _told(status: str, error: BaseException, exit_code: int) -> Entry:
+def _told(status: str, error: BaseException, exit_code: int, step: str) -> Entry:
     kind = type(error).__name__
-    told = {"status": status, "error": str(error) or kind, "error_type": kind, "exit_code": exit_code}
+    told = {"status": status, "error": in_keys(str(error), step) or kind, "error_type": kind, "exit_code": exit_code}
     found = getattr(error, "result", None)  # what a step had found when it decided to fail
-    return told if found is None else {**told, "result": found}
+    return told if found is None else {**told, "result": result_in_keys(found, step)}
 
 
 def plan_of(job: Job, *, retry_rejects: bool) -> dict[str, Any]:

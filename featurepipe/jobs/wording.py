@@ -93,7 +93,7 @@ def _unknown_key(place: tuple[int | str, ...]) -> str:
     name, table = str(place[-1]), _table_at(place)
     keys = list(table.model_fields)
     near = difflib.get_close_matches(name, keys, n=3, cutoff=0.6)
-    homes = [home for home in ("", *Job.model_fields) if name in _table_called(home).model_fields]
+    homes = [home for home in ("", *Job.model_fields) if name in table_called(home).model_fields]
     if homes and not near:
         where = " or ".join(f"[{home}]" if home else "the top of the file, before the first table" for home in homes)
         return f"unknown key; it belongs to {where}"
@@ -114,10 +114,10 @@ def _choices(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _table_at(place: tuple[int | str, ...]) -> type[Table]:
-    return _table_called(str(place[0])) if len(place) > 1 else Job
+    return table_called(str(place[0])) if len(place) > 1 else Job
 
 
-def _table_called(name: str) -> type[Table]:
+def table_called(name: str) -> type[Table]:
     """The class of a table by its name in the file; the job itself for the top, and for keys that are no tables."""
     if not name:
         return Job

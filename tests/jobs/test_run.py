@@ -192,7 +192,7 @@ def test_too_many_rejects(pile, steps):
         "list": "done", "extract": "failed", "train": "not reached", "predict": "not reached", "drift": "not reached",
         "depth": "not reached", "compact": "done", "keep": "done", "report": "done", "metrics": "done",
     }  # fmt: skip
-    assert "max-rejects" in record["steps"][1]["error"]
+    assert "[limits] max_rejects = " in record["steps"][1]["error"]
     assert len(record["extractions"]) == 1
 
 
