@@ -30,7 +30,7 @@ STRAGGLING = 3.0
 RETURN_SECONDS = 10.0
 """How long tasks that are no longer wanted may take to come back with what they have."""
 
-RESULT_SECONDS = 30.0
+RESULT_SECONDS = 10.0
 """How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
 
 MOST_REFUSALS = 16
@@ -234,17 +234,19 @@ class _Flow(Generic[T, R]):
         try:
             return future.result(timeout=RESULT_SECONDS)
         except CancelledError as error:
-            raise self.team.lost() from error
+            raise self.team.lost() from error  # by Dask, as soon as the connection breaks
         except KilledWorker as error:
             raise ClusterError(
                 f"every worker that began {_told(pending.task)} died of it, {error.allowed_failures + 1} in all, the last "
                 f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. "
                 "See the workers' logs; what was committed stands"
             ) from error
-        except TimeoutError:
-            if future.done():
-                raise
-            return None
+        except OSError as error:
+            if future.status == "error":
+                raise  # the work's own
+            if isinstance(error, TimeoutError):
+                return None
+            raise self.team.lost() from error
 
     def _elsewhere(self, number: int, future: Future[Answer[R]], answer: Answer[R]) -> None:
         """Has a task done by another worker than the one that is refused."""
@@ -280,11 +282,12 @@ class _Flow(Generic[T, R]):
 
     def dismiss(self) -> None:
         """Calls back what is still under way and waits a little for it, so that it commits what it has."""
-        if not (self.pending or self.late) or self.team.client.status != "running":
+        if not (self.pending or self.late) or self.team.is_lost:
             return
-        self.team.ask(_Stop(self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
+        workers = self.team.addresses()
+        self.team.ask(_Stop(self.attempt.flow), workers, seconds=RETURN_SECONDS)
         futures = [future for pending in self.pending.values() for future in pending.futures]
-        deadline = time.monotonic() + RETURN_SECONDS
+        deadline = time.monotonic() + (RETURN_SECONDS if workers else 0)
         while time.monotonic() < deadline and not all(future.done() for future in futures):
             time.sleep(0.05)
         for future in futures:

@@ -23,7 +23,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ANSWER_SECONDS = 30.0
-"""How long a worker may take to say who it is, and a scheduler who its workers are."""
+"""How long a worker may take to say who it is."""
+
+SCHEDULER_SECONDS = 25.0
+"""How long a scheduler may take to say who its workers are."""
 
 
 TOLD_SECONDS = 5.0
@@ -81,6 +84,7 @@ class Team:
         self.refused: dict[str, str] = {}
         self.terms = Terms(tuple((name, text) for name, text in installed().items() if name in DIGITS))
         self._shown: dict[Path, Terms] = {}
+        self._is_lost = False
 
     def addresses(self) -> list[str]:
         """Workers that are there now and are not refused; asks the scheduler."""
@@ -93,7 +97,7 @@ class Team:
 
     def _scheduler(self, question: str, **about: Any) -> dict[str, Any]:
         async def ask() -> Any:
-            return await asyncio.wait_for(getattr(self.client.scheduler, question)(**about), ANSWER_SECONDS)
+            return await asyncio.wait_for(getattr(self.client.scheduler, question)(**about), SCHEDULER_SECONDS)
 
         with self.reaching():
             return dict(self.client.sync(ask))
@@ -238,11 +242,17 @@ class Team:
         Raises:
             ClusterError: it is not.
         """
-        if self.client.status != "running":
+        if self.is_lost:
             raise self.lost()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the scheduler is gone, or was found not to answer."""
+        return self._is_lost or self.client.status != "running"
+
     def lost(self) -> ClusterError:
-        """The error for a scheduler that is gone."""
+        """The error for a scheduler that is gone; from now on, nothing more is asked of it."""
+        self._is_lost = True
         return ClusterError(
             f"the scheduler {self.address} is gone, or does not answer; what its workers had committed stands. Start the cluster "
             "anew and give the same command again: it goes on where it was"

@@ -1,6 +1,5 @@
 """Tasks in, answers out, with real workers."""
 
-import os
 import time
 from pathlib import Path
 
@@ -39,9 +38,9 @@ def test_other_errors_are_tried_again(team: Team, tmp_path: Path) -> None:
     def work(path: str) -> int:
         with open(path, "a") as file:
             file.write(".")
-        if os.path.getsize(path) < 3:
+        if Path(path).stat().st_size < 3:
             raise OSError("the share does not answer")
-        return os.path.getsize(path)
+        return Path(path).stat().st_size
 
     assert list(team.results(iter([str(tmp_path / "tries")]), work)) == [(str(tmp_path / "tries"), 3)]
     with pytest.raises(OSError, match="the share"):

@@ -1,0 +1,119 @@
+"""Workers and schedulers that are killed, stopped or refuse: what is done all the same, and what is said."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featurepipe.cluster import Team
+from featurepipe.errors import ClusterError
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_killed_workers_tasks_are_done_elsewhere(own_team: Team, processes: Any, said: list[str]) -> None:
+    def work(n: int) -> int:
+        time.sleep(0.3)
+        return n
+
+    found = []
+    for n, _ in own_team.results(iter(range(20)), work):
+        found.append(n)
+        if len(found) == 3:
+            processes.workers[0].kill()
+    assert sorted(found) == list(range(20))
+    assert len(said) == 1 and said[0].endswith("is gone; what it was doing is done elsewhere")
+
+
+def test_a_task_that_kills_its_workers_is_named(processes: Any, own_team: Team) -> None:
+    for _ in range(4):
+        processes.add_worker()
+    own_team.wait_for_workers(6)
+
+    def work(name: str) -> str:
+        if name == "bomb.jpg":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name
+
+    start = time.monotonic()
+    with pytest.raises(
+        ClusterError, match=r"every worker that began bomb\.jpg died of it, 4 in all, the last tcp://.*committed stands"
+    ):
+        list(own_team.results(iter(["a", "b", "bomb.jpg", "c"]), work))
+    assert time.monotonic() < start + 60
+
+
+def test_the_last_worker_gone_is_said_after_a_while(processes: Any, own_team: Team) -> None:
+    own_team.patience = 2
+
+    def work(n: int) -> None:
+        time.sleep(0.2)
+
+    with pytest.raises(
+        ClusterError, match=r"no worker came .* within 2 s; \d+ tasks are not done, the first: \d+; start some"
+    ):
+        for _ in own_team.results(iter(range(50)), work):
+            for worker in processes.workers:
+                worker.kill()
+
+
+def test_a_killed_scheduler_ends_the_run_soon(processes: Any, own_team: Team) -> None:
+    def work(n: int) -> None:
+        time.sleep(0.2)
+
+    with pytest.raises(ClusterError, match="gone, or does not answer; .* same command again: it goes on where it was"):
+        for count, _ in enumerate(own_team.results(iter(range(500)), work)):
+            if count == 2:
+                processes.scheduler.kill()
+                killed = time.monotonic()
+    assert time.monotonic() < killed + 30
+
+
+def test_a_scheduler_that_hangs_ends_the_run_soon(
+    processes: Any, own_team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurepipe.cluster.team.SCHEDULER_SECONDS", 3.0)
+
+    def work(n: int) -> None:
+        time.sleep(0.2)
+
+    with pytest.raises(ClusterError, match="gone, or does not answer"):
+        for count, _ in enumerate(own_team.results(iter(range(500)), work)):
+            if count == 2:
+                processes.scheduler.send_signal(signal.SIGSTOP)
+                killed = time.monotonic()
+    assert time.monotonic() < killed + 30
+
+
+def test_a_straggler_does_not_stall_the_end(own_team: Team, tmp_path: Path) -> None:
+    mark = tmp_path / "slow"
+
+    def work(n: int) -> int:
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(0.1)
+        else:
+            time.sleep(60)  # the first task only, at its first attempt
+        return n
+
+    start = time.monotonic()
+    assert sorted(own_team.results(iter(range(10)), work)) == [(n, n) for n in range(10)]
+    assert time.monotonic() < start + 20
+
+
+def test_a_worker_that_comes_later_gets_work(processes: Any, own_team: Team) -> None:
+    def work(n: int) -> int:
+        time.sleep(0.2)
+        return os.getpid()
+
+    pids = set()
+    for count, (_, pid) in enumerate(own_team.results(iter(range(60)), work)):
+        pids.add(pid)
+        if count == 0:
+            processes.add_worker()
+            own_team.wait_for_workers(3)
+    assert len(pids) == 3
