@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,11 @@ def keep(changes: tuple[Change, ...], dtype: np.dtype[Any], memory: int | str | 
         return blocks
 
 
-def ask(work: Callable[..., Any], changes: tuple[Change, ...], share: Blocks, *rows: Array | None) -> Any:
-    """Has a work done on the share, by as many threads as the worker has."""
+def ask(order: bytes, changes: tuple[Change, ...], share: Blocks, *rows: Array | None) -> Any:
+    """Has a work, which comes pickled, done on the share, by as many threads as the worker has."""
+    from distributed.protocol.pickle import loads
+
+    work = loads(order)
     with all_threads():
         return work(changed(share, changes), *rows)
 
@@ -121,10 +125,16 @@ def room_here() -> int:
 def all_threads() -> AbstractContextManager[Any]:
     """Lets matrix products use all threads of the worker, for which Dask allows them one, as if each had a task."""
     from distributed import get_worker
-    from threadpoolctl import threadpool_limits
 
-    limited: AbstractContextManager[Any] = threadpool_limits(get_worker().state.nthreads)
+    limited: AbstractContextManager[Any] = _libraries().limit(limits=get_worker().state.nthreads)
     return limited
+
+
+@cache
+def _libraries() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()  # looking for them takes milliseconds
 
 
 @sizeof.register(ArrayBlocks)  # type: ignore[no-untyped-call,untyped-decorator]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.cluster.share import Change, ask, keep, same
+from featurepipe.cluster.together import together
 from featurepipe.errors import ClusterError
 from featurepipe.heads.blocks import Array
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 WORKING = 0.2
 """Of a worker's memory limit: what a pass may take beside the features that are kept."""
 
+_LARGE_BYTES = 1 << 16  # up to which an order goes with every task, which saves the time of a task before them
 _LOOK_SECONDS = 1.0  # how often the workers are counted while an answer is awaited
 
 
@@ -103,12 +105,19 @@ class WorkerShares:
         """What the work returns of each share, in the order of the rows."""
         return [self._result(future) for future in self._asked(work)]
 
+    def together(
+        self, work: Callable[..., Any], desk: Callable[[str, int], Any], *others: WorkerShares
+    ) -> list[Any]:
+        """Has all workers work at the same time; see `featurepipe.cluster.together`."""
+        return together(self.team, work, desk, [self, *others])
+
     def _asked(self, work: Callable[..., Any]) -> list[Future[Any]]:
-        """One task a share. The work travels to one worker, and from there to the others."""
-        with self.team.reaching():
-            order = self.team.client.submit(
-                same, work, workers=self.places[0].worker, allow_other_workers=True, pure=False
-            )
+        """One task a share. A large order travels to one worker, and from there to the others."""
+        from distributed.protocol.pickle import dumps
+
+        order: Any = dumps(work)
+        if len(order) > _LARGE_BYTES:
+            order = self._submit(self.places[0], same, order)
         return [self._submit(place, ask, order, self.changes, *place.kept) for place in self.places]
 
     def _submit(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
