@@ -209,9 +209,9 @@ class KeepTable(Table):
     """``[keep]``: how much of the past stays."""
 
     snapshots: int | None = Field(default=30, ge=1)
-    """Snapshots of the dataset that stay, one a night."""
+    """Snapshots of the dataset that stay, one a night; those that were taken by hand count, too."""
     runs: int | None = Field(default=365, ge=1)
-    """Run records of the job that stay."""
+    """Nights of the job whose run records stay; records of other jobs, and of what was done by hand, always do."""
 
 
 class ReportTable(Table):

@@ -399,6 +399,16 @@ def test_keep_lets_old_nights_go_with_what_only_they_needed(nights, rows, zoo):
     assert steps.keep(night, KeepTable(snapshots=None, runs=None))["skipped"] == "nothing to remove"
 
 
+@pytest.mark.parametrize(("runs", "removed"), [(1, 3), (3, 1), (4, 0), (6, 0), (100, 0)])
+def test_keep_counts_tonight_among_the_nights_that_stay(nights, rows, runs, removed):
+    for _ in range(3):
+        nights.end(nights.begin(rows[:10]), exit_code=1)
+    night = nights.begin(rows[:10])
+    ids = run_ids(nights.store)
+    steps.keep(night, KeepTable(snapshots=1, runs=runs))
+    assert run_ids(nights.store) == ids[2 * removed :]
+
+
 def test_keep_spares_the_record_of_a_snapshot_and_of_the_last_success(nights, rows):
     past = []
     for number in range(6):
@@ -411,8 +421,13 @@ def test_keep_spares_the_record_of_a_snapshot_and_of_the_last_success(nights, ro
 
 
 def test_keep_leaves_the_records_of_others_and_takes_those_of_killed_nights(nights, rows, zoo):
-    killed = nights.begin(rows[:10])
-    (nights.store.path / "runs" / f"{killed.run_id}.json").unlink()  # it never came to write one
+    process = {"host": {"name": "here", "pid": 7}}
+    killed = nights.begin(rows[:10])  # it never came to say which extractions were its own
+    nights.store.write_run({"run_id": killed.run_id, "command": "run", "job": "nightly", "dataset": "zoo", **process})
+    nights.store.write_run({**nights.extraction(), "run_id": killed.extracted[0]["run_id"], **process})
+    zoo.write(rows[:10])
+    by_hand = nights.store.snapshot_ids("zoo")[-1]
+    nights.store.write_run({**nights.extraction(), "run_id": by_hand, "host": {"name": "here", "pid": 8}})
     zoo.write(rows[:10])
     weekly = {"command": "run", "job": "weekly", "dataset": "zoo", "exit_code": 0}
     other = nights.store.new_run_id()
@@ -425,9 +440,13 @@ def test_keep_leaves_the_records_of_others_and_takes_those_of_killed_nights(nigh
     for _ in range(3):
         night = nights.begin(rows[:10])
         nights.end(night, exit_code=1)
-    theirs = nights.store.snapshot_ids("zoo")[1]
+    later = nights.store.new_run_id()  # in a process that has the killed one's number now
+    nights.store.write_run({**nights.extraction(), "run_id": later, **process})
+    theirs = nights.store.snapshot_ids("zoo")[2]
     steps.keep(night, KeepTable(snapshots=1, runs=1))
-    assert run_ids(nights.store) == sorted([other, theirs, elsewhere, night.run_id, night.extracted[0]["run_id"]])
+    assert run_ids(nights.store) == sorted(
+        [by_hand, other, theirs, elsewhere, later, night.run_id, night.extracted[0]["run_id"]]
+    )
 
 
 @pytest.mark.parametrize(("reference", "stays"), [("first", 0), ("previous", 2), ("ID", 1)])

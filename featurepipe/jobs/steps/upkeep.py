@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,10 +31,10 @@ def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG00
 
 
 def keep(night: Night, table: KeepTable) -> dict[str, Any]:
-    """Lets old snapshots of the dataset go, the features that only they needed, and old run records of the job.
+    """Lets old snapshots of the dataset go, whoever took them, the features that only they needed, and the job's old run records.
 
     References of drift stay, those of other jobs' too, as do the record of the last successful run, those that tell what
-    drift is measured against, and those of runs whose snapshot is there.
+    drift is measured against, those of runs whose snapshot is there, and those of other jobs and of what was done by hand.
     """
 
     def work() -> dict[str, Any]:
@@ -62,8 +62,8 @@ def keep(night: Night, table: KeepTable) -> dict[str, Any]:
 def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -> list[str]:
     """Which run records to remove, so that those of the job's last ``keep`` nights stay, tonight among them.
 
-    Besides the job's own records these are its extractions', and records of the dataset that no job names, such as those of
-    a night that was killed. Records of other jobs stay.
+    These are the job's own, and those of its extractions, also of one that its night was killed before it could name. What
+    other jobs did, and what people did by hand, stays.
 
     Args:
         records: all of the store, oldest first.
@@ -72,22 +72,28 @@ def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -
     """
     runs = [record for record in records if record.get("command") == "run"]
     own = [run for run in runs if run.get("job") == night.job.name and run["run_id"] != night.run_id]
-    kept = own[len(own) - keep + 1 :] if len(own) >= keep else own
-    oldest = min([night.run_id, *(run["run_id"] for run in night.extracted), *(i for run in kept for i in _ids(run))])
+    old = own[: max(0, len(own) + 1 - keep)]
     last_success = next((run["run_id"] for run in reversed(own) if is_success(run)), None)
-    telling = telling_runs(night)
-    others = {run_id for run in runs if run.get("job") != night.job.name for run_id in _ids(run)}
-    return [
-        record["run_id"]
-        for record in records
-        if record["run_id"] < oldest
-        and record["run_id"] not in {*others, *telling, last_success}
-        and (record.get("dataset") == night.dataset or record.get("job") == night.job.name)
-    ]
+    named = {run_id for run in runs for run_id in run.get("extractions", ())}
+    unnamed = [record for record in records if record.get("command") == "extract" and record["run_id"] not in named]
+    ends = [*(run["run_id"] for run in own[1:]), night.run_id]
+    going = {run["run_id"] for run in old} - {*telling_runs(night), last_success}
+    for run, end in zip(old, ends, strict=False):
+        going.update(run.get("extractions", ()), _of_its_process(run, end, unnamed))
+    return [record["run_id"] for record in records if record["run_id"] in going]
 
 
-def _ids(run: Mapping[str, Any]) -> list[str]:
-    return [run["run_id"], *run.get("extractions", ())]
+def _of_its_process(run: Mapping[str, Any], end: str, extractions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The extractions that a run made before the job's next one began, whether or not it came to name them."""
+    process = _process(run)
+    for record in extractions:
+        if process is not None and _process(record) == process and run["run_id"] < record["run_id"] < end:
+            yield record["run_id"]
+
+
+def _process(record: Mapping[str, Any]) -> tuple[str, int] | None:
+    host = record.get("host")
+    return None if host is None else (host["name"], host["pid"])
 
 
 def _alone(night: Night, work: Callable[[], dict[str, Any]], otherwise: str) -> dict[str, Any]:
