@@ -105,9 +105,7 @@ class WorkerShares:
         """What the work returns of each share, in the order of the rows."""
         return [self._result(future) for future in self._asked(work)]
 
-    def together(
-        self, work: Callable[..., Any], desk: Callable[[str, int], Any], *others: WorkerShares
-    ) -> list[Any]:
+    def at_once(self, work: Callable[..., Any], desk: Callable[[str, int], Any], *others: WorkerShares) -> list[Any]:
         """Has all workers work at the same time; see `featurepipe.cluster.together`."""
         return together(self.team, work, desk, [self, *others])
 

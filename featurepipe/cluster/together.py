@@ -64,7 +64,7 @@ class _Party:
 def together(
     team: Team, work: Callable[..., R], desk: Callable[[str, int], Any], sets: Sequence[WorkerShares]
 ) -> list[R]:
-    """Has all workers that have a share work at the same time; see `featurepipe.heads.shares.Shares.together`.
+    """Has all workers that have a share work at the same time; see `featurepipe.heads.shares.Shares.at_once`.
 
     Raises:
         ClusterError: Workers were lost again and again, or the scheduler is.

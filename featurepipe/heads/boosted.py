@@ -201,7 +201,7 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             matrix = self._matrix(Piece(data.blocks, data.codes, data.weights))
             return grow(growth, self.n_jobs or 0, matrix, watched and self._matrix(watched, matrix))
         own = shares.beside(data.codes, data.weights)
-        everyone: list[Grown] = own.together(growth, Desk, *_spread(watched))
+        everyone: list[Grown] = own.at_once(growth, Desk, *_spread(watched))
         return next(grown for grown in everyone if grown.trees)
 
     def _matrix(self, piece: Piece, ref: Any = None) -> Any:

@@ -70,7 +70,7 @@ class Shares(Protocol):
     def listed(self, work: Work) -> list[Any]:
         """What the work returns of each share, in the order of the rows."""
 
-    def together(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
+    def at_once(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
         """Has all places work at the same time, for work whose processes talk to each other.
 
         Args:
@@ -123,7 +123,7 @@ class Here:
         """See ``Shares``."""
         return [self.added(work)]
 
-    def together(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
+    def at_once(self, work: Work, desk: Callable[[str, int], Any], *others: Shares) -> list[Any]:
         """Nobody is here to talk to: whoever has such work does it without the seam."""
         raise NotImplementedError
 
