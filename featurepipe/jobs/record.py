@@ -238,5 +238,6 @@ def plan_of(job: Job, *, retry_rejects: bool) -> dict[str, Any]:
         "limits": job.limits.model_dump(mode="json"),
         "machine": job.machine.model_dump(mode="json"),
         "steps": [str(step) for step in steps_of(job)],
+        "drift_reference": job.drift.reference if job.drift else None,
         "retry_rejects": retry_rejects,
     }

@@ -494,6 +494,29 @@ def test_keep_leaves_what_other_jobs_measure_drift_against(nights, rows):
     assert nights.store.snapshot_ids("zoo") == [*ids[1:3], night.extracted[0]["run_id"]]
 
 
+@pytest.mark.parametrize(("reference", "stays"), [("ID", 2), ("RUN", 1), ("first", 0), ("previous", None)])
+def test_keep_leaves_what_other_jobs_name_who_have_not_come_to_drift(nights, rows, reference, stays):
+    past = [nights.begin(rows[:10]) for _ in range(4)]
+    for night in past:
+        nights.end(night)
+    ids = nights.store.snapshot_ids("zoo")
+    named = {"ID": ids[2], "RUN": past[1].run_id}.get(reference, reference)
+    plan = {"drift_reference": named}
+    weekly = {"command": "run", "job": "weekly", "dataset": "zoo", "exit_code": 1, "steps": [], "plan": plan}
+    nights.store.write_run({**weekly, "run_id": nights.store.new_run_id()})
+    night = nights.begin(rows[:10])
+    steps.keep(night, KeepTable(snapshots=1))
+    expected = [] if stays is None else [ids[stays]]
+    assert nights.store.snapshot_ids("zoo") == [*expected, night.extracted[0]["run_id"]]
+
+
+def test_a_run_says_in_its_plan_what_drift_is_measured_against(nights):
+    from featurepipe.jobs.record import plan_of
+
+    assert plan_of(nights.job(drift={"reference": "first"}), retry_rejects=False)["drift_reference"] == "first"
+    assert plan_of(nights.job(), retry_rejects=False)["drift_reference"] is None
+
+
 def test_drift_goes_on_from_the_reference_that_the_job_named(nights, zoo, rows):
     """So people say that images which failed are as they should be."""
     emus = zoo.images("x", 40)[80:100]

@@ -26,12 +26,18 @@ def previous(night: Night) -> str | None:
 def needed(night: Night) -> set[str]:
     """Snapshots of the dataset that are or may be the next reference of tonight's job, or of another one."""
     past, there = _past(night), night.store.snapshot_ids(night.dataset)
-    found = _of_others(night, past)
+    found = _of_others(night, past) | _planned_by_others(night, past, there)
     if night.job.drift is not None and there:
-        names = {"previous": _newest([*_own(night, past), night.record], there), "first": there[0]}
-        reference = night.job.drift.reference
-        found |= {names.get(reference) or reference, *_extractions(past, reference)}
+        previous = _newest([*_own(night, past), night.record], there)
+        found |= _meant(night.job.drift.reference, previous, past, there)
     return found
+
+
+def _meant(reference: str, previous: str | None, past: Sequence[Run], there: Sequence[str]) -> set[str]:
+    """The snapshots that a job file's ``reference`` means."""
+    if reference == "previous":
+        return {previous} if previous else set()
+    return {there[0]} if reference == "first" else {reference, *_extractions(past, reference)}
 
 
 def telling_runs(night: Night) -> set[str]:
@@ -61,6 +67,13 @@ def _of_others(night: Night, runs: Sequence[Run]) -> set[str]:
     """What each other job compared with when it last came to that, and what it will compare with next."""
     last = {run["job"]: run for run in runs if run["job"] != night.job.name and _next(run)}
     return {run_id for run in last.values() for run_id in (_next(run), _result(run).get("reference")) if run_id}
+
+
+def _planned_by_others(night: Night, past: Sequence[Run], there: Sequence[str]) -> set[str]:
+    """What each other job's file named when it last ran, whether or not it came to drift: ``first``, or a run."""
+    last = {run["job"]: run.get("plan", {}).get("drift_reference") for run in past if run["job"] != night.job.name}
+    named = {reference for reference in last.values() if reference and there}
+    return {run_id for reference in named for run_id in _meant(reference, None, past, there)}
 
 
 def _newest(runs: Sequence[Run], there: Sequence[str]) -> str | None:
