@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes on two cores: more threads would wait for each other
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks

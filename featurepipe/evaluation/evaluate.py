@@ -10,7 +10,7 @@ from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.metrics import score_table
-from featurepipe.prediction.bundle_features import features_for
+from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 
@@ -25,6 +25,7 @@ def evaluate(
     ignore_unknown_classes: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Scores a bundle on the cached features of a dataset; features are read block by block.
@@ -39,6 +40,8 @@ def evaluate(
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
+        cluster: Where to score instead of here, as `featurepipe.cluster.connect` takes it: workers read the features, and
+            send scores back.
         silent: Say nothing on standard error.
 
     Returns:
@@ -51,6 +54,7 @@ def evaluate(
         BundleError: The bundle cannot be used, or the store has no features of its feature space.
         StoreError: Features of some images are missing.
         UsageError: The dataset or split is unknown, nothing is labelled, or labels are not among the bundle's classes.
+        ClusterError: There is no such cluster, or none of its workers can be used.
     """
     started = time.monotonic()
     say = announcer(silent=silent)
@@ -62,7 +66,8 @@ def evaluate(
         features = features.with_labels(labels)
     chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
     say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
-    probabilities = model.probabilities(chosen.features)
+    with features_at(cluster, chosen.features, source, say) as scored:
+        probabilities = model.probabilities(scored)
     metrics = score_table(
         probabilities, chosen.codes, model.classes, ids=chosen.features.ids, bootstrap=bootstrap, seed=seed
     )

@@ -70,11 +70,10 @@ class OnWorkers:
     Args:
         team: of workers, who may come and go.
         options: how to extract.
-        sizes: makes what settles how large slices are, for each run.
     """
 
-    def __init__(self, team: Team, options: Options, sizes: Callable[[], Sizes] = Sizes) -> None:
-        self._team, self._options, self._sizes = team, options, sizes
+    def __init__(self, team: Team, options: Options) -> None:
+        self._team, self._options = team, options
 
     def check(self, store: Path | None) -> None:
         """Refuses workers by name whose versions differ or that do not see the store.
@@ -141,7 +140,7 @@ class OnWorkers:
         """
         if not len(job.plan.todo):
             return
-        books, sizes, start = SliceBooks(job, outcome), self._sizes(), time.perf_counter()
+        books, sizes, start = SliceBooks(job, outcome), Sizes(), time.perf_counter()
         rejects = RejectLog(job.plan.listing, job.existing_space, job.dataset, run_id)
         pieces = cut(job.plan.listing, job.plan.todo, sizes, iter(self._count, -1))
         work = partial(worker_tasks.compute_slice, self._order(job, run_id))

@@ -17,6 +17,7 @@ from featurepipe.jobs.labelled import LabelledSource
 from featurepipe.jobs.networks import in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
+from featurepipe.jobs.tonights_team import TeamOf, nobody
 from featurepipe.jobs.taken import check_dataset
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
@@ -35,6 +36,7 @@ class Extractions:
         stop: what ends it.
         say: a line for people.
         silent: whether extractions say nothing themselves.
+        team: whose workers compute.
         before: the dataset's snapshot before tonight, if there is one.
     """
 
@@ -43,6 +45,7 @@ class Extractions:
     stop: StopRequest
     say: Callable[[str], None]
     silent: bool
+    team: TeamOf = nobody
     before: str | None = None
 
     def run(self) -> None:
@@ -111,6 +114,7 @@ class Extractions:
                 retry_rejects=self.record.retry_rejects,
                 stop=self.stop,
                 silent=self.silent,
+                cluster=self.team(),
                 **arguments(self.job, features),
             )
         except SourceError:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from featurepipe.cluster.table import ClusterTable
 from featurepipe.errors import unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.jobs.values import (
@@ -245,6 +246,8 @@ class Job(Table):
     """Networks, and what is kept of each."""
     machine: MachineTable = MachineTable()
     """With how much the networks run."""
+    cluster: ClusterTable | None = None
+    """Where all this is done, if not on this machine alone."""
     limits: LimitsTable = LimitsTable()
     """What a night may cost, and what makes it fail."""
     train: Annotated[tuple[TrainTable, ...], BeforeValidator(listed)] = ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.tonights_team import TeamOf, nobody
 
 if TYPE_CHECKING:
     from featurepipe.interrupt import StopRequest
@@ -33,6 +34,7 @@ class Night:
         extracted: the run records of tonight's extractions that were done.
         record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
             and the status that the night will end with if all that is left succeeds. In the store it is still running.
+        team: the night's workers, see `featurepipe.jobs.tonights_team`.
     """
 
     job: Job
@@ -45,3 +47,4 @@ class Night:
     silent: bool
     extracted: tuple[dict[str, Any], ...]
     record: dict[str, Any]
+    team: TeamOf = nobody

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from featurepipe.cluster.table import checked_spec
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.extractions import Extractions
@@ -21,6 +22,7 @@ from featurepipe.jobs.plan import plan_job
 from featurepipe.jobs.reading import read_job
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
 from featurepipe.jobs.schedule import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Step, steps_of
+from featurepipe.jobs.tonights_team import tonights_team
 from featurepipe.store import FeatureStore
 
 
@@ -31,6 +33,7 @@ def run_job(
     retry_rejects: bool = False,
     log_format: LogFormat = "text",
     silent: bool = False,
+    cluster: Any = None,
 ) -> dict[str, Any]:
     """Runs a job once: computes the features of what is new, then takes the steps that its file names.
 
@@ -43,6 +46,7 @@ def run_job(
         retry_rejects: try images again whose bytes were rejected before.
         log_format: of what is said on standard error, ``text`` or ``json``.
         silent: say nothing.
+        cluster: where to work instead of where the job's ``[cluster]`` says, as `featurepipe.cluster.connect` takes it.
 
     Returns:
         The run record as JSON values, also kept in the store's ``runs/``; with ``dry_run`` the plan.
@@ -55,6 +59,7 @@ def run_job(
         Interrupted: a signal came before anything was done.
     """
     job, file = read_job(path), Path(path).absolute()
+    cluster = job.cluster if cluster is None else checked_spec(cluster)
     with job_log(job.name, log_format=log_format, silent=silent) as log:
         if dry_run:
             check_networks(job)
@@ -64,8 +69,8 @@ def run_job(
             with stop.at_once(before="anything was done"):
                 check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
-            with log.about(run_id=record.run_id), record.kept():
-                extractions = Extractions(job, record, stop, log.say, silent)
+            with log.about(run_id=record.run_id), record.kept(), tonights_team(cluster, log.say) as team:
+                extractions = Extractions(job, record, stop, log.say, silent, team)
                 extractions.run()
                 _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
@@ -92,6 +97,7 @@ def _night(done: Extractions) -> Night:
         stop=done.stop,
         say=done.say,
         silent=done.silent,
+        team=done.team,
         extracted=tuple(run for run in record.extractions if run["status"] == DONE),
         record=record.as_dict(),
     )

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from featurepipe.errors import unknown
@@ -113,16 +114,16 @@ def _choices(place: tuple[int | str, ...]) -> list[str]:
     return [text for text in _leaves(annotation.annotation) if isinstance(text, str)]
 
 
-def _table_at(place: tuple[int | str, ...]) -> type[Table]:
+def _table_at(place: tuple[int | str, ...]) -> type[BaseModel]:
     return table_called(str(place[0])) if len(place) > 1 else Job
 
 
-def table_called(name: str) -> type[Table]:
+def table_called(name: str) -> type[BaseModel]:
     """The class of a table by its name in the file; the job itself for the top, and for keys that are no tables."""
     if not name:
         return Job
     kinds = [kind for kind in _leaves(Job.model_fields[name].annotation) if isinstance(kind, type)]
-    return next((kind for kind in kinds if issubclass(kind, Table)), _NoTable)
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), _NoTable)
 
 
 class _NoTable(Table):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
@@ -20,6 +21,9 @@ from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurepipe.cluster import Team
 
 MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
@@ -44,6 +48,7 @@ def depth(
     labels: Any = None,
     extraction: Mapping[str, Any] | None = None,
     jobs: int | None = None,
+    cluster: Any = None,
     command: str | None = None,
     report: str | PathLike[str] | None = None,
     dry_run: bool = False,
@@ -72,6 +77,8 @@ def depth(
         labels: a CSV or mapping to use instead of the source's labels.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda"}``.
         jobs: measurements at once; by default one per CPU.
+        cluster: where to extract and measure instead of here, as `featurepipe.cluster.connect` takes it: the workers see
+            source and store under the same paths. There each core measures, whatever ``jobs`` says.
         command: how it was called, for the record.
         report: an HTML file to write, the page of what was found.
         dry_run: say what would be extracted and measured; write nothing.
@@ -85,6 +92,8 @@ def depth(
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.
         StoreError: features are missing.
+        ClusterError: there is no such cluster, or none of its workers can be used.
+        Interrupted: SIGINT or SIGTERM while a cluster worked; what was measured is kept.
     """
     protocol = Protocol(tuple(heads.split(",") if isinstance(heads, str) else heads), None if split else folds, seeds)
     protocol.check()
@@ -96,26 +105,29 @@ def depth(
         check_target(report)  # before hours of work, not after
     say, clock = announcer(silent=silent), _Clock()
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent)
-    with clock.stage("extract"):
-        found = extracted(wanted, dict(extraction or {}), dry_run=dry_run, say=say)
-    if dry_run:
-        return {
-            "kind": "depth plan",
-            **found.plan(),
-            "measurements": _measurements(found, protocol),
-            "protocol": protocol.text,
-        }
-    study = settle(
-        found.store, found.dataset, found.columns, protocol,
-        spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
-    )  # fmt: skip
-    say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
-    journal = Journal(found.store.depth_journal(found.dataset))
-    with clock.stage("measure"):
-        measured = _measure_all(study, journal, jobs, silent=silent)
-        recommended = answers.recommend(study, measured)
-        sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
-        joined = _measure_joined(study, sets, recommended.best.head, journal, jobs, silent=silent)
+    with _team(None if dry_run else cluster, say) as team:
+        with clock.stage("extract"):
+            there = {} if team is None else {"cluster": team}
+            found = extracted(wanted, {**(extraction or {}), **there}, dry_run=dry_run, say=say)
+        if dry_run:
+            return {
+                "kind": "depth plan",
+                **found.plan(),
+                "measurements": _measurements(found, protocol),
+                "protocol": protocol.text,
+            }
+        study = settle(
+            found.store, found.dataset, found.columns, protocol,
+            spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
+        )  # fmt: skip
+        say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
+        journal = Journal(found.store.depth_journal(found.dataset))
+        run = partial(measure, journal=journal, jobs=jobs, team=team)
+        with clock.stage("measure"):
+            measured = _measure_all(study, run, silent=silent)
+            recommended = answers.recommend(study, measured)
+            sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
+            joined = _measure_joined(study, sets, recommended.best.head, run, silent=silent)
     with clock.stage("describe"):
         answer = document(
             study, found, journal, measured, joined, recommended,
@@ -129,20 +141,31 @@ def depth(
     return answer
 
 
-def _measure_all(study: Study, journal: Journal, jobs: int | None, *, silent: bool) -> list[Series]:
+def _measure_all(study: Study, run: Callable[..., list[Series]], *, silent: bool) -> list[Series]:
     sets = [(network, (column.column,)) for network in study.networks for column in study.columns]
     total = len(sets) * len(study.folds) * len(study.protocol.heads)
     with show(total, "measure", silent=silent, unit="fits") as progress:
-        return measure(study, sets, journal, jobs=jobs, progress=progress)
+        return run(study, sets, progress=progress)
 
 
 def _measure_joined(
-    study: Study, sets: Sequence[tuple[str, ...]], head: str, journal: Journal, jobs: int | None, *, silent: bool
+    study: Study, sets: Sequence[tuple[str, ...]], head: str, run: Callable[..., list[Series]], *, silent: bool
 ) -> list[Series]:
     """Columns side by side, with the head that does best on single ones."""
     alone = study.with_heads([head])
     with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
-        return measure(alone, [(PRETRAINED, columns) for columns in sets], journal, jobs=jobs, progress=progress)
+        return run(alone, [(PRETRAINED, columns) for columns in sets], progress=progress)
+
+
+@contextmanager
+def _team(cluster: Any, say: Callable[[str], None]) -> Iterator[Team | None]:
+    if cluster is None:
+        yield None
+        return
+    from featurepipe.cluster import connect
+
+    with connect(cluster, say=say) as team:
+        yield team
 
 
 def _name_of(labels: Any) -> str | None:

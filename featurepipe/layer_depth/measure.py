@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.errors import Interrupted
 from featurepipe.heads.families import SMALL_VALUES
+from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.probes import Cell, measure_fold
 from featurepipe.layer_depth.workers import end_with
 
 if TYPE_CHECKING:
+    from featurepipe.cluster import Team
     from featurepipe.layer_depth.folds import Fold
     from featurepipe.layer_depth.journal import Journal
     from featurepipe.layer_depth.study import Study
@@ -36,7 +39,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """One column on one fold with the heads that are not measured yet."""
 
     key: str
@@ -53,6 +56,7 @@ def measure(
     *,
     jobs: int | None,
     progress: Progress,
+    team: Team | None = None,
 ) -> list[Series]:
     """Measures sets of columns on all folds with all heads; what the journal has is not measured again.
 
@@ -62,8 +66,13 @@ def measure(
         journal: where cells are kept.
         jobs: processes at once; None for one per CPU. Where features are many, one that uses all CPUs.
         progress: advanced by one for each head on each fold.
+        team: workers of a cluster to measure on instead, in any order; the journal stays here.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM while a cluster measured.
     """
-    for work, cells in _measured(study, _missing(study, sets, journal, progress), jobs):
+    missing = _missing(study, sets, journal, progress)
+    for work, cells in _measured(study, missing, jobs) if team is None else _on_team(study, missing, team):
         journal.add(work.key, cells)
         progress.advance(len(cells), f"{work.network} {'+'.join(work.columns)}")
     return [
@@ -75,7 +84,7 @@ def measure(
 
 def _missing(
     study: Study, sets: Sequence[tuple[str, tuple[str, ...]]], journal: Journal, progress: Progress
-) -> list[_Work]:
+) -> list[Work]:
     missing = []
     for network, columns in sets:
         key = study.key(network, columns)
@@ -83,7 +92,7 @@ def _missing(
             heads = [h for h in study.protocol.heads if journal.get(key, h, fold.seed, fold.number) is None]
             progress.advance(len(study.protocol.heads) - len(heads))
             if heads:
-                missing.append(_Work(key, network, columns, fold, heads))
+                missing.append(Work(key, network, columns, fold, heads))
     return missing
 
 
@@ -92,13 +101,29 @@ def _cells(study: Study, journal: Journal, key: str, head: str) -> list[Cell]:
     return [cell for cell in found if cell is not None]
 
 
-def _measured(study: Study, missing: Sequence[_Work], jobs: int | None) -> Iterator[tuple[_Work, list[Cell]]]:
+def _on_team(study: Study, missing: Sequence[Work], team: Team) -> Iterator[tuple[Work, list[Cell]]]:
+    """Cells as workers answer. A signal ends it at once: what is measured is kept, what workers are at is measured again."""
+    if not missing:
+        return
+    from featurepipe.layer_depth.on_cluster import measured_on
+
+    with stop_on_signals() as asked:
+
+        def stop() -> bool:
+            if asked():
+                kept = "what was measured is kept; the same command goes on from there"
+                raise Interrupted(f"stopped by {asked.name}: {kept}", asked.signal_number or 2)
+            return False
+
+        yield from measured_on(team, study, missing, wide=_is_wide(study), stop=stop)
+
+
+def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterator[tuple[Work, list[Cell]]]:
     """Cells as they come: small features side by side on one thread each, large ones one after the other on all."""
     if not missing:
         return
     count = jobs or os.cpu_count() or 1
-    widest = max(column.width for column in study.columns)
-    if count == 1 or len(missing) == 1 or len(study.folds[0].train) * widest > SMALL_VALUES:
+    if count == 1 or len(missing) == 1 or _is_wide(study):
         for work in missing:
             yield _one(study, work)
         return
@@ -110,5 +135,10 @@ def _measured(study: Study, missing: Sequence[_Work], jobs: int | None) -> Itera
         yield from done
 
 
-def _one(study: Study, work: _Work) -> tuple[_Work, list[Cell]]:
+def _is_wide(study: Study) -> bool:
+    """Whether features are so many that one fit should have all cores."""
+    return len(study.folds[0].train) * max(column.width for column in study.columns) > SMALL_VALUES
+
+
+def _one(study: Study, work: Work) -> tuple[Work, list[Cell]]:
     return work, measure_fold(study.data(work.network, work.columns), work.fold, work.heads)

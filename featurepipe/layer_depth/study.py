@@ -163,6 +163,10 @@ class Study:
         """The same with other heads."""
         return replace(self, protocol=replace(self.protocol, heads=tuple(heads)))
 
+    def width(self, column: str) -> int:
+        """Values per image of a column that is compared."""
+        return next(found.width for found in self.columns if found.column == column)
+
     def itemsize(self, column: str) -> int:
         """Bytes of one stored value."""
         return int(self._view(self.dataset, PRETRAINED, [column]).dtype.itemsize)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import BundleError
+from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.store import FeatureStore, Space, differences
 
@@ -27,6 +30,31 @@ def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: st
     features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint, snapshot=snapshot)
     bundle.check(features)
     return features
+
+
+@contextmanager
+def features_at(
+    cluster: Any, features: FeatureSet, store: FeatureStore, say: Callable[[str], None]
+) -> Iterator[Blocks]:
+    """Features as they are, or spread over a cluster's workers for as long as the block runs, so that heads work there.
+
+    Args:
+        cluster: what `featurepipe.cluster.connect` takes; None for here.
+        features: some of the store's.
+        store: which workers must see under the same path.
+        say: where messages go.
+
+    Raises:
+        ClusterError: there is no such cluster, or none of its workers can be used.
+    """
+    if cluster is None:
+        yield features
+        return
+    from featurepipe.cluster import connect, spread
+
+    with connect(cluster, say=say) as team:
+        team.check(store.path)
+        yield spread(features, team)
 
 
 def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,11 @@ import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.prediction.bundle_features import features_for
+from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
-from featurepipe.progress import show
+from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore
 from featurepipe.store.snapshots import OK
-
-if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
 
 BLOCK_BYTES = 64 * 1024 * 1024
 """Features and scores that are in memory at once."""
@@ -42,6 +39,7 @@ def predict_features(
     snapshot: str | None = None,
     rows: Positions | None = None,
     spared: Sequence[Any] = (),
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts the images of a dataset's snapshot from their stored features, in blocks of bounded memory.
@@ -58,6 +56,7 @@ def predict_features(
         snapshot: one of ``snapshot_ids(dataset)``; by default the current one.
         rows: which rows of the snapshot, as ascending positions or a mask (n,); by default all.
         spared: further files that must not be replaced, such as the source of the images.
+        cluster: where to score instead of here, as `featurepipe.cluster.connect` takes it; the file is written here.
         silent: show no progress.
 
     Returns:
@@ -68,6 +67,7 @@ def predict_features(
         BundleError: the bundle cannot be used, or the store has no features of its feature space.
         StoreError: features of some images are missing.
         UsageError: the dataset or snapshot is unknown, or no file can be written there.
+        ClusterError: there is no such cluster, or none of its workers can be used.
     """
     start = time.perf_counter()
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
@@ -76,10 +76,12 @@ def predict_features(
     name = dataset or source.only_dataset()
     run_id = snapshot or next(reversed(source.snapshot_ids(name)), None)  # another run may write one meanwhile
     features = features_for(model, source, name, run_id)
-    images = _Images(source.snapshot(name, run_id, columns=("id", "status", "reason")), features)
-    chosen = np.arange(len(images))[slice(None) if rows is None else rows]
+    snapshot_rows: Any = source.snapshot(name, run_id, columns=("id", "status", "reason"))
+    chosen = np.arange(snapshot_rows.num_rows)[slice(None) if rows is None else rows]
     counts = np.zeros(len(model.classes), np.int64)
     with ExitStack() as stack:
+        there = stack.enter_context(features_at(cluster, features, source, announcer(silent=silent)))
+        images = _Images(snapshot_rows, there)
         write = stack.enter_context(predictions_file(target, model.classes)) if target else None
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
@@ -104,7 +106,7 @@ def predict_features(
 class _Images:
     """The rows of a snapshot, of which the usable ones have features."""
 
-    def __init__(self, snapshot: pa.Table, features: FeatureSet) -> None:
+    def __init__(self, snapshot: pa.Table, features: Any) -> None:
         usable = pc.equal(snapshot["status"], OK).to_numpy()
         self._facts = snapshot.select(["id", "reason"])
         self._features = features

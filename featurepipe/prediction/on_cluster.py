@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa
 
 from featurepipe.cluster import Team, connect, one_at_a_time, stop_of_task
 from featurepipe.errors import Reject, SourceError, UsageError
-from featurepipe.extraction.at_worker import Desk
-from featurepipe.extraction.options import AUTO
+from featurepipe.extraction.books import WorkerBooks
+from featurepipe.extraction.machine import Machine
+from featurepipe.extraction.on_cluster import OnWorkers as ExtractingWorkers
+from featurepipe.extraction.on_cluster import travelling
+from featurepipe.extraction.options import Options
 from featurepipe.extraction.slices import Sizes, Slice, Worked, cut
+from featurepipe.extraction.worker_tasks import this_desk
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
@@ -32,13 +36,6 @@ ANSWER_BYTES = 8 << 20
 
 AHEAD = 3
 """Slices for each worker that are under way, or wait for an earlier one: so many answers may be in memory at once."""
-
-CPU_BATCH, GPU_BATCH = 16, 256
-"""Slices are multiples of what is a batch by default, so that images share batches with those that they would share here."""
-
-
-MOST_SOURCE_BYTES = 1 << 20
-"""A source that takes more is not a name of images but holds them."""
 
 PROBES = 4
 """Images by which workers show that they can read the source."""
@@ -60,7 +57,7 @@ def workers_of(cluster: Any, bundle: Any, network: Network, say: Callable[[str],
         )
     model, folder = read_bundle(bundle), str(Path(bundle).absolute())
     with connect(cluster, say=say) as team:
-        yield OnWorkers(team, model, folder, network.in_full())
+        yield OnWorkers(team, model, folder, network.in_full(), team.address)
 
 
 @dataclass
@@ -72,109 +69,85 @@ class OnWorkers:
         bundle: the bundle, as read here.
         folder: where workers find it.
         network: how they run its network.
-        worked: how a worker fared with each slice, as they came in.
+        address: of the scheduler.
+        machine: device, batch size and threads of the workers, once settled.
+        books: what each worker process has done, by name, host and process.
     """
 
     team: Team
     bundle: Bundle
     folder: str
     network: Network
-    worked: list[Worked] = field(default_factory=list)
+    address: str
+    machine: Machine | None = None
+    books: dict[tuple[str, str, int], WorkerBooks] = field(default_factory=dict)
 
     def scored(self, images: Source, listing: pa.Table, stop: StopRequest, progress: Progress) -> Iterator[Scored]:
         """Yields the rows in their order; answers that come early wait, and workers do not run far ahead of them."""
-        order = Order(
-            self.folder, digest_of(self.folder), self.network, travelling(images), readable(images, listing["locator"])
-        )
+        self.team.check()
+        self.machine = ExtractingWorkers(self.team, Options()).machine(self._options())
+        network = replace(self.network, device=self.machine.device, batch_size=self.machine.batch_size)
+        probes = readable(images, listing["locator"])
+        order = Order(self.folder, digest_of(self.folder), network, travelling(images), probes)
         self._check(order)
-        sizes = WholeBatches(self._batch(), most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
-        slices = cut(listing, np.arange(listing.num_rows), sizes, self._counts())
+        sizes = WholeBatches(self.machine.batch_size, most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
+        slices = cut(listing, np.arange(listing.num_rows), sizes, iter(self._count, -1))
         waiting: dict[int, Predicted] = {}
         following = 0
-        for piece, answer in self.team.results(slices, partial(_predicted, order), stop=stop, ahead=AHEAD):
-            self._note(piece, answer, sizes, progress)
-            waiting[piece.number] = answer
-            while following in waiting:
-                yield from waiting.pop(following).scored
-                following += 1
+        flow = self.team.results(slices, partial(_predicted, order), stop=stop, ahead=AHEAD)
+        with closing(flow) as answers:
+            for piece, answer in answers:
+                self._note(piece, answer.worked, sizes, progress)
+                waiting[piece.number] = answer
+                while following in waiting:
+                    yield from waiting.pop(following).scored
+                    following += 1
 
     def _check(self, order: Order) -> None:
         """Refuses workers that do not see the bundle or the source, before any work."""
-        self.team.check()
         for address, said in self.team.ask(partial(refusal, order), self.team.addresses()).items():
             if said:
-                self.team.refuse(address, str(said))
+                no_answer = f"it gave no answer ({type(said).__name__}: {said})"
+                self.team.refuse(address, said if isinstance(said, str) else no_answer)
         if not self.team.addresses():
             raise self.team.no_worker()
 
-    def _note(self, piece: Slice, answer: Predicted, sizes: Sizes, progress: Progress) -> None:
-        said = {line for worked in self.worked for line in worked.said}
-        for line in answer.worked.said:
-            if line not in said:
-                progress.say(line)
-        sizes.note(piece.rows, answer.worked.seconds)
-        self.worked.append(answer.worked)
+    def _note(self, piece: Slice, worked: Worked, sizes: Sizes, progress: Progress) -> None:
+        for line in worked.said:
+            progress.say(f"worker {worked.worker}: {line}")
+        sizes.note(piece.rows, worked.seconds)
+        books = self.books.setdefault((worked.worker, worked.host, worked.pid), WorkerBooks(worked))
+        books.add(piece.rows, worked)
         progress.advance(piece.rows)
 
-    def _counts(self) -> Iterator[int]:
-        while True:
-            yield len(self.team.addresses())
+    def _count(self) -> int:
+        return max(len(self.team.addresses()), self.team.most, 1)
 
-    def _batch(self) -> int:
-        given = self.network.batch_size
-        if given != AUTO:
-            return int(given)
-        return GPU_BATCH if any(worker.gpus for worker in self.team.workers()) else CPU_BATCH
+    def _options(self) -> Options:
+        network, decode = self.network, str(self.bundle.space["decode"])
+        return Options(device=network.device, batch_size=network.batch_size, workers=network.workers, decode=decode)
 
     def facts(self, wall: float) -> dict[str, Any]:
         """See `Scorer`; stages are added up over workers."""
-        seconds: dict[str, float] = {}
-        for worked in self.worked:
-            for stage, value in worked.stages.items():
-                seconds[stage] = seconds.get(stage, 0.0) + value
-        busy = sum(worked.seconds for worked in self.worked)
-        device = "+".join(sorted({worked.device for worked in self.worked}))
-        threads = max((worked.threads for worked in self.worked), default=0)
+        stages: Counter[str] = Counter()
+        for books in self.books.values():
+            stages.update(books.stages)
+        busy = sum(books.seconds for books in self.books.values())
+        workers = [books.as_dict() for _, books in sorted(self.books.items())]
+        about = asdict(self.machine) if self.machine else {}
         return {
-            "seconds": seconds,
-            "machine": {"device": device, "batch_size": self.network.batch_size, "workers": threads},
-            "cluster": {"workers": self._of_each_worker()},
-            "verdict": verdict(seconds, busy, device=device) if self.worked else f"nothing came in {wall:.1f} s",
+            "seconds": dict(stages),
+            "machine": about,
+            "cluster": {"scheduler": self.address, "refused": dict(self.team.refused), "workers": workers},
+            "verdict": verdict(stages, min(busy, wall * len(workers)), device=about.get("device", "")),
         }
-
-    def _of_each_worker(self) -> list[Mapping[str, Any]]:
-        each: dict[str, dict[str, Any]] = {}
-        for worked in self.worked:
-            about = {"host": worked.host, "pid": worked.pid, "device": worked.device, "slices": 0, "seconds": 0.0}
-            found = each.setdefault(worked.worker, about)
-            found["slices"] += 1
-            found["seconds"] = round(found["seconds"] + worked.seconds, 3)
-        return [{"name": name, **about} for name, about in each.items()]
 
 
 def _predicted(order: Order, piece: Slice) -> Predicted:
     """A task, as it runs in a worker."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    desk = Desk(str(worker.name), worker.state.nthreads, worker.memory_manager.memory_limit or 0)
+    stop = stop_of_task()
     with one_at_a_time():
-        return predict_slice(order, piece, desk, stop_of_task())
-
-
-def travelling(images: Source) -> bytes:
-    """A source as it is sent to workers.
-
-    Raises:
-        UsageError: it holds images in memory.
-    """
-    content: bytes = cloudpickle.dumps(images)  # also of a class that workers cannot import
-    if len(content) > MOST_SOURCE_BYTES:
-        raise UsageError(
-            f"the source {images.name} takes {len(content):,} bytes to send, which every slice of it would: its images, or "
-            "their paths, are in memory. Write the images to files that all workers see, or the paths to a manifest"
-        )
-    return content
+        return predict_slice(order, piece, this_desk(), stop)
 
 
 def readable(images: Source, locators: pa.ChunkedArray) -> tuple[bytes, ...]:

@@ -43,7 +43,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
     found = predict_features(
         bundle, night.store, file, dataset=night.dataset, snapshot=snapshot, rows=rows, spared=spared,
-        silent=night.silent,
+        silent=night.silent, cluster=night.team(),
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
