@@ -44,10 +44,10 @@ def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[T
     if isinstance(spec, Team):
         yield spec
     elif isinstance(spec, Client):
-        with _team(spec, say, ClusterTable()) as team:
+        with _team(spec, say, ClusterTable(kind="local")) as team:
             yield team
     elif hasattr(spec, "scheduler_address"):
-        with _quiet(), _client({"address": spec}) as client, _team(client, say, ClusterTable()) as team:
+        with _quiet(), _client({"address": spec}) as client, _team(client, say, ClusterTable(kind="local")) as team:
             yield team
     else:
         table = read_spec(spec)

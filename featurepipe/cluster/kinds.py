@@ -33,7 +33,7 @@ def opened(table: ClusterTable) -> Iterator[Any]:
         is_file = table.scheduler.endswith(".json")
         yield {"scheduler_file": table.scheduler} if is_file else {"address": table.scheduler}
         return
-    kind = table.kind or "local"
+    kind = str(table.kind)
     try:
         cluster = _KINDS[kind](table)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:

@@ -74,7 +74,7 @@ class ClusterTable(BaseModel):
         started = self.model_fields_set - {"scheduler", "wait"}
         if self.scheduler and started:
             raise UsageError(f"names a scheduler that runs, and says how to start one: {', '.join(sorted(started))}")
-        if not self.scheduler and not self.kind and self.model_fields_set:
+        if not self.scheduler and not self.kind:
             raise UsageError(
                 f"needs scheduler, the address of one that runs, or kind, what to start: {', '.join(KINDS)}"
             )

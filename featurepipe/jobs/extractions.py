@@ -17,8 +17,8 @@ from featurepipe.jobs.labelled import LabelledSource
 from featurepipe.jobs.networks import in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
-from featurepipe.jobs.tonights_team import TeamOf, nobody
 from featurepipe.jobs.taken import check_dataset
+from featurepipe.jobs.tonights_team import TeamOf, nobody
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
 """What a step's result says of an extraction; the extraction's own record says all."""
