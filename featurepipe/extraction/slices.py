@@ -13,6 +13,9 @@ from featurepipe.errors import FeaturepipeError
 COLUMNS = ("id", "size", "mtime_ns", "locator")
 """What a worker needs to know of an image; its label and split stay with the client."""
 
+FEW = 32
+"""Images that no slice is cut below, before there is a measured rate."""
+
 UNTOUCHED, KNOWN, REJECTED, COMPUTED = range(4)
 """What became of a row; ``COMPUTED + n`` is computed for the slice's n-th set of columns."""
 
@@ -115,15 +118,22 @@ class Sizes:
     Args:
         first: images in the slices before there is a measured rate.
         longest: seconds that a slice should take at most.
-        shortest: seconds that a slice should take at least, unless it is a worker's even share of what is left.
+        shortest: seconds that a slice should take at least, unless it is more than an even share of what is left.
+        least: seconds that any slice but the last should take.
         most: images in any slice; they travel together.
         per_worker: slices for each worker that the rest is cut into.
     """
 
     def __init__(
-        self, first: int = 256, longest: float = 90.0, shortest: float = 4.0, most: int = 65_536, per_worker: int = 3
+        self,
+        first: int = 256,
+        longest: float = 90.0,
+        shortest: float = 4.0,
+        least: float = 1.0,
+        most: int = 65_536,
+        per_worker: int = 3,
     ) -> None:
-        self._first, self._longest, self._shortest = first, longest, shortest
+        self._first, self._longest, self._shortest, self._least = first, longest, shortest, least
         self._most, self._per_worker = most, per_worker
         self._rate = 0.0
 
@@ -134,12 +144,12 @@ class Sizes:
 
     def next(self, left: int, workers: int) -> int:
         """Images in the next slice, of ``left`` for ``workers``; at least one."""
-        even = -(-left // max(workers, 1))
+        even = -(-left // max(workers, 1))  # nobody should wait at the end for one who took more
         if not self._rate:
-            size = min(self._first, even)
+            size = min(self._first, max(even, FEW))
         else:
             share = max(even // self._per_worker, int(self._shortest * self._rate))
-            size = min(share, int(self._longest * self._rate), even)
+            size = min(share, int(self._longest * self._rate), max(even, int(self._least * self._rate)))
         return max(1, min(size, self._most, left))
 
 
