@@ -26,7 +26,10 @@ def previous(night: Night) -> str | None:
 def needed(night: Night) -> set[str]:
     """Snapshots of the dataset that are or may be the next reference of tonight's job, or of another one."""
     past, there = _past(night), night.store.snapshot_ids(night.dataset)
-    found = _of_others(night, past) | _planned_by_others(night, past, there)
+    found = _of_others(night, past)
+    if there:
+        for reference in _named_by_others(night, past):
+            found |= _meant(reference, None, past, there)
     if night.job.drift is not None and there:
         previous = _newest([*_own(night, past), night.record], there)
         found |= _meant(night.job.drift.reference, previous, past, there)
@@ -41,11 +44,13 @@ def _meant(reference: str, previous: str | None, past: Sequence[Run], there: Seq
 
 
 def telling_runs(night: Night) -> set[str]:
-    """Past runs whose records tell what tonight's job is compared with: the last that came to drift, and one that it names."""
+    """Past runs whose records tell what drift compares with: the job's last that came to it, and those that a job names."""
+    past = _past(night)
+    named = _named_by_others(night, past)
     if night.job.drift is None:
-        return set()
-    last = next((run["run_id"] for run in reversed(_own(night, _past(night))) if _next(run)), "")
-    return {last, night.job.drift.reference}
+        return named
+    last = next((run["run_id"] for run in reversed(_own(night, past)) if _next(run)), "")
+    return {last, night.job.drift.reference, *named}
 
 
 def _extractions(runs: Sequence[Run], run_id: str) -> list[str]:
@@ -69,11 +74,10 @@ def _of_others(night: Night, runs: Sequence[Run]) -> set[str]:
     return {run_id for run in last.values() for run_id in (_next(run), _result(run).get("reference")) if run_id}
 
 
-def _planned_by_others(night: Night, past: Sequence[Run], there: Sequence[str]) -> set[str]:
-    """What each other job's file named when it last ran, whether or not it came to drift: ``first``, or a run."""
+def _named_by_others(night: Night, past: Sequence[Run]) -> set[str]:
+    """The ``reference`` of each other job's file when it last ran, whether or not it came to drift."""
     last = {run["job"]: run.get("plan", {}).get("drift_reference") for run in past if run["job"] != night.job.name}
-    named = {reference for reference in last.values() if reference and there}
-    return {run_id for reference in named for run_id in _meant(reference, None, past, there)}
+    return {reference for reference in last.values() if reference}
 
 
 def _newest(runs: Sequence[Run], there: Sequence[str]) -> str | None:
