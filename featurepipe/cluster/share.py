@@ -100,6 +100,34 @@ def same(value: Any) -> Any:
     return value
 
 
+def packed(array: Array) -> tuple[Array, int, np.dtype[Any]]:
+    """An array (..., m) as it travels: zeros and ones as bits, other whole numbers in the smallest dtype.
+
+    Returns:
+        What `unpacked` takes.
+    """
+    rows, dtype = array.shape[-1], array.dtype
+    if np.logical_or(array == 0, array == 1).all():
+        return np.packbits(array.astype(bool), axis=-1), rows, dtype
+    if dtype.kind in "iu":
+        least, most = np.min_scalar_type(array.min()), np.min_scalar_type(array.max())
+        array = array.astype(np.result_type(least, most))
+    return np.ascontiguousarray(array), 0, dtype
+
+
+def unpacked(array: Array, bits: int, dtype: np.dtype[Any]) -> Array:
+    """Floats as they were, and whole numbers in whatever dtype holds them.
+
+    Args:
+        array: As it has travelled.
+        bits: How many on the last axis, if it holds bits; else 0.
+        dtype: Of what was sent.
+    """
+    if bits:
+        return np.unpackbits(array, axis=-1, count=bits).astype(np.uint8 if dtype.kind in "iu" else dtype, copy=False)
+    return array
+
+
 def changed(blocks: Blocks, changes: tuple[Change, ...]) -> Blocks:
     """The blocks as they are read through all changes."""
     for change in changes:

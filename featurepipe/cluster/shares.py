@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.cluster.share import Change, ask, keep, same
+from featurepipe.cluster.share import Change, ask, keep, packed, same, unpacked
 from featurepipe.cluster.together import together
 from featurepipe.errors import ClusterError
 from featurepipe.heads.blocks import Array
@@ -83,14 +83,13 @@ class WorkerShares:
 
     def beside(self, *rows: Array | None) -> WorkerShares:
         """The same rows with further arrays (..., n); each worker is sent its own part, once."""
-        arrays = [None if array is None else _small(array) for array in rows]
 
         def sent(place: Place, array: Array | None) -> Future[Any] | None:
             if array is None:
                 return None
-            return self._submit(place, same, np.ascontiguousarray(array[..., place.rows]))
+            return self._submit(place, unpacked, *packed(array[..., place.rows]))
 
-        places = (replace(at, kept=(*at.kept, *(sent(at, array) for array in arrays))) for at in self.places)
+        places = (replace(at, kept=(*at.kept, *(sent(at, array) for array in rows))) for at in self.places)
         return replace(self, places=tuple(places))
 
     def added(self, work: Callable[..., Any]) -> Any:
@@ -119,7 +118,9 @@ class WorkerShares:
         return [self._submit(place, ask, order, self.changes, *place.kept) for place in self.places]
 
     def _submit(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        with self.team.reaching():
+        import dask
+
+        with self.team.reaching(), dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
             return self.team.client.submit(
                 function, *arguments, workers=place.worker, allow_other_workers=True, pure=False
             )
@@ -150,11 +151,3 @@ class WorkerShares:
 
 def _add(one: Any, other: Any) -> Any:
     return one + other
-
-
-def _small(array: Array) -> Array:
-    """Whole numbers in the smallest dtype that holds them all; they travel."""
-    if array.dtype.kind not in "iu" or not array.size:
-        return array
-    least, most = int(array.min()), int(array.max())
-    return array.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))

@@ -6,6 +6,7 @@ that are added up. Penalties and preconditioners are not of the rows: ``heads.pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,11 +66,37 @@ class Sums:
             [None if mine is None or theirs is None else mine + theirs for mine, theirs in pairs],
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it travels: of symmetric matrices one half."""
+        return {**vars(self), "curvature": [None if one is None else _half(one) for one in self.curvature]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.curvature = [None if one is None else _whole(one) for one in self.curvature]
+
     def add(self, derivatives: Array, block: Array) -> None:
         """Adds derivatives by the scores (P, K, m) of a block (m, D)."""
         flat = derivatives.reshape(len(self.totals), -1)
         self.products += flat @ block
         self.totals += flat.sum(axis=1, dtype=np.float64)
+
+
+def _half(sums: Array) -> Array:
+    """Of (K, size, size) symmetric matrices the lower triangles (K, size * (size + 1) / 2, 1); of diagonals all."""
+    return sums if sums.ndim == 2 else sums[:, np.tri(sums.shape[1], dtype=bool), None]
+
+
+def _whole(sums: Array) -> Array:
+    """What ``_half`` was made of."""
+    if sums.ndim == 2:
+        return sums
+    size = (math.isqrt(1 + 8 * sums.shape[1]) - 1) // 2
+    lower = np.tri(size, dtype=bool)
+    whole = np.empty((len(sums), size, size), sums.dtype)
+    for matrix, triangle in zip(whole, sums[:, :, 0], strict=True):
+        matrix[lower] = triangle
+        matrix.T[lower] = triangle
+    return whole
 
 
 @dataclass(frozen=True)
