@@ -76,10 +76,11 @@ def predict(
     started = records.now()
     network = Network(weights, device, batch_size, workers, trust_code)
     with ExitStack() as stack:
-        predicts = stack.enter_context(scorer(bundle, network, cluster, announcer(silent=silent)))
-        images = stack.enter_context(closing(open_source(source, array_readers=ARRAY_READERS)))
         stop = stack.enter_context(stop_on_signals())
-        listing = images.scan().combine_chunks()
+        with stop.at_once("the first image"):
+            predicts = stack.enter_context(scorer(bundle, network, cluster, announcer(silent=silent)))
+            images = stack.enter_context(closing(open_source(source, array_readers=ARRAY_READERS)))
+            listing = images.scan().combine_chunks()
         if not listing.num_rows:
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:

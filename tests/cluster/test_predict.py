@@ -1,0 +1,347 @@
+"""Predicting on a cluster: the file of a local run, whoever has scored its rows, whoever was late, and whoever was killed."""
+
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from featurepipe.cluster import connect
+from featurepipe.errors import ClusterError, Interrupted, TooManyRejects, UsageError
+from featurepipe.extraction.extract import extract
+from featurepipe.extraction.slices import Worked
+from featurepipe.heads.bundle.bundle import Bundle, read_bundle, write_bundle
+from featurepipe.images.folder import FolderSource
+from featurepipe.images.source import Source
+from featurepipe.interrupt import StopRequest
+from featurepipe.prediction import at_worker, on_cluster
+from featurepipe.prediction.at_worker import Order, digest_of, refusal
+from featurepipe.prediction.from_store import predict_features
+from featurepipe.prediction.on_cluster import OnWorkers, WholeBatches
+from featurepipe.prediction.predict import predict
+from featurepipe.prediction.scorers import Network
+from featurepipe.store import FeatureStore
+
+COUNT = 150
+BATCH = 8
+
+
+class Album:
+    """150 pictures in three classes, two of them broken; their features in a store; a bundle that was trained on them."""
+
+    def __init__(self, folder):
+        self.root, self.store, self.bundle = folder / "pictures", folder / "store", folder / "bundle"
+        for number in range(COUNT):
+            path = self.root / "abc"[number % 3] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            low = (0, 60, 120)[number % 3]
+            values = np.random.default_rng(number).integers(low, low + 130, (6, 7, 3), dtype=np.uint8)
+            Image.fromarray(values).resize((40, 36)).save(path)
+        self.broken = ["a/!.png", "b/070.png"]
+        (self.root / self.broken[0]).write_bytes(b"")
+        (self.root / self.broken[1]).write_bytes(b"no picture")
+        extract(self.root, self.store, dataset="album", backbone="lenet5", weights="none", precision="fp32", max_rejects=2,
+                batch_size=BATCH, workers=1, silent=True)  # fmt: skip
+        store = FeatureStore(self.store)
+        (space,) = store.spaces()
+        features = store.features("album")
+        head = LogisticRegression(C=0.1).fit(*features.numpy())
+        bundle = Bundle(
+            backbone={"name": "lenet5", "weights": "none", "seed": 0, "description": space.notes["backbone"]},
+            space=space.fields, fingerprint=space.fingerprint, columns=features.columns, family="logistic", params={},
+            head=head, classes=tuple(head.classes_), temperature=2.0, metrics={}, training={}, seen=features.keys64,
+        )  # fmt: skip
+        write_bundle(self.bundle, bundle)
+
+    def predict(self, to, source=None, **options):
+        given = {"max_rejects": 2, "batch_size": BATCH, "workers": 1, "silent": True} | options
+        return predict(self.bundle, self.root if source is None else source, to, **given)
+
+
+@pytest.fixture(scope="session")
+def album(tmp_path_factory):
+    return Album(tmp_path_factory.mktemp("album"))
+
+
+@pytest.fixture(scope="session")
+def local(album):
+    """The files of a run without a cluster."""
+    folder = album.store.parent / "local"
+    folder.mkdir()
+    for suffix in ("csv", "parquet"):
+        album.predict(folder / f"out.{suffix}")
+    return folder
+
+
+class Slow(FolderSource, Source):
+    """A folder in which some pictures take their time."""
+
+    def __init__(self, path, seconds):
+        super().__init__(str(path))
+        self.seconds = seconds
+
+    def read(self, locator):
+        time.sleep(next((wait for name, wait in self.seconds.items() if name.encode() in locator), 0))
+        return super().read(locator)
+
+
+# The same file
+
+
+def test_the_file_is_that_of_a_local_run(album, local, cluster_address, tmp_path):
+    record = album.predict(tmp_path / "out.csv", cluster=cluster_address)
+    assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
+    assert record["counts"] == {"listed": COUNT + 1, "predicted": COUNT - 1, "rejected": 2}
+    assert [reject["id"] for reject in record["rejects"]] == album.broken
+    assert (record["exit_code"], record["status"]) == (3, "done")
+    assert sum(record["labels"].values()) == COUNT - 1
+    assert record["machine"] == {"device": "cpu", "batch_size": BATCH, "workers": 1}
+
+
+def test_the_record_says_who_did_how_much(album, local, team, tmp_path):
+    record = album.predict(tmp_path / "out.parquet", cluster=team)
+    assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(local / "out.parquet"))
+    there = record["cluster"]
+    assert there["scheduler"] == team.address
+    assert there["refused"] == {}
+    assert sum(worker["images"] for worker in there["workers"]) == COUNT + 1
+    assert {worker["pid"] for worker in there["workers"]} <= {worker.pid for worker in team.workers()}
+    assert record["seconds"]["forward"] > 0
+    assert record["seconds"]["score"] > 0
+
+
+def test_without_a_file_it_counts(album, cluster_address):
+    record = album.predict(None, cluster=cluster_address)
+    assert record["file"] is None
+    assert record["counts"]["predicted"] == COUNT - 1
+
+
+def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_address, tmp_path):
+    with pytest.raises(TooManyRejects, match=r"2 of 151 images .* first: a/!.png: empty: 0 bytes; .* holds all"):
+        album.predict(tmp_path / "out.csv", max_rejects=1, cluster=cluster_address)
+    assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
+
+
+# Order and bounds
+
+
+def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, team, tmp_path, monkeypatch):
+    """The first slice takes long; slices of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
+    monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
+    begun, ended = [], []
+    original = OnWorkers._note
+
+    def note(self, piece, *rest):
+        ended.append(piece.number)
+        original(self, piece, *rest)
+
+    monkeypatch.setattr(OnWorkers, "_note", note)
+    monkeypatch.setattr(
+        on_cluster, "cut", partial(watched, on_cluster.cut, lambda piece: begun.append((piece, len(ended))))
+    )
+    album.predict(tmp_path / "out.csv", source=Slow(album.root, {"a/000": 2.0}), cluster=team)
+    assert sorted(ended) == list(range(19))
+    first = ended.index(0)
+    assert first > 0  # others were done before
+    before = [piece.number for piece, count in begun if count <= first]
+    assert max(before) <= 6
+    assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
+
+
+class Eights:
+    def next(self, left, _workers):
+        return min(left, 8)
+
+    def note(self, images, seconds):
+        pass
+
+
+def watched(cut, see, *args):
+    for piece in cut(*args):
+        see(piece)
+        yield piece
+
+
+@pytest.mark.parametrize("rate", [None, 3.0, 5000.0])
+def test_slices_are_whole_batches(rate):
+    sizes = WholeBatches(16, most=100)
+    if rate is not None:
+        sizes.note(1000, 1000 / rate)
+    left, found = 1003, []
+    while left:
+        found.append(sizes.next(left, 3))
+        left -= found[-1]
+    assert {size % 16 for size in found[:-1]} == {0}
+    assert max(found) <= 96
+    assert WholeBatches(256, most=16).next(10_000, 3) == 256  # a batch at least
+
+
+# Who may take part
+
+
+def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, team, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_cluster, "digest_of", lambda _folder: "of another bundle")
+    monkeypatch.setattr(on_cluster, "predict_slice", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ClusterError, match=r"no worker of tcp://.* can be used: .*another bundle is at .*/bundle"):
+        album.predict(tmp_path / "out.csv", cluster=team)
+    assert not list(tmp_path.iterdir())
+    assert len([line for line in said if "is not used: another bundle is at" in line]) == 2
+
+
+def order_of(album, **changes):
+    source = on_cluster.travelling(FolderSource(str(album.root)))
+    probes = (FolderSource(str(album.root)).scan()["locator"][5].as_py(),)
+    order = Order(str(album.bundle), digest_of(str(album.bundle)), Network(workers=1), source, probes)
+    return replace(order, **changes)
+
+
+def test_what_speaks_against_a_worker(album, tmp_path):
+    assert refusal(order_of(album)) == ""
+    assert refusal(order_of(album, bundle=str(tmp_path))) == f"it does not see the bundle {tmp_path}"
+    assert refusal(order_of(album, digest="x")) == f"another bundle is at {album.bundle}"
+    away = on_cluster.travelling(FolderSource(str(tmp_path / "away")))
+    missing = (str(tmp_path / "away" / "x.png").encode(),)
+    assert refusal(order_of(album, source=away, probes=missing)).endswith("away: the folder has gone")
+    assert refusal(order_of(album, probes=missing)).startswith("it cannot read the source: missing: ")
+    assert refusal(order_of(album, probes=(*missing, *order_of(album).probes))) == ""  # one of them is enough
+    assert refusal(order_of(album, source=b"cmodule_that_is_nowhere\nsource\n.")).startswith(
+        "it cannot open the source"
+    )
+
+
+def test_a_bundle_or_images_in_this_process_cannot_be_seen_by_workers(album, tmp_path):
+    with pytest.raises(UsageError, match="give its folder"):
+        predict(read_bundle(album.bundle), album.root, cluster="local:2", silent=True)
+
+
+def test_images_in_memory_do_not_travel(album, cluster_address):
+    pixels = np.zeros((2000, 50, 50), np.uint8)
+    with pytest.raises(UsageError, match=r"MiB in memory.*folder"):
+        album.predict(None, source=pixels, cluster=cluster_address)
+
+
+def test_a_worker_that_lost_the_source_is_not_believed(album):
+    """Nothing in its slice can be read, and nothing else either: that is no fault of the images."""
+    order, desk = order_of(album), at_worker.Desk("one", 1)
+    listing = FolderSource(str(album.root)).scan().slice(1, 20)
+    gone = [b"/nowhere/" + locator for locator in listing["locator"].to_pylist()]
+    piece = at_worker.Slice.of(0, 0, listing.set_column(listing.column_names.index("locator"), "locator", [gone]))
+    with pytest.raises(at_worker.WorkerRefused, match="cannot read the source"):
+        at_worker.predict_slice(replace(order, probes=(gone[0],)), piece, desk, bool)
+    answer = at_worker.predict_slice(order, piece, desk, bool)  # the probes are there, so these images are missing
+    assert Counter(code for scored in answer.scored for code in scored.codes.tolist()) == {-1: 20}
+
+
+def test_workers_load_the_network_once(album):
+    at_worker._made_ready.cache_clear()
+    order, desk = order_of(album), at_worker.Desk("one", 1)
+    listing = FolderSource(str(album.root)).scan()
+    answers = [at_worker.predict_slice(order, at_worker.Slice.of(n, 10 * n, listing.slice(10 * n, 10)), desk, bool)
+               for n in range(3)]  # fmt: skip
+    assert at_worker._made_ready.cache_info().misses == 1
+    assert [number for answer in answers for scored in answer.scored for number in scored.numbers] == list(range(30))
+    assert isinstance(answers[0].worked, Worked)
+
+
+# Stops and kills
+
+
+def test_a_stop_leaves_no_file(album, team, tmp_path, monkeypatch):
+    """Signals reach the main thread alone, so here a request is met by hand."""
+    request = StopRequest()
+    monkeypatch.setattr("featurepipe.prediction.predict.stop_on_signals", lambda: at(request, 1.0))
+    source = Slow(album.root, {"b/": 0.5})
+    start = time.monotonic()
+    with pytest.raises(
+        Interrupted, match=r"stopped by SIGTERM: .* of 151 images were predicted, and no file was written"
+    ):
+        album.predict(tmp_path / "out.csv", source=source, cluster=team)
+    assert time.monotonic() - start < 20  # all of b/ takes 25 s on one of the workers
+    assert not list(tmp_path.iterdir())
+
+
+class at:
+    """A request to stop that is met after some seconds."""
+
+    def __init__(self, request, seconds):
+        self.request = request
+        self.timer = threading.Timer(seconds, request.signalled, [signal.SIGTERM])
+
+    def __enter__(self):
+        self.timer.start()
+        return self.request
+
+    def __exit__(self, *error):
+        self.timer.cancel()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
+    original, seen = OnWorkers._note, []
+
+    def note(self, piece, worked, *rest):
+        seen.append(worked.pid)
+        if len(seen) == 4:
+            processes.workers[0].kill()
+        original(self, piece, worked, *rest)
+
+    monkeypatch.setattr(OnWorkers, "_note", note)
+    with connect(processes.address, say=print) as team:
+        team.wait_for_workers(2)
+        record = album.predict(tmp_path / "out.csv", source=Slow(album.root, {".png": 0.02}), cluster=team)
+    assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
+    assert set(seen[8:]) == {processes.workers[1].pid}
+    assert sum(worker["images"] for worker in record["cluster"]["workers"]) == COUNT + 1
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_without_a_file(album, launcher, cluster_address, tmp_path):
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from featurepipe.images.folder import FolderSource
+        from featurepipe.prediction.predict import predict
+
+        class Slow(FolderSource):
+            def read(self, locator):
+                Path({str(tmp_path.parent / "begun")!r}).touch()
+                time.sleep(0.3)
+                return super().read(locator)
+
+        try:
+            predict({str(album.bundle)!r}, Slow({str(album.root)!r}), "out.csv", cluster={cluster_address!r}, workers=1)
+        except Exception as error:
+            print(type(error).__name__, error.exit_code, error, file=sys.stderr)
+    """
+    process = launcher.start(code, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path.parent / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send(signal.SIGTERM)
+    ended = process.wait()
+    assert "Interrupted 143 stopped by SIGTERM" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+# From stored features
+
+
+def test_predictions_on_stored_features_are_those_of_one_process(album, cluster_address, tmp_path):
+    here = predict_features(album.bundle, album.store, tmp_path / "here.parquet", dataset="album", silent=True)
+    there = predict_features(
+        album.bundle, album.store, tmp_path / "there.parquet", dataset="album", cluster=cluster_address, silent=True
+    )
+    one, other = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("here", "there"))
+    assert one.drop_columns(one.column_names[2:]).equals(other.drop_columns(other.column_names[2:]))
+    for name in one.column_names[4:]:
+        np.testing.assert_allclose(other[name].to_numpy(), one[name].to_numpy(), rtol=1e-6)
+    assert there["counts"] == here["counts"] == {"images": COUNT + 1, "predicted": COUNT - 1, "rejected": 2}
+    assert there["labels"] == here["labels"]
