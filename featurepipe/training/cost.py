@@ -46,29 +46,34 @@ class Cost:
         rows: rows of the fit.
         width: values per row.
         in_memory_bytes: what a fit in memory would take, beyond this process.
-        budget_bytes: what it may take.
+        budget_bytes: what it may take; None for what workers' own limits leave.
         out_of_core: whether it reads blocks from the store instead of holding X.
         solver: ``scikit-learn`` (or ``xgboost``) for their own estimators in memory, ``blocks`` for ours.
         seconds: about how long all fits will take; None where no pilot was run.
         fits: how many fits that is.
+        cluster: the cluster over whose workers the rows are spread; None where the fit runs here.
     """
 
     rows: int
     width: int
     in_memory_bytes: int
-    budget_bytes: int
+    budget_bytes: int | None
     out_of_core: bool
     solver: str
     seconds: float | None = None
     fits: int = 1
+    cluster: str | None = None
 
     @property
     def text(self) -> str:
         """One line for people."""
+        if self.cluster is not None:
+            limit = "" if self.budget_bytes is None else f", {size(self.budget_bytes)} allowed at each"
+            return f"{self.rows:,} x {self.width:,} features, spread over the workers of {self.cluster}{limit}: {self.solver}"
         where = "out of core" if self.out_of_core else "in memory"
         how_long = "" if self.seconds is None else f"; about {spoken(self.seconds)} for {_fits(self.fits)}"
         return (
-            f"{self.rows:,} x {self.width:,} features, {size(self.in_memory_bytes)} in memory, {size(self.budget_bytes)} "
+            f"{self.rows:,} x {self.width:,} features, {size(self.in_memory_bytes)} in memory, {size(self.budget_bytes or 0)} "
             f"allowed: {where}, {self.solver}{how_long}"
         )
 
@@ -89,11 +94,7 @@ def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
     Raises:
         UsageError: the family needs more memory than allowed and has no out-of-core form.
     """
-    least = LEAST_ROWS * width * np.dtype(np.float32).itemsize
-    if budget < least:
-        raise UsageError(
-            f"--memory {size(budget)} is too little for {width:,} values an image; give {size(least)} or more"
-        )
+    _check(budget, width)
     need = rows * width * BYTES_PER_VALUE[head]
     streams = HEADS[head].out_of_core
     fits_in = need <= budget
@@ -107,6 +108,33 @@ def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
         f"{head} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and it has no "
         f"out-of-core form; allow more with --memory, or choose one that has: {others}"
     )
+
+
+def choose_on_cluster(head: str, rows: int, width: int, limit: int | None, cluster: str) -> Cost:
+    """The cost of a fit over a cluster's workers; how much memory these have is not known before they are asked.
+
+    Args:
+        head: name of a family that learns from blocks.
+        rows: rows of the largest fit.
+        width: values per row.
+        limit: bytes that the fit may take at each worker, if the user said so.
+        cluster: its name.
+
+    Raises:
+        UsageError: the limit is too small for blocks.
+    """
+    if limit is not None:
+        _check(limit, width)
+    need = rows * width * BYTES_PER_VALUE[head]
+    return Cost(rows, width, need, limit, out_of_core=True, solver="blocks", cluster=cluster)
+
+
+def _check(budget: int, width: int) -> None:
+    least = LEAST_ROWS * width * np.dtype(np.float32).itemsize
+    if budget < least:
+        raise UsageError(
+            f"--memory {size(budget)} is too little for {width:,} values an image; give {size(least)} or more"
+        )
 
 
 def available_memory() -> int:

@@ -17,9 +17,10 @@ from threadpoolctl import threadpool_limits
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
 from featurepipe.heads.families import make_head
+from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
+    from featurepipe.cluster import SpreadFeatures
     from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]
@@ -82,7 +83,7 @@ class Calibration:
 def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | None = None) -> BaseEstimator:
     """Fits the recipe's head on some rows of the task, in memory or from blocks as the task's cost says."""
     head = recipe.make(out_of_core=task.cost.solver == "blocks", memory=task.cost.budget_bytes)
-    features = task.features.take(rows)
+    features = task.rows(rows)
     start = time.perf_counter()
     with refusals(recipe.head):
         _fit(head, features, task)
@@ -102,8 +103,8 @@ def refusals(head: str) -> Iterator[None]:
         raise UsageError(f"{head} cannot be fitted: {error}") from error
 
 
-def _fit(head: BaseEstimator, features: FeatureSet, task: Task) -> None:
-    if task.cost.solver == "blocks":
+def _fit(head: BaseEstimator, features: FeatureSet | SpreadFeatures, task: Task) -> None:
+    if task.cost.solver == "blocks" or not isinstance(features, FeatureSet):
         head.fit(features, features.labels)
     else:
         with threads_for(features.shape), constant_columns():
@@ -146,7 +147,7 @@ def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibra
         return None
     codes = renumbered[task.codes[rows]]
     with refusals(recipe.head):
-        scores = class_scores(head, task.features.take(rows))
+        scores = class_scores(head, task.rows(rows))
     temperature = fit_temperature(scores, codes)
     before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
     if len(rows) < ENOUGH:

@@ -20,6 +20,7 @@ from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe
 from featurepipe.training.inputs import Inputs
+from featurepipe.training.on_cluster import described
 from featurepipe.training.settle import Task
 from featurepipe.training.target import clear_torn
 from featurepipe.training.tuning import Search
@@ -53,6 +54,7 @@ def publish(
         "labels": labels,
         "inputs": inputs.as_dict(),
         "search": search.as_dict() if search else None,
+        "cluster": described(task.team),
         "when": now(),
         "seconds": round(seconds, 2),
     }
@@ -148,6 +150,7 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
     codes = features.codes(bundle.classes)
     if not (codes >= 0).any():
         return None
-    known = features.take(np.flatnonzero(codes >= 0))
-    probabilities, truth = bundle.probabilities(known), codes[codes >= 0]
-    return score_table(probabilities, truth, bundle.classes, ids=known.ids, bootstrap=bootstrap, seed=task.seed)
+    known = rows[codes >= 0]
+    probabilities, truth = bundle.probabilities(task.rows(known)), codes[codes >= 0]
+    ids = task.features.take(known).ids
+    return score_table(probabilities, truth, bundle.classes, ids=ids, bootstrap=bootstrap, seed=task.seed)

@@ -15,13 +15,14 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
-from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_route, time_of
+from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import Recipe, fit
 from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
 from featurepipe.training.splits import Division, Fold, class_counts, divide, folds_of
-from featurepipe.training.tuning import MOST_ROWS, grid_size
+from featurepipe.training.tuning import MOST_ROWS, grid_size, steps_of
 
 if TYPE_CHECKING:
+    from featurepipe.cluster import SpreadFeatures, Team
     from featurepipe.store.views import FeatureSet
 
 FOLDS = 5
@@ -39,6 +40,7 @@ class Task:
         cost: memory and time, and so how the fits run.
         unlabelled: images left out because they have no label.
         seed: of all draws.
+        team: whose workers do what can be done elsewhere; None to do all here.
     """
 
     features: FeatureSet
@@ -48,6 +50,16 @@ class Task:
     cost: Cost
     unlabelled: int
     seed: int
+    team: Team | None = None
+
+    def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
+        """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
+        chosen = self.features.take(positions)
+        if self.team is None or self.cost.cluster is None:
+            return chosen
+        from featurepipe.cluster import spread
+
+        return spread(chosen, self.team)
 
     def folds(self) -> Sequence[Fold]:
         """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
@@ -103,6 +115,7 @@ def settle(
     calibration: bool,
     tune: bool,
     memory: int | str | None,
+    cluster: str | None = None,
     say: Callable[[str], None],
 ) -> Task:
     """Settles what is learned from and how, without fitting anything; see `featurepipe.train` for the arguments.
@@ -129,9 +142,7 @@ def settle(
         classes=classes,
         codes=features.codes(classes),
         division=division,
-        cost=choose_route(
-            recipe.head, len(division.final), features.shape[1], bytes_of(memory or available_memory() // 2)
-        ),
+        cost=_route(recipe, len(division.final), features.shape[1], memory, cluster, say),
         unlabelled=found.unlabelled,
         seed=recipe.seed,
     )
@@ -140,11 +151,28 @@ def settle(
 
 
 def timed(task: Task, recipe: Recipe, *, calibration: bool, tune: bool, say: Callable[[str], None]) -> Task:
-    """The task with an estimate of how long its fits will take, from small ones."""
+    """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
     tries = grid_size(recipe) * len(task.folds()) if tune else 0
-    task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
+    if task.cost.cluster is None:
+        task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
+    else:
+        task = replace(task, cost=replace(task.cost, fits=1 + calibration + tries))
     say(task.cost.text)
     return task
+
+
+def _route(
+    recipe: Recipe, rows: int, width: int, memory: int | str | None, cluster: str | None, say: Callable[[str], None]
+) -> Cost:
+    """Here or on the cluster; and if here, in memory or from blocks."""
+    if cluster is not None:
+        exact = getattr(steps_of(recipe.make(out_of_core=True))[-1][1], "exact_rows", 0)
+        if HEADS[recipe.head].out_of_core and rows > exact:
+            limit = None if memory is None else bytes_of(memory)
+            return choose_on_cluster(recipe.head, rows, width, limit, cluster)
+        why = f"is exact up to {exact:,} images" if exact else "keeps all rows in one place"
+        say(f"{recipe.head} {why}: it is fitted here, not on the cluster; only a search runs there")
+    return choose_route(recipe.head, rows, width, bytes_of(memory or available_memory() // 2))
 
 
 def _check(recipe: Recipe) -> None:

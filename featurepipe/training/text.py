@@ -24,12 +24,20 @@ def train_text(found: Mapping[str, Any]) -> str:
         found["split"],
         f"{found['head']} ({params or 'default parameters'}), {spoken(found['seconds'])} in all",
     ]
+    if found["cluster"]:
+        lines.append(_cluster(found["cluster"]))
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
     lines += _calibration_lines(found["calibration"])
     lines += _test_lines(found)
     lines.append(f"bundle {found['bundle']}")
     return "\n".join(lines)
+
+
+def _cluster(found: Mapping[str, Any]) -> str:
+    places = "1 machine" if found["hosts"] == 1 else f"{found['hosts']:,} machines"
+    workers = "1 worker" if found["workers"] == 1 else f"{found['workers']:,} workers"
+    return f"on the cluster {found['scheduler']}: {workers} on {places}"
 
 
 def _task_lines(found: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.training.fit import Recipe, calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
+from featurepipe.training.on_cluster import cluster_name, team_of
 from featurepipe.training.publish import publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.target import bundle_target
@@ -42,6 +44,7 @@ def train(
     seed: int = 0,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
     if_changed: bool = False,
+    cluster: Any = None,
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -73,6 +76,8 @@ def train(
         weights: the backbone's weights file, where it has one of your own; it is copied into the bundle. Where it is not
             known yet which feature space that is, a mapping from fingerprints of spaces to files.
         if_changed: train only if the bundle at ``out`` was made from other images, labels, columns or settings, or is missing.
+        cluster: where to fit instead of here, as `featurepipe.cluster.connect` takes it. Features are spread over its workers,
+            where the block solvers and xgboost learn; of a search, fits that a worker's memory is enough for run side by side.
         dry_run: say what would be done and what it would take; write nothing.
         silent: say nothing on the way.
 
@@ -84,11 +89,14 @@ def train(
         UsageError: an argument is wrong, or the labels cannot be learned from.
         StoreError: features are missing.
         BundleError: the target is a folder of something else.
+        ClusterError: there is no such cluster, none of its workers can be used, or too many of them were lost.
     """
     start = time.perf_counter()
     say = announcer(silent=silent)
     target = bundle_target(out)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    if cluster is not None:
+        source = FeatureStore(source.path.absolute(), create=False)  # workers have other working folders
     recipe = Recipe(head, dict(params or {}), pca, class_weight, seed)
     task = settle(
         source,
@@ -103,6 +111,7 @@ def train(
         calibration=calibration,
         tune=tune,
         memory=memory,
+        cluster=cluster_name(cluster),
         say=say,
     )
     inputs = inputs_of(task, recipe, tune=tune, calibration=calibration)
@@ -116,7 +125,9 @@ def train(
         return {**task.as_dict(), **asked}
     space = source.space(task.features.space_fingerprint)
     file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
-    with weights_copy(space, file) as own_weights:
+    elsewhere = tune or task.cost.cluster is not None
+    with weights_copy(space, file) as own_weights, team_of(cluster, source, say, needed=elsewhere) as team:
+        task = replace(task, team=team)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated = calibrate(task, chosen, say) if calibration else None

@@ -16,11 +16,12 @@ from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES
+from featurepipe.training.cost import BYTES_PER_VALUE
 from featurepipe.training.fit import constant_columns, refusals, threads_for
+from featurepipe.training.on_cluster import Pool, fits_at_once, tried_on
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
     from featurepipe.training.fit import Recipe
     from featurepipe.training.settle import Task
 
@@ -101,8 +102,7 @@ def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     if in_blocks and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
     else:
-        jobs = 1 if in_blocks else min(jobs, max(1, task.cost.budget_bytes // max(1, task.cost.in_memory_bytes)))
-        trials, how = _each_by_itself(task, recipe, folds, grid, jobs), f"each by itself, {jobs} at a time"
+        trials, how = _each_by_itself(task, recipe, folds, grid, jobs)
     rows = sum(map(len, folds[0]))
     where = f"{len(folds)} folds of {rows:,} images"
     if len(folds) == 1:
@@ -132,7 +132,8 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     from featurepipe.heads import fit_path
 
     checks = [check for _, check in folds]
-    features, folds = _pool(task, folds, parts=1)
+    rows, folds = _pool(folds, parts=1)
+    features = task.rows(rows)
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
     last.set_params(**ROUGH)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
@@ -140,7 +141,7 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     fitted = fit_path(last, ready, features.labels, Cs=values, folds=[rows for rows, _ in folds])
     accuracies = []
     for path, check in zip(fitted, checks, strict=True):
-        part = task.features.take(check)
+        part = task.rows(check)
         labels = part.labels
         accuracies.append([float(np.mean(Pipeline([*before, (name, head)]).predict(part) == labels)) for head in path])
     return [
@@ -151,25 +152,56 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
 
 def _each_by_itself(
     task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]], jobs: int
-) -> list[Trial]:
-    in_blocks = task.cost.solver == "blocks"
-    features, folds = _pool(task, folds, parts=2)
-    data: Any = features if in_blocks else features.numpy()  # joblib hands it to its workers as one memory map
+) -> tuple[list[Trial], str]:
+    """The trials, and how they were made: by the workers of a cluster in memory, if that is enough, else here."""
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
-    heads = [recipe.with_params(p).make(out_of_core=in_blocks, memory=task.cost.budget_bytes) for p in points]
-    with threads_for(features.shape) if jobs == 1 else nullcontext():
-        results = Parallel(n_jobs=jobs)(delayed(fit)(clone(head), data, *fold) for head in heads for fold in folds)
+    rows, places = _pool(folds, parts=2)
+    there = _at_once(task, recipe, rows, folds)
+    if task.team is not None and there:
+        pool = Pool(task.features.take(rows), places)
+        results = tried_on(task.team, pool, fit, _heads(_on_one_core(recipe), points), there)
+        how = f"each by itself, {there} at a time on the cluster"
+    elif task.cost.solver == "blocks":
+        data = task.rows(rows)
+        heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
+        results = [fit(clone(head), data, *place) for head in heads for place in places]
+        how = "each by itself, 1 at a time"
+    else:
+        jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
+        arrays = task.features.take(rows).numpy()  # joblib hands them to its workers as one memory map
+        heads = _heads(recipe, points, memory=task.cost.budget_bytes)
+        with threads_for(arrays[0].shape) if jobs == 1 else nullcontext():
+            tries = (delayed(fit)(clone(head), arrays, *place) for head in heads for place in places)
+            results = Parallel(n_jobs=jobs)(tries)
+        how = f"each by itself, {jobs} at a time"
     each = len(folds)
-    return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)]
+    return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)], how
 
 
-def _pool(task: Task, folds: Sequence[Fold], *, parts: int) -> tuple[FeatureSet, list[Fold]]:
+def _heads(recipe: Recipe, points: Sequence[Mapping[str, Any]], **options: Any) -> list[BaseEstimator]:
+    return [recipe.with_params(point).make(**options) for point in points]
+
+
+def _on_one_core(recipe: Recipe) -> Recipe:
+    """Where fits run beside each other, one of xgboost's must not take all cores."""
+    return recipe.with_params({"n_jobs": 1, **recipe.params}) if recipe.head == "xgboost" else recipe
+
+
+def _at_once(task: Task, recipe: Recipe, rows: Array, folds: Sequence[Fold]) -> int:
+    """How many fits in memory the workers can do at the same time; 0 if there are none, or too small ones."""
+    if task.team is None:
+        return 0
+    width = task.features.shape[1]
+    training = max(len(train) for train, _ in folds)
+    shared = len(rows) * width * np.dtype(np.float32).itemsize
+    return fits_at_once(task.team, shared, training * width * BYTES_PER_VALUE[recipe.head])
+
+
+def _pool(folds: Sequence[Fold], *, parts: int) -> tuple[Array, list[Fold]]:
     """The rows that the first ``parts`` parts of all folds need, and the folds as positions in them."""
     rows = np.unique(np.concatenate([part for fold in folds for part in fold[:parts]]))
-    return task.features.take(rows), [
-        (np.searchsorted(rows, train), np.searchsorted(rows, check)) for train, check in folds
-    ]
+    return rows, [(np.searchsorted(rows, train), np.searchsorted(rows, check)) for train, check in folds]
 
 
 def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[str, float]]]) -> Trial:
