@@ -1,0 +1,85 @@
+"""Measuring cells on the workers of a cluster: each a task, with what all of them need sent to a worker once."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from featurepipe.cluster import Team, one_at_a_time
+from featurepipe.layer_depth.probes import Cell, measure_fold
+from featurepipe.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurepipe.layer_depth.measure import Work
+    from featurepipe.layer_depth.study import Study
+
+COPIES = 6
+"""Times that a cell's features are in memory at once, as float32: read, standardised, in the fold's parts, in a solver."""
+
+
+class Task(NamedTuple):
+    """One column on one fold. Dask puts the study there before a worker begins, so that little travels with each task."""
+
+    number: int
+    network: str
+    columns: tuple[str, ...]
+    fold: int
+    heads: Sequence[str]
+    study: Any
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.columns)} of the {self.network} network on fold {self.fold}"
+
+
+def measured_on(
+    team: Team, study: Study, missing: Sequence[Work], *, wide: bool, stop: Callable[[], bool]
+) -> Iterator[tuple[Work, list[Cell]]]:
+    """Yields the cells of each column and fold as they come.
+
+    The study goes to the scheduler once and from there, and from worker to worker, to whoever needs it: a task like any other,
+    so that it is made again where a worker is lost.
+
+    Args:
+        team: the workers.
+        study: what is compared on what.
+        missing: what to measure.
+        wide: whether features are so many that a worker should put all its cores into one cell.
+        stop: asked between answers; may raise.
+
+    Raises:
+        ClusterError: no worker is left, or the scheduler is gone.
+    """
+    import dask
+
+    team.check(study.store.path)
+    threads = max((worker.threads for worker in team.workers()), default=1)
+    here = replace(study, store=FeatureStore(study.store.path.absolute()))
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}), team.reaching():
+        travelling = team.client.submit(pickle.loads, pickle.dumps(here), pure=False)
+    place = {(fold.seed, fold.number): number for number, fold in enumerate(study.folds)}
+    tasks = (
+        Task(number, work.network, work.columns, place[work.fold.seed, work.fold.number], work.heads, travelling)
+        for number, work in enumerate(missing)
+    )
+    ahead = 1 if wide else threads  # of the one that it works on
+    for task, cells in team.results(tasks, partial(_cells, wide=wide), stop=stop, in_flight_per_worker=ahead + 1):
+        yield missing[task.number], cells
+
+
+def _cells(task: Task, *, wide: bool) -> list[Cell]:
+    """A task, as it runs in a thread of a worker: on one core beside others, or alone on all of them."""
+    from distributed import get_worker
+    from threadpoolctl import threadpool_limits
+
+    study: Study = task.study
+    worker = get_worker()
+    threads, limit = worker.state.nthreads, worker.memory_manager.memory_limit
+    bytes_of_cell = 4 * COPIES * len(study.images) * sum(study.width(column) for column in task.columns)
+    alone = wide or bool(limit and threads * bytes_of_cell > limit)
+    with one_at_a_time() if alone else contextlib.nullcontext():
+        threadpool_limits(threads if alone else 1, user_api="blas")  # not undone: it holds for the whole process
+        return measure_fold(study.data(task.network, task.columns), study.folds[task.fold], task.heads)
