@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.cli.options import (
     Commands,
@@ -20,6 +21,11 @@ from featurepipe.cli.options import (
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError, unknown
 from featurepipe.summary import whole_runs
+
+if TYPE_CHECKING:
+    from featurepipe.store import FeatureStore
+
+Record = Mapping[str, Any]
 
 
 def add(commands: Commands) -> None:
@@ -38,10 +44,20 @@ def add(commands: Commands) -> None:
     add_cluster(command)
     add_quiet(command)
     add_json(command)
-    command = add_command(commands, "runs", runs, "the last runs of a store: when, of which job, how they ended")
+    command = add_command(
+        commands,
+        "runs",
+        runs,
+        "the last runs of a store: when, of which job, how they ended; or one run, or its rejects",
+    )
     add_store(command)
+    command.add_argument("run_id", nargs="?", metavar="RUN-ID", help="all of one run: an id, its beginning, or `last`")
     add_last(command, "runs", 30)
     command.add_argument("--job", metavar="NAME", help="only runs of this job")
+    command.add_argument(
+        "--rejects", action="store_true", help="the images that cannot be used now, why, and since which run"
+    )
+    command.add_argument("--dataset", metavar="NAME", help="of --rejects (default: all)")
     add_json(command)
 
 
@@ -68,11 +84,55 @@ def runs(args: Namespace) -> int:
     from featurepipe.jobs.text import runs_text
 
     store = existing_store(args)
+    if args.rejects:
+        return _rejects(args, store)
+    if args.dataset is not None:
+        raise UsageError("--dataset belongs to --rejects; runs are chosen with --job")
     records = store.runs()
     if args.job is not None:
         _check_job(args.job, {record["job"] for record in records if "job" in record}, store.path)
     chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
+    if args.run_id is not None:
+        return _one_run(args, chosen, records, store.path)
     show(args, chosen[-args.last :], runs_text)
+    return 0
+
+
+def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: Path) -> int:
+    from featurepipe.jobs.details import details_text
+
+    if not chosen:
+        raise UsageError(f"nothing has run in {store} yet; run: featurepipe run JOB.toml")
+    record = chosen[-1] if args.run_id == "last" else _named(args.run_id, chosen, records, store)
+    own = [part for part in records if part["run_id"] in record.get("extractions", ())]
+    show(args, record, lambda record: details_text(record, own))
+    return 0
+
+
+def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], store: Path) -> Record:
+    """The run of that id, or the only one whose id begins so: of those that are listed, else of all."""
+    exact = [record for record in records if record["run_id"] == run_id]
+    for some in (chosen, records):
+        exact = exact or [record for record in some if record["run_id"].startswith(run_id)]
+    if len(exact) == 1:
+        return exact[0]
+    if exact:
+        raise UsageError(
+            f"{len(exact)} runs begin with {run_id!r}: {', '.join(record['run_id'] for record in exact[:6])}"
+        )
+    newest = [record["run_id"] for record in reversed(records)]
+    raise unknown("run", run_id, ["last", *newest], where=str(store), see=f"featurepipe runs {store}")
+
+
+def _rejects(args: Namespace, store: FeatureStore) -> int:
+    from featurepipe.jobs.details import rejects_text
+    from featurepipe.jobs.rejected import current_rejects
+
+    datasets = store.datasets()
+    if args.dataset is not None and args.dataset not in datasets:
+        raise unknown("dataset", args.dataset, datasets, where=str(store.path), see=f"featurepipe info {store.path}")
+    chosen = datasets if args.dataset is None else [args.dataset]
+    show(args, [reject for dataset in chosen for reject in current_rejects(store, dataset)], rejects_text)
     return 0
 
 

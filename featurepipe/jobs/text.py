@@ -24,12 +24,12 @@ def summary_text(record: Mapping[str, Any]) -> str:
     """
     took = spoken(record.get("seconds", {}).get("wall", 0.0))
     lines = [
-        f"{record['job']}: {_ending(record)}",
-        f"{_minute(record['started'])} to {_minute(record['ended'])[-5:]} UTC, {took}, run {record['run_id']}",
+        f"{record['job']}: {ending(record)}",
+        f"{minute(record['started'])} to {minute(record['ended'])[-5:]} UTC, {took}, run {record['run_id']}",
         "",
-        *_images(record),
+        *image_lines(record),
         "",
-        *_steps(record["steps"]),
+        *step_lines(record["steps"]),
     ]
     warnings = record.get("warnings", [])
     lines += ["", *(f"warning: {text}" for text in warnings[:_WARNINGS_SHOWN])] if warnings else []
@@ -60,16 +60,20 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "dry run: nothing was changed"])
 
 
-def _ending(record: Mapping[str, Any]) -> str:
-    code, status = record["exit_code"], str(record["status"])
+def ending(record: Mapping[str, Any]) -> str:
+    """How a run ended; of one that has not, or of whose end nobody knows, how far that is known."""
+    code, status = record.get("exit_code"), status_of(record)
     rejects = ", with images that could not be used" if code == 3 else ""
-    failed = [step_name(entry) for entry in record["steps"] if entry["status"] == "failed"]
+    failed = [step_name(entry) for entry in record.get("steps", ()) if entry["status"] == "failed"]
     why = f": {', '.join(failed)}" if failed else ""
+    if code is None:
+        return status
     return f"{status.upper() if status in ('failed', 'interrupted') else status}{rejects}{why} (exit code {code})"
 
 
-def _images(record: Mapping[str, Any]) -> Iterator[str]:
-    counts, changes = record.get("counts", {}), record.get("changes", {})
+def image_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """What happened to the images."""
+    counts, changes = record.get("counts") or {}, record.get("changes") or {}
     kinds = [f"{changes[kind]:,} {kind.replace('_', ' ')}" for kind in _KINDS if changes.get(kind)]
     deleted = [f"{changes['deleted']:,} deleted"] if changes.get("deleted") else []
     yield f"{record.get('dataset') or '?'}: {counts.get('listed', 0):,} images listed"
@@ -82,7 +86,8 @@ def _images(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {record.get('images_per_second') or 0:,.1f} img/s; {record.get('verdict', '')}"
 
 
-def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def step_lines(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What became of each step."""
     names = list(map(step_name, steps))
     wide, widest = max(map(len, names), default=0), max((len(entry["status"]) for entry in steps), default=0)
     for name, entry in zip(names, steps, strict=True):
@@ -115,10 +120,10 @@ def _row(record: Mapping[str, Any]) -> list[object]:
     counts = record.get("counts", {})
     wall, code = record.get("seconds", {}).get("wall"), record.get("exit_code")
     return [
-        _minute(record.get("started", "?")),
+        minute(record.get("started", "?")),
         record.get("job", "-"),
         record.get("dataset") or "?",
-        _status(record),
+        status_of(record),
         "-" if code is None else code,  # of a run that has not ended, or was killed
         *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
         "-" if wall is None else duration(wall),
@@ -126,7 +131,7 @@ def _row(record: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def _status(record: Mapping[str, Any]) -> str:
+def status_of(record: Mapping[str, Any]) -> str:
     """How a run ended; of one that has not, whether it waits for its source."""
     status = str(record.get("status", "?"))
     return "waiting" if status == RUNNING and record.get("waiting") else status
@@ -139,5 +144,6 @@ def _estimate(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  about {spoken(found['seconds'])}, {size(sum(found['bytes_per_column'].values()))}"
 
 
-def _minute(stamp: str) -> str:
+def minute(stamp: str) -> str:
+    """A time without its seconds."""
     return stamp[:16].replace("T", " ")

@@ -66,17 +66,20 @@ def _line(row: Mapping[str, Any], dataset: str) -> str:
     return json.dumps(record) + "\n"
 
 
-def read_rejects(path: Path, *, dataset: str | None = None) -> pa.Table:
+def read_rejects(path: Path, *, dataset: str | None = None, first: bool = False) -> pa.Table:
     """Reads rejects, the latest of each (id, key); lines that were torn by a kill are passed over.
 
     Args:
         path: ``rejects.jsonl``; may be missing.
         dataset: Only those of this dataset.
+        first: The first of each (id, key) instead, whose run is the one that found it.
     """
     latest: dict[tuple[str, bytes | None], dict[str, Any]] = {}
     for record in _records(path):
         if dataset is None or record.get("dataset", "") == dataset:
             place = (record["id"], record["key"])
+            if first and place in latest:
+                continue
             latest.pop(place, None)
             latest[place] = record
     return pa.Table.from_pylist(list(latest.values()), schema=SCHEMA)

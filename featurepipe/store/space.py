@@ -174,9 +174,9 @@ class Space:
         ]
         return known_files(parts, self.rejects(dataset=dataset), ids, self._headers.mark_damaged)
 
-    def rejects(self, *, dataset: str | None = None) -> pa.Table:
-        """Reads the rejects, the latest of each (id, key): ``key, id, size, mtime_ns, reason, run_id``."""
-        return read_rejects(self.rejects_path, dataset=dataset)
+    def rejects(self, *, dataset: str | None = None, first: bool = False) -> pa.Table:
+        """Reads the rejects, the latest (or the ``first``) of each (id, key): ``key, id, size, mtime_ns, reason, run_id``."""
+        return read_rejects(self.rejects_path, dataset=dataset, first=first)
 
     def add_rejects(self, rows: Iterable[Mapping[str, Any]], *, dataset: str = "") -> None:
         """Appends rejects; see ``rejects.append_rejects``."""

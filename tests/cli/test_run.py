@@ -121,3 +121,40 @@ def test_a_store_without_runs(store, call):
         f"unknown job 'nightly': no job has run with {store.path} yet"
         in call("runs", store.path, "--job", "nightly").err
     )
+
+
+def test_one_run_by_its_id_its_beginning_or_as_the_last(nights, call):
+    first, *_, last = json.loads(call("runs", nights, "--json").out)
+    for name in (last["run_id"], last["run_id"][:-3], "last"):
+        assert json.loads(call("runs", nights, name, "--json").out) == last
+    (part,) = last["extractions"]
+    assert json.loads(call("runs", nights, part, "--json").out)["number"] == "part of 4"
+    weekly = json.loads(call("runs", nights, "last", "--job", "weekly", "--json").out)
+    assert weekly["number"] == 1
+    assert call("runs", nights, first["run_id"]).out.startswith(f"nightly: ?\n? UTC, run {first['run_id']}\n")
+
+
+def test_a_run_that_is_unknown_or_not_the_only_one(nights, call):
+    everything = json.loads(call("runs", nights, "--json").out)
+    many = call("runs", nights, everything[0]["run_id"][:4])
+    assert (many.code, many.out) == (2, "")
+    assert many.err.startswith(
+        f"featurepipe: 6 runs begin with {everything[0]['run_id'][:4]!r}: {everything[0]['run_id']}, "
+    )
+    wrong = call("runs", nights, "lsat")
+    assert (wrong.code, "unknown run 'lsat'" in wrong.err, "nearest: last" in wrong.err) == (2, True, True)
+
+
+def test_a_store_without_runs_has_no_last_one(store, call):
+    answer = call("runs", store.path, "last")
+    assert (answer.code, "nothing has run in" in answer.err) == (2, True)
+
+
+def test_rejects_of_all_datasets_or_of_one(nights, call, monkeypatch):
+    monkeypatch.setattr("featurepipe.store.FeatureStore.datasets", lambda self: ["birds", "cats"])
+    monkeypatch.setattr("featurepipe.jobs.rejected.current_rejects", lambda store, dataset: [{"dataset": dataset}])
+    assert json.loads(call("runs", nights, "--rejects", "--json").out) == [{"dataset": "birds"}, {"dataset": "cats"}]
+    assert json.loads(call("runs", nights, "--rejects", "--dataset", "cats", "--json").out) == [{"dataset": "cats"}]
+    unknown = call("runs", nights, "--rejects", "--dataset", "cat")
+    assert (unknown.code, "unknown dataset 'cat'" in unknown.err) == (2, True)
+    assert "--dataset belongs to --rejects" in call("runs", nights, "--dataset", "cats").err

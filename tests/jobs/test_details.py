@@ -1,0 +1,89 @@
+"""One run in full, and the images that cannot be used now."""
+
+import featurepipe as fp
+from featurepipe.jobs.details import details_text, rejects_text
+from featurepipe.jobs.rejected import current_rejects
+
+
+def extractions(pile, record):
+    return [run for run in pile.store.runs() if run["run_id"] in record["extractions"]]
+
+
+def test_a_night_in_full(pile):
+    pile.fill(3)
+    pile.write("bad.png", b"no image")
+    pile.job('[limits]\nmax_rejects = "50%"\n[compact]')
+    pile.run()
+    record = pile.run()
+    lines = details_text(record, extractions(pile, record)).splitlines()
+    assert lines[0] == "nightly: done, with images that could not be used (exit code 3)"
+    assert lines[1].endswith(f"run {record['run_id']}")
+    host = record["host"]
+    assert lines[2:4] == [f"on {host['name']}, pid {host['pid']}", f"job file: {pile.file}"]
+    assert "features: lenet5, weights none: c3, bottleneck" in lines
+    assert "limits: max_rejects 50%, max_gone 50%" in lines
+    assert "steps: compact" in lines
+    assert "  1 still rejected, 3 unchanged" in lines
+    place = lines.index("rejected: 1 image")
+    assert lines[place + 1].startswith("  bad.png: not-an-image: ")
+    assert any(line.startswith("compact         skipped") for line in lines)
+    assert any(line.startswith("versions: ") and f"torch {record['versions']['torch']}" in line for line in lines)
+
+
+def test_a_night_that_goes_on_and_one_that_was_killed(pile):
+    pile.fill(3)
+    record = pile.run()
+    gone = {name: value for name, value in record.items() if name != "ended"} | {"exit_code": None}
+    waiting = {"since": "2026-11-22T01:31:00+00:00", "why": "no share; trying again in 10 s, 1 of 5"}
+    lines = details_text({**gone, "status": "running", "waiting": waiting}).splitlines()
+    assert lines[0] == "nightly: waiting"
+    assert lines[2] == "waiting since 2026-11-22 01:31 UTC: no share; trying again in 10 s, 1 of 5"
+    assert details_text({**gone, "status": "killed"}).startswith("nightly: killed\n")
+
+
+def test_an_extraction_by_hand_in_full(pile):
+    pile.fill(2)
+    pile.write("bad.png", b"no image")
+    record = fp.extract(
+        pile.root, pile.folder / "features", backbone="lenet5", weights="none", max_rejects=1, silent=True
+    )
+    lines = details_text(record).splitlines()
+    assert lines[0] == "extract by hand: done, with images that could not be used (exit code 3)"
+    assert lines[3:5] == [f"source: {pile.root}", f"space: {record['space']}"]
+    assert "rejected: 1 image" in lines
+
+
+def test_rejects_since_the_run_that_found_them(pile):
+    pile.job('[limits]\nmax_rejects = "90%"')
+    pile.fill(2)
+    pile.write("bad.png", b"no image")
+    pile.write("worse.png", b"no image either")
+    first = pile.run()
+    pile.write("bad.png", b"still no image")
+    second = pile.run(retry_rejects=True)
+    third = pile.run(retry_rejects=True)
+    assert third["counts"]["rejected"] == 2
+    bad, worse = current_rejects(pile.store, "pile")
+    assert (bad["dataset"], bad["id"], bad["run"], bad["since"]) == (
+        "pile",
+        "bad.png",
+        second["run_id"],
+        second["started"],
+    )
+    assert (worse["id"], worse["run"], worse["since"]) == ("worse.png", first["run_id"], first["started"])
+    assert bad["reason"].startswith("not-an-image: ")
+    text = rejects_text([bad, worse]).splitlines()
+    assert text[0].split() == ["since", "(UTC)", "run", "image", "reason"]
+    assert text[1].split()[2:4] == [second["run_id"], "bad.png"]
+    pile.add("bad.png", 77)
+    (pile.root / "worse.png").unlink()
+    pile.run()
+    assert current_rejects(pile.store, "pile") == []
+    assert rejects_text([]) == "no image is rejected"
+
+
+def test_many_rejects_of_several_datasets():
+    rejects = [{"dataset": f"d{n % 2}", "id": f"i{n}", "reason": "x", "run": None, "since": None} for n in range(103)]
+    lines = rejects_text(rejects).splitlines()
+    assert (len(lines), lines[-1]) == (102, "and 3 more; all of them: --json")
+    assert lines[1].split() == ["?", "?", "d0", "i0", "x"]
