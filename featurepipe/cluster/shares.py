@@ -127,7 +127,24 @@ class WorkerShares:
 
     def _result(self, future: Future[Any]) -> Any:
         """Waits for an answer for as long as there is a cluster."""
-        from distributed import KilledWorker, wait
+        from distributed import CancelledError, KilledWorker
+
+        try:
+            self._wait(future)
+            return future.result()
+        except CancelledError as error:
+            raise ClusterError(
+                "the scheduler of the cluster is gone, and what its workers kept of the features with it; start it again, "
+                "then give the same command again"
+            ) from error
+        except KilledWorker as error:
+            raise ClusterError(
+                f"a share of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
+                "it needs more memory than they have. Use more workers, or give them more memory; see their logs"
+            ) from error
+
+    def _wait(self, future: Future[Any]) -> None:
+        from distributed import wait
 
         alone_since = time.monotonic()
         while not future.done():
@@ -138,15 +155,6 @@ class WorkerShares:
                     alone_since = time.monotonic()
                 elif time.monotonic() - alone_since > self.team.patience:
                     raise self.team.no_worker() from None
-        if future.cancelled():
-            raise self.team.lost()
-        try:
-            return future.result()
-        except KilledWorker as error:
-            raise ClusterError(
-                f"a share of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
-                "it needs more memory than they have. Use more workers, or give them more memory; see their logs"
-            ) from error
 
 
 def _add(one: Any, other: Any) -> Any:

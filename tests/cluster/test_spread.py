@@ -1,9 +1,7 @@
 """Heads on features that workers keep find what they find on one machine."""
 
 import os
-import sys
 
-import cloudpickle
 import numpy as np
 import pytest
 from sklearn.pipeline import make_pipeline
@@ -141,8 +139,6 @@ class NotHere(ArrayBlocks):
         assert os.getpid() != self.client, "materialised at the client"
         return super().read(dtype, rows=rows)
 
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 
 HEADS = [
     BlockRidgeClassifier(alpha=2.0),
