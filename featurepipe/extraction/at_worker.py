@@ -186,11 +186,11 @@ def measure_precision(
 
 
 def sample_rate(
-    network: Network, source: bytes, settings: Settings, workers: int | None, sample: Slice, desk: Desk
+    network: Network, source: bytes, settings: Settings, workers: int | None, images: int, sample: Slice, desk: Desk
 ) -> tuple[float | None, int]:
-    """Images per second of this process over some images, None without any usable one, and how many those were."""
+    """Images per second of this process over so many of a sample, None without any usable one, and how many those were."""
     ready = load_network(network, desk.threads)
     job = job_of(network, ready, open_travelled(source), settings, desk.machine(network, workers))
     listing = sample.table()
     plan = make_plan(listing, KNOWN_FILES.empty_table(), job.wanted, KeySet())
-    return time_sample(replace(job, plan=plan), max(1, sample.rows // 4))
+    return time_sample(replace(job, plan=plan), images)

@@ -127,7 +127,8 @@ class OnWorkers:
         """Has one worker time a sample, and takes the others to be as fast."""
         sample = Slice.of(0, 0, job.plan.listing.take(pa.array(job.plan.todo[: 4 * images])))
         network = self._network(job.backbone, job.columns, job.machine)
-        work = partial(worker_tasks.sample_rate, network, travelling(job.source), job.settings, self._options.workers)
+        source, workers = travelling(job.source), self._options.workers
+        work = partial(worker_tasks.sample_rate, network, source, job.settings, workers, images)
         rate, sampled = self._once(sample, work)
         return None if rate is None else rate * len(self._team.addresses()), sampled
 

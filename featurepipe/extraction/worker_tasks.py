@@ -33,11 +33,11 @@ def measure_precision(
 
 
 def sample_rate(
-    network: Network, source: bytes, settings: Settings, workers: int | None, sample: Slice
+    network: Network, source: bytes, settings: Settings, workers: int | None, images: int, sample: Slice
 ) -> tuple[float | None, int]:
     """Times a sample; see `at_worker.sample_rate`."""
     with one_at_a_time():
-        return at_worker.sample_rate(network, source, settings, workers, sample, this_desk())
+        return at_worker.sample_rate(network, source, settings, workers, images, sample, this_desk())
 
 
 def this_desk() -> Desk:
