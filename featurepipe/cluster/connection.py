@@ -61,7 +61,7 @@ def _team(client: Client, say: Callable[[str], None], table: ClusterTable) -> It
     try:
         yield team
     finally:
-        team.hide()
+        team.close()
 
 
 @contextmanager

@@ -139,8 +139,7 @@ class _Flow(Generic[T, R]):
     def _count_workers(self) -> None:
         before, self.workers = self.workers, self.team.addresses()
         for address in set(before).difference(self.workers, self.team.refused):
-            if not self.team.most:  # a cluster that grows and shrinks says nothing of it
-                self.team.say(f"worker {address} is gone; what it was doing is done elsewhere")
+            self.team.note_gone(address)
         if self.workers:
             self.alone_since = time.monotonic()
         elif self.pending and time.monotonic() - self.alone_since > self.team.patience:

@@ -6,9 +6,11 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import MappingProxyType
 from typing import Any
 
@@ -96,6 +98,7 @@ def local(table: ClusterTable) -> Any:
         "host": "127.0.0.1",
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": QUIET,
+        "preload": ["featurepipe.cluster.preload"],
     }
 
     class OnThisMachine(LocalCluster):
@@ -104,9 +107,24 @@ def local(table: ClusterTable) -> Any:
             return {name: _with_gpu(worker, gpus, int(name)) for name, worker in spec.items()}
 
     start: Any = OnThisMachine
-    cluster = start(n_workers=0, processes=True, **given | table.options)
+    with _signals_for_us_alone():
+        cluster = start(n_workers=0, processes=True, **given | table.options)
     scale(cluster, table.model_copy(update={} if table.is_adaptive else {"workers": most}))
     return cluster
+
+
+@contextmanager
+def _signals_for_us_alone() -> Iterator[None]:
+    """Threads that begin in the block, and their processes, take no SIGINT and SIGTERM.
+
+    A terminal and systemd send those to all processes; we hear them, and call the tasks back with what they have.
+    """
+    resource_tracker.ensure_running()  # when it starts, it lets those signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_gpu(worker: dict[str, Any], gpus: list[str], number: int) -> dict[str, Any]:

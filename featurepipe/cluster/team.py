@@ -33,6 +33,10 @@ TOLD_SECONDS = 5.0
 """From when on waiting for workers is told of."""
 
 
+_MEMORY_TOPIC = "worker-restart-memory"
+"""Where Dask's nannies tell of a worker that they ended because of its memory."""
+
+
 @dataclass(frozen=True)
 class WorkerFacts:
     """A worker that is there.
@@ -85,6 +89,8 @@ class Team:
         self.terms = Terms(tuple((name, text) for name, text in installed().items() if name in DIGITS))
         self._shown: dict[Path, Terms] = {}
         self._is_lost = False
+        self._too_large: set[str] = set()
+        client.subscribe_topic(_MEMORY_TOPIC, self._note_too_large)
 
     def addresses(self) -> list[str]:
         """Workers that are there now and are not refused; asks the scheduler."""
@@ -177,6 +183,18 @@ class Team:
             self.refused[address] = why
             self.say(f"worker {self._name(address)} is not used: {why}")
 
+    def note_gone(self, address: str) -> None:
+        """Says that a worker is gone, and why, where Dask knows."""
+        if address in self._too_large:
+            self.say(
+                f"worker {address} needed more memory than it may have and was ended; what it was doing is done elsewhere"
+            )
+        elif not self.most:  # a cluster that shrinks when there is less to do says nothing of it
+            self.say(f"worker {address} is gone; what it was doing is done elsewhere")
+
+    def _note_too_large(self, event: tuple[float, dict[str, Any]]) -> None:
+        self._too_large.add(str(event[1]["worker"]))
+
     def _known(self) -> dict[str, dict[str, Any]]:
         return dict(self._scheduler("identity", n_workers=-1)["workers"])
 
@@ -198,11 +216,13 @@ class Team:
         self._shown[folder] = Terms(self.terms.versions, str(token), secret)
         return self._shown[folder]
 
-    def hide(self) -> None:
-        """Removes the files that `check` put into stores."""
+    def close(self) -> None:
+        """Removes the files that `check` put into stores; the client stays as it is."""
         for shown in self._shown.values():
             Path(shown.token or "").unlink(missing_ok=True)
         self._shown.clear()
+        if not self.is_lost:
+            self.client.unsubscribe_topic(_MEMORY_TOPIC)
 
     def ask(
         self, question: Callable[[], Any], addresses: Iterable[str], seconds: float = ANSWER_SECONDS
