@@ -7,7 +7,7 @@ from typing import Any
 
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
-from featurepipe.tables import size, table
+from featurepipe.tables import counted, size, table
 
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
           "still_rejected", "unchanged")  # fmt: skip
@@ -49,7 +49,7 @@ def runs_text(records: Sequence[Mapping[str, Any]]) -> str:
 def plan_text(plan: Mapping[str, Any]) -> str:
     """What ``featurepipe run --dry-run`` prints."""
     lines = [
-        f"{plan['job']}: {plan['listed']:,} images in {plan['source']}, dataset {plan['dataset']} of {plan['store']}"
+        f"{plan['job']}: {counted(plan['listed'], 'image')} in {plan['source']}, dataset {plan['dataset']} of {plan['store']}"
     ]
     lines += [line for found in plan["features"] for line in _estimate(found)]
     seconds = "an unknown time" if plan["seconds"] is None else f"about {spoken(plan['seconds'])}"
@@ -76,7 +76,7 @@ def image_lines(record: Mapping[str, Any]) -> Iterator[str]:
     counts, changes = record.get("counts") or {}, record.get("changes") or {}
     kinds = [f"{changes[kind]:,} {kind.replace('_', ' ')}" for kind in _KINDS if changes.get(kind)]
     deleted = [f"{changes['deleted']:,} deleted"] if changes.get("deleted") else []
-    yield f"{record.get('dataset') or '?'}: {counts.get('listed', 0):,} images listed"
+    yield f"{record.get('dataset') or '?'}: {counted(counts.get('listed', 0), 'image')} listed"
     if kinds or deleted:
         yield f"  {'; '.join([', '.join(kinds), *deleted] if kinds else deleted)}"
     yield "  " + ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
@@ -113,7 +113,7 @@ def told(entry: Mapping[str, Any]) -> str:
             return str(text)
     if "counts" in result:
         return ", ".join(f"{result['counts'].get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
-    return f"{result['listed']:,} images" if "listed" in result else ""
+    return counted(result["listed"], "image") if "listed" in result else ""
 
 
 def _row(record: Mapping[str, Any]) -> list[object]:

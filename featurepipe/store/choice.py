@@ -21,6 +21,7 @@ from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space
 from featurepipe.store.views import FeatureSet
 from featurepipe.store.wide_rows import WideRows
+from featurepipe.tables import counted
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
@@ -172,9 +173,11 @@ def _missing(space: Space, lacking: dict[str, int], count: int, dataset: str) ->
     command = extract_command(store, dataset=dataset, backbone=space.backbone, notes=space.notes, node=first)
     more = "".join(f" --node {shlex.quote(column)}" for column in others)
     also = f" (and {', '.join(others)})" if others else ""
-    lost = f"; {len(space.damaged)} parts are damaged" if space.damaged else ""
+    damaged = len(space.damaged)
+    lost = f"; {counted(damaged, 'part')} {'is' if damaged == 1 else 'are'} damaged" if damaged else ""
+    images = f"{lacking[first]} of {counted(count, 'image')} of dataset {dataset!r}"
     return (
-        f"{lacking[first]} of {count} images of dataset {dataset!r} have no {first}{also} in {space.name}{lost}; "
+        f"{images} {'has' if lacking[first] == 1 else 'have'} no {first}{also} in {space.name}{lost}; "
         f"run: {command}{more}"
     )
 

@@ -15,6 +15,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
+from featurepipe.tables import counted
 from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import Recipe, fit
 from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
@@ -71,8 +72,9 @@ class Task:
         usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
         usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.codes[fold[0]])) > 1]
         if not usable:
+            images = counted(len(division.final), "training image")
             raise UsageError(
-                f"{len(division.final):,} training images are too few to tune on: no part of them can be set aside that "
+                f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
                 "leaves two classes; leave --tune out, or give more images"
             )
         return usable
@@ -220,8 +222,9 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
     few = [name for name, count in counts.items() if count < least]
     if few:
         where = int(np.flatnonzero(train.codes(classes) == classes.index(few[0]))[0])
+        have = "has" if len(few) == 1 else "have"
         raise UsageError(
-            f"{len(few)} of {len(classes)} classes have fewer than {least} training images, such as {few[0]!r} with "
+            f"{len(few)} of {len(classes)} classes {have} fewer than {least} training images, such as {few[0]!r} with "
             f"{counts[few[0]]} (id {train.ids[where]}); give more images, take the labels away, or accept them with "
             f"--min-class-size {min(counts[name] for name in few)}"
         )
@@ -258,8 +261,9 @@ def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
 
 def _counted(task: Task) -> str:
     counts = task.counts()
-    parts = [f"{counts['train']:,} images of {len(task.classes)} classes to train on"]
+    parts = [f"{counted(counts['train'], 'image')} of {len(task.classes)} classes to train on"]
     parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
-    parts += [f"{counts['duplicates']:,} copies among them"] if counts["duplicates"] else []
+    copies = counts["duplicates"]
+    parts += [f"{copies:,} {'copy' if copies == 1 else 'copies'} among them"] if copies else []
     return ", ".join(parts)

@@ -371,9 +371,9 @@ def test_compact_merges_once_and_waits_for_nobody(nights, rows, zoo):
     assert busy["skipped"] == "the store was not to be had alone: parts are merged the next night"
     assert "cannot rewrite parts" in busy["warnings"][0]
     done = steps.compact(night, CompactTable())
-    assert done["text"] == "2 parts into 1, 10 copies of rows dropped"
+    assert done["text"] == "2 parts into 1, 10 duplicate rows dropped"
     assert done["rows_dropped"] == 10
-    assert steps.compact(night, CompactTable())["skipped"] == "nothing to merge: 1 parts"
+    assert steps.compact(night, CompactTable())["skipped"] == "nothing to merge: 1 part"
 
 
 def run_ids(store):
@@ -388,7 +388,7 @@ def test_keep_lets_old_nights_go_with_what_only_they_needed(nights, rows, zoo):
     zoo.write(rows[:3], "other")
     night = nights.begin(rows[5:15])
     found = steps.keep(night, KeepTable(snapshots=2, runs=3))
-    assert found["text"].startswith("removed 4 snapshots, 6 run records, 4 rows of features: ")  # four nights stored it
+    assert found["text"].startswith("removed 4 snapshots, 6 run records, 4 rows that no snapshot needs: ")  # four nights stored it
     assert nights.store.snapshot_ids("zoo") == [night.before, night.extracted[0]["run_id"]]
     assert nights.store.snapshot_ids("other")
     kept = [*past[3:], night]

@@ -150,7 +150,9 @@ def test_images_that_changed_in_between_are_refused(wide, rows):
 def test_missing_columns_are_named_with_the_command(wide, rows):
     rows.write(wide, wide.spaces()[0], ["new"], columns=["a:gap"])
     rows.snapshot(wide, "d", [*NAMES, "new"])
-    with pytest.raises(StoreError, match=r"1 of 201 .* have no b:gap \(and c:map\) in .* --node b:gap --node c:map$"):
+    with pytest.raises(
+        StoreError, match=r"1 of 201 images .* has no b:gap \(and c:map\) in .* --node b:gap --node c:map$"
+    ):
         wide.features("d", node=COLUMNS)
 
 

@@ -8,6 +8,7 @@ from featurepipe.jobs.job import TrainTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.steps.tonight import snapshot_of
+from featurepipe.tables import counted
 
 
 def train(night: Night, table: TrainTable) -> dict[str, Any]:
@@ -64,10 +65,10 @@ def _components(pca: float | None) -> float | None:
 def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
     names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds")
-    images = f"{found['counts']['train']:,} images of {len(found['classes']):,} classes"
+    images = f"{counted(found['counts']['train'], 'image')} of {len(found['classes']):,} classes"
     told = {name: found[name] for name in names if name in found}
     if not found["test"]:
         return {**told, "text": f"trained on {images}; no test images"}
     accuracy = found["test"]["accuracy"]
-    text = f"trained on {images}; {accuracy['value']:.4f} right of {found['test']['images']:,} test images"
+    text = f"trained on {images}; {accuracy['value']:.4f} right of {counted(found['test']['images'], 'test image')}"
     return {**told, "accuracy": accuracy, "text": text}

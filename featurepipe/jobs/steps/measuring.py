@@ -16,6 +16,7 @@ from featurepipe.jobs.steps.history import last_result
 from featurepipe.jobs.steps.references import previous
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.steps.tonight import extraction_of, snapshot_of
+from featurepipe.tables import counted
 
 
 class Drifted(FeaturepipeError):
@@ -61,7 +62,7 @@ def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     if found["verdict"] == TOO_FEW:
         return {**found, "warnings": [], "skipped": "; ".join(found["warnings"])}
     told = _least(found)
-    result = {**found, "text": f"{found['verdict']}: {found['images']['new']:,} new images, {told}"}
+    result = {**found, "text": f"{found['verdict']}: {counted(found['images']['new'], 'new image')}, {told}"}
     if found["verdict"] == DRIFT:
         raise Drifted(
             f"new images are not like those of {found['reference']}: {told}; they are tested again every night until they "

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from featurepipe.jobs.job import PredictTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
+from featurepipe.tables import counted
 
 COMPARED = ("id", "key", "status")
 """Columns of a snapshot that tell what is new."""
@@ -47,7 +48,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
-    return {**found, **about, "text": f"{counts['predicted']:,} images labelled{unusable}, in {file.name}"}
+    return {**found, **about, "text": f"{counted(counts['predicted'], 'image')} labelled{unusable}, in {file.name}"}
 
 
 def snapshot_of(night: Night, network: str | None) -> str:

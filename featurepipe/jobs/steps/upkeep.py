@@ -14,7 +14,7 @@ from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.records import is_success
 from featurepipe.store.compact import compact_store
 from featurepipe.store.gc import gc_store, remove_runs
-from featurepipe.tables import size
+from featurepipe.tables import counted, size
 
 
 def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG001 - as every step
@@ -23,9 +23,10 @@ def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG00
     def work() -> dict[str, Any]:
         report = compact_store(night.store)
         if report.parts_before == report.parts_after and not report.rows_dropped:
-            return {**asdict(report), "skipped": f"nothing to merge: {report.parts_before:,} parts"}
-        copies = f", {report.rows_dropped:,} copies of rows dropped" if report.rows_dropped else ""
-        return {**asdict(report), "text": f"{report.parts_before:,} parts into {report.parts_after:,}{copies}"}
+            return {**asdict(report), "skipped": f"nothing to merge: {counted(report.parts_before, 'part')}"}
+        copies = f", {counted(report.rows_dropped, 'duplicate row')} dropped" if report.rows_dropped else ""
+        merged = f"{counted(report.parts_before, 'part')} into {report.parts_after:,}"
+        return {**asdict(report), "text": f"{merged}{copies}"}
 
     return _alone(night, work, "parts are merged the next night")
 
@@ -45,13 +46,13 @@ def keep(night: Night, table: KeepTable) -> dict[str, Any]:
         removed = remove_runs(night.store, old)
         found = {**asdict(report), "runs_removed": len(removed)}
         counts = {
-            "snapshots": report.snapshots_removed,
-            "run records": len(removed),
-            "rows of features": report.rows_dropped,
-            "leftover files": report.leftovers_removed,
-            "quarantined parts": report.quarantined_removed,
+            "snapshot": report.snapshots_removed,
+            "run record": len(removed),
+            "row that no snapshot needs": report.rows_dropped,
+            "leftover file": report.leftovers_removed,
+            "quarantined part": report.quarantined_removed,
         }
-        gone = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        gone = ", ".join(counted(count, what) for what, count in counts.items() if count)
         if not gone:
             return {**found, "skipped": "nothing to remove"}
         return {**found, "text": f"removed {gone}: {size(report.bytes_freed)}"}
