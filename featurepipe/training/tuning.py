@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
-from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES
+from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.training.cost import BYTES_PER_VALUE
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.on_cluster import Pool, fits_at_once, tried_on
@@ -98,8 +98,7 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
 def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     folds = _thinned(task.folds(), MOST_ROWS.get(recipe.head), task.seed)
     grid = _open_parameters(recipe)
-    in_blocks = task.cost.solver == "blocks"
-    if in_blocks and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
+    if _shares_passes(task, recipe, folds, grid):
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
     else:
         trials, how = _each_by_itself(task, recipe, folds, grid, jobs)
@@ -108,6 +107,15 @@ def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     if len(folds) == 1:
         where = f"{len(folds[0][0]):,} images, compared on {len(folds[0][1]):,} of the validation split"
     return Search(tuple(trials), rows, f"{len(trials)} sets of parameters, fitted on {where}; {how}")
+
+
+def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether one pass should serve all fits. Small ones are sooner fitted each by itself, if the workers of a cluster can."""
+    if task.cost.solver != "blocks" or recipe.head not in SHARED_PASSES or set(grid) != {"C"}:
+        return False
+    rows, _ = _pool(folds, parts=2)
+    small = len(rows) * task.features.shape[1] <= SMALL_VALUES
+    return not (small and _at_once(task, recipe, rows, folds))
 
 
 def grid_size(recipe: Recipe) -> int:

@@ -1,0 +1,165 @@
+"""Training on a cluster gives what training here gives."""
+
+import json
+
+import numpy as np
+import pytest
+
+from featurepipe.errors import ClusterError, UsageError
+from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.training import on_cluster, tuning
+from featurepipe.training.on_cluster import cluster_name, fits_at_once
+from featurepipe.training.text import cost_text, train_text
+from featurepipe.training.train import train
+
+NODES = ["a:gap", "b:gap"]
+CLOSE = {"logistic": 5e-3, "linear-svm": 1e-2}
+"""How far scores there and here may be apart, as a share of their spread, where scikit-learn's own solver stops early."""
+
+
+@pytest.fixture
+def pair(zoo, team, tmp_path):
+    """Trains twice, here and on the cluster; returns both records and both bundles."""
+
+    def train_(**options):
+        options = {"nodes": NODES, "silent": True, **options}
+        here = train(zoo.store, out=tmp_path / "here", **options)
+        there = train(zoo.store, out=tmp_path / "there", cluster=team, **options)
+        return here, there, read_bundle(tmp_path / "here"), read_bundle(tmp_path / "there")
+
+    return train_
+
+
+@pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "lda", "centroid", "knn", "rbf-svm"])
+def test_the_same_parameters_and_the_same_bundle_come_out(zoo, pair, head):
+    zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
+    here, there, one, other = pair(head=head, tune=True)
+    assert there["search"]["trials"] == here["search"]["trials"]
+    assert "2 at a time on the cluster" in there["search"]["how"]
+    assert there["params"] == here["params"]
+    expected, found = one.scores(zoo.features()), other.scores(zoo.features())
+    np.testing.assert_allclose(found, expected, atol=CLOSE.get(head, 1e-5) * expected.std())
+    assert there["calibration"]["temperature"] == pytest.approx(here["calibration"]["temperature"], rel=0.02)
+    assert there["test"]["accuracy"] == here["test"]["accuracy"]
+
+
+def test_trees_differ_as_little_as_between_two_seeds(zoo, pair, tmp_path):
+    zoo.write([*zoo.images("train", 300), *zoo.images("test", 100)])
+    here, there, one, other = pair(head="xgboost", params={"n_estimators": 60})
+    assert there["cost"]["cluster"] is not None
+    assert there["test"]["accuracy"]["value"] == pytest.approx(here["test"]["accuracy"]["value"], abs=0.03)
+    features = zoo.features().select(split="test")
+    again = train(
+        zoo.store, nodes=NODES, out=tmp_path / "b", head="xgboost", params={"n_estimators": 60}, seed=1, silent=True
+    )
+    assert again["params"] == here["params"]
+    seeds = np.abs(one.probabilities(features) - read_bundle(tmp_path / "b").probabilities(features)).mean()
+    assert np.abs(one.probabilities(features) - other.probabilities(features)).mean() < max(seeds, 0.01)
+
+
+def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
+    zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
+    monkeypatch.setattr(tuning, "SMALL_VALUES", 0)
+    monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
+    here, there, one, other = pair(head="logistic", tune=True)
+    for record in (here, there):
+        assert record["search"]["how"].endswith("all in shared passes over the data")
+    assert there["params"] == here["params"]
+    np.testing.assert_allclose(other.scores(zoo.features()), one.scores(zoo.features()), atol=1e-4)
+
+
+def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, monkeypatch):
+    zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
+    monkeypatch.setattr(on_cluster, "SHARE", 1e-9)
+    here, there, _, _ = pair(head="ridge", tune=True)
+    assert there["search"]["how"].endswith("each by itself, 1 at a time")
+    assert there["params"] == here["params"]
+
+
+@pytest.mark.slow
+def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair, monkeypatch):
+    zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
+    monkeypatch.setattr(on_cluster, "SHARE", 1e-9)
+    _, there, _, _ = pair(head="xgboost", params={"max_depth": 3, "min_child_weight": 1.0}, tune=True)
+    assert 1 < there["params"]["n_estimators"] < 1000
+
+
+def test_memory_decides_how_many_fits_there_are_at_a_time(team):
+    limit = team.workers()[0].memory_limit
+    assert fits_at_once(team, 0, 1) == 2  # one a thread
+    assert fits_at_once(team, int(0.5 * limit), int(0.05 * limit)) == 2
+    assert fits_at_once(team, int(0.5 * limit), int(0.2 * limit)) == 0
+
+
+def test_the_bundle_names_the_cluster(zoo, pair):
+    zoo.write([*zoo.images("train", 30), *zoo.images("test", 10)])
+    here, there, one, other = pair(head="ridge")
+    assert here["cluster"] is None is one.training["cluster"]
+    assert there["cluster"] == {"scheduler": there["cost"]["cluster"], "workers": 2, "threads": 2, "hosts": 1}
+    assert other.training["cluster"] == there["cluster"]
+    assert f"on the cluster {there['cluster']['scheduler']}: 2 workers on 1 machine" in train_text(there)
+
+
+def test_a_dry_run_says_where_and_connects_to_nobody(zoo, tmp_path):
+    zoo.write(zoo.images("train", 30))
+    options = {"nodes": NODES, "out": tmp_path / "b", "cluster": "tcp://127.0.0.1:9", "dry_run": True, "silent": True}
+    found = train(zoo.store, **options)
+    assert "spread over the workers of tcp://127.0.0.1:9: blocks" in cost_text(found)
+    assert found["cost"]["cluster"] == "tcp://127.0.0.1:9"
+    assert "in memory, scikit-learn" in cost_text(train(zoo.store, head="knn", **options))
+    with pytest.raises(UsageError, match=r"--memory 2.0 kB is too little"):
+        train(zoo.store, memory="2kB", **options)
+
+
+def test_what_cannot_be_spread_is_fitted_here_and_says_so(zoo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.5)
+    zoo.write(zoo.images("train", 30))
+    options = {"nodes": NODES, "out": tmp_path / "b", "cluster": "tcp://127.0.0.1:9"}  # where nobody is
+    assert train(zoo.store, head="knn", **options)["cluster"] is None
+    assert "knn keeps all rows in one place: it is fitted here" in capsys.readouterr().err
+    assert train(zoo.store, head="rbf-svm", **options)["cluster"] is None
+    assert "rbf-svm is exact up to 20,000 images: it is fitted here" in capsys.readouterr().err
+    assert train(zoo.store, head="rbf-svm", params={"exact_rows": 10}, dry_run=True, **options)["cost"]["cluster"]
+    with pytest.raises(ClusterError, match="no scheduler answers"):
+        train(zoo.store, head="ridge", **options)
+    with pytest.raises(UsageError, match="names no cluster"):
+        train(zoo.store, head="ridge", **{**options, "cluster": "nowhere"})
+
+
+def test_the_command_line_trains_on_a_cluster(zoo, cli, cluster_address, tmp_path):
+    zoo.write([*zoo.images("train", 40), *zoo.images("test", 10)])
+    words = (
+        "train",
+        "store",
+        "--node",
+        "a:gap",
+        "--head",
+        "xgboost",
+        "--set",
+        "n_estimators=5",
+        "--out",
+        "b",
+        "--json",
+    )
+    done = cli(*words, "--scheduler", cluster_address, cwd=zoo.store.path.parent)  # a store named by a relative path
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["cluster"]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("cluster", "name"),
+    [
+        (None, None),
+        ("local:2", "local:2"),
+        ("tls://me:word@head:8786", "tls://head:8786"),
+        ("/home/me/cluster.toml", "cluster.toml"),
+        ({"scheduler": "tcp://head:8786"}, "tcp://head:8786"),
+        ({"kind": "slurm", "workers": 4}, "slurm"),
+    ],
+)
+def test_a_cluster_is_named_without_secrets(cluster, name):
+    assert cluster_name(cluster) == name
+
+
+def test_clients_and_teams_are_named_by_their_scheduler(team):
+    assert cluster_name(team) == cluster_name(team.client) == team.client.scheduler.address
