@@ -17,6 +17,7 @@ from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
+from featurepipe.layer_depth.timing import Timed, Timing
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
@@ -128,11 +129,11 @@ def depth(
             recommended = answers.recommend(study, measured)
             sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
             joined = _measure_joined(study, sets, recommended.best.head, run, silent=silent)
-    with clock.stage("describe"):
-        answer = document(
-            study, found, journal, measured, joined, recommended,
-            labels_name=_name_of(labels), with_map=report is not None, say=say,
-        )  # fmt: skip
+        with clock.stage("describe"):
+            answer = document(
+                study, found, journal, measured, joined, recommended, timing=_timed(found.timing(), team),
+                labels_name=_name_of(labels), with_map=report is not None, say=say,
+            )  # fmt: skip
     answer["provenance"] = provenance(study, found, clock.seconds, command)
     found.store.write_depth(answer)
     if report is not None:
@@ -166,6 +167,15 @@ def _team(cluster: Any, say: Callable[[str], None]) -> Iterator[Team | None]:
 
     with connect(cluster, say=say) as team:
         yield team
+
+
+def _timed(timing: Timing, team: Team | None) -> Timed:
+    """Timed where features are computed."""
+    if team is None:
+        return timing
+    from featurepipe.layer_depth.on_cluster import TimedThere
+
+    return TimedThere.on(team, timing)
 
 
 def _name_of(labels: Any) -> str | None:

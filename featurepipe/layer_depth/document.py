@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.details import details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
-from featurepipe.layer_depth.timing import least_disturbed
+from featurepipe.layer_depth.timing import Timed, least_disturbed
 from featurepipe.records import host, now, versions
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def document(
     joined: Sequence[Series],
     recommended: answers.Recommendation,
     *,
+    timing: Timed,
     labels_name: str | None,
     with_map: bool,
     say: Callable[[str], None],
@@ -39,13 +40,13 @@ def document(
         measured: single columns.
         joined: columns side by side.
         recommended: what came of it.
+        timing: how long the network takes up to each node.
         labels_name: of labels of the user's own.
         with_map: place the images in two dimensions, too.
         say: told what takes long.
     """
     say("comparing columns, and timing the network up to each")
     chosen, names = recommended.chosen, [column.column for column in study.columns]
-    timing = found.timing()
     times = least_disturbed(timing, journal)
     columns = [
         {

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
 
 from featurepipe.cluster import Team, one_at_a_time
+from featurepipe.errors import ClusterError
+from featurepipe.extraction.worker_tasks import this_desk
 from featurepipe.layer_depth.probes import Cell, measure_fold
+from featurepipe.layer_depth.timing import Timing
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.measure import Work
     from featurepipe.layer_depth.study import Study
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 COPIES = 6
 """Times that a cell's features are in memory at once, as float32: read, standardised, in the fold's parts, in a solver."""
@@ -66,20 +75,70 @@ def measured_on(
         for number, work in enumerate(missing)
     )
     ahead = 1 if wide else threads  # of the one that it works on
-    for task, cells in team.results(tasks, partial(_cells, wide=wide), stop=stop, in_flight_per_worker=ahead + 1):
-        yield missing[task.number], cells
+    flow = team.results(tasks, partial(_cells, wide=wide), stop=stop, in_flight_per_worker=ahead + 1)
+    with closing(flow) as answers:
+        for task, cells in answers:
+            yield missing[task.number], cells
 
 
 def _cells(task: Task, *, wide: bool) -> list[Cell]:
     """A task, as it runs in a thread of a worker: on one core beside others, or alone on all of them."""
-    from distributed import get_worker
-    from threadpoolctl import threadpool_limits
-
     study: Study = task.study
-    worker = get_worker()
-    threads, limit = worker.state.nthreads, worker.memory_manager.memory_limit
+    desk = this_desk()
     bytes_of_cell = 4 * COPIES * len(study.images) * sum(study.width(column) for column in task.columns)
-    alone = wide or bool(limit and threads * bytes_of_cell > limit)
-    with one_at_a_time() if alone else contextlib.nullcontext():
-        threadpool_limits(threads if alone else 1, user_api="blas")  # not undone: it holds for the whole process
+    alone = wide or bool(desk.memory and desk.threads * bytes_of_cell > desk.memory)
+    with one_at_a_time() if alone else nullcontext():
+        threadpool_limits(desk.threads if alone else 1, user_api="blas")  # not undone: it holds for the whole process
         return measure_fold(study.data(task.network, task.columns), study.folds[task.fold], task.heads)
+
+
+@dataclass(frozen=True)
+class TimedThere:
+    """A forward that a worker times, since that is where features are computed.
+
+    Attributes:
+        timing: what is timed.
+        team: the workers, of which any one will do.
+        about: key and description of the timing, as a worker gives them.
+    """
+
+    timing: Timing
+    team: Team
+    about: tuple[str, dict[str, Any]]
+
+    @classmethod
+    def on(cls, team: Team, timing: Timing) -> TimedThere:
+        """Has a worker say what it is."""
+        return cls(timing, team, _once(team, timing, _about))
+
+    @property
+    def key(self) -> str:
+        """See `Timing`."""
+        return self.about[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """See `Timing`."""
+        return self.about[1]
+
+    def measure(self) -> dict[str, Any]:
+        """See `Timing`; by a worker that has nothing else to do for us."""
+        return _once(self.team, self.timing, _times)
+
+
+def _once(team: Team, task: T, work: Callable[[T], R]) -> R:
+    with closing(team.results(iter([task]), work)) as answers:
+        for _, answer in answers:
+            return answer
+    raise ClusterError("no worker answered; give the same command again")
+
+
+def _about(timing: Timing) -> tuple[str, dict[str, Any]]:
+    with one_at_a_time():
+        torch.set_num_threads(this_desk().threads)
+        return timing.key, timing.as_dict()
+
+
+def _times(timing: Timing) -> dict[str, Any]:
+    with one_at_a_time():
+        torch.set_num_threads(this_desk().threads)
+        return timing.measure()

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
-from featurepipe.extraction.machine import Machine, settle_machine
+from featurepipe.extraction.machine import Machine
+from featurepipe.extraction.on_cluster import place_of
+from featurepipe.extraction.options import Options
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
 from featurepipe.layer_depth.timing import FEW, Timing
@@ -141,10 +143,11 @@ class Extracted:
 
 def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
     """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
-    machine = settle_machine(
-        extraction.get("device", AUTO), extraction.get("batch_size", AUTO), extraction.get("workers"),
-        extraction.get("decode", AUTO),
-    )  # fmt: skip
+    names = ("device", "batch_size", "workers", "decode")
+    options = Options(**{name: extraction[name] for name in names if name in extraction})
+    with place_of(extraction.get("cluster"), options, say) as place:
+        place.check(None)
+        machine = place.machine(options)
     if is_store(wanted.source):
         return _held(wanted, machine)
     return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth.journal import Journal, key_of
@@ -81,7 +81,21 @@ class Timing:
         )
 
 
-def least_disturbed(timing: Timing, journal: Journal) -> dict[str, Any]:
+class Timed(Protocol):
+    """A forward that is timed: by this process (`Timing`), or by a worker."""
+
+    @property
+    def key(self) -> str:
+        """Names all that the times depend on."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is timed, and where."""
+
+    def measure(self) -> dict[str, Any]:
+        """The times; see `Timing.measure`."""
+
+
+def least_disturbed(timing: Timed, journal: Journal) -> dict[str, Any]:
     """The times of all tries so far that waited least; tried again after an hour, while all were disturbed.
 
     So the same command says the same times again, and a machine that is always busy is not timed again and again.

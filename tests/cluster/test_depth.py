@@ -1,0 +1,195 @@
+"""A comparison of layers on a cluster: the numbers of a local one, each measured once, whoever was killed."""
+
+import pickle
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurepipe.cluster import connect
+from featurepipe.cluster.worker import Attempt, Terms
+from featurepipe.errors import ClusterError, Interrupted
+from featurepipe.interrupt import StopRequest
+from featurepipe.layer_depth import measure as measuring
+from featurepipe.layer_depth import on_cluster
+from featurepipe.layer_depth.depth import depth
+from featurepipe.layer_depth.journal import Journal
+from featurepipe.store import FeatureStore
+
+OPTIONS = {
+    "dataset": "halves", "backbone": "lenet5", "weights": "none", "nodes": ["c1", "f6"], "heads": ["logistic", "knn"],
+    "folds": 2, "seeds": 2, "silent": True, "extraction": {"precision": "fp32", "workers": 1, "batch_size": 8},
+}  # fmt: skip
+CELLS = 2 * 4
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Noise with a bright half, the left one or the upper one."""
+    root = tmp_path_factory.mktemp("halves")
+    for number in range(48):
+        values = np.random.default_rng(number).integers(0, 160, (32, 32))
+        values[(slice(None), slice(16)) if number % 2 else slice(16)] += 60
+        path = root / ("left" if number % 2 else "upper") / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def local(pictures, tmp_path_factory):
+    """The answer of a comparison without a cluster, and its store."""
+    store = tmp_path_factory.mktemp("local") / "store"
+    return depth(pictures, store, jobs=1, **OPTIONS), store
+
+
+def numbers(answer):
+    """All of an answer that is not about time or place."""
+    fixed = {
+        name: value for name, value in answer.items() if name not in {"provenance", "timing", "columns", "recommended"}
+    }
+    times = {"ms_per_image", "seconds"}
+    fixed["columns"] = [{k: v for k, v in column.items() if k not in times} for column in answer["columns"]]
+    fixed["recommended"] = {k: v for k, v in answer["recommended"].items() if k not in times}
+    fixed["results"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in answer["results"]]
+    return fixed
+
+
+def journal_of(store):
+    return Journal(FeatureStore(store).depth_journal("halves"))
+
+
+# The same numbers
+
+
+def test_all_numbers_are_those_of_a_local_comparison(pictures, local, team, tmp_path):
+    answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    assert numbers(answer) == numbers(local[0])
+    assert {worker.host for worker in team.workers()} == {answer["timing"]["host"]}
+    assert answer["timing"]["threads"] == 1
+    assert all(column["ms_per_image"] > 0 for column in answer["columns"])
+    assert answer["provenance"]["exit_code"] == 0
+    assert len(answer["provenance"]["runs"]) == 1
+
+
+def test_the_second_time_nothing_is_measured(pictures, local, team, monkeypatch):
+    """The journal of a local comparison serves one on a cluster."""
+    monkeypatch.setattr(on_cluster, "measured_on", lambda *_, **__: pytest.fail("measured again"))
+    answer = depth(pictures, local[1], cluster=team, **OPTIONS)
+    assert answer["results"] == local[0]["results"]  # the seconds, too
+
+
+def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypatch):
+    shutil.copytree(local[1], tmp_path / "store")
+    journal_of(tmp_path / "store").path.unlink()
+    monkeypatch.setattr(measuring, "SMALL_VALUES", 10)
+    given, original = [], on_cluster.measured_on
+
+    def spy(*args, wide, stop):
+        given.append(wide)
+        return original(*args, wide=wide, stop=stop)
+
+    monkeypatch.setattr(on_cluster, "measured_on", spy)
+    same = {name: OPTIONS[name] for name in ("dataset", "nodes", "heads", "folds", "seeds", "silent")}
+    answer = depth(FeatureStore(tmp_path / "store"), cluster=team, **same)
+    assert given == [True, True]  # single columns, and side by side
+    assert numbers(answer)["results"] == numbers(local[0])["results"]
+
+
+# What travels
+
+
+def test_little_travels_with_each_cell(pictures, local, team, monkeypatch, tmp_path):
+    """The study goes to the cluster once; a task names a column and a fold."""
+    sizes, original = [], team.results
+
+    def results(tasks, work, **options):
+        def watched():
+            for task in tasks:
+                if isinstance(task, on_cluster.Task):
+                    sizes.append(len(pickle.dumps((Attempt(work, Terms(())), task._replace(study=None)))))
+                yield task
+
+        return original(watched(), work, **options)
+
+    monkeypatch.setattr(team, "results", results)
+    depth(pictures, tmp_path / "store", cluster=team, **{**OPTIONS, "heads": ["knn"]})
+    assert len(sizes) >= CELLS
+    assert max(sizes) < 600
+
+
+# Stops, kills, resumption
+
+
+def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, team, tmp_path, monkeypatch):
+    request, original, kept = StopRequest(), Journal.add, []
+
+    def add(self, key, cells):
+        kept.append((key, [(cell.head, cell.seed, cell.fold) for cell in cells]))
+        original(self, key, cells)
+        if len(kept) == 3:
+            request.signalled(15)
+
+    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(measuring, "stop_on_signals", lambda: entered(request))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM: what was measured is kept"):
+        depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    assert 3 <= len(kept) < CELLS
+    request.signal_number = None
+    answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    assert numbers(answer) == numbers(local[0])
+    single = kept[:CELLS]
+    assert len(set(map(str, single))) == CELLS  # no cell was measured twice
+
+
+class entered:
+    def __init__(self, request):
+        self.request = request
+
+    def __enter__(self):
+        return self.request
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_cell_alone(pictures, local, processes, tmp_path, monkeypatch):
+    original, kept = Journal.add, []
+
+    def add(self, key, cells):
+        kept.append(key)
+        original(self, key, cells)
+        if len(kept) == 2:
+            processes.workers[0].kill()
+
+    monkeypatch.setattr(Journal, "add", add)
+    with connect(processes.address, say=print) as team:
+        team.wait_for_workers(2)
+        answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    assert numbers(answer) == numbers(local[0])
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_killed_ends_it_and_the_journal_goes_on(pictures, local, processes, tmp_path, monkeypatch):
+    original, kept = Journal.add, []
+
+    def add(self, key, cells):
+        kept.append(key)
+        original(self, key, cells)
+        if len(kept) == 2:
+            processes.scheduler.kill()
+
+    monkeypatch.setattr(Journal, "add", add)
+    with connect(processes.address, say=print) as team:
+        team.wait_for_workers(2)
+        start = time.monotonic()
+        with pytest.raises(ClusterError, match=r"the scheduler .*gone"):
+            depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+        assert time.monotonic() - start < 90
+    there = len(kept)
+    assert 2 <= there < CELLS
+    answer = depth(pictures, tmp_path / "store", jobs=1, **OPTIONS)  # here, with what the cluster has left
+    assert numbers(answer) == numbers(local[0])
