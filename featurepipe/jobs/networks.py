@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from featurepipe.backbones import load_backbone
 from featurepipe.errors import UsageError, WeightsNotFound, unknown
@@ -16,42 +16,35 @@ from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
 
 
-def check_networks(job: Job) -> None:
+def check_networks(job: Job, *, first: bool = False) -> None:
     """Looks at every network but the first, makes every head, and looks for the snapshot that drift is measured from.
 
-    The first network is looked at soon enough, by its extraction, whose failure leaves those of the others to be done.
+    In a night the first network is looked at soon enough, by its extraction, whose failure leaves those of the others to
+    be done.
+
+    Args:
+        job: the job.
+        first: look at the first network, too.
 
     Raises:
         UsageError: there is no such network, node, parameter of a head, or snapshot; a line each, with file and key.
         WeightsNotFound: weights are not at hand.
     """
     missing = list(_missing_snapshot(job))
-    if missing or any(named_problems(job, skip=1)):
+    if missing or any(named_problems(job, skip=0 if first else 1)):
         raise UsageError(told([*named_problems(job), *missing], job.file))
 
 
-def check_names(job: Job) -> None:
-    """Looks at all networks and heads, the first network too.
-
-    Raises:
-        UsageError: there is no such network, node, or parameter of a head; a line each, with file and key.
-    """
-    problems = list(named_problems(job))
-    if problems:
-        raise UsageError(told(problems, job.file))
-
-
-def named_problems(job: Job, wrong: Collection[str] = (), *, skip: int = 0) -> Iterator[Problem]:
+def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
     """What is wrong with the names of networks and nodes, and with the parameters of heads.
 
     Args:
         job: the job.
-        wrong: its tables that are known to be wrong, and are left out.
         skip: how many of the first networks are left out.
     """
-    for place, table in enumerate(job.features[skip:] if "features" not in wrong else (), start=skip):
+    for place, table in enumerate(job.features[skip:], start=skip):
         yield from _of_network(table, place)
-    for place, head in enumerate(job.train if "train" not in wrong else ()):
+    for place, head in enumerate(job.train):
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
         except UsageError as error:

@@ -12,7 +12,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.keys import in_keys
-from featurepipe.jobs.networks import check_names
+from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
 from featurepipe.jobs.taken import check_dataset
@@ -35,7 +35,7 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
         SourceError: the source cannot be listed.
         UsageError: a network or node is unknown, or the dataset is another source's.
     """
-    check_names(job)
+    check_networks(job, first=True)
     source = TonightsSource(job, StopRequest())()
     dataset = job.dataset or dataset_name(source.name)
     store = existing_store(job.store)

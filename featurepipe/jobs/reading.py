@@ -25,6 +25,8 @@ _STAND_INS: Mapping[str, Any] = MappingProxyType(
 def read_job(path: str | PathLike[str]) -> Job:
     """Reads a job file; relative paths in it are seen from its folder.
 
+    Names of networks and nodes are not looked up: that takes seconds, see `networks.check_networks`.
+
     Raises:
         UsageError: It cannot be read, or something in it is wrong. The message has a line for each problem: file, key, what
             was given, and the choices or the nearest name.
@@ -46,11 +48,7 @@ def read_job(path: str | PathLike[str]) -> Job:
         wrong = set()
     problems += [problem for check, tables in CHECKS if wrong.isdisjoint(tables) for problem in check(job)]
     if problems:
-        from featurepipe.jobs.networks import (
-            named_problems,
-        )  # loads torch, for the sake of one list of all that is wrong
-
-        raise UsageError(told([*problems, *named_problems(job, wrong)], path))
+        raise UsageError(told(problems, path))
     return job.read_from(Path(path))
 
 

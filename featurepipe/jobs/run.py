@@ -7,23 +7,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.cluster.table import checked_spec
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest, stop_on_signals
-from featurepipe.jobs.extractions import Extractions
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import Held, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
-from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.night import Night
-from featurepipe.jobs.plan import plan_job
 from featurepipe.jobs.reading import read_job
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
 from featurepipe.jobs.schedule import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Step, steps_of
 from featurepipe.jobs.tonights_team import tonights_team
 from featurepipe.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurepipe.jobs.extractions import Extractions
 
 
 def run_job(
@@ -62,11 +62,15 @@ def run_job(
     cluster = job.cluster if cluster is None else checked_spec(cluster)
     with job_log(job.name, log_format=log_format, silent=silent) as log:
         if dry_run:
-            check_networks(job)
+            from featurepipe.jobs.plan import plan_job
+
             return plan_job(job, file, retry_rejects=retry_rejects, silent=silent)
         store = FeatureStore(job.store)
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
             with stop.at_once(before="anything was done"):
+                from featurepipe.jobs.extractions import Extractions  # load torch, which takes a while
+                from featurepipe.jobs.networks import check_networks
+
                 check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
             with log.about(run_id=record.run_id), record.kept(), tonights_team(cluster, log.say) as team:

@@ -87,12 +87,6 @@ prometheus = "~/featurepipe.prom"
 """
 
 
-@pytest.fixture(autouse=True)
-def _sound_networks(monkeypatch):
-    """To look at resnet50 takes a second, and nothing is wrong with it; tests/jobs/test_networks.py does look."""
-    monkeypatch.setattr("featurepipe.jobs.networks.named_problems", lambda job, wrong: iter(()))
-
-
 @pytest.fixture
 def read(tmp_path):
     def reading(text, name="nightly.toml"):
