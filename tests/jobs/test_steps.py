@@ -388,7 +388,9 @@ def test_keep_lets_old_nights_go_with_what_only_they_needed(nights, rows, zoo):
     zoo.write(rows[:3], "other")
     night = nights.begin(rows[5:15])
     found = steps.keep(night, KeepTable(snapshots=2, runs=3))
-    assert found["text"].startswith("removed 4 snapshots, 6 run records, 4 rows that no snapshot needs: ")  # four nights stored it
+    assert found["text"].startswith(
+        "removed 4 snapshots, 6 run records, 4 rows that no snapshot needs: "
+    )  # four nights stored it
     assert nights.store.snapshot_ids("zoo") == [night.before, night.extracted[0]["run_id"]]
     assert nights.store.snapshot_ids("other")
     kept = [*past[3:], night]
