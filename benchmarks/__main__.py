@@ -3,7 +3,15 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("bench_store", "bench_rerun", "bench_nightly", "bench_extract", "bench_heads", "layer_depth")
+BENCHMARKS = (
+    "bench_store",
+    "bench_rerun",
+    "bench_nightly",
+    "bench_extract",
+    "bench_heads",
+    "layer_depth",
+    "bench_cluster",
+)
 
 for name in BENCHMARKS:
     arguments = sys.argv[1:] or ["--record"]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--backbone", "resnet18", "--precision", "fp32"]
-ARGUMENTS = {"bench_extract": SMALL, "layer_depth": [*SMALL, "--weights", "none"]}
+ARGUMENTS = {"bench_extract": SMALL, "bench_cluster": SMALL, "layer_depth": [*SMALL, "--weights", "none"]}
 
 
 @pytest.mark.slow
@@ -23,6 +23,7 @@ ARGUMENTS = {"bench_extract": SMALL, "layer_depth": [*SMALL, "--weights", "none"
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
+        ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),
     ],
 )
@@ -48,3 +49,27 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
         assert result["daily_s"].keys() == {"one_night", "many_nights"}
         # two run records: the snapshot is another name of the last one, which takes 32 bytes an image
         assert 0 < result["bytes_added_a_night"] < 32 * result["files"]
+    elif name == "bench_cluster":
+        check_cluster(result)
+
+
+def check_cluster(result):
+    extraction, fit, passes = (result[part] for part in ("extraction", "fit", "passes"))
+    assert extraction["largest_difference"] < 1e-3  # by workers the features are those of one machine
+    # the script's features pass through the scheduler twice; of ours only ids, keys and the like, and what a task needs
+    features = 2 * 4 * extraction["width"]
+    assert extraction["script_traffic_per_image"] > features
+    assert 2 * (32 + 2) < result["handing_out"]["traffic_per_image"] < 200
+    assert fit["workers_survived"]
+    assert fit["objective_gap"] < 1e-6
+    assert all(idle < peak < fit["limits_mb"] for idle, peak in zip(fit["idle_mb"], fit["peak_mb"], strict=True))
+    for kind in ("few_classes", "many_classes"):
+        assert 1 <= passes[kind]["moved_of_minimum"] < 1.3
+    assert [model["workers"] for model in result["model"]] == [8, 64]
+    for model in result["model"]:
+        used = list(model["used"].values())
+        assert used == sorted(used, reverse=True)
+        hours = 100e6 / (model["workers"] * 2500) / 3600
+        assert model["extraction"]["hours"] == pytest.approx(
+            hours * (1 + max(0, result["costs"]["overhead"])), abs=0.02
+        )
