@@ -39,14 +39,14 @@ def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     Raises:
         Drifted: a p-value is below ``fail``.
     """
-    from featurepipe.monitoring.drift import drift as run
-    from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
-
     snapshot = snapshot_of(night, None)
     reference = previous(night) if table.reference == "previous" else table.reference
     if reference is None:
         why = "the first night: there is nothing to compare with"
         return {"reference": None, "snapshot": snapshot, "skipped": why}
+    from featurepipe.monitoring.drift import drift as run
+    from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
+
     found = run(
         night.store,
         dataset=night.dataset,
