@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import Reject
+from featurepipe.store.locks import locked
 from featurepipe.tables import size, table
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -221,10 +222,16 @@ def writable(folder: Path) -> Check:
             file.write(b"featurepipe")
             file.flush()
             os.fsync(file.fileno())
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_locks = locked(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        step = f"name another folder with --store, or make {place} writable, on a file system with locks (flock)"
+        step = f"name another folder with --store, or make {place} writable"
         return Check("writable", PROBLEM, f"{place}: {error.strerror or error}", step)
+    if not has_locks:
+        step = (
+            "extract and run work here (one run of a job at a time, by a lease), compact and gc do not; mount it with locks "
+            "(flock), or name a folder on another file system with --store"
+        )
+        return Check("writable", WARNING, f"{place}: write and fsync work; no locks", step)
     return Check("writable", OK, f"{place}: write, fsync and lock work")
 
 

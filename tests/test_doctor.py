@@ -90,16 +90,32 @@ def test_not_writable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "name"), [(os, "fsync"), (fcntl, "flock")])
-def test_a_disk_without_sync_or_locks(
+def test_a_disk_that_does_not_sync_or_lock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: object, name: str
 ) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(place, name, refuse)
     check = doctor.writable(tmp_path)
-    assert (check.status, check.found) == (PROBLEM, f"{tmp_path}: No locks available")
+    assert (check.status, check.found) == (PROBLEM, f"{tmp_path}: Input/output error")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_worth_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """Features are added there all the same, and a job has its lease."""
+
+    def none(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    check = doctor.writable(tmp_path)
+    assert (check.status, check.found) == (WARNING, f"{tmp_path}: write and fsync work; no locks")
+    assert "compact and gc do not" in check.next_step
+    assert doctor.Report((check,)).healthy
 
 
 @pytest.mark.parametrize(("free", "status"), [(1_999_999_999, WARNING), (2_000_000_000, OK)])
