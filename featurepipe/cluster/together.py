@@ -71,7 +71,8 @@ def together(
         FeaturepipeError: What the work raised.
     """
     tries = 0
-    with _alone(team):
+    # An actor asks for the current client, and a program may have several.
+    with team.client.as_current(), _alone(team):
         while True:
             tries += 1
             try:
@@ -138,6 +139,7 @@ def _opened(party: _Party, desk: Callable[[str, int], Any]) -> tuple[Any, dict[s
         made = party.team.client.submit(
             desk, get_address_host(first), len(party.kept), actor=True, workers=[first], pure=False
         )
+    _await(party.team, {first: made})
     try:
         opened = made.result(timeout=ANSWER_SECONDS)
         return opened, opened.told().result(timeout=ANSWER_SECONDS)
@@ -148,19 +150,8 @@ def _opened(party: _Party, desk: Callable[[str, int], Any]) -> tuple[Any, dict[s
 
 
 def _answers(team: Team, tasks: dict[str, Future[Any]]) -> list[Any]:
-    """Waits until all have come back, or one cannot."""
-    from distributed import wait
-
-    while not all(task.done() for task in tasks.values()):
-        lost = set(tasks).difference(team.addresses())
-        if lost:
-            raise _Failed(f"worker {', '.join(sorted(lost))} was lost")
-        _check(team, tasks)
-        try:
-            wait(list(tasks.values()), timeout=_LOOK_SECONDS)
-        except TimeoutError:
-            continue
-    _check(team, tasks)
+    """What all came back with."""
+    _await(team, tasks)
     answers: list[Answer[Any]] = [task.result() for task in tasks.values()]
     for answer in answers:
         if answer.refused:
@@ -173,14 +164,28 @@ def _answers(team: Team, tasks: dict[str, Future[Any]]) -> list[Any]:
     return [answer.value for answer in answers]
 
 
-def _check(team: Team, tasks: dict[str, Future[Any]]) -> None:
-    """Raises if a task has failed in a way that another try may avoid."""
-    for worker, task in tasks.items():
-        if task.status in {"cancelled", "lost"}:
-            raise team.lost()
-        if task.status == "error":
-            error = task.exception()
-            raise _Failed(f"worker {worker} failed ({type(error).__name__}: {_line(error)})") from error
+def _await(team: Team, tasks: dict[str, Future[Any]]) -> None:
+    """Waits until all tasks are done.
+
+    Raises:
+        _Failed: one cannot be: its worker is lost, or it failed in a way that another try may avoid.
+    """
+    from distributed import wait
+
+    done = False
+    while not done:
+        lost = set(tasks).difference(team.addresses())
+        if lost:
+            raise _Failed(f"worker {', '.join(sorted(lost))} was lost")
+        with suppress(TimeoutError):
+            wait(list(tasks.values()), timeout=_LOOK_SECONDS)
+        done = all(task.done() for task in tasks.values())
+        for worker, task in tasks.items():
+            if task.status in {"cancelled", "lost"}:
+                raise team.lost()
+            if task.status == "error":
+                error = task.exception()
+                raise _Failed(f"worker {worker} failed ({type(error).__name__}: {_line(error)})") from error
 
 
 def _cause(errors: Sequence[FeaturepipeError]) -> FeaturepipeError:
