@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -177,7 +178,7 @@ def _await(team: Team, tasks: dict[str, Future[Any]]) -> None:
         lost = set(tasks).difference(team.addresses())
         if lost:
             raise _Failed(f"worker {', '.join(sorted(lost))} was lost")
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, CancelledError):
             wait(list(tasks.values()), timeout=_LOOK_SECONDS)
         done = all(task.done() for task in tasks.values())
         for worker, task in tasks.items():
@@ -217,10 +218,8 @@ def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
     running = [task for worker, task in zip(party.kept, tasks, strict=False) if worker in there]
     deadline = time.monotonic() + ANSWER_SECONDS
     while not all(task.done() for task in running) and time.monotonic() < deadline:
-        try:
+        with suppress(TimeoutError, CancelledError):
             wait(running, timeout=_LOOK_SECONDS)
-        except TimeoutError:
-            continue
     for task in tasks:
         task.cancel()
 

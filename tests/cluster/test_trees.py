@@ -14,6 +14,7 @@ from featurepipe.cluster import connect, spread
 from featurepipe.cluster.together import TRIES, together
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.heads import BoostedTrees, make_head
+from featurepipe.training.train import train
 
 LEARN = slice(0, 1200)
 CHECK = slice(1200, None)
@@ -183,3 +184,17 @@ def test_a_worker_killed_while_trees_grow_costs_another_try(own_team, said, digi
     assert said == [f"worker {lost} was lost; those that are left begin this again"]
     assert head.booster_.num_boosted_rounds() == 400
     assert (head.predict(features) == labels).mean() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("while_", ["trees grow", "a search runs"])
+def test_a_scheduler_killed_meanwhile_ends_it_with_the_next_step(processes, zoo, tmp_path, while_):
+    zoo.write([*zoo.images("train", 2000)])
+    trees_ = {"head": "xgboost", "params": {"n_estimators": 20000}}
+    slow = trees_ if while_ == "trees grow" else {"head": "rbf-svm", "tune": True}
+    ended = threading.Timer(8, processes.scheduler.kill)
+    ended.start()
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match=r"the scheduler .* is gone.* give the same command again"):
+        train(zoo.store, nodes="a:gap", out=tmp_path / "b", cluster=processes.address, silent=True, **slow)
+    assert 8 <= time.monotonic() - start < 60
