@@ -104,6 +104,10 @@ class Listed(Source):
         self._source, self._listing = source, listing
         self.name, self.location = source.name, source.location
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as the source alone: a worker reads images and lists none."""
+        return _itself, (self._source,)
+
     def scan(self) -> pa.Table:
         """Returns the listing."""
         return self._listing
@@ -115,6 +119,10 @@ class Listed(Source):
     def close(self) -> None:
         """Releases what is held open."""
         self._source.close()
+
+
+def _itself(source: Source) -> Source:
+    return source
 
 
 class TonightsSource:

@@ -1,5 +1,6 @@
 """A source that cannot be had just now: what is tried again, how often, after which waits; and what is not."""
 
+import pickle
 import threading
 import time
 from contextlib import contextmanager
@@ -7,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 
 from featurepipe.errors import Interrupted, SourceError, UsageError
+from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.reading import read_job
-from featurepipe.jobs.sources import Patience, TonightsSource, wait
+from featurepipe.jobs.sources import Listed, Patience, TonightsSource, wait
 
 
 class Attempts:
@@ -194,3 +196,13 @@ def test_a_server_that_is_busy_for_a_while(pile, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_source_travels_to_workers_without_its_listing(tmp_path):
+    for n in range(2000):
+        (tmp_path / f"{n}.png").write_bytes(b"image")
+    source = open_source(tmp_path)
+    listed = Listed(source, source.scan())
+    content = pickle.dumps(Listed(listed, listed.scan()))
+    assert len(content) < 1000 + len(str(tmp_path))
+    assert pickle.loads(content).read(b"7.png") == b"image"
