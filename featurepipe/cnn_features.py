@@ -54,6 +54,8 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: Images per forward, or ``auto``.
         workers: Threads that read and decode; by default one per CPU, at most 16.
+        cluster: Whose workers compute what the store lacks, as `featurepipe.cluster.connect` takes it, such as the scheduler's
+            address; they see the images and the store under the same paths. With a store only.
         on_reject: What an image that cannot be used does: ``raise`` an error that names it, or give a row of ``nan``.
         verbose: Whether to show progress.
 
@@ -85,6 +87,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         device: str = "auto",
         batch_size: int | str = "auto",
         workers: int | None = None,
+        cluster: Any = None,
         on_reject: str = "raise",
         verbose: bool = False,
     ) -> None:
@@ -99,6 +102,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.batch_size = batch_size
         self.workers = workers
+        self.cluster = cluster
         self.on_reject = on_reject
         self.verbose = verbose
 
@@ -120,7 +124,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             raise UsageError("there are no images to fit on: X is empty")
         from featurepipe.extraction.transform import Transformation
 
-        self._transformation = Transformation.settle(given, self._options(), self.store)
+        self._transformation = Transformation.settle(given, self._options(), self.store, self.cluster)
         self.columns_ = tuple(map(str, self._transformation.columns))
         self.n_features_out_ = sum(self._transformation.widths)
         self.space_ = self._transformation.space
@@ -178,7 +182,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if getattr(self, "_transformation", None) is None:
             from featurepipe.extraction.transform import Transformation
 
-            self._transformation = Transformation.resume(self._options(), self.store, self.space_)
+            self._transformation = Transformation.resume(self._options(), self.store, self.space_, self.cluster)
         return self._transformation
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,16 +16,18 @@ import numpy as np
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError
-from featurepipe.extraction.compute import Outcome, compute
+from featurepipe.extraction.compute import Outcome
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages
+from featurepipe.extraction.on_cluster import place_of
 from featurepipe.extraction.options import Options
+from featurepipe.extraction.place import Here, Place
 from featurepipe.extraction.prepare import Job, prepare
 from featurepipe.extraction.publish import begin_run
 from featurepipe.extraction.streaming import FeatureStream
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
-from featurepipe.progress import Progress, Silent, show
+from featurepipe.progress import Progress, Silent, announcer, show
 from featurepipe.store import FeatureStore, differences
 from featurepipe.store.locks import locked
 from featurepipe.store.rows import ColumnRows
@@ -44,6 +46,7 @@ class Transformation:
         store: where features are kept, or None.
         space: the fields of the feature space.
         engines: the networks built so far, by their columns.
+        cluster: whose workers compute what the store lacks; None for this process.
     """
 
     def __init__(
@@ -54,26 +57,36 @@ class Transformation:
         store: Store,
         space: dict[str, Any],
         engines: dict[frozenset[Column], Engine],
+        cluster: Any = None,
     ) -> None:
         self.columns, self.space = columns, space
         self.widths = tuple(math.prod(backbone.feature_shape(column)) for column in columns)
         self._backbone, self._options, self._store, self._engines = backbone, options, store, engines
+        self._cluster = cluster
 
     @classmethod
-    def settle(cls, given: GivenImages, options: Options, store: Store) -> Self:
-        """Settles what is ``auto``, on the first of the images where it has to be measured; writes nothing."""
+    def settle(cls, given: GivenImages, options: Options, store: Store, cluster: Any = None) -> Self:
+        """Settles what is ``auto``, on the first of the images where it has to be measured; writes nothing.
+
+        Raises:
+            UsageError: there is a cluster and no store.
+        """
+        if cluster is not None and store is None:
+            raise UsageError("workers of a cluster keep features in a store that all of them see; give store=DIR")
         held = None if store is None else existing_store(store)
-        job = prepare(given.source, held, None, options, Silent().say, dry_run=True)
+        with place_of(cluster, options, Silent().say) as place:
+            place.check(None)
+            job = prepare(given.source, held, None, options, Silent().say, dry_run=True, place=place)
         fixed = job.settings
         settled = replace(options, precision=fixed.precision, dtype=fixed.dtype, decode=fixed.decode)
-        return cls(job.backbone, tuple(job.columns), settled, store, dict(job.fields), job.engines)
+        return cls(job.backbone, tuple(job.columns), settled, store, dict(job.fields), job.engines, cluster)
 
     @classmethod
-    def resume(cls, options: Options, store: Store, space: dict[str, Any]) -> Self:
+    def resume(cls, options: Options, store: Store, space: dict[str, Any], cluster: Any = None) -> Self:
         """Makes ready again what was settled before, perhaps on another machine."""
         settled = replace(options, precision=space["precision"], dtype=space["dtype"], decode=space["decode"])
         backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
-        return cls(backbone, tuple(backbone.columns(options.nodes)), settled, store, space, {})
+        return cls(backbone, tuple(backbone.columns(options.nodes)), settled, store, space, {}, cluster)
 
     def features(self, given: GivenImages, *, silent: bool) -> tuple[np.ndarray, Rejects]:
         """Computes or looks up the features of all images.
@@ -106,21 +119,26 @@ class Transformation:
                 rejects.update(batch.rejects)
         return rows, rejects
 
-    def _through_store(self, source: Source, place: Any, *, silent: bool) -> tuple[np.ndarray, Rejects]:
-        store = place if isinstance(place, FeatureStore) else FeatureStore(place)
+    def _through_store(
+        self, source: Source, kept: FeatureStore | str | PathLike[str], *, silent: bool
+    ) -> tuple[np.ndarray, Rejects]:
+        store = kept if isinstance(kept, FeatureStore) else FeatureStore(kept)
         with store.lock(shared=True):
             job = self._job(source, store)
             if not len(job.plan.todo):
-                outcome = self._compute(store, job, Silent())
+                outcome = self._compute(store, job, Here(), Silent())
             else:
-                with _one_at_a_time(store):
-                    job = self._job(source, store)  # others may have computed meanwhile what we lacked
+                with _one_at_a_time(store), place_of(self._cluster, self._options, announcer(silent=silent)) as place:
+                    place.check(store.path)
+                    job = self._job(source, store, place)  # others may have computed meanwhile what we lacked
                     with show(len(job.plan.todo), "features", silent=silent) as progress:
-                        outcome = self._compute(store, job, progress)
+                        outcome = self._compute(store, job, place, progress)
             return self._read(job, outcome), outcome.reasons
 
-    def _job(self, source: Source, store: FeatureStore | None) -> Job:
-        job = prepare(source, store, None, self._options, Silent().say, dry_run=store is None, network=self._backbone)
+    def _job(self, source: Source, store: FeatureStore | None, place: Place | None = None) -> Job:
+        job = prepare(
+            source, store, None, self._options, Silent().say, dry_run=store is None, network=self._backbone, place=place
+        )
         changed = differences(self.space, job.fields)
         if changed:
             raise UsageError(
@@ -128,10 +146,10 @@ class Transformation:
             )
         return replace(job, columns=self.columns, engines=self._engines)
 
-    def _compute(self, store: FeatureStore, job: Job, progress: Progress) -> Outcome:
+    def _compute(self, store: FeatureStore, job: Job, place: Place, progress: Progress) -> Outcome:
         """Computes and commits what the store lacks; leaves a run record if there was anything."""
         run = begin_run(store, job, "transform")
-        compute(job, run.id, run.outcome, StopRequest(), progress)
+        place.compute(job, run.id, run.outcome, StopRequest(), progress)
         run.outcome.check()
         if run.outcome.computed:
             run.end("done", 0)
