@@ -268,8 +268,7 @@ class _Flow(Generic[T, R]):
                 self._submit(number)
 
     def _double_stragglers(self) -> None:
-        idle = len(self.workers) - len(self.pending)
-        if idle <= 0 or not self.seconds:
+        if not self.seconds:
             return
         patience = STRAGGLING * max(statistics.median(self.seconds), 1.0)
         late = [n for n, p in self.pending.items() if len(p.futures) == 1 and time.monotonic() - p.since > patience]
