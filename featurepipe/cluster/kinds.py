@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +34,10 @@ def opened(table: ClusterTable) -> Iterator[Any]:
     """
     if table.scheduler:
         is_file = table.scheduler.endswith(".json")
+        if is_file and not Path(table.scheduler).exists():  # Dask would wait for it
+            raise ClusterError(
+                f"scheduler file {table.scheduler} does not exist; start one with: dask scheduler --scheduler-file FILE"
+            )
         yield {"scheduler_file": table.scheduler} if is_file else {"address": table.scheduler}
         return
     kind = str(table.kind)

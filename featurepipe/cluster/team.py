@@ -125,7 +125,7 @@ class Team:
                 raise self.no_worker()
             if time.monotonic() > told:
                 told = time.monotonic() + 60
-                self.say(f"waiting for workers of {self.address}, at most {self.patience:.0f} s")
+                self.say(f"waiting for workers of {self.address}, at most {self.patience:g} s")
             time.sleep(0.1)
         wanted.release()
 
@@ -140,7 +140,7 @@ class Team:
             reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
             return ClusterError(f"no worker of {self.address} can be used: {reasons}{what}")
         return ClusterError(
-            f"no worker came to the scheduler {self.address} within {self.patience:.0f} s{what}; start some, such as: "
+            f"no worker came to the scheduler {self.address} within {self.patience:g} s{what}; start some, such as: "
             f"dask worker {self.address}, and give the same command again: it goes on where it was"
         )
 
@@ -225,13 +225,13 @@ class Team:
             self.client.unsubscribe_topic(_MEMORY_TOPIC)
 
     def ask(
-        self, question: Callable[[], Any], addresses: Iterable[str], seconds: float = ANSWER_SECONDS
+        self, question: Callable[[], Any], addresses: Iterable[str], seconds: float | None = None
     ) -> dict[str, Any]:
         """Has each worker's process call a function, beside its tasks: their answers, or the exceptions instead."""
         asked = list(addresses)
 
         async def one(address: str) -> Any:
-            return await asyncio.wait_for(self.client.run(question, workers=[address]), seconds)
+            return await asyncio.wait_for(self.client.run(question, workers=[address]), seconds or ANSWER_SECONDS)
 
         async def everyone() -> list[Any]:
             return await asyncio.gather(*map(one, asked), return_exceptions=True)

@@ -1,0 +1,217 @@
+"""Who the workers are, which are refused, and why."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import featurepipe.cluster.worker as at_worker
+from featurepipe.cluster import Team, connect
+from featurepipe.errors import ClusterError, StoreError
+
+
+@contextmanager
+def other_version(team: Team, address: str, package: str, number: str) -> Iterator[None]:
+    """While the block runs, one worker reports another version of a package."""
+
+    def report() -> None:
+        import featurepipe.cluster.worker as module
+
+        if not hasattr(module, "true_version"):
+            module.true_version = module.version
+        module.version = lambda name: number if name == package else module.true_version(name)
+        module._refusal.cache_clear()
+
+    def restore() -> None:
+        import featurepipe.cluster.worker as module
+
+        module.version = module.true_version
+        module._refusal.cache_clear()
+
+    team.client.run(report, workers=[address])
+    try:
+        yield
+    finally:
+        team.client.run(restore, workers=[address])
+
+
+def test_workers_say_who_they_are(team: Team) -> None:
+    workers = team.workers()
+    assert sorted(worker.name for worker in workers) == ["0", "1"]
+    assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
+    for worker in workers:
+        assert (worker.threads, worker.memory_limit) == (1, 2 * 2**30)
+        assert worker.versions["torch"] == version("torch")
+        assert worker.versions["distributed"] == version("distributed")
+        assert worker.gpus == len(at_worker.gpu_names())
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "refused"),
+    [
+        ("featurepipe", "0.0.9", True),
+        ("torch", "1.13.1+cu117", True),
+        ("torch", ".".join(version("torch").split(".")[:2]) + ".99+cu126", False),
+        ("numpy", "1.26.4", True),
+        ("numpy", version("numpy").split(".")[0] + ".99", False),
+        ("distributed", "2024.1.0", False),
+    ],
+)
+def test_other_versions_are_refused_by_name(
+    team: Team, said: list[str], package: str, number: str, refused: bool
+) -> None:
+    first, second = team.addresses()
+    name = next(worker.name for worker in team.workers() if worker.address == first)
+    with other_version(team, first, package, number):
+        assert sorted(team.check()) == sorted([second] if refused else [first, second])
+    if refused:
+        assert said == [
+            f"worker {name} ({first}) is not used: it has {package} {number}, the client has {version(package)}"
+        ]
+    else:
+        assert said == []
+
+
+def test_a_late_worker_of_another_version_gets_no_task(team: Team, said: list[str]) -> None:
+    team.check()
+    first, second = team.addresses()
+    with other_version(team, first, "torch", "1.0"):
+
+        def where(n: int) -> str:
+            from distributed import get_worker
+
+            return str(get_worker().address)
+
+        assert set(dict(team.results(iter(range(8)), where)).values()) == {second}
+    assert list(team.refused) == [first]
+    assert len(said) == 1
+
+
+def test_all_refused_is_an_error_that_names_each(team: Team) -> None:
+    first, second = team.addresses()
+    with (
+        other_version(team, first, "torch", "1.0"),
+        other_version(team, second, "numpy", "1.26"),
+        pytest.raises(
+            ClusterError,
+            match=rf"no worker .* can be used: .*{first}: it has torch 1.*{second}: it has numpy 1",
+        ),
+    ):
+        team.check()
+
+
+def test_a_store_that_workers_see_leaves_nothing_behind(cluster_address: str, tmp_path: Path) -> None:
+    with connect(cluster_address, say=print) as team:
+        assert len(team.check(tmp_path)) == 2
+        assert len(list(tmp_path.iterdir())) == 1  # for workers that come later
+        assert len(team.check(tmp_path)) == 2
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
+    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the workers see what the client sees, so the file is moved away as soon as it is there."""
+    store = tmp_path / "store"
+    store.mkdir()
+    write = Path.write_text
+
+    def elsewhere(path: Path, text: str) -> int:
+        return write(path.with_name("elsewhere"), text)
+
+    monkeypatch.setattr(Path, "write_text", elsewhere)
+    with pytest.raises(ClusterError, match=f"does not see the store {store} "):
+        team.check(store)
+
+
+def test_another_folder_at_the_stores_path_is_refused(
+    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def other(path: Path, text: str) -> int:
+        return write(path, "another run's")
+
+    monkeypatch.setattr(Path, "write_text", other)
+    with pytest.raises(ClusterError, match=f"another folder is at {tmp_path} there"):
+        team.check(tmp_path)
+
+
+def test_a_store_that_cannot_be_written_is_an_error(team: Team, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot write into the store .*nowhere: No such file"):
+        team.check(tmp_path / "nowhere")
+
+
+def test_a_source_that_workers_do_not_see(team: Team, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    assert len(team.check(source=tmp_path / "images")) == 2
+    assert len(team.check(source="s3://bucket/images")) == 2
+    assert len(team.check(source=str(tmp_path / "*.tar"))) == 2
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(ClusterError, match=r"does not see the source .*images"):
+        team.check(source=tmp_path / "images")
+
+
+def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, said: list[str]) -> None:
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        connect(cluster, say=said.append) as team,
+    ):
+        team.patience = 0.5
+        with pytest.raises(
+            ClusterError, match=r"no worker came to .* within 0\.5 s; start some, such as: dask worker tcp"
+        ):
+            team.check(tmp_path)
+
+
+def test_what_was_given_stays_open(cluster_address: str) -> None:
+    from distributed import Client
+
+    with Client(cluster_address) as client:
+        with connect(client, say=print) as team:
+            assert team.client is client
+            with connect(team) as same:
+                assert same is team
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.5)
+    with (
+        pytest.raises(
+            ClusterError,
+            match=r"no scheduler answers at tcp://127\.0\.0\.1:9 .*is it running\? Start one with: dask",
+        ),
+        connect("tcp://127.0.0.1:9"),
+    ):
+        pass
+
+
+def test_a_scheduler_file(cluster_address: str, tmp_path: Path) -> None:
+    import json
+
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": cluster_address}))
+    with connect(str(file), say=print) as team:
+        assert len(team.addresses()) == 2
+    with (
+        pytest.raises(ClusterError, match=r"scheduler file .*nothing\.json does not exist"),
+        connect(tmp_path / "nothing.json"),
+    ):
+        pass
+
+
+def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = team._known()
+    ghost: dict[str, Any] = dict(known) | {"tcp://127.0.0.1:9": next(iter(known.values()))}
+    monkeypatch.setattr(team, "_known", lambda: ghost)
+    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 3.0)
+    assert {worker.address for worker in team.workers()} == set(known)
