@@ -91,7 +91,7 @@ class MachineTable(Table):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     batch_size: BatchSize = "auto"
     """Images per forward, or `auto`."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
     """Threads that read and decode; by default one per CPU, at most 16."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -15,6 +16,7 @@ from pydantic_core import ErrorDetails
 from featurepipe.errors import UsageError
 from featurepipe.jobs.checks import CHECKS, Problem
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.values import LONGEST_NAME, is_name
 from featurepipe.jobs.wording import problem_of, told
 
 _STAND_INS: Mapping[str, Any] = MappingProxyType(
@@ -32,7 +34,8 @@ def read_job(path: str | PathLike[str]) -> Job:
             was given, and the choices or the nearest name.
     """
     file = Path(path).absolute()
-    given = {"name": file.stem, **_parsed(file)}
+    parsed = _parsed(file)
+    given = {"name": file.stem, **parsed}
     context = {"folder": file.parent}
     problems: list[Problem] = []
     try:
@@ -40,6 +43,8 @@ def read_job(path: str | PathLike[str]) -> Job:
     except ValidationError as error:
         found = list(_one_per_key(error))
         problems = [problem_of(details) for details in found]
+        if "name" not in parsed and not is_name(file.stem):
+            problems = [problem if problem[0] != "name" else _unnamed(file) for problem in problems]
         wrong = {str(details["loc"][0]) for details in found}
         # What the other tables say of each other can still be checked.
         sound = {name: value for name, value in given.items() if name not in wrong}
@@ -50,6 +55,14 @@ def read_job(path: str | PathLike[str]) -> Job:
     if problems:
         raise UsageError(told(problems, path))
     return job.read_from(Path(path))
+
+
+def _unnamed(file: Path) -> Problem:
+    name = re.sub("[^A-Za-z0-9._-]+", "-", file.stem)[:LONGEST_NAME].strip("-.") or "nightly"
+    message = (
+        f'is missing, and the file\'s own, {file.stem!r}, cannot be one: write name = "{name}" at the top of the file'
+    )
+    return "name", None, message
 
 
 def _parsed(file: Path) -> dict[str, Any]:

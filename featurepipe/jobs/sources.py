@@ -25,6 +25,8 @@ Meanwhile = Callable[[str], AbstractContextManager[object]]
 
 _RETRIES_OF_NOTHING = 1
 """Most empty folders are that: a share that is being mounted has one more chance, and nobody waits for minutes."""
+_DOUBLINGS = 40
+"""After so many the wait is the longest one, whatever the first was; floats end at 1024."""
 _LOOK = 0.25
 """Seconds between two looks at whether to stop."""
 
@@ -83,7 +85,7 @@ class Patience:
             times = f" (tried {tried + 1} times)" if tried else ""
             raise SourceError(f"{error}{times}") from error
         if not self.stop.signal_number:
-            seconds = min(self.first_wait * 2**tried, self.longest_wait)
+            seconds = min(self.first_wait * 2.0 ** min(tried, _DOUBLINGS), self.longest_wait)
             with self.meanwhile(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {retries}"):
                 self.wait(seconds, self.stop)
         if self.stop.signal_number:

@@ -19,6 +19,11 @@ PLACEHOLDERS = ("date", "run", "job")
 
 REFERENCES = ("previous", "first")
 """Snapshots that drift can be measured from, beside those that a run id names."""
+LONGEST_NAME = 100
+LONGEST = 366 * 86_400
+"""Seconds: no clock or timer of the system is asked for more."""
+LARGEST_BATCH = 65_536
+"""Images that no device takes at once."""
 _RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
@@ -29,10 +34,17 @@ def _amount(given: Any) -> Any:
     return given
 
 
+def _seconds(given: Any) -> float:
+    seconds = seconds_of(given)
+    if seconds > LONGEST:
+        raise UsageError("is too long: a night, or a wait, is of 366 days at most")
+    return seconds
+
+
 def _batch_size(given: Any) -> Any:
-    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= LARGEST_BATCH):
         return given
-    raise UsageError("must be 'auto' or a number from 1")
+    raise UsageError(f"must be 'auto' or a number from 1 to {LARGEST_BATCH}")
 
 
 def _share(given: Any) -> int | str:
@@ -43,8 +55,13 @@ def _share(given: Any) -> int | str:
     raise UsageError("must be a number of images such as 10, or a share such as '1%'")
 
 
+def is_name(text: str) -> bool:
+    """Whether a text may name files, wherever they lie."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", text) is not None and len(text) <= LONGEST_NAME
+
+
 def _name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+    if not is_name(name):
         raise UsageError(
             "cannot be a name; use letters, digits, '.', '_' and '-', at most 100, starting with a letter, digit or '_'"
         )
@@ -126,7 +143,7 @@ def _weights(text: str, info: ValidationInfo) -> str:
     return _joined(text, info) if is_file_name(text) else text
 
 
-Seconds = Annotated[float, BeforeValidator(seconds_of)]
+Seconds = Annotated[float, BeforeValidator(_seconds)]
 """A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
 Amount = Annotated[int | str, BeforeValidator(_amount)]
 """Bytes, or text such as ``"20GB"``."""

@@ -301,6 +301,34 @@ def test_waits_and_decoding(problems):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (
+            '[limits]\ntime_budget = "99999999999999999999d"',
+            "limits.time_budget = '99999999999999999999d': is too long: ",
+        ),
+        (
+            "[machine]\nbatch_size = 1000000000000",
+            "machine.batch_size = 1000000000000: must be 'auto' or a number from 1 to 65536",
+        ),
+        ("[machine]\nworkers = 100000", "machine.workers = 100000: must be at most 1024"),
+    ],
+)
+def test_absurd_values(problems, lines, problem):
+    """What no machine can do is refused now, and not by an error from within a library at night."""
+    (line,) = problems(LEAST + lines)
+    assert line.startswith(problem)
+
+
+@pytest.mark.parametrize(("file", "name"), [("my photos.toml", "my-photos"), ("\N{CRESCENT MOON}.toml", "nightly")])
+def test_a_file_whose_name_cannot_be_the_jobs(read, file, name):
+    with pytest.raises(UsageError) as caught:
+        read(LEAST, file)
+    assert str(caught.value).endswith(f'cannot be one: write name = "{name}" at the top of the file')
+    assert read(f'name = "{name}"\n{LEAST}', file).name == name
+
+
 def test_keys_at_the_top(problems):
     """A home folder of nobody, and a key with a dot in it, which is not the table before the dot."""
     assert problems(LEAST.replace('"features"', '"~nouser/x"')) == [
@@ -419,10 +447,9 @@ to = "a.txt"
     assert not any("bottleneck:gmp" in line for line in found)  # the nodes are not known for sure
 
 
-def test_a_name_that_cannot_be_one(problems, read):
-    (line,) = problems(LEAST, name="my job.toml")
+def test_a_name_that_cannot_be_one(problems):
+    (line,) = problems('name = "my job"' + LEAST)
     assert line.startswith("name = 'my job': cannot be a name; use letters")
-    assert read('name = "mine"' + LEAST, name="my job.toml").name == "mine"
 
 
 def test_tables_can_be_made_without_a_file():

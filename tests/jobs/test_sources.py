@@ -55,6 +55,12 @@ def test_waits_double_up_to_the_longest():
     assert said[-1] == "no share there; trying again in 1:40 min, 6 of 8"
 
 
+def test_waits_stay_the_longest_however_often_it_is_tried():
+    waits = Waits()
+    assert patience(waits, retries=3000, longest_wait=600.0).insist(Attempts(2000)) == 7
+    assert set(waits.seconds[6:]) == {600.0}
+
+
 def test_what_works_is_not_waited_for():
     waits, said = Waits(), []
     assert patience(waits, said=said).insist(Attempts(0)) == 7
