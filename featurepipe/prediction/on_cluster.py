@@ -104,11 +104,13 @@ class OnWorkers:
                     following += 1
 
     def _check(self, order: Order) -> None:
-        """Refuses workers that do not see the bundle or the source, before any work."""
+        """Refuses workers that do not see the bundle or the source, before any work.
+
+        A worker that is too busy to answer is looked at when it begins its first slice.
+        """
         for address, said in self.team.ask(partial(refusal, order), self.team.addresses()).items():
-            if said:
-                no_answer = f"it gave no answer ({type(said).__name__}: {said})"
-                self.team.refuse(address, said if isinstance(said, str) else no_answer)
+            if said and isinstance(said, str):
+                self.team.refuse(address, said)
         if not self.team.addresses():
             raise self.team.no_worker()
 

@@ -9,6 +9,7 @@ from featurepipe.progress import duration
 
 _LABELS_SHOWN = 10
 _REJECTS_SHOWN = 5
+_WORKERS_SHOWN = 8
 
 
 def text(record: Mapping[str, Any]) -> str:
@@ -26,6 +27,12 @@ def text(record: Mapping[str, Any]) -> str:
             lines.append("  ..." + (f" all in {record['file']}" if record["file"] else ""))
     stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "score"))
     lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+    if record.get("cluster"):
+        workers = record["cluster"]["workers"]
+        shown = ", ".join(f"{worker['worker']} {worker['images']:,} images" for worker in workers[:_WORKERS_SHOWN])
+        lines.append(
+            f"{len(workers)} worker{'s' * (len(workers) != 1)}: {shown}{', ...' * (len(workers) > _WORKERS_SHOWN)}"
+        )
     lines.append(record["verdict"])
     if record["file"]:
         lines.append(f"file {record['file']}")

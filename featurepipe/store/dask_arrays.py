@@ -1,4 +1,8 @@
-"""Features as Dask arrays whose tasks carry paths and row numbers, never data and never an open file."""
+"""Features as Dask arrays whose tasks carry paths and row numbers, never data and never an open file.
+
+A task is about 2 KB where its rows lie in the order of the store, since they are sent as runs; rows in any other order take 8
+bytes each and column on top. It reads its chunk by itself, wherever Dask puts it, and says so if the store has changed meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Predicting on a cluster: the file of a local run, whoever has scored its rows, whoever was late, and whoever was killed."""
 
+import re
 import signal
 import threading
 import time
@@ -115,6 +116,17 @@ def test_the_record_says_who_did_how_much(album, local, team, tmp_path):
     assert {worker["pid"] for worker in there["workers"]} <= {worker.pid for worker in team.workers()}
     assert record["seconds"]["forward"] > 0
     assert record["seconds"]["score"] > 0
+
+
+def test_the_command_names_a_scheduler(album, local, cli, cluster_address, tmp_path):
+    finished = cli(
+        "predict", album.bundle, album.root, "--to", tmp_path / "out.csv", "--scheduler", cluster_address, "--max-rejects", 2,
+        "--batch-size", BATCH, "--workers", 1, "--quiet",
+    )  # fmt: skip
+    assert finished.code == 3, finished.err
+    assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
+    (line,) = [line for line in finished.out.splitlines() if "workers: " in line or "worker: " in line]
+    assert sum(int(count) for count in re.findall(r" (\d+) images", line)) == COUNT + 1
 
 
 def test_without_a_file_it_counts(album, cluster_address):
