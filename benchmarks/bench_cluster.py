@@ -231,9 +231,10 @@ def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[
         return time.perf_counter() - start
 
     seconds, traffic = net(hand_out)
-    start = time.perf_counter()
-    books.close()
-    closing = time.perf_counter() - start
+    counted.forget_peak()
+    before = counted.memory()["now"]
+    _, closing = timed(books.close)
+    growth = counted.memory()["peak"] - before
     if outcome.computed != rows:
         raise SystemExit(f"{outcome.computed} of {rows} images were booked")
     _, of_tasks = net(lambda: sum(1 for _ in team.results(iter(range(args.tasks)), abs)))
@@ -241,6 +242,7 @@ def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[
         "images": rows,
         "seconds": round(seconds, 3),
         "closing_s": round(closing, 3),
+        "closing_bytes_per_image": round(1e6 * growth / rows, 1),
         "traffic_per_image": round(traffic.through / rows, 1),
         "client_us_per_image": round(1e6 * (traffic.client["cpu"] + closing) / rows, 3),
         "scheduler_us_per_image": round(1e6 * traffic.scheduler["cpu"] / rows, 3),
@@ -267,7 +269,8 @@ def measure_fit(view: FeatureSet, args: argparse.Namespace, team: Team, net: Any
     here = timed(lambda: BlockLogisticRegression(C=C, memory=args.memory).fit(view))
     record.note(f"fit here: {here[1]:.1f} s")
     codes = np.searchsorted(head.classes_, view.labels.astype(str))
-    values = [objective(fitted, _Rows(view), codes, C) for fitted, _ in (there, here)]
+    features: Any = _Rows(view)
+    values = [objective(fitted, features, codes, C) for fitted, _ in (there, here)]
     stored = view.shape[0] * view.shape[1] * view.dtype.itemsize
     return {
         "rows": view.shape[0],
@@ -328,8 +331,8 @@ def measure_pass(prepared: passes.Prepared, classes: int, curvature: str, net: A
     """Passes of one kind."""
     rows, width = prepared.shares.rows, len(prepared.mean)
     codes = np.random.default_rng(0).integers(0, classes, rows)
-    weights, problem, options = np.ones((1, rows)), passes.Problem(0, C), {"intercept_penalty": 0.0, "memory": None}
-    one = passes.Passes(prepared, codes, weights, [problem], SoftmaxLoss(), intercept=True, **options)
+    options: dict[str, Any] = {"intercept": True, "intercept_penalty": 0.0, "memory": None}
+    one = passes.Passes(prepared, codes, np.ones((1, rows)), [passes.Problem(0, C)], SoftmaxLoss(), **options)
     question = Question(np.zeros((classes, width + 1)), curvature)
     one([0], [question])  # sends codes and weights
     _, traffic = net(lambda: [one([0], [question]) for _ in range(count)])
@@ -339,6 +342,7 @@ def measure_pass(prepared: passes.Prepared, classes: int, curvature: str, net: A
     return {
         "classes": classes,
         "seconds": round(traffic.seconds / count, 3),
+        "worker_cpu_s": round(traffic.workers["cpu"] / count / WORKERS, 4),
         "coefficients_bytes": coefficients,
         "gradient_bytes": gradient,
         "minimum_bytes": least,
@@ -360,9 +364,8 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
     extraction, handing_out, fit, passing = (found[name] for name in ("extraction", "handing_out", "fit", "passes"))
     few, many = passing["few_classes"], passing["many_classes"]
     values = passing["rows"] * fit["width"] / WORKERS  # of a worker, which has one core
-    empty = passing["empty_ms"] / 1e3
     beats = waiting.seconds * WORKERS / heartbeat_interval(WORKERS)
-    product = max(0.0, (many["seconds"] - few["seconds"]) / (many["classes"] - few["classes"]) / values)
+    product = (many["worker_cpu_s"] - few["worker_cpu_s"]) / (many["classes"] - few["classes"]) / values
     nightly = json.loads((record.RESULTS / "bench_nightly.json").read_text())
     rows, by_rows = str(nightly["rows"]), nightly["by_rows"]
     return Costs(
@@ -376,12 +379,12 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
         beat_traffic=waiting.through / beats,
         beat_messages=waiting.scheduler["messages"] / beats,
         beat_seconds=waiting.scheduler["cpu"] / beats,
-        pass_seconds=empty,
-        value_seconds=max(0.0, (few["seconds"] - empty) / values - few["classes"] * product),
+        pass_seconds=passing["empty_ms"] / 1e3,
+        value_seconds=max(0.0, few["worker_cpu_s"] / values - few["classes"] * product),
         product_seconds=product,
         order_bytes=passing["empty_bytes"] / WORKERS,
         passes=fit["passes"],
-        listing_bytes=nightly["night_bytes_per_row"],
+        listing_bytes=nightly["night_bytes_per_row"] + handing_out["closing_bytes_per_image"],
         listing_seconds=by_rows["night"][rows]["seconds"] / nightly["rows"],
         index_bytes=nightly["index_bytes_per_row"],
         index_seconds=by_rows["index"][rows]["seconds"] / nightly["rows"],

@@ -35,7 +35,7 @@ class Costs:
         product_seconds: Of a core, for a value and class.
         order_bytes: Of an order, beside its coefficients.
         passes: Of a fit.
-        listing_bytes: Of the client's memory for a listed image (bench_nightly).
+        listing_bytes: Of the client's memory for a listed image: listing, plan, snapshot (bench_nightly), and booking a new one.
         listing_seconds: Of the client, to list and plan an image of which nothing is new (bench_nightly).
         index_bytes: Of a worker's memory for a key that the store holds (bench_nightly).
         index_seconds: Of a worker, to read it (bench_nightly).

@@ -86,29 +86,35 @@ class Traffic:
     scheduler: dict[str, float]
     client: dict[str, float]
     workers: dict[str, float]
-    seconds: float = 0.0
+    seconds: float
 
     def __sub__(self, other: Traffic) -> Traffic:
         """What came after another one."""
-        parts = (
-            {name: mine[name] - theirs[name] for name in mine}
-            for mine, theirs in zip(self._parts(), other._parts(), strict=True)
+        return Traffic(
+            _less(self.scheduler, other.scheduler),
+            _less(self.client, other.client),
+            _less(self.workers, other.workers),
+            self.seconds - other.seconds,
         )
-        return Traffic(*parts, self.seconds - other.seconds)
 
     def less(self, idle: Traffic) -> Traffic:
         """Without what goes on at all times: the part of another stretch that would fall into this one."""
         share = self.seconds / idle.seconds
-        parts = ({name: at[name] * share for name in at} for at in idle._parts())
-        return self - Traffic(*parts)
-
-    def _parts(self) -> tuple[dict[str, float], ...]:
-        return self.scheduler, self.client, self.workers
+        return Traffic(
+            _less(self.scheduler, idle.scheduler, share),
+            _less(self.client, idle.client, share),
+            _less(self.workers, idle.workers, share),
+            self.seconds,
+        )
 
     @property
     def through(self) -> float:
         """Bytes that the scheduler received and sent: what passes on counts twice."""
         return self.scheduler["received"] + self.scheduler["sent"]
+
+
+def _less(mine: dict[str, float], theirs: dict[str, float], share: float = 1.0) -> dict[str, float]:
+    return {name: value - share * theirs[name] for name, value in mine.items()}
 
 
 class Meter:
