@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.cluster.share import begin
-from featurepipe.cluster.shares import WORKING, Place, WorkerShares
+from featurepipe.cluster.shares import WORKING, Place, Placed, WorkerShares, submitted
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
 from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:
-    from featurepipe.cluster.team import Team, WorkerFacts
+    from distributed import Future
+
+    from featurepipe.cluster.team import Team
 
 _NEAR = 0.05  # of a share: a part's end as near as this to where a share would end is taken instead
 
@@ -51,7 +53,6 @@ class SpreadFeatures:
         self.features, self.team = features, team
         self._blocks: Any = as_blocks(features)
         self._shares: WorkerShares | None = None
-        self._cut_for: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<{self.features!r} spread over {self.team.address}>"
@@ -108,30 +109,25 @@ class SpreadFeatures:
             ClusterError: No worker is there, or none comes in time.
         """
         there = frozenset(self.team.addresses())
-        if self._shares is None or there != self._cut_for:
-            self.team.wait_for_workers()
-            workers = sorted(self.team.workers(), key=lambda worker: (len(worker.name), worker.name))
-            self._shares, self._cut_for = self._cut(workers), frozenset(worker.address for worker in workers)
+        if self._shares is None or there != {place.worker for place in self._shares.places}:
+            self._shares = WorkerShares(self.team, self._placed)
         return self._shares
 
-    def _cut(self, workers: list[WorkerFacts]) -> WorkerShares:
+    def _placed(self) -> Placed:
+        self.team.wait_for_workers()
+        workers = sorted(self.team.workers(), key=lambda worker: (len(worker.name), worker.name))
         rows = self.shape[0]
         edges = cuts(rows, min(len(workers), max(1, rows)), self._part_starts())
-        places = []
-        for worker, start, stop in zip(workers, edges[:-1], edges[1:], strict=False):
-            with self.team.reaching():
-                share = self.team.client.submit(
-                    begin,
-                    self._rows(slice(start, stop)),
-                    start,
-                    self.team.terms,
-                    workers=worker.address,
-                    allow_other_workers=True,
-                    pure=False,
-                )
-            places.append(Place(worker.address, slice(start, stop), (share,)))
+        places = [
+            Place(worker.address, slice(start, stop), (self._begun(worker.address, start, stop),))
+            for worker, start, stop in zip(workers, edges[:-1], edges[1:], strict=False)
+        ]
         limits = [worker.memory_limit for worker in workers if worker.memory_limit]
-        return WorkerShares(self.team, tuple(places), int(WORKING * min(limits)) if limits else None)
+        return Placed(tuple(places), int(WORKING * min(limits)) if limits else None)
+
+    def _begun(self, worker: str, start: int, stop: int) -> Future[Any]:
+        source, terms = self._rows(slice(start, stop)), self.team.terms
+        return submitted(self.team, worker, begin, source, start, terms)
 
     def _rows(self, place: slice) -> Any:
         """Some rows as they travel: of a store's features only where they lie, without ids, labels and keys."""

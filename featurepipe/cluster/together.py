@@ -89,9 +89,10 @@ def _party(team: Team, work: Callable[..., Any], sets: Sequence[WorkerShares]) -
     team.wait_for_workers()
     there, kept = team.addresses(), dict[str, Kept]()
     for number, shares in enumerate(sets):
-        for place, share in enumerate(shares.places):
+        placed = shares.whole()
+        for place, share in enumerate(placed.places):
             worker = share.worker if share.worker in there else there[place % len(there)]
-            kept.setdefault(worker, [[] for _ in sets])[number].append((shares.changes, *share.kept))
+            kept.setdefault(worker, [[] for _ in sets])[number].append((placed.changes, *share.kept))
     return _Party(team, kept, Attempt(partial(_seated, work), team.terms, secrets.token_hex(8)))
 
 
