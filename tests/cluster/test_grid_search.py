@@ -77,7 +77,7 @@ def test_the_features_are_sent_to_each_worker_once(recipe, features, team, sent)
 
 
 def test_a_fit_that_fails_is_no_number_in_a_table(recipe, features, team):
-    with pytest.raises(ValueError, match="Got -1.0 instead"):
+    with pytest.raises(ValueError, match=r"Got -1.0 instead"):
         recipe.search_on(team, features, {"logisticregression__C": [-1.0]})
 
 
