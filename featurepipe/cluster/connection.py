@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.cluster.kinds import QUIET, first_line, opened
+from featurepipe.cluster.kinds import QUIET, in_a_line, opened
 from featurepipe.cluster.table import ClusterTable, read_spec
 from featurepipe.cluster.team import Team
 from featurepipe.errors import ClusterError
@@ -75,7 +75,7 @@ def _client(where: dict[str, Any]) -> Iterator[Client]:
     except (OSError, ValueError, TimeoutError) as error:
         at = " ".join(str(part) for part in where.values())
         raise ClusterError(
-            f"no scheduler answers at {at} ({first_line(error)}); is it running? Start one with: dask scheduler, "
+            f"no scheduler answers at {at} ({in_a_line(error)}); is it running? Start one with: dask scheduler, "
             "and workers with: dask worker ADDRESS"
         ) from error
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +25,12 @@ QUIET = logging.CRITICAL
 """What Dask logs of our own clusters is less than we say ourselves."""
 ANY_PORT = {"dashboard_address": ":0"}
 """Dask's page on any free port: a second cluster on a machine is nothing to warn of."""
+
+
+LONGEST = 300
+"""Characters of an error of Dask's or of a queue's that a message repeats."""
+START_SECONDS = 120.0
+"""How long it may take to start processes, or to submit jobs."""
 
 
 @contextmanager
@@ -45,7 +53,7 @@ def opened(table: ClusterTable) -> Iterator[Any]:
         cluster = _KINDS[kind](table)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
         raise ClusterError(
-            f"a cluster of kind {kind!r} cannot be started: {first_line(error)}; look at the options in [cluster]"
+            f"a cluster of kind {kind!r} cannot be started: {in_a_line(error)}; look at the options in [cluster]"
         ) from error
     with cluster:
         yield {"address": cluster}
@@ -66,13 +74,21 @@ def scale(cluster: Any, table: ClusterTable) -> None:
         else:
             cluster.scale(table.workers or 1)
             cluster.sync(_settled, cluster)
-    except (OSError, RuntimeError, ValueError) as error:
-        cluster.close()
-        raise ClusterError(f"workers of kind {table.kind!r} cannot be started: {first_line(error)}") from error
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        with suppress(AssertionError):  # Dask's own, about jobs that were never submitted
+            cluster.close()
+        raise ClusterError(f"workers of kind {table.kind!r} cannot be started: {in_a_line(error)}") from error
 
 
 async def _settled(cluster: Any) -> None:
-    await cluster  # submits the jobs, and says what is wrong with them
+    """Waits until all processes are started, or jobs submitted; raises what is wrong with them, which `scale` only logs."""
+    deadline = time.monotonic() + START_SECONDS
+    while not set(cluster.worker_spec) <= set(cluster.workers):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"workers did not start within {START_SECONDS:g} s")
+        await asyncio.sleep(0.01)
+    for worker in list(cluster.workers.values()):
+        await worker
 
 
 def _one_task_a_worker() -> type:
@@ -230,10 +246,10 @@ def _imported(module: str, name: str, table: ClusterTable) -> Any:
         raise ImportError(f"{error.name} is not installed; pip install 'featurepipe[{table.kind}]'") from error
 
 
-def first_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 _KINDS: Mapping[str, Callable[[ClusterTable], Any]] = MappingProxyType(
