@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featurepipe import records
 from featurepipe.errors import SourceError, UsageError, WeightsNotFound
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
@@ -132,7 +132,7 @@ class Extractions:
             self.record.extractions += [
                 run
                 for run in self.record.store.runs()
-                if run["run_id"] not in before and run.get("command") == "extract" and run["host"]["pid"] == os.getpid()
+                if run["run_id"] not in before and run.get("command") == "extract" and run.get("host") == records.host()
             ]
 
 

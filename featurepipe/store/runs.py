@@ -52,11 +52,11 @@ def write_run(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """Reads all run records that can be read, oldest first; ``verify`` names the others."""
+    """Reads all run records that can be read and are of their file's run, oldest first; ``verify`` names damaged ones."""
     records = []
     for path in sorted(folder.glob("[!.]*.json")):
-        try:
-            records.append(read_json(path))
-        except StoreError:
-            continue
+        with contextlib.suppress(StoreError):
+            record = read_json(path)
+            if record.get("run_id") == path.stem:
+                records.append(record)
     return records

@@ -26,6 +26,35 @@ def test_each_feature_space_is_counted_by_itself(pile):
     assert list(record["counts_by_space"]) == [spaces[run_id] for run_id in record["extractions"]]
 
 
+def test_an_extraction_of_another_host_at_the_same_time_is_not_the_nights(pile, monkeypatch):
+    """In containers all processes have the same few numbers."""
+    from featurepipe.jobs import extractions
+
+    def beside(source, store, **options):
+        run = extract(source, store, **options)
+        theirs = {**run, "run_id": store.new_run_id(), "host": {**run["host"], "name": "another"}}
+        store.write_run(theirs)
+        return run
+
+    extract = extractions.extract
+    monkeypatch.setattr(extractions, "extract", beside)
+    pile.fill(3)
+    record = pile.run()
+    assert (len(record["extractions"]), record["counts"]["computed"]) == (1, 3)
+
+
+def test_what_is_no_run_record_ends_no_night(pile):
+    pile.fill(3)
+    first = pile.run()
+    runs = pile.store.path / "runs"
+    (runs / "20261122T000000000000Z-00000000.json").write_text("{}")
+    (runs / "20261122T000000000000Z-00000001.json").write_text("[]")
+    (runs / f"{first['run_id']} (copy).json").write_bytes((runs / f"{first['run_id']}.json").read_bytes())
+    pile.job('[keep]\n[report]\nto = "n.html"\n[metrics]\nprometheus = "n.prom"')
+    assert pile.run()["status"] == "done"
+    assert len(pile.records()) == 2
+
+
 def test_the_night_names_images_that_could_not_be_used_for_the_first_time(pile):
     pile.fill(2)
     pile.write("00-old.png", b"no image")
