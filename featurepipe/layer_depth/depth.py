@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
+from featurepipe.layer_depth.details import scores_here
 from featurepipe.layer_depth.document import document, provenance
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Series, measure
+from featurepipe.layer_depth.measure import Series, is_wide, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
-from featurepipe.layer_depth.timing import Timed, Timing
+from featurepipe.layer_depth.timing import Timing
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
@@ -131,7 +132,7 @@ def depth(
             joined = _measure_joined(study, sets, recommended.best.head, run, silent=silent)
         with clock.stage("describe"):
             answer = document(
-                study, found, journal, measured, joined, recommended, timing=_timed(found.timing(), team),
+                study, found, journal, measured, joined, recommended, **_described(study, found.timing(), team),
                 labels_name=_name_of(labels), with_map=report is not None, say=say,
             )  # fmt: skip
     answer["provenance"] = provenance(study, found, clock.seconds, command)
@@ -169,13 +170,13 @@ def _team(cluster: Any, say: Callable[[str], None]) -> Iterator[Team | None]:
         yield team
 
 
-def _timed(timing: Timing, team: Team | None) -> Timed:
-    """Timed where features are computed."""
+def _described(study: Study, timing: Timing, team: Team | None) -> dict[str, Any]:
+    """What times the network, and fits heads again: where features are computed and measured."""
     if team is None:
-        return timing
-    from featurepipe.layer_depth.on_cluster import TimedThere
+        return {"timing": timing, "scored": scores_here}
+    from featurepipe.layer_depth.on_cluster import TimedThere, scores_on
 
-    return TimedThere.on(team, timing)
+    return {"timing": TimedThere.on(team, timing), "scored": partial(scores_on, team, wide=is_wide(study))}
 
 
 def _name_of(labels: Any) -> str | None:

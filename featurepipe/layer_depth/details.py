@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
 from featurepipe.layer_depth.mapped import mapped
-from featurepipe.layer_depth.probes import scores_again
+from featurepipe.layer_depth.probes import Scores, scores_again
 from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
@@ -25,10 +26,26 @@ SCORED_IMAGES = 5000
 """Images that scores without fitting are computed from at most."""
 
 
-def details(study: Study, series: Series) -> dict[str, Any]:
+ScoresAgain = Callable[["Study", "Series", Sequence[int]], Iterable[tuple[int, Scores]]]
+"""Scores of the heads of some folds, in any order, each with the fold's number."""
+
+
+def scores_here(study: Study, series: Series, numbers: Sequence[int]) -> Iterator[tuple[int, Scores]]:
+    """Fits the heads of some folds again, one after the other."""
+    data = study.data(series.network, series.columns)
+    for number in numbers:
+        yield number, scores_again(data, study.folds[number], series.cells[number])
+
+
+def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> dict[str, Any]:
     """Measures of every image as the first seed's folds test it, by a head that has not seen it: here, and elsewhere.
 
     Images of the other source are asked about once, too, of one head that has not seen the image of equal id.
+
+    Args:
+        study: what is compared on what.
+        series: the cells of a column.
+        scored: fits heads again.
 
     Returns:
         ``{"details", "details_shifted"}``, each with column, head and metrics; the second is None without another source.
@@ -38,8 +55,7 @@ def details(study: Study, series: Series) -> dict[str, Any]:
     shifted = np.empty((0 if there is None else len(there.rows), len(study.classes)))
     testers = np.empty(0, np.int64) if there is None else there.testers(study.folds)
     first = [number for number, fold in enumerate(study.folds) if fold.seed == study.folds[0].seed]
-    for number in first:
-        found = scores_again(data, study.folds[number], series.cells[number])
+    for number, found in scored(study, series, first):
         scores[study.folds[number].test] = _of_all_classes(found.test, found.classes, scores.shape[1])
         if found.shifted is not None:
             own = testers == number

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import details, placed, similarity, transferability
+from featurepipe.layer_depth.details import ScoresAgain, details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.layer_depth.timing import Timed, least_disturbed
 from featurepipe.records import host, now, versions
@@ -27,6 +27,7 @@ def document(
     recommended: answers.Recommendation,
     *,
     timing: Timed,
+    scored: ScoresAgain,
     labels_name: str | None,
     with_map: bool,
     say: Callable[[str], None],
@@ -41,6 +42,7 @@ def document(
         joined: columns side by side.
         recommended: what came of it.
         timing: how long the network takes up to each node.
+        scored: fits heads again, for what they say of each image.
         labels_name: of labels of the user's own.
         with_map: place the images in two dimensions, too.
         say: told what takes long.
@@ -94,7 +96,7 @@ def document(
         },
         "similarity": alike,
         "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
-        **journal.finding(detailed, lambda: details(study, chosen)),
+        **journal.finding(detailed, lambda: details(study, chosen, scored)),
     }
     if with_map:
         key = study.key_without_folds(chosen.columns, what="map", names=study.names)

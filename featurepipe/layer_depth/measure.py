@@ -115,7 +115,7 @@ def _on_team(study: Study, missing: Sequence[Work], team: Team) -> Iterator[tupl
                 raise Interrupted(f"stopped by {asked.name}: {kept}", asked.signal_number or 2)
             return False
 
-        yield from measured_on(team, study, missing, wide=_is_wide(study), stop=stop)
+        yield from measured_on(team, study, missing, wide=is_wide(study), stop=stop)
 
 
 def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterator[tuple[Work, list[Cell]]]:
@@ -123,7 +123,7 @@ def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterat
     if not missing:
         return
     count = jobs or os.cpu_count() or 1
-    if count == 1 or len(missing) == 1 or _is_wide(study):
+    if count == 1 or len(missing) == 1 or is_wide(study):
         for work in missing:
             yield _one(study, work)
         return
@@ -135,7 +135,7 @@ def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterat
         yield from done
 
 
-def _is_wide(study: Study) -> bool:
+def is_wide(study: Study) -> bool:
     """Whether features are so many that one fit should have all cores."""
     return len(study.folds[0].train) * max(column.width for column in study.columns) > SMALL_VALUES
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
 from featurepipe.cluster import Team, one_at_a_time
 from featurepipe.errors import ClusterError
 from featurepipe.extraction.worker_tasks import this_desk
-from featurepipe.layer_depth.probes import Cell, measure_fold
+from featurepipe.layer_depth.probes import Cell, Scores, measure_fold, scores_again
 from featurepipe.layer_depth.timing import Timing
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
-    from featurepipe.layer_depth.measure import Work
+    from distributed import Future
+
+    from featurepipe.layer_depth.measure import Series, Work
     from featurepipe.layer_depth.study import Study
 
 T = TypeVar("T")
@@ -62,34 +65,71 @@ def measured_on(
     Raises:
         ClusterError: no worker is left, or the scheduler is gone.
     """
-    import dask
-
     team.check(study.store.path)
-    threads = max((worker.threads for worker in team.workers()), default=1)
-    here = replace(study, store=FeatureStore(study.store.path.absolute()))
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}), team.reaching():
-        travelling = team.client.submit(pickle.loads, pickle.dumps(here), pure=False)
-    place = {(fold.seed, fold.number): number for number, fold in enumerate(study.folds)}
+    there, place = _travelling(team, study), {(fold.seed, fold.number): at for at, fold in enumerate(study.folds)}
     tasks = (
-        Task(number, work.network, work.columns, place[work.fold.seed, work.fold.number], work.heads, travelling)
+        Task(number, work.network, work.columns, place[work.fold.seed, work.fold.number], work.heads, there)
         for number, work in enumerate(missing)
     )
-    ahead = 1 if wide else threads  # of the one that it works on
-    flow = team.results(tasks, partial(_cells, wide=wide), stop=stop, in_flight_per_worker=ahead + 1)
+    beside = 1 if wide else max((worker.threads for worker in team.workers()), default=1)
+    flow = team.results(tasks, partial(_cells, wide=wide), stop=stop, in_flight_per_worker=beside + 1)
     with closing(flow) as answers:
         for task, cells in answers:
             yield missing[task.number], cells
 
 
+def scores_on(
+    team: Team, study: Study, series: Series, numbers: Sequence[int], *, wide: bool
+) -> Iterator[tuple[int, Scores]]:
+    """Yields what heads say that are fitted again, with the number of the fold, as they come; see `probes.scores_again`.
+
+    Args:
+        team: the workers.
+        study: what is compared on what.
+        series: a column's cells, whose parameters are taken.
+        numbers: of the folds.
+        wide: as in `measured_on`.
+    """
+    nothing = np.empty(0, np.bool_)
+    cells = {number: replace(series.cells[number], correct=nothing, shifted=None) for number in numbers}
+    there = _travelling(team, study)
+    tasks = (Task(number, series.network, series.columns, number, (series.head,), there) for number in numbers)
+    with closing(team.results(tasks, partial(_scores, cells=cells, wide=wide))) as answers:
+        for task, scores in answers:
+            yield task.number, scores
+
+
+def _travelling(team: Team, study: Study) -> Future[Study]:
+    """The study as a task's result."""
+    import dask
+
+    here = replace(study, store=FeatureStore(study.store.path.absolute()))
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}), team.reaching():
+        return team.client.submit(pickle.loads, pickle.dumps(here), pure=False)
+
+
 def _cells(task: Task, *, wide: bool) -> list[Cell]:
-    """A task, as it runs in a thread of a worker: on one core beside others, or alone on all of them."""
-    study: Study = task.study
-    desk = this_desk()
+    """A task, as it runs in a worker."""
+    with _at_desk(task, wide=wide):
+        return measure_fold(task.study.data(task.network, task.columns), task.study.folds[task.fold], task.heads)
+
+
+def _scores(task: Task, *, cells: Mapping[int, Cell], wide: bool) -> Scores:
+    """The same, for scores."""
+    with _at_desk(task, wide=wide):
+        data = task.study.data(task.network, task.columns)
+        return scores_again(data, task.study.folds[task.fold], cells[task.number])
+
+
+@contextmanager
+def _at_desk(task: Task, *, wide: bool) -> Iterator[None]:
+    """On one core, beside other threads of the worker; or alone on all of them, if one cell needs them, or the memory."""
+    desk, study = this_desk(), task.study
     bytes_of_cell = 4 * COPIES * len(study.images) * sum(study.width(column) for column in task.columns)
     alone = wide or bool(desk.memory and desk.threads * bytes_of_cell > desk.memory)
     with one_at_a_time() if alone else nullcontext():
         threadpool_limits(desk.threads if alone else 1, user_api="blas")  # not undone: it holds for the whole process
-        return measure_fold(study.data(task.network, task.columns), study.folds[task.fold], task.heads)
+        yield
 
 
 @dataclass(frozen=True)
