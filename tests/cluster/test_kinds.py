@@ -216,7 +216,7 @@ def test_what_the_kubernetes_class_is_given_is_what_it_takes(monkeypatch: pytest
 
 
 SSH = """
-import asyncio, contextlib, json, os, sys, threading
+import asyncio, contextlib, json, os, signal, subprocess, sys, threading
 import asyncssh
 from featurepipe.cluster import connect
 
@@ -225,16 +225,20 @@ class Open(asyncssh.SSHServer):
         return False
 
 async def run(process):
-    pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_shell(process.command, stdin=pipe, stdout=pipe, stderr=pipe)
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(process.command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    children.append(child)
     await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
-    process.exit(await child.wait())
+    code = await asyncio.to_thread(child.wait)
+    await process.stdout.drain()
+    process.exit(code)
 
 async def serve():
     keys = [asyncssh.generate_private_key("ssh-ed25519")]
     server = await asyncssh.create_server(Open, "127.0.0.1", 0, server_host_keys=keys, process_factory=run)
     return server.sockets[0].getsockname()[1]
 
+children = []
 loop = asyncio.new_event_loop()
 threading.Thread(target=loop.run_forever, daemon=True).start()
 port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
@@ -244,12 +248,17 @@ options = {
     "worker_options": {"nthreads": 1, "host": "127.0.0.1"},
 }
 table = {"kind": "ssh", "hosts": ["127.0.0.1"] * 3, "gpus": sys.argv[1] == "True", "options": options}
-with connect(table) as team:
-    team.wait_for_workers(2)
-    good = team.check(os.getcwd())
-    answers = sorted(team.results(iter(range(4)), lambda n: n + 1))
-    seen = team.ask(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
-    print(json.dumps([len(good), answers, sorted(map(str, seen.values()))]), flush=True)
+try:
+    with connect(table) as team:
+        team.wait_for_workers(2)
+        good = team.check(os.getcwd())
+        answers = sorted(team.results(iter(range(4)), lambda n: n + 1))
+        seen = team.ask(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
+        print(json.dumps([len(good), answers, sorted(map(str, seen.values()))]), flush=True)
+finally:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 os._exit(0)
 """
 
