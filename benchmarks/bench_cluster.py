@@ -35,6 +35,7 @@ from distributed.scheduler import heartbeat_interval
 
 import featurepipe as fp
 from benchmarks import cluster_steps, counted, record
+from benchmarks.alone import alone
 from benchmarks.bench_heads import count_passes, objective
 from benchmarks.cluster_model import Assumed, Costs, assumptions, model
 from benchmarks.cluster_steps import Meter, Traffic
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             net = partial(metered, meter, cluster_steps.idle(team, meter, 2 if args.tiny else 20))
             record.note(f"making a store of {args.rows:,} rows")
             view = cluster_steps.fill_store(folder / "store", args.rows, args.width, args.classes)
-            fit = measure_fit(view, args, team, net)
+            fit = measure_fit(folder / "store", view, args, team, net)
             passing = measure_passes(view, args, team, net)
     found = {"extraction": extraction, "handing_out": handing_out, "fit": fit, "passes": passing}
     costs = costs_of(found, waiting)
@@ -233,18 +234,19 @@ def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[
     seconds, traffic = net(hand_out)
     counted.forget_peak()
     before = counted.memory()["now"]
-    _, closing = timed(books.close)
-    growth = counted.memory()["peak"] - before
+    begun = time.process_time()
+    books.close()
+    closing, growth = time.process_time() - begun, counted.memory()["peak"] - before
     if outcome.computed != rows:
         raise SystemExit(f"{outcome.computed} of {rows} images were booked")
     _, of_tasks = net(lambda: sum(1 for _ in team.results(iter(range(args.tasks)), abs)))
     return {
         "images": rows,
-        "seconds": round(seconds, 3),
-        "closing_s": round(closing, 3),
+        "images_s": round(rows / seconds),
+        "closing_us_per_image": round(1e6 * closing / rows, 3),
         "closing_bytes_per_image": round(1e6 * growth / rows, 1),
         "traffic_per_image": round(traffic.through / rows, 1),
-        "client_us_per_image": round(1e6 * (traffic.client["cpu"] + closing) / rows, 3),
+        "client_us_per_image": round(1e6 * traffic.client["cpu"] / rows, 3),
         "scheduler_us_per_image": round(1e6 * traffic.scheduler["cpu"] / rows, 3),
         "tasks": args.tasks,
         "ms_per_task": round(1e3 * of_tasks.seconds / args.tasks, 3),
@@ -255,7 +257,7 @@ def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[
     }
 
 
-def measure_fit(view: FeatureSet, args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
+def measure_fit(store: Path, view: FeatureSet, args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
     """A fit on features that the workers together cannot hold, and the same fit here."""
     counts, head = count_passes(passes.Passes), BlockLogisticRegression(C=C, memory=None)
     team.client.run(counted.forget_peak)
@@ -271,6 +273,7 @@ def measure_fit(view: FeatureSet, args: argparse.Namespace, team: Team, net: Any
     codes = np.searchsorted(head.classes_, view.labels.astype(str))
     features: Any = _Rows(view)
     values = [objective(fitted, features, codes, C) for fitted, _ in (there, here)]
+    opening = alone("benchmarks.cluster_steps", "opened", store)
     stored = view.shape[0] * view.shape[1] * view.dtype.itemsize
     return {
         "rows": view.shape[0],
@@ -289,6 +292,8 @@ def measure_fit(view: FeatureSet, args: argparse.Namespace, team: Team, net: Any
         "objective": values[0],
         "objective_gap": abs(values[0] / values[1] - 1),
         "traffic_per_pass": round(traffic.through / asked),
+        "client_bytes_per_row": round(1e6 * opening["growth_mb"] / len(view), 1),
+        "client_us_per_row": round(1e6 * opening["seconds"] / len(view), 3),
     }
 
 
@@ -374,6 +379,7 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
         decode_seconds=extraction["decode_s_per_image"],
         image_traffic=handing_out["traffic_per_image"],
         client_seconds=handing_out["client_us_per_image"] / 1e6,
+        closing_seconds=handing_out["closing_us_per_image"] / 1e6,
         scheduler_seconds=handing_out["scheduler_us_per_image"] / 1e6,
         task_seconds=handing_out["scheduler_ms_per_task"] / 1e3,
         beat_traffic=waiting.through / beats,
@@ -384,6 +390,7 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
         product_seconds=product,
         order_bytes=passing["empty_bytes"] / WORKERS,
         passes=fit["passes"],
+        view_bytes=fit["client_bytes_per_row"],
         listing_bytes=nightly["night_bytes_per_row"] + handing_out["closing_bytes_per_image"],
         listing_seconds=by_rows["night"][rows]["seconds"] / nightly["rows"],
         index_bytes=nightly["index_bytes_per_row"],

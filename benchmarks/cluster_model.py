@@ -25,6 +25,7 @@ class Costs:
         decode_seconds: Of a core, for reading and decoding an image.
         image_traffic: Bytes that the scheduler receives and sends for an image.
         client_seconds: Of the client's core, to hand an image out and book it.
+        closing_seconds: Of the client's core, for an image when all are done.
         scheduler_seconds: Of the scheduler's core, for the same.
         task_seconds: Of the scheduler's core, for a task.
         beat_traffic: Bytes that the scheduler receives and sends for a worker's heartbeat, and whatever else there is by then.
@@ -35,6 +36,7 @@ class Costs:
         product_seconds: Of a core, for a value and class.
         order_bytes: Of an order, beside its coefficients.
         passes: Of a fit.
+        view_bytes: Of the client's memory for a row of a fit.
         listing_bytes: Of the client's memory for a listed image: listing, plan, snapshot (bench_nightly), and booking a new one.
         listing_seconds: Of the client, to list and plan an image of which nothing is new (bench_nightly).
         index_bytes: Of a worker's memory for a key that the store holds (bench_nightly).
@@ -46,6 +48,7 @@ class Costs:
     decode_seconds: float
     image_traffic: float
     client_seconds: float
+    closing_seconds: float
     scheduler_seconds: float
     task_seconds: float
     beat_traffic: float
@@ -56,6 +59,7 @@ class Costs:
     product_seconds: float
     order_bytes: float
     passes: float
+    view_bytes: float
     listing_bytes: float
     listing_seconds: float
     index_bytes: float
@@ -103,7 +107,7 @@ def extraction(costs: Costs, assumed: Assumed, workers: int) -> dict[str, float]
     return {
         "images_s": round(rate),
         "hours": round(assumed.images / rate / 3600, 2),
-        "client_hours_before": round(assumed.images * costs.listing_seconds / 3600, 2),
+        "client_hours_more": round(assumed.images * (costs.listing_seconds + costs.closing_seconds) / 3600, 2),
         "slices": len(slices),
         "slice_seconds": round(max(slices) / assumed.gpu_images_s, 1),
         "parts": sum(math.ceil(rows / rows_of_part) for rows in slices),
@@ -153,6 +157,7 @@ def fitting(costs: Costs, assumed: Assumed, workers: int) -> dict[str, Any]:
         "order_mb": round(point / 1e6, 2),
         "moved_mb_per_pass": round(workers * (point + costs.order_bytes + 2 * point) / 1e6, 1),
         "adding_rounds": math.ceil(math.log2(workers)),
+        "client_memory_gb": round(assumed.images * costs.view_bytes / GB, 1),
         "passes": round(costs.passes),
         "hours": round(costs.passes * seconds / 3600, 2),
     }
@@ -165,6 +170,8 @@ def used(costs: Costs, assumed: Assumed, first: dict[str, float], fit: dict[str,
         / assumed.storage_gb_s,
         "cores: reading and decoding": first["decoding_cores_per_gpu"] / assumed.cores,
         "client's memory: listing": first["client_memory_gb"] / assumed.client_memory_gb,
+        "client's memory: rows of a fit": fit["client_memory_gb"] / assumed.client_memory_gb,
+        "client's core: listing and closing, beside the extraction": first["client_hours_more"] / first["hours"],
         "workers' memory: index of a full store": first["index_gb_per_worker_later"] / assumed.memory_gb,
         "client's core: handing out and booking": first["client_busy"],
         "scheduler's core": first["scheduler_busy"] + first["tasks_s"] * costs.task_seconds,

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -218,3 +218,8 @@ def fill_store(path: Path, rows: int, width: int, classes: int) -> FeatureSet:
     columns |= {"key": keys_to_arrow(keys), "status": status, "reason": pa.nulls(rows, pa.string())}
     store.write_snapshot("made-up", run_id, pa.table(columns))
     return store.features("made-up")
+
+
+def opened(store: str) -> Callable[[], int]:
+    """What the client of a fit has in memory of the rows: where they are, and their labels."""
+    return lambda: len(FeatureStore(store).features("made-up").labels)
