@@ -2,15 +2,20 @@
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from distributed import LocalCluster
 
-from featurepipe.cluster import Team, spread
+from featurepipe.cluster import Team, connect, spread
 from featurepipe.errors import ClusterError
 from featurepipe.heads import BlockLogisticRegression, passes
 from featurepipe.heads.blocks import ArrayBlocks
+from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.snapshots import SCHEMA
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +77,25 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
     assert len(there.shared().places) == 2
 
 
+def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
+    own_team: Team, processes: Any, at_pass: Any, said: list[str]
+) -> None:
+    features, codes = made()
+    here = BlockLogisticRegression(C=10.0).fit(ArrayBlocks(features), codes)
+
+    def replace() -> None:
+        for worker in processes.workers:
+            worker.kill()
+            worker.wait()
+        processes.add_worker()
+
+    done = at_pass(3, replace, 0.0)
+    head = BlockLogisticRegression(C=10.0).fit(spread(features, own_team), codes)
+    assert len(done) > 4
+    assert objective(head, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
+    assert said == ["workers that kept features are gone; those that are there now read them again"]
+
+
 def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: Team, processes: Any, at_pass: Any) -> None:
     own_team.patience = 2.0
     features, codes = made()
@@ -94,3 +118,44 @@ def test_a_fit_whose_scheduler_dies_ends_with_an_error(own_team: Team, processes
     with pytest.raises(ClusterError, match="the scheduler of the cluster is gone"):
         BlockLogisticRegression(C=10.0).fit(spread(features, own_team), codes)
     assert time.monotonic() - start < 40
+
+
+LIMIT = 400_000_000  # bytes, of one worker, whose libraries take 150 MB of them
+
+
+def stored(folder: Path, features: np.ndarray, codes: np.ndarray) -> FeatureSet:
+    """A store of these features, in two parts."""
+    store = FeatureStore(folder)
+    space = store.open_space({"dtype": "float16", "net": "tiny", "precision": "fp32"}, backbone="tiny", notes={})
+    ids = [f"{number}.png" for number in range(len(codes))]
+    keys = np.zeros((len(codes), 32), np.uint8)
+    keys[:, :8] = np.arange(len(codes), dtype="<u8").reshape(-1, 1).view(np.uint8)
+    run_id, number = store.new_run_id(), np.arange(len(codes))
+    for rows in np.array_split(number, 2):
+        with space.writer(run_id) as writer:
+            writer.add(keys[rows], [ids[row] for row in rows], rows, rows, {"a:gap": features[rows]})
+    columns: dict[str, Any] = {
+        "id": ids, "key": [key.tobytes() for key in keys], "label": [f"class {code}" for code in codes],
+        "split": [None] * len(codes), "size": number, "mtime_ns": number, "status": ["ok"] * len(codes),
+        "reason": [None] * len(codes),
+    }  # fmt: skip
+    store.write_snapshot("many", run_id, pa.table(columns, schema=SCHEMA))
+    return store.features("many", node="a:gap")
+
+
+def test_features_of_four_times_a_workers_memory_are_learned_from(tmp_path: Path, said: list[str]) -> None:
+    """The rows of a small store, taken many times over: as many passes over real parts, with a known optimum."""
+    features, codes = made(20_000, 512)
+    times = 4 * LIMIT // features.nbytes + 1
+    once = stored(tmp_path / "store", features, codes)
+    many = once.take(np.tile(np.arange(len(codes)), times))
+    assert many.shape[0] * features[0].nbytes > 4 * LIMIT
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1, "silence_logs": 50}
+    with LocalCluster(1, memory_limit=LIMIT, **options) as cluster, connect(cluster, say=said.append) as team:
+        before = {worker.pid for worker in team.workers()}
+        head = BlockLogisticRegression(C=0.1 / times).fit(spread(many, team))
+        assert {worker.pid for worker in team.workers()} == before  # no worker was ended for its memory
+    here = BlockLogisticRegression(C=0.1).fit(ArrayBlocks(features), codes)
+    there = here.__class__(C=0.1)
+    there.coef_, there.intercept_ = head.coef_, head.intercept_
+    assert objective(there, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
