@@ -9,6 +9,7 @@ from featurepipe.progress import duration
 from featurepipe.tables import size
 
 _REJECTS_SHOWN = 5
+_WORKERS_SHOWN = 8
 
 
 def text(record: Mapping[str, Any]) -> str:
@@ -33,11 +34,23 @@ def text(record: Mapping[str, Any]) -> str:
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
         stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "write"))
         lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+        lines += _workers(record)
         lines.append(record["verdict"])
     lines.append(f"space {record['space']}")
     if record.get("status") == "out of time":
         lines.append("out of time: what is computed is kept, there is no snapshot; the same command goes on")
     return "\n".join(lines)
+
+
+def _workers(record: Mapping[str, Any]) -> list[str]:
+    """Who computed how much, where a cluster did."""
+    workers = record.get("cluster", {}).get("workers", [])
+    shown = ", ".join(
+        f"{worker['worker']} {worker['images']:,} images in {worker['seconds']:.1f} s"
+        for worker in workers[:_WORKERS_SHOWN]
+    )
+    more = ", ..." if len(workers) > _WORKERS_SHOWN else ""
+    return [f"{len(workers)} worker{'s' * (len(workers) != 1)}: {shown}{more}"] if workers else []
 
 
 def estimate_text(estimate: Mapping[str, Any]) -> str:

@@ -335,3 +335,13 @@ def test_the_command_line_names_a_cluster(photos: Path, cluster_address: str, tm
     ]
     assert main([*arguments, "--max-rejects", "3", "--scheduler", cluster_address, "--quiet", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["counts"]["computed"] == 77
+
+
+def test_the_summary_says_who_did_how_much(photos: Path, team: Team, tmp_path: Path) -> None:
+    from featurepipe.extraction.text import text
+
+    record = run(photos, tmp_path / "store", team)
+    (line,) = [line for line in text(record).splitlines() if line.startswith("2 workers: ")]
+    counts = [int(said.split(" images")[0].split()[-1]) for said in line.split(", ")]
+    assert sum(counts) == 90
+    assert "workers:" not in text(run(photos, tmp_path / "alone"))
