@@ -56,7 +56,7 @@ class Extractions:
         why = self._list(source, patience)
         images = LabelledSource(source, asked=table.labels is not None)
         if table.labels and not why:
-            self._label(images, table.labels)
+            self._label(images, table.labels, patience)
         for place, features in enumerate(self.job.features):
             if why:
                 self.record.not_reached("extract", features.backbone, why)
@@ -78,11 +78,11 @@ class Extractions:
         entry = self.record.attempt("list", "", work)
         return "" if entry["status"] == DONE else "the source was not listed"
 
-    def _label(self, images: LabelledSource, file: Path) -> None:
-        """Reads the labels file; one that cannot be used fails the night, but keeps no image from being computed."""
+    def _label(self, images: LabelledSource, file: Path, patience: Patience) -> None:
+        """Reads the labels file; one that stays away or cannot be used fails the night, but keeps no image from being computed."""
         if self.before is not None:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
-        self.record.attempt("labels", "", lambda: images.read(file))
+        self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
 
     def _extract(self, place: int, source: TonightsSource, images: LabelledSource, patience: Patience) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.errors import SourceError
 from featurepipe.images.listing import SCHEMA
 from featurepipe.jobs.sources import Listed
 from featurepipe.store.labels import LabelTable, join_labels, read_labels
@@ -48,8 +49,10 @@ class LabelledSource:
         """Reads the file; what it says of images that are not there is a warning.
 
         Raises:
+            SourceError: it is not there.
             UsageError: it cannot be read, or gives an image two labels.
         """
+        check_labels(file)
         self.table = read_labels(file)
         ids = self.source().scan()["id"]
         labelled = pc.count(self._labels(ids)).as_py()
@@ -68,6 +71,12 @@ class LabelledSource:
         if not pc.any(pc.is_in(ids, value_set=table.ids)).as_py():  # nobody has labelled anything yet
             return pa.nulls(len(ids), pa.string())
         return join_labels(ids, table)[0]
+
+
+def check_labels(file: Path) -> None:
+    """Raises `SourceError` if a labels file is not there, or not just now."""
+    if not file.is_file():
+        raise SourceError(f"{file}: the labels are not there")
 
 
 def _of_strangers(file: Path, strangers: pa.Array, ids: pa.ChunkedArray) -> str:

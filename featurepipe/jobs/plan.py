@@ -12,6 +12,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.keys import in_keys
+from featurepipe.jobs.labelled import check_labels
 from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
@@ -32,10 +33,12 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
         ``bytes`` in all; ``steps``, each with ``runs`` (true, or null where that depends on the night) and ``why``.
 
     Raises:
-        SourceError: the source cannot be listed.
+        SourceError: the source cannot be listed, or its labels are not there.
         UsageError: a network or node is unknown, or the dataset is another source's.
     """
     check_networks(job, first=True)
+    if job.source.labels is not None:
+        check_labels(job.source.labels)
     source = TonightsSource(job, StopRequest())()
     dataset = job.dataset or dataset_name(source.name)
     store = existing_store(job.store)

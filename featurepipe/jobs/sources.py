@@ -148,7 +148,7 @@ class TonightsSource:
 
         Raises:
             UsageError: the job names something that no source can be made of.
-            SourceError: it cannot be opened or listed, is empty, or its labels are not there.
+            SourceError: it cannot be opened or listed, or is empty.
             Interrupted: a signal came while listing.
         """
         if self._listed is None:
@@ -164,8 +164,6 @@ class TonightsSource:
 
     def _list(self) -> Listed:
         table = self._job.source
-        if table.labels is not None and not table.labels.is_file():
-            raise SourceError(f"{table.labels}: the labels are not there")
         try:
             source = open_source(table.path, array_readers=ARRAY_READERS)
             listing = source.scan()

@@ -1,7 +1,11 @@
 """Newly labelled images are counted where the labels are in a file."""
 
+from functools import partial
+
 import pytest
 
+from featurepipe.errors import SourceError
+from featurepipe.jobs.sources import Patience
 from featurepipe.jobs.text import summary_text
 
 
@@ -37,6 +41,34 @@ def test_newly_labelled_images_are_counted(pile, labelled):
     labelled("cat/000.png,tom", "cat/002.png,tom", "cat/003.png,tom")
     assert changes(pile.run()) == {"relabelled": 2, "unchanged": 2}
     assert changes(pile.run()) == {"unchanged": 4}
+
+
+def test_labels_that_stay_away_fail_the_night_but_leave_labels_as_they_were_and_compute(pile, labelled):
+    labelled("cat/000.png,tom")
+    pile.run()
+    pile.fill(1, first=4, folder="cat/")
+    (pile.folder / "labels.csv").unlink()
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 1)
+    assert [entry["status"] for entry in record["steps"]] == ["done", "failed", "done"]
+    assert record["steps"][1]["error"].endswith("labels.csv: the labels are not there")
+    assert (changes(record), labels(pile)) == ({"new": 1, "unchanged": 4}, ["tom", None, None, None, None])
+    with pytest.raises(SourceError, match=r"labels\.csv: the labels are not there"):
+        pile.run(dry_run=True)
+
+
+def test_labels_are_waited_for_as_images_are(pile, labelled, monkeypatch):
+    labelled("cat/000.png,tom")
+    file = pile.folder / "labels.csv"
+    away = file.rename(pile.folder / "away.csv")
+
+    def wait(seconds, stop):
+        away.rename(file)
+
+    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=wait))
+    pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
+    assert pile.run()["status"] == "done"
+    assert labels(pile) == ["tom", None, None, None]
 
 
 def test_labels_of_unknown_images_are_said(pile, labelled):

@@ -143,16 +143,6 @@ def test_an_empty_folder_may_be_a_share_that_is_not_mounted(pile):
     assert TonightsSource(read_job(pile.file), StopRequest())().scan().num_rows == 0
 
 
-def test_labels_that_are_not_there(pile):
-    pile.fill(1)
-    pile.job(source='labels = "labels.csv"')
-    source = TonightsSource(read_job(pile.file), StopRequest())
-    with pytest.raises(SourceError, match=r"labels\.csv: the labels are not there"):
-        source()
-    (pile.folder / "labels.csv").write_text("id,label\n000.png,cat\n")
-    assert source().scan().num_rows == 1
-
-
 def test_errors_of_the_operating_system_may_heal_too(pile, monkeypatch):
     from featurepipe.images.folder import FolderSource
 
