@@ -79,7 +79,7 @@ class Extractions:
         return "" if entry["status"] == DONE else "the source was not listed"
 
     def _label(self, images: LabelledSource, file: Path, patience: Patience) -> None:
-        """Reads the labels file; one that stays away or cannot be used fails the night, but keeps no image from being computed."""
+        """Reads the labels file; one that cannot be had or used fails the night, but keeps no image from being computed."""
         if self.before is not None:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
         self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
