@@ -75,8 +75,9 @@ def scale(cluster: Any, table: ClusterTable) -> None:
             cluster.scale(table.workers or 1)
             cluster.sync(_settled, cluster)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        with suppress(AssertionError):  # Dask's own, about jobs that were never submitted
-            cluster.close()
+        with suppress(AssertionError, TimeoutError):  # about jobs that were never submitted
+            cluster.close(timeout=2)
+        cluster.shutdown_on_close = False  # Dask would try that again for ten seconds when Python ends
         raise ClusterError(f"workers of kind {table.kind!r} cannot be started: {in_a_line(error)}") from error
 
 
