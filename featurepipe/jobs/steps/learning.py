@@ -42,6 +42,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             weights=_own_weights(night),
             if_changed=table.when == "labels changed",
             silent=night.silent,
+            cluster=night.team(),
         )
 
     found = within_time(night.stop.deadline, work, "the older bundle stays, and the next night trains")
