@@ -1,12 +1,15 @@
 """Heads on features that workers keep find what they find on one machine."""
 
 import os
+import pickle
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 from sklearn.pipeline import make_pipeline
 
-from featurepipe.cluster import spread
+from featurepipe.cluster import share, spread
 from featurepipe.cluster.spreading import cuts
 from featurepipe.errors import UsageError
 from featurepipe.heads import (
@@ -23,8 +26,9 @@ from featurepipe.heads import (
     make_head,
     passes,
 )
-from featurepipe.heads.blocks import ArrayBlocks
+from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
 from featurepipe.heads.gram import gram_of, moments_of
+from featurepipe.heads.row_sums import Sums
 
 ROWS, WIDTH = 3000, 24
 NAMES = np.array(["cat", "dog", "emu", "fox"])
@@ -229,6 +233,65 @@ def test_a_feature_sets_labels_and_parts_go_along(team, zoo):
     some = np.r_[200:100:-3, 5]
     np.testing.assert_array_equal(head.predict(there.take(some)), here.predict(features.take(some)))
     np.testing.assert_array_equal(there[some].labels, features[some].labels)
+
+
+class Noted:
+    """Features whose reads are noted in a file."""
+
+    def __init__(self, array, path):
+        self.array, self.path, self.shape, self.dtype = array, path, array.shape, array.dtype
+
+    def take(self, rows):
+        return Noted(self.array[rows], self.path)
+
+    def read(self, dtype=None, *, rows=None):
+        found = self.array if rows is None else self.array[rows]
+        with self.path.open("a") as file:
+            file.write(f"{len(found)}\n")
+        return found.astype(dtype or self.dtype)
+
+
+def test_what_fits_a_workers_memory_is_read_once_to_look_and_once_to_keep(team, tmp_path):
+    features, labels = made(dtype=np.float16)
+    noted = Noted(features, tmp_path / "reads")
+    head = make_pipeline(BlockScaler(), BlockLogisticRegression(C=10.0)).fit(spread(noted, team), labels)
+    assert head[-1].n_iter_[0] > 3
+    assert (
+        sum(map(int, noted.path.read_text().split())) == 3 * ROWS
+    )  # the scaler's look, the fit's look, the fit's copy
+
+
+@pytest.mark.parametrize(("room", "dtype"), [(4.0, np.float32), (3.9, np.float16), (1.9, None)])
+def test_features_are_kept_as_far_as_they_fit(room, dtype, monkeypatch):
+    """Room is in bytes a value: 4 as they are computed with, 2 as they are stored."""
+    features, _ = made(dtype=np.float16)
+    stored = share.Share(ArrayBlocks(features), 0)
+    monkeypatch.setattr(share, "room_here", lambda: int(room * features.size))
+    monkeypatch.setattr(share, "all_threads", nullcontext)
+    kept = share.keep((partial(MappedBlocks, function=np.negative, width=WIDTH),), np.dtype(np.float32), None, stored)
+    np.testing.assert_array_equal(kept.read(np.float32), -features.astype(np.float32))
+    held = kept if isinstance(kept, ArrayBlocks) else kept.source
+    assert (held.dtype if isinstance(held, ArrayBlocks) else None) == dtype
+    limited = share.keep((), np.dtype(np.float32), 8 * features.size - 1, stored)  # half is for other things
+    assert isinstance(limited, ArrayBlocks) is (room >= 2)
+    assert limited.dtype == np.float16
+
+
+def test_what_travels_arrives_as_it_was():
+    rng = np.random.default_rng(0)
+    for array in (rng.integers(0, 2, 13), rng.integers(0, 2, (3, 13)).astype(np.float32), rng.integers(-3, 900, 13)):
+        small = share.packed(array)
+        np.testing.assert_array_equal(share.unpacked(*small), array)
+        assert small[0].nbytes <= 2 * 13
+    weights = rng.uniform(0, 1, (2, 13))
+    np.testing.assert_array_equal(share.unpacked(*share.packed(weights)), weights)
+    matrices = rng.standard_normal((2, 5, 5))
+    matrices += matrices.transpose(0, 2, 1)
+    sums = Sums(np.ones(1), np.ones((2, 3)), np.ones(2), [matrices, rng.uniform(0, 1, (2, 5)), None])
+    again = pickle.loads(pickle.dumps(sums))
+    np.testing.assert_array_equal(again.curvature[0], matrices)
+    np.testing.assert_array_equal(again.curvature[1], sums.curvature[1])
+    assert again.curvature[2] is None
 
 
 def test_shares_end_where_parts_do_if_that_is_near():
