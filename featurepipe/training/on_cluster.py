@@ -104,16 +104,17 @@ class Pool:
 def fits_at_once(team: Team, shared: int, each: int) -> int:
     """How many fits the workers can do at the same time, one a thread; 0 if one is too much for the smallest worker's memory.
 
+    Of a cluster that grows with its work, the workers that may yet come count, too.
+
     Args:
         team: the workers.
         shared: bytes that all fits of a process share.
         each: bytes that each takes.
     """
     workers = team.workers()
-    most = [(SHARE * worker.memory_limit - shared) // each for worker in workers if worker.memory_limit]
-    if most and min(most) < 1:
-        return 0
-    return sum(int(min([worker.threads, *most])) for worker in workers)
+    most = [max(0, int(SHARE * worker.memory_limit - shared) // each) for worker in workers if worker.memory_limit]
+    fits = [min([worker.threads, *most]) for worker in workers]
+    return max(sum(fits), team.most * min(fits, default=0))
 
 
 def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: int) -> list[Any]:
@@ -149,7 +150,11 @@ def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: in
                 )
             )
     except FutureCancelledError as error:
-        raise team.lost() from error
+        if error.reason == "scheduler-connection-lost":
+            raise team.lost() from error
+        raise ClusterError(
+            "all workers that had the rows of the search are gone; give the same command again. See the workers' logs"
+        ) from error
     except KilledWorker as error:
         raise ClusterError(
             f"a fit of the search ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: it needs "

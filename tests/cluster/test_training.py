@@ -1,10 +1,16 @@
 """Training on a cluster gives what training here gives."""
 
 import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from featurepipe.cluster import connect
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.training import on_cluster, tuning
@@ -84,11 +90,14 @@ def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair,
     assert 1 < there["params"]["n_estimators"] < 1000
 
 
-def test_memory_decides_how_many_fits_there_are_at_a_time(team):
+def test_memory_decides_how_many_fits_there_are_at_a_time(team, monkeypatch):
     limit = team.workers()[0].memory_limit
     assert fits_at_once(team, 0, 1) == 2  # one a thread
     assert fits_at_once(team, int(0.5 * limit), int(0.05 * limit)) == 2
     assert fits_at_once(team, int(0.5 * limit), int(0.2 * limit)) == 0
+    workers = [replace(worker, memory_limit=0, threads=3) for worker in team.workers()]  # without limits
+    monkeypatch.setattr(team, "workers", lambda: workers)
+    assert fits_at_once(team, limit, limit) == 6
 
 
 def test_the_bundle_names_the_cluster(zoo, pair):
@@ -163,3 +172,30 @@ def test_a_cluster_is_named_without_secrets(cluster, name):
 
 def test_clients_and_teams_are_named_by_their_scheduler(team):
     assert cluster_name(team) == cluster_name(team.client) == team.client.scheduler.address
+
+
+def test_workers_that_may_yet_come_count(cluster_address):
+    with connect(cluster_address) as team:
+        team.most = 5
+        assert fits_at_once(team, 0, 1) == 5
+
+
+@pytest.mark.slow
+def test_a_worker_killed_during_a_search_changes_nothing(zoo, own_team, tmp_path):
+    zoo.write([*zoo.images("train", 400), *zoo.images("test", 40)])
+    options = {"nodes": NODES, "head": "rbf-svm", "tune": True, "calibration": False, "silent": True}
+    here = train(zoo.store, out=tmp_path / "here", **options)
+    victim = own_team.workers()[0]
+
+    def kill():
+        while not any("batch_of" in key for key in own_team.client.processing().get(victim.address, ())):
+            time.sleep(0.02)
+        os.kill(victim.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    there = train(zoo.store, out=tmp_path / "there", cluster=own_team, **options)
+    killer.join()
+    assert victim.address not in own_team.addresses()
+    assert there["search"]["trials"] == here["search"]["trials"]
+    assert there["test"]["accuracy"] == here["test"]["accuracy"]
