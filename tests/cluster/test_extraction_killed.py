@@ -94,17 +94,19 @@ def meanwhile(store: Path, count: int, action: Callable[[], None]) -> Any:
 
     def watch() -> None:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not over.is_set():
             if store.exists() and sum(1 for _ in store.glob("spaces/*/parts/[!.]*.h5")) >= count:
                 action()
                 return
             time.sleep(0.02)
 
+    over = threading.Event()
     thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield
     finally:
+        over.set()
         thread.join()
 
 
@@ -258,10 +260,26 @@ def test_four_workers_on_few_cores(processes: Any, own_team: Team, photos: Path,
     check_whole(tmp_path / "store", photos, tmp_path)
 
 
-def test_a_worker_that_comes_later_takes_part(processes: Any, own_team: Team, photos: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    with meanwhile(store, 1, processes.add_worker):
-        record = run(Slow(photos, 0.05), store, own_team)
+def test_a_worker_that_comes_later_takes_part(
+    processes: Any, own_team: Team, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_cluster, "Sizes", lambda: Sizes(first=10, most=10))
+    store, come = tmp_path / "store", tmp_path / "come"
+
+    class Waiting(Slow):
+        def read(self, locator: bytes) -> Any:
+            import time
+
+            time.sleep(0.02 if come.exists() else 0.3)
+            return self._source.read(locator)
+
+    def add() -> None:
+        processes.add_worker()
+        own_team.wait_for_workers(3)
+        come.touch()
+
+    with meanwhile(store, 1, add):
+        record = run(Waiting(photos, 0), store, own_team)
     assert len(record["cluster"]["workers"]) == 3
 
 
