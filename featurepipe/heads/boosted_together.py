@@ -7,7 +7,7 @@ tells them of each other and then has nothing more to do until they leave.
 
 from __future__ import annotations
 
-import sys
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def _meeting(seat: Seat) -> Iterator[None]:
     """Meets the others at the desk, and leaves at the end."""
     options = {**seat.desk, "dmlc_task_id": f"{seat.number:06d}", "dmlc_timeout": SILENT_SECONDS, "dmlc_retry": 2}
     context = collective.CommunicatorContext(**options)
-    with redirect_stdout(sys.stderr):  # xgboost prints who has come
+    with redirect_stdout(io.StringIO()):  # xgboost prints who has come
         context.__enter__()
     try:
         yield
