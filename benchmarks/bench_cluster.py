@@ -13,7 +13,8 @@ sockets of all processes (``benchmarks.counted``).
 - model: what 100,000,000 images would take on GPU workers (``benchmarks.cluster_model``). What large listings and indices cost
   is taken from the record of ``bench_nightly``.
 
-Traffic is told without what workers and scheduler say all the time (``idle``), unless it says otherwise.
+Traffic is told without what workers and scheduler say all the time (``idle``). That of whole extractions is told with it, and
+how much of it that is.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def measure_extraction(folder: Path, args: argparse.Namespace, team: Team, net: 
             [one["by_workers"]["images_s"] / one["script"]["images_s"] for one in rounds], 2
         ),
         "traffic_per_image": record.median([one["by_workers"]["traffic_per_image"] for one in rounds], 1),
+        "of_it_waiting": record.median([one["by_workers"]["of_it_waiting"] for one in rounds], 1),
         "script_traffic_per_image": record.median([one["script"]["traffic_per_image"] for one in rounds], 1),
         "first_call_s_more": round(cold[0] - cold[1], 2),
         "decode_s_per_image": round((stages["read"] + stages["decode"]) / len(names), 5),
@@ -200,7 +202,8 @@ def figures(one: Extracted, traffic: Traffic) -> dict[str, float]:
         "images_s": round(one.images / one.seconds, 2),
         "steady_img_s": round(one.steady, 2),
         "cpu_s": round(sum(part["cpu"] for part in (traffic.scheduler, traffic.client, traffic.workers)), 3),
-        "traffic_per_image": round(traffic.through / one.images, 1),
+        "traffic_per_image": round((traffic.through + traffic.waiting) / one.images, 1),
+        "of_it_waiting": round(traffic.waiting / one.images, 1),
     }
 
 

@@ -81,12 +81,14 @@ class Traffic:
         client: The client's.
         workers: The workers', together.
         seconds: How long the stretch was.
+        waiting: Bytes through the scheduler that were taken off, as they go at all times.
     """
 
     scheduler: dict[str, float]
     client: dict[str, float]
     workers: dict[str, float]
     seconds: float
+    waiting: float = 0.0
 
     def __sub__(self, other: Traffic) -> Traffic:
         """What came after another one."""
@@ -105,6 +107,7 @@ class Traffic:
             _less(self.client, idle.client, share),
             _less(self.workers, idle.workers, share),
             self.seconds,
+            idle.through * share,
         )
 
     @property
