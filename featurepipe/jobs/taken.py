@@ -49,11 +49,13 @@ def check_dataset(job: Job, file: Path, store: FeatureStore, dataset: str, locat
 
 
 def _last_taken(runs: Sequence[Run], snapshot: str | None, dataset: str) -> Run | None:
-    """The extraction that the dataset's snapshot is of, or without a snapshot the last one; None if no record tells."""
+    """The extraction that the dataset's snapshot is of, else the last one; None if no record tells.
+
+    There may be no snapshot yet, or one whose run was killed before it wrote its record.
+    """
     taken = [run for run in runs if run.get("dataset") == dataset and "fingerprint" in run and "source" in run]
-    if snapshot is not None:
-        taken = [run for run in taken if run["run_id"] == snapshot]
-    return taken[-1] if taken else None
+    own = [run for run in taken if run["run_id"] == snapshot]
+    return next(reversed(own or taken), None)
 
 
 def _same_file(recorded: str, file: Path) -> bool:

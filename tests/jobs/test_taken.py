@@ -93,3 +93,11 @@ def test_a_first_night_that_left_no_snapshot_counts(pile, other):
     assert pile.run()["exit_code"] == 4
     assert pile.store.datasets() == []
     assert "was last taken from" in failed(fp.run_job(other(), silent=True))
+
+
+def test_a_snapshot_whose_run_was_killed_before_its_record_counts(pile, other):
+    pile.fill(3)
+    pile.run()
+    (pile.store.path / "runs" / f"{pile.run()['extractions'][0]}.json").unlink()
+    assert "was last taken from" in failed(fp.run_job(other(), silent=True))
+    assert pile.run()["status"] == "done"
