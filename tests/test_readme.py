@@ -4,8 +4,12 @@ import argparse
 import gzip
 import re
 import shlex
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +109,40 @@ def test_what_was_recommended_can_be_trained_and_shown(checkout: Path, cli: Call
     assert "recommended-bundle" in (checkout / "bundle.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_three_terminals(checkout: Path, cli: Callable, launcher) -> None:
+    """As in the README, but for the port, which another scheduler may have."""
+    heading, port = "When one machine is not enough", free_port()
+    lines = [fence(heading, "sh", number).replace("8786", port) for number in range(3)]
+    background = [*shlex.split(lines[0]), "--port", port, "--no-dashboard"], shlex.split(lines[1])
+    with ExitStack() as ended:
+        for words in background:
+            with (checkout / f"{words[1]}.log").open("wb") as log:
+                command = [sys.executable, "-P", "-m", f"distributed.cli.dask_{words[1]}", *words[2:]]
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=checkout)
+            ended.callback(process.wait)
+            ended.callback(process.terminate)
+        outputs = []
+        for line in lines[2].splitlines():
+            finished = cli(*shlex.split(line)[1:], cwd=checkout)
+            assert finished.code == 0, (line, finished.err)
+            outputs.append(finished.out)
+        assert f"{TRAIN + TEST} images listed" in outputs[0]
+        assert f"on the {TEST} test images:" in outputs[1]
+        labelled = (checkout / "predictions.csv").read_text(encoding="utf-8").splitlines()
+        assert len(labelled) == 1 + TRAIN + TEST
+        code = fence(heading, "python").replace("8786", port)
+        finished = launcher.start(code, cwd=checkout).wait()
+        assert finished.code == 0, finished.err
+
+
+def free_port() -> str:
+    """A port on loopback that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
@@ -131,7 +169,7 @@ def test_usage_in_the_table_is_what_the_parser_requires(name: str) -> None:
     required = []
     for action in subcommands()[name]._actions:
         if not action.option_strings:
-            required.append(action.metavar)
+            required.append(f"[{action.metavar}]" if action.nargs == "?" else action.metavar)
         elif action.required:
             required += [action.option_strings[-1], action.metavar.partition("[")[0]]
     assert table()[name][0].split() == required
@@ -139,7 +177,8 @@ def test_usage_in_the_table_is_what_the_parser_requires(name: str) -> None:
 
 def test_options_named_in_the_prose_exist() -> None:
     known = {option for parser in subcommands().values() for option in parser._option_string_actions}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    ours = re.sub(r"\bdask (?:scheduler|worker)[^`\n]*", "", README)  # Dask's commands have options of their own
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours))
     assert named
     assert named <= known
 

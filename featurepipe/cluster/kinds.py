@@ -213,10 +213,10 @@ def queue_options(table: ClusterTable, for_a_gpu: Mapping[str, Any]) -> dict[str
 
 
 def kubernetes(table: ClusterTable) -> Any:
-    """Pods through the operator of dask-kubernetes; the scheduler's pod gets no GPU."""
+    """Pods through the operator of dask-kubernetes; the scheduler's pod gets no GPU and no volume."""
     cluster_class = _imported("dask_kubernetes.operator", "KubeCluster", table)
     options = dict(table.options)
-    if table.gpus:
+    if table.gpus or table.volumes:
         options = {"custom_cluster_spec": pod_spec(table)} | {
             name: options[name] for name in options if name not in _OF_PODS
         }
@@ -230,13 +230,20 @@ _OF_PODS = ("name", "image", "resources", "env", "worker_command", "scheduler_se
 
 
 def pod_spec(table: ClusterTable) -> dict[str, Any]:
-    """What the operator is asked for, with a GPU for each worker and none for the scheduler."""
+    """What the operator is asked for, with the volumes and a GPU for each worker, and neither for the scheduler."""
     make: Callable[..., dict[str, Any]] = _imported("dask_kubernetes.operator", "make_cluster_spec", table)
     options = {"name": f"featurepipe-{os.getpid()}"} | {n: v for n, v in table.options.items() if n in _OF_PODS}
     spec = make(n_workers=table.workers or table.minimum or 0, **options)
-    for container in spec["spec"]["worker"]["spec"]["containers"]:
-        resources = container.get("resources") or {}
-        container["resources"] = resources | {"limits": {"nvidia.com/gpu": 1} | resources.get("limits", {})}
+    pod = spec["spec"]["worker"]["spec"]
+    claims = {f"volume-{number}": claim for number, claim in enumerate(table.volumes.values())}
+    pod["volumes"] = [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in claims.items()]
+    for container in pod["containers"]:
+        container["volumeMounts"] = [
+            {"name": name, "mountPath": path} for name, path in zip(claims, table.volumes, strict=True)
+        ]
+        if table.gpus:
+            resources = container.get("resources") or {}
+            container["resources"] = resources | {"limits": {"nvidia.com/gpu": 1} | resources.get("limits", {})}
     return spec
 
 

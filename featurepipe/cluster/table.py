@@ -64,6 +64,8 @@ class ClusterTable(BaseModel):
     """With `ssh`: the scheduler's machine, then those of the workers; a machine named twice has two processes."""
     gpus: bool = False
     """One GPU for each worker. On this machine that needs no asking; with `ssh` the k-th process of a host gets its GPU k."""
+    volumes: dict[str, str] = Field(default_factory=dict)
+    """With `kubernetes`: where each claim of a persistent volume is mounted, such as `"/data" = "images"`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Handed to LocalCluster, SSHCluster, SLURMCluster, PBSCluster or KubeCluster."""
     wait: Annotated[float, BeforeValidator(seconds_of)] | None = None
@@ -88,6 +90,8 @@ class ClusterTable(BaseModel):
             raise UsageError("a cluster that grows with its work needs a maximum, no less than minimum")
         if self.is_adaptive and self.kind == "ssh":
             raise UsageError("machines reached by ssh are as many as hosts names; leave minimum and maximum out")
+        if self.volumes and self.kind != "kubernetes":
+            raise UsageError('volumes are mounted in pods, so only with kind = "kubernetes"')
         if (self.kind == "ssh") != bool(self.hosts):
             raise UsageError(
                 "ssh needs hosts, the scheduler's machine first, then those of the workers; no other kind has hosts"

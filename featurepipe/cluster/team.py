@@ -163,9 +163,10 @@ class Team:
             The addresses of the workers that may be used.
 
         Raises:
-            ClusterError: no worker comes in time, or none is fit; it names each and says why.
+            ClusterError: no worker comes in time, none is fit (each is named), or the scheduler cannot read our tasks.
             StoreError: the folder cannot be written.
         """
+        self._check_scheduler()
         self.terms = self._show(Path(store)) if store is not None else replace(self.terms, token=None, secret="")
         self.terms = replace(self.terms, source=_local(source))
         self.wait_for_workers()
@@ -176,6 +177,25 @@ class Team:
         if not good:
             raise self.no_worker()
         return good
+
+    def _check_scheduler(self) -> None:
+        """Dask's scheduler reads tasks before it passes them on, so it needs the package, too."""
+
+        def importable() -> str:  # travels as code, since the package may not be there
+            from importlib import import_module
+
+            try:
+                import_module("featurepipe.cluster.worker")
+            except ImportError as error:
+                return str(error)
+            return ""
+
+        with self.reaching():
+            missing = self.client.run_on_scheduler(importable)
+        if missing:
+            raise ClusterError(
+                f"the scheduler {self.address} cannot read our tasks ({missing}); start it where featurepipe is installed"
+            )
 
     def refuse(self, address: str, why: str) -> None:
         """Notes that a worker must not be used, and says so, once."""

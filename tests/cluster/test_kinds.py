@@ -198,11 +198,30 @@ def test_pods_have_a_gpu_each_and_the_scheduler_none() -> None:
     assert worker["env"] == [{"name": "A", "value": "b"}]
 
 
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "pipelines" / "clusters").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_the_files_to_copy_say_what_their_kind_takes(file: Path, commands: Path) -> None:
+    table = read_spec(file)
+    assert table.kind == file.stem
+    if table.kind == "slurm":
+        with slurm(table) as cluster:
+            assert "#SBATCH --gres=gpu:1" in cluster.job_script()
+    elif table.kind == "pbs":
+        with pbs(table) as cluster:
+            assert "ngpus=1:mem=32GB" in cluster.job_script()
+    elif table.kind == "kubernetes":
+        pytest.importorskip("dask_kubernetes")
+        pod = pod_spec(table)["spec"]["worker"]["spec"]
+        assert pod["volumes"] == [{"name": "volume-0", "persistentVolumeClaim": {"claimName": "featurepipe-data"}}]
+        assert pod["containers"][0]["volumeMounts"] == [{"name": "volume-0", "mountPath": "/data"}]
+        assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "32Gi"}
+
+
 def test_what_the_kubernetes_class_is_given_is_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     import inspect
 
-    import dask_kubernetes.operator as operator
-
+    operator = pytest.importorskip("dask_kubernetes.operator")
     given: list[dict[str, Any]] = []
     takes = inspect.signature(operator.KubeCluster.__init__)
 

@@ -215,3 +215,14 @@ def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(team: Team, monk
     monkeypatch.setattr(team, "_known", lambda: ghost)
     monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 3.0)
     assert {worker.address for worker in team.workers()} == set(known)
+
+
+def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: Team) -> None:
+    def lose_package() -> None:
+        import sys
+
+        sys.modules["featurepipe"] = None  # type: ignore[assignment]
+
+    own_team.client.run_on_scheduler(lose_package)
+    with pytest.raises(ClusterError, match=r"the scheduler tcp://\S+ cannot read our tasks \(.*featurepipe"):
+        own_team.check()
