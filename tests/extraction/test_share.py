@@ -1,5 +1,10 @@
 """What a worker does with a slice, without a cluster: features, statuses, second attempts, refusals."""
 
+import os
+import platform
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 
 import cloudpickle
@@ -223,3 +228,30 @@ def test_a_source_whose_code_is_not_there_is_refused(office):
 @pytest.mark.parametrize(("memory", "part"), [(0, 64), (64 << 30, 64), (1 << 30, 32), (256 << 20, 8), (1 << 20, 4)])
 def test_parts_are_small_where_memory_is(memory, part):
     assert Desk("w", 1, memory).part_bytes == part << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_is_kept_between_batches_though_dask_gives_it_back():
+    code = """
+        import resource
+        import numpy as np
+        from featurepipe.extraction.at_worker import keep_memory
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(50):
+                np.ones(1 << 20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        before = faults()
+        keep_memory()
+        faults()
+        print(before, faults())
+    """
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}  # as Dask's nanny sets it
+    said = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, said.stdout.split())
+    assert before >= 50 * 4  # 8 MiB are four huge pages, or 2,048 small ones
+    assert after < before / 10
