@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -112,6 +113,7 @@ def local(table: ClusterTable) -> Any:
     from distributed import LocalCluster
     from distributed.system import MEMORY_LIMIT
 
+    _refuse_to_start_from_a_worker()
     gpus = gpu_names()
     most = table.workers or table.maximum or len(gpus) or max(1, CPU_COUNT // 4)
     given = {
@@ -133,6 +135,15 @@ def local(table: ClusterTable) -> Any:
         cluster = start(n_workers=0, processes=True, **given | table.options)
     scale(cluster, table.model_copy(update={} if table.is_adaptive else {"workers": most}))
     return cluster
+
+
+def _refuse_to_start_from_a_worker() -> None:
+    """A worker's process imports the script that started it, which must not start a cluster then."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ClusterError(
+            "a script that has processes started imports itself in each of them; put what it does under: "
+            'if __name__ == "__main__":'
+        )
 
 
 @contextmanager

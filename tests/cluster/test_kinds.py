@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import subprocess
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -302,3 +303,18 @@ def test_machines_reached_by_ssh(gpus: bool, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     devices = ["0", "1"] if gpus else [str(os.environ.get("CUDA_VISIBLE_DEVICES"))] * 2
     assert json.loads(done.stdout) == [2, [[n, n + 1] for n in range(4)], devices]
+
+
+@pytest.mark.slow
+def test_a_script_without_its_guard_is_told_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from featurepipe.cluster import connect\nwith connect('local:1'):\n    pass\n")
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1
+    assert 'put what it does under: if __name__ == "__main__":' in ran.stderr
+    script.write_text(
+        "from featurepipe.cluster import connect\n"
+        "if __name__ == '__main__':\n    with connect('local:1') as team:\n        team.wait_for_workers()\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
