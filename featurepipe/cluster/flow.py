@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from featurepipe.cluster.worker import Answer, Attempt, ask_to_stop
@@ -154,7 +155,7 @@ class _Flow(Generic[T, R]):
         """Tells running tasks to come back, also in workers that have just come; what no worker has is given up."""
         if not self.workers:
             self.pending.clear()
-        self.team.ask(_Stop(self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
+        self.team.ask(partial(ask_to_stop, self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
 
     def _fill(self) -> None:
         room = self.per_worker * self._usable()
@@ -283,7 +284,7 @@ class _Flow(Generic[T, R]):
         if not (self.pending or self.late) or self.team.is_lost:
             return
         workers = self.team.addresses()
-        self.team.ask(_Stop(self.attempt.flow), workers, seconds=RETURN_SECONDS)
+        self.team.ask(partial(ask_to_stop, self.attempt.flow), workers, seconds=RETURN_SECONDS)
         futures = [future for pending in self.pending.values() for future in pending.futures]
         deadline = time.monotonic() + (RETURN_SECONDS if workers else 0)
         while time.monotonic() < deadline and not all(future.done() for future in futures):
@@ -296,11 +297,3 @@ def _told(task: object) -> str:
     """A task in a message."""
     text = str(task)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-@dataclass(frozen=True)
-class _Stop:
-    flow: str
-
-    def __call__(self) -> Any:
-        ask_to_stop(self.flow)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -23,16 +23,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ANSWER_SECONDS = 30.0
-"""How long a worker may take to say who it is."""
+"""How long a worker may take to say who it is, before it is told of and asked once more."""
 
-SCHEDULER_SECONDS = 25.0
-"""How long a scheduler may take to say who its workers are."""
+LAST_SECONDS = 120.0
+"""How long a worker that did not answer may take then; its machine, or the scheduler's, may have too much to do."""
 
+SCHEDULER_SECONDS = 300.0
+"""How long a scheduler to which there is a connection may be silent before it is taken to be lost; so long does it itself wait
+for its workers. One that has ended is known at once, and one whose machine has gone as soon as Dask's connection times out."""
+
+BUSY_SECONDS = 20.0
+"""After so long without an answer a scheduler is asked again: on a machine that has too much to do it may stand still."""
 
 TOLD_SECONDS = 5.0
 """From when on waiting for workers is told of."""
 
 
+_AGAIN_SECONDS = 0.2  # in which Dask notices that a connection has ended
 _MEMORY_TOPIC = "worker-restart-memory"
 """Where Dask's nannies tell of a worker that they ended because of its memory."""
 
@@ -102,11 +109,29 @@ class Team:
         return [address for address, tasks in busy.items() if not tasks]
 
     def _scheduler(self, question: str, **about: Any) -> dict[str, Any]:
-        async def ask() -> Any:
-            return await asyncio.wait_for(getattr(self.client.scheduler, question)(**about), SCHEDULER_SECONDS)
+        return dict(self._answered(lambda: getattr(self.client.scheduler, question)(**about)))
 
-        with self.reaching():
-            return dict(self.client.sync(ask))
+    def _answered(self, question: Callable[[], Awaitable[R]]) -> R:
+        """The scheduler's answer, for which it is asked again for as long as it may be busy; a wrong verdict costs a night."""
+
+        async def ask() -> R:
+            return await asyncio.wait_for(question(), min(BUSY_SECONDS, SCHEDULER_SECONDS))
+
+        start, told = time.monotonic(), False
+        while True:
+            with self.reaching():
+                try:
+                    answer: R = self.client.sync(ask)
+                    return answer
+                except OSError:  # a timeout is one, too
+                    if time.monotonic() >= start + SCHEDULER_SECONDS:
+                        raise
+            time.sleep(_AGAIN_SECONDS)
+            if not told and time.monotonic() >= start + BUSY_SECONDS:
+                told = True
+                self.say(
+                    f"the scheduler {self.address} does not answer; waiting for it, at most {SCHEDULER_SECONDS:g} s"
+                )
 
     def wait_for_workers(self, count: int = 1) -> None:
         """Waits until there is a worker that is not refused.
@@ -190,8 +215,7 @@ class Team:
                 return str(error)
             return ""
 
-        with self.reaching():
-            missing = self.client.run_on_scheduler(importable)
+        missing = self._answered(lambda: self.client.run_on_scheduler(importable))
         if missing:
             raise ClusterError(
                 f"the scheduler {self.address} cannot read our tasks ({missing}); start it where featurepipe is installed"
@@ -247,11 +271,25 @@ class Team:
     def ask(
         self, question: Callable[[], Any], addresses: Iterable[str], seconds: float | None = None
     ) -> dict[str, Any]:
-        """Has each worker's process call a function, beside its tasks: their answers, or the exceptions instead."""
+        """Has each worker's process call a function, beside its tasks: their answers, or the exceptions instead.
+
+        Args:
+            question: the function.
+            addresses: of the workers.
+            seconds: how long they may take; by default long enough for workers that are busy, too.
+        """
+        answers = self._asked(question, addresses, seconds or ANSWER_SECONDS)
+        silent = [address for address, said in answers.items() if isinstance(said, TimeoutError)]
+        if silent and seconds is None:
+            self.say(f"no answer from {', '.join(silent)}; waiting for it, at most {LAST_SECONDS:g} s")
+            answers |= self._asked(question, silent, LAST_SECONDS)
+        return answers
+
+    def _asked(self, question: Callable[[], Any], addresses: Iterable[str], seconds: float) -> dict[str, Any]:
         asked = list(addresses)
 
         async def one(address: str) -> Any:
-            return await asyncio.wait_for(self.client.run(question, workers=[address]), seconds or ANSWER_SECONDS)
+            return await asyncio.wait_for(self.client.run(question, workers=[address]), seconds)
 
         async def everyone() -> list[Any]:
             return await asyncio.gather(*map(one, asked), return_exceptions=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from featurepipe.cluster.flow import RETURN_SECONDS
 from featurepipe.cluster.worker import Answer, Attempt, ask_to_stop, stop_of_task
 from featurepipe.errors import ClusterError, FeaturepipeError
 from featurepipe.heads.shares import Seat
@@ -212,7 +213,7 @@ def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
     team = party.team
     if team.client.status != "running" or all(task.status == "finished" for task in tasks):
         return
-    team.ask(_Stop(party.attempt.flow), team.addresses())
+    team.ask(partial(ask_to_stop, party.attempt.flow), team.addresses(), seconds=RETURN_SECONDS)
     with suppress(TimeoutError, OSError, RuntimeError):  # its worker may be the one that is lost
         opened.close().result(timeout=ANSWER_SECONDS)
     there = team.addresses()
@@ -223,14 +224,6 @@ def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
             wait(running, timeout=_LOOK_SECONDS)
     for task in tasks:
         task.cancel()
-
-
-@dataclass(frozen=True)
-class _Stop:
-    flow: str
-
-    def __call__(self) -> Any:
-        ask_to_stop(self.flow)
 
 
 def _seated(work: Callable[..., R], task: tuple[Seat, Kept]) -> R:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,41 @@ def test_a_scheduler_that_hangs_ends_the_run_soon(
                 processes.scheduler.send_signal(signal.SIGSTOP)
                 killed = time.monotonic()
     assert time.monotonic() < killed + 30
+
+
+def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
+    processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurepipe.cluster.team.BUSY_SECONDS", 1.0)
+    monkeypatch.setattr("featurepipe.cluster.flow.RESULT_SECONDS", 0.5)
+    goes_on = threading.Timer(5, processes.scheduler.send_signal, [signal.SIGCONT])
+
+    def work(n: int) -> int:
+        time.sleep(0.1)
+        return n
+
+    done = []
+    for number, _ in own_team.results(iter(range(30)), work):
+        done.append(number)
+        if len(done) == 3:
+            processes.scheduler.send_signal(signal.SIGSTOP)
+            goes_on.start()
+    goes_on.join()
+    assert sorted(done) == list(range(30))
+    assert said == [f"the scheduler {processes.address} does not answer; waiting for it, at most 300 s"]
+
+
+def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
+    processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 1.0)
+    [silent] = [worker.address for worker in own_team.workers() if worker.pid == processes.workers[0].pid]
+    processes.workers[0].send_signal(signal.SIGSTOP)
+    goes_on = threading.Timer(3, processes.workers[0].send_signal, [signal.SIGCONT])
+    goes_on.start()
+    assert len(own_team.check()) == 2
+    goes_on.join()
+    assert said == [f"no answer from {silent}; waiting for it, at most 120 s"]
 
 
 def test_a_straggler_does_not_stall_the_end(own_team: Team, tmp_path: Path) -> None:
