@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.cluster.kinds import QUIET, in_a_line, opened
 from featurepipe.cluster.table import ClusterTable, read_spec
 from featurepipe.cluster.team import Team
-from featurepipe.errors import ClusterError
+from featurepipe.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -36,14 +36,21 @@ def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[T
         The team. What was opened here is closed at the end; a client or cluster that was given stays open.
 
     Raises:
-        UsageError: the spec is none of these.
-        ClusterError: nobody answers at the address, or the cluster cannot be started.
+        UsageError: the spec is none of these, or is for use with `await`.
+        ClusterError: nobody answers at the address, the client is closed, or the cluster cannot be started.
     """
     from distributed import Client
 
+    if getattr(spec, "asynchronous", False):
+        raise UsageError(
+            f"the {type(spec).__name__} is asynchronous, and waiting for it would block the loop that it runs in; give its "
+            "scheduler's address, from a thread of its own (asyncio.to_thread), or one without asynchronous=True"
+        )
     if isinstance(spec, Team):
         yield spec
     elif isinstance(spec, Client):
+        if spec.status == "closed":
+            raise ClusterError("the Client is closed; give one that is open, or its scheduler's address")
         with _team(spec, say, ClusterTable(kind="local")) as team:
             yield team
     elif hasattr(spec, "scheduler_address"):

@@ -12,7 +12,7 @@ import pytest
 
 import featurepipe.cluster.worker as at_worker
 from featurepipe.cluster import Team, connect
-from featurepipe.errors import ClusterError, StoreError
+from featurepipe.errors import ClusterError, StoreError, UsageError
 
 
 @contextmanager
@@ -181,6 +181,31 @@ def test_what_was_given_stays_open(cluster_address: str) -> None:
             with connect(team) as same:
                 assert same is team
         assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_a_client_that_waits_for_nobody_is_refused(cluster_address: str) -> None:
+    import asyncio
+
+    from distributed import Client
+
+    async def give() -> None:
+        async with Client(cluster_address, asynchronous=True) as client:
+            with (
+                pytest.raises(UsageError, match="the Client is asynchronous.* give its scheduler's address"),
+                connect(client),
+            ):
+                pass
+
+    asyncio.run(give())
+
+
+def test_a_client_that_is_closed_is_refused(cluster_address: str) -> None:
+    from distributed import Client
+
+    with Client(cluster_address) as client:
+        pass
+    with pytest.raises(ClusterError, match="the Client is closed; give one that is open"), connect(client):
+        pass
 
 
 def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
