@@ -191,7 +191,7 @@ def test_a_client_that_waits_for_nobody_is_refused(cluster_address: str) -> None
     async def give() -> None:
         async with Client(cluster_address, asynchronous=True) as client:
             with (
-                pytest.raises(UsageError, match="the Client is asynchronous.* give its scheduler's address"),
+                pytest.raises(UsageError, match=r"the Client is asynchronous.* give its scheduler's address"),
                 connect(client),
             ):
                 pass
