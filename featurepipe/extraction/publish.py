@@ -20,6 +20,7 @@ from featurepipe.extraction.prepare import Job
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES
+from featurepipe.store.runs import PUBLISHING
 from featurepipe.store.snapshots import OK
 
 SHOWN_REJECTS = 20
@@ -101,8 +102,10 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
     _check_rejects(run, limits)
     # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
     changes = count_changes(job.history.snapshot, run.snapshot)
+    code = 3 if outcome.reasons else 0
+    run.end(PUBLISHING, code, changes=changes)  # a kill after the snapshot must not lose what it changed
     run.store.write_snapshot(job.dataset, run.id, run.snapshot)
-    return run.end("done", 3 if outcome.reasons else 0, changes=changes)
+    return run.end("done", code, changes=changes)
 
 
 def _check_rejects(run: Run, limits: Limits) -> None:

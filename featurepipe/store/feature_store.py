@@ -230,7 +230,7 @@ class FeatureStore:
 
     def runs(self) -> list[dict[str, Any]]:
         """Reads the records of all runs, oldest first."""
-        return runs.read_runs(self.path / "runs")
+        return [runs.settled(record, self.path / "snapshots") for record in runs.read_runs(self.path / "runs")]
 
     # Which layer transfers best
 

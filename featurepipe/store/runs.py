@@ -13,6 +13,9 @@ from typing import Any
 from featurepipe.errors import StoreError, UsageError
 from featurepipe.store.atomic import read_json, write_json
 
+PUBLISHING = "publishing"
+"""Status of a run whose record is complete and whose snapshot comes next; see `settled`."""
+
 _TIME = "%Y%m%dT%H%M%S%fZ"
 _RUN_ID = re.compile(r"(\d{8}T\d{12}Z)-[0-9a-f]{8}")
 
@@ -60,3 +63,12 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
             if record.get("run_id") == path.stem:
                 records.append(record)
     return records
+
+
+def settled(record: dict[str, Any], snapshots: Path) -> dict[str, Any]:
+    """Says of a run that was killed while it published what it was: done if its snapshot is there, else interrupted."""
+    if record.get("status") != PUBLISHING:
+        return record
+    if (snapshots / str(record["dataset"]) / f"{record['run_id']}.parquet").exists():
+        return {**record, "status": "done"}
+    return {**record, "status": "interrupted", "exit_code": None, "changes": None}

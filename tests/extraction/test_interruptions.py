@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from featurepipe.backbones.engine import BATCH_TOLERANCE
+from featurepipe.extraction.extract import extract
 from featurepipe.store import FeatureStore, gc_store, verify_store
 
 KILLS = int(os.environ.get("FEATUREPIPE_KILLS", "50"))
@@ -336,3 +338,28 @@ def test_what_rewrites_the_store_waits_for_extract_to_end(album, launcher, comma
     assert cli("compact", run.path).code == 0
     with run.store.lock(shared=False):
         assert launcher.start(EXTRACT, command()).wait().code == 75
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_kill_beside_the_snapshot_leaves_a_record_that_is_right(tmp_path, monkeypatch, is_late):
+    """Just before the snapshot the run has not happened; just after it, it has, with all that it changed."""
+    for number in range(3):
+        Image.fromarray(np.full((32, 32, 3), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    write = FeatureStore.write_snapshot
+
+    class Killed(BaseException):
+        """As sudden as a signal: no `except Exception` sees it."""
+
+    def killed(self, *snapshot):
+        if is_late:
+            write(self, *snapshot)
+        raise Killed
+
+    monkeypatch.setattr(FeatureStore, "write_snapshot", killed)
+    with pytest.raises(Killed):
+        extract(tmp_path, tmp_path / "store", dataset="d", backbone="lenet5", weights="none", silent=True)
+    (record,) = FeatureStore(tmp_path / "store").runs()
+    if is_late:
+        assert (record["status"], record["exit_code"], record["changes"]["new"]) == ("done", 0, 3)
+    else:
+        assert (record["status"], record["exit_code"], record["changes"]) == ("interrupted", None, None)
