@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -247,23 +247,28 @@ class Team:
         return address if name == address else f"{name} ({address})"
 
     def _show(self, folder: Path) -> Terms:
-        """Puts a file into a folder, for workers to find; once for each folder."""
+        """Puts a file into a folder, for workers to find; one for each folder."""
         folder = folder.absolute()
-        if folder in self._shown:
-            return self._shown[folder]
-        secret = secrets.token_hex(8)
-        token = folder / f".cluster-{secret}.tmp"  # a name that `gc` removes, should we be killed
+        if folder not in self._shown:
+            secret = secrets.token_hex(8)
+            token = folder / f".cluster-{secret}.tmp"  # a name that `gc` removes a day later, should we be killed
+            self._shown[folder] = Terms(self.terms.versions, str(token), secret)
+        shown = self._shown[folder]
+        token = Path(shown.token or "")
         try:
-            token.write_text(secret)
+            if token.exists():
+                token.touch()  # so that `gc` does not take it for a dead one's
+            else:
+                token.write_text(shown.secret)
         except OSError as error:
             raise StoreError(f"cannot write into the store {folder}: {error.strerror}") from error
-        self._shown[folder] = Terms(self.terms.versions, str(token), secret)
-        return self._shown[folder]
+        return shown
 
     def close(self) -> None:
         """Removes the files that `check` put into stores; the client stays as it is."""
         for shown in self._shown.values():
-            Path(shown.token or "").unlink(missing_ok=True)
+            with suppress(OSError):  # such as storage that is away; `gc` removes it
+                Path(shown.token or "").unlink(missing_ok=True)
         self._shown.clear()
         if not self.is_lost:
             self.client.unsubscribe_topic(_MEMORY_TOPIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError
-from featurepipe.store.atomic import is_temporary
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES, Keys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
@@ -19,6 +19,9 @@ from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.segment import Segment
 from featurepipe.store.space import Space
+
+SHOWN_SECONDS = 24 * 3600.0
+"""How long the file by which a cluster's workers know the store is left alone; a client touches it with each verb."""
 
 
 @dataclass
@@ -67,7 +70,8 @@ def gc_store(
 ) -> GcReport:
     """Removes temporary files of dead writers, and rows and quarantined parts that no snapshot needs.
 
-    Takes the store's lock alone, so every temporary file is a dead writer's. Rows that a run committed before it was
+    Takes the store's lock alone, so every temporary file is a dead writer's, but for the files by which the workers of a
+    cluster know the store: those who train there only read, and hold no lock. Rows that a run committed before it was
     stopped are kept until a later run of that dataset has finished: they are its work.
 
     Args:
@@ -90,7 +94,7 @@ def gc_store(
         old = [path for name in datasets for path in _old_snapshots(store, name, keep_snapshots, spared)]
         needed = _needed_keys(store, set(old))
         report.snapshots_removed = len(old)
-        dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and is_temporary(path.name)]
+        dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and not _is_alive(path)]
         report.leftovers_removed = len(dead)
         _remove([*old, *dead], report, dry_run=dry_run)
         if not dry_run:
@@ -126,6 +130,11 @@ def remove_runs(store: FeatureStore, run_ids: Iterable[str], *, dry_run: bool = 
         if not dry_run:
             path.unlink(missing_ok=True)
     return removed
+
+
+def _is_alive(temporary: Path) -> bool:
+    """Whether somebody may still need a temporary file: workers look for one of these in the store as they come."""
+    return temporary.name.startswith(".cluster-") and time.time() - temporary.stat().st_mtime < SHOWN_SECONDS
 
 
 def _old_snapshots(store: FeatureStore, dataset: str, keep: int | None, spared: Collection[str]) -> Iterator[Path]:

@@ -13,6 +13,8 @@ import pytest
 import featurepipe.cluster.worker as at_worker
 from featurepipe.cluster import Team, connect
 from featurepipe.errors import ClusterError, StoreError, UsageError
+from featurepipe.store import FeatureStore
+from featurepipe.store.gc import gc_store
 
 
 @contextmanager
@@ -112,6 +114,19 @@ def test_a_store_that_workers_see_leaves_nothing_behind(cluster_address: str, tm
         assert len(team.check(tmp_path)) == 2
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_tidied_up_meanwhile_is_still_seen(cluster_address: str, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store")
+    store._make()
+    with connect(cluster_address, say=print) as team:
+        assert len(team.check(store.path)) == 2
+        assert gc_store(store).leftovers_removed == 0
+        [shown] = store.path.glob(".cluster-*")
+        shown.unlink()  # by whoever tidies up by hand
+        assert len(team.check(store.path)) == 2
+        os.utime(shown, (0, 0))  # as a client that was killed leaves it
+        assert gc_store(store).leftovers_removed == 1
 
 
 def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
