@@ -157,7 +157,7 @@ def _from_file(path: Path) -> ClusterTable:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}; {FORMS}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     if not isinstance(content.get("cluster"), dict):
@@ -176,5 +176,9 @@ def _line(details: ErrorDetails, where: str) -> str:
     key = ".".join([where, *map(str, details["loc"])])
     if details["type"] == "extra_forbidden":
         return str(unknown("key", key, ClusterTable.model_fields))
+    if details["type"] == "literal_error":
+        return f"{key}: {unknown('kind', details['input'], KINDS)}"
+    if details["type"] == "greater_than_equal" and details["loc"]:
+        return f"{key} = {details['input']!r} is too few; give a number from {details['ctx']['ge']}"
     given = "" if isinstance(details["input"], dict) else f" = {details['input']!r}"
     return f"{key}{given}: {details.get('ctx', {}).get('error') or details['msg']}"

@@ -188,6 +188,9 @@ def _await(team: Team, tasks: dict[str, Future[Any]]) -> None:
                 raise team.lost()
             if task.status == "error":
                 error = task.exception()
+                lost = set(tasks).difference(team.addresses())  # whose end is why others fail
+                if lost:
+                    raise _Failed(f"worker {', '.join(sorted(lost))} was lost") from error
                 raise _Failed(f"worker {worker} failed ({type(error).__name__}: {_line(error)})") from error
 
 

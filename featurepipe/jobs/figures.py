@@ -36,8 +36,14 @@ def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> di
         "new_rejects": _new_rejects(extractions),
         "seconds": seconds,
         "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
-        "verdict": in_keys(records.verdict(seconds, computing, device=device), "extract"),
+        "verdict": in_keys(records.verdict(seconds, sum(map(_busy, extractions)), device=device), "extract"),
     }
+
+
+def _busy(run: Run) -> float:
+    """Seconds that an extraction's stages are shares of: its own, or those of all workers of a cluster together."""
+    workers = run.get("cluster", {}).get("workers", ())
+    return sum(worker["seconds"] for worker in workers) if workers else float(run["seconds"].get("wall", 0.0))
 
 
 def done_ones(extractions: Sequence[Run]) -> list[Run]:

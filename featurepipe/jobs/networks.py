@@ -17,14 +17,14 @@ from featurepipe.store import FeatureStore
 
 
 def check_networks(job: Job, *, first: bool = False) -> None:
-    """Looks at every network but the first, makes every head, and looks for the snapshot that drift is measured from.
+    """Looks at every network, makes every head, and looks for the snapshot that drift is measured from.
 
-    In a night the first network is looked at soon enough, by its extraction, whose failure leaves those of the others to
-    be done.
+    In a night the nodes of the first network are looked at soon enough, by its extraction, whose failure leaves those of the
+    others to be done.
 
     Args:
         job: the job.
-        first: look at the first network, too.
+        first: look at the nodes of the first network, too.
 
     Raises:
         UsageError: there is no such network, node, parameter of a head, or snapshot; a line each, with file and key.
@@ -40,10 +40,10 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
 
     Args:
         job: the job.
-        skip: how many of the first networks are left out.
+        skip: for how many of the first networks nodes are left out, since finding them takes a while.
     """
-    for place, table in enumerate(job.features[skip:], start=skip):
-        yield from _of_network(table, place)
+    for place, table in enumerate(job.features):
+        yield from _of_network(table, place, nodes=place >= skip)
     for place, head in enumerate(job.train):
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
@@ -65,14 +65,15 @@ def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> U
     return UsageError(told(problems, job.file)) if problems else error
 
 
-def _of_network(table: FeaturesTable, place: int) -> Iterator[Problem]:
+def _of_network(table: FeaturesTable, place: int, *, nodes: bool = True) -> Iterator[Problem]:
     key = "backbone"
     try:
         load_backbone(table.backbone, "none")
         key = "weights"
         network = load_backbone(table.backbone, table.weights, seed=table.seed)
         key = "nodes"
-        network.columns(table.nodes)
+        if nodes:
+            network.columns(table.nodes)
     except UsageError as error:
         yield f"features[{place}].{key}", None, in_keys(str(error), "extract")
 

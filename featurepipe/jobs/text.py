@@ -119,11 +119,12 @@ def told(entry: Mapping[str, Any]) -> str:
 def _row(record: Mapping[str, Any]) -> list[object]:
     counts = record.get("counts", {})
     wall, code = record.get("seconds", {}).get("wall"), record.get("exit_code")
+    warnings = len(record.get("warnings", ()))
     return [
         minute(record.get("started", "?")),
         record.get("job", "-"),
         record.get("dataset") or "?",
-        status_of(record),
+        f"{status_of(record)}, {counted(warnings, 'warning')}" if warnings else status_of(record),
         "-" if code is None else code,  # of a run that has not ended, or was killed
         *(counts.get(name, 0) for name in ("listed", "computed", "rejected")),
         "-" if wall is None else duration(wall),
@@ -139,7 +140,9 @@ def status_of(record: Mapping[str, Any]) -> str:
 
 def _estimate(found: Mapping[str, Any]) -> Iterator[str]:
     nodes = ", ".join(found["nodes"])
-    yield f"{found['backbone']} ({nodes}): {found['known']:,} known, {found['to_read']:,} to read, {found['new']:,} new at most"
+    seen = found["to_read"] - found["new"]
+    lacking = f", {seen:,} of them seen before but without these columns" if seen else ""
+    yield f"{found['backbone']} ({nodes}): {found['known']:,} known, {found['to_read']:,} to read{lacking}"
     if found["seconds"] is not None:
         yield f"  about {spoken(found['seconds'])}, {size(sum(found['bytes_per_column'].values()))}"
 

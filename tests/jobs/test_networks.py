@@ -64,23 +64,28 @@ def test_a_dry_run_names_the_first_networks_key(pile):
     )
 
 
-@pytest.mark.parametrize(
-    ("wrong", "key", "message"),
-    [
-        ('nodes = ["c3", "botleneck"]', "nodes", "unknown node 'botleneck' in lenet5"),
-        ('weights = "efficientnet_lite0.pt"', "weights", ""),
-        ('backbone = "timm/nonesuch"', "backbone", ""),
-    ],
-)
-def test_a_night_names_the_first_networks_key(pile, wrong, key, message):
-    """It is looked at only when its turn comes, so that what is wrong is a step's failure."""
+def misspelt(pile, wrong: str) -> None:
     pile.fill(1)
     lines = pile.file.read_text().splitlines()
+    key = wrong.partition(" = ")[0]
     pile.file.write_text("\n".join(wrong if line.startswith(f"{key} = ") else line for line in lines))
+
+
+def test_a_night_names_the_first_networks_nodes(pile):
+    """They are looked up only when its turn comes, so that what is wrong is a step's failure."""
+    misspelt(pile, 'nodes = ["c3", "botleneck"]')
     record = pile.run()
     (failed,) = (entry for entry in record["steps"] if entry["status"] == "failed")
-    assert failed["error"].startswith(f"{pile.file}: features[0].{key}: {message}"), failed
-    assert (failed["name"], record["exit_code"]) == ("timm/nonesuch" if key == "backbone" else "lenet5", 2)
+    assert failed["error"].startswith(f"{pile.file}: features[0].nodes: unknown node 'botleneck' in lenet5"), failed
+    assert (failed["name"], record["exit_code"]) == ("lenet5", 2)
+
+
+@pytest.mark.parametrize("wrong", ['weights = "efficientnet_lite0.pt"', 'backbone = "timm/nonesuch"'])
+def test_a_night_does_not_begin_with_a_first_network_that_there_is_not(pile, wrong):
+    misspelt(pile, wrong)
+    with pytest.raises(UsageError, match=rf"nightly\.toml: features\[0\]\.{wrong.partition(' = ')[0]}: "):
+        pile.run()
+    assert pile.records() == []
 
 
 def test_a_reference_that_the_store_does_not_have(pile, lines):

@@ -1,5 +1,6 @@
 """What a run record holds of the night's extractions."""
 
+from featurepipe.jobs.figures import figures_of
 from featurepipe.jobs.text import summary_text
 
 SECOND_SPACE = """
@@ -70,3 +71,14 @@ def test_the_night_names_images_that_could_not_be_used_for_the_first_time(pile):
     assert f"  rejected: 000.png: {reason}\n" in summary_text(second)
     assert "00-old.png" not in summary_text(second)
     assert pile.run()["new_rejects"] == []
+
+
+def test_a_verdict_on_a_cluster_shares_the_workers_seconds():
+    """Two workers that were both busy for 50 s of a minute were busy for 50 s, not for 167 %."""
+    stages = dict.fromkeys(("read", "decode", "write", "waiting"), 0.0) | {"forward": 90.0, "wall": 60.0}
+    run = {
+        "run_id": "R", "status": "done", "space": "s", "fingerprint": "f", "seconds": stages, "machine": {"device": "cpu"},
+        "counts": dict.fromkeys(("listed", "computed", "known", "rejected", "read"), 0),
+        "cluster": {"workers": [{"seconds": 50.0}, {"seconds": 50.0}]},
+    }  # fmt: skip
+    assert "busy 90 % of the time" in figures_of([run], listing=0.0, wall=61.0)["verdict"]

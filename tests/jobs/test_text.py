@@ -91,10 +91,10 @@ def test_runs_are_a_table_of_all_kinds(record):
     extraction = {"run_id": "R1", "command": "extract", "dataset": "photos", "status": "done", "counts": record["counts"],
                   "started": "2026-11-21T12:00:00+00:00", "seconds": {"wall": 61.0}}  # fmt: skip
     assert runs_text([extraction, record, {"run_id": "R0"}]).splitlines() == [
-        "started (UTC)     job      dataset  status  exit  listed  computed  rejected  time   run",
-        "2026-11-21 12:00  -        photos   done    -     12,345       123         4  1:01   R1",
-        "2026-11-22 01:30  nightly  photos   done    3     12,345       123         4  12:10  R7",
-        "?                 -        ?        ?       -          0         0         0  -      R0",
+        "started (UTC)     job      dataset  status           exit  listed  computed  rejected  time   run",
+        "2026-11-21 12:00  -        photos   done             -     12,345       123         4  1:01   R1",
+        "2026-11-22 01:30  nightly  photos   done, 1 warning  3     12,345       123         4  12:10  R7",
+        "?                 -        ?        ?                -          0         0         0  -      R0",
     ]
     assert runs_text([]) == "no runs yet"
 
@@ -108,9 +108,9 @@ def test_a_plan_says_what_would_be_done_and_what_is_not_known():
             "features": [found, {**found, "seconds": None}], "seconds": None, "bytes": 5000, "steps": steps}  # fmt: skip
     assert plan_text(plan).splitlines() == [
         "nightly: 100 images in photos/, dataset photos of features",
-        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 8 new at most",
+        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns",
         "  about 12 s, 2.5 kB",
-        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 8 new at most",
+        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns",
         "in all an unknown time, 5.0 kB",
         "",
         "step            runs     why",
