@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib
 import logging
 import multiprocessing
@@ -231,10 +232,20 @@ def kubernetes(table: ClusterTable) -> Any:
         options = {"custom_cluster_spec": pod_spec(table)} | {
             name: options[name] for name in options if name not in _OF_PODS
         }
-    cluster = cluster_class(**{"n_workers": table.workers or table.minimum or 0, "quiet": True} | options)
+    try:
+        cluster = cluster_class(**{"n_workers": table.workers or table.minimum or 0, "quiet": True} | options)
+    except BaseException:
+        _forget_what_never_began()
+        raise
     if table.is_adaptive:
         scale(cluster, table)
     return cluster
+
+
+def _forget_what_never_began() -> None:
+    """At exit dask-kubernetes ends all of its clusters, and stumbles over one that could not be made."""
+    with suppress(ImportError, AttributeError):
+        atexit.unregister(importlib.import_module("dask_kubernetes.operator.kubecluster.kubecluster").reap_clusters)
 
 
 _OF_PODS = ("name", "image", "resources", "env", "worker_command", "scheduler_service_type", "idle_timeout", "jupyter")

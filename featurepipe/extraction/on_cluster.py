@@ -221,6 +221,8 @@ def travelling(source: Source) -> bytes:
         "on a cluster, images come from where every worker can read them: a folder, a manifest, archives, "
         "array files (.npz, .h5), or a URL"
     )
+    if source.location.startswith("memory://"):
+        raise UsageError(f"{source.location} is in this process' memory, where no worker can read it; {remedy}")
     try:
         content: bytes = cloudpickle.dumps(source)
     except (TypeError, ValueError, AttributeError) as error:

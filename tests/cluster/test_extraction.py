@@ -345,3 +345,13 @@ def test_the_summary_says_who_did_how_much(photos: Path, team: Team, tmp_path: P
     counts = [int(said.split(" images")[0].split()[-1]) for said in line.split(", ")]
     assert sum(counts) == 90
     assert "workers:" not in text(run(photos, tmp_path / "alone"))
+
+
+def test_a_source_in_this_process_memory_is_refused_before_any_work() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/pile/a.png", b"")
+    with pytest.raises(UsageError, match=r"memory://.* is in this process' memory, where no worker can read it"):
+        on_cluster.travelling(open_source("memory://pile"))
+    memory.rm("/pile", recursive=True)
