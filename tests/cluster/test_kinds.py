@@ -183,6 +183,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pods_have_a_gpu_each_and_the_scheduler_none() -> None:
+    pytest.importorskip("dask_kubernetes")
     options = {
         "image": "site/featurepipe:1",
         "env": {"A": "b"},
