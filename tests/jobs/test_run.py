@@ -528,7 +528,9 @@ def test_a_source_that_goes_away_in_the_middle(pile, monkeypatch):
     monkeypatch.setattr(reading, "WAITS", (0,))
     pile.fill(60)
     pile.job(source='first_wait = "0.05s"')
-    one_reader = pile.file.read_text().replace("workers = 2", "workers = 1")  # so that the first 24 come before the 30th
+    one_reader = pile.file.read_text().replace(
+        "workers = 2", "workers = 1"
+    )  # so that the first 24 come before the 30th
     pile.file.write_text(one_reader.replace("retries = 0", "retries = 1"))
     record = pile.run()
     assert (record["status"], len(scans), len(record["extractions"])) == ("done", 2, 2)
