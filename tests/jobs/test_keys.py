@@ -2,7 +2,7 @@
 
 import pytest
 
-from featurepipe.errors import SourceError
+from featurepipe.errors import SourceError, UsageError
 from featurepipe.jobs.keys import in_keys
 
 TWO = '[[features]]\nbackbone = "lenet5"\nnodes = ["c3"]\n'
@@ -71,8 +71,9 @@ def test_limits_are_named_by_their_keys(pile):
 def test_networks_without_weights_are_told_of_their_keys(pile):
     pile.fill(1)
     pile.file.write_text(pile.file.read_text().replace('weights = "none"\n', ""))
-    assert "features[0].weights: lenet5 has no pretrained weights" in errors(pile.run())
-    assert 'use [[features]] weights = "none"' in errors(pile.run())
+    with pytest.raises(UsageError, match=r"features\[0\]\.weights: lenet5 has no pretrained weights") as told:
+        pile.run()
+    assert 'use [[features]] weights = "none"' in str(told.value)
 
 
 def test_what_training_needs_is_named_by_its_keys(pile):
