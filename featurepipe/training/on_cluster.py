@@ -120,7 +120,8 @@ def fits_at_once(team: Team, shared: int, each: int) -> int:
 def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: int) -> list[Any]:
     """Fits every head on every fold, each by itself in a thread of a worker, by way of joblib and its backend for Dask.
 
-    The pool is sent to the workers once, before the first fit; with each fit travel an unfitted head and a number.
+    The pool is sent to the scheduler once; with each fit travel an unfitted head and a number. The pool is a task of its own and
+    not data that is scattered: what Dask has scattered is lost with the workers that have it, and all fits with it.
 
     Args:
         team: the workers.
@@ -135,26 +136,25 @@ def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: in
     Raises:
         ClusterError: a fit ends its workers, or the scheduler is gone.
     """
+    import dask.config
     from distributed import KilledWorker
     from distributed.client import FutureCancelledError
 
     only = {"workers": team.addresses()} if team.refused else {}
     wait = {"wait_for_workers_timeout": team.patience}
     try:
-        with team.reaching(), parallel_config("dask", client=team.client, scatter=[pool], **wait, **only):
+        with team.reaching(), parallel_config("dask", client=team.client, **wait, **only):
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):  # rows by the million
+                there = team.client.submit(Pool, pool.features, pool.folds, pure=False, **only)
             return list(
                 Parallel(n_jobs=-1, batch_size=1, pre_dispatch=jobs)(
-                    delayed(_tried)(pool, fit, clone(head), number)
+                    delayed(_tried)(there, fit, clone(head), number)
                     for head in heads
                     for number in range(len(pool.folds))
                 )
             )
     except FutureCancelledError as error:
-        if error.reason == "scheduler-connection-lost":
-            raise team.lost() from error
-        raise ClusterError(
-            "all workers that had the rows of the search are gone; give the same command again. See the workers' logs"
-        ) from error
+        raise team.lost() from error
     except KilledWorker as error:
         raise ClusterError(
             f"a fit of the search ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: it needs "

@@ -181,21 +181,26 @@ def test_workers_that_may_yet_come_count(cluster_address):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_during_a_search_changes_nothing(zoo, own_team, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_team, tmp_path, count):
+    """Not even if no worker is left that has the rows, and another comes."""
     zoo.write([*zoo.images("train", 400), *zoo.images("test", 40)])
     options = {"nodes": NODES, "head": "rbf-svm", "tune": True, "calibration": False, "silent": True}
     here = train(zoo.store, out=tmp_path / "here", **options)
-    victim = own_team.workers()[0]
+    victims = own_team.workers()[:count]
 
     def kill():
-        while not any("batch_of" in key for key in own_team.client.processing().get(victim.address, ())):
+        while not any("batch_of" in key for key in own_team.client.processing().get(victims[-1].address, ())):
             time.sleep(0.02)
-        os.kill(victim.pid, signal.SIGKILL)
+        for victim in victims:
+            os.kill(victim.pid, signal.SIGKILL)
+        if count == 2:
+            processes.add_worker()
 
     killer = threading.Thread(target=kill)
     killer.start()
     there = train(zoo.store, out=tmp_path / "there", cluster=own_team, **options)
     killer.join()
-    assert victim.address not in own_team.addresses()
+    assert not {victim.address for victim in victims}.intersection(own_team.addresses())
     assert there["search"]["trials"] == here["search"]["trials"]
     assert there["test"]["accuracy"] == here["test"]["accuracy"]
