@@ -16,6 +16,9 @@ What usually goes wrong with ``GridSearchCV`` on Dask, and what is done about it
 5. Fits that fail become NaN in a table. They raise.
 6. Copies of an image are on both sides of a fold, and the best parameters are those that learn by heart. Copies stay together.
 7. Nobody works, and nothing says so. After a minute without a worker there is an error.
+
+One remains: a worker that dies may take with it the only copy of what joblib had sent to it, and then the search ends. Give it
+again; ``featurepipe train --tune`` goes on without the worker.
 """
 # ruff: noqa: INP001 - a script to copy, no part of the package
 
