@@ -23,6 +23,11 @@ from featurepipe.store.snapshots import SCHEMA
 
 SERVER = textwrap.dedent("""
     import json, os, signal, sys, threading, traceback
+    import tqdm
+
+    # Its usual lock is one for all processes that come of this one, and stays taken when one is killed that has it.
+    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.tqdm.monitor_interval = 0  # no thread of its own, which could have the lock while this process forks
     import torch
     import featurepipe.cli, featurepipe.demo
     from featurepipe.backbones import load_backbone
@@ -57,7 +62,11 @@ SERVER = textwrap.dedent("""
             traceback.print_exc()
             code = 99
         threading._shutdown()  # waits for threads, as a usual end does; freeing all of torch takes seconds in a fork
-        sys.stdout.flush(), sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # a test that fills the disk: what Python could not say does not change how it ends
+                pass
         os._exit(code)
 """)
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"

@@ -10,7 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from featurepipe.cli.parser import build_parser
@@ -51,5 +51,6 @@ def _failed(args: Namespace, message: str, code: int) -> int:
         with job_log(Path(args.job).stem, log_format="json") as log:  # a job that could not be read has its file's name
             log.event("failed", message, level="error", exit_code=code)
     else:
-        print(f"featurepipe: {message}", file=sys.stderr)
+        with suppress(OSError):  # standard error may be a file on the disk that is full; the code still tells
+            print(f"featurepipe: {message}", file=sys.stderr)
     return code
