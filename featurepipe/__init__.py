@@ -5,8 +5,9 @@ The public names load what they need when first used: ``import featurepipe`` alo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.backbones import load_backbone
@@ -44,28 +45,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CNNFeatures": "featurepipe.cnn_features",
-    "FeatureStore": "featurepipe.store",
-    "ImageClassifier": "featurepipe.prediction.image_classifier",
-    "depth": "featurepipe.layer_depth.depth",
-    "drift": "featurepipe.monitoring.drift",
-    "duplicates": "featurepipe.monitoring.duplicates",
-    "evaluate": "featurepipe.evaluation.evaluate",
-    "extract": "featurepipe.extraction.extract",
-    "load_backbone": "featurepipe.backbones",
-    "make_head": "featurepipe.heads.families",
-    "predict": "featurepipe.prediction.predict",
-    "report": "featurepipe.reporting.from_store",
-    "run_job": "featurepipe.jobs.run",
-    "train": "featurepipe.training.train",
+    "CNNFeatures": "cnn_features",
+    "FeatureStore": "store",
+    "ImageClassifier": "prediction.image_classifier",
+    "depth": "layer_depth.depth",
+    "drift": "monitoring.drift",
+    "duplicates": "monitoring.duplicates",
+    "evaluate": "evaluation.evaluate",
+    "extract": "extraction.extract",
+    "load_backbone": "backbones",
+    "make_head": "heads.families",
+    "predict": "prediction.predict",
+    "report": "reporting.from_store",
+    "run_job": "jobs.run",
+    "train": "training.train",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'featurepipe' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -74,7 +74,7 @@ def test_public_names_are_what_they_say():
 
 def test_verbs_stay_functions_whatever_was_imported_before():
     verbs = [name for name in featurepipe.__all__ if name.islower() and not name.startswith("_")]
-    imports = ", ".join(sorted({featurepipe._HOMES[verb] for verb in verbs}))
+    imports = ", ".join(sorted({f"featurepipe.{featurepipe._HOMES[verb]}" for verb in verbs}))
     code = f"import {imports}, featurepipe as fp; print([v for v in {verbs} if not callable(getattr(fp, v))])"
     assert run("-W", "error", "-c", code).stdout == "[]\n"
 

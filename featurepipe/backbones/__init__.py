@@ -5,8 +5,9 @@ Names are imported when they are first used, so that ``import featurepipe.backbo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.backbones.catalog import BackboneInfo, list_backbones, timm_models
@@ -34,7 +35,7 @@ __all__ = [
     "weights_at_hand",
 ]
 
-_HOME = {
+_HOMES = {
     "Backbone": "loading",
     "BackboneInfo": "catalog",
     "Column": "columns",
@@ -50,8 +51,4 @@ _HOME = {
     "weights_at_hand": "loading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

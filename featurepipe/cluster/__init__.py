@@ -6,8 +6,10 @@ user is told. Names load what they need when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featurepipe.errors import ClusterError, WorkerRefused
+from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.cluster.connection import connect
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from featurepipe.cluster.spreading import SpreadFeatures, spread
     from featurepipe.cluster.team import Team, WorkerFacts
     from featurepipe.cluster.worker import one_at_a_time, stop_of_task
-    from featurepipe.errors import ClusterError, WorkerRefused
 
 __all__ = [
     "ClusterError",
@@ -31,24 +32,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ClusterError": "featurepipe.errors",
-    "SpreadFeatures": "featurepipe.cluster.spreading",
-    "Team": "featurepipe.cluster.team",
-    "WorkerFacts": "featurepipe.cluster.team",
-    "WorkerRefused": "featurepipe.errors",
-    "connect": "featurepipe.cluster.connection",
-    "one_at_a_time": "featurepipe.cluster.worker",
-    "results": "featurepipe.cluster.flow",
-    "spread": "featurepipe.cluster.spreading",
-    "stop_of_task": "featurepipe.cluster.worker",
+    "SpreadFeatures": "spreading",
+    "Team": "team",
+    "WorkerFacts": "team",
+    "connect": "connection",
+    "one_at_a_time": "worker",
+    "results": "flow",
+    "spread": "spreading",
+    "stop_of_task": "worker",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'featurepipe.cluster' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -127,7 +127,7 @@ def test_importing_the_package_does_not_load_torch() -> None:
     code = (
         "import sys, featurepipe.backbones as b; assert 'torch' not in sys.modules; "
         "b.Column, b.parse_column('layer4:max2x2'), b.Preprocessing; assert 'torch' not in sys.modules; "
-        "b.pool; assert sorted(b.__all__) == sorted(b._HOME)"
+        "b.pool; assert sorted(b.__all__) == sorted(b._HOMES)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
