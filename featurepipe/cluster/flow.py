@@ -122,7 +122,7 @@ class _Flow(Generic[T, R]):
 
     def _look(self) -> None:
         """Every so often: counts the workers, passes on a stop, helps what is stuck."""
-        self.team.check_connection()
+        self.team.scheduler.check()
         if self.stop() and not self.stopping:
             self.stopping = self.exhausted = True
             self.next_look = 0.0
@@ -184,11 +184,11 @@ class _Flow(Generic[T, R]):
             workers = self.workers
             pending.restricted = frozenset(workers)
         pending.attempts += 1
-        key = f"{getattr(self.attempt.work, '__name__', 'task')}-{self.attempt.flow}-{number}-{pending.attempts}"
-        with self.team.reaching():
-            future = self.team.client.submit(
-                self.attempt, pending.task, key=key, workers=workers or None, retries=self.retries, pure=False
-            )
+        work = getattr(self.attempt.work, "func", self.attempt.work)  # of a partial
+        key = f"{getattr(work, '__name__', 'task')}-{self.attempt.flow}-{number}-{pending.attempts}"
+        future = self.team.scheduler.submit(
+            self.attempt, pending.task, key=key, workers=workers or None, retries=self.retries, pure=False
+        )
         pending.futures.append(future)
         self._await(number, future)
 
@@ -234,7 +234,7 @@ class _Flow(Generic[T, R]):
         try:
             return future.result(timeout=RESULT_SECONDS)
         except CancelledError as error:
-            raise self.team.lost() from error  # by Dask, as soon as the connection breaks
+            raise self.team.scheduler.lost() from error  # by Dask, as soon as the connection breaks
         except KilledWorker as error:
             raise ClusterError(
                 f"every worker that began {_told(pending.task)} died of it, {error.allowed_failures + 1} in all, the last "
@@ -246,7 +246,7 @@ class _Flow(Generic[T, R]):
                 raise  # the work's own
             if isinstance(error, TimeoutError):
                 return None
-            raise self.team.lost() from error
+            raise self.team.scheduler.lost() from error
 
     def _elsewhere(self, number: int, future: Future[Answer[R]], answer: Answer[R]) -> None:
         """Has a task done by another worker than the one that is refused."""
@@ -281,7 +281,7 @@ class _Flow(Generic[T, R]):
 
     def dismiss(self) -> None:
         """Calls back what is still under way and waits a little for it, so that it commits what it has."""
-        if not (self.pending or self.late) or self.team.is_lost:
+        if not (self.pending or self.late) or self.team.scheduler.is_lost:
             return
         workers = self.team.addresses()
         self.team.ask(partial(ask_to_stop, self.attempt.flow), workers, seconds=RETURN_SECONDS)

@@ -230,19 +230,16 @@ class WorkerShares:
 
     def _busy(self) -> bool:
         """Whether a worker does anything for us or for others like us."""
-        with self.team.reaching():
+        with self.team.scheduler.reaching():
             keys = self.team.client.processing().values()
         return any(str(key).startswith(_KEYS) for some in keys for key in some)
 
 
 def submitted(team: Team, worker: str | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """A task that prefers a worker, if one is named. What goes with it goes once, so that Dask need not warn of its size."""
-    import dask
-
+    """A task that prefers a worker, if one is named."""
     preferred: dict[str, Any] = {} if worker is None else {"workers": worker, "allow_other_workers": True}
     key = f"{_KEYS}{function.__name__.strip('_')}-{secrets.token_hex(16)}"
-    with team.reaching(), dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
-        return team.client.submit(function, *arguments, key=key, **preferred)
+    return team.scheduler.submit(function, *arguments, key=key, **preferred)
 
 
 def _add(one: Any, other: Any) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurepipe.cluster.flow import results
+from featurepipe.cluster.scheduler import Scheduler
 from featurepipe.cluster.worker import DIGITS, Terms, facts, installed
 from featurepipe.errors import ClusterError, StoreError
 
@@ -28,18 +29,10 @@ ANSWER_SECONDS = 30.0
 LAST_SECONDS = 120.0
 """How long a worker that did not answer may take then; its machine, or the scheduler's, may have too much to do."""
 
-SCHEDULER_SECONDS = 300.0
-"""How long a scheduler to which there is a connection may be silent before it is taken to be lost; so long does it itself wait
-for its workers. One that has ended is known at once, and one whose machine has gone as soon as Dask's connection times out."""
-
-BUSY_SECONDS = 20.0
-"""After so long without an answer a scheduler is asked again: on a machine that has too much to do it may stand still."""
-
 TOLD_SECONDS = 5.0
 """From when on waiting for workers is told of."""
 
 
-_AGAIN_SECONDS = 0.2  # in which Dask notices that a connection has ended
 _MEMORY_TOPIC = "worker-restart-memory"
 """Where Dask's nannies tell of a worker that they ended because of its memory."""
 
@@ -82,6 +75,7 @@ class Team:
         most: how many workers there may be, on a cluster that grows with its work.
 
     Attributes:
+        scheduler: the line to it.
         address: the scheduler's.
         terms: what a worker must fulfil.
         refused: why each address that must not be used is refused.
@@ -91,47 +85,22 @@ class Team:
         self, client: Client, *, say: Callable[[str], None] = print, patience: float = 60.0, most: int = 0
     ) -> None:
         self.client, self.say, self.patience, self.most = client, say, patience, most
-        self.address = str(client.scheduler.address) if client.scheduler else "(gone)"
+        self.scheduler = Scheduler(client, say)
+        self.address = self.scheduler.address
         self.refused: dict[str, str] = {}
         self.terms = Terms(tuple((name, text) for name, text in installed().items() if name in DIGITS))
         self._shown: dict[Path, Terms] = {}
-        self._is_lost = False
         self._too_large: set[str] = set()
         client.subscribe_topic(_MEMORY_TOPIC, self._note_too_large)
 
     def addresses(self) -> list[str]:
         """Workers that are there now and are not refused; asks the scheduler."""
-        return [address for address in self._scheduler("ncores", workers=None) if address not in self.refused]
+        return [address for address in self.scheduler.ask("ncores", workers=None) if address not in self.refused]
 
     def idle(self, addresses: Iterable[str]) -> list[str]:
         """Those of some workers that have nothing to do."""
-        busy = self._scheduler("processing", workers=list(addresses))
+        busy = self.scheduler.ask("processing", workers=list(addresses))
         return [address for address, tasks in busy.items() if not tasks]
-
-    def _scheduler(self, question: str, **about: Any) -> dict[str, Any]:
-        return dict(self._answered(lambda: getattr(self.client.scheduler, question)(**about)))
-
-    def _answered(self, question: Callable[[], Awaitable[R]]) -> R:
-        """The scheduler's answer, for which it is asked again for as long as it may be busy; a wrong verdict costs a night."""
-
-        async def ask() -> R:
-            return await asyncio.wait_for(question(), min(BUSY_SECONDS, SCHEDULER_SECONDS))
-
-        start, told = time.monotonic(), False
-        while True:
-            with self.reaching():
-                try:
-                    answer: R = self.client.sync(ask)
-                    return answer
-                except OSError:  # a timeout is one, too
-                    if time.monotonic() >= start + SCHEDULER_SECONDS:
-                        raise
-            time.sleep(_AGAIN_SECONDS)
-            if not told and time.monotonic() >= start + BUSY_SECONDS:
-                told = True
-                self.say(
-                    f"the scheduler {self.address} does not answer; waiting for it, at most {SCHEDULER_SECONDS:g} s"
-                )
 
     def wait_for_workers(self, count: int = 1) -> None:
         """Waits until there is a worker that is not refused.
@@ -143,8 +112,7 @@ class Team:
             return
         deadline = time.monotonic() + self.patience
         told = time.monotonic() + TOLD_SECONDS
-        with self.reaching():
-            wanted = self.client.submit(bool, pure=False)  # a cluster that grows with its work needs work to grow
+        wanted = self.scheduler.submit(bool, pure=False)  # a cluster that grows with its work needs work to grow
         while len(self.addresses()) < count:
             if time.monotonic() > deadline:
                 raise self.no_worker()
@@ -215,7 +183,7 @@ class Team:
                 return str(error)
             return ""
 
-        missing = self._answered(lambda: self.client.run_on_scheduler(importable))
+        missing = self.scheduler.answer(lambda: self.client.run_on_scheduler(importable))
         if missing:
             raise ClusterError(
                 f"the scheduler {self.address} cannot read our tasks ({missing}); start it where featurepipe is installed"
@@ -240,7 +208,7 @@ class Team:
         self._too_large.add(str(event[1]["worker"]))
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        return dict(self._scheduler("identity", n_workers=-1)["workers"])
+        return dict(self.scheduler.ask("identity", n_workers=-1)["workers"])
 
     def _name(self, address: str) -> str:
         name = str(self._known().get(address, {}).get("id", address))
@@ -270,7 +238,7 @@ class Team:
             with suppress(OSError):  # such as storage that is away; `gc` removes it
                 Path(shown.token or "").unlink(missing_ok=True)
         self._shown.clear()
-        if not self.is_lost:
+        if not self.scheduler.is_lost:
             self.client.unsubscribe_topic(_MEMORY_TOPIC)
 
     def ask(
@@ -299,47 +267,30 @@ class Team:
         async def everyone() -> list[Any]:
             return await asyncio.gather(*map(one, asked), return_exceptions=True)
 
-        with self.reaching():
+        with self.scheduler.reaching():
             said = self.client.sync(everyone)
         found = zip(asked, said, strict=True)
         return {who: what.get(who) if isinstance(what, dict) else what for who, what in found}
 
+    def once(self, task: T, work: Callable[[T], R]) -> R:
+        """Has any one worker do a task.
+
+        Raises:
+            ClusterError: no worker is left, or the scheduler is gone.
+            FeaturepipeError: what the work raised.
+        """
+        with closing(self.results(iter([task]), work)) as answers:
+            for _, answer in answers:
+                return answer
+        raise ClusterError("no worker answered; give the same command again")
+
+    def expected(self) -> int:
+        """How many workers to count on: those that are there, or may yet come; at least 1."""
+        return max(len(self.addresses()), self.most, 1)
+
     def results(self, tasks: Iterator[T], work: Callable[[T], R], **options: Any) -> Generator[tuple[T, R], None, None]:
         """Has tasks done, see `featurepipe.cluster.flow.results`."""
         return results(self, tasks, work, **options)
-
-    @contextmanager
-    def reaching(self) -> Iterator[None]:
-        """Turns what Dask raises when its scheduler is gone into our error."""
-        from distributed.client import ClosedClientError
-
-        self.check_connection()
-        try:
-            yield
-        except (OSError, TimeoutError, ClosedClientError) as error:
-            raise self.lost() from error
-
-    def check_connection(self) -> None:
-        """Looks whether the scheduler is still there.
-
-        Raises:
-            ClusterError: it is not.
-        """
-        if self.is_lost:
-            raise self.lost()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the scheduler is gone, or was found not to answer."""
-        return self._is_lost or self.client.status != "running"
-
-    def lost(self) -> ClusterError:
-        """The error for a scheduler that is gone; from now on, nothing more is asked of it."""
-        self._is_lost = True
-        return ClusterError(
-            f"the scheduler {self.address} is gone, or does not answer; what its workers had committed stands. Start the cluster "
-            "anew and give the same command again: it goes on where it was"
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -102,7 +102,7 @@ def _alone(team: Team) -> Iterator[None]:
     """Lets one such work at a time run on a cluster: two that each have half of the workers would wait for ever."""
     from distributed import Semaphore
 
-    with team.reaching():
+    with team.scheduler.reaching():
         client = team.client  # whose end is the end of the lease, too
         permit = Semaphore(1, "featurepipe-together", scheduler_rpc=client.scheduler, loop=client.loop)
         if not permit.acquire(timeout=5):
@@ -123,10 +123,9 @@ def _worked(party: _Party, desk: Callable[[str, int], Any]) -> list[Any]:
         opened, told = _opened(party, desk)
         for number, (worker, kept) in enumerate(party.kept.items()):
             seat = Seat(number, len(party.kept), 1, told)
-            with party.team.reaching():
-                tasks[worker] = party.team.client.submit(
-                    party.attempt, (seat, kept), workers=[worker], pure=False, retries=0
-                )
+            tasks[worker] = party.team.scheduler.submit(
+                party.attempt, (seat, kept), workers=[worker], pure=False, retries=0
+            )
         return _answers(party.team, tasks)
     finally:
         if opened is not None:
@@ -138,10 +137,9 @@ def _opened(party: _Party, desk: Callable[[str, int], Any]) -> tuple[Any, dict[s
     from distributed.comm.addressing import get_address_host
 
     first = next(iter(party.kept))
-    with party.team.reaching():
-        made = party.team.client.submit(
-            desk, get_address_host(first), len(party.kept), actor=True, workers=[first], pure=False
-        )
+    made = party.team.scheduler.submit(
+        desk, get_address_host(first), len(party.kept), actor=True, workers=[first], pure=False
+    )
     _await(party.team, {first: made})
     try:
         opened = made.result(timeout=ANSWER_SECONDS)
@@ -185,7 +183,7 @@ def _await(team: Team, tasks: dict[str, Future[Any]]) -> None:
         done = all(task.done() for task in tasks.values())
         for worker, task in tasks.items():
             if task.status in {"cancelled", "lost"}:
-                raise team.lost()
+                raise team.scheduler.lost()
             if task.status == "error":
                 error = task.exception()
                 lost = set(tasks).difference(team.addresses())  # whose end is why others fail

@@ -7,16 +7,20 @@ import json
 import os
 import pickle
 import platform
+import socket
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.errors import UsageError, WeightsNotFound, WorkerRefused
+from featurepipe.errors import SourceError, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.estimate import sample_rate as time_sample
 from featurepipe.extraction.history import History
@@ -25,7 +29,8 @@ from featurepipe.extraction.options import Options
 from featurepipe.extraction.place import PrecisionMeasurement
 from featurepipe.extraction.plan import KeySet, make_plan
 from featurepipe.extraction.prepare import Job
-from featurepipe.extraction.slices import Slice
+from featurepipe.extraction.reading import GONE, PatientReader
+from featurepipe.extraction.slices import Slice, Worked
 from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
@@ -85,6 +90,11 @@ class Desk:
     def machine(self, network: Network, workers: int | None) -> Machine:
         """Device, batch size and threads here."""
         return Machine(network.device, network.batch_size, workers or self.threads)
+
+    def worked(self, machine: Machine, seconds: float, clock: StageSeconds, **more: Any) -> Worked:
+        """How this process fared with a slice; ``more`` is what else `Worked` says."""
+        host, pid, stages = socket.gethostname(), os.getpid(), dict(clock.totals)
+        return Worked(self.worker, host, pid, machine.device, machine.workers, seconds, stages, **more)
 
     @property
     def part_bytes(self) -> int:
@@ -158,6 +168,38 @@ def open_travelled(content: bytes) -> Source:
     except (ImportError, AttributeError) as error:
         raise WorkerRefused(f"it cannot open the source: {error}") from error
     return source
+
+
+@contextmanager
+def needing(source: Source, probes: Sequence[bytes]) -> Iterator[Callable[[Iterable[str], int], None]]:
+    """For as long as a slice is worked on: whoever loses the source is refused, since others perhaps can read it.
+
+    Args:
+        source: as this process reads it.
+        probes: locators of images that can be read as long as the source is there.
+
+    Yields:
+        A function of why images could not be used, and of how many rows there were. It looks for the source if it seems that none
+        at all could be read.
+
+    Raises:
+        WorkerRefused: this process cannot read the source.
+    """
+
+    def doubt(reasons: Iterable[str], rows: int) -> None:
+        gone = [reason for reason in reasons if reason.startswith(GONE)]
+        if gone and len(gone) == rows and probes:
+            PatientReader(source, probed(probes)).check(gone[0])
+
+    try:
+        yield doubt
+    except SourceError as error:
+        raise WorkerRefused(f"it cannot read the source: {error}") from error
+
+
+def probed(probes: Sequence[bytes]) -> pa.ChunkedArray:
+    """Locators as a listing has them."""
+    return pa.chunked_array([pa.array(probes, pa.binary())])
 
 
 def job_of(network: Network, ready: Ready, source: Source, settings: Settings, machine: Machine) -> Job:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ import pyarrow as pa
 from featurepipe.backbones import Backbone, Column
 from featurepipe.backbones.engine import Engine
 from featurepipe.cluster import Team
-from featurepipe.errors import ClusterError, UsageError
+from featurepipe.errors import UsageError
 from featurepipe.extraction import worker_tasks
 from featurepipe.extraction.at_worker import Network, identity_of
 from featurepipe.extraction.books import SliceBooks
@@ -39,8 +39,6 @@ PROBES = 16
 """Images from all over the source by which a worker tells that it still sees it."""
 LARGEST_SOURCE = 4 * 1024 * 1024
 """Bytes of a source that travels, with every slice: paths and names are far below, a pile of arrays in memory is above."""
-
-R = TypeVar("R")
 
 
 @contextmanager
@@ -115,7 +113,7 @@ class OnWorkers:
 
         def measure(tried: str | None) -> tuple[str, str]:
             work = partial(worker_tasks.measure_precision, network, travelling(source), self._options.workers, tried)
-            return self._once(sample, work)
+            return self._team.once(sample, work)
 
         return measure
 
@@ -129,7 +127,7 @@ class OnWorkers:
         network = self._network(job.backbone, job.columns, job.machine)
         source, workers = travelling(job.source), self._options.workers
         work = partial(worker_tasks.sample_rate, network, source, job.settings, workers, images)
-        rate, sampled = self._once(sample, work)
+        rate, sampled = self._team.once(sample, work)
         return None if rate is None else rate * len(self._team.addresses()), sampled
 
     def compute(self, job: Job, run_id: str, outcome: Outcome, stop: Callable[[], bool], progress: Progress) -> None:
@@ -143,7 +141,7 @@ class OnWorkers:
             return
         books, sizes, start = SliceBooks(job, outcome), Sizes(), time.perf_counter()
         rejects = RejectLog(job.plan.listing, job.existing_space, job.dataset, run_id)
-        pieces = cut(job.plan.listing, job.plan.todo, sizes, iter(self._count, -1))
+        pieces = cut(job.plan.listing, job.plan.todo, sizes, iter(self._team.expected, -1))
         work = partial(worker_tasks.compute_slice, self._order(job, run_id))
         answers = cast(
             "Generator[tuple[Slice, Done]]",
@@ -165,19 +163,9 @@ class OnWorkers:
         if books.error is not None:
             raise books.error
 
-    def _count(self) -> int:
-        return max(len(self._team.addresses()), self._team.most, 1)
-
     def _how(self, job: Job) -> str:
         workers = len(self._team.addresses())
         return f"{bottleneck(job.clock.totals)}-bound, {workers} worker{'s' * (workers != 1)}"
-
-    def _once(self, sample: Slice, work: Callable[[Slice], R]) -> R:
-        """Has one worker do something with some images."""
-        with closing(cast("Generator[tuple[Slice, R]]", self._team.results(iter([sample]), work))) as answers:
-            for _, answer in answers:
-                return answer
-        raise ClusterError("no worker answered; give the same command again")
 
     def _network(self, backbone: Backbone, columns: Sequence[Column], machine: Machine) -> Network:
         options = self._options

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
 
 from featurepipe.backbones import Column
-from featurepipe.errors import FeaturepipeError, SourceError, StoreError, WorkerRefused
-from featurepipe.extraction.at_worker import Desk, Network, Ready, job_of, load_network, open_travelled
+from featurepipe.errors import FeaturepipeError, SourceError, StoreError
+from featurepipe.extraction.at_worker import Desk, Network, Ready, job_of, load_network, needing, open_travelled, probed
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.compute import Outcome, compute_into
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
-from featurepipe.extraction.reading import GONE, PatientReader
 from featurepipe.extraction.slices import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Done, Slice, Worked
 from featurepipe.extraction.stream import Loaded
 from featurepipe.extraction.wanted import Wanted
@@ -74,15 +71,13 @@ def compute_slice(order: Order, piece: Slice, desk: Desk, stop: Callable[[], boo
     """
     ready = load_network(order.network, desk.threads)
     source = open_travelled(order.source)
-    try:
+    with needing(source, order.probes) as doubt:
         store, space, wanted = _known(
             order.store, order.space, order.network.columns, order.retry_rejects, order.run_id
         )
         with store.lock(shared=True):
             share = _Share(order, piece, desk, space, wanted, ready, source)
-            return share.work(stop)
-    except SourceError as error:
-        raise WorkerRefused(f"it cannot read the source: {error}") from error
+            return share.work(stop, doubt)
 
 
 class _Share:
@@ -112,13 +107,13 @@ class _Share:
         self.said: list[str] = []
         self.parts = self.bytes = 0
 
-    def work(self, stop: Callable[[], bool]) -> Done:
+    def work(self, stop: Callable[[], bool], doubt: Callable[[Iterable[str], int], None]) -> Done:
         start, error = time.perf_counter(), None
         writer = self._writer()
         try:
             with writer:
-                compute_into(writer, self.job, self.outcome, stop, self._follow, probes=self._probes())
-            self._doubt()
+                compute_into(writer, self.job, self.outcome, stop, self._follow, probes=probed(self.order.probes))
+            doubt(self.outcome.reasons.values(), int(np.count_nonzero(~self.untouched)))
         except SourceError:
             raise  # this process alone may have lost the source
         except FeaturepipeError as ours:
@@ -141,15 +136,6 @@ class _Share:
             if image.reason is None and image.missing:
                 self.made[image.row, [self.names.index(name) for name in image.missing]] = True
 
-    def _probes(self) -> pa.ChunkedArray:
-        return pa.chunked_array([pa.array(self.order.probes, pa.binary())])
-
-    def _doubt(self) -> None:
-        """A process that could read nothing at all perhaps does not see the source."""
-        gone = [reason for reason in self.outcome.reasons.values() if reason.startswith(GONE)]
-        if gone and not self.outcome.has_key.any():
-            PatientReader(self.job.source, self._probes()).check(gone[0])
-
     def _done(self, seconds: float, error: FeaturepipeError | None) -> Done:
         keys = np.ascontiguousarray(self.outcome.keys[self.outcome.has_key])
         for place, name in enumerate(self.names):  # what an earlier attempt has computed counts as this run's work
@@ -165,19 +151,8 @@ class _Share:
         return Done(status, kinds, keys, self.outcome.has_key, self.outcome.reasons, self._worked(seconds), error)
 
     def _worked(self, seconds: float) -> Worked:
-        return Worked(
-            worker=self.desk.worker,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=self.job.machine.device,
-            threads=self.job.machine.workers,
-            seconds=seconds,
-            stages=dict(self.job.clock.totals),
-            parts=self.parts,
-            bytes=self.bytes,
-            tried_again=self.outcome.tried_again,
-            said=tuple(self.said),
-        )
+        about = {"parts": self.parts, "bytes": self.bytes, "tried_again": self.outcome.tried_again}
+        return self.desk.worked(self.job.machine, seconds, self.job.clock, **about, said=tuple(self.said))
 
 
 def _plan(piece: Slice, wanted: Wanted, earlier: list[PartInfo]) -> Plan:

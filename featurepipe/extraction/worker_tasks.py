@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from featurepipe.cluster import one_at_a_time, stop_of_task
@@ -19,25 +22,33 @@ def has_cuda() -> bool:
 
 def compute_slice(order: Order, piece: Slice) -> Done:
     """Computes a slice; see `share.compute_slice`."""
-    stop = stop_of_task()
-    with one_at_a_time():
-        return share.compute_slice(order, piece, this_desk(), stop)
+    with alone_at_desk() as desk:
+        return share.compute_slice(order, piece, desk, stop_of_task())
 
 
 def measure_precision(
     network: Network, source: bytes, workers: int | None, tried: str | None, sample: Slice
 ) -> tuple[str, str]:
     """Compares precisions; see `at_worker.measure_precision`."""
-    with one_at_a_time():
-        return at_worker.measure_precision(network, source, workers, tried, sample, this_desk())
+    with alone_at_desk() as desk:
+        return at_worker.measure_precision(network, source, workers, tried, sample, desk)
 
 
 def sample_rate(
     network: Network, source: bytes, settings: Settings, workers: int | None, images: int, sample: Slice
 ) -> tuple[float | None, int]:
     """Times a sample; see `at_worker.sample_rate`."""
+    with alone_at_desk() as desk:
+        return at_worker.sample_rate(network, source, settings, workers, images, sample, desk)
+
+
+@contextmanager
+def alone_at_desk() -> Iterator[Desk]:
+    """The worker that runs this task, with all its cores; its other threads wait."""
     with one_at_a_time():
-        return at_worker.sample_rate(network, source, settings, workers, images, sample, this_desk())
+        desk = this_desk()
+        torch.set_num_threads(desk.threads)
+        yield desk
 
 
 def this_desk() -> Desk:

@@ -30,7 +30,7 @@ def tonights_team(cluster: Any, say: Callable[[str], None]) -> Iterator[TeamOf]:
         def team() -> Team | None:
             if cluster is None:
                 return None
-            if not known or known[-1].is_lost:
+            if not known or known[-1].scheduler.is_lost:
                 from featurepipe.cluster import connect
 
                 known.append(stack.enter_context(connect(cluster, say=say)))

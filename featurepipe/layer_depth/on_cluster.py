@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits
 
 from featurepipe.cluster import Team, one_at_a_time
-from featurepipe.errors import ClusterError
-from featurepipe.extraction.worker_tasks import this_desk
+from featurepipe.extraction.worker_tasks import alone_at_desk, this_desk
 from featurepipe.layer_depth.probes import Cell, Scores, measure_fold, scores_again
 from featurepipe.layer_depth.timing import Timing
 from featurepipe.store import FeatureStore
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 
     from featurepipe.layer_depth.measure import Series, Work
     from featurepipe.layer_depth.study import Study
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 COPIES = 6
 """Times that a cell's features are in memory at once, as float32: read, standardised, in the fold's parts, in a solver."""
@@ -101,11 +96,8 @@ def scores_on(
 
 def _travelling(team: Team, study: Study) -> Future[Study]:
     """The study as a task's result."""
-    import dask
-
     here = replace(study, store=FeatureStore(study.store.path.absolute()))
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}), team.reaching():
-        return team.client.submit(pickle.loads, pickle.dumps(here), pure=False)
+    return team.scheduler.submit(pickle.loads, pickle.dumps(here), pure=False)
 
 
 def _cells(task: Task, *, wide: bool) -> list[Cell]:
@@ -149,7 +141,7 @@ class TimedThere:
     @classmethod
     def on(cls, team: Team, timing: Timing) -> TimedThere:
         """Has a worker say what it is."""
-        return cls(timing, team, _once(team, timing, _about))
+        return cls(timing, team, team.once(timing, _about))
 
     @property
     def key(self) -> str:
@@ -162,23 +154,14 @@ class TimedThere:
 
     def measure(self) -> dict[str, Any]:
         """See `Timing`; by a worker that has nothing else to do for us."""
-        return _once(self.team, self.timing, _times)
-
-
-def _once(team: Team, task: T, work: Callable[[T], R]) -> R:
-    with closing(team.results(iter([task]), work)) as answers:
-        for _, answer in answers:
-            return answer
-    raise ClusterError("no worker answered; give the same command again")
+        return self.team.once(self.timing, _times)
 
 
 def _about(timing: Timing) -> tuple[str, dict[str, Any]]:
-    with one_at_a_time():
-        torch.set_num_threads(this_desk().threads)
+    with alone_at_desk():
         return timing.key, timing.as_dict()
 
 
 def _times(timing: Timing) -> dict[str, Any]:
-    with one_at_a_time():
-        torch.set_num_threads(this_desk().threads)
+    with alone_at_desk():
         return timing.measure()

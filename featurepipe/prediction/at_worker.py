@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, WorkerRefused
-from featurepipe.extraction.at_worker import Desk, open_travelled
-from featurepipe.extraction.reading import GONE, PatientReader
+from featurepipe.extraction.at_worker import Desk, keep_memory, needing, open_travelled, probed
 from featurepipe.extraction.slices import Slice, Worked
 from featurepipe.extraction.stream import StageSeconds
 from featurepipe.heads.bundle.files import MANIFEST
-from featurepipe.images import Source
 from featurepipe.prediction.ready import ReadyBundle
 from featurepipe.prediction.scored import Scored
 from featurepipe.prediction.scorers import SCORE, Network
@@ -101,29 +96,18 @@ def predict_slice(order: Order, piece: Slice, desk: Desk, stop: Callable[[], boo
     Raises:
         WorkerRefused: this process does not see the bundle or the source, or would not compute the same features.
     """
-    ready = _made_ready(order, desk.threads)
-    source, probes = open_travelled(order.source), pa.chunked_array([pa.array(order.probes, pa.binary())])
+    ready, source = _made_ready(order, desk.threads), open_travelled(order.source)
     start, clock, lines, scored = time.perf_counter(), StageSeconds(), _Lines(), []
-    groups = ready.groups(source, piece.table(), clock=clock, stop=stop, progress=lines, probes=probes)
-    try:
-        with threadpool_limits(desk.threads, user_api="blas"):
-            for group in groups:
-                with clock.stage(SCORE):
-                    scored.append(Scored.of(ready, group, first=piece.start))
-        _doubt(source, probes, scored)
-    except SourceError as error:
-        raise WorkerRefused(f"it cannot read the source: {error}") from error  # others perhaps can
-    worked = Worked(
-        worker=desk.worker,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        device=ready.stream.machine.device,
-        threads=ready.stream.machine.workers,
-        seconds=time.perf_counter() - start,
-        stages=dict(clock.totals),
-        said=tuple(lines.said),
-    )
-    return Predicted(scored, worked)
+    table, probes = piece.table(), probed(order.probes)
+    groups = ready.groups(source, table, clock=clock, stop=stop, progress=lines, probes=probes)
+    with needing(source, order.probes) as doubt, threadpool_limits(desk.threads, user_api="blas"):
+        for group in groups:
+            with clock.stage(SCORE):
+                scored.append(Scored.of(ready, group, first=piece.start))
+        reasons = [reason for rows in scored for reason in rows.reasons.values()]
+        doubt(reasons, sum(len(rows.numbers) for rows in scored))
+    seconds = time.perf_counter() - start
+    return Predicted(scored, desk.worked(ready.stream.machine, seconds, clock, said=tuple(lines.said)))
 
 
 class _Lines(Silent):
@@ -143,14 +127,8 @@ def _made_ready(order: Order, threads: int) -> ReadyBundle:
     if why := refusal(order):
         raise WorkerRefused(why)
     torch.set_num_threads(threads)
+    keep_memory()
     try:
         return replace(order.network, workers=order.network.workers or threads).ready(order.bundle)
     except FeaturepipeError as error:
         raise WorkerRefused(str(error)) from error
-
-
-def _doubt(source: Source, probes: pa.ChunkedArray, scored: Sequence[Scored]) -> None:
-    """A process that could read nothing at all perhaps has lost the source."""
-    reasons = [reason for rows in scored for reason in rows.reasons.values() if reason.startswith(GONE)]
-    if reasons and len(reasons) == sum(len(rows.numbers) for rows in scored) and len(probes):
-        PatientReader(source, probes).check(reasons[0])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurepipe.cluster import Team, connect, one_at_a_time, stop_of_task
+from featurepipe.cluster import Team, connect, stop_of_task
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.extraction.books import WorkerBooks
 from featurepipe.extraction.machine import Machine
@@ -22,7 +22,7 @@ from featurepipe.extraction.on_cluster import OnWorkers as ExtractingWorkers
 from featurepipe.extraction.on_cluster import travelling
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.slices import Sizes, Slice, Worked, cut
-from featurepipe.extraction.worker_tasks import this_desk
+from featurepipe.extraction.worker_tasks import alone_at_desk
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
@@ -91,7 +91,7 @@ class OnWorkers:
         order = Order(self.folder, digest_of(self.folder), network, travelling(images), probes)
         self._check(order)
         sizes = WholeBatches(self.machine.batch_size, most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
-        slices = cut(listing, np.arange(listing.num_rows), sizes, iter(self._count, -1))
+        slices = cut(listing, np.arange(listing.num_rows), sizes, iter(self.team.expected, -1))
         waiting: dict[int, Predicted] = {}
         following = 0
         flow = self.team.results(slices, partial(_predicted, order), stop=stop, ahead=AHEAD)
@@ -122,9 +122,6 @@ class OnWorkers:
         books.add(piece.rows, worked)
         progress.advance(piece.rows)
 
-    def _count(self) -> int:
-        return max(len(self.team.addresses()), self.team.most, 1)
-
     def _options(self) -> Options:
         network, decode = self.network, str(self.bundle.space["decode"])
         return Options(device=network.device, batch_size=network.batch_size, workers=network.workers, decode=decode)
@@ -147,9 +144,8 @@ class OnWorkers:
 
 def _predicted(order: Order, piece: Slice) -> Predicted:
     """A task, as it runs in a worker."""
-    stop = stop_of_task()
-    with one_at_a_time():
-        return predict_slice(order, piece, this_desk(), stop)
+    with alone_at_desk() as desk:
+        return predict_slice(order, piece, desk, stop_of_task())
 
 
 def readable(images: Source, locators: pa.ChunkedArray) -> tuple[bytes, ...]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy.typing as npt
-from joblib import Parallel, delayed, parallel_config
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
-from featurepipe.errors import ClusterError
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
@@ -117,11 +117,22 @@ def fits_at_once(team: Team, shared: int, each: int) -> int:
     return max(sum(fits), team.most * min(fits, default=0))
 
 
-def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: int) -> list[Any]:
-    """Fits every head on every fold, each by itself in a thread of a worker, by way of joblib and its backend for Dask.
+class Try(NamedTuple):
+    """One head on one fold. Dask puts the pool there before a worker begins, so that little travels with each."""
 
-    The pool is sent to the scheduler once; with each fit travel an unfitted head and a number. The pool is a task of its own and
-    not data that is scattered: what Dask has scattered is lost with the workers that have it, and all fits with it.
+    number: int
+    head: Any
+    fold: int
+    pool: Any
+
+    def __str__(self) -> str:
+        return f"the fit of {self.head} on fold {self.fold}"
+
+
+def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: int) -> list[Any]:
+    """Fits every head on every fold, each by itself in a thread of a worker.
+
+    The pool is sent to the scheduler once, as a task of its own; with each fit travel an unfitted head and a number.
 
     Args:
         team: the workers.
@@ -134,35 +145,20 @@ def tried_on(team: Team, pool: Pool, fit: Trying, heads: Sequence[Any], jobs: in
         What ``fit`` returned, the folds of the first head first.
 
     Raises:
-        ClusterError: a fit ends its workers, or the scheduler is gone.
+        ClusterError: a fit ends its workers, none is left, or the scheduler is gone.
     """
-    import dask.config
-    from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
-
-    only = {"workers": team.addresses()} if team.refused else {}
-    wait = {"wait_for_workers_timeout": team.patience}
-    try:
-        with team.reaching(), parallel_config("dask", client=team.client, **wait, **only):
-            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):  # rows by the million
-                there = team.client.submit(Pool, pool.features, pool.folds, pure=False, **only)
-            return list(
-                Parallel(n_jobs=-1, batch_size=1, pre_dispatch=jobs)(
-                    delayed(_tried)(there, fit, clone(head), number)
-                    for head in heads
-                    for number in range(len(pool.folds))
-                )
-            )
-    except FutureCancelledError as error:
-        raise team.lost() from error
-    except KilledWorker as error:
-        raise ClusterError(
-            f"a fit of the search ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: it needs "
-            "more memory than they have; give them more, or search on fewer images. See their logs"
-        ) from error
+    there = team.scheduler.submit(Pool, pool.features, pool.folds, pure=False)
+    wanted = product(heads, range(len(pool.folds)))
+    tries = (Try(number, clone(head), fold, there) for number, (head, fold) in enumerate(wanted))
+    each = max(1, jobs // team.expected())
+    found: dict[int, Any] = {}
+    with closing(team.results(tries, partial(_tried, fit), in_flight_per_worker=each, retries=0)) as answers:
+        for tried, outcome in answers:
+            found[tried.number] = outcome
+    return [found[number] for number in range(len(found))]
 
 
-def _tried(pool: Pool, fit: Trying, head: Any, number: int) -> Any:
+def _tried(fit: Trying, tried: Try) -> Any:
     """One fit inside a worker: on one core, since the worker's other threads have fits of their own."""
     with threadpool_limits(1):
-        return fit(head, pool.data(), *pool.folds[number])
+        return fit(tried.head, tried.pool.data(), *tried.pool.folds[tried.fold])

@@ -28,7 +28,7 @@ def functions_travel(request: pytest.FixtureRequest) -> Iterator[None]:
 @contextmanager
 def local_cluster(workers: int = 2, **options: Any) -> Iterator[LocalCluster]:
     """A scheduler and worker processes that end with the block."""
-    given = {"threads_per_worker": 1, "memory_limit": "2GiB", "silence_logs": 50} | options
+    given = {"threads_per_worker": 1, "memory_limit": "3GiB", "silence_logs": 50} | options
     with LocalCluster(
         n_workers=workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **given
     ) as cluster:
@@ -64,7 +64,7 @@ class Processes:
         self.scheduler = self._start(
             "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self.file)
         )
-        self._until(self.file.exists)
+        self._until(self._is_written)
         self.address = json.loads(self.file.read_text())["address"]
 
     def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
@@ -76,6 +76,10 @@ class Processes:
         name = f"worker-{len(self.workers)}"
         here = ("--host", "127.0.0.1", "--nthreads", "1", "--name", name, "--local-directory", str(self.folder))
         self.workers.append(self._start("worker", self.address, *here, "--no-nanny", *options))
+
+    def _is_written(self) -> bool:
+        """It is there some time before all that is in it."""
+        return self.file.exists() and self.file.read_text().endswith("}")
 
     def _until(self, is_true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 30

@@ -78,7 +78,7 @@ def test_a_killed_scheduler_ends_the_run_soon(processes: Any, own_team: Team) ->
 def test_a_scheduler_that_hangs_ends_the_run_soon(
     processes: Any, own_team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.team.SCHEDULER_SECONDS", 3.0)
+    monkeypatch.setattr("featurepipe.cluster.scheduler.SCHEDULER_SECONDS", 3.0)
 
     def work(n: int) -> None:
         time.sleep(0.2)
@@ -94,7 +94,7 @@ def test_a_scheduler_that_hangs_ends_the_run_soon(
 def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
     processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.team.BUSY_SECONDS", 1.0)
+    monkeypatch.setattr("featurepipe.cluster.scheduler.BUSY_SECONDS", 1.0)
     monkeypatch.setattr("featurepipe.cluster.flow.RESULT_SECONDS", 0.5)
     goes_on = threading.Timer(5, processes.scheduler.send_signal, [signal.SIGCONT])
 

@@ -47,7 +47,7 @@ def test_workers_say_who_they_are(team: Team) -> None:
     assert sorted(worker.name for worker in workers) == ["0", "1"]
     assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
     for worker in workers:
-        assert (worker.threads, worker.memory_limit) == (1, 2 * 2**30)
+        assert (worker.threads, worker.memory_limit) == (1, 3 * 2**30)
         assert worker.versions["torch"] == version("torch")
         assert worker.versions["distributed"] == version("distributed")
         assert worker.gpus == len(at_worker.gpu_names())

@@ -190,7 +190,7 @@ def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_team,
     victims = own_team.workers()[:count]
 
     def kill():
-        while not any("batch_of" in key for key in own_team.client.processing().get(victims[-1].address, ())):
+        while not any("_tried" in key for key in own_team.client.processing().get(victims[-1].address, ())):
             time.sleep(0.02)
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
