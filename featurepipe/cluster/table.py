@@ -38,7 +38,13 @@ def _listed(value: Any) -> Any:
 
 def _seen_from_file(scheduler: str | None, info: ValidationInfo) -> str | None:
     """A scheduler file's path is relative to the file that names it."""
-    if scheduler is None or scheduler.partition("://")[0] in SCHEMES:
+    if scheduler is None:
+        return None
+    if scheduler.partition("://")[0] in SCHEMES:
+        if not re.search(r":\d+/?$", scheduler):
+            raise UsageError(
+                f"has no port; write {scheduler.rstrip('/')}:8786, or what the scheduler says when it starts"
+            )
         return scheduler
     if not scheduler.endswith(".json"):
         raise UsageError("is no address; write tcp://HOST:PORT, or name a scheduler file, .json")
@@ -147,7 +153,7 @@ def read_spec(spec: Any) -> ClusterTable:
     if match := re.fullmatch(r"local(?::(\d+))?", text):
         return _table({"kind": "local"} | ({"workers": int(match[1])} if match[1] else {}), text, Path())
     if text.partition("://")[0] in SCHEMES or text.endswith(".json"):
-        return ClusterTable(scheduler=text)
+        return _table({"scheduler": text}, "cluster", Path())
     if text.endswith(".toml"):
         return _from_file(Path(text))
     raise UsageError(f"cluster {text!r} names no cluster; {FORMS}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.progress import duration
-from featurepipe.tables import size
+from featurepipe.tables import counted, size
 
 _REJECTS_SHOWN = 5
 _WORKERS_SHOWN = 8
@@ -45,12 +45,12 @@ def text(record: Mapping[str, Any]) -> str:
 def _workers(record: Mapping[str, Any]) -> list[str]:
     """Who computed how much, where a cluster did."""
     workers = record.get("cluster", {}).get("workers", [])
-    shown = ", ".join(
-        f"{worker['worker']} {worker['images']:,} images in {worker['seconds']:.1f} s"
+    shown = "; ".join(
+        f"worker {worker['worker']}: {worker['images']:,} images in {worker['seconds']:.1f} s"
         for worker in workers[:_WORKERS_SHOWN]
     )
-    more = ", ..." if len(workers) > _WORKERS_SHOWN else ""
-    return [f"{len(workers)} worker{'s' * (len(workers) != 1)}: {shown}{more}"] if workers else []
+    more = "; ..." if len(workers) > _WORKERS_SHOWN else ""
+    return [f"{counted(len(workers), 'worker')} ({shown}{more})"] if workers else []
 
 
 def estimate_text(estimate: Mapping[str, Any]) -> str:

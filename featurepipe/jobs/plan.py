@@ -19,12 +19,13 @@ from featurepipe.jobs.sources import TonightsSource
 from featurepipe.jobs.taken import check_dataset
 
 
-def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
+def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
     """Estimates the extractions, and says of each step whether it would run; changes nothing and retries nothing.
 
     Args:
         job: the job.
         file: its file.
+        cluster: where it would work; None for here.
         retry_rejects: whether images would be tried again whose bytes were rejected before.
         silent: say nothing.
 
@@ -56,7 +57,7 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
             raise
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
-    steps = [(step, *outlook(step.table)) for step in steps_of(job)]
+    steps = [(step, *outlook(step.table, job.name)) for step in steps_of(job)]
     return {
         "dry_run": True,
         "job": job.name,
@@ -64,6 +65,7 @@ def plan_job(job: Job, file: Path, *, retry_rejects: bool, silent: bool) -> dict
         "store": str(job.store),
         "dataset": dataset,
         "source": source.location,
+        "cluster": None if cluster is None else str(cluster),
         "listed": source.scan().num_rows,
         "limits": job.limits.model_dump(mode="json"),
         "features": estimates,

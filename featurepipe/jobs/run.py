@@ -64,7 +64,7 @@ def run_job(
         if dry_run:
             from featurepipe.jobs.plan import plan_job
 
-            return plan_job(job, file, retry_rejects=retry_rejects, silent=silent)
+            return plan_job(job, file, cluster, retry_rejects=retry_rejects, silent=silent)
         store = FeatureStore(job.store)
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
             with stop.at_once(before="anything was done"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
 from featurepipe.jobs.job import DepthTable, DriftTable, Job, KeepTable, PredictTable, ReportTable, Table, TrainTable
@@ -49,18 +49,17 @@ def steps_of(job: Job) -> Iterator[Step]:
             yield Step(name, "", table)
 
 
-def outlook(table: Table) -> tuple[bool | None, str]:
-    """Whether a step would run, None where that depends on the night; and what it would do."""
+def outlook(table: Table, job: str) -> tuple[bool | None, str]:
+    """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
     match table:
         case TrainTable():
             return _of_training(table)
         case PredictTable():
-            return (
-                None if table.images == "new" else True,
-                f"predicts {table.images} images, into {Path(table.to).name}",
-            )
+            file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
+            return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
         case DriftTable():
-            return None, f"compares tonight's new images with snapshot {table.reference}"
+            reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
+            return None, f"compares tonight's new images with {reference}"
         case DepthTable():
             return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
         case _:

@@ -52,6 +52,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"{plan['job']}: {counted(plan['listed'], 'image')} in {plan['source']}, dataset {plan['dataset']} of {plan['store']}"
     ]
     lines += [line for found in plan["features"] for line in _estimate(found)]
+    if plan["cluster"]:
+        lines.append(
+            f"computed by a cluster ({plan['cluster']}), which is not asked now: times are those of this machine"
+        )
     seconds = "an unknown time" if plan["seconds"] is None else f"about {spoken(plan['seconds'])}"
     lines.append(f"in all {seconds}, {size(plan['bytes'])}")
     words = {True: "yes", False: "no", None: "perhaps"}

@@ -34,6 +34,8 @@ def test_texts_that_name_a_cluster(tmp_path: Path) -> None:
         ({"kind": "local", "workers": "2"}, r"cluster\.workers = '2': "),
         ({"kind": "local", "scheduler": "tcp://a:1"}, r"names a scheduler that runs, and says how to start one: kind"),
         ({"scheduler": "a:1"}, r"cluster\.scheduler = 'a:1': is no address; write tcp://HOST:PORT"),
+        ({"scheduler": "tcp://a"}, r"cluster\.scheduler = 'tcp://a': has no port; write tcp://a:8786"),
+        ("tls://[::1]/", r"has no port; write tls://\[::1\]:8786"),
         ({"kind": "pbs", "workers": 2, "maximum": 3}, r"give workers, or minimum and maximum"),
         ({"kind": "pbs", "minimum": 4, "maximum": 3}, r"needs a maximum, no less than minimum"),
         ({"kind": "pbs", "minimum": 4}, r"needs a maximum"),

@@ -12,7 +12,7 @@ out = "bundles/b"
 when = "always"
 [[predict]]
 bundle = "bundles/a"
-to = "predictions/{run}.parquet"
+to = "predictions/{job}-{run}.parquet"
 [drift]
 [depth]
 [compact]
@@ -47,8 +47,8 @@ def test_before_the_first_night(pile):
     assert [(step["step"], step["name"], step["runs"], step["why"]) for step in plan["steps"]] == [
         ("train", "a", True, "there is no bundle yet"),
         ("train", "b", True, "always"),
-        ("predict", "a", None, "predicts new images, into {run}.parquet"),
-        ("drift", "", None, "compares tonight's new images with snapshot previous"),
+        ("predict", "a", None, "predicts new images, into nightly-RUN-ID.parquet"),
+        ("drift", "", None, "compares tonight's new images with those of nights before"),
         ("depth", "", None, "if images changed since the last comparison"),
         ("compact", "", True, "always"),
         ("keep", "", True, "keeps 7 snapshots and 365 run records"),
@@ -72,6 +72,13 @@ def test_after_a_night(pile):
     assert (train["runs"], train["why"]) == (
         None, "if images, labels or settings are not those that the bundle was trained with",
     )  # fmt: skip
+
+
+def test_a_cluster_is_named_and_not_asked(pile):
+    pile.fill(3)
+    pile.job('[cluster]\nscheduler = "tcp://127.0.0.1:9"')  # where nobody listens
+    plan = pile.run(dry_run=True)
+    assert (plan["cluster"], plan["listed"]) == ("tcp://127.0.0.1:9", 3)
 
 
 def test_two_spaces_add_up(pile):

@@ -104,7 +104,7 @@ def test_a_plan_says_what_would_be_done_and_what_is_not_known():
              "seconds": 12.0, "bytes_per_column": {"layer3:gap": 1000, "bottleneck:gap": 1500}}  # fmt: skip
     steps = [{"step": "train", "name": "logistic", "runs": None, "why": "if labels changed"},
              {"step": "compact", "name": "", "runs": True, "why": "always"}]  # fmt: skip
-    plan = {"job": "nightly", "listed": 100, "source": "photos/", "dataset": "photos", "store": "features",
+    plan = {"job": "nightly", "listed": 100, "source": "photos/", "dataset": "photos", "store": "features", "cluster": None,
             "features": [found, {**found, "seconds": None}], "seconds": None, "bytes": 5000, "steps": steps}  # fmt: skip
     assert plan_text(plan).splitlines() == [
         "nightly: 100 images in photos/, dataset photos of features",
@@ -118,5 +118,7 @@ def test_a_plan_says_what_would_be_done_and_what_is_not_known():
         "compact         yes      always",
         "dry run: nothing was changed",
     ]
+    there = plan_text({**plan, "cluster": "slurm, 4 workers"}).splitlines()[4]
+    assert there == "computed by a cluster (slurm, 4 workers), which is not asked now: times are those of this machine"
     quick = {**plan, "features": [found], "seconds": 12.0, "steps": []}
     assert plan_text(quick).splitlines()[-2:] == ["in all about 12 s, 5.0 kB", "dry run: nothing was changed"]
