@@ -15,14 +15,18 @@ import pytest
 from distributed import LocalCluster
 
 from featurepipe.cluster import Team, connect
+from featurepipe.images import open_source
 
 
 @pytest.fixture(scope="module", autouse=True)
 def functions_travel(request: pytest.FixtureRequest) -> Iterator[None]:
     """Functions of the test module are sent to workers by value: they cannot import it."""
-    cloudpickle.register_pickle_by_value(request.module)
+    modules = (request.module, sys.modules[__name__])
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
     yield
-    cloudpickle.unregister_pickle_by_value(request.module)
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 @contextmanager
@@ -53,6 +57,31 @@ def team(cluster_address: str, said: list[str]) -> Iterator[Team]:
     """A team of the two shared workers."""
     with connect(cluster_address, say=said.append) as team:
         yield team
+
+
+class SlowFolder:
+    """A folder whose images take a while: all of them, or those with some text in their path."""
+
+    def __init__(self, path: Path, seconds: float | dict[str, float]) -> None:
+        self._source = open_source(path)
+        self._seconds = seconds if isinstance(seconds, dict) else {"": seconds}
+        self.name, self.location = self._source.name, self._source.location
+
+    def scan(self) -> Any:
+        return self._source.scan()
+
+    def read(self, locator: bytes) -> Any:
+        time.sleep(next((wait for text, wait in self._seconds.items() if text.encode() in locator), 0))
+        return self._source.read(locator)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+@pytest.fixture
+def slow_folder() -> type[SlowFolder]:
+    """A source that takes its time, wherever it is read."""
+    return SlowFolder
 
 
 class Processes:

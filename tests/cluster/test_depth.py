@@ -167,17 +167,23 @@ class entered:
         pass
 
 
-@pytest.mark.slow
-def test_a_worker_that_is_killed_costs_its_cell_alone(pictures, local, processes, tmp_path, monkeypatch):
+def after_two_answers(monkeypatch, action):
+    """Does something then; returns what is kept in the journal, as it comes."""
     original, kept = Journal.add, []
 
     def add(self, key, cells):
         kept.append(key)
         original(self, key, cells)
         if len(kept) == 2:
-            processes.workers[0].kill()
+            action()
 
     monkeypatch.setattr(Journal, "add", add)
+    return kept
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_cell_alone(pictures, local, processes, tmp_path, monkeypatch):
+    after_two_answers(monkeypatch, processes.workers[0].kill)
     with connect(processes.address, say=print) as team:
         team.wait_for_workers(2)
         answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
@@ -186,15 +192,7 @@ def test_a_worker_that_is_killed_costs_its_cell_alone(pictures, local, processes
 
 @pytest.mark.slow
 def test_a_scheduler_that_is_killed_ends_it_and_the_journal_goes_on(pictures, local, processes, tmp_path, monkeypatch):
-    original, kept = Journal.add, []
-
-    def add(self, key, cells):
-        kept.append(key)
-        original(self, key, cells)
-        if len(kept) == 2:
-            processes.scheduler.kill()
-
-    monkeypatch.setattr(Journal, "add", add)
+    kept = after_two_answers(monkeypatch, processes.scheduler.kill)
     with connect(processes.address, say=print) as team:
         team.wait_for_workers(2)
         start = time.monotonic()

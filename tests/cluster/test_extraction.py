@@ -134,8 +134,8 @@ def test_too_many_rejects_end_as_on_one_machine(photos: Path, team: Team, tmp_pa
     assert run(photos, tmp_path / "1", team)["counts"]["computed"] == 0  # features of all others were kept
 
 
-def test_no_time_is_left(photos: Path, team: Team, tmp_path: Path) -> None:
-    record = run(Slow(photos, 0.05), tmp_path / "store", team, time_budget=1.0, dataset="photos")
+def test_no_time_is_left(photos: Path, team: Team, tmp_path: Path, slow_folder: Any) -> None:
+    record = run(slow_folder(photos, 0.05), tmp_path / "store", team, time_budget=1.0, dataset="photos")
     assert (record["status"], record["exit_code"]) == ("out of time", 0)
     assert 0 < record["counts"]["computed"] < 77
     rows = sum(part.rows for part in FeatureStore(tmp_path / "store").spaces()[0].parts())
@@ -144,27 +144,9 @@ def test_no_time_is_left(photos: Path, team: Team, tmp_path: Path) -> None:
     assert rest["counts"]["computed"] == 77 - rows
 
 
-class Slow:
-    """A folder whose images take a while."""
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        self._source, self._seconds = open_source(path), seconds
-        self.name, self.location = self._source.name, self._source.location
-
-    def scan(self) -> Any:
-        return self._source.scan()
-
-    def read(self, locator: bytes) -> Any:
-        import time
-
-        time.sleep(self._seconds)
-        return self._source.read(locator)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def test_the_disk_floor_holds(photos: Path, team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_floor_holds(
+    photos: Path, team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
+) -> None:
     from featurepipe.errors import DiskFull
     from featurepipe.extraction.limits import DiskFloor
 
@@ -173,7 +155,7 @@ def test_the_disk_floor_holds(photos: Path, team: Team, tmp_path: Path, monkeypa
         DiskFloor, "__call__", lambda self: vars(self).setdefault("n", 0) or _reached(self, next(looks))
     )
     with pytest.raises(DiskFull, match="less than the"):
-        run(Slow(photos, 0.03), tmp_path / "store", team, min_free="1GB", dataset="photos")
+        run(slow_folder(photos, 0.03), tmp_path / "store", team, min_free="1GB", dataset="photos")
 
 
 def _reached(floor: Any, look: int) -> bool:
@@ -261,8 +243,10 @@ def test_a_worker_with_other_weights_is_refused_by_name(photos: Path, team: Team
     assert len(record["cluster"]["refused"]) == 2
 
 
-def test_a_source_that_no_worker_can_read_ends_the_run(photos: Path, team: Team, tmp_path: Path) -> None:
-    class Elsewhere(Slow):
+def test_a_source_that_no_worker_can_read_ends_the_run(
+    photos: Path, team: Team, tmp_path: Path, slow_folder: Any
+) -> None:
+    class Elsewhere(slow_folder):
         def read(self, locator: bytes) -> Any:
             raise SourceError("the share is not mounted")
 

@@ -21,7 +21,6 @@ from featurepipe.errors import ClusterError
 from featurepipe.extraction import on_cluster
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.slices import Sizes
-from featurepipe.images import open_source
 from featurepipe.store import FeatureStore, verify_store
 
 pytestmark = pytest.mark.slow
@@ -38,26 +37,6 @@ def photos(tmp_path: Path) -> Path:
         pixels = np.random.default_rng(n).integers(0, 256, (28, 28), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{n:04d}.png")
     return folder
-
-
-class Slow:
-    """A folder whose images take a while."""
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        self._source, self._seconds = open_source(path), seconds
-        self.name, self.location = self._source.name, self._source.location
-
-    def scan(self) -> Any:
-        return self._source.scan()
-
-    def read(self, locator: bytes) -> Any:
-        import time
-
-        time.sleep(self._seconds)
-        return self._source.read(locator)
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @pytest.fixture(autouse=True)
@@ -122,31 +101,35 @@ def small_parts(team: Team) -> None:
 
 
 def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path
+    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     small_parts(own_team)
     store = tmp_path / "store"
     with meanwhile(store, 6, processes.workers[0].kill):
-        record = run(Slow(photos, 0.02), store, own_team)
+        record = run(slow_folder(photos, 0.02), store, own_team)
     assert record["counts"] == {"listed": IMAGES, "computed": IMAGES, "known": 0, "rejected": 0, "read": IMAGES}
     assert record["status"] == "done"
     assert rows(store) == IMAGES  # nothing that was committed was computed again
     check_whole(store, photos, tmp_path)
 
 
-def test_a_stopped_worker_does_not_stall_the_end(own_team: Team, processes: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_stopped_worker_does_not_stall_the_end(
+    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+) -> None:
     store, start = tmp_path / "store", time.monotonic()
     with meanwhile(store, 2, lambda: processes.workers[0].send_signal(signal.SIGSTOP)):
-        record = run(Slow(photos, 0.01), store, own_team)
+        record = run(slow_folder(photos, 0.01), store, own_team)
     assert record["counts"]["computed"] == IMAGES
     assert time.monotonic() < start + 120  # Dask gives it up for dead after five minutes
     check_whole(store, photos, tmp_path)
 
 
-def test_a_slow_worker_does_not_stall_the_end(own_team: Team, processes: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_slow_worker_does_not_stall_the_end(
+    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+) -> None:
     slow = own_team.workers()[0].pid
 
-    class SlowThere(Slow):
+    class SlowThere(slow_folder):
         def read(self, locator: bytes) -> Any:
             import time
 
@@ -161,13 +144,13 @@ def test_a_slow_worker_does_not_stall_the_end(own_team: Team, processes: Any, ph
 
 
 def test_a_killed_scheduler_is_said_and_the_same_command_goes_on(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path
+    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     small_parts(own_team)
     store = tmp_path / "store"
     start = time.monotonic()
     with meanwhile(store, 6, processes.scheduler.kill), pytest.raises(ClusterError, match="same command again"):
-        run(Slow(photos, 0.02), store, own_team)
+        run(slow_folder(photos, 0.02), store, own_team)
     assert time.monotonic() < start + 40
     (failed,) = FeatureStore(store).runs()
     assert (failed["status"], failed["exit_code"]) == ("failed", 1)
@@ -250,25 +233,27 @@ def test_a_killed_client_leaves_a_store_that_goes_on(
     check_whole(store, photos, tmp_path)
 
 
-def test_four_workers_on_few_cores(processes: Any, own_team: Team, photos: Path, tmp_path: Path) -> None:
+def test_four_workers_on_few_cores(
+    processes: Any, own_team: Team, photos: Path, tmp_path: Path, slow_folder: Any
+) -> None:
     processes.add_worker()
     processes.add_worker()
     own_team.wait_for_workers(4)
-    record = run(Slow(photos, 0.01), tmp_path / "store", own_team)
+    record = run(slow_folder(photos, 0.01), tmp_path / "store", own_team)
     assert record["counts"]["computed"] == IMAGES
     assert len(record["cluster"]["workers"]) == 4
     check_whole(tmp_path / "store", photos, tmp_path)
 
 
 def test_a_worker_that_comes_later_takes_part(
-    processes: Any, own_team: Team, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: Any, own_team: Team, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
 ) -> None:
     monkeypatch.setattr(on_cluster, "Sizes", lambda: Sizes(first=10, most=10))
     store, come = tmp_path / "store", tmp_path / "come"
 
     first = {worker.pid for worker in own_team.workers()}
 
-    class Waiting(Slow):
+    class Waiting(slow_folder):
         def read(self, locator: bytes) -> Any:
             import os
             import time
@@ -283,13 +268,15 @@ def test_a_worker_that_comes_later_takes_part(
     assert len(record["cluster"]["workers"]) == 3
 
 
-def test_a_worker_without_memory_is_started_again_and_all_is_computed(photos: Path, tmp_path: Path) -> None:
+def test_a_worker_without_memory_is_started_again_and_all_is_computed(
+    photos: Path, tmp_path: Path, slow_folder: Any
+) -> None:
     """Its process holds more than its limit allows as soon as it has begun; Dask ends it, and others go on."""
     from distributed import LocalCluster
 
     store, eaten = tmp_path / "store", tmp_path / "eaten"
 
-    class Hungry(Slow):
+    class Hungry(slow_folder):
         def read(self, locator: bytes) -> Any:
             import time
 

@@ -20,7 +20,6 @@ from featurepipe.extraction.extract import extract
 from featurepipe.extraction.slices import Worked
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle, write_bundle
 from featurepipe.images.folder import FolderSource
-from featurepipe.images.source import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.prediction import at_worker, on_cluster
 from featurepipe.prediction.at_worker import Order, digest_of, refusal
@@ -81,18 +80,6 @@ def local(album):
     return folder
 
 
-class Slow(FolderSource, Source):
-    """A folder in which some pictures take their time."""
-
-    def __init__(self, path, seconds):
-        super().__init__(str(path))
-        self.seconds = seconds
-
-    def read(self, locator):
-        time.sleep(next((wait for name, wait in self.seconds.items() if name.encode() in locator), 0))
-        return super().read(locator)
-
-
 # The same file
 
 
@@ -144,7 +131,7 @@ def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_addres
 # Order and bounds
 
 
-def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, team, tmp_path, monkeypatch):
+def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, team, tmp_path, monkeypatch, slow_folder):
     """The first slice takes long; slices of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
     monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
     begun, ended = [], []
@@ -158,7 +145,7 @@ def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, te
     monkeypatch.setattr(
         on_cluster, "cut", partial(watched, on_cluster.cut, lambda piece: begun.append((piece, len(ended))))
     )
-    album.predict(tmp_path / "out.csv", source=Slow(album.root, {"a/000": 2.0}), cluster=team)
+    album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=team)
     assert sorted(ended) == list(range(19))
     first = ended.index(0)
     assert first > 0  # others were done before
@@ -265,17 +252,17 @@ def test_workers_load_the_network_once(album):
 # Stops and kills
 
 
-def test_a_stop_leaves_no_file(album, team, tmp_path, monkeypatch):
+def test_a_stop_leaves_no_file(album, team, tmp_path, monkeypatch, slow_folder):
     """Signals reach the main thread alone, so here a request is met by hand."""
     request = StopRequest()
     monkeypatch.setattr("featurepipe.prediction.predict.stop_on_signals", lambda: at(request, 1.0))
-    source = Slow(album.root, {"b/": 0.5})
+    source = slow_folder(album.root, {"b/": 1.0})
     start = time.monotonic()
     with pytest.raises(
         Interrupted, match=r"stopped by SIGTERM: .* of 151 images were predicted, and no file was written"
     ):
         album.predict(tmp_path / "out.csv", source=source, cluster=team)
-    assert time.monotonic() - start < 20  # all of b/ takes 25 s on one of the workers
+    assert time.monotonic() - start < 40  # all of b/ takes 50 s on one of the workers
     assert not list(tmp_path.iterdir())
 
 
@@ -295,7 +282,7 @@ class at:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monkeypatch):
+def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monkeypatch, slow_folder):
     monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
     original, seen = OnWorkers._note, []
 
@@ -308,7 +295,7 @@ def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monk
     monkeypatch.setattr(OnWorkers, "_note", note)
     with connect(processes.address, say=print) as team:
         team.wait_for_workers(2)
-        record = album.predict(tmp_path / "out.csv", source=Slow(album.root, {".png": 0.02}), cluster=team)
+        record = album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {".png": 0.02}), cluster=team)
     assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
     assert set(seen[8:]) == {processes.workers[1].pid}
     assert sum(worker["images"] for worker in record["cluster"]["workers"]) == COUNT + 1

@@ -227,10 +227,10 @@ class TestImages:
     def test_a_million_answers_take_no_time(self):
         rng = np.random.default_rng(7)
         correct = rng.random((3, 300_000)) < 0.9
-        start = time.perf_counter()
+        start = time.process_time()
         difference_over_images(correct, correct[::-1], rng.integers(0, 290_000, 300_000))
         over_images(correct)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(UsageError, match="groups must be one for each of the 3 images"):
