@@ -230,8 +230,7 @@ class WorkerShares:
 
     def _busy(self) -> bool:
         """Whether a worker does anything for us or for others like us."""
-        with self.team.scheduler.reaching():
-            keys = self.team.client.processing().values()
+        keys = self.team.scheduler.ask("processing", workers=None).values()
         return any(str(key).startswith(_KEYS) for some in keys for key in some)
 
 

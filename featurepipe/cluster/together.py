@@ -107,7 +107,8 @@ def _alone(team: Team) -> Iterator[None]:
         permit = Semaphore(1, "featurepipe-together", scheduler_rpc=client.scheduler, loop=client.loop)
         if not permit.acquire(timeout=5):
             team.say("all workers are needed at the same time; waiting for someone else who has them")
-            permit.acquire()
+            while not permit.acquire(timeout=ANSWER_SECONDS):
+                team.addresses()  # as long as there is a scheduler
     try:
         yield
     finally:
