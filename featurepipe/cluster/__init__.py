@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from featurepipe.cluster.flow import results
     from featurepipe.cluster.spreading import SpreadFeatures, spread
     from featurepipe.cluster.team import Team, WorkerFacts
-    from featurepipe.cluster.worker import one_at_a_time, stop_of_task
+    from featurepipe.cluster.worker import one_at_a_time, stop_of_task, this_worker
 
 __all__ = [
     "ClusterError",
@@ -29,6 +29,7 @@ __all__ = [
     "results",
     "spread",
     "stop_of_task",
+    "this_worker",
 ]
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "results": "flow",
     "spread": "spreading",
     "stop_of_task": "worker",
+    "this_worker": "worker",
 }
 
 

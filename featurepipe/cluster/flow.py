@@ -47,6 +47,7 @@ def results(
     in_flight_per_worker: int = 2,
     ahead: int | None = None,
     retries: int = 3,
+    interruptible: bool = True,
 ) -> Generator[tuple[T, R], None, None]:
     """Has tasks done by the workers, and yields each with its result as they complete.
 
@@ -63,14 +64,15 @@ def results(
         ahead: how many tasks may be begun for each worker from the oldest one without an answer on, for whoever has to put
             answers in order and must not hold too many of them; None for any number.
         retries: how often a task is tried again after an error.
+        interruptible: whether tasks come back when they are told to. Those that do not are never begun a second time beside the
+            first, since that would go on to its end, and are not waited for when they are no longer wanted.
 
     Raises:
         ClusterError: no worker is left, the scheduler is gone, or a task kills its workers.
         FeaturepipeError: what the work raised.
     """
-    flow = _Flow(
-        team, tasks, Attempt(work, team.terms, secrets.token_hex(8)), stop, in_flight_per_worker, ahead, retries
-    )
+    attempt = Attempt(work, team.terms, secrets.token_hex(8))
+    flow = _Flow(team, tasks, attempt, stop, in_flight_per_worker, ahead, retries, interruptible)
     try:
         yield from flow.run()
     finally:
@@ -99,9 +101,11 @@ class _Flow(Generic[T, R]):
         per_worker: int,
         ahead: int | None,
         retries: int,
+        interruptible: bool,
     ) -> None:
         self.team, self.tasks, self.attempt, self.stop = team, iter(tasks), attempt, stop
         self.per_worker, self.ahead, self.retries = per_worker, ahead, retries
+        self.interruptible = interruptible
         self.pending: dict[int, _Pending[T]] = {}
         self.done: queue.SimpleQueue[tuple[int, Future[Answer[R]]]] = queue.SimpleQueue()
         self.seconds: list[float] = []
@@ -134,7 +138,7 @@ class _Flow(Generic[T, R]):
             self._call_back()
             return
         self._free_the_stuck()
-        if self.exhausted or self._is_held():
+        if self.interruptible and (self.exhausted or self._is_held()):
             self._double_stragglers()
 
     def _count_workers(self) -> None:
@@ -286,7 +290,7 @@ class _Flow(Generic[T, R]):
         workers = self.team.addresses()
         self.team.ask(partial(ask_to_stop, self.attempt.flow), workers, seconds=RETURN_SECONDS)
         futures = [future for pending in self.pending.values() for future in pending.futures]
-        deadline = time.monotonic() + (RETURN_SECONDS if workers else 0)
+        deadline = time.monotonic() + (RETURN_SECONDS if workers and self.interruptible else 0)
         while time.monotonic() < deadline and not all(future.done() for future in futures):
             time.sleep(0.05)
         for future in futures:

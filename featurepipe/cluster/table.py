@@ -41,7 +41,7 @@ def _seen_from_file(scheduler: str | None, info: ValidationInfo) -> str | None:
     if scheduler is None:
         return None
     if scheduler.partition("://")[0] in SCHEMES:
-        if not re.search(r":\d+/?$", scheduler):
+        if not scheduler.startswith("ws") and not re.search(r":\d+/?$", scheduler):  # of ws the port is implied
             raise UsageError(
                 f"has no port; write {scheduler.rstrip('/')}:8786, or what the scheduler says when it starts"
             )
@@ -120,7 +120,7 @@ class ClusterTable(BaseModel):
 
     def __str__(self) -> str:
         number = f"{self.minimum or 0} to {self.maximum}" if self.is_adaptive else self.workers or "its"
-        return self.scheduler or f"{self.kind}, {number} workers"
+        return re.sub("//[^/@]*@", "//", self.scheduler or "") or f"{self.kind}, {number} workers"  # no password
 
 
 def checked_spec(spec: Any) -> Any:

@@ -171,6 +171,14 @@ def stop_of_task() -> Callable[[], bool]:
     return lambda: flow in _STOPPED
 
 
+def this_worker() -> tuple[str, int, int]:
+    """The worker that runs this task: its name, its threads, and its memory limit in bytes, 0 for none."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    return str(worker.name), int(worker.state.nthreads), int(worker.memory_manager.memory_limit or 0)
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """While the block runs, no other thread of this process is in such a block: for a network, which a process has once.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from featurepipe.cluster import one_at_a_time, stop_of_task
+from featurepipe.cluster import one_at_a_time, stop_of_task, this_worker
 from featurepipe.extraction import at_worker, share
 from featurepipe.extraction.at_worker import Desk, Network
 from featurepipe.extraction.auto import Settings
@@ -53,7 +53,4 @@ def alone_at_desk() -> Iterator[Desk]:
 
 def this_desk() -> Desk:
     """The worker that runs this task."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    return Desk(str(worker.name), worker.state.nthreads, int(worker.memory_manager.memory_limit or 0))
+    return Desk(*this_worker())

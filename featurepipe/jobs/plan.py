@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from featurepipe.cluster.table import ClusterTable
 from featurepipe.errors import FeaturepipeError
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
@@ -17,6 +18,7 @@ from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
 from featurepipe.jobs.taken import check_dataset
+from featurepipe.training.on_cluster import cluster_name
 
 
 def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         "store": str(job.store),
         "dataset": dataset,
         "source": source.location,
-        "cluster": None if cluster is None else str(cluster),
+        "cluster": str(cluster) if isinstance(cluster, ClusterTable) else cluster_name(cluster),
         "listed": source.scan().num_rows,
         "limits": job.limits.model_dump(mode="json"),
         "features": estimates,

@@ -97,7 +97,8 @@ def scores_on(
 def _travelling(team: Team, study: Study) -> Future[Study]:
     """The study as a task's result."""
     here = replace(study, store=FeatureStore(study.store.path.absolute()))
-    return team.scheduler.submit(pickle.loads, pickle.dumps(here), pure=False)
+    fit = {"workers": team.addresses(), "allow_other_workers": True} if team.refused else {}
+    return team.scheduler.submit(pickle.loads, pickle.dumps(here), pure=False, retries=3, **fit)
 
 
 def _cells(task: Task, *, wide: bool) -> list[Cell]:

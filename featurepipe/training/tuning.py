@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.pipeline import Pipeline
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.training.cost import BYTES_PER_VALUE
 from featurepipe.training.fit import constant_columns, refusals, threads_for
-from featurepipe.training.on_cluster import Pool, fits_at_once, tried_on
+from featurepipe.training.on_cluster import Pool, Room, fits_at_once, tried_on
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapp
         return False
     rows, _ = _pool(folds, parts=2)
     small = len(rows) * task.features.shape[1] <= SMALL_VALUES
-    return not (small and _at_once(task, recipe, rows, folds))
+    return not (small and task.team is not None and fits_at_once(task.team, _room(task, recipe, rows, folds)))
 
 
 def grid_size(recipe: Recipe) -> int:
@@ -165,10 +166,12 @@ def _each_by_itself(
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
     rows, places = _pool(folds, parts=2)
-    there = _at_once(task, recipe, rows, folds)
+    room = _room(task, recipe, rows, folds)
+    there = fits_at_once(task.team, room) if task.team is not None else 0
     if task.team is not None and there:
-        pool = Pool(task.features.take(rows), places)
-        results = tried_on(task.team, pool, fit, _heads(_on_one_core(recipe), points), there)
+        pool = Pool(task.features.take(rows), places, room)
+        folder = Path(task.features.origin.store)
+        results = tried_on(task.team, folder, pool, fit, _heads(_on_one_core(recipe), points))
         how = f"each by itself, {there} at a time on the cluster"
     elif task.cost.solver == "blocks":
         data = task.rows(rows)
@@ -196,14 +199,12 @@ def _on_one_core(recipe: Recipe) -> Recipe:
     return recipe.with_params({"n_jobs": 1, **recipe.params}) if recipe.head == "xgboost" else recipe
 
 
-def _at_once(task: Task, recipe: Recipe, rows: Array, folds: Sequence[Fold]) -> int:
-    """How many fits in memory the workers can do at the same time; 0 if there are none, or too small ones."""
-    if task.team is None:
-        return 0
+def _room(task: Task, recipe: Recipe, rows: Array, folds: Sequence[Fold]) -> Room:
+    """What fits in memory take."""
     width = task.features.shape[1]
     training = max(len(train) for train, _ in folds)
     shared = len(rows) * width * np.dtype(np.float32).itemsize
-    return fits_at_once(task.team, shared, training * width * BYTES_PER_VALUE[recipe.head])
+    return Room(shared, training * width * BYTES_PER_VALUE[recipe.head])
 
 
 def _pool(folds: Sequence[Fold], *, parts: int) -> tuple[Array, list[Fold]]:

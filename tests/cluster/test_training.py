@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 
 from featurepipe.cluster import connect
 from featurepipe.errors import ClusterError, UsageError
+from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.training import on_cluster, tuning
-from featurepipe.training.on_cluster import cluster_name, fits_at_once
+from featurepipe.training.on_cluster import Pool, Room, cluster_name, fits_at_once, tried_on
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
+from tests.cluster.conftest import local_cluster
 
 NODES = ["a:gap", "b:gap"]
 CLOSE = {"logistic": 5e-3, "linear-svm": 1e-2}
@@ -92,12 +95,12 @@ def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair,
 
 def test_memory_decides_how_many_fits_there_are_at_a_time(team, monkeypatch):
     limit = team.workers()[0].memory_limit
-    assert fits_at_once(team, 0, 1) == 2  # one a thread
-    assert fits_at_once(team, int(0.5 * limit), int(0.05 * limit)) == 2
-    assert fits_at_once(team, int(0.5 * limit), int(0.2 * limit)) == 0
+    assert fits_at_once(team, Room(0, 1)) == 2  # one a thread
+    assert fits_at_once(team, Room(int(0.5 * limit), int(0.05 * limit))) == 2
+    assert fits_at_once(team, Room(int(0.5 * limit), int(0.2 * limit))) == 0
     workers = [replace(worker, memory_limit=0, threads=3) for worker in team.workers()]  # without limits
     monkeypatch.setattr(team, "workers", lambda: workers)
-    assert fits_at_once(team, limit, limit) == 6
+    assert fits_at_once(team, Room(limit, limit)) == 6
 
 
 def test_the_bundle_names_the_cluster(zoo, pair):
@@ -177,7 +180,37 @@ def test_clients_and_teams_are_named_by_their_scheduler(team):
 def test_workers_that_may_yet_come_count(cluster_address):
     with connect(cluster_address) as team:
         team.most = 5
-        assert fits_at_once(team, 0, 1) == 5
+        assert fits_at_once(team, Room(0, 1)) == 5
+
+
+def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_path):
+    """Four threads, and memory for two; both workers take part."""
+    zoo.write(zoo.images("train", 40))
+    features = zoo.store.features("zoo", node="a:gap")
+    rows = np.arange(len(features))
+    log = tmp_path / "log"
+
+    def fit(head, data, train, check):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {time.time()} 1\n")
+        time.sleep(0.4)
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {time.time()} -1\n")
+        return head.C, len(data[0]), len(train)
+
+    with local_cluster(threads_per_worker=4) as cluster, connect(cluster) as team:
+        each = int(0.2 * team.workers()[0].memory_limit)
+        pool = Pool(features, [(rows[:60], rows[60:]), (rows[60:], rows[:60])], Room(each, each))
+        assert fits_at_once(team, pool.room) == 4
+        found = tried_on(team, zoo.store.path, pool, fit, [RBFSVM(C=float(c)) for c in range(1, 9)])
+    assert found == [(float(c), 120, size) for c in range(1, 9) for size in (60, 60)]
+    events = sorted((float(when), who, int(step)) for who, when, step in map(str.split, log.read_text().splitlines()))
+    now, most = Counter(), Counter()
+    for _, who, step in events:
+        now[who] += step
+        most[who] = max(most[who], now[who])
+    assert sorted(most.values()) == [2, 2]
+    assert not list(zoo.store.path.glob(".search-*"))
 
 
 @pytest.mark.slow

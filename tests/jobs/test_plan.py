@@ -76,7 +76,7 @@ def test_after_a_night(pile):
 
 def test_a_cluster_is_named_and_not_asked(pile):
     pile.fill(3)
-    pile.job('[cluster]\nscheduler = "tcp://127.0.0.1:9"')  # where nobody listens
+    pile.job('[cluster]\nscheduler = "tcp://me:word@127.0.0.1:9"')  # where nobody listens
     plan = pile.run(dry_run=True)
     assert (plan["cluster"], plan["listed"]) == ("tcp://127.0.0.1:9", 3)
 
