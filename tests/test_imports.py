@@ -1,9 +1,9 @@
 """The public names, and what importing them costs."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,9 +108,10 @@ def test_the_check_above_can_fail():
 def test_help_answers_in_half_a_second():
     best = 9.0
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run("-m", "featurepipe", "--help")
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # what it takes of a processor, whoever else is at work
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.stdout.startswith("usage: featurepipe ")
     assert best < 0.5
 

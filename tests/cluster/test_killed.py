@@ -116,10 +116,11 @@ def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
 def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
     processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 1.0)
     [silent] = [worker.address for worker in own_team.workers() if worker.pid == processes.workers[0].pid]
+    own_team.check()  # the first answer takes a while
+    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 2.0)
     processes.workers[0].send_signal(signal.SIGSTOP)
-    goes_on = threading.Timer(3, processes.workers[0].send_signal, [signal.SIGCONT])
+    goes_on = threading.Timer(5, processes.workers[0].send_signal, [signal.SIGCONT])
     goes_on.start()
     assert len(own_team.check()) == 2
     goes_on.join()

@@ -271,7 +271,7 @@ class at:
 
     def __init__(self, request, seconds):
         self.request = request
-        self.timer = threading.Timer(seconds, request.signalled, [signal.SIGTERM])
+        self.timer = threading.Timer(seconds, setattr, [request, "signal_number", signal.SIGTERM])
 
     def __enter__(self):
         self.timer.start()

@@ -78,8 +78,9 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
 
 
 def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
-    own_team: Team, processes: Any, at_pass: Any, said: list[str]
+    own_team: Team, processes: Any, at_pass: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("featurepipe.cluster.team.TOLD_SECONDS", 120.0)
     features, codes = made()
     here = BlockLogisticRegression(C=10.0).fit(ArrayBlocks(features), codes)
 

@@ -193,8 +193,8 @@ def test_a_scheduler_killed_meanwhile_ends_it_with_the_next_step(processes, zoo,
     trees_ = {"head": "xgboost", "params": {"n_estimators": 20000}}
     slow = trees_ if while_ == "trees grow" else {"head": "rbf-svm", "tune": True}
     ended = threading.Timer(8, processes.scheduler.kill)
-    ended.start()
     start = time.monotonic()
+    ended.start()
     with pytest.raises(ClusterError, match=r"the scheduler .* is gone.* give the same command again"):
         train(zoo.store, nodes="a:gap", out=tmp_path / "b", cluster=processes.address, silent=True, **slow)
     assert 8 <= time.monotonic() - start < 60

@@ -22,7 +22,7 @@ from featurepipe.jobs import steps as real_steps
 from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
 from featurepipe.jobs.provenance import git_commit
-from featurepipe.jobs.sources import Patience
+from featurepipe.jobs.sources import Patience, wait
 from featurepipe.jobs.text import runs_text
 
 NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
@@ -262,9 +262,9 @@ def test_out_of_time_goes_on_the_next_night(pile, steps, monkeypatch):
     from featurepipe.images.folder import FolderSource
 
     read = FolderSource.read
-    monkeypatch.setattr(FolderSource, "read", lambda self, locator: (time.sleep(0.05), read(self, locator))[1])
+    monkeypatch.setattr(FolderSource, "read", lambda self, locator: (time.sleep(0.1), read(self, locator))[1])
     pile.fill(200)
-    pile.job(ALL_STEPS + '[limits]\ntime_budget = "1.5s"')
+    pile.job(ALL_STEPS + '[limits]\ntime_budget = "4s"')
     record = pile.run()
     assert (record["status"], record["exit_code"]) == ("out of time", 0)
     computed = record["counts"]["computed"]
@@ -479,16 +479,23 @@ def test_a_lease_that_is_lost_ends_the_night(pile, steps, monkeypatch):
     assert "another host took over" in record["steps"][-1]["error"]
 
 
-def test_a_source_that_is_gone_for_a_while(pile):
+def test_a_source_that_is_gone_for_a_while(pile, monkeypatch):
     """The share is mounted while the job waits."""
     pile.fill(3)
     away = pile.root.rename(pile.folder / "away")
-    threading.Timer(0.5, away.rename, [pile.root]).start()
     pile.job(source='first_wait = "0.1s"')
     pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 8"))
+    back = threading.Timer(0.5, away.rename, [pile.root])
+
+    def waits(seconds, stop):
+        if back.ident is None:
+            back.start()
+        wait(seconds, stop)
+
+    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=waits))
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
-    assert 0.5 < record["steps"][0]["seconds"] < 10
+    assert 0.5 < record["steps"][0]["seconds"] < 60
 
 
 def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
