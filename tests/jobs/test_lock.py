@@ -111,7 +111,7 @@ def test_a_killed_holder_makes_way(hold, store, kind):
         assert process.wait().code == -signal.SIGKILL
     started = time.monotonic()
     with lock(store, kind=kind, interval=60):  # a process of this machine that is dead need not be watched
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("kind", ["flock", "ENOSYS"])
@@ -240,7 +240,7 @@ def test_watching_can_be_stopped(store):
     with pytest.raises(Interrupted) as caught, lock(store, kind="ENOLCK", interval=60, stop=stop):
         pass
     assert caught.value.exit_code == 143
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
 
 
 def test_a_holder_that_cannot_write_for_a_while_goes_on(store, monkeypatch):

@@ -495,7 +495,7 @@ def test_a_source_that_is_gone_for_a_while(pile, monkeypatch):
     monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=waits))
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
-    assert 0.5 < record["steps"][0]["seconds"] < 60
+    assert 0.5 < record["steps"][0]["seconds"] < 10
 
 
 def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):

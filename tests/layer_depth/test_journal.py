@@ -153,7 +153,7 @@ def test_kill_at_random_moments_loses_no_line_that_was_written(tmp_path, launche
         amid += last > first
         first = last
     assert amid >= 2  # else it was never killed while it wrote
-    assert first >= 5
+    assert first > 8
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, launcher):
