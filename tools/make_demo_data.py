@@ -4,7 +4,7 @@
 
 FOLDER holds Fashion-MNIST's four original files. The same files give the same bytes: the sample is seeded, and gzip
 writes no time stamp and no file name.
-"""  # noqa: INP001
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,160 @@
+"""Counts what the plan of the package promises about its structure: ``python tools/measure_structure.py [--json] [--check]``.
+
+Each figure is measured, not declared: files and lines as git tracks them, circular imports by grimp with imports for type
+checkers counted, class names from the syntax trees, and the files that one image enters by running ``featurepipe.extract``
+on one PNG under a profiler. ``--check`` ends with exit code 1 if a figure is above its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "featurepipe"
+WHERE_WORK_RUNS = (  # the modules that decide where work runs, or that run it elsewhere
+    "execution/*.py", "cluster/*.py", "*/on_cluster.py", "*/at_worker.py", "*/worker_tasks.py", "*/workers.py",
+    "extraction/place.py", "extraction/share.py", "extraction/slices.py", "prediction/scorers.py", "prediction/ready.py",
+    "heads/shares.py", "heads/row_sums.py", "heads/boosted_together.py", "heads/boosted_rows.py",
+    "jobs/tonights_team.py", "layer_depth/elsewhere.py",
+)  # fmt: skip
+TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
+           "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    """The package's modules that git tracks."""
+    listed = subprocess.run(
+        ["git", "ls-files", "featurepipe/*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def lines_of(path: Path) -> int:
+    """How many lines a file has."""
+    return len(path.read_text().splitlines())
+
+
+def ambiguous_classes(paths: list[Path]) -> dict[str, list[str]]:
+    """Public names of classes that two or more modules define, each with the modules."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(str(path.relative_to(PACKAGE)))
+    return {name: where for name, where in sorted(found.items()) if len(where) > 1}
+
+
+def circular_imports() -> list[tuple[str, str]]:
+    """The imports, (importer, imported), whose removal would leave no circle among the children of any package."""
+    import grimp
+
+    graph = grimp.build_graph("featurepipe", exclude_type_checking_imports=False, cache_dir=None)
+    packages = ["featurepipe", *sorted(m for m in graph.modules if graph.find_children(m) and m != "featurepipe")]
+    return sorted({pair for package in packages for pair in graph.nominate_cycle_breakers(package)})
+
+
+@contextlib.contextmanager
+def functions_entered() -> Iterator[set[tuple[str, str]]]:
+    """Gathers (file, function) of the package's functions that run meanwhile, in any thread; not what an import runs."""
+    entered: set[tuple[str, str]] = set()
+    top = f"{PACKAGE}/"
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        is_function = code.co_flags & inspect.CO_OPTIMIZED  # bodies of modules and classes are not
+        if event == "call" and is_function and code.co_filename.startswith(top):
+            entered.add((code.co_filename, code.co_qualname))
+
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        yield entered
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def entered_by_one_image() -> set[tuple[str, str]]:
+    """What ``featurepipe.extract`` of one PNG runs, with a network without weights, into an empty store."""
+    from PIL import Image
+
+    import featurepipe
+
+    featurepipe.load_backbone(
+        "lenet5", "none"
+    )  # what only the first network of a process runs is no part of an image's way
+    with tempfile.TemporaryDirectory() as folder:
+        pile = Path(folder) / "pile"
+        pile.mkdir()
+        Image.effect_noise((32, 32), 50).save(pile / "0.png")
+        with functions_entered() as entered:
+            featurepipe.extract(str(pile), f"{folder}/store", backbone="lenet5", weights="none", silent=True)
+    return entered
+
+
+def measured() -> dict[str, Any]:
+    """All figures."""
+    paths = modules()
+    lines = {path: lines_of(path) for path in paths}
+    bodies = [count for path, count in lines.items() if path.name != "__init__.py"]
+    apart = {path for pattern in WHERE_WORK_RUNS for path in PACKAGE.glob(pattern)} & set(paths)
+    entered = entered_by_one_image()
+    return {
+        "files": len(paths),
+        "median lines of a file": int(statistics.median(bodies)),
+        "lines": sum(lines.values()),
+        "where work runs: lines": sum(lines[path] for path in apart),
+        "where work runs: files": len(apart),
+        "files entered by one image": len({file for file, _ in entered}),
+        "functions entered by one image": len(entered),
+        "circular imports": len(circular_imports()),
+        "class names of several meanings": len(ambiguous_classes(paths)),
+    }
+
+
+def above(figures: Mapping[str, Any], limits: Mapping[str, int]) -> list[str]:
+    """A line for each figure above its limit."""
+    return [f"{name}: {figures[name]}, at most {most}" for name, most in limits.items() if figures[name] > most]
+
+
+def main() -> int:
+    """Prints the figures; with ``--check``, exit code 1 if one misses its target."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--detail", action="store_true", help="name the circular imports and the ambiguous classes")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a figure is above its target")
+    arguments = parser.parse_args()
+    figures = measured()
+    if arguments.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        for name, value in figures.items():
+            target = f"   target: at most {TARGETS[name]}" if name in TARGETS else ""
+            print(f"{name:34}{value:>8}{target}")
+    if arguments.detail:
+        for importer, imported in circular_imports():
+            print(f"circular: {importer} -> {imported}")
+        for name, where in ambiguous_classes(modules()).items():
+            print(f"class {name}: {', '.join(where)}")
+    missed = above(figures, TARGETS) if arguments.check else []
+    for line in missed:
+        print(line, file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
