@@ -10,16 +10,38 @@ import importlib.util
 import inspect
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import FeaturepipeError, UsageError, unknown
 
 _NOT_USERS = {*sys.stdlib_module_names, "torch", "torchvision", "timm"}
+
+
+def check_trusted(
+    name: str, trust_code: bool | Collection[str], *, named_by: str, error: type[FeaturepipeError] = UsageError
+) -> None:
+    """Refuses a network ``package.module:factory`` that a store or a bundle names, unless the user says that it may run.
+
+    Args:
+        name: The network's name. One that the user typed needs no check.
+        trust_code: Whether code may run, or the names of the networks whose code may.
+        named_by: What names it, such as ``the bundle``; begins the message.
+        error: What to raise.
+
+    Raises:
+        FeaturepipeError: Of the type ``error``: loading it would import and run a module, and nobody allowed that.
+    """
+    allowed = trust_code if isinstance(trust_code, bool) else name in trust_code
+    if ":" in name and not allowed:
+        raise error(
+            f"{named_by}'s network is {name}: loading it imports and runs that module. If you know who made {named_by}: "
+            "--trust-code, or trust_code=True in Python"
+        )
 
 
 def import_factory(spec: str) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ from featurepipe.cli.options import (
     add_labels,
     add_machine,
     add_quiet,
+    add_trust_code,
     cluster,
     machine,
     names,
@@ -52,6 +53,7 @@ def add(commands: Commands) -> None:
     option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
     option("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="as for featurepipe extract")
     add_machine(command)
+    add_trust_code(command, "store")
     option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
     option("--dry-run", action="store_true",
            help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
@@ -83,6 +85,7 @@ def run(args: Namespace) -> int:
         labels=args.labels,
         extraction={"precision": args.precision, **machine(args)},
         jobs=args.jobs,
+        trust_code=args.trust_code,
         command=this_command(),
         report=args.report,
         dry_run=args.dry_run,

@@ -45,6 +45,14 @@ def add_weights(command: ArgumentParser) -> None:
     add_seed(command, "the random control network")
 
 
+def add_trust_code(command: ArgumentParser, named_by: str) -> None:
+    """``--trust-code``: consent to code that a file of someone else may name."""
+    command.add_argument(
+        "--trust-code", action="store_true",
+        help=f"let a {named_by} of a package.module:factory network run that module",
+    )  # fmt: skip
+
+
 def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> None:
     """``--device``, ``--batch-size``, ``--workers``, ``--max-rejects``: how images are read and computed."""
     add = command.add_argument

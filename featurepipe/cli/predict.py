@@ -11,6 +11,7 @@ from featurepipe.cli.options import (
     add_json,
     add_machine,
     add_quiet,
+    add_trust_code,
     cluster,
     machine,
 )
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     option("--weights", metavar="FILE",
            help="the backbone's weights file, where it was your own and the bundle has no copy")  # fmt: skip
     add_machine(command)
-    option("--trust-code", action="store_true", help="let a bundle of a package.module:factory network run that module")
+    add_trust_code(command, "bundle")
     add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)

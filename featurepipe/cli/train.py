@@ -18,6 +18,7 @@ from featurepipe.cli.options import (
     add_seed,
     add_space,
     add_store,
+    add_trust_code,
     cluster,
 )
 from featurepipe.cli.output import show
@@ -58,6 +59,7 @@ def add(commands: Commands) -> None:
     option("--jobs", type=int, default=1, metavar="N", help="fits at once in a search in memory (default: %(default)s)")
     option("--weights", metavar="FILE",
            help="the backbone's weights file, if it has one of your own: a copy goes into the bundle")  # fmt: skip
+    add_trust_code(command, "store")
     add_seed(command, "draws and estimators")
     add_cluster(command)
     option("--dry-run", action="store_true", help="say which images, how much memory and how long; write nothing")
@@ -89,6 +91,7 @@ def run(args: Namespace) -> int:
         jobs=args.jobs,
         seed=args.seed,
         weights=args.weights,
+        trust_code=args.trust_code,
         dry_run=args.dry_run,
         silent=args.quiet,
         **cluster(args),

@@ -273,6 +273,11 @@ class Job(Table):
         """Where the job was read from, for messages; None for one that was made without a file."""
         return self._file
 
+    @property
+    def networks(self) -> frozenset[str]:
+        """The networks that the job file names: the code of those that are ``package.module:factory`` may run."""
+        return frozenset(table.backbone for table in self.features)
+
     def read_from(self, file: Path) -> Job:
         """The same job, which knows its file."""
         job = self.model_copy()

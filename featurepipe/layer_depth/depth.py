@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -53,6 +53,7 @@ def depth(
     cluster: Any = None,
     command: str | None = None,
     report: str | PathLike[str] | None = None,
+    trust_code: bool | Collection[str] = False,
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def depth(
             source and store under the same paths. There each core measures, whatever ``jobs`` says.
         command: how it was called, for the record.
         report: an HTML file to write, the page of what was found.
+        trust_code: whether a network ``package.module:factory`` that a store as the source names, and ``backbone`` does not,
+            may be loaded, which runs that module; or the names of the networks that may.
         dry_run: say what would be extracted and measured; write nothing.
         silent: say nothing on the way.
 
@@ -106,7 +109,9 @@ def depth(
     if report is not None:
         check_target(report)  # before hours of work, not after
     say, clock = announcer(silent=silent), _Clock()
-    wanted = Wanted(source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent)
+    wanted = Wanted(
+        source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent, trust_code
+    )
     with _team(None if dry_run else cluster, say) as team:
         with clock.stage("extract"):
             there = {} if team is None else {"cluster": team}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from os import PathLike
@@ -42,6 +42,7 @@ class Wanted:
     control: str | None
     test_source: Any
     silent: bool
+    trust_code: bool | Collection[str] = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def _computed(
 def _held(wanted: Wanted, machine: Machine) -> Extracted:
     """A comparison of what a store has."""
     from featurepipe.backbones import load_backbone
+    from featurepipe.backbones.user_code import check_trusted
 
     if wanted.store is not None or wanted.control or wanted.test_source is not None:
         raise UsageError(
@@ -209,6 +211,8 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
     store = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
     dataset = wanted.dataset or store.only_dataset()
     space = choose_space(store, wanted.backbone, dataset)
+    if wanted.backbone != space.backbone:  # else the user has named that module
+        check_trusted(space.backbone, wanted.trust_code, named_by="the store")
     backbone = load_backbone(space.backbone, "none")
     nodes = (
         columns_of_space(backbone, space, wanted.max_width) if wanted.nodes in (AUTO, [AUTO], (AUTO,)) else wanted.nodes

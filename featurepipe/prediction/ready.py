@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError
 from featurepipe.extraction.auto import Settings
@@ -104,11 +105,7 @@ def make_ready(
         WeightsNotFound: the network's weights are not at hand.
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-    if ":" in found.backbone["name"] and not trust_code:
-        raise BundleError(
-            f"the bundle's network is {found.backbone['name']}: loading it imports and runs that module. If you "
-            "know who made the bundle: --trust-code, or trust_code=True in Python"
-        )
+    check_trusted(found.backbone["name"], trust_code, named_by="the bundle", error=BundleError)
     precision, dtype, decode = (str(found.space[name]) for name in SETTINGS)
     settings = Settings(precision, dtype, decode, why=dict.fromkeys(SETTINGS, "as in the bundle"))
     machine = settle_machine(device, batch_size, workers, settings.decode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from os import PathLike
@@ -100,11 +100,13 @@ def publish(
 
 
 @contextmanager
-def weights_copy(space: Space, weights: str | PathLike[str] | None) -> Iterator[Path | None]:
+def weights_copy(
+    space: Space, weights: str | PathLike[str] | None, *, trust_code: bool | Collection[str] = False
+) -> Iterator[Path | None]:
     """The backbone's own weights as a .safetensors file for the bundle, checked to be those of the features.
 
     Raises:
-        UsageError: it holds other weights, or the backbone's are not from a file.
+        UsageError: it holds other weights, the backbone's are not from a file, or loading it would run code that is not trusted.
     """
     if weights is None:
         yield None
@@ -116,8 +118,10 @@ def weights_copy(space: Space, weights: str | PathLike[str] | None) -> Iterator[
     from safetensors.torch import save_file
 
     from featurepipe.backbones import load_backbone
+    from featurepipe.backbones.user_code import check_trusted
     from featurepipe.backbones.weights import read_state_dict
 
+    check_trusted(space.backbone, trust_code, named_by="the store")
     found = load_backbone(space.backbone, str(weights)).weights_sha256
     if found != space.fields["weights_sha256"]:
         raise UsageError(f"{weights} holds other weights than those the features of {space.name} were computed with")

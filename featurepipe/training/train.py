@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -43,6 +43,7 @@ def train(
     jobs: int = 1,
     seed: int = 0,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
+    trust_code: bool | Collection[str] = False,
     if_changed: bool = False,
     cluster: Any = None,
     dry_run: bool = False,
@@ -75,6 +76,8 @@ def train(
         seed: of draws and of the estimators.
         weights: the backbone's weights file, where it has one of your own; it is copied into the bundle. Where it is not
             known yet which feature space that is, a mapping from fingerprints of spaces to files.
+        trust_code: whether a network ``package.module:factory`` that the store names, and ``backbone`` does not, may be loaded
+            to check ``weights``, which runs that module; or the names of the networks that may.
         if_changed: train only if the bundle at ``out`` was made from other images, labels, columns or settings, or is missing.
         cluster: where to fit instead of here, as `featurepipe.cluster.connect` takes it. Features are spread over its workers,
             where the block solvers and xgboost learn; of a search, fits that a worker's memory is enough for run side by side.
@@ -126,7 +129,11 @@ def train(
     space = source.space(task.features.space_fingerprint)
     file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
     elsewhere = tune or task.cost.cluster is not None
-    with weights_copy(space, file) as own_weights, team_of(cluster, source, say, needed=elsewhere) as team:
+    trusted = trust_code or backbone == space.backbone  # which the user has named
+    with (
+        weights_copy(space, file, trust_code=trusted) as own_weights,
+        team_of(cluster, source, say, needed=elsewhere) as team,
+    ):
         task = replace(task, team=team)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe

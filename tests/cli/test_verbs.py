@@ -40,13 +40,13 @@ CASES = {
         TRAIN,
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
-        "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --seed 7 --dry-run --quiet",
+        "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
             "labels": "l.csv", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "min_class_size": 5, "memory": "2GB", "jobs": 3,
-            "weights": "w.pt", "seed": 7, "dry_run": True, "silent": True,
+            "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
         },
     ),
     "predict": (
@@ -62,7 +62,8 @@ CASES = {
         DEPTH,
         "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads knn,ridge --folds 3 --split "
         "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv "
-        "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --jobs 1 --quiet",
+        "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --jobs 1 "
+        "--trust-code --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
             "heads": ["knn", "ridge"], "folds": 3, "split": True, "seeds": 2, "pooling": ["gap", "avg2x2"],
@@ -70,7 +71,7 @@ CASES = {
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
             },
-            "jobs": 1, "dry_run": False, "silent": True,
+            "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
         },
     ),
 }  # fmt: skip

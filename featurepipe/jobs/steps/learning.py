@@ -40,6 +40,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             jobs=table.jobs,
             seed=table.seed,
             weights=_own_weights(night),
+            trust_code=night.job.networks,
             if_changed=table.when == "labels changed",
             silent=night.silent,
             cluster=night.team(),

@@ -108,6 +108,7 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
             seeds=table.seeds,
             labels=labels,
             max_width=table.max_width,
+            trust_code=night.job.networks,
             jobs=table.jobs,
             command=f"featurepipe run, job {night.job.name}",
             silent=night.silent,
