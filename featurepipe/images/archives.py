@@ -18,7 +18,7 @@ from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
 from featurepipe.images.files import unreadable
 from featurepipe.images.labels import FolderLabels, is_hidden
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
-from featurepipe.images.members import DEFLATED, LINK, STORED, Found, Member, list_tar, list_zip
+from featurepipe.images.members import DEFLATED, LARGEST_RATIO, NOT_STORED, STORED, Found, Member, list_tar, list_zip
 from featurepipe.images.source import Source
 
 
@@ -50,8 +50,8 @@ class ArchiveSource(Source):
         """Reads one member; see :meth:`Source.read`."""
         member = Member.unpack(locator)
         blob = self._blobs[member.archive]
-        if member.method == LINK:
-            raise Reject("unreadable: is a link inside the archive")
+        if member.method in NOT_STORED:
+            raise Reject(f"unreadable: {NOT_STORED[member.method]}")
         try:
             if member.method == STORED and member.crc < 0:
                 return blob.pread(member.offset, member.size)
@@ -81,7 +81,7 @@ def _rows(listed: Iterable[Found], prefix: str, mtime_ns: int, folders: set[str]
             continue
         if len(parts) > 1:
             folders.add(parts[0])
-        size = UNKNOWN if found.member.method == LINK else found.member.size
+        size = UNKNOWN if found.member.method in NOT_STORED else found.member.size
         id_ = f"{printable(prefix)}/{printable(found.path)}"
         yield id_, found.label, None, size, mtime_ns, found.member.pack()
 
@@ -109,6 +109,8 @@ def _zip_data_offset(blob: Blob, member: Member) -> int:
 def _inflate(data: bytes, member: Member) -> bytes:
     if member.method not in (STORED, DEFLATED):
         raise Reject(f"unsupported: zip compression method {member.method}; use stored or deflated")
+    if member.size > LARGEST_RATIO * len(data):
+        raise Reject(f"corrupt: claims {member.size:,} bytes; the {len(data):,} in the archive hold fewer")
     try:
         # The declared size is the limit, so that a small member cannot unfold into more than it says.
         plain = data if member.method == STORED else zlib.decompressobj(-15).decompress(data, member.size + 1)

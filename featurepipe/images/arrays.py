@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import stat_file, unreadable
 from featurepipe.images.labels import split_of
 from featurepipe.images.listing import Row, check_unique, printable, table_of
+from featurepipe.images.members import LARGEST_RATIO
 from featurepipe.images.source import Source
 
 _IMAGES: Final = {"x", "images", "image", "data"}
@@ -31,6 +33,7 @@ class Sliceable(Protocol):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    # stored_bytes: int, where it is known: how many bytes of the file hold the array, compressed or not.
 
     def __getitem__(self, index: int | slice) -> Any: ...
 
@@ -124,6 +127,7 @@ def _pair(arrays: Arrays, path: str) -> list[_Block]:
         images = arrays[name]
         if len(images.shape) not in (3, 4):
             raise UsageError(f"{path}: array {name!r} has shape {images.shape}; images are (N, H, W) or (N, H, W, C)")
+        _check_rows(images, f"{path}: array {name!r}")
         values = (
             _labels(arrays[labels[split]], images.shape[0], f"{path}: {labels[split]}") if split in labels else None
         )
@@ -134,6 +138,17 @@ def _pair(arrays: Arrays, path: str) -> list[_Block]:
             "split x_train, x_val, x_test (labels: y or labels)"
         )
     return blocks
+
+
+def _check_rows(images: Sliceable, where: str) -> None:
+    """Refuses rows that no bytes stand for: a header of a hundred bytes may claim billions, and each would be listed."""
+    item, stored = math.prod(images.shape[1:]) * images.dtype.itemsize, getattr(images, "stored_bytes", None)
+    claimed = item * images.shape[0]
+    if images.shape[0] and (not item or (stored is not None and claimed > LARGEST_RATIO * stored)):
+        raise SourceError(
+            f"{where} claims {images.shape[0]:,} images of {item:,} bytes, and the file holds "
+            f"{stored if stored is not None else 0:,} bytes of them; it is damaged, or was never written"
+        )
 
 
 def _role(name: str) -> tuple[str | None, str | None]:
@@ -148,9 +163,10 @@ def _role(name: str) -> tuple[str | None, str | None]:
 
 
 def _labels(array: Sliceable, count: int, where: str) -> list[str]:
+    size = math.prod(array.shape)
+    if size != count:
+        raise SourceError(f"{where}: {size} labels for {count} images")
     values = np.asarray(array[:])
-    if values.size != count:
-        raise SourceError(f"{where}: {values.size} labels for {count} images")
     texts = (value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist())
     return [printable(text) for text in texts]
 

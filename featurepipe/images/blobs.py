@@ -9,12 +9,13 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, Generic, TypeVar
 
 import fsspec
 
-from featurepipe.errors import SourceError
+from featurepipe.errors import FeaturepipeError, SourceError
 from featurepipe.images.files import is_url, remote_errors, stat_file
 
 T = TypeVar("T")
@@ -31,6 +32,24 @@ class FailedRead(SourceError):
     def __init__(self, path: str, error: OSError) -> None:
         super().__init__(f"{path}: cannot be read: {error.strerror}")
         self.error = error
+
+
+@contextmanager
+def reading(path: str, what: str) -> Iterator[None]:
+    """For as long as a library parses a file that may be damaged, or made to do harm: what it raises says that it cannot be read.
+
+    Such parsers end in whatever their next step runs into: values out of range, broken text, no memory, too deep a nesting.
+
+    Raises:
+        SourceError: ``path`` is not a readable ``what``.
+    """
+    try:
+        yield
+    except FeaturepipeError:
+        raise
+    except Exception as error:  # the border of one file
+        reason = str(error) or type(error).__name__
+        raise SourceError(f"{path}: not a readable {what} (truncated?): {reason}") from error
 
 
 class PerProcess(Generic[T]):
@@ -97,6 +116,9 @@ class Blob:
             FailedRead: It cannot be read now.
             SourceError: The file has gone.
         """
+        # Asked first, since the system is handed a buffer of the size that a header claims, and knows no offset from 2^63.
+        if not 0 <= offset <= offset + size <= self.size:
+            raise ShortRead(f"{self.path}: ends inside bytes {offset} to {offset + size}: truncated, or it changed")
         data = self._pread(offset, size)
         while len(data) < size:  # one call returns at most 2 GiB
             more = self._pread(offset + len(data), size - len(data))

@@ -5,24 +5,35 @@ from __future__ import annotations
 import json
 import posixpath
 import struct
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from typing import Final, NamedTuple, Self
 
 from featurepipe.errors import SourceError
-from featurepipe.images.blobs import Blob
+from featurepipe.images.blobs import Blob, reading
 from featurepipe.images.labels import is_image_name
 from featurepipe.images.listing import printable
+from featurepipe.images.tar_headers import TarHeader, headers
 
 STORED: Final = 0
 DEFLATED: Final = 8
-LINK: Final = 0xFFFF  # a tar member that is a link: listed, and rejected when read
+LARGEST_RATIO: Final = 1032
+"""How many bytes one byte of deflated data can stand for, at most."""
+LINK: Final = 0xFFFF
+SPARSE: Final = 0xFFFE
+BAD_LABEL: Final = 0xFFFD
+LARGEST_LABEL: Final = 2**20
+"""Bytes of a ``.cls`` or ``.json`` beside an image in a tar, at most."""
+NOT_STORED: Final = {
+    LINK: "is a link inside the archive",
+    SPARSE: "is a sparse file, stored in pieces inside the archive",
+    BAD_LABEL: "its label (.cls or .json) cannot be read: no UTF-8, no JSON, nested too deeply, or above 1 MiB",
+}
+"""Members of a tar that are listed, and why they are rejected when they are read."""
 
 _LOCATOR: Final = struct.Struct("<IQQQHq")
-_PLAIN: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _ENCRYPTED: Final = 0x1
-_BLOCK: Final = 512
+_LARGEST: Final = 2**63 - 1  # what a listing's sizes, and offsets in files, can be
 
 
 class Member(NamedTuple):
@@ -59,11 +70,8 @@ def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
     Raises:
         SourceError: The archive is damaged, truncated or encrypted.
     """
-    try:
-        with blob.stream() as stream, zipfile.ZipFile(stream) as opened:
-            members = opened.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise SourceError(f"{blob.path}: not a readable zip archive (truncated?): {error}") from error
+    with reading(blob.path, "zip archive"), blob.stream() as stream, zipfile.ZipFile(stream) as opened:
+        members = opened.infolist()
     if any(info.header_offset < 0 for info in members):
         raise SourceError(f"{blob.path}: not a readable zip archive (damaged?): its directory is not where it says")
     for info in members:
@@ -71,8 +79,10 @@ def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
             continue
         if info.flag_bits & _ENCRYPTED:
             raise SourceError(f"{blob.path}: {info.filename!r} is encrypted; make the archive without a password")
-        place = Member(archive, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-        yield Found(_clean(info.filename), None, place)
+        # A directory may claim 64 bits of each. Whatever lies beyond any file is found to be so when it is read.
+        offset, stored, size = (min(n, _LARGEST) for n in (info.header_offset, info.compress_size, info.file_size))
+        member = Member(archive, offset, stored, size, info.compress_type, info.CRC)
+        yield Found(_clean(info.filename), None, member)
 
 
 def list_tar(blob: Blob, archive: int) -> Iterator[Found]:
@@ -81,32 +91,34 @@ def list_tar(blob: Blob, archive: int) -> Iterator[Found]:
     Raises:
         SourceError: The archive is damaged or truncated.
     """
-    sample, images, label = "", list[Found](), None
-    for info in _headers(blob):
-        path = _clean(info.name)
+    sample, images, label = "", list[Found](), _Label(None)
+    for header in headers(blob):
+        path = _clean(header.name)
         if _sample_of(path) != sample:
-            yield from (found._replace(label=label) for found in images)
-            sample, images, label = _sample_of(path), [], None
-        if is_image_name(path) and not info.isdir():
-            method = STORED if info.type in _PLAIN else LINK
-            images.append(Found(path, None, Member(archive, info.offset_data, info.size, info.size, method, -1)))
-        elif info.type in _PLAIN and path.endswith((".cls", ".json")):
-            label = _label(blob, info, path) or label
-    yield from (found._replace(label=label) for found in images)
+            yield from map(label.given, images)
+            sample, images, label = _sample_of(path), [], _Label(None)
+        if is_image_name(path) and not header.is_folder:
+            method = STORED if header.is_plain else SPARSE if header.is_sparse else LINK
+            images.append(Found(path, None, Member(archive, header.offset, header.size, header.size, method, -1)))
+        elif header.is_plain and path.endswith((".cls", ".json")):
+            label = label.then(_label(blob, header, path))
+    yield from map(label.given, images)
 
 
-def _headers(blob: Blob) -> Iterator[tarfile.TarInfo]:
-    try:
-        with blob.stream() as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
-            while (info := opened.next()) is not None:
-                opened.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                yield info
-            end = opened.offset
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise SourceError(f"{blob.path}: not a readable tar archive (truncated?): {error}") from error
-    # tarfile takes a damaged header, or the end of the file, for the end of the archive. A real one has a zero block.
-    if end + _BLOCK > blob.size or any(blob.pread(end, _BLOCK)):
-        raise SourceError(f"{blob.path}: truncated or damaged at byte {end}")
+class _Label(NamedTuple):
+    """What a sample says of its class."""
+
+    text: str | None
+    is_damaged: bool = False
+
+    def then(self, other: _Label) -> _Label:
+        return _Label(other.text or self.text, self.is_damaged or other.is_damaged)
+
+    def given(self, found: Found) -> Found:
+        """An image of the sample with its label; one whose label cannot be read is to be rejected, not to be taken unlabelled."""
+        if self.is_damaged and found.member.method not in NOT_STORED:
+            return found._replace(member=found.member._replace(method=BAD_LABEL))
+        return found._replace(label=self.text)
 
 
 def _clean(path: str) -> str:
@@ -118,14 +130,16 @@ def _sample_of(path: str) -> str:
     return f"{folder}/{name.partition('.')[0]}"
 
 
-def _label(blob: Blob, info: tarfile.TarInfo, path: str) -> str | None:
-    content = blob.pread(info.offset_data, info.size)
+def _label(blob: Blob, header: TarHeader, path: str) -> _Label:
+    if header.size > LARGEST_LABEL:
+        return _Label(None, is_damaged=True)
+    content = blob.pread(header.offset, header.size)
     try:
         text = content.decode()
         if path.endswith(".cls"):
-            return printable(text.strip())
+            return _Label(printable(text.strip()))
         fields = json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{blob.path}: the label in {path!r} cannot be read: {error}") from error
+    except (ValueError, RecursionError):
+        return _Label(None, is_damaged=True)
     value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
-    return None if value is None else printable(str(value))
+    return _Label(None if value is None else printable(str(value)))

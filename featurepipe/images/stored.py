@@ -11,7 +11,7 @@ import re
 import shutil
 import struct
 import zipfile
-import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import IO, Any, Final
 
@@ -19,8 +19,9 @@ import numpy as np
 
 from featurepipe.errors import SourceError
 from featurepipe.images.arrays import Arrays
-from featurepipe.images.blobs import Blob, gunzip
+from featurepipe.images.blobs import Blob, gunzip, reading
 from featurepipe.images.files import exists
+from featurepipe.images.members import LARGEST_RATIO
 
 IDX_IMAGES: Final = re.compile(r"idx[34]-ubyte(\.gz)?$", re.IGNORECASE)
 _IDX_SPLITS: Final = {"train": "train", "t10k": "test", "test": "test", "val": "val"}
@@ -88,33 +89,42 @@ def _idx_array(path: str) -> StoredArray:
         raise SourceError(f"{path}: not an IDX file of unsigned bytes")
     shape = struct.unpack(f">{dimensions}I", blob.pread(4, 4 * dimensions))
     offset = 4 + 4 * dimensions
-    if blob.size < offset + math.prod(shape):
-        raise SourceError(f"{path}: truncated: {blob.size} bytes, but {shape} takes {offset + math.prod(shape)}")
+    _check_claim(path, shape, offset + math.prod(shape), blob.size)
     return StoredArray(blob, offset, shape, np.dtype(np.uint8))
+
+
+def _check_claim(what: str, shape: Sequence[int], takes: int, there: int) -> None:
+    """Refuses a header whose array takes more bytes than there are."""
+    if min(shape, default=1) < 0:
+        raise SourceError(f"{what}: claims the shape {tuple(shape)}, which no array has")
+    if there < takes:
+        raise SourceError(f"{what}: truncated: {there} bytes, but {tuple(shape)} takes {takes}")
 
 
 def read_npz(path: str) -> Arrays:
     """Opens the arrays of an ``.npz`` file, without unpickling anything.
 
     Raises:
-        SourceError: The file is missing or damaged, or an array holds Python objects.
+        SourceError: The file is missing or damaged, an array holds Python objects, or claims more bytes than there are.
     """
     whole = Blob(path)
     try:
-        with whole.stream() as stream, zipfile.ZipFile(stream) as archive:
+        with reading(path, ".npz file"), whole.stream() as stream, zipfile.ZipFile(stream) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
-            return {name.removesuffix(".npy"): _npz_array(archive, name, path) for name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise SourceError(f"{path}: not a readable .npz file (truncated?): {error}") from error
+            return {name.removesuffix(".npy"): _npz_array(archive, name, path, whole.size) for name in names}
     finally:
         whole.close()
 
 
-def _npz_array(archive: zipfile.ZipFile, name: str, path: str) -> StoredArray:
+def _npz_array(archive: zipfile.ZipFile, name: str, path: str, there: int) -> StoredArray:
     with archive.open(name) as member:
         shape, _, dtype = _npy_header(member)
+        header = member.tell()
     if dtype.hasobject:
         raise SourceError(f"{path}: {name} holds Python objects, which are never unpickled; save it as uint8")
+    claim = archive.getinfo(name)
+    holds = min(claim.file_size, LARGEST_RATIO * min(claim.compress_size, there))
+    _check_claim(f"{path}: {name}", shape, math.prod(shape) * dtype.itemsize + header, holds)
     return StoredArray(Blob(path, unpack=partial(_unpack_npy, name)), 0, shape, dtype)
 
 

@@ -28,6 +28,8 @@ class LazyArray:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int | None
+    stored_bytes: int | None = None
+    """How many bytes of the file hold it, compressed or not."""
 
     def __post_init__(self) -> None:
         self._local = threading.local()
@@ -76,7 +78,8 @@ def open_arrays(path: str | Path) -> Mapping[str, LazyArray]:
     def collect(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.shape is not None:
             _check_own(item, path)
-            found[name] = LazyArray(str(path), name, item.shape, item.dtype, _mappable_offset(item))
+            stored = int(item.id.get_storage_size())
+            found[name] = LazyArray(str(path), name, item.shape, item.dtype, _mappable_offset(item), stored)
 
     try:
         with h5py.File(path, "r", locking=False) as file:

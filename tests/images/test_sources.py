@@ -372,10 +372,18 @@ def test_names_that_are_not_utf8_in_a_tar(tmp_path):
     assert rows_of(open_source(path), "id") == [("a.tar/caf\\xe9.jpg",)]
 
 
-def test_an_unreadable_label_names_its_member(tmp_path):
-    path = tar_of(tmp_path / "a.tar", {"0.jpg": b"x", "0.json": b"{"})
-    with pytest.raises(SourceError, match=r"label in '0\.json' cannot be read"):
-        open_source(path).scan()
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("0.json", b"{"), ("0.json", b"[" * 100_000), ("0.json", b" " * 2**21), ("0.cls", b"\xff"), ("0.json", b"\0" * 9)],
+)
+def test_an_image_whose_label_cannot_be_read_is_a_reject_and_the_others_are_listed(tmp_path, name, label):
+    path = tar_of(tmp_path / "a.tar", {"0.jpg": b"x", name: label, "1.jpg": b"y", "1.cls": b"7"})
+    source = open_source(path)
+    assert rows_of(source, "id", "label") == [("a.tar/0.jpg", None), ("a.tar/1.jpg", "7")]
+    damaged, fine = source.scan()["locator"].to_pylist()
+    with pytest.raises(Reject, match=r"^unreadable: its label \(\.cls or \.json\) cannot be read"):
+        source.read(damaged)
+    assert source.read(fine) == b"y"
 
 
 def test_an_archive_that_goes_is_an_error(tmp_path):
