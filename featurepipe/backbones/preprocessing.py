@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Colour = Literal["rgb", "grey"]
 CHANNELS: dict[str, int] = {"rgb": 3, "grey": 1}
-LONGEST_STRIP = 32  # sides beyond 32 to 1 are cut, or an image one pixel high would need gigabytes once resized
+LONGEST_STRIP = 32  # sides beyond 32 to 1 are resized one by one, or an image one pixel high would need gigabytes
+STRIP_BYTES = 64 * 1024 * 1024
+"""What a strip may take once its long side is resized; the ends of a longer one, which no crop shows, are cut first."""
+_WEIGHT_BYTES = 64  # of the resizing kernel's tables for each row or column that it makes, about
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
 
@@ -96,13 +99,21 @@ class Preprocessing:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
-        size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        resized = functional.resize(
-            _without_far_ends(image) if isinstance(self.resize, int) else image,
-            size,
-            interpolation=InterpolationMode(self.interpolation),
-            antialias=self.antialias,
+        resize = functools.partial(
+            functional.resize, interpolation=InterpolationMode(self.interpolation), antialias=self.antialias
         )
+        height, width = image.shape[-2:]
+        if not isinstance(self.resize, int):
+            resized = resize(image, list(self.resize))
+        elif max(height, width) <= LONGEST_STRIP * min(height, width):
+            resized = resize(image, [self.resize])
+        else:
+            # Columns, crop, rows: what the kernel does in one call, without the pixels that the crop leaves out.
+            image = _without_far_ends(image, self.resize, self.crop[1])
+            height, width = _resized(image, self.resize)
+            columns = resize(image, [image.shape[-2], width])
+            columns = functional.center_crop(columns, [image.shape[-2], min(width, self.crop[1])])
+            resized = resize(columns, [height, columns.shape[-1]])
         cropped: Tensor = functional.center_crop(resized, list(self.crop))
         return cropped
 
@@ -123,12 +134,28 @@ class Preprocessing:
         return normalised if dtype is None else normalised.to(dtype)
 
 
-def _without_far_ends(image: Tensor) -> Tensor:
-    """Cuts a strip's far ends, which no centre crop shows but which resizing by the shorter side would blow up."""
+def _resized(image: Tensor, size: int) -> tuple[int, int]:
+    """(height, width) once the shorter side is resized to ``size``, as torchvision rounds them."""
     height, width = image.shape[-2:]
-    longest = LONGEST_STRIP * min(height, width)
-    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
-    return image[..., top : top + longest, left : left + longest]
+    return (size, int(size * width / height)) if height < width else (int(size * height / width), size)
+
+
+def _without_far_ends(image: Tensor, size: int, crop_width: int) -> Tensor:
+    """Cuts as much of both ends of a strip as makes it fit ``STRIP_BYTES``: nothing, but of extreme strips.
+
+    What is left has the same centre, and the same scale within one part in its resized length. That length differs by a
+    multiple of four, so that the crop's offset, which is rounded half to even, moves by exactly what was cut.
+    """
+    height, width = image.shape[-2:]
+    lines = image.shape[0] * (height if height < width else crop_width) + _WEIGHT_BYTES
+    whole = max(_resized(image, size))
+    if lines * whole <= STRIP_BYTES:
+        return image
+    shorter, longer = sorted((height, width))
+    longest = max(STRIP_BYTES // lines * shorter // size, LONGEST_STRIP * shorter)
+    cuts = range(max(0, longer - longest + 1) // 2, longer // 2)
+    cut = next((cut for cut in cuts if (whole - int(size * (longer - 2 * cut) / shorter)) % 4 == 0), cuts.start)
+    return image[..., cut : height - cut, :] if height > width else image[..., cut : width - cut]
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.models import ResNet50_Weights, Swin_V2_T_Weights, ViT_B_16_Weights, get_model_weights
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms._presets import ImageClassification
 
 from featurepipe.backbones import Preprocessing, load_backbone
@@ -101,6 +101,33 @@ def test_any_size_gives_the_crop(shape: tuple[int, int, int]) -> None:
     assert cropped.shape == (3, 224, 224)
     assert cropped.dtype == torch.uint8
     assert cropped.unique().tolist() == [7]
+
+
+STRIPS = [(1, 33), (10, 321), (3, 100), (7, 300), (40, 1501), (150, 4901)]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest-exact"])
+@pytest.mark.parametrize(("resize", "crop"), [(64, (56, 56)), (20, (24, 30))])
+def test_strips_are_resized_and_cropped_as_torchvision_does(interpolation, resize, crop, monkeypatch) -> None:
+    channels = (0.0,) * 3, (1.0,) * 3
+    preprocessing = Preprocessing(resize, crop, *channels, interpolation)
+    theirs = v2.Compose([v2.Resize(resize, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(crop)])
+    for height, width in [*STRIPS, *(shape[::-1] for shape in STRIPS)]:
+        generator = torch.Generator().manual_seed(height)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        expected = theirs(image)
+        found = preprocessing.resize_crop(image)  # equal where torchvision resizes bytes, as on x86-64 with AVX2
+        assert (found.int() - expected.int()).abs().max() <= 1, (height, width)
+        with monkeypatch.context() as patch:  # as little as makes every one of them too long
+            patch.setattr("featurepipe.backbones.preprocessing.STRIP_BYTES", 1)
+            found = preprocessing.resize_crop(image)
+        assert (found.int() - expected.int()).abs().max() <= 2, (height, width)
+
+
+def test_a_strip_one_pixel_high_takes_little_memory() -> None:
+    grey = Preprocessing(resize=256, crop=(224, 224), mean=(0.5,), std=(0.5,), colour="grey")
+    for shape in ((1, 1, 3_000_000), (1, 3_000_000, 1)):
+        assert grey.resize_crop(torch.full(shape, 9, dtype=torch.uint8)).unique().tolist() == [9]
 
 
 def test_grey_images_of_lenet() -> None:
