@@ -181,7 +181,7 @@ def jpeg_decoder() -> Check:
     picture = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=95)
-    step = "run: pip install --upgrade torchvision; its own wheel has a JPEG decoder"
+    step = "run: pip install --force-reinstall simplejpeg; its wheel brings its own libjpeg-turbo"
     try:
         error = np.abs(decode(buffer.getvalue()).numpy().astype(int) - picture).max()
     except Reject as problem:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import simplejpeg
 import torch
 
 import featurepipe.backbones
@@ -127,14 +128,13 @@ def test_disk_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, 
 
 def test_jpeg_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.jpeg_decoder() == Check("jpeg decoder", OK, "works")
-    module = importlib.import_module("featurepipe.images.decode")  # the package has a function of that name
-    monkeypatch.setattr(module, "decode_jpeg", lambda *_, **__: torch.zeros(3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda _payload, _space, buffer, **_: buffer.fill(0))
     assert doctor.jpeg_decoder().found == "returns wrong pixels (off by 248 of 255)"
 
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("not compiled with libjpeg support")
+        raise ValueError("not compiled with libjpeg support")
 
-    monkeypatch.setattr(module, "decode_jpeg", fail)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     assert doctor.jpeg_decoder().found == "fails: corrupt: libjpeg cannot decode it: not compiled with libjpeg support"
     assert doctor.jpeg_decoder().status == PROBLEM
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except (
-    ImportError
-):  # torchvision announces since 0.29 that it will drop its decoders; PIL gives the same pixels, slower
-    decode_jpeg = None
-
 from featurepipe.errors import Reject
-from featurepipe.images.jpeg import is_jpeg, read_jpeg_header
+from featurepipe.images.jpeg import JpegHeader, is_jpeg, lost_pixels, read_jpeg_header, without_strays
 from featurepipe.images.quiet import QuietModules
 
 Colour = Literal["rgb", "grey"]
@@ -77,27 +71,34 @@ _ORIENTATION: Final = 0x0112
 _WITH_ALPHA: Final = {"RGBA", "LA", "PA", "RGBa", "La"}
 # Not LAB: PIL converts it to RGB only where it was built with a colour management library, and never to grey.
 _CONVERTIBLE: Final = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
-_OWN_SOURCE: Final = re.compile(r"^.*\.cpp:\d+, *")  # torchvision names its own line before it says what is wrong
+REPAIRED: Final = "libjpeg could only repair it"
+"""Stands in the reason of a reject, or of a note, for each JPEG that decodes although some of its pixels are lost."""
+_UNKNOWN_SAMPLING: Final = "subsampling"  # in the words of TurboJPEG for what libjpeg, and so PIL, decodes all the same
+_PREFIX: Final = "tjDecompress"
 # PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
 QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 """Entered around calls of PIL and torchvision.io, from any thread."""
 
 
-def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> torch.Tensor:
+def decode(
+    payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb", on_damage: Callable[[str], None] | None = None
+) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
 
-    JPEG goes through torchvision (libjpeg-turbo), everything else, and JPEG in CMYK, through PIL. Transparency is
+    JPEG goes through libjpeg-turbo (simplejpeg), everything else, and JPEG in CMYK, through PIL. Transparency is
     composited on white, EXIF orientation applied, of an animation the first frame taken.
 
     Args:
         payload: An encoded JPEG, PNG, WebP, GIF, BMP or TIFF, or uint8 pixels (H,W), (H,W,1), (H,W,3) or (H,W,4).
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
+        on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
+            default it is a reject.
 
     Returns:
         A uint8 tensor of shape (3,H,W) or (1,H,W), owned by the caller.
 
     Raises:
-        Reject: Starts with ``empty``, ``truncated``, ``not-an-image``, ``bomb``, ``unsupported`` or ``corrupt``.
+        Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``unsupported`` or ``corrupt``.
     """
     if isinstance(payload, np.ndarray):
         return _to_tensor(_from_array(payload), colour)
@@ -106,9 +107,9 @@ def decode(payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb") -> 
     if is_jpeg(payload):
         header = read_jpeg_header(payload)
         check_pixels(header.width, header.height)
-        if header.components in (1, 3) and decode_jpeg is not None:
-            with QUIET:
-                return _decode_jpeg(payload, colour)
+        pixels = _decode_jpeg(payload, header, colour, on_damage)
+        if pixels is not None:
+            return pixels
     with QUIET:
         return _decode_pillow(payload, colour)
 
@@ -121,16 +122,67 @@ def check_pixels(width: int, height: int) -> None:
         raise Reject(f"empty: {width}x{height} pixels")
 
 
-def _decode_jpeg(payload: bytes, colour: Colour) -> torch.Tensor:
-    # A copy, because PyTorch has no read-only tensors; it takes 0.3 % of the time.
-    data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    mode = ImageReadMode.RGB if colour == "rgb" else ImageReadMode.GRAY
+def check_damage(payload: bytes, header: JpegHeader, on_damage: Callable[[str], None] | None = None) -> None:
+    """Decodes a JPEG of three components to nothing but its damage; see `decode`.
+
+    Raises:
+        Reject: Some pixels are lost, and there is no ``on_damage`` to tell.
+    """
+    _decode_jpeg(payload, header, "rgb", on_damage)
+
+
+def _decode_jpeg(
+    payload: bytes, header: JpegHeader, colour: Colour, on_damage: Callable[[str], None] | None
+) -> torch.Tensor | None:
+    """The pixels, upright; None for what only PIL decodes, which is free of damage as far as can be told."""
+    space = {1: "GRAY" if colour == "grey" else "RGB", 3: "GRAY" if colour == "grey" else "RGB", 4: "CMYK"}.get(
+        header.components
+    )
+    if space is None:
+        return None
+    # Of our own making, so that a file in which libjpeg finds another size than we did is an error, not more memory.
+    pixels = np.empty((header.height, header.width, {"GRAY": 1, "RGB": 3, "CMYK": 4}[space]), np.uint8)
+    warning = _by_libjpeg(payload, space, pixels)
+    if _UNKNOWN_SAMPLING in warning:
+        return None
+    if warning and (reason := _repaired(without_strays(payload), space, pixels)):
+        if on_damage is None:
+            raise Reject(reason)
+        on_damage(reason)
+    return None if space == "CMYK" else _upright(torch.from_numpy(pixels).permute(2, 0, 1), header.orientation)
+
+
+def _by_libjpeg(payload: bytes, space: str, pixels: np.ndarray[Any, Any], *, strict: bool = True) -> str:
+    """Fills ``pixels`` (H, W, C); gives libjpeg's first warning (``strict``) or its error, without TurboJPEG's name for it."""
     try:
-        tensor: torch.Tensor = decode_jpeg(data, mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        code = "truncated" if "truncated" in str(error) else "corrupt"
-        raise Reject(f"{code}: libjpeg cannot decode it: {_OWN_SOURCE.sub('', first_line(error))}") from error
-    return tensor
+        simplejpeg.decode_jpeg(payload, space, buffer=pixels, strict=strict)
+    except ValueError as error:
+        text = first_line(error)
+        return (text.partition(": ")[2] if text.startswith(_PREFIX) else text) or type(error).__name__
+    return ""
+
+
+def _repaired(payload: bytes, space: str, pixels: np.ndarray[Any, Any]) -> str:
+    """Decodes a JPEG of which libjpeg has a warning; gives why it has lost pixels, or an empty text.
+
+    Raises:
+        Reject: libjpeg gives up.
+    """
+    scratch = np.empty_like(pixels)
+    lost = lost_pixels(
+        payload, _by_libjpeg(payload, space, scratch), lambda mended: _by_libjpeg(mended, space, scratch)
+    )
+    if said := _by_libjpeg(payload, space, pixels, strict=False):
+        raise Reject(f"{'truncated' if says_truncated(said) else 'corrupt'}: libjpeg cannot decode it: {said}")
+    return lost and f"{'truncated' if says_truncated(lost) else 'damaged'}: {REPAIRED}: {lost}"
+
+
+def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Turns (C, H, W) as an EXIF orientation says."""
+    if orientation >= 5:
+        pixels = pixels.transpose(-1, -2)
+    flipped = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}.get(orientation)
+    return pixels if flipped is None else pixels.flip(flipped)
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
@@ -215,9 +267,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def says_truncated(error: Exception) -> bool:
-    """Whether a decoder's error means that the file ends too early."""
-    words = ("truncat", "eof", "end of file", "unpack requires", "not enough", "incomplete")
+def says_truncated(error: Exception | str) -> bool:
+    """Whether a decoder's error, or its text, means that the file ends too early."""
+    words = ("truncat", "eof", "end of file", "premature end", "unpack requires", "not enough", "incomplete")
     return isinstance(error, EOFError | struct.error | IndexError) or any(word in str(error).lower() for word in words)
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import JpegImagePlugin
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
 from featurepipe.images.decode import MAX_PIXELS, QUIET, Colour, decode
-from featurepipe.images.jpeg import is_jpeg, read_jpeg_header
+from featurepipe.images.jpeg import is_jpeg, looks_damaged, read_jpeg_header
 
-_ORIENTATION: Final = 0x0112
 Payload = bytes | np.ndarray[Any, Any]
 
 
 def decode_batch(payloads: Sequence[Payload], *, colour: Colour, device: str) -> list[torch.Tensor | Reject]:
     """Decodes several images, upright colour JPEGs together on the CUDA device through torchvision's nvJPEG decoder.
 
-    Grey and CMYK JPEGs, those that EXIF turns, other formats, and any slice in which nvJPEG finds a damaged file, are
-    decoded on the CPU and copied, so that a reject has the same reason on both routes.
+    Grey and CMYK JPEGs, those that EXIF turns or that look damaged, other formats, and any slice in which nvJPEG finds a
+    damaged file, are decoded on the CPU and copied, so that a reject has the same reason on both routes. nvJPEG repairs
+    in silence; so damage that neither it nor a first look at the bytes finds is seen on the CPU route only.
 
     Args:
         payloads: As for ``decode``.
@@ -59,17 +57,8 @@ def _suits(payload: bytes) -> bool:
         header = read_jpeg_header(payload)
     except Reject:
         return False
-    return header.components == 3 and 0 < header.width * header.height <= MAX_PIXELS and not _is_turned(payload)
-
-
-def _is_turned(payload: bytes) -> bool:
-    if b"Exif\0\0" not in payload[: 1 << 16]:
-        return False
-    try:
-        with QUIET, JpegImagePlugin.JpegImageFile(io.BytesIO(payload)) as image:
-            return bool(image.getexif().get(_ORIENTATION, 1) != 1)
-    except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError):
-        return True  # odd metadata: the CPU route knows how to take it
+    upright = header.components == 3 and header.orientation == 1
+    return upright and 0 < header.width * header.height <= MAX_PIXELS and not looks_damaged(payload)
 
 
 def _on_cpu(payload: Payload, colour: Colour, device: str) -> torch.Tensor | Reject:

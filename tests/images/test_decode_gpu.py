@@ -78,6 +78,15 @@ def test_a_damaged_jpeg_fails_alone_with_the_reason_of_the_cpu_route(photo, play
     assert torch.equal(found[3], decode(images["plain"]))
 
 
+def test_what_looks_damaged_is_judged_by_the_cpu_route(photo, played):
+    whole = jpeg(photo)
+    zeroed = whole[: len(whole) // 3] + bytes(len(whole) - len(whole) // 3 - 2) + whole[-2:]
+    found = decode_gpu.decode_batch([zeroed, whole[:-2], whole], colour="rgb", device="cpu")
+    assert played == [1]
+    assert str(found[0]).startswith(("damaged", "truncated"))
+    assert torch.equal(found[1], found[2])
+
+
 def test_grey_networks_decode_on_the_cpu(photo, played):
     payload = jpeg(photo)
     assert torch.equal(
