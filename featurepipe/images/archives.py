@@ -18,8 +18,19 @@ from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
 from featurepipe.images.files import unreadable
 from featurepipe.images.labels import FolderLabels, is_hidden
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
-from featurepipe.images.members import DEFLATED, LARGEST_RATIO, NOT_STORED, STORED, Found, Member, list_tar, list_zip
+from featurepipe.images.members import (
+    DEFLATED,
+    IN_TAR,
+    LARGEST_RATIO,
+    NOT_STORED,
+    STORED,
+    Found,
+    Member,
+    list_tar,
+    list_zip,
+)
 from featurepipe.images.source import Source
+from featurepipe.images.tar_headers import BLOCK
 
 
 class ArchiveSource(Source):
@@ -53,8 +64,8 @@ class ArchiveSource(Source):
         if member.method in NOT_STORED:
             raise Reject(f"unreadable: {NOT_STORED[member.method]}")
         try:
-            if member.method == STORED and member.crc < 0:
-                return blob.pread(member.offset, member.size)
+            if member.method == IN_TAR:
+                return _checked(blob.pread(member.offset - BLOCK, BLOCK + member.size), member)
             return _inflate(blob.pread(_zip_data_offset(blob, member), member.stored), member)
         except ShortRead as error:
             raise Reject("truncated: the archive ends inside this member") from error
@@ -67,6 +78,7 @@ class ArchiveSource(Source):
             blob.close()
 
     def _table(self, index: int, blob: Blob) -> pa.Table:
+        blob.renew()
         listed = list_zip(blob, index) if blob.path.lower().endswith(".zip") else list_tar(blob, index)
         folders: set[str] = set()
         prefix = blob.path.rstrip("/").rpartition("/")[2]
@@ -96,6 +108,13 @@ def _with_folder_labels(table: pa.Table, prefix: str, labels: FolderLabels) -> p
                 yield id_, (folder_label if label is None else label), split, size, mtime_ns, locator
 
     return table_of(rows())
+
+
+def _checked(data: bytes, member: Member) -> bytes:
+    """The data behind the header that was listed; another header means another member, or none."""
+    if zlib.crc32(data[:BLOCK]) != member.crc:
+        raise Reject(f"corrupt: the archive has another member at byte {member.offset}; it changed since it was listed")
+    return data[BLOCK:]
 
 
 def _zip_data_offset(blob: Blob, member: Member) -> int:

@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 import pyarrow as pa
 
-from featurepipe.errors import SourceError, UsageError
+from featurepipe.errors import FeaturepipeError, Reject, SourceError, UsageError
 from featurepipe.images.blobs import PerProcess
-from featurepipe.images.files import stat_file, unreadable
+from featurepipe.images.files import identity_of, stat_file, unreadable
 from featurepipe.images.labels import split_of
 from featurepipe.images.listing import Row, check_unique, printable, table_of
 from featurepipe.images.members import LARGEST_RATIO
@@ -69,19 +69,29 @@ class ArraySource(Source):
         self.name = name
         self.location = location
         self._files = list(files)
+        self._identities: list[
+            tuple[Any, ...]
+        ] = []  # travel along, so that a worker takes no earlier file for this one
         self._blocks = PerProcess(self._open)
         self._lock = PerProcess(threading.Lock)  # HDF5 is not safe to call from two threads
 
     def scan(self) -> pa.Table:
         """Lists the images; reads the labels, no pixels."""
+        identities = [identity_of(path) for path, _ in self._files]
+        if identities != self._identities:  # another file has the path of one that is open
+            self.close()
+        self._identities = identities
         return check_unique(table_of(self._rows()), self.name, "keep one of the arrays")
 
     def read(self, locator: bytes) -> np.ndarray[Any, Any]:
         """Reads one image's pixels; see :meth:`Source.read`."""
-        block = self._blocks.get()[int.from_bytes(locator[:4], "little")]
+        blocks, number = self._blocks.get(), int.from_bytes(locator[:4], "little")
+        index = int.from_bytes(locator[4:], "little")
+        if number >= len(blocks) or index >= blocks[number].images.shape[0]:
+            raise Reject("missing: the arrays hold fewer images than when they were listed")
         try:
             with self._lock.get():
-                return np.asarray(block.images[int.from_bytes(locator[4:], "little")])
+                return np.asarray(blocks[number].images[index])
         except OSError as error:
             raise unreadable(error) from error
 
@@ -96,9 +106,11 @@ class ArraySource(Source):
         for path, reader in self._files:
             try:
                 arrays = reader(path)
+            except FeaturepipeError:
+                raise
             except FileNotFoundError as error:
                 raise SourceError(f"{path}: no such file") from error
-            except OSError as error:
+            except Exception as error:  # the border of one file: readers and file systems raise what their libraries do
                 raise SourceError(f"{path}: cannot be read: {error}") from error
             blocks += _pair(arrays, path)
         return blocks

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Generic, TypeVar
 
-import fsspec
-
 from featurepipe.errors import FeaturepipeError, SourceError
-from featurepipe.images.files import is_url, remote_errors, stat_file
+from featurepipe.images.files import details_of, identity_of, is_url, open_anew, stat_file
+from featurepipe.images.listing import UNKNOWN
 
 T = TypeVar("T")
 Unpack = Callable[[IO[bytes], IO[bytes]], None]
@@ -96,7 +95,15 @@ class Blob:
     def __init__(self, path: str, *, unpack: Unpack | None = None) -> None:
         self.path = path
         self._unpack = unpack
+        self._identity: tuple[Any, ...] = ()  # travels along, so that a worker takes no earlier file for this one
         self._file = PerProcess(self._open)
+
+    def renew(self) -> None:
+        """Forgets a file that another one has replaced; what a listing starts with."""
+        identity = identity_of(self.path)
+        if identity != self._identity:
+            self.close()
+        self._identity = identity
 
     @property
     def mtime_ns(self) -> int:
@@ -152,13 +159,25 @@ class Blob:
             raise SourceError(f"{self.path}: no such file") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise SourceError(f"{self.path}: the gzip data is damaged or truncated: {error}") from error
-        except remote_errors() as error:
+        except FeaturepipeError:
+            raise
+        except Exception as error:  # the border of one file: file systems raise what their libraries do
             raise SourceError(f"{self.path}: cannot be read: {error}") from error
 
     def _spool(self, unpack: Unpack) -> _Handle:
         with tempfile.TemporaryFile() as copy:
-            with fsspec.open(self.path, "rb") if is_url(self.path) else open(self.path, "rb") as original:
-                unpack(original, copy)
+            if is_url(self.path):
+                file_system, path = open_anew(self.path)
+                with file_system.open(path, "rb") as original:
+                    unpack(original, copy)
+                size, _ = details_of(file_system.info(path))
+                if unpack is _copy and size not in (UNKNOWN, copy.tell()):
+                    raise SourceError(
+                        f"{self.path}: {copy.tell():,} bytes came of {size:,}: cut off, or it is being written"
+                    )
+            else:
+                with open(self.path, "rb") as original:
+                    unpack(original, copy)
             copy.flush()
             return _Handle(os.dup(copy.fileno()))
 

@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import inspect
 import os
 import re
 import socket
 import stat
-import sys
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Final
 
 import fsspec
 
-from featurepipe.errors import Reject, Unavailable
+from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
 from featurepipe.images.listing import UNKNOWN, printable
 
 _PASSING: Final = {
@@ -27,6 +30,22 @@ _PASSING: Final = {
 }  # fmt: skip
 _BUSY: Final = {408, 425, 429, 500, 502, 503, 504}  # HTTP status codes that invite to ask again
 
+ASKED_AT_ONCE: Final = 32
+"""Files behind URLs whose size and date are asked for at the same time."""
+
+_CHECKSUMS: Final = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "md5",
+    "Content-MD5",
+    "checksum",
+    "generation",
+    "VersionId",
+    "version_id",
+    "ino",
+)
+_SIZE: Final = struct.Struct("<q")
 _USER_AND_PASSWORD: Final = re.compile(r"(?<=://)[^/]*@")
 
 
@@ -45,6 +64,77 @@ def location_of(path: str) -> str:
     return printable(_USER_AND_PASSWORD.sub("", path) if is_url(path) else os.path.abspath(path))
 
 
+def file_system_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path there.
+
+    ``::`` chains file systems only where the first one lies on another (``zip://*.png::archive.zip``,
+    ``simplecache::s3://bucket``). Elsewhere it is two characters of a name, which fsspec would cut there.
+
+    Raises:
+        SourceError: A library that the file system needs is not installed.
+        ValueError: There is no such file system.
+    """
+    try:
+        if "::" not in url or is_chain(url):
+            file_system, path = fsspec.core.url_to_fs(url)
+            return file_system, str(path)
+        protocol = url.partition("://")[0]
+        kind = fsspec.get_filesystem_class(protocol)
+        return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(url)), str(kind._strip_protocol(url))  # noqa: SLF001  # as fsspec's own url_to_fs
+    except ImportError as error:
+        raise SourceError(
+            f"{url.partition('://')[0]}:// cannot be read here, since a library is not installed: {error}; "
+            "pip install 'featurepipe[remote]' brings those for s3://, http:// and https://"
+        ) from error
+
+
+def is_chain(url: str) -> bool:
+    """Whether ``::`` in a URL has one file system read what another one has."""
+    head, chained, _ = url.partition("::")
+    protocol = head.partition("://")[0]
+    if not chained or protocol not in fsspec.available_protocols():
+        return False
+    kind = fsspec.get_filesystem_class(protocol)
+    options = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    return not options.isdisjoint({"fo", "target_protocol"})
+
+
+def url_in(file_system: Any, url: str, path: str) -> str:
+    """The URL of a path in the file system of ``url``, chained as that is."""
+    if not is_chain(url):
+        return str(file_system.unstrip_protocol(path))
+    links = url.split("::")
+    here = next(number for number, link in enumerate(links) if "://" in link)
+    links[here] = path if "://" in path else f"{links[here].partition('://')[0]}://{path}"
+    return "::".join(links)
+
+
+def open_anew(url: str) -> tuple[Any, str]:
+    """`file_system_of`, without what this process remembers: listings, and archives that it opened, may be of an earlier run."""
+    file_system, path = file_system_of(url)
+    file_system.invalidate_cache()
+    if is_chain(url):
+        type(file_system).clear_instance_cache()
+        file_system, path = file_system_of(url)
+    return file_system, path
+
+
+def identity_of(path: str) -> tuple[Any, ...]:
+    """What tells whether a path names the same thing as before: inode, size and date, or what the server says of it."""
+    if not is_url(path):
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    try:
+        file_system, inside = open_anew(path)
+        info = file_system.info(inside)
+    except Exception:  # noqa: BLE001  # the border of one file; reading it says what is wrong
+        return ()
+    return (*details_of(info), *(str(info.get(name)) for name in _CHECKSUMS))
+
+
 def stat_file(path: str) -> tuple[int, int]:
     """The (size, mtime_ns) of a file; ``UNKNOWN`` where it is missing, no plain file, or does not say."""
     if is_url(path):
@@ -56,15 +146,33 @@ def stat_file(path: str) -> tuple[int, int]:
     return stat_of(found)
 
 
+def stat_files(paths: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """`stat_file` of each in turn; servers are asked for many at the same time, since each answer takes a while."""
+    urls = list(dict.fromkeys(filter(is_url, paths)))
+    if not urls:
+        return map(stat_file, paths)
+    _forget_listings(urls)
+    pool = ThreadPoolExecutor(min(ASKED_AT_ONCE, len(urls)), "featurepipe-stat")
+    try:
+        answers = dict(zip(urls, pool.map(_stat_url, urls), strict=True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # of a listing that is stopped, nobody wants the rest
+    return (answers[path] if path in answers else stat_file(path) for path in paths)
+
+
+def _forget_listings(urls: Iterable[str]) -> None:
+    """Has the file systems of these URLs ask their servers anew, since what they listed for an earlier run may have changed."""
+    for url in {url[: url.find("/", url.index("://") + 3)]: url for url in urls}.values():
+        with contextlib.suppress(Exception):  # the border of one file; reading it says what is wrong
+            file_system_of(url)[0].invalidate_cache()
+
+
 def exists(path: str) -> bool:
     """Whether there is such a file, locally or behind a URL."""
     if not is_url(path):
         return os.path.exists(path)
-    try:
-        file_system, inside = fsspec.core.url_to_fs(path)
-        return bool(file_system.exists(inside))
-    except remote_errors():
-        return False
+    file_system, inside = file_system_of(path)
+    return bool(file_system.exists(inside))
 
 
 def stat_of(found: os.stat_result) -> tuple[int, int]:
@@ -74,13 +182,28 @@ def stat_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, listed: int = UNKNOWN) -> bytes:
     """Reads one image file.
+
+    Args:
+        path: Where it is.
+        listed: The size that a listing gave, if it did. Where other bytes come, the file system is asked again: a file that has
+            changed since is read as it is now, one of which not all has come is `Unavailable`.
 
     Raises:
         Reject: ``missing: ...`` or ``unreadable: ...``.
     """
-    return _read_url(path) if is_url(path) else _read_local(path)
+    return _read_url(path, listed) if is_url(path) else _read_local(path)
+
+
+def located(path: bytes, size: int) -> bytes:
+    """A locator that holds the listed size beside the path, for `size_and_path`."""
+    return _SIZE.pack(size) + path
+
+
+def size_and_path(locator: bytes) -> tuple[int, bytes]:
+    """What `located` has put together."""
+    return _SIZE.unpack_from(locator)[0], locator[_SIZE.size :]
 
 
 def _read_local(path: str) -> bytes:
@@ -88,35 +211,67 @@ def _read_local(path: str) -> bytes:
         # Non-blocking, because a named pipe called x.jpg would otherwise hang here for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb", buffering=0) as file:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                what = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                what = "is a directory" if stat.S_ISDIR(before.st_mode) else "is not a regular file"
                 raise Reject(f"unreadable: {what}")
-            return file.readall()
+            content = file.readall()
+            after = os.fstat(descriptor).st_size
     except FileNotFoundError:
         raise Reject("missing: no such file") from None
     except IsADirectoryError:
         raise Reject("unreadable: is a directory") from None
     except (OSError, ValueError) as error:
         raise unreadable(error) from error
+    if after != before.st_size or len(content) < after:
+        raise Unavailable(
+            f"unreadable: is being written: {before.st_size:,} bytes, then {after:,}; read {len(content):,}"
+        )
+    return content
 
 
 def _stat_url(url: str) -> tuple[int, int]:
     try:
-        file_system, path = fsspec.core.url_to_fs(url)
+        file_system, path = file_system_of(url)
         return details_of(file_system.info(path))
-    except remote_errors():
+    except Exception:  # noqa: BLE001  # the border of one file; reading it says what is wrong
         return UNKNOWN, UNKNOWN
 
 
-def _read_url(url: str) -> bytes:
+def _read_url(url: str, listed: int) -> bytes:
     try:
-        file_system, path = fsspec.core.url_to_fs(url)
-        return bytes(file_system.cat_file(path))
+        file_system, path = file_system_of(url)
+    except Exception as error:  # the border of one image: a manifest may name what no file system takes
+        raise unreadable(error) from error
+    return read_from(file_system, path, listed)
+
+
+def read_from(file_system: Any, path: str, listed: int = UNKNOWN) -> bytes:
+    """Reads one image file of an fsspec file system; see `read_file`."""
+    try:
+        return _whole(file_system, path, listed)
+    except Reject:
+        raise
     except FileNotFoundError:
         raise Reject("missing: no such file") from None
-    except remote_errors() as error:
+    except Exception as error:  # the border of one image: file systems raise what their libraries do
         raise unreadable(error) from error
+
+
+def _whole(file_system: Any, path: str, listed: int) -> bytes:
+    try:
+        content = bytes(file_system.cat_file(path))
+        if listed in (UNKNOWN, len(content)):
+            return content
+    except FileNotFoundError:
+        if not getattr(file_system, "dircache", None):
+            raise  # else it may be missing only among what was listed once
+    file_system.invalidate_cache(path)
+    size = details_of(file_system.info(path))[0]
+    content = bytes(file_system.cat_file(path))
+    if size not in (UNKNOWN, len(content)):
+        raise Unavailable(f"unreadable: {len(content):,} bytes came of {size:,}: cut off, or it is being written")
+    return content
 
 
 def details_of(info: Mapping[str, Any]) -> tuple[int, int]:
@@ -142,6 +297,8 @@ def _nanoseconds(date: object) -> int:
 def unreadable(error: Exception) -> Reject:
     """The reject for an image whose reading failed; an `Unavailable` where it may succeed in a moment."""
     plain = getattr(error, "strerror", None) if type(error).__module__ == "builtins" else None
+    if isinstance(error, SourceError):
+        plain = str(error)
     reason = f"unreadable: {plain or f'{type(error).__name__}: {error}'}"
     return Unavailable(reason) if is_passing(error) else Reject(reason)
 
@@ -150,19 +307,8 @@ def is_passing(error: Exception) -> bool:
     """Whether a failure may be over in a moment: a share does not answer, a connection broke, a server is busy."""
     if isinstance(error, OSError):
         return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
+    if type(error).__module__ == "builtins" or isinstance(error, FeaturepipeError):
+        return False
     # What the libraries of file systems raise has the server's answer, unless there was none.
     status = next((getattr(error, name) for name in ("status", "code") if hasattr(error, name)), None)
     return not isinstance(error, ValueError) if status is None else status in _BUSY
-
-
-def remote_errors() -> tuple[type[Exception], ...]:
-    """What fsspec file systems raise when a file cannot be had now; some libraries' errors are no OSError."""
-    loaded = [OSError, ValueError]
-    for module, name in (
-        ("aiohttp", "ClientError"),
-        ("botocore.exceptions", "BotoCoreError"),
-        ("gcsfs.retry", "HttpError"),
-    ):
-        if module in sys.modules:
-            loaded.append(getattr(sys.modules[module], name))
-    return tuple(loaded)

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from featurepipe.errors import SourceError, UsageError, unknown
+from featurepipe.errors import FeaturepipeError, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
-from featurepipe.images.files import is_url, location_of, read_file, remote_errors, stat_file
+from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
 from featurepipe.images.listing import BATCH_ROWS, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
 
@@ -63,14 +63,15 @@ class ManifestSource(Source):
                 return check_unique(table_of(self._rows(_batches(file, self.path))), self.path)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
             raise SourceError(f"{self.path}: cannot be read as {self.path.rpartition('.')[2]}: {error}") from error
-        except remote_errors() as error:
-            if isinstance(error, UsageError):
-                raise
+        except FeaturepipeError:
+            raise
+        except (OSError, ValueError) as error:
             raise SourceError(f"{self.path}: cannot be read: {error}") from error
 
     def read(self, locator: bytes) -> bytes:
         """Reads one image; see :meth:`Source.read`."""
-        return read_file(self._resolve(os.fsdecode(locator)))
+        size, path = size_and_path(locator)
+        return read_file(self._resolve(os.fsdecode(path)), size)
 
     def _rows(self, batches: Iterable[_Columns]) -> Iterator[Row]:
         for columns in batches:
@@ -80,14 +81,23 @@ class ManifestSource(Source):
             nothing = [None] * len(paths)
             ids = columns.get("id", nothing)
             labels, splits = columns.get("label", nothing), columns.get("split", nothing)
-            stats: Iterable[tuple[int, int]] = map(self._stat, paths)
+            stats: Iterable[tuple[int, int]] = ()
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
+            else:
+                stats = self._stats(paths)
             for path, id_, label, split, (size, mtime_ns) in zip(paths, ids, labels, splits, stats, strict=True):
-                yield printable(id_ or path), _printable(label), _printable(split), size, mtime_ns, _encoded(path)
+                yield (
+                    printable(id_ or path),
+                    _printable(label),
+                    _printable(split),
+                    size,
+                    mtime_ns,
+                    located(_encoded(path), size),
+                )
 
-    def _stat(self, path: str) -> tuple[int, int]:
-        return stat_file(self._resolve(path))
+    def _stats(self, paths: Iterable[str]) -> Iterator[tuple[int, int]]:
+        return stat_files([self._resolve(path) for path in paths])
 
     def _resolve(self, path: str) -> str:
         if is_url(path) or path.startswith("/"):

@@ -17,6 +17,7 @@ from featurepipe.images.tar_headers import TarHeader, headers
 
 STORED: Final = 0
 DEFLATED: Final = 8
+IN_TAR: Final = 0xFFFC  # as it is, behind a header of a tar
 LARGEST_RATIO: Final = 1032
 """How many bytes one byte of deflated data can stand for, at most."""
 LINK: Final = 0xFFFF
@@ -43,8 +44,8 @@ class Member(NamedTuple):
     offset: int  # of the member's data in the file; in a zip, of its local header
     stored: int  # bytes in the archive
     size: int  # bytes of the image
-    method: int  # STORED, DEFLATED or LINK
-    crc: int  # of the image's bytes, -1 where the archive has none
+    method: int  # STORED, DEFLATED, IN_TAR, or one of NOT_STORED
+    crc: int  # of the image's bytes; in a tar, which has none, of the header before them
 
     def pack(self) -> bytes:
         """The locator."""
@@ -98,8 +99,10 @@ def list_tar(blob: Blob, archive: int) -> Iterator[Found]:
             yield from map(label.given, images)
             sample, images, label = _sample_of(path), [], _Label(None)
         if is_image_name(path) and not header.is_folder:
-            method = STORED if header.is_plain else SPARSE if header.is_sparse else LINK
-            images.append(Found(path, None, Member(archive, header.offset, header.size, header.size, method, -1)))
+            method = IN_TAR if header.is_plain else SPARSE if header.is_sparse else LINK
+            images.append(
+                Found(path, None, Member(archive, header.offset, header.size, header.size, method, header.crc))
+            )
         elif header.is_plain and path.endswith((".cls", ".json")):
             label = label.then(_label(blob, header, path))
     yield from map(label.given, images)

@@ -10,13 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
-import fsspec
 import numpy as np
 
-from featurepipe.errors import SourceError, UsageError
+from featurepipe.errors import FeaturepipeError, SourceError, UsageError
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import ArrayReader, ArraySource
-from featurepipe.images.files import is_url, location_of, remote_errors
+from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
 from featurepipe.images.folder import FolderSource
 from featurepipe.images.labels import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
@@ -74,17 +73,15 @@ def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
 
 def _open_url(url: str, readers: Mapping[str, ArrayReader]) -> Source:
     try:
-        file_system, path = fsspec.core.url_to_fs(url)
+        file_system, path = open_anew(url)
         if glob.has_magic(path):
-            return _open_many(sorted(map(file_system.unstrip_protocol, file_system.glob(path))), url)
-        if _has_known_suffix(url):
+            return _open_many(sorted(url_in(file_system, url, found) for found in file_system.glob(path)), url)
+        if _has_known_suffix(path if is_chain(url) else url):
             return _open_file(url, readers)
         names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in file_system.ls(path, detail=True)]
-    except ImportError as error:
-        raise SourceError(f"{url}: {error}") from error
-    except remote_errors() as error:
-        if isinstance(error, UsageError):
-            raise
+    except FeaturepipeError:
+        raise
+    except Exception as error:  # the border of the source: file systems raise what their libraries do
         raise SourceError(f"{url}: cannot be opened: {type(error).__name__}: {error}") from error
     idx = _idx_files(url, names)
     return _idx_source(idx, url) if idx else RemoteFolderSource(url)

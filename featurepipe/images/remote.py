@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from functools import partial
 
-import fsspec
 import pyarrow as pa
 
-from featurepipe.errors import SourceError
-from featurepipe.images.files import details_of, location_of, read_file, remote_errors
+from featurepipe.errors import FeaturepipeError, SourceError
+from featurepipe.images.blobs import PerProcess
+from featurepipe.images.files import (
+    details_of,
+    located,
+    location_of,
+    open_anew,
+    read_from,
+    size_and_path,
+)
 from featurepipe.images.labels import FolderLabels, is_hidden, is_image_name
 from featurepipe.images.listing import Row, check_unique, table_of
 from featurepipe.images.source import Source
@@ -17,29 +26,39 @@ from featurepipe.images.source import Source
 class RemoteFolderSource(Source):
     """Image files below a URL, in the byte order of their ids, with labels and splits as in a local folder.
 
-    Size and date are those that the file system's listing gives, else -1; a plain web server gives neither.
+    Size and date are those that the file system's listing gives, else -1; a plain web server gives neither. Files are read
+    through the file system that listed them, and where more or fewer bytes come than were listed, it is asked again.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.name = self.url.rpartition("/")[2] or "remote"
         self.location = location_of(self.url)
+        self._opened = PerProcess(partial(open_anew, self.url))
+        self._listed_at = 0  # travels along, so that a worker takes no earlier listing's file system for this one's
 
     def scan(self) -> pa.Table:
         """Lists the folder with one recursive listing."""
+        self._opened.forget()
+        self._listed_at = time.time_ns()
         try:
-            file_system, root = fsspec.core.url_to_fs(self.url)
+            file_system, root = self._opened.get()
             found = file_system.find(root, detail=True)
-            if not found and not file_system.exists(root):
-                raise SourceError(f"{self.url}: no such folder")
-        except remote_errors() as error:
+            is_there = bool(found) or file_system.exists(root)
+        except FeaturepipeError:
+            raise
+        except Exception as error:  # the border of the source: file systems raise what their libraries do
             raise SourceError(f"{self.url}: cannot be listed: {type(error).__name__}: {error}") from error
+        if not is_there:
+            raise SourceError(f"{self.url}: no such folder")
         prefix = len(root.rstrip("/")) + 1
         return check_unique(table_of(self._rows(found, prefix)), self.url, "remove one of the two")
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
-        return read_file(locator.decode())
+        size, name = size_and_path(locator)
+        file_system, root = self._opened.get()
+        return read_from(file_system, f"{root.rstrip('/')}/{name.decode()}", size)
 
     def _rows(self, found: dict[str, dict[str, object]], prefix: int) -> Iterator[Row]:
         names = {path[prefix:]: path for path in found}
@@ -50,4 +69,4 @@ class RemoteFolderSource(Source):
         for name in images:
             label, split = labels.of(name.split("/")[:-1])
             size, mtime_ns = details_of(found[shown[name]])
-            yield name, label, split, size, mtime_ns, f"{self.url}/{name}".encode()
+            yield name, label, split, size, mtime_ns, located(name.encode(), size)

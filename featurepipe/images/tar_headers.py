@@ -8,6 +8,7 @@ position only ever grows, and an extended header is parsed once, from its first 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -35,6 +36,7 @@ class TarHeader(NamedTuple):
         is_plain: whether it is a regular file, whose data lie at ``offset`` in one piece.
         is_folder: whether it is a folder.
         is_sparse: whether it is a file of which only pieces are stored.
+        crc: CRC-32 of the header's block, which lies right before the data of a regular file.
     """
 
     name: str
@@ -43,6 +45,7 @@ class TarHeader(NamedTuple):
     is_plain: bool
     is_folder: bool
     is_sparse: bool
+    crc: int
 
 
 @dataclass
@@ -64,7 +67,9 @@ class _Extended:
         folder = kind == b"5" or (kind == b"\0" and name.endswith(b"/"))
         self.fields, self.name = {}, None
         path = os.fsdecode(name.rstrip(b"/") or name)
-        return TarHeader(path, offset, size, kind in _PLAIN and not sparse and not folder, folder, sparse)
+        return TarHeader(
+            path, offset, size, kind in _PLAIN and not sparse and not folder, folder, sparse, zlib.crc32(block)
+        )
 
 
 def headers(blob: Blob) -> Iterator[TarHeader]:

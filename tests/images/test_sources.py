@@ -97,7 +97,7 @@ def test_ids_default_to_the_path_as_written_and_missing_files_are_rejects(tmp_pa
 
 
 def test_sizes_and_dates_in_the_manifest_spare_the_stat(tmp_path, monkeypatch):
-    monkeypatch.setattr("featurepipe.images.manifest.stat_file", lambda path: pytest.fail("stat"))
+    monkeypatch.setattr("featurepipe.images.manifest.stat_files", lambda paths: pytest.fail("stat"))
     (tmp_path / "m.csv").write_text("path,size,mtime_ns\na.jpg,7,8\nb.jpg,,\n")
     assert rows_of(open_source(tmp_path / "m.csv"), "size", "mtime_ns") == [(7, 8), (-1, -1)]
 
@@ -555,23 +555,6 @@ def test_dates_of_several_file_systems():
     assert details_of({"size": 3, "mtime": expected / 1e9}) == (3, expected)  # local, sftp
     assert details_of({"size": None}) == (-1, -1)  # http
     assert details_of({"size": 1, "created": "yesterday"}) == (1, -1)
-
-
-def test_s3_takes_the_same_path(monkeypatch):
-    # No server here: that the URL reaches the one fsspec class is what there is to show.
-    asked = []
-    memory = fsspec.filesystem("memory")
-    memory.pipe("/bucket/cats/a.jpg", b"from s3")
-
-    def to_memory(url, **options):
-        asked.append(url)
-        return memory, "/" + url.removeprefix("s3://")
-
-    monkeypatch.setattr("fsspec.core.url_to_fs", to_memory)
-    source = open_source("s3://bucket/cats")
-    assert rows_of(source, "id") == [("a.jpg",)]
-    assert first(source) == b"from s3"
-    assert set(asked) == {"s3://bucket/cats", "s3://bucket/cats/a.jpg"}
 
 
 def test_remote_failures(monkeypatch):
