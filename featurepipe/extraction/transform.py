@@ -29,6 +29,7 @@ from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, announcer, show
 from featurepipe.store import FeatureStore, differences
+from featurepipe.store.inside import checked_folder
 from featurepipe.store.locks import locked
 from featurepipe.store.rows import ColumnRows
 
@@ -176,7 +177,7 @@ def _one_at_a_time(store: FeatureStore) -> Iterator[None]:
 
     The lock is on a folder that nobody else locks, and the kernel drops it when a process dies.
     """
-    descriptor = os.open(store.path / "spaces", os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(checked_folder(store.path / "spaces"), os.O_RDONLY | os.O_CLOEXEC)
     try:
         locked(descriptor, fcntl.LOCK_EX)  # else the same images may be computed twice, which does no harm
         yield

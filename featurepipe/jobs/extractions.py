@@ -19,6 +19,7 @@ from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import Patience, TonightsSource
 from featurepipe.jobs.taken import check_dataset
 from featurepipe.jobs.tonights_team import TeamOf, nobody
+from featurepipe.store.inside import listed
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
 """What a step's result says of an extraction; the extraction's own record says all."""
@@ -124,7 +125,7 @@ class Extractions:
             self._note(before)
 
     def _run_ids(self) -> set[str]:
-        return {path.stem for path in (self.record.store.path / "runs").glob("[!.]*.json")}
+        return {path.stem for path in listed(self.record.store.path, "runs/*.json")}
 
     def _note(self, before: set[str]) -> None:
         """Takes up the record that an extraction has left, also where it raised an error."""

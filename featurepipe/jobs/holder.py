@@ -41,7 +41,7 @@ class Holder:
         try:
             found = json.loads(text)
             return cls(str(found["host"]), str(found["place"]), int(found["pid"]), str(found["since"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return None
 
     def as_dict(self) -> dict[str, str | int]:
@@ -56,7 +56,7 @@ class Holder:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:  # someone else's process
+        except (OSError, OverflowError):  # someone else's process, or no number of one
             return False
         return False
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.holder import Holder, named
+from featurepipe.store.inside import entries, read_file
 
 INTERVAL = 5.0
 """Seconds between two renewals."""
@@ -86,13 +87,14 @@ class Lease:
         """The greatest number and what its file holds; 0 if there is none."""
         number = max((0, *self._numbers()))
         try:
-            return number, self._file(number).read_bytes() if number else b""
+            return number, read_file(self._file(number), 1 << 16) if number else b""
         except FileNotFoundError:  # taken over since
             return self._newest()
 
     def _numbers(self) -> list[int]:
         begin = f"{self._path.name}."
-        ends = (path.name.removeprefix(begin) for path in self._path.parent.glob(f"{begin}*"))
+        names = (entry.name for entry in entries(self._path.parent))
+        ends = (name.removeprefix(begin) for name in names if name.startswith(begin))
         return [int(end) for end in ends if end.isdecimal()]
 
     def _file(self, number: int) -> Path:

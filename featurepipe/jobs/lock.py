@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.holder import Holder, named
 from featurepipe.jobs.lease import Lease
 from featurepipe.store import FeatureStore
-from featurepipe.store.locks import NO_LOCKS
+from featurepipe.store.inside import made_folder, open_file
+from featurepipe.store.locks import NO_LOCKS, sign_lock
 
 FOLDER = "jobs"
 """Of the locks, in a store."""
@@ -65,11 +65,12 @@ def job_lock(
         make_lease: `Lease`, with other intervals for instance.
 
     Raises:
+        StoreError: the lock, or its folder, is a link.
         StoreLocked: a run of this job has not ended; the message says where.
         Interrupted: stopped while waiting.
     """
     path = _folder(store) / f"{job}.lock"
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_CREAT | os.O_RDWR)
     try:
         if _take(descriptor, f"job {job}", flock):
             yield _Kernel()
@@ -86,9 +87,7 @@ def job_lock(
 
 def _folder(store: FeatureStore) -> Path:
     with store.lock(shared=True):  # makes the store, and refuses now what extract() would refuse later
-        folder = store.path / FOLDER
-        folder.mkdir(exist_ok=True)
-    return folder
+        return made_folder(store.path / FOLDER)
 
 
 def _take(descriptor: int, what: str, flock: Flock) -> bool:
@@ -102,6 +101,5 @@ def _take(descriptor: int, what: str, flock: Flock) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         return False
-    with contextlib.suppress(OSError):  # a full disk must not keep a job from running: it may free some
-        os.pwrite(descriptor, json.dumps(Holder.here().as_dict()).ljust(_SIGNATURE).encode(), 0)
+    sign_lock(descriptor, Holder.here().as_dict(), _SIGNATURE)
     return True

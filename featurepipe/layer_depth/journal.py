@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.layer_depth.probes import Cell
-from featurepipe.store.atomic import reporting_full_disk
+from featurepipe.store.atomic import append_lines, parsed_object, reporting_full_disk
+from featurepipe.store.inside import made_folder, read_lines
 
 Bits = npt.NDArray[np.bool_]
 
@@ -35,11 +35,11 @@ class Journal:
         self.path = path
         self._cells: dict[tuple[str, str, int, int], Cell] = {}
         self._findings: dict[str, Any] = {}
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        for _, line in read_lines(path):
             try:
-                self._remember(json.loads(line))
+                self._remember(parsed_object(line))
             except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill: measured again
+                continue  # torn by a kill, or not what we write: measured again
 
     def get(self, key: str, head: str, seed: int, fold: int) -> Cell | None:
         """The cell of a column (by ``key_of``), head and fold, if it has been measured."""
@@ -82,30 +82,19 @@ class Journal:
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(entry, allow_nan=False) for entry in entries]
         with reporting_full_disk(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                _on_a_new_line(file)
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            made_folder(made_folder(self.path.parent.parent) / self.path.parent.name)
+        append_lines(self.path, "".join(f"{line}\n" for line in lines).encode())
         for line in lines:
             self._remember(json.loads(line))  # as whoever reads it later
 
     def _remember(self, entry: Mapping[str, Any]) -> None:
+        if not isinstance(entry["key"], str):
+            raise TypeError(f"not a key: {entry['key']!r}")
         if "finding" in entry:
             self._findings[entry["key"]] = entry["finding"]
         else:
             cell = _cell(entry)
             self._cells[entry["key"], cell.head, cell.seed, cell.fold] = cell
-
-
-def _on_a_new_line(file: IO[bytes]) -> None:
-    """Ends a line that was torn."""
-    if file.tell():
-        with open(file.name, "rb") as reader:
-            reader.seek(-1, os.SEEK_END)
-            if reader.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def _entry(key: str, cell: Cell) -> dict[str, Any]:
@@ -123,7 +112,23 @@ def _entry(key: str, cell: Cell) -> dict[str, Any]:
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:
+    """The cell of a line.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is none.
+    """
     shifted = entry["shifted"]
+    types: dict[str, type | tuple[type, ...]] = {
+        "head": str,
+        "seed": int,
+        "fold": int,
+        "params": dict,
+        "train_accuracy": (int, float),
+        "seconds": (int, float),
+    }
+    wrong = [name for name, kind in types.items() if not isinstance(entry[name], kind) or isinstance(entry[name], bool)]
+    if wrong:
+        raise TypeError(f"of another type: {', '.join(wrong)}")
     return Cell(
         entry["head"],
         entry["seed"],
@@ -143,4 +148,7 @@ def _packed(bits: Bits) -> list[Any]:
 
 def _unpacked(packed: list[Any]) -> Bits:
     count, text = packed
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
+    packed_bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    if not 0 <= count <= 8 * len(packed_bits):
+        raise ValueError(f"{count} bits in {len(packed_bits)} bytes")
+    return np.unpackbits(packed_bits, count=count).astype(bool)

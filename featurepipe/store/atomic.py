@@ -6,13 +6,19 @@ import contextlib
 import errno
 import filecmp
 import json
+import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from featurepipe.errors import DiskFull, StoreError
+from featurepipe.store.inside import has_other_names, is_file, open_file, read_file
+
+MOST_NESTED = 64
+"""How deep lists and objects of a document may lie in each other: ours need eight, and Python's own limit is a crash away."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -75,7 +81,7 @@ def _is_linked(temporary: Path, twin: Path) -> bool:
     """Makes ``temporary`` another name of ``twin`` if both hold the same bytes; tells whether it did."""
     link = temporary.with_suffix(".link.tmp")
     try:
-        if not filecmp.cmp(temporary, twin, shallow=False):
+        if not is_file(twin) or not filecmp.cmp(temporary, twin, shallow=False):
             return False
         os.link(twin, link)
         link.replace(temporary)
@@ -102,6 +108,42 @@ def _publish(temporary: Path, path: Path, *, replace: bool) -> None:
     temporary.replace(path)
 
 
+def append_lines(path: Path, lines: bytes) -> None:
+    """Appends whole lines to a file of lines, synced, and ends a line before them that was torn by a kill.
+
+    A file that has another name (a hard link, which may be a backup or a stranger's trap) is replaced by a copy first.
+
+    Args:
+        path: The file; made if it is missing.
+        lines: Each with a line feed at its end.
+
+    Raises:
+        DiskFull: No space is left.
+        StoreError: A link, or anything else that is no file, is there.
+    """
+    with reporting_full_disk(path):
+        descriptor = open_file(path, os.O_CREAT | os.O_APPEND | os.O_RDWR)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                lines = b"\n" + lines
+            if has_other_names(descriptor):
+                _replace_with_more(path, descriptor, lines)
+                return
+            while lines:
+                lines = lines[os.write(descriptor, lines) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace_with_more(path: Path, descriptor: int, lines: bytes) -> None:
+    with os.fdopen(os.dup(descriptor), "rb") as old, atomic_file(path) as new:
+        old.seek(0)
+        shutil.copyfileobj(old, new)
+        new.write(lines)
+
+
 def write_json(path: Path, value: Mapping[str, Any], *, replace: bool = True) -> None:
     """Writes a JSON document atomically, readable by people."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -110,15 +152,51 @@ def write_json(path: Path, value: Mapping[str, Any], *, replace: bool = True) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON document that must be an object.
+    """Reads a JSON document inside a store, which must be an object of finite numbers that is not nested deeply.
 
     Raises:
-        StoreError: The file cannot be read or is not a JSON object.
+        StoreError: The file cannot be read, is no such object, or is a link.
     """
     try:
-        value = json.loads(path.read_bytes())
+        return parsed_object(read_file(path))
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {path}: {error}; run: featurepipe verify STORE") from error
+
+
+def parsed_object(text: bytes) -> dict[str, Any]:
+    """Parses a JSON object of finite numbers that is not nested deeply.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_number)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MOST_NESTED} levels") from None
+    except MemoryError:
+        raise ValueError(f"its {len(text):,} bytes take more memory than there is") from None
     if not isinstance(value, dict):
-        raise StoreError(f"{path} is not a JSON object; run: featurepipe verify STORE")
+        raise ValueError("not a JSON object")  # noqa: TRY004  # one kind of error, as of `json`
+    _check_values(value)
     return value
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _check_values(value: dict[str, Any]) -> None:
+    """Refuses what could not be written again: infinite numbers (1e999), and nesting that ends in a recursion error."""
+    level: list[Any] = [value]
+    for _ in range(MOST_NESTED):
+        inner: list[Any] = []
+        for item in level:
+            for entry in item.values() if isinstance(item, dict) else item:
+                if isinstance(entry, dict | list):
+                    inner.append(entry)
+                elif isinstance(entry, float) and not math.isfinite(entry):
+                    raise ValueError("a number in it is too large")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"nested deeper than {MOST_NESTED} levels")

@@ -36,14 +36,15 @@ def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -
     fitting = _fitting(spaces, wanted)
     if not fitting:
         if not spaces:
-            raise StoreError(f"{store.path} holds no features yet; run: {extract_command(store.path)}")
+            what = f"{store.path} holds no features yet{_set_aside(store)}"
+            raise StoreError(f"{what}; run: {extract_command(store.path)}")
         names = [name for space in spaces for name in (space.backbone, space.name)]
         raise unknown(
             "feature space",
             str(wanted),
             dict.fromkeys(names),
             where=str(store.path),
-            see=f"featurepipe info {store.path}",
+            see=f"featurepipe info {store.path}{_set_aside(store)}",
         )
     if len(fitting) > 1 and dataset is not None:
         keys = usable_keys(require_snapshot(store, dataset))
@@ -53,6 +54,12 @@ def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -
     if len(fitting) > 1:
         raise UsageError(_ambiguous(wanted, fitting))
     return fitting[0]
+
+
+def _set_aside(store: FeatureStore) -> str:
+    """What else might have fitted."""
+    broken = [f"{path} ({why})" for path, why in store.set_aside().items() if path.startswith("spaces")]
+    return f" (set aside: {'; '.join(broken[:3])})" if broken else ""
 
 
 def _fitting(spaces: list[Space], wanted: str | None) -> list[Space]:

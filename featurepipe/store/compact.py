@@ -11,6 +11,7 @@ import numpy as np
 
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.index import KeyIndex
+from featurepipe.store.inside import refuse_strangers
 from featurepipe.store.keys import as_keys
 from featurepipe.store.parts import PartInfo, damaged_arrays, is_feature, read_array
 from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
@@ -101,6 +102,7 @@ def compact_store(store: FeatureStore, *, target_bytes: int = TARGET_BYTES, dry_
     report = CompactReport()
     store.check_exists()
     with store.lock(shared=False):
+        refuse_strangers(store.path)  # a part that is one may hold the only copy of a row
         for space in store.spaces():
             _compact_space(space, target_bytes, report, dry_run=dry_run)
     return report

@@ -12,6 +12,7 @@ from featurepipe.errors import FeaturepipeError, StoreError
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.headers import Headers
+from featurepipe.store.inside import listed
 from featurepipe.store.keys import Keys
 from featurepipe.store.space import Space
 
@@ -44,7 +45,7 @@ def shortages(store: FeatureStore) -> Iterator[Shortage]:
     space, and one snapshot.
     """
     expected = _expected(store.runs())
-    for path in sorted((store.path / "spaces").glob("[!.]*/")):
+    for path in (file.parent for file in listed(store.path, "spaces/*/space.json")):
         headers = Headers()
         try:
             space = Space(path, headers)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.store.feature_store import STORE_VERSION, FeatureStore
+from featurepipe.store.inside import listed
 from featurepipe.store.keys import keys_from_arrow
 from featurepipe.store.segment import count_distinct
 from featurepipe.store.snapshots import OK, REJECTED
@@ -28,6 +29,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "spaces": [_describe_space(space) for space in store.spaces()],
         "datasets": [_describe_dataset(store, name) for name in store.datasets()],
         "runs": store.runs(),
+        "set_aside": store.set_aside(),
     }
 
 
@@ -44,7 +46,7 @@ def _describe_space(space: Space) -> dict[str, Any]:
         "rows": sum(part.rows for part in parts),
         "bytes": sum(part.file_bytes for part in parts),
         "damaged": dict(space.damaged),
-        "quarantined": sorted(path.stem for path in (space.path / "quarantine").glob("[!.]*.h5")),
+        "quarantined": [path.stem for path in listed(space.path, "quarantine/*.h5")],
     }
 
 

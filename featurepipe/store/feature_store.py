@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from featurepipe import __version__
 from featurepipe.errors import StoreError, UsageError
 from featurepipe.store import depths, runs, snapshots
 from featurepipe.store.advice import extract_command
-from featurepipe.store.atomic import is_temporary, read_json, write_json
+from featurepipe.store.atomic import is_temporary, write_json
+from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
 from featurepipe.store.headers import Headers
+from featurepipe.store.inside import is_file, listed, made_folder, strangers
 from featurepipe.store.locks import store_lock
 from featurepipe.store.space import Space
 
@@ -53,7 +55,7 @@ class FeatureStore:
     @property
     def exists(self) -> bool:
         """Whether the store has been made; see ``create``."""
-        return (self.path / "store.json").is_file()
+        return is_file(self.path / "store.json")
 
     def check_exists(self) -> None:
         """Raises ``StoreError`` if there is no store at the path yet."""
@@ -61,10 +63,7 @@ class FeatureStore:
             raise StoreError(f"there is no feature store at {self.path}; make one with: {extract_command(self.path)}")
 
     def _check_version(self) -> None:
-        record = read_json(self.path / "store.json")
-        version = record.get("version")
-        if not isinstance(version, int) or version < 1:
-            raise StoreError(f"{self.path / 'store.json'} names no format version")
+        version = read_document(self.path / "store.json", StoreDocument)["version"]
         if version > STORE_VERSION:
             raise StoreError(
                 f"{self.path} has store format version {version}, this featurepipe {__version__} reads up to "
@@ -105,16 +104,42 @@ class FeatureStore:
     def _made(self, name: str) -> Path:
         """Makes the store and a folder in it, to write into; readers must not come here."""
         self._make()
-        folder = self.path / name
-        folder.mkdir(exist_ok=True)
-        return folder
+        return made_folder(self.path / name)
 
     # Feature spaces
 
     def spaces(self) -> list[Space]:
-        """Lists the feature spaces, by name."""
-        folders = [path.parent for path in sorted((self.path / "spaces").glob("[!.]*/space.json"))]
-        return [Space(folder, self._headers[folder.name]) for folder in folders]
+        """Lists the feature spaces whose description is as it should be, by name; see ``set_aside``."""
+        found = []
+        for path in listed(self.path, "spaces/*/space.json"):
+            with suppress(StoreError):
+                found.append(Space(path.parent, self._headers[path.parent.name]))
+        return found
+
+    def set_aside(self) -> dict[str, str]:
+        """Names the documents that are damaged, or not what they should be, and says why.
+
+        They count as absent: a space without its description, the record of a run, what a comparison of layers found. Links,
+        pipes and devices are named as well.
+
+        Returns:
+            Why, by path inside the store.
+        """
+        kinds = (
+            ("spaces/*/space.json", SpaceDocument),
+            ("runs/*.json", RunDocument),
+            ("depth/*/*.json", DepthDocument),
+        )
+        found = {path: f"it is {kind}, and nothing is read through one" for path, kind in strangers(self.path)}
+        for pattern, kind in kinds:
+            for path in listed(self.path, pattern):
+                try:
+                    record = read_document(path, kind)
+                    if kind is RunDocument and record["run_id"] != path.stem:
+                        found[path] = f"it says that it is of run {record['run_id']!r}"
+                except StoreError as error:
+                    found.setdefault(path, str(error))
+        return {str(path.relative_to(self.path)): why for path, why in sorted(found.items())}
 
     def open_space(self, fields: Mapping[str, Any], *, backbone: str, notes: Mapping[str, Any] = _EMPTY_NOTES) -> Space:
         """Opens the feature space with exactly these fields, making it if it is new.
@@ -222,7 +247,7 @@ class FeatureStore:
             "depth/*/*.json",
         )
         for pattern in folders:
-            yield from (path.name for path in self.path.glob(pattern))
+            yield from (path.name for path in listed(self.path, pattern))
 
     def write_run(self, record: dict[str, Any]) -> Path:
         """Writes the record of a run, named by its ``run_id``, atomically."""

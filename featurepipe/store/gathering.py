@@ -65,7 +65,8 @@ class PartMaps:
         mapped = self._maps.get(part)
         if mapped is None:
             try:
-                mapped = np.memmap(part.path, part.dtype, "r", part.offset, (part.rows, width)).view(np.ndarray)
+                with os.fdopen(open_part(part), "rb") as file:
+                    mapped = np.memmap(file, part.dtype, "r", part.offset, (part.rows, width)).view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise gone(part) from error
             for oldest in list(self._maps)[: max(0, len(self._maps) - _OPEN_MAPS + 1)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError
+from featurepipe.store.atomic import is_temporary
 from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
 from featurepipe.store.keys import KEY_BYTES, Keys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
 from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
@@ -90,16 +93,20 @@ def gc_store(
     report = GcReport()
     store.check_exists()
     with store.lock(shared=False):
+        refuse_strangers(store.path)  # what it names may be needed, or is not ours to remove
         datasets = store.datasets() if dataset is None else [dataset]
         old = [path for name in datasets for path in _old_snapshots(store, name, keep_snapshots, spared)]
         needed = _needed_keys(store, set(old))
         report.snapshots_removed = len(old)
-        dead = [path for path in store.path.rglob(".*.tmp") if path.is_file() and not _is_alive(path)]
+        dead = sorted(
+            Path(entry.path) for entry in walked(store.path) if is_temporary(entry.name) and not _is_alive(entry)
+        )
         report.leftovers_removed = len(dead)
         _remove([*old, *dead], report, dry_run=dry_run)
         if not dry_run:
-            for half_made in (store.path / "spaces").glob(".*.tmp"):
-                shutil.rmtree(half_made, ignore_errors=True)
+            for half_made in entries(store.path / "spaces"):
+                if is_temporary(half_made.name):
+                    shutil.rmtree(half_made.path, ignore_errors=True)  # which follows no link
         latest = {dataset: store.snapshot_ids(dataset)[-1] for dataset in store.datasets()}
         for space in store.spaces():
             _collect_space(space, needed, latest, report, dry_run=dry_run)
@@ -123,7 +130,7 @@ def remove_runs(store: FeatureStore, run_ids: Iterable[str], *, dry_run: bool = 
     needed = {run_id for dataset in store.datasets() for run_id in store.snapshot_ids(dataset)}
     removed = []
     for run_id in run_ids:
-        path = store.path / "runs" / f"{checked_run_id(run_id)}.json"
+        path = checked_folder(store.path / "runs") / f"{checked_run_id(run_id)}.json"
         if run_id in needed or not path.exists():
             continue
         removed.append(run_id)
@@ -132,9 +139,12 @@ def remove_runs(store: FeatureStore, run_ids: Iterable[str], *, dry_run: bool = 
     return removed
 
 
-def _is_alive(temporary: Path) -> bool:
+def _is_alive(temporary: os.DirEntry[str]) -> bool:
     """Whether somebody may still need a temporary file: workers look for one of these in the store as they come."""
-    return temporary.name.startswith(".cluster-") and time.time() - temporary.stat().st_mtime < SHOWN_SECONDS
+    return (
+        temporary.name.startswith(".cluster-")
+        and time.time() - temporary.stat(follow_symlinks=False).st_mtime < SHOWN_SECONDS
+    )
 
 
 def _old_snapshots(store: FeatureStore, dataset: str, keep: int | None, spared: Collection[str]) -> Iterator[Path]:
@@ -148,7 +158,7 @@ def _needed_keys(store: FeatureStore, old: set[Path]) -> _Needed:
     for dataset in store.datasets():
         for run_id in reversed(store.snapshot_ids(dataset)):  # the current one first: most have the same images
             path = store.path / "snapshots" / dataset / f"{run_id}.parquet"
-            file = path.stat().st_ino  # snapshots of nights with nothing new are names of one file
+            file = path.lstat().st_ino  # snapshots of nights with nothing new are names of one file
             if path in old or file in read:
                 continue
             table = store.snapshot(dataset, run_id, columns=["key"])
@@ -172,7 +182,7 @@ def _collect_space(
             report.rows_unfinished += int((~keep).sum())
         elif not (keep.any() and damaged_arrays(part)):  # damage is never copied into a fresh part
             _drop_rows(space, part, keep, report, dry_run=dry_run)
-    quarantined = sorted((space.path / "quarantine").glob("*.h5"))
+    quarantined = listed(space.path, "quarantine/*.h5")
     spent = [path for path in quarantined if _is_spent(space, path, needed)]
     report.quarantined_removed += len(spent)
     _remove(spent, report, dry_run=dry_run)
@@ -204,9 +214,9 @@ def _is_spent(space: Space, path: Path, needed: _Needed) -> bool:
 
 
 def _remove(paths: list[Path], report: GcReport, *, dry_run: bool) -> None:
-    names = Counter(path.stat().st_ino for path in paths)
+    names = Counter(path.lstat().st_ino for path in paths)
     for path in paths:
-        found = path.stat()
+        found = path.lstat()
         if names.pop(found.st_ino, 0) >= found.st_nlink:  # else another snapshot is a name of the same file
             report.bytes_freed += found.st_size
     if not dry_run:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.store.inside import entries
 from featurepipe.store.parts import PartInfo, read_part
 
 _Signature = tuple[int, int, int]  # inode, size and time of change: what a part that is put back has another of
@@ -14,20 +15,13 @@ _Signature = tuple[int, int, int]  # inode, size and time of change: what a part
 
 def list_parts(folder: Path) -> dict[str, _Signature]:
     """Lists the part files in a folder, which may be missing, by name, which is by run."""
-    found = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".h5") and not entry.name.startswith("."):
-                    found[entry.name] = entry
-    except FileNotFoundError:
-        return {}
-    return {name: signature for name in sorted(found) if (signature := _signature(found[name]))}
+    found = [entry for entry in entries(folder) if entry.name.endswith(".h5") and not entry.name.startswith(".")]
+    return {entry.name: signature for entry in found if (signature := _signature(entry))}
 
 
 def _signature(entry: os.DirEntry[str]) -> _Signature | None:
     try:
-        stat = entry.stat()
+        stat = entry.stat(follow_symlinks=False)
     except FileNotFoundError:  # compacted away since the folder was listed
         return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -10,11 +10,12 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from featurepipe.errors import StoreLocked
+from featurepipe.store.inside import has_other_names, open_file
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems without locks answer to ``flock``."""
@@ -46,11 +47,12 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
     there that no one writes, so nothing is rewritten.
 
     Raises:
+        StoreError: The lock is a link, or no file.
         StoreLocked: Someone else holds it in a way that excludes us (the message says who took it last), or nobody can be
             excluded here.
     """
     path = store / ".lock"
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_CREAT | os.O_RDWR)
     try:
         try:
             if not locked(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
@@ -62,7 +64,7 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
                 f"cannot {wish} {store} now: another process holds its lock (last taken by {who}); "
                 "wait until it has finished, or stop it, then run again"
             ) from error
-        _sign(descriptor)
+        sign_lock(descriptor, _holder(), 512)
         yield
     finally:
         os.close(descriptor)
@@ -83,7 +85,7 @@ def _last_taken_by(descriptor: int) -> str:
     try:
         who = json.loads(os.pread(descriptor, 4096, 0))
         return "pid {pid} on {host}, {command}, since {since}".format(**who)
-    except (ValueError, KeyError, TypeError):  # never signed, or by another program
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):  # never signed, or by another program
         return "an unknown process"
 
 
@@ -92,12 +94,18 @@ def _command() -> str:
     return " ".join(["featurepipe" if program == "__main__.py" else program, *sys.argv[1:2]])
 
 
-def _sign(descriptor: int) -> None:
-    who = {
+def _holder() -> dict[str, str | int]:
+    return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "command": _command(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def sign_lock(descriptor: int, who: Mapping[str, str | int], width: int) -> None:
+    """Writes into a lock who holds it, for people; not into one that has another name, which may be a file of the user's."""
+    if has_other_names(descriptor):
+        return
     with contextlib.suppress(OSError):  # a full disk must not keep gc from freeing it
-        os.pwrite(descriptor, json.dumps(who).ljust(512).encode(), 0)
+        os.pwrite(descriptor, json.dumps(who).ljust(width).encode(), 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import StoreError
+from featurepipe.store.inside import open_file
 
 BLOCK_BYTES = 1 << 20  # read at once when the rows are converted or picked out on the way
 
@@ -33,7 +35,7 @@ def open_part(part: PartColumn) -> int:
         StoreError: It is gone.
     """
     try:
-        return os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_file(Path(part.path))
     except OSError as error:
         raise gone(part) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +16,11 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5f, h5o, h5p
 
 from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.store.inside import kind_of, open_file
 
 PART_VERSION = 1
 FEATURES = "features/"
+_DTYPES = {"key": {"u1"}, "size": {"i8"}, "mtime_ns": {"i8"}}
 _ATTRIBUTES = ("format_version", "rows", "fingerprint", "run_id", "dataset")
 _BLOCK = 1 << 20  # bytes read at a time when checking: stays in the processor's cache
 # What h5py raises on files that are not what they should be.
@@ -35,7 +39,9 @@ class ArrayInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return (
+            math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        )  # Python's numbers, which no header can make overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,12 @@ def read_part(path: Path) -> PartInfo:
         StoreError: The file is missing, may not be read, or is of a newer format.
     """
     try:
-        size = path.stat().st_size
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptPart(
+                f"part {path.name} is {kind_of(found.st_mode) or 'a folder'}, and nothing is read through one"
+            )
+        size = found.st_size
         attributes, arrays = _read_header(path)
     except (FileNotFoundError, PermissionError) as error:
         raise StoreError(f"cannot open part {path}: {error.strerror}") from error
@@ -128,18 +139,25 @@ def _checked(path: Path, size: int, attributes: Mapping[str, str | int], arrays:
         texts = {name: str(attributes[name]) for name in ("fingerprint", "run_id")}
         widths = {"key": (rows, 32), "id": (rows,), "size": (rows,), "mtime_ns": (rows,)}
         wrong = [name for name, shape in widths.items() if arrays[name].shape != shape]
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise CorruptPart(f"part {path.name} lacks {error}") from error
-    for name, info in arrays.items():
-        if is_feature(name) and (len(info.shape) != 2 or info.shape[0] != rows or info.dtype not in {"<f2", "<f4"}):
-            wrong.append(name)
-        if info.offset < 0 or info.offset + info.nbytes > size:
-            wrong.append(name)
-    if wrong:
+    wrong += [name for name, info in arrays.items() if not _is_sound(name, info, rows, size)]
+    if wrong or rows < 1:
         raise CorruptPart(f"part {path.name}: wrong shape, dtype or place of {', '.join(sorted(set(wrong)))}")
     return PartInfo(
         str(path), rows, size, texts["fingerprint"], texts["run_id"], str(attributes.get("dataset", "")), arrays
     )
+
+
+def _is_sound(name: str, info: ArrayInfo, rows: int, size: int) -> bool:
+    """Whether an array has a dtype that its name allows, and lies inside the file."""
+    dtype = np.dtype(info.dtype)
+    if is_feature(name) and (len(info.shape) != 2 or info.shape[0] != rows or info.dtype not in {"<f2", "<f4"}):
+        return False
+    kinds = _DTYPES.get(name)
+    if dtype.hasobject or not dtype.itemsize or (kinds is not None and dtype.kind + str(dtype.itemsize) not in kinds):
+        return False
+    return (name != "id" or dtype.kind == "S") and info.offset >= 0 and info.offset + info.nbytes <= size
 
 
 def read_array(part: PartInfo, name: str) -> npt.NDArray[Any]:
@@ -151,7 +169,8 @@ def read_array(part: PartInfo, name: str) -> npt.NDArray[Any]:
     """
     info = part.arrays[name]
     try:
-        flat = np.fromfile(part.path, dtype=info.dtype, count=int(np.prod(info.shape)), offset=info.offset)
+        with os.fdopen(open_file(Path(part.path)), "rb") as file:
+            flat = np.fromfile(file, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset)
     except OSError as error:
         raise StoreError(f"cannot read part {part.path}: {error.strerror}") from error
     if flat.nbytes != info.nbytes or zlib.crc32(flat.view(np.uint8)) != info.crc32:
@@ -164,15 +183,16 @@ def read_blocks(part: PartInfo, name: str, *, block_bytes: int = 8 << 20) -> Ite
     info = part.arrays[name]
     row_bytes = max(1, info.nbytes // part.rows)
     step = max(1, block_bytes // row_bytes)
-    for start in range(0, part.rows, step):
-        shape = (min(step, part.rows - start), *info.shape[1:])
-        flat = np.fromfile(part.path, info.dtype, int(np.prod(shape)), offset=info.offset + start * row_bytes)
-        yield flat.reshape(shape)
+    with os.fdopen(open_file(Path(part.path)), "rb") as file:
+        for start in range(0, part.rows, step):
+            shape = (min(step, part.rows - start), *info.shape[1:])
+            file.seek(info.offset + start * row_bytes)
+            yield np.fromfile(file, info.dtype, math.prod(shape)).reshape(shape)
 
 
 def damaged_arrays(part: PartInfo) -> list[str]:
     """Reads every byte of a part's arrays and names those whose checksum differs."""
-    descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_file(Path(part.path))
     try:
         return [n for n, info in part.arrays.items() if crc32_of(descriptor, info.offset, info.nbytes) != info.crc32]
     finally:

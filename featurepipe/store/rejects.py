@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
-from featurepipe.store.atomic import reporting_full_disk
+from featurepipe.store.atomic import append_lines
+from featurepipe.store.documents import REJECT_LINE, first_fault
+from featurepipe.store.inside import read_lines
 
 SCHEMA = pa.schema(
     [
@@ -35,21 +37,11 @@ def append_rejects(path: Path, rows: Iterable[Mapping[str, Any]], *, dataset: st
 
     Raises:
         DiskFull: No space is left.
+        StoreError: The file is a link.
     """
     lines = "".join(_line(row, dataset) for row in rows).encode("ascii")
-    if not lines:
-        return
-    with reporting_full_disk(path):
-        descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                lines = b"\n" + lines  # someone was killed in the middle of a line: do not join it
-            while lines:
-                lines = lines[os.write(descriptor, lines) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if lines:
+        append_lines(path, lines)
 
 
 def _line(row: Mapping[str, Any], dataset: str) -> str:
@@ -67,7 +59,7 @@ def _line(row: Mapping[str, Any], dataset: str) -> str:
 
 
 def read_rejects(path: Path, *, dataset: str | None = None, first: bool = False) -> pa.Table:
-    """Reads rejects, the latest of each (id, key); lines that were torn by a kill are passed over.
+    """Reads rejects, the latest of each (id, key); lines that are no rejects, torn by a kill or otherwise, are passed over.
 
     Args:
         path: ``rejects.jsonl``; may be missing.
@@ -86,15 +78,22 @@ def read_rejects(path: Path, *, dataset: str | None = None, first: bool = False)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                record["key"] = None if record["key"] is None else bytes.fromhex(record["key"])
-                complete = all(name in record for name in SCHEMA.names)
-            except (ValueError, TypeError, KeyError):
-                continue
-            if complete:
-                yield record
+    """Yields the lines that are rejects; others are passed over, see `faulty_lines`."""
+    parse = REJECT_LINE.validate_json
+    for _, line in read_lines(path):
+        try:
+            record: Any = parse(line)
+        except ValidationError:
+            continue
+        record["key"] = None if record["key"] is None else bytes.fromhex(record["key"])
+        yield record
+
+
+def faulty_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Yields the number of each line that readers pass over, what is wrong with it, and whether a kill may have torn it."""
+    for number, line in read_lines(path):
+        try:
+            REJECT_LINE.validate_json(line)
+        except ValidationError as error:
+            fault = first_fault(error)
+            yield number, fault, fault.startswith("Invalid JSON")

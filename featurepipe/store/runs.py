@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import StoreError, UsageError
-from featurepipe.store.atomic import read_json, write_json
+from featurepipe.store.atomic import write_json
+from featurepipe.store.documents import RunDocument, read_document
+from featurepipe.store.inside import is_file, is_folder, listed
 
 PUBLISHING = "publishing"
 """Status of a run whose record is complete and whose snapshot comes next; see `settled`."""
@@ -55,11 +57,11 @@ def write_run(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """Reads all run records that can be read and are of their file's run, oldest first; ``verify`` names damaged ones."""
+    """Reads all run records that are as they should be and of their file's run, oldest first; ``verify`` names the others."""
     records = []
-    for path in sorted(folder.glob("[!.]*.json")):
+    for path in listed(folder, "*.json"):
         with contextlib.suppress(StoreError):
-            record = read_json(path)
+            record = read_document(path, RunDocument)
             if record.get("run_id") == path.stem:
                 records.append(record)
     return records
@@ -69,6 +71,7 @@ def settled(record: dict[str, Any], snapshots: Path) -> dict[str, Any]:
     """Says of a run that was killed while it published what it was: done if its snapshot is there, else interrupted."""
     if record.get("status") != PUBLISHING:
         return record
-    if (snapshots / str(record["dataset"]) / f"{record['run_id']}.parquet").exists():
+    dataset = str(record.get("dataset", ""))
+    if is_folder(snapshots / dataset) and is_file(snapshots / dataset / f"{record['run_id']}.parquet"):
         return {**record, "status": "done"}
     return {**record, "status": "interrupted", "exit_code": None, "changes": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store.atomic import atomic_file
+from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
 from featurepipe.store.runs import checked_run_id
 
 OK, REJECTED = "ok", "rejected"
@@ -45,12 +47,13 @@ def checked_dataset(name: str) -> str:
 
 def snapshot_ids(folder: Path, dataset: str) -> list[str]:
     """Lists the run ids of a dataset's snapshots, oldest first."""
-    return sorted(path.stem for path in (folder / checked_dataset(dataset)).glob("[!.]*.parquet"))
+    of_dataset = checked_folder(checked_folder(folder) / checked_dataset(dataset))
+    return [path.stem for path in listed(of_dataset, "*.parquet")]
 
 
 def dataset_names(folder: Path) -> list[str]:
     """Lists the datasets that have a snapshot."""
-    return sorted({path.parent.name for path in folder.glob("*/[!.]*.parquet")})
+    return sorted({path.parent.name for path in listed(folder, "*/*.parquet")})
 
 
 def read_snapshot(
@@ -76,7 +79,10 @@ def read_snapshot(
     path = folder / dataset / f"{run_id or ids[-1]}.parquet"
     schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # in one piece, and four times as fast as
+        with (
+            os.fdopen(open_file(path), "rb") as opened,
+            pq.ParquetFile(opened, page_checksum_verification=True) as file,
+        ):  # in one piece, and four times as fast as
             return file.read(schema.names).select(schema.names).cast(schema)  # pq.read_table
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"cannot read snapshot {path}: {error}; run: featurepipe verify STORE") from error
@@ -107,7 +113,7 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
         raise UsageError("every row needs an id, and every usable image a key")
     before = snapshot_ids(folder, dataset)
     path = folder / dataset / f"{checked_run_id(run_id)}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent)
     with atomic_file(path, twin=path.with_name(f"{before[-1]}.parquet") if before else None) as file:
         pq.write_table(clean, file, compression="zstd", write_page_checksum=True)
     return path

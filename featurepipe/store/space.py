@@ -18,10 +18,12 @@ import pyarrow as pa
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
-from featurepipe.store.atomic import read_json, sync_folder, write_json
+from featurepipe.store.atomic import sync_folder, write_json
+from featurepipe.store.documents import SpaceDocument, read_document
 from featurepipe.store.headers import Headers, list_parts
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
+from featurepipe.store.inside import checked_folder, is_folder, listed
 from featurepipe.store.known_files import KNOWN_FILES, known_files
 from featurepipe.store.locks import locked
 from featurepipe.store.parts import PartInfo, read_part
@@ -60,14 +62,11 @@ class Space:
     """
 
     def __init__(self, path: Path, headers: Headers | None = None) -> None:
-        record = read_json(path / "space.json")
-        try:
-            self.fields: dict[str, Any] = record["fields"]
-            self.fingerprint: str = record["fingerprint"]
-            self.backbone: str = record["backbone"]
-            self.notes: dict[str, Any] = record.get("notes", {})
-        except KeyError as error:
-            raise StoreError(f"{path / 'space.json'} lacks {error}; run: featurepipe verify STORE") from error
+        record = read_document(checked_folder(path) / "space.json", SpaceDocument)
+        self.fields: dict[str, Any] = record["fields"]
+        self.fingerprint: str = record["fingerprint"]
+        self.backbone: str = record["backbone"]
+        self.notes: dict[str, Any] = record.get("notes", {})
         self.path = path
         self._headers = Headers() if headers is None else headers
 
@@ -81,7 +80,6 @@ class Space:
         if not (path / "space.json").exists():
             record = {"fingerprint": identity, "fields": fields, "backbone": backbone, "notes": notes}
             canonical_json(record)  # refuses what JSON cannot hold before anything is written
-            folder.mkdir(parents=True, exist_ok=True)
             _publish_folder(path, record)
         space = cls(path, headers[path.name])
         if space.fingerprint != identity:
@@ -103,10 +101,10 @@ class Space:
 
     def update_notes(self, notes: Mapping[str, Any]) -> None:
         """Adds to the notes, or replaces entries of the same name, atomically; other processes' changes are kept."""
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(checked_folder(self.path), os.O_RDONLY)
         try:
             locked(descriptor, fcntl.LOCK_EX)
-            record = read_json(self.path / "space.json")
+            record = read_document(self.path / "space.json", SpaceDocument)
             record["notes"] = {**record.get("notes", {}), **notes}
             write_json(self.path / "space.json", record)
             self.notes = record["notes"]
@@ -127,7 +125,7 @@ class Space:
         A run that several processes write shares its images out; a share whose process was killed goes on from here.
         """
         found = []
-        for path in sorted((self.path / "parts").glob(f"{share_prefix(checked_run_id(run_id), share)}*.h5")):
+        for path in listed(self.path, f"parts/{share_prefix(checked_run_id(run_id), share)}*.h5"):
             with contextlib.suppress(CorruptPart):
                 found.append(read_part(path))
         return found
@@ -206,7 +204,7 @@ class Space:
         if dtype not in {"float16", "float32"}:
             raise UsageError(f"the feature space's dtype must be 'float16' or 'float32', not {dtype!r}")
         return PartWriter(
-            self.path / "parts",
+            checked_folder(self.path / "parts"),
             fingerprint=self.fingerprint,
             run_id=checked_run_id(run_id),
             dataset=checked_dataset(dataset) if dataset else "",
@@ -253,7 +251,7 @@ def _publish_folder(path: Path, record: dict[str, Any]) -> None:
         made.rename(path)
         sync_folder(path.parent)
     except OSError:
-        if not path.is_dir():
+        if not is_folder(path):
             raise
         write_json(path / "space.json", record, replace=False)  # unless another process was first
     finally:

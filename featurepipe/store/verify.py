@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,9 @@ from featurepipe.store.atomic import is_temporary, read_json, sync_folder
 from featurepipe.store.completeness import shortages
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.identity import fingerprint
+from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_part
+from featurepipe.store.rejects import faulty_lines
 
 _OURS = (
     "store.json",
@@ -88,7 +91,7 @@ def verify_store(
         progress: Called after each part with the parts done and the parts in all.
     """
     report = VerifyReport()
-    paths = sorted(path for path in store.path.glob("spaces/*/parts/*.h5") if not path.name.startswith("."))
+    paths = listed(store.path, "spaces/*/parts/*.h5")
     for done, path in enumerate(paths, 1):
         _verify_part(store, path, report, quarantine=quarantine)
         if progress is not None:
@@ -107,13 +110,13 @@ def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, *, quara
     except CorruptPart as error:
         damage = [("header", str(error))]
     except (StoreError, OSError) as error:
-        if path.exists():  # else: compacted away meanwhile
+        if os.path.lexists(path):  # else: compacted away meanwhile
             report.problems.append(Problem(str(error), path.stem, space.name, "header"))
         return
     else:
         report.rows += part.rows
     report.parts += 1
-    report.bytes += path.stat().st_size
+    report.bytes += path.lstat().st_size
     if damage:
         moved = str(_quarantine(path).relative_to(store.path)) if quarantine else ""
         report.problems += [Problem(what, path.stem, space.name, name, moved) for name, what in damage]
@@ -130,10 +133,9 @@ def _damage(part: PartInfo, space: Path) -> list[tuple[str, str]]:
 
 
 def _quarantine(path: Path) -> Path:
-    folder = path.parent.parent / "quarantine"
-    folder.mkdir(exist_ok=True)
+    folder = made_folder(path.parent.parent / "quarantine")
     target, number = folder / path.name, 0
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = folder / f"{path.stem}~{number}.h5"
     path.rename(target)
@@ -144,11 +146,17 @@ def _quarantine(path: Path) -> Path:
 
 def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
     """Yields (path, what is wrong) of documents that cannot be read or contradict themselves."""
-    for path in sorted((store.path / "spaces").glob("[!.]*/")):
-        yield from _named(store, path / "space.json", partial(_check_space, path))
+    aside = store.set_aside()
+    yield from aside.items()
+    for folder in entries(store.path / "spaces"):
+        path = Path(folder.path)
+        is_space = folder.is_dir(follow_symlinks=False) and not folder.name.startswith(".")
+        if is_space and f"spaces/{path.name}/space.json" not in aside:
+            yield from _named(store, path / "space.json", partial(_check_space, path))
     yield from _broken_snapshots(store)
-    for path in sorted((store.path / "runs").glob("[!.]*.json")):
-        yield from _named(store, path, partial(read_json, path))
+    for path in listed(store.path, "spaces/*/rejects.jsonl"):
+        if is_file(path):
+            yield from _named(store, path, partial(_check_rejects, path))
 
 
 def _broken_snapshots(store: FeatureStore) -> Iterator[tuple[str, str]]:
@@ -158,10 +166,10 @@ def _broken_snapshots(store: FeatureStore) -> Iterator[tuple[str, str]]:
         for run_id in store.snapshot_ids(dataset):
             path = store.path / "snapshots" / dataset / f"{run_id}.parquet"
             try:
-                file = path.stat().st_ino
+                file = path.lstat().st_ino
             except FileNotFoundError:  # removed since it was listed
                 continue
-            if file not in sound:
+            if file not in sound and is_file(path):  # else it was named already
                 broken = list(_named(store, path, partial(store.snapshot, dataset, run_id)))
                 yield from broken
                 sound |= set() if broken else {file}
@@ -174,11 +182,19 @@ def _named(store: FeatureStore, path: Path, check: Callable[[], object]) -> Iter
         yield str(path.relative_to(store.path)), str(error)
 
 
+def _check_rejects(path: Path) -> None:
+    """Reads rejects as ``extract`` does; lines that are no JSON may have been torn by a kill, and are no damage."""
+    wrong = [f"line {number}: {fault}" for number, fault, torn in faulty_lines(path) if not torn]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise StoreError(f"lines that are passed over: {'; '.join(wrong[:3])}{more}; remove them, or let them be")
+
+
 def _check_space(folder: Path) -> None:
     record = read_json(folder / "space.json")
     try:
         actual = fingerprint(record["fields"])
-    except (KeyError, UsageError) as error:
+    except (KeyError, UsageError, RecursionError) as error:
         raise StoreError(f"its fields cannot be read: {error}") from error
     if record.get("fingerprint") != actual:
         raise StoreError(f"its fields hash to {actual[:12]}, but it says {str(record.get('fingerprint'))[:12]}")
@@ -187,9 +203,9 @@ def _check_space(folder: Path) -> None:
 
 
 def _leftovers(root: Path) -> Iterator[str]:
-    for path in root.rglob("*"):
-        if path.is_file():
-            inside = path.relative_to(root)
+    for entry in walked(root):
+        if entry.is_file(follow_symlinks=False):
+            inside = Path(entry.path).relative_to(root)
             if any(map(is_temporary, inside.parts)) or not any(inside.match(p) and _depth(inside, p) for p in _OURS):
                 yield str(inside)
 

@@ -1,0 +1,195 @@
+"""What the JSON documents of a store must be to be read: types of the entries that are used; entries of a later version are kept.
+
+A document that is something else is set aside: whoever lists documents goes on without it, and ``verify`` and ``info`` name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
+from typing_extensions import TypedDict  # which pydantic asks for before Python 3.12
+
+from featurepipe.errors import StoreError
+from featurepipe.store.atomic import read_json
+
+_MOST = 2**63 - 1
+
+Number = Annotated[int, Field(ge=-_MOST, le=_MOST)]
+Counts = dict[str, Number]
+Text = str | None
+
+
+class _Document(BaseModel):
+    """Common to all: no text is taken for a number, and entries that are not known are no error."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StoreDocument(_Document):
+    """``store.json``."""
+
+    version: Annotated[int, Field(ge=1)]
+
+
+class _BackboneNotes(_Document):
+    weights: Text = None
+    random: bool | None = None
+    seed: Number | None = None
+
+
+class _Notes(_Document):
+    aliases: dict[str, str] = {}
+    map_shapes: dict[str, list[Annotated[int, Field(ge=1, le=1 << 31)]]] = {}
+    backbone: _BackboneNotes = _BackboneNotes()
+
+
+class SpaceDocument(_Document):
+    """``space.json``."""
+
+    fields: dict[str, Any]
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    backbone: str
+    notes: _Notes = _Notes()
+
+
+class _Reject(_Document):
+    id: str
+    reason: str
+
+
+class _Step(_Document):
+    step: str
+    status: str
+    name: Text = None
+    seconds: float | None = None
+    result: dict[str, Any] | None = None
+
+
+class _Plan(_Document):
+    steps: list[str] = []
+    drift_reference: Text = None
+
+
+class _Worker(_Document):
+    seconds: float | None = None
+
+
+class _Cluster(_Document):
+    workers: list[_Worker] = []
+
+
+class RunDocument(_Document):
+    """``runs/<run-id>.json``, of an extraction or of a job."""
+
+    run_id: str
+    command: Text = None
+    job: Text = None
+    dataset: Text = None
+    status: Text = None
+    exit_code: Number | None = None
+    started: Text = None
+    ended: Text = None
+    error: Text = None
+    source: Text = None
+    space: Text = None
+    fingerprint: Text = None
+    verdict: Text = None
+    backbone: dict[str, Any] | str | None = None
+    columns: list[str] | None = None
+    counts: Counts | None = None
+    counts_by_space: dict[str, Counts] | None = None
+    changes: Counts | None = None
+    computed_by_column: Counts | None = None
+    reject_reasons: Counts | None = None
+    rejects: list[_Reject] | None = None
+    new_rejects: list[_Reject] | None = None
+    seconds: dict[str, float] | None = None
+    images_per_second: float | None = None
+    extractions: list[str] | None = None
+    steps: list[_Step] | None = None
+    warnings: list[str] | None = None
+    plan: _Plan | None = None
+    cluster: _Cluster | None = None
+    machine: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    host: dict[str, Any] | None = None
+    store_bytes: Number | None = None
+    free_bytes: Number | None = None
+
+    @model_validator(mode="after")
+    def _of_a_job(self) -> RunDocument:
+        if self.command == "run" and self.job is None:
+            raise ValueError("a run of a job that names no job")
+        return self
+
+
+class _DepthSpace(_Document):
+    fingerprint: str
+
+
+class _Recommended(_Document):
+    column: str
+    head: Text = None
+    accuracy: float | None = None
+
+
+class _Provenance(_Document):
+    snapshot: Text = None
+    when: Text = None
+
+
+class DepthDocument(_Document):
+    """``depth/<dataset>/<run-id>.json``, what a comparison of layers found."""
+
+    dataset: str
+    space: _DepthSpace | None = None
+    recommended: _Recommended | None = None
+    provenance: _Provenance | None = None
+    classes: list[str] | None = None
+    labels: Text = None
+    test_dataset: Text = None
+
+
+@with_config(ConfigDict(strict=True))
+class RejectLine(TypedDict):
+    """A line of ``rejects.jsonl``; a TypedDict, since there may be millions."""
+
+    key: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None
+    id: str
+    size: Number
+    mtime_ns: Number
+    reason: str
+    run_id: str
+    dataset: NotRequired[str]
+
+
+def read_document(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """Reads a JSON document of a store and checks the types of the entries that are used.
+
+    Returns:
+        The document as it is, with entries that are not known.
+
+    Raises:
+        StoreError: It cannot be read, or is not of that kind; says which entry is wrong.
+    """
+    record = read_json(path)
+    try:
+        kind.model_validate(record)
+    except ValidationError as error:
+        raise StoreError(
+            f"{path} is not as it should be: {first_fault(error)}; run: featurepipe verify STORE"
+        ) from error
+    return record
+
+
+def first_fault(error: ValidationError) -> str:
+    """Says which entry is wrong, and how; of several, the first."""
+    fault: Mapping[str, Any] = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(step)[:80] for step in fault["loc"])
+    return f"{where}: {fault['msg']}" if where else str(fault["msg"])
+
+
+REJECT_LINE: TypeAdapter[RejectLine] = TypeAdapter(RejectLine)
