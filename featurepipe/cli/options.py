@@ -54,17 +54,22 @@ def add_trust_code(command: ArgumentParser, named_by: str) -> None:
 
 
 def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> None:
-    """``--device``, ``--batch-size``, ``--workers``, ``--max-rejects``: how images are read and computed."""
+    """``--device``, ``--batch-size``, ``--workers``, ``--max-rejects``, ``--only-under``: how images are read and computed."""
     add = command.add_argument
     add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
     add("--batch-size", default="auto", metavar="auto|N", help=f"images per forward ({batch_size})")
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
     add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
+    add(
+        "--only-under", action="append", metavar="DIR|URL",
+        help="read no image that a manifest names, or a link leads to, elsewhere than below this folder, or the URL of one; "
+        "may be repeated (default: anywhere)",
+    )  # fmt: skip
 
 
 def machine(args: Namespace) -> dict[str, Any]:
     """What `add_machine` declared, as keyword arguments of a verb."""
-    return {name: getattr(args, name) for name in ("device", "batch_size", "workers", "max_rejects")}
+    return {name: getattr(args, name) for name in ("device", "batch_size", "workers", "max_rejects", "only_under")}
 
 
 def add_cluster(command: ArgumentParser) -> None:

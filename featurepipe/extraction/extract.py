@@ -44,6 +44,7 @@ def extract(
     max_gone: int | str | None = None,
     min_free: int | str | None = None,
     retry_rejects: bool = False,
+    only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
     dry_run: bool = False,
@@ -74,6 +75,8 @@ def extract(
             ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
         min_free: space that must stay free on the store's disk, in bytes or such as ``"20GB"``.
         retry_rejects: try images again whose bytes were rejected before.
+        only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
+            are read, all others are rejects; see `featurepipe.images.open_source`.
         time_budget: seconds after which to stop; what is left is for the next run.
         stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
             ``time_budget`` then.
@@ -104,7 +107,8 @@ def extract(
     stops = stopping(stop, time_budget)
     say = announcer(silent=silent)
     settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=say)
-    with closing(open_source(source, array_readers=ARRAY_READERS)) as images, place_of(cluster, options, say) as place:
+    opened = closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under))
+    with opened as images, place_of(cluster, options, say) as place:
         if dry_run:
             place.check(None)
             job = settle(images, existing_store(store), dry_run=True, place=place)

@@ -17,6 +17,7 @@ from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.compute import Outcome
 from featurepipe.extraction.limits import DiskFloor, Limits, allowance
 from featurepipe.extraction.prepare import Job
+from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES
@@ -126,6 +127,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
     return {
         "dataset": job.dataset,
         "source": job.source.location,
+        **bounds_of(job.source),
         "backbone": job.existing_space.notes["backbone"],
         "space": job.existing_space.name,
         "fingerprint": job.existing_space.fingerprint,
@@ -156,6 +158,12 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "versions": records.versions(),
         "host": records.host(),
     }
+
+
+def bounds_of(source: Source) -> dict[str, list[str]]:
+    """Where the images had to lie, for a record; nothing where that was not said."""
+    bounds = getattr(source, "only_under", None)  # a user's own source need not have it
+    return {} if bounds is None else {"only_under": list(bounds.places)}
 
 
 def _rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:

@@ -61,8 +61,11 @@ class FolderSource(Source):
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
+        path = os.path.join(self.path, os.fsdecode(locator))
         try:
-            return read_file(os.path.join(self.path, os.fsdecode(locator)))
+            if self.only_under is not None:
+                self.only_under.check(path)  # it may be a link, or lie in a folder that is one
+            return read_file(path)
         except Reject:
             if not os.path.isdir(self.path):
                 raise SourceError(f"{self.path}: the folder has gone") from None

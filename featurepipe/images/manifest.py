@@ -20,7 +20,7 @@ import pyarrow.parquet
 from featurepipe.errors import FeaturepipeError, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
-from featurepipe.images.listing import BATCH_ROWS, Row, check_unique, printable, table_of
+from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
@@ -70,8 +70,11 @@ class ManifestSource(Source):
 
     def read(self, locator: bytes) -> bytes:
         """Reads one image; see :meth:`Source.read`."""
-        size, path = size_and_path(locator)
-        return read_file(self._resolve(os.fsdecode(path)), size)
+        size, name = size_and_path(locator)
+        path = self._resolve(os.fsdecode(name))
+        if self.only_under is not None:
+            self.only_under.check(path)
+        return read_file(path, size)
 
     def _rows(self, batches: Iterable[_Columns]) -> Iterator[Row]:
         for columns in batches:
@@ -84,6 +87,7 @@ class ManifestSource(Source):
             stats: Iterable[tuple[int, int]] = ()
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
+                stats = map(self._unless_refused, paths, stats)
             else:
                 stats = self._stats(paths)
             for path, id_, label, split, (size, mtime_ns) in zip(paths, ids, labels, splits, stats, strict=True):
@@ -97,7 +101,18 @@ class ManifestSource(Source):
                 )
 
     def _stats(self, paths: Iterable[str]) -> Iterator[tuple[int, int]]:
-        return stat_files([self._resolve(path) for path in paths])
+        """The sizes and dates of rows; of those that may not be read, nothing is asked."""
+        files = [self._resolve(path) for path in paths]
+        if self.only_under is None:
+            return stat_files(files)
+        allowed = [path for path in files if self.only_under.allows(path)]
+        found = dict(zip(allowed, stat_files(allowed), strict=True))
+        return (found.get(path, (UNKNOWN, UNKNOWN)) for path in files)
+
+    def _unless_refused(self, path: str, stat: tuple[int, int]) -> tuple[int, int]:
+        """What the manifest says of a row, if it may be read: else it is to be refused each time, and not be known by that."""
+        may = self.only_under is None or self.only_under.allows(self._resolve(path))
+        return stat if may else (UNKNOWN, UNKNOWN)
 
     def _resolve(self, path: str) -> str:
         if is_url(path) or path.startswith("/"):

@@ -65,12 +65,23 @@ class MemorySource(Source):
         item = self._items[int.from_bytes(locator, "little")]
         if is_pillow(item):
             return self._pillow.get()(item)
-        return read_file(os.fspath(item)) if isinstance(item, str | os.PathLike) else item
+        if isinstance(item, str | os.PathLike):
+            path = os.fspath(item)
+            if self.only_under is not None:
+                self.only_under.check(path)
+            return read_file(path)
+        stored: bytes | np.ndarray[Any, Any] = item
+        return stored
 
     def _rows(self) -> Iterator[Row]:
         for index, (id_, label, item) in enumerate(zip(self._ids, self._labels, self._items, strict=True)):
-            size, mtime_ns = _stat_item(item)
+            size, mtime_ns = self._stat(item)
             yield id_, label, None, size, mtime_ns, index.to_bytes(8, "little")
+
+    def _stat(self, item: Item) -> tuple[int, int]:
+        if isinstance(item, str | os.PathLike) and self.only_under is not None:
+            return _stat_item(item) if self.only_under.allows(os.fspath(item)) else (UNKNOWN, UNKNOWN)
+        return _stat_item(item)
 
 
 def _id_of(index: int, item: Item) -> str:

@@ -20,6 +20,7 @@ from featurepipe.images.folder import FolderSource
 from featurepipe.images.labels import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
+from featurepipe.images.only_under import OnlyUnder
 from featurepipe.images.remote import RemoteFolderSource
 from featurepipe.images.source import Source
 from featurepipe.images.stored import IDX_IMAGES, read_idx, read_npz
@@ -34,7 +35,12 @@ _CHOICES: Final = (
 Spec = str | os.PathLike[str] | Source | Sequence[Item] | Mapping[str, Item] | np.ndarray[Any, Any]
 
 
-def open_source(spec: Spec, *, array_readers: Mapping[str, ArrayReader] | None = None) -> Source:
+def open_source(
+    spec: Spec,
+    *,
+    array_readers: Mapping[str, ArrayReader] | None = None,
+    only_under: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+) -> Source:
     """Makes the source for whatever names images.
 
     Args:
@@ -42,18 +48,40 @@ def open_source(spec: Spec, *, array_readers: Mapping[str, ArrayReader] | None =
             array or path; or one array of pixels, (N,H,W) or (N,H,W,C).
         array_readers: For suffixes of array files that this package cannot open itself (``.h5``), functions from a
             path to a mapping name -> array that is read by slicing; picklable, so that the source is.
+        only_under: A folder, the URL of one, or several: of what a manifest names, or a link in a folder leads to, only files
+            below them are read, all others are rejects; see `OnlyUnder`. By default any.
 
     Raises:
-        UsageError: Nothing can be read from such a thing; names the value and the choices.
+        UsageError: Nothing can be read from such a thing; names the value and the choices. Or it is a URL that is not below
+            ``only_under``.
         SourceError: The path does not exist.
     """
+    if only_under is None:
+        return _open(spec, array_readers or {})
+    bounds = OnlyUnder([only_under] if isinstance(only_under, str | os.PathLike) else only_under)
+    if hasattr(spec, "scan") and hasattr(spec, "read"):
+        raise UsageError("only_under is for sources by path or URL; this one is open already")
+    if (
+        isinstance(spec, str | os.PathLike)
+        and is_url(url := os.fspath(spec))
+        and not bounds.allows(url.rstrip("/") + "/")
+    ):
+        raise UsageError(
+            f"{location_of(url)} is not below {' or '.join(bounds.places)}, which --only-under asks for; "
+            f"to read it all the same, add --only-under {location_of(url)}"
+        )
+    source = _open(spec, array_readers or {})
+    source.only_under = bounds
+    return source
+
+
+def _open(spec: Spec, readers: Mapping[str, ArrayReader]) -> Source:
     if hasattr(spec, "scan") and hasattr(spec, "read"):
         return cast("Source", spec)
     if isinstance(spec, bytes):
         raise UsageError(f"cannot read images from bytes; give a mapping id -> bytes, or {_CHOICES}")
     if isinstance(spec, str | os.PathLike):
         path = os.fspath(spec)
-        readers = array_readers or {}
         return _open_url(path.rstrip("/"), readers) if is_url(path) else _open_path(os.path.expanduser(path), readers)
     if isinstance(spec, Mapping | Sequence | np.ndarray):
         return MemorySource(spec)

@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
+from featurepipe.images.only_under import OnlyUnder
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -19,10 +21,13 @@ class Source(Protocol):
         name: The default dataset name, such as the folder's name.
         location: What tells two sources of equal name apart: an absolute path or glob, or a URL without the user
             and password in it, or ``memory:<name>``.
+        only_under: Where every file that is an image must lie, None for anywhere; `open_source` sets it. Sources whose
+            images lie inside of files that the user named (archives, arrays) have no use for it.
     """
 
     name: str
     location: str
+    only_under: OnlyUnder | None = None
 
     def scan(self) -> pa.Table:
         """Lists the images without reading any of them.

@@ -55,6 +55,8 @@ class SourceTable(Table):
     """Anything that `featurepipe extract` reads: a folder, a manifest, archives, image arrays, or a URL."""
     labels: JobPath | None = None
     """A CSV with the columns id and label, to use instead of the source's own labels."""
+    only_under: Annotated[tuple[PathOrUrl, ...], BeforeValidator(listed)] = ()
+    """Folders, or URLs of folders: what a manifest names elsewhere, or a link leads to, is not read, but rejected."""
     moved_from: Names = ()
     """Where the dataset's images were before, as the run that refuses to take them from here says; one place or several."""
     retries: int = Field(default=5, ge=0)

@@ -105,6 +105,7 @@ class Listed(Source):
     def __init__(self, source: Source, listing: pa.Table) -> None:
         self._source, self._listing = source, listing
         self.name, self.location = source.name, source.location
+        self.only_under = source.only_under
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as the source alone: a worker reads images and lists none."""
@@ -165,7 +166,7 @@ class TonightsSource:
     def _list(self) -> Listed:
         table = self._job.source
         try:
-            source = open_source(table.path, array_readers=ARRAY_READERS)
+            source = open_source(table.path, array_readers=ARRAY_READERS, only_under=table.only_under or None)
             listing = source.scan()
         except OSError as error:
             raise SourceError(f"{table.path}: {error}") from error

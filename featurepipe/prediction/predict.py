@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from featurepipe.errors import Interrupted, SourceError, TooManyRejects
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.options import AUTO
-from featurepipe.extraction.publish import SHOWN_REJECTS, by_code
+from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest, stop_on_signals
@@ -36,6 +36,7 @@ def predict(
     batch_size: int | str = AUTO,
     workers: int | None = None,
     max_rejects: int | str = "1%",
+    only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     trust_code: bool = False,
     cluster: Any = None,
     silent: bool = False,
@@ -55,6 +56,8 @@ def predict(
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
+            are read, all others are rejects; see `featurepipe.images.open_source`.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.cluster.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
@@ -79,7 +82,9 @@ def predict(
         stop = stack.enter_context(stop_on_signals())
         with stop.at_once("the first image"):
             predicts = stack.enter_context(scorer(bundle, network, cluster, announcer(silent=silent)))
-            images = stack.enter_context(closing(open_source(source, array_readers=ARRAY_READERS)))
+            images = stack.enter_context(
+                closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under))
+            )
             listing = images.scan().combine_chunks()
         if not listing.num_rows:
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
@@ -90,6 +95,7 @@ def predict(
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
         "source": images.location,
+        **bounds_of(images),
         "file": None if target is None else str(target),
         "started": started,
         "ended": records.now(),

@@ -17,12 +17,14 @@ CASES = {
     "extract": (
         EXTRACT,
         "extract photos --store kept --dataset d --backbone vgg16 --weights none --seed 3 --node a --node b:gmp "
-        "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 --max-gone 20% "
-        "--min-free 20GB --retry-rejects --time-budget 1h30m --dry-run --quiet",
+        "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 "
+        "--only-under /data --only-under s3://b --max-gone 20% --min-free 20GB --retry-rejects "
+        "--time-budget 1h30m --dry-run --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "seed": 3,
             "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
-            "batch_size": "8", "workers": 2, "max_rejects": "3", "max_gone": "20%", "min_free": "20GB",
+            "batch_size": "8", "workers": 2, "max_rejects": "3",
+            "only_under": ["/data", "s3://b"], "max_gone": "20%", "min_free": "20GB",
             "retry_rejects": True, "time_budget": 5400.0, "dry_run": True, "silent": True,
         },
     ),
@@ -32,7 +34,7 @@ CASES = {
         {
             "source": "photos", "store": "kept", "dataset": None, "backbone": "resnet50", "weights": "DEFAULT", "seed": 0,
             "nodes": ["bottleneck"], "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
-            "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None,
+            "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
             "retry_rejects": False, "time_budget": None, "dry_run": False, "silent": False,
         },
     ),
@@ -52,10 +54,10 @@ CASES = {
     "predict": (
         PREDICT,
         "predict bundle photos --to p.csv --weights w.pt --device cpu --batch-size 4 --workers 1 --max-rejects 5% "
-        "--trust-code --quiet",
+        "--only-under /data --trust-code --quiet",
         {
             "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
-            "workers": 1, "max_rejects": "5%", "trust_code": True, "silent": True,
+            "workers": 1, "max_rejects": "5%", "only_under": ["/data"], "trust_code": True, "silent": True,
         },
     ),
     "depth": (
@@ -69,7 +71,7 @@ CASES = {
             "heads": ["knn", "ridge"], "folds": 3, "split": True, "seeds": 2, "pooling": ["gap", "avg2x2"],
             "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "report": "page.html",
             "extraction": {
-                "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
+                "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0", "only_under": None,
             },
             "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
         },

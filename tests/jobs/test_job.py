@@ -28,6 +28,7 @@ retries = 3
 first_wait = "30s"
 longest_wait = "1h30m"
 moved_from = "/mnt/photos"
+only_under = ["photos", "s3://bucket/photos"]
 
 [[features]]
 backbone = "resnet50"
@@ -131,6 +132,7 @@ def test_all_that_can_be_said(read, tmp_path):
     assert job.source.model_dump() == {
         "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
         "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
+            "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"),
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")

@@ -202,3 +202,17 @@ def test_a_source_travels_to_workers_without_its_listing(tmp_path):
     content = pickle.dumps(Listed(listed, listed.scan()))
     assert len(content) < 1000 + len(str(tmp_path))
     assert pickle.loads(content).read(b"7.png") == b"image"
+
+
+def test_a_job_reads_only_under_what_its_file_says(pile):
+    pile.fill(3)
+    outside = pile.add("3.png", 3).rename(pile.folder / "outside.png")
+    (pile.root / "link.png").symlink_to(outside)
+    pile.job(source='only_under = "pile"', rest='[limits]\nmax_rejects = "50%"')
+    pile.run()
+    (extraction,) = (run for run in pile.store.runs() if run["command"] == "extract")
+    assert extraction["counts"]["computed"] == 3
+    assert extraction["only_under"] == [str(pile.root)]
+    assert extraction["reject_reasons"] == {"refused": 1}
+    (reject,) = extraction["rejects"]
+    assert reject["reason"].startswith("refused: a file that is not below ")
