@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from featurepipe.backbones.engine import Engine, Pending
-from featurepipe.extraction.stream import Loaded, StageSeconds
+from featurepipe.extraction.load_task import Loaded
+from featurepipe.extraction.stream import StageSeconds
 
 Missing = tuple[str, ...]
 Sink = Callable[[list[Loaded], dict[str, np.ndarray]], None]

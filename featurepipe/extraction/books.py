@@ -11,9 +11,9 @@ import numpy as np
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError
 from featurepipe.extraction.compute import Outcome
+from featurepipe.extraction.load_task import Loaded
 from featurepipe.extraction.prepare import Job
 from featurepipe.extraction.slices import COMPUTED, UNTOUCHED, Done, Slice, Worked
-from featurepipe.extraction.stream import Loaded
 from featurepipe.store.keys import KEY_BYTES
 
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, SourceError
 from featurepipe.extraction.batches import Batches, Sink
+from featurepipe.extraction.load_task import Loaded
 from featurepipe.extraction.prepare import Job
-from featurepipe.extraction.stream import Loaded
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space

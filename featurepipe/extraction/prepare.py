@@ -22,6 +22,7 @@ from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
+from featurepipe.images.budgets import check_budgets
 from featurepipe.images.decode import DECODING
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.snapshots import checked_dataset
@@ -120,6 +121,7 @@ def prepare(
     """
     asked = {name: getattr(options, name) for name in auto.CHOICES}
     auto.check(asked)
+    check_budgets()
     place = place or Here()
     machine = place.machine(options)
     name = checked_dataset(dataset or dataset_name(source.name))

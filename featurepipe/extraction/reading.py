@@ -136,6 +136,6 @@ class PatientReader:
     def _is_readable(self, locator: bytes) -> bool:
         try:
             self._source.read(locator)
-        except (Reject, SourceError):
+        except Exception:  # noqa: BLE001  # whatever it is, this image cannot be read
             return False
         return True

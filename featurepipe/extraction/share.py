@@ -15,9 +15,9 @@ from featurepipe.errors import FeaturepipeError, SourceError, StoreError
 from featurepipe.extraction.at_worker import Desk, Network, Ready, job_of, load_network, needing, open_travelled, probed
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.compute import Outcome, compute_into
+from featurepipe.extraction.load_task import Loaded
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.slices import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Done, Slice, Worked
-from featurepipe.extraction.stream import Loaded
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.store import FeatureStore, PartWriter, Space

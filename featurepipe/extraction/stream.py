@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,47 +17,22 @@ import pyarrow as pa
 import torch
 
 from featurepipe.backbones import Backbone
-from featurepipe.errors import Reject
+from featurepipe.errors import Reject, SourceError, Unavailable
+from featurepipe.extraction.load_task import Loaded, LoadTask, Payload
 from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.reading import PatientReader, Payload
+from featurepipe.extraction.reading import PatientReader
 from featurepipe.images import Source, key_of
-from featurepipe.images.decode import decode
-from featurepipe.images.listing import UNKNOWN
-from featurepipe.threads import pool_of
+from featurepipe.images.budgets import DECODE_SECONDS, READ_SECONDS, check_bytes
+from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
+from featurepipe.threads import GivenUp, LoadingThreads
 
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
-Decoder = Callable[[Sequence[Payload]], Iterable["torch.Tensor | Reject"]]
+PATIENCE = 3.0
+"""Seconds that the end of loading waits for threads to finish the image they are at."""
 
-
-@dataclass(slots=True)
-class Loaded:
-    """One image after loading.
-
-    Attributes:
-        row: its row in the listing.
-        key: SHA-256 of its bytes; None when they could not be read.
-        missing: the columns to compute for it; empty when everything is known (then it was not decoded).
-        pixels: uint8 (C, H, W), resized and cropped; None when there is nothing to compute.
-        reason: why it was rejected, or None.
-    """
-
-    row: int
-    key: bytes | None = None
-    missing: tuple[str, ...] = ()
-    pixels: torch.Tensor | None = None
-    reason: str | None = None
-
-    def refuse(self, reason: str, payload: Payload, size: int) -> None:
-        """Rejects the image for what was read of it; ``size`` is that of the listing.
-
-        Bytes of another number than listed are perhaps not all of them, and are not remembered as a reject.
-        """
-        self.reason, self.missing = reason, ()
-        if isinstance(payload, bytes) and size not in (UNKNOWN, len(payload)):
-            self.reason = f"{reason} (read {len(payload):,} bytes, listed with {size:,})"
-            self.key = None
+Decoder = Callable[[Sequence[Payload], Claim], Iterable["torch.Tensor | Kept | Reject"]]
 
 
 @dataclass
@@ -141,83 +116,133 @@ class Loader:
         starts, listed = range(0, len(rows), SLICE), listing.select(["locator", "size"])
         tasks = (listed.take(pa.array(rows[start : start + SLICE])) for start in starts)
         reader = PatientReader(self._source, listing["locator"] if probes is None else probes)
-        ahead: deque[Future[list[Loaded]]] = deque()
-        pool = pool_of(self._workers, "featurepipe-load")
+        ahead: deque[LoadTask] = deque()
+        threads = LoadingThreads(self._workers, "featurepipe-load")
+        work = partial(self._work, reader)
         try:
-            for start, task in zip(starts, tasks, strict=True):
-                ahead.append(pool.submit(self._load_slice, reader, rows[start : start + SLICE], task))
-                if len(ahead) * SLICE >= self._window and self._ready(ahead[0], stop):
-                    yield ahead.popleft().result()
+            for start, table in zip(starts, tasks, strict=True):
+                task = LoadTask(rows[start : start + SLICE], *(column.to_pylist() for column in table.columns))
+                ahead.append(task)
+                threads.submit(partial(work, task))
+                if len(ahead) * SLICE >= self._window and self._ready(ahead, stop, threads, work):
+                    yield ahead.popleft().future.result()
                 if stop():
                     return
-            while ahead and self._ready(ahead[0], stop):
-                yield ahead.popleft().result()
+            while ahead and self._ready(ahead, stop, threads, work):
+                yield ahead.popleft().future.result()
             if not stop():
                 reader.check_at_end()
         finally:
             reader.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+            threads.close(PATIENCE)
             self.tried_again = reader.tried_again
 
-    def _ready(self, future: Future[list[Loaded]], stop: Callable[[], bool]) -> bool:
-        """Waits until ``future`` is done, or it is time to stop."""
+    def _ready(
+        self,
+        ahead: Sequence[LoadTask],
+        stop: Callable[[], bool],
+        threads: LoadingThreads,
+        work: Callable[[LoadTask], None],
+    ) -> bool:
+        """Waits until the first task is done, or it is time to stop; has others go on where a thread is stuck."""
         with self._clock.stage("waiting"):
             while not stop():
-                if wait([future], timeout=0.5).done:
+                if wait([ahead[0].future], timeout=0.5).done:
                     return True
+                for task in ahead:  # not the first alone: a later one may hold the memory that it waits for
+                    if stuck := task.give_up():
+                        threads.replace(stuck, partial(work, task))
         return False
 
-    def _load_slice(self, reader: PatientReader, rows: np.ndarray, listed: pa.Table) -> list[Loaded]:
-        images = [Loaded(int(row)) for row in rows]
-        payloads: list[Payload] = []
-        wanted: list[tuple[Loaded, int]] = []
-        for image, locator, size in zip(images, *(column.to_pylist() for column in listed.columns), strict=True):
-            payload = self._read(reader, image, locator)
-            if payload is not None and image.missing:
-                payloads.append(payload)
-                wanted.append((image, size))
-        if not wanted:
-            return images
-        with self._clock.stage("decode"):
-            for (image, size), payload, pixels in zip(wanted, payloads, self._decoder(payloads), strict=True):
-                if isinstance(pixels, Reject):
-                    image.refuse(str(pixels), payload, size)
-                else:
-                    image.pixels = self._prepare(pixels)
-        return images
-
-    def _read(self, reader: PatientReader, image: Loaded, locator: bytes) -> Payload | None:
-        """Reads the bytes and looks their key up; None when they cannot be read."""
+    def _work(self, reader: PatientReader, task: LoadTask) -> None:
+        """Loads what is left of a task, in the thread that calls it."""
+        task.begin()
         try:
-            with self._clock.stage("read"):
-                payload = reader(locator)
-                image.key = key_of(payload)
-            missing = self._missing(image.key)
-        except Reject as reject:
-            image.reason = str(reject)
-            return None
-        if isinstance(missing, Reject):
-            image.reason = str(missing)
+            for place in range(len(task.payloads), len(task.images)):
+                self._read(reader, task, place)
+            with self._clock.stage("decode"):
+                self._decode(task)
+        except GivenUp:
+            raise
+        except BaseException as error:  # noqa: BLE001  # such as that the source is gone: it is raised where it is waited for
+            with task.settle():
+                task.future.set_exception(error)
         else:
-            image.missing = missing
-        return payload
+            with task.settle():
+                task.future.set_result(task.images)
+
+    def _read(self, reader: PatientReader, task: LoadTask, place: int) -> None:
+        """Reads one image and looks its key up."""
+        found = Loaded(task.images[place].row)
+        payload: Payload | None = None
+        task.step(place, READ_SECONDS)
+        try:
+            check_bytes(task.sizes[place])
+            with self._clock.stage("read"):
+                payload = reader(task.locators[place])
+                found.key = key_of(payload)
+            missing = self._missing(found.key)
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001  # one image's trouble is not that of the run
+            missing = as_reject(error)
+        if isinstance(missing, Reject):
+            found.reason = str(missing)
+        else:
+            found.missing = missing
+        with task.settle():
+            task.images[place] = found
+            task.payloads.append(payload if found.missing else None)
+
+    def _decode(self, task: LoadTask) -> None:
+        """Decodes and prepares the images of a task that want it."""
+        places = task.to_decode
+        if not places:
+            return
+        payloads = [payload for place in places if (payload := task.payloads[place]) is not None]
+        with task.claim() as claim:
+            results = iter(self._decoder(payloads, claim))
+            for place, payload in zip(places, payloads, strict=True):
+                task.step(place, DECODE_SECONDS)
+                found = self._prepared(next(results))
+                with task.settle():
+                    task.decoded += 1
+                    _note(task.images[place], found, payload, task.sizes[place])
+
+    def _prepared(self, found: torch.Tensor | Kept | Reject) -> torch.Tensor | Kept | Reject:
+        """The image resized and cropped."""
+        try:
+            if isinstance(found, Reject):
+                return found
+            if isinstance(found, Kept):
+                return found._replace(pixels=self._prepare(found.pixels))
+            return self._prepare(found)
+        except Exception as error:  # noqa: BLE001  # such as too little memory: one image's trouble is not that of the run
+            return as_reject(error)
 
 
-def decoder_for(route: str, colour: Literal["rgb", "grey"], device: str) -> Decoder:
+def _note(image: Loaded, found: torch.Tensor | Kept | Reject, payload: Payload, size: int) -> None:
+    if isinstance(found, Unavailable):
+        image.postpone(str(found))
+    elif isinstance(found, Reject):
+        image.refuse(str(found), payload, size)
+    elif isinstance(found, Kept):
+        image.pixels, image.damage = found
+    else:
+        image.pixels = found
+
+
+def decoder_for(route: str, colour: Literal["rgb", "grey"], device: str, *, keep_damaged: bool = False) -> Decoder:
     """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else."""
     if route == "gpu":
         from featurepipe.images.decode_gpu import decode_batch
 
-        return partial(decode_batch, colour=colour, device=device)
-    return partial(_decode_on_cpu, colour=colour)
-
-
-def _decode_on_cpu(payloads: Sequence[Payload], *, colour: Literal["rgb", "grey"]) -> Iterator[torch.Tensor | Reject]:
-    for payload in payloads:
-        try:
-            yield decode(payload, colour=colour)
-        except Reject as reject:
-            yield reject
+        return lambda payloads, claim: decode_batch(
+            payloads, colour=colour, device=device, keep_damaged=keep_damaged, claim=claim
+        )
+    return lambda payloads, claim: (
+        try_decode(payload, colour=colour, keep_damaged=keep_damaged, claim=claim) for payload in payloads
+    )
 
 
 def loader_for(

@@ -15,8 +15,9 @@ from featurepipe.backbones import Backbone, Column
 from featurepipe.backbones.engine import Engine
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.batches import Batches
+from featurepipe.extraction.load_task import Loaded
 from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.stream import Loaded, StageSeconds, loader_for
+from featurepipe.extraction.stream import StageSeconds, loader_for
 from featurepipe.images import Source
 from featurepipe.progress import Progress, Silent
 from featurepipe.records import bottleneck

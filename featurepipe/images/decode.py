@@ -6,20 +6,29 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from featurepipe.errors import Reject
-from featurepipe.images.jpeg import JpegHeader, is_jpeg, lost_pixels, read_jpeg_header, without_strays
+from featurepipe.errors import Reject, Unavailable
+from featurepipe.images.budgets import JPEG_SCANS, MEMORY, PIXELS, check_bytes
+from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
 from featurepipe.images.quiet import QuietModules
 
 Colour = Literal["rgb", "grey"]
 
-MAX_PIXELS: Final = 178_956_970  # what PIL refuses as a decompression bomb
+Claim = Callable[[int], None]
+"""Waits until so many bytes of memory may be used for decoding."""
+
+PILLOW_BYTES: Final = 12
+"""Bytes a pixel that decoding by PIL takes at its peak: four for the decoder, four for PIL's image, then the array and a copy."""
+_STRIP: Final = 1 << 22
+"""Pixels that are converted at a time."""
+_RUN: Final = 256
+"""Pixels of a run-length coded BMP for each of its bytes, at most: a run of 255 takes two."""
 ALPHA: Final = "white"
 DECODING: Final[dict[str, str | int]] = {
     "alpha": ALPHA,  # transparency is composited on it
@@ -32,13 +41,23 @@ DECODING: Final[dict[str, str | int]] = {
 }
 """What decoding does that changes pixels: part of the feature space."""
 
+
+class _FirstOfWebP(WebPImagePlugin.WebPImageFile):
+    """PIL's reader of WebP, which lets go of its decoder's two canvases before the pixels of the first frame are copied."""
+
+    def _get_next(self) -> Any:
+        found = super()._get_next()
+        self._decoder = None
+        return found
+
+
 # The plug-in classes themselves, not Image.open: that warns about big images, and tries formats that we do not name,
 # of which one (EPS) starts another program.
 _FORMATS: Final[tuple[tuple[bytes, type[Any]], ...]] = (
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
     (b"GIF87a", GifImagePlugin.GifImageFile),
     (b"GIF89a", GifImagePlugin.GifImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"RIFF", _FirstOfWebP),
     (b"BM", BmpImagePlugin.BmpImageFile),
     (b"II*\0", TiffImagePlugin.TiffImageFile),
     (b"MM\0*", TiffImagePlugin.TiffImageFile),
@@ -80,8 +99,50 @@ QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 """Entered around calls of PIL and torchvision.io, from any thread."""
 
 
+class Kept(NamedTuple):
+    """Pixels of a JPEG of which some are lost, kept on request, and what is wrong with it."""
+
+    pixels: torch.Tensor
+    damage: str
+
+
+def try_decode(
+    payload: bytes | np.ndarray[Any, Any], *, colour: Colour, keep_damaged: bool = False, claim: Claim | None = None
+) -> torch.Tensor | Kept | Reject:
+    """Decodes one image, with every exception as a reject: the border at which one image's trouble stays its own.
+
+    Args:
+        payload: as for `decode`.
+        colour: as for `decode`.
+        keep_damaged: whether a JPEG that lost pixels is `Kept`.
+        claim: as for `decode`.
+    """
+    told: list[str] = []
+    try:
+        pixels = decode(payload, colour=colour, on_damage=told.append if keep_damaged else None, claim=claim)
+    except Exception as error:  # noqa: BLE001  # a stranger's file may make a library raise anything
+        return as_reject(error)
+    return Kept(pixels, told[0]) if told else pixels
+
+
+def as_reject(error: Exception) -> Reject:
+    """The reject for whatever came out of reading or decoding one image.
+
+    Too little memory is `Unavailable`: the next run may have more.
+    """
+    if isinstance(error, Reject):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return Unavailable("memory: there is not enough to read or decode it")
+    return Reject(f"failed: {type(error).__name__}: {first_line(error)}")
+
+
 def decode(
-    payload: bytes | np.ndarray[Any, Any], *, colour: Colour = "rgb", on_damage: Callable[[str], None] | None = None
+    payload: bytes | np.ndarray[Any, Any],
+    *,
+    colour: Colour = "rgb",
+    on_damage: Callable[[str], None] | None = None,
+    claim: Claim | None = None,
 ) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
 
@@ -93,42 +154,61 @@ def decode(
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
             default it is a reject.
+        claim: Called with the bytes of memory that decoding will take, before it does; by default waits for its part of
+            the process's memory for decoding, and gives it back at the end.
 
     Returns:
         A uint8 tensor of shape (3,H,W) or (1,H,W), owned by the caller.
 
     Raises:
-        Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``unsupported`` or ``corrupt``.
+        Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``budget``, ``unsupported`` or
+            ``corrupt``.
     """
+    if claim is None:
+        with MEMORY.lease() as lease:
+            return decode(payload, colour=colour, on_damage=on_damage, claim=lease)
     if isinstance(payload, np.ndarray):
-        return _to_tensor(_from_array(payload), colour)
+        image = _from_array(payload)
+        claim(image.width * image.height * PILLOW_BYTES)
+        return _to_tensor(image, colour)
     if not payload:
         raise Reject("empty: 0 bytes")
+    check_bytes(len(payload))
     if is_jpeg(payload):
-        header = read_jpeg_header(payload)
-        check_pixels(header.width, header.height)
+        header = checked_jpeg(payload)
+        claim(jpeg_bytes(header))
         pixels = _decode_jpeg(payload, header, colour, on_damage)
         if pixels is not None:
             return pixels
     with QUIET:
-        return _decode_pillow(payload, colour)
+        return _decode_pillow(payload, colour, claim)
+
+
+def checked_jpeg(payload: bytes) -> JpegHeader:
+    """The header of a JPEG that is within the budgets.
+
+    Raises:
+        Reject: it is not, or has no header that can be decoded.
+    """
+    header = read_jpeg_header(payload)
+    check_pixels(header.width, header.height)
+    if count_scans(payload, most := JPEG_SCANS()) > most:
+        raise Reject(f"budget: a JPEG of more than {most:,} scans, the limit of {JPEG_SCANS.variable}")
+    return header
+
+
+def jpeg_bytes(header: JpegHeader) -> int:
+    """The memory that decoding a JPEG takes: its pixels, and its coefficients where scans refine them."""
+    each = 3 * header.components if header.progressive else max(3, header.components)
+    return header.width * header.height * (each + PILLOW_BYTES * (header.components not in (1, 3)))
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Rejects an image of more than ``MAX_PIXELS`` pixels, a decompression bomb perhaps, before it is decoded."""
-    if width * height > MAX_PIXELS:
-        raise Reject(f"bomb: {width}x{height} pixels, more than {MAX_PIXELS}")
+    """Rejects an image of more than ``PIXELS`` pixels, a decompression bomb perhaps, before it is decoded."""
+    if width * height > PIXELS():
+        raise Reject(f"bomb: {width}x{height} pixels, more than {PIXELS()}, the limit of {PIXELS.variable}")
     if width * height == 0:
         raise Reject(f"empty: {width}x{height} pixels")
-
-
-def check_damage(payload: bytes, header: JpegHeader, on_damage: Callable[[str], None] | None = None) -> None:
-    """Decodes a JPEG of three components to nothing but its damage; see `decode`.
-
-    Raises:
-        Reject: Some pixels are lost, and there is no ``on_damage`` to tell.
-    """
-    _decode_jpeg(payload, header, "rgb", on_damage)
 
 
 def _decode_jpeg(
@@ -198,12 +278,14 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decode_pillow(payload: bytes, colour: Colour) -> torch.Tensor:
+def _decode_pillow(payload: bytes, colour: Colour, claim: Claim) -> torch.Tensor:
     plugin = _plugin_for(payload)
     _check_complete(payload, plugin)
     try:
         with plugin(io.BytesIO(payload)) as image:
             check_pixels(*image.size)
+            _check_runs(image, payload)
+            claim(image.width * image.height * PILLOW_BYTES)
             image.load()
             return _to_tensor(turned(image), colour)
     except Image.DecompressionBombError as error:
@@ -227,8 +309,15 @@ def _check_complete(payload: bytes, plugin: type[Any]) -> None:
     """Finds the cuts that PIL's decoders do not report as such."""
     if plugin is PngImagePlugin.PngImageFile and payload.rfind(b"IEND") < 0:
         raise Reject("truncated: a PNG without its end")
-    if plugin is WebPImagePlugin.WebPImageFile and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
+    if plugin is _FirstOfWebP and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
         raise Reject("truncated: a WebP shorter than it says")
+
+
+def _check_runs(image: Image.Image, payload: bytes) -> None:
+    """Rejects a run-length coded BMP that claims more pixels than its runs can fill; PIL makes up the rest in a slow loop."""
+    runs = image.format == "BMP" and any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ()))
+    if runs and image.width * image.height > _RUN * len(payload):
+        raise Reject(f"bomb: {image.width}x{image.height} pixels of run lengths in {len(payload):,} bytes")
 
 
 def turned(image: Image.Image) -> Image.Image:
@@ -242,8 +331,14 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image, colour: Colour) -> torch.Tensor:
-    pixels = np.array(flattened(image).convert("RGB" if colour == "rgb" else "L"))
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+    flat, mode = flattened(image), "RGB" if colour == "rgb" else "L"
+    pixels = np.empty((flat.height, flat.width, len(mode)), np.uint8)
+    rows = max(1, _STRIP // flat.width)
+    for top in range(0, flat.height, rows):  # PIL makes several copies on the way to an array, of no more than a strip
+        strip = pixels[top : top + rows]
+        part = flat if len(strip) == flat.height else flat.crop((0, top, flat.width, top + len(strip)))
+        strip[:] = np.asarray(part if part.mode == mode else part.convert(mode)).reshape(strip.shape)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def flattened(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,15 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
-from featurepipe.images.decode import MAX_PIXELS, QUIET, Colour, decode
-from featurepipe.images.jpeg import is_jpeg, looks_damaged, read_jpeg_header
+from featurepipe.images.decode import QUIET, Claim, Colour, Kept, checked_jpeg, jpeg_bytes, try_decode
+from featurepipe.images.jpeg import JpegHeader, is_jpeg, looks_damaged
 
 Payload = bytes | np.ndarray[Any, Any]
 
 
-def decode_batch(payloads: Sequence[Payload], *, colour: Colour, device: str) -> list[torch.Tensor | Reject]:
+def decode_batch(
+    payloads: Sequence[Payload], *, colour: Colour, device: str, keep_damaged: bool = False, claim: Claim | None = None
+) -> Iterator[torch.Tensor | Kept | Reject]:
     """Decodes several images, upright colour JPEGs together on the CUDA device through torchvision's nvJPEG decoder.
 
     Grey and CMYK JPEGs, those that EXIF turns or that look damaged, other formats, and any slice in which nvJPEG finds a
@@ -27,15 +29,18 @@ def decode_batch(payloads: Sequence[Payload], *, colour: Colour, device: str) ->
         payloads: As for ``decode``.
         colour: ``"rgb"`` or ``"grey"``.
         device: Such as ``cuda:0``.
+        keep_damaged: As for ``try_decode``.
+        claim: As for ``decode``; asked once for the slice, and for each image that takes the ordinary route.
 
-    Returns:
+    Yields:
         For each payload, in its place, a uint8 tensor (C,H,W) on ``device``, or the reject.
     """
-    decoded: list[torch.Tensor | Reject | None] = [None] * len(payloads)
-    suited = [
-        i for i, payload in enumerate(payloads) if colour == "rgb" and isinstance(payload, bytes) and _suits(payload)
-    ]
+    decoded: list[torch.Tensor | None] = [None] * len(payloads)
+    headers = [_header(payload) if colour == "rgb" else None for payload in payloads]
+    suited = [i for i, header in enumerate(headers) if header is not None]
     if suited:
+        if claim is not None:
+            claim(sum(jpeg_bytes(header) for header in headers if header is not None))
         data = [torch.frombuffer(bytearray(payloads[i]), dtype=torch.uint8) for i in suited]
         try:
             with QUIET:
@@ -44,25 +49,25 @@ def decode_batch(payloads: Sequence[Payload], *, colour: Colour, device: str) ->
             images = []
         for i, image in zip(suited, images, strict=False):
             decoded[i] = image
-    return [
-        _on_cpu(payload, colour, device) if found is None else found
-        for payload, found in zip(payloads, decoded, strict=True)
-    ]
+    for payload, found in zip(payloads, decoded, strict=True):
+        yield _on_cpu(payload, colour, device, keep_damaged, claim) if found is None else found
 
 
-def _suits(payload: bytes) -> bool:
-    if not is_jpeg(payload):
-        return False
+def _header(payload: Payload) -> JpegHeader | None:
+    """The header of a JPEG that nvJPEG decodes as the CPU route would, or None."""
+    if not isinstance(payload, bytes) or not is_jpeg(payload):
+        return None
     try:
-        header = read_jpeg_header(payload)
+        header = checked_jpeg(payload)
     except Reject:
-        return False
-    upright = header.components == 3 and header.orientation == 1
-    return upright and 0 < header.width * header.height <= MAX_PIXELS and not looks_damaged(payload)
+        return None
+    return header if header.components == 3 and header.orientation == 1 and not looks_damaged(payload) else None
 
 
-def _on_cpu(payload: Payload, colour: Colour, device: str) -> torch.Tensor | Reject:
-    try:
-        return decode(payload, colour=colour).to(device)
-    except Reject as reject:
-        return reject
+def _on_cpu(
+    payload: Payload, colour: Colour, device: str, keep_damaged: bool, claim: Claim | None
+) -> torch.Tensor | Kept | Reject:
+    found = try_decode(payload, colour=colour, keep_damaged=keep_damaged, claim=claim)
+    if isinstance(found, Kept):
+        return found._replace(pixels=found.pixels.to(device))
+    return found if isinstance(found, Reject) else found.to(device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from featurepipe.errors import FeaturepipeError, Reject, SourceError, WorkerRefused
+from featurepipe.errors import FeaturepipeError, WorkerRefused
 from featurepipe.extraction.at_worker import Desk, keep_memory, needing, open_travelled, probed
 from featurepipe.extraction.slices import Slice, Worked
 from featurepipe.extraction.stream import StageSeconds
@@ -77,7 +77,7 @@ def refusal(order: Order) -> str:
     for probe in order.probes:
         try:
             source.read(probe)
-        except (Reject, SourceError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, this process cannot read that image
             said = f"it cannot read the source: {error}"
         else:
             return ""

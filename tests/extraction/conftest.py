@@ -105,7 +105,7 @@ class Run:
 
         self.path = store
         self.reads = self.decodes = self.forwards = 0
-        decode, submit = stream.decode, Engine.submit
+        decode, submit = stream.try_decode, Engine.submit
 
         def counting_decode(payload: Any, **options: Any) -> Any:
             self.decodes += 1
@@ -115,7 +115,7 @@ class Run:
             self.forwards += len(batch)
             return submit(engine, batch)
 
-        monkeypatch.setattr(stream, "decode", counting_decode)
+        monkeypatch.setattr(stream, "try_decode", counting_decode)
         monkeypatch.setattr(Engine, "submit", counting_submit)
 
     @property

@@ -213,17 +213,17 @@ def late_decoder(monkeypatch):
     """A decoder that cannot read files that start with ``new``, until its ``learn()`` was called."""
     from featurepipe.extraction import stream
 
-    decode = stream.decode
+    decode = stream.try_decode
     known = []
 
     def decoder(payload, **options):
         if payload.startswith(b"new"):
             if not known:
-                raise Reject("not-an-image: unknown format")
+                return Reject("not-an-image: unknown format")
             payload = payload[3:]
         return decode(payload, **options)
 
-    monkeypatch.setattr(stream, "decode", decoder)
+    monkeypatch.setattr(stream, "try_decode", decoder)
     return SimpleNamespace(learn=lambda: known.append(1))
 
 

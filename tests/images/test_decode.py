@@ -17,9 +17,10 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from featurepipe.errors import Reject
-from featurepipe.images.decode import ALPHA, DECODING, MAX_PIXELS, decode
+from featurepipe.images.budgets import PIXELS
+from featurepipe.images.decode import ALPHA, DECODING, decode
 
-CODES = {"empty", "truncated", "damaged", "not-an-image", "bomb", "unsupported", "corrupt"}
+CODES = {"empty", "truncated", "damaged", "budget", "not-an-image", "bomb", "unsupported", "corrupt"}
 
 
 def noise(*shape, seed=0):
@@ -264,7 +265,7 @@ def jpeg_of_size(width, height):
 
 
 def test_decompression_bombs():
-    assert MAX_PIXELS == 178_956_970
+    assert PIXELS() == 178_956_970
     assert reason(png_of_size(60_000, 60_000)).startswith("bomb: 60000x60000 pixels")
     assert reason(jpeg_of_size(60_000, 60_000)).startswith("bomb: 60000x60000 pixels")
     # under our limit but over the size at which PIL warns: the missing data is what counts
