@@ -29,8 +29,9 @@ NAME = "cnn-features"
 class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Turns images into features of a frozen, pretrained network, for use in scikit-learn's pipelines.
 
-    Images are a list, array, Series or one-column DataFrame of paths (or URLs), a list of PIL images, or uint8 arrays: a
-    list of (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3).
+    Images are a list, array, Series or one-column DataFrame of paths (or URLs), a list of PIL images, or arrays: a list
+    of (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3), of uint8 or of other numbers for which ``intensity`` is
+    asked.
 
     With a store, features are looked up by the images' content, and only those that are missing are computed and kept: a
     grid search over heads extracts once, and images that ``featurepipe extract`` has seen cost no forward. To know its
@@ -51,6 +52,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: with a store as `featurepipe.extract` chooses, else ``fp32``.
         dtype: ``float16``, ``float32`` or ``auto``: what the store keeps; without a store ``float32``.
         decode: ``cpu``, ``gpu`` or ``auto``.
+        intensity: Which values are black and white in images of more than eight bits, as `featurepipe.extract` takes it.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: Images per forward, or ``auto``.
         workers: Threads that read and decode; by default one per CPU, at most 16.
@@ -84,6 +86,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         precision: str = "auto",
         dtype: str = "auto",
         decode: str = "auto",
+        intensity: str = "auto",
         device: str = "auto",
         batch_size: int | str = "auto",
         workers: int | None = None,
@@ -99,6 +102,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.precision = precision
         self.dtype = dtype
         self.decode = decode
+        self.intensity = intensity
         self.device = device
         self.batch_size = batch_size
         self.workers = workers
@@ -172,6 +176,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             precision=self.precision if self.store is not None or self.precision != AUTO else "fp32",
             dtype=self.dtype if self.store is not None or self.dtype != AUTO else "float32",
             decode=self.decode,
+            intensity=self.intensity,
             device=self.device,
             batch_size=self.batch_size,
             workers=self.workers,

@@ -52,6 +52,8 @@ def add(commands: Commands) -> None:
     add_labels(command, of="source")
     option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
     option("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="as for featurepipe extract")
+    option("--intensity", default="auto", metavar="auto|declared|full|bits=N|window=LO:HI|minmax",
+           help="as for featurepipe extract")  # fmt: skip
     add_machine(command)
     add_trust_code(command, "store")
     option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
@@ -83,7 +85,7 @@ def run(args: Namespace) -> int:
         control=args.control,
         test_source=args.test_source,
         labels=args.labels,
-        extraction={"precision": args.precision, **machine(args)},
+        extraction={"precision": args.precision, "intensity": args.intensity, **machine(args)},
         jobs=args.jobs,
         trust_code=args.trust_code,
         command=this_command(),

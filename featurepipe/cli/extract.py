@@ -42,6 +42,8 @@ def add(commands: Commands) -> None:
            help="stored dtype (auto: as in the store, else float16)")  # fmt: skip
     option("--decode", default="auto", metavar="auto|cpu|gpu",
            help="where JPEGs are decoded (auto: as in the store, else cpu)")  # fmt: skip
+    option("--intensity", default="auto", metavar="auto|declared|full|bits=N|window=LO:HI|minmax",
+           help="black and white of images of more than 8 bits (auto: as in the store, else as the files declare)")  # fmt: skip
     add_machine(command, batch_size="auto: 16 on a CPU, 256 on CUDA, halved when memory runs out")
     option("--max-gone", metavar="N|P%",
            help="refuse if more images of the last snapshot are gone (default: if all are; 100%%: never)")  # fmt: skip
@@ -72,6 +74,7 @@ def run(args: Namespace) -> int:
         precision=args.precision,
         dtype=args.dtype,
         decode=args.decode,
+        intensity=args.intensity,
         **machine(args),
         **cluster(args),
         max_gone=args.max_gone,

@@ -152,7 +152,7 @@ def keep_memory() -> None:
 
 
 def identity_of(backbone: Backbone) -> dict[str, Any]:
-    """What a backbone's features follow from besides precision, stored dtype and decode route: part of the feature space."""
+    """What a backbone's features follow from besides the settings (precision and the like): part of the feature space."""
     return {**backbone.identity(), "decoding": dict(DECODING), "numerics": NUMERICS}
 
 
@@ -226,7 +226,7 @@ def job_of(network: Network, ready: Ready, source: Source, settings: Settings, m
 
 
 def measure_precision(
-    network: Network, source: bytes, workers: int | None, tried: str | None, sample: Slice, desk: Desk
+    network: Network, source: bytes, workers: int | None, tried: str | None, intensity: str, sample: Slice, desk: Desk
 ) -> tuple[str, str]:
     """Compares a reduced precision with fp32 on some images, as `PrecisionMeasurement` does, in this process.
 
@@ -235,6 +235,7 @@ def measure_precision(
         source: the source, pickled.
         workers: threads that read and decode, or None.
         tried: the reduced precision, None for what suits the device.
+        intensity: with which images are decoded.
         sample: the images.
         desk: who does it.
 
@@ -244,7 +245,7 @@ def measure_precision(
     ready, machine = load_network(network, desk.threads), desk.machine(network, workers)
     columns = network.columns
     measure = PrecisionMeasurement(open_travelled(source), sample.table(), ready.backbone, columns, machine)
-    precision, why = measure(tried)
+    precision, why = measure(tried, intensity)
     if measure.engine is not None:
         ready.engines[precision][frozenset(columns)] = measure.engine
     return precision, why

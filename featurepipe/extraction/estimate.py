@@ -75,13 +75,13 @@ def estimate(job: Job, sample_size: int, place: Place | None = None) -> Estimate
 def sample_rate(job: Job, images: int) -> tuple[float | None, int]:
     """Images per second over some of those to be read, loaded and computed in this process, None without any; and how many."""
     listing, todo = job.plan.listing, job.plan.todo
-    sample = load_sample(job.source, listing, job.backbone, job.machine, todo, images)
+    sample = load_sample(job.source, listing, job.backbone, job.machine, todo, images, job.settings.intensity)
     if not len(sample):
         return None, 0
     engine = job.engine(job.columns)
     engine(sample)  # the first call pays for set-up
     start = time.perf_counter()
-    again = load_sample(job.source, listing, job.backbone, job.machine, todo, images)
+    again = load_sample(job.source, listing, job.backbone, job.machine, todo, images, job.settings.intensity)
     engine(again)
     return len(again) / (time.perf_counter() - start), len(sample)
 

@@ -37,6 +37,7 @@ def extract(
     precision: str = "auto",
     dtype: str = "auto",
     decode: str = "auto",
+    intensity: str = "auto",
     device: str = "auto",
     batch_size: int | str = "auto",
     workers: int | None = None,
@@ -67,6 +68,10 @@ def extract(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: what the store holds, else the fastest that agrees with fp32.
         dtype: stored dtype, ``float16``, ``float32`` or ``auto``.
         decode: where JPEGs are decoded, ``cpu``, ``gpu`` or ``auto``.
+        intensity: which values are black and white in images of more than eight bits: ``declared`` (what the file declares,
+            else the range of its numbers, but a reject if the values fill less than a sixteenth of it), ``full``,
+            ``bits=N`` (0 to 2^N - 1), ``window=LO:HI``, ``minmax`` (of each image), ``high-byte`` (as version 1), or
+            ``auto``: as in the store, else ``declared``.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
@@ -101,7 +106,18 @@ def extract(
     """
     columns = (nodes,) if isinstance(nodes, str) else tuple(nodes)
     options = Options(
-        backbone, weights, seed, columns, precision, dtype, decode, device, batch_size, workers, retry_rejects
+        backbone,
+        weights,
+        seed,
+        columns,
+        precision,
+        dtype,
+        decode,
+        intensity,
+        device,
+        batch_size,
+        workers,
+        retry_rejects,
     )
     limits = Limits(max_rejects, max_gone, min_free)
     stops = stopping(stop, time_budget)

@@ -20,8 +20,8 @@ from featurepipe.images.memory import Item
 from featurepipe.images.pillow import is_pillow
 
 _CHOICES = (
-    "give a list, array, Series or one-column DataFrame of paths, a list of PIL images or of uint8 arrays (H, W) or "
-    "(H, W, 3), or one uint8 array (N, H, W) or (N, H, W, 3)"
+    "give a list, array, Series or one-column DataFrame of paths, a list of PIL images or of arrays (H, W) or (H, W, 3) of "
+    "pixels, best uint8, or one such array (N, H, W) or (N, H, W, 3)"
 )
 _CHANNELS = (1, 3, 4)
 
@@ -117,7 +117,7 @@ def _id_of(position: int, item: Any) -> str:
 
 
 def _check_pixels(array: np.ndarray, what: str) -> None:
-    if array.dtype != np.uint8:
-        raise UsageError(
-            f"{what} holds {array.dtype}, and pixels are uint8 from 0 to 255; convert with .astype('uint8')"
-        )
+    if (
+        array.dtype.kind not in "buif"
+    ):  # what their values mean is for the feature space's intensity to say, image by image
+        raise UsageError(f"{what} holds {array.dtype}, and pixels are numbers, best uint8 from 0 to 255")

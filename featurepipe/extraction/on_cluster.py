@@ -22,11 +22,12 @@ from featurepipe.cluster import Team
 from featurepipe.errors import UsageError
 from featurepipe.extraction import worker_tasks
 from featurepipe.extraction.at_worker import Network, identity_of
+from featurepipe.extraction.auto import MeasurePrecision
 from featurepipe.extraction.books import SliceBooks
 from featurepipe.extraction.compute import Outcome, RejectLog
 from featurepipe.extraction.machine import Machine, settle_machine
 from featurepipe.extraction.options import Options
-from featurepipe.extraction.place import SAMPLE, Here, MeasurePrecision, Place
+from featurepipe.extraction.place import SAMPLE, Here, Place
 from featurepipe.extraction.prepare import Job
 from featurepipe.extraction.share import Order
 from featurepipe.extraction.slices import Done, Sizes, Slice, cut
@@ -111,8 +112,9 @@ class OnWorkers:
         network = self._network(backbone, columns, machine)
         sample = Slice.of(0, 0, listing.slice(0, 4 * SAMPLE))
 
-        def measure(tried: str | None) -> tuple[str, str]:
-            work = partial(worker_tasks.measure_precision, network, travelling(source), self._options.workers, tried)
+        def measure(tried: str | None, intensity: str) -> tuple[str, str]:
+            content, workers = travelling(source), self._options.workers
+            work = partial(worker_tasks.measure_precision, network, content, workers, tried, intensity)
             return self._team.once(sample, work)
 
         return measure

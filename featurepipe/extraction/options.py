@@ -19,6 +19,7 @@ class Options:
     precision: str = AUTO
     dtype: str = AUTO
     decode: str = AUTO
+    intensity: str = AUTO
     device: str = AUTO
     batch_size: int | str = AUTO
     workers: int | None = None

@@ -12,6 +12,7 @@ import pyarrow as pa
 from featurepipe.backbones import Backbone, Column
 from featurepipe.backbones.engine import Engine
 from featurepipe.backbones.precision import choose_precision
+from featurepipe.extraction.auto import MeasurePrecision
 from featurepipe.extraction.machine import Machine, settle_machine
 from featurepipe.extraction.options import Options
 from featurepipe.extraction.stream import load_sample
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 16
 """Images on which precisions are compared."""
-
-MeasurePrecision = Callable[[str | None], tuple[str, str]]
-"""Takes the reduced precision to compare with fp32, None for what suits the device; returns the one to take, and why."""
 
 
 class Place(Protocol):
@@ -112,10 +110,10 @@ class PrecisionMeasurement:
         self._backbone, self.columns = backbone, columns
         self.engine: Engine | None = None
 
-    def __call__(self, tried: str | None) -> tuple[str, str]:
-        """The precision to take, and why; ``tried`` is what to compare, None for what suits the device."""
+    def __call__(self, tried: str | None, intensity: str) -> tuple[str, str]:
+        """The precision to take, and why; see `MeasurePrecision`."""
         rows = np.arange(self._listing.num_rows)
-        sample = load_sample(self._source, self._listing, self._backbone, self._machine, rows, SAMPLE)
+        sample = load_sample(self._source, self._listing, self._backbone, self._machine, rows, SAMPLE, intensity)
         choice, self.engine = choose_precision(
             self._backbone,
             self.columns,

@@ -23,7 +23,6 @@ from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
-from featurepipe.images.decode import DECODING
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
@@ -73,7 +72,8 @@ class Job:
 
     def loader(self, missing: Callable[[bytes], tuple[str, ...] | Reject]) -> Loader:
         """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
-        return loader_for(self.source, missing, self.backbone, self.machine, self.settings.decode, self.clock)
+        route, intensity = self.settings.decode, self.settings.intensity
+        return loader_for(self.source, missing, self.backbone, self.machine, route, intensity, self.clock)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the job's precision; built once."""
@@ -119,7 +119,7 @@ def prepare(
         SourceError: the source holds no image, or lacks too many of the last snapshot.
         WeightsNotFound: the weights are not at hand.
     """
-    asked = {name: getattr(options, name) for name in auto.CHOICES}
+    asked = {name: getattr(options, name) for name in auto.SETTINGS}
     auto.check(asked)
     check_budgets()
     place = place or Here()
@@ -142,7 +142,7 @@ def prepare(
             f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; "
             "--decode cpu starts another feature space"
         )
-    fields = {**backbone.identity(), **settings.fields(), "decoding": dict(DECODING), "numerics": NUMERICS}
+    fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
     space = next((space for space in spaces if not differences(space.fields, fields)), None)
     why_new = None if space is not None else _why_new(spaces, fields, backbone)
     if store is not None and not dry_run:
@@ -150,7 +150,7 @@ def prepare(
         _note_map_shapes(space, backbone, columns)
     if why_new:
         say(why_new)
-    for setting, value in settings.fields().items():
+    for setting, value in settings.values().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 
     wanted = Wanted(space, columns, retry_rejects=options.retry_rejects)

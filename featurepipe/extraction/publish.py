@@ -134,7 +134,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "new_space": job.why_new,
         "columns": [str(column) for column in job.columns],
         "settings": {
-            name: {"value": value, "why": job.settings.why[name]} for name, value in job.settings.fields().items()
+            name: {"value": value, "why": job.settings.why[name]} for name, value in job.settings.values().items()
         },
         "machine": {"device": job.machine.device, "batch_size": job.machine.batch_size, "workers": job.machine.workers},
         "counts": {

@@ -91,8 +91,7 @@ class _Share:
         earlier = space.parts_of_share(order.run_id, piece.share)
         self.there = Wanted(None, order.network.columns).share(earlier)
         mine = wanted.share(earlier)
-        fields = space.fields
-        settled = Settings(fields["precision"], fields["dtype"], fields["decode"], why={})
+        settled = Settings.of_space(space.fields, why="as in the space")
         self.job = replace(
             job_of(order.network, ready, source, settled, desk.machine(order.network, order.workers)),
             dataset=order.dataset,

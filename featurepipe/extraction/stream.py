@@ -24,6 +24,7 @@ from featurepipe.extraction.reading import PatientReader
 from featurepipe.images import Source, key_of
 from featurepipe.images.budgets import DECODE_SECONDS, READ_SECONDS, check_bytes
 from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
+from featurepipe.images.intensity import parse_intensity
 from featurepipe.threads import GivenUp, LoadingThreads
 
 SLICE = 8
@@ -232,16 +233,24 @@ def _note(image: Loaded, found: torch.Tensor | Kept | Reject, payload: Payload, 
         image.pixels = found
 
 
-def decoder_for(route: str, colour: Literal["rgb", "grey"], device: str, *, keep_damaged: bool = False) -> Decoder:
-    """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else."""
+def decoder_for(
+    route: str, colour: Literal["rgb", "grey"], device: str, *, intensity: str, keep_damaged: bool = False
+) -> Decoder:
+    """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else.
+
+    Raises:
+        UsageError: the intensity is unknown.
+    """
+    scale = parse_intensity(intensity)
     if route == "gpu":
         from featurepipe.images.decode_gpu import decode_batch
 
         return lambda payloads, claim: decode_batch(
-            payloads, colour=colour, device=device, keep_damaged=keep_damaged, claim=claim
+            payloads, colour=colour, device=device, intensity=scale, keep_damaged=keep_damaged, claim=claim
         )
     return lambda payloads, claim: (
-        try_decode(payload, colour=colour, keep_damaged=keep_damaged, claim=claim) for payload in payloads
+        try_decode(payload, colour=colour, intensity=scale, keep_damaged=keep_damaged, claim=claim)
+        for payload in payloads
     )
 
 
@@ -251,14 +260,15 @@ def loader_for(
     backbone: Backbone,
     machine: Machine,
     route: str,
+    intensity: str,
     clock: StageSeconds,
 ) -> Loader:
-    """A loader of what a backbone wants, with a window of four batches."""
+    """A loader of what a backbone wants, decoded by a route under an intensity, with a window of four batches."""
     preprocessing = backbone.preprocessing
     return Loader(
         source,
         missing,
-        decoder_for(route, preprocessing.colour, machine.device),
+        decoder_for(route, preprocessing.colour, machine.device, intensity=intensity),
         preprocessing.resize_crop,
         clock=clock,
         workers=machine.workers,
@@ -267,11 +277,17 @@ def loader_for(
 
 
 def load_sample(
-    source: Source, listing: pa.Table, backbone: Backbone, machine: Machine, rows: np.ndarray, images: int
+    source: Source,
+    listing: pa.Table,
+    backbone: Backbone,
+    machine: Machine,
+    rows: np.ndarray,
+    images: int,
+    intensity: str,
 ) -> torch.Tensor:
     """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
     found: list[torch.Tensor] = []
-    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, "cpu", StageSeconds())
+    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, "cpu", intensity, StageSeconds())
     with closing(loader.load(listing, rows[: 4 * images])) as batches:
         for batch in batches:
             found += [image.pixels for image in batch if image.pixels is not None]

@@ -65,7 +65,7 @@ class FeatureStream:
     Args:
         backbone: the network.
         columns: what to compute, in the order of the features.
-        settings: precision, stored dtype and decode route.
+        settings: precision, stored dtype, decode route and intensity.
         machine: device, batch size and threads.
         make_engine: builds the network for the columns; by default anew, once.
     """
@@ -109,7 +109,8 @@ class FeatureStream:
         wanted = tuple(map(str, self.columns))
         queue = _Queue(wanted, self._remembered_rows(), Rounding(self.settings.dtype, progress.say), listing["id"])
         batches = Batches(self._ready_engine, queue.fill, batch_size=self.machine.batch_size, clock=clock)
-        loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, self.settings.decode, clock)
+        route, intensity = self.settings.decode, self.settings.intensity
+        loader = loader_for(source, lambda _key: wanted, self.backbone, self.machine, route, intensity, clock)
         with closing(loader.load(listing, np.arange(listing.num_rows), stop, probes=probes)) as loaded:
             for images in loaded:
                 for image in images:

@@ -16,6 +16,7 @@ import numpy as np
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError
+from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.compute import Outcome
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages
@@ -78,14 +79,13 @@ class Transformation:
         with place_of(cluster, options, Silent().say) as place:
             place.check(None)
             job = prepare(given.source, held, None, options, Silent().say, dry_run=True, place=place)
-        fixed = job.settings
-        settled = replace(options, precision=fixed.precision, dtype=fixed.dtype, decode=fixed.decode)
+        settled = _with(options, job.settings)
         return cls(job.backbone, tuple(job.columns), settled, store, dict(job.fields), job.engines, cluster)
 
     @classmethod
     def resume(cls, options: Options, store: Store, space: dict[str, Any], cluster: Any = None) -> Self:
         """Makes ready again what was settled before, perhaps on another machine."""
-        settled = replace(options, precision=space["precision"], dtype=space["dtype"], decode=space["decode"])
+        settled = _with(options, Settings.of_space(space, why="as fitted"))
         backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
         return cls(backbone, tuple(backbone.columns(options.nodes)), settled, store, space, {}, cluster)
 
@@ -169,6 +169,12 @@ class Transformation:
             rows[usable, start : start + width] = found.read(np.float32)
             start += width
         return rows
+
+
+def _with(options: Options, settings: Settings) -> Options:
+    """The options with all that is ``auto`` settled."""
+    values: dict[str, Any] = settings.values()
+    return replace(options, **values)
 
 
 @contextmanager

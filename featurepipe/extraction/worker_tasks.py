@@ -27,11 +27,11 @@ def compute_slice(order: Order, piece: Slice) -> Done:
 
 
 def measure_precision(
-    network: Network, source: bytes, workers: int | None, tried: str | None, sample: Slice
+    network: Network, source: bytes, workers: int | None, tried: str | None, intensity: str, sample: Slice
 ) -> tuple[str, str]:
     """Compares precisions; see `at_worker.measure_precision`."""
     with alone_at_desk() as desk:
-        return at_worker.measure_precision(network, source, workers, tried, sample, desk)
+        return at_worker.measure_precision(network, source, workers, tried, intensity, sample, desk)
 
 
 def sample_rate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -15,8 +15,10 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, PIXELS, check_bytes
+from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
 from featurepipe.images.quiet import QuietModules
+from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
 
@@ -25,6 +27,8 @@ Claim = Callable[[int], None]
 
 PILLOW_BYTES: Final = 12
 """Bytes a pixel that decoding by PIL takes at its peak: four for the decoder, four for PIL's image, then the array and a copy."""
+DEEP_BYTES: Final = 36
+"""The same of more than eight bits: PIL image and decoder for each byte, then the numbers, twice, and the upper bits."""
 _STRIP: Final = 1 << 22
 """Pixels that are converted at a time."""
 _RUN: Final = 256
@@ -34,12 +38,26 @@ DECODING: Final[dict[str, str | int]] = {
     "alpha": ALPHA,  # transparency is composited on it
     "orientation": "exif",  # applied
     "frame": "first",
-    "sixteen_bit": "high-byte",
+    "intensity": str(DECLARED),  # of more than eight bits; see `featurepipe.images.intensity.Intensity`
+    "icc": "ignored",  # a colour profile in the file: numbers are taken for sRGB
     "cmyk": "naive",  # PIL's conversion, without a colour profile
     "grey": "luma-601",  # ITU-R 601; a JPEG's own luma channel
     "jpeg": "libjpeg-islow",
 }
 """What decoding does that changes pixels: part of the feature space."""
+_VERSION_1: Final = {"sixteen_bit": str(HIGH_BYTE)}  # instead of `intensity`, and without `icc`
+
+
+def decoding_fields(intensity: str) -> dict[str, str | int]:
+    """What decoding does under an intensity: ``DECODING`` with it, or what spaces of version 1 say for ``high-byte``."""
+    if intensity != str(HIGH_BYTE):
+        return {**DECODING, "intensity": intensity}
+    return {**{name: value for name, value in DECODING.items() if name not in {"intensity", "icc"}}, **_VERSION_1}
+
+
+def intensity_of(decoding: Mapping[str, Any]) -> str:
+    """The intensity of a feature space's decoding, as `decoding_fields` wrote it."""
+    return str(decoding.get("intensity", decoding.get("sixteen_bit", DECLARED)))
 
 
 class _FirstOfWebP(WebPImagePlugin.WebPImageFile):
@@ -90,6 +108,7 @@ _ORIENTATION: Final = 0x0112
 _WITH_ALPHA: Final = {"RGBA", "LA", "PA", "RGBa", "La"}
 # Not LAB: PIL converts it to RGB only where it was built with a colour management library, and never to grey.
 _CONVERTIBLE: Final = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
+_UNKNOWN_LAYOUTS: Final = {"unknown pixel mode", "unknown data organization", "Invalid value for samples per pixel"}
 REPAIRED: Final = "libjpeg could only repair it"
 """Stands in the reason of a reject, or of a note, for each JPEG that decodes although some of its pixels are lost."""
 _UNKNOWN_SAMPLING: Final = "subsampling"  # in the words of TurboJPEG for what libjpeg, and so PIL, decodes all the same
@@ -107,19 +126,26 @@ class Kept(NamedTuple):
 
 
 def try_decode(
-    payload: bytes | np.ndarray[Any, Any], *, colour: Colour, keep_damaged: bool = False, claim: Claim | None = None
+    payload: bytes | np.ndarray[Any, Any],
+    *,
+    colour: Colour,
+    intensity: Intensity = DECLARED,
+    keep_damaged: bool = False,
+    claim: Claim | None = None,
 ) -> torch.Tensor | Kept | Reject:
     """Decodes one image, with every exception as a reject: the border at which one image's trouble stays its own.
 
     Args:
         payload: as for `decode`.
         colour: as for `decode`.
+        intensity: as for `decode`.
         keep_damaged: whether a JPEG that lost pixels is `Kept`.
         claim: as for `decode`.
     """
     told: list[str] = []
+    on_damage = told.append if keep_damaged else None
     try:
-        pixels = decode(payload, colour=colour, on_damage=told.append if keep_damaged else None, claim=claim)
+        pixels = decode(payload, colour=colour, intensity=intensity, on_damage=on_damage, claim=claim)
     except Exception as error:  # noqa: BLE001  # a stranger's file may make a library raise anything
         return as_reject(error)
     return Kept(pixels, told[0]) if told else pixels
@@ -141,6 +167,7 @@ def decode(
     payload: bytes | np.ndarray[Any, Any],
     *,
     colour: Colour = "rgb",
+    intensity: Intensity = DECLARED,
     on_damage: Callable[[str], None] | None = None,
     claim: Claim | None = None,
 ) -> torch.Tensor:
@@ -150,8 +177,10 @@ def decode(
     composited on white, EXIF orientation applied, of an animation the first frame taken.
 
     Args:
-        payload: An encoded JPEG, PNG, WebP, GIF, BMP or TIFF, or uint8 pixels (H,W), (H,W,1), (H,W,3) or (H,W,4).
+        payload: An encoded JPEG, PNG, WebP, GIF, BMP or TIFF, or pixels (H,W), (H,W,1), (H,W,3) or (H,W,4): uint8, bool
+            (True is white), or other numbers, for which ``intensity`` is asked.
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
+        intensity: Which values are black and white in images of more than eight bits.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
             default it is a reject.
         claim: Called with the bytes of memory that decoding will take, before it does; by default waits for its part of
@@ -161,16 +190,14 @@ def decode(
         A uint8 tensor of shape (3,H,W) or (1,H,W), owned by the caller.
 
     Raises:
-        Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``budget``, ``unsupported`` or
-            ``corrupt``.
+        Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``budget``, ``unsupported``,
+            ``intensity`` or ``corrupt``.
     """
     if claim is None:
         with MEMORY.lease() as lease:
-            return decode(payload, colour=colour, on_damage=on_damage, claim=lease)
+            return decode(payload, colour=colour, intensity=intensity, on_damage=on_damage, claim=lease)
     if isinstance(payload, np.ndarray):
-        image = _from_array(payload)
-        claim(image.width * image.height * PILLOW_BYTES)
-        return _to_tensor(image, colour)
+        return _to_tensor(_from_array(payload, intensity, claim), colour)
     if not payload:
         raise Reject("empty: 0 bytes")
     check_bytes(len(payload))
@@ -181,7 +208,7 @@ def decode(
         if pixels is not None:
             return pixels
     with QUIET:
-        return _decode_pillow(payload, colour, claim)
+        return _decode_pillow(payload, colour, intensity, claim)
 
 
 def checked_jpeg(payload: bytes) -> JpegHeader:
@@ -265,9 +292,7 @@ def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     return pixels if flipped is None else pixels.flip(flipped)
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise Reject(f"unsupported: an array of {array.dtype}; pixels are uint8")
+def _from_array(array: np.ndarray[Any, Any], intensity: Intensity, claim: Claim) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
@@ -275,24 +300,49 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             f"unsupported: an array of shape {array.shape}; pixels are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
     check_pixels(array.shape[1], array.shape[0])
-    return Image.fromarray(np.ascontiguousarray(array))
+    claim(array.shape[0] * array.shape[1] * (PILLOW_BYTES if array.dtype.itemsize == 1 else DEEP_BYTES))
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array))
+    return scaled(samples_of_array(array), intensity)
 
 
-def _decode_pillow(payload: bytes, colour: Colour, claim: Claim) -> torch.Tensor:
+def _decode_pillow(payload: bytes, colour: Colour, intensity: Intensity, claim: Claim) -> torch.Tensor:
     plugin = _plugin_for(payload)
     _check_complete(payload, plugin)
     try:
         with plugin(io.BytesIO(payload)) as image:
             check_pixels(*image.size)
             _check_runs(image, payload)
-            claim(image.width * image.height * PILLOW_BYTES)
-            image.load()
-            return _to_tensor(turned(image), colour)
+            claim(image.width * image.height * (DEEP_BYTES if is_deep(image) else PILLOW_BYTES))
+            samples = load_samples(image, payload)
+            return _to_tensor(turned(image if samples is None else scaled(samples, intensity), image), colour)
     except Image.DecompressionBombError as error:
         raise Reject(f"bomb: {error}") from error
     except DAMAGE as error:
+        if plugin is TiffImagePlugin.TiffImageFile and str(error) in _UNKNOWN_LAYOUTS:
+            raise Reject(
+                f"unsupported: {tiff_in_words(payload)}; save it as PNG, or as TIFF in 8 or 16 bits"
+            ) from error
         code = "truncated" if says_truncated(error) else "corrupt"
         raise Reject(f"{code}: {first_line(error) or type(error).__name__}") from error
+
+
+def scaled(samples: Samples, intensity: Intensity) -> Image.Image:
+    """An image of eight bits per channel: of numbers (H, W) grey, (H, W, 3) colours or (H, W, 4) CMYK.
+
+    Raises:
+        Reject: As `eight_bits`.
+    """
+    pixels = eight_bits(samples, intensity)
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        return Image.frombytes("CMYK", (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if samples.alpha is not None:
+        image = image.convert("RGB")
+        image.putalpha(Image.fromarray(samples.alpha))
+    return image
 
 
 def _plugin_for(payload: bytes) -> type[Any]:
@@ -320,11 +370,11 @@ def _check_runs(image: Image.Image, payload: bytes) -> None:
         raise Reject(f"bomb: {image.width}x{image.height} pixels of run lengths in {len(payload):,} bytes")
 
 
-def turned(image: Image.Image) -> Image.Image:
-    """The image upright, as its EXIF orientation says."""
+def turned(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:
+    """The image upright, as its EXIF orientation says, or that of ``tagged``."""
     # Not ImageOps.exif_transpose: it also rewrites the metadata, and fails on images whose metadata is damaged.
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get((tagged or image).getexif().get(_ORIENTATION, 1))
     except DAMAGE:
         turn = None
     return image if turn is None else image.transpose(turn)
@@ -342,9 +392,7 @@ def _to_tensor(image: Image.Image, colour: Colour) -> torch.Tensor:
 
 
 def flattened(image: Image.Image) -> Image.Image:
-    """Eight bits per channel and no transparency."""
-    if image.mode.startswith(("I", "F")):
-        return _eight_bits(image)
+    """No transparency; the image has eight bits per channel."""
     if image.mode in _WITH_ALPHA or (image.mode in _CONVERTIBLE and "transparency" in image.info):
         with_alpha = image.convert("RGBA")
         background = Image.new("RGB", image.size, ALPHA)
@@ -353,13 +401,6 @@ def flattened(image: Image.Image) -> Image.Image:
     if image.mode not in _CONVERTIBLE:
         raise Reject(f"unsupported: {image.mode} colours")
     return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
-        raise Reject(f"unsupported: {image.mode} pixels from {values.min()} to {values.max()}; known are 8 and 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def says_truncated(error: Exception | str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,20 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
 from featurepipe.images.decode import QUIET, Claim, Colour, Kept, checked_jpeg, jpeg_bytes, try_decode
+from featurepipe.images.intensity import DECLARED, Intensity
 from featurepipe.images.jpeg import JpegHeader, is_jpeg, looks_damaged
 
 Payload = bytes | np.ndarray[Any, Any]
 
 
 def decode_batch(
-    payloads: Sequence[Payload], *, colour: Colour, device: str, keep_damaged: bool = False, claim: Claim | None = None
+    payloads: Sequence[Payload],
+    *,
+    colour: Colour,
+    device: str,
+    intensity: Intensity = DECLARED,
+    keep_damaged: bool = False,
+    claim: Claim | None = None,
 ) -> Iterator[torch.Tensor | Kept | Reject]:
     """Decodes several images, upright colour JPEGs together on the CUDA device through torchvision's nvJPEG decoder.
 
@@ -29,6 +37,7 @@ def decode_batch(
         payloads: As for ``decode``.
         colour: ``"rgb"`` or ``"grey"``.
         device: Such as ``cuda:0``.
+        intensity: As for ``decode``.
         keep_damaged: As for ``try_decode``.
         claim: As for ``decode``; asked once for the slice, and for each image that takes the ordinary route.
 
@@ -49,8 +58,9 @@ def decode_batch(
             images = []
         for i, image in zip(suited, images, strict=False):
             decoded[i] = image
+    on_cpu = partial(try_decode, colour=colour, intensity=intensity, keep_damaged=keep_damaged, claim=claim)
     for payload, found in zip(payloads, decoded, strict=True):
-        yield _on_cpu(payload, colour, device, keep_damaged, claim) if found is None else found
+        yield _moved(on_cpu(payload), device) if found is None else found
 
 
 def _header(payload: Payload) -> JpegHeader | None:
@@ -64,10 +74,7 @@ def _header(payload: Payload) -> JpegHeader | None:
     return header if header.components == 3 and header.orientation == 1 and not looks_damaged(payload) else None
 
 
-def _on_cpu(
-    payload: Payload, colour: Colour, device: str, keep_damaged: bool, claim: Claim | None
-) -> torch.Tensor | Kept | Reject:
-    found = try_decode(payload, colour=colour, keep_damaged=keep_damaged, claim=claim)
+def _moved(found: torch.Tensor | Kept | Reject, device: str) -> torch.Tensor | Kept | Reject:
     if isinstance(found, Kept):
         return found._replace(pixels=found.pixels.to(device))
     return found if isinstance(found, Reject) else found.to(device)

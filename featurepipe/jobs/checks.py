@@ -15,7 +15,7 @@ Problem: TypeAlias = tuple[str, Any, str]
 """Key, what was given (None where the message says it), and what is wrong with it."""
 
 RECOMMENDED = ("recommended",)
-_NETWORK = ("backbone", "weights", "seed", "precision", "dtype", "decode")
+_NETWORK = ("backbone", "weights", "seed", "precision", "dtype", "decode", "intensity")
 _PREDICTIONS = (".parquet", ".csv", ".jsonl")
 
 

@@ -14,6 +14,7 @@ from featurepipe.jobs.values import (
     Amount,
     BatchSize,
     Components,
+    Intensity,
     JobPath,
     Name,
     Names,
@@ -84,6 +85,8 @@ class FeaturesTable(Table):
     """Stored numbers."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded."""
+    intensity: Intensity = "auto"
+    """Black and white of images of more than eight bits: `declared`, `full`, `bits=N`, `window=LO:HI` or `minmax`."""
 
 
 class MachineTable(Table):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from featurepipe.errors import UsageError, unknown
+from featurepipe.images.intensity import parse_intensity
 from featurepipe.sizes import bytes_of, seconds_of
 
 PLACEHOLDERS = ("date", "run", "job")
@@ -45,6 +46,12 @@ def _batch_size(given: Any) -> Any:
     if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= LARGEST_BATCH):
         return given
     raise UsageError(f"must be 'auto' or a number from 1 to {LARGEST_BATCH}")
+
+
+def _intensity(text: str) -> str:
+    if text != "auto":
+        parse_intensity(text)
+    return text
 
 
 def _share(given: Any) -> int | str:
@@ -149,6 +156,8 @@ Amount = Annotated[int | str, BeforeValidator(_amount)]
 """Bytes, or text such as ``"20GB"``."""
 BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
 """Images per forward, or ``"auto"``."""
+Intensity = Annotated[str, AfterValidator(_intensity)]
+"""``auto``, or what `featurepipe.images.intensity.parse_intensity` reads."""
 Share = Annotated[int | str, BeforeValidator(_share)]
 """A number of images, or a share such as ``"1%"``."""
 Components = Annotated[int | float, BeforeValidator(_components)]

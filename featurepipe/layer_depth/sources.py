@@ -14,6 +14,7 @@ from featurepipe.errors import UsageError
 from featurepipe.extraction.machine import Machine
 from featurepipe.extraction.on_cluster import place_of
 from featurepipe.extraction.options import Options
+from featurepipe.images.decode import intensity_of
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
 from featurepipe.layer_depth.timing import FEW, Timing
@@ -185,8 +186,7 @@ def _computed(
     dataset, shifted = _names(wanted)
     records = [run(wanted.source, dataset, wanted.weights)]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
-    settled = records[0]["space"]["precision"] if dry_run else records[0]["settings"]["precision"]["value"]
-    extraction["precision"] = settled  # all that is compared is computed alike, and precisions are compared once
+    extraction.update(_settled(records[0]))  # all that is compared is computed alike, and precisions are compared once
     if shifted is not None:
         records.append(run(wanted.test_source, shifted, wanted.weights))
         _check_same_space(records[0], records[-1])
@@ -196,6 +196,14 @@ def _computed(
         if shifted is not None:
             records.append(run(wanted.test_source, shifted, "none"))
     return Extracted(wanted, store, dataset, shifted, backbone, columns, spaces, machine, records)
+
+
+def _settled(record: Mapping[str, Any]) -> dict[str, str]:
+    """What an extraction, or a dry run of one, made of what was ``auto``, as arguments of the next one."""
+    if "settings" in record:
+        return {name: record["settings"][name]["value"] for name in ("precision", "intensity")}
+    space = record["space"]
+    return {"precision": space["precision"], "intensity": intensity_of(space["decoding"])}
 
 
 def _held(wanted: Wanted, machine: Machine) -> Extracted:

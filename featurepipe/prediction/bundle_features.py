@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.images.decode import intensity_of
 from featurepipe.store import FeatureStore, Space, differences
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _command(bundle: Bundle, store: FeatureStore, dataset: str) -> str:
     words += ["--seed", str(about["seed"])] if about["weights"] == "none" else []
     for option in ("precision", "dtype", "decode"):
         words += [f"--{option}", str(bundle.space[option])] if option in bundle.space else []
+    words += ["--intensity", intensity_of(bundle.space["decoding"])] if "decoding" in bundle.space else []
     for column in bundle.columns:
         words += ["--node", column]
     return shlex.join(words)

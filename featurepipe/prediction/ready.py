@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +15,7 @@ from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
-from featurepipe.errors import BundleError
+from featurepipe.errors import BundleError, UsageError
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.machine import settle_machine
 from featurepipe.extraction.options import AUTO
@@ -25,11 +23,10 @@ from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.streaming import FeatureBatch, FeatureStream
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
-from featurepipe.images.decode import DECODING
+from featurepipe.images.intensity import parse_intensity
 from featurepipe.progress import Progress
 from featurepipe.store import differences
 
-SETTINGS = ("precision", "dtype", "decode")
 SCORED_BYTES = 32 * 1024 * 1024
 """Features that are scored at once: some heads are many times faster on more rows."""
 
@@ -42,17 +39,11 @@ class ReadyBundle:
         bundle: the head and all that is known of it.
         backbone: the network.
         stream: computes the bundle's columns from any source, in the bundle's feature space.
-        options: what ``make_ready`` was given beside the bundle.
     """
 
     bundle: Bundle
     backbone: Backbone
     stream: FeatureStream
-    options: Mapping[str, Any]
-
-    def __reduce__(self) -> tuple[Callable[..., ReadyBundle], tuple[Bundle, Mapping[str, Any]]]:
-        """Pickles and copies the bundle and the options, from which the network is loaded again wherever it arrives."""
-        return _made_again, (self.bundle, self.options)
 
     def groups(
         self,
@@ -114,11 +105,14 @@ def make_ready(
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     check_trusted(found.backbone["name"], trust_code, named_by="the bundle", error=BundleError)
-    precision, dtype, decode = (str(found.space[name]) for name in SETTINGS)
-    settings = Settings(precision, dtype, decode, why=dict.fromkeys(SETTINGS, "as in the bundle"))
+    settings = Settings.of_space(found.space, why="as in the bundle")
+    try:
+        parse_intensity(settings.intensity)
+    except UsageError as error:
+        raise BundleError(f"the bundle's features have an {error}; use the version that it was trained with") from error
     machine = settle_machine(device, batch_size, workers, settings.decode)
     backbone = load_backbone(found.backbone["name"], _weights(found, weights), seed=found.backbone["seed"])
-    fields = {**backbone.identity(), **settings.fields(), "decoding": dict(DECODING), "numerics": NUMERICS}
+    fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
     changed = differences(found.space, fields)
     if changed:
         raise BundleError(
@@ -127,18 +121,7 @@ def make_ready(
         )
     columns = backbone.columns(found.columns)
     _check_width(found, backbone, columns)
-    options = {
-        "weights": None if weights is None else str(Path(weights).absolute()),
-        "device": device,
-        "batch_size": batch_size,
-        "workers": workers,
-        "trust_code": trust_code,
-    }
-    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine), options)
-
-
-def _made_again(bundle: Bundle, options: Mapping[str, Any]) -> ReadyBundle:
-    return make_ready(bundle, **options)
+    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine))
 
 
 def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:

@@ -13,6 +13,7 @@ from featurepipe.backbones.engine import Engine
 from featurepipe.backbones.precision import PrecisionChoice
 from featurepipe.errors import UsageError
 from featurepipe.extraction import auto, place, prepare
+from featurepipe.images.decode import DECODING, decoding_fields
 from featurepipe.store import FeatureStore
 
 
@@ -65,9 +66,9 @@ def test_an_option_that_changes_values_makes_a_new_space(album, run, options, wh
 def test_another_decoding_or_numerics_version_makes_a_new_space(album, run, monkeypatch):
     run(album.root)
     spaces = 1
-    for name in prepare.DECODING:
+    for name in DECODING.keys() - {"intensity"}:  # which is an option, and follows the store
         with monkeypatch.context() as patch:
-            patch.setitem(prepare.DECODING, name, "otherwise")
+            patch.setitem(DECODING, name, "otherwise")
             record = run(album.root)
         spaces += 1
         assert record["counts"]["computed"] == 3
@@ -169,6 +170,7 @@ def test_auto_follows_the_store_and_does_not_measure(album, run, measured):
         "precision": "bf16",
         "dtype": "float32",
         "decode": "cpu",
+        "intensity": "declared",
     }
     assert {s["why"] for s in record["settings"].values()} == {"as in the store"}
 
@@ -190,6 +192,7 @@ def test_explicit_settings_override_what_the_store_holds(album, run, measured):
         "precision": "fp32",
         "dtype": "float32",
         "decode": "cpu",
+        "intensity": "declared",
     }
     assert record["settings"]["precision"]["why"] == "asked for"
     assert record["settings"]["dtype"]["why"] == "as in the store"
@@ -247,40 +250,44 @@ def test_auto_without_a_usable_image_takes_fp32(run, tmp_path):
 
 def test_resolve_prefers_explicit_then_held_then_measured():
     fields = [
-        {"precision": "bf16", "dtype": "float16", "decode": "cpu"},
-        {"precision": "fp32", "dtype": "float32", "decode": "gpu"},
+        {"precision": "bf16", "dtype": "float16", "decode": "cpu", "decoding": decoding_fields("minmax")},
+        {"precision": "fp32", "dtype": "float32", "decode": "gpu", "decoding": decoding_fields("bits=12")},
     ]
     held = [auto.Held(of_space, complete=True) for of_space in fields]
-    auto_all = dict.fromkeys(auto.CHOICES, "auto")
+    auto_all = dict.fromkeys(auto.SETTINGS, "auto")
     tried = []
 
-    def measure(precision):
-        tried.append(precision)
+    def measure(precision, intensity):
+        tried.append((precision, intensity))
         return "fp16", "measured"
 
     assert auto.resolve(auto_all, held, measure).fields() == fields[0]
     assert auto.resolve({**auto_all, "dtype": "float32"}, held, measure).fields() == fields[1]
     found = auto.resolve({**auto_all, "dtype": "float32", "decode": "cpu"}, held, measure)
-    assert found.fields() == {"precision": "bf16", "dtype": "float32", "decode": "cpu"}
-    assert found.why == {"precision": "as in the store", "dtype": "asked for", "decode": "asked for"}
+    assert found.values() == {"precision": "bf16", "dtype": "float32", "decode": "cpu", "intensity": "minmax"}
+    why = {"precision": "as in the store", "dtype": "asked for", "decode": "asked for", "intensity": "as in the store"}
+    assert found.why == why
+    assert auto.resolve({**auto_all, "intensity": "bits=12"}, held, measure).fields() == fields[1]
+    assert auto.resolve({**auto_all, "intensity": "window=0.0:12e2"}, held, measure).intensity == "window=0:1200"
     assert tried == []
     found = auto.resolve(auto_all, [], measure)
-    assert found.fields() == {"precision": "fp16", "dtype": "float16", "decode": "cpu"}
+    assert found.values() == {"precision": "fp16", "dtype": "float16", "decode": "cpu", "intensity": "declared"}
+    assert found.fields()["decoding"] == DECODING
     assert found.why["precision"] == "measured"
-    assert tried == [None]
+    assert tried == [(None, "declared")]
 
 
 def test_reduced_precision_of_the_store_is_measured_before_a_new_column_joins_it():
-    fields = {"precision": "bf16", "dtype": "float32", "decode": "cpu"}
-    auto_all = dict.fromkeys(auto.CHOICES, "auto")
+    fields = {"precision": "bf16", "dtype": "float32", "decode": "cpu", "decoding": decoding_fields("high-byte")}
+    auto_all = dict.fromkeys(auto.SETTINGS, "auto")
     tried = []
 
-    def disagree(precision):
-        tried.append(precision)
+    def disagree(precision, intensity):
+        tried.append((precision, intensity))
         return "fp32", "bf16 agrees with fp32 to a worst cosine of 0.92 only"
 
     found = auto.resolve(auto_all, [auto.Held(fields, complete=False)], disagree)
-    assert tried == ["bf16"]
+    assert tried == [("bf16", "high-byte")]
     assert found.fields() == {**fields, "precision": "fp32"}
     assert "0.92 only" in found.why["precision"]
     exact = auto.Held({**fields, "precision": "fp32"}, complete=False)
@@ -289,7 +296,7 @@ def test_reduced_precision_of_the_store_is_measured_before_a_new_column_joins_it
         auto.resolve({**auto_all, "precision": "bf16"}, [auto.Held(fields, complete=False)], disagree).fields()
         == fields
     )
-    assert tried == ["bf16"]
+    assert tried == [("bf16", "high-byte")]
 
 
 def test_a_dataset_taken_from_another_place_is_said_and_read_anew(album, run, tmp_path, capsys):
@@ -333,6 +340,8 @@ def test_a_space_whose_decoding_needs_a_gpu_is_not_silently_left(album, run):
         ({"precision": "fp8"}, "unknown precision 'fp8'; choices: auto, fp32, bf16, fp16"),
         ({"dtype": "f2"}, "unknown dtype 'f2'; choices: auto, float16, float32"),
         ({"decode": "tpu"}, "unknown decode 'tpu'; choices: auto, cpu, gpu"),
+        ({"intensity": "bits=0"}, r"unknown intensity 'bits=0'; choices: declared, full, bits=N, window=LO:HI, minmax"),
+        ({"intensity": "window=5:5"}, "unknown intensity 'window=5:5'; choices: declared, full"),
         ({"decode": "gpu", "device": "cpu"}, "decode 'gpu' needs --device cuda"),
         ({"device": "tpu"}, "unknown device 'tpu'; choices: auto, cpu, cuda, cuda:N"),
         ({"device": "meta"}, "unknown device 'meta'"),

@@ -17,7 +17,7 @@ from featurepipe.images import open_source
 
 def stream_of(nodes=("c3", "bottleneck"), *, backbone="lenet5", weights="none", dtype="float16", batch_size=7):
     network = load_backbone(backbone, weights)
-    settings = Settings("fp32", dtype, "cpu", why={})
+    settings = Settings("fp32", dtype, "cpu", "declared", why={})
     return FeatureStream(network, network.columns(nodes), settings, settle_machine("cpu", batch_size, 2, "cpu"))
 
 

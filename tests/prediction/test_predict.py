@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(album, tmp_pat
     ("field", "value", "message"),
     [
         ("numerics", 0, "numerics differs"),
-        ("decoding", {"alpha": "black"}, r"decoding\.alpha, .*decoding\.sixteen_bit differ"),
+        ("decoding", {"alpha": "black"}, r"decoding\.alpha, .*decoding\.intensity, .*differ"),
         (
             "weights_sha256",
             "0" * 64,
