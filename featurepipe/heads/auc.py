@@ -1,4 +1,4 @@
-"""Area under the ROC curve of every class against the rest, and its bootstrap, from one sorted order per class."""
+"""Area under the ROC curve of every class against the rest, from one sorted order per class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.resampling import Array, resampled_counts
-
-_EXACT = 200_000_000  # images x classes x resamples up to which every resample is ranked, about a second or two
-
+Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
 
 
@@ -20,7 +17,8 @@ class OneVsRest:
 
     Attributes:
         values: (K,) AUC, NaN for a class without images or without images of others.
-        influence: (n,) what one more copy of an image adds to the mean AUC, to first order.
+        influence: (n,) what one more copy of an image adds to the mean AUC, to first order, scaled so that the squares sum to
+            the mean's variance.
     """
 
     values: Array
@@ -37,7 +35,8 @@ def one_vs_rest(probabilities: npt.NDArray[np.floating], codes: Codes) -> OneVsR
     """Ranks the images once per class; ties count half (Mann and Whitney).
 
     The influence of an image is its structural component (DeLong, DeLong and Clarke-Pearson, 1988): for an image of
-    the class the share of others below it, for another image the share of the class above it.
+    the class the share of others below it, for another image the share of the class above it, both less their mean. The only
+    image of a class has no mean but itself, so that of all classes is taken.
 
     Args:
         probabilities: (n, K).
@@ -47,6 +46,7 @@ def one_vs_rest(probabilities: npt.NDArray[np.floating], codes: Codes) -> OneVsR
     values, influence = np.full(classes, np.nan), np.zeros(n)
     support = np.bincount(codes, minlength=classes)
     defined = np.flatnonzero((support > 0) & (support < n))
+    single = np.full(n, np.nan)  # of the only image of a class
     for k in defined:
         order, start, stop = _ranked(_scores(probabilities, int(k)))
         own = codes == k
@@ -54,60 +54,15 @@ def one_vs_rest(probabilities: npt.NDArray[np.floating], codes: Codes) -> OneVsR
         below = _middle(np.cumsum(~sorted_own), start[own], stop[own]) / (n - support[k])
         above = 1 - _middle(np.cumsum(sorted_own), start[~own], stop[~own]) / support[k]
         values[k] = below.mean()
-        influence[own] += (below - values[k]) / (support[k] * len(defined))
+        if support[k] > 1:
+            unbiased = np.sqrt(support[k] / (support[k] - 1))
+            influence[own] += unbiased * (below - values[k]) / (support[k] * len(defined))
+        else:
+            single[own] = values[k] / len(defined)
         influence[~own] += (above - values[k]) / ((n - support[k]) * len(defined))
+    alone = ~np.isnan(single)
+    influence[alone] += single[alone] - values[defined].mean() / len(defined) if alone.any() else 0.0
     return OneVsRest(values, influence)
-
-
-def resampled_auc(probabilities: npt.NDArray[np.floating], codes: Codes, *, resamples: int, seed: int) -> Array | None:
-    """The macro AUC of bootstrap resamples, by weighted rank sums over one sorted order per class.
-
-    Args:
-        probabilities: (n, K).
-        codes: (n,) position of the true class.
-        resamples: How many to draw.
-        seed: Of the draws.
-
-    Returns:
-        (resamples,), NaN where a resample has images of one class only; None past 2e8 ranks (images x classes x
-        resamples): with so many, the influences of ``one_vs_rest`` give the same interval at no cost.
-    """
-    n, classes = probabilities.shape
-    if n * classes * resamples > _EXACT:
-        return None
-    ranks = WeightedRanks(probabilities, codes)
-    return np.array([ranks.macro(drawn) for drawn in resampled_counts(n, resamples=resamples, seed=seed)])
-
-
-class WeightedRanks:
-    """The AUC for any weights of the images, without sorting again; holds (K, n) arrays.
-
-    Args:
-        probabilities: (n, K).
-        codes: (n,) position of the true class.
-    """
-
-    def __init__(self, probabilities: npt.NDArray[np.floating], codes: Codes) -> None:
-        n, classes = probabilities.shape
-        self._codes, self._classes = codes, classes
-        self._order = np.empty((classes, n), np.int32)
-        self._row = codes * n
-        self._start, self._stop = np.empty(n, np.int64), np.empty(n, np.int64)
-        for k in range(classes):
-            self._order[k], start, stop = _ranked(_scores(probabilities, k))
-            own = codes == k
-            self._start[own], self._stop[own] = k * n + start[own], k * n + stop[own]
-        self._others = codes[self._order] != np.arange(classes)[:, None]
-
-    def macro(self, weights: npt.NDArray[np.int64]) -> float:
-        """The mean AUC over the classes that have one under ``weights``, (n,); NaN if none has."""
-        others = np.cumsum(weights[self._order] * self._others)  # through all classes, so each row starts above zero
-        below = _middle(others, self._start, self._stop) - _middle(others, self._row, self._row)
-        sums = np.bincount(self._codes, weights * below, self._classes)
-        support = np.bincount(self._codes, weights, self._classes)
-        pairs = support * (weights.sum() - support)
-        defined = pairs > 0
-        return float((sums[defined] / pairs[defined]).mean()) if defined.any() else float("nan")
 
 
 def _scores(probabilities: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.floating]:

@@ -28,10 +28,15 @@ def measures_text(metrics: Mapping[str, Any]) -> str:
     for name, title in {"accuracy": "accuracy", **tops, **_TITLES}.items():
         found = metrics.get(name, {})
         if found.get("value") is not None:
-            limits = "" if found.get("low") is None else f"{found['low']:.4f} to {found['high']:.4f}"
+            limits = (
+                found.get("reason", "") if found.get("low") is None else f"{found['low']:.4f} to {found['high']:.4f}"
+            )
             rows.append([title, f"{found['value']:.4f}", limits])
         elif found and not name.startswith("top_"):  # of few classes nobody expects it
             reasons.append(f"{title}: none, {found['reason']}")
-    resamples = metrics.get("bootstrap", {}).get("resamples", 0)
-    interval = f"95 % interval ({resamples:,} resamples)" if resamples else "95 % interval"
-    return "\n".join([table(["measure", "value", interval if any(row[2] for row in rows) else ""], rows), *reasons])
+    interval = "95 % interval" if any(row[2] for row in rows) else ""
+    untested = metrics.get("untested", [])
+    if untested:
+        more = f" and {len(untested) - 10} more" if len(untested) > 10 else ""
+        reasons.append(f"classes without a test image, about which this says nothing: {', '.join(untested[:10])}{more}")
+    return "\n".join([table(["measure", "value", interval], rows), *reasons])

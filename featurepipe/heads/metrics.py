@@ -1,4 +1,4 @@
-"""How good probabilities are: the usual measures with bootstrap intervals, per class, and the worst mistakes."""
+"""How good probabilities are: the usual measures with their intervals, per class, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.auc import OneVsRest, one_vs_rest, resampled_auc
-from featurepipe.heads.resampling import Array, bootstrap_sums, interval, plain_sums
+from featurepipe.heads import intervals
+from featurepipe.heads.auc import OneVsRest, one_vs_rest
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
 
 _ROWS = 8192  # rows of probabilities that are worked on at once
-_LEVEL = 0.95
 _ROUNDING = 1e-6  # by which a probability may exceed 1
 
+Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.floating]
 Ids = Sequence[str] | npt.NDArray[Any] | None
@@ -36,15 +35,13 @@ def score_table(
     seed: int = 0,
     mistakes: int = 20,
 ) -> dict[str, Any]:
-    """Scores probabilities against true classes, with 95 % bootstrap percentile intervals.
+    """Scores probabilities against true classes, with 95 % intervals.
 
     The values are those of scikit-learn's ``accuracy_score``, ``balanced_accuracy_score``, ``f1_score`` (macro, over
     the classes that are true or predicted anywhere), ``log_loss``, ``roc_auc_score`` (one against the rest, mean over
     the classes that have images) and ``top_k_accuracy_score``, and the expected calibration error of Guo et al.
-    (2017) over 15 equal bins. Intervals resample the images (Efron and Tibshirani, 1993).
-    Where classes or bins have few images, resamples have a larger ``ece`` and a smaller ``macro_f1`` than the images, so
-    that these two intervals need not have their value in the middle; where they would not have it at all, they are
-    stretched to it.
+    (2017) over 15 equal bins. Intervals are those of ``heads.intervals``: for images like these, also where there are few, and
+    where all are right.
 
     Args:
         probabilities: (n, K), of each class; the largest (the first of equals) is what is predicted.
@@ -52,13 +49,14 @@ def score_table(
         classes: Their K names.
         ids: (n,) names of the images; by default their positions.
         top: Which top-k accuracies to give.
-        bootstrap: Resamples; 0 for no intervals.
-        seed: Of the resamples.
+        bootstrap: Draws behind the interval of the calibration error; 0 for no intervals at all.
+        seed: Of the draws.
         mistakes: How many mistakes, and how many confused pairs, to list.
 
     Returns:
         JSON values. ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``log_loss``, ``auc``, ``top_5`` and ``ece`` are
-        each ``{"value", "low", "high"}``, with a ``"reason"`` where the value is null; ``per_class`` lists support,
+        each ``{"value", "low", "high"}``, with a ``"reason"`` where the value or its interval is null; ``untested`` the classes
+        without an image; ``per_class`` lists support,
         predicted, precision, recall, f1 and auc (null where undefined); ``confusion`` has the ``classes`` and their
         ``counts``, rows true and columns predicted; ``confused`` the pairs most often mistaken for one another;
         ``mistakes`` the count and the most confident ones.
@@ -71,23 +69,21 @@ def score_table(
     names = [str(name) for name in classes]
     scores, truth = _checked(probabilities, codes, names, ids)
     ranked = one_vs_rest(scores, truth)
-    images = _Images(scores, truth, ranked, top)
-    n = len(truth)
-    resampled: dict[str, Array] = {}
-    if bootstrap:
-        drawn = bootstrap_sums(images.contributions, n, images.width, resamples=bootstrap, seed=seed)
-        resampled = images.measures(drawn)
-        exact = resampled_auc(scores, truth, resamples=bootstrap, seed=seed)
-        resampled |= {} if exact is None else {"auc": exact}
-    sums = plain_sums(images.contributions, n)
-    values = {name: float(value[0]) for name, value in images.measures(sums[None]).items()} | {"auc": ranked.macro}
-    table: dict[str, Any] = {"images": n}
-    table |= {name: _with_interval(value, resampled.get(name)) for name, value in values.items()}
+    images = _Images(scores, truth, top)
+    table: dict[str, Any] = {"images": len(truth)}
+    values = {**images.measures(), "auc": ranked.macro}
+    limits = _limits(images, ranked, draws=bootstrap, seed=seed) if bootstrap else {}
+    table |= {name: _with_interval(value, limits.get(name)) for name, value in values.items()}
     table |= {f"top_{k}": _no_top(k, len(names)) for k in top if k >= len(names)}
     if np.isnan(ranked.macro):
         table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
+    if bootstrap and limits["macro_f1"] is None:
+        table["macro_f1"]["reason"] = (
+            f"no interval for fewer than {intervals.MIN_IMAGES_PER_CLASS} images a class on average"
+        )
     confusion = images.confusion()
-    table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": _LEVEL}
+    table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": intervals.LEVEL}
+    table["untested"] = [name for name, count in zip(names, images.support, strict=True) if not count]
     table["per_class"] = _per_class(confusion, ranked, names)
     table["confusion"] = {"classes": names, "counts": confusion.tolist()}
     table["confused"] = _confused(confusion, names, mistakes)
@@ -96,57 +92,57 @@ def score_table(
 
 
 class _Images:
-    """What each image contributes to sums, from which every measure follows (the AUC to first order)."""
+    """What is known of each image: its class, what was predicted and how confidently, and whether that was right."""
 
-    def __init__(self, probabilities: Probabilities, codes: Codes, ranked: OneVsRest, top: Sequence[int]) -> None:
+    def __init__(self, probabilities: Probabilities, codes: Codes, top: Sequence[int]) -> None:
         n, self.classes = probabilities.shape
-        self._auc, self._influence = ranked.macro, ranked.influence
         self.codes = codes
         self.predicted: Codes = probabilities.argmax(axis=1)
         self.confidence = probabilities[np.arange(n), self.predicted].astype(np.float64)
         self.of_truth = probabilities[np.arange(n), codes].astype(np.float64)
         self.correct = self.predicted == codes
-        self._top = [k for k in top if k < self.classes]
+        self.support = np.bincount(codes, minlength=self.classes)
+        self.hits = np.bincount(codes[self.correct], minlength=self.classes)
         place = _places(probabilities, codes)
-        self._tops = np.stack([place < k for k in self._top], axis=1) if self._top else np.empty((n, 0))
+        self.tops = {k: float((place < k).mean()) for k in top if k < self.classes}
         smallest = np.finfo(probabilities.dtype).eps  # what scikit-learn's log_loss takes for 0
-        self._loss = -np.log(np.clip(self.of_truth, smallest, 1 - smallest))
-        self._bin = np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
-        self.width = 3 * self.classes + BINS + 2 + len(self._top)
+        self.losses = -np.log(np.clip(self.of_truth, smallest, 1 - smallest))
+        bins = np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        self.bin_counts = np.bincount(bins, minlength=BINS)
+        self.bin_hits = np.bincount(bins[self.correct], minlength=BINS)
+        self.bin_gaps: Array = np.bincount(bins, self.confidence - self.correct, BINS).astype(np.float64)
 
-    def contributions(self, rows: slice) -> csr_array:
-        """One row an image: its true class, its prediction, its hit, its gap in a bin of confidence, and the rest."""
-        codes, k = self.codes[rows], self.classes
-        n = len(codes)
-        after = 3 * k + BINS
-        places = [codes, k + self.predicted[rows], 2 * k + codes, 3 * k + self._bin[rows]]
-        places += [np.full(n, after + i) for i in range(2 + len(self._top))]
-        one, hit = np.ones(n), self.correct[rows].astype(np.float64)
-        gap = self.confidence[rows] - hit
-        values = [one, one, hit, gap, self._loss[rows], self._influence[rows], *self._tops[rows].T]
-        data, columns = np.stack(values, axis=1), np.stack(places, axis=1)
-        starts = np.arange(n + 1) * len(values)
-        return csr_array((data.reshape(-1), columns.reshape(-1), starts), shape=(n, self.width))
-
-    def measures(self, sums: Array) -> dict[str, Array]:
-        """The measures that follow from sums of contributions, (R, width): one value for each row."""
-        k = self.classes
-        support, predicted, hits, gaps, rest = np.split(sums, [k, 2 * k, 3 * k, 3 * k + BINS], axis=1)
-        n = support.sum(axis=1)
-        found = {
-            "accuracy": hits.sum(axis=1) / n,
-            "balanced_accuracy": _mean_defined(hits, support),
-            "macro_f1": _mean_defined(2 * hits, support + predicted),
-            "log_loss": rest[:, 0] / n,
-            "auc": self._auc + rest[:, 1],
+    def measures(self) -> dict[str, float]:
+        """The measures but the AUC."""
+        n = len(self.codes)
+        predicted = np.bincount(self.predicted, minlength=self.classes)
+        return {
+            "accuracy": float(self.correct.mean()),
+            "balanced_accuracy": _mean_defined(self.hits, self.support),
+            "macro_f1": _mean_defined(2 * self.hits, self.support + predicted),
+            "log_loss": float(self.losses.mean()),
+            **{f"top_{k}": value for k, value in self.tops.items()},
+            "ece": float(np.abs(self.bin_gaps).sum()) / n,
         }
-        found |= {f"top_{top}": rest[:, 2 + i] / n for i, top in enumerate(self._top)}
-        return found | {"ece": np.abs(gaps).sum(axis=1) / n}
 
     def confusion(self) -> npt.NDArray[np.int64]:
         """(K, K) counts, rows true and columns predicted."""
         cells = self.codes * self.classes + self.predicted
         return np.bincount(cells, minlength=self.classes**2).reshape(self.classes, self.classes)
+
+
+def _limits(images: _Images, ranked: OneVsRest, *, draws: int, seed: int) -> dict[str, intervals.Limits | None]:
+    """The interval of each measure; None where it has none."""
+    n = len(images.codes)
+    shares = {"accuracy": float(images.correct.mean()), **{f"top_{k}": value for k, value in images.tops.items()}}
+    return {
+        **{name: intervals.proportion(value, n) for name, value in shares.items()},
+        "balanced_accuracy": intervals.balanced_accuracy(images.hits, images.support),
+        "macro_f1": intervals.macro_f1(images.codes, images.predicted, images.classes),
+        "log_loss": intervals.log_loss(images.losses, images.correct, images.confidence),
+        "auc": None if np.isnan(ranked.macro) else intervals.macro_auc(ranked, images.support),
+        "ece": intervals.calibration_error(images.bin_gaps, images.bin_hits, images.bin_counts, draws=draws, seed=seed),
+    }
 
 
 def _checked(
@@ -183,19 +179,15 @@ def _places(probabilities: Probabilities, codes: Codes) -> Codes:
     return place
 
 
-def _mean_defined(part: Array, whole: Array) -> Array:
-    """Row means of ``part / whole`` over the columns where ``whole`` is not zero."""
+def _mean_defined(part: Codes, whole: Codes) -> float:
+    """The mean of ``part / whole`` over the classes where ``whole`` is not zero."""
     defined = whole > 0
-    ratios = np.divide(part, whole, out=np.zeros_like(part), where=defined)
-    means: Array = ratios.sum(axis=1) / defined.sum(axis=1)
-    return means
+    return float((part[defined] / whole[defined]).mean())
 
 
-def _with_interval(value: float, resampled: Array | None) -> dict[str, Any]:
-    limits = None if resampled is None or np.isnan(value) else interval(resampled, _LEVEL)
-    if limits is None:
-        return {"value": None if np.isnan(value) else value, "low": None, "high": None}
-    return {"value": value, "low": min(limits[0], value), "high": max(limits[1], value)}
+def _with_interval(value: float, limits: intervals.Limits | None) -> dict[str, Any]:
+    low, high = limits or (None, None)
+    return {"value": None if np.isnan(value) else value, "low": low, "high": high}
 
 
 def _no_top(k: int, classes: int) -> dict[str, Any]:

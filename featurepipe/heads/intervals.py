@@ -1,0 +1,186 @@
+"""Confidence intervals for measures of a test set that hold their level for few images, many classes, and near 0 and 1.
+
+Most are one idea: estimate the measure's variance, see how many independent images would give it, and take the exact
+binomial interval for so many (Korn & Graubard 1998, "Confidence intervals for proportions with small expected number of
+positive counts estimated from survey data"; for plain proportions that is Clopper & Pearson 1934). Resampling the images
+would give intervals without width where every image is right, and too narrow ones where classes have few images.
+``benchmarks/interval_coverage.py`` simulates the coverage of each; its figures are in ``docs/intervals.md``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import betaincinv, stdtrit
+
+from featurepipe.heads.auc import OneVsRest
+
+LEVEL = 0.95
+"""Nominal coverage of every interval."""
+
+MIN_IMAGES_PER_CLASS = 5
+"""Below, on average, a macro F1 has no interval: its bias, which grows with the number of classes, exceeds it."""
+
+_SQUARED_QUANTILE = 3.841458820694124  # of the standard normal distribution, two-sided
+_PSEUDO = (
+    2.0  # images of each kind that a smoothed estimate adds, as Agresti & Coull 1998 add two successes and two failures
+)
+
+Array = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int64]
+Limits = tuple[float, float]
+
+
+def proportion(value: float, images: float, freedom: float | None = None) -> Limits:
+    """Returns the exact binomial interval of a proportion that is as certain as that of so many independent images.
+
+    Args:
+        value: From 0 to 1.
+        images: Effective number of independent images, > 0; need not be whole.
+        freedom: Degrees of freedom of the variance that ``images`` was derived from; None for a plain count.
+
+    Example:
+        >>> [round(limit, 3) for limit in proportion(1.0, 24)]
+        [0.858, 1.0]
+    """
+    if freedom is not None:
+        images *= _SQUARED_QUANTILE / float(stdtrit(freedom, (1 + LEVEL) / 2)) ** 2
+    hits, tail = value * images, (1 - LEVEL) / 2
+    low = float(betaincinv(hits, images - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, images - hits, 1 - tail)) if hits < images else 1.0
+    return min(value, low), max(value, high)
+
+
+def balanced_accuracy(hits: Codes, support: Codes) -> Limits:
+    """Returns the interval of the mean recall over the classes that have images.
+
+    Its variance is the sum of those of the recalls, each shrunk towards the common accuracy by two pseudo-images, so
+    that a class with one image, which is all right or all wrong, does not count as certain.
+
+    Args:
+        hits: (K,) images of each class that were right.
+        support: (K,) images of each class.
+    """
+    hits, support = hits[support > 0], support[support > 0]
+    common = (hits.sum() + _PSEUDO) / (support.sum() + 2 * _PSEUDO)
+    recall = (hits + _PSEUDO * common) / (support + _PSEUDO)
+    variance = float((recall * (1 - recall) / support).sum()) / len(hits) ** 2
+    middle = float(recall.mean())
+    return proportion(float((hits / support).mean()), middle * (1 - middle) / variance)
+
+
+def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
+    """Returns the interval of the mean F1 over the classes that are true or predicted; None for too few images a class.
+
+    The variance is that of the images' influences (the delta method), with each class's F1 shrunk as in
+    ``balanced_accuracy``; the middle is the jackknife's, as the mean of ratios of few images is biased (Quenouille 1956).
+
+    Args:
+        codes: (n,) position of the true class.
+        predicted: (n,) position of the predicted class.
+        classes: Number of classes.
+    """
+    n = len(codes)
+    if n < MIN_IMAGES_PER_CLASS * len(np.unique(codes)):
+        return None
+    right = (codes == predicted).astype(np.int64)
+    hits = np.bincount(codes[codes == predicted], minlength=classes)
+    counts = np.bincount(codes, minlength=classes) + np.bincount(predicted, minlength=classes)
+    defined = int((counts > 0).sum())
+    whole = np.maximum(counts, 1)
+    f1 = 2 * hits / whole
+    common = (hits.sum() + _PSEUDO) / (n + 2 * _PSEUDO)
+    shrunk = (2 * hits + _PSEUDO * common) / (whole + _PSEUDO)
+    influence = (
+        2 * right / whole[codes] - shrunk[codes] / whole[codes] - shrunk[predicted] / whole[predicted]
+    ) / defined
+    value = float(f1.sum() / defined)
+    without = _without_one(hits, counts, codes, predicted, right)
+    centre = float(np.clip(value - (n - 1) * (without.mean() - value), 0, 1))
+    inner = float(np.clip(centre, 1 / (n + 2), 1 - 1 / (n + 2)))
+    variance = float((influence**2).sum()) * n / max(n - defined, n / 2)  # each class's ratio is fitted to its images
+    images = min(float(n), inner * (1 - inner) / variance) if variance > 0 else float(n)
+    low, high = proportion(centre, images)
+    return min(low, value), max(high, value)
+
+
+def _without_one(hits: Codes, counts: Codes, codes: Codes, predicted: Codes, right: Codes) -> Array:
+    """The macro F1 without each of the images, (n,)."""
+    whole = np.maximum(counts, 1)
+    of_true = counts[codes] - 1 - right
+    of_predicted = counts[predicted] - 1
+    total, defined = (2 * hits / whole).sum(), (counts > 0).sum()
+    change = 2 * (hits[codes] - right) / np.maximum(of_true, 1) * (of_true > 0) - 2 * hits[codes] / whole[codes]
+    other = (
+        2 * hits[predicted] / np.maximum(of_predicted, 1) * (of_predicted > 0) - 2 * hits[predicted] / whole[predicted]
+    )
+    gone = (of_true == 0).astype(np.int64) + np.where(right, 0, of_predicted == 0)
+    return np.asarray((total + change + np.where(right, 0.0, other)) / np.maximum(defined - gone, 1))
+
+
+def macro_auc(ranked: OneVsRest, support: Codes) -> Limits:
+    """Returns the interval of the mean AUC of each class against the rest, from the images' influences.
+
+    After DeLong, DeLong & Clarke-Pearson 1988 ("Comparing the areas under two or more correlated receiver operating
+    characteristic curves"); the influence of a class's only image is its distance from the mean of all classes.
+
+    Args:
+        ranked: What ``one_vs_rest`` returned.
+        support: (K,) images of each class.
+    """
+    n = int(support.sum())
+    fewer = np.minimum(support, n - support)[~np.isnan(ranked.values)]
+    groups = len(fewer) ** 2 / float((1 / fewer).sum())  # of equal size, as uncertain as classes of these sizes
+    inner = (ranked.macro * groups + 1) / (groups + 2)
+    variance = float((ranked.influence**2).sum())
+    images = min(3 * groups, inner * (1 - inner) / variance) if variance > 0 else groups
+    return proportion(ranked.macro, images, max(2.0, groups - 1))
+
+
+def calibration_error(gaps: Array, hits: Codes, counts: Codes, *, draws: int, seed: int) -> Limits:
+    """Returns the interval of an expected calibration error over bins of confidence.
+
+    The error of an estimated sum of absolute gaps is at most the sum of the absolute errors of the gaps. That sum's 95 %
+    quantile is simulated, bin by bin, from smoothed shares of right images (Jeffreys' half an image of each kind), and taken
+    off and added. So the interval holds at least its level, and holds the value, which is biased upwards, inside.
+
+    Args:
+        gaps: (B,) sums of confidence less hits.
+        hits: (B,) images that were right.
+        counts: (B,) images.
+        draws: How many to simulate.
+        seed: Of the draws.
+    """
+    n = int(counts.sum())
+    used = counts > 0
+    count, confidence = counts[used], (gaps[used] + hits[used]) / counts[used]
+    accuracy = (hits[used] + 0.5) / (count + 1)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n, count / n, size=draws)
+    right = rng.binomial(drawn, accuracy)
+    errors = np.abs(drawn * confidence - right - count * (confidence - accuracy)).sum(axis=1) / n
+    reach = float(np.quantile(errors, LEVEL))
+    value = float(np.abs(gaps).sum()) / n
+    return max(0.0, value - reach), min(1.0, value + reach)
+
+
+def log_loss(losses: Array, right: npt.NDArray[np.bool_], confidence: Array) -> Limits:
+    """Returns Student's interval of the mean loss after two pseudo-images of each kind, right and wrong.
+
+    A sample without a single mistake says little about what a mistake costs: a wrong pseudo-image has the mean loss of the
+    wrong ones or, if there are none, what the images would lose on average if another class were theirs.
+
+    Args:
+        losses: (n,) minus the logarithm of the true class's probability.
+        right: (n,) whether that class was predicted.
+        confidence: (n,) probability of the predicted class.
+    """
+    n, value = len(losses), float(losses.mean())
+    smallest = np.finfo(np.float64).eps
+    wrong = losses[~right].mean() if not right.all() else -np.log(np.clip(1 - confidence, smallest, 1)).mean()
+    good = losses[right].mean() if right.any() else losses.min()
+    total = n + 2 * _PSEUDO
+    mean = float(losses.sum() + _PSEUDO * (wrong + good)) / total
+    squares = float(((losses - mean) ** 2).sum() + _PSEUDO * ((wrong - mean) ** 2 + (good - mean) ** 2))
+    reach = float(stdtrit(max(1, n - 1), (1 + LEVEL) / 2)) * float(np.sqrt(squares / n / max(1, n - 1)))
+    return max(0.0, min(mean - reach, value)), max(mean + reach, value)
