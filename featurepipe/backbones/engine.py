@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from torch import nn
 from featurepipe.backbones import fusion
 from featurepipe.backbones.columns import Column
 from featurepipe.backbones.loading import Backbone
+from featurepipe.backbones.nodes import frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.threads import pool_of
 
@@ -115,9 +115,8 @@ class Engine:
     def _prepare(self, nodes: list[str], batch_size: int) -> nn.Module:
         graph = self.backbone.graph(nodes)
         if graph is None:
-            hooked = HookedNetwork(copy.deepcopy(self.backbone.module), nodes)
-            return self._placed(hooked)
-        graph = copy.deepcopy(graph)
+            return self._placed(HookedNetwork(frozen_copy(self.backbone.module), nodes))
+        graph = frozen_copy(graph)
         fusion.fold_batch_norm(graph)
         self._placed(graph)
         if self.device.type == "cpu" and fusion.can_fuse_onednn(self.dtype):

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
 from featurepipe.backbones.families import SEE, Family
+from featurepipe.backbones.nodes import attributes_kept, freeze, uncompiled
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.user_code import code_sha256, import_factory, running
 from featurepipe.backbones.weights import StateDict
@@ -58,15 +60,42 @@ class User(Family):
             module = self._factory()
         if not isinstance(module, nn.Module):
             raise UsageError(f"{self.spec} returned a {type(module).__name__}; it must return a torch.nn.Module")
+        given = getattr(module, "preprocessing", None) or getattr(module, "default_cfg", None)
+        module = uncompiled(module)
+        if given is not None and not hasattr(module, "preprocessing"):
+            module.preprocessing = given
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{self.spec} returned a TorchScript module ({type(module).__name__}), whose insides cannot be kept; return the "
+                "network as it is before torch.jit.script or torch.jit.trace"
+            )
         with running(self.spec, "bringing the network to the CPU and float32", "return it from the factory like that"):
-            return module.cpu().float()
+            module = module.cpu().float()
+        with running(self.spec, "putting the network into eval mode", "return a network for which eval() works"):
+            return freeze(module)
 
     @override
     def try_forward(self, module: nn.Module, images: Tensor) -> Any:
         shape = tuple(images.shape)
         advice = "let its attribute 'preprocessing' describe images that it takes, and let it compute in float32"
-        with running(self.spec, f"its forward on images {shape}", advice), torch.inference_mode():
-            return module(images)
+        doing = f"its forward on images {shape}"
+        with running(self.spec, doing, advice), torch.inference_mode(), attributes_kept(module):
+            expected, again, alone = module(images), module(images), module(images[:1])
+        self._check_repeats(
+            expected, again, "a second time, so something random runs in eval mode, too (dropout with training=True?)"
+        )
+        self._check_repeats(
+            [values[:1] for values in _per_image(expected, len(images))],
+            _per_image(alone, 1),
+            "in another batch, so it looks at its batch in eval mode, too (BatchNorm with track_running_stats=False?)",
+        )
+        return expected
+
+    def _check_repeats(self, one: Any, other: Any, when: str) -> None:
+        """Refuses a network whose outputs, on real values, are other ones the second time."""
+        pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=False))
+        if not all(_alike(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+            raise UsageError(f"backbone {self.spec!r} computes other values for the same images {when}")
 
     @override
     def random(self) -> nn.Module:
@@ -112,3 +141,17 @@ class User(Family):
     @override
     def identity(self) -> dict[str, str]:
         return {"source_sha256": code_sha256(self.spec, self._factory, self.skeleton(None))}
+
+
+def _per_image(outputs: Any, count: int) -> list[Tensor]:
+    """The outputs that have a row for each of ``count`` images."""
+    leaves = [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+    return [value for value in leaves if value.ndim and len(value) == count]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs differ by rounding at most."""
+    if one.shape != other.shape or not one.is_floating_point():
+        return True
+    size = float(one.abs().nan_to_num(posinf=0.0).max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * size, equal_nan=True)

@@ -209,8 +209,11 @@ _ALLOCATING = (FusedConv, FusedConvAdd, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d,
 
 
 def _module(modules: dict[str, nn.Module], node: fx.Node, kind: type[nn.Module]) -> Any:
+    """The module of ``kind`` that a node calls; None where hooks, such as weight_norm's, make it compute something else."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
-    return module if type(module) is kind else None
+    if type(module) is not kind or module._forward_pre_hooks or module._forward_hooks:  # noqa: SLF001
+        return None
+    return module
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

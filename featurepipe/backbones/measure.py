@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from featurepipe.backbones.nodes import Trace
+from featurepipe.backbones.nodes import Trace, attributes_kept
 
 _BATCH = 3  # an unlikely size for any other axis to have by accident in front
 _LARGER_BY = 64  # pixels added to see which axes follow the image's size: all strides in use divide it
@@ -184,7 +184,7 @@ def _finished_modules(module: nn.Module, input_shape: tuple[int, int, int]) -> l
     parameter = next(module.parameters(), torch.empty(0))
     images = torch.zeros(_BATCH, *input_shape, device=parameter.device, dtype=parameter.dtype)
     try:
-        with torch.inference_mode(), counter:
+        with torch.inference_mode(), counter, attributes_kept(module):
             module(images)
     finally:
         for handle in handles:

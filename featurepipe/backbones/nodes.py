@@ -7,12 +7,14 @@ too; their own names still work, as block names.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -20,6 +22,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.ops import MLP, Conv2dNormActivation, SqueezeExcitation
 
+M = TypeVar("M", bound=nn.Module)
 _TRACED_INTO = (Conv2dNormActivation, SqueezeExcitation, MLP)
 _IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -59,8 +62,7 @@ class Trace:
         _without_inplace(graph)
         _remove_unused(graph)
         extractor = fx.GraphModule(self.module, graph, type(self.module).__name__)
-        extractor.eval()
-        return extractor
+        return freeze(extractor)
 
 
 def trace(module: nn.Module) -> Trace | None:
@@ -70,7 +72,8 @@ def trace(module: nn.Module) -> Trace | None:
         leaf_modules=[leaf for leaf in _operator_modules() if leaf not in _TRACED_INTO],
     )
     try:
-        graph = tracer.trace(module)
+        with attributes_kept(module):
+            graph = tracer.trace(module)
     except (
         fx.proxy.TraceError,
         TypeError,
@@ -186,10 +189,72 @@ def _last_value(found: Trace) -> fx.Node | None:
     return candidates[0] if candidates else None
 
 
-def freeze(module: nn.Module) -> nn.Module:
-    """Freezes a network: eval mode, no gradients, and no layer overwrites its input."""
-    module.eval().requires_grad_(requires_grad=False)
+def freeze(module: M) -> M:
+    """Freezes a network: eval mode, no gradients, and no layer overwrites its input.
+
+    Every layer is put into eval mode, also those that a ``train()`` of the network's own leaves out.
+    """
+    module.eval()
     for layer in module.modules():
+        layer.training = False
         if getattr(layer, "inplace", False) is True:
             layer.inplace = False  # type: ignore[assignment]
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.requires_grad:  # weight_norm's product, which could not be copied
+                vars(layer)[name] = value.detach()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)  # noqa: FBT003
     return module
+
+
+def frozen_copy(module: M) -> M:
+    """Copies a network and freezes the copy: ``copy.deepcopy`` puts torchvision's ``DualGraphModule`` into training mode."""
+    return freeze(copy.deepcopy(module))
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Returns a network without ``torch.compile`` and without the several GPUs of DataParallel, also inside of it.
+
+    A compiled network computes the same, but its insides cannot be seen; DataParallel wants GPUs, where we are on the CPU.
+    """
+    while _is_compiled(module):
+        module = module.get_submodule("_orig_mod")
+    for layer in module.modules():
+        if layer._compiled_call_impl is not None:  # noqa: SLF001
+            layer._compiled_call_impl = None  # noqa: SLF001
+        if isinstance(layer, nn.DataParallel):
+            layer.device_ids = []
+        for name, child in layer.named_children():
+            if _is_compiled(child):
+                setattr(layer, name, uncompiled(child))
+    return module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # By name: importing the class takes as long as importing torch.
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules  # noqa: SLF001
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Takes back what a forward inside writes on the network's layers, such as a cache of attention biases.
+
+    While ``torch.fx`` traces, such a cache (LeViT, EfficientFormer) fills with values that stand for nothing outside of
+    that trace; after a real forward it holds values of one dtype and device, which a copy in another could not use.
+    Constants that the tracer hangs on the network stay.
+    """
+    layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
+    before = [(layer, dict(vars(layer))) for layer in layers]
+    containers = [
+        (value, copy.copy(value)) for _, kept in before for value in kept.values() if type(value) in (dict, list, set)
+    ]
+    try:
+        yield
+    finally:
+        for layer, kept in before:
+            constants = {name: value for name, value in vars(layer).items() if name.startswith("_tensor_constant")}
+            vars(layer).clear()
+            vars(layer).update({**kept, **constants})
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)

@@ -69,6 +69,11 @@ def import_factory(spec: str) -> Callable[[], Any]:
     if factory is None:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise unknown("factory", attribute, names or ["(none)"], where=module_name)
+    if isinstance(factory, nn.Module):
+        raise UsageError(
+            f"backbone {spec!r}: {attribute} is a network ({type(factory).__name__}), not a function that makes one; write "
+            f"for instance: def make_{attribute}(): return {attribute}"
+        )
     if not callable(factory):
         raise UsageError(
             f"backbone {spec!r}: {attribute} is a {type(factory).__name__}, not a function that makes a network"

@@ -136,9 +136,13 @@ def load_into(module: nn.Module, state: StateDict, *, name: str, origin: str) ->
     converted = {key: t.to(expected[key].dtype) for key, t in state.items() if _needs_conversion(t, expected.get(key))}
     if converted:
         state = {**state, **converted}
-    without_values = any(parameter.is_meta for parameter in module.parameters())
+    if any(value.is_inference() for value in expected.values()):  # built under inference_mode: cannot be written to
+        state = {key: tensor.clone() for key, tensor in state.items()}
+        anew = True
+    else:
+        anew = any(parameter.is_meta for parameter in module.parameters())
     try:
-        module.load_state_dict(state, strict=True, assign=without_values)
+        module.load_state_dict(state, strict=True, assign=anew)
     except RuntimeError as error:
         raise UsageError(
             f"weights {origin!r} do not fit {name}: {_differences(expected, state)}. A network of another shape can be "

@@ -105,14 +105,13 @@ class ArraySource(Source):
         blocks = []
         for path, reader in self._files:
             try:
-                arrays = reader(path)
+                blocks += _pair(reader(path), path)
             except FeaturepipeError:
                 raise
             except FileNotFoundError as error:
                 raise SourceError(f"{path}: no such file") from error
             except Exception as error:  # the border of one file: readers and file systems raise what their libraries do
                 raise SourceError(f"{path}: cannot be read: {error}") from error
-            blocks += _pair(arrays, path)
         return blocks
 
     def _rows(self) -> Iterator[Row]:
@@ -179,7 +178,7 @@ def _labels(array: Sliceable, count: int, where: str) -> list[str]:
     if size != count:
         raise SourceError(f"{where}: {size} labels for {count} images")
     values = np.asarray(array[:])
-    texts = (value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist())
+    texts = (os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values.ravel().tolist())
     return [printable(text) for text in texts]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
@@ -34,7 +34,7 @@ class RemoteFolderSource(Source):
         self.url = url.rstrip("/")
         self.name = self.url.rpartition("/")[2] or "remote"
         self.location = location_of(self.url)
-        self._opened = PerProcess(partial(open_anew, self.url))
+        self._opened = PerProcess(self._open)
         self._listed_at = 0  # travels along, so that a worker takes no earlier listing's file system for this one's
 
     def scan(self) -> pa.Table:
@@ -51,14 +51,22 @@ class RemoteFolderSource(Source):
             raise SourceError(f"{self.url}: cannot be listed: {type(error).__name__}: {error}") from error
         if not is_there:
             raise SourceError(f"{self.url}: no such folder")
-        prefix = len(root.rstrip("/")) + 1
+        prefix = len(_below(root))
         return check_unique(table_of(self._rows(found, prefix)), self.url, "remove one of the two")
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
         size, name = size_and_path(locator)
         file_system, root = self._opened.get()
-        return read_from(file_system, f"{root.rstrip('/')}/{name.decode()}", size)
+        return read_from(file_system, _below(root) + name.decode(), size)
+
+    def _open(self) -> tuple[Any, str]:
+        try:
+            return open_anew(self.url)
+        except FeaturepipeError:
+            raise
+        except Exception as error:  # the border of the source: file systems raise what their libraries do
+            raise SourceError(f"{self.url}: cannot be opened: {type(error).__name__}: {error}") from error
 
     def _rows(self, found: dict[str, dict[str, object]], prefix: int) -> Iterator[Row]:
         names = {path[prefix:]: path for path in found}
@@ -70,3 +78,8 @@ class RemoteFolderSource(Source):
             label, split = labels.of(name.split("/")[:-1])
             size, mtime_ns = details_of(found[shown[name]])
             yield name, label, split, size, mtime_ns, located(name.encode(), size)
+
+
+def _below(root: str) -> str:
+    """What the paths of files in a folder begin with; in an archive (``zip://::a.zip``) the top has no name."""
+    return f"{root.rstrip('/')}/" if root else ""

@@ -23,6 +23,9 @@ class ImageClassifier:
     Features are computed as `featurepipe.extract` computes them, in the bundle's own feature space, so that an image gets the
     label here that it gets from its cached feature.
 
+    It can be pickled and copied, by joblib and multiprocessing too: the bundle travels, and the network is loaded anew where it
+    arrives (its weights, and a network's own module, must be at hand there).
+
     Attributes:
         bundle: The head and all that is known of it.
         classes_: (K,) class names, in the order of the probabilities.

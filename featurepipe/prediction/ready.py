@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +41,17 @@ class ReadyBundle:
         bundle: the head and all that is known of it.
         backbone: the network.
         stream: computes the bundle's columns from any source, in the bundle's feature space.
+        options: what ``make_ready`` was given beside the bundle.
     """
 
     bundle: Bundle
     backbone: Backbone
     stream: FeatureStream
+    options: Mapping[str, Any]
+
+    def __reduce__(self) -> tuple[Callable[..., ReadyBundle], tuple[Bundle, Mapping[str, Any]]]:
+        """Pickles and copies the bundle and the options, from which the network is loaded again wherever it arrives."""
+        return _made_again, (self.bundle, self.options)
 
     def groups(
         self,
@@ -121,7 +129,18 @@ def make_ready(
         )
     columns = backbone.columns(found.columns)
     _check_width(found, backbone, columns)
-    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine))
+    options = {
+        "weights": None if weights is None else str(Path(weights).absolute()),
+        "device": device,
+        "batch_size": batch_size,
+        "workers": workers,
+        "trust_code": trust_code,
+    }
+    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine), options)
+
+
+def _made_again(bundle: Bundle, options: Mapping[str, Any]) -> ReadyBundle:
+    return make_ready(bundle, **options)
 
 
 def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:

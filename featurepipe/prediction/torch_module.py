@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from featurepipe.backbones import Backbone, Column
 from featurepipe.backbones.engine import HookedNetwork
+from featurepipe.backbones.nodes import freeze, frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.errors import UsageError
 from featurepipe.heads.families import HEADS
@@ -27,7 +29,9 @@ class TorchClassifier(nn.Module):
     decision values; ``softmax(logits / temperature)`` are the bundle's probabilities.
 
     Everything is float32 whatever the bundle's precision; where its features are stored as float16, they are rounded here
-    as well. The network is frozen and in eval mode, the head's weights may be trained.
+    as well. Brought to another dtype (``.to(torch.bfloat16)``, ``.half()``), the network computes in it, while normalisation,
+    pooling and head stay in float32 (float64 after ``.double()``), the head with rounded weights. The network is frozen and
+    stays in eval mode under ``.train()``; the head's weights may be trained.
 
     Attributes:
         classes: Class names.
@@ -54,7 +58,7 @@ class TorchClassifier(nn.Module):
         self.classes, self.temperature = list(classes), temperature
         nodes = list(dict.fromkeys(column.node for column in columns))
         graph = backbone.graph(nodes)
-        self.network = HookedNetwork(copy.deepcopy(backbone.module), nodes) if graph is None else copy.deepcopy(graph)
+        self.network = HookedNetwork(frozen_copy(backbone.module), nodes) if graph is None else frozen_copy(graph)
         self._columns = [(column.node, column.pooling, backbone.channel_axis(column.node)) for column in columns]
         self._half = half
         preprocessing = backbone.preprocessing
@@ -71,12 +75,39 @@ class TorchClassifier(nn.Module):
         """Logits (N, K) of images (N, C, h, w)."""
         if images.dtype == torch.uint8:
             images = torch.addcmul(self.offset, images.float(), self.factor)
-        logits: Tensor = self.head(self.features(images))
-        return logits
+        exact = torch.promote_types(torch.float32, self.head.weight.dtype)
+        return nn.functional.linear(
+            self.features(images).to(exact), self.head.weight.to(exact), self.head.bias.to(exact)
+        )
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Sets the head's mode; the network, which is frozen, stays in eval mode."""
+        super().train(mode)
+        freeze(self.network)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves everything, but keeps the normalisation's numbers exact: they are no weights, and 8 bits are too few."""
+        exact = self.factor, self.offset
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factor, self.offset = (
+            values.to(moved.device) for values, moved in zip(exact, (self.factor, self.offset), strict=True)
+        )
+        return self
+
+    def _network_dtype(self) -> torch.dtype:
+        parameters = (value.dtype for value in self.network.parameters() if value.is_floating_point())
+        return next(parameters, torch.float32)
 
     def features(self, images: Tensor) -> Tensor:
         """The columns side by side, (N, D), of normalised images."""
-        outputs = self.network(images)
+        if any(
+            layer.training for layer in self.network.modules()
+        ):  # a copy, or someone's train() on the network itself
+            freeze(self.network)
+        outputs = self.network(images.to(self._network_dtype()))
         vectors = [pool(outputs[node], pooling, channel_axis=axis).flatten(1) for node, pooling, axis in self._columns]
         features = torch.cat(vectors, dim=1)
         if not self._half:

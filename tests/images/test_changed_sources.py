@@ -258,6 +258,7 @@ def test_chains_are_read_as_before_and_see_that_the_archive_changed(tmp_path):
         write(names)
         for url in (f"zip://pile::{tmp_path}/a.zip", f"zip://pile::file://{tmp_path}/a.zip"):
             assert contents(open_source(url)) == {f"{name}.png": name.encode() for name in names}
+        assert contents(open_source(f"zip://::{tmp_path}/a.zip")) == {f"pile/{n}.png": n.encode() for n in names}
     for names in ("x", "yz"):
         for name in names:
             tar(tmp_path / f"{name}.tar", {f"{name}.png": b"1"})

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from featurepipe.errors import Reject, SourceError
+from featurepipe.errors import FeaturepipeError, Reject, SourceError
 from featurepipe.images import open_source
 from featurepipe.store.arrays import open_arrays
 
@@ -263,6 +263,30 @@ def test_an_hdf5_dataset_of_rows_that_were_never_written_is_refused(tmp_path, sh
         file.create_dataset("x", shape, np.uint8, chunks=(1, 28, 3) if shape[1] == 28 else None)
     with pytest.raises(SourceError, match=r"claims [\d,]+ images of \d+ bytes, and the file holds 0 bytes"):
         open_source(tmp_path / "a.h5", array_readers={".h5": open_arrays}).scan()
+
+
+def test_labels_of_an_array_that_are_not_text_are_escaped(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4), np.uint8), y=np.array([b"\xff", b"cat"]))
+    assert open_source(tmp_path / "a.npz").scan()["label"].to_pylist() == [r"\xff", "cat"]
+
+
+def test_a_byte_changed_anywhere_in_an_array_file_never_ends_in_another_error(tmp_path):
+    np.savez_compressed(tmp_path / "o.npz", x=np.zeros((2, 3, 3), np.uint8), y=np.array(["a", "b"]))
+    with h5py.File(tmp_path / "o.h5", "w") as file:
+        file["x"], file["y"] = np.zeros((2, 3, 3), np.uint8), [3, 4]
+    rng = np.random.default_rng(2)
+    for kind in ("npz", "h5"):
+        whole = (tmp_path / f"o.{kind}").read_bytes()
+        for number in range(100):
+            changed = bytearray(whole)
+            for _ in range(3):
+                changed[rng.integers(len(whole))] = rng.integers(256)
+            (tmp_path / f"{number}.{kind}").write_bytes(changed)
+            with contextlib.suppress(FeaturepipeError):
+                source = open_source(tmp_path / f"{number}.{kind}", array_readers={".h5": open_arrays})
+                for locator in source.scan()["locator"].to_pylist():
+                    with contextlib.suppress(Reject):
+                        source.read(locator)
 
 
 def test_arrays_without_rows_stay_empty_listings(tmp_path):

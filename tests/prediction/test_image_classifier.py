@@ -1,5 +1,7 @@
 """ImageClassifier: images in, the labels of the cached features out; and as one PyTorch module."""
 
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +160,50 @@ def test_the_module_is_one_frozen_network_with_a_trainable_head(exact_album):
             parameter.zero_()
     assert classifier.to_torch().head.weight.abs().sum() > 0  # a copy each time
     assert len(set(classifier.predict(exact_album.paths()))) == 3
+
+
+def test_the_network_stays_in_eval_mode_whoever_calls_train(exact_album):
+    module = ImageClassifier.load(exact_album.bundle()).to_torch()
+    images = torch.randint(0, 256, (5, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = module(images)
+        assert module.train().training
+        assert not any(layer.training for layer in module.network.modules())
+        for change in (module.network.train, module.train, lambda: [layer.train() for layer in module.modules()]):
+            change()
+            torch.testing.assert_close(module(images), expected)
+            assert not any(layer.training for layer in module.network.modules())
+        torch.testing.assert_close(copy.deepcopy(module.train())(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-3), (torch.float32, 1e-6)]
+)
+def test_the_module_in_another_dtype(exact_album, dtype, within):
+    module = ImageClassifier.load(exact_album.bundle()).to_torch()
+    images = torch.randint(0, 256, (5, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = module(images)
+        found = module.to(dtype)(images)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found - expected).abs().max() < within * expected.abs().max()
+    assert module.factor.dtype == torch.float32
+    assert next(module.network.parameters()).dtype == dtype
+
+
+def test_a_classifier_is_pickled_and_copied(written, album, tmp_path):
+    joblib = pytest.importorskip("joblib")
+    classifier = ImageClassifier.load(written(temperature=2.0), workers=1, batch_size=4)
+    expected = classifier.predict_proba(album.paths())
+    joblib.dump(classifier, tmp_path / "classifier.joblib")
+    copies = (
+        pickle.loads(pickle.dumps(classifier)),
+        copy.deepcopy(classifier),
+        joblib.load(tmp_path / "classifier.joblib"),
+    )
+    for other in copies:
+        np.testing.assert_array_equal(other.predict_proba(album.paths()), expected)
+        assert other._ready.options == classifier._ready.options
 
 
 def test_the_module_is_saved_and_loaded_as_a_state(exact_album, tmp_path):
