@@ -301,6 +301,8 @@ def test_waits_and_decoding(problems):
         "source.first_wait: 3600 s is longer than longest_wait, 600 s",
         "features[0].decode = 'gpu': needs a CUDA device, and machine.device is \"cpu\"",
     ]  # fmt: skip
+    (line,) = problems(LEAST + 'intensity = "12"\n[[features]]\nintensity = "window=-160:240"')
+    assert line.startswith("features[0].intensity = '12': unknown intensity '12'; choices: declared, full, bits=N")
 
 
 @pytest.mark.parametrize(

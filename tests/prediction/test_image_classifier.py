@@ -19,7 +19,7 @@ from featurepipe.errors import BundleError, FeaturepipeError, UsageError
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.calibration import class_scores
 from featurepipe.heads.families import HEADS, make_head
-from featurepipe.images.decode import decode
+from featurepipe.images.decode import decode, decoding_fields
 from featurepipe.prediction.image_classifier import ImageClassifier
 from featurepipe.prediction.torch_module import TorchClassifier
 from featurepipe.store import FeatureStore
@@ -71,6 +71,22 @@ def test_an_unusable_image_is_named_with_its_position(album, classifier, tmp_pat
         classifier.predict([album.paths()[0], str(tmp_path / "bad.png")])
     with pytest.raises(UsageError, match="one str is no list of images"):
         classifier.predict("bad.png")
+
+
+def test_images_of_more_than_eight_bits_are_scaled_as_the_bundle_says(album, classifier):
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in album.paths()]
+    with pytest.raises(UsageError, match=r"^image 0 cannot be used: intensity: .*\(255 \* image\)\.astype\('uint8'\)"):
+        classifier.predict_proba([pixels[0] / 255.0])
+    bundle = album.bundle()
+    space = {**bundle.space, "decoding": decoding_fields("window=0:1")}
+    scaling = ImageClassifier.load(replace(bundle, space=space), workers=1)
+    seen = scaling.predict_proba([image / 255.0 for image in pixels])
+    np.testing.assert_array_equal(seen, scaling.predict_proba(pixels))
+    of_version_1 = replace(bundle, space={**bundle.space, "decoding": decoding_fields("high-byte")})
+    np.testing.assert_array_equal(ImageClassifier.load(of_version_1, workers=1).predict_proba(pixels), seen)
+    unknown = replace(bundle, space={**bundle.space, "decoding": decoding_fields("percentiles")})
+    with pytest.raises(BundleError, match="unknown intensity 'percentiles'; choices: declared"):
+        ImageClassifier.load(unknown)
 
 
 def test_another_network_is_refused(album):
