@@ -4,12 +4,14 @@
 
     FeaturepipeError                     exit code 1
     +-- UsageError (ValueError)          2   an argument is wrong: names the value, the choices, the next step
+    |   +-- UnknownSnapshot              2   there is no snapshot of that id (any more)
     +-- SourceError                      1   a source as a whole cannot be read
     +-- Reject                           -   one image cannot be used; recorded with its reason, never fatal
     |   +-- Unavailable                  -   it cannot be read now, but perhaps in a moment
     +-- WeightsNotFound                  1   weights are not at hand and cannot be downloaded
     +-- StoreError                       1   the store cannot be read or written
     |   +-- CorruptPart                  1   a part's bytes are not what was committed
+    |   +-- StoreMoved                   1   what was listed is gone: the store was compacted meanwhile; begin again
     |   +-- DiskFull                     1   no space left; what was committed is safe
     |   +-- StoreLocked                  75  someone else holds the lock
     +-- BundleError                      1   a bundle is damaged, foreign, or asked about features it does not know
@@ -38,6 +40,18 @@ class UsageError(FeaturepipeError, ValueError):
     exit_code = 2
 
 
+class UnknownSnapshot(UsageError):
+    """There is no snapshot of that id, or none any more.
+
+    Attributes:
+        run_id: The id.
+    """
+
+    def __init__(self, message: str, run_id: str = "") -> None:
+        super().__init__(message)
+        self.run_id = run_id
+
+
 class SourceError(FeaturepipeError):
     """A source as a whole cannot be listed or read."""
 
@@ -63,6 +77,10 @@ class StoreError(FeaturepipeError):
 
 class CorruptPart(StoreError):
     """A part's bytes are not what was committed."""
+
+
+class StoreMoved(StoreError):
+    """What was listed a moment ago is gone: ``compact`` or ``gc`` rewrote the store meanwhile."""
 
 
 class DiskFull(StoreError):

@@ -90,26 +90,26 @@ def runs(args: Namespace) -> int:
         raise UsageError("--dataset belongs to --rejects; runs are chosen with --job")
     records = store.runs()
     if args.job is not None:
-        _check_job(args.job, {record["job"] for record in records if "job" in record}, store.path)
+        _check_job(args.job, {record["job"] for record in records if record.get("job")}, store.path)
     chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
     if args.run_id is not None:
-        return _one_run(args, chosen, records, store.path)
+        return _one_run(args, chosen, records, store)
     show(args, chosen[-args.last :], runs_text)
     return 0
 
 
-def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: Path) -> int:
+def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: FeatureStore) -> int:
     from featurepipe.jobs.details import details_text
 
     if not chosen:
-        raise UsageError(f"nothing has run in {store} yet; run: featurepipe run JOB.toml")
+        raise UsageError(f"nothing has run in {store.path} yet; run: featurepipe run JOB.toml")
     record = chosen[-1] if args.run_id == "last" else _named(args.run_id, chosen, records, store)
     own = [part for part in records if part["run_id"] in record.get("extractions", ())]
     show(args, record, lambda record: details_text(record, own))
     return 0
 
 
-def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], store: Path) -> Record:
+def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], store: FeatureStore) -> Record:
     """The run of that id, or the only one whose id begins so: of those that are listed, else of all."""
     exact = [record for record in records if record["run_id"] == run_id]
     for some in (chosen, records):
@@ -120,8 +120,14 @@ def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], sto
         raise UsageError(
             f"{len(exact)} runs begin with {run_id!r}: {', '.join(record['run_id'] for record in exact[:6])}"
         )
+    of = [name for name in store.datasets() if run_id in store.snapshot_ids(name)]
+    if of:
+        raise UsageError(
+            f"{run_id} is a snapshot of dataset {of[0]}, and the record of its run was removed; "
+            f"what the store holds: featurepipe info {store.path}"
+        )
     newest = [record["run_id"] for record in reversed(records)]
-    raise unknown("run", run_id, ["last", *newest], where=str(store), see=f"featurepipe runs {store}")
+    raise unknown("run", run_id, ["last", *newest], where=str(store.path), see=f"featurepipe runs {store.path}")
 
 
 def _rejects(args: Namespace, store: FeatureStore) -> int:

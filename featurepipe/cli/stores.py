@@ -5,11 +5,15 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featurepipe import summary
 from featurepipe.cli.options import Commands, add_command, add_dataset, add_json, add_space, add_store, existing_store
 from featurepipe.cli.output import show
 from featurepipe.tables import size
+
+if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
 
 
 def add(commands: Commands) -> None:
@@ -92,11 +96,17 @@ def gc(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     """Runs ``featurepipe export``."""
     from featurepipe.store import export as write
+    from featurepipe.store.moved import starts_again
 
     store = existing_store(args)
     dataset = args.dataset or store.only_dataset()
-    features = store.features(dataset, node=args.node, backbone=args.backbone, split=args.split)
-    path = write(features, Path(args.to))
+
+    @starts_again
+    def written() -> tuple[FeatureSet, Path]:
+        features = store.features(dataset, node=args.node, backbone=args.backbone, split=args.split)
+        return features, write(features, Path(args.to))
+
+    features, path = written()
     rows, width = features.shape
     result = {
         "file": str(path),

@@ -13,8 +13,10 @@ from featurepipe.heads.metrics import score_table
 from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
+from featurepipe.store.moved import starts_again
 
 
+@starts_again
 def evaluate(
     bundle: Bundle | str | os.PathLike[str],
     store: FeatureStore | str | os.PathLike[str],

@@ -147,7 +147,7 @@ class RunRecord:
         for run in self.store.runs():
             if run.get("job") == self.job.name and run.get("status") == RUNNING and run["run_id"] != self.run_id:
                 self.notes.append(
-                    f"run {run['run_id']}, begun {run['started']} on {run['host']['name']}, was killed or lost its machine; "
+                    f"run {run['run_id']}, begun {run.get('started', '?')} on {run.get('host', {}).get('name', '?')}, was killed or lost its machine; "
                     "what it had finished stays"
                 )
                 with suppress(StoreError, OSError):  # the next night will

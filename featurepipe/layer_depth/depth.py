@@ -23,6 +23,7 @@ from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
+from featurepipe.store.moved import starts_again
 
 if TYPE_CHECKING:
     from featurepipe.cluster import Team
@@ -31,6 +32,7 @@ MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
 
 
+@starts_again
 def depth(
     source: Any,
     store: FeatureStore | str | PathLike[str] | None = None,

@@ -17,6 +17,7 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.moved import starts_again
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _LARGE = 0.1  # of the images in one near group: the distance joins what is mere
 Numbers = npt.NDArray[np.int64]
 
 
+@starts_again
 def duplicates(
     store: FeatureStore | str | os.PathLike[str],
     *,

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError, unknown
+from featurepipe.store import snapshots
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.snapshots import OK
@@ -48,19 +49,10 @@ def snapshot_of_run(store: FeatureStore, dataset: str, run_id: str) -> str:
     Raises:
         UsageError: That run of a job left no snapshot of the dataset, or none that is still there.
     """
+    if run_id in {PREVIOUS, FIRST}:
+        return run_id
     known = store.snapshot_ids(dataset)
-    if run_id in {PREVIOUS, FIRST, *known}:
-        return run_id
-    run = next((run for run in store.runs() if run["run_id"] == run_id and run.get("command") == "run"), None)
-    if run is None:
-        return run_id
-    found = [extraction for extraction in run.get("extractions", ()) if extraction in known]
-    if not found:
-        raise UsageError(
-            f"run {run_id} ({run.get('status')}) has no snapshot of dataset {dataset}; runs that have: "
-            f"{', '.join(known[-5:]) or 'none'}"
-        )
-    return str(found[-1])
+    return snapshots.snapshot_of_run(run_id, dataset, known, () if run_id in known else store.runs()) or run_id
 
 
 def reference_snapshot(store: FeatureStore, dataset: str, snapshot: str, reference: str) -> str | None:

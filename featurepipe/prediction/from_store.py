@@ -20,6 +20,7 @@ from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore
+from featurepipe.store.moved import starts_again
 from featurepipe.store.snapshots import OK
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -30,6 +31,7 @@ MOST_ROWS = 65_536
 Positions = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
 
 
+@starts_again
 def predict_features(
     bundle: Bundle | str | os.PathLike[str],
     store: FeatureStore | str | os.PathLike[str],

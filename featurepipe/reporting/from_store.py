@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, UsageError
+from featurepipe.errors import FeaturepipeError, StoreMoved, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.layer_depth.mapped import mapped
@@ -19,8 +19,10 @@ from featurepipe.reporting.report import Features, check_target, metrics_elsewhe
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
+from featurepipe.store.moved import starts_again
 
 
+@starts_again
 def report(
     store: FeatureStore | str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -99,6 +101,8 @@ def _mapped(
         view = store.features(
             document["dataset"], node=column, backbone=document["space"]["fingerprint"], snapshot=snapshot
         )
+    except StoreMoved:
+        raise
     except FeaturepipeError as error:
         say(f"the features that were compared are gone ({error}): the page has no map")
         return None

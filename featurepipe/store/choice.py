@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import StoreError, UsageError, unknown
+from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.advice import extract_command
 from featurepipe.store.identity import differences
 from featurepipe.store.keys import Keys, keys_from_arrow
@@ -111,6 +112,10 @@ def require_snapshot(store: FeatureStore, dataset: str, run_id: str | None = Non
     raise unknown("dataset", dataset, names, where=str(store.path), see=f"featurepipe info {store.path}")
 
 
+def _current(store: FeatureStore, dataset: str) -> str | None:
+    return next(reversed(store.snapshot_ids(dataset)), None)
+
+
 def usable_keys(snapshot: pa.Table) -> Keys:
     """Returns the keys of the usable images, (n, 32) uint8, in snapshot order."""
     return keys_from_arrow(snapshot["key"].filter(pc.equal(snapshot["status"], OK)))
@@ -126,6 +131,7 @@ def open_features(
 ) -> FeatureSet:
     """Joins a snapshot with the rows of one or several columns; see ``FeatureStore.features``."""
     snapshot = require_snapshot(store, dataset, run_id)
+    current = _current(store, dataset)
     space = choose_space(store, backbone, dataset)
     columns = _columns(space, node)
     if split is not None:
@@ -133,14 +139,37 @@ def open_features(
     usable = snapshot.select(["id", "label", "split"]).filter(pc.equal(snapshot["status"], OK))
     keys = usable_keys(snapshot)
     map_shape = space.notes.get("map_shapes", {}).get(columns[0]) if len(columns) == 1 else None
+    try:
+        rows = _locate(space, columns, keys, dataset)
+    except StoreError as error:
+        if run_id is None and _current(store, dataset) != current:  # what went may have been of the older images alone
+            raise StoreMoved(f"dataset {dataset} has another snapshot by now; {error}") from error
+        raise
     return FeatureSet(
         usable.combine_chunks(),
         keys,
-        _locate(space, columns, keys, dataset),
+        rows,
         Origin(str(store.path), dataset, space.backbone, space.name, space.fingerprint, space.fields),
         rejects=_rejects(snapshot),
         map_shape=tuple(map_shape) if map_shape else None,
     )
+
+
+def relocated(features: FeatureSet) -> FeatureSet:
+    """Returns the same view with its rows looked up anew, for when ``compact`` or ``gc`` has moved them.
+
+    Raises:
+        StoreMoved: Rows are gone, as are those of a snapshot that was removed.
+    """
+    from featurepipe.store.feature_store import FeatureStore
+
+    origin = features.origin
+    space = FeatureStore(origin.store, create=False).space(origin.fingerprint)
+    try:
+        rows = _locate(space, list(features.columns), features.keys, origin.dataset)
+    except StoreError as error:
+        raise StoreMoved(f"rows that were listed are gone: {error}") from error
+    return replace(features, rows=rows)
 
 
 def _columns(space: Space, node: str | Sequence[str]) -> list[str]:

@@ -6,10 +6,11 @@ A document that is something else is set aside: whoever lists documents goes on 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # which pydantic asks for before Python 3.12
 
 from featurepipe.errors import StoreError
@@ -20,6 +21,15 @@ _MOST = 2**63 - 1
 Number = Annotated[int, Field(ge=-_MOST, le=_MOST)]
 Counts = dict[str, Number]
 Text = str | None
+
+
+def _time(text: str) -> str:
+    if text:
+        datetime.fromisoformat(text)
+    return text
+
+
+Time = Annotated[str, AfterValidator(_time)]
 
 
 class _Document(BaseModel):
@@ -90,8 +100,8 @@ class RunDocument(_Document):
     dataset: Text = None
     status: Text = None
     exit_code: Number | None = None
-    started: Text = None
-    ended: Text = None
+    started: Time = ""
+    ended: Time = ""
     error: Text = None
     source: Text = None
     space: Text = None
@@ -118,12 +128,6 @@ class RunDocument(_Document):
     host: dict[str, Any] | None = None
     store_bytes: Number | None = None
     free_bytes: Number | None = None
-
-    @model_validator(mode="after")
-    def _of_a_job(self) -> RunDocument:
-        if self.command == "run" and self.job is None:
-            raise ValueError("a run of a job that names no job")
-        return self
 
 
 class _DepthSpace(_Document):

@@ -11,9 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.store.atomic import atomic_file
+from featurepipe.store.choice import relocated
 from featurepipe.store.commit import PartArray, write_arrays
+from featurepipe.store.moved import starts_again
 from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.views import FeatureSet
 
@@ -38,6 +40,7 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
     Raises:
         UsageError: Unknown suffix, no folder of that name, or nothing to write.
         CorruptPart: A part is damaged; nothing is written, a file of that name stays as it was.
+        StoreMoved: The store was rewritten again and again meanwhile; nothing stays behind.
         DiskFull: No space is left; nothing stays behind.
     """
     path = Path(to)
@@ -52,10 +55,23 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
         raise UsageError(f"cannot export to {path}: there is no folder {path.parent}")
     if not len(feature_set):
         raise UsageError("there are no features to export")
+    write = writers[path.suffix.lower()]
+    try:
+        _write(feature_set, path, write)
+    except StoreMoved:  # the same images and labels, wherever their rows are now
+        _again(feature_set, path, write)
+    return path
+
+
+@starts_again
+def _again(feature_set: FeatureSet, path: Path, write: Callable[[FeatureSet, IO[bytes]], None]) -> None:
+    _write(relocated(feature_set), path, write)
+
+
+def _write(feature_set: FeatureSet, path: Path, write: Callable[[FeatureSet, IO[bytes]], None]) -> None:
     feature_set.check()
     with atomic_file(path) as file:
-        writers[path.suffix.lower()](feature_set, file)
-    return path
+        write(feature_set, file)
 
 
 def _splits(features: FeatureSet) -> list[str]:

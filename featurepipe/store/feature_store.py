@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from featurepipe import __version__
-from featurepipe.errors import StoreError, UsageError
+from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
 from featurepipe.store import depths, runs, snapshots
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, write_json
@@ -186,7 +186,7 @@ class FeatureStore:
             backbone: Name of the network, of the space, or the start of a fingerprint (at least 4 characters); may be
                 left out if only one space, or only one with trained weights, holds features of this dataset.
             split: Only rows of this split.
-            snapshot: One of ``snapshot_ids(dataset)``; by default the current one.
+            snapshot: One of ``snapshot_ids(dataset)``, or the id of a job's run; by default the current one.
 
         Raises:
             UsageError: The dataset, column, space, split or snapshot is unknown or ambiguous.
@@ -225,7 +225,28 @@ class FeatureStore:
     def snapshot(
         self, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table | None:
-        """Reads a snapshot (``snapshots.SCHEMA`` or some columns of it), by default the current one; None without one."""
+        """Reads a snapshot (``snapshots.SCHEMA`` or some columns of it), by default the current one; None without one.
+
+        Args:
+            dataset: Its name.
+            run_id: Of the snapshot, or of a job's run: then it is that of the run's last extraction.
+            columns: Only these, in this order.
+
+        Raises:
+            UnknownSnapshot: There is none of that id; says what the id is of, if it is of something else.
+            StoreError: The file is damaged.
+        """
+        if run_id is not None:
+            known = self.snapshot_ids(dataset)
+            found = snapshots.snapshot_of_run(run_id, dataset, known, self._records())
+            others = [] if found else [name for name in self.datasets() if run_id in self.snapshot_ids(name)]
+            if others:
+                raise UnknownSnapshot(
+                    f"{run_id} is a snapshot of dataset {others[0]}, not of {dataset}, which has: "
+                    f"{', '.join(known[-5:]) or 'none'}",
+                    run_id,
+                )
+            run_id = found or run_id
         return snapshots.read_snapshot(self.path / "snapshots", dataset, run_id, columns)
 
     def write_snapshot(self, dataset: str, run_id: str, table: pa.Table) -> Path:
@@ -256,6 +277,9 @@ class FeatureStore:
     def runs(self) -> list[dict[str, Any]]:
         """Reads the records of all runs, oldest first."""
         return [runs.settled(record, self.path / "snapshots") for record in runs.read_runs(self.path / "runs")]
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        yield from self.runs()  # read when the first is asked for
 
     # Which layer transfers best
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import StoreError
+from featurepipe.errors import StoreMoved
 from featurepipe.store.inside import open_file
 
 BLOCK_BYTES = 1 << 20  # read at once when the rows are converted or picked out on the way
@@ -32,7 +32,7 @@ def open_part(part: PartColumn) -> int:
     """Opens a part for reading; returns the descriptor.
 
     Raises:
-        StoreError: It is gone.
+        StoreMoved: It is gone.
     """
     try:
         return open_file(Path(part.path))
@@ -44,7 +44,7 @@ def read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartC
     """Fills a contiguous array with the bytes at ``offset``.
 
     Raises:
-        StoreError: The part is shorter than it was.
+        StoreMoved: The part is shorter than it was.
     """
     content = memoryview(block.reshape(-1).view(np.uint8))
     while content:
@@ -54,9 +54,9 @@ def read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartC
         content, offset = content[count:], offset + count
 
 
-def gone(part: PartColumn) -> StoreError:
+def gone(part: PartColumn) -> StoreMoved:
     """Builds the error for a part that is not there any more."""
-    return StoreError(
+    return StoreMoved(
         f"part {part.path} is gone or shorter than it was; if the store was compacted meanwhile, open the features "
         "again with store.features(...), else run: featurepipe verify STORE"
     )

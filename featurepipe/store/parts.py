@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5a, h5d, h5f, h5o, h5p
 
-from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.errors import CorruptPart, StoreError, StoreMoved
 from featurepipe.store.inside import kind_of, open_file
 
 PART_VERSION = 1
@@ -77,7 +77,8 @@ def read_part(path: Path) -> PartInfo:
 
     Raises:
         CorruptPart: The file is not a readable part.
-        StoreError: The file is missing, may not be read, or is of a newer format.
+        StoreMoved: The file is missing.
+        StoreError: It may not be read, or is of a newer format.
     """
     try:
         found = path.lstat()
@@ -87,7 +88,9 @@ def read_part(path: Path) -> PartInfo:
             )
         size = found.st_size
         attributes, arrays = _read_header(path)
-    except (FileNotFoundError, PermissionError) as error:
+    except FileNotFoundError as error:
+        raise StoreMoved(f"part {path} is gone") from error
+    except PermissionError as error:
         raise StoreError(f"cannot open part {path}: {error.strerror}") from error
     except _UNREADABLE as error:
         raise CorruptPart(f"part {path.name} has an unreadable header: {error}") from error
@@ -171,6 +174,8 @@ def read_array(part: PartInfo, name: str) -> npt.NDArray[Any]:
     try:
         with os.fdopen(open_file(Path(part.path)), "rb") as file:
             flat = np.fromfile(file, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset)
+    except FileNotFoundError as error:
+        raise StoreMoved(f"part {part.path} is gone") from error
     except OSError as error:
         raise StoreError(f"cannot read part {part.path}: {error.strerror}") from error
     if flat.nbytes != info.nbytes or zlib.crc32(flat.view(np.uint8)) != info.crc32:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurepipe.errors import StoreError, UsageError, unknown
+from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
 from featurepipe.store.runs import checked_run_id
@@ -51,6 +52,40 @@ def snapshot_ids(folder: Path, dataset: str) -> list[str]:
     return [path.stem for path in listed(of_dataset, "*.parquet")]
 
 
+def snapshot_of_run(
+    run_id: str, dataset: str, known: Sequence[str], records: Iterable[Mapping[str, Any]]
+) -> str | None:
+    """Returns the snapshot that a run id means: a job's run has the one of its last extraction that wrote one.
+
+    Args:
+        run_id: Of a snapshot, or of any run.
+        dataset: Whose snapshots are meant.
+        known: Run ids of these.
+        records: Of runs; looked at only if ``run_id`` is not among ``known``.
+
+    Returns:
+        One of ``known``; None if there is no such run.
+
+    Raises:
+        UnknownSnapshot: That run left no snapshot of the dataset, or none that is still there.
+    """
+    if run_id in known:
+        return run_id
+    run = next((run for run in records if run["run_id"] == run_id), None)
+    if run is None:
+        return None
+    found = [extraction for extraction in run.get("extractions") or () if extraction in known]
+    if found:
+        return str(found[-1])
+    of = run.get("dataset")
+    about = f", which is about dataset {of}," if of not in (None, dataset) else ""
+    raise UnknownSnapshot(
+        f"run {run_id} ({run.get('status')}){about} has no snapshot of dataset {dataset}; runs that have: "
+        f"{', '.join(known[-5:]) or 'none'}",
+        run_id,
+    )
+
+
 def dataset_names(folder: Path) -> list[str]:
     """Lists the datasets that have a snapshot."""
     return sorted({path.parent.name for path in listed(folder, "*/*.parquet")})
@@ -69,11 +104,11 @@ def read_snapshot(
 
     Raises:
         StoreError: The file is damaged.
-        UsageError: There is no snapshot of that run.
+        UnknownSnapshot: There is no snapshot of that run.
     """
     ids = snapshot_ids(folder, dataset)
     if run_id is not None and run_id not in ids:
-        raise unknown("snapshot", run_id, ids, where=f"dataset {dataset}")
+        raise UnknownSnapshot(str(unknown("snapshot", run_id, ids, where=f"dataset {dataset}")), run_id)
     if not ids:
         return None
     path = folder / dataset / f"{run_id or ids[-1]}.parquet"
@@ -84,6 +119,8 @@ def read_snapshot(
             pq.ParquetFile(opened, page_checksum_verification=True) as file,
         ):  # in one piece, and four times as fast as
             return file.read(schema.names).select(schema.names).cast(schema)  # pq.read_table
+    except FileNotFoundError as error:
+        raise StoreMoved(f"snapshot {path} is gone") from error
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"cannot read snapshot {path}: {error}; run: featurepipe verify STORE") from error
 

@@ -184,7 +184,7 @@ class FeatureSet(LabelledImages):
             (n, D) array, newly allocated.
 
         Raises:
-            StoreError: A part is gone: the store was compacted meanwhile, or is damaged.
+            StoreMoved: A part is gone: the store was compacted meanwhile, or is damaged.
         """
         return (self.rows if rows is None else self.rows.take(rows)).read(dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
+from featurepipe.store.moved import starts_again
 from featurepipe.training.fit import Recipe, calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.on_cluster import cluster_name, team_of
@@ -22,6 +23,7 @@ from featurepipe.training.tuning import search
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
 
 
+@starts_again
 def train(
     store: FeatureStore | str | PathLike[str],
     *,

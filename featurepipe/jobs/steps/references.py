@@ -65,18 +65,20 @@ def _past(night: Night) -> list[Run]:
 
 
 def _own(night: Night, runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run["job"] == night.job.name]
+    return [run for run in runs if run.get("job") == night.job.name]
 
 
 def _of_others(night: Night, runs: Sequence[Run]) -> set[str]:
     """What each other job compared with when it last came to that, and what it will compare with next."""
-    last = {run["job"]: run for run in runs if run["job"] != night.job.name and _next(run)}
+    last = {run.get("job"): run for run in runs if run.get("job") != night.job.name and _next(run)}
     return {run_id for run in last.values() for run_id in (_next(run), _result(run).get("reference")) if run_id}
 
 
 def _named_by_others(night: Night, past: Sequence[Run]) -> set[str]:
     """The ``reference`` of each other job's file when it last ran, whether or not it came to drift."""
-    last = {run["job"]: run.get("plan", {}).get("drift_reference") for run in past if run["job"] != night.job.name}
+    last = {
+        run.get("job"): run.get("plan", {}).get("drift_reference") for run in past if run.get("job") != night.job.name
+    }
     return {reference for reference in last.values() if reference}
 
 
