@@ -146,8 +146,9 @@ class RunRecord:
         """Marks the job's runs that say they are running: only one holds the job's lock, and that is this one."""
         for run in self.store.runs():
             if run.get("job") == self.job.name and run.get("status") == RUNNING and run["run_id"] != self.run_id:
+                host = run.get("host", {}).get("name", "?")
                 self.notes.append(
-                    f"run {run['run_id']}, begun {run.get('started', '?')} on {run.get('host', {}).get('name', '?')}, was killed or lost its machine; "
+                    f"run {run['run_id']}, begun {run.get('started', '?')} on {host}, was killed or lost its machine; "
                     "what it had finished stays"
                 )
                 with suppress(StoreError, OSError):  # the next night will
