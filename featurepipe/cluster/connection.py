@@ -79,6 +79,13 @@ def _client(where: dict[str, Any]) -> Iterator[Client]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Mismatched versions")  # we look at versions ourselves
             client = Client(**where, timeout=CONNECT_SECONDS)
+    except TypeError as error:  # Dask's, when it was told of no certificate
+        at = " ".join(str(part) for part in where.values())
+        raise ClusterError(
+            f"{at} takes certificates, and none is set here: Dask reads them from its configuration "
+            "(distributed.comm.tls.ca-file, .client.cert, .client.key), or from DASK_DISTRIBUTED__COMM__TLS__CA_FILE and so on; "
+            "see SECURITY.md"
+        ) from error
     except (OSError, ValueError, TimeoutError) as error:
         at = " ".join(str(part) for part in where.values())
         raise ClusterError(
