@@ -17,7 +17,7 @@ from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, PIXELS, check_bytes
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
-from featurepipe.images.quiet import QuietModules
+from featurepipe.images.quiet import QuietModules, silence_libtiff
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
@@ -116,6 +116,7 @@ _PREFIX: Final = "tjDecompress"
 # PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
 QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 """Entered around calls of PIL and torchvision.io, from any thread."""
+silence_libtiff()
 
 
 class Kept(NamedTuple):

@@ -21,6 +21,7 @@ from typing import Any, Final
 import fsspec
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
+from featurepipe.images.budgets import check_bytes
 from featurepipe.images.listing import UNKNOWN, printable
 
 _PASSING: Final = {
@@ -215,6 +216,7 @@ def _read_local(path: str) -> bytes:
             if not stat.S_ISREG(before.st_mode):
                 what = "is a directory" if stat.S_ISDIR(before.st_mode) else "is not a regular file"
                 raise Reject(f"unreadable: {what}")
+            check_bytes(before.st_size)
             content = file.readall()
             after = os.fstat(descriptor).st_size
     except FileNotFoundError:

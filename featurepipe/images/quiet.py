@@ -1,9 +1,12 @@
-"""Warnings of the decoding libraries, silenced while we decode and at no other time."""
+"""What the decoding libraries say beside their results: Python warnings and lines on standard error."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -41,3 +44,25 @@ class QuietModules:
             filters = cast("list[Any]", warnings.filters)
             if not self._inside and self._filter in filters:
                 filters.remove(self._filter)
+
+
+def silence_libtiff() -> bool:
+    """Has the libtiff that PIL has loaded print nothing; its errors come through PIL as exceptions all the same.
+
+    Its default is to print each bad line of a damaged fax, past Python. The handlers belong to the library of PIL's wheel, and to
+    the whole process where PIL uses the system's.
+
+    Returns:
+        Whether a libtiff was found: only where the system tells which libraries are loaded (Linux).
+    """
+    found = False
+    with suppress(OSError, AttributeError):
+        for path in {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtiff" in line
+        }:
+            library = ctypes.CDLL(path)
+            for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+                setter(None)
+            found = True
+    return found

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 
+from featurepipe.jobs.stderr import captured_stderr
 from featurepipe.jobs.text import step_name, told
 from featurepipe.progress import Paced, Progress
 from featurepipe.records import SUCCESS
@@ -100,7 +101,7 @@ def job_log(
 
     In the JSON form standard error holds nothing else while the block runs: what verbs say becomes the event ``message``,
     the progress of long work ``progress`` with its numbers, and what anyone else prints there (Python's warnings, a user's
-    network) ``output``. So verbs need not be told to be silent.
+    network, a library in C) ``output``. So verbs need not be told to be silent.
 
     Args:
         job: the job's name.
@@ -110,9 +111,15 @@ def job_log(
         stream: where to, standard error by default.
     """
     log = JobLog(logging.getLogger(f"featurepipe.jobs.{job}"), job=job)
-    handler = logging.NullHandler() if silent else _Handler(stream or sys.stderr, log_format)
+    captured = None
     with ExitStack() as stack:
+        if log_format == "json" and not silent and stream is None:
+            captured = stack.enter_context(captured_stderr(lambda line: log.event(_OUTPUT, line)))
+            stream = captured.stream
+        handler = logging.NullHandler() if silent else _Handler(stream or sys.stderr, log_format)
         stack.enter_context(_only_to(handler, log.logger))
+        if captured is not None:
+            stack.callback(captured.end)  # before the handler goes
         if log_format == "json" and not silent:
             output = _LoggedOutput(log)
             if sys.stdout is sys.stderr:  # as the command line has it, to keep its result apart

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.cluster import Team, connect, stop_of_task
-from featurepipe.errors import Reject, SourceError, UsageError
+from featurepipe.errors import UsageError
 from featurepipe.extraction.books import WorkerBooks
 from featurepipe.extraction.machine import Machine
 from featurepipe.extraction.on_cluster import OnWorkers as ExtractingWorkers
@@ -154,7 +154,7 @@ def readable(images: Source, locators: pa.ChunkedArray) -> tuple[bytes, ...]:
     in_turn = np.concatenate([picked[start::4] for start in range(4)])
     found: list[bytes] = []
     for locator in locators.take(pa.array(in_turn)).to_pylist():
-        with suppress(Reject, SourceError):
+        with suppress(Exception):  # whatever it is, that image cannot be read
             images.read(locator)
             found.append(locator)
         if len(found) == PROBES:

@@ -185,8 +185,8 @@ def _pictures(
             return None
         try:
             payload = images.read(locators[image])
-        except FeaturepipeError:
-            return None  # rejected since: the page goes without it
+        except Exception:  # noqa: BLE001  # rejected since, or worse: the page goes without it
+            return None
         return payload if key_of(payload) == keys.get(image) else None
 
     return read

@@ -154,3 +154,23 @@ def test_fifty_six_series_differ_in_colour_or_marker():
     styles = [series(k) for k in range(56)]
     assert len({(style.colour, style.marker) for style in styles}) == 56
     assert all(a.colour != b.colour and a.marker != b.marker for a, b in itertools.pairwise(styles))
+
+
+def test_an_image_that_starts_programs_in_other_readers_has_no_thumbnail(monkeypatch):
+    def called(*_args, **_options):
+        raise AssertionError("Image.open tries every format that it knows, of which some start programs")
+
+    monkeypatch.setattr(Image, "open", called)
+    assert thumbnail(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", 32) is None
+    picture = io.BytesIO()
+    Image.fromarray(np.full((9, 9, 3), 77, np.uint8)).save(picture, "JPEG")
+    assert thumbnail(picture.getvalue(), 32)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), OverflowError()])
+def test_whatever_an_image_raises_the_page_goes_without_it(monkeypatch, error):
+    def failing(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("featurepipe.images.decode.decode", failing)
+    assert thumbnail(b"\xff\xd8\xff", 32) is None
