@@ -189,6 +189,10 @@ def _bits(samples: Samples, intensity: Intensity) -> Array:
     high = float(2**intensity.bits - 1)
     _check_within(samples, 0, high, f"intensity {intensity} means 0 to {_plain(high)}")
     if samples.values.dtype.kind == "f":
+        if (
+            intensity.bits > 1 and 0 < samples.values.max() <= 1
+        ):  # fractions, which would be black; `auto` may lead here
+            raise Reject(_undeclared(samples, f"are no numbers of {intensity.bits} bits"))
         return _linear(samples.values, 0, high)
     return _unsigned(samples.values, high)
 
