@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from featurepipe.errors import Reject
 from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
+from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
 from featurepipe.images.labels import FolderLabels, is_hidden
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
@@ -63,6 +64,7 @@ class ArchiveSource(Source):
         blob = self._blobs[member.archive]
         if member.method in NOT_STORED:
             raise Reject(f"unreadable: {NOT_STORED[member.method]}")
+        check_bytes(max(member.size, member.stored))
         try:
             if member.method == IN_TAR:
                 return _checked(blob.pread(member.offset - BLOCK, BLOCK + member.size), member)

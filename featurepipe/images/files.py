@@ -192,7 +192,7 @@ def read_file(path: str, listed: int = UNKNOWN) -> bytes:
             changed since is read as it is now, one of which not all has come is `Unavailable`.
 
     Raises:
-        Reject: ``missing: ...`` or ``unreadable: ...``.
+        Reject: ``missing: ...``, ``unreadable: ...``, or ``budget: ...`` where it is larger than an image may be.
     """
     return _read_url(path, listed) if is_url(path) else _read_local(path)
 
@@ -261,6 +261,7 @@ def read_from(file_system: Any, path: str, listed: int = UNKNOWN) -> bytes:
 
 
 def _whole(file_system: Any, path: str, listed: int) -> bytes:
+    check_bytes(listed)
     try:
         content = bytes(file_system.cat_file(path))
         if listed in (UNKNOWN, len(content)):
@@ -270,6 +271,7 @@ def _whole(file_system: Any, path: str, listed: int) -> bytes:
             raise  # else it may be missing only among what was listed once
     file_system.invalidate_cache(path)
     size = details_of(file_system.info(path))[0]
+    check_bytes(size)
     content = bytes(file_system.cat_file(path))
     if size not in (UNKNOWN, len(content)):
         raise Unavailable(f"unreadable: {len(content):,} bytes came of {size:,}: cut off, or it is being written")
@@ -301,7 +303,8 @@ def unreadable(error: Exception) -> Reject:
     plain = getattr(error, "strerror", None) if type(error).__module__ == "builtins" else None
     if isinstance(error, SourceError):
         plain = str(error)
-    reason = f"unreadable: {plain or f'{type(error).__name__}: {error}'}"
+    says = " ".join(str(error).split())  # in one line, whatever the library says
+    reason = f"unreadable: {plain or f'{type(error).__name__}: {says}'}"
     return Unavailable(reason) if is_passing(error) else Reject(reason)
 
 

@@ -292,3 +292,16 @@ def test_a_byte_changed_anywhere_in_an_array_file_never_ends_in_another_error(tm
 def test_arrays_without_rows_stay_empty_listings(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros((0, 4, 4), np.uint8))
     assert open_source(tmp_path / "a.npz").scan().num_rows == 0
+
+
+def test_files_and_members_above_the_budget_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "a.png").write_bytes(b"x" * 2000)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", b"x" * 2000)
+    listed(tmp_path, header(b"a.png", 2000) + padded(b"x" * 2000) + END)
+    monkeypatch.setenv("FEATUREPIPE_MAX_FILE_BYTES", "1999")
+    for spec in ("pile", "z.zip", "s.tar"):
+        source = open_source(tmp_path / spec)
+        with pytest.raises(Reject, match=r"^budget: 2,000 bytes"):
+            source.read(source.scan()["locator"][0].as_py())
