@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from featurepipe.images.intensity import parse_intensity
+
 ReadImage = Callable[[str], Any]
 """Gives the image of an id: encoded bytes, an array, a PIL image, or None where it is not at hand."""
 
@@ -70,7 +72,9 @@ def _upright(image: Any, side: int) -> Image.Image | None:
         # In here, for it imports torch. Not Image.open: that tries formats of which some start other programs.
         from featurepipe.images.decode import decode
 
-        pixels = decode(bytes(image), on_damage=lambda _: None).permute(1, 2, 0).numpy()
+        # To be looked at, each image by its own least and greatest value, whatever the intensity of the features.
+        shown = decode(bytes(image), intensity=parse_intensity("minmax"), on_damage=lambda _: None)
+        pixels = shown.permute(1, 2, 0).numpy()
         is_grey = (pixels[..., :1] == pixels[..., 1:]).all()
         image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels))
     elif not isinstance(image, Image.Image):

@@ -27,6 +27,13 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def test_an_image_of_few_of_sixteen_bits_is_shown_all_the_same():
+    values = np.repeat(np.linspace(0, 4095, 20).astype(np.uint16)[None], 20, axis=0)
+    small = np.asarray(decoded(thumbnail(encoded(Image.fromarray(values), "PNG"), 30)).convert("L"))
+    assert small.min() < 20
+    assert small.max() > 235
+
+
 @pytest.mark.parametrize(
     "image",
     [
