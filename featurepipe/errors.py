@@ -29,9 +29,17 @@ from collections.abc import Iterable
 
 
 class FeaturepipeError(Exception):
-    """Base of all errors that featurepipe raises on purpose."""
+    """Base of all errors that featurepipe raises on purpose; each argument is a line of its message."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The message's lines, each on its own: names in them may hold line breaks, which are no ends of ours."""
+        return tuple(map(str, self.args))
 
 
 class UsageError(FeaturepipeError, ValueError):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, runtime_checkable
 
+from featurepipe.display import displayed
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -98,7 +100,7 @@ class Lines(Paced):
 
     def say(self, message: str) -> None:
         """Prints one line."""
-        print(message, file=self._stream, flush=True)
+        print(displayed(message), file=self._stream, flush=True)
 
 
 class Bar:
@@ -112,11 +114,13 @@ class Bar:
         """Moves the bar."""
         self._done += images
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(self._task, advance=images, bottleneck=bottleneck, rate=f"{rate:,.1f} {_short(self._unit)}/s")
+        self._bar.update(
+            self._task, advance=images, bottleneck=displayed(bottleneck), rate=f"{rate:,.1f} {_short(self._unit)}/s"
+        )
 
     def say(self, message: str) -> None:
         """Prints one line above the bar."""
-        self._bar.console.print(message, highlight=False, markup=False)
+        self._bar.console.print(displayed(message), highlight=False, markup=False)
 
 
 def announcer(*, silent: bool = False) -> Callable[[str], None]:
@@ -148,12 +152,12 @@ def show(
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[bottleneck]}"),
+        TextColumn("{task.fields[bottleneck]}", style="dim", markup=False),  # names may hold brackets
     )
     with RichProgress(*columns, console=Console(file=stream), refresh_per_second=4) as bar:
         task = bar.add_task(what, total=total, bottleneck="", rate="")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from featurepipe.display import displayed
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell; numbers to the right.
+    """Columns as wide as their widest cell; numbers to the right; a cell is one line, whatever name it holds.
 
     Example:
         >>> print(table(["node", "width"], [["layer1", 256], ["layer4", 2048]]))
@@ -17,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[_text(value) for value in row] for row in rows]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
     widths = [max([len(title), *(len(row[i]) for row in cells)]) for i, title in enumerate(header)]
-    lines = [list(header), *cells]
+    lines = [list(map(displayed, header)), *cells]
     return "\n".join(
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in lines
@@ -27,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else displayed(value)
 
 
 def size(count: float) -> str:

@@ -6,14 +6,16 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
-import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from featurepipe.cli.parser import build_parser
+from featurepipe.cli.streams import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
+from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError
 
 __all__ = ["build_parser", "main"]
@@ -21,36 +23,55 @@ __all__ = ["build_parser", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: errors become words and a code."""
+    open_standard_streams()
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
     args.stdout = sys.stdout
+    return _guarded(args)
+
+
+def _guarded(args: Namespace) -> int:
     try:
-        with redirect_stdout(sys.stderr):  # whatever others print, a user's network say, stays out of the result
-            code = int(args.run(args))
-        sys.stdout.flush()  # here, where a reader that has left can still be told from a failure
-        return code
+        with warnings_shown_safely():
+            return _run(args)
     except FeaturepipeError as error:
-        return _failed(args, str(error), error.exit_code)
+        return _failed(args, error.lines, error.exit_code)
     except KeyboardInterrupt:
-        return _failed(args, "stopped", 130)
+        return _failed(args, ["stopped"], 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        discard_output()
         return 0
     except OSError as error:  # a disk or a permission, not a defect: its text names the file
-        return _failed(args, str(error), 1)
+        discard_unwritable()
+        return _failed(args, [str(error)], 1)
+    except Exception:  # a defect of ours, at the border of the process: a log of JSON lines must hold it as one
+        if not _logs_json(args):
+            raise
+        return _failed(args, [traceback.format_exc()], 1)
 
 
-def _failed(args: Namespace, message: str, code: int) -> int:
+def _run(args: Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # whatever others print, a user's network say, stays out of the result
+        code = int(args.run(args))
+    args.stdout.flush()  # here, where a reader that has left can still be told from a failure
+    return code
+
+
+def _logs_json(args: Namespace) -> bool:
+    return getattr(args, "log_format", "text") == "json"
+
+
+def _failed(args: Namespace, lines: Sequence[str], code: int) -> int:
     """Says why a command ended, in the form of its log, and returns its exit code."""
-    if getattr(args, "log_format", "text") == "json":
+    if _logs_json(args):
         from featurepipe.jobs.log import job_log
 
         with job_log(Path(args.job).stem, log_format="json") as log:  # a job that could not be read has its file's name
-            log.event("failed", message, level="error", exit_code=code)
+            log.event("failed", "\n".join(lines), level="error", exit_code=code)
     else:
         with suppress(OSError):  # standard error may be a file on the disk that is full; the code still tells
-            print(f"featurepipe: {message}", file=sys.stderr)
+            print("featurepipe:", "\n".join(map(displayed, lines)), file=sys.stderr)
     return code

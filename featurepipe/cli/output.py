@@ -9,18 +9,30 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from featurepipe.display import displayed_lines, displayed_values
+
 
 def show(args: Namespace, value: Any, text: Callable[[Any], str]) -> None:
-    """Prints ``value``, JSON values, on standard output: as they are with ``--json``, else as ``text`` says them."""
+    """Prints ``value``, JSON values, on standard output: as they are with ``--json``, else as ``text`` says them.
+
+    Args:
+        args: of the command.
+        value: what came of it.
+        text: makes lines of the value, in which every name is `displayed`.
+    """
     if args.json:
-        say(args, json.dumps(value, indent=2))  # ASCII only, which every terminal and pipe can take
+        _print(args, json.dumps(value, indent=2))  # ASCII only, which every terminal and pipe can take
     else:
-        say(args, text(value))
+        _print(args, displayed_lines(text(displayed_values(value))))
 
 
 def say(args: Namespace, line: str) -> None:
-    """Prints on the real standard output, which is redirected while a command runs."""
-    print(line, file=args.stdout)
+    """Prints text whose names are `displayed` already on the real standard output, which is redirected while a command runs."""
+    _print(args, displayed_lines(line))
+
+
+def _print(args: Namespace, text: str) -> None:
+    print(text, file=args.stdout)
 
 
 def this_command() -> str:

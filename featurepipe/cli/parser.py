@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from featurepipe import __version__
 from featurepipe.cli import (
@@ -19,6 +20,7 @@ from featurepipe.cli import (
     stores,
     train,
 )
+from featurepipe.display import displayed
 
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
@@ -28,9 +30,16 @@ EXIT_CODES = """exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows what was typed without obeying it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(displayed(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; a parsed command's ``run`` is the function that runs it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="featurepipe",
         description="A frozen ConvNet as a fixed feature extractor: images in, HDF5 features out, once and never twice.",
         epilog=EXIT_CODES,

@@ -19,6 +19,7 @@ from featurepipe.cli.options import (
     existing_store,
 )
 from featurepipe.cli.output import show
+from featurepipe.display import displayed_values
 from featurepipe.errors import UsageError, unknown
 from featurepipe.summary import whole_runs
 
@@ -105,7 +106,7 @@ def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record
         raise UsageError(f"nothing has run in {store.path} yet; run: featurepipe run JOB.toml")
     record = chosen[-1] if args.run_id == "last" else _named(args.run_id, chosen, records, store)
     own = [part for part in records if part["run_id"] in record.get("extractions", ())]
-    show(args, record, lambda record: details_text(record, own))
+    show(args, record, lambda record: details_text(record, displayed_values(own)))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from featurepipe import summary
 from featurepipe.cli.options import Commands, add_command, add_dataset, add_json, add_space, add_store, existing_store
 from featurepipe.cli.output import show
+from featurepipe.display import displayed_values
 from featurepipe.tables import size
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def verify(args: Namespace) -> int:
     from featurepipe.store import verify_store
 
     report = verify_store(existing_store(args))
-    show(args, asdict(report), lambda _: summary.verify_text(report))
+    show(args, asdict(report), lambda _: summary.verify_text(displayed_values(report)))
     return 1 if report.problems else 0
 
 
@@ -80,7 +81,7 @@ def compact(args: Namespace) -> int:
     from featurepipe.store import compact_store
 
     report = compact_store(existing_store(args), dry_run=args.dry_run)
-    show(args, asdict(report), lambda _: summary.compact_text(report, dry_run=args.dry_run))
+    show(args, asdict(report), lambda _: summary.compact_text(displayed_values(report), dry_run=args.dry_run))
     return 0
 
 

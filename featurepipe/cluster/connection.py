@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.cluster.kinds import QUIET, in_a_line, opened
 from featurepipe.cluster.table import ClusterTable, read_spec
 from featurepipe.cluster.team import Team
+from featurepipe.display import displayed
 from featurepipe.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ CONNECT_SECONDS = 10.0
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(displayed(text), file=sys.stderr)
 
 
 @contextmanager

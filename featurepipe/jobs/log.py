@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 
+from featurepipe.display import displayed
 from featurepipe.jobs.stderr import captured_stderr
 from featurepipe.jobs.text import step_name, told
 from featurepipe.progress import Paced, Progress
@@ -164,7 +165,7 @@ class _Handler(logging.StreamHandler[IO[str]]):
 class _PlainLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         grave = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{grave}{record.getMessage()}"
+        return f"{grave}{displayed(record.getMessage())}"
 
 
 class _JsonLine(logging.Formatter):

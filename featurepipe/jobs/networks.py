@@ -32,7 +32,7 @@ def check_networks(job: Job, *, first: bool = False) -> None:
     """
     missing = list(_missing_snapshot(job))
     if missing or any(named_problems(job, skip=0 if first else 1)):
-        raise UsageError(told([*named_problems(job), *missing], job.file))
+        raise UsageError(*told([*named_problems(job), *missing], job.file))
 
 
 def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
@@ -60,9 +60,9 @@ def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> U
         place: of the network among all.
     """
     if isinstance(error, WeightsNotFound):
-        return WeightsNotFound(told([(f"features[{place}].weights", None, str(error))], job.file))
+        return WeightsNotFound(*told([(f"features[{place}].weights", None, str(error))], job.file))
     problems = list(_of_network(job.features[place], place))
-    return UsageError(told(problems, job.file)) if problems else error
+    return UsageError(*told(problems, job.file)) if problems else error
 
 
 def _of_network(table: FeaturesTable, place: int, *, nodes: bool = True) -> Iterator[Problem]:

@@ -55,7 +55,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
                 **arguments(job, features),
             )  # fmt: skip
         except FeaturepipeError as error:
-            error.args = (in_keys(str(error), "extract"),)
+            error.args = tuple(in_keys(line, "extract") for line in error.lines)
             raise
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]

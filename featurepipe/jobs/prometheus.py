@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
+from featurepipe.display import displayed
 from featurepipe.errors import UsageError
 from featurepipe.records import is_success
 
@@ -93,7 +94,7 @@ class _Figures:
 
     def __init__(self, registry: CollectorRegistry, job: str) -> None:
         self.registry = registry
-        self._job = job
+        self._job = displayed(job)
 
     def gauge(self, name: str, text: str, value: float) -> None:
         Gauge(f"featurepipe_{name}", text, ["job"], registry=self.registry).labels(self._job).set(value)
@@ -105,12 +106,12 @@ class _Figures:
         gauge = Gauge("featurepipe_images", text, labels, registry=self.registry)
         for space, counts in by_space.items():
             for outcome, count in counts.items():
-                gauge.labels(self._job, space, outcome).set(count)
+                gauge.labels(self._job, displayed(space), outcome).set(count)
 
     def gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> None:
         gauge = Gauge(f"featurepipe_{name}", text, ["job", label], registry=self.registry)
         for key, value in values.items():
-            gauge.labels(self._job, key).set(value)
+            gauge.labels(self._job, displayed(key)).set(value)
 
 
 def _ended(run: Mapping[str, Any]) -> float:

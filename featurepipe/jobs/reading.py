@@ -53,7 +53,7 @@ def read_job(path: str | PathLike[str]) -> Job:
         wrong = set()
     problems += [problem for check, tables in CHECKS if wrong.isdisjoint(tables) for problem in check(job)]
     if problems:
-        raise UsageError(told(problems, path))
+        raise UsageError(*told(problems, path))
     return job.read_from(Path(path))
 
 

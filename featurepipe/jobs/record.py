@@ -226,7 +226,9 @@ def _warnings(entry: Entry) -> list[str]:
 
 def _told(status: str, error: BaseException, exit_code: int, step: str) -> Entry:
     kind = type(error).__name__
-    told = {"status": status, "error": in_keys(str(error), step) or kind, "error_type": kind, "exit_code": exit_code}
+    lines = error.lines if isinstance(error, FeaturepipeError) else (str(error),)
+    text = in_keys(" ".join(map(str.strip, lines)), step)
+    told = {"status": status, "error": text or kind, "error_type": kind, "exit_code": exit_code}
     found = getattr(error, "result", None)  # what a step had found when it decided to fail
     return told if found is None else {**told, "result": result_in_keys(found, step)}
 

@@ -35,10 +35,10 @@ LONGEST_SHOWN = 80
 """Characters of a value that a message repeats."""
 
 
-def told(problems: Iterable[Problem], file: str | PathLike[str] | None) -> str:
+def told(problems: Iterable[Problem], file: str | PathLike[str] | None) -> list[str]:
     """A line for each problem: the file, the key, what was given, and what is wrong with it."""
     begin = "" if file is None else f"{fspath(file)}: "
-    return "\n".join(f"{begin}{_line(problem)}" for problem in problems)
+    return [f"{begin}{_line(problem)}" for problem in problems]
 
 
 def _line(problem: Problem) -> str:

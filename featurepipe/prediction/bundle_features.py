@@ -27,7 +27,7 @@ def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: st
     """
     spaces = store.spaces()
     if dataset in store.datasets() and bundle.fingerprint not in {space.fingerprint for space in spaces}:
-        raise BundleError(_no_such_space(bundle, store, spaces, dataset))
+        raise BundleError(*_no_such_space(bundle, store, spaces, dataset))
     features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint, snapshot=snapshot)
     bundle.check(features)
     return features
@@ -58,7 +58,7 @@ def features_at(
         yield spread(features, team)
 
 
-def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> str:
+def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> list[str]:
     name = bundle.backbone["name"]
     lines = [
         f"the bundle is for features of the space {name}-{bundle.fingerprint[:12]}, and {store.path} has none of that space; "
@@ -67,7 +67,7 @@ def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dat
     lines += [f"  {space.name}, which differs in {_differing(bundle, space)}" for space in spaces] or [
         "  no space at all"
     ]
-    return "\n".join([*lines, f"compute them with: {_command(bundle, store, dataset)}"])
+    return [*lines, f"compute them with: {_command(bundle, store, dataset)}"]
 
 
 def _differing(bundle: Bundle, space: Space) -> str:

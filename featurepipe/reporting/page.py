@@ -14,6 +14,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from featurepipe.display import displayed, displayed_values
 from featurepipe.reporting import template_text
 from featurepipe.reporting.blocks import Exhibit, Section
 from featurepipe.reporting.bundle_sections import bundle_column, bundle_sections, bundle_title
@@ -48,6 +49,8 @@ def compose(
         elsewhere: Thumbnails of the mistakes on the other source.
     """
     paint = Paint()
+    document, metrics, projection = map(displayed_values, (document, metrics, projection))
+    small, large, elsewhere = (_by_shown_id(pictures) for pictures in (small, large, elsewhere))
     if document["kind"] == "nights":
         return render(nights_title(document), night_sections(document, paint), paint, _footer(document))
     depth = document["kind"] == "depth"
@@ -101,6 +104,10 @@ def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -
         footer=footer,
     )
     return html.lstrip()  # what the template's macros leave before the doctype
+
+
+def _by_shown_id(pictures: Images) -> Images:
+    return {displayed(name): picture for name, picture in pictures.items()}
 
 
 def _policy(scripts: Sequence[str]) -> str:

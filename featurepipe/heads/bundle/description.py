@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from featurepipe.display import displayed
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.measures import measures_text
 
@@ -40,7 +41,7 @@ def bundle_text(bundle: Bundle) -> str:
         "trained": _training(bundle),
         "software": ", ".join(f"{name} {version}" for name, version in bundle.software.items()),
     }
-    text = "\n".join(f"{name:<9} {line}" for name, line in lines.items() if line)
+    text = "\n".join(f"{name:<9} {displayed(line)}" for name, line in lines.items() if line)
     tested = bundle.metrics.get("test")
     if not tested:
         return f"{text}\nno test images when it was trained; featurepipe evaluate measures it on others"
