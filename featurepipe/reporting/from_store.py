@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, StoreMoved, UsageError
+from featurepipe.errors import FeaturepipeError, StoreError, StoreMoved, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.layer_depth.mapped import mapped
@@ -72,7 +72,15 @@ def report(
         snapshot = str(shown["provenance"]["snapshot"])
     read = _pictures(kept, name, snapshot, source, say)
     there = _pictures_elsewhere(kept, shown, say)
-    return write_report(shown, target, images=read, elsewhere=there, features=features, silent=silent)
+    try:
+        return write_report(shown, target, images=read, elsewhere=there, features=features, silent=silent)
+    except FeaturepipeError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if bundle is not None or document is not None:
+            raise
+        where = f"what the store holds of the last comparison of {name} is not as it should be"
+        raise StoreError(f"{where} ({type(error).__name__}: {error}); compare again with featurepipe depth") from error
 
 
 def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:

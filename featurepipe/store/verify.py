@@ -194,7 +194,7 @@ def _check_space(folder: Path) -> None:
     record = read_json(folder / "space.json")
     try:
         actual = fingerprint(record["fields"])
-    except (KeyError, UsageError, RecursionError) as error:
+    except (KeyError, UsageError, UnicodeEncodeError) as error:
         raise StoreError(f"its fields cannot be read: {error}") from error
     if record.get("fingerprint") != actual:
         raise StoreError(f"its fields hash to {actual[:12]}, but it says {str(record.get('fingerprint'))[:12]}")
