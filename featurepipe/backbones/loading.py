@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from featurepipe.backbones import measure, nodes, weights
+from featurepipe.backbones import checkpoints, measure, nodes, weights
+from featurepipe.backbones.checkpoints import Checkpoint
 from featurepipe.backbones.columns import Column, parse_column
 from featurepipe.backbones.families import SEE, Family
 from featurepipe.backbones.from_torchvision import Torchvision, classification_names
@@ -35,7 +36,8 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
         name: A torchvision classification model, ``timm/NAME``, ``package.module:factory``, ``efficientnet_lite0`` or
             ``lenet5``.
         weights: The name of pretrained weights, ``DEFAULT`` for the best of them, ``none`` for a random control, or the
-            path of a state dict (``.pt``, ``.pth``, ``.safetensors``).
+            path of a checkpoint (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) that holds the network's tensors up
+            to the nodes that are asked for; see ``Backbone.weights_note``.
         seed: Seed of the random control.
 
     Raises:
@@ -106,7 +108,7 @@ class Backbone:
         elif is_file_name(weights_name):
             self._file = Path(weights_name)
             self.weights = f"file:{self._file.name}"
-            self._check_file()
+            _ = self._checkpoint  # read now, so that a wrong file is told at once
         else:
             self._resolved = family.resolve(weights_name)
             self.weights = self._resolved
@@ -130,16 +132,28 @@ class Backbone:
         if self.is_random:
             return self._random_module
         module = self._new_skeleton()
-        weights.load_into(module, self._state, name=self.name, origin=self.weights)
+        state = self._state if self._checkpoint is None else checkpoints.filled(self._checkpoint, module)
+        weights.load_into(module, state, name=self.name, origin=self.weights)
         return nodes.freeze(module)
 
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights' names, dtypes, shapes and values, as hexadecimal digits.
 
-        Pretrained and file weights are hashed as they are read, without building the network.
+        Pretrained and file weights are hashed as they are read, without building the network. Of a file that holds more,
+        less or the same under other names, the tensors that go into the network are hashed under its names: what is
+        ignored (another head) changes no feature and no hash.
         """
-        return weights.sha256_of(self._random_module.state_dict() if self.is_random else self._state)
+        return weights.sha256_of(self.state())
+
+    def state(self) -> StateDict:
+        """Returns the tensors that the weights hold for the network, by its names; what ``weights_sha256`` is the hash of."""
+        return dict(self._random_module.state_dict() if self.is_random else self._state)
+
+    @property
+    def weights_note(self) -> str:
+        """Where in the weights file the tensors were found, and what is ignored or missing; empty if all is as usual."""
+        return "" if self._checkpoint is None else self._checkpoint.note
 
     @cached_property
     def bottleneck(self) -> str:
@@ -172,6 +186,7 @@ class Backbone:
             UsageError: A node is unknown.
         """
         self._check_nodes(names)
+        self._check_present(names)
         if not self.traceable:
             return None
         found = nodes.trace(self.module)
@@ -196,6 +211,7 @@ class Backbone:
             if column.node == BOTTLENECK:
                 column = column._replace(node=self.bottleneck)
             self.feature_shape(column)
+            self._check_present([column.node])
             columns.append(column)
         return list(dict.fromkeys(columns))
 
@@ -240,12 +256,21 @@ class Backbone:
             "seed": self.seed,
             "bottleneck": self.bottleneck,
             "parameters": sum(parameter.numel() for parameter in self._skeleton.parameters()),
+            **({"weights_note": self.weights_note} if self.weights_note else {}),
         }
 
     @cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        """What the weights file holds for this network; None without a file."""
+        if self._file is None:
+            return None
+        content = weights.read_checkpoint(self._file)
+        return checkpoints.fit(content, self._new_skeleton(), name=self.name, origin=self.weights)
+
+    @cached_property
     def _state(self) -> StateDict:
-        if self._file is not None:
-            return weights.read_state_dict(self._file)
+        if self._checkpoint is not None:
+            return self._checkpoint.state
         with _seeded(self._seed):
             return self._family.state(self._resolved or "")
 
@@ -303,8 +328,27 @@ class Backbone:
     def _see(self) -> str:
         return f"featurepipe nodes {self.name}"
 
-    def _check_file(self) -> None:
-        weights.load_into(self._new_skeleton(), self._state, name=self.name, origin=self.weights)
+    def _check_present(self, names: Sequence[str]) -> None:
+        """Refuses nodes that need tensors which the weights file lacks."""
+        if self._checkpoint is None or not self._checkpoint.missing:
+            return
+        for name in names:
+            missing = sorted(self._checkpoint.missing.intersection(self._needed(self.node(name).name)))
+            if missing:
+                raise UsageError(
+                    f"weights {self.weights!r} do not fit {self.name}: {self._checkpoint.wrong}; node {name} needs "
+                    f"{len(missing)} of these, such as {missing[0]}. A network of another shape can be given as "
+                    "package.module:factory"
+                )
+
+    def _needed(self, node: str) -> set[str]:
+        """The names of the tensors from which a node's output is computed."""
+        found, names = self._trace_of_skeleton, list(self._skeleton.state_dict())
+        if found is not None:
+            return nodes.tensors_below(found, node, names)
+        at = [info.name for info in self._node_infos].index(node)
+        later = [f"{info.name}." for info in self._node_infos[at + 1 :] if not node.startswith(f"{info.name}.")]
+        return {name for name in names if not name.startswith(tuple(later))}
 
     def _check_nodes(self, names: Sequence[str]) -> None:
         for name in names:

@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -187,6 +187,19 @@ def _last_value(found: Trace) -> fx.Node | None:
     outputs = [node for node in found.graph.nodes if node.op == "output"]
     candidates = [node for node in outputs[0].all_input_nodes if node in found.names] if outputs else []
     return candidates[0] if candidates else None
+
+
+def tensors_below(found: Trace, node: str, names: Iterable[str]) -> set[str]:
+    """Those of the ``names`` of a network's tensors from which the output of ``node`` is computed."""
+    waiting = [value for value, name in found.names.items() if name == node]
+    waiting += [value for value in found.graph.nodes if value.target is operator.setitem]
+    seen: set[fx.Node] = set()
+    while waiting:
+        value = waiting.pop()
+        seen.add(value)
+        waiting += [given for given in value.all_input_nodes if given not in seen]
+    used = {str(value.target) for value in seen if value.op in ("call_module", "get_attr")}
+    return {name for name in names if name in used or any(name.startswith(f"{target}.") for target in used)}
 
 
 def freeze(module: M) -> M:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import pickle
 import socket
 import struct
 import urllib.error
@@ -16,27 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featurepipe.backbones.weight_files import UNREADABLE, read_file
 from featurepipe.errors import UsageError, WeightsNotFound
 
 StateDict = dict[str, Tensor]
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-ALTERNATIVE = "efficientnet_lite0"
-_NOT_A_VALUE = "num_batches_tracked"  # a counter of training steps, which changes no feature
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_CONNECT_SECONDS = 20.0
-# What torch's unpickler raises on bytes that are no weights file depends on where they lead it astray.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    struct.error,
+SUFFIXES = (
+    ".pt",
+    ".pth",
+    ".bin",
+    ".safetensors",
+    ".ckpt",
+    ".tar",
+    ".th",
+    ".t7",
+    ".pkl",
+    ".model",
+    ".weights",
+    ".onnx",
+    ".h5",
+    ".keras",
 )
+"""By which a file is told from a name; some of them are other formats, which are refused in words."""
+ALTERNATIVE = "efficientnet_lite0"
+NOT_A_VALUE = "num_batches_tracked"  # a counter of training steps, which changes no feature
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+_CONNECT_SECONDS = 20.0
 
 
 def is_file_name(weights: str) -> bool:
@@ -52,7 +55,7 @@ def sha256_of(state: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(state):
-        if name.rpartition(".")[2] == _NOT_A_VALUE:
+        if name.rpartition(".")[2] == NOT_A_VALUE:
             continue
         tensor = state[name].detach().cpu().contiguous()
         label = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}".encode()
@@ -71,13 +74,21 @@ def read_state_dict(path: Path) -> StateDict:
     Raises:
         UsageError: No such file, not a weights file, or no state dict inside.
     """
-    if not path.is_file():
+    return unwrap(read_checkpoint(path), str(path))
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Reads whatever a weights file holds, without running code from it.
+
+    Raises:
+        UsageError: No such file, or not a weights file.
+    """
+    if not path.exists():
         raise UsageError(
             f"weights file {str(path)!r} does not exist; give DEFAULT, none, a name that `featurepipe backbones` "
             "lists, or the path of a state dict (.pt, .pth, .safetensors)"
         )
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
-    return unwrap(content, str(path))
+    return read_file(path)
 
 
 def unwrap(content: Any, origin: str) -> StateDict:
@@ -86,7 +97,7 @@ def unwrap(content: Any, origin: str) -> StateDict:
     Raises:
         UsageError: There is none.
     """
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
@@ -100,28 +111,6 @@ def unwrap(content: Any, origin: str) -> StateDict:
     if all(name.startswith("module.") for name in state):
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
     return state
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"weights file {str(path)!r} is not a state dict that torch.load(weights_only=True) can read: {first_line}"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError(f"reading {path.name} needs safetensors; run: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UsageError(f"weights file {str(path)!r} is not a safetensors file: {error}") from error
 
 
 def load_into(module: nn.Module, state: StateDict, *, name: str, origin: str) -> None:
@@ -145,7 +134,7 @@ def load_into(module: nn.Module, state: StateDict, *, name: str, origin: str) ->
         module.load_state_dict(state, strict=True, assign=anew)
     except RuntimeError as error:
         raise UsageError(
-            f"weights {origin!r} do not fit {name}: {_differences(expected, state)}. A network of another shape can be "
+            f"weights {origin!r} do not fit {name}: {differences(expected, state)}. A network of another shape can be "
             "given as package.module:factory"
         ) from error
 
@@ -154,8 +143,9 @@ def _needs_conversion(given: Tensor, expected: Tensor | None) -> bool:
     return expected is not None and given.is_floating_point() and given.dtype != expected.dtype
 
 
-def _differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    missing = [key for key in expected if key not in given and not key.endswith(_NOT_A_VALUE)]
+def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Names the first keys that are missing, that are too many, and whose shapes differ."""
+    missing = [key for key in expected if key not in given and not key.endswith(NOT_A_VALUE)]
     surplus = [key for key in given if key not in expected]
     shapes = [
         f"{key} has shape {tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -194,7 +184,7 @@ def torchvision_state_dict(weights: Any) -> StateDict:
             state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, socket.gaierror) as error:
         raise _offline(path, weights.url, f"cannot be downloaded ({_reason(error)})") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if was_there:
             raise WeightsNotFound(
                 f"the weights file {path} is damaged ({_reason(error)}); delete it, and it is downloaded again"

@@ -150,6 +150,8 @@ def prepare(
         _note_map_shapes(space, backbone, columns)
     if why_new:
         say(why_new)
+    if backbone.weights_note:
+        say(f"weights {backbone.weights}: {backbone.weights_note}")
     for setting, value in settings.values().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 

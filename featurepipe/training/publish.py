@@ -119,18 +119,17 @@ def weights_copy(
 
     from featurepipe.backbones import load_backbone
     from featurepipe.backbones.user_code import check_trusted
-    from featurepipe.backbones.weights import read_state_dict
 
     check_trusted(space.backbone, trust_code, named_by="the store")
-    found = load_backbone(space.backbone, str(weights)).weights_sha256
-    if found != space.fields["weights_sha256"]:
+    found = load_backbone(space.backbone, str(weights))
+    if found.weights_sha256 != space.fields["weights_sha256"]:
         raise UsageError(f"{weights} holds other weights than those the features of {space.name} were computed with")
     if str(weights).endswith(".safetensors"):
         yield Path(weights)
         return
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "weights.safetensors"
-        save_file({name: values.clone() for name, values in read_state_dict(Path(weights)).items()}, copy)
+        save_file({name: values.clone().contiguous() for name, values in found.state().items()}, copy)
         yield copy
 
 

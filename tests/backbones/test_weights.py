@@ -93,7 +93,7 @@ def test_missing_and_surplus_keys_and_wrong_shapes_are_named(tmp_path, lenet_sta
     wrong["f6.0.bias"] = torch.zeros(85)
     torch.save(wrong, tmp_path / "wrong.pth")
     with pytest.raises(UsageError) as caught:
-        load_backbone("lenet5", str(tmp_path / "wrong.pth"))
+        load_backbone("lenet5", str(tmp_path / "wrong.pth")).columns([])
     message = str(caught.value)
     assert "weights 'file:wrong.pth' do not fit lenet5" in message
     assert "1 keys are missing (output.weight)" in message

@@ -1,0 +1,200 @@
+"""Checkpoints: finding a network's tensors in whatever a training script has saved.
+
+A frozen network needs the tensors up to the deepest node whose features are asked for, so a file with another head, with
+none, or with tensors of its own beside them is as good as the network's own state dict. Where in the file the tensors are,
+and which prefix their names have (``model.``, ``module.encoder_q.``, ``_orig_mod.``), is found by matching names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featurepipe.backbones.weights import NOT_A_VALUE, WRAPPERS, StateDict, differences, load_into, unwrap
+from featurepipe.errors import UsageError
+
+_DEEPEST = 4
+_RIVAL = 0.8  # a match with this share of the best one's tensors could be meant as well
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What of a file goes into a network.
+
+    Attributes:
+        state: The tensors, by the network's names, with the file's dtypes.
+        missing: Names of the network's tensors that the file lacks, or has in another shape.
+        wrong: How the file differs from the network, for an error; empty where it does not.
+        note: The same for people whom it does not matter to, and where the tensors were found; empty where there is nothing
+            to say.
+        renamed: Whether the file is no state dict of the network as it is.
+    """
+
+    state: StateDict
+    missing: frozenset[str] = frozenset()
+    wrong: str = ""
+    note: str = ""
+    renamed: bool = False
+
+
+class _Match(NamedTuple):
+    """Tensors of one mapping in the file, by the network's names."""
+
+    where: tuple[str, ...]
+    dropped: str
+    added: str
+    mapping: Mapping[str, Tensor]
+    tensors: StateDict
+
+    def __str__(self) -> str:
+        place = "".join(f"[{key!r}]" for key in self.where) or "the file"
+        return f"{place} with the prefix {self.dropped!r}" if self.dropped else place
+
+    def given(self) -> StateDict:
+        """All tensors of the mapping, by the names that they would have in the network."""
+        if self.added:
+            return {f"{self.added}{key}": tensor for key, tensor in self.mapping.items()}
+        return {key.removeprefix(self.dropped): tensor for key, tensor in self.mapping.items()}
+
+
+def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoint:
+    """Finds the tensors for ``network`` in what a weights file holds.
+
+    A state dict that fits as it is (perhaps wrapped as ``{"state_dict": ...}``, with the prefix ``module.``) is taken as it is.
+
+    Args:
+        content: What the file holds.
+        network: The network; its values may be overwritten, its parameters may be on the meta device.
+        name: The network's name, for errors.
+        origin: The file's name, for errors.
+
+    Raises:
+        UsageError: There is no tensor for it, or several sets of tensors fit equally well.
+    """
+    matches = _matches(content, network.state_dict())
+    try:
+        state = unwrap(content, origin)
+        load_into(network, state, name=name, origin=origin)
+    except UsageError:
+        if not matches:
+            raise
+    else:
+        return Checkpoint(state, note=_others(matches, state))
+    expected = network.state_dict()
+    best = _chosen(matches, name, origin)
+    return _checkpoint(best, expected, name)
+
+
+def filled(checkpoint: Checkpoint, network: nn.Module) -> StateDict:
+    """The checkpoint's tensors, and for the missing ones the network's own values, or NaN where it has none."""
+    if not checkpoint.renamed:
+        return checkpoint.state
+    own = network.state_dict()
+    lacking = {key: own[key] for key in checkpoint.missing | (own.keys() - checkpoint.state.keys())}
+    return {**checkpoint.state, **{key: _empty(value) if value.is_meta else value for key, value in lacking.items()}}
+
+
+def _empty(like: Tensor) -> Tensor:
+    value = float("nan") if like.is_floating_point() else 0
+    return torch.full(tuple(like.shape), value, dtype=like.dtype)
+
+
+def _checkpoint(best: _Match, expected: Mapping[str, Tensor], name: str) -> Checkpoint:
+    needed = {key for key, value in expected.items() if _counts(key, value)}
+    missing = frozenset(needed - best.tensors.keys())
+    used = {f"{best.dropped}{key.removeprefix(best.added)}" for key in best.tensors}
+    ignored = sorted(key for key in best.mapping if key not in used and _counts(key, best.mapping[key]))
+    parts = [f"{len(needed) - len(missing)} of the {len(needed)} tensors of {name} are in {best}"]
+    if missing:
+        parts.append(f"{len(missing)} are not ({_first(sorted(missing))})")
+    if ignored:
+        parts.append(f"{len(ignored)} of the file are ignored ({_first(ignored)})")
+    wrong = differences(expected, best.given()) if missing else ""
+    return Checkpoint(best.tensors, missing, wrong, "; ".join(parts), renamed=True)
+
+
+def _counts(key: str, value: Tensor) -> bool:
+    """Whether a tensor changes features: counters do not, and tables of indices a network makes for itself."""
+    return value.is_floating_point() and key.rpartition(".")[2] != NOT_A_VALUE
+
+
+def _matches(content: Any, expected: Mapping[str, Tensor]) -> list[_Match]:
+    """Every way to take tensors from the file, those with most first."""
+    found = []
+    for where, mapping in _mappings(content):
+        for dropped, added in _prefixes(mapping, expected):
+            names = {key: f"{dropped}{key.removeprefix(added)}" for key in expected if key.startswith(added)}
+            tensors = {
+                key: mapping[other]
+                for key, other in names.items()
+                if other in mapping and mapping[other].shape == expected[key].shape
+            }
+            if any(_counts(key, value) for key, value in tensors.items()):
+                found.append(_Match(where, dropped, added, mapping, tensors))
+    return sorted(found, key=lambda match: -len(match.tensors))
+
+
+def _mappings(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    if not isinstance(content, Mapping) or len(where) > _DEEPEST:
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield where, tensors
+    for key, value in content.items():
+        yield from _mappings(value, (*where, str(key)))
+
+
+def _prefixes(mapping: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The likeliest prefixes: what to drop from the file's names, or from the network's (a backbone inside a wrapper)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for names, others, is_file in ((mapping, expected, True), (expected, mapping, False)):
+        for name, value in names.items():
+            for prefix, tail in _tails(name):
+                if tail in others and others[tail].shape == value.shape and (prefix or is_file):
+                    counts[(prefix, "") if is_file else ("", prefix)] += 1
+    most = max(counts.values(), default=0)
+    return [pair for pair, count in counts.items() if count >= _RIVAL * most]
+
+
+def _tails(name: str) -> Iterator[tuple[str, str]]:
+    parts = name.split(".")
+    for i in range(len(parts)):
+        tail = ".".join(parts[i:])
+        yield name[: len(name) - len(tail)], tail
+
+
+def _chosen(matches: Sequence[_Match], name: str, origin: str) -> _Match:
+    """The best match; of equally good ones that under the usual key, else their values have to be the same."""
+    rivals = [match for match in matches if len(match.tensors) >= _RIVAL * len(matches[0].tensors)]
+    for wrapper in WRAPPERS:
+        under = [match for match in rivals if match.where[:1] == (wrapper,)]
+        rivals = under or rivals
+    other = next((match for match in rivals[1:] if not _same(rivals[0].tensors, match.tensors)), None)
+    if other is not None:
+        raise UsageError(
+            f"weights {origin!r} hold several sets of tensors for {name}: {'; '.join(map(str, rivals))}; save the one that you "
+            "want alone: torch.save(tensors, path)"
+        )
+    return rivals[0]
+
+
+def _same(one: StateDict, other: StateDict) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one.keys() & other.keys())
+
+
+def _others(matches: Sequence[_Match], state: StateDict) -> str:
+    """Says that the file holds another set of tensors with other values, such as averaged ones."""
+    full = [match for match in matches if len(match.tensors) >= _RIVAL * len(state)]
+    others = [match for match in full if not _same(match.tensors, state)]
+    return (
+        f"the file holds other tensors as well, which are ignored: {_first(list(map(str, others)))}" if others else ""
+    )
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
