@@ -35,6 +35,7 @@ from featurepipe.extraction.stream import StageSeconds
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
+from featurepipe.images.findings import ListingSummary
 from featurepipe.images.listing import SCHEMA
 from featurepipe.store import differences
 from featurepipe.store.known_files import KNOWN_FILES
@@ -220,6 +221,7 @@ def job_of(network: Network, ready: Ready, source: Source, settings: Settings, m
         plan=make_plan(SCHEMA.empty_table(), KNOWN_FILES.empty_table(), nothing, KeySet()),
         history=History(),
         gone=0,
+        listing=ListingSummary.of(SCHEMA.empty_table()),
         clock=StageSeconds(),
         engines=ready.engines[settings.precision],
     )

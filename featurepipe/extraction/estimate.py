@@ -32,6 +32,7 @@ class Estimate:
         bytes_per_column: bytes of features that each column would add, if no image is a copy of another.
         space: the feature space that would be used.
         new_space: whether it would be a new one, and why.
+        listing: what the source lists, ignores and guesses; see `ListingSummary`.
     """
 
     dataset: str
@@ -46,6 +47,7 @@ class Estimate:
     bytes_per_column: dict[str, int]
     space: dict[str, Any]
     new_space: str | None
+    listing: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -69,6 +71,7 @@ def estimate(job: Job, sample_size: int, place: Place | None = None) -> Estimate
         bytes_per_column={str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.columns},
         space=dict(job.fields),
         new_space=job.why_new,
+        listing=job.listing.as_dict(),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.images.findings import unreadable_folders
+from featurepipe.images.listing import SCHEMA, UNKNOWN
 from featurepipe.store import FeatureStore
 
 
@@ -48,6 +50,24 @@ class History:
         """How many images the last snapshot lists."""
         return 0 if self.snapshot is None else self.snapshot.num_rows
 
+    def with_unreadable(self, listing: pa.Table) -> pa.Table:
+        """The listing, and for each folder that could not be read the images that the last snapshot has there.
+
+        They are not gone: reading them gives the reason why the folder cannot be read, so that they are rejects.
+        """
+        folders = set(unreadable_folders(listing))
+        if self.snapshot is None or not folders:
+            return listing
+        places = dict(zip(listing["id"].to_pylist(), range(listing.num_rows), strict=True))
+        rows = [
+            {"id": id_, "label": label, "split": split, "size": UNKNOWN, "mtime_ns": UNKNOWN, "locator": locators}
+            for id_, label, split in zip(*(self.snapshot[n].to_pylist() for n in ("id", "label", "split")), strict=True)
+            if id_ not in places and (folder := _folder_of(id_, folders)) is not None
+            for locators in [listing["locator"][places[folder]].as_py()]
+        ]
+        more = pa.Table.from_pylist(rows, schema=SCHEMA)
+        return pa.concat_tables([listing, more]).combine_chunks()
+
     def gone(self, listing: pa.Table) -> int:
         """How many ids of the last snapshot a listing lacks."""
         if self.snapshot is None or self.snapshot["id"].equals(listing["id"]):
@@ -62,3 +82,13 @@ class History:
     def is_only_of(self, location: str) -> bool:
         """Whether no run since the snapshot took the dataset from another place, not even one that failed."""
         return all(place == location for place in self.places)
+
+
+def _folder_of(id_: str, folders: set[str]) -> str | None:
+    """The folder, of some, that an image lies in."""
+    end = id_.find("/")
+    while end >= 0:
+        if id_[:end] in folders:
+            return id_[:end]
+        end = id_.find("/", end + 1)
+    return None

@@ -23,6 +23,7 @@ from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
 from featurepipe.extraction.wanted import Wanted
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
+from featurepipe.images.findings import ListingSummary, is_told
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
@@ -43,6 +44,7 @@ class Job:
         wanted: what is still to be computed, by key.
         history: what the store remembers of the dataset.
         gone: images of the last snapshot that the source no longer lists.
+        listing: what the source lists, ignores and guesses.
         engines: the networks built so far, by their columns.
     """
 
@@ -60,6 +62,7 @@ class Job:
     plan: Plan
     history: History
     gone: int
+    listing: ListingSummary
     clock: StageSeconds
     engines: dict[frozenset[Column], Engine] = field(default_factory=dict)
 
@@ -129,7 +132,12 @@ def prepare(
     clock = StageSeconds()
     with clock.stage("scan"):
         listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
+    summary = ListingSummary.of(listing)
+    if not is_told(listing):
+        for line in summary.lines(name):
+            say(line)
     history = History.of(store, name)
+    listing = history.with_unreadable(listing)
     gone = history.gone(listing)
     (limits or Limits()).check_gone(source.name, listing.num_rows, history.images, gone)
 
@@ -172,6 +180,7 @@ def prepare(
         plan=plan,
         history=history,
         gone=gone,
+        listing=summary,
         clock=clock,
         engines=place.engines(),
     )

@@ -144,6 +144,7 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
             "rejected": len(outcome.reasons),
             "read": outcome.read,
         },
+        "listing": job.listing.as_dict(),
         "gone": job.gone,
         "tried_again": outcome.tried_again,
         "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},

@@ -1,8 +1,8 @@
 """Images inside tar and zip archives, read at their offset and never extracted.
 
-A tar follows WebDataset's naming (Aizman et al. 2019, "High performance I/O for large scale deep learning"): members
-that share a path up to the first dot of the base name are one sample, and its ``.cls`` or ``.json`` is the label.
-Where a sample has neither, and in every zip, class folders give labels and splits as they do on disk.
+A tar follows WebDataset's naming (Aizman et al. 2019, "High performance I/O for large scale deep learning"): a ``.cls`` or
+``.json`` labels the image of the same stem, see `SampleLabels`. It comes before the name of a class folder. Where an image has
+neither, and in every zip, class folders give labels and splits as they do on disk.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from featurepipe.errors import Reject
 from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
-from featurepipe.images.labels import FolderLabels, is_hidden
+from featurepipe.images.findings import Findings
+from featurepipe.images.labels import FolderLabels
 from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.members import (
+    BAD_LABEL,
     DEFLATED,
     IN_TAR,
     LARGEST_RATIO,
@@ -30,8 +32,10 @@ from featurepipe.images.members import (
     list_tar,
     list_zip,
 )
+from featurepipe.images.sample_labels import SampleLabels
 from featurepipe.images.source import Source
 from featurepipe.images.tar_headers import BLOCK
+from featurepipe.tables import counted
 
 
 class ArchiveSource(Source):
@@ -54,9 +58,11 @@ class ArchiveSource(Source):
 
     def scan(self) -> pa.Table:
         """Lists the members; reads headers and WebDataset's labels, no image."""
-        tables = [self._table(index, blob) for index, blob in enumerate(self._blobs)]
+        findings = Findings()
+        tables = [self._table(index, blob, findings) for index, blob in enumerate(self._blobs)]
         remedy = "rename one of the archives or members"
-        return check_unique(pa.concat_tables(tables or [SCHEMA.empty_table()]), self.name, remedy)
+        table = check_unique(pa.concat_tables(tables or [SCHEMA.empty_table()]), self.name, remedy)
+        return findings.attach(table)
 
     def read(self, locator: bytes) -> bytes:
         """Reads one member; see :meth:`Source.read`."""
@@ -79,37 +85,54 @@ class ArchiveSource(Source):
         for blob in self._blobs:
             blob.close()
 
-    def _table(self, index: int, blob: Blob) -> pa.Table:
+    def _table(self, index: int, blob: Blob, findings: Findings) -> pa.Table:
         blob.renew()
-        listed = list_zip(blob, index) if blob.path.lower().endswith(".zip") else list_tar(blob, index)
+        samples = SampleLabels(blob.path)
+        if blob.path.lower().endswith(".zip"):
+            listed = list_zip(blob, index, findings)
+        else:
+            listed = list_tar(blob, index, findings, samples)
         folders: set[str] = set()
         prefix = blob.path.rstrip("/").rpartition("/")[2]
         table = table_of(_rows(listed, prefix, blob.mtime_ns, folders))
-        return _with_folder_labels(table, prefix, FolderLabels(folders))
+        labels = FolderLabels(folders)
+        table = table_of(_labelled(table, labels, samples, findings))
+        samples.tell(findings)
+        findings.split_folders(labels)
+        return table
 
 
 def _rows(listed: Iterable[Found], prefix: str, mtime_ns: int, folders: set[str]) -> Iterator[Row]:
+    """The members as rows, with their path in the archive where their label will be."""
     for found in listed:
-        parts = found.path.split("/")
-        if any(map(is_hidden, parts)):
-            continue
-        if len(parts) > 1:
-            folders.add(parts[0])
+        folder, separator, _ = found.path.partition("/")
+        if separator:
+            folders.add(folder)
         size = UNKNOWN if found.member.method in NOT_STORED else found.member.size
-        id_ = f"{printable(prefix)}/{printable(found.path)}"
-        yield id_, found.label, None, size, mtime_ns, found.member.pack()
+        path = printable(found.path)
+        yield f"{printable(prefix)}/{path}", path, None, size, mtime_ns, found.member.pack()
 
 
-def _with_folder_labels(table: pa.Table, prefix: str, labels: FolderLabels) -> pa.Table:
-    # A second pass, because whether folders are splits is known only when all of them have been seen.
-    def rows() -> Iterator[Row]:
-        skip = len(printable(prefix)) + 1
-        for batch in table.to_batches():
-            for id_, label, _, size, mtime_ns, locator in zip(*(c.to_pylist() for c in batch.columns), strict=True):
-                folder_label, split = labels.of(id_[skip:].split("/")[:-1])
-                yield id_, (folder_label if label is None else label), split, size, mtime_ns, locator
-
-    return table_of(rows())
+def _labelled(table: pa.Table, labels: FolderLabels, samples: SampleLabels, findings: Findings) -> Iterator[Row]:
+    # A second pass, because labels may lie anywhere, and whether folders are splits is known only when all have been seen.
+    by_folder = by_file = 0
+    for batch in table.to_batches():
+        for id_, path, _, size, mtime_ns, locator in zip(*(c.to_pylist() for c in batch.columns), strict=True):
+            folders = path.split("/")[:-1]
+            label, split = labels.of(folders)
+            findings.in_folders(folders, split)
+            own = samples.of(path)
+            if own is not None and own.is_damaged and size != UNKNOWN:
+                # To be rejected, and not to be taken unlabelled.
+                yield id_, label, split, UNKNOWN, mtime_ns, Member.unpack(locator)._replace(method=BAD_LABEL).pack()
+                continue
+            by_file += own is not None
+            by_folder += own is None and label is not None
+            yield id_, (label if own is None else own.text), split, size, mtime_ns, locator
+    if by_file and by_folder:
+        findings.notes.append(
+            f"{counted(by_file, 'image')} labelled by a .cls or .json, {by_folder:,} without one by the name of a folder"
+        )
 
 
 def _checked(data: bytes, member: Member) -> bytes:

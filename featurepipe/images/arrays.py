@@ -9,8 +9,9 @@ import math
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -19,10 +20,11 @@ import pyarrow as pa
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, UsageError
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import identity_of, stat_file, unreadable
-from featurepipe.images.labels import split_of
+from featurepipe.images.findings import Findings
 from featurepipe.images.listing import Row, check_unique, printable, table_of
 from featurepipe.images.members import LARGEST_RATIO
 from featurepipe.images.source import Source
+from featurepipe.split_names import split_of
 
 _IMAGES: Final = {"x", "images", "image", "data"}
 _LABELS: Final = {"y", "labels", "label", "targets"}
@@ -49,8 +51,10 @@ class _Block:
     prefix: str  # of their ids
     split: str | None
     images: Sliceable
-    labels: list[str] | None
+    labels: Sequence[object] | None
     mtime_ns: int
+    path: str
+    ignored: Sequence[str]  # arrays of its file that are neither images nor their labels
 
 
 class ArraySource(Source):
@@ -81,7 +85,9 @@ class ArraySource(Source):
         if identities != self._identities:  # another file has the path of one that is open
             self.close()
         self._identities = identities
-        return check_unique(table_of(self._rows()), self.name, "keep one of the arrays")
+        findings = Findings(ignored_are="arrays")
+        table = check_unique(table_of(self._rows(findings)), self.name, "keep one of the arrays")
+        return findings.attach(table)
 
     def read(self, locator: bytes) -> np.ndarray[Any, Any]:
         """Reads one image's pixels; see :meth:`Source.read`."""
@@ -112,43 +118,62 @@ class ArraySource(Source):
                 raise SourceError(f"{path}: no such file") from error
             except Exception as error:  # the border of one file: readers and file systems raise what their libraries do
                 raise SourceError(f"{path}: cannot be read: {error}") from error
-        return blocks
+        # Two files of one split, such as EMNIST's, keep their own names.
+        prefixes = Counter(block.prefix for block in blocks)
+        return [
+            replace(block, prefix=_stem(block.path)) if prefixes[block.prefix] > 1 and len(self._files) > 1 else block
+            for block in blocks
+        ]
 
-    def _rows(self) -> Iterator[Row]:
-        for number, block in enumerate(self._blocks.get()):
+    def _rows(self, findings: Findings) -> Iterator[Row]:
+        blocks = self._blocks.get()
+        findings.ignored += dict.fromkeys(name for block in blocks for name in block.ignored)
+        for number, block in enumerate(blocks):
             shape = block.images.shape
             size = int(np.prod(shape[1:], dtype=np.int64)) * block.images.dtype.itemsize
             place = number.to_bytes(4, "little")
             for index in range(shape[0]):
-                label = block.labels[index] if block.labels is not None else None
+                label = findings.label(block.labels[index], block.prefix, index) if block.labels is not None else None
                 # Six digits at least: ids stay the same when images are appended.
                 id_ = f"{block.prefix}/{index:06d}"
                 yield id_, label, block.split, size, block.mtime_ns, place + index.to_bytes(8, "little")
 
 
 def _pair(arrays: Arrays, path: str) -> list[_Block]:
-    roles = {name: _role(name) for name in arrays}
-    labels = {split: name for name, (role, split) in roles.items() if role == "labels"}
+    roles = {name: _role(name) for name in sorted(arrays)}
+    labels = _one_per_split(roles, "labels", path)
+    images = _one_per_split(roles, "images", path)
+    used = {*images.values(), *(name for split, name in labels.items() if split in images)}
+    ignored = [name for name in roles if name not in used]
     mtime_ns = stat_file(path)[1]
     blocks = []
-    for name in sorted(arrays):
-        role, split = roles[name]
-        if role != "images":
-            continue
-        images = arrays[name]
-        if len(images.shape) not in (3, 4):
-            raise UsageError(f"{path}: array {name!r} has shape {images.shape}; images are (N, H, W) or (N, H, W, C)")
-        _check_rows(images, f"{path}: array {name!r}")
+    for split, name in images.items():
+        pixels = arrays[name]
+        if len(pixels.shape) not in (3, 4):
+            raise UsageError(f"{path}: array {name!r} has shape {pixels.shape}; images are (N, H, W) or (N, H, W, C)")
+        _check_rows(pixels, f"{path}: array {name!r}")
         values = (
-            _labels(arrays[labels[split]], images.shape[0], f"{path}: {labels[split]}") if split in labels else None
+            _labels(arrays[labels[split]], pixels.shape[0], f"{path}: {labels[split]}") if split in labels else None
         )
-        blocks.append(_Block(split or _stem(path), split, images, values, mtime_ns))
+        blocks.append(_Block(split or _stem(path), split, pixels, values, mtime_ns, path, ignored))
     if not blocks:
         raise UsageError(
             f"{path}: no image array among {', '.join(sorted(arrays)) or 'no arrays'}; call it x or images, or per "
             "split x_train, x_val, x_test (labels: y or labels)"
         )
     return blocks
+
+
+def _one_per_split(roles: Mapping[str, tuple[str | None, str | None]], wanted: str, path: str) -> dict[str | None, str]:
+    """The array of each split that has a role; two of one are an error."""
+    found: dict[str | None, str] = {}
+    for name, (role, split) in roles.items():
+        if role == wanted and found.setdefault(split, name) != name:
+            of = f" of split {split}" if split else ""
+            raise SourceError(
+                f"{path}: both {found[split]!r} and {name!r} are named like the {wanted}{of}; keep one of the arrays"
+            )
+    return found
 
 
 def _check_rows(images: Sliceable, where: str) -> None:
@@ -163,23 +188,22 @@ def _check_rows(images: Sliceable, where: str) -> None:
 
 
 def _role(name: str) -> tuple[str | None, str | None]:
-    """What an array is and of which split: ``x_train`` -> images, train."""
-    words = re.split(r"[_\-./]", name.lower())
-    split = next(filter(None, map(split_of, words)), None)
-    rest = [word for word in words if split_of(word) is None]
-    if len(rest) != 1:
-        return None, split
-    role = "images" if rest[0] in _IMAGES else "labels" if rest[0] in _LABELS else None
-    return role, split
+    """What an array is and of which split: ``x_train``, ``train_set_x`` -> images, train."""
+    words = re.split(r"[_\-./\s]+", name.strip("_-./ ").lower())
+    for place, word in enumerate(words):
+        role = "images" if word in _IMAGES else "labels" if word in _LABELS else None
+        rest = "_".join(words[:place] + words[place + 1 :])
+        split = split_of(rest)
+        if role and (split or not rest):
+            return role, split
+    return None, None
 
 
-def _labels(array: Sliceable, count: int, where: str) -> list[str]:
+def _labels(array: Sliceable, count: int, where: str) -> Sequence[object]:
     size = math.prod(array.shape)
     if size != count:
-        raise SourceError(f"{where}: {size} labels for {count} images")
-    values = np.asarray(array[:])
-    texts = (os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values.ravel().tolist())
-    return [printable(text) for text in texts]
+        raise SourceError(f"{where}: {size} labels for {count} images; give one label per image")
+    return np.asarray(array[:]).ravel().tolist()
 
 
 def _stem(path: str) -> str:

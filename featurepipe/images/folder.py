@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ import pyarrow as pa
 
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images.files import is_passing, read_file, stat_of
-from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden, split_of
+from featurepipe.images.findings import HIDDEN, Findings
+from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden
 from featurepipe.images.listing import UNKNOWN, Row, printable, table_of
 from featurepipe.images.source import Source
+from featurepipe.split_names import split_of
 
 _Identity = tuple[int, int]  # device and inode: what a symbolic link leads back to
 _BY_ID: Final = itemgetter(0)
+_NOWHERE: Final = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)  # of links that lead to nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class _Directory:
 
 
 _Found = tuple[str, Row | _Directory]
+_LabelAndSplit = tuple[str | None, str | None]
 
 
 class FolderSource(Source):
@@ -54,7 +59,10 @@ class FolderSource(Source):
             top = [entry for entry in os.scandir(self.path) if _is_class_folder(entry)]
             root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
             prefix = len(self.path.rstrip("/")) + 1
-            return table_of(_walk(root, FolderLabels(_deciding(top, root, prefix)), prefix))
+            labels, findings = FolderLabels(_deciding(top, root, prefix)), Findings()
+            table = table_of(_Walk(prefix, labels, findings).rows(root))
+            findings.split_folders(labels)
+            return findings.attach(table)
         except OSError as error:
             where = printable(str(error.filename or self.path))
             raise SourceError(f"{where}: cannot be listed: {error.strerror}") from error
@@ -82,49 +90,82 @@ def _deciding(top: list[os.DirEntry[str]], root: _Directory, prefix: int) -> set
 
 
 def _holds_images(entry: os.DirEntry[str], root: _Directory, prefix: int) -> bool:
-    directory = _descend(root, entry)
-    return directory is not None and next(_walk(directory, FolderLabels(()), prefix), None) is not None
-
-
-def _walk(root: _Directory, labels: FolderLabels, prefix: int) -> Iterator[Row]:
-    # A stack, because a tree may be deeper than Python's recursion limit.
-    pending: list[Row | _Directory] = [root]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, _Directory):
-            found = _children(item, labels, prefix)
-            found.sort(key=_BY_ID, reverse=True)
-            pending.extend(child for _, child in found)
-        else:
-            yield item
-
-
-def _children(directory: _Directory, labels: FolderLabels, prefix: int) -> list[_Found]:
-    label, split = labels.of(directory.id.split("/")[:-1])
-    base = os.fsencode(directory.path[prefix:] + "/") if directory.id else b""
-    found: list[_Found] = []
     try:
-        with os.scandir(directory.path) as entries:
-            for entry in entries:
-                name = entry.name
-                if is_hidden(name):
-                    continue
-                if name == "store.json" and directory.id and _is_store(entry):
-                    return []
-                if name.lower().endswith(IMAGE_SUFFIXES):
-                    id_ = directory.id + printable(name)
-                    size, mtime_ns = _stat(entry)
-                    found.append((id_, (id_, label, split, size, mtime_ns, base + os.fsencode(name))))
-                elif (child := _descend(directory, entry)) is not None:
-                    found.append((child.id, child))
-    except OSError as error:
-        if is_passing(error):
-            raise  # else all that lies below would be taken for deleted
-        # Listed as an entry of its own, so that reading it gives a reject with the reason: what lies below must not
-        # be missing without a trace.
-        id_ = directory.id.removesuffix("/")
-        return [(id_, (id_, label, split, UNKNOWN, UNKNOWN, base))]
-    return found
+        directory = _descend(root, entry)
+    except PermissionError:
+        return False
+    return directory is not None and next(_Walk(prefix, FolderLabels(()), Findings()).rows(directory), None) is not None
+
+
+class _Walk:
+    """One walk through a folder."""
+
+    def __init__(self, prefix: int, labels: FolderLabels, findings: Findings) -> None:
+        self._prefix = prefix
+        self._labels = labels
+        self._findings = findings
+
+    def rows(self, root: _Directory) -> Iterator[Row]:
+        """The images below a folder."""
+        # A stack, because a tree may be deeper than Python's recursion limit.
+        pending: list[Row | _Directory] = [root]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, _Directory):
+                found = self._children(item)
+                found.sort(key=_BY_ID, reverse=True)
+                pending.extend(child for _, child in found)
+            else:
+                yield item
+
+    def _children(self, directory: _Directory) -> list[_Found]:
+        folders = directory.id.split("/")[:-1]
+        label_and_split = self._labels.of(folders)
+        base = os.fsencode(directory.path[self._prefix :] + "/") if directory.id else b""
+        found: list[_Found] = []
+        passed_over: list[str] = []
+        try:
+            with os.scandir(directory.path) as entries:
+                for entry in entries:
+                    if entry.name == "store.json" and directory.id and _is_store(entry):
+                        self._findings.notes.append(f"passed over {directory.id}, a feature store")
+                        return []
+                    item = self._entry(directory, entry, base + os.fsencode(entry.name), label_and_split)
+                    if item is None:
+                        passed_over.append(HIDDEN if is_hidden(entry.name) else entry.name)
+                    else:
+                        found.append(item)
+        except OSError as error:
+            if is_passing(error):
+                raise  # else all that lies below would be taken for deleted
+            return [self._unreadable(directory.id.removesuffix("/"), base, label_and_split)]
+        for name in passed_over:
+            self._findings.pass_over(name)
+        images = sum(not isinstance(child, _Directory) for _, child in found)
+        if images:
+            self._findings.in_folders(folders, label_and_split[1], images)
+        return found
+
+    def _entry(
+        self, directory: _Directory, entry: os.DirEntry[str], locator: bytes, label_and_split: _LabelAndSplit
+    ) -> _Found | None:
+        """An image, or a folder to go into; None for what is passed over."""
+        name = entry.name
+        if is_hidden(name):
+            return None
+        id_ = directory.id + printable(name)
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            return id_, (id_, *label_and_split, *_stat(entry), locator)
+        try:
+            child = _descend(directory, entry)
+        except PermissionError:  # the folder around it can be listed, but not searched
+            return self._unreadable(id_, locator, label_and_split)
+        return None if child is None else (child.id, child)
+
+    def _unreadable(self, id_: str, locator: bytes, label_and_split: _LabelAndSplit) -> _Found:
+        """A folder listed as an entry of its own, so that reading it gives a reject: what lies below must not just be missing."""
+        self._findings.unreadable.append(id_)
+        return id_, (id_, *label_and_split, UNKNOWN, UNKNOWN, locator)
 
 
 def _is_store(entry: os.DirEntry[str]) -> bool:
@@ -147,14 +188,24 @@ def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
 
 
 def _descend(parent: _Directory, entry: os.DirEntry[str]) -> _Directory | None:
+    """The folder that an entry is; None for a file, and for a link to nothing or back to a folder that it lies in.
+
+    Raises:
+        PermissionError: Nobody can tell, or it is one that cannot be entered.
+        OSError: Nobody can tell now.
+    """
     try:
         if not entry.is_dir():
             return None
         found = entry.stat()
+    except PermissionError:
+        raise
     except OSError as error:
         if is_passing(error):
             raise
-        return None
+        if error.errno in _NOWHERE:
+            return None
+        raise PermissionError(error.errno, error.strerror, error.filename) from error
     identity = (found.st_dev, found.st_ino)
     ancestors = (*parent.ancestors, parent.identity)
     if identity in ancestors:

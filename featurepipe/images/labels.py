@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from featurepipe.split_names import split_of
+
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-_SPLITS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_LONGEST_SUFFIX = 12
 _IGNORED: Final = {"lost+found", "__MACOSX"}  # made by file systems and archivers, never a class
 
 
@@ -21,14 +23,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _IGNORED
 
 
-def split_of(name: str) -> str | None:
-    """The split that a folder or array name stands for, or None.
+def suffix_of(name: str) -> str:
+    """What files are counted by that are passed over: the suffix in lower case, or ``hidden``, or ``no suffix``.
 
     Example:
-        >>> split_of("validation"), split_of("cats")
-        ('val', None)
+        >>> suffix_of("a/IMG_1.HEIC"), suffix_of("README"), suffix_of(".DS_Store"), suffix_of("scan.00017")
+        ('.heic', 'no suffix', 'hidden', 'numbered')
     """
-    return _SPLITS.get(name.lower())
+    base = name.rpartition("/")[2]
+    if is_hidden(base):
+        return "hidden"
+    suffix = base.rpartition(".")[2].lower() if "." in base else ""
+    if suffix.isdecimal():
+        return "numbered"
+    return f".{suffix}" if suffix.isascii() and suffix.isalnum() and len(suffix) < _LONGEST_SUFFIX else "no suffix"
 
 
 class FolderLabels:
@@ -45,6 +53,7 @@ class FolderLabels:
     """
 
     def __init__(self, top_level: Collection[str]) -> None:
+        self.top_level = top_level
         self.has_splits = bool(top_level) and all(split_of(name) for name in top_level)
 
     def of(self, folders: Sequence[str]) -> tuple[str | None, str | None]:

@@ -5,34 +5,47 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import csv
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 from typing import IO, Any, Final
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from featurepipe.column_files import column_named, duplicate, path_column, plain_name, read_csv
 from featurepipe.errors import FeaturepipeError, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
+from featurepipe.images.findings import Findings
 from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
 
-_TYPES: Final = {
-    "path": pa.string(),
-    "id": pa.string(),
-    "label": pa.string(),
-    "split": pa.string(),
-    "size": pa.int64(),
-    "mtime_ns": pa.int64(),
+_OURS: Final = ("path", "id", "label", "split", "size", "mtime_ns")
+_NAMED_ALIKE: Final = {
+    "label": (
+        "labels",
+        "class",
+        "classes",
+        "classname",
+        "target",
+        "y",
+        "category",
+        "diagnosis",
+        "labelname",
+        "classid",
+    ),
+    "split": ("subset", "fold", "partition", "set", "istrain", "usage", "phase", "datasplit"),
 }
+"""Columns that may be meant: they are not taken, and the way to have them taken is told."""
 _Columns = dict[str, list[Any]]
 
 
@@ -40,11 +53,18 @@ class ManifestSource(Source):
     """The images that a manifest lists, in its order.
 
     Relative paths are relative to the manifest; a path may be a URL. The id is the ``id`` column, else the path as
-    written. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there, else from one
-    stat per row.
+    written. ``label`` and ``split`` are found in any case; splits by any of their usual names, see
+    `featurepipe.split_names`. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
+    whole numbers, else from one stat per row. What other columns there are is told, and not used.
+
+    Args:
+        path: A path or URL.
+        path_column: The name of the column of paths; by default ``path``, ``file``, ``filename``, ``image`` and the like.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, path_column: str | None = None) -> None:
+        self.path_column = path_column
+        self._taken: dict[str, str] = {}  # the column of each of ours that was there in the last scan
         self.path = path if is_url(path) else os.path.abspath(path)
         folder, _, file_name = self.path.rpartition("/")
         self._folder = folder
@@ -58,15 +78,22 @@ class ManifestSource(Source):
             UsageError: There is no ``path`` column.
             SourceError: The manifest cannot be read, or an id occurs twice.
         """
+        findings, self._taken = Findings(), {}
+        kind = self.path.rpartition(".")[2]
         try:
             with _open(self.path) as file:
-                return check_unique(table_of(self._rows(_batches(file, self.path))), self.path)
+                table = table_of(self._rows(self._batches(file, findings), findings))
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"{self.path}: cannot be read as {kind}: it is not UTF-8 ({error}); save it as UTF-8"
+            ) from error
         except FeaturepipeError:
             raise
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error}") from error
         except Exception as error:  # the border of one file: numbers out of range and deep nesting end in many errors
-            raise SourceError(f"{self.path}: cannot be read as {self.path.rpartition('.')[2]}: {error}") from error
+            raise SourceError(f"{self.path}: cannot be read as {kind}: {error}") from error
+        return findings.attach(check_unique(table, self.path))
 
     def read(self, locator: bytes) -> bytes:
         """Reads one image; see :meth:`Source.read`."""
@@ -76,14 +103,16 @@ class ManifestSource(Source):
             self.only_under.check(path)
         return read_file(path, size)
 
-    def _rows(self, batches: Iterable[_Columns]) -> Iterator[Row]:
-        for columns in batches:
+    def _rows(self, batches: Iterable[tuple[Sequence[int], _Columns]], findings: Findings) -> Iterator[Row]:
+        """The rows of batches, each with the numbers of its lines."""
+        for numbers, columns in batches:
             paths = columns["path"]
             if None in paths:
                 raise SourceError(f"{self.path}: a row has no path; every row needs one")
             nothing = [None] * len(paths)
             ids = columns.get("id", nothing)
-            labels, splits = columns.get("label", nothing), columns.get("split", nothing)
+            labels = map(findings.label, columns.get("label", nothing), repeat("line"), numbers)
+            splits = map(findings.split, columns.get("split", nothing))
             stats: Iterable[tuple[int, int]] = ()
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
@@ -93,8 +122,8 @@ class ManifestSource(Source):
             for path, id_, label, split, (size, mtime_ns) in zip(paths, ids, labels, splits, stats, strict=True):
                 yield (
                     printable(id_ or path),
-                    _printable(label),
-                    _printable(split),
+                    label,
+                    split,
                     size,
                     mtime_ns,
                     located(_encoded(path), size),
@@ -114,16 +143,49 @@ class ManifestSource(Source):
         may = self.only_under is None or self.only_under.allows(self._resolve(path))
         return stat if may else (UNKNOWN, UNKNOWN)
 
+    def _batches(self, file: IO[bytes], findings: Findings) -> Iterator[tuple[Sequence[int], _Columns]]:
+        suffix = self.path.lower().rpartition(".")[2]
+        batches = {"csv": _csv, "parquet": _parquet, "jsonl": _jsonl}[suffix](file, self._columns_of)
+        ignored: dict[str, None] = {}
+        for numbers, names, columns in batches:
+            ignored |= dict.fromkeys(name for name in names if name not in columns)
+            used = {ours: columns[name] for ours, name in self._columns_of(names).items()}
+            yield numbers, _without_foreign_sizes(used, ignored)
+        findings.ignored += ignored
+        findings.notes += _advice(list(ignored), self._taken)
+
+    def _columns_of(self, names: Sequence[str]) -> dict[str, str]:
+        """What each of our columns is called in the manifest.
+
+        Raises:
+            UsageError: There is none of paths, or one of ours is there twice.
+        """
+        if self.path_column is not None and self.path_column not in names:
+            raise unknown("column", self.path_column, names, where=self.path)
+        found = {"path": self.path_column or path_column(names), "id": "id" if "id" in names else None}
+        found |= {ours: column_named(ours, names) for ours in ("label", "split")}
+        if "size" in names and "mtime_ns" in names:
+            found |= {"size": "size", "mtime_ns": "mtime_ns"}
+        path = found["path"]
+        if path is None:
+            near = str(unknown("column", "path", names)).partition("; ")[2]
+            raise UsageError(
+                f"{self.path}: no column `path` among {', '.join(names) or 'none'}; {near}; name the one of paths with "
+                "--path-column, or call it path, file, filename or image"
+            )
+        # A column that is named for two things is that of the paths.
+        used = {ours: name for ours, name in found.items() if name is not None and (ours == "path" or name != path)}
+        if (twice := duplicate(names, list(used.values()))) is not None:
+            raise UsageError(f"{self.path}: column {twice!r} is there {names.count(twice)} times; leave one")
+        self._taken |= used
+        return used
+
     def _resolve(self, path: str) -> str:
         if is_url(path) or path.startswith("/"):
             return path
         scheme, separator, folder = self._folder.rpartition("://")
         # A URL is no file system: nothing there resolves "..".
         return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
-
-
-def _printable(value: str | None) -> str | None:
-    return None if value is None else printable(value)
 
 
 def _encoded(path: str) -> bytes:
@@ -134,8 +196,8 @@ def _encoded(path: str) -> bytes:
         return path.encode("utf-8", "surrogatepass")
 
 
-def _known(value: int | None) -> int:
-    return -1 if value is None else value
+def _known(value: Any) -> int:
+    return UNKNOWN if value is None else int(value)
 
 
 @contextlib.contextmanager
@@ -152,73 +214,89 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         blob.close()
 
 
-def _batches(file: IO[bytes], path: str) -> Iterator[_Columns]:
-    suffix = path.lower().rpartition(".")[2]
-    return {"csv": _csv, "parquet": _parquet, "jsonl": _jsonl}[suffix](file, path)
+_ColumnsOf = Callable[[Sequence[str]], dict[str, str]]
+_Batch = tuple[Sequence[int], Sequence[str], _Columns]
+"""Numbers of lines or rows, the names of all columns, and those of ours by their names in the manifest."""
 
 
-def _csv(file: IO[bytes], path: str) -> Iterator[_Columns]:
-    header = file.readline()
-    file.seek(0)
-    names = _header_names(header)
-    wanted = _wanted(names, path)
-    # Only an empty field is null: a class may well be called "NA" or "null".
-    options = pa.csv.ConvertOptions(
-        column_types={name: _TYPES[name] for name in wanted},
-        include_columns=wanted,
-        null_values=[""],
-        strings_can_be_null=True,
+def _without_foreign_sizes(columns: _Columns, ignored: dict[str, None]) -> _Columns:
+    """The columns without ``size`` and ``mtime_ns`` if they hold anything but whole numbers: then they are a user's own."""
+    pair = [columns.get(name, ()) for name in ("size", "mtime_ns")]
+    if all(value is None or _is_whole(value) for values in pair for value in values):
+        return columns
+    ignored |= dict.fromkeys(("size", "mtime_ns"))
+    return {name: values for name, values in columns.items() if name not in {"size", "mtime_ns"}}
+
+
+def _is_whole(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value) is not None
     )
-    with pa.csv.open_csv(file, convert_options=options) as reader:
-        yield from (batch.to_pydict() for batch in reader)
 
 
-def _header_names(header: bytes) -> list[str]:
-    if not header.strip():
-        return []
-    return list(pa.csv.read_csv(pa.BufferReader(header)).schema.names)
+def _advice(ignored: Sequence[str], taken: Mapping[str, str]) -> list[str]:
+    """What to say of columns that were guessed, or may be meant."""
+    path = taken.get("path", "path")
+    notes = [] if plain_name(path) == "path" else [f"paths are in column {path!r}"]
+    for ours, alike in _NAMED_ALIKE.items():
+        meant = [name for name in ignored if plain_name(name) in alike]
+        if ours not in taken and meant:
+            notes.append(f"there is no column {ours!r}: if it is {meant[0]!r}, call it {ours!r}")
+    return notes
 
 
-def _parquet(file: IO[bytes], path: str) -> Iterator[_Columns]:
+def _csv(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
+    table = read_csv(file)
+    used = {name: table.names.index(name) for name in columns_of(table.names).values()}
+    while chunk := list(islice(table.rows, BATCH_ROWS)):
+        numbers = [number for number, _ in chunk]
+        yield numbers, table.names, {name: [fields[place] for _, fields in chunk] for name, place in used.items()}
+
+
+def _parquet(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     opened = pa.parquet.ParquetFile(file)
-    wanted = _wanted(opened.schema_arrow.names, path)
-    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-        yield {name: batch[name].cast(_TYPES[name]).to_pylist() for name in wanted}
+    names = opened.schema_arrow.names
+    ours = columns_of(names)
+    first = 1
+    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=list(ours.values())):
+        texts = {ours[name] for name in ("path", "id") if name in ours}
+        columns = {name: _plain(batch[name], as_text=name in texts) for name in ours.values()}
+        yield range(first, first + batch.num_rows), names, columns
+        first += batch.num_rows
 
 
-def _jsonl(file: IO[bytes], path: str) -> Iterator[_Columns]:
+def _plain(column: pa.Array, *, as_text: bool) -> list[Any]:
+    if as_text or pa.types.is_dictionary(column.type) or pa.types.is_boolean(column.type):
+        column = column.cast(pa.string())
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _jsonl(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     # Python's json, not Arrow's: there a label that is a number in one line and a string in the next is an error.
-    lines = (line for line in file if line.strip())
-    number = 0
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     while chunk := list(islice(lines, BATCH_ROWS)):
-        rows = []
-        for line in chunk:
-            number += 1
-            rows.append(_json_row(line, path, number))
+        numbers = [number for number, _ in chunk]
+        rows = [_json_row(line, number) for number, line in chunk]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        yield {name: [_as(row.get(name), name) for row in rows] for name in _wanted(names, path)}
+        ours = columns_of(names)
+        texts = {ours[name] for name in ("path", "id") if name in ours}
+        columns = {
+            name: [_as_text(row.get(name)) if name in texts else row.get(name) for row in rows]
+            for name in ours.values()
+        }
+        yield numbers, names, columns
 
 
-def _json_row(line: bytes, path: str, number: int) -> Mapping[str, Any]:
+def _json_row(line: bytes, number: int) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SourceError(f"{path}: line {number} is not JSON: {error}") from error
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError) as error:
+        raise csv.Error(f"line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise SourceError(f"{path}: line {number} is a {type(row).__name__}, not an object with a `path`")
+        raise csv.Error(f"line {number} is a {type(row).__name__}, not an object with a `path`")
     return row
 
 
-def _as(value: Any, name: str) -> Any:
-    if value is None:
-        return None
-    return int(value) if _TYPES[name] == pa.int64() else str(value)
-
-
-def _wanted(names: Sequence[str], path: str) -> list[str]:
-    if "path" not in names:
-        error = unknown("column", "path", names, where=path)
-        raise UsageError(
-            f"{path}: no column `path` among {', '.join(names) or 'none'}; {str(error).partition('; ')[2]}"
-        )
-    return [name for name in _TYPES if name in names]
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)

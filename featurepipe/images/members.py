@@ -11,8 +11,9 @@ from typing import Final, NamedTuple, Self
 
 from featurepipe.errors import SourceError
 from featurepipe.images.blobs import Blob, reading
-from featurepipe.images.labels import is_image_name
-from featurepipe.images.listing import printable
+from featurepipe.images.findings import HIDDEN, Findings
+from featurepipe.images.labels import is_hidden, is_image_name
+from featurepipe.images.sample_labels import LABEL_SUFFIXES, SampleLabels
 from featurepipe.images.tar_headers import TarHeader, headers
 
 STORED: Final = 0
@@ -61,12 +62,16 @@ class Found(NamedTuple):
     """One image that an archive lists."""
 
     path: str
-    label: str | None
     member: Member
 
 
-def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
+def list_zip(blob: Blob, archive: int, findings: Findings) -> Iterator[Found]:
     """Lists the images of a zip in the order of its directory.
+
+    Args:
+        blob: The archive.
+        archive: Its place among the source's.
+        findings: Told of the other members.
 
     Raises:
         SourceError: The archive is damaged, truncated or encrypted.
@@ -76,73 +81,72 @@ def list_zip(blob: Blob, archive: int) -> Iterator[Found]:
     if any(info.header_offset < 0 for info in members):
         raise SourceError(f"{blob.path}: not a readable zip archive (damaged?): its directory is not where it says")
     for info in members:
-        if info.is_dir() or not is_image_name(info.filename):
+        path = _clean(info.filename)
+        if info.is_dir() or not _is_listed(path, findings):
             continue
         if info.flag_bits & _ENCRYPTED:
             raise SourceError(f"{blob.path}: {info.filename!r} is encrypted; make the archive without a password")
         # A directory may claim 64 bits of each. Whatever lies beyond any file is found to be so when it is read.
         offset, stored, size = (min(n, _LARGEST) for n in (info.header_offset, info.compress_size, info.file_size))
         member = Member(archive, offset, stored, size, info.compress_type, info.CRC)
-        yield Found(_clean(info.filename), None, member)
+        yield Found(path, member)
 
 
-def list_tar(blob: Blob, archive: int) -> Iterator[Found]:
-    """Lists the images of a tar in its order, each with its sample's label.
+def list_tar(blob: Blob, archive: int, findings: Findings, labels: SampleLabels) -> Iterator[Found]:
+    """Lists the images of a tar in its order.
+
+    Args:
+        blob: The archive.
+        archive: Its place among the source's.
+        findings: Told of the members that are neither images nor labels.
+        labels: Takes up the labels, which are complete once the last image is listed.
 
     Raises:
-        SourceError: The archive is damaged or truncated.
+        SourceError: The archive is damaged or truncated, or gives an image two labels.
     """
-    sample, images, label = "", list[Found](), _Label(None)
     for header in headers(blob):
         path = _clean(header.name)
-        if _sample_of(path) != sample:
-            yield from map(label.given, images)
-            sample, images, label = _sample_of(path), [], _Label(None)
-        if is_image_name(path) and not header.is_folder:
-            method = IN_TAR if header.is_plain else SPARSE if header.is_sparse else LINK
-            images.append(
-                Found(path, None, Member(archive, header.offset, header.size, header.size, method, header.crc))
-            )
-        elif header.is_plain and path.endswith((".cls", ".json")):
-            label = label.then(_label(blob, header, path))
-    yield from map(label.given, images)
+        if header.is_folder or _is_label(blob, header, path, findings, labels) or not _is_listed(path, findings):
+            continue
+        method = IN_TAR if header.is_plain else SPARSE if header.is_sparse else LINK
+        yield Found(path, Member(archive, header.offset, header.size, header.size, method, header.crc))
 
 
-class _Label(NamedTuple):
-    """What a sample says of its class."""
+def _is_listed(path: str, findings: Findings) -> bool:
+    """Whether a member is an image; counts it as passed over if not."""
+    if any(map(is_hidden, path.split("/"))):
+        findings.pass_over(HIDDEN)
+    elif is_image_name(path):
+        return True
+    else:
+        findings.pass_over(path)
+    return False
 
-    text: str | None
-    is_damaged: bool = False
 
-    def then(self, other: _Label) -> _Label:
-        return _Label(other.text or self.text, self.is_damaged or other.is_damaged)
-
-    def given(self, found: Found) -> Found:
-        """An image of the sample with its label; one whose label cannot be read is to be rejected, not to be taken unlabelled."""
-        if self.is_damaged and found.member.method not in NOT_STORED:
-            return found._replace(member=found.member._replace(method=BAD_LABEL))
-        return found._replace(label=self.text)
+def _is_label(blob: Blob, header: TarHeader, path: str, findings: Findings, labels: SampleLabels) -> bool:
+    """Takes up the label that a member is; tells whether it is one."""
+    if not header.is_plain or not path.lower().endswith(LABEL_SUFFIXES) or any(map(is_hidden, path.split("/"))):
+        return False
+    if header.size > LARGEST_LABEL:
+        labels.add(path, None, is_damaged=True)
+        return True
+    content = blob.pread(header.offset, header.size)
+    try:
+        if path.lower().endswith(".cls"):
+            value: object = content.decode().strip()
+        else:
+            fields = json.loads(content)
+            if not isinstance(fields, dict) or not fields.keys() & {"label", "cls"}:
+                return False  # it tells other things of the sample
+            value = fields.get("label", fields.get("cls"))
+    except (ValueError, RecursionError):
+        labels.add(path, None, is_damaged=True)
+    else:
+        text = findings.label(value, path)
+        if text is not None or value not in (None, ""):  # else the name of the folder may tell
+            labels.add(path, text)
+    return True
 
 
 def _clean(path: str) -> str:
     return posixpath.normpath(path.lstrip("/")) if path.startswith(("./", "/")) or "//" in path else path
-
-
-def _sample_of(path: str) -> str:
-    folder, _, name = path.rpartition("/")
-    return f"{folder}/{name.partition('.')[0]}"
-
-
-def _label(blob: Blob, header: TarHeader, path: str) -> _Label:
-    if header.size > LARGEST_LABEL:
-        return _Label(None, is_damaged=True)
-    content = blob.pread(header.offset, header.size)
-    try:
-        text = content.decode()
-        if path.endswith(".cls"):
-            return _Label(printable(text.strip()))
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return _Label(None, is_damaged=True)
-    value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
-    return _Label(None if value is None else printable(str(value)))

@@ -12,9 +12,11 @@ import pyarrow as pa
 from featurepipe.errors import UsageError
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import read_file, stat_file
+from featurepipe.images.findings import Findings
 from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.pillow import PillowReader, bytes_of, is_pillow
 from featurepipe.images.source import Source
+from featurepipe.tables import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,13 +54,18 @@ class MemorySource(Source):
             raise UsageError(f"an array of shape {images.shape} holds no images; give (N, H, W) or (N, H, W, C)")
         self._items: Any = list(images.values()) if isinstance(images, Mapping) else images
         ids = list(images) if isinstance(images, Mapping) else map(_id_of, range(len(images)), self._items)
-        self._ids = [printable(str(id_)) for id_ in ids]
+        self._ids = [_name(id_) for id_ in ids]
         self._labels = _labels_of(labels, self._ids)
+        self._unmatched = len(set(map(_name, labels)).difference(self._ids)) if isinstance(labels, Mapping) else 0
         self._pillow = PerProcess(PillowReader)
 
     def scan(self) -> pa.Table:
         """Lists the images in the order given; one stat per path."""
-        return check_unique(table_of(self._rows()), self.name, "give a mapping id -> image with unique ids")
+        findings = Findings()
+        table = check_unique(table_of(self._rows(findings)), self.name, "give a mapping id -> image with unique ids")
+        if self._unmatched:
+            findings.notes.append(f"{counted(self._unmatched, 'label')} of ids that are no images, ignored")
+        return findings.attach(table)
 
     def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
         """Reads one image; see :meth:`Source.read`."""
@@ -73,10 +80,10 @@ class MemorySource(Source):
         stored: bytes | np.ndarray[Any, Any] = item
         return stored
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self, findings: Findings) -> Iterator[Row]:
         for index, (id_, label, item) in enumerate(zip(self._ids, self._labels, self._items, strict=True)):
             size, mtime_ns = self._stat(item)
-            yield id_, label, None, size, mtime_ns, index.to_bytes(8, "little")
+            yield id_, findings.label(label, "image", id_), None, size, mtime_ns, index.to_bytes(8, "little")
 
     def _stat(self, item: Item) -> tuple[int, int]:
         if isinstance(item, str | os.PathLike) and self.only_under is not None:
@@ -88,13 +95,20 @@ def _id_of(index: int, item: Item) -> str:
     return os.fspath(item) if isinstance(item, str | os.PathLike) else f"{index:06d}"
 
 
-def _labels_of(labels: Mapping[str, object] | Sequence[object] | None, ids: Sequence[str]) -> list[str | None]:
+def _labels_of(labels: Mapping[str, object] | Sequence[object] | None, ids: Sequence[str]) -> Sequence[object]:
     if labels is None:
         return [None] * len(ids)
-    values = [labels.get(id_) for id_ in ids] if isinstance(labels, Mapping) else list(labels)
+    if isinstance(labels, Mapping):
+        by_id = {_name(id_): label for id_, label in labels.items()}
+        return [by_id.get(id_) for id_ in ids]
+    values = list(labels)
     if len(values) != len(ids):
         raise UsageError(f"{len(values)} labels for {len(ids)} images; give one label per image")
-    return [None if value is None else printable(str(value)) for value in values]
+    return values
+
+
+def _name(id_: object) -> str:
+    return printable(os.fspath(id_) if isinstance(id_, os.PathLike) else str(id_))
 
 
 def _stat_item(item: Item) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from featurepipe.images.files import (
     read_from,
     size_and_path,
 )
+from featurepipe.images.findings import HIDDEN, Findings
 from featurepipe.images.labels import FolderLabels, is_hidden, is_image_name
 from featurepipe.images.listing import Row, check_unique, table_of
 from featurepipe.images.source import Source
@@ -51,8 +52,9 @@ class RemoteFolderSource(Source):
             raise SourceError(f"{self.url}: cannot be listed: {type(error).__name__}: {error}") from error
         if not is_there:
             raise SourceError(f"{self.url}: no such folder")
-        prefix = len(_below(root))
-        return check_unique(table_of(self._rows(found, prefix)), self.url, "remove one of the two")
+        prefix, findings = len(_below(root)), Findings()
+        table = check_unique(table_of(self._rows(found, prefix, findings)), self.url, "remove one of the two")
+        return findings.attach(table)
 
     def read(self, locator: bytes) -> bytes:
         """Reads one file; see :meth:`Source.read`."""
@@ -68,16 +70,25 @@ class RemoteFolderSource(Source):
         except Exception as error:  # the border of the source: file systems raise what their libraries do
             raise SourceError(f"{self.url}: cannot be opened: {type(error).__name__}: {error}") from error
 
-    def _rows(self, found: dict[str, dict[str, object]], prefix: int) -> Iterator[Row]:
+    def _rows(self, found: dict[str, dict[str, object]], prefix: int, findings: Findings) -> Iterator[Row]:
         names = {path[prefix:]: path for path in found}
-        shown = {name: path for name, path in names.items() if not any(map(is_hidden, name.split("/")))}
-        images = sorted(filter(is_image_name, shown))
+        images = []
+        for name in names:
+            if any(map(is_hidden, name.split("/"))):
+                findings.pass_over(HIDDEN)
+            elif is_image_name(name):
+                images.append(name)
+            else:
+                findings.pass_over(name)
         # Folders without images have no say about splits; a feature store is one of them.
         labels = FolderLabels({name.partition("/")[0] for name in images if "/" in name})
-        for name in images:
-            label, split = labels.of(name.split("/")[:-1])
-            size, mtime_ns = details_of(found[shown[name]])
+        for name in sorted(images):
+            folders = name.split("/")[:-1]
+            label, split = labels.of(folders)
+            findings.in_folders(folders, split)
+            size, mtime_ns = details_of(found[names[name]])
             yield name, label, split, size, mtime_ns, located(name.encode(), size)
+        findings.split_folders(labels)
 
 
 def _below(root: str) -> str:

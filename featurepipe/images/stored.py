@@ -22,9 +22,9 @@ from featurepipe.images.arrays import Arrays
 from featurepipe.images.blobs import Blob, gunzip, reading
 from featurepipe.images.files import exists
 from featurepipe.images.members import LARGEST_RATIO
+from featurepipe.split_names import split_of
 
 IDX_IMAGES: Final = re.compile(r"idx[34]-ubyte(\.gz)?$", re.IGNORECASE)
-_IDX_SPLITS: Final = {"train": "train", "t10k": "test", "test": "test", "val": "val"}
 _UBYTE: Final = 0x08
 
 
@@ -73,7 +73,8 @@ def read_idx(path: str) -> Arrays:
 
 def idx_split(path: str) -> str | None:
     """The split in an IDX file's name: ``t10k-images-idx3-ubyte`` -> test."""
-    return _IDX_SPLITS.get(re.split(r"[-_.]", os.path.basename(path).lower())[0])
+    words = re.split(r"[-_.]", os.path.basename(path).lower())
+    return next(filter(None, ("test" if word == "t10k" else split_of(word) for word in words)), None)
 
 
 def _label_files(path: str) -> list[str]:

@@ -11,6 +11,7 @@ from featurepipe import records
 from featurepipe.errors import SourceError, UsageError, WeightsNotFound
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
+from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.labelled import LabelledSource
@@ -74,7 +75,10 @@ class Extractions:
             check_dataset(self.job, self.record.file, self.record.store, dataset, found.location)
             self.record.dataset = dataset
             self.before = max(self.record.store.snapshot_ids(self.record.dataset), default=None)
-            return {"source": found.location, "listed": found.scan().num_rows}
+            listing = ListingSummary.of(found.scan())
+            for line in listing.lines(found.name):
+                self.say(line)
+            return {"source": found.location, "listed": listing.images, "listing": listing.as_dict()}
 
         entry = self.record.attempt("list", "", work)
         return "" if entry["status"] == DONE else "the source was not listed"

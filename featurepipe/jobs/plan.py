@@ -9,6 +9,7 @@ from featurepipe.cluster.table import ClusterTable
 from featurepipe.errors import FeaturepipeError
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
+from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
@@ -18,6 +19,7 @@ from featurepipe.jobs.networks import check_networks
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
 from featurepipe.jobs.taken import check_dataset
+from featurepipe.progress import announcer
 from featurepipe.training.on_cluster import cluster_name
 
 
@@ -43,6 +45,10 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     if job.source.labels is not None:
         check_labels(job.source.labels)
     source = TonightsSource(job, StopRequest())()
+    listing = ListingSummary.of(source.scan())
+    say = announcer(silent=silent)
+    for line in listing.lines(source.name):
+        say(line)
     dataset = job.dataset or dataset_name(source.name)
     store = existing_store(job.store)
     if store is not None:
@@ -68,7 +74,8 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         "dataset": dataset,
         "source": source.location,
         "cluster": str(cluster) if isinstance(cluster, ClusterTable) else cluster_name(cluster),
-        "listed": source.scan().num_rows,
+        "listed": listing.images,
+        "listing": listing.as_dict(),
         "limits": job.limits.model_dump(mode="json"),
         "features": estimates,
         "seconds": None if None in seconds else sum(seconds),

@@ -15,6 +15,7 @@ from featurepipe.errors import Interrupted, SourceError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import ALL
 from featurepipe.images import Source, open_source
+from featurepipe.images.findings import told
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import Job
 from featurepipe.progress import spoken
@@ -174,4 +175,4 @@ class TonightsSource:
             raise NothingListed(
                 f'{source.location} lists no image; if that is so on purpose: [limits] max_gone = "{ALL}"'
             )
-        return Listed(source, listing)
+        return Listed(source, told(listing))

@@ -19,6 +19,7 @@ from featurepipe.extraction.options import AUTO
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images import open_source
+from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.prediction.files import checked_target, predictions_file
 from featurepipe.prediction.scored import Outcome, Scored
@@ -77,15 +78,19 @@ def predict(
     allowance(max_rejects, 0)  # refused before any work, as is a file that cannot be written
     target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
+    say = announcer(silent=silent)
     network = Network(weights, device, batch_size, workers, trust_code)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         with stop.at_once("the first image"):
-            predicts = stack.enter_context(scorer(bundle, network, cluster, announcer(silent=silent)))
+            predicts = stack.enter_context(scorer(bundle, network, cluster, say))
             images = stack.enter_context(
                 closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under))
             )
             listing = images.scan().combine_chunks()
+        summary = ListingSummary.of(listing)
+        for line in summary.lines(images.name, labels=False):
+            say(line)
         if not listing.num_rows:
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:
@@ -96,6 +101,7 @@ def predict(
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
         "source": images.location,
         **bounds_of(images),
+        "listing": summary.as_dict(),
         "file": None if target is None else str(target),
         "started": started,
         "ended": records.now(),

@@ -11,8 +11,9 @@ import pytest
 
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images import open_source
-from featurepipe.images.labels import FolderLabels, split_of
+from featurepipe.images.labels import FolderLabels
 from featurepipe.images.listing import printable
+from featurepipe.split_names import split_of
 
 
 def make(root, *names):
@@ -124,8 +125,7 @@ def test_folders_without_images_do_not_decide_about_splits(tmp_path):
 
 def test_split_names():
     assert [split_of(n) for n in ("train", "val", "valid", "validation", "test", "Train", "dev")] == [
-        *("train", "val", "val", "val", "test", "train"),
-        None,
+        *("train", "val", "val", "val", "test", "train", "val"),
     ]
     assert FolderLabels([]).of([]) == (None, None)
 
