@@ -48,6 +48,8 @@ def add(commands: Commands) -> None:
     option("--max-gone", metavar="N|P%",
            help="refuse if more images of the last snapshot are gone (default: if all are; 100%%: never)")  # fmt: skip
     option("--retry-rejects", action="store_true", help="try images again whose bytes were rejected before")
+    option("--damaged", choices=("reject", "keep"), default="reject",
+           help="JPEGs that lost pixels, as in a broken copy; those kept are listed (default: %(default)s)")  # fmt: skip
     option("--min-free", metavar="AMOUNT", help="stop while this much is still free on the store's disk, such as 20GB")
     option("--time-budget", metavar="TIME",
            help="stop after so long, such as 90s, 30min or 6h; the next run goes on")  # fmt: skip
@@ -80,6 +82,7 @@ def run(args: Namespace) -> int:
         max_gone=args.max_gone,
         min_free=args.min_free,
         retry_rejects=args.retry_rejects,
+        damaged=args.damaged,
         time_budget=None if args.time_budget is None else seconds_of(args.time_budget),
         dry_run=args.dry_run,
         silent=args.quiet,

@@ -78,7 +78,7 @@ class SliceBooks:
         self.workers: dict[tuple[str, str, int], WorkerBooks] = {}
 
     def take(self, piece: Slice, done: Done) -> list[Loaded]:
-        """Books the rows of a slice that were dealt with; returns the rejected ones."""
+        """Books the rows of a slice that were dealt with; returns the rejected and the damaged ones."""
         outcome = self._outcome
         rows = self._job.plan.todo[piece.start : piece.start + piece.rows]
         reached = done.status != UNTOUCHED
@@ -89,12 +89,14 @@ class SliceBooks:
         self._kind[rows] = codes[done.status]
         rejected = {int(rows[place]): reason for place, reason in done.reasons.items()}
         outcome.reasons.update(rejected)
+        damaged = {int(rows[place]): damage for place, damage in done.damage.items()}
+        outcome.damage.update(damaged)
         self._note(int(reached.sum()), done)
         keys = outcome.keys
         return [
             Loaded(row, keys[row].tobytes() if outcome.has_key[row] else None, reason=reason)
             for row, reason in rejected.items()
-        ]
+        ] + [Loaded(row, keys[row].tobytes(), damage=damage) for row, damage in damaged.items()]
 
     def close(self) -> None:
         """Counts what was computed, each key once; everything else that could be read was known."""

@@ -15,7 +15,9 @@ import pyarrow as pa
 from featurepipe.errors import FeaturepipeError, SourceError
 from featurepipe.extraction.batches import Batches, Sink
 from featurepipe.extraction.load_task import Loaded
+from featurepipe.extraction.plan import KeySet
 from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.wanted import Wanted
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import PartWriter, Space
@@ -31,6 +33,7 @@ class Outcome:
         keys: uint8 (rows, 32), filled where ``has_key``.
         has_key: bool (rows,), which images could be read, now or before.
         reasons: why an image was rejected, by row.
+        damage: what is wrong with an image that was kept on request although it is damaged, by row.
         computed: rows whose features were computed and handed to the store.
         known: rows whose features the store had, or gets from another row with the same bytes.
         read: how many images were read.
@@ -44,6 +47,7 @@ class Outcome:
     keys: np.ndarray
     has_key: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
+    damage: dict[int, str] = field(default_factory=dict)
     computed: int = 0
     known: int = 0
     read: int = 0
@@ -59,6 +63,9 @@ class Outcome:
         plan = job.plan
         outcome = cls(plan.keys.copy(), plan.has_key.copy(), known=plan.known)
         outcome.reasons = {int(row): job.wanted.reasons[plan.keys[row].tobytes()] for row in plan.rejected}
+        settled = plan.has_key & KeySet(job.wanted.damaged).contains(plan.keys)
+        settled[plan.todo] = False
+        outcome.damage = {int(row): job.wanted.damaged[plan.keys[row].tobytes()] for row in np.flatnonzero(settled)}
         return outcome
 
     @property
@@ -85,11 +92,11 @@ class Bookkeeping:
     Args:
         outcome: the books, kept as images go by.
         batches: what computes.
-        claimed: keys that are being computed in this run; kept up to date here.
+        wanted: what is wrong with bytes that are kept, and the keys being computed in this run; kept up to date here.
     """
 
-    def __init__(self, outcome: Outcome, batches: Batches, claimed: set[bytes]) -> None:
-        self._outcome, self._batches, self._claimed = outcome, batches, claimed
+    def __init__(self, outcome: Outcome, batches: Batches, wanted: Wanted) -> None:
+        self._outcome, self._batches, self._damaged, self._claimed = outcome, batches, wanted.damaged, wanted.claimed
 
     def take(self, images: Iterable[Loaded]) -> None:
         """Books each image, and runs the batches that are full."""
@@ -110,6 +117,8 @@ class Bookkeeping:
         self._outcome.has_key[image.row] = image.key is not None
         if image.reason is not None:
             self._outcome.reasons[image.row] = image.reason
+        elif image.key is not None and (damage := image.damage or self._damaged.get(image.key)):
+            self._outcome.damage[image.row] = self._damaged[image.key] = damage
 
 
 def store_sink(listing: pa.Table, writer: PartWriter) -> Sink:
@@ -179,7 +188,7 @@ def compute_into(
         batch_size=job.machine.batch_size,
         clock=job.clock,
     )
-    books = Bookkeeping(outcome, batches, job.wanted.claimed)
+    books = Bookkeeping(outcome, batches, job.wanted)
     with _finishing(batches):
         for images in loader.load(job.plan.listing, job.plan.todo, stop, probes=probes):
             books.take(images)
@@ -215,13 +224,13 @@ class RejectLog:
         self.write()
 
     def take(self, images: Iterable[Loaded]) -> None:
-        """Notes the rejected ones."""
+        """Notes the rejected ones, and those kept although they are damaged."""
         for image in images:
-            if image.reason is not None:
+            if (reason := image.reason or image.damage) is not None:
                 facts = self._listing.select(FACTS).slice(image.row, 1).to_pylist()[0]
-                if (*facts.values(), image.reason) in self._known:
+                if (*facts.values(), reason) in self._known:
                     continue  # what cannot be read has no key, is tried every time, and need not be noted every time
-                self._rows.append({**facts, "key": image.key, "reason": image.reason, "run_id": self._run_id})
+                self._rows.append({**facts, "key": image.key, "reason": reason, "run_id": self._run_id})
         if len(self._rows) >= self._every:
             self.write()
 

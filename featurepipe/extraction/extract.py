@@ -12,7 +12,7 @@ from typing import Any
 from featurepipe.extraction.estimate import estimate
 from featurepipe.extraction.limits import Limits
 from featurepipe.extraction.on_cluster import place_of
-from featurepipe.extraction.options import Options
+from featurepipe.extraction.options import REJECT, Options
 from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
 from featurepipe.images import open_source
@@ -45,6 +45,7 @@ def extract(
     max_gone: int | str | None = None,
     min_free: int | str | None = None,
     retry_rejects: bool = False,
+    damaged: str = REJECT,
     only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
@@ -80,6 +81,8 @@ def extract(
             ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
         min_free: space that must stay free on the store's disk, in bytes or such as ``"20GB"``.
         retry_rejects: try images again whose bytes were rejected before.
+        damaged: what becomes of a JPEG of which libjpeg could only repair what was left: ``reject``, or ``keep``, then the
+            run record lists it under ``damaged``.
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
         time_budget: seconds after which to stop; what is left is for the next run.
@@ -118,6 +121,7 @@ def extract(
         batch_size,
         workers,
         retry_rejects,
+        damaged,
     )
     limits = Limits(max_rejects, max_gone, min_free)
     stops = stopping(stop, time_budget)

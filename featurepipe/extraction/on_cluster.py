@@ -196,6 +196,7 @@ class OnWorkers:
             network=self._network(job.backbone, job.columns, job.machine),
             workers=job.options.workers,
             retry_rejects=job.options.retry_rejects,
+            damaged=job.options.damaged,
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 AUTO = "auto"
+REJECT, KEEP = DAMAGED = ("reject", "keep")
+"""What becomes of a JPEG that libjpeg could only repair."""
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,9 @@ class Options:
     batch_size: int | str = AUTO
     workers: int | None = None
     retry_rejects: bool = False
+    damaged: str = REJECT
+
+    @property
+    def keep_damaged(self) -> bool:
+        """Whether JPEGs are kept that libjpeg could only repair."""
+        return self.damaged == KEEP

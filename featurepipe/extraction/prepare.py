@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.errors import Reject, UsageError
+from featurepipe.errors import Reject, UsageError, unknown
 from featurepipe.extraction import auto
 from featurepipe.extraction.history import History
 from featurepipe.extraction.limits import Limits
 from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.options import Options
+from featurepipe.extraction.options import DAMAGED, Options
 from featurepipe.extraction.place import Here, Place
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
@@ -76,7 +76,10 @@ class Job:
     def loader(self, missing: Callable[[bytes], tuple[str, ...] | Reject]) -> Loader:
         """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
         route, intensity = self.settings.decode, self.settings.intensity
-        return loader_for(self.source, missing, self.backbone, self.machine, route, intensity, self.clock)
+        keep = self.options.keep_damaged
+        return loader_for(
+            self.source, missing, self.backbone, self.machine, route, intensity, self.clock, keep_damaged=keep
+        )
 
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the job's precision; built once."""
@@ -124,6 +127,8 @@ def prepare(
     """
     asked = {name: getattr(options, name) for name in auto.SETTINGS}
     auto.check(asked)
+    if options.damaged not in DAMAGED:
+        raise unknown("choice of damaged", options.damaged, DAMAGED)
     check_budgets()
     place = place or Here()
     machine = place.machine(options)
@@ -163,7 +168,7 @@ def prepare(
     for setting, value in settings.values().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 
-    wanted = Wanted(space, columns, retry_rejects=options.retry_rejects)
+    wanted = Wanted(space, columns, retry_rejects=options.retry_rejects, keep_damaged=options.keep_damaged)
     plan = _plan(listing, name, space, wanted, history, source.location, say)
     return Job(
         source=source,

@@ -150,6 +150,11 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},
         "rejects": _rejects(job, outcome)[:SHOWN_REJECTS],
         "new_rejects": _new_rejects(job, outcome)[:SHOWN_REJECTS],
+        "damaged": {
+            "asked": job.options.damaged,
+            "kept": len(outcome.damage),
+            "images": _named(job, outcome.damage)[:SHOWN_REJECTS],
+        },
         "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
         "reject_reasons": by_code(outcome.reasons),
         "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
@@ -168,8 +173,12 @@ def bounds_of(source: Source) -> dict[str, list[str]]:
 
 
 def _rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:
+    return _named(job, outcome.reasons)
+
+
+def _named(job: Job, reasons: Mapping[int, str]) -> list[dict[str, str]]:
     ids = job.plan.listing["id"]
-    return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(outcome.reasons.items())]
+    return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(reasons.items())]
 
 
 def _new_rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:

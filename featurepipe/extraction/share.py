@@ -16,6 +16,7 @@ from featurepipe.extraction.at_worker import Desk, Network, Ready, job_of, load_
 from featurepipe.extraction.auto import Settings
 from featurepipe.extraction.compute import Outcome, compute_into
 from featurepipe.extraction.load_task import Loaded
+from featurepipe.extraction.options import KEEP, REJECT
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.extraction.slices import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Done, Slice, Worked
 from featurepipe.extraction.wanted import Wanted
@@ -40,6 +41,7 @@ class Order:
         network: what computes.
         workers: threads that read and decode; None for as many as a worker may use.
         retry_rejects: whether bytes that were rejected are tried again.
+        damaged: what becomes of JPEGs that libjpeg could only repair, see `Options`.
     """
 
     store: str
@@ -52,6 +54,7 @@ class Order:
     network: Network
     workers: int | None
     retry_rejects: bool
+    damaged: str = REJECT
 
 
 def compute_slice(order: Order, piece: Slice, desk: Desk, stop: Callable[[], bool]) -> Done:
@@ -73,7 +76,7 @@ def compute_slice(order: Order, piece: Slice, desk: Desk, stop: Callable[[], boo
     source = open_travelled(order.source)
     with needing(source, order.probes) as doubt:
         store, space, wanted = _known(
-            order.store, order.space, order.network.columns, order.retry_rejects, order.run_id
+            order.store, order.space, order.network.columns, order.retry_rejects, order.damaged, order.run_id
         )
         with store.lock(shared=True):
             share = _Share(order, piece, desk, space, wanted, ready, source)
@@ -92,8 +95,10 @@ class _Share:
         self.there = Wanted(None, order.network.columns).share(earlier)
         mine = wanted.share(earlier)
         settled = Settings.of_space(space.fields, why="as in the space")
+        job = job_of(order.network, ready, source, settled, desk.machine(order.network, order.workers))
         self.job = replace(
-            job_of(order.network, ready, source, settled, desk.machine(order.network, order.workers)),
+            job,
+            options=replace(job.options, damaged=order.damaged),
             dataset=order.dataset,
             space=space,
             wanted=mine,
@@ -147,7 +152,8 @@ class _Share:
         status[computed] = COMPUTED + which.reshape(-1)
         status[self.untouched] = UNTOUCHED
         kinds = [tuple(name for name, has in zip(self.names, made, strict=True) if has) for made in sets]
-        return Done(status, kinds, keys, self.outcome.has_key, self.outcome.reasons, self._worked(seconds), error)
+        outcome, worked = self.outcome, self._worked(seconds)
+        return Done(status, kinds, keys, outcome.has_key, outcome.reasons, worked, error, outcome.damage)
 
     def _worked(self, seconds: float) -> Worked:
         about = {"parts": self.parts, "bytes": self.bytes, "tried_again": self.outcome.tried_again}
@@ -168,11 +174,11 @@ def _names(order: Order) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _known(
-    store: str, space: str, columns: tuple[Column, ...], retry_rejects: bool, _run_id: str
+    store: str, space: str, columns: tuple[Column, ...], retry_rejects: bool, damaged: str, _run_id: str
 ) -> tuple[FeatureStore, Space, Wanted]:
     """What the store held when this process began to work for the run; its index is built once."""
     opened = FeatureStore(store, create=False)
     found = next((held for held in opened.spaces() if held.name == space), None)
     if found is None:
         raise StoreError(f"{store} has no feature space {space} as seen from {socket.gethostname()}")
-    return opened, found, Wanted(found, columns, retry_rejects=retry_rejects)
+    return opened, found, Wanted(found, columns, retry_rejects=retry_rejects, keep_damaged=damaged == KEEP)

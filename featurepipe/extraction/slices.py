@@ -96,6 +96,7 @@ class Done:
         has_key: bool (rows,), which rows those are.
         reasons: why rows were rejected.
         worked: who did it, and how long it took.
+        damage: what is wrong with rows that were kept although they are damaged.
         error: what ended it early, after everything read had been committed; None if it is complete or was told to stop.
     """
 
@@ -106,6 +107,7 @@ class Done:
     reasons: Mapping[int, str]
     worked: Worked
     error: FeaturepipeError | None = None
+    damage: Mapping[int, str] = field(default_factory=dict)
 
 
 class Sizes:

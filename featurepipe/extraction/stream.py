@@ -262,13 +262,15 @@ def loader_for(
     route: str,
     intensity: str,
     clock: StageSeconds,
+    *,
+    keep_damaged: bool = False,
 ) -> Loader:
     """A loader of what a backbone wants, decoded by a route under an intensity, with a window of four batches."""
     preprocessing = backbone.preprocessing
     return Loader(
         source,
         missing,
-        decoder_for(route, preprocessing.colour, machine.device, intensity=intensity),
+        decoder_for(route, preprocessing.colour, machine.device, intensity=intensity, keep_damaged=keep_damaged),
         preprocessing.resize_crop,
         clock=clock,
         workers=machine.workers,

@@ -29,6 +29,10 @@ def text(record: Mapping[str, Any]) -> str:
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append(f"  ... all in {record['rejects_file']}")
+    damaged = record.get("damaged", {})
+    if damaged.get("kept"):
+        lines.append(f"kept although damaged: {damaged['kept']:,}")
+        lines += [f"  {image['id']}: {image['reason']}" for image in damaged["images"][:_REJECTS_SHOWN]]
     if counts["computed"]:
         by_column = record["computed_by_column"].items()
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))

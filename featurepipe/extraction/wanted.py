@@ -9,6 +9,8 @@ import numpy as np
 
 from featurepipe.backbones import Column
 from featurepipe.errors import Reject
+from featurepipe.extraction.plan import KeySet
+from featurepipe.images.decode import is_repaired
 from featurepipe.store import Space
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.parts import PartInfo
@@ -21,18 +23,37 @@ class Wanted:
         space: the feature space, for what it holds and what it rejected; None for one that does not exist yet.
         columns: the columns asked for.
         retry_rejects: whether bytes that were rejected are tried again.
+        keep_damaged: whether JPEGs are kept that libjpeg could only repair. If not, they are rejects although an earlier run
+            kept them and has left their features.
 
     Attributes:
         reasons: why bytes were rejected before, by key. Bytes with a feature are usable whatever was said of them once:
-            they were tried again.
+            they were tried again; unless they are damaged, which the store knows of features that were kept, too.
+        damaged: what is wrong with bytes that are kept all the same, by key; none unless ``keep_damaged``.
         indexes: of what is there, in which a column of a key may be found.
         claimed: keys that are being computed in this run.
     """
 
-    def __init__(self, space: Space | None, columns: Sequence[Column], *, retry_rejects: bool = False) -> None:
+    def __init__(
+        self,
+        space: Space | None,
+        columns: Sequence[Column],
+        *,
+        retry_rejects: bool = False,
+        keep_damaged: bool = False,
+    ) -> None:
         self._names = tuple(str(column) for column in columns)
         self.indexes: list[KeyIndex] = [] if space is None else [space.index(self._names)]
-        self.reasons = {} if space is None or retry_rejects else self._rejected(space)
+        told = {} if space is None else _told(space)
+        damaged = {key: reason for key, reason in told.items() if is_repaired(reason)}
+        usable = self._usable(list(told))
+        self.damaged = damaged if keep_damaged else {}
+        self.reasons = {
+            key: reason
+            for key, reason in told.items()
+            if key not in self.damaged and (key in damaged if key in usable else not retry_rejects)
+        }
+        self._refused = KeySet(key for key in self.reasons if key in usable)
         self.claimed: set[bytes] = set()
 
     def share(self, parts: Sequence[PartInfo]) -> Wanted:
@@ -43,13 +64,12 @@ class Wanted:
         return other
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Which of some keys, uint8 (n, 32), have every column: bool (n,)."""
+        """Which of some keys, uint8 (n, 32), have every column and are not rejects all the same: bool (n,)."""
         if len(self.indexes) == 1:
-            return self.indexes[0].contains(keys)
-        held = np.ones(len(keys), bool)
-        for name in self._names:
-            held &= self.holds(keys, name)
-        return held
+            held = self.indexes[0].contains(keys)
+        else:
+            held = np.logical_and.reduce([self.holds(keys, name) for name in self._names])
+        return np.asarray(held & ~self._refused.contains(keys))
 
     def __call__(self, key: bytes) -> tuple[str, ...] | Reject:
         """The names of the missing columns, none when all are there, or the reject that these bytes were before."""
@@ -67,12 +87,17 @@ class Wanted:
             held |= index.locate(keys, column)[2]
         return held
 
-    def _rejected(self, space: Space) -> dict[bytes, str]:
-        rejects = space.rejects()
-        rejects = rejects.filter(rejects["key"].is_valid())
-        reasons = dict(zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
-        if not reasons:
-            return {}
-        keys = np.frombuffer(b"".join(reasons), np.uint8).reshape(len(reasons), -1)
-        usable = np.logical_or.reduce([self.holds(keys, name) for name in self._names])
-        return {key: reason for (key, reason), has in zip(reasons.items(), usable, strict=True) if not has}
+    def _usable(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of some keys that have a column."""
+        if not keys:
+            return set()
+        rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        usable = np.logical_or.reduce([self.holds(rows, name) for name in self._names])
+        return {key for key, has in zip(keys, usable, strict=True) if has}
+
+
+def _told(space: Space) -> dict[bytes, str]:
+    """What the space says of bytes that are no good, or that are kept although they are damaged, by key."""
+    rejects = space.rejects()
+    rejects = rejects.filter(rejects["key"].is_valid())
+    return dict(zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True))

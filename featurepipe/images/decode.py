@@ -152,6 +152,11 @@ def try_decode(
     return Kept(pixels, told[0]) if told else pixels
 
 
+def is_repaired(reason: str) -> bool:
+    """Whether the reason of a reject means a JPEG that `try_decode` would keep on request; so did releases before this one."""
+    return REPAIRED in reason or reason.startswith("truncated: libjpeg cannot decode it")
+
+
 def as_reject(error: Exception) -> Reject:
     """The reject for whatever came out of reading or decoding one image.
 

@@ -105,6 +105,8 @@ class LimitsTable(Table):
 
     max_rejects: Share = "1%"
     """Unusable images to put up with, a number or a share."""
+    damaged: Literal["reject", "keep"] = "reject"
+    """JPEGs of which libjpeg could only repair what was left; those kept are listed in the run's record."""
     time_budget: Seconds | None = None
     """How long a night may take; what is not done by then is done the next night."""
     min_free: Amount | None = None

@@ -18,14 +18,14 @@ CASES = {
         EXTRACT,
         "extract photos --store kept --dataset d --backbone vgg16 --weights none --seed 3 --node a --node b:gmp "
         "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 "
-        "--only-under /data --only-under s3://b --max-gone 20% --min-free 20GB --retry-rejects --intensity bits=12 "
-        "--time-budget 1h30m --dry-run --quiet",
+        "--only-under /data --only-under s3://b --max-gone 20% --min-free 20GB --retry-rejects --damaged keep "
+        "--intensity bits=12 --time-budget 1h30m --dry-run --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "seed": 3,
             "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
             "batch_size": "8", "workers": 2, "max_rejects": "3",
             "only_under": ["/data", "s3://b"], "intensity": "bits=12", "max_gone": "20%", "min_free": "20GB",
-            "retry_rejects": True, "time_budget": 5400.0, "dry_run": True, "silent": True,
+            "retry_rejects": True, "damaged": "keep", "time_budget": 5400.0, "dry_run": True, "silent": True,
         },
     ),
     "extract as it is": (
@@ -36,7 +36,7 @@ CASES = {
             "nodes": ["bottleneck"], "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
             "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
             "intensity": "auto",
-            "retry_rejects": False, "time_budget": None, "dry_run": False, "silent": False,
+            "retry_rejects": False, "damaged": "reject", "time_budget": None, "dry_run": False, "silent": False,
         },
     ),
     "train": (

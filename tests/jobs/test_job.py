@@ -139,7 +139,7 @@ def test_all_that_can_be_said(read, tmp_path):
     assert (second.nodes, second.weights) == (("blocks.2:gmp",), str(tmp_path / "mine.safetensors"))
     assert job.machine.model_dump() == {"device": "cuda:1", "batch_size": 64, "workers": 4}
     assert job.limits.model_dump() == {
-        "max_rejects": 10, "time_budget": 21600.0, "min_free": "20GB", "max_gone": "2.5%",
+        "max_rejects": 10, "time_budget": 21600.0, "min_free": "20GB", "max_gone": "2.5%", "damaged": "reject",
     }  # fmt: skip
     (train,) = job.train
     assert (train.out, train.head, train.params, train.pca) == (tmp_path / "bundles/a", "linear-svm", {"C": 0.1}, 64)

@@ -1,0 +1,111 @@
+"""JPEGs that libjpeg could only repair: rejects by default, kept and listed on request, whatever an earlier run did."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurepipe.cli import main
+from featurepipe.errors import UsageError
+
+DAMAGED = ("004.jpg", "007.jpg")
+
+
+def jpeg(seed):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pile(tmp_path):
+    """Ten JPEGs, of which two are copies that stopped after a third."""
+    folder = tmp_path / "pile"
+    folder.mkdir()
+    for i in range(10):
+        payload, name = jpeg(i), f"{i:03d}.jpg"
+        third = len(payload) // 3
+        broken = payload[:third] + bytes(len(payload) - third - 2) + payload[-2:]
+        (folder / name).write_bytes(broken if name in DAMAGED else payload)
+    return folder
+
+
+def named(images):
+    return tuple(image["id"] for image in images)
+
+
+def told(record):
+    counts = record["counts"]
+    return counts["computed"], counts["known"], counts["rejected"], counts["read"], named(record["damaged"]["images"])
+
+
+@pytest.mark.parametrize("cluster", [None, pytest.param("local:1", marks=pytest.mark.slow)])
+def test_what_is_damaged_is_rejected_or_kept_and_listed(pile, run, cluster):
+    there = {} if cluster is None else {"cluster": cluster}
+    record = run(pile, max_rejects=2, **there)
+    assert told(record) == (8, 0, 2, 10, ())
+    assert named(record["rejects"]) == DAMAGED
+    assert all("libjpeg could only repair it" in reject["reason"] for reject in record["rejects"])
+    record = run(pile, damaged="keep", **there)
+    assert told(record) == (2, 8, 0, 2, DAMAGED)
+    assert record["damaged"]["asked"] == "keep"
+    assert record["damaged"]["kept"] == 2
+    assert set(DAMAGED) <= set(run.features("pile"))
+
+
+def test_what_was_kept_stays_listed_and_is_rejected_again_without_being_read(pile, run):
+    assert told(run(pile, damaged="keep")) == (10, 0, 0, 10, DAMAGED)
+    assert told(run(pile, damaged="keep")) == (0, 10, 0, 0, DAMAGED)
+    (pile / "004.jpg").rename(pile / "moved.jpg")  # the same bytes under another name
+    assert told(run(pile, damaged="keep")) == (0, 10, 0, 1, ("007.jpg", "moved.jpg"))
+    record = run(pile, max_rejects=2)
+    assert told(record) == (0, 8, 2, 0, ())
+    assert named(record["rejects"]) == ("007.jpg", "moved.jpg")
+    assert "moved.jpg" not in run.features("pile")
+    assert told(run(pile, max_rejects=2, retry_rejects=True)) == (0, 8, 2, 0, ())
+    assert told(run(pile, damaged="keep")) == (0, 10, 0, 0, ("007.jpg", "moved.jpg"))
+
+
+def test_copies_of_a_kept_image_are_listed_each(pile, run):
+    (pile / "copy.jpg").write_bytes((pile / "004.jpg").read_bytes())
+    assert told(run(pile, damaged="keep")) == (10, 1, 0, 11, (*DAMAGED, "copy.jpg"))
+
+
+def test_other_rejects_stay_rejects(pile, run):
+    (pile / "none.jpg").write_bytes(b"no picture")
+    (pile / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    assert told(run(pile, damaged="keep", max_rejects=2)) == (10, 0, 2, 12, DAMAGED)
+    assert told(run(pile, damaged="keep", max_rejects=2)) == (0, 10, 2, 0, DAMAGED)
+
+
+def test_features_of_sound_images_do_not_depend_on_it(pile, run, tmp_path):
+    run(pile, damaged="keep")
+    kept = run.features("pile")
+    run(pile, max_rejects=2)
+    for name, feature in run.features("pile").items():
+        np.testing.assert_array_equal(feature, kept[name])
+
+
+def test_another_word_is_refused(pile, run):
+    with pytest.raises(UsageError, match=r"unknown choice of damaged 'repair'; nearest: .*|choices: reject, keep"):
+        run(pile, damaged="repair")
+
+
+def test_the_command_and_a_job_take_it(pile, tmp_path, capsys):
+    store = str(tmp_path / "other")
+    shape = ["--backbone", "lenet5", "--weights", "none", "--precision", "fp32", "--quiet"]
+    assert main(["extract", str(pile), "--store", store, *shape, "--damaged", "keep"]) == 0
+    printed = capsys.readouterr().out
+    assert "kept although damaged: 2" in printed
+    assert "004.jpg: damaged: libjpeg could only repair it" in printed or "004.jpg: truncated: libjpeg" in printed
+    job = tmp_path / "night.toml"
+    job.write_text(
+        f'store = "{tmp_path / "third"}"\n[source]\npath = "{pile}"\n[limits]\ndamaged = "keep"\n'
+        '[[features]]\nbackbone = "lenet5"\nweights = "none"\nprecision = "fp32"\n'
+    )
+    assert main(["run", str(job), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["limits"]["damaged"] == "keep"
