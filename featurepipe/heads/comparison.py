@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.variance import EQUAL, of_folds, of_images, quantile, wilson
+from featurepipe.heads.variance import EQUAL, limits, of_folds, of_images, quantile
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,10 +81,10 @@ def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> 
     2011, "Robust Inference With Multiway Clustering": the sum of both less that of their cells). Degrees of freedom
     are Satterthwaite's, so that few seeds that disagree make the interval wide. With one seed it is for this head.
 
-    The interval is Wilson's (1927) for as many independent images as would give this variance (Dean & Pagano 2015,
-    "Evaluating Confidence Interval Methods for Binomial Proportions in Clustered Surveys"). Resampling the groups
-    would give the same variance at a thousand times the cost, and no interval at all where every image is right;
-    there Wilson's has the right width for so many groups.
+    The interval is the exact binomial one for as many independent images as would give this variance (Korn & Graubard 1998,
+    "Confidence intervals for proportions with small expected number of positive counts estimated from survey data").
+    Resampling the groups would give the same variance at a thousand times the cost, and no interval at all where every image
+    is right; there it has the right width for so many groups.
 
     Args:
         correct: (k, n) or (n,): whether each seed's head was right on each image, or the share of times it was.
@@ -100,7 +100,7 @@ def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> 
     value, sampling = of_images(hits, groups)
     if sampling is None:
         return Estimate(value, None, None, None)
-    low, high = wilson(value, sampling)
+    low, high = limits(value, sampling)
     return Estimate(value, low, high, float(np.sqrt(sampling.variance)))
 
 
@@ -129,7 +129,9 @@ def difference_over_folds(a: npt.ArrayLike, b: npt.ArrayLike, test_to_train: flo
 def difference_over_images(a: npt.ArrayLike, b: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Difference:
     """Estimates by how much ``a`` is more accurate than ``b`` on images like these: see ``over_images``.
 
-    The t test of paired differences, which for one seed and no copies is all but McNemar's (1947).
+    The t test of paired differences, which for one seed and no copies is all but McNemar's (1947). The interval is that of
+    Agresti & Min 2005 ("Simple improved confidence intervals for comparing matched proportions"): two pseudo-images, half of
+    one for each pair of answers, so that few images on which nothing differs are no certainty.
 
     Args:
         a: (k, n) or (n,), whether right.
@@ -137,7 +139,7 @@ def difference_over_images(a: npt.ArrayLike, b: npt.ArrayLike, groups: npt.Array
         groups: (n,) or (n, bytes) keys of the images; None if all differ.
 
     Returns:
-        The mean of ``a - b``, as ``difference_over_folds``.
+        The mean of ``a - b``; one group has no interval and no p, no difference on any image has p = 1.
 
     Raises:
         UsageError: As ``over_images``, or the shapes differ.
@@ -146,7 +148,10 @@ def difference_over_images(a: npt.ArrayLike, b: npt.ArrayLike, groups: npt.Array
     value, sampling = of_images(np.atleast_2d(_without_rounding(first - second)), groups)
     if sampling is None:
         return _difference(value, None, 0)
-    return _difference(value, sampling.variance, sampling.freedom)
+    found = _difference(value, sampling.variance, sampling.freedom)
+    count = sampling.groups
+    reach = quantile(sampling.freedom) * float(np.sqrt(sampling.variance + 1 / (count + 2) ** 2))
+    return replace(found, low=max(-1.0, value - reach), high=min(1.0, value + reach))
 
 
 def cheapest_within_one_se(estimates: Mapping[str, Estimate], costs: Mapping[str, float]) -> tuple[str, str]:

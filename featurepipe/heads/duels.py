@@ -22,6 +22,7 @@ _PAIR_BYTES = (
     24  # per entry of a duel's kernel matrix: float64, the float32 it is made from, and libsvm's copy of rows in use
 )
 _DEFAULT_MEMORY = 4 << 30
+_FEW_DUELS = 400  # above, what each costs besides its rows (a millisecond) outweighs one kernel matrix of all rows
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def fit_duels(
 
     libsvm computes kernel values one by one. Here the kernel matrix of a duel is one matrix product, libsvm's solver
     (Fan, Chen & Lin 2005) then works on finished values, and as many duels run at once as there are cores and memory for.
+    Hundreds of small duels share one kernel matrix of all rows instead, if that fits.
     8,000 rows of 1,968 values in 10 classes took 9 s instead of 29 s, with the same 3,491 support vectors.
 
     Args:
@@ -62,7 +64,7 @@ def fit_duels(
         codes: (n,) class numbers from 0 to K - 1, each present.
         C: inverse strength of the penalty.
         gamma: of the kernel ``exp(-gamma |x - z|^2)``.
-        sample_weight: (n,) multiplies C row by row.
+        sample_weight: (n,), all positive; multiplies C row by row.
         memory: bytes that kernel matrices alive at one time may take; 4 GiB by default.
 
     Returns:
@@ -71,6 +73,8 @@ def fit_duels(
     members = [np.flatnonzero(codes == code) for code in range(int(codes.max()) + 1)]
     pairs = list(itertools.combinations(range(len(members)), 2))
     largest = sum(sorted(map(len, members))[-2:])
+    if len(pairs) > _FEW_DUELS and _PAIR_BYTES * len(rows) ** 2 <= (memory or _DEFAULT_MEMORY):
+        return of_machine(SVC(C=C, kernel="precomputed").fit(gaussian(rows, gamma), codes, sample_weight))
     at_once = min(os.cpu_count() or 1, (memory or _DEFAULT_MEMORY) // (_PAIR_BYTES * largest**2), len(pairs))
     if at_once < 1:
         return None
@@ -87,6 +91,13 @@ def fit_duels(
         ThreadPoolExecutor(at_once) as pool,
     ):
         return _joined(list(pool.map(duel, pairs)), pairs, codes)
+
+
+def of_machine(machine: SVC) -> Duels:
+    """The duels of a fitted ``SVC`` of all classes."""
+    sign = -1.0 if len(machine.classes_) == 2 else 1.0  # of two classes SVC reports margins for the second
+    counts = machine.n_support_.astype(np.int64)
+    return Duels(machine.support_.astype(np.int64), counts, sign * machine.dual_coef_, sign * machine.intercept_)
 
 
 def gaussian(rows: Array, gamma: float) -> Floats:

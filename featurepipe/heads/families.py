@@ -71,7 +71,7 @@ _FAMILIES = (
     HeadFamily(
         "logistic",
         "multinomial logistic regression with an L2 penalty",
-        _place("sklearn.linear_model", "LogisticRegression", max_iter=5000),
+        _place("featurepipe.heads.weighted", "LogisticRegression", max_iter=5000),
         _ours("logistic", "BlockLogisticRegression"),
         _grid(C=_DECADES),
         linear=True,
@@ -81,7 +81,7 @@ _FAMILIES = (
         "linear-svm",
         "linear support vector machine, squared hinge, one class against the rest",
         # On 1,600 x 1,392 standardised features the default, the dual at 1e-4, took minutes; this takes 2 to 5 s.
-        _place("sklearn.svm", "LinearSVC", dual=False, tol=1e-2),
+        _place("featurepipe.heads.weighted", "LinearSVC", dual=False, tol=1e-2),
         _ours("linear_svc", "BlockLinearSVC"),
         _grid(C=_DECADES),
         linear=True,
@@ -112,7 +112,7 @@ _FAMILIES = (
     HeadFamily(
         "ridge",
         "least squares on +1 and -1 with an L2 penalty",
-        _place("sklearn.linear_model", "RidgeClassifier"),
+        _ours("weighted", "RidgeClassifier"),
         _ours("ridge", "BlockRidgeClassifier"),
         _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
         linear=True,
@@ -140,7 +140,7 @@ _FAMILIES = (
     HeadFamily(
         "centroid",
         "the class whose mean is nearest",
-        _place("sklearn.neighbors", "NearestCentroid"),
+        _ours("neighbours", "BlockCentroid"),  # NearestCentroid predicts by distance, and scores by variances besides
         _ours("neighbours", "BlockCentroid"),
         _grid(shrink_threshold=(None, 0.1, 0.3, 1.0, 3.0)),
         linear=True,

@@ -117,7 +117,7 @@ def training_data(
     if len(found) != blocks.shape[0]:
         raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} labels: give one label a row")
     classes, codes = classes_of(found)
-    weights = _weights(sample_weight, class_weight, found)
+    weights = combined_weights(sample_weight, class_weight, found, classes, codes)
     return TrainingData(blocks, codes, classes, weights)
 
 
@@ -131,6 +131,10 @@ def classes_of(labels: Array) -> tuple[Array, Codes]:
     if labels.dtype.kind == "f" and not _all_finite(labels):
         bad = np.flatnonzero(~np.isfinite(labels))
         raise UsageError(f"Input y contains NaN or infinity: {_rows(bad)}; leave these rows out")
+    if labels.dtype.kind == "O":
+        bad = np.flatnonzero([label is None or label != label for label in labels])  # noqa: PLR0124 - NaN, or pandas' NaT
+        if len(bad):
+            raise UsageError(f"Input y contains NaN or None, missing labels: {_rows(bad)}; leave these rows out")
     check_classification_targets(labels)
     classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
@@ -224,7 +228,27 @@ def labels_from(scores: Array, classes: Array) -> Array:
     return labels
 
 
-def _weights(sample_weight: Any, class_weight: Any, labels: Array) -> Floats | None:
+def combined_weights(
+    sample_weight: Any, class_weight: Any, labels: Array, classes: Array, codes: Codes
+) -> Floats | None:
+    """One weight a row from weights of rows and classes, by one rule for all heads: a weight is a number of equal rows.
+
+    So ``"balanced"`` gives each class the same sum of weights: with ``sample_weight``, n_k in ``n / (K n_k)`` is the sum of
+    the class's weights, and a row of weight 0 is a row that is not there.
+
+    Args:
+        sample_weight: (n,) or one number; None for ones.
+        class_weight: None, ``"balanced"`` or a dict from label to weight.
+        labels: (n,).
+        classes: (K,) distinct labels.
+        codes: (n,) position of each label among them.
+
+    Returns:
+        (n,) float64, or None where all rows weigh the same.
+
+    Raises:
+        UsageError: Weights are negative, not finite or too few, or all those of a class are zero.
+    """
     weights: Floats | None = None
     if sample_weight is not None:
         weights = np.asarray(sample_weight, np.float64, order="C")  # libsvm takes no other
@@ -238,10 +262,30 @@ def _weights(sample_weight: Any, class_weight: Any, labels: Array) -> Floats | N
             raise UsageError(f"sample_weight must be finite and not negative: {_rows(wrong)} are not")
         if not weights.any():
             raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
-    if class_weight is not None:
+    if isinstance(class_weight, str) and class_weight == "balanced":
+        by_class = np.array(list(balanced(classes, codes, weights).values()))[codes]
+    elif class_weight is not None:
         by_class = compute_sample_weight(class_weight, labels)
-        weights = by_class if weights is None else weights * by_class
+    if class_weight is not None:
+        weights = np.asarray(by_class if weights is None else weights * by_class)
+    if weights is not None:
+        _sums_of_classes(codes, weights, classes)
     return weights
+
+
+def balanced(classes: Array, codes: Codes, weights: Floats | None) -> dict[Any, float]:
+    """The weight of each class that gives all the same sum of weights, ``n / (K n_k)``, in the order of ``classes``."""
+    sums = _sums_of_classes(codes, weights, classes)
+    return dict(zip(classes.tolist(), (sums.sum() / (len(classes) * sums)).tolist(), strict=True))
+
+
+def _sums_of_classes(codes: Codes, weights: Floats | None, classes: Array) -> Floats:
+    """The summed weights of each class, (K,); all must be positive."""
+    sums = np.bincount(codes, weights, len(classes)).astype(np.float64)
+    if not sums.all():
+        shown = ", ".join(repr(label) for label in classes[sums == 0].tolist()[:5])
+        raise UsageError(f"every row of class {shown} has weight zero: leave these rows out, or give them weight")
+    return sums
 
 
 def _finite_array(array: Array) -> ArrayBlocks:

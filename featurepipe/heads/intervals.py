@@ -18,9 +18,6 @@ from featurepipe.heads.auc import OneVsRest
 LEVEL = 0.95
 """Nominal coverage of every interval."""
 
-MIN_IMAGES_PER_CLASS = 5
-"""Below, on average, a macro F1 has no interval: its bias, which grows with the number of classes, exceeds it."""
-
 _SQUARED_QUANTILE = 3.841458820694124  # of the standard normal distribution, two-sided
 _PSEUDO = (
     2.0  # images of each kind that a smoothed estimate adds, as Agresti & Coull 1998 add two successes and two failures
@@ -69,11 +66,16 @@ def balanced_accuracy(hits: Codes, support: Codes) -> Limits:
     return proportion(float((hits / support).mean()), middle * (1 - middle) / variance)
 
 
+def least_images(classes: int) -> int:
+    """Images of each class below which a macro F1 has no interval: its bias over its error grows by root classes / images."""
+    return max(3, classes // 10)
+
+
 def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
-    """Returns the interval of the mean F1 over the classes that are true or predicted; None for too few images a class.
+    """Returns the interval of the mean F1 over the classes that are true or predicted; None where one of them has too few images.
 
     The variance is that of the images' influences (the delta method), with each class's F1 shrunk as in
-    ``balanced_accuracy``; the middle is the jackknife's, as the mean of ratios of few images is biased (Quenouille 1956).
+    ``balanced_accuracy``.
 
     Args:
         codes: (n,) position of the true class.
@@ -81,11 +83,12 @@ def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
         classes: Number of classes.
     """
     n = len(codes)
-    if n < MIN_IMAGES_PER_CLASS * len(np.unique(codes)):
+    support = np.bincount(codes, minlength=classes)
+    counts = support + np.bincount(predicted, minlength=classes)
+    if support[counts > 0].min() < least_images(int((counts > 0).sum())):
         return None
     right = (codes == predicted).astype(np.int64)
     hits = np.bincount(codes[codes == predicted], minlength=classes)
-    counts = np.bincount(codes, minlength=classes) + np.bincount(predicted, minlength=classes)
     defined = int((counts > 0).sum())
     whole = np.maximum(counts, 1)
     f1 = 2 * hits / whole
@@ -95,27 +98,9 @@ def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
         2 * right / whole[codes] - shrunk[codes] / whole[codes] - shrunk[predicted] / whole[predicted]
     ) / defined
     value = float(f1.sum() / defined)
-    without = _without_one(hits, counts, codes, predicted, right)
-    centre = float(np.clip(value - (n - 1) * (without.mean() - value), 0, 1))
-    inner = float(np.clip(centre, 1 / (n + 2), 1 - 1 / (n + 2)))
+    inner = float(np.clip(value, 1 / (n + 2), 1 - 1 / (n + 2)))
     variance = float((influence**2).sum()) * n / max(n - defined, n / 2)  # each class's ratio is fitted to its images
-    images = min(float(n), inner * (1 - inner) / variance) if variance > 0 else float(n)
-    low, high = proportion(centre, images)
-    return min(low, value), max(high, value)
-
-
-def _without_one(hits: Codes, counts: Codes, codes: Codes, predicted: Codes, right: Codes) -> Array:
-    """The macro F1 without each of the images, (n,)."""
-    whole = np.maximum(counts, 1)
-    of_true = counts[codes] - 1 - right
-    of_predicted = counts[predicted] - 1
-    total, defined = (2 * hits / whole).sum(), (counts > 0).sum()
-    change = 2 * (hits[codes] - right) / np.maximum(of_true, 1) * (of_true > 0) - 2 * hits[codes] / whole[codes]
-    other = (
-        2 * hits[predicted] / np.maximum(of_predicted, 1) * (of_predicted > 0) - 2 * hits[predicted] / whole[predicted]
-    )
-    gone = (of_true == 0).astype(np.int64) + np.where(right, 0, of_predicted == 0)
-    return np.asarray((total + change + np.where(right, 0.0, other)) / np.maximum(defined - gone, 1))
+    return proportion(value, min(float(n), inner * (1 - inner) / variance) if variance > 0 else float(n))
 
 
 def macro_auc(ranked: OneVsRest, support: Codes) -> Limits:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -15,10 +15,9 @@ from sklearn.utils import check_random_state
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, iterate, working_dtype
-from featurepipe.heads.duels import Duels, fit_duels
+from featurepipe.heads.duels import fit_duels, of_machine
 from featurepipe.heads.inputs import (
     BlockClassifier,
-    Codes,
     Floats,
     TrainingData,
     labels_from,
@@ -26,6 +25,7 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
+from featurepipe.heads.sampling import SomeRows
 from featurepipe.heads.shares import shares_elsewhere, shares_of
 from featurepipe.sizes import bytes_of
 
@@ -103,6 +103,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         """
         _check_parameters(self)
         data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
+        data = _without_zero_weights(data)
         self.classes_ = data.classes
         self.gamma_ = self.gamma_factor * _gamma(self.gamma, data.blocks, self.memory)
         if data.blocks.shape[0] <= self.exact_rows:
@@ -131,7 +132,10 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         rows = data.blocks.read(working_dtype(data.blocks.dtype))
         memory = None if self.memory is None else bytes_of(self.memory)
         settings: dict[str, Any] = {"C": self.C, "gamma": self.gamma_, "sample_weight": data.weights}
-        duels = fit_duels(rows, data.codes, memory=memory, **settings) or _libsvm(rows, data.codes, **settings)
+        duels = fit_duels(rows, data.codes, memory=memory, **settings)
+        if duels is None:  # libsvm as it is keeps few kernel values at a time, and is slower
+            weights = settings.pop("sample_weight")
+            duels = of_machine(SVC(**settings).fit(rows.astype(np.float64, copy=False), data.codes, weights))
         self.method_ = "exact"
         self.method_text_ = f"exact: a support vector machine on {len(rows):,} rows (exact_rows={self.exact_rows:,})"
         self.points_, self.counts_ = rows[duels.support], duels.counts
@@ -184,12 +188,12 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         return margins
 
 
-def _libsvm(rows: Array, codes: Codes, *, C: float, gamma: float, sample_weight: Floats | None) -> Duels:
-    """The same from libsvm as it is, slower, which keeps few kernel values at a time."""
-    machine = SVC(C=C, gamma=gamma).fit(rows.astype(np.float64, copy=False), codes, sample_weight)
-    sign = -1.0 if len(machine.classes_) == 2 else 1.0  # of two classes SVC reports margins for the second
-    counts = machine.n_support_.astype(np.int64)
-    return Duels(machine.support_.astype(np.int64), counts, sign * machine.dual_coef_, sign * machine.intercept_)
+def _without_zero_weights(data: TrainingData) -> TrainingData:
+    """The rows that weigh something: libsvm leaves out the others itself, and counts its support vectors without them."""
+    if data.weights is None or data.weights.all() or shares_elsewhere(data.blocks) is not None:
+        return data
+    kept = np.flatnonzero(data.weights)
+    return replace(data, blocks=SomeRows(data.blocks, kept), codes=data.codes[kept], weights=data.weights[kept])
 
 
 class _KernelFeatures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.tables import table
@@ -37,6 +37,11 @@ def measures_text(metrics: Mapping[str, Any]) -> str:
     interval = "95 % interval" if any(row[2] for row in rows) else ""
     untested = metrics.get("untested", [])
     if untested:
-        more = f" and {len(untested) - 10} more" if len(untested) > 10 else ""
-        reasons.append(f"classes without a test image, about which this says nothing: {', '.join(untested[:10])}{more}")
+        reasons.append(untested_text(untested))
     return "\n".join([table(["measure", "value", interval], rows), *reasons])
+
+
+def untested_text(classes: Sequence[str]) -> str:
+    """Names the classes of which no image was scored."""
+    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+    return f"classes without a test image, about which the scores say nothing: {', '.join(classes[:10])}{more}"

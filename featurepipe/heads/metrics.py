@@ -78,9 +78,7 @@ def score_table(
     if np.isnan(ranked.macro):
         table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
     if bootstrap and limits["macro_f1"] is None:
-        table["macro_f1"]["reason"] = (
-            f"no interval for fewer than {intervals.MIN_IMAGES_PER_CLASS} images a class on average"
-        )
+        table["macro_f1"]["reason"] = "no interval: a class has too few images"
     confusion = images.confusion()
     table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": intervals.LEVEL}
     table["untested"] = [name for name, count in zip(names, images.support, strict=True) if not count]

@@ -9,9 +9,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from featurepipe.errors import UsageError
-
-LEVEL = 0.95
-"""Coverage of every interval in ``comparison``."""
+from featurepipe.heads.intervals import LEVEL, proportion
 
 EQUAL = 1e-12
 """Differences below are rounding: the same accuracy summed in another order."""
@@ -72,19 +70,14 @@ def _group_sums(values: Floats, groups: npt.ArrayLike | None) -> Floats:
     return np.stack([np.bincount(codes.reshape(-1), row, len(distinct)) for row in values])
 
 
-def wilson(value: float, sampling: Sampling) -> tuple[float, float]:
-    """Wilson's interval, with Student's quantile, for as many images as give the variance."""
+def limits(value: float, sampling: Sampling) -> tuple[float, float]:
+    """The exact binomial interval for as many images as give the variance (Korn & Graubard 1998)."""
     spread = value * (1 - value)
     if sampling.variance > 0:
-        count = spread / sampling.variance
-    elif spread < EQUAL:
-        count = sampling.groups  # all right or all wrong: nothing shows how alike images are but that they are groups
-    else:
-        return value, value
-    square = quantile(sampling.freedom) ** 2
-    middle = (value + square / (2 * count)) / (1 + square / count)
-    reach = np.sqrt(square * (spread / count + square / (4 * count**2))) / (1 + square / count)
-    return min(value, max(0.0, float(middle - reach))), max(value, min(1.0, float(middle + reach)))
+        return proportion(value, spread / sampling.variance, sampling.freedom)
+    if spread < EQUAL:  # all right or all wrong: nothing shows how alike images are but that they are groups
+        return proportion(value, sampling.groups, sampling.freedom)
+    return value, value
 
 
 def quantile(freedom: float) -> float:

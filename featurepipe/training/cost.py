@@ -32,6 +32,7 @@ LEAST_ROWS = 1024
 """Rows for whose values there must be memory: blocks smaller than that are all overhead."""
 
 PILOT_ROWS = (1000, 3000)
+LONG_PILOT = 15.0  # seconds of the smaller fit after which no larger one is made
 """Rows of the small fits from which time is extrapolated."""
 
 STEEPEST = {"rbf-svm": 2.0}
@@ -69,9 +70,14 @@ class Cost:
         """One line for people."""
         if self.cluster is not None:
             limit = "" if self.budget_bytes is None else f", {size(self.budget_bytes)} allowed at each"
-            return f"{self.rows:,} x {self.width:,} features, spread over the workers of {self.cluster}{limit}: {self.solver}"
+            spread = f"{self.rows:,} x {self.width:,} features, spread over the workers of {self.cluster}{limit}: {self.solver}"
+            return f"{spread}; {_fits(self.fits)}, whose time is not estimated on a cluster"
         where = "out of core" if self.out_of_core else "in memory"
-        how_long = "" if self.seconds is None else f"; about {spoken(self.seconds)} for {_fits(self.fits)}"
+        how_long = (
+            "; no estimate of the time"
+            if self.seconds is None
+            else f"; about {spoken(self.seconds)} for {_fits(self.fits)}"
+        )
         return (
             f"{self.rows:,} x {self.width:,} features, {size(self.in_memory_bytes)} in memory, {size(self.budget_bytes or 0)} "
             f"allowed: {where}, {self.solver}{how_long}"
@@ -154,7 +160,8 @@ def available_memory() -> int:
 def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> float:
     """Extrapolates the seconds of a fit from two small ones.
 
-    A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows.
+    A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows. Where the smaller fit
+    takes long already, it alone has to do, with the steepest growth, so that the estimate comes before a long wait.
 
     Args:
         fit: fits on so many rows.
@@ -167,6 +174,8 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> floa
         start = time.perf_counter()
         fit(count)
         seconds.append(max(time.perf_counter() - start, 1e-4))
+        if seconds[0] > LONG_PILOT:
+            return float(seconds[0] * (rows / small) ** steepest)
     if large == small:
         return seconds[1] * rows / large
     if steepest == 1:

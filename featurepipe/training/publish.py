@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.measures import untested_text
 from featurepipe.heads.metrics import score_table
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
@@ -74,6 +75,8 @@ def publish(
     )
     tested = _tested(bundle, task)
     calibrated = asdict(calibration) if calibration else None
+    if tested and tested["untested"]:
+        say(untested_text(tested["untested"]))
     if tested and calibrated:  # on images that neither the head nor the temperature has seen
         plain = _tested(replace(bundle, temperature=None), task, bootstrap=0)
         calibrated |= {

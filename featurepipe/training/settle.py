@@ -156,6 +156,7 @@ def timed(task: Task, recipe: Recipe, *, calibration: bool, tune: bool, say: Cal
     """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
     tries = grid_size(recipe) * len(task.folds()) if tune else 0
     if task.cost.cluster is None:
+        say("estimating the time from small fits")
         task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
     else:
         task = replace(task, cost=replace(task.cost, fits=1 + calibration + tries))

@@ -28,6 +28,9 @@ OURS = (
     "featurepipe.heads.pca.BlockPCA",
     "featurepipe.heads.ridge.BlockRidgeClassifier",
     "featurepipe.heads.scaling.BlockScaler",
+    "featurepipe.heads.weighted.LinearSVC",
+    "featurepipe.heads.weighted.LogisticRegression",
+    "featurepipe.heads.weighted.RidgeClassifier",
 )
 _SCALAR_NAMES = "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 str_"
 _SCALARS = frozenset(f"numpy.{name}" for name in _SCALAR_NAMES.split())
