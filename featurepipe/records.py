@@ -34,6 +34,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+ACCEPTANCE = "accept drift"
+"""The command of a record that is no run: somebody has accepted images that a run warned of."""
+
 RUNNING, KILLED = "running", "killed"
 """Statuses of a run that has left no word of its end: it goes on, or a later run found that it does not."""
 

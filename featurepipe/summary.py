@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.records import ACCEPTANCE
 from featurepipe.tables import counted, size, table
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ def gc_text(report: GcReport, *, dry_run: bool = False) -> str:
 
 
 def whole_runs(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Run records without those of extractions that were part of a job's run, which are counted in that run's record."""
+    """Run records without those of extractions that were part of a job's run, which that run's record counts; runs alone."""
     parts = {run_id for record in records for run_id in record.get("extractions", ())}
-    return [record for record in records if record.get("run_id") not in parts]
+    return [one for one in records if one.get("run_id") not in parts and one.get("command") != ACCEPTANCE]
 
 
 def _dry(*, dry_run: bool) -> list[str]:

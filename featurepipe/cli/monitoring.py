@@ -16,6 +16,7 @@ from featurepipe.cli.options import (
     existing_store,
 )
 from featurepipe.cli.output import show
+from featurepipe.errors import UsageError
 
 
 def add(commands: Commands) -> None:
@@ -44,6 +45,11 @@ def _add_drift(commands: Commands) -> None:
         help="warn below this p-value, adjusted for the number of tests (default: %(default)s)",
     )
     option("--fail", type=float, metavar="P", help="fail, with exit code 1, below this p-value (default: never)")
+    option(
+        "--accept",
+        metavar="RUN-ID|last",
+        help="accept the images that this run of a job warned of, so that its next run may compare with them; tests nothing",
+    )
     add_seed(command, "what is drawn")
     add_quiet(command)
     add_json(command)
@@ -78,6 +84,8 @@ def _distance(text: str) -> float | str:
 
 def drift(args: Namespace) -> int:
     """Runs ``featurepipe drift``; drift beyond ``--fail`` is a failure."""
+    if args.accept is not None:
+        return _accept(args)
     from featurepipe.monitoring.drift import drift as test
     from featurepipe.monitoring.text import drift_text
 
@@ -96,6 +104,18 @@ def drift(args: Namespace) -> int:
     )
     show(args, found, drift_text)
     return int(found.get("exit_code", 0))
+
+
+def _accept(args: Namespace) -> int:
+    from featurepipe.monitoring.warned import accept_drift, accepted_text
+
+    tests = ("nodes", "backbone", "snapshot", "bundle", "fail")
+    given = [f"--{name.removesuffix('s')}" for name in tests if getattr(args, name) is not None]
+    given += ["--reference"] if args.reference != "previous" else []
+    if given:
+        raise UsageError(f"--accept tests nothing: leave {', '.join(given)} out")
+    show(args, accept_drift(existing_store(args), args.accept, dataset=args.dataset), accepted_text)
+    return 0
 
 
 def duplicates(args: Namespace) -> int:

@@ -19,7 +19,7 @@ from featurepipe.cli.options import (
     existing_store,
 )
 from featurepipe.cli.output import show
-from featurepipe.display import displayed_values
+from featurepipe.display import displayed, displayed_values
 from featurepipe.errors import UsageError, unknown
 from featurepipe.summary import whole_runs
 
@@ -95,8 +95,17 @@ def runs(args: Namespace) -> int:
     chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
     if args.run_id is not None:
         return _one_run(args, chosen, records, store)
-    show(args, chosen[-args.last :], runs_text)
+    stands = _standing(args, records)
+    show(args, chosen[-args.last :], lambda shown: "\n".join([runs_text(shown), *map(displayed, stands)]))
     return 0
+
+
+def _standing(args: Namespace, records: Sequence[Record]) -> list[str]:
+    """What is said of drift warnings that stand, whatever run gave them."""
+    from featurepipe.monitoring.warned import standing, told
+
+    of = {} if args.job is None else {"job": args.job}
+    return [f"warning: {told(warning, args.store)}" for warning in standing(records, **of)]
 
 
 def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: FeatureStore) -> int:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from featurepipe.display import displayed
 from featurepipe.errors import UsageError
+from featurepipe.monitoring.warned import standing
 from featurepipe.records import is_success
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def registry_of(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
     ):
         if record.get(key) is not None:
             figures.gauge(name, text, record[key])
+    runs = [*(run for run in runs if run["run_id"] != record["run_id"]), record]
+    warnings = standing(runs, job=str(record["job"]))
+    text = "Drift warnings of the job that nobody has accepted and whose images are not gone."
+    figures.gauge("drift_warnings_standing", text, len(warnings))
     p_values, effects = _drift(record)
     figures.gauges(
         "drift_p_value",

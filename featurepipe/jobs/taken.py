@@ -45,7 +45,7 @@ def check_dataset(job: Job, file: Path, store: FeatureStore, dataset: str, locat
         f'dataset = "{_free_name(store, dataset)}"; or, if those images have moved here: '
         f"[source] moved_from = {json.dumps(last['source'], ensure_ascii=False)}"
     )
-    raise UsageError(told([("dataset", job.dataset, message)], job.file))
+    raise UsageError(*told([("dataset", job.dataset, message)], job.file))
 
 
 def _last_taken(runs: Sequence[Run], snapshot: str | None, dataset: str) -> Run | None:

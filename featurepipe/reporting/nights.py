@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import UsageError, unknown
+from featurepipe.monitoring.warned import standing, told
 from featurepipe.records import host, is_success, now, versions
 from featurepipe.reporting.night_endings import to_come, unknown_end
 from featurepipe.reporting.nights_advice import next_steps
@@ -78,7 +79,8 @@ def nights_document(
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
         ``nights`` (oldest first: when and how each ended and why, counts, changes, seconds of steps and stages, rejects,
-        drift, predicted classes), ``last_success``, ``next_steps``, ``provenance``.
+        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see `featurepipe.monitoring.warned`),
+        ``next_steps``, ``provenance``.
 
     Raises:
         UsageError: nothing has run yet, the job is unknown, or ``last`` is not positive.
@@ -92,6 +94,7 @@ def nights_document(
     nights = [_night(record, extractions) for record in series[name][-last:]]
     successes = [record for record in series[name] if is_success(record)]
     newest, made = series[name][-1], now()
+    warnings = standing(records, job=name) if "job" in newest else []
     return {
         "kind": "nights",
         "version": 1,
@@ -100,7 +103,8 @@ def nights_document(
         "others": [other for other in series if other != name],
         "nights": nights,
         "last_success": successes[-1].get("ended") if successes else None,
-        "next_steps": next_steps(nights, newest, made),
+        "drift_warnings": warnings,
+        "next_steps": [*next_steps(nights, newest, made), *(f"{told(one, store.path)}." for one in warnings)],
         "provenance": {
             "when": made,
             "software": versions(),

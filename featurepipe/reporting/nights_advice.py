@@ -21,8 +21,8 @@ _MENDS = {
     "SourceError": "see that the source is there and can be read",
     "DiskFull": "free space on the store's disk, or let fewer snapshots stay ([keep])",
     "TooManyRejects": "mend the images named under Rejects, or allow more ([limits] max_rejects)",
-    "Drifted": "look at the images named under Drift; if they are as they should be, take another [drift] reference or a "
-    "smaller fail",
+    "Drifted": "look at the images named under Drift; if they are as they should be, accept them (featurepipe drift "
+    "STORE --accept last), or give a smaller fail",
     "StoreLocked": "wait for the other run, or see why it does not end",
 }
 

@@ -119,6 +119,7 @@ class RunDocument(_Document):
     seconds: dict[str, float] = {}
     images_per_second: float | None = None
     extractions: list[str] = []
+    accepted: list[str] = []
     steps: list[_Step] = []
     warnings: list[str] = []
     plan: _Plan = _Plan()

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from featurepipe.jobs import steps
+from featurepipe.monitoring.warned import accept_drift
 
 DRIFT = """
 [drift]
@@ -93,3 +94,44 @@ def test_a_job_that_never_listed_its_source_leaves_the_datasets_of_others(pile):
         assert (left["report"], left["metrics"]) == ("done", "done")
     assert pile.store.snapshot_ids("nightly") == there
     assert len(pile.records()) == 5
+
+
+def test_a_drift_warning_stands_until_it_is_accepted(pile):
+    """Nor do many good images hide the odd ones: the next run's reference is the one before the warning."""
+    pile.fill(40)
+    pile.job("[drift]\n[keep]\nsnapshots = 1\nruns = 1\n")
+    pile.run()
+    (first,) = pile.store.snapshot_ids("pile")
+    odd(pile, 30)
+    warned = pile.run()
+    assert entry_of(warned, "drift")["result"]["verdict"] == "warning"
+    quiet = pile.run()
+    assert entry_of(quiet, "drift")["result"]["reference"] == first
+    pile.fill(5, first=200)
+    later = pile.run()
+    found = entry_of(later, "drift")["result"]
+    assert (found["reference"], found["images"]["new"], found["since"]) == (first, 35, warned["run_id"])
+    assert any(f"--accept {later['run_id']}" in text for text in later["warnings"])
+    accept_drift(pile.store)
+    pile.fill(30, first=300)
+    accepted = entry_of(pile.run(), "drift")["result"]
+    assert (accepted["reference"], accepted["images"]["new"]) == (later["extractions"][-1], 30)
+
+
+def test_a_drift_warning_ends_with_its_images(pile):
+    pile.fill(40)
+    pile.job("[drift]\n")
+    pile.run()
+    (first,) = pile.store.snapshot_ids("pile")
+    odd(pile, 30)
+    warned = pile.run()
+    for path in pile.root.glob("odd*"):
+        path.unlink()
+    pile.fill(30, first=100)
+    over = pile.run()
+    assert over["warnings"] == [f"the drift warning of run {warned['run_id']} is over: its images are gone from pile"]
+    assert entry_of(over, "drift")["result"]["reference"] == first
+    pile.fill(30, first=200)
+    after = pile.run()
+    assert after["warnings"] == []
+    assert entry_of(after, "drift")["result"]["reference"] == over["extractions"][-1]

@@ -90,6 +90,7 @@ def test_every_figure_is_read_back(store, tmp_path):
         "images_per_second": {"": 55.5},
         "store_bytes": {"": 123_456.0},
         "store_free_bytes": {"": 7_000_000.0},
+        "drift_warnings_standing": {"": 0.0},
         "drift_p_value": {"layer3:gap": 0.002, 'a"\\b': 0.5, "predicted classes": 0.75},
         "drift_effect": {"layer3:gap": 0.25, 'a"\\b': 0.25, "predicted classes": 0.125},
     }

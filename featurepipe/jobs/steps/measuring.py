@@ -13,9 +13,10 @@ from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
-from featurepipe.jobs.steps.references import previous
+from featurepipe.jobs.steps.references import previous, warned_of
 from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.steps.tonight import extraction_of, snapshot_of
+from featurepipe.monitoring.warned import is_gone, told
 from featurepipe.tables import counted
 
 
@@ -34,16 +35,33 @@ class Drifted(FeaturepipeError):
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     """Compares the images that are new since a reference snapshot with those of that snapshot; warns, or fails the run.
 
-    What fails is tested again every night until it passes, see `references.previous`.
+    What was warned of stays so until somebody accepts it or the images are gone, see `references.previous`; every run says so.
 
     Raises:
         Drifted: a p-value is below ``fail``.
     """
     snapshot = snapshot_of(night, None)
+    before = warned_of(night)
+    gone = before is not None and is_gone(night.store, before, snapshot)
+    told_of = {"settled": [before["run_id"]] if before is not None and gone else []}
     reference = previous(night) if table.reference == "previous" else table.reference
     if reference is None:
         why = "the first night: there is nothing to compare with"
-        return {"reference": None, "snapshot": snapshot, "skipped": why}
+        return {"reference": None, "snapshot": snapshot, **told_of, "skipped": why}
+    if before is None:
+        return _tested(night, table, snapshot, reference, told_of, [])
+    if gone:
+        over = f"the drift warning of run {before['run_id']} is over: its images are gone from {night.dataset}"
+        return _tested(night, table, snapshot, reference, told_of, [over])
+    return _tested(
+        night, table, snapshot, reference, {**told_of, "since": before["since"]}, [told(before, night.store.path)]
+    )
+
+
+def _tested(
+    night: Night, table: DriftTable, snapshot: str, reference: str, more: Mapping[str, Any], said: list[str]
+) -> dict[str, Any]:
+    """What the test found, with what is ``said`` of an earlier warning."""
     from featurepipe.monitoring.drift import drift as run
     from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
 
@@ -60,18 +78,30 @@ def drift(night: Night, table: DriftTable) -> dict[str, Any]:
         silent=night.silent,
     )
     if found["verdict"] == TOO_FEW:
-        return {**found, "warnings": [], "skipped": "; ".join(found["warnings"])}
-    told = _least(found)
-    result = {**found, "text": f"{found['verdict']}: {counted(found['images']['new'], 'new image')}, {told}"}
+        return {**found, **more, "warnings": said, "skipped": "; ".join(found["warnings"])}
+    least = _least(found)
+    text = f"{found['verdict']}: {counted(found['images']['new'], 'new image')}, {least}"
+    result = {**found, **more, "warnings": [*said, *found["warnings"]], "text": text}
+    if found["verdict"] in (WARNING, DRIFT) and "since" in more:
+        result["warnings"] = found["warnings"]  # the new warning takes the place of the one that stood
     if found["verdict"] == DRIFT:
         raise Drifted(
-            f"new images are not like those of {found['reference']}: {told}; they are tested again every night until they "
-            f'pass; if they are as they should be, run once with reference = "{snapshot}"',
+            f"new images are not like those of {found['reference']}: {least}; they are tested again every night until they "
+            f"are gone or accepted; if they are as they should be: {_accept(night)}, or run once with "
+            f'reference = "{snapshot}"',
             result,
         )
     if found["verdict"] == WARNING:
-        result["warnings"] = [*found["warnings"], f"tonight's images may not be like those of {reference}: {told}"]
+        result["warnings"] = [
+            *result["warnings"],
+            f"tonight's images may not be like those of {reference}: {least}; the drift warning stands until it is accepted "
+            f"({_accept(night)}) or the images are gone",
+        ]
     return result
+
+
+def _accept(night: Night) -> str:
+    return f"featurepipe drift {night.store.path} --accept {night.run_id}"
 
 
 def _least(found: Mapping[str, Any]) -> str:

@@ -6,21 +6,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.jobs.night import Night
+from featurepipe.monitoring.verdict import DRIFT
+from featurepipe.monitoring.warned import drift_result, standing, suspect_runs
 
 Run = Mapping[str, Any]
 
 
 def previous(night: Night) -> str | None:
-    """The snapshot that ``reference = "previous"`` names: the last whose images were tested, and did not fail.
+    """The snapshot that ``reference = "previous"`` names: the last whose images were tested, and not warned of.
 
-    Images that failed, that were too few, or whose night was cut short are tested again, together with those that have come
-    since, until they pass; or until the job file names another reference, from which the next night goes on.
+    Images that were too few, or whose run was cut short, are tested again, together with those that have come since, until
+    they pass; those that were warned of or failed until they are accepted or gone, whatever comes with them (see
+    `featurepipe.monitoring.warned`); or until the job file names another reference, from which the next run goes on.
 
     Returns:
         Its run id, or that of the first snapshot if none was tested; None if there was none before tonight.
     """
     earlier = [run_id for run_id in night.store.snapshot_ids(night.dataset) if run_id <= (night.before or "")]
-    return _newest(_own(night, _past(night)), earlier)
+    return _newest(_own(night, _past(night)), earlier, _suspects(night))
+
+
+def warned_of(night: Night, *, tonight: bool = False) -> Run | None:
+    """The drift warning of the job that stands, if any: before this run's test, or after it."""
+    return next(iter(standing(_all_runs(night, tonight=tonight), **_about(night))), None)
+
+
+def _suspects(night: Night, *, tonight: bool = False) -> set[str]:
+    return suspect_runs(_all_runs(night, tonight=tonight), **_about(night))
+
+
+def _about(night: Night) -> dict[str, str]:
+    return {"job": night.job.name, "dataset": night.dataset}
+
+
+def _all_runs(night: Night, *, tonight: bool) -> list[Run]:
+    """All records, acceptances as well, oldest first; tonight's as far as it is known, or not at all."""
+    runs: list[Run] = [run for run in night.store.runs() if run["run_id"] != night.run_id]
+    return [*runs, night.record] if tonight else runs
 
 
 def needed(night: Night) -> set[str]:
@@ -31,7 +53,10 @@ def needed(night: Night) -> set[str]:
         for reference in _named_by_others(night, past):
             found |= _meant(reference, None, past, there)
     if night.job.drift is not None and there:
-        previous = _newest([*_own(night, past), night.record], there)
+        warning = warned_of(night, tonight=True)
+        if warning is not None:  # until it ends, it must be possible to tell whether its images are gone
+            found |= {warning["snapshot"], warning["reference"]} & set(there)
+        previous = _newest([*_own(night, past), night.record], there, _suspects(night, tonight=True))
         found |= _meant(night.job.drift.reference, previous, past, there)
     return found
 
@@ -49,8 +74,9 @@ def telling_runs(night: Night) -> set[str]:
     named = _named_by_others(night, past)
     if night.job.drift is None:
         return named
-    last = next((run["run_id"] for run in reversed(_own(night, past)) if _next(run)), "")
-    return {last, night.job.drift.reference, *named}
+    last = next((run["run_id"] for run in reversed(_own(night, past)) if _next(run, set())), "")
+    warning = warned_of(night, tonight=True)
+    return {last, night.job.drift.reference, *named, *((warning["run_id"],) if warning else ())}
 
 
 def _extractions(runs: Sequence[Run], run_id: str) -> list[str]:
@@ -70,8 +96,10 @@ def _own(night: Night, runs: Sequence[Run]) -> list[Run]:
 
 def _of_others(night: Night, runs: Sequence[Run]) -> set[str]:
     """What each other job compared with when it last came to that, and what it will compare with next."""
-    last = {run.get("job"): run for run in runs if run.get("job") != night.job.name and _next(run)}
-    return {run_id for run in last.values() for run_id in (_next(run), _result(run).get("reference")) if run_id}
+    last = {run.get("job"): run for run in runs if run.get("job") != night.job.name and _next(run, set())}
+    warnings = [one for one in standing(night.store.runs(), dataset=night.dataset) if one["job"] != night.job.name]
+    needed = [*(drift_result(run) for run in last.values()), *warnings]
+    return {str(one[name]) for one in needed for name in ("snapshot", "reference") if one.get(name)}
 
 
 def _named_by_others(night: Night, past: Sequence[Run]) -> set[str]:
@@ -82,29 +110,25 @@ def _named_by_others(night: Night, past: Sequence[Run]) -> set[str]:
     return {reference for reference in last.values() if reference}
 
 
-def _newest(runs: Sequence[Run], there: Sequence[str]) -> str | None:
+def _newest(runs: Sequence[Run], there: Sequence[str], suspects: set[str]) -> str | None:
     """The reference that the newest run leaves which leaves one that is there; else the first snapshot."""
-    left = (_next(run) for run in reversed(runs))
+    left = (_next(run, suspects) for run in reversed(runs))
     return next((run_id for run_id in left if run_id in there), there[0] if there else None)
 
 
-def _next(run: Run) -> str | None:
+def _next(run: Run, suspects: set[str]) -> str | None:
     """The reference that a run leaves: its own snapshot if that passed, else what that was compared with.
 
-    A first night has nothing to compare with, and passes; a night that did not come to drift leaves none.
+    A first run has nothing to compare with, and passes; a run that did not come to drift leaves none.
     """
-    result = _result(run)
-    found: str | None = result.get("snapshot") if _has_passed(run) else result.get("reference")
+    result = drift_result(run)
+    passed = _was_tested(run) and run["run_id"] not in suspects
+    found: str | None = result.get("snapshot") if passed else result.get("reference")
     return found
 
 
-def _has_passed(run: Run) -> bool:
-    return _result(run).get("reference") is None or any(
-        entry["step"] == "drift" and entry["status"] == "done" for entry in run.get("steps", ())
-    )
-
-
-def _result(run: Run) -> Mapping[str, Any]:
-    """What drift found; empty if the run did not come to it."""
-    found = (entry.get("result") for entry in run.get("steps", ()) if entry["step"] == "drift")
-    return next(found, None) or {}
+def _was_tested(run: Run) -> bool:
+    """Whether images were tested, or there was nothing to compare with; what was found is another matter."""
+    result = drift_result(run)
+    is_done = any(entry["step"] == "drift" and entry["status"] == "done" for entry in run.get("steps") or ())
+    return is_done or result.get("reference") is None or result.get("verdict") == DRIFT
