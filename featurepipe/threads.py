@@ -70,14 +70,13 @@ class LoadingThreads:
         """
         if stuck in self._threads:
             self._threads.remove(stuck)
-            if stuck.ident is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(stuck.ident), ctypes.py_object(GivenUp))
+            _give_up(stuck)
         before = torch.get_num_threads()
         self._start(task)
         torch.set_num_threads(before)
 
     def close(self, patience: float) -> None:
-        """Drops the tasks that have not begun, and waits for the others so many seconds in all."""
+        """Drops the tasks that have not begun, waits for the others so many seconds in all, and gives up the rest."""
         while not self._queue.empty():
             self._queue.get()
         for _ in self._threads:
@@ -85,6 +84,9 @@ class LoadingThreads:
         end = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        for thread in self._threads:
+            if thread.is_alive():  # in a loop of Python it would take time from what is still to be done
+                _give_up(thread)
 
     def _start(self, first: Task | None) -> None:
         # PyTorch gives threads that are born later what was set last, in any thread: so this waits until it is set.
@@ -103,3 +105,8 @@ class LoadingThreads:
             while task is not None:
                 task()
                 task = self._queue.get()
+
+
+def _give_up(thread: threading.Thread) -> None:
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(GivenUp))

@@ -30,7 +30,7 @@ from featurepipe.threads import GivenUp, LoadingThreads
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 """Seconds that the end of loading waits for threads to finish the image they are at."""
 
 Decoder = Callable[[Sequence[Payload], Claim], Iterable["torch.Tensor | Kept | Reject"]]

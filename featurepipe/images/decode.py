@@ -365,8 +365,24 @@ def _check_complete(payload: bytes, plugin: type[Any]) -> None:
     """Finds the cuts that PIL's decoders do not report as such."""
     if plugin is PngImagePlugin.PngImageFile and payload.rfind(b"IEND") < 0:
         raise Reject("truncated: a PNG without its end")
+    if plugin is PngImagePlugin.PngImageFile and _has_wrong_checksum(payload):
+        raise Reject("corrupt: the checksum of a PNG's image data does not match them")
     if plugin is _FirstOfWebP and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
         raise Reject("truncated: a WebP shorter than it says")
+
+
+def _has_wrong_checksum(payload: bytes) -> bool:
+    """Whether a PNG's IDAT chunks differ from their checksums; PIL does not look at the last one."""
+    view, position = memoryview(payload), 8
+    while position + 12 <= len(payload):
+        (length,) = struct.unpack_from(">I", payload, position)
+        kind, end = payload[position + 4 : position + 8], position + 8 + length
+        if kind == b"IEND" or end + 4 > len(payload):
+            break
+        if kind == b"IDAT" and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", payload, end)[0]:
+            return True
+        position = end + 4
+    return False
 
 
 def _check_runs(image: Image.Image, payload: bytes) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -224,3 +228,42 @@ def test_the_table_of_budgets_is_complete():
     text = (Path(__file__).parents[2] / "docs/limits.md").read_text()
     for budget in ALL:
         assert f"| `{budget.variable}` | `{budget.default}` |" in text
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from featurepipe.cli import main
+from featurepipe.extraction import stream
+
+real = stream.try_decode
+
+def stuck(payload, **options):
+    if payload.endswith(b"stuck"):
+        Path("READY").write_text("")
+        time.sleep(1_000)  # in C, where no exception arrives
+    return real(payload, **options)
+
+stream.try_decode = stuck
+sys.exit(main(["extract", "pile", "--store", "store", "--backbone", "lenet5", "--weights", "none", "--precision", "fp32",
+               "--workers", "2"]))
+"""
+
+
+def test_sigterm_ends_a_run_whose_decoder_is_stuck(tmp_path):
+    (tmp_path / "pile").mkdir()
+    for i in range(40):
+        (tmp_path / "pile" / f"{i:02d}.png").write_bytes(encoded(noise(i)) + b"stuck" * (i == 30))
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        for _ in range(1_200):
+            if (tmp_path / "READY").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(r"stopped by SIGTERM: \d+ images computed and committed", said)
+    assert "Traceback" not in said

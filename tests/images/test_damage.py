@@ -201,3 +201,14 @@ def test_nothing_is_written_to_standard_error(kind, capfd):
         except Reject:
             continue
     assert capfd.readouterr() == ("", "")
+
+
+def test_every_changed_byte_of_a_png_is_found():
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTOS[0][:40, :40]).save(buffer, "PNG")
+    payload = buffer.getvalue()
+    start = payload.index(b"IDAT") + 4
+    end = payload.index(b"IEND") - 8
+    for at in [*np.linspace(start, end - 1, 60).astype(int).tolist(), end - 1, end - 2, end - 5]:
+        with pytest.raises(Reject, match=r"^(corrupt|truncated): "):
+            decode(payload[:at] + bytes([payload[at] ^ 4]) + payload[at + 1 :])
