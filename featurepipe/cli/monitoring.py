@@ -10,6 +10,7 @@ from featurepipe.cli.options import (
     add_dataset,
     add_json,
     add_quiet,
+    add_raw_ids,
     add_seed,
     add_space,
     add_store,
@@ -70,6 +71,7 @@ def _add_duplicates(commands: Commands) -> None:
     option("--near", type=_distance, metavar="auto|DISTANCE",
            help="list images nearly alike, too: their features' cosine distance is at most so much")  # fmt: skip
     option("--to", metavar="FILE", help="write all groups, one image a line: .csv, .jsonl or .parquet")
+    add_raw_ids(command)
     add_quiet(command)
     add_json(command)
 
@@ -130,6 +132,7 @@ def duplicates(args: Namespace) -> int:
         backbone=args.backbone,
         near=args.near,
         to=args.to,
+        raw_ids=args.raw_ids,
         silent=args.quiet,
     )
     show(args, found, duplicates_text)

@@ -31,6 +31,14 @@ def add_quiet(command: ArgumentParser, what: str = "messages on the way") -> Non
     command.add_argument("--quiet", action="store_true", help=f"no {what}")
 
 
+def add_raw_ids(command: ArgumentParser) -> None:
+    """``--raw-ids`` of a command that writes CSV files."""
+    command.add_argument(
+        "--raw-ids", action="store_true",
+        help="leave text in .csv as it is; by default what a spreadsheet would run as a formula gets an apostrophe",
+    )  # fmt: skip
+
+
 def add_seed(command: ArgumentParser, what: str) -> None:
     """``--seed`` of ``what``."""
     command.add_argument("--seed", type=int, default=0, help=f"of {what} (default: %(default)s)")

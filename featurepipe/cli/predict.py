@@ -11,6 +11,7 @@ from featurepipe.cli.options import (
     add_json,
     add_machine,
     add_quiet,
+    add_raw_ids,
     add_trust_code,
     cluster,
     machine,
@@ -30,6 +31,7 @@ def add(commands: Commands) -> None:
     option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
     option("--weights", metavar="FILE",
            help="the backbone's weights file, where it was your own and the bundle has no copy")  # fmt: skip
+    add_raw_ids(command)
     add_machine(command)
     add_trust_code(command, "bundle")
     add_cluster(command)
@@ -50,6 +52,7 @@ def run(args: Namespace) -> int:
         **machine(args),
         **cluster(args),
         trust_code=args.trust_code,
+        raw_ids=args.raw_ids,
         silent=args.quiet,
     )
     show(args, result, text)

@@ -161,6 +161,8 @@ class PredictTable(Table):
     """The file, `.parquet`, `.csv` or `.jsonl`; `{date}`, `{run}` and `{job}` are replaced."""
     images: Literal["new", "all"] = "new"
     """Tonight's new images, or all."""
+    raw_ids: bool = False
+    """Leave text of a `.csv` as it is; else what a spreadsheet would run as a formula gets an apostrophe."""
 
     def file(self, *, date: str, run: str, job: str) -> Path:
         """The file of one night."""

@@ -14,6 +14,7 @@ from featurepipe.monitoring.group_files import checked_file, write_groups
 from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
 from featurepipe.progress import announcer
+from featurepipe.spreadsheets import neutralised_text
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
@@ -39,6 +40,7 @@ def duplicates(
     near: float | str | None = None,
     limit: int | None = LIMIT,
     to: str | os.PathLike[str] | None = None,
+    raw_ids: bool = False,
     threads: int | None = None,
     seed: int = 0,
     silent: bool = False,
@@ -56,6 +58,7 @@ def duplicates(
         near: Cosine distance within which images are nearly alike, or ``auto``; None looks for copies alone.
         limit: The most groups of a kind to list; groups across splits are listed however many they are. None for all.
         to: A ``.csv``, ``.jsonl`` or ``.parquet`` file for all groups; see ``write_groups``.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         threads: The most that the search for near images uses; by default what OMP_NUM_THREADS or the CPUs allow.
         seed: Of the search for near images.
         silent: Say nothing on standard error.
@@ -98,7 +101,8 @@ def duplicates(
         found["near"] = {**_about(pairs, features), **kinds[-1].counts(), "listed": kinds[-1].listed(limit)}
         found["warnings"] += _too_large(kinds[-1], len(image), pairs.distance)
     if target is not None:
-        write_groups(kinds, target)
+        said = neutralised_text(write_groups(kinds, target, raw_ids=raw_ids), target)
+        found["warnings"] += [said] if said else []
     return {
         **found,
         "file": None if target is None else str(target),

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 
 from featurepipe.errors import UsageError
 from featurepipe.monitoring.groups import SCHEMA, Groups
+from featurepipe.spreadsheets import neutralised
 from featurepipe.store.atomic import atomic_file
 
 
-def write_groups(groups: Sequence[Groups], to: str | PathLike[str]) -> Path:
+def write_groups(groups: Sequence[Groups], to: str | PathLike[str], *, raw_ids: bool = False) -> int:
     """Writes groups of images as one file, whole or not at all.
 
     One row an image: ``kind`` (exact or near), ``group`` (numbered from 0 by kind), ``id``, ``split``, ``label``, ``key``
@@ -27,6 +28,10 @@ def write_groups(groups: Sequence[Groups], to: str | PathLike[str]) -> Path:
     Args:
         groups: Of any kinds.
         to: File to write or replace: ``.csv``, ``.jsonl`` or ``.parquet``.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+
+    Returns:
+        How many cells were changed, so that no spreadsheet runs them.
 
     Raises:
         UsageError: The suffix is another one, or there is no such folder.
@@ -34,9 +39,10 @@ def write_groups(groups: Sequence[Groups], to: str | PathLike[str]) -> Path:
     """
     path = checked_file(to)
     table = pa.concat_tables([SCHEMA.empty_table(), *(one.table() for one in groups)])
+    table, changed = neutralised(table) if path.suffix.lower() == ".csv" and not raw_ids else (table, 0)
     with atomic_file(path) as file:
         _WRITERS[path.suffix.lower()](table, file)
-    return path
+    return changed
 
 
 def checked_file(to: str | PathLike[str]) -> Path:

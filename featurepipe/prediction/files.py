@@ -17,13 +17,31 @@ import pyarrow.parquet as pq
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.files import MANIFEST
+from featurepipe.spreadsheets import neutralised
 from featurepipe.store.atomic import atomic_file
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 DIGITS = 6
 """Significant digits of a probability in text."""
 
-Write = Callable[[pa.RecordBatch], None]
+
+class Writer:
+    """Writes record batches of ``schema_of(classes)``.
+
+    Attributes:
+        neutralised: cells that a spreadsheet would have taken for formulas, and that were changed.
+    """
+
+    def __init__(self, write: Callable[[pa.RecordBatch], None], *, neutralise: bool = False) -> None:
+        self._write, self._neutralise = write, neutralise
+        self.neutralised = 0
+
+    def __call__(self, batch: pa.RecordBatch) -> None:
+        """Writes rows."""
+        if self._neutralise:
+            batch, changed = neutralised(batch)
+            self.neutralised += changed
+        self._write(batch)
 
 
 def schema_of(classes: Sequence[str]) -> pa.Schema:
@@ -76,8 +94,13 @@ def checked_target(to: str | PathLike[str], *, spared: Sequence[Any] = ()) -> Pa
 
 
 @contextmanager
-def predictions_file(path: Path, classes: Sequence[str]) -> Iterator[Write]:
+def predictions_file(path: Path, classes: Sequence[str], *, raw_ids: bool = False) -> Iterator[Writer]:
     """Opens a file of predictions for writing; it appears when the block ends, and not at all when it fails.
+
+    Args:
+        path: the file.
+        classes: of the bundle.
+        raw_ids: whether texts of a CSV file stay as they are, formulas as well; see `featurepipe.spreadsheets`.
 
     Yields:
         A function that takes record batches of ``schema_of(classes)``.
@@ -89,12 +112,12 @@ def predictions_file(path: Path, classes: Sequence[str]) -> Iterator[Write]:
     with atomic_file(path) as file, ExitStack() as stack:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            yield stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd")).write_batch
+            yield Writer(stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd")).write_batch)
         elif suffix == ".csv":
             writer = stack.enter_context(pyarrow.csv.CSVWriter(file, _rounded_schema(schema)))
-            yield lambda batch: writer.write_batch(_rounded(batch))
+            yield Writer(lambda batch: writer.write_batch(_rounded(batch)), neutralise=not raw_ids)
         else:
-            yield lambda batch: _write_lines(file, _rounded(batch), classes)
+            yield Writer(lambda batch: _write_lines(file, _rounded(batch), classes))
 
 
 def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str]) -> None:

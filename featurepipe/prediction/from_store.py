@@ -42,6 +42,7 @@ def predict_features(
     rows: Positions | None = None,
     spared: Sequence[Any] = (),
     cluster: Any = None,
+    raw_ids: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts the images of a dataset's snapshot from their stored features, in blocks of bounded memory.
@@ -59,10 +60,12 @@ def predict_features(
         rows: which rows of the snapshot, as ascending positions or a mask (n,); by default all.
         spared: further files that must not be replaced, such as the source of the images.
         cluster: where to score instead of here, as `featurepipe.cluster.connect` takes it; the file is written here.
+        raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         silent: show no progress.
 
     Returns:
-        JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``counts`` (images, predicted, rejected), ``labels``
+        JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``neutralised`` (cells of a CSV file that got an
+        apostrophe), ``counts`` (images, predicted, rejected), ``labels``
         (images by label), ``seconds``, ``images_per_second``.
 
     Raises:
@@ -84,7 +87,7 @@ def predict_features(
     with ExitStack() as stack:
         there = stack.enter_context(features_at(cluster, features, source, announcer(silent=silent)))
         images = _Images(snapshot_rows, there)
-        write = stack.enter_context(predictions_file(target, model.classes)) if target else None
+        write = stack.enter_context(predictions_file(target, model.classes, raw_ids=raw_ids)) if target else None
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
             codes, batch = images.scored(block, model)
@@ -98,6 +101,7 @@ def predict_features(
         "dataset": name,
         "snapshot": run_id,
         "file": None if target is None else str(target),
+        "neutralised": 0 if write is None else write.neutralised,
         "counts": {"images": len(chosen), "predicted": predicted, "rejected": len(chosen) - predicted},
         "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=True) if count},
         "seconds": round(seconds, 3),

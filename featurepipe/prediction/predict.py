@@ -40,6 +40,7 @@ def predict(
     only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     trust_code: bool = False,
     cluster: Any = None,
+    raw_ids: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
@@ -62,11 +63,13 @@ def predict(
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.cluster.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
+        raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         silent: show no progress and say nothing.
 
     Returns:
-        The record of the run as JSON values: ``counts``, ``labels`` (images by label), ``rejects`` (the first of them; the
-        file has all), seconds, versions; ``exit_code`` is 3 if there were rejects.
+        The record of the run as JSON values: ``counts``, ``labels`` (images by label), ``neutralised`` (cells of a CSV file
+        that got an apostrophe, see `featurepipe.spreadsheets`), ``rejects`` (the first of them; the file has
+        all), seconds, versions; ``exit_code`` is 3 if there were rejects.
 
     Raises:
         UsageError: an argument is wrong.
@@ -95,7 +98,7 @@ def predict(
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:
             scored = predicts.scored(images, listing, stop, progress)
-            outcome = _write_all(scored, listing["id"], predicts.bundle, target, stop)
+            outcome = _write_all(scored, listing["id"], predicts.bundle, target, stop, raw_ids=raw_ids)
     record = {
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
@@ -103,6 +106,7 @@ def predict(
         **bounds_of(images),
         "listing": summary.as_dict(),
         "file": None if target is None else str(target),
+        "neutralised": outcome.neutralised,
         "started": started,
         "ended": records.now(),
         **_describe(predicts, listing, outcome),
@@ -119,12 +123,18 @@ def predict(
 
 
 def _write_all(
-    scored: Iterable[Scored], ids: pa.ChunkedArray, bundle: Bundle, target: Path | None, stop: StopRequest
+    scored: Iterable[Scored],
+    ids: pa.ChunkedArray,
+    bundle: Bundle,
+    target: Path | None,
+    stop: StopRequest,
+    *,
+    raw_ids: bool,
 ) -> Outcome:
     """Writes and books rows as they come, in the listing's order; the file appears when all are there."""
     outcome, start = Outcome(), time.perf_counter()
     with ExitStack() as stack:
-        write = stack.enter_context(predictions_file(target, bundle.classes)) if target else None
+        write = stack.enter_context(predictions_file(target, bundle.classes, raw_ids=raw_ids)) if target else None
         for rows in scored:
             outcome.add(rows)
             if write is not None:
@@ -134,6 +144,7 @@ def _write_all(
         if stop():
             done = f"{outcome.predicted:,} of {len(ids):,} images were predicted"
             raise Interrupted(f"stopped by {stop.name}: {done}, and no file was written", stop.signal_number or 2)
+        outcome.neutralised = 0 if write is None else write.neutralised
     outcome.wall = time.perf_counter() - start
     return outcome
 

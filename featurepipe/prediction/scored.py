@@ -66,6 +66,7 @@ class Outcome:
         predicted: images with a prediction.
         labels: how many images were given each class, by its number.
         reasons: why an image could not be used, by row.
+        neutralised: cells of the file that would have been formulas in a spreadsheet, and were changed.
         writing: seconds in writing.
         wall: seconds of it all, from the first image on.
     """
@@ -73,6 +74,7 @@ class Outcome:
     predicted: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     reasons: dict[int, str] = field(default_factory=dict)
+    neutralised: int = 0
     writing: float = 0.0
     wall: float = 0.0
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.progress import duration
+from featurepipe.spreadsheets import neutralised_text
 
 _LABELS_SHOWN = 10
 _REJECTS_SHOWN = 5
@@ -36,4 +37,5 @@ def text(record: Mapping[str, Any]) -> str:
     lines.append(record["verdict"])
     if record["file"]:
         lines.append(f"file {record['file']}")
+        lines += [said] if (said := neutralised_text(record.get("neutralised", 0), record["file"])) else []
     return "\n".join(lines)

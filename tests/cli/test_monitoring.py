@@ -43,12 +43,12 @@ def test_drift_beyond_the_threshold_is_a_failure(code, verb, texts, call, store)
 
 def test_options_of_duplicates_reach_the_verb(verb, call, store):
     called = verb(DUPLICATES, {"images": 2})
-    line = "--dataset d --node a --backbone vgg16 --near 0.03 --to pairs.csv --quiet --json"
+    line = "--dataset d --node a --backbone vgg16 --near 0.03 --to pairs.csv --raw-ids --quiet --json"
     answer = call("duplicates", store.path, *line.split())
     assert (answer.code, json.loads(answer.out)) == (0, {"images": 2})
     assert called.given.pop("store").path == store.path
     assert called.given == {
-        "dataset": "d", "node": "a", "backbone": "vgg16", "near": 0.03, "to": "pairs.csv", "silent": True,
+        "dataset": "d", "node": "a", "backbone": "vgg16", "near": 0.03, "to": "pairs.csv", "raw_ids": True, "silent": True,
     }  # fmt: skip
 
 

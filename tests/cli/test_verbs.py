@@ -55,10 +55,11 @@ CASES = {
     "predict": (
         PREDICT,
         "predict bundle photos --to p.csv --weights w.pt --device cpu --batch-size 4 --workers 1 --max-rejects 5% "
-        "--only-under /data --trust-code --quiet",
+        "--only-under /data --trust-code --raw-ids --quiet",
         {
             "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
-            "workers": 1, "max_rejects": "5%", "only_under": ["/data"], "trust_code": True, "silent": True,
+            "workers": 1, "max_rejects": "5%", "only_under": ["/data"], "trust_code": True, "raw_ids": True,
+            "silent": True,
         },
     ),
     "depth": (

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from featurepipe.jobs.job import PredictTable
 from featurepipe.jobs.night import Night
 from featurepipe.jobs.steps.history import last_result
+from featurepipe.spreadsheets import neutralised_text
 from featurepipe.tables import counted
 
 COMPARED = ("id", "key", "status")
@@ -44,11 +45,17 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
     found = predict_features(
         bundle, night.store, file, dataset=night.dataset, snapshot=snapshot, rows=rows, spared=spared,
-        silent=night.silent, cluster=night.team(),
+        silent=night.silent, cluster=night.team(), raw_ids=table.raw_ids,
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
-    return {**found, **about, "text": f"{counted(counts['predicted'], 'image')} labelled{unusable}, in {file.name}"}
+    said = neutralised_text(found["neutralised"], file.name)
+    return {
+        **found,
+        **about,
+        "warnings": [said] if said else [],
+        "text": f"{counted(counts['predicted'], 'image')} labelled{unusable}, in {file.name}",
+    }
 
 
 def snapshot_of(night: Night, network: str | None) -> str:
