@@ -225,7 +225,7 @@ def checked_jpeg(payload: bytes) -> JpegHeader:
     """
     header = read_jpeg_header(payload)
     check_pixels(header.width, header.height)
-    if count_scans(payload, most := JPEG_SCANS()) > most:
+    if header.several_scans and count_scans(payload, most := JPEG_SCANS()) > most:
         raise Reject(f"budget: a JPEG of more than {most:,} scans, the limit of {JPEG_SCANS.variable}")
     return header
 

@@ -11,7 +11,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
-from featurepipe.images.decode import QUIET, Claim, Colour, Kept, checked_jpeg, jpeg_bytes, try_decode
+from featurepipe.images.decode import QUIET, Claim, Colour, Kept, as_reject, checked_jpeg, jpeg_bytes, try_decode
 from featurepipe.images.intensity import DECLARED, Intensity
 from featurepipe.images.jpeg import JpegHeader, is_jpeg, looks_damaged
 
@@ -54,7 +54,7 @@ def decode_batch(
         try:
             with QUIET:
                 images = decode_jpeg(data, ImageReadMode.RGB, device=device)
-        except RuntimeError:  # one damaged file fails the whole call; the CPU route finds out which
+        except Exception:  # noqa: BLE001  # one damaged file fails the whole call; the CPU route finds out which
             images = []
         for i, image in zip(suited, images, strict=False):
             decoded[i] = image
@@ -69,12 +69,15 @@ def _header(payload: Payload) -> JpegHeader | None:
         return None
     try:
         header = checked_jpeg(payload)
-    except Reject:
+    except Exception:  # noqa: BLE001  # the CPU route tells what is wrong
         return None
     return header if header.components == 3 and header.orientation == 1 and not looks_damaged(payload) else None
 
 
 def _moved(found: torch.Tensor | Kept | Reject, device: str) -> torch.Tensor | Kept | Reject:
-    if isinstance(found, Kept):
-        return found._replace(pixels=found.pixels.to(device))
-    return found if isinstance(found, Reject) else found.to(device)
+    try:
+        if isinstance(found, Kept):
+            return found._replace(pixels=found.pixels.to(device))
+        return found if isinstance(found, Reject) else found.to(device)
+    except Exception as error:  # noqa: BLE001  # such as too little memory there: one image's trouble is not that of the run
+        return as_reject(error)

@@ -36,13 +36,17 @@ _ROUNDS: Final = 32  # warnings of one file that are looked into
 
 
 class JpegHeader(NamedTuple):
-    """What precedes the first scan: the frame header of ITU-T T.81, section B.2.2, and the EXIF orientation, 1 to 8."""
+    """What precedes the first scan: the frame header of ITU-T T.81, section B.2.2, and the EXIF orientation, 1 to 8.
+
+    ``several_scans`` is whether a decoder reads on after the first: it refines the image, or lacks some components.
+    """
 
     width: int
     height: int
     components: int
     progressive: bool = False
     orientation: int = 1
+    several_scans: bool = False
 
 
 class Segment(NamedTuple):
@@ -75,7 +79,8 @@ def read_jpeg_header(payload: bytes) -> JpegHeader:
         elif segment.marker in {_EOI, _SOS}:
             if frame is None:
                 raise Reject("corrupt: a JPEG without a frame header")
-            return frame._replace(orientation=orientation)
+            few = payload[segment.start + 4 : segment.start + 5] < bytes([frame.components])
+            return frame._replace(orientation=orientation, several_scans=frame.progressive or few)
     raise Reject("truncated: a JPEG that ends in its header")
 
 

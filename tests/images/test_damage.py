@@ -187,6 +187,8 @@ def test_scans_are_counted_where_they_are():
     assert count_scans(payload, true) <= true
     assert count_scans(payload, 3) == 4
     metadata = b"\xff\xe1" + struct.pack(">H", 2 + 2 * 500) + b"\xff\xda" * 500
+    assert read_jpeg_header(payload).several_scans
+    assert not read_jpeg_header(jpeg(PHOTOS[0])).several_scans
     assert count_scans(before(payload, 0xDB, metadata), 20) <= 20
 
 
