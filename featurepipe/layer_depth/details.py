@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurepipe.heads.calibration import probabilities
+from featurepipe.heads.calibration import fit_temperature, probabilities
 from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
@@ -48,7 +48,8 @@ def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> 
         scored: fits heads again.
 
     Returns:
-        ``{"details", "details_shifted"}``, each with column, head and metrics; the second is None without another source.
+        ``{"details", "details_shifted"}``, each with column, head and metrics, which also say whether probabilities are
+        ``calibrated``; the second is None without another source.
     """
     data, there = study.data(PRETRAINED, series.columns), study.elsewhere
     scores = np.empty((len(study.images), len(study.classes)))
@@ -60,16 +61,43 @@ def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> 
         if found.shifted is not None:
             own = testers == number
             shifted[own] = _of_all_classes(found.shifted[own], found.classes, scores.shape[1])
-    tested = np.concatenate([study.folds[number].test for number in first])
+    tests = [study.folds[number].test for number in first]
+    tested = np.concatenate(tests)
 
-    def table(scores: Any, codes: Any, ids: Any) -> dict[str, Any]:
-        metrics = score_table(probabilities(scores), codes, list(study.classes), ids=ids)
+    def table(likely: Any, codes: Any, ids: Any, *, calibrated: bool) -> dict[str, Any]:
+        metrics = {**score_table(likely, codes, list(study.classes), ids=ids), "calibrated": calibrated}
         return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
 
+    own, temperature = _calibrated(scores, data.codes, tests)
+    calibrated = len(tests) > 1
+    there_likely = probabilities(shifted, temperature)
     return {
-        "details": table(scores[tested], data.codes[tested], study.images.ids[tested]),
-        "details_shifted": None if there is None else table(shifted, data.shifted_codes, there.images.ids),
+        "details": table(own[tested], data.codes[tested], study.images.ids[tested], calibrated=calibrated),
+        "details_shifted": None
+        if there is None
+        else table(there_likely, data.shifted_codes, there.images.ids, calibrated=calibrated),
     }
+
+
+def _calibrated(scores: Any, codes: Any, tests: Sequence[Any]) -> tuple[Any, float]:
+    """Probabilities by temperatures that are fitted across folds, and one temperature for images of other sources.
+
+    The scores of a fold's images come from a head that has not seen them, and their temperature from the other folds' images,
+    so that it has not seen them either. A single fold has nothing to be calibrated on: its probabilities are the head's own.
+
+    Args:
+        scores: (n, K) of all images.
+        codes: (n,) their classes.
+        tests: positions of the images of each fold.
+    """
+    if len(tests) < 2:
+        return probabilities(scores), 1.0
+    likely = np.full(scores.shape, 1 / scores.shape[1])
+    for number, test in enumerate(tests):
+        others = np.concatenate([rows for other, rows in enumerate(tests) if other != number])
+        likely[test] = probabilities(scores[test], fit_temperature(scores[others], codes[others]))
+    every = np.concatenate(list(tests))
+    return likely, fit_temperature(scores[every], codes[every])
 
 
 def placed(study: Study, series: Series) -> dict[str, Any]:

@@ -149,10 +149,9 @@ def _is_turned(data: Data, fold: Fold, head: str) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Standardised features and codes of a fold's parts; ``train`` is fit and choose together."""
+    """Standardised features and codes of a fold's parts; ``choices`` divide ``train`` into rows to fit and rows to choose by."""
 
-    fit: tuple[Array, Codes]
-    choose: tuple[Array, Codes]
+    choices: list[tuple[tuple[Array, Codes], tuple[Array, Codes]]]
     train: tuple[Array, Codes]
     test: tuple[Array, Codes]
     shifted: tuple[Array, Codes] | None
@@ -162,15 +161,24 @@ class _Rows:
         """Cuts and standardises; ``turned`` also goes over to the span of the training rows."""
         features = data.features.read(np.float32)
         scaler = StandardScaler().fit(features[fold.train])
-        parts = {name: scaler.transform(features[getattr(fold, name)]) for name in ("fit", "choose", "train", "test")}
+        parts = {name: scaler.transform(features[getattr(fold, name)]) for name in ("train", "test")}
         if data.shifted is not None:
             parts["shifted"] = scaler.transform(data.shifted.read(np.float32))
         if turned:
             span = RowSpace().fit(parts["train"])
             parts = {name: span.transform(part).astype(np.float32) for name, part in parts.items()}
-        labelled = {name: (parts[name], data.codes[getattr(fold, name)]) for name in ("fit", "choose", "train", "test")}
-        other = None if data.shifted is None else (parts["shifted"], data.shifted_codes)
-        return _Rows(**labelled, shifted=other)
+        codes = data.codes[fold.train]
+
+        def some(positions: Codes) -> tuple[Array, Codes]:
+            places = np.searchsorted(fold.train, positions)
+            return parts["train"][places], codes[places]
+
+        return _Rows(
+            choices=[(some(fit), some(choose)) for fit, choose in fold.choices],
+            train=(parts["train"], codes),
+            test=(parts["test"], data.codes[fold.test]),
+            shifted=None if data.shifted is None else (parts["shifted"], data.shifted_codes),
+        )
 
 
 def _measure(rows: _Rows, fold: Fold, head: str) -> Cell:
@@ -185,19 +193,25 @@ def _measure(rows: _Rows, fold: Fold, head: str) -> Cell:
 
 def _chosen(rows: _Rows, head: str, seed: int) -> dict[str, Any]:
     """The parameters that do best on the images set aside; of equals the first, which is the simplest."""
-    if head == "xgboost":
-        fitted = _head(head, TREES, rows.fit[0].shape[1], seed).fit(*rows.fit, eval_set=rows.choose)
+    width = rows.train[0].shape[1]
+    if head == "xgboost":  # the first division stops it; others would each cost as much as all that follows
+        fit, choose = rows.choices[0]
+        fitted = _head(head, TREES, width, seed).fit(*fit, eval_set=choose)
         params = {name: value for name, value in TREES.items() if name != "early_stopping_rounds"}
         return {**params, "n_estimators": int(fitted.best_iteration_) + 1}
 
     def accuracy(params: Mapping[str, Any]) -> float:
-        return float(_right(_head(head, params, rows.fit[0].shape[1], seed).fit(*rows.fit), *rows.choose).mean())
+        with _as_it_stands():
+            hits = [_right(_head(head, params, width, seed).fit(*fit), *choose) for fit, choose in rows.choices]
+        return float(np.concatenate(hits).mean())
 
     grid = HEADS[head].grid
     if head in SHARED_PASSES:
-        return {"C": climb(grid["C"], lambda some: [accuracy({"C": C}) for C in some], len(rows.choose[1]))}
+        images = sum(len(codes) for _, (_, codes) in rows.choices)
+        return {"C": climb(grid["C"], lambda some: [accuracy({"C": C}) for C in some], images)}
     every: list[dict[str, Any]] = list(ParameterGrid(dict(grid)))
-    return max((params for params in every if params.get("n_neighbors", 1) <= len(rows.fit[1])), key=accuracy)
+    fewest = min(len(codes) for (_, codes), _ in rows.choices)
+    return max((params for params in every if params.get("n_neighbors", 1) <= fewest), key=accuracy)
 
 
 def _head(head: str, params: Mapping[str, Any], width: int, seed: int) -> BaseEstimator:
@@ -215,7 +229,7 @@ def _right(fitted: BaseEstimator, features: Array, codes: Codes) -> npt.NDArray[
 
 @contextmanager
 def _as_it_stands() -> Iterator[None]:
-    """Lets the weakest regularisation, which may not be done in time, pass without a warning."""
+    """Lets fits that are only compared, and the weakest regularisation, which may not be done in time, pass without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
@@ -228,15 +242,21 @@ def _measure_in_blocks(data: Data, fold: Fold, head: str) -> Cell:
     start = time.perf_counter()
     scaler, last = (step for _, step in make_head(head, out_of_core=True, **ROUGH).steps)
     train = scaler.fit(data.features.take(fold.train)).transform(data.features.take(fold.train))
-    choose = scaler.transform(data.features.take(fold.choose))
-    codes, fit = data.codes[fold.train], np.searchsorted(fold.train, fold.fit)
+    codes = data.codes[fold.train]
+    fits = [np.searchsorted(fold.train, fit) for fit, _ in fold.choices]
+    chooses = [(scaler.transform(data.features.take(rows)), data.codes[rows]) for _, rows in fold.choices]
 
     def accuracies(some: Sequence[float]) -> list[float]:
-        (path,) = fit_path(last, train, codes, Cs=some, folds=[fit])
-        return [float(_right(fitted, choose, data.codes[fold.choose]).mean()) for fitted in path]
+        paths = fit_path(last, train, codes, Cs=some, folds=fits)
+        hits = [
+            [_right(fitted, *rows) for fitted, rows in zip(heads, chooses, strict=True)]
+            for heads in zip(*paths, strict=True)
+        ]
+        return [float(np.concatenate(of_strength).mean()) for of_strength in hits]
 
     with _as_it_stands():
-        chosen = {"C": climb(HEADS[head].grid["C"], accuracies, len(fold.choose))}
+        images = sum(len(rows) for _, rows in fold.choices)
+        chosen = {"C": climb(HEADS[head].grid["C"], accuracies, images)}
         ((fitted,),) = fit_path(last, train, codes, Cs=[chosen["C"]])
     seconds = time.perf_counter() - start
     correct = _right(fitted, scaler.transform(data.features.take(fold.test)), data.codes[fold.test])

@@ -14,7 +14,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
 from featurepipe.layer_depth.climb import RULE
 from featurepipe.layer_depth.elsewhere import LEFT_OUT, Elsewhere, settle_elsewhere
-from featurepipe.layer_depth.folds import Fold, cross_validation, own_split
+from featurepipe.layer_depth.folds import ENOUGH_TO_CHOOSE, Fold, cross_validation, own_split
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.probes import Data
 from featurepipe.store import FeatureStore
@@ -27,7 +27,7 @@ Codes = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 
 PRETRAINED, RANDOM = "pretrained", "random"
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Goes up when the same settings would measure something else."""
 
 
@@ -65,7 +65,8 @@ class Protocol:
     def text(self) -> str:
         """How it was measured, in words."""
         fitted = (
-            "Features are standardised by the training images, the head's parameters are chosen on training images set aside, "
+            "Features are standardised by the training images, the head's parameters are chosen on training images set aside "
+            f"(a fifth of them, and so many fifths in turn that at least {ENOUGH_TO_CHOOSE} images choose, if there are), "
             "and the head is fitted again on all of them."
         )
         if set(self.heads) & set(SHARED_PASSES):

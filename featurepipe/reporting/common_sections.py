@@ -60,6 +60,8 @@ def worst(metrics: Document, images: Mapping[str, str]) -> list[Block]:
     total = found.get("count")
     words = f"The {len(shown)} most confident of {count(total)} mistakes." if finite(total) else ""
     words += " Some may be errors of the labels rather than of the head."
+    if metrics.get("calibrated") is False:
+        words += " Probabilities are the head's own, not calibrated: they rank the mistakes, and say no more."
     gallery = Gallery(tuple(_picture(mistake, images) for mistake in shown))
     return [Prose((words.strip(),)), gallery] if shown else []
 

@@ -196,3 +196,23 @@ def test_the_protocol_says_how_it_was_measured():
     split = Protocol(("knn",), None, 1).text
     assert split.startswith("Fitted on the split train and tested on the split test; ")
     assert "The recommendation looks at the test images" in split
+
+
+class Keyed:
+    """What folds ask of features."""
+
+    def __init__(self, count):
+        self.keys64 = np.arange(count, dtype=np.uint64)
+
+
+@pytest.mark.parametrize(("images", "parts"), [(100, 5), (1000, 4), (4000, 1)])
+def test_as_many_parts_choose_in_turn_as_make_five_hundred_images(images, parts):
+    codes = np.arange(images) % 4
+    fold = cross_validation(Keyed(images), codes, folds=5, seeds=1)[2]
+    assert len(fold.choices) == parts
+    choosing = np.concatenate([choose for _, choose in fold.choices])
+    assert len(np.unique(choosing)) == len(choosing) >= min(500, len(fold.train))
+    for fit, choose in fold.choices:
+        np.testing.assert_array_equal(np.union1d(fit, choose), fold.train)
+        assert not len(np.intersect1d(fit, choose))
+        assert not len(np.intersect1d(fold.train, fold.test))

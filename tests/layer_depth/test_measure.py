@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from featurepipe.heads.calibration import expected_calibration_error, probabilities
+from featurepipe.layer_depth import details as details_module
 from featurepipe.layer_depth import measure as module
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import measure
@@ -270,3 +272,21 @@ def test_images_of_the_split_test_take_no_part_in_cross_validation(album):
     assert given.left_out["kept_for_the_test"] == 15
     assert len(given.images) == 45
     assert set(given.images.splits) == {"train"}
+
+
+def test_probabilities_of_a_fold_are_calibrated_by_the_other_folds():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, 600)
+    scores = 4 * (rng.normal(size=(600, 3)) + 1.5 * np.eye(3)[codes])  # four times as sure as is right
+    tests = np.array_split(rng.permutation(600), 3)
+    likely, temperature = details_module._calibrated(scores, codes, tests)
+    assert 2 < temperature < 4
+    assert expected_calibration_error(likely, codes) < 0.5 * expected_calibration_error(probabilities(scores), codes)
+    changed = codes.copy()
+    changed[tests[0]] = (changed[tests[0]] + 1) % 3  # a fold's own labels do not matter to it
+    again, _ = details_module._calibrated(scores, changed, tests)
+    np.testing.assert_array_equal(again[tests[0]], likely[tests[0]])
+    assert not np.array_equal(again[tests[1]], likely[tests[1]])
+    alone, one = details_module._calibrated(scores, codes, tests[:1])
+    assert one == 1.0
+    np.testing.assert_array_equal(alone, probabilities(scores))
