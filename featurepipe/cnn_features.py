@@ -46,7 +46,8 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     Args:
         backbone: As `featurepipe.extract` takes it.
         node: ``NODE`` or ``NODE:POOLING``, or several of them, which are put side by side.
-        weights: Name of pretrained weights, ``DEFAULT``, a state-dict file, or ``none`` for a random control.
+        weights: Name of pretrained weights, ``DEFAULT``, a file with the network's tensors (a state dict, checkpoint or
+            .safetensors), or ``none`` for a random control.
         store: Path of a feature store (made if it is missing), or a ``FeatureStore``, or None for none.
         seed: Of the random control.
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: with a store as `featurepipe.extract` chooses, else ``fp32``.

@@ -48,7 +48,8 @@ def add_weights(command: ArgumentParser) -> None:
     """``--weights`` and ``--seed`` of a network that is chosen here."""
     command.add_argument(
         "--weights", default="DEFAULT", metavar="NAME|none|FILE",
-        help="a weights enum of torchvision, DEFAULT, a state-dict file, or none: a random control network",
+        help="a weights enum of torchvision, DEFAULT, a file with the network's tensors (a state dict, checkpoint or "
+        ".safetensors, with any head or none), or none: a random control network",
     )  # fmt: skip
     add_seed(command, "the random control network")
 

@@ -63,7 +63,8 @@ def extract(
         store: the feature store or its path, made when it does not exist.
         dataset: name for the snapshot of the source; by default the source's own name.
         backbone: a name that ``featurepipe backbones`` lists, ``timm/NAME`` or ``package.module:factory``.
-        weights: a weights enum of torchvision, ``DEFAULT``, a state-dict file, or ``none`` for a random control network.
+        weights: a weights enum of torchvision, ``DEFAULT``, a file with the network's tensors (a state dict, checkpoint or
+            .safetensors), or ``none`` for a random control network.
         seed: of the random control network.
         nodes: what to keep, each ``NODE`` or ``NODE:POOLING``; ``bottleneck`` is what feeds the classifier.
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: what the store holds, else the fastest that agrees with fp32.

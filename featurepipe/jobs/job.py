@@ -74,7 +74,7 @@ class FeaturesTable(Table):
     backbone: str = "resnet50"
     """A name that `featurepipe backbones` lists, `timm/NAME`, or `package.module:factory`."""
     weights: Weights = "DEFAULT"
-    """A weights enum of torchvision, `DEFAULT`, a state-dict file, or `none` for a random control network."""
+    """A weights enum of torchvision, `DEFAULT`, a file with the network's tensors, or `none` for a random control network."""
     nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
     """What to keep, each `NODE` or `NODE:POOLING`."""
     seed: int = Field(default=0, ge=0)
