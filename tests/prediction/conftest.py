@@ -14,10 +14,14 @@ from sklearn.preprocessing import StandardScaler
 
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.linear_map import linear_map
 from featurepipe.store import FeatureStore
 
 CLASSES = ("day", "night, late", "ümlaut")
 NODES = ("c3", "bottleneck")
+MOVED = 1e-6
+"""How far an image's features may move with the company of its batch, of its largest one. An Intel Xeon with AMX moves them by
+2e-7; float32 keeps 6e-8 of each sum."""
 
 
 def picture(seed: int) -> Image.Image:
@@ -84,6 +88,28 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Album:
 @pytest.fixture(scope="session")
 def exact_album(tmp_path_factory: pytest.TempPathFactory) -> Album:
     return make_album(tmp_path_factory.mktemp("exact"), "float32")
+
+
+@pytest.fixture
+def score_moves(album: Album, exact_album: Album) -> Callable[..., Any]:
+    """Returns how far the scores of a linear head may differ between two runs, float64 (N, 1).
+
+    Features that moved by ``moved`` stay what they are when rounded to float16, but for those at a border between two values:
+    they change by a step, and the head's weights carry that to the scores. The head itself computes in float32.
+    """
+
+    def moves(bundle: Bundle, *, moved: float = MOVED) -> Any:
+        assert list(exact_album.features().ids) == list(album.features().ids)
+        x = np.asarray(exact_album.features(bundle.columns).read(), np.float64)
+        by = moved * np.abs(x).max(axis=1, keepdims=True)
+        dtype = np.dtype(bundle.space["dtype"])
+        low, high = ((x + sign * by).astype(dtype).astype(np.float64) for sign in (-1, 1))
+        weight, _ = linear_map(bundle.head)
+        found = ((high - low + 2.0**-22 * np.abs(x)) @ np.abs(weight).T).max(axis=1, keepdims=True)
+        assert 1e-7 < np.median(found) < 1e-2, "a bound of this size proves nothing"
+        return found
+
+    return moves
 
 
 @pytest.fixture
