@@ -57,12 +57,23 @@ class StopRequest:
         Raises:
             Interrupted: a signal came, perhaps earlier, or was met by a request of the block's own.
         """
+        try:
+            with self.raised():
+                yield
+        except Interrupted as error:
+            raise Interrupted(f"{error} before {before}; nothing was changed", error.exit_code - 128) from None
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """While the block runs, a signal raises `Interrupted` there and then: for work that keeps what is finished as it goes.
+
+        Raises:
+            Interrupted: a signal came, perhaps earlier.
+        """
         self._at_once = True
         try:
             self._check()
             yield
-        except Interrupted as error:
-            raise Interrupted(f"{error} before {before}; nothing was changed", error.exit_code - 128) from None
         finally:
             self._at_once = False
 

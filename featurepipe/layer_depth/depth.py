@@ -100,7 +100,7 @@ def depth(
         UsageError: an argument is wrong, or there are not two classes to tell apart.
         StoreError: features are missing.
         ClusterError: there is no such cluster, or none of its workers can be used.
-        Interrupted: SIGINT or SIGTERM while a cluster worked; what was measured is kept.
+        Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
     protocol = Protocol(tuple(heads.split(",") if isinstance(heads, str) else heads), None if split else folds, seeds)
     protocol.check()

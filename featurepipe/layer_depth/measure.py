@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,20 @@ def measure(
         team: workers of a cluster to measure on instead, in any order; the journal stays here.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM while a cluster measured.
+        Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
     missing = _missing(study, sets, journal, progress)
-    for work, cells in _measured(study, missing, jobs) if team is None else _on_team(study, missing, team):
-        journal.add(work.key, cells)
-        progress.advance(len(cells), f"{work.network} {'+'.join(work.columns)}")
+    total = len(sets) * len(study.folds) * len(study.protocol.heads)
+    left = sum(len(work.heads) for work in missing)
+    try:
+        with _stopped_at_once() if team is None else nullcontext():
+            for work, cells in _measured(study, missing, jobs) if team is None else _on_team(study, missing, team):
+                journal.add(work.key, cells)
+                left -= len(cells)
+                progress.advance(len(cells), f"{work.network} {'+'.join(work.columns)}")
+    except Interrupted as error:
+        kept = f"{total - left:,} of {total:,} fits are measured and kept"
+        raise Interrupted(f"{error}: {kept}; the same command goes on from there", error.exit_code - 128) from error
     return [
         Series(network, columns, head, _cells(study, journal, study.key(network, columns), head))
         for network, columns in sets
@@ -111,11 +120,17 @@ def _on_team(study: Study, missing: Sequence[Work], team: Team) -> Iterator[tupl
 
         def stop() -> bool:
             if asked():
-                kept = "what was measured is kept; the same command goes on from there"
-                raise Interrupted(f"stopped by {asked.name}: {kept}", asked.signal_number or 2)
+                raise Interrupted(f"stopped by {asked.name}", asked.signal_number or 2)
             return False
 
         yield from measured_on(team, study, missing, wide=is_wide(study), stop=stop)
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """A signal ends the block there and then, also in the middle of a long fit or of a journal's line, which is passed over."""
+    with stop_on_signals() as asked, asked.raised():
+        yield
 
 
 def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterator[tuple[Work, list[Cell]]]:

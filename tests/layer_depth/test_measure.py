@@ -1,8 +1,12 @@
 """What is measured is measured once; what changes is measured anew."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
+from featurepipe.errors import Interrupted
 from featurepipe.heads.calibration import expected_calibration_error, probabilities
 from featurepipe.layer_depth import details as details_module
 from featurepipe.layer_depth import measure as module
@@ -115,6 +119,26 @@ def test_interrupted_it_goes_on_where_it_was(study, counted, done):
     every = [(column, 0, fold, ("centroid",)) for column in ("a:gap", "b:gap") for fold in range(2)]
     assert before + counted.calls == every
     assert all(len(series.cells) == 2 for series in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_at_once_and_says_what_is_kept(study, counted, monkeypatch, number):
+    real = module.measure_fold
+
+    def signalled(*arguments):
+        if len(counted.calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "measure_fold", signalled)
+    before = signal.getsignal(number)
+    told = f"^stopped by {number.name}: 3 of 4 fits are measured and kept; the same command goes on from there$"
+    with pytest.raises(Interrupted, match=told) as caught:
+        counted(study(), jobs=1)
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    counted(study(), jobs=1)
+    assert len(counted.calls) == 1
 
 
 def test_several_at_once_measure_the_same(study, counted, tmp_path):
