@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 
 from featurepipe.errors import Interrupted, UsageError
+
+PATIENCE = 8.0
+"""Seconds from a signal to the end of a process that may end at any moment but does not come to its next step in Python."""
+AGAIN = 2.0
+"""Seconds until a signal's exception is raised again where something has dropped the first one, as a ``__del__`` does."""
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
+_ENDS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Stopped(BaseException):
+    """A signal ends the block: no `Exception`, since code that turns any error of one item into a reject would go on."""
 
 
 class StopRequest:
@@ -21,11 +37,13 @@ class StopRequest:
     Attributes:
         signal_number: the signal that asked to stop, or None.
         deadline: as given.
+        say: told why, when the process ends without coming back to its caller; by default standard error.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self.signal_number: int | None = None
         self.deadline = deadline
+        self.say: Callable[[str], object] = _print_error
         self._at_once = False
 
     @classmethod
@@ -51,6 +69,9 @@ class StopRequest:
     def at_once(self, before: str) -> Iterator[None]:
         """While the block runs, a signal ends it there and then: for long work that leaves nothing half done.
 
+        The block ends between two steps of Python. Where none comes within `PATIENCE`, as in a fit inside compiled code, the
+        whole process ends with the exit code of the signal.
+
         Args:
             before: what has not begun yet, for the message.
 
@@ -74,23 +95,122 @@ class StopRequest:
         try:
             self._check()
             yield
+        except _Stopped as stopped:
+            raise Interrupted(str(stopped), self.signal_number or signal.SIGINT) from None
         finally:
             self._at_once = False
 
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether a block of `at_once` is running."""
+        return self._at_once
+
+    def tell(self, text: str) -> None:
+        """Says why the process ends."""
+        self.say(text)
+
     def signalled(self, number: int) -> None:
         """Takes note of a signal."""
-        self.signal_number = number
+        self.signal_number = self.signal_number or number
         if self._at_once:
             self._check()
 
     def _check(self) -> None:
         if self.signal_number is not None:
-            raise Interrupted(f"stopped by {self.name}", self.signal_number)
+            raise _Stopped(f"stopped by {self.name}")
+
+
+def _print_error(text: str) -> None:
+    print("featurepipe:", text, file=sys.stderr, flush=True)
+
+
+class _Watch:
+    """Ends what does not hear of a signal, from a thread that hears of it even while the main thread is in compiled code.
+
+    Args:
+        may_end: whether the process may end at any moment now.
+        numbers: the signals.
+        again: whether to raise the signal's exception once more every `AGAIN` seconds.
+        say: told why the process ends.
+    """
+
+    def __init__(
+        self, may_end: Callable[[], bool], numbers: Collection[int], say: Callable[[str], object], *, again: bool
+    ) -> None:
+        self._may_end, self._numbers, self._say, self._again = may_end, numbers, say, again
+        self._pid, self._over = os.getpid(), threading.Event()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.settimeout(0)
+        self._thread = threading.Thread(target=self._run, name="featurepipe-signals", daemon=True)
+
+    def __enter__(self) -> None:
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._before, warn_on_full_buffer=self._before != -1)
+        self._over.set()
+        self._writer.close()
+        if os.getpid() == self._pid:  # a fork has no such thread
+            self._thread.join()
+        self._reader.close()
+
+    def _run(self) -> None:
+        number, deaf = self._first(), 0.0
+        while number and not self._over.wait(AGAIN):
+            deaf = deaf + AGAIN if self._may_end() else 0.0
+            if deaf >= PATIENCE:
+                self._end(number)
+            if deaf and self._again:
+                _thread.interrupt_main(signal.SIGTERM)  # not SIGINT, of which a second one means more
+
+    def _first(self) -> int:
+        """Waits for one of the signals; 0 when the block is over."""
+        while numbers := self._reader.recv(64):
+            for number in numbers:
+                if number in self._numbers:
+                    return number
+        return 0
+
+    def _end(self, number: int) -> None:
+        name = signal.Signals(number).name
+        why = (
+            f"stopped by {name}: what was under way did not come to an end within {PATIENCE:.0f} s, so the process ends"
+        )
+        last = threading.Thread(target=self._say, args=(why,), daemon=True)  # whoever is stuck may hold the log's lock
+        last.start()
+        last.join(1)
+        os._exit(128 + number)
+
+
+def _forget_watch() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)  # a fork has its own signals, and no thread that watches them
+
+
+os.register_at_fork(after_in_child=_forget_watch)
+
+
+@contextmanager
+def ends_on_ctrl_c() -> Iterator[None]:
+    """While the block runs, a Ctrl-C that Python does not come to hear ends the process after `PATIENCE`.
+
+    For commands that leave nothing half done and so let a signal end them anywhere: SIGTERM does that by itself. A program with
+    handlers of its own is left alone.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    with _Watch(lambda: True, {signal.SIGINT}, _print_error, again=False):
+        yield
 
 
 @contextmanager
 def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """While the block runs, SIGINT and SIGTERM set the yielded request; a second SIGINT raises KeyboardInterrupt.
+
+    After it the former handlers are back, and one that is the program's own is told of the signal.
 
     Outside the main thread signals cannot be caught, and only a deadline can set the request.
 
@@ -107,12 +227,23 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _ENDS}
     try:
-        yield request
+        with _Watch(lambda: request.ends_at_once, _ENDS, request.tell, again=True):
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _pass_on(request, before)
+
+
+def _pass_on(request: StopRequest, before: Mapping[signal.Signals, _Handler]) -> None:
+    """Tells the program's own handler of the signal that it has not heard, as that of a block around ours."""
+    number = request.signal_number
+    handler = before.get(signal.Signals(number)) if number else None
+    if number and callable(handler) and handler is not signal.default_int_handler:
+        with suppress(_Stopped):  # one exception is under way, or the block came to its end
+            handler(number, None)
 
 
 def stopping(stop: StopRequest | None, time_budget: float | None) -> AbstractContextManager[StopRequest]:

@@ -17,6 +17,7 @@ from featurepipe.cli.parser import build_parser
 from featurepipe.cli.streams import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError
+from featurepipe.interrupt import ends_on_ctrl_c
 
 __all__ = ["build_parser", "main"]
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(args: Namespace) -> int:
     try:
-        with warnings_shown_safely():
+        with warnings_shown_safely(), ends_on_ctrl_c():
             return _run(args)
     except FeaturepipeError as error:
         return _failed(args, error.lines, error.exit_code)

@@ -67,6 +67,7 @@ def run_job(
             return plan_job(job, file, cluster, retry_rejects=retry_rejects, silent=silent)
         store = FeatureStore(job.store)
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
+            stop.say = log.warn
             with stop.at_once(before="anything was done"):
                 from featurepipe.jobs.extractions import Extractions  # load torch, which takes a while
                 from featurepipe.jobs.networks import check_networks

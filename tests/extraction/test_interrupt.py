@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,112 @@ def test_the_callers_request_is_taken_as_it_is():
         assert signal.getsignal(signal.SIGTERM) is not before
     with pytest.raises(UsageError, match="give the request its own deadline"):
         stopping(mine, 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_code_that_turns_every_error_of_an_item_into_a_reject_does_not_go_on(number):
+    with stop_on_signals() as request, pytest.raises(Interrupted, match="before lunch") as caught:
+        reject_a_signal(request, number)
+    assert caught.value.exit_code == 128 + number
+
+
+def reject_a_signal(request, number):
+    with request.at_once(before="lunch"):
+        try:
+            send(number)
+        except Exception:  # noqa: BLE001  # what is tested
+            pytest.fail("took the signal for an item's error")
+
+
+class Deaf:
+    def __del__(self):
+        send(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_is_raised_again_where_python_drops_its_exception(monkeypatch):
+    monkeypatch.setattr("featurepipe.interrupt.AGAIN", 0.05)
+    monkeypatch.setattr("featurepipe.interrupt.PATIENCE", 600)
+    with stop_on_signals() as request, pytest.raises(Interrupted, match="stopped by SIGTERM before lunch"):
+        drop_a_signal(request)
+
+
+def drop_a_signal(request):
+    with request.at_once(before="lunch"):
+        Deaf()
+        for _ in range(600):
+            time.sleep(0.05)
+        pytest.fail("went on")
+
+
+def test_the_programs_own_handler_is_back_and_hears_of_the_signal():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+    try:
+        with stop_on_signals():
+            send(signal.SIGTERM)
+            assert heard == []
+        assert heard == [signal.SIGTERM]
+        send(signal.SIGTERM)
+        assert heard == [signal.SIGTERM, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_block_around_another_hears_of_its_signal():
+    with stop_on_signals() as outer:
+        with stop_on_signals() as inner:
+            send(signal.SIGTERM)
+        assert (inner.name, outer.name) == ("SIGTERM", "SIGTERM")
+        with stop_on_signals() as next_one:
+            assert not next_one()
+
+
+def test_no_thread_and_no_descriptor_is_left():
+    def held():
+        return threading.active_count(), len(list(Path("/proc/self/fd").glob("*")))
+
+    before = held()
+    for _ in range(3):
+        with stop_on_signals():
+            send(signal.SIGINT)
+    assert held() == before
+
+
+# One call into compiled code, which takes many minutes and comes to no step of Python, as a fit may.
+IN_COMPILED_CODE = """
+    import hashlib, sys
+    import featurepipe.interrupt
+    from featurepipe.interrupt import StopRequest, ends_on_ctrl_c, stop_on_signals
+
+    featurepipe.interrupt.PATIENCE, featurepipe.interrupt.AGAIN = 0.2, 0.1
+
+    def stay():
+        print("in", file=sys.stderr, flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+    {block}
+        stay()
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "number"),
+    [
+        ('with stop_on_signals() as stop, stop.at_once(before="lunch"):', signal.SIGTERM),
+        ('with stop_on_signals() as stop, stop.at_once(before="lunch"):', signal.SIGINT),
+        ("with ends_on_ctrl_c():", signal.SIGINT),
+    ],
+)
+def test_compiled_code_does_not_hold_up_the_end(launcher, block, number):
+    process = launcher.start(IN_COMPILED_CODE.format(block=block))
+    deadline = time.monotonic() + 60
+    while "in" not in process.err():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send(number)
+    ended = process.wait()
+    assert ended.code == 128 + number
+    assert f"stopped by {number.name}: what was under way did not come to an end" in ended.err
