@@ -55,7 +55,7 @@ STUCK = (
 DEAF = """
         try:
             rest()
-        except Exception:
+        except BaseException:
             print("deaf", file=sys.stderr, flush=True)
             rest()
 """
