@@ -102,7 +102,7 @@ class StopRequest:
 
     @property
     def ends_at_once(self) -> bool:
-        """Whether a block of `at_once` is running."""
+        """Whether a block of `at_once` or `raised` is running."""
         return self._at_once
 
     def tell(self, text: str) -> None:

@@ -243,7 +243,7 @@ def test_a_full_disk_is_said_and_leaves_a_clean_store(album, launcher, command, 
     assert "Traceback" not in ended.err
     if limit > 100:  # standard error is a file here, too
         assert "free some space" in ended.err
-        assert len(ended.err.splitlines()) <= 6
+        assert len(ended.err.splitlines()) <= 7
         report = verify_store(run.store)
         assert report.clean, report.problems
         assert report.leftovers == []

@@ -135,7 +135,8 @@ def test_record(pile):
     assert [(entry["step"], entry["name"], entry["status"]) for entry in record["steps"]] == [
         ("list", "", "done"), ("extract", "lenet5", "done"),
     ]  # fmt: skip
-    assert record["steps"][0]["result"] == {"source": str(pile.root), "listed": 3}
+    listed = record["steps"][0]["result"]
+    assert (listed["source"], listed["listed"], listed["listing"]["images"]) == (str(pile.root), 3, 3)
     told = record["steps"][1]["result"]
     assert (told["run_id"], told["counts"]) == (extraction["run_id"], extraction["counts"])
     seconds = record["seconds"]
