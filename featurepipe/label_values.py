@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
+
+from featurepipe.errors import UsageError
 
 NAN: Final = ("nan", "NaN")
 """What programs write for a number that is none."""
@@ -111,6 +113,28 @@ def several_names(classes: Sequence[str]) -> str | None:
                 "for one class a label, keep one name in each"
             )
     return None
+
+
+def check_classes(classes: Sequence[str], images: int, say: Callable[[str], None]) -> None:
+    """Refuses classes that are numbers on a scale, and says if some look like several labels in one.
+
+    Args:
+        classes: The distinct labels.
+        images: How many images have one of them.
+        say: Told one line, if any.
+
+    Raises:
+        UsageError: They look like measured numbers.
+    """
+    scale = numbers_on_a_scale(classes, images)
+    if scale is not None:
+        raise UsageError(
+            f"the labels are {scale}, on {images:,} images: numbers to be estimated (regression), not classes to be told "
+            "apart. Heads learn classes: write ranges, such as 20-29, or names in their place"
+        )
+    several = several_names(classes)
+    if several is not None:
+        say(several)
 
 
 def _number(text: str) -> float | None:

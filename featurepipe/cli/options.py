@@ -63,7 +63,7 @@ def add_trust_code(command: ArgumentParser, named_by: str) -> None:
 
 
 def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> None:
-    """``--device``, ``--batch-size``, ``--workers``, ``--max-rejects``, ``--only-under``: how images are read and computed."""
+    """The options that say how images are read and computed, from ``--device`` to ``--path-column``."""
     add = command.add_argument
     add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
     add("--batch-size", default="auto", metavar="auto|N", help=f"images per forward ({batch_size})")
@@ -74,11 +74,15 @@ def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> N
         help="read no image that a manifest names, or a link leads to, elsewhere than below this folder, or the URL of one; "
         "may be repeated (default: anywhere)",
     )  # fmt: skip
+    add("--path-column", metavar="NAME", help="column of a manifest's paths (default: path, file, filename or image)")
 
 
 def machine(args: Namespace) -> dict[str, Any]:
     """What `add_machine` declared, as keyword arguments of a verb."""
-    return {name: getattr(args, name) for name in ("device", "batch_size", "workers", "max_rejects", "only_under")}
+    return {
+        name: getattr(args, name)
+        for name in ("device", "batch_size", "workers", "max_rejects", "only_under", "path_column")
+    }
 
 
 def add_cluster(command: ArgumentParser) -> None:

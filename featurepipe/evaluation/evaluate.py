@@ -14,6 +14,7 @@ from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.moved import starts_again
+from featurepipe.store.views import with_told_labels
 
 
 @starts_again
@@ -65,7 +66,7 @@ def evaluate(
     name = dataset or source.only_dataset()
     features = features_for(model, source, name)
     if labels is not None:
-        features = features.with_labels(labels)
+        features = with_told_labels(features, labels, say)
     chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
     say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
     with features_at(cluster, chosen.features, source, say) as scored:

@@ -47,6 +47,7 @@ def extract(
     retry_rejects: bool = False,
     damaged: str = REJECT,
     only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    path_column: str | None = None,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
     dry_run: bool = False,
@@ -86,6 +87,7 @@ def extract(
             run record lists it under ``damaged``.
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
+        path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
         time_budget: seconds after which to stop; what is left is for the next run.
         stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
             ``time_budget`` then.
@@ -128,7 +130,7 @@ def extract(
     stops = stopping(stop, time_budget)
     say = announcer(silent=silent)
     settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=say)
-    opened = closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under))
+    opened = closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column))
     with opened as images, place_of(cluster, options, say) as place:
         if dry_run:
             place.check(None)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
+from featurepipe.label_values import is_missing
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
@@ -240,11 +241,24 @@ def labels_of(features: Any, labels: Any) -> Array:
         if labels is None:
             raise UsageError("requires y to be passed, but the target y is None: these features carry no labels")
     found = np.asarray(labels)
-    if found.dtype == object:
-        missing = np.flatnonzero([label is None for label in found.ravel()])
-        if len(missing):
-            raise UsageError(
-                f"{len(missing)} of {found.size} rows have no label (the first is row {missing[0]}); "
-                "leave them out: features.select(labelled=True)"
-            )
+    missing = _missing(labels, found)
+    if len(missing):
+        first = found.ravel()[missing[0]]
+        kind = "is masked" if np.ma.is_masked(labels) else "is None" if first is None else f"is missing: {first}"
+        raise UsageError(
+            f"{len(missing)} of {found.size} rows have no label (the first is row {missing[0]}, which {kind}); "
+            "leave them out: features.select(labelled=True), or X[known], y[known]"
+        )
     return found
+
+
+def _missing(labels: Any, found: Array) -> npt.NDArray[np.intp]:
+    """Rows whose label is None, NaN, NaT, pandas' NA, masked, or the text that NumPy makes of a NaN among texts."""
+    if np.ma.is_masked(labels):
+        return np.flatnonzero(np.ma.getmaskarray(labels))
+    values = found.ravel()
+    if found.dtype.kind == "O":
+        return np.flatnonzero([is_missing(label) for label in values])
+    if found.dtype.kind in "mM":
+        return np.flatnonzero(np.isnat(values))
+    return np.flatnonzero(values == "nan") if found.dtype.kind == "U" else np.empty(0, np.intp)

@@ -40,6 +40,7 @@ def open_source(
     *,
     array_readers: Mapping[str, ArrayReader] | None = None,
     only_under: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    path_column: str | None = None,
 ) -> Source:
     """Makes the source for whatever names images.
 
@@ -50,14 +51,30 @@ def open_source(
             path to a mapping name -> array that is read by slicing; picklable, so that the source is.
         only_under: A folder, the URL of one, or several: of what a manifest names, or a link in a folder leads to, only files
             below them are read, all others are rejects; see `OnlyUnder`. By default any.
+        path_column: The column of a manifest that holds the paths; see `ManifestSource`.
 
     Raises:
         UsageError: Nothing can be read from such a thing; names the value and the choices. Or it is a URL that is not below
-            ``only_under``.
+            ``only_under``; or it is no manifest, and a ``path_column`` is given.
         SourceError: The path does not exist.
     """
+    source = _bounded(spec, array_readers or {}, only_under)
+    if path_column is not None:
+        if not isinstance(source, ManifestSource):
+            raise UsageError(
+                f"{source.name} has no columns: a path column is for a manifest ({', '.join(MANIFEST_SUFFIXES)})"
+            )
+        source.path_column = path_column
+    return source
+
+
+def _bounded(
+    spec: Spec,
+    readers: Mapping[str, ArrayReader],
+    only_under: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+) -> Source:
     if only_under is None:
-        return _open(spec, array_readers or {})
+        return _open(spec, readers)
     bounds = OnlyUnder([only_under] if isinstance(only_under, str | os.PathLike) else only_under)
     if hasattr(spec, "scan") and hasattr(spec, "read"):
         raise UsageError("only_under is for sources by path or URL; this one is open already")
@@ -70,7 +87,7 @@ def open_source(
             f"{location_of(url)} is not below {' or '.join(bounds.places)}, which --only-under asks for; "
             f"to read it all the same, add --only-under {location_of(url)}"
         )
-    source = _open(spec, array_readers or {})
+    source = _open(spec, readers)
     source.only_under = bounds
     return source
 

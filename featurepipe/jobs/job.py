@@ -58,6 +58,8 @@ class SourceTable(Table):
     """A CSV with the columns id and label, to use instead of the source's own labels."""
     only_under: Annotated[tuple[PathOrUrl, ...], BeforeValidator(listed)] = ()
     """Folders, or URLs of folders: what a manifest names elsewhere, or a link leads to, is not read, but rejected."""
+    path_column: Annotated[str, Field(min_length=1)] | None = None
+    """The column of a manifest that holds the paths; by default `path`, `file`, `filename` or `image`."""
     moved_from: Names = ()
     """Where the dataset's images were before, as the run that refuses to take them from here says; one place or several."""
     retries: int = Field(default=5, ge=0)

@@ -59,7 +59,15 @@ class LabelledSource:
         strangers = pc.unique(self.table.ids.filter(pc.invert(pc.is_in(self.table.ids, value_set=pc.unique(ids)))))
         warnings = [_of_strangers(file, strangers, ids)] if len(strangers) else []
         text = f"{labelled:,} of {len(ids):,} images have a label in {file.name}"
-        return {"file": str(file), "labelled": labelled, "unknown": len(strangers), "text": text, "warnings": warnings}
+        if self.table.ignored:
+            text += f"; ignored columns: {', '.join(self.table.ignored)}"
+        facts = {
+            "file": str(file),
+            "labelled": labelled,
+            "unknown": len(strangers),
+            "ignored": list(self.table.ignored),
+        }
+        return {**facts, "text": text, "warnings": warnings}
 
     def _labels(self, ids: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
         table = self.table

@@ -167,7 +167,12 @@ class TonightsSource:
     def _list(self) -> Listed:
         table = self._job.source
         try:
-            source = open_source(table.path, array_readers=ARRAY_READERS, only_under=table.only_under or None)
+            source = open_source(
+                table.path,
+                array_readers=ARRAY_READERS,
+                only_under=table.only_under or None,
+                path_column=table.path_column,
+            )
             listing = source.scan()
         except OSError as error:
             raise SourceError(f"{table.path}: {error}") from error

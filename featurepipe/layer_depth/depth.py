@@ -127,7 +127,7 @@ def depth(
             }
         study = settle(
             found.store, found.dataset, found.columns, protocol,
-            spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
+            spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels, say=say,
         )  # fmt: skip
         say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
         journal = Journal(found.store.depth_journal(found.dataset))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,15 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
+from featurepipe.label_values import check_classes
 from featurepipe.layer_depth.climb import RULE
 from featurepipe.layer_depth.elsewhere import LEFT_OUT, Elsewhere, settle_elsewhere
 from featurepipe.layer_depth.folds import ENOUGH_TO_CHOOSE, Fold, cross_validation, own_split
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.probes import Data
+from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
+from featurepipe.store.views import with_told_labels
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.columns import DepthColumn
@@ -191,6 +194,7 @@ def settle(
     spaces: Mapping[str, str],
     shifted_dataset: str | None,
     labels: Any,
+    say: Callable[[str], None] | None = None,
 ) -> Study:
     """Settles images and folds.
 
@@ -202,18 +206,20 @@ def settle(
         spaces: fingerprint of the feature space of each network.
         shifted_dataset: images of another source, or None.
         labels: labels to use instead of the dataset's, or None.
+        say: told what the labels label, and what of them is not used.
 
     Raises:
         UsageError: the labels cannot be learned from, or the other source has no image of a known class.
     """
     protocol.check()
+    say = say or announcer(silent=True)
     snapshots = {name: store.snapshot_ids(name)[-1] for name in (dataset, shifted_dataset) if name is not None}
 
     def view(name: str) -> FeatureSet:
         return store.features(name, columns[0].column, spaces[PRETRAINED], snapshot=snapshots[name])
 
     every = view(dataset)
-    every = every if labels is None else every.with_labels(labels)
+    every = every if labels is None else with_told_labels(every, labels, say)
     usable = every.mask(labelled=True)
     kept_away = np.zeros(len(every), np.bool_)
     if protocol.folds is not None:  # what a later test is made on must not have chosen the column
@@ -226,6 +232,7 @@ def settle(
             f"dataset {dataset} has {len(images):,} labelled images of {len(classes)} classes; which layer tells classes apart "
             "can be said of two or more. Put images into folders named by class, or give --labels FILE.csv"
         )
+    check_classes(classes, len(images), say)
     codes = images.codes(classes)
     folds = (
         cross_validation(images, codes, folds=protocol.folds, seeds=protocol.seeds)

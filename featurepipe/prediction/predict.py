@@ -38,6 +38,7 @@ def predict(
     workers: int | None = None,
     max_rejects: int | str = "1%",
     only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    path_column: str | None = None,
     trust_code: bool = False,
     cluster: Any = None,
     raw_ids: bool = False,
@@ -60,6 +61,7 @@ def predict(
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
+        path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.cluster.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
@@ -88,7 +90,9 @@ def predict(
         with stop.at_once("the first image"):
             predicts = stack.enter_context(scorer(bundle, network, cluster, say))
             images = stack.enter_context(
-                closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under))
+                closing(
+                    open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column)
+                )
             )
             listing = images.scan().combine_chunks()
         summary = ListingSummary.of(listing)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import math
-import numbers
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
+from featurepipe.column_files import PATHS, column_named, duplicate, path_column, read_csv
 from featurepipe.errors import UsageError, unknown
-
-LabelSource: TypeAlias = Mapping[Any, Any] | pa.Table | str | os.PathLike[str]
+from featurepipe.label_values import NAN, label_text
 
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
-_NAN = ("nan", "NaN")  # what programs write for a number that is none
-_EXACT = 2.0**53  # whole floats below it are whole numbers
+_NEEDED = ("id", "label", *PATHS)
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,17 @@ class LabelTable:
         labels: (m,) text, null for unlabelled.
         distinct: How many ids there are, each counted once.
         name: What errors call it.
+        ignored: Its columns that are neither.
     """
 
     ids: pa.Array
     labels: pa.Array
     distinct: int
     name: str
+    ignored: tuple[str, ...] = ()
+
+
+LabelSource: TypeAlias = Mapping[Any, Any] | pa.Table | str | os.PathLike[str] | LabelTable
 
 
 def read_labels(source: LabelSource) -> LabelTable:
@@ -49,6 +53,8 @@ def read_labels(source: LabelSource) -> LabelTable:
     Raises:
         UsageError: It is nothing that holds labels, a label is NaN or no class, or an id has two labels.
     """
+    if isinstance(source, LabelTable):
+        return source
     if isinstance(source, Mapping):
         return _checked(list(map(str, source)), list(source.values()), "the mapping")
     if isinstance(source, pa.Table):
@@ -99,62 +105,67 @@ def _of_file(path: Path) -> LabelTable:
         return _of_table(_csv(path) if suffix == ".csv" else pa.parquet.read_table(path), path.name)
     except OSError as error:
         raise UsageError(f"cannot read labels from {path}: {error.strerror or error}") from error
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeError, csv.Error) as error:
         raise UsageError(f"cannot read labels from {path}: {error}") from error
 
 
 def _csv(path: Path) -> pa.Table:
     # Labels such as 007 stay as written; only an empty field is null: a class may well be called "NA" or "null".
-    options = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(("id", "path", "label"), pa.string()), null_values=[""], strings_can_be_null=True
-    )
-    if not path.stat().st_size:
-        return pa.table({})
-    table = pa.csv.read_csv(path, convert_options=options)
-    other = next((mark for mark in (";", "\t") if mark in table.column_names[0]), None)
-    if table.num_columns == 1 and other:
-        raise UsageError(
-            f"{path.name} is separated by {other!r}, and labels are read from comma-separated columns; save it so"
-        )
-    return table
+    with path.open("rb") as file:
+        table = read_csv(file, _NEEDED)
+        columns: list[list[str | None]] = [[] for _ in table.names]
+        for _, fields in table.rows:
+            for column, field in zip(columns, fields, strict=True):
+                column.append(field)
+    return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], table.names)
 
 
 def _of_lines(path: Path) -> LabelTable:
     # Python's json, not Arrow's: there a label that is a number in one line and text in the next is an error.
-    ids, labels = [], []
+    ids, labels, ignored = [], [], dict[str, None]()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path.name}: line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict) or "label" not in row or row.get("id", row.get("path")) is None:
+            id_, label = _id_and_label(list(row)) if isinstance(row, dict) else (None, None)
+            if id_ is None or label is None or row[id_] is None:
                 raise UsageError(f"{path.name}: line {number} is no object with an `id` (or a `path`) and a `label`")
-            ids.append(str(row["id"] if row.get("id") is not None else row["path"]))
-            labels.append(row["label"])
-    return _checked(ids, labels, path.name)
+            ids.append(str(row[id_]))
+            labels.append(row[label])
+            ignored |= dict.fromkeys(name for name in row if name not in {id_, label})
+    return replace(_checked(ids, labels, path.name), ignored=tuple(ignored))
+
+
+def _id_and_label(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """The columns of ids and of labels: ``id``, else that of paths; ``label`` in any case."""
+    id_ = "id" if "id" in names else path_column(names) or column_named("id", names)
+    return id_, column_named("label", names)
 
 
 def _of_table(table: pa.Table, name: str) -> LabelTable:
     names = table.column_names
-    twice = next((column for column in ("id", "path", "label") if names.count(column) > 1), None)
-    if twice:
+    column, label = _id_and_label(names)
+    used = [used for used in (column, label) if used is not None]
+    if (twice := duplicate(names, used)) is not None:
         raise UsageError(f"{name}: column {twice!r} is there {names.count(twice)} times; leave one")
-    if "label" not in names:
+    if label is None:
         raise unknown("column", "label", names, where=name)
-    column = next((candidate for candidate in ("id", "path") if candidate in names), None)
     if column is None:
         raise unknown("column", "id", names, where=name)
     if table[column].null_count:
         row = pc.index(pc.is_null(table[column]), value=True).as_py()
         raise UsageError(f"{name}: row {row + 1} has no {column}; every row needs one")
     ids = _plain(table[column]).cast(pa.string()).combine_chunks()
-    labels = _plain(table["label"])
+    labels = _plain(table[label])
     if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type):
-        return _checked_text(ids, labels.cast(pa.string()).combine_chunks(), name)
-    return _checked(ids, labels.to_pylist(), name)
+        found = _checked_text(ids, pc.utf8_trim_whitespace(labels.cast(pa.string())).combine_chunks(), name)
+    else:
+        found = _checked(ids, labels.to_pylist(), name)
+    return replace(found, ignored=tuple(other for other in names if other not in used))
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -175,24 +186,18 @@ def _checked(ids: Sequence[str] | pa.Array, labels: Sequence[Any], name: str) ->
 def _text_of(label: Any) -> tuple[str | None, str]:
     """The label as text (None: unlabelled), and what is wrong with it, if anything."""
     value = label.item() if isinstance(label, np.generic) else label
-    if value is None or isinstance(value, str):
-        return value, ""
-    if isinstance(value, bool | numbers.Integral):
-        return str(value), ""
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None, "NaN"
-        return (str(int(value)), "") if value.is_integer() and abs(value) < _EXACT else (None, f"the number {value!r}")
-    return None, f"a {type(value).__name__}"
+    if isinstance(value, bytes) or (isinstance(value, float) and math.isfinite(value) and not value.is_integer()):
+        return None, "bytes" if isinstance(value, bytes) else f"the number {value!r}"
+    return label_text(value)
 
 
 def _wrong_label(name: str, image: str, row: int, wrong: str) -> str:
-    nan = "; if the image has no label, leave it empty (None)" if wrong == "NaN" or wrong in map(repr, _NAN) else ""
+    nan = "; if the image has no label, leave it empty (None)" if wrong == "NaN" or wrong in map(repr, NAN) else ""
     return f"{name}: the label of {image!r} (row {row + 1}) is {wrong}; labels are text or whole numbers{nan}"
 
 
 def _checked_text(ids: pa.Array, texts: pa.Array, name: str) -> LabelTable:
-    row = pc.index(pc.is_in(texts, value_set=pa.array(_NAN)), value=True).as_py()
+    row = pc.index(pc.is_in(texts, value_set=pa.array(NAN)), value=True).as_py()
     if row >= 0:
         raise UsageError(_wrong_label(name, ids[row].as_py(), row, repr(texts[row].as_py())))
     labels = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)

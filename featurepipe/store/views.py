@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any
@@ -18,6 +18,7 @@ from featurepipe.store.labels import LabelSource, join_labels, read_labels
 from featurepipe.store.origin import Origin, check_rows, check_spaces
 from featurepipe.store.overview import counts_of, describe
 from featurepipe.store.wide_rows import WideRows
+from featurepipe.tables import counted
 
 Labels = npt.NDArray[Any] | None
 Positions = npt.NDArray[Any] | slice
@@ -126,8 +127,8 @@ class FeatureSet(LabelledImages):
         here are counted in ``unmatched``.
 
         Args:
-            labels: A mapping from id to label; a pyarrow table with the columns ``id`` (or ``path``) and ``label``; or
-                the path of a .csv, .parquet or .jsonl file with these columns.
+            labels: A mapping from id to label; a pyarrow table with the columns ``id`` (or ``path``, ``file``, ``filename``,
+                ``image``) and ``label``; or the path of a .csv, .parquet or .jsonl file with these columns. Others are ignored.
 
         Raises:
             UsageError: A label is NaN, the text "nan", or neither text nor a whole number; an id has two labels; or no
@@ -266,3 +267,17 @@ class FeatureSet(LabelledImages):
 
     def _labels_or_none(self) -> Labels:
         return None if self.unlabelled == len(self) else self.labels
+
+
+def with_told_labels(features: FeatureSet, labels: LabelSource, say: Callable[[str], None]) -> FeatureSet:
+    """Does what ``FeatureSet.with_labels`` does, and says how many images they label and what of them is not used."""
+    table = read_labels(labels)
+    found = features.with_labels(table)
+    labelled = len(found) - found.unlabelled
+    parts = [f"{counted(len(found.classes), 'label')} on {labelled:,} of {counted(len(found), 'image')}"]
+    if table.ignored:
+        parts.append(f"ignored columns: {', '.join(table.ignored)}")
+    if found.unmatched:
+        parts.append(f"{counted(found.unmatched, 'id')} not among the images")
+    say(f"{table.name}: {'; '.join(parts)}")
+    return found

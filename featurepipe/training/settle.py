@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
+from featurepipe.label_values import check_classes
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
+from featurepipe.store.views import with_told_labels
 from featurepipe.tables import counted
 from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import Recipe, fit
@@ -132,9 +134,10 @@ def settle(
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     if labels is not None:
-        found = found.with_labels(labels)
+        found = with_told_labels(found, labels, say)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     every = features.codes(features.classes)
+    check_classes(features.classes, len(features), say)
     division = divide(features, every, split=split, seed=recipe.seed, validate=calibration or tune)
     classes = _learnable(features, division, min_class_size)
     if comparison is not None:

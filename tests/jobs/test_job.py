@@ -29,6 +29,7 @@ first_wait = "30s"
 longest_wait = "1h30m"
 moved_from = "/mnt/photos"
 only_under = ["photos", "s3://bucket/photos"]
+path_column = "photo"
 
 [[features]]
 backbone = "resnet50"
@@ -132,7 +133,7 @@ def test_all_that_can_be_said(read, tmp_path):
     assert job.source.model_dump() == {
         "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
         "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
-            "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"),
+            "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"), "path_column": "photo",
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
