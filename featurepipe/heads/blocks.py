@@ -244,9 +244,9 @@ def labels_of(features: Any, labels: Any) -> Array:
     missing = _missing(labels, found)
     if len(missing):
         first = found.ravel()[missing[0]]
-        kind = "is masked" if np.ma.is_masked(labels) else "is None" if first is None else f"is missing: {first}"
+        kind = "" if np.ma.is_masked(labels) or first is None else f"it is {first}; "
         raise UsageError(
-            f"{len(missing)} of {found.size} rows have no label (the first is row {missing[0]}, which {kind}); "
+            f"{len(missing)} of {found.size} rows have no label (the first is row {missing[0]}); {kind}"
             "leave them out: features.select(labelled=True), or X[known], y[known]"
         )
     return found

@@ -96,11 +96,10 @@ class Findings:
                     "taken as splits: " + ", ".join(f"{name}/ as {split}" for name, split in others.items())
                 )
         if self._unused:
-            named = ", ".join(
-                f"{printable(name)}/ ({counted(n, 'image')})" for name, n in self._unused.most_common(_SHOWN)
-            )
+            order = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
+            named = ", ".join(f"{printable(name)}/ ({counted(n, 'image')})" for name, n in order[:_SHOWN])
             beside = [] if labels.has_splits else sorted(name for name in labels.top_level if not split_of(name))
-            why = f"; at the top is {_some([f'{name}/' for name in beside])}, too" if beside else ""
+            why = f"; others at the top: {_some([f'{name}/' for name in beside])}" if beside else ""
             self.notes.append(
                 f"named like splits, and not taken as such: {named}: only folders at the top are splits, and only if all there "
                 f"that hold images are{why}"
@@ -193,7 +192,7 @@ class ListingSummary:
             labelled=listing.num_rows - listing["label"].null_count,
             classes=len(labels),
             splits={item["values"]: item["counts"] for item in splits},
-            passed_over=dict(list(found.get("passed_over", {}).items())[:_KEPT]),
+            passed_over=found.get("passed_over", {}),
             ignored=found.get("ignored", [])[:_KEPT],
             unreadable=found.get("unreadable", [])[:_KEPT],
             notes=notes,

@@ -22,6 +22,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.label_values import NAN, label_text
 
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
+_EXACT = 2.0**53  # whole floats below it are whole numbers
 _NEEDED = ("id", "label", *PATHS)
 
 
@@ -186,8 +187,10 @@ def _checked(ids: Sequence[str] | pa.Array, labels: Sequence[Any], name: str) ->
 def _text_of(label: Any) -> tuple[str | None, str]:
     """The label as text (None: unlabelled), and what is wrong with it, if anything."""
     value = label.item() if isinstance(label, np.generic) else label
-    if isinstance(value, bytes) or (isinstance(value, float) and math.isfinite(value) and not value.is_integer()):
-        return None, "bytes" if isinstance(value, bytes) else f"the number {value!r}"
+    if isinstance(value, bytes):
+        return None, "a bytes"
+    if isinstance(value, float) and not math.isnan(value) and not (value.is_integer() and abs(value) < _EXACT):
+        return None, f"the number {value!r}"
     return label_text(value)
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurepipe.errors import UsageError
+from featurepipe.store.views import with_told_labels
 
 NAMES = ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg", "dog/4.jpg"]
 
@@ -151,9 +152,6 @@ def test_columns_that_are_missing_are_named(features, tmp_path):
         features.with_labels(pa.table({"name": ["a"], "label": ["x"]}))
     with pytest.raises(UsageError, match="the table: row 2 has no id"):
         features.with_labels(pa.table({"id": ["a", None], "label": ["x", "y"]}))
-    (tmp_path / "l.csv").write_text("id;label\ncat/1.jpg;x\n")
-    with pytest.raises(UsageError, match=r"l\.csv is separated by ';', and labels are read from comma-separated"):
-        features.with_labels(tmp_path / "l.csv")
 
 
 @pytest.mark.parametrize(
@@ -179,3 +177,36 @@ def test_what_holds_no_labels_is_refused(features, tmp_path):
         features.with_labels(tmp_path / "absent.csv")
     with pytest.raises(UsageError, match=r"or a pandas DataFrame with them, not as list"):
         features.with_labels(["x"] * 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"id;label;patient\ncat/1.jpg;b;7\n",
+        b"\xef\xbb\xbfFilename\tLabel\tpatient\ncat/1.jpg\tb\t7\n",
+        b"path, label, patient\ncat/1.jpg, b, 7\n",
+        "image,LABEL,patient\ncat/1.jpg,b,7\n".encode("utf-16"),
+    ],
+)
+def test_labels_files_as_people_have_them(features, tmp_path, content):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    said = []
+    found = with_told_labels(features, path, said.append)
+    assert found.labels.tolist() == ["b", None, None, None]
+    assert said == ["labels.csv: 1 label on 1 of 4 images; ignored columns: patient"]
+
+
+def test_what_of_a_labels_file_is_not_used_is_told(features, tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"id": "cat/1.jpg", "label": "b", "age": 3}\n{"id": "x", "label": "c", "sex": "f"}\n')
+    said = []
+    with_told_labels(features, path, said.append)
+    assert said == ["labels.jsonl: 1 label on 1 of 4 images; ignored columns: age, sex; 1 id not among the images"]
+
+
+def test_a_labels_file_that_contradicts_itself_names_both(features, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("file;label\ncat/1.jpg;b\ncat/1.jpg; c\n")
+    with pytest.raises(UsageError, match=r"'cat/1.jpg' has b and c: an image has one label"):
+        features.with_labels(path)
