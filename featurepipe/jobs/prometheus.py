@@ -127,9 +127,9 @@ def _ended(run: Mapping[str, Any]) -> float:
 def _drift(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """P-value and effect of each column, and of predicted classes, if the step drift came to test them."""
     results = [entry.get("result") or {} for entry in record["steps"] if entry["step"] == "drift"]
-    tests = [test for result in results for test in result.get("columns", ())]
-    several = len({test["space"] for test in tests}) > 1
-    names = [f"{test['space']}/{test['column']}" if several else test["column"] for test in tests]
+    tests = [test for result in results for test in result.get("columns") or ()]
+    several = len({test.get("space") for test in tests}) > 1
+    names = [f"{test.get('space')}/{test['column']}" if several else test["column"] for test in tests]
     p_values = {name: test["adjusted"] for name, test in zip(names, tests, strict=True)}
     effects = {name: test["effect"] for name, test in zip(names, tests, strict=True)}
     for classes in (result["classes"] for result in results if result.get("classes")):

@@ -95,7 +95,7 @@ def step_lines(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     names = list(map(step_name, steps))
     wide, widest = max(map(len, names), default=0), max((len(entry["status"]) for entry in steps), default=0)
     for name, entry in zip(names, steps, strict=True):
-        start = f"{name.ljust(wide)}  {entry['status'].ljust(widest)}  {entry['seconds']:8.1f} s"
+        start = f"{name.ljust(wide)}  {entry['status'].ljust(widest)}  {entry.get('seconds') or 0.0:8.1f} s"
         said = told(entry)
         if len(start) + len(said) + 2 > _WIDEST or "\n" in said:
             yield start
@@ -106,7 +106,7 @@ def step_lines(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def step_name(entry: Mapping[str, Any]) -> str:
     """Which step, and which of several: ``train logistic``."""
-    return f"{entry['step']} {entry['name']}".strip()
+    return f"{entry['step']} {entry.get('name') or ''}".strip()
 
 
 def told(entry: Mapping[str, Any]) -> str:

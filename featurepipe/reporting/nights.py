@@ -218,7 +218,7 @@ def _drift(record: Record) -> dict[str, Any] | None:
         return None
     tests = found.get("columns") or []
     several = len({test.get("space") for test in tests}) > 1
-    named = [(f"{test['space']}/{test['column']}" if several else test["column"], test) for test in tests]
+    named = [(f"{test.get('space')}/{test['column']}" if several else test["column"], test) for test in tests]
     classes = found.get("classes")
     shift = (
         [{"name": "predicted classes", "p": classes["adjusted"], "effect": classes["total_variation"]}]

@@ -10,7 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    with_config,
+)
 from typing_extensions import TypedDict  # which pydantic asks for before Python 3.12
 
 from featurepipe.errors import StoreError
@@ -70,17 +80,81 @@ class _Reject(_Document):
     reason: str
 
 
+class _Result(_Document):
+    """What any step may tell."""
+
+    text: Text = None
+    skipped: Text = None
+    why: Text = None
+    warnings: list[str] = []
+    listed: Number = 0
+    snapshot: Text = None
+
+
+class _CountedResult(_Result):
+    counts: Counts = {}
+    labels: Counts = {}
+
+
+class _DriftTest(_Document):
+    column: str
+    adjusted: float
+    effect: float
+    space: Text = None
+    auc: float | None = None
+    farthest: list[str] | None = None
+
+
+class _ClassesTest(_Document):
+    adjusted: float
+    total_variation: float
+
+
+class _DriftResult(_Result):
+    verdict: Text = None
+    reference: Text = None
+    images: Counts | None = None
+    thresholds: dict[str, float] | None = None
+    columns: list[_DriftTest] | None = None
+    classes: _ClassesTest | None = None
+
+
+_RESULTS: dict[str, type[_Result]] = {"drift": _DriftResult, "extract": _CountedResult, "predict": _CountedResult}
+
+
 class _Step(_Document):
     step: str
     status: str
     name: Text = None
     seconds: float | None = None
-    result: dict[str, Any] | None = None
+    error: Text = None
+    error_type: Text = None
+    result: _Result | None = None
+
+    @field_validator("result", mode="wrap")
+    @classmethod
+    def _of_its_step(cls, value: object, _handler: object, info: ValidationInfo) -> _Result | None:
+        """The same entries mean something else in another step."""
+        kind = _RESULTS.get(info.data.get("step", ""), _Result)
+        return None if value is None else kind.model_validate(value)
+
+
+class _Features(_Document):
+    backbone: str
+    weights: str
+    nodes: list[str]
 
 
 class _Plan(_Document):
     steps: list[str] = []
+    features: list[_Features] = []
+    limits: dict[str, Any] = {}
     drift_reference: Text = None
+
+
+class _Waiting(_Document):
+    since: Time
+    why: str
 
 
 class _Worker(_Document):
@@ -123,6 +197,7 @@ class RunDocument(_Document):
     steps: list[_Step] = []
     warnings: list[str] = []
     plan: _Plan = _Plan()
+    waiting: _Waiting | None = None
     cluster: _Cluster = _Cluster()
     machine: dict[str, Any] = {}
     versions: dict[str, Any] = {}
