@@ -453,7 +453,7 @@ def test_stopped_while_measuring_the_same_command_goes_on(pictures, tmp_path, la
         time.sleep(0.01)
     process.send(number)
     finished = process.wait()
-    assert finished.code == {signal.SIGINT: 130, signal.SIGTERM: -15, signal.SIGKILL: -9}[number], finished.err
+    assert finished.code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], finished.err
     assert "Traceback" not in finished.err
     assert store.depth_documents("halves") == []
     done = len([line for line in path.read_text().split("\n") if line.endswith("}")])
