@@ -37,7 +37,9 @@ def test_pixels_agree_with_the_weights_transforms(weights, photos) -> None:
     assert found.shape == expected.shape
     one_step = 1 / 255 / min(transforms.std)
     assert (found - expected).abs().max() <= 2.01 * one_step  # PIL and torch round intermediate rows differently
-    assert (found - expected).abs().mean() <= 0.05 * one_step
+    # PIL rounds the rows between its two passes. PyTorch does so where the CPU has AVX2, else it rounds only the result: rounding
+    # errs by 1/4 on average, and the second pass averages that. Other interpolation or antialiasing is off by whole steps.
+    assert (found - expected).abs().mean() <= 0.25 * one_step
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -55,13 +55,17 @@ def spoilt(album, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".CSV"])
-def test_every_image_has_its_row_with_the_probabilities_of_its_cached_feature(album, spoilt, tmp_path, suffix):
+def test_every_image_has_its_row_with_the_probabilities_of_its_cached_feature(
+    album, spoilt, tmp_path, suffix, score_moves
+):
     bundle = album.bundle()
     target = tmp_path / f"out{suffix}"
     record = predict(bundle, spoilt, target, max_rejects=2, **OPTIONS)
     rows = rows_of(target.rename(tmp_path / f"out{suffix.lower()}"))
     features = album.features()
     expected = dict(zip(features.ids, bundle.probabilities(features), strict=True))
+    # Unreadable images shift batches, so features may move; probabilities have six digits in a table.
+    within = dict(zip(features.ids, 5.1e-6 + np.expm1(2 * score_moves(bundle)[:, 0]), strict=True))
     bad = ["day/!.png", 'ümlaut/quote", and comma.png']
     assert [row[0] for row in rows] == sorted([*expected, *bad])
     for id_, label, confidence, reason, found in rows:
@@ -71,7 +75,7 @@ def test_every_image_has_its_row_with_the_probabilities_of_its_cached_feature(al
             continue
         assert reason is None
         assert list(found) == list(bundle.classes)
-        np.testing.assert_allclose(list(found.values()), expected[id_], rtol=5.1e-6)  # six digits
+        np.testing.assert_allclose(list(found.values()), expected[id_], rtol=within[id_])
         assert label == bundle.classes[expected[id_].argmax()]
         assert confidence == max(found.values())
     assert record["counts"] == {"listed": 38, "predicted": 36, "rejected": 2}
