@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from featurepipe.errors import UsageError
 from featurepipe.extraction.options import AUTO
-from featurepipe.images.decode import decoding_fields, intensity_of
-from featurepipe.images.intensity import HIGH_BYTE, parse_intensity
+from featurepipe.images.decode import decoding_fields
+from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
 
 MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
 """Takes the reduced precision to compare with fp32, None for what suits the device, and the intensity with which images are

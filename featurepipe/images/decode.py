@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -53,11 +53,6 @@ def decoding_fields(intensity: str) -> dict[str, str | int]:
     if intensity != str(HIGH_BYTE):
         return {**DECODING, "intensity": intensity}
     return {**{name: value for name, value in DECODING.items() if name not in {"intensity", "icc"}}, **_VERSION_1}
-
-
-def intensity_of(decoding: Mapping[str, Any]) -> str:
-    """The intensity of a feature space's decoding, as `decoding_fields` wrote it."""
-    return str(decoding.get("intensity", decoding.get("sixteen_bit", DECLARED)))
 
 
 class _FirstOfWebP(WebPImagePlugin.WebPImageFile):

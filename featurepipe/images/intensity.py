@@ -338,3 +338,8 @@ def _plain(value: Any) -> str:
     """
     number = float(value)
     return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+
+
+def intensity_of(decoding: Mapping[str, Any]) -> str:
+    """The intensity of a feature space's decoding, as `decode.decoding_fields` wrote it."""
+    return str(decoding.get("intensity", decoding.get("sixteen_bit", DECLARED)))

@@ -14,7 +14,7 @@ from featurepipe.errors import UsageError
 from featurepipe.extraction.machine import Machine
 from featurepipe.extraction.on_cluster import place_of
 from featurepipe.extraction.options import Options
-from featurepipe.images.decode import intensity_of
+from featurepipe.images.intensity import intensity_of
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
 from featurepipe.layer_depth.timing import FEW, Timing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.images.decode import intensity_of
+from featurepipe.images.intensity import intensity_of
 from featurepipe.store import FeatureStore, Space, differences
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images import MemorySource
-from featurepipe.images.decode import DECODING, decode, decoding_fields, intensity_of
-from featurepipe.images.intensity import CHOICES, DECLARED, HIGH_BYTE, parse_intensity
+from featurepipe.images.decode import DECODING, decode, decoding_fields
+from featurepipe.images.intensity import CHOICES, DECLARED, HIGH_BYTE, intensity_of, parse_intensity
 
 BYTE, SHORT, LONG, FLOAT = 1, 3, 4, 11
 _CODES = {BYTE: "B", SHORT: "H", LONG: "I", FLOAT: "f", 8: "h"}
