@@ -118,13 +118,17 @@ def logits_of(bundle, paths):
         return module(batch_of(paths, preprocessing)).double().numpy()
 
 
-def check_scores(logits, scores, *, shifted=False):
-    """Equal to 1e-4 of their size; log-probabilities, and scores said to be ``shifted``, up to a constant per image."""
+def check_scores(logits, scores, *, shifted=False, moves=0.0):
+    """Equal to 1e-4 of their size; log-probabilities, and scores said to be ``shifted``, up to a constant per image.
+
+    Beyond that they may differ by what ``moves`` of a score do, in its own and in the largest class.
+    """
     if shifted or np.allclose(np.exp(scores).sum(axis=1), 1):
         logits = logits - logits.max(axis=1, keepdims=True)
         scores = scores - scores.max(axis=1, keepdims=True)
     assert scores.std() > 0.01
-    np.testing.assert_allclose(logits, scores, rtol=1e-4, atol=1e-4 * np.abs(scores).max())
+    allowed = 1e-4 * (np.abs(scores) + np.abs(scores).max()) + 2 * moves
+    assert (np.abs(logits - scores) <= allowed).all()
 
 
 LINEAR = [name for name, family in HEADS.items() if family.linear]
@@ -133,13 +137,15 @@ LINEAR = [name for name, family in HEADS.items() if family.linear]
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_ has at least 1 zero")  # a dead channel of the network
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("classes", [3, 2])
-def test_logits_are_the_heads_scores(album, exact_album, name, classes):
+def test_logits_are_the_heads_scores(album, exact_album, score_moves, name, classes):
     labels = None if classes == 3 else {"day": "day", "night, late": "dark", "ümlaut": "dark"}
     for some in (album, exact_album):
         bundle = some.bundle(make_head(name), family=name, labels=labels)
         logits = logits_of(bundle, some.paths())
         assert logits.shape == (36, classes)
-        check_scores(logits, class_scores(bundle.head, some.features()), shifted=name == "centroid")
+        # The module's layers are not folded and fused, so sums are rounded in other places than the engine's.
+        moves = score_moves(bundle, moved=5e-6) if some is album else 0.0
+        check_scores(logits, class_scores(bundle.head, some.features()), shifted=name == "centroid", moves=moves)
         assert bundle.predict(some.features()).tolist() == [bundle.classes[code] for code in logits.argmax(axis=1)]
 
 
