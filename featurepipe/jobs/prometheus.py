@@ -131,7 +131,7 @@ def _drift(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float
     several = len({test.get("space") for test in tests}) > 1
     names = [f"{test.get('space')}/{test['column']}" if several else test["column"] for test in tests]
     p_values = {name: test["adjusted"] for name, test in zip(names, tests, strict=True)}
-    effects = {name: test["effect"] for name, test in zip(names, tests, strict=True)}
+    effects = {name: test["effect"] for name, test in zip(names, tests, strict=True) if test["effect"] is not None}
     for classes in (result["classes"] for result in results if result.get("classes")):
         p_values[CLASSES], effects[CLASSES] = classes["adjusted"], classes["total_variation"]
     return p_values, effects

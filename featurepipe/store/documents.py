@@ -99,7 +99,7 @@ class _CountedResult(_Result):
 class _DriftTest(_Document):
     column: str
     adjusted: float
-    effect: float
+    effect: float | None
     space: Text = None
     auc: float | None = None
     farthest: list[str] | None = None
