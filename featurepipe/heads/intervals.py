@@ -51,8 +51,10 @@ def proportion(value: float, images: float, freedom: float | None = None) -> Lim
 def balanced_accuracy(hits: Codes, support: Codes) -> Limits:
     """Returns the interval of the mean recall over the classes that have images.
 
-    Its variance is the sum of those of the recalls, each shrunk towards the common accuracy by two pseudo-images, so
-    that a class with one image, which is all right or all wrong, does not count as certain.
+    The wider one, at each end, of two. One takes the sum of the recalls' variances, each shrunk towards the common accuracy by
+    two pseudo-images, so that a class with one image, which is all right or all wrong, does not count as certain. The other
+    squares and adds the distances of each class's own exact limits (Newcombe 1998, "Interval estimation for the difference
+    between independent proportions"), so that few images of one class are not taken to be as good as many of another.
 
     Args:
         hits: (K,) images of each class that were right.
@@ -60,10 +62,15 @@ def balanced_accuracy(hits: Codes, support: Codes) -> Limits:
     """
     hits, support = hits[support > 0], support[support > 0]
     common = (hits.sum() + _PSEUDO) / (support.sum() + 2 * _PSEUDO)
-    recall = (hits + _PSEUDO * common) / (support + _PSEUDO)
-    variance = float((recall * (1 - recall) / support).sum()) / len(hits) ** 2
-    middle = float(recall.mean())
-    return proportion(float((hits / support).mean()), middle * (1 - middle) / variance)
+    shrunk = (hits + _PSEUDO * common) / (support + _PSEUDO)
+    variance = float((shrunk * (1 - shrunk) / support).sum()) / len(hits) ** 2
+    middle = float(shrunk.mean())
+    recall = hits / support
+    value = float(recall.mean())
+    pooled = proportion(value, middle * (1 - middle) / variance)
+    own = np.array([proportion(float(part), float(count)) for part, count in zip(recall, support, strict=True)])
+    below, above = np.sqrt(((own - recall[:, None]) ** 2).sum(axis=0)) / len(hits)
+    return max(0.0, min(pooled[0], value - float(below))), min(1.0, max(pooled[1], value + float(above)))
 
 
 def least_images(classes: int) -> int:
@@ -74,8 +81,8 @@ def least_images(classes: int) -> int:
 def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
     """Returns the interval of the mean F1 over the classes that are true or predicted; None where one of them has too few images.
 
-    The variance is that of the images' influences (the delta method), with each class's F1 shrunk as in
-    ``balanced_accuracy``.
+    The variance is that of the images' influences (the delta method), with each class's F1 shrunk towards a half by two
+    pseudo-counts, so that a class whose few images are all right does not count as certain.
 
     Args:
         codes: (n,) position of the true class.
@@ -92,8 +99,7 @@ def macro_f1(codes: Codes, predicted: Codes, classes: int) -> Limits | None:
     defined = int((counts > 0).sum())
     whole = np.maximum(counts, 1)
     f1 = 2 * hits / whole
-    common = (hits.sum() + _PSEUDO) / (n + 2 * _PSEUDO)
-    shrunk = (2 * hits + _PSEUDO * common) / (whole + _PSEUDO)
+    shrunk = (2 * hits + _PSEUDO / 2) / (whole + _PSEUDO)
     influence = (
         2 * right / whole[codes] - shrunk[codes] / whole[codes] - shrunk[predicted] / whole[predicted]
     ) / defined

@@ -1,8 +1,10 @@
 """Intervals hold the truth as often as they say: simulated, with fixed seeds, so that nothing here fails by chance."""
 
+import numpy as np
 import pytest
 
 from benchmarks.interval_coverage import KINDS, coverage
+from featurepipe.heads.intervals import balanced_accuracy, macro_f1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -15,3 +17,30 @@ def test_intervals_hold_the_truth_in_nine_of_ten_test_sets_or_more(classes, per_
     assert (seen["macro_f1"] is None) == (per_class < 3)
     low = {name: value for name, value in seen.items() if value is not None and value < 0.9}
     assert not low
+
+
+@pytest.mark.parametrize(
+    ("support", "recall"),
+    [([1000, 5], [0.999, 0.7]), ([1000, 3, 3], [0.99, 0.8, 0.8]), ([200] * 9 + [5], [0.98] * 9 + [0.8])],
+)
+def test_few_images_of_one_class_are_not_as_good_as_many_of_another(support, recall):
+    rng = np.random.default_rng(0)
+    classes, sure = len(support), np.array(recall)
+
+    def predicted(codes):
+        elsewhere = (codes + rng.integers(1, classes, len(codes))) % classes
+        return np.where(rng.random(len(codes)) < sure[codes], codes, elsewhere)
+
+    def f1(codes, guesses):
+        hits = np.bincount(codes[codes == guesses], minlength=classes)
+        return (2 * hits / (np.bincount(codes, minlength=classes) + np.bincount(guesses, minlength=classes))).mean()
+
+    many, codes = np.repeat(np.arange(classes), np.multiply(support, 200)), np.repeat(np.arange(classes), support)
+    true = f1(many, predicted(many))
+    held = []
+    for _ in range(200):
+        guesses = predicted(codes)
+        hits = np.bincount(codes[codes == guesses], minlength=classes)
+        both = balanced_accuracy(hits, np.array(support)), macro_f1(codes, guesses, classes)
+        held.append([low <= value <= high for (low, high), value in zip(both, (sure.mean(), true), strict=True)])
+    assert np.mean(held, axis=0).min() >= 0.93
