@@ -85,7 +85,7 @@ class _Result(_Document):
 
     text: Text = None
     skipped: Text = None
-    why: Text = None
+    why: str | list[str] | None = None
     warnings: list[str] = []
     listed: Number = 0
     snapshot: Text = None
@@ -114,7 +114,7 @@ class _DriftResult(_Result):
     verdict: Text = None
     reference: Text = None
     images: Counts | None = None
-    thresholds: dict[str, float] | None = None
+    thresholds: dict[str, float | None] | None = None
     columns: list[_DriftTest] | None = None
     classes: _ClassesTest | None = None
 

@@ -160,14 +160,21 @@ def test_a_store_in_which_nothing_ran_has_no_page(recorded, tmp_path):
     ("night", "expected"),
     [
         (0, []),
-        (9, ["The last run failed: look at the images named under Drift; if they are as they should be, take another"]),
+        (9, ["The last run failed: look at the images named under Drift; if they are as they should be, accept them"]),
         (
             13,
             ["The last run failed: see that the source is there and can be read. Then run featurepipe run 'jobs/my"],
         ),
         (17, ["The last run was stopped. Run featurepipe run 'jobs/my nightly.toml': it goes on where it was."]),
         (20, ["The time did not suffice; the next run goes on."]),
-        (27, ["3 images could not be used; see Rejects.", "The new images may not be like those of before: look"]),
+        (
+            27,
+            [
+                "3 images could not be used; see Rejects.",
+                "The new images may not be like those of before: look",
+                "drift warning of run",
+            ],
+        ),
     ],
 )
 def test_what_to_do_now(recorded, night_records, monkeypatch, night, expected):

@@ -7,6 +7,7 @@ import pytest
 from featurepipe.cli import main
 from featurepipe.errors import StoreError
 from featurepipe.store.documents import DepthDocument, RunDocument, read_document
+from featurepipe.store.runs import read_runs, write_run
 
 DRIFT = {"column": "c3:gap", "adjusted": 0.5, "effect": 0.1}
 
@@ -106,3 +107,18 @@ def test_half_a_character_in_the_description_of_a_space_ends_no_command(zoo, cap
 def test_a_comparison_of_layers_with_other_types_is_set_aside(tmp_path, entries, where):
     with pytest.raises(StoreError, match=f"is not as it should be: {where}: "):
         read(tmp_path, {"dataset": "zoo"} | entries, DepthDocument)
+
+
+@pytest.mark.parametrize(
+    ("step", "result"),
+    [
+        ("train", {"bundle": "b", "why": ["there is no bundle yet"], "text": "trained", "warnings": []}),
+        ("drift", {"verdict": "no drift", "thresholds": {"warn": 0.01, "fail": None}, "columns": []}),
+    ],
+)
+def test_results_as_steps_write_them_keep_their_record(tmp_path, step, result):
+    run_id = "20261128T213005705611Z-038d0629"
+    entry = {"step": step, "name": "", "status": "done", "seconds": 0.1, "result": result}
+    write_run(tmp_path, {"run_id": run_id, "command": "run", "steps": [entry]})
+    (record,) = read_runs(tmp_path)
+    assert record["steps"] == [entry]
