@@ -156,9 +156,26 @@ def compute(job: Job, run_id: str, outcome: Outcome, stop: Callable[[], bool], p
         progress.advance(len(images), f"{bottleneck(job.clock.totals)}-bound")
 
     start = time.perf_counter()
-    with space.writer(run_id, dataset=job.dataset, on_overflow=progress.say) as writer, rejects:
+    with (
+        _counting_committed(space.writer(run_id, dataset=job.dataset, on_overflow=progress.say), outcome) as writer,
+        rejects,
+    ):
         compute_into(writer, job, outcome, stop, follow)
     outcome.seconds = time.perf_counter() - start
+
+
+@contextmanager
+def _counting_committed(writer: PartWriter, outcome: Outcome) -> Iterator[PartWriter]:
+    """Enters a writer; where it ends by an error, what it has not committed was not computed, as the next run will see it."""
+    try:
+        with writer:
+            yield writer
+    except BaseException:
+        outcome.computed = writer.rows
+        outcome.columns = Counter()
+        for part in writer.parts:
+            outcome.columns.update(dict.fromkeys(part.columns, part.rows))
+        raise
 
 
 def compute_into(

@@ -273,7 +273,8 @@ def test_a_full_disk_leaves_a_record_if_that_still_fits(album, run, monkeypatch)
         1,
         "no space left while writing a part",
     )
-    assert committed_rows(run.store) == 16
+    assert committed_rows(run.store) == record["counts"]["computed"] == 16  # not what was handed to the writer
+    assert set(record["computed_by_column"].values()) == {16}
     assert run.store.datasets() == []
     written.clear()
     monkeypatch.setattr(writer, "write_part", write_part)
