@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.details import scores_here
-from featurepipe.layer_depth.document import document, provenance
+from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, is_wide, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
@@ -137,10 +137,11 @@ def depth(
             recommended = answers.recommend(study, measured)
             sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
             joined = _measure_joined(study, sets, recommended.best.head, run, silent=silent)
-        with clock.stage("describe"):
+        parts = parts_of(with_map=report is not None)
+        with clock.stage("describe"), show(parts, "describe", silent=silent, unit="parts") as progress:
             answer = document(
                 study, found, journal, measured, joined, recommended, **_described(study, found.timing(), team),
-                labels_name=_name_of(labels), with_map=report is not None, say=say,
+                labels_name=_name_of(labels), with_map=report is not None, say=say, progress=progress,
             )  # fmt: skip
     answer["provenance"] = provenance(study, found, clock.seconds, command)
     found.store.write_depth(answer)

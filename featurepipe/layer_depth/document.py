@@ -9,6 +9,7 @@ from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.details import ScoresAgain, details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.layer_depth.timing import Timed, least_disturbed
+from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def document(
     labels_name: str | None,
     with_map: bool,
     say: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Puts the answers together, and describes the columns; what the journal knows of them already is not found again.
 
@@ -46,10 +48,12 @@ def document(
         labels_name: of labels of the user's own.
         with_map: place the images in two dimensions, too.
         say: told what takes long.
+        progress: advanced by one for each of the `parts_of`.
     """
     say("comparing columns, and timing the network up to each")
     chosen, names = recommended.chosen, [column.column for column in study.columns]
     times = least_disturbed(timing, journal)
+    progress.advance(1)
     columns = [
         {
             **column.as_dict(),
@@ -60,7 +64,9 @@ def document(
         for column in study.columns
     ]
     alike = journal.finding(study.key_without_folds(names, what="similarity"), lambda: similarity(study))
+    progress.advance(1)
     scores = journal.finding(study.key_without_folds(names, what="transferability"), lambda: transferability(study))
+    progress.advance(1)
     detailed = study.key(PRETRAINED, chosen.columns, what="details", head=chosen.head, names=study.names)
     between = answers.differences(study, measured)
     there = study.elsewhere
@@ -98,10 +104,17 @@ def document(
         "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
         **journal.finding(detailed, lambda: details(study, chosen, scored)),
     }
+    progress.advance(1)
     if with_map:
         key = study.key_without_folds(chosen.columns, what="map", names=study.names)
         whole["map"] = journal.finding(key, lambda: placed(study, chosen))
+        progress.advance(1)
     return whole
+
+
+def parts_of(*, with_map: bool) -> int:
+    """How many parts of a description take long: times, likeness, scores without fitting, every image, and the map."""
+    return 5 if with_map else 4
 
 
 def _recommended(found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
