@@ -37,7 +37,11 @@ def test_ridge_is_scikit_learns(digits, stored, alpha, class_weight):
     if class_weight == "dict":
         class_weight = {label: 1.0 + place for place, label in enumerate(np.unique(y))}
     weights = np.random.default_rng(1).uniform(0, 3, len(y))
-    theirs = RidgeClassifier(alpha=alpha, class_weight=class_weight).fit(X, y, weights)
+    balance = class_weight
+    if class_weight == "balanced":  # by summed weights, in every head; scikit-learn's ridge counts rows
+        sums = {label: weights[y == label].sum() for label in np.unique(y)}
+        balance = {label: weights.sum() / (len(sums) * of_class) for label, of_class in sums.items()}
+    theirs = RidgeClassifier(alpha=alpha, class_weight=balance).fit(X, y, weights)
     ours = BlockRidgeClassifier(alpha, class_weight=class_weight, memory="100kB").fit(stored(X, y), None, weights)
     same(ours.coef_, theirs.coef_)
     same(ours.intercept_, theirs.intercept_)

@@ -60,19 +60,6 @@ def test_a_class_whose_rows_all_weigh_nothing_is_refused_by_name(name, out_of_co
         made(name, out_of_core=out_of_core).fit(X, y, sample_weight=(y != "bee").astype(float))
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [(np.nan, r"missing labels: 2 rows \(3, 7\)"), (None, "2 of 120 rows have no label .the first is row 3")],
-)
-@pytest.mark.parametrize("name", HEADS)
-def test_a_missing_label_among_texts_is_told_by_its_row(name, missing, message):
-    X, y, _ = groups()
-    labels = y.astype(object)
-    labels[[3, 7]] = missing
-    with pytest.raises((UsageError, ValueError), match=message):
-        make_head(name, out_of_core=True).fit(X, labels)
-
-
 def test_many_small_classes_share_one_kernel_matrix_and_give_svcs_machine():
     from sklearn.svm import SVC
 

@@ -145,7 +145,7 @@ def test_a_column_whose_type_changes_after_the_first_block(tmp_path):
         ("m.jsonl", b'{"path": "a"}\n[1]\n', "line 2 is a list, not an object"),
         ("m.jsonl", b'{"path": "a"}\n{"id": "b"}\n', "a row has no path"),
         ("m.jsonl", b'{"path": ' + b"[" * 100_000, "recursion"),
-        ("m.jsonl", b'{"path": "a", "size": 1e999, "mtime_ns": 1}', "cannot be read as jsonl: .*infinity"),
+        ("m.jsonl", b'{"path": "a", "size": 1e999, "mtime_ns": 1}', None),  # a column `size` of the user's own
         ("m.jsonl", b'{"path": "a", "size": 1' + b"0" * 30 + b', "mtime_ns": 1}', "cannot be read as jsonl: .*range"),
         ("m.parquet", b"PAR1\xff\xff\xff\x7fPAR1", "cannot be read as parquet"),
     ],
