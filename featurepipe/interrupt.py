@@ -237,6 +237,21 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
         _pass_on(request, before)
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Restores the handlers of SIGINT and SIGTERM after a block that may replace them, as the import of a library does."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere nobody can replace them
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: set by something that is not Python
+                signal.signal(number, handler)
+
+
 def _pass_on(request: StopRequest, before: Mapping[signal.Signals, _Handler]) -> None:
     """Tells the program's own handler of the signal that it has not heard, as that of a block around ours."""
     number = request.signal_number

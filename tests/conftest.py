@@ -72,6 +72,15 @@ SERVER = textwrap.dedent("""
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 
 
+@pytest.fixture(autouse=True)
+def signals_left_alone() -> Iterator[None]:
+    """No test, and no library that it imports, leaves a handler of a signal behind, on which a later test would depend."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a process ended: ``code`` is negative for a signal."""

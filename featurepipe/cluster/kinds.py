@@ -22,6 +22,7 @@ from typing import Any
 from featurepipe.cluster.table import ClusterTable
 from featurepipe.cluster.worker import gpu_names
 from featurepipe.errors import ClusterError
+from featurepipe.interrupt import handlers_kept
 
 QUIET = logging.CRITICAL
 """What Dask logs of our own clusters is less than we say ourselves."""
@@ -271,7 +272,8 @@ def pod_spec(table: ClusterTable) -> dict[str, Any]:
 
 def _imported(module: str, name: str, table: ClusterTable) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
+        with handlers_kept():  # dask_jobqueue.runner takes SIGINT for itself as it is imported
+            return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed; pip install 'featurepipe[{table.kind}]'") from error
 

@@ -179,6 +179,31 @@ with connect({"kind": "kubernetes", "workers": 1}):
     )
 
 
+def test_a_library_that_takes_ctrl_c_as_it_is_imported_does_not_keep_it(tmp_path: Path) -> None:
+    (tmp_path / "dask_jobqueue.py").write_text(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit())\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit())\n"
+        "class SLURMCluster: pass\n"
+    )
+    code = f"""
+import signal
+from featurepipe.cluster import connect
+from featurepipe.errors import ClusterError
+own = signal.signal(signal.SIGTERM, lambda *_: None), signal.getsignal(signal.SIGTERM)
+try:
+    with connect({{"kind": "slurm", "options": {OPTIONS!r}}}):
+        pass
+except ClusterError as error:
+    print(error)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGTERM) is own[1]
+"""
+    ran = in_a_process(code, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "a cluster of kind 'slurm'" in ran.stdout
+
+
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with (
