@@ -14,10 +14,8 @@ import pytest
 
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs import holder
-from featurepipe.jobs.holder import Holder
-from featurepipe.jobs.lease import Lease
-from featurepipe.jobs.lock import job_lock
+from featurepipe.jobs import lock as holder
+from featurepipe.jobs.lock import Holder, Lease, job_lock
 from featurepipe.store import FeatureStore
 
 HOLD = """
@@ -25,7 +23,7 @@ HOLD = """
     from functools import partial
     from featurepipe.errors import FeaturepipeError
     from featurepipe.interrupt import StopRequest
-    from featurepipe.jobs.lease import Lease
+    from featurepipe.jobs.lock import Lease
     from featurepipe.jobs.lock import job_lock
     from featurepipe.store import FeatureStore
 

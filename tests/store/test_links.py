@@ -9,8 +9,7 @@ import pytest
 
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs.lease import Lease
-from featurepipe.jobs.lock import job_lock
+from featurepipe.jobs.lock import Lease, job_lock
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.store import FeatureStore, compact_store, describe, export, gc_store, verify_store
 from featurepipe.store.atomic import append_lines
