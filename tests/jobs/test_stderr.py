@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from featurepipe.images.quiet import silence_libtiff
-from featurepipe.jobs.stderr import captured_stderr
+from featurepipe.jobs.log import captured_stderr
 
 DAMAGED = """
 import io, sys
