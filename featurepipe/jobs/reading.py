@@ -15,8 +15,7 @@ from pydantic_core import ErrorDetails
 
 from featurepipe.errors import UsageError
 from featurepipe.jobs.checks import CHECKS, Problem
-from featurepipe.jobs.job import Job
-from featurepipe.jobs.values import LONGEST_NAME, is_name
+from featurepipe.jobs.job import LONGEST_NAME, Job, is_name
 from featurepipe.jobs.wording import problem_of, told
 
 _STAND_INS: Mapping[str, Any] = MappingProxyType(

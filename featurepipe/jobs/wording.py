@@ -66,7 +66,7 @@ def problem_of(details: ErrorDetails) -> Problem:
 
 def _message(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
-    if kind == "value_error":  # our own errors, see values.py
+    if kind == "value_error":  # our own errors, see job.py
         return str(context["error"])
     if kind != "literal_error":
         return _MUST_BE.get(kind, details["msg"]).format(**context)
