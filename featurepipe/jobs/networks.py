@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from featurepipe.backbones import load_backbone
 from featurepipe.errors import UsageError, WeightsNotFound, unknown
 from featurepipe.heads.families import make_head
-from featurepipe.jobs.checks import Problem
 from featurepipe.jobs.job import REFERENCES, FeaturesTable, Job
 from featurepipe.jobs.keys import in_keys
+from featurepipe.jobs.validation import Problem
 from featurepipe.jobs.wording import told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore

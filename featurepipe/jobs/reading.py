@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.checks import CHECKS, Problem
 from featurepipe.jobs.job import LONGEST_NAME, Job, is_name
+from featurepipe.jobs.validation import CHECKS, Problem
 from featurepipe.jobs.wording import problem_of, told
 
 _STAND_INS: Mapping[str, Any] = MappingProxyType(

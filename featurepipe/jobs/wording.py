@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from featurepipe.errors import unknown
-from featurepipe.jobs.checks import Problem
 from featurepipe.jobs.job import Job, Table
+from featurepipe.jobs.validation import Problem
 
 _MUST_BE = {
     "string_type": "must be text",
