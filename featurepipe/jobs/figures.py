@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from featurepipe import records
-from featurepipe.jobs.keys import in_keys
+from featurepipe.jobs.validation import in_keys
 
 Run: TypeAlias = Mapping[str, Any]
 """The record of an extraction."""

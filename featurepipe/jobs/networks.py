@@ -8,9 +8,7 @@ from featurepipe.backbones import load_backbone
 from featurepipe.errors import UsageError, WeightsNotFound, unknown
 from featurepipe.heads.families import make_head
 from featurepipe.jobs.job import REFERENCES, FeaturesTable, Job
-from featurepipe.jobs.keys import in_keys
-from featurepipe.jobs.validation import Problem
-from featurepipe.jobs.wording import told
+from featurepipe.jobs.validation import Problem, in_keys, told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
 

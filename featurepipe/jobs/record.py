@@ -14,10 +14,10 @@ from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.disk import disk_figures
 from featurepipe.jobs.figures import done_ones, figures_of
 from featurepipe.jobs.job import Job
-from featurepipe.jobs.keys import in_keys, result_in_keys
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.provenance import git_commit
 from featurepipe.jobs.schedule import steps_of
+from featurepipe.jobs.validation import in_keys, result_in_keys
 from featurepipe.records import KILLED, RUNNING
 from featurepipe.store import FeatureStore
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from featurepipe.errors import UsageError
 from featurepipe.jobs.job import Job
-from featurepipe.jobs.wording import told
+from featurepipe.jobs.validation import told
 from featurepipe.store import FeatureStore
 
 Run = Mapping[str, Any]

@@ -1,18 +1,153 @@
-"""What the tables of a job file say about each other, and may not."""
+"""Reads and validates a job file: everything that is wrong with it is said at once, a line for each problem.
+
+Messages name the keys of the job file, as do those of functions that know only the options of the command line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias, get_args, get_origin
 
-from featurepipe.errors import unknown
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.bundle.files import MANIFEST
 from featurepipe.heads.bundle.folder import existing_folder
-from featurepipe.jobs.job import FeaturesTable, Job
+from featurepipe.jobs.job import LONGEST_NAME, FeaturesTable, Job, Table, is_name
+
+_MUST_BE = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be an array",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be more than {gt}",
+    "less_than": "must be less than {lt}",
+    "too_short": "must not be empty",
+}
+
+
+LONGEST_SHOWN = 80
+"""Characters of a value that a message repeats."""
+
 
 Problem: TypeAlias = tuple[str, Any, str]
 """Key, what was given (None where the message says it), and what is wrong with it."""
+
+
+def told(problems: Iterable[Problem], file: str | PathLike[str] | None) -> list[str]:
+    """A line for each problem: the file, the key, what was given, and what is wrong with it."""
+    begin = "" if file is None else f"{fspath(file)}: "
+    return [f"{begin}{_line(problem)}" for problem in problems]
+
+
+def _line(problem: Problem) -> str:
+    key, given, message = problem
+    return f"{key}: {message}" if given is None else f"{key} = {_shown(given)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def problem_of(details: ErrorDetails) -> Problem:
+    """What is wrong, in the words of a job file: its key, what was given, and the choices or the nearest name."""
+    place, given = details["loc"], details["input"]
+    kind, key = details["type"], _dotted(place)
+    if kind == "extra_forbidden":
+        return key, None, _unknown_key(place)
+    if kind == "missing":
+        return key, None, f"is missing: {_description(place)}"
+    return _brackets(kind, key, given) or (key, given, _message(details))
+
+
+def _message(details: ErrorDetails) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "value_error":  # our own errors, see job.py
+        return str(context["error"])
+    if kind != "literal_error":
+        return _MUST_BE.get(kind, details["msg"]).format(**context)
+    given, choices = details["input"], _choices(details["loc"])
+    return str(unknown("value", given, choices)) if isinstance(given, str) else f"choices: {', '.join(choices)}"
+
+
+def _brackets(kind: str, key: str, given: Any) -> Problem | None:
+    """The two ways of TOML to open a table are easily taken for one another."""
+    if kind == "tuple_type" and isinstance(given, dict):
+        return key, None, f"write [[{key}]], with double brackets: there may be several"
+    if kind == "model_type" and isinstance(given, list):
+        return key, None, f"write [{key}], with single brackets: there is only one"
+    return None
+
+
+def _dotted(place: Iterable[int | str]) -> str:
+    """A place as TOML writes it, such as ``train[0].head``."""
+    text = ""
+    for step in place:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def _unknown_key(place: tuple[int | str, ...]) -> str:
+    name, table = str(place[-1]), _table_at(place)
+    keys = list(table.model_fields)
+    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.6)
+    homes = [home for home in ("", *Job.model_fields) if name in table_called(home).model_fields]
+    if homes and not near:
+        where = " or ".join(f"[{home}]" if home else "the top of the file, before the first table" for home in homes)
+        return f"unknown key; it belongs to {where}"
+    if not keys:
+        return "unknown key; this table has none"
+    return f"unknown key; nearest: {', '.join(near)}" if near else f"unknown key; choices: {', '.join(keys)}"
+
+
+def _description(place: tuple[int | str, ...]) -> str:
+    field = _table_at(place).model_fields[str(place[-1])]
+    text = (field.description or "").rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _choices(place: tuple[int | str, ...]) -> list[str]:
+    annotation = _table_at(place).model_fields[next(str(step) for step in place[::-1] if isinstance(step, str))]
+    return [text for text in _leaves(annotation.annotation) if isinstance(text, str)]
+
+
+def _table_at(place: tuple[int | str, ...]) -> type[BaseModel]:
+    return table_called(str(place[0])) if len(place) > 1 else Job
+
+
+def table_called(name: str) -> type[BaseModel]:
+    """The class of a table by its name in the file; the job itself for the top, and for keys that are no tables."""
+    if not name:
+        return Job
+    kinds = [kind for kind in _leaves(Job.model_fields[name].annotation) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), _NoTable)
+
+
+class _NoTable(Table):
+    """Stands for keys at the top that hold no table."""
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """What a type is made of: the classes in unions and tuples, the texts in literals."""
+    inner = get_args(annotation)
+    return [leaf for part in inner for leaf in _leaves(part)] if inner else [annotation]
+
 
 RECOMMENDED = ("recommended",)
 _NETWORK = ("backbone", "weights", "seed", "precision", "dtype", "decode", "intensity")
@@ -213,3 +348,127 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_same_target_twice, frozenset({"train", "predict", "depth", "report", "metrics"})),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
+
+
+_TABLES: Mapping[str, tuple[str, ...]] = {
+    "list": ("source", "limits", ""),
+    "labels": ("source",),
+    "extract": ("features", "machine", "limits", "source", ""),
+}
+"""The tables that a step looks at; those of any other step bear its name."""
+_RENAMED = {"node": "nodes"}
+_COMMAND = r"\b(?:featurepipe|pip|dask) [a-z][^;,\n]*"
+"""What is meant to be typed stays as it is."""
+_OPTION = r"(?<![\w-])--(?P<flag>[a-z][a-z-]*)"
+_VALUE = (
+    r"(?P<value>\d[\d.,]*(?: ?[kMGT]?B\b)?%?|[A-Z]+(?:\.[a-z]+)?\b|[a-z_]+\d+\b|none|gpu|cpu|cuda|auto|timm/[\w./-]+)"
+)
+_FOUND = re.compile(rf"{_COMMAND}|{_OPTION}(?:[ =]{_VALUE})?")
+
+
+def in_keys(text: str, step: str) -> str:
+    """The same text with the keys of the job file for the options of the command line; others stay, and commands do.
+
+    Args:
+        text: a message.
+        step: which step of a job it is about.
+
+    Example:
+        >>> in_keys("more than --max-rejects 1% allows", "extract")
+        'more than [limits] max_rejects = "1%" allows'
+        >>> in_keys("leave --tune out; or run: featurepipe depth STORE --seeds 3", "train")
+        'leave [[train]] tune out; or run: featurepipe depth STORE --seeds 3'
+    """
+
+    def said(found: re.Match[str]) -> str:
+        name = _RENAMED.get(key := (found["flag"] or "").replace("-", "_"), key)
+        table = next((table for table in _TABLES.get(step, (step,)) if name in table_called(table).model_fields), None)
+        if not name or table is None:
+            return found[0]
+        value = "" if found["value"] is None else f" = {_toml(found['value'])}"
+        return f"{_heading(table)}{name}{value}"
+
+    return _FOUND.sub(said, text)
+
+
+def result_in_keys(result: Mapping[str, Any], step: str) -> dict[str, Any]:
+    """A step's result, of which what people read is in the words of the job file."""
+    names = (name for name in ("text", "skipped", "why", "verdict") if isinstance(result.get(name), str))
+    told = {name: in_keys(result[name], step) for name in names}
+    warnings = {"warnings": [in_keys(text, step) for text in result["warnings"]]} if "warnings" in result else {}
+    return {**result, **told, **warnings}
+
+
+def _heading(table: str) -> str:
+    if not table:
+        return ""
+    several = get_origin(Job.model_fields[table].annotation) is tuple
+    return f"[[{table}]] " if several else f"[{table}] "
+
+
+def _toml(value: str) -> str:
+    return value.replace(",", "") if re.fullmatch(r"\d[\d,]*(?:\.\d+)?", value) else json.dumps(value)
+
+
+_STAND_INS: Mapping[str, Any] = MappingProxyType(
+    {"name": "job", "store": "store", "source": {"path": "images"}, "features": [{}]}
+)
+
+
+def read_job(path: str | PathLike[str]) -> Job:
+    """Reads a job file; relative paths in it are seen from its folder.
+
+    Names of networks and nodes are not looked up: that takes seconds, see `networks.check_networks`.
+
+    Raises:
+        UsageError: It cannot be read, or something in it is wrong. The message has a line for each problem: file, key, what
+            was given, and the choices or the nearest name.
+    """
+    file = Path(path).absolute()
+    parsed = _parsed(file)
+    given = {"name": file.stem, **parsed}
+    context = {"folder": file.parent}
+    problems: list[Problem] = []
+    try:
+        job = Job.model_validate(given, context=context)
+    except ValidationError as error:
+        found = list(_one_per_key(error))
+        problems = [problem_of(details) for details in found]
+        if "name" not in parsed and not is_name(file.stem):
+            problems = [problem if problem[0] != "name" else _unnamed(file) for problem in problems]
+        wrong = {str(details["loc"][0]) for details in found}
+        # What the other tables say of each other can still be checked.
+        sound = {name: value for name, value in given.items() if name not in wrong}
+        job = Job.model_validate({**_STAND_INS, **sound}, context=context)
+    else:
+        wrong = set()
+    problems += [problem for check, tables in CHECKS if wrong.isdisjoint(tables) for problem in check(job)]
+    if problems:
+        raise UsageError(*told(problems, path))
+    return job.read_from(Path(path))
+
+
+def _unnamed(file: Path) -> Problem:
+    name = re.sub("[^A-Za-z0-9._-]+", "-", file.stem)[:LONGEST_NAME].strip("-.") or "nightly"
+    message = (
+        f'is missing, and the file\'s own, {file.stem!r}, cannot be one: write name = "{name}" at the top of the file'
+    )
+    return "name", None, message
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not UTF-8, as TOML must be: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}; name a job file, such as nightly.toml") from error
+
+
+def _one_per_key(error: ValidationError) -> Iterable[ErrorDetails]:
+    found: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for details in error.errors(include_url=False):
+        found.setdefault(details["loc"], details)
+    return found.values()

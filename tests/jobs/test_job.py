@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from featurepipe.errors import UsageError
 from featurepipe.jobs.job import FeaturesTable, Job, LimitsTable, SourceTable, Table, TrainTable
-from featurepipe.jobs.reading import read_job
+from featurepipe.jobs.validation import read_job
 
 LEAST = """
 store = "features"

@@ -3,7 +3,7 @@
 import pytest
 
 from featurepipe.errors import SourceError, UsageError
-from featurepipe.jobs.keys import in_keys
+from featurepipe.jobs.validation import in_keys
 
 TWO = '[[features]]\nbackbone = "lenet5"\nnodes = ["c3"]\n'
 

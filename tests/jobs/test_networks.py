@@ -7,7 +7,7 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.jobs.networks import check_networks
-from featurepipe.jobs.reading import read_job
+from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore
 
 SECOND = '[[features]]\nbackbone = "resnet999"\n'

@@ -10,8 +10,8 @@ import pytest
 from featurepipe.errors import Interrupted, SourceError, UsageError
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs.reading import read_job
 from featurepipe.jobs.sources import Listed, Patience, TonightsSource, wait
+from featurepipe.jobs.validation import read_job
 
 
 class Attempts:
