@@ -14,7 +14,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.labelled import check_labels
-from featurepipe.jobs.networks import check_networks
+from featurepipe.jobs.preflight import check_networks
 from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource
 from featurepipe.jobs.taken import check_dataset

@@ -70,7 +70,7 @@ def run_job(
             stop.say = log.warn
             with stop.at_once(before="anything was done"):
                 from featurepipe.jobs.extractions import Extractions  # load torch, which takes a while
-                from featurepipe.jobs.networks import check_networks
+                from featurepipe.jobs.preflight import check_networks
 
                 check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
