@@ -13,9 +13,9 @@ from featurepipe.cli.output import show
 from featurepipe.display import displayed, displayed_lines, displayed_values
 from featurepipe.errors import TooManyRejects, UsageError
 from featurepipe.extraction.text import text as extract_text
-from featurepipe.jobs.details import rejects_text
 from featurepipe.jobs.log import job_log
 from featurepipe.jobs.prometheus import registry_of
+from featurepipe.jobs.text import rejects_text
 from featurepipe.monitoring.text import duplicates_text
 from featurepipe.progress import Lines
 from featurepipe.tables import table

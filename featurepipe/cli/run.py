@@ -109,7 +109,7 @@ def _standing(args: Namespace, records: Sequence[Record]) -> list[str]:
 
 
 def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: FeatureStore) -> int:
-    from featurepipe.jobs.details import details_text
+    from featurepipe.jobs.text import details_text
 
     if not chosen:
         raise UsageError(f"nothing has run in {store.path} yet; run: featurepipe run JOB.toml")
@@ -141,8 +141,7 @@ def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], sto
 
 
 def _rejects(args: Namespace, store: FeatureStore) -> int:
-    from featurepipe.jobs.details import rejects_text
-    from featurepipe.jobs.rejected import current_rejects
+    from featurepipe.jobs.text import current_rejects, rejects_text
 
     datasets = store.datasets()
     if args.dataset is not None and args.dataset not in datasets:

@@ -1,12 +1,16 @@
-"""What a run of a job did or would do, and what all runs did, as text: pure functions of their records."""
+"""What a run of a job did or would do, what all runs did, and which images are rejected: records as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
+
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
+from featurepipe.store import FeatureStore
+from featurepipe.store.snapshots import OK
 from featurepipe.tables import counted, size, table
 
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
@@ -154,3 +158,141 @@ def _estimate(found: Mapping[str, Any]) -> Iterator[str]:
 def minute(stamp: str) -> str:
     """A time without its seconds."""
     return stamp[:16].replace("T", " ")
+
+
+Reject = dict[str, Any]
+
+
+def current_rejects(store: FeatureStore, dataset: str) -> list[Reject]:
+    """The rejects of a dataset's last snapshot.
+
+    Args:
+        store: the feature store.
+        dataset: its name.
+
+    Returns:
+        JSON values, in the order of the snapshot: ``dataset``, ``id``, ``reason``, ``run``, the run that found these bytes
+        unusable (a job's, where one did), and ``since``, when that began; both None where no record is left of it.
+    """
+    run_ids = store.snapshot_ids(dataset)
+    if not run_ids:
+        return []
+    snapshot = store.snapshot(dataset, run_ids[-1], columns=("id", "key", "status", "reason"))
+    rejected = [] if snapshot is None else snapshot.filter(pc.not_equal(snapshot["status"], OK)).to_pylist()
+    found = _found_by(store, dataset) if rejected else {}
+    runs = _whole_runs(store.runs())
+    return [
+        {
+            "dataset": dataset,
+            "id": row["id"],
+            "reason": row["reason"],
+            **_since(found.get((row["id"], row["key"])), runs),
+        }
+        for row in rejected
+    ]
+
+
+def _found_by(store: FeatureStore, dataset: str) -> dict[tuple[str, bytes | None], str]:
+    """The extraction that found each reject first, in whatever feature space."""
+    found: dict[tuple[str, bytes | None], str] = {}
+    for space in store.spaces():
+        for row in space.rejects(dataset=dataset, first=True).select(["id", "key", "run_id"]).to_pylist():
+            place = (row["id"], row["key"])
+            found[place] = min(row["run_id"], found.get(place, row["run_id"]))
+    return found
+
+
+def _whole_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The record of each run by its id, for an extraction that was part of a job's run the record of that."""
+    runs = {record["run_id"]: record for record in records}
+    return runs | {part: record for record in records for part in record.get("extractions", ())}
+
+
+def _since(run_id: str | None, runs: Mapping[str, Mapping[str, Any]]) -> Reject:
+    run = runs.get(run_id or "", {})
+    return {"run": run.get("run_id", run_id), "since": run.get("started")}
+
+
+_REJECTS_SHOWN = 20
+_LISTED = 100
+"""Rejects of a table; all are in its JSON form."""
+
+
+def details_text(record: Mapping[str, Any], extractions: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What ``featurepipe runs STORE RUN-ID`` prints.
+
+    Args:
+        record: of a job's run, or of an extraction by hand; it may be running still, or have been killed.
+        extractions: the records of the run's extractions that are there, which name its rejects.
+    """
+    parts = [list(_head(record)), list(_plan(record.get("plan") or {})), list(image_lines(record))]
+    parts.append(list(step_lines(record.get("steps") or ())))
+    parts.append(list(_rejects([*extractions, record])))
+    parts.append(list(_figures(record)))
+    parts.append([f"warning: {text}" for text in record.get("warnings") or ()])
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def rejects_text(rejects: Sequence[Mapping[str, Any]]) -> str:
+    """What ``featurepipe runs STORE --rejects`` prints."""
+    if not rejects:
+        return "no image is rejected"
+    several = len({reject["dataset"] for reject in rejects}) > 1
+    header = ["since (UTC)", "run", *(["dataset"] if several else []), "image", "reason"]
+    rows = [
+        [minute(reject["since"] or "?"), reject["run"] or "?", *([reject["dataset"]] if several else []), reject["id"],
+         reject["reason"]]
+        for reject in rejects[:_LISTED]
+    ]  # fmt: skip
+    left = len(rejects) - _LISTED
+    more = [f"and {left:,} more; all of them: --json"] if left > 0 else []
+    return "\n".join([table(header, rows), *more])
+
+
+def _head(record: Mapping[str, Any]) -> Iterator[str]:
+    what = record.get("job") or f"{record.get('command', 'run')} by hand"
+    yield f"{what}: {ending(record)}"
+    wall, ended = (record.get("seconds") or {}).get("wall"), record.get("ended")
+    until = f" to {minute(ended)[-5:]}" if ended else ""
+    took = "" if wall is None else f", {spoken(wall)}"
+    yield f"{minute(record.get('started', '?'))}{until} UTC{took}, run {record['run_id']}"
+    if record.get("waiting"):
+        yield f"waiting since {minute(record['waiting']['since'])} UTC: {record['waiting']['why']}"
+    if record.get("error"):
+        yield str(record["error"])
+    host, git = record.get("host") or {}, record.get("git")
+    yield f"on {host.get('name', '?')}, pid {host.get('pid', '?')}" + (f", git {git}" if git else "")
+    yield from (
+        f"{name.replace('_', ' ')}: {record[name]}" for name in ("job_file", "source", "space") if record.get(name)
+    )
+
+
+def _plan(plan: Mapping[str, Any]) -> Iterator[str]:
+    for features in plan.get("features", ()):
+        yield f"features: {features['backbone']}, weights {features['weights']}: {', '.join(features['nodes'])}"
+    limits = {name: value for name, value in plan.get("limits", {}).items() if value is not None}
+    if limits:
+        yield f"limits: {', '.join(f'{name} {value}' for name, value in limits.items())}"
+    if plan:
+        yield f"steps: {', '.join(plan.get('steps', ())) or 'none'}"
+
+
+def _rejects(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    found = {reject["id"]: reject["reason"] for record in records for reject in record.get("rejects") or ()}
+    count = max([int((record.get("counts") or {}).get("rejected", 0)) for record in records] + [len(found)])
+    if not count:
+        return
+    yield f"rejected: {counted(count, 'image')}"
+    yield from (f"  {name}: {reason}" for name, reason in list(found.items())[:_REJECTS_SHOWN])
+    if count > min(len(found), _REJECTS_SHOWN):
+        yield "  all that are rejected now: featurepipe runs STORE --rejects"
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[str]:
+    seconds = {name: value for name, value in (record.get("seconds") or {}).items() if value}
+    if seconds:
+        yield f"seconds: {', '.join(f'{name} {value:,.1f}' for name, value in seconds.items())}"
+    if record.get("store_bytes") is not None:
+        yield f"store: {size(record['store_bytes'])}; free on its disk: {size(record.get('free_bytes') or 0)}"
+    if record.get("versions"):
+        yield f"versions: {', '.join(f'{name} {value}' for name, value in record['versions'].items())}"

@@ -152,7 +152,7 @@ def test_a_store_without_runs_has_no_last_one(store, call):
 
 def test_rejects_of_all_datasets_or_of_one(nights, call, monkeypatch):
     monkeypatch.setattr("featurepipe.store.FeatureStore.datasets", lambda self: ["birds", "cats"])
-    monkeypatch.setattr("featurepipe.jobs.rejected.current_rejects", lambda store, dataset: [{"dataset": dataset}])
+    monkeypatch.setattr("featurepipe.jobs.text.current_rejects", lambda store, dataset: [{"dataset": dataset}])
     assert json.loads(call("runs", nights, "--rejects", "--json").out) == [{"dataset": "birds"}, {"dataset": "cats"}]
     assert json.loads(call("runs", nights, "--rejects", "--dataset", "cats", "--json").out) == [{"dataset": "cats"}]
     unknown = call("runs", nights, "--rejects", "--dataset", "cat")

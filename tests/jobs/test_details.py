@@ -1,8 +1,7 @@
 """One run in full, and the images that cannot be used now."""
 
 import featurepipe as fp
-from featurepipe.jobs.details import details_text, rejects_text
-from featurepipe.jobs.rejected import current_rejects
+from featurepipe.jobs.text import current_rejects, details_text, rejects_text
 
 
 def extractions(pile, record):
