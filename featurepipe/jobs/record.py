@@ -1,25 +1,161 @@
-"""What a run of a job did: the books while it runs, and the run record, which is there from its beginning."""
+"""The record of a job's run, there from its beginning: counts, seconds, steps, the version of the job file, the store's disk."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
-from featurepipe.jobs.disk import disk_figures
-from featurepipe.jobs.figures import done_ones, figures_of
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
-from featurepipe.jobs.provenance import git_commit
 from featurepipe.jobs.schedule import steps_of
+from featurepipe.jobs.steps.stopping import within_time
 from featurepipe.jobs.validation import in_keys, result_in_keys
 from featurepipe.records import KILLED, RUNNING
 from featurepipe.store import FeatureStore
+
+_GIT_SECONDS = 5.0
+"""Seconds: a repository on a slow share must not hold up a night."""
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that a folder is at, with ``-dirty`` if tracked files were changed since; None without git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # to look changes nothing
+    try:
+        found = subprocess.run(
+            ["git", "-C", folder, *arguments],
+            capture_output=True, text=True, timeout=_GIT_SECONDS, env=environment, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, not ours, too slow
+        return None
+    return found.stdout.strip()
+
+
+Run: TypeAlias = Mapping[str, Any]
+"""The record of an extraction."""
+
+_SUMMED = ("computed", "read")
+_COUNTED = ("listed", "known", "rejected")
+_STAGES = ("read", "decode", "forward", "write", "waiting")
+_NAMED = 3
+"""New rejects that the record names; each extraction's own record names more."""
+
+
+def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> dict[str, Any]:
+    """The figures of a night, as plain JSON values.
+
+    Args:
+        extractions: all of the night, in their order, also those that failed.
+        listing: seconds it took to list the source.
+        wall: seconds of the whole run.
+    """
+    seconds, counts = _seconds(extractions, listing, wall), _counts(extractions)
+    computing = seconds["extract"]
+    device = next((run["machine"]["device"] for run in extractions), "cpu")
+    return {
+        "counts": counts,
+        "counts_by_space": {run["space"]: _counts_of(run, extractions) for run in _last_tries(extractions)},
+        "changes": next((run["changes"] for run in extractions if run.get("changes")), {}),
+        "new_rejects": _new_rejects(extractions),
+        "seconds": seconds,
+        "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
+        "verdict": in_keys(records.verdict(seconds, sum(map(_busy, extractions)), device=device), "extract"),
+    }
+
+
+def _busy(run: Run) -> float:
+    """Seconds that an extraction's stages are shares of: its own, or those of all workers of a cluster together."""
+    workers = run.get("cluster", {}).get("workers", ())
+    return sum(worker["seconds"] for worker in workers) if workers else float(run["seconds"].get("wall", 0.0))
+
+
+def done_ones(extractions: Sequence[Run]) -> list[Run]:
+    """Those that came to their end, and left a snapshot."""
+    return [run for run in extractions if run["status"] == "done"]
+
+
+def _counts(extractions: Sequence[Run]) -> dict[str, int]:
+    """Images listed, known and rejected in the first feature space, computed and read in all."""
+    first = next(iter(done_ones(extractions) or extractions[-1:]), None)
+    counts = dict.fromkeys(_COUNTED, 0) if first is None else _counts_of(first, extractions)
+    return counts | {name: sum(int(run["counts"][name]) for run in extractions) for name in _SUMMED}
+
+
+def _counts_of(run: Run, extractions: Sequence[Run]) -> dict[str, int]:
+    """What an extraction counted, with earlier tries of the night, before its source went away.
+
+    What those computed was not known before the night.
+    """
+    tries = [other for other in extractions if other["fingerprint"] == run["fingerprint"]]
+    counts = {name: int(run["counts"][name]) for name in _COUNTED}
+    counts["known"] -= sum(int(other["counts"]["computed"]) for other in tries[: tries.index(run)])
+    return counts | {name: sum(int(other["counts"][name]) for other in tries) for name in _SUMMED}
+
+
+def _last_tries(extractions: Sequence[Run]) -> list[Run]:
+    """The last extraction of each feature space."""
+    return list({run["fingerprint"]: run for run in extractions}.values())
+
+
+def _new_rejects(extractions: Sequence[Run]) -> list[Mapping[str, str]]:
+    """Some of the images that could not be used for the first time tonight; a later space sees them as known ones."""
+    found = {reject["id"]: reject for run in extractions for reject in run.get("new_rejects", ())}
+    return list(found.values())[:_NAMED]
+
+
+def _seconds(extractions: Sequence[Run], listing: float, wall: float) -> dict[str, float]:
+    """Per stage, summed over extractions; ``extract`` is what they took in all, ``wall`` the whole run."""
+    stages = dict.fromkeys(_STAGES, 0.0)
+    for run in extractions:
+        for stage, value in run["seconds"].items():
+            stages[stage] = stages.get(stage, 0.0) + value
+    stages["extract"] = stages.pop("wall", 0.0)
+    stages["scan"] = stages.get("scan", 0.0) + listing
+    stages["wall"] = wall
+    return {stage: round(value, 3) for stage, value in stages.items()}
+
+
+DISK_SECONDS = 3.0
+"""Seconds for which a store is measured: a night that is stopped ends soon, however many files there are."""
+
+
+def disk_figures(store: Path) -> dict[str, int | None]:
+    """``store_bytes`` and ``free_bytes``; None where the disk is too slow to tell."""
+
+    def work() -> dict[str, Any]:
+        return {"store_bytes": bytes_in(store), "free_bytes": shutil.disk_usage(store).free}
+
+    found = within_time(time.monotonic() + DISK_SECONDS, work, "the store was not measured")
+    return {name: found.get(name) for name in ("store_bytes", "free_bytes")}
+
+
+def bytes_in(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files in a folder, each once however many names it has; files that vanish meanwhile count nothing."""
+    sizes: dict[int, int] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - as many as there are parts
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
+
 
 DONE, SKIPPED, FAILED, NOT_REACHED = "done", "skipped", "failed", "not reached"
 INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"

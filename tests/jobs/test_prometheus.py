@@ -8,8 +8,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.disk import bytes_in
 from featurepipe.jobs.prometheus import registry_of, write_metrics
+from featurepipe.jobs.record import bytes_in
 from featurepipe.store import FeatureStore
 
 

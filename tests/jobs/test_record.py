@@ -1,6 +1,6 @@
 """What a run record holds of the night's extractions."""
 
-from featurepipe.jobs.figures import figures_of
+from featurepipe.jobs.record import figures_of
 from featurepipe.jobs.text import summary_text
 
 SECOND_SPACE = """

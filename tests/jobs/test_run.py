@@ -21,7 +21,7 @@ from featurepipe.jobs import run as run_module
 from featurepipe.jobs import steps as real_steps
 from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
-from featurepipe.jobs.provenance import git_commit
+from featurepipe.jobs.record import git_commit
 from featurepipe.jobs.sources import Patience, wait
 from featurepipe.jobs.text import runs_text
 
@@ -373,9 +373,9 @@ def test_the_record_says_what_the_store_takes(pile, steps):
 
 
 def test_a_store_too_slow_to_measure_does_not_hold_up_the_end(pile, monkeypatch):
-    from featurepipe.jobs import disk
+    from featurepipe.jobs import record as disk
 
-    monkeypatch.setattr(disk, "PATIENCE", 0.2)
+    monkeypatch.setattr(disk, "DISK_SECONDS", 0.2)
     monkeypatch.setattr(disk, "bytes_in", lambda folder: time.sleep(30))
     pile.fill(2)
     started = time.monotonic()
