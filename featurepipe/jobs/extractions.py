@@ -14,10 +14,9 @@ from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
-from featurepipe.jobs.labelled import LabelledSource
 from featurepipe.jobs.preflight import check_dataset, in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
-from featurepipe.jobs.sources import Patience, TonightsSource
+from featurepipe.jobs.sources import LabelledSource, Patience, TonightsSource
 from featurepipe.jobs.tonights_team import TeamOf, nobody
 from featurepipe.store.inside import listed
 
