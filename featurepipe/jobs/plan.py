@@ -14,8 +14,8 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.preflight import check_dataset, check_networks
-from featurepipe.jobs.schedule import outlook, steps_of
 from featurepipe.jobs.sources import TonightsSource, check_labels
+from featurepipe.jobs.step import outlook, steps_of
 from featurepipe.jobs.validation import in_keys
 from featurepipe.progress import announcer
 from featurepipe.training.on_cluster import cluster_name
