@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
-from featurepipe.jobs.job import Job
+from featurepipe.jobs.job import DepthTable, DriftTable, Job, KeepTable, PredictTable, ReportTable, Table, TrainTable
 from featurepipe.jobs.preflight import check_dataset, check_networks
 from featurepipe.jobs.sources import TonightsSource, check_labels
-from featurepipe.jobs.step import outlook, steps_of
+from featurepipe.jobs.step import steps_of
 from featurepipe.jobs.validation import in_keys
 from featurepipe.progress import announcer
 from featurepipe.training.on_cluster import cluster_name
@@ -80,3 +81,40 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         "bytes": sum(sum(found["bytes_per_column"].values()) for found in estimates),
         "steps": [{"step": step.step, "name": step.name, "runs": runs, "why": why} for step, runs, why in steps],
     }
+
+
+def outlook(table: Table, job: str) -> tuple[bool | None, str]:
+    """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
+    match table:
+        case TrainTable():
+            return _of_training(table)
+        case PredictTable():
+            file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
+            return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
+        case DriftTable():
+            reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
+            return None, f"compares tonight's new images with {reference}"
+        case DepthTable():
+            return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
+        case _:
+            return True, _upkeep(table)
+
+
+def _upkeep(table: Table) -> str:
+    if isinstance(table, KeepTable):
+        return f"keeps {_all(table.snapshots)} snapshots and {_all(table.runs)} run records"
+    if isinstance(table, ReportTable):
+        return f"the last {table.last} nights, into {table.to.name}"
+    return "always"
+
+
+def _of_training(table: TrainTable) -> tuple[bool | None, str]:
+    if table.when == "always":
+        return True, "always"
+    if not table.out.exists():
+        return True, "there is no bundle yet"
+    return None, "if images, labels or settings are not those that the bundle was trained with"
+
+
+def _all(count: int | None) -> Any:
+    return "all" if count is None else count

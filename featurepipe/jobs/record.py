@@ -17,8 +17,7 @@ from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
-from featurepipe.jobs.step import steps_of
-from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.step import steps_of, within_time
 from featurepipe.jobs.validation import in_keys, result_in_keys
 from featurepipe.records import KILLED, RUNNING
 from featurepipe.store import FeatureStore

@@ -15,9 +15,8 @@ from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import Held, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
-from featurepipe.jobs.night import Night
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
-from featurepipe.jobs.step import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Step, steps_of
+from featurepipe.jobs.step import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Night, Step, steps_of
 from featurepipe.jobs.tonights_team import tonights_team
 from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore

@@ -1,13 +1,23 @@
-"""The steps of a job in their order, and what each needs."""
+"""The steps of a job: which there are, in their order, what each is given, and how it ends with the time budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from featurepipe.jobs.job import DepthTable, DriftTable, Job, KeepTable, PredictTable, ReportTable, Table, TrainTable
+from featurepipe.jobs.job import Job, Table
+from featurepipe.jobs.tonights_team import TeamOf, nobody
+
+if TYPE_CHECKING:
+    from featurepipe.interrupt import StopRequest
+    from featurepipe.store import FeatureStore
+
 
 OF_TONIGHT = frozenset({"train", "predict", "drift", "depth"})
 """Steps that make no sense unless all features of tonight's images are there."""
@@ -49,38 +59,82 @@ def steps_of(job: Job) -> Iterator[Step]:
             yield Step(name, "", table)
 
 
-def outlook(table: Table, job: str) -> tuple[bool | None, str]:
-    """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
-    match table:
-        case TrainTable():
-            return _of_training(table)
-        case PredictTable():
-            file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
-            return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
-        case DriftTable():
-            reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
-            return None, f"compares tonight's new images with {reference}"
-        case DepthTable():
-            return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
-        case _:
-            return True, _upkeep(table)
+@dataclass(frozen=True)
+class Night:
+    """One run of a job, as its steps see it.
+
+    A step is a function ``(night, table) -> dict`` of plain JSON values: what it did; ``{"skipped": why}`` when there was
+    nothing to do; ``"warnings"`` holds texts for the summary. It fails by raising a `FeaturepipeError`.
+
+    Attributes:
+        job: the job file.
+        dataset: the dataset's name; empty if nobody knows it, and then only steps of the whole store are taken.
+        store: the feature store.
+        run_id: of this run; its record is ``runs/<run_id>.json``.
+        before: the dataset's snapshot before tonight's extractions, None on the first night. Each extraction of the night
+            writes a snapshot, so that the last but one is tonight's, too, where there are several feature spaces.
+        stop: asks steps to stop.
+        say: a line for people.
+        silent: what verbs are told, so that only ``say`` speaks.
+        extracted: the run records of tonight's extractions that were done.
+        record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
+            and the status that the night will end with if all that is left succeeds. In the store it is still running.
+        team: the night's workers, see `featurepipe.jobs.tonights_team`.
+    """
+
+    job: Job
+    dataset: str
+    store: FeatureStore
+    run_id: str
+    before: str | None
+    stop: StopRequest
+    say: Callable[[str], None]
+    silent: bool
+    extracted: tuple[dict[str, Any], ...]
+    record: dict[str, Any]
+    team: TeamOf = nobody
 
 
-def _upkeep(table: Table) -> str:
-    if isinstance(table, KeepTable):
-        return f"keeps {_all(table.snapshots)} snapshots and {_all(table.runs)} run records"
-    if isinstance(table, ReportTable):
-        return f"the last {table.last} nights, into {table.to.name}"
-    return "always"
+class _OutOfTimeError(Exception):
+    """The deadline passed."""
 
 
-def _of_training(table: TrainTable) -> tuple[bool | None, str]:
-    if table.when == "always":
-        return True, "always"
-    if not table.out.exists():
-        return True, "there is no bundle yet"
-    return None, "if images, labels or settings are not those that the bundle was trained with"
+def within_time(deadline: float | None, work: Callable[[], dict[str, Any]], otherwise: str) -> dict[str, Any]:
+    """Does work that the deadline breaks off at once.
+
+    Only for work that may be killed at any moment, because it puts everything in its place at its very end or goes on from
+    what it has: training, comparing layers, merging parts. It is broken off between two steps of Python; a fit inside
+    compiled code ends first.
+
+    Args:
+        deadline: value of `time.monotonic`, None for never; only the main thread can be broken off.
+        work: what to do.
+        otherwise: what becomes of it when there is no time left, for the summary.
+
+    Returns:
+        What ``work`` does, or why it is ``skipped``.
+    """
+    try:
+        with _alarm(deadline):
+            return work()
+    except _OutOfTimeError:
+        why = f"no time was left: {otherwise}"
+        return {"skipped": why, "warnings": [why]}
 
 
-def _all(count: int | None) -> Any:
-    return "all" if count is None else count
+@contextmanager
+def _alarm(deadline: float | None) -> Iterator[None]:
+    if deadline is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(_number: int, _frame: FrameType | None) -> None:
+        raise _OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, over)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)  # someone else's alarm, which comes a little later now
+        signal.signal(signal.SIGALRM, before)

@@ -16,8 +16,7 @@ from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import steps
 from featurepipe.jobs.job import CompactTable, DepthTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
-from featurepipe.jobs.night import Night
-from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.tonight import new_images, snapshot_of
 from featurepipe.store import fingerprint
 

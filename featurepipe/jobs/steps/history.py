@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.jobs.night import Night
+from featurepipe.jobs.step import Night
 
 
 def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | None:

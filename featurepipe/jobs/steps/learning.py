@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from featurepipe.jobs.job import TrainTable
-from featurepipe.jobs.night import Night
-from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.tonight import snapshot_of
 from featurepipe.tables import counted
 

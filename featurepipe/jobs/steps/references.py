@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.jobs.night import Night
+from featurepipe.jobs.step import Night
 from featurepipe.monitoring.verdict import DRIFT
 from featurepipe.monitoring.warned import drift_result, standing, suspect_runs
 

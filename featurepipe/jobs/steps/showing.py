@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 from featurepipe.jobs.job import MetricsTable, ReportTable
-from featurepipe.jobs.night import Night
-from featurepipe.jobs.steps.stopping import within_time
+from featurepipe.jobs.step import Night, within_time
 
 PATIENCE = 5.0
 """Seconds that figures may take; a night that was stopped writes them, too."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.jobs.job import PredictTable
-from featurepipe.jobs.night import Night
+from featurepipe.jobs.step import Night
 from featurepipe.jobs.steps.history import last_result
 from featurepipe.spreadsheets import neutralised_text
 from featurepipe.tables import counted
