@@ -9,7 +9,7 @@ from typing import Any
 from featurepipe.errors import StoreLocked
 from featurepipe.jobs.job import CompactTable, KeepTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.references import needed, telling_runs
+from featurepipe.jobs.steps.history import needed, telling_runs
 from featurepipe.records import is_success
 from featurepipe.store.compact import compact_store
 from featurepipe.store.gc import gc_store, remove_runs
