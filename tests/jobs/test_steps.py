@@ -17,7 +17,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import steps
 from featurepipe.jobs.job import CompactTable, DepthTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.tonight import new_images, snapshot_of
+from featurepipe.jobs.steps.heads import new_images, snapshot_of
 from featurepipe.store import fingerprint
 
 STARTED = "2026-11-22T01:30:00+00:00"

@@ -6,7 +6,7 @@ from typing import Any
 
 from featurepipe.jobs.job import TrainTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.tonight import snapshot_of
+from featurepipe.jobs.steps.heads import snapshot_of
 from featurepipe.tables import counted
 
 

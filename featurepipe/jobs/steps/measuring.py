@@ -12,8 +12,8 @@ import numpy as np
 from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.step import Night, within_time
+from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
-from featurepipe.jobs.steps.tonight import extraction_of, snapshot_of
 from featurepipe.monitoring.warned import is_gone, told
 from featurepipe.tables import counted
 
