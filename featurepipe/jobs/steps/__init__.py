@@ -4,8 +4,7 @@ Each result has a ``text``, the line that the summary shows; ``skipped`` says wh
 people should look at. A step that fails raises.
 """
 
-from featurepipe.jobs.steps.heads import predict
-from featurepipe.jobs.steps.learning import train
+from featurepipe.jobs.steps.heads import predict, train
 from featurepipe.jobs.steps.measuring import depth, drift
 from featurepipe.jobs.steps.showing import metrics, report
 from featurepipe.jobs.steps.upkeep import compact, keep
