@@ -5,8 +5,7 @@ people should look at. A step that fails raises.
 """
 
 from featurepipe.jobs.steps.heads import predict, train
-from featurepipe.jobs.steps.housekeeping import compact, keep
+from featurepipe.jobs.steps.housekeeping import compact, keep, metrics, report
 from featurepipe.jobs.steps.measuring import depth, drift
-from featurepipe.jobs.steps.showing import metrics, report
 
 __all__ = ["compact", "depth", "drift", "keep", "metrics", "predict", "report", "train"]

@@ -1,13 +1,14 @@
-"""Keeping the store small: merging parts, letting old snapshots and run records go."""
+"""What follows the measurements: compaction, retention, the page of the last runs, and figures for Prometheus."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from featurepipe.errors import StoreLocked
-from featurepipe.jobs.job import CompactTable, KeepTable
+from featurepipe.jobs.job import CompactTable, KeepTable, MetricsTable, ReportTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.history import needed, telling_runs
 from featurepipe.records import is_success
@@ -101,3 +102,29 @@ def _alone(night: Night, work: Callable[[], dict[str, Any]], otherwise: str) -> 
         return within_time(night.stop.deadline, work, otherwise)
     except StoreLocked as error:
         return {"skipped": f"the store was not to be had alone: {otherwise}", "warnings": [str(error)]}
+
+
+METRICS_SECONDS = 5.0
+"""Seconds that figures may take; a night that was stopped writes them, too."""
+
+
+def report(night: Night, table: ReportTable) -> dict[str, Any]:
+    """Writes the page of the last nights, with tonight as it stands."""
+    from featurepipe.reporting.nights import nights_report
+
+    table.to.parent.mkdir(parents=True, exist_ok=True)
+    page = nights_report(
+        night.store, table.to, last=table.last, job=night.job.name, tonight=night.record, silent=night.silent
+    )
+    return {"file": str(page), "text": page.name}
+
+
+def metrics(night: Night, table: MetricsTable) -> dict[str, Any]:
+    """Writes the figures of tonight as it stands, whatever became of it."""
+    from featurepipe.jobs.prometheus import write_metrics
+
+    def work() -> dict[str, Any]:
+        path = write_metrics(table.prometheus, night.record, night.store)
+        return {"file": str(path), "text": path.name}
+
+    return within_time(time.monotonic() + METRICS_SECONDS, work, "the figures stay those of an earlier night")
