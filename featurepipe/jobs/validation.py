@@ -418,7 +418,7 @@ _STAND_INS: Mapping[str, Any] = MappingProxyType(
 def read_job(path: str | PathLike[str]) -> Job:
     """Reads a job file; relative paths in it are seen from its folder.
 
-    Names of networks and nodes are not looked up: that takes seconds, see `networks.check_networks`.
+    Names of networks and nodes are not looked up: that takes seconds, see `preflight.check_networks`.
 
     Raises:
         UsageError: It cannot be read, or something in it is wrong. The message has a line for each problem: file, key, what
