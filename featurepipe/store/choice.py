@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +25,34 @@ from featurepipe.store.views import FeatureSet
 from featurepipe.store.wide_rows import WideRows
 from featurepipe.tables import counted
 
-if TYPE_CHECKING:
-    from featurepipe.store.feature_store import FeatureStore
-
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken
 
 
-def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -> Space:
+class StoreContents(Protocol):
+    """What is looked through for a space or a snapshot: the part of a ``FeatureStore`` that lists what it holds."""
+
+    path: Path
+
+    def check_exists(self) -> None:
+        """Raises ``StoreError`` without a store at the path."""
+
+    def spaces(self) -> list[Space]:
+        """Lists the feature spaces."""
+
+    def set_aside(self) -> dict[str, str]:
+        """Says by path which documents count as absent, and why."""
+
+    def datasets(self) -> list[str]:
+        """Lists the datasets that have a snapshot."""
+
+    def snapshot_ids(self, dataset: str) -> list[str]:
+        """Lists the run ids of a dataset's snapshots, oldest first."""
+
+    def snapshot(self, dataset: str, run_id: str | None = None) -> pa.Table | None:
+        """Reads a snapshot, by default the current one; None without one."""
+
+
+def choose_space(store: StoreContents, wanted: str | None, dataset: str | None) -> Space:
     """Finds the one space that fits; see ``FeatureStore.space``. ``wanted=None`` fits all."""
     store.check_exists()
     spaces = store.spaces()
@@ -57,7 +79,7 @@ def choose_space(store: FeatureStore, wanted: str | None, dataset: str | None) -
     return fitting[0]
 
 
-def _set_aside(store: FeatureStore) -> str:
+def _set_aside(store: StoreContents) -> str:
     """What else might have fitted."""
     broken = [f"{path} ({why})" for path, why in store.set_aside().items() if path.startswith("spaces")]
     return f" (set aside: {'; '.join(broken[:3])})" if broken else ""
@@ -99,7 +121,7 @@ def _look_up(space: Space, dotted: str) -> object:
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 
-def require_snapshot(store: FeatureStore, dataset: str, run_id: str | None = None) -> pa.Table:
+def require_snapshot(store: StoreContents, dataset: str, run_id: str | None = None) -> pa.Table:
     """Reads the current snapshot, or that of a run, of a dataset that must have one."""
     store.check_exists()
     table = store.snapshot(dataset, run_id)
@@ -112,7 +134,7 @@ def require_snapshot(store: FeatureStore, dataset: str, run_id: str | None = Non
     raise unknown("dataset", dataset, names, where=str(store.path), see=f"featurepipe info {store.path}")
 
 
-def _current(store: FeatureStore, dataset: str) -> str | None:
+def _current(store: StoreContents, dataset: str) -> str | None:
     return next(reversed(store.snapshot_ids(dataset)), None)
 
 
@@ -122,7 +144,7 @@ def usable_keys(snapshot: pa.Table) -> Keys:
 
 
 def open_features(
-    store: FeatureStore,
+    store: StoreContents,
     dataset: str,
     node: str | Sequence[str],
     backbone: str | None,
@@ -155,18 +177,14 @@ def open_features(
     )
 
 
-def relocated(features: FeatureSet) -> FeatureSet:
-    """Returns the same view with its rows looked up anew, for when ``compact`` or ``gc`` has moved them.
+def relocated(features: FeatureSet, space: Space) -> FeatureSet:
+    """Returns the same view with its rows looked up anew in their space, for when ``compact`` or ``gc`` has moved them.
 
     Raises:
         StoreMoved: Rows are gone, as are those of a snapshot that was removed.
     """
-    from featurepipe.store.feature_store import FeatureStore
-
-    origin = features.origin
-    space = FeatureStore(origin.store, create=False).space(origin.fingerprint)
     try:
-        rows = _locate(space, list(features.columns), features.keys, origin.dataset)
+        rows = _locate(space, list(features.columns), features.keys, features.origin.dataset)
     except StoreError as error:
         raise StoreMoved(f"rows that were listed are gone: {error}") from error
     return replace(features, rows=rows)

@@ -15,6 +15,7 @@ from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import relocated
 from featurepipe.store.commit import PartArray, write_arrays
+from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.moved import starts_again
 from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.views import FeatureSet
@@ -65,7 +66,9 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
 
 @starts_again
 def _again(feature_set: FeatureSet, path: Path, write: Callable[[FeatureSet, IO[bytes]], None]) -> None:
-    _write(relocated(feature_set), path, write)
+    origin = feature_set.origin
+    space = FeatureStore(origin.store, create=False).space(origin.fingerprint)
+    _write(relocated(feature_set, space), path, write)
 
 
 def _write(feature_set: FeatureSet, path: Path, write: Callable[[FeatureSet, IO[bytes]], None]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,14 +17,13 @@ from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
 from featurepipe.store import depths, runs, snapshots
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, write_json
+from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
 from featurepipe.store.headers import Headers
 from featurepipe.store.inside import is_file, listed, made_folder, strangers
 from featurepipe.store.locks import store_lock
 from featurepipe.store.space import Space
-
-if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
+from featurepipe.store.views import FeatureSet
 
 STORE_VERSION = 1
 _EMPTY_NOTES: Mapping[str, Any] = {}
@@ -165,8 +164,6 @@ class FeatureStore:
             StoreError: The store is empty.
             UsageError: None fits, or several do; the message says which and what differs.
         """
-        from featurepipe.store.choice import choose_space
-
         return choose_space(self, name_or_backbone_or_fingerprint, dataset)
 
     def features(
@@ -192,8 +189,6 @@ class FeatureStore:
             UsageError: The dataset, column, space, split or snapshot is unknown or ambiguous.
             StoreError: Features of some images are missing in this space.
         """
-        from featurepipe.store.choice import open_features
-
         return open_features(self, dataset, node, backbone, split, snapshot)
 
     # Datasets
