@@ -97,7 +97,7 @@ def gc(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     """Runs ``featurepipe export``."""
     from featurepipe.store import export as write
-    from featurepipe.store.moved import starts_again
+    from featurepipe.store.locks import starts_again
 
     store = existing_store(args)
     dataset = args.dataset or store.only_dataset()

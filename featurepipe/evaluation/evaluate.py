@@ -13,7 +13,7 @@ from featurepipe.heads.metrics import score_table
 from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.store.views import with_told_labels
 
 

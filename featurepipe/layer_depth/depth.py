@@ -23,7 +23,7 @@ from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 
 if TYPE_CHECKING:
     from featurepipe.cluster import Team

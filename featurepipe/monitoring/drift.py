@@ -18,7 +18,7 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.advice import extract_command
 from featurepipe.store.choice import require_snapshot
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.tables import counted
 
 

@@ -18,7 +18,7 @@ from featurepipe.spreadsheets import neutralised_text
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.prediction.files import checked_target, predictions_file, schema_of
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.store.snapshots import OK
 
 BLOCK_BYTES = 64 * 1024 * 1024

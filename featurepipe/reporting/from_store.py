@@ -19,7 +19,7 @@ from featurepipe.reporting.report import Features, check_target, metrics_elsewhe
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 
 
 @starts_again

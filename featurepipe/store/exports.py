@@ -16,7 +16,7 @@ from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import relocated
 from featurepipe.store.commit import PartArray, write_arrays
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.views import FeatureSet
 

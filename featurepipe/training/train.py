@@ -11,7 +11,7 @@ from typing import Any
 
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
-from featurepipe.store.moved import starts_again
+from featurepipe.store.locks import starts_again
 from featurepipe.training.fit import Recipe, calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.on_cluster import cluster_name, team_of

@@ -12,7 +12,7 @@ from featurepipe.monitoring.drift import drift
 from featurepipe.monitoring.duplicates import duplicates
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.store import FeatureStore, compact_store, export, gc_store
-from featurepipe.store.moved import TRIES, starts_again
+from featurepipe.store.locks import TRIES, starts_again
 from featurepipe.training.train import train
 
 
