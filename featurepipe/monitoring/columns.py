@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurepipe.errors import StoreError, UsageError
+from featurepipe.store.identity import Origin
 from featurepipe.store.labelled_images import LabelledImages
-from featurepipe.store.origin import Origin
 from featurepipe.store.rows import ColumnRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.store.wide_rows import WideRows

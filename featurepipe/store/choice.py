@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.advice import extract_command
-from featurepipe.store.identity import differences
+from featurepipe.store.identity import Origin, differences
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labelled_images import unknown_split
-from featurepipe.store.origin import Origin
 from featurepipe.store.rows import ColumnRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.dask_arrays import CHUNK_BYTES, features_array, labels_array
+from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
-from featurepipe.store.origin import Origin, check_rows, check_spaces
 from featurepipe.store.overview import counts_of, describe
 from featurepipe.store.wide_rows import WideRows
 from featurepipe.tables import counted
