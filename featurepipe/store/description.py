@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 
 from featurepipe.store.feature_store import STORE_VERSION, FeatureStore
 from featurepipe.store.inside import listed
-from featurepipe.store.keys import keys_from_arrow
-from featurepipe.store.segment import count_distinct
+from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.snapshots import OK, REJECTED
 from featurepipe.store.space import Space
 

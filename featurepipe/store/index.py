@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, UsageError
-from featurepipe.store.keys import KEY_BYTES, Keys, as_keys
+from featurepipe.store.keys import KEY_BYTES, Keys, Segment, as_keys
 from featurepipe.store.parts import PartInfo, read_array
-from featurepipe.store.segment import Segment
 
 OnDamage = Callable[[PartInfo, CorruptPart], None]
 _Rows = npt.NDArray[np.int64]

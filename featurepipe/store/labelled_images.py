@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.store.keys import Keys
-from featurepipe.store.segment import count_distinct
+from featurepipe.store.keys import Keys, count_distinct
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.store import segment
+from featurepipe.store import keys as segment
 
 
 def add_keys(store, space, keys, columns=("a:gap",)):
