@@ -11,9 +11,9 @@ import numpy as np
 from featurepipe.errors import FeaturepipeError, StoreError
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.headers import Headers
 from featurepipe.store.inside import listed
 from featurepipe.store.keys import Keys
+from featurepipe.store.parts import Headers
 from featurepipe.store.space import Space
 
 _Place = tuple[str, str]

@@ -20,13 +20,12 @@ from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, read_document
-from featurepipe.store.headers import Headers, list_parts
 from featurepipe.store.identity import canonical_json, fingerprint
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.inside import checked_folder, is_folder, listed
 from featurepipe.store.known_files import KNOWN_FILES, known_files
 from featurepipe.store.locks import locked
-from featurepipe.store.parts import PartInfo, read_part
+from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
 from featurepipe.store.rejects import append_rejects, read_rejects
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.snapshots import checked_dataset

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from featurepipe.store import describe, headers
+from featurepipe.store import describe, parts
 from featurepipe.store.parts import read_part
 
 
@@ -20,7 +20,7 @@ def read(monkeypatch):
         names.append(path.name)
         return read_part(path)
 
-    monkeypatch.setattr(headers, "read_part", reading)
+    monkeypatch.setattr(parts, "read_part", reading)
     return names
 
 
