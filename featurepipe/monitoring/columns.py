@@ -11,9 +11,8 @@ import numpy as np
 from featurepipe.errors import StoreError, UsageError
 from featurepipe.store.identity import Origin
 from featurepipe.store.labelled_images import LabelledImages
-from featurepipe.store.rows import ColumnRows
+from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.views import FeatureSet
-from featurepipe.store.wide_rows import WideRows
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore

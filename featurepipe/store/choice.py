@@ -17,11 +17,10 @@ from featurepipe.store.advice import extract_command
 from featurepipe.store.identity import Origin, differences
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labelled_images import unknown_split
-from featurepipe.store.rows import ColumnRows
+from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space
 from featurepipe.store.views import FeatureSet
-from featurepipe.store.wide_rows import WideRows
 from featurepipe.tables import counted
 
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.store.wide_rows import WideRows
+from featurepipe.store.rows import WideRows
 
 CHUNK_BYTES = 64 << 20
 

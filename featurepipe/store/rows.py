@@ -1,4 +1,4 @@
-"""Rows of one column, scattered over parts: where they lie, and fetching them."""
+"""Rows of one or several columns, scattered over parts: where they lie, and how they are read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,175 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.errors import CorruptPart, StoreError, StoreMoved
 from featurepipe.half import copy_into
-from featurepipe.store.gathering import PartMaps, gather
-from featurepipe.store.part_files import BLOCK_BYTES, PartColumn, open_part, read_into
+from featurepipe.store.inside import open_file
 from featurepipe.store.parts import PartInfo, crc32_of
 
-_RUN_ROWS = 64  # consecutive rows in the file from which they are read straight into their place
+BLOCK_BYTES = 1 << 20  # read at once when the rows are converted or picked out on the way
+
+
+@dataclass(frozen=True, slots=True)
+class PartColumn:
+    """One column of one part, as plain values."""
+
+    path: str
+    offset: int
+    dtype: str
+    rows: int
+    nbytes: int
+    crc32: int
+
+
+def open_part(part: PartColumn) -> int:
+    """Opens a part for reading; returns the descriptor.
+
+    Raises:
+        StoreMoved: It is gone.
+    """
+    try:
+        return open_file(Path(part.path))
+    except OSError as error:
+        raise gone(part) from error
+
+
+def read_into(descriptor: int, block: npt.NDArray[Any], offset: int, part: PartColumn) -> None:
+    """Fills a contiguous array with the bytes at ``offset``.
+
+    Raises:
+        StoreMoved: The part is shorter than it was.
+    """
+    content = memoryview(block.reshape(-1).view(np.uint8))
+    while content:
+        count = os.preadv(descriptor, [content], offset)
+        if count == 0:
+            raise gone(part)
+        content, offset = content[count:], offset + count
+
+
+def gone(part: PartColumn) -> StoreMoved:
+    """Builds the error for a part that is not there any more."""
+    return StoreMoved(
+        f"part {part.path} is gone or shorter than it was; if the store was compacted meanwhile, open the features "
+        "again with store.features(...), else run: featurepipe verify STORE"
+    )
+
+
+_DENSE = 8  # one row in so many is wanted: reading all of them beats touching the pages one by one
+_OPEN_MAPS = 64  # each keeps a file descriptor
+_MAPPED_BYTES = 64 << 20  # of mapped files in memory: the system would keep every page ever touched
+_FAULT_BYTES = 64 << 10  # the system maps this much around each page touched
 
 Array = npt.NDArray[Any]
+
+
+class PartMaps:
+    """Mapped parts, opened when asked for; a pickle of it holds none.
+
+    Mapped pages count as memory of the process for as long as the map lives, so the maps are dropped whenever about
+    64 MB may have been touched, and made anew.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[PartColumn, Array] = {}
+        self._touched = 0
+
+    def __reduce__(self) -> tuple[type[PartMaps], tuple[()]]:
+        return PartMaps, ()
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def fetch(self, part: PartColumn, rows: Array, out: Array) -> None:
+        """Fills ``out`` (m, D) with some rows of a part, in any order.
+
+        Raises:
+            StoreError: The part is gone.
+        """
+        width = out.shape[1]
+        cost = np.dtype(part.dtype).itemsize * width + _FAULT_BYTES
+        step = max(1, _MAPPED_BYTES // cost)
+        for start in range(0, len(rows), step):
+            chosen, target = rows[start : start + step], out[start : start + step]
+            mapped = self._map(part, width)
+            if out.dtype == mapped.dtype:
+                np.take(mapped, chosen, axis=0, out=target, mode="clip")  # "raise" would fill a copy first
+            else:
+                copy_into(target, mapped[chosen])
+            self._count(len(chosen) * cost)
+
+    def _count(self, touched: int) -> None:
+        self._touched += touched
+        if self._touched > _MAPPED_BYTES and sum(mapped.nbytes for mapped in list(self._maps.values())) > _MAPPED_BYTES:
+            self._maps.clear()
+            self._touched = 0
+
+    def _map(self, part: PartColumn, width: int) -> Array:
+        mapped = self._maps.get(part)
+        if mapped is None:
+            try:
+                with os.fdopen(open_part(part), "rb") as file:
+                    mapped = np.memmap(file, part.dtype, "r", part.offset, (part.rows, width)).view(np.ndarray)
+            except (OSError, ValueError) as error:
+                raise gone(part) from error
+            for oldest in list(self._maps)[: max(0, len(self._maps) - _OPEN_MAPS + 1)]:
+                self._maps.pop(oldest, None)  # another thread may have been here
+            self._maps[part] = mapped
+        return mapped
+
+
+def gather(part: PartColumn, rows: Array, out: Array, maps: PartMaps) -> None:
+    """Fills ``out`` (m, D) with some rows of a part, in any order.
+
+    Raises:
+        StoreError: The part is gone or shorter than it was.
+    """
+    if len(rows) * _DENSE < int(rows.max()) - int(rows.min()):
+        maps.fetch(part, rows, out)
+        return
+    if (rows[1:] >= rows[:-1]).all():
+        _gather_ascending(part, rows, out, maps)
+        return
+    order = np.argsort(rows, kind="stable")
+    found = np.empty(out.shape, out.dtype)
+    _gather_ascending(part, rows[order], found, maps)
+    out[order] = found
+
+
+def _gather_ascending(part: PartColumn, rows: Array, out: Array, maps: PartMaps) -> None:
+    """Cuts the file into windows, and reads as a whole those of which many rows are wanted."""
+    window_rows = max(1, BLOCK_BYTES // (out.shape[1] * np.dtype(part.dtype).itemsize))
+    starts = _change(rows // window_rows)
+    stops = np.append(starts[1:], len(rows))
+    dense = (stops - starts) * _DENSE >= min(window_rows, part.rows)
+    edges = np.append(_change(dense), len(dense))
+    for first, last in itertools.pairwise(edges.tolist()):
+        stretch = slice(int(starts[first]), int(stops[last - 1]))
+        if dense[first]:
+            _read_windows(part, rows[stretch], out[stretch], starts[first:last] - stretch.start)
+        else:
+            maps.fetch(part, rows[stretch], out[stretch])
+
+
+def _read_windows(part: PartColumn, rows: Array, out: Array, starts: Array) -> None:
+    row_bytes = out.shape[1] * np.dtype(part.dtype).itemsize
+    descriptor = open_part(part)
+    try:
+        for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
+            first, last = int(rows[start]), int(rows[stop - 1])
+            block = np.empty((last - first + 1, out.shape[1]), part.dtype)
+            read_into(descriptor, block, part.offset + first * row_bytes, part)
+            copy_into(out[start:stop], block[rows[start:stop] - first])
+    finally:
+        os.close(descriptor)
+
+
+def _change(values: Array) -> Array:
+    """Where each run of equal values starts."""
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+
+
+_RUN_ROWS = 64  # consecutive rows in the file from which they are read straight into their place
 
 
 @dataclass
@@ -190,3 +350,70 @@ def _unpacked(part: Array, row: Array, lengths: Array | None) -> tuple[Array, Ar
     first = np.cumsum(lengths, dtype=np.int64) - lengths
     steps = np.arange(first[-1] + lengths[-1]) - np.repeat(first, lengths)
     return np.repeat(part, lengths), (np.repeat(row, lengths) + steps).astype(np.uint32)
+
+
+_NUMBERS_BYTES = 64  # a row's place in the file, in the order of the file, and its label
+
+
+@dataclass(frozen=True)
+class WideRows:
+    """n rows of one or more columns, the columns in the order of the feature vector.
+
+    Attributes:
+        parts: The rows of each column; all have the same length.
+    """
+
+    parts: tuple[ColumnRows, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return tuple(part.column for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        """Values a row."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return len(self), self.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that holds all columns' values exactly."""
+        return np.result_type(*(part.dtype for part in self.parts))
+
+    def row_bytes(self, dtype: npt.DTypeLike) -> int:
+        """Memory that reading takes a row: the result, a column of it before it is in its place, and row numbers."""
+        size = np.dtype(dtype).itemsize
+        scratch = max(part.width * (part.dtype.itemsize + size) for part in self.parts)
+        return self.width * size + scratch + _NUMBERS_BYTES
+
+    def take(self, positions: Array | slice) -> WideRows:
+        """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
+        return WideRows(tuple(part.take(positions) for part in self.parts))
+
+    def check(self) -> None:
+        """Compares the checksums of every part concerned; see ``ColumnRows.check``."""
+        for part in self.parts:
+            part.check()
+
+    def part_starts(self) -> npt.NDArray[np.int64]:
+        """Row numbers, but for 0, at which another part begins."""
+        return np.flatnonzero(np.diff(self.parts[0].part)) + 1
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Fetches rows, by default all, (m, D), each column straight into its place; see ``ColumnRows.read``."""
+        if rows is not None:
+            return self.take(rows).read(dtype)
+        out = np.empty((len(self), self.width), self.dtype if dtype is None else dtype)
+        start = 0
+        for part in self.parts:
+            part.read(out=out[:, start : start + part.width])
+            start += part.width
+        return out

@@ -17,7 +17,7 @@ from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
 from featurepipe.store.overview import counts_of, describe
-from featurepipe.store.wide_rows import WideRows
+from featurepipe.store.rows import WideRows
 from featurepipe.tables import counted
 
 Labels = npt.NDArray[Any] | None

@@ -77,13 +77,13 @@ def test_reading_into_a_given_array_touches_nothing_else(features, values):
 
 
 def test_maps_are_let_go(features, expected, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.gathering._MAPPED_BYTES", 100_000)
-    monkeypatch.setattr("featurepipe.store.gathering._DENSE", 1)
+    monkeypatch.setattr("featurepipe.store.rows._MAPPED_BYTES", 100_000)
+    monkeypatch.setattr("featurepipe.store.rows._DENSE", 1)
     rows = np.random.default_rng(0).permutation(N)[:900]
     maps = features.rows.parts[0]._maps
     np.testing.assert_array_equal(features.read(rows=rows), expected[rows])
     assert len(maps) <= 2
-    monkeypatch.setattr("featurepipe.store.gathering._MAPPED_BYTES", 100_000_000)
+    monkeypatch.setattr("featurepipe.store.rows._MAPPED_BYTES", 100_000_000)
     features.read(rows=rows)
     assert len(maps) == 3
 

@@ -176,7 +176,7 @@ def test_an_empty_dataset_has_no_rows(filled, rows):
 
 
 def test_more_parts_than_open_maps(store, space, rows, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.gathering._OPEN_MAPS", 2)
+    monkeypatch.setattr("featurepipe.store.rows._OPEN_MAPS", 2)
     for name in NAMES[:9]:
         rows.write(store, space, [name])
     rows.snapshot(store, "d", NAMES[:9])
