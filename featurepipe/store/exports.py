@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import relocated
-from featurepipe.store.commit import PartArray, write_arrays
+from featurepipe.store.commit import ArraySpec, PartArray, write_arrays
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.views import FeatureSet
 
 _BLOCK_ROWS = 4096

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.store.atomic import sync_folder
-from featurepipe.store.commit import PartArray, part_bytes, write_part
+from featurepipe.store.commit import ArraySpec, PartArray, part_bytes, write_part
 from featurepipe.store.parts import PartInfo, read_blocks
-from featurepipe.store.skeleton import ArraySpec
 from featurepipe.store.space import Space
 
 Mask = npt.NDArray[np.bool_]

@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import StoreError, UsageError
-from featurepipe.store.commit import PartArray, write_part
+from featurepipe.store.commit import ArraySpec, PartArray, write_part
 from featurepipe.store.keys import Keys, as_keys
 from featurepipe.store.parts import FEATURES, PartInfo
 from featurepipe.store.rounding import Rounding
-from featurepipe.store.skeleton import ArraySpec
 
 DEFAULT_PART_BYTES = 64 * 1024 * 1024
 DEFAULT_PART_SECONDS = 60.0
