@@ -14,11 +14,11 @@ import numpy as np
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError
 from featurepipe.store.atomic import is_temporary
+from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
 from featurepipe.store.keys import KEY_BYTES, Keys, Segment, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
-from featurepipe.store.rewrite import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.space import Space
 

@@ -9,8 +9,8 @@ import pytest
 
 from featurepipe.errors import DiskFull, StoreError, StoreLocked, UsageError
 from featurepipe.store import compact as compacting
+from featurepipe.store import compact as rewriting
 from featurepipe.store import compact_store, gc_store, verify_store
-from featurepipe.store import rewrite as rewriting
 from featurepipe.store.parts import damaged_arrays
 
 NAMES = [f"n{i}" for i in range(30)]
