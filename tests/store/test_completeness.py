@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from featurepipe.store import compact_store, completeness, describe, gc_store, verify_store
+from featurepipe.store import compact_store, describe, gc_store, verify, verify_store
 
 NAMES = [f"n{i}" for i in range(30)]
 
@@ -107,7 +107,7 @@ def test_a_damaged_snapshot_or_space_is_said_once(store, space, run):
 
 def test_a_part_compacted_away_while_reading_is_looked_for_again(store, space, run, monkeypatch):
     run(NAMES[:5])
-    parts, calls = completeness.Space.parts, []
+    parts, calls = verify.Space.parts, []
 
     def overtaken(self):
         calls.append(found := parts(self))
@@ -115,6 +115,6 @@ def test_a_part_compacted_away_while_reading_is_looked_for_again(store, space, r
             compact_store(store)
         return found
 
-    monkeypatch.setattr(completeness.Space, "parts", overtaken)
-    assert list(completeness.shortages(store)) == []
+    monkeypatch.setattr(verify.Space, "parts", overtaken)
+    assert list(verify.shortages(store)) == []
     assert (len(calls[0]), len(calls[-1])) == (5, 1)
