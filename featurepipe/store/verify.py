@@ -18,8 +18,8 @@ from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.identity import fingerprint
 from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
 from featurepipe.store.keys import Keys
+from featurepipe.store.known_files import faulty_lines
 from featurepipe.store.parts import Headers, PartInfo, damaged_arrays, read_part
-from featurepipe.store.rejects import faulty_lines
 from featurepipe.store.space import Space
 
 _OURS = (
