@@ -16,9 +16,9 @@ from featurepipe.monitoring.samples import PREVIOUS, Side, reference_snapshot, s
 from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, Thresholds, holm
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
-from featurepipe.store.advice import extract_command
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
+from featurepipe.store.space import extract_command
 from featurepipe.tables import counted
 
 

@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
-from featurepipe.store.advice import extract_command
 from featurepipe.store.identity import Origin, differences
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labelled_images import unknown_split
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
-from featurepipe.store.space import Space
+from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
 from featurepipe.tables import counted
 

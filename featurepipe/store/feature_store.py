@@ -15,14 +15,13 @@ import pyarrow as pa
 from featurepipe import __version__
 from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
 from featurepipe.store import depths, runs, snapshots
-from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
 from featurepipe.store.inside import is_file, listed, made_folder, strangers
 from featurepipe.store.locks import store_lock
 from featurepipe.store.parts import Headers
-from featurepipe.store.space import Space
+from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
 
 STORE_VERSION = 1

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
-from featurepipe.store.advice import extract_command
 from featurepipe.store.atomic import sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, read_document
 from featurepipe.store.identity import canonical_json, fingerprint
@@ -29,6 +29,38 @@ from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.snapshots import checked_dataset
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix
+
+
+def extract_command(
+    store: Path,
+    *,
+    dataset: str | None = None,
+    backbone: str | None = None,
+    notes: Mapping[str, Any] | None = None,
+    node: str | None = None,
+) -> str:
+    """Writes the ``featurepipe extract`` that would fill a gap; only SOURCE is left to the user.
+
+    Args:
+        store: The store's folder.
+        dataset: Name of the dataset.
+        backbone: Name of the network.
+        notes: Of the network's feature space: a random control is asked for by its seed.
+        node: The node or column to compute.
+
+    Example:
+        >>> extract_command(Path("my store"), backbone="lenet5", notes={"backbone": {"random": True, "seed": 3}})
+        "featurepipe extract SOURCE --store 'my store' --backbone lenet5 --weights none --seed 3"
+    """
+    words = ["featurepipe", "extract", "SOURCE", "--store", str(store)]
+    for option, value in (("--dataset", dataset), ("--backbone", backbone)):
+        words += [option, value] if value else []
+    described = (notes or {}).get("backbone", {})
+    if described.get("random"):
+        words += ["--weights", "none", "--seed", str(described.get("seed") or 0)]
+    words += ["--node", node] if node else []
+    return shlex.join(words)
+
 
 __all__ = ["KNOWN_FILES", "ColumnInfo", "Space"]
 _HeadersByName = Mapping[str, Headers]
