@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from featurepipe.store.arrays import open_arrays as open_arrays
     from featurepipe.store.compact import CompactReport as CompactReport
     from featurepipe.store.compact import compact_store as compact_store
-    from featurepipe.store.description import describe as describe
     from featurepipe.store.exports import export as export
     from featurepipe.store.feature_store import FeatureStore as FeatureStore
+    from featurepipe.store.feature_store import describe as describe
     from featurepipe.store.gc import GcReport as GcReport
     from featurepipe.store.gc import gc_store as gc_store
     from featurepipe.store.identity import differences as differences
@@ -40,7 +40,7 @@ _HOMES = {
     "Space": "space",
     "VerifyReport": "verify",
     "compact_store": "compact",
-    "describe": "description",
+    "describe": "feature_store",
     "differences": "identity",
     "export": "exports",
     "fingerprint": "identity",

@@ -6,11 +6,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurepipe import __version__
 from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
@@ -19,8 +21,10 @@ from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
 from featurepipe.store.inside import is_file, listed, made_folder, strangers
+from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import store_lock
 from featurepipe.store.parts import Headers
+from featurepipe.store.snapshots import OK, REJECTED
 from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
 
@@ -297,3 +301,62 @@ class FeatureStore:
         """
         self._make()
         return store_lock(self.path, shared=shared)
+
+
+def describe(store: FeatureStore) -> dict[str, Any]:
+    """Sums up a store for ``featurepipe info``: its spaces, datasets and runs, as JSON values.
+
+    Raises:
+        StoreError: There is no store at its path.
+    """
+    store.check_exists()
+    return {
+        "path": str(store.path),
+        "version": STORE_VERSION,
+        "spaces": [_describe_space(space) for space in store.spaces()],
+        "datasets": [_describe_dataset(store, name) for name in store.datasets()],
+        "runs": store.runs(),
+        "set_aside": store.set_aside(),
+    }
+
+
+def _describe_space(space: Space) -> dict[str, Any]:
+    parts = space.parts()
+    return {
+        "name": space.name,
+        "backbone": space.backbone,
+        "fingerprint": space.fingerprint,
+        "fields": space.fields,
+        "notes": space.notes,
+        "columns": {name: asdict(info) for name, info in space.columns().items()},
+        "parts": len(parts),
+        "rows": sum(part.rows for part in parts),
+        "bytes": sum(part.file_bytes for part in parts),
+        "damaged": dict(space.damaged),
+        "quarantined": [path.stem for path in listed(space.path, "quarantine/*.h5")],
+    }
+
+
+def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
+    run_ids = store.snapshot_ids(name)
+    table = store.snapshot(name, columns=["key", "label", "split", "size", "status"])
+    if table is None:
+        return {"name": name, "snapshots": 0}
+    usable = table.select(["key", "label", "split"]).filter(pc.equal(table["status"], OK))
+    return {
+        "name": name,
+        "snapshots": len(run_ids),
+        "current": run_ids[-1],
+        "listed": len(table),
+        "images": len(usable),
+        "distinct": count_distinct(keys_from_arrow(usable["key"])),
+        "rejects": pc.sum(pc.equal(table["status"], REJECTED)).as_py() or 0,
+        "labels": _counts(usable["label"]),
+        "splits": _counts(usable["split"]),
+        "bytes": pc.sum(table["size"]).as_py() or 0,
+    }
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    counted = {entry["values"]: entry["counts"] for entry in pc.value_counts(column.drop_null()).to_pylist()}
+    return dict(sorted(counted.items()))
