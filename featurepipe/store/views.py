@@ -1,7 +1,12 @@
-"""A picklable view of the features of a dataset's images, one column or several, with labels joined by id."""
+"""A picklable view of the features of a dataset's images, one column or several, with labels joined by id.
+
+A task is about 2 KB where its rows lie in the order of the store, since they are sent as runs; rows in any other order take 8
+bytes each and column on top. It reads its chunk by itself, wherever Dask puts it, and says so if the store has changed meanwhile.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
@@ -9,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
-from featurepipe.store.dask_arrays import CHUNK_BYTES, features_array, labels_array
 from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
-from featurepipe.store.overview import counts_of, describe
 from featurepipe.store.rows import WideRows
 from featurepipe.tables import counted
 
@@ -281,3 +286,90 @@ def with_told_labels(features: FeatureSet, labels: LabelSource, say: Callable[[s
         parts.append(f"{counted(found.unmatched, 'id')} not among the images")
     say(f"{table.name}: {'; '.join(parts)}")
     return found
+
+
+_LISTED = 12
+
+
+def counts_of(features: FeatureSet) -> dict[str, Any]:
+    """Counts images, labels, duplicates, classes and splits; see ``FeatureSet.counts``."""
+    return {
+        "images": len(features),
+        "labelled": len(features) - features.unlabelled,
+        "unlabelled": features.unlabelled,
+        "rejected": features.rejected,
+        "duplicates": features.duplicates,
+        "unmatched": features.unmatched,
+        "classes": _counts(features.table["label"]),
+        "splits": _counts(features.table["split"]),
+    }
+
+
+def describe(features: FeatureSet) -> str:
+    """Sums up a view in a few lines of text."""
+    counts = features.counts()
+    rest = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected", "duplicates")]
+    lines = [
+        f"dataset  {features.origin.dataset}, of {features.origin.store}",
+        f"space    {features.origin.space}",
+        f"columns  {' + '.join(features.columns)}: {features.shape[1]:,} values, {features.dtype}",
+        f"images   {counts['images']:,} ({', '.join(rest)})",
+        f"classes  {_listed(counts['classes'])}",
+        f"splits   {_listed(counts['splits'])}",
+    ]
+    if counts["unmatched"]:
+        lines.append(f"labels   {counts['unmatched']:,} ids of the labels match no image here")
+    return "\n".join(lines)
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    counted = pc.value_counts(column.drop_null())
+    return dict(sorted((entry["values"], entry["counts"]) for entry in counted.to_pylist()))
+
+
+def _listed(counts: dict[str, int]) -> str:
+    shown = [f"{name} {count:,}" for name, count in list(counts.items())[:_LISTED]]
+    more = f", and {len(counts) - _LISTED:,} more" if len(counts) > _LISTED else ""
+    return f"{len(counts)}: {', '.join(shown)}{more}" if counts else "none"
+
+
+CHUNK_BYTES = 64 << 20
+
+
+def features_array(rows: WideRows, step: int, dtype: npt.DTypeLike) -> Any:
+    """Builds a (n, D) ``dask.array`` of chunks of ``step`` rows; each task opens what it reads."""
+    import dask.array as da
+    from dask.highlevelgraph import HighLevelGraph
+
+    name = f"features-{_token(rows, step, np.dtype(dtype).str)}"
+    starts = range(0, max(1, len(rows)), step)
+    pieces = [rows.take(slice(start, start + step)) for start in starts]
+    tasks: dict[Any, Any] = {
+        (name, number, 0): (read_rows, piece, np.dtype(dtype)) for number, piece in enumerate(pieces)
+    }
+    graph = HighLevelGraph.from_collections(name, tasks)
+    chunks = (tuple(map(len, pieces)), (rows.width,))
+    return da.Array(graph, name, chunks, meta=np.empty((0, 0), dtype))  # type: ignore[no-untyped-call]
+
+
+def labels_array(labels: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
+    """Builds a (n,) ``dask.array`` of labels, cut as the features are; each task carries its own labels only."""
+    import dask.array as da
+
+    name = f"labels-{hashlib.sha256(repr((labels.tolist(), chunks)).encode()).hexdigest()[:32]}"
+    return da.from_array(labels, chunks=(chunks,), name=name)  # type: ignore[no-untyped-call]
+
+
+def read_rows(rows: WideRows, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """One chunk's task."""
+    return rows.read(dtype)
+
+
+def _token(rows: WideRows, step: int, dtype: str) -> str:
+    """Names the same rows of the same files alike, so that Dask shares what two arrays have in common."""
+    digest = hashlib.sha256(f"{rows.columns} {step} {dtype}".encode())
+    for part in rows.parts:
+        digest.update(repr([(piece.path, piece.offset) for piece in part.parts]).encode())
+        digest.update(np.ascontiguousarray(part.part))
+        digest.update(np.ascontiguousarray(part.row))
+    return digest.hexdigest()[:32]
