@@ -10,7 +10,7 @@ import numpy as np
 
 from featurepipe.errors import StoreError, UsageError
 from featurepipe.store.identity import Origin
-from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.labels import LabelledImages
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.views import FeatureSet
 

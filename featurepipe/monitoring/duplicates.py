@@ -17,7 +17,7 @@ from featurepipe.progress import announcer
 from featurepipe.spreadsheets import neutralised_text
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot, usable_keys
-from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.labels import LabelledImages
 from featurepipe.store.locks import starts_again
 from featurepipe.store.snapshots import OK
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.evaluation.leakage import numbered, on_several_sides
-from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.labels import LabelledImages
 
 EXACT_COPIES, NEAR_COPIES = "exact", "near"
 

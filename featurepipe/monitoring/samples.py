@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from featurepipe.errors import UsageError, unknown
 from featurepipe.store import snapshots
 from featurepipe.store.choice import require_snapshot, usable_keys
-from featurepipe.store.labelled_images import LabelledImages
+from featurepipe.store.labels import LabelledImages
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ import pyarrow.compute as pc
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.identity import Origin, check_rows, check_spaces
-from featurepipe.store.labelled_images import LabelledImages
-from featurepipe.store.labels import LabelSource, join_labels, read_labels
+from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels
 from featurepipe.store.rows import WideRows
 from featurepipe.tables import counted
 

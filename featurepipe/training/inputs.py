@@ -18,7 +18,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle
-    from featurepipe.store.labelled_images import LabelledImages
+    from featurepipe.store.labels import LabelledImages
     from featurepipe.training.fit import Recipe
     from featurepipe.training.settle import Task
 
