@@ -25,7 +25,7 @@ from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.findings import ListingSummary, is_told
 from featurepipe.store import FeatureStore, Space, differences
-from featurepipe.store.snapshots import checked_dataset
+from featurepipe.store.runs import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
 
 LONGEST_NAME = 100

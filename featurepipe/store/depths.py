@@ -10,7 +10,7 @@ from featurepipe.errors import StoreError
 from featurepipe.store.atomic import write_json
 from featurepipe.store.documents import DepthDocument, read_document
 from featurepipe.store.inside import checked_folder, listed, made_folder
-from featurepipe.store.snapshots import checked_dataset
+from featurepipe.store.runs import checked_dataset
 
 
 def journal(folder: Path, dataset: str) -> Path:

@@ -33,6 +33,20 @@ def checked_run_id(run_id: str) -> str:
     return run_id
 
 
+def checked_dataset(name: str) -> str:
+    """Returns ``name`` if it may be a dataset's.
+
+    Raises:
+        UsageError: It may not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(
+            f"not a dataset name: {name!r}; use letters, digits, '.', '_' and '-', at most 100, starting with "
+            "a letter, digit or '_'"
+        )
+    return name
+
+
 def next_run_id(existing: Iterable[str]) -> str:
     """Makes a run id: UTC time to the microsecond and a random suffix, greater than all existing ones.
 

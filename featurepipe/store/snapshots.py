@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
-from featurepipe.store.runs import checked_run_id
+from featurepipe.store.runs import checked_dataset, checked_run_id
 
 OK, REJECTED = "ok", "rejected"
 SCHEMA = pa.schema(
@@ -30,20 +29,6 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
-
-
-def checked_dataset(name: str) -> str:
-    """Returns ``name`` if it may be a dataset's.
-
-    Raises:
-        UsageError: It may not.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        raise UsageError(
-            f"not a dataset name: {name!r}; use letters, digits, '.', '_' and '-', at most 100, starting with "
-            "a letter, digit or '_'"
-        )
-    return name
 
 
 def snapshot_ids(folder: Path, dataset: str) -> list[str]:

@@ -26,8 +26,7 @@ from featurepipe.store.inside import checked_folder, is_folder, listed
 from featurepipe.store.known_files import KNOWN_FILES, append_rejects, known_files, read_rejects
 from featurepipe.store.locks import locked
 from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
-from featurepipe.store.runs import checked_run_id
-from featurepipe.store.snapshots import checked_dataset
+from featurepipe.store.runs import checked_dataset, checked_run_id
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix
 
 
