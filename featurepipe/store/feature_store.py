@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from featurepipe import __version__
 from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
-from featurepipe.store import depths, runs, snapshots
+from featurepipe.store import runs, snapshots
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
@@ -283,15 +283,15 @@ class FeatureStore:
 
     def depth_journal(self, dataset: str) -> Path:
         """Where comparisons of a dataset's layers keep what they have measured; may not be there yet."""
-        return depths.journal(self.path / "depth", dataset)
+        return runs.depth_journal(self.path / "depth", dataset)
 
     def write_depth(self, document: Mapping[str, Any]) -> Path:
         """Writes what a comparison of layers found, atomically; it is the dataset's newest from then on."""
-        return depths.write(self._made("depth"), document, self.new_run_id())
+        return runs.write_depth(self._made("depth"), document, self.new_run_id())
 
     def depth_documents(self, dataset: str) -> list[dict[str, Any]]:
         """Reads what comparisons of a dataset's layers found, oldest first."""
-        return depths.read(self.path / "depth", dataset)
+        return runs.read_depths(self.path / "depth", dataset)
 
     def lock(self, shared: bool) -> AbstractContextManager[None]:
         """Holds the store's lock: shared by those that add, alone by those that rewrite.

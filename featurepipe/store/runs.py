@@ -1,19 +1,19 @@
-"""Run ids, and the record of each run."""
+"""Run ids, dataset names, and documents named by them: the record of each run, and what comparisons of layers found."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import StoreError, UsageError
 from featurepipe.store.atomic import write_json
-from featurepipe.store.documents import RunDocument, read_document
-from featurepipe.store.inside import is_file, is_folder, listed
+from featurepipe.store.documents import DepthDocument, RunDocument, read_document
+from featurepipe.store.inside import checked_folder, is_file, is_folder, listed, made_folder
 
 PUBLISHING = "publishing"
 """Status of a run whose record is complete and whose snapshot comes next; see `settled`."""
@@ -89,3 +89,33 @@ def settled(record: dict[str, Any], snapshots: Path) -> dict[str, Any]:
     if is_folder(snapshots / dataset) and is_file(snapshots / dataset / f"{record['run_id']}.parquet"):
         return {**record, "status": "done"}
     return {**record, "status": "interrupted", "exit_code": None, "changes": None}
+
+
+def depth_journal(folder: Path, dataset: str) -> Path:
+    """Where a dataset's measurements are kept; the file may not be there."""
+    return folder / checked_dataset(dataset) / "journal.jsonl"
+
+
+def write_depth(folder: Path, document: Mapping[str, Any], run_id: str) -> Path:
+    """Writes a document; it becomes the dataset's newest."""
+    path = folder / checked_dataset(document["dataset"]) / f"{run_id}.json"
+    made_folder(path.parent)
+    write_json(path, {**document, "run_id": run_id})
+    return path
+
+
+def read_depths(folder: Path, dataset: str) -> list[dict[str, Any]]:
+    """Reads a dataset's documents that are as they should be, oldest first; ``verify`` names the others.
+
+    Raises:
+        StoreError: The newest is not: an older one in its place would answer as if nothing had been compared since.
+    """
+    of_dataset = checked_folder(checked_folder(folder) / checked_dataset(dataset))
+    paths, documents = listed(of_dataset, "*.json"), []
+    for path in paths:
+        try:
+            documents.append(read_document(path, DepthDocument))
+        except StoreError:
+            if path == paths[-1]:
+                raise
+    return documents
