@@ -17,7 +17,7 @@ from featurepipe.store.atomic import is_temporary
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
-from featurepipe.store.keys import KEY_BYTES, Keys, Segment, as_keys, keys_from_arrow
+from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys, keys_from_arrow
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.space import Space
@@ -51,12 +51,12 @@ class _Needed:
     """The keys of all snapshots that stay, each image once, however many snapshots have it."""
 
     def __init__(self) -> None:
-        self._set = Segment.of_keys(np.empty((0, KEY_BYTES), np.uint8))
+        self._set = SortedKeys.of_keys(np.empty((0, KEY_BYTES), np.uint8))
 
     def add(self, keys: Keys) -> None:
         fresh = keys[~self.contains(keys)]
         if len(fresh):
-            self._set = Segment.of_keys(np.concatenate([self._set.keys, fresh]))
+            self._set = SortedKeys.of_keys(np.concatenate([self._set.keys, fresh]))
 
     def contains(self, keys: Keys) -> Mask:
         return self._set.contains(keys)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, UsageError
-from featurepipe.store.keys import KEY_BYTES, Keys, Segment, as_keys
+from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys
 from featurepipe.store.parts import PartInfo, read_array
 
 OnDamage = Callable[[PartInfo, CorruptPart], None]
@@ -21,13 +21,13 @@ _Rows = npt.NDArray[np.int64]
 class _Group:
     """The rows of all parts that have the same of the columns asked for."""
 
-    segment: Segment
+    sorted_keys: SortedKeys
     numbers: _Rows
     starts: _Rows
 
     def find(self, keys: Keys) -> tuple[_Rows, _Rows]:
         """Returns for each key the number of its part and the row there, of the first committed copy; -1 without one."""
-        found = self.segment.find(keys)
+        found = self.sorted_keys.find(keys)
         part, row = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
         at = np.flatnonzero(found >= 0)
         place = np.searchsorted(self.starts, found[at], side="right") - 1
@@ -80,16 +80,16 @@ class KeyIndex:
                 on_damage(part, error)
             else:
                 stop += part.rows
-        return _Group(Segment.of_keys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
+        return _Group(SortedKeys.of_keys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
 
     def __len__(self) -> int:
         """Rows held, copies included."""
-        return sum(len(group.segment.keys) for group in self._groups.values())
+        return sum(len(group.sorted_keys.keys) for group in self._groups.values())
 
     @property
     def nbytes(self) -> int:
         """Memory held by the index, in bytes."""
-        return sum(group.segment.nbytes for group in self._groups.values())
+        return sum(group.sorted_keys.nbytes for group in self._groups.values())
 
     def contains(self, keys: npt.NDArray[Any] | Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Tells for each key of (n, 32) uint8 whether all columns are there, in one part or in several."""
@@ -98,7 +98,7 @@ class KeyIndex:
         for columns in [frozenset([column]) for column in self.columns] or [frozenset[str]()]:
             held = np.zeros(len(wanted), np.bool_)
             for group in self._with(columns):
-                held |= group.segment.contains(wanted)
+                held |= group.sorted_keys.contains(wanted)
             result &= held
         return result
 

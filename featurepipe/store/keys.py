@@ -55,7 +55,7 @@ _SMALL_ROWS = 2**32
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SortedKeys:
     """Keys in the order given, and the order of their first 8 bytes: 44 bytes a row, 60 while they are sorted.
 
     Attributes:
@@ -69,7 +69,7 @@ class Segment:
     order: npt.NDArray[np.unsignedinteger]
 
     @classmethod
-    def of_keys(cls, keys: Keys) -> Segment:
+    def of_keys(cls, keys: Keys) -> SortedKeys:
         """Sorts keys, which are kept and must not be changed afterwards."""
         prefixes = prefixes_of(keys)
         order = np.argsort(prefixes, kind="stable")  # stable: of several copies the first one is found
@@ -110,7 +110,7 @@ class Segment:
 
 def count_distinct(keys: Keys) -> int:
     """Counts how many different keys there are, in a third of the memory that hashing them takes."""
-    return int(np.count_nonzero(Segment.of_keys(keys).find(keys) == np.arange(len(keys))))
+    return int(np.count_nonzero(SortedKeys.of_keys(keys).find(keys) == np.arange(len(keys))))
 
 
 def prefixes_of(keys: Keys) -> npt.NDArray[np.uint64]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.store import keys as segment
+from featurepipe.store import keys as keys_module
 
 
 def add_keys(store, space, keys, columns=("a:gap",)):
@@ -66,11 +66,11 @@ def test_many_keys_in_many_parts_take_44_bytes_each(store, space):
 
 
 def test_keys_are_looked_up_in_blocks(monkeypatch):
-    monkeypatch.setattr(segment, "_BLOCK", 7)
+    monkeypatch.setattr(keys_module, "_BLOCK", 7)
     keys = np.random.default_rng(0).integers(0, 2, (300, 32), np.uint8)
     keys[:, :10] = 0  # prefixes are all the same
     first = {bytes(key): row for row, key in reversed(list(enumerate(keys[:200])))}
-    found = segment.Segment.of_keys(keys[:200]).find(keys)
+    found = keys_module.SortedKeys.of_keys(keys[:200]).find(keys)
     assert found.tolist() == [first.get(bytes(key), -1) for key in keys]
 
 
