@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import DiskFull, StoreError, StoreLocked, UsageError
-from featurepipe.store import compact as compacting
-from featurepipe.store import compact as rewriting
-from featurepipe.store import compact_store, gc_store, verify_store
+from featurepipe.store import compact, compact_store, gc_store, verify_store
 from featurepipe.store.parts import damaged_arrays
 
 NAMES = [f"n{i}" for i in range(30)]
@@ -185,7 +183,7 @@ def test_compact_reads_only_what_it_touches_or_relies_on(filled, rows, monkeypat
     large = space.parts()[-1]
     rows.write(filled, space, more[:3] if copied else ["extra"], dataset="d")
     read = []
-    monkeypatch.setattr(compacting, "damaged_arrays", lambda part: read.append(part.name) or damaged_arrays(part))
+    monkeypatch.setattr(compact, "damaged_arrays", lambda part: read.append(part.name) or damaged_arrays(part))
     report = compact_store(filled, target_bytes=large.file_bytes)
     assert report.rows_dropped == (3 if copied else 0)
     assert (large.name in read) == copied
@@ -197,7 +195,7 @@ def test_a_crash_between_commit_and_removal_leaves_copies_only(filled, rows, mon
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewriting.Path, "unlink", die)
+    monkeypatch.setattr(compact.Path, "unlink", die)
     with pytest.raises(KeyboardInterrupt):
         compact_store(filled)
     monkeypatch.undo()
