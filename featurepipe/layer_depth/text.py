@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.layer_depth.timing import is_undisturbed
+from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.progress import duration
 from featurepipe.tables import share, size, table
 

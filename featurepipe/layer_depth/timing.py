@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.records import host, versions
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 FEW = 4
 """Images in a forward on a CPU: slow networks take long for more, and the time of one hardly changes."""
 
-MOST_WAITING = 0.2
-"""Share of its time that a process may wait for a core while it is timed."""
 
 AGAIN = 3600.0
 """Seconds after which times of a busy machine are measured again."""
@@ -113,11 +111,6 @@ def least_disturbed(timing: Timed, journal: Journal) -> dict[str, Any]:
     best = {**min(tries, key=lambda measured: float(measured["waited"])), "tried": now}
     journal.keep(timing.key, best)
     return best
-
-
-def is_undisturbed(measured: Mapping[str, Any]) -> bool:
-    """Whether times are worth keeping: on a busy machine they tell about the others."""
-    return bool(measured["waited"] <= MOST_WAITING)
 
 
 def network_to_time(name: str) -> Backbone:

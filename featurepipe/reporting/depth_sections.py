@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.layer_depth.timing import is_undisturbed
+from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.reporting.blocks import Block, Figures, Prose, Section
 from featurepipe.reporting.common_sections import errors, worst
 from featurepipe.reporting.cost_curves import cost_curves
