@@ -11,9 +11,9 @@ from featurepipe.heads.calibration import fit_temperature, probabilities
 from featurepipe.heads.metrics import score_table
 from featurepipe.heads.similarity import linear_cka
 from featurepipe.heads.transferability import transfer_scores
-from featurepipe.layer_depth.mapped import mapped
 from featurepipe.layer_depth.probes import Scores, scores_again
 from featurepipe.layer_depth.study import PRETRAINED
+from featurepipe.reporting.projection import mapped
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.measure import Series

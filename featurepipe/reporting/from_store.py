@@ -12,9 +12,9 @@ import numpy as np
 from featurepipe.errors import FeaturepipeError, StoreError, StoreMoved, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
-from featurepipe.layer_depth.mapped import mapped
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
+from featurepipe.reporting.projection import mapped
 from featurepipe.reporting.report import Features, check_target, metrics_elsewhere, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore

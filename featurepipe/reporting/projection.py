@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from featurepipe.store import FeatureSet
+
 
 POINTS = 2000
 """Images shown at most; t-SNE takes seconds for so many."""
@@ -110,3 +114,8 @@ def _tsne(components: Array, seed: int) -> Array:
     model = TSNE(perplexity=min(30.0, (len(components) - 1) / 3), init=start, random_state=seed, n_jobs=1)
     placed: Array = model.fit_transform(components.astype(np.float32)).astype(np.float64)
     return placed
+
+
+def mapped(view: FeatureSet) -> FeatureSet:
+    """Draws as many rows as a map shows, at random but always the same of as many rows, in their order."""
+    return view.take(np.sort(np.random.default_rng(0).permutation(len(view))[:POINTS]))
