@@ -12,9 +12,8 @@ from featurepipe.reporting.cost_curves import cost_curves
 from featurepipe.reporting.curves import depth_curves
 from featurepipe.reporting.matrices import similarity_map
 from featurepipe.reporting.node_tables import elsewhere_table, joined_table, node_table
-from featurepipe.reporting.numbers import amount, count, finite, interval, milliseconds, percent
+from featurepipe.reporting.numbers import amount, count, finite, interval, metrics_elsewhere, milliseconds, percent
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.report import metrics_elsewhere
 from featurepipe.reporting.scores import score_scatter
 
 Document = Mapping[str, Any]

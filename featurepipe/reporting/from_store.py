@@ -14,8 +14,9 @@ from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
+from featurepipe.reporting.numbers import metrics_elsewhere
 from featurepipe.reporting.projection import mapped
-from featurepipe.reporting.report import Features, check_target, metrics_elsewhere, write_report
+from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from featurepipe.tables import size
@@ -127,3 +128,16 @@ def shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (most - most // 2 - 1) :]}"
+
+
+def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table of scores (``heads.metrics.score_table``) of the recommended column, or of the bundle."""
+    part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
+    found: Mapping[str, Any] = (part or {}).get("metrics") or {}
+    return found
+
+
+def metrics_elsewhere(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same of the recommended column on the other source; empty where the document has none."""
+    found: Mapping[str, Any] = (document.get("details_shifted") or {}).get("metrics") or {}
+    return found

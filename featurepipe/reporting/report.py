@@ -70,6 +70,7 @@ def write_report(
         UsageError: The document is of another kind or version, or the folder of ``target`` does not exist.
         DiskFull: No space is left; a file that was there is as before.
     """
+    from featurepipe.reporting.numbers import metrics_elsewhere, metrics_of
     from featurepipe.reporting.page import compose
     from featurepipe.reporting.projection import POINTS, Projection, project
 
@@ -91,19 +92,6 @@ def write_report(
         file.write(html)
     say(f"wrote {path} ({size(len(html))})")
     return path
-
-
-def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table of scores (``heads.metrics.score_table``) of the recommended column, or of the bundle."""
-    part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
-    found: Mapping[str, Any] = (part or {}).get("metrics") or {}
-    return found
-
-
-def metrics_elsewhere(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same of the recommended column on the other source; empty where the document has none."""
-    found: Mapping[str, Any] = (document.get("details_shifted") or {}).get("metrics") or {}
-    return found
 
 
 def _mistaken(metrics: Mapping[str, Any]) -> list[str]:
