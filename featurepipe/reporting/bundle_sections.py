@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.reporting.blocks import Figures, Prose, Section
-from featurepipe.reporting.numbers import count, finite, interval, percent
+from featurepipe.reporting.blocks import Figures, Prose, Section, count, finite, interval, percent
 
 Document = Mapping[str, Any]
 

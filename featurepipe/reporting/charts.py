@@ -20,7 +20,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from featurepipe.reporting.numbers import shortened
+from featurepipe.reporting.blocks import shortened
 from featurepipe.reporting.palette import INK, QUIET, RULE, Paint, Style
 
 Figure = Any

@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.reporting.blocks import Block, Facts, Gallery, Picture, Prose, Section, Table
+from featurepipe.reporting.blocks import (
+    Block,
+    Cell,
+    Facts,
+    Gallery,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    bounded,
+    count,
+    finite,
+    interval,
+    percent,
+    plain,
+)
 from featurepipe.reporting.feature_map import feature_map
 from featurepipe.reporting.matrices import confusion_map
-from featurepipe.reporting.numbers import Cell, bounded, count, finite, interval, percent, plain
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.projection import Projection
 

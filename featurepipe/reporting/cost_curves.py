@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from featurepipe.reporting.blocks import Exhibit, Key, Panel
+from featurepipe.reporting.blocks import Exhibit, Key, Panel, finite, milliseconds, percent
 from featurepipe.reporting.charts import blank, draw_series, hover, label_axis
 from featurepipe.reporting.curves import (
     LINES,
@@ -18,7 +18,6 @@ from featurepipe.reporting.curves import (
     ring_key,
     series_source,
 )
-from featurepipe.reporting.numbers import finite, milliseconds, percent
 from featurepipe.reporting.palette import Paint
 
 _COSTS = {"cost": "Share of the operations", "ms_per_image": "Milliseconds per image"}

@@ -8,9 +8,20 @@ from typing import Any
 
 from bokeh.models import ColumnDataSource, DataRange1d
 
-from featurepipe.reporting.blocks import Exhibit, Key, Panel, Table
+from featurepipe.reporting.blocks import (
+    Cell,
+    Exhibit,
+    Key,
+    Panel,
+    Table,
+    bounded,
+    count,
+    finite,
+    interval,
+    milliseconds,
+    percent,
+)
 from featurepipe.reporting.charts import blank, draw_points, draw_series, hover, label_axis, name_places
-from featurepipe.reporting.numbers import Cell, bounded, count, finite, interval, milliseconds, percent
 from featurepipe.reporting.palette import INK, Paint, Style, series
 
 Results = Sequence[Mapping[str, Any]]

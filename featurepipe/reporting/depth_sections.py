@@ -6,13 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.backbones.timing import is_undisturbed
-from featurepipe.reporting.blocks import Block, Figures, Prose, Section
+from featurepipe.reporting.blocks import (
+    Block,
+    Figures,
+    Prose,
+    Section,
+    amount,
+    count,
+    finite,
+    interval,
+    metrics_elsewhere,
+    milliseconds,
+    percent,
+)
 from featurepipe.reporting.common_sections import errors, worst
 from featurepipe.reporting.cost_curves import cost_curves
 from featurepipe.reporting.curves import depth_curves
 from featurepipe.reporting.matrices import similarity_map
 from featurepipe.reporting.node_tables import elsewhere_table, joined_table, node_table
-from featurepipe.reporting.numbers import amount, count, finite, interval, metrics_elsewhere, milliseconds, percent
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.scores import score_scatter
 

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
-from featurepipe.reporting.blocks import Exhibit, Key, Panel
+from featurepipe.reporting.blocks import Exhibit, Key, Panel, count, percent
 from featurepipe.reporting.charts import Figure, blank, hover
-from featurepipe.reporting.numbers import count, percent
 from featurepipe.reporting.palette import OTHERS, Paint, Style, series
 from featurepipe.reporting.projection import Projection
 from featurepipe.reporting.thumbnails import BLANK

@@ -14,7 +14,7 @@ from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
-from featurepipe.reporting.numbers import metrics_elsewhere
+from featurepipe.reporting.blocks import metrics_elsewhere
 from featurepipe.reporting.projection import mapped
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.reporting.thumbnails import ReadImage

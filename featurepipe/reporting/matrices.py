@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from bokeh.models import ColumnDataSource, Range1d
 
-from featurepipe.reporting.blocks import Exhibit, Panel, Table
+from featurepipe.reporting.blocks import Cell, Exhibit, Panel, Table, count, finite, percent, plain
 from featurepipe.reporting.charts import Figure, blank, hover, label_axis, name_places
-from featurepipe.reporting.numbers import Cell, count, finite, percent, plain
 from featurepipe.reporting.palette import Paint, on_shade, shade
 
 Values = npt.NDArray[np.float64]

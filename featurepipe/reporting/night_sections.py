@@ -7,11 +7,23 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from featurepipe.reporting.blocks import Block, Facts, Figures, Prose, Section, Steps, Table
+from featurepipe.reporting.blocks import (
+    DASH,
+    Block,
+    Cell,
+    Facts,
+    Figures,
+    Prose,
+    Section,
+    Steps,
+    Table,
+    amount,
+    count,
+    finite,
+)
 from featurepipe.reporting.night_endings import Night, ending, is_good, signed
 from featurepipe.reporting.night_times import time_exhibits
 from featurepipe.reporting.night_trends import class_trend, drift_trend
-from featurepipe.reporting.numbers import DASH, Cell, amount, count, finite
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.strips import figures, night_name, rate, seconds, strip_exhibit
 

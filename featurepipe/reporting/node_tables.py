@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.reporting.blocks import Table
-from featurepipe.reporting.numbers import (
+from featurepipe.reporting.blocks import (
     Cell,
+    Table,
     amount,
     bounded,
     count,

@@ -70,7 +70,7 @@ def write_report(
         UsageError: The document is of another kind or version, or the folder of ``target`` does not exist.
         DiskFull: No space is left; a file that was there is as before.
     """
-    from featurepipe.reporting.numbers import metrics_elsewhere, metrics_of
+    from featurepipe.reporting.blocks import metrics_elsewhere, metrics_of
     from featurepipe.reporting.page import compose
     from featurepipe.reporting.projection import POINTS, Projection, project
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from bokeh.models import ColumnDataSource, DataRange1d
 
-from featurepipe.reporting.blocks import Exhibit, Key, Panel, Table
+from featurepipe.reporting.blocks import Cell, Exhibit, Key, Panel, Table, finite, percent, plain
 from featurepipe.reporting.charts import blank, draw_points, hover, label_axis
 from featurepipe.reporting.curves import Results, head_style, is_main
-from featurepipe.reporting.numbers import Cell, finite, percent, plain
 from featurepipe.reporting.palette import INK, Paint
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.reporting.numbers import DASH, finite
+from featurepipe.reporting.blocks import DASH, finite
 from featurepipe.reporting.palette import Style
 
 # Bokeh's markers around (14, 8) of a 28 x 16 swatch.
