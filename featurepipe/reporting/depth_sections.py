@@ -25,9 +25,9 @@ from featurepipe.reporting.blocks import (
     points,
     points_interval,
 )
-from featurepipe.reporting.common_sections import errors, worst
 from featurepipe.reporting.cost_curves import cost_curves
 from featurepipe.reporting.curves import depth_curves
+from featurepipe.reporting.head_sections import errors, worst
 from featurepipe.reporting.matrices import similarity_map
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.scores import score_scatter
