@@ -17,9 +17,16 @@ from markupsafe import Markup
 from featurepipe.display import displayed, displayed_values
 from featurepipe.reporting import template_text
 from featurepipe.reporting.blocks import Exhibit, Section
-from featurepipe.reporting.bundle_sections import bundle_column, bundle_sections, bundle_title
 from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
-from featurepipe.reporting.head_sections import details, map_of_images, mistakes, provenance
+from featurepipe.reporting.head_sections import (
+    bundle_column,
+    bundle_sections,
+    bundle_title,
+    details,
+    map_of_images,
+    mistakes,
+    provenance,
+)
 from featurepipe.reporting.night_sections import night_sections, nights_title
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.projection import Projection
