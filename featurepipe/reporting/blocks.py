@@ -1,4 +1,7 @@
-"""What a page is made of: values as people read them, tables, plots, pictures, facts. The template knows how each looks."""
+"""What a page is made of: values as people read them, tables, plots, pictures, facts. The template knows how each looks.
+
+A value that is missing or not finite is shown as a dash.
+"""
 
 from __future__ import annotations
 
