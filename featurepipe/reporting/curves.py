@@ -1,4 +1,4 @@
-"""Accuracy over depth: a line for each head, with its intervals."""
+"""Accuracy over depth, over cost and over a score that needs no fitting: a line for each head, with its intervals."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from featurepipe.reporting.blocks import (
     interval,
     milliseconds,
     percent,
+    plain,
 )
 from featurepipe.reporting.charts import blank, draw_points, draw_series, hover, label_axis, name_places
 from featurepipe.reporting.palette import INK, Paint, Style, series
@@ -48,7 +49,9 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     for tested_on, title in _PANELS.items():
         rows = [row for row in results if row.get("tested_on", "source") == tested_on]
         if rows:
-            panels.append(Panel(_panel_title(document, title), _panel(paint, columns, rows, heads, drawn, y_range)))
+            panels.append(
+                Panel(_panel_title(document, title), _depth_panel(paint, columns, rows, heads, drawn, y_range))
+            )
     keys = [
         Key(f"{head}{_NETWORKS[net]}", head_style(heads, head, net), tuple(ids))
         for (head, net), ids in drawn.items()
@@ -58,7 +61,7 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     ring = [] if best is None else [draw_ring(panels[0].plot, paint, best, _places(columns, heads, best["head"]))]
     return Exhibit(
         "Accuracy over depth",
-        _summary(columns, results, heads),
+        _depth_summary(columns, results, heads),
         tuple(panels),
         (*keys, *ring_key(ring)),
         _table(columns, results),
@@ -83,7 +86,7 @@ def _panel_title(document: Mapping[str, Any], title: str) -> str:
     return f"{title}: {name}" if name else title
 
 
-def _panel(
+def _depth_panel(
     paint: Paint,
     columns: Sequence[str],
     rows: Results,
@@ -165,7 +168,7 @@ def ring_key(rings: Sequence[Any]) -> list[Key]:
     return [Key("recommended", _RING, tuple(ring.id for ring in rings))] if rings else []
 
 
-def _summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:
+def _depth_summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:
     """The course of each head's curve in words."""
     words = []
     for head in heads:
@@ -207,3 +210,198 @@ def _table(columns: Sequence[str], results: Results) -> Table:
     )
     header = ("Node", "Head", "Weights", "Tested on", "Accuracy", "Training", "Measured", "Parameters", "Seconds")
     return Table("Every measured accuracy, with its 95\u00a0% interval", header, rows)
+
+
+_COSTS = {"cost": "Share of the operations", "ms_per_image": "Milliseconds per image"}
+
+
+def cost_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
+    """A line for each head over the share of the forward up to a node, and over the time that takes; one is shown."""
+    results = [row for row in document.get("results") or [] if is_main(row)]
+    heads = list(dict.fromkeys(str(row["head"]) for row in results))
+    drawn: dict[str, list[str]] = {head: [] for head in heads}
+    panels, rings = [], []
+    for field, title in _COSTS.items():
+        known = {str(node["column"]): finite(node.get(field)) for node in document.get("columns") or []}
+        costs = {column: cost for column, cost in known.items() if cost is not None}
+        rows = [row for row in results if row["column"] in costs]
+        if len({costs[row["column"]] for row in rows}) > 1:
+            plot = _cost_panel(paint, title, rows, heads, costs, drawn)
+            best = recommended(document, rows)
+            rings += [] if best is None else [draw_ring(plot, paint, best, costs)]
+            panels.append(Panel(title, plot, spoken=_costs_spoken(title, rows, costs)))
+    if not panels:
+        return None
+    keys = [
+        Key(head, replace(head_style(heads, head, "pretrained"), dash=None), tuple(ids)) for head, ids in drawn.items()
+    ]
+    return Exhibit(
+        "Accuracy over cost",
+        _cost_summary(results, heads, document.get("columns") or []),
+        tuple(panels),
+        (*keys, *ring_key(rings)),
+        chosen=True,
+        note="What the network costs up to a node, not the head. The table of all nodes has these numbers.",
+    )
+
+
+def _cost_panel(
+    paint: Paint,
+    title: str,
+    rows: Results,
+    heads: Sequence[str],
+    costs: Mapping[str, float],
+    drawn: dict[str, list[str]],
+) -> Any:
+    plot = blank(paint, height=400)
+    label_axis(plot.xaxis[0], title.lower(), shares=title == _COSTS["cost"])
+    label_axis(plot.yaxis[0], "accuracy", shares=True)
+    markers = []
+    for head in heads:
+        own = [row for row in rows if row["head"] == head]
+        source = series_source(own, costs)
+        source.data["cost"] = [_said(title, cost) for cost in source.data["x"]]
+        renderers, points = draw_series(plot, paint, source, head_style(heads, head, "pretrained"))
+        drawn[head].extend(renderer.id for renderer in renderers)
+        markers.append(points)
+    hover(plot, markers, [*LINES, (title.lower(), "cost")], title="name")
+    return plot
+
+
+def _said(title: str, cost: float) -> str:
+    return percent(cost, 0) if title == _COSTS["cost"] else f"{milliseconds(cost)} ms"
+
+
+def _costs_spoken(title: str, rows: Results, costs: Mapping[str, float]) -> str:
+    """Every point in words."""
+    ordered = sorted(rows, key=lambda row: costs[row["column"]])
+    points = (
+        f"{row['column']}, {row['head']}: {percent(row['accuracy'])} at {_said(title, costs[row['column']])}"
+        for row in ordered
+    )
+    return f"{title}. {'; '.join(points)}."
+
+
+def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapping[str, Any]]) -> str:
+    """What half of the operations buy, for each head."""
+    costs = {str(node["column"]): finite(node.get("cost")) for node in columns}
+    words = []
+    for head in heads:
+        own = [row for row in results if row["head"] == head]
+        half = [row for row in own if (costs.get(row["column"]) or 1.0) <= 0.5]
+        if half:
+            cheap, top = (max(rows, key=lambda row: row["accuracy"]) for rows in (half, own))
+            words.append(
+                f"{head}: {percent(cheap['accuracy'])} with half of the operations or less ({cheap['column']}), "
+                f"{percent(top['accuracy'])} at most ({top['column']})."
+            )
+    return " ".join(words) or "The cheaper of two equally accurate nodes lies to the left."
+
+
+def score_scatter(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
+    """Measured accuracy against the transferability score of each column."""
+    found = document.get("transferability") or {}
+    scores = {name: value for name, value in (found.get("scores") or {}).items() if finite(value) is not None}
+    rows = [row for row in document.get("results") or [] if row["column"] in scores and is_main(row)]
+    if not rows:
+        return None
+    method = str(found.get("method") or "score")
+    heads = list(dict.fromkeys(str(row["head"]) for row in rows))
+    plot = blank(paint, y_range=DataRange1d(range_padding=0.2))  # room for a number above the uppermost point
+    label_axis(plot.xaxis[0], method)
+    label_axis(plot.yaxis[0], "accuracy", shares=True)
+    keys, renderers = [], []
+    for head in heads:
+        own = [row for row in rows if row["head"] == head]
+        points = draw_points(plot, paint, _score_source(own, scores), head_style(heads, head, "pretrained"), size=11)
+        keys.append(Key(head, replace(head_style(heads, head, "pretrained"), dash=None), (points.id,)))
+        renderers.append(points)
+    hover(plot, renderers, [("head", "head"), (method, "score"), ("accuracy", "accuracy")], title="name")
+    numbers = _number_nodes(plot, paint, document, rows, scores)
+    return Exhibit(
+        f"{method} against measured accuracy",
+        _rank_words(method, heads, found.get("correlations") or {}),
+        (Panel(method, plot, spoken=_scores_spoken(method, rows, scores)),),
+        tuple(keys),
+        _score_table(method, heads, rows, scores, found.get("correlations") or {}),
+        note=f"Nodes are numbered in the order of the network: {numbers}.",
+    )
+
+
+def _number_nodes(
+    plot: Any, paint: Paint, document: Mapping[str, Any], rows: Results, scores: Mapping[str, float]
+) -> str:
+    """Writes each node's number above the best of its points, and returns what the numbers mean."""
+    names = [name for name in (str(node["column"]) for node in document.get("columns") or []) if name in scores]
+    tops = {name: max((row["accuracy"] for row in rows if row["column"] == name), default=None) for name in names}
+    shown = {name: number for number, name in enumerate(names, start=1) if tops[name] is not None}
+    source = ColumnDataSource(
+        {
+            "x": [scores[name] for name in shown],
+            "y": [tops[name] for name in shown],
+            "number": [str(number) for number in shown.values()],
+        }
+    )
+    text = plot.text(
+        "x",
+        "y",
+        "number",
+        source=source,
+        y_offset=-9,
+        text_align="center",
+        text_baseline="bottom",
+        text_font_size="12px",
+    )
+    paint.set(text.glyph, text_color=INK)
+    return ", ".join(f"{number}\u00a0{name}" for name, number in shown.items())
+
+
+def _scores_spoken(method: str, rows: Results, scores: Mapping[str, float]) -> str:
+    """Every point in words."""
+    ordered = sorted(rows, key=lambda row: scores[row["column"]])
+    points = (
+        f"{row['column']}, {row['head']}: {method} {plain(scores[row['column']])}, accuracy {percent(row['accuracy'])}"
+        for row in ordered
+    )
+    return f"{'; '.join(points)}."
+
+
+def _score_source(rows: Results, scores: Mapping[str, float]) -> ColumnDataSource:
+    return ColumnDataSource(
+        {
+            "x": [scores[row["column"]] for row in rows],
+            "y": [row["accuracy"] for row in rows],
+            "name": [str(row["column"]) for row in rows],
+            "head": [str(row["head"]) for row in rows],
+            "score": [plain(scores[row["column"]]) for row in rows],
+            "accuracy": [percent(row["accuracy"], 2) for row in rows],
+        }
+    )
+
+
+def _rank_words(method: str, heads: Sequence[str], correlations: Mapping[str, Any]) -> str:
+    words = [
+        f"{head}: Spearman {plain(correlations[head].get('spearman'), 2)}, Kendall {plain(correlations[head].get('kendall'), 2)}"
+        for head in heads
+        if correlations.get(head)
+    ]
+    tail = f" Rank correlation with the measured accuracy: {'; '.join(words)}." if words else ""
+    return f"{method} is computed from features and labels, without fitting a head.{tail}"
+
+
+def _score_table(
+    method: str, heads: Sequence[str], rows: Results, scores: Mapping[str, float], correlations: Mapping[str, Any]
+) -> Table:
+    accuracy = {(row["column"], row["head"]): row["accuracy"] for row in rows}
+    body = [
+        (
+            Cell(str(name)),
+            Cell(plain(scores[name]), scores[name]),
+            *(Cell(percent(accuracy.get((name, head))), finite(accuracy.get((name, head)))) for head in heads),
+        )
+        for name in scores
+    ]
+    for measure in ("spearman", "kendall") if correlations else ():
+        values = [(correlations.get(head) or {}).get(measure) for head in heads]
+        body.append((Cell(f"rank correlation ({measure})"), Cell(""), *(Cell(plain(value), None) for value in values)))
+    return Table(f"{method} and accuracy of each node", ("Node", method, *heads), tuple(body), sortable=False)

@@ -25,12 +25,10 @@ from featurepipe.reporting.blocks import (
     points,
     points_interval,
 )
-from featurepipe.reporting.cost_curves import cost_curves
-from featurepipe.reporting.curves import depth_curves
+from featurepipe.reporting.curves import cost_curves, depth_curves, score_scatter
 from featurepipe.reporting.head_sections import errors, worst
 from featurepipe.reporting.matrices import similarity_map
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.scores import score_scatter
 
 Document = Mapping[str, Any]
 Results = Mapping[tuple[str, str, str, str], Document]
