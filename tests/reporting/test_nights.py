@@ -7,8 +7,8 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.reporting import nights as nights_module
+from featurepipe.reporting.night_outcomes import next_steps
 from featurepipe.reporting.nights import nights_document, nights_report
-from featurepipe.reporting.nights_advice import next_steps
 from featurepipe.store import FeatureStore
 
 
