@@ -21,7 +21,7 @@ from featurepipe.reporting.blocks import (
     count,
     finite,
 )
-from featurepipe.reporting.night_endings import Night, ending, is_good, signed
+from featurepipe.reporting.night_outcomes import Night, ending, is_good, signed
 from featurepipe.reporting.night_times import time_exhibits
 from featurepipe.reporting.night_trends import class_trend, drift_trend
 from featurepipe.reporting.palette import Paint

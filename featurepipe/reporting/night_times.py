@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from featurepipe.reporting.blocks import Block, finite
-from featurepipe.reporting.night_endings import Night
+from featurepipe.reporting.night_outcomes import Night
 from featurepipe.reporting.palette import Paint
 from featurepipe.reporting.strips import Figure, figures, rate, seconds, stored, strip_exhibit
 

@@ -11,7 +11,7 @@ from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, PlainText
 
 from featurepipe.reporting.blocks import DASH, Cell, Exhibit, Key, Panel, Table, count, finite, percent, plain
 from featurepipe.reporting.charts import blank, draw_line, hover, label_axis
-from featurepipe.reporting.night_endings import Night
+from featurepipe.reporting.night_outcomes import Night
 from featurepipe.reporting.palette import QUIET, Paint, series
 from featurepipe.reporting.strips import Figure, name_nights, night_name, strip_panel
 

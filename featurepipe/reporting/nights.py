@@ -10,8 +10,7 @@ from typing import Any
 from featurepipe.errors import UsageError, unknown
 from featurepipe.monitoring.warned import standing, told
 from featurepipe.records import host, is_success, now, versions
-from featurepipe.reporting.night_endings import to_come, unknown_end
-from featurepipe.reporting.night_outcomes import next_steps
+from featurepipe.reporting.night_outcomes import next_steps, to_come, unknown_end
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
 

@@ -12,7 +12,7 @@ from bokeh.models import ColumnDataSource, FixedTicker, PlainText, Range1d
 from featurepipe.progress import spoken
 from featurepipe.reporting.blocks import DASH, Cell, Exhibit, Panel, Table, amount, count, finite, plain
 from featurepipe.reporting.charts import blank, draw_bars, draw_points, hover
-from featurepipe.reporting.night_endings import Night, is_good
+from featurepipe.reporting.night_outcomes import Night, is_good
 from featurepipe.reporting.palette import INK, SERIES, Paint, Style
 
 _HEIGHT = 150
