@@ -21,11 +21,18 @@ from featurepipe.reporting.blocks import (
     count,
     finite,
 )
-from featurepipe.reporting.night_charts import class_trend, drift_trend
+from featurepipe.reporting.night_charts import (
+    class_trend,
+    drift_trend,
+    figures,
+    night_name,
+    rate,
+    seconds,
+    strip_exhibit,
+)
 from featurepipe.reporting.night_outcomes import Night, ending, is_good, signed
 from featurepipe.reporting.night_times import time_exhibits
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.strips import figures, night_name, rate, seconds, strip_exhibit
 
 Document = Mapping[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from featurepipe.reporting.blocks import Block, finite
+from featurepipe.reporting.night_charts import Figure, figures, rate, seconds, stored, strip_exhibit
 from featurepipe.reporting.night_outcomes import Night
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.strips import Figure, figures, rate, seconds, stored, strip_exhibit
 
 _STAGES = {
     "scan": "listing the source",
