@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from featurepipe.monitoring.group_files import checked_file, write_groups
-from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups
+from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups, checked_file, write_groups
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
 from featurepipe.progress import announcer
 from featurepipe.spreadsheets import neutralised_text
