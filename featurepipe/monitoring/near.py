@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +13,144 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import iterate
-from featurepipe.monitoring.directions import Directions, turned, unit_vectors
-from featurepipe.monitoring.faiss_index import (
-    approximate_index,
-    exact_index,
-    faiss_threads,
-    require_faiss,
-    sample_size,
-    within,
-)
 from featurepipe.progress import Progress, show
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
+
+
+Single = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Makes features unit vectors and projects them onto orthonormal axes.
+
+    The squared distance of unit vectors is twice their cosine distance. A projection shortens distances and lengthens
+    none, so that whatever lies within a distance lies within it here as well; what else does is told apart by the
+    features themselves.
+
+    Attributes:
+        axes: (D, d) orthonormal columns; None where the features are narrow enough as they are.
+        width: d.
+    """
+
+    axes: Single | None
+    width: int
+
+    @classmethod
+    def fitted(cls, sample: Single, most: int) -> Directions:
+        """Finds the axes along which a sample of unit vectors (n, D) spreads most.
+
+        They are its principal components, from the (n, n) inner products, which are fewer than (D, D) for wide features.
+        """
+        width = sample.shape[1]
+        if width <= most:
+            return cls(None, width)
+        centred = (sample - sample.mean(axis=0)).astype(np.float64)
+        values, vectors = np.linalg.eigh(centred @ centred.T)
+        kept = np.flatnonzero(values > max(values[-1], 1e-12) * 1e-7)[-most:]
+        axes = centred.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+        return cls(axes.astype(np.float32), len(kept)) if len(kept) else cls(np.eye(width, 1, dtype=np.float32), 1)
+
+    def project(self, unit: Single) -> Single:
+        """Projects unit vectors (n, D): (n, d)."""
+        return np.ascontiguousarray(unit if self.axes is None else unit @ self.axes)
+
+
+def unit_vectors(rows: Single) -> Single:
+    """Divides rows (n, D) by their lengths; rows of zeros stay."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    unit: Single = rows / np.maximum(lengths, np.finfo(np.float32).tiny).astype(np.float32)[:, None]
+    return unit
+
+
+def turned(unit: Single, towards: Single, distance: float) -> Single:
+    """Turns each of (n, D) unit vectors towards another one until it is a cosine distance away from where it was."""
+    sideways = towards - np.einsum("ij,ij->i", towards, unit)[:, None] * unit
+    cosine = 1 - distance
+    moved: Single = (cosine * unit + np.sqrt(1 - cosine**2) * unit_vectors(sideways)).astype(np.float32)
+    return moved
+
+
+Positions = npt.NDArray[np.int64]
+
+_CELLS_A_ROOT = 4  # cells for the square root of the number of vectors
+_TRAINED_ON = 40  # vectors a cell
+_LOOKED_INTO = 8  # cells
+_ROUNDS = 8
+
+
+def require_faiss() -> Any:
+    """Imports faiss.
+
+    Raises:
+        UsageError: It is not installed; says how to.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise UsageError("near-duplicates are found with faiss; run: pip install 'featurepipe[duplicates]'") from error
+    return faiss
+
+
+@contextmanager
+def faiss_threads(threads: int | None) -> Iterator[None]:
+    """While the block runs, faiss uses at most so many threads; None leaves it to OMP_NUM_THREADS and the CPUs allowed."""
+    faiss = require_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(before if threads is None else min(threads, before))
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def exact_index(width: int) -> Any:
+    """An index that compares with every vector; 4 bytes a value."""
+    return require_faiss().IndexFlatL2(width)
+
+
+def cells(count: int) -> int:
+    """How many cells an index of so many vectors is cut into."""
+    return max(1, round(_CELLS_A_ROOT * math.sqrt(count)))
+
+
+def sample_size(count: int) -> int:
+    """How many vectors its cells are learned from."""
+    return min(count, _TRAINED_ON * cells(count))
+
+
+def approximate_index(sample: Single, count: int, seed: int) -> Any:
+    """An inverted file (Sivic & Zisserman 2003; Johnson et al. 2019, "Billion-scale similarity search with GPUs").
+
+    Vectors lie in cells around centres, and a search looks into the cells of the nearest few; 2 bytes a value (float16), and
+    8 a vector.
+
+    Args:
+        sample: (n, d) vectors to learn the cells from: ``sample_size(count)``.
+        count: Vectors that will be added.
+        seed: Of the clustering.
+    """
+    faiss = require_faiss()
+    number = min(cells(count), len(sample))
+    centres = faiss.IndexFlatL2(sample.shape[1])
+    index = faiss.IndexIVFScalarQuantizer(
+        centres, sample.shape[1], number, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2
+    )
+    index.cp.niter, index.cp.seed, index.cp.min_points_per_centroid = _ROUNDS, seed, 1
+    index.cp.max_points_per_centroid = _TRAINED_ON
+    index.train(sample)
+    index.nprobe = _LOOKED_INTO
+    return index
+
+
+def within(index: Any, queries: Single, squared: float) -> tuple[Positions, Positions]:
+    """Finds the vectors within a squared distance of each query: numbers of queries, and of vectors."""
+    limits, _, found = index.range_search(queries, squared)
+    counts = np.diff(limits.astype(np.int64))
+    return np.repeat(np.arange(len(queries)), counts), found.astype(np.int64)
+
 
 EXACT = 50_000
 """Images up to which every pair is looked at."""
@@ -37,9 +164,6 @@ _RESULT_BYTES = 256 << 20  # of what one search may return
 _RESULT_ENTRY = 12
 _PAIR_BYTES = 64 << 20  # of features of pairs that are compared at once
 _PLANTED = 512
-
-Positions = npt.NDArray[np.int64]
-Single = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

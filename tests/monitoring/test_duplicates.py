@@ -12,9 +12,8 @@ import pytest
 from featurepipe.errors import UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.monitoring import near as near_module
-from featurepipe.monitoring.directions import Directions, turned, unit_vectors
 from featurepipe.monitoring.duplicates import duplicates
-from featurepipe.monitoring.near import near_pairs
+from featurepipe.monitoring.near import Directions, near_pairs, turned, unit_vectors
 from featurepipe.monitoring.text import duplicates_text
 
 
@@ -260,7 +259,7 @@ def test_threads_are_bounded_while_it_searches_and_as_before_afterwards(pile, mo
     monkeypatch.setattr(
         near_module, "within", lambda *given: seen.append(faiss.omp_get_max_threads()) or within(*given)
     )
-    from featurepipe.monitoring.faiss_index import within
+    from featurepipe.monitoring.near import within
 
     faiss.omp_set_num_threads(3)
     try:
