@@ -10,9 +10,15 @@ from typing import Any
 
 from featurepipe.errors import StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.monitoring.columns import columns_to_compare
 from featurepipe.monitoring.comparisons import LEAST, Pair, bundle_pair, column_pairs, compare
-from featurepipe.monitoring.samples import PREVIOUS, Side, reference_snapshot, sides, snapshot_of_run
+from featurepipe.monitoring.samples import (
+    PREVIOUS,
+    Side,
+    columns_to_compare,
+    reference_snapshot,
+    sides,
+    snapshot_of_run,
+)
 from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, Thresholds, holm
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
