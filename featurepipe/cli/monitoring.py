@@ -109,7 +109,7 @@ def drift(args: Namespace) -> int:
 
 
 def _accept(args: Namespace) -> int:
-    from featurepipe.monitoring.warned import accept_drift, accepted_text
+    from featurepipe.monitoring.standing_warnings import accept_drift, accepted_text
 
     tests = ("nodes", "backbone", "snapshot", "bundle", "fail")
     given = [f"--{name.removesuffix('s')}" for name in tests if getattr(args, name) is not None]

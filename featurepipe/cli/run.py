@@ -102,7 +102,7 @@ def runs(args: Namespace) -> int:
 
 def _standing(args: Namespace, records: Sequence[Record]) -> list[str]:
     """What is said of drift warnings that stand, whatever run gave them."""
-    from featurepipe.monitoring.warned import standing, told
+    from featurepipe.monitoring.standing_warnings import standing, told
 
     of = {} if args.job is None else {"job": args.job}
     return [f"warning: {told(warning, args.store)}" for warning in standing(records, **of)]

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from featurepipe.display import displayed
 from featurepipe.errors import UsageError
-from featurepipe.monitoring.warned import standing
+from featurepipe.monitoring.standing_warnings import standing
 from featurepipe.records import is_success
 
 if TYPE_CHECKING:

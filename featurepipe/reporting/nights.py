@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.monitoring.warned import standing, told
+from featurepipe.monitoring.standing_warnings import standing, told
 from featurepipe.records import host, is_success, now, versions
 from featurepipe.reporting.night_outcomes import next_steps, to_come, unknown_end
 from featurepipe.reporting.report import check_target, write_report
@@ -78,7 +78,7 @@ def nights_document(
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
         ``nights`` (oldest first: when and how each ended and why, counts, changes, seconds of steps and stages, rejects,
-        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see `featurepipe.monitoring.warned`),
+        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see `featurepipe.monitoring.standing_warnings`),
         ``next_steps``, ``provenance``.
 
     Raises:

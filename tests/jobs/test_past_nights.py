@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from featurepipe.jobs import steps
-from featurepipe.monitoring.warned import accept_drift
+from featurepipe.monitoring.standing_warnings import accept_drift
 
 DRIFT = """
 [drift]

@@ -4,7 +4,7 @@ import pytest
 
 from featurepipe.cli import main
 from featurepipe.errors import UsageError
-from featurepipe.monitoring.warned import accept_drift, standing, suspect_runs, told
+from featurepipe.monitoring.standing_warnings import accept_drift, standing, suspect_runs, told
 from featurepipe.store import FeatureStore
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.jobs.step import Night
+from featurepipe.monitoring.standing_warnings import drift_result, standing, suspect_runs
 from featurepipe.monitoring.verdict import DRIFT
-from featurepipe.monitoring.warned import drift_result, standing, suspect_runs
 
 
 def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | None:
@@ -41,7 +41,7 @@ def previous(night: Night) -> str | None:
 
     Images that were too few, or whose run was cut short, are tested again, together with those that have come since, until
     they pass; those that were warned of or failed until they are accepted or gone, whatever comes with them (see
-    `featurepipe.monitoring.warned`); or until the job file names another reference, from which the next run goes on.
+    `featurepipe.monitoring.standing_warnings`); or until the job file names another reference, from which the next run goes on.
 
     Returns:
         Its run id, or that of the first snapshot if none was tested; None if there was none before tonight.
