@@ -19,7 +19,7 @@ from featurepipe.monitoring.samples import (
     sides,
     snapshot_of_run,
 )
-from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, Thresholds, holm
+from featurepipe.monitoring.standing_warnings import DRIFT, TOO_FEW, Thresholds, holm
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot

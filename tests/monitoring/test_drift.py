@@ -7,8 +7,8 @@ import pytest
 
 from featurepipe.errors import BundleError, StoreError, UsageError
 from featurepipe.monitoring.drift import drift
+from featurepipe.monitoring.standing_warnings import Thresholds, holm
 from featurepipe.monitoring.text import drift_text
-from featurepipe.monitoring.verdict import Thresholds, holm
 
 
 def names(start, count, kind="image"):

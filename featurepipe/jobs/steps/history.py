@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.jobs.step import Night
-from featurepipe.monitoring.standing_warnings import drift_result, standing, suspect_runs
-from featurepipe.monitoring.verdict import DRIFT
+from featurepipe.monitoring.standing_warnings import DRIFT, drift_result, standing, suspect_runs
 
 
 def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | None:

@@ -61,7 +61,7 @@ def _tested(
 ) -> dict[str, Any]:
     """What the test found, with what is ``said`` of an earlier warning."""
     from featurepipe.monitoring.drift import drift as run
-    from featurepipe.monitoring.verdict import DRIFT, TOO_FEW, WARNING
+    from featurepipe.monitoring.standing_warnings import DRIFT, TOO_FEW, WARNING
 
     found = run(
         night.store,
