@@ -78,8 +78,8 @@ def nights_document(
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
         ``nights`` (oldest first: when and how each ended and why, counts, changes, seconds of steps and stages, rejects,
-        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see `featurepipe.monitoring.standing_warnings`),
-        ``next_steps``, ``provenance``.
+        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see
+        `featurepipe.monitoring.standing_warnings`), ``next_steps``, ``provenance``.
 
     Raises:
         UsageError: nothing has run yet, the job is unknown, or ``last`` is not positive.
