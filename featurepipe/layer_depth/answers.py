@@ -23,7 +23,7 @@ from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.columns import DepthColumn
-    from featurepipe.layer_depth.elsewhere import Elsewhere
+    from featurepipe.layer_depth.folds import Elsewhere
     from featurepipe.layer_depth.measure import Series
     from featurepipe.layer_depth.study import Study
 

@@ -13,8 +13,15 @@ import numpy.typing as npt
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
 from featurepipe.label_values import check_classes
-from featurepipe.layer_depth.elsewhere import LEFT_OUT, Elsewhere, settle_elsewhere
-from featurepipe.layer_depth.folds import ENOUGH_TO_CHOOSE, Fold, cross_validation, own_split
+from featurepipe.layer_depth.folds import (
+    ENOUGH_TO_CHOOSE,
+    LEFT_OUT,
+    Elsewhere,
+    Fold,
+    cross_validation,
+    own_split,
+    settle_elsewhere,
+)
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.probes import RULE, Data
 from featurepipe.progress import announcer
