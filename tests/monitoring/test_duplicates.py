@@ -255,11 +255,10 @@ def test_images_all_alike_are_one_large_group_with_a_warning(pile):
 
 
 def test_threads_are_bounded_while_it_searches_and_as_before_afterwards(pile, monkeypatch):
-    before, seen = faiss.omp_get_max_threads(), []
+    before, seen, within = faiss.omp_get_max_threads(), [], near_module.within
     monkeypatch.setattr(
         near_module, "within", lambda *given: seen.append(faiss.omp_get_max_threads()) or within(*given)
     )
-    from featurepipe.monitoring.near import within
 
     faiss.omp_set_num_threads(3)
     try:
