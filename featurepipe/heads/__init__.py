@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
     from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.linear import BlockLinearSVC as BlockLinearSVC
+    from featurepipe.heads.linear import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.linear import fit_path as fit_path
-    from featurepipe.heads.linear_svc import BlockLinearSVC as BlockLinearSVC
-    from featurepipe.heads.logistic import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.metrics import score_table as score_table
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
@@ -41,8 +41,8 @@ _HOMES = {
     "HEADS": "families",
     "RBFSVM": "kernel",
     "BlockCentroid": "neighbours",
-    "BlockLinearSVC": "linear_svc",
-    "BlockLogisticRegression": "logistic",
+    "BlockLinearSVC": "linear",
+    "BlockLogisticRegression": "linear",
     "BlockPCA": "pca",
     "BlockScaler": "scaling",
     "BlockLinearDiscriminantAnalysis": "lda",

@@ -16,9 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from featurepipe.errors import UsageError
 from featurepipe.heads import passes
 from featurepipe.heads.blocks import ArrayBlocks
-from featurepipe.heads.linear import fit_path
-from featurepipe.heads.linear_svc import BlockLinearSVC
-from featurepipe.heads.logistic import BlockLogisticRegression
+from featurepipe.heads.linear import BlockLinearSVC, BlockLogisticRegression, fit_path
 from featurepipe.heads.shares import shares_of
 
 
