@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
-from featurepipe.heads.curvature import (
+from featurepipe.heads.gram import moments_of
+from featurepipe.heads.inputs import FiniteBlocks
+from featurepipe.heads.lockstep import Answer, Precondition, Question
+from featurepipe.heads.losses import (
     WIDEST,
     CholeskyPreconditioner,
     DiagonalPreconditioner,
+    Loss,
     Measured,
     Penalty,
     share_of,
 )
-from featurepipe.heads.gram import moments_of
-from featurepipe.heads.inputs import FiniteBlocks
-from featurepipe.heads.lockstep import Answer, Precondition, Question
-from featurepipe.heads.losses import Loss
 from featurepipe.heads.row_sums import Linear, Products, Sums, Values
 from featurepipe.heads.shares import Shares, shares_of
 from featurepipe.sizes import bytes_of
