@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 
-Array = npt.NDArray[Any]
+from featurepipe.heads.blocks import Array
 
 
 class RowSpace(TransformerMixin, BaseEstimator):  # type: ignore[misc]
