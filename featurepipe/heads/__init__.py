@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from featurepipe.heads.metrics import score_table as score_table
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
-    from featurepipe.heads.pca import BlockPCA as BlockPCA
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
+    from featurepipe.heads.scaling import BlockPCA as BlockPCA
     from featurepipe.heads.scaling import BlockScaler as BlockScaler
     from featurepipe.heads.similarity import linear_cka as linear_cka
     from featurepipe.heads.transferability import h_score as h_score
@@ -43,7 +43,7 @@ _HOMES = {
     "BlockCentroid": "neighbours",
     "BlockLinearSVC": "linear",
     "BlockLogisticRegression": "linear",
-    "BlockPCA": "pca",
+    "BlockPCA": "scaling",
     "BlockScaler": "scaling",
     "BlockLinearDiscriminantAnalysis": "lda",
     "BlockNeighbours": "neighbours",

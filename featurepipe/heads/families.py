@@ -257,7 +257,7 @@ def _scaler(memory: int | str | None) -> Any:
 
 
 def _pca(components: float, memory: int | str | None) -> Any:
-    from featurepipe.heads.pca import BlockPCA
+    from featurepipe.heads.scaling import BlockPCA
 
     return BlockPCA(components, memory=memory)
 

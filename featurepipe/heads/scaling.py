@@ -1,16 +1,18 @@
-"""Standardising features that may be larger than memory."""
+"""Standardising, principal components and coordinates in the span of the training rows, for features larger than memory."""
 
 from __future__ import annotations
 
 from typing import Any, Self
 
 import numpy as np
+import scipy.linalg
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, MappedBlocks, is_blocks
-from featurepipe.heads.gram import Moments, moments_of
+from featurepipe.heads.gram import Moments, gram_of, moments_of
 
 
 class BlockScaler(StandardScaler):  # type: ignore[misc]
@@ -89,3 +91,128 @@ class _Standardise:
         centred: Array = block - self.mean.astype(block.dtype)
         centred /= self.scale.astype(block.dtype)
         return centred
+
+
+class BlockPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Principal component analysis of arrays or ``Blocks``, exactly: the eigenvectors of the covariance matrix.
+
+    The covariance comes from one streamed pass in float64 (``gram.gram_of``), which needs 8 D^2 bytes. The components
+    are those of scikit-learn's ``PCA(svd_solver="covariance_eigh")``, with the same signs.
+
+    Args:
+        n_components: How many components to keep; below 1, as many as explain this share of the variance; None for all.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Attributes:
+        components_: (P, D) float64, orthonormal rows, in the order of the variance they explain.
+        explained_variance_: (P,) float64, with n - 1 in the denominator.
+        explained_variance_ratio_: (P,) float64, shares of the whole variance.
+        mean_: (D,) float64.
+        n_components_: P.
+        n_features_in_: D.
+    """
+
+    whiten = False
+
+    def __init__(self, n_components: float | None = None, *, memory: int | str | None = None) -> None:
+        self.n_components = n_components
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002 - scikit-learn's signature
+        """Learns the components.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: Ignored.
+
+        Raises:
+            UsageError: ``n_components`` is more than there are, or no number.
+            ValueError: A value is NaN or infinite.
+        """
+        if not is_blocks(X):
+            X = validate_data(self, X, dtype=[np.float64, np.float32, np.float16], ensure_min_samples=2)
+        rows, width = X.shape
+        most = min(rows, width)
+        _check(self.n_components, most)
+        gram = gram_of(X, memory=self.memory)
+        values, vectors = scipy.linalg.eigh(gram.scatter / (rows - 1), check_finite=False)
+        values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1].T
+        shares = values / values.sum() if values.sum() else np.zeros_like(values)
+        kept = most if self.n_components is None else int(self.n_components)
+        if self.n_components is not None and self.n_components < 1:
+            kept = min(int(np.searchsorted(np.cumsum(shares), self.n_components, side="right")) + 1, most)
+        largest = np.abs(vectors).argmax(axis=1)
+        vectors = vectors * np.sign(vectors[np.arange(width), largest])[:, None]  # as scikit-learn's svd_flip
+        self.components_ = np.ascontiguousarray(vectors[:kept])
+        self.explained_variance_, self.explained_variance_ratio_ = values[:kept], shares[:kept]
+        self.mean_ = gram.mean
+        self.n_components_, self.n_features_in_ = kept, width
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Returns the (n, P) coordinates: of ``Blocks`` a view that projects what is read, of an array an array."""
+        check_is_fitted(self)
+        project = _Project(self.mean_, self.components_)
+        if not is_blocks(X):
+            return project(validate_data(self, X, reset=False, dtype=[np.float64, np.float32]))
+        if X.shape[1] != self.n_features_in_:
+            raise UsageError(
+                f"X has {X.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features"
+            )
+        return MappedBlocks(X, project, self.n_components_)
+
+    @property
+    def _n_features_out(self) -> int:
+        """Read by scikit-learn to name the columns."""
+        return int(self.n_components_)
+
+
+class _Project:
+    """Centres a block and projects it, in the block's dtype."""
+
+    def __init__(self, mean: Array, components: Array) -> None:
+        self.mean, self.components = mean, components
+
+    def __call__(self, block: Array) -> Array:
+        return np.asarray((block - self.mean.astype(block.dtype)) @ self.components.astype(block.dtype).T)
+
+
+def _check(components: float | None, most: int) -> None:
+    if components is None:
+        return
+    if not 0 < components <= most or (components > 1 and components != int(components)):
+        raise UsageError(
+            f"n_components={components!r} must be a whole number from 1 to {most}, the smaller of rows and values, or a "
+            "share of the variance below 1"
+        )
+
+
+class RowSpace(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Rotates (n, D) features into the span of the rows it was fitted on, and one direction more for all that lies outside.
+
+    Where D is larger than n, whatever depends on features only by inner products or distances to those rows is learned there
+    as well as in D dimensions: the optimum of an L2-penalised linear model lies in their span (the representer theorem of
+    Kimeldorf and Wahba, 1971). The last coordinate, 0 for those rows, is how far a row lies outside of the span: it keeps the
+    distances that kernels and votes weighted by distance are made of.
+
+    The rows' own mean is not subtracted: standardise first.
+
+    Attributes:
+        components_: (D, r) float64, orthonormal columns; r is the rank of the rows.
+    """
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002 - as scikit-learn calls it
+        """Finds the span from the rows' (n, n) inner products."""
+        rows = np.asarray(X, np.float64)
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        kept = values > values[-1] * len(rows) * np.finfo(np.float64).eps
+        self.components_ = rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+        self.n_features_in_ = rows.shape[1]
+        return self
+
+    def transform(self, X: Any) -> Array:
+        """Returns the (n, r + 1) coordinates, float64: those in the span, and the distance from it."""
+        rows = np.asarray(X, np.float64)
+        inside = rows @ self.components_
+        outside = np.linalg.norm(rows - inside @ self.components_.T, axis=1)
+        return np.column_stack([inside, outside])

@@ -12,8 +12,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
-from featurepipe.heads.pca import BlockPCA
-from featurepipe.heads.scaling import BlockScaler
+from featurepipe.heads.scaling import BlockPCA, BlockScaler
 
 
 @parametrize_with_checks([BlockScaler(), BlockPCA()])

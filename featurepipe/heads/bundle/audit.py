@@ -25,7 +25,7 @@ OURS = (
     "featurepipe.heads.linear.BlockLogisticRegression",
     "featurepipe.heads.neighbours.BlockCentroid",
     "featurepipe.heads.neighbours.BlockNeighbours",
-    "featurepipe.heads.pca.BlockPCA",
+    "featurepipe.heads.scaling.BlockPCA",
     "featurepipe.heads.ridge.BlockRidgeClassifier",
     "featurepipe.heads.scaling.BlockScaler",
     "featurepipe.heads.weighted.LinearSVC",
