@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import record
 from featurepipe.heads import fit_path, make_head, score_table
 from featurepipe.heads.calibration import class_scores, probabilities
-from featurepipe.heads.folds import fold_numbers
+from featurepipe.heads.sampling import fold_numbers
 from featurepipe.store import FeatureSet, FeatureStore
 
 COLUMNS = (

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.heads.folds import fold_numbers
+from featurepipe.heads.sampling import fold_numbers
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet

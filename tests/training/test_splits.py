@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.folds import ALWAYS_TRAIN, fold_numbers
+from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers
 from featurepipe.training.splits import divide
 
 
