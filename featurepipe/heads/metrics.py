@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from featurepipe.errors import UsageError
 from featurepipe.heads import intervals
 from featurepipe.heads.auc import OneVsRest, one_vs_rest
+from featurepipe.tables import table
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -237,3 +238,43 @@ def _mistakes(images: _Images, classes: Sequence[str], ids: Ids, most: int) -> d
         for row in worst
     ]
     return {"count": len(wrong), "most_confident": shown}
+
+
+_TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auc": "AUC, one vs rest",
+    "log_loss": "log-loss",
+    "ece": "calibration error",
+}
+
+
+def measures_text(metrics: Mapping[str, Any]) -> str:
+    """A table of measures with their intervals, and the reason where one has no value.
+
+    Args:
+        metrics: What ``score_table`` returns, or a part of it.
+    """
+    tops = {name: name.replace("_", "-") + " accuracy" for name in metrics if name.startswith("top_")}
+    rows, reasons = [], []
+    for name, title in {"accuracy": "accuracy", **tops, **_TITLES}.items():
+        found = metrics.get(name, {})
+        if found.get("value") is not None:
+            limits = (
+                found.get("reason", "") if found.get("low") is None else f"{found['low']:.4f} to {found['high']:.4f}"
+            )
+            rows.append([title, f"{found['value']:.4f}", limits])
+        elif found and not name.startswith("top_"):  # of few classes nobody expects it
+            reasons.append(f"{title}: none, {found['reason']}")
+    interval = "95 % interval" if any(row[2] for row in rows) else ""
+    untested = metrics.get("untested", [])
+    if untested:
+        reasons.append(untested_text(untested))
+    return "\n".join([table(["measure", "value", interval], rows), *reasons])
+
+
+def untested_text(classes: Sequence[str]) -> str:
+    """Names the classes of which no image was scored."""
+    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+    return f"classes without a test image, about which the scores say nothing: {', '.join(classes[:10])}{more}"

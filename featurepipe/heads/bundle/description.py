@@ -6,7 +6,7 @@ from typing import Any
 
 from featurepipe.display import displayed
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.heads.measures import measures_text
+from featurepipe.heads.metrics import measures_text
 
 _CLASSES_SHOWN = 8
 _SHORT = 40  # longer names are for --json
