@@ -1,7 +1,8 @@
-"""Whether two sets of features are of the same kind: a kernel two-sample test, and how far they lie apart."""
+"""Two-sample tests by permutation: whether two sets of features, or of predicted classes, are of one distribution."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,33 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.auc import one_vs_rest
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
 from featurepipe.heads.gram import refuse_non_finite
-from featurepipe.heads.monte_carlo import sequential_p_value
+
+_STOP = 100  # draws at least as extreme as the data after which the p-value is known to a tenth of itself
+_BATCH = 500
+_EQUAL = 1e-6  # relative: two statistics that differ by less differ by rounding
+
+
+def sequential_p_value(observed: float, draw: Callable[[int], npt.NDArray[np.floating]], most: int) -> float:
+    """Counts how often chance gives what was observed, or more, and stops as soon as it has done so often enough.
+
+    Besag & Clifford 1991, "Sequential Monte Carlo p-values": if the h-th such draw is the l-th of all, ``h / l`` is a
+    p-value whose level is exact, like ``(1 + how many) / (1 + draws)`` after all of them.
+
+    Args:
+        observed: The statistic of the data; large ones count.
+        draw: Returns the statistics (n,) of n draws under the hypothesis, independent of all before.
+        most: Draws at most.
+    """
+    least = observed - _EQUAL * abs(observed)
+    exceeding = done = 0
+    while done < most:
+        batch = min(_BATCH, most - done)
+        at = done + 1 + np.flatnonzero(draw(batch) >= least)
+        if exceeding + len(at) >= _STOP:
+            return _STOP / float(at[_STOP - exceeding - 1])
+        exceeding, done = exceeding + len(at), done + batch
+    return (1 + exceeding) / (1 + most)
+
 
 ROWS = 1024
 """Rows of a side that are compared at most."""
@@ -251,3 +278,87 @@ def _farthest(squared: Single) -> Positions:
     nearest = min(_NEIGHBOURS, squared.shape[1])
     distance = np.sqrt(np.partition(squared, nearest - 1, axis=1)[:, :nearest]).mean(axis=1)
     return np.argsort(-distance, kind="stable")
+
+
+_BY_CHANCE = 200  # tables behind the mean total variation
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClassShift:
+    """How two sets of predicted classes compare.
+
+    Attributes:
+        p_value: How often as many images dealt anew to both sides have shares as different as these.
+        total_variation: The part of the images that would need another class for the shares to be equal, 0 to 1.
+        by_chance: What the total variation is on average where nothing has changed but the images.
+    """
+
+    p_value: float
+    total_variation: float
+    by_chance: float
+
+
+def class_shift(
+    reference: npt.ArrayLike, new: npt.ArrayLike, *, permutations: int = 9_999, seed: int = 0
+) -> ClassShift:
+    """Tests whether two counts of classes could be of the same shares.
+
+    The statistic is Pearson's chi-square of the table of both counts. Its p-value is not the chi-square distribution's,
+    which fails for small counts, but by Monte Carlo: tables with the same margins, as dealing the images anew to both
+    sides gives them (Hope 1968, "A Simplified Monte Carlo Significance Test Procedure"). So the level is exact for any
+    counts.
+
+    Args:
+        reference: (K,) images of each class.
+        new: (K,) the same of the new images.
+        permutations: The most tables drawn; the least p-value is one over one more.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: The counts are not of the same classes, or a side has no image.
+
+    Example:
+        >>> found = class_shift([50, 50, 0], [10, 5, 5])
+        >>> found.p_value < 0.01, found.total_variation
+        (True, 0.25)
+    """
+    both = (
+        np.asarray([reference, new], np.int64) if np.shape(reference) == np.shape(new) else np.empty((2, 0), np.int64)
+    )
+    if both.ndim != 2 or not both.sum(axis=1).all() or both.min() < 0:
+        raise UsageError(
+            f"class counts must be of the same classes and of an image or more, not {reference!r} and {new!r}"
+        )
+    both = both[:, both.sum(axis=0) > 0]
+    totals, count = both.sum(axis=0), int(both[1].sum())
+    rng = np.random.default_rng(seed)
+
+    def draw(tables: int) -> Counts:
+        """(tables, K) counts of the new side."""
+        drawn: Counts = rng.multivariate_hypergeometric(totals, count, size=tables, method="marginals")
+        return drawn
+
+    return ClassShift(
+        p_value=sequential_p_value(
+            float(_chi_square(both[1:], totals)[0]), lambda tables: _chi_square(draw(tables), totals), permutations
+        ),
+        total_variation=float(_total_variation(both[1:], totals)[0]),
+        by_chance=float(_total_variation(draw(_BY_CHANCE), totals).mean()),
+    )
+
+
+def _chi_square(new: Counts, totals: Counts) -> Floats:
+    """(b,) Pearson's statistic of (b, K) counts of the new side."""
+    share = new.sum(axis=1, keepdims=True) / totals.sum()
+    statistic: Floats = ((new - share * totals) ** 2 / totals).sum(axis=1) / (share * (1 - share))[:, 0]
+    return statistic
+
+
+def _total_variation(new: Counts, totals: Counts) -> Floats:
+    """(b,) half the sum of the differences between the shares of both sides."""
+    reference = totals - new
+    shares = [side / side.sum(axis=1, keepdims=True) for side in (reference, new)]
+    variation: Floats = np.abs(shares[0] - shares[1]).sum(axis=1) / 2
+    return variation
