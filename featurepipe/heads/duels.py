@@ -15,8 +15,7 @@ from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
 from featurepipe.heads.blocks import Array
-
-Floats = npt.NDArray[np.float64]
+from featurepipe.heads.inputs import Floats
 
 _PAIR_BYTES = (
     24  # per entry of a duel's kernel matrix: float64, the float32 it is made from, and libsvm's copy of rows in use
