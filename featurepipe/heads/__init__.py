@@ -9,10 +9,10 @@ from featurepipe.lazy_names import lazy_names
 if TYPE_CHECKING:
     from featurepipe.heads.boosted import BoostedTrees as BoostedTrees
     from featurepipe.heads.bundle.bundle import Bundle as Bundle
+    from featurepipe.heads.bundle.bundle import bundle_text as bundle_text
+    from featurepipe.heads.bundle.bundle import describe_bundle as describe_bundle
     from featurepipe.heads.bundle.bundle import read_bundle as read_bundle
     from featurepipe.heads.bundle.bundle import write_bundle as write_bundle
-    from featurepipe.heads.bundle.description import bundle_text as bundle_text
-    from featurepipe.heads.bundle.description import describe_bundle as describe_bundle
     from featurepipe.heads.bundle.folder import check_bundle_target as check_bundle_target
     from featurepipe.heads.calibration import class_scores as class_scores
     from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
@@ -51,10 +51,10 @@ _HOMES = {
     "BoostedTrees": "boosted",
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",
-    "bundle_text": "bundle.description",
+    "bundle_text": "bundle.bundle",
     "check_bundle_target": "bundle.folder",
     "class_scores": "calibration",
-    "describe_bundle": "bundle.description",
+    "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",
     "fit_path": "linear",
     "fit_temperature": "calibration",

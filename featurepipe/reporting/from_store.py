@@ -133,8 +133,7 @@ def _bundle(
     silent: bool,
 ) -> tuple[Mapping[str, Any], Features]:
     from featurepipe.evaluation.evaluate import evaluate
-    from featurepipe.heads.bundle.bundle import read_bundle
-    from featurepipe.heads.bundle.description import describe_bundle
+    from featurepipe.heads.bundle.bundle import describe_bundle, read_bundle
 
     bundle = read_bundle(path)
     found = evaluate(bundle, store, dataset=dataset, split=split, silent=silent)

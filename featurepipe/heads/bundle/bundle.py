@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import platform
 import shutil
-from collections.abc import Mapping
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.display import displayed
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
@@ -20,16 +26,17 @@ from featurepipe.heads.bundle.files import (
     SEEN,
     WEIGHTS,
     check_file,
+    plain,
     read_file,
     read_manifest,
     record_file,
+    sha256_of,
     write_manifest,
 )
 from featurepipe.heads.bundle.folder import check_bundle_target, existing_folder, folder_in_place
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
-from featurepipe.heads.bundle.record import plain_record, warn_of_versions
-from featurepipe.heads.bundle.tensors import check_weights, seen_bytes, seen_of
 from featurepipe.heads.calibration import class_scores, probabilities
+from featurepipe.heads.metrics import measures_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,3 +212,195 @@ def _read(folder: Path, record: Mapping[str, Any]) -> Bundle:
         seen=seen_of(contents[SEEN], folder / SEEN),
         weights_file=folder / WEIGHTS if WEIGHTS in listed else None,
     )
+
+
+_PACKAGES = ("featurepipe", "numpy", "safetensors", "scikit-learn", "scipy", "skops", "xgboost")
+_JSON = ("backbone", "space", "params", "metrics", "training", "temperature", "columns", "classes")
+_WITHOUT_PATHS = ("backbone", "space", "params", "training")
+
+
+def plain_record(bundle: Bundle) -> dict[str, Any]:
+    """Turns a bundle into JSON values, all but its files.
+
+    Raises:
+        BundleError: A value is no JSON value, a path of this machine, or does not fit the others.
+    """
+    check_head(bundle.head, bundle.classes, "the head")
+    record = {name: plain(getattr(bundle, name), name) for name in _JSON}
+    for name in _WITHOUT_PATHS:
+        for where, text in _texts(record[name], name):
+            if Path(text).is_absolute() and os.path.lexists(text):
+                raise BundleError(
+                    f"{where} is {text!r}, a path of this machine, on which no bundle may depend; leave it out"
+                )
+    if sha256_of(record["space"]) != bundle.fingerprint:
+        raise BundleError(
+            f"{bundle.fingerprint!r} is not the fingerprint of the bundle's space; take both from the same space"
+        )
+    if bundle.temperature is not None and not bundle.temperature > 0:
+        raise BundleError(
+            f"the temperature is {bundle.temperature}, give one above 0, or None for a head that is not calibrated"
+        )
+    software = _software()
+    return {
+        **record,
+        "family": bundle.family,
+        "fingerprint": bundle.fingerprint,
+        "width": bundle.width,
+        "software": software,
+    }
+
+
+def warn_of_versions(folder: Path, software: Mapping[str, Any]) -> None:
+    """Warns in one line if scikit-learn is of another minor version than the one that wrote the head."""
+    then, now = str(software.get("scikit-learn", "")), version("scikit-learn")
+    if then and _minor(then) != _minor(now):
+        warnings.warn(
+            f"{folder.name} was written with scikit-learn {then}, this is {now}: compare a few predictions, "
+            "or train again to be sure",
+            stacklevel=3,
+        )
+
+
+def _minor(release: str) -> list[str]:
+    return release.split(".")[:2]
+
+
+def _software() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{where}[{number}]")
+
+
+_NAME = "seen"
+_LARGEST_HEADER = 100_000_000  # the limit of safetensors
+
+
+def seen_bytes(seen: npt.NDArray[np.uint64]) -> bytes:
+    """Returns the content of ``seen.safetensors``.
+
+    Raises:
+        BundleError: ``seen`` is not (n,) uint64.
+    """
+    import safetensors.numpy
+
+    keys = np.asarray(seen)
+    if keys.ndim != 1 or keys.dtype != np.uint64:
+        raise BundleError(f"seen must be (n,) uint64, the first 8 bytes of each key; it is {keys.dtype} {keys.shape}")
+    return bytes(safetensors.numpy.save({_NAME: np.ascontiguousarray(keys)}))
+
+
+def seen_of(content: bytes, path: Path) -> npt.NDArray[np.uint64]:
+    """Reads what ``seen_bytes`` made.
+
+    Raises:
+        BundleError: It is something else.
+    """
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        tensors = safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise BundleError(f"{path} is not a safetensors file ({error}); train again") from error
+    keys = tensors.get(_NAME)
+    if keys is None or keys.ndim != 1 or keys.dtype != np.uint64:
+        raise BundleError(f"{path} holds no (n,) uint64 keys named {_NAME!r}; train again")
+    return np.asarray(keys, np.uint64)
+
+
+def check_weights(path: Path) -> Path:
+    """Checks that a weights file may go into a bundle: tensors and nothing that would have to be unpickled.
+
+    Raises:
+        BundleError: It is missing, or not a safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else None
+    except OSError as error:
+        raise BundleError(f"cannot read the weights file {path}: {error.strerror}") from error
+    except (struct.error, ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise BundleError(
+            f"the weights file {path} is not a safetensors file, and a bundle holds no pickle; convert it with "
+            "safetensors.torch.save_file, or leave it out and give it again when predicting"
+        )
+    return path
+
+
+_CLASSES_SHOWN = 8
+_SHORT = 40  # longer names are for --json
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Sums up a bundle as JSON values: all it records, but neither the head's numbers nor the keys."""
+    names = ("backbone", "space", "fingerprint", "columns", "width", "family", "params", "classes", "temperature")
+    found = {name: getattr(bundle, name) for name in (*names, "metrics", "training", "software")}
+    return {
+        **found,
+        "columns": list(bundle.columns),
+        "classes": list(bundle.classes),
+        "seen": len(bundle.seen),
+        "own_weights": bundle.weights_file is not None,
+    }
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """A bundle for people: what it needs, what it says, how it came about and how good it was on its test images."""
+    weights = bundle.backbone["weights"]
+    where = "" if weights != "file" else (", in the bundle" if bundle.weights_file else ", to be given when predicting")
+    calibrated = (
+        "not calibrated" if bundle.temperature is None else f"calibrated (temperature {bundle.temperature:.3g})"
+    )
+    params = ", ".join(f"{name}={value}" for name, value in bundle.params.items())
+    lines = {
+        "backbone": f"{bundle.backbone['name']}, weights {weights}{where}",
+        "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
+        "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
+        "classes": f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
+        "trained": _training(bundle),
+        "software": ", ".join(f"{name} {version}" for name, version in bundle.software.items()),
+    }
+    text = "\n".join(f"{name:<9} {displayed(line)}" for name, line in lines.items() if line)
+    tested = bundle.metrics.get("test")
+    if not tested:
+        return f"{text}\nno test images when it was trained; featurepipe evaluate measures it on others"
+    return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures_text(tested)}"
+
+
+def _space(bundle: Bundle) -> str:
+    """What people tell feature spaces apart by."""
+    known = [str(bundle.space[name]) for name in ("precision", "dtype") if name in bundle.space]
+    return ", ".join([*known, f"space {bundle.fingerprint[:12]}"])
+
+
+def _classes(classes: tuple[str, ...]) -> str:
+    names = [name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..." for name in classes[:_CLASSES_SHOWN]]
+    return ", ".join([*names, "..."] if len(classes) > len(names) else names)
+
+
+def _training(bundle: Bundle) -> str:
+    """On what, how many, when; copies of one image are counted once."""
+    known = bundle.training
+    where = f"on dataset {known['dataset']}, " if "dataset" in known else ""
+    when = f", {str(known['when'])[:10]}" if "when" in known else ""
+    how = f"; {known['split']}" if "split" in known else ""
+    return f"{where}{len(bundle.seen):,} different images{when}{how}"
