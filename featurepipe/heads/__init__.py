@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import describe_bundle as describe_bundle
     from featurepipe.heads.bundle.bundle import read_bundle as read_bundle
     from featurepipe.heads.bundle.bundle import write_bundle as write_bundle
-    from featurepipe.heads.bundle.folder import check_bundle_target as check_bundle_target
+    from featurepipe.heads.bundle.files import check_bundle_target as check_bundle_target
     from featurepipe.heads.calibration import class_scores as class_scores
     from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
     from featurepipe.heads.calibration import fit_temperature as fit_temperature
@@ -52,7 +52,7 @@ _HOMES = {
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",
     "bundle_text": "bundle.bundle",
-    "check_bundle_target": "bundle.folder",
+    "check_bundle_target": "bundle.files",
     "class_scores": "calibration",
     "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",

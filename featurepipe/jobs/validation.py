@@ -19,8 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from featurepipe.errors import UsageError, unknown
-from featurepipe.heads.bundle.files import MANIFEST
-from featurepipe.heads.bundle.folder import existing_folder
+from featurepipe.heads.bundle.files import MANIFEST, existing_folder
 from featurepipe.jobs.job import LONGEST_NAME, FeaturesTable, Job, Table, is_name
 
 _MUST_BE = {

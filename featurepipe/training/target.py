@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS
-from featurepipe.heads.bundle.folder import check_bundle_target
+from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS, check_bundle_target
 
 _FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS})
 

@@ -25,7 +25,10 @@ from featurepipe.heads.bundle.files import (
     HEAD,
     SEEN,
     WEIGHTS,
+    check_bundle_target,
     check_file,
+    existing_folder,
+    folder_in_place,
     plain,
     read_file,
     read_manifest,
@@ -33,7 +36,6 @@ from featurepipe.heads.bundle.files import (
     sha256_of,
     write_manifest,
 )
-from featurepipe.heads.bundle.folder import check_bundle_target, existing_folder, folder_in_place
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
 from featurepipe.heads.calibration import class_scores, probabilities
 from featurepipe.heads.metrics import measures_text

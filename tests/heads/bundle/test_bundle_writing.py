@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle import folder as bundle_folder
+from featurepipe.heads.bundle import files as bundle_folder
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
-from featurepipe.heads.bundle.folder import check_bundle_target
+from featurepipe.heads.bundle.files import check_bundle_target
 
 # Loads what it needs once; for each line it is sent, forks a child that writes two bundles to one place in turn for ever.
 WRITER = """
