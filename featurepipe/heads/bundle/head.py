@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle.audit import OURS, audit
-from featurepipe.heads.bundle.bounds import check_bounds
+from featurepipe.heads.bundle.audit import OURS, audit, check_bounds
 from featurepipe.heads.bundle.files import BOOSTER, HEAD
 from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
 
