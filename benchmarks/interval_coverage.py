@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.metrics import score_table
+from featurepipe.heads.statistics.metrics import score_table
 
 MEASURES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "log_loss", "ece")
 SETTINGS = [  # classes, images a class, balanced

@@ -38,7 +38,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 import featurepipe as fp
 from featurepipe.backbones.lenet import PREPROCESSING, LeNet5
-from featurepipe.heads.comparison import difference_over_folds, over_folds, over_images
+from featurepipe.heads.statistics.comparison import difference_over_folds, over_folds, over_images
 from featurepipe.images import open_source
 
 # ----------------------------------------------------------------------------------------------------------- settings

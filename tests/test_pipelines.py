@@ -64,7 +64,7 @@ def test_the_result_holds_every_task_and_depth_with_its_interval(finished):
 
 @pytest.mark.slow
 def test_folds_that_agree_by_chance_are_no_certainty(finished):
-    from featurepipe.heads.comparison import over_images
+    from featurepipe.heads.statistics.comparison import over_images
 
     out, _, result = finished
     for row in result["results"]:

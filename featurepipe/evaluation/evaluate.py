@@ -9,7 +9,7 @@ from typing import Any
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.heads.metrics import score_table
+from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.prediction.bundle_features import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
@@ -50,7 +50,7 @@ def evaluate(
     Returns:
         JSON values: ``bundle``, ``dataset``, ``split`` (null if not one split) and ``scope`` (the same in words),
         ``counts`` (images, scored, unlabelled, unknown_classes, unmatched labels, rejected, duplicates), ``metrics``
-        (``featurepipe.heads.metrics.score_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
+        (``featurepipe.heads.statistics.metrics.score_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
 
     Raises:

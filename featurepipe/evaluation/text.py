@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.heads.metrics import measures_text
+from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.tables import share, table
 
 MATRIX_CLASSES = 20

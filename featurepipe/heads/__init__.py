@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear import BlockLinearSVC as BlockLinearSVC
     from featurepipe.heads.linear import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.linear import fit_path as fit_path
-    from featurepipe.heads.metrics import score_table as score_table
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.scaling import BlockPCA as BlockPCA
     from featurepipe.heads.scaling import BlockScaler as BlockScaler
-    from featurepipe.heads.similarity import linear_cka as linear_cka
-    from featurepipe.heads.transferability import h_score as h_score
-    from featurepipe.heads.transferability import log_me as log_me
-    from featurepipe.heads.transferability import transfer_scores as transfer_scores
+    from featurepipe.heads.statistics.metrics import score_table as score_table
+    from featurepipe.heads.statistics.similarity import linear_cka as linear_cka
+    from featurepipe.heads.statistics.transferability import h_score as h_score
+    from featurepipe.heads.statistics.transferability import log_me as log_me
+    from featurepipe.heads.statistics.transferability import transfer_scores as transfer_scores
 
 _HOMES = {
     "HEADS": "families",
@@ -58,14 +58,14 @@ _HOMES = {
     "expected_calibration_error": "calibration",
     "fit_path": "linear",
     "fit_temperature": "calibration",
-    "h_score": "transferability",
-    "linear_cka": "similarity",
-    "log_me": "transferability",
+    "h_score": "statistics.transferability",
+    "linear_cka": "statistics.similarity",
+    "log_me": "statistics.transferability",
     "make_head": "families",
     "probabilities": "calibration",
     "read_bundle": "bundle.bundle",
-    "score_table": "metrics",
-    "transfer_scores": "transferability",
+    "score_table": "statistics.metrics",
+    "transfer_scores": "statistics.transferability",
     "write_bundle": "bundle.bundle",
 }
 __all__ = list(_HOMES)

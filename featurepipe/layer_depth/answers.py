@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.comparison import (
+from featurepipe.heads.statistics.comparison import (
     Difference,
     Estimate,
     cheapest_within_one_se,

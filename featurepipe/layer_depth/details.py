@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featurepipe.heads.calibration import fit_temperature, probabilities
-from featurepipe.heads.metrics import score_table
-from featurepipe.heads.similarity import linear_cka
-from featurepipe.heads.transferability import transfer_scores
+from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.similarity import linear_cka
+from featurepipe.heads.statistics.transferability import transfer_scores
 from featurepipe.layer_depth.probes import Scores, scores_again
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.reporting.projection import mapped

@@ -10,7 +10,7 @@ import numpy as np
 
 from featurepipe.errors import BundleError
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.heads.two_sample import class_shift, two_sample
+from featurepipe.heads.statistics.two_sample import class_shift, two_sample
 from featurepipe.monitoring.samples import Columns, Side
 from featurepipe.store import FeatureStore, Space
 from featurepipe.store.views import FeatureSet

@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
-from featurepipe.heads.metrics import score_table, untested_text
+from featurepipe.heads.statistics.metrics import score_table, untested_text
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.heads.metrics import measures_text
+from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.progress import spoken
 from featurepipe.tables import table
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.evaluation.text import text
-from featurepipe.heads.metrics import score_table
+from featurepipe.heads.statistics.metrics import score_table
 
 
 def record(names, n=300, *, bootstrap=100, wrong=None, **changes):

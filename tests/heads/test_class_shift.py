@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom, fisher_exact
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.two_sample import class_shift
+from featurepipe.heads.statistics.two_sample import class_shift
 
 
 def test_p_value_is_fishers_for_two_classes_of_equal_sides():

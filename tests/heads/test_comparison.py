@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.comparison import (
+from featurepipe.heads.statistics.comparison import (
     Difference,
     Estimate,
     cheapest_within_one_se,

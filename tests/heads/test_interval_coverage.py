@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.interval_coverage import KINDS, coverage
-from featurepipe.heads.intervals import balanced_accuracy, macro_f1
+from featurepipe.heads.statistics.intervals import balanced_accuracy, macro_f1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,9 @@ import pytest
 from sklearn import metrics as reference
 
 from featurepipe.errors import UsageError
-from featurepipe.heads import intervals
 from featurepipe.heads.calibration import expected_calibration_error
-from featurepipe.heads.metrics import BINS, measures_text, score_table
+from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics.metrics import BINS, measures_text, score_table
 
 NAMES = ["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc", "ece"]
 

@@ -5,7 +5,7 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.sampling import sampled_positions
-from featurepipe.heads.similarity import linear_cka
+from featurepipe.heads.statistics.similarity import linear_cka
 
 
 def unbiased_hsic(first, second):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.sampling import sampled_positions
-from featurepipe.heads.transferability import TransferScores, h_score, log_me, transfer_scores
+from featurepipe.heads.statistics.transferability import TransferScores, h_score, log_me, transfer_scores
 
 
 def dense_log_me(x, codes, classes):

@@ -11,8 +11,8 @@ from scipy.stats import binom, norm
 
 import featurepipe
 from featurepipe.errors import UsageError
-from featurepipe.heads import two_sample as module
-from featurepipe.heads.two_sample import sequential_p_value, two_sample
+from featurepipe.heads.statistics import two_sample as module
+from featurepipe.heads.statistics.two_sample import sequential_p_value, two_sample
 
 LEVELS = (0.05, 0.2)
 

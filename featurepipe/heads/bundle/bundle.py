@@ -38,7 +38,7 @@ from featurepipe.heads.bundle.files import (
 )
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
 from featurepipe.heads.calibration import class_scores, probabilities
-from featurepipe.heads.metrics import measures_text
+from featurepipe.heads.statistics.metrics import measures_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
-from featurepipe.heads import intervals
-from featurepipe.heads.auc import OneVsRest, one_vs_rest
+from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
 from featurepipe.tables import table
 
 BINS = 15

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.intervals import LEVEL, proportion
+from featurepipe.heads.statistics.intervals import LEVEL, proportion
 
 Floats = npt.NDArray[np.float64]
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.auc import one_vs_rest
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
 from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.statistics.auc import one_vs_rest
 
 _STOP = 100  # draws at least as extreme as the data after which the p-value is known to a tenth of itself
 _BATCH = 500

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtrit
 
-from featurepipe.heads.auc import OneVsRest
+from featurepipe.heads.statistics.auc import OneVsRest
 
 LEVEL = 0.95
 """Nominal coverage of every interval."""
