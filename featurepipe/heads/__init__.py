@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear import fit_path as fit_path
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
+    from featurepipe.heads.preprocessing import BlockPCA as BlockPCA
+    from featurepipe.heads.preprocessing import BlockScaler as BlockScaler
     from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
-    from featurepipe.heads.scaling import BlockPCA as BlockPCA
-    from featurepipe.heads.scaling import BlockScaler as BlockScaler
     from featurepipe.heads.statistics.metrics import score_table as score_table
     from featurepipe.heads.statistics.similarity import linear_cka as linear_cka
     from featurepipe.heads.statistics.transferability import h_score as h_score
@@ -43,8 +43,8 @@ _HOMES = {
     "BlockCentroid": "neighbours",
     "BlockLinearSVC": "linear",
     "BlockLogisticRegression": "linear",
-    "BlockPCA": "scaling",
-    "BlockScaler": "scaling",
+    "BlockPCA": "preprocessing",
+    "BlockScaler": "preprocessing",
     "BlockLinearDiscriminantAnalysis": "lda",
     "BlockNeighbours": "neighbours",
     "BlockRidgeClassifier": "ridge",

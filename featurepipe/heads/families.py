@@ -251,13 +251,13 @@ def _steps(
 
 
 def _scaler(memory: int | str | None) -> Any:
-    from featurepipe.heads.scaling import BlockScaler
+    from featurepipe.heads.preprocessing import BlockScaler
 
     return BlockScaler(memory=memory)
 
 
 def _pca(components: float, memory: int | str | None) -> Any:
-    from featurepipe.heads.scaling import BlockPCA
+    from featurepipe.heads.preprocessing import BlockPCA
 
     return BlockPCA(components, memory=memory)
 

@@ -18,7 +18,7 @@ from sklearn.model_selection import ParameterGrid
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES, make_head
-from featurepipe.heads.scaling import RowSpace
+from featurepipe.heads.preprocessing import RowSpace
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold

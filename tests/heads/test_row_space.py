@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from featurepipe.heads.scaling import RowSpace
+from featurepipe.heads.preprocessing import RowSpace
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
-from featurepipe.heads.scaling import BlockPCA, BlockScaler
+from featurepipe.heads.preprocessing import BlockPCA, BlockScaler
 
 
 @parametrize_with_checks([BlockScaler(), BlockPCA()])

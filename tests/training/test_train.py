@@ -14,7 +14,7 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.heads.calibration import expected_calibration_error
-from featurepipe.heads.scaling import BlockScaler
+from featurepipe.heads.preprocessing import BlockScaler
 from featurepipe.training.text import train_text
 from featurepipe.training.train import train
 

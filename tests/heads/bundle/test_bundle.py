@@ -86,7 +86,9 @@ def test_other_ways_of_the_same_families_come_back_too(tmp_path, digits, bundle_
 def test_the_list_of_our_types_is_that_of_our_families():
     places = [place for family in HEADS.values() for place in (family.in_memory, family.blocks)]
     ours = {f"{place.module}.{place.name}" for place in places if place.module.startswith("featurepipe.")}
-    assert ours | {"featurepipe.heads.scaling.BlockScaler", "featurepipe.heads.scaling.BlockPCA"} == set(OURS)
+    assert ours | {"featurepipe.heads.preprocessing.BlockScaler", "featurepipe.heads.preprocessing.BlockPCA"} == set(
+        OURS
+    )
 
 
 def test_every_field_comes_back(bundle, folder):
