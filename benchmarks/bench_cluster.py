@@ -47,8 +47,9 @@ from featurepipe.extraction.books import SliceBooks
 from featurepipe.extraction.compute import Outcome
 from featurepipe.extraction.slices import Sizes, cut
 from featurepipe.extraction.stream import StageSeconds
-from featurepipe.heads import BlockLogisticRegression, passes
-from featurepipe.heads.lockstep import Question
+from featurepipe.heads import BlockLogisticRegression
+from featurepipe.heads.linear import passes
+from featurepipe.heads.linear.optimisers import Question
 from featurepipe.heads.losses import SoftmaxLoss
 from featurepipe.store import FeatureSet
 

@@ -125,7 +125,8 @@ def _send(sender: Any, work: Callable[..., dict[str, Any]], arguments: tuple[Any
 
 def fit_ours(folder: Path) -> dict[str, Any]:
     """All values of C in shared passes."""
-    from featurepipe.heads import BlockLogisticRegression, fit_path, passes
+    from featurepipe.heads import BlockLogisticRegression, fit_path
+    from featurepipe.heads.linear import passes
 
     features, labels = np.load(folder / "features.npy"), np.load(folder / "labels.npy")
     counts = count_passes(passes.Passes)
@@ -238,7 +239,8 @@ def write_features(path: Path, labels_path: Path, rows: int, width: int, classes
 
 def fit_file(path: Path, rows: int, width: int, memory: str | None, values: list[float]) -> dict[str, Any]:
     """Fits from a file: streamed under a limit, or read into memory as float32 first (which is not timed)."""
-    from featurepipe.heads import BlockLogisticRegression, fit_path, passes
+    from featurepipe.heads import BlockLogisticRegression, fit_path
+    from featurepipe.heads.linear import passes
 
     counts = count_passes(passes.Passes)
     blocks: Any = FileBlocks(path, rows, width)

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from featurepipe.heads.families import HeadFamily as HeadFamily
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
-    from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
-    from featurepipe.heads.linear import BlockLinearSVC as BlockLinearSVC
-    from featurepipe.heads.linear import BlockLogisticRegression as BlockLogisticRegression
-    from featurepipe.heads.linear import fit_path as fit_path
+    from featurepipe.heads.linear.classifiers import BlockLinearSVC as BlockLinearSVC
+    from featurepipe.heads.linear.classifiers import BlockLogisticRegression as BlockLogisticRegression
+    from featurepipe.heads.linear.classifiers import fit_path as fit_path
+    from featurepipe.heads.linear.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
     from featurepipe.heads.preprocessing import BlockPCA as BlockPCA
     from featurepipe.heads.preprocessing import BlockScaler as BlockScaler
-    from featurepipe.heads.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.statistics.metrics import score_table as score_table
     from featurepipe.heads.statistics.similarity import linear_cka as linear_cka
     from featurepipe.heads.statistics.transferability import h_score as h_score
@@ -41,13 +41,13 @@ _HOMES = {
     "HEADS": "families",
     "RBFSVM": "kernel",
     "BlockCentroid": "neighbours",
-    "BlockLinearSVC": "linear",
-    "BlockLogisticRegression": "linear",
+    "BlockLinearSVC": "linear.classifiers",
+    "BlockLogisticRegression": "linear.classifiers",
     "BlockPCA": "preprocessing",
     "BlockScaler": "preprocessing",
-    "BlockLinearDiscriminantAnalysis": "lda",
+    "BlockLinearDiscriminantAnalysis": "linear.lda",
     "BlockNeighbours": "neighbours",
-    "BlockRidgeClassifier": "ridge",
+    "BlockRidgeClassifier": "linear.ridge",
     "BoostedTrees": "boosted",
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",
@@ -56,7 +56,7 @@ _HOMES = {
     "class_scores": "calibration",
     "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",
-    "fit_path": "linear",
+    "fit_path": "linear.classifiers",
     "fit_temperature": "calibration",
     "h_score": "statistics.transferability",
     "linear_cka": "statistics.similarity",

@@ -71,7 +71,7 @@ _FAMILIES = (
     HeadFamily(
         "logistic",
         "multinomial logistic regression with an L2 penalty",
-        _place("featurepipe.heads.weighted", "LogisticRegression", max_iter=5000),
+        _place("featurepipe.heads.linear.weighted", "LogisticRegression", max_iter=5000),
         _ours("logistic", "BlockLogisticRegression"),
         _grid(C=_DECADES),
         linear=True,
@@ -81,7 +81,7 @@ _FAMILIES = (
         "linear-svm",
         "linear support vector machine, squared hinge, one class against the rest",
         # On 1,600 x 1,392 standardised features the default, the dual at 1e-4, took minutes; this takes 2 to 5 s.
-        _place("featurepipe.heads.weighted", "LinearSVC", dual=False, tol=1e-2),
+        _place("featurepipe.heads.linear.weighted", "LinearSVC", dual=False, tol=1e-2),
         _ours("linear_svc", "BlockLinearSVC"),
         _grid(C=_DECADES),
         linear=True,
@@ -121,7 +121,7 @@ _FAMILIES = (
         "lda",
         "linear discriminant analysis: Gaussian classes with one covariance, shrunk as Ledoit and Wolf do",
         _place("sklearn.discriminant_analysis", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
-        _place("featurepipe.heads.lda", "BlockLinearDiscriminantAnalysis", shrinkage="auto"),
+        _place("featurepipe.heads.linear.lda", "BlockLinearDiscriminantAnalysis", shrinkage="auto"),
         _grid(shrinkage=(0.0, 0.001, 0.01, 0.1, 0.3, "auto")),
         linear=True,
         weights=False,

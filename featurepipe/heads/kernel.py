@@ -147,7 +147,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         self.weights_, self.intercept_ = duels.weights, duels.intercepts
 
     def _fit_landmarks(self, data: TrainingData) -> None:
-        from featurepipe.heads.linear import BlockLinearSVC
+        from featurepipe.heads.linear.classifiers import BlockLinearSVC
 
         count = data.blocks.shape[0]
         chosen = check_random_state(self.random_state).choice(count, min(self.n_components, count), replace=False)

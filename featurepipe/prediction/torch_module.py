@@ -16,7 +16,7 @@ from featurepipe.backbones.nodes import freeze, frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.errors import UsageError
 from featurepipe.heads.families import HEADS
-from featurepipe.heads.linear_map import linear_map
+from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.prediction.ready import ReadyBundle
 
 

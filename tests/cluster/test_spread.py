@@ -24,10 +24,10 @@ from featurepipe.heads import (
     class_scores,
     fit_path,
     make_head,
-    passes,
 )
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
 from featurepipe.heads.gram import gram_of, moments_of
+from featurepipe.heads.linear import passes
 from featurepipe.heads.row_sums import Sums
 
 ROWS, WIDTH = 3000, 24

@@ -12,8 +12,9 @@ from distributed import LocalCluster
 
 from featurepipe.cluster import Team, connect, spread
 from featurepipe.errors import ClusterError
-from featurepipe.heads import BlockLogisticRegression, passes
+from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.blocks import ArrayBlocks
+from featurepipe.heads.linear import passes
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from featurepipe.cluster import Team, spread
-from featurepipe.heads import BlockLogisticRegression, passes
+from featurepipe.heads import BlockLogisticRegression
+from featurepipe.heads.linear import passes
 
 CLASSES, WIDTH = 32, 600
 

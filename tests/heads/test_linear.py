@@ -14,9 +14,9 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import UsageError
-from featurepipe.heads import passes
 from featurepipe.heads.blocks import ArrayBlocks
-from featurepipe.heads.linear import BlockLinearSVC, BlockLogisticRegression, fit_path
+from featurepipe.heads.linear import passes
+from featurepipe.heads.linear.classifiers import BlockLinearSVC, BlockLogisticRegression, fit_path
 from featurepipe.heads.shares import shares_of
 
 
@@ -334,8 +334,8 @@ def test_the_svm_without_an_intercept_is_liblinears():
 
 def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
     """``_finished`` takes the problems that stopped early, from where they stopped, and no others."""
-    from featurepipe.heads import linear
-    from featurepipe.heads.lockstep import Optimum
+    from featurepipe.heads.linear import classifiers as linear
+    from featurepipe.heads.linear.optimisers import Optimum
 
     prepared = passes.Prepared(None, np.dtype(np.float32), np.ones(3, np.float32), centred=False)
     asked = []
@@ -370,7 +370,7 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
 def test_products_with_the_second_derivative_are_differences_of_gradients(loss, intercept, centred):
     """Also beside questions for values, in the same call."""
     from featurepipe.heads import losses
-    from featurepipe.heads.lockstep import Question
+    from featurepipe.heads.linear.optimisers import Question
 
     rng = np.random.default_rng(0)
     features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from featurepipe.heads.lockstep import Answer, Optimum, Patience, Question, lbfgs, newton, run
+from featurepipe.heads.linear.optimisers import Answer, Optimum, Patience, Question, lbfgs, newton, run
 
 
 def quadratic(scale, centre):

@@ -10,8 +10,8 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.lda import BlockLinearDiscriminantAnalysis
-from featurepipe.heads.ridge import BlockRidgeClassifier
+from featurepipe.heads.linear.lda import BlockLinearDiscriminantAnalysis
+from featurepipe.heads.linear.ridge import BlockRidgeClassifier
 
 
 @pytest.fixture(scope="module", params=["ten classes", "two classes"])

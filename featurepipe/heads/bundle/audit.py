@@ -25,17 +25,17 @@ from featurepipe.errors import BundleError
 OURS = (
     "featurepipe.heads.boosted.BoostedTrees",
     "featurepipe.heads.kernel.RBFSVM",
-    "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
-    "featurepipe.heads.linear.BlockLinearSVC",
-    "featurepipe.heads.linear.BlockLogisticRegression",
+    "featurepipe.heads.linear.lda.BlockLinearDiscriminantAnalysis",
+    "featurepipe.heads.linear.classifiers.BlockLinearSVC",
+    "featurepipe.heads.linear.classifiers.BlockLogisticRegression",
     "featurepipe.heads.neighbours.BlockCentroid",
     "featurepipe.heads.neighbours.BlockNeighbours",
     "featurepipe.heads.preprocessing.BlockPCA",
-    "featurepipe.heads.ridge.BlockRidgeClassifier",
+    "featurepipe.heads.linear.ridge.BlockRidgeClassifier",
     "featurepipe.heads.preprocessing.BlockScaler",
-    "featurepipe.heads.weighted.LinearSVC",
-    "featurepipe.heads.weighted.LogisticRegression",
-    "featurepipe.heads.weighted.RidgeClassifier",
+    "featurepipe.heads.linear.weighted.LinearSVC",
+    "featurepipe.heads.linear.weighted.LogisticRegression",
+    "featurepipe.heads.linear.weighted.RidgeClassifier",
 )
 _SCALAR_NAMES = "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 str_"
 _SCALARS = frozenset(f"numpy.{name}" for name in _SCALAR_NAMES.split())

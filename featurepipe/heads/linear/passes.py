@@ -13,7 +13,7 @@ import numpy.typing as npt
 from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
-from featurepipe.heads.lockstep import Answer, Precondition, Question
+from featurepipe.heads.linear.optimisers import Answer, Precondition, Question
 from featurepipe.heads.losses import (
     WIDEST,
     CholeskyPreconditioner,
