@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featurepipe.lazy_names import lazy_names
+from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.heads.boosted import BoostedTrees as BoostedTrees
@@ -71,3 +71,16 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
+former_modules(
+    __name__,
+    {
+        "lda": "linear.lda",
+        "linear_svc": "linear.classifiers",
+        "logistic": "linear.classifiers",
+        "pca": "preprocessing",
+        "ridge": "linear.ridge",
+        "row_space": "preprocessing",
+        "scaling": "preprocessing",
+        "weighted": "linear.weighted",
+    },
+)

@@ -72,7 +72,7 @@ _FAMILIES = (
         "logistic",
         "multinomial logistic regression with an L2 penalty",
         _place("featurepipe.heads.linear.weighted", "LogisticRegression", max_iter=5000),
-        _ours("logistic", "BlockLogisticRegression"),
+        _ours("linear.classifiers", "BlockLogisticRegression"),
         _grid(C=_DECADES),
         linear=True,
         probabilities=True,
@@ -82,7 +82,7 @@ _FAMILIES = (
         "linear support vector machine, squared hinge, one class against the rest",
         # On 1,600 x 1,392 standardised features the default, the dual at 1e-4, took minutes; this takes 2 to 5 s.
         _place("featurepipe.heads.linear.weighted", "LinearSVC", dual=False, tol=1e-2),
-        _ours("linear_svc", "BlockLinearSVC"),
+        _ours("linear.classifiers", "BlockLinearSVC"),
         _grid(C=_DECADES),
         linear=True,
     ),
@@ -112,8 +112,8 @@ _FAMILIES = (
     HeadFamily(
         "ridge",
         "least squares on +1 and -1 with an L2 penalty",
-        _ours("weighted", "RidgeClassifier"),
-        _ours("ridge", "BlockRidgeClassifier"),
+        _ours("linear.weighted", "RidgeClassifier"),
+        _ours("linear.ridge", "BlockRidgeClassifier"),
         _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
         linear=True,
     ),

@@ -59,8 +59,8 @@ def drift(
 ) -> dict[str, Any]:
     """Tests whether the images that are new since a reference snapshot are like those of that snapshot.
 
-    Every column is tested by `featurepipe.heads.statistics.two_sample.two_sample` on up to 1,024 images a side, the predicted classes
-    by `featurepipe.heads.statistics.two_sample.class_shift` on up to 20,000. Copies of one image count once. P-values are adjusted
+    Every column is tested by `featurepipe.heads.statistics.two_sample.two_sample` on up to 1,024 images a side, the predicted
+    classes by ``class_shift`` beside it on up to 20,000. Copies of one image count once. P-values are adjusted
     for the number of tests, so that a night without drift is warned of with a probability of ``warn`` at most; that is so
     for images that come independently of each other, not for frames of one film.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featurepipe.lazy_names import lazy_names
+from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.store.arrays import LazyArray as LazyArray
@@ -51,3 +51,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
+former_modules(
+    __name__,
+    {
+        "labelled_images": "labels",
+        "origin": "identity",
+        "part_files": "rows",
+        "wide_rows": "rows",
+    },
+)

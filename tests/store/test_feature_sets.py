@@ -251,6 +251,18 @@ def test_pickles_are_small_and_work_from_another_folder(wide, expected, tmp_path
     np.testing.assert_array_equal(np.load(folder / "x.npy"), expected(NAMES))
 
 
+def test_pickles_name_the_modules_of_before(wide, expected):
+    content = pickle.dumps(wide.features("d", node=list(COLUMNS)), protocol=2)
+    for name, now, before in (
+        ("WideRows", "rows", "wide_rows"),
+        ("PartColumn", "rows", "part_files"),
+        ("Origin", "identity", "origin"),
+    ):
+        assert f"cfeaturepipe.store.{now}\n{name}\n".encode() in content
+        content = content.replace(f"store.{now}\n{name}\n".encode(), f"store.{before}\n{name}\n".encode())
+    np.testing.assert_array_equal(pickle.loads(content).numpy()[0], expected(NAMES))
+
+
 def test_a_pickle_of_some_rows_names_only_their_parts_and_packs_runs(store, space, rows):
     names = [f"n{i}" for i in range(3000)]
     with space.writer(store.new_run_id(), part_bytes=8000) as writer:

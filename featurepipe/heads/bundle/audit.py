@@ -37,6 +37,19 @@ OURS = (
     "featurepipe.heads.linear.weighted.LogisticRegression",
     "featurepipe.heads.linear.weighted.RidgeClassifier",
 )
+FORMER = (
+    "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
+    "featurepipe.heads.linear_svc.BlockLinearSVC",
+    "featurepipe.heads.logistic.BlockLogisticRegression",
+    "featurepipe.heads.pca.BlockPCA",
+    "featurepipe.heads.ridge.BlockRidgeClassifier",
+    "featurepipe.heads.scaling.BlockScaler",
+    "featurepipe.heads.weighted.LinearSVC",
+    "featurepipe.heads.weighted.LogisticRegression",
+    "featurepipe.heads.weighted.RidgeClassifier",
+)
+"""Where estimators were when older bundles were written; ``featurepipe.heads`` tells Python where they are now."""
+
 _SCALAR_NAMES = "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 str_"
 _SCALARS = frozenset(f"numpy.{name}" for name in _SCALAR_NAMES.split())
 _KEY_TYPES = frozenset({"builtins.bool", "builtins.float", "builtins.int", "builtins.str"})
@@ -149,7 +162,7 @@ def _may_be(node: dict[str, Any]) -> bool:
         return False
     full = f"{module}.{kind}"
     if loader == "ObjectNode":  # which of scikit-learn's, skops decides next
-        return "." not in kind and (module.startswith("sklearn.") or full in OURS)
+        return "." not in kind and (module.startswith("sklearn.") or full in {*OURS, *FORMER})
     return "." not in kind and full in _NODES.get(loader, frozenset())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle.audit import OURS, audit, check_bounds
+from featurepipe.heads.bundle.audit import FORMER, OURS, audit, check_bounds
 from featurepipe.heads.bundle.files import BOOSTER, HEAD
 from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
 
@@ -75,7 +75,7 @@ def load_head(files: Mapping[str, bytes], folder: Path) -> Any:
     content, name = files[HEAD], str(folder / HEAD)
     audit(content, name)
     try:
-        untrusted = set(skops.io.get_untrusted_types(data=content)) - set(OURS)
+        untrusted = set(skops.io.get_untrusted_types(data=content)) - {*OURS, *FORMER}
         if untrusted:
             raise BundleError(
                 f"{name} holds types that bundles do not: {', '.join(sorted(untrusted))}. Nothing of it was run. "
@@ -96,7 +96,7 @@ def _loaded(content: bytes) -> Any:
 
     with warnings.catch_warnings():  # the bundle says it once for all parts, see bundle.py
         warnings.simplefilter("ignore", InconsistentVersionWarning)
-        return skops.io.loads(content, trusted=list(OURS))
+        return skops.io.loads(content, trusted=[*OURS, *FORMER])
 
 
 def _last(head: Any) -> Any:

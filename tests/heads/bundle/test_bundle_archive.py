@@ -1,13 +1,21 @@
 """Bundles that earlier versions wrote must always open, and predict the same."""
 
+import importlib
+import io
+import json
+import pickle
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from featurepipe.heads import make_head
+from featurepipe.heads.bundle.audit import FORMER, OURS
 from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.heads.bundle.head import head_files, load_head
 
 ARCHIVES = Path(__file__).parents[2] / "archives"
 
@@ -42,3 +50,60 @@ def test_version_1_predicts_the_same(v1):
     ]
     np.testing.assert_allclose(v1.scores(x)[:4], expected, atol=2e-6)
     assert v1.predict(x)[:6].tolist() == ["dog", "dog", "cat", "dog", "ünïcorn", "ünïcorn"]
+
+
+NOW = {name.rpartition(".")[2]: name for name in OURS}
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_pickles_find_estimators_whose_modules_have_moved(former):
+    module, _, name = former.rpartition(".")
+    found = pickle.loads(f"c{module}\n{name}\n.".encode())
+    assert f"{found.__module__}.{name}" == NOW[name]
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        importlib.import_module(module).Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("logistic", {"out_of_core": True}),
+        ("linear-svm", {"out_of_core": True, "pca": 2}),
+        ("ridge", {"out_of_core": True}),
+        ("lda", {"out_of_core": True}),
+        ("logistic", {}),
+        ("linear-svm", {}),
+        ("ridge", {}),
+    ],
+)
+def test_heads_written_before_their_modules_moved_open_and_say_the_same(tmp_path, family, options):
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=(60, 4)).astype(np.float32)
+    head = make_head(family, **options).fit(x, np.where(x[:, 0] + x[:, 1] > 0, "b", "a"))
+    content, named = as_written_before(head_files(head)["head.skops"])
+    assert named
+    loaded = load_head({"head.skops": content}, tmp_path)
+    assert type(loaded) is type(head)
+    np.testing.assert_array_equal(loaded.decision_function(x), head.decision_function(x))
+
+
+def as_written_before(content):
+    """A skops file in which our estimators have the names of before, and how many have."""
+    former = {NOW[name.rpartition(".")[2]]: name.rpartition(".")[0] for name in FORMER}
+    count = 0
+
+    def renamed(value):
+        nonlocal count
+        if isinstance(value, dict):
+            full = f"{value.get('__module__')}.{value.get('__class__')}"
+            count += full in former
+            value = {key: renamed(inner) for key, inner in value.items()}
+            return value | ({"__module__": former[full]} if full in former else {})
+        return [renamed(inner) for inner in value] if isinstance(value, list) else value
+
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, json.dumps(renamed(json.loads(data))) if name == "schema.json" else data)
+    return written.getvalue(), count

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle import files as bundle_folder
+from featurepipe.heads.bundle import files
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.files import check_bundle_target
 
 # Loads what it needs once; for each line it is sent, forks a child that writes two bundles to one place in turn for ever.
 WRITER = """
 import os, sys
-from featurepipe.heads.bundle import folder as bundle_folder
+from featurepipe.heads.bundle import files
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 
 two = read_bundle(sys.argv[1]), read_bundle(sys.argv[2])
@@ -34,7 +34,7 @@ for line in sys.stdin:
         print("ended", flush=True)
         continue
     if line.strip() == "renames":
-        bundle_folder.exchange = lambda one, other: False
+        files.exchange = lambda one, other: False
     while True:
         for bundle in two:
             write_bundle(sys.argv[3], bundle)
@@ -59,7 +59,7 @@ def test_an_old_bundle_is_replaced_and_nothing_is_left_over(bundle, tmp_path):
 
 
 def test_replacing_without_an_exchange_of_names(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_folder, "exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     for temperature in (1.0, 2.0):
         write_bundle(tmp_path / "b", dataclasses.replace(bundle, temperature=temperature))
     assert read_bundle(tmp_path / "b").temperature == 2.0
@@ -75,10 +75,10 @@ def test_the_exchange_swaps_and_says_when_it_cannot(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert bundle_folder.exchange(tmp_path / "one", tmp_path / "other")
+    assert files.exchange(tmp_path / "one", tmp_path / "other")
     assert [entry.name for entry in (tmp_path / "one").iterdir()] == ["other"]
     with pytest.raises(OSError, match="No such file"):
-        bundle_folder.exchange(tmp_path / "one", tmp_path / "none")
+        files.exchange(tmp_path / "one", tmp_path / "none")
 
 
 def test_what_is_no_bundle_is_refused_and_untouched(bundle, folder, tmp_path):
