@@ -20,9 +20,8 @@ from featurepipe.images.folder import FolderSource
 from featurepipe.images.labels import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
-from featurepipe.images.only_under import OnlyUnder
 from featurepipe.images.remote import RemoteFolderSource
-from featurepipe.images.source import Source
+from featurepipe.images.source import OnlyUnder, Source
 from featurepipe.images.stored import IDX_IMAGES, read_idx, read_npz
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")

@@ -1,13 +1,64 @@
-"""The one seam for everything that images can come from."""
+"""The protocol of everything that images can come from, and which files a source may read."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self, runtime_checkable
+import os
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, Self, runtime_checkable
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 
-from featurepipe.images.only_under import OnlyUnder
+from featurepipe.errors import Reject, UsageError
+from featurepipe.images.files import is_url
+
+_LOCAL: Final = ("file", "local")  # protocols of fsspec
+
+
+class OnlyUnder:
+    """Folders, or URLs of folders, below which every image must lie.
+
+    A local file lies below a folder if it does so after links are followed and ``..`` is resolved. A URL lies below one that it
+    begins with; a folder allows no URL, ``::`` (a chain of file systems) is never allowed, and neither is ``..`` in a URL. What
+    does not lie below any is neither read nor asked about: not its size, not whether it is there.
+
+    Args:
+        places: The folders and URLs.
+
+    Raises:
+        UsageError: There is none, or one is a chain.
+    """
+
+    def __init__(self, places: Sequence[str | os.PathLike[str]]) -> None:
+        self.places = tuple(os.fspath(place) for place in places)
+        if not self.places or not all(self.places):
+            raise UsageError("only_under names no folder; give a folder, or the URL of one such as s3://bucket/images")
+        if chained := [place for place in self.places if "::" in place and is_url(place)]:
+            raise UsageError(f"only_under {chained[0]!r} is a chain of file systems; give the URL of a folder")
+        folders = [os.path.realpath(os.path.expanduser(place)) for place in self.places if not is_url(place)]
+        self._folders = [os.path.join(folder, "") for folder in folders]  # with a slash at the end
+        self._urls = [place.rstrip("/") + "/" for place in self.places if is_url(place)]
+
+    def allows(self, path: str) -> bool:
+        """Whether a path or URL may be read."""
+        protocol, separator, inside = path.partition("://")
+        if separator and protocol in _LOCAL and "::" not in path:
+            path, separator = os.path.expanduser(inside), ""
+        if not separator:
+            try:
+                real = os.path.join(os.path.realpath(path), "")
+            except (OSError, ValueError):  # ValueError: a null byte in the path
+                return False
+            return any(real.startswith(folder) for folder in self._folders)
+        steps = unquote(unquote(inside)).replace("\\", "/").split("/")
+        return "::" not in path and ".." not in steps and any(path.startswith(url) for url in self._urls)
+
+    def check(self, path: str) -> None:
+        """Raises a `Reject` for what may not be read."""
+        if not self.allows(path):
+            kind = "a URL or a chain of file systems that" if is_url(path) else "a file that"
+            raise Reject(f"refused: {kind} is not below {' or '.join(self.places)}, which --only-under asks for")
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ import pytest
 
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images import open_source
-from featurepipe.images.only_under import OnlyUnder
+from featurepipe.images.source import OnlyUnder
 
 
 @pytest.fixture
