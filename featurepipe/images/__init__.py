@@ -3,8 +3,7 @@
 Listing and reading work without torch; only :mod:`featurepipe.images.decode` imports it, so it is not imported here.
 """
 
-from featurepipe.images.keys import key_of
-from featurepipe.images.listing import SCHEMA
+from featurepipe.images.listing import SCHEMA, key_of
 from featurepipe.images.memory import MemorySource
 from featurepipe.images.open import open_source
 from featurepipe.images.source import Source

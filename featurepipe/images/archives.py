@@ -18,8 +18,7 @@ from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
 from featurepipe.images.findings import Findings
-from featurepipe.images.labels import FolderLabels
-from featurepipe.images.listing import SCHEMA, UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.listing import SCHEMA, UNKNOWN, FolderLabels, Row, check_unique, printable, table_of
 from featurepipe.images.members import (
     BAD_LABEL,
     DEFLATED,

@@ -18,8 +18,7 @@ import pyarrow as pa
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images.files import is_passing, read_file, stat_of
 from featurepipe.images.findings import HIDDEN, Findings
-from featurepipe.images.labels import IMAGE_SUFFIXES, FolderLabels, is_hidden
-from featurepipe.images.listing import UNKNOWN, Row, printable, table_of
+from featurepipe.images.listing import IMAGE_SUFFIXES, UNKNOWN, FolderLabels, Row, is_hidden, printable, table_of
 from featurepipe.images.source import Source
 from featurepipe.split_names import split_of
 

@@ -1,15 +1,19 @@
-"""Listings as Arrow tables: one row per image, built in bounded memory."""
+"""Listings as Arrow tables, one row per image: what names say of class and split, and the key of an image's bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import SourceError
+from featurepipe.split_names import split_of
 
 SCHEMA = pa.schema(
     [
@@ -92,3 +96,83 @@ def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{byte:02x}" if byte <= 0xFF else f"\\u{code:04x}"
+
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+_LONGEST_SUFFIX = 12
+_IGNORED: Final = {"lost+found", "__MACOSX"}  # made by file systems and archivers, never a class
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends like an image that we decode."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a listing passes over this file or folder name."""
+    return name.startswith(".") or name in _IGNORED
+
+
+def suffix_of(name: str) -> str:
+    """What files are counted by that are passed over: the suffix in lower case, or ``hidden``, or ``no suffix``.
+
+    Example:
+        >>> suffix_of("a/IMG_1.HEIC"), suffix_of("README"), suffix_of(".DS_Store"), suffix_of("scan.00017")
+        ('.heic', 'no suffix', 'hidden', 'numbered')
+    """
+    base = name.rpartition("/")[2]
+    if is_hidden(base):
+        return "hidden"
+    suffix = base.rpartition(".")[2].lower() if "." in base else ""
+    if suffix.isdecimal():
+        return "numbered"
+    return f".{suffix}" if suffix.isascii() and suffix.isalnum() and len(suffix) < _LONGEST_SUFFIX else "no suffix"
+
+
+class FolderLabels:
+    """Reads class and split off folder names.
+
+    Folders named like splits count as splits only if all folders at the top that hold images are; otherwise
+    ``test/`` is a class.
+
+    Example:
+        >>> FolderLabels({"train", "val"}).of(["train", "cat", "2024"])
+        ('cat', 'train')
+        >>> FolderLabels({"cat", "test"}).of(["test"])
+        ('test', None)
+    """
+
+    def __init__(self, top_level: Collection[str]) -> None:
+        self.top_level = top_level
+        self.has_splits = bool(top_level) and all(split_of(name) for name in top_level)
+
+    def of(self, folders: Sequence[str]) -> tuple[str | None, str | None]:
+        """The (label, split) of a file inside ``folders``, outermost first."""
+        split = split_of(folders[0]) if self.has_splits and folders else None
+        classes = folders[1:] if split else folders
+        return (classes[0] if classes else None), split
+
+
+def key_of(payload: bytes | np.ndarray[Any, Any]) -> bytes:
+    r"""Computes the key of one image.
+
+    Bytes: SHA-256 of the encoded file as it is. Arrays: SHA-256 of the ASCII line ``<dtype> <shape>\n`` (NumPy's
+    ``dtype.str`` and the extents joined by ``x``), followed by the array's bytes in C order.
+
+    Args:
+        payload: An encoded file, or an array of any shape and dtype.
+
+    Returns:
+        32 bytes.
+
+    Example:
+        >>> key_of(np.zeros((2, 2), np.uint8)) == hashlib.sha256(b"|u1 2x2\n" + bytes(4)).digest()
+        True
+    """
+    if isinstance(payload, np.ndarray):
+        header = f"{payload.dtype.str} {'x'.join(map(str, payload.shape))}\n"
+        digest = hashlib.sha256(header.encode())
+        digest.update(np.ascontiguousarray(payload).tobytes())
+        return digest.digest()
+    return hashlib.sha256(payload).digest()

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Self
 from featurepipe.errors import SourceError
 from featurepipe.images.blobs import Blob, reading
 from featurepipe.images.findings import HIDDEN, Findings
-from featurepipe.images.labels import is_hidden, is_image_name
+from featurepipe.images.listing import is_hidden, is_image_name
 from featurepipe.images.sample_labels import LABEL_SUFFIXES, SampleLabels
 from featurepipe.images.tar_headers import TarHeader, headers
 

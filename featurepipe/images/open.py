@@ -17,7 +17,7 @@ from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import ArrayReader, ArraySource
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
 from featurepipe.images.folder import FolderSource
-from featurepipe.images.labels import is_image_name
+from featurepipe.images.listing import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
 from featurepipe.images.remote import RemoteFolderSource

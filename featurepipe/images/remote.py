@@ -19,8 +19,7 @@ from featurepipe.images.files import (
     size_and_path,
 )
 from featurepipe.images.findings import HIDDEN, Findings
-from featurepipe.images.labels import FolderLabels, is_hidden, is_image_name
-from featurepipe.images.listing import Row, check_unique, table_of
+from featurepipe.images.listing import FolderLabels, Row, check_unique, is_hidden, is_image_name, table_of
 from featurepipe.images.source import Source
 
 

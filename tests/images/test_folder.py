@@ -11,8 +11,7 @@ import pytest
 
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images import open_source
-from featurepipe.images.labels import FolderLabels
-from featurepipe.images.listing import printable
+from featurepipe.images.listing import FolderLabels, printable
 from featurepipe.split_names import split_of
 
 
