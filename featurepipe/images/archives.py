@@ -7,34 +7,255 @@ neither, and in every zip, class folders give labels and splits as they do on di
 
 from __future__ import annotations
 
+import json
+import posixpath
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, Self
 
 import pyarrow as pa
 
-from featurepipe.errors import Reject
-from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip
+from featurepipe.errors import Reject, SourceError
+from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip, reading
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
-from featurepipe.images.findings import Findings
-from featurepipe.images.listing import SCHEMA, UNKNOWN, FolderLabels, Row, check_unique, printable, table_of
-from featurepipe.images.members import (
-    BAD_LABEL,
-    DEFLATED,
-    IN_TAR,
-    LARGEST_RATIO,
-    NOT_STORED,
-    STORED,
-    Found,
-    Member,
-    list_tar,
-    list_zip,
+from featurepipe.images.findings import HIDDEN, Findings
+from featurepipe.images.listing import (
+    SCHEMA,
+    UNKNOWN,
+    FolderLabels,
+    Row,
+    check_unique,
+    is_hidden,
+    is_image_name,
+    printable,
+    table_of,
 )
-from featurepipe.images.sample_labels import SampleLabels
 from featurepipe.images.source import Source
-from featurepipe.images.tar_headers import BLOCK
+from featurepipe.images.tar_headers import BLOCK, TarHeader, headers
 from featurepipe.tables import counted
+
+LABEL_SUFFIXES: Final = (".cls", ".json")
+
+
+class SampleLabel(NamedTuple):
+    """What a ``.cls`` or ``.json`` says of its sample.
+
+    Attributes:
+        text: The class.
+        suffix: Of the file that says so.
+        is_damaged: Whether a file of the sample cannot be read.
+    """
+
+    text: str | None
+    suffix: str
+    is_damaged: bool = False
+
+
+class SampleLabels:
+    """The labels of one archive by the stem of their names, wherever in the archive they lie.
+
+    A label belongs to the image of its own stem: ``a 1.5.cls`` to ``a 1.5.png``, and not to ``a 1.0.png``. Where there is none
+    of the whole stem, that of a shorter one counts, down to the first dot, so that ``0001.cls`` labels both ``0001.left.png`` and
+    ``0001.right.png``.
+
+    Args:
+        where: What errors call the archive.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._by_stem: dict[str, SampleLabel] = {}
+        self._shared: dict[SampleLabel, SampleLabel] = {}  # one object for each class, not for each image
+        self._used: set[str] = set()
+
+    def add(self, path: str, text: str | None, *, is_damaged: bool = False) -> None:
+        """Takes up what the file at ``path`` says.
+
+        Raises:
+            SourceError: Another file says that the sample is of another class.
+        """
+        stem, _, suffix = path.rpartition(".")
+        label, known = SampleLabel(text, f".{suffix}", is_damaged), self._by_stem.get(stem)
+        if known is not None:
+            if None not in (text, known.text) and text != known.text:
+                both = (f"{stem}{known.suffix}", path)
+                names = (
+                    f"{both[0]!r} and {both[1]!r} say" if both[0] != both[1] else f"{path!r} is there twice, and says"
+                )
+                raise SourceError(
+                    f"{self._where}: {names} {known.text!r} and {text!r}: an image has one label; leave one of them out"
+                )
+            label = SampleLabel(text or known.text, known.suffix, is_damaged or known.is_damaged)
+        self._by_stem[stem] = self._shared.setdefault(label, label)
+
+    def of(self, path: str) -> SampleLabel | None:
+        """What is said of the image at ``path``."""
+        if not self._by_stem:
+            return None
+        for stem in _stems(path):
+            label = self._by_stem.get(stem)
+            if label is not None:
+                self._used.add(stem)
+                return label
+        return None
+
+    def tell(self, findings: Findings) -> None:
+        """Notes the labels that no image has asked for."""
+        left = [stem for stem in self._by_stem if stem not in self._used]
+        if left:
+            first = left[0] + self._by_stem[left[0]].suffix
+            findings.notes.append(
+                f"{counted(len(left), 'label')} in {self._where} without an image of the same stem, such as {first!r}"
+            )
+
+
+def _stems(path: str) -> Iterator[str]:
+    """A member's path, and what is left of it without one suffix after another."""
+    yield path
+    start = path.rfind("/") + 2  # a dot at the beginning begins no suffix
+    end = path.rfind(".", start)
+    while end >= 0:
+        yield path[:end]
+        end = path.rfind(".", start, end)
+
+
+STORED: Final = 0
+DEFLATED: Final = 8
+IN_TAR: Final = 0xFFFC  # as it is, behind a header of a tar
+LARGEST_RATIO: Final = 1032
+"""How many bytes one byte of deflated data can stand for, at most."""
+LINK: Final = 0xFFFF
+SPARSE: Final = 0xFFFE
+BAD_LABEL: Final = 0xFFFD
+LARGEST_LABEL: Final = 2**20
+"""Bytes of a ``.cls`` or ``.json`` beside an image in a tar, at most."""
+NOT_STORED: Final = {
+    LINK: "is a link inside the archive",
+    SPARSE: "is a sparse file, stored in pieces inside the archive",
+    BAD_LABEL: "its label (.cls or .json) cannot be read: no UTF-8, no JSON, nested too deeply, or above 1 MiB",
+}
+"""Members of a tar that are listed, and why they are rejected when they are read."""
+
+_LOCATOR: Final = struct.Struct("<IQQQHq")
+_ENCRYPTED: Final = 0x1
+_LARGEST: Final = 2**63 - 1  # what a listing's sizes, and offsets in files, can be
+
+
+class Member(NamedTuple):
+    """Where one image lies: what a locator of an archive says."""
+
+    archive: int  # index into the source's archives
+    offset: int  # of the member's data in the file; in a zip, of its local header
+    stored: int  # bytes in the archive
+    size: int  # bytes of the image
+    method: int  # STORED, DEFLATED, IN_TAR, or one of NOT_STORED
+    crc: int  # of the image's bytes; in a tar, which has none, of the header before them
+
+    def pack(self) -> bytes:
+        """The locator."""
+        return _LOCATOR.pack(*self)
+
+    @classmethod
+    def unpack(cls, locator: bytes) -> Self:
+        """The member that a locator stands for."""
+        return cls(*_LOCATOR.unpack(locator))
+
+
+class Found(NamedTuple):
+    """One image that an archive lists."""
+
+    path: str
+    member: Member
+
+
+def list_zip(blob: Blob, archive: int, findings: Findings) -> Iterator[Found]:
+    """Lists the images of a zip in the order of its directory.
+
+    Args:
+        blob: The archive.
+        archive: Its place among the source's.
+        findings: Told of the other members.
+
+    Raises:
+        SourceError: The archive is damaged, truncated or encrypted.
+    """
+    with reading(blob.path, "zip archive"), blob.stream() as stream, zipfile.ZipFile(stream) as opened:
+        members = opened.infolist()
+    if any(info.header_offset < 0 for info in members):
+        raise SourceError(f"{blob.path}: not a readable zip archive (damaged?): its directory is not where it says")
+    for info in members:
+        path = _clean(info.filename)
+        if info.is_dir() or not _is_listed(path, findings):
+            continue
+        if info.flag_bits & _ENCRYPTED:
+            raise SourceError(f"{blob.path}: {info.filename!r} is encrypted; make the archive without a password")
+        # A directory may claim 64 bits of each. Whatever lies beyond any file is found to be so when it is read.
+        offset, stored, size = (min(n, _LARGEST) for n in (info.header_offset, info.compress_size, info.file_size))
+        member = Member(archive, offset, stored, size, info.compress_type, info.CRC)
+        yield Found(path, member)
+
+
+def list_tar(blob: Blob, archive: int, findings: Findings, labels: SampleLabels) -> Iterator[Found]:
+    """Lists the images of a tar in its order.
+
+    Args:
+        blob: The archive.
+        archive: Its place among the source's.
+        findings: Told of the members that are neither images nor labels.
+        labels: Takes up the labels, which are complete once the last image is listed.
+
+    Raises:
+        SourceError: The archive is damaged or truncated, or gives an image two labels.
+    """
+    for header in headers(blob):
+        path = _clean(header.name)
+        if header.is_folder or _is_label(blob, header, path, findings, labels) or not _is_listed(path, findings):
+            continue
+        method = IN_TAR if header.is_plain else SPARSE if header.is_sparse else LINK
+        yield Found(path, Member(archive, header.offset, header.size, header.size, method, header.crc))
+
+
+def _is_listed(path: str, findings: Findings) -> bool:
+    """Whether a member is an image; counts it as passed over if not."""
+    if any(map(is_hidden, path.split("/"))):
+        findings.pass_over(HIDDEN)
+    elif is_image_name(path):
+        return True
+    else:
+        findings.pass_over(path)
+    return False
+
+
+def _is_label(blob: Blob, header: TarHeader, path: str, findings: Findings, labels: SampleLabels) -> bool:
+    """Takes up the label that a member is; tells whether it is one."""
+    if not header.is_plain or not path.lower().endswith(LABEL_SUFFIXES) or any(map(is_hidden, path.split("/"))):
+        return False
+    if header.size > LARGEST_LABEL:
+        labels.add(path, None, is_damaged=True)
+        return True
+    content = blob.pread(header.offset, header.size)
+    try:
+        if path.lower().endswith(".cls"):
+            value: object = content.decode().strip()
+        else:
+            fields = json.loads(content)
+            if not isinstance(fields, dict) or not fields.keys() & {"label", "cls"}:
+                return False  # it tells other things of the sample
+            value = fields.get("label", fields.get("cls"))
+    except (ValueError, RecursionError):
+        labels.add(path, None, is_damaged=True)
+    else:
+        text = findings.label(value, path)
+        if text is not None or value not in (None, ""):  # else the name of the folder may tell
+            labels.add(path, text)
+    return True
+
+
+def _clean(path: str) -> str:
+    return posixpath.normpath(path.lstrip("/")) if path.startswith(("./", "/")) or "//" in path else path
 
 
 class ArchiveSource(Source):

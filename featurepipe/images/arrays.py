@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, UsageError
+from featurepipe.images.archives import LARGEST_RATIO
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import identity_of, stat_file, unreadable
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import Row, check_unique, printable, table_of
-from featurepipe.images.members import LARGEST_RATIO
 from featurepipe.images.source import Source
 from featurepipe.split_names import split_of
 

@@ -18,10 +18,10 @@ from typing import IO, Any, Final
 import numpy as np
 
 from featurepipe.errors import SourceError
+from featurepipe.images.archives import LARGEST_RATIO
 from featurepipe.images.arrays import Arrays
 from featurepipe.images.blobs import Blob, gunzip, reading
 from featurepipe.images.files import exists
-from featurepipe.images.members import LARGEST_RATIO
 from featurepipe.split_names import split_of
 
 IDX_IMAGES: Final = re.compile(r"idx[34]-ubyte(\.gz)?$", re.IGNORECASE)
