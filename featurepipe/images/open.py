@@ -14,7 +14,7 @@ import numpy as np
 
 from featurepipe.errors import FeaturepipeError, SourceError, UsageError
 from featurepipe.images.archives import ArchiveSource
-from featurepipe.images.arrays import ArrayReader, ArraySource
+from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
 from featurepipe.images.folder import FolderSource
 from featurepipe.images.listing import is_image_name
@@ -22,7 +22,6 @@ from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
 from featurepipe.images.remote import RemoteFolderSource
 from featurepipe.images.source import OnlyUnder, Source
-from featurepipe.images.stored import IDX_IMAGES, read_idx, read_npz
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 HDF5_SUFFIXES: Final = (".h5", ".hdf5")
