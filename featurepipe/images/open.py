@@ -16,11 +16,10 @@ from featurepipe.errors import FeaturepipeError, SourceError, UsageError
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
-from featurepipe.images.folder import FolderSource
+from featurepipe.images.folder import FolderSource, RemoteFolderSource
 from featurepipe.images.listing import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
-from featurepipe.images.remote import RemoteFolderSource
 from featurepipe.images.source import OnlyUnder, Source
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")

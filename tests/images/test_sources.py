@@ -21,9 +21,9 @@ from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.images import MemorySource, key_of, open_source
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.files import details_of
+from featurepipe.images.folder import RemoteFolderSource
 from featurepipe.images.listing import BATCH_ROWS, check_unique, table_of
 from featurepipe.images.manifest import ManifestSource
-from featurepipe.images.remote import RemoteFolderSource
 
 
 def rows_of(source, *columns):
