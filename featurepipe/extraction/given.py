@@ -16,8 +16,7 @@ from featurepipe.errors import UsageError
 from featurepipe.images import MemorySource
 from featurepipe.images.files import is_url
 from featurepipe.images.listing import printable
-from featurepipe.images.memory import Item
-from featurepipe.images.pillow import is_pillow
+from featurepipe.images.memory import Item, is_pillow
 
 _CHOICES = (
     "give a list, array, Series or one-column DataFrame of paths, a list of PIL images or of arrays (H, W) or (H, W, 3) of "
