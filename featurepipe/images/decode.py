@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import struct
+import threading
+import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 import simplejpeg
@@ -17,7 +23,6 @@ from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, PIXELS, check_bytes
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
-from featurepipe.images.quiet import QuietModules, silence_libtiff
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
@@ -108,9 +113,70 @@ REPAIRED: Final = "libjpeg could only repair it"
 """Stands in the reason of a reject, or of a note, for each JPEG that decodes although some of its pixels are lost."""
 _UNKNOWN_SAMPLING: Final = "subsampling"  # in the words of TurboJPEG for what libjpeg, and so PIL, decodes all the same
 _PREFIX: Final = "tjDecompress"
+
+
+class QuietModules:
+    """A context in which some modules warn about nothing, entered by any number of threads.
+
+    ``warnings.catch_warnings`` swaps the filters of the whole process and puts them back in the order of exit, which
+    goes wrong between threads. Here the first thread in adds one filter, for these modules only, and the last one out
+    removes it.
+
+    Args:
+        pattern: A regular expression for the start of the modules' names.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filter: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            filters = cast("list[Any]", warnings.filters)
+            if self._filter is None or self._filter not in filters:
+                warnings.filterwarnings("ignore", module=self.pattern)
+                self._filter = filters[0]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._inside -= 1
+            filters = cast("list[Any]", warnings.filters)
+            if not self._inside and self._filter in filters:
+                filters.remove(self._filter)
+
+
 # PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
 QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
 """Entered around calls of PIL and torchvision.io, from any thread."""
+
+
+def silence_libtiff() -> bool:
+    """Has the libtiff that PIL has loaded print nothing; its errors come through PIL as exceptions all the same.
+
+    Its default is to print each bad line of a damaged fax, past Python. The handlers belong to the library of PIL's wheel, and to
+    the whole process where PIL uses the system's.
+
+    Returns:
+        Whether a libtiff was found: only where the system tells which libraries are loaded (Linux).
+    """
+    found = False
+    with suppress(OSError, AttributeError):
+        for path in {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtiff" in line
+        }:
+            library = ctypes.CDLL(path)
+            for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+                setter(None)
+            found = True
+    return found
+
+
 silence_libtiff()
 
 
