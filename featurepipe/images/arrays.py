@@ -1,5 +1,8 @@
 """Images stored as arrays: IDX (MNIST's format), ``.npz`` and ``.h5``, read item by item."""
 
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH118, PTH119
+
 from __future__ import annotations
 
 import math

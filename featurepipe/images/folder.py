@@ -1,5 +1,8 @@
 """Folders of image files: local ones, and those behind an fsspec URL (``memory://``, ``http://``, ``s3://``, ...)."""
 
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH100, PTH112, PTH116, PTH118, PTH119
+
 from __future__ import annotations
 
 import errno

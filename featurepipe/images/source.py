@@ -1,5 +1,8 @@
 """The protocol of everything that images can come from, and which files a source may read."""
 
+# A path here may be a URL, or not valid UTF-8, so it stays a string.
+# ruff: noqa: PTH111, PTH118
+
 from __future__ import annotations
 
 import os
