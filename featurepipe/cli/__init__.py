@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from featurepipe.cli.output import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
 from featurepipe.cli.parser import build_parser
-from featurepipe.cli.streams import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError
 from featurepipe.interrupt import ends_on_ctrl_c

@@ -32,7 +32,7 @@ def test_closed_streams_change_no_exit_code(closed, tmp_path):
 def test_what_is_written_to_a_closed_descriptor_gets_into_no_file_of_ours(tmp_path):
     """Else the first file that is opened takes number 1, and holds what a library of C prints there."""
     code = (
-        "import os, sys; from featurepipe.cli.streams import open_standard_streams; open_standard_streams(); "
+        "import os, sys; from featurepipe.cli.output import open_standard_streams; open_standard_streams(); "
         "file = open(sys.argv[1], 'wb'); os.write(1, b'noise'); os.write(2, b'noise'); os._exit(file.fileno() < 3)"
     )
     done = subprocess.run(
