@@ -12,13 +12,13 @@ from featurepipe.cli import (
     doctor,
     evaluate,
     extract,
+    heads,
     monitoring,
     networks,
     predict,
     report,
     run,
     stores,
-    train,
 )
 from featurepipe.display import displayed
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    in_order = (demo, networks, extract, stores, train, evaluate, predict, depth, report, run, monitoring, doctor)
+    in_order = (demo, networks, extract, stores, heads, evaluate, predict, depth, report, run, monitoring, doctor)
     for module in in_order:
         module.add(commands)
     return parser
