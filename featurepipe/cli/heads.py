@@ -1,4 +1,4 @@
-"""``featurepipe train``."""
+"""``featurepipe train``, ``evaluate`` and ``predict``: a head on features, how good it is, and what it says of images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from featurepipe.cli.options import (
     add_dataset,
     add_json,
     add_labels,
+    add_machine,
     add_quiet,
+    add_raw_ids,
     add_seed,
     add_space,
     add_store,
     add_trust_code,
     cluster,
+    existing_store,
+    machine,
 )
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
 from featurepipe.heads.families import HEADS
 
 
-def add(commands: Commands) -> None:
+def add_train(commands: Commands) -> None:
     """Declares the command."""
     command = add_command(
-        commands, "train", run, "fit a head on cached features and keep it in a bundle that predicts on images",
+        commands, "train", run_train, "fit a head on cached features and keep it in a bundle that predicts on images",
         epilog="The dataset's splits train, val and test are taken as they are. What is missing is set aside by class, and by "
         "key, so that copies of one image never land on both sides. The test images choose nothing.",
     )  # fmt: skip
@@ -67,7 +71,7 @@ def add(commands: Commands) -> None:
     add_json(command)
 
 
-def run(args: Namespace) -> int:
+def run_train(args: Namespace) -> int:
     """Runs the command."""
     from featurepipe.training.text import cost_text, train_text
     from featurepipe.training.train import train
@@ -117,3 +121,87 @@ def _value(text: str) -> Any:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
         return None if text == "None" else text
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands, "evaluate", run_evaluate,
+        "metrics of a bundle on cached features, each with its confidence interval; leaks between splits",
+    )  # fmt: skip
+    option = command.add_argument
+    option("bundle", metavar="BUNDLE")
+    add_store(command)
+    add_dataset(command)
+    option("--split", metavar="NAME",
+           help="default: test where the dataset has it, else the images not trained on; all: every labelled one")  # fmt: skip
+    add_labels(command)
+    option("--ignore-unknown-classes", action="store_true",
+           help="leave out images of classes that the bundle does not know, instead of refusing")  # fmt: skip
+    option("--bootstrap", type=int, default=1000, metavar="N",
+           help="resamples behind the intervals (default: %(default)s)")  # fmt: skip
+    add_seed(command, "the resamples")
+    add_cluster(command)
+    add_quiet(command)
+    add_json(command)
+
+
+def run_evaluate(args: Namespace) -> int:
+    """Runs the command."""
+    from featurepipe.evaluation.evaluate import evaluate
+    from featurepipe.evaluation.text import text
+
+    result = evaluate(
+        args.bundle,
+        existing_store(args),
+        dataset=args.dataset,
+        split=args.split,
+        labels=args.labels,
+        ignore_unknown_classes=args.ignore_unknown_classes,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+        silent=args.quiet,
+        **cluster(args),
+    )
+    show(args, result, text)
+    return 0
+
+
+def add_predict(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands, "predict", run_predict, "label the images of a source with a bundle: id, label, one probability per class",
+        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help.",
+    )  # fmt: skip
+    option = command.add_argument
+    option("bundle", metavar="BUNDLE")
+    option("source", metavar="SOURCE", help="as for featurepipe extract")
+    option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
+    option("--weights", metavar="FILE",
+           help="the backbone's weights file, where it was your own and the bundle has no copy")  # fmt: skip
+    add_raw_ids(command)
+    add_machine(command)
+    add_trust_code(command, "bundle")
+    add_cluster(command)
+    add_quiet(command, "progress")
+    add_json(command)
+
+
+def run_predict(args: Namespace) -> int:
+    """Runs the command; rejects make the exit code."""
+    from featurepipe.prediction.predict import predict
+    from featurepipe.prediction.text import text
+
+    result = predict(
+        args.bundle,
+        args.source,
+        args.to,
+        weights=args.weights,
+        **machine(args),
+        **cluster(args),
+        trust_code=args.trust_code,
+        raw_ids=args.raw_ids,
+        silent=args.quiet,
+    )
+    show(args, result, text)
+    return int(result.get("exit_code", 0))

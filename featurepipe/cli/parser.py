@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from featurepipe import __version__
-from featurepipe.cli import (
-    demo,
-    depth,
-    doctor,
-    evaluate,
-    extract,
-    heads,
-    monitoring,
-    networks,
-    predict,
-    report,
-    run,
-    stores,
-)
+from featurepipe.cli import demo, depth, extract, heads, monitoring, networks, report, run, stores
 from featurepipe.display import displayed
+
+if TYPE_CHECKING:
+    from featurepipe.cli.options import Commands
 
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
@@ -47,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    in_order = (demo, networks, extract, stores, heads, evaluate, predict, depth, report, run, monitoring, doctor)
-    for module in in_order:
-        module.add(commands)
+    in_order = (
+        demo.add_demo, networks.add, extract.add, stores.add, heads.add_train, heads.add_evaluate, heads.add_predict,
+        depth.add, report.add, run.add, monitoring.add, demo.add_doctor,
+    )  # fmt: skip
+    for add in in_order:
+        add(cast("Commands", commands))  # a parser of ours is one of argparse's
     return parser
