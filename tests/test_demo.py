@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from featurepipe import demo, demo_picture
+from featurepipe import demo
 from featurepipe.errors import FeaturepipeError, UsageError
 from featurepipe.store import FeatureStore
 
@@ -115,7 +115,7 @@ def test_again_computes_nothing_and_says_so(finished: Demo) -> None:
 
 def test_images_are_found_by_their_ids(finished: Demo) -> None:
     images = read_idx("t10k-images-idx3-ubyte.gz")
-    found = demo_picture.read_images(demo.DATA, ["test/000007", "test/000399"])
+    found = demo.read_images(demo.DATA, ["test/000007", "test/000399"])
     assert np.array_equal(found["test/000007"], images[7])
     assert np.array_equal(found["test/000399"], images[399])
 
@@ -125,7 +125,7 @@ def test_each_mistake_is_framed_in_red(finished: Demo, tmp_path: Path) -> None:
     right = replace(outcome, predicted=outcome.true)
 
     def red(predicted: np.ndarray, name: str) -> int:
-        path = demo_picture.draw(replace(outcome, predicted=predicted), finished.data, demo.CLASSES, tmp_path / name)
+        path = demo.draw(replace(outcome, predicted=predicted), finished.data, demo.CLASSES, tmp_path / name)
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         return int((np.abs(pixels - RED).max(axis=2) < 30).sum())
 
