@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from featurepipe.annotations import check_classes, is_missing, label_text, numbers_on_a_scale, several_names
 from featurepipe.column_files import column_named, path_column, read_csv
 from featurepipe.errors import UsageError
-from featurepipe.label_values import check_classes, is_missing, label_text, numbers_on_a_scale, several_names
 
 
 @pytest.mark.parametrize("label", [None, np.nan, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT")])

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.annotations import is_missing
 from featurepipe.errors import UsageError
-from featurepipe.label_values import is_missing
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.annotations import check_classes
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
-from featurepipe.label_values import check_classes
 from featurepipe.layer_depth.folds import (
     ENOUGH_TO_CHOOSE,
     LEFT_OUT,

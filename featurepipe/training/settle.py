@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.annotations import check_classes
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.families import HEADS
-from featurepipe.label_values import check_classes
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.views import with_told_labels
