@@ -7,8 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from featurepipe.annotations import check_classes, is_missing, label_text, numbers_on_a_scale, several_names
-from featurepipe.column_files import column_named, path_column, read_csv
+from featurepipe.annotations import (
+    check_classes,
+    column_named,
+    is_missing,
+    label_text,
+    numbers_on_a_scale,
+    path_column,
+    read_csv,
+    several_names,
+)
 from featurepipe.errors import UsageError
 
 

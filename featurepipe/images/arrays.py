@@ -21,6 +21,7 @@ from typing import IO, Any, Final, Protocol
 import numpy as np
 import pyarrow as pa
 
+from featurepipe.annotations import split_of
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, UsageError
 from featurepipe.images.archives import LARGEST_RATIO
 from featurepipe.images.blobs import Blob, PerProcess, gunzip, reading
@@ -28,7 +29,6 @@ from featurepipe.images.files import exists, identity_of, stat_file, unreadable
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
-from featurepipe.split_names import split_of
 
 _IMAGES: Final = {"x", "images", "image", "data"}
 _LABELS: Final = {"y", "labels", "label", "targets"}

@@ -11,9 +11,8 @@ from typing import Any, Final, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import label_text, several_names
+from featurepipe.annotations import label_text, several_names, split_of
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
-from featurepipe.split_names import split_of
 from featurepipe.tables import counted
 
 HIDDEN: Final = "hidden"

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from featurepipe.annotations import split_of
 from featurepipe.errors import FeaturepipeError, Reject, SourceError
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import (
@@ -42,7 +43,6 @@ from featurepipe.images.listing import (
     table_of,
 )
 from featurepipe.images.source import Source
-from featurepipe.split_names import split_of
 
 _Identity = tuple[int, int]  # device and inode: what a symbolic link leads back to
 _BY_ID: Final = itemgetter(0)

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.annotations import split_of
 from featurepipe.errors import SourceError
-from featurepipe.split_names import split_of
 
 SCHEMA = pa.schema(
     [

@@ -19,7 +19,7 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet
 
-from featurepipe.column_files import column_named, duplicate, path_column, plain_name, read_csv
+from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv
 from featurepipe.errors import FeaturepipeError, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
@@ -54,7 +54,7 @@ class ManifestSource(Source):
 
     Relative paths are relative to the manifest; a path may be a URL. The id is the ``id`` column, else the path as
     written. ``label`` and ``split`` are found in any case; splits by any of their usual names, see
-    `featurepipe.split_names`. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
+    `featurepipe.annotations`. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
     whole numbers, else from one stat per row. What other columns there are is told, and not used.
 
     Args:

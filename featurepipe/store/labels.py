@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from featurepipe.annotations import NAN, label_text
-from featurepipe.column_files import PATHS, column_named, duplicate, path_column, read_csv
+from featurepipe.annotations import NAN, PATHS, column_named, duplicate, label_text, path_column, read_csv
 from featurepipe.errors import UsageError, unknown
 from featurepipe.store.keys import Keys, count_distinct
 

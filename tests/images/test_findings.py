@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from featurepipe.annotations import split_of
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.images import MemorySource, open_source
 from featurepipe.images.findings import ListingSummary
 from featurepipe.images.listing import table_of
-from featurepipe.split_names import split_of
 
 
 def told(source):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from featurepipe.annotations import split_of
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images import open_source
 from featurepipe.images.listing import FolderLabels, printable
-from featurepipe.split_names import split_of
 
 
 def make(root, *names):
