@@ -1,10 +1,19 @@
-"""Plain text for people: tables and numbers with units, the same on a terminal and in a pipe."""
+"""Tables and numbers with units as plain text for people, and CSV files that no spreadsheet runs.
+
+A cell that begins with ``=``, ``+``, ``-``, ``@``, a tab or a line end may be taken for a formula (CWE-1236, "CSV injection").
+Such text gets an apostrophe in front, the sign by which spreadsheets know text; numbers stay.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from featurepipe.display import displayed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -16,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         layer1    256
         layer4   2048
     """
-    cells = [[_text(value) for value in row] for row in rows]
+    cells = [[_cell_text(value) for value in row] for row in rows]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
     widths = [max([len(title), *(len(row[i]) for row in cells)]) for i, title in enumerate(header)]
     lines = [list(map(displayed, header)), *cells]
@@ -26,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def _text(value: object) -> str:
+def _cell_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else displayed(value)
@@ -65,3 +74,46 @@ def counted(number: int, noun: str) -> str:
     """
     first, space, rest = noun.partition(" that ")
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"
+
+
+_FORMULA = r"^(\s*[=+\-@＝＋－＠]|[\t\r\n])"
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+Rows = TypeVar("Rows", "pa.Table", "pa.RecordBatch")
+
+
+def neutralised(rows: Rows) -> tuple[Rows, int]:
+    """Rows whose texts no spreadsheet runs, and how many cells had to be changed.
+
+    Args:
+        rows: any columns; only those of text are looked at.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    changed, columns = 0, []
+    for column in rows.columns:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            found = pc.fill_null(pc.match_substring_regex(column, _FORMULA), fill_value=False)
+            if pc.any(found).as_py():
+                cells = [_neutral_cell(cell) for cell in column.to_pylist()]
+                changed += sum(one != other for one, other in zip(cells, column.to_pylist(), strict=True))
+                column = pa.array(cells, column.type)  # noqa: PLW2901
+        columns.append(column)
+    return type(rows).from_arrays(columns, schema=rows.schema), changed
+
+
+def neutralised_text(changed: int, file: object) -> str:
+    """What is said where cells were changed; empty if none was."""
+    if not changed:
+        return ""
+    return (
+        f"{counted(changed, 'cell')} of {file} would have been a formula in a spreadsheet and got an apostrophe in front; "
+        "--raw-ids keeps them as they are"
+    )
+
+
+def _neutral_cell(cell: str | None) -> str | None:
+    if cell is None or not re.match(_FORMULA, cell) or _NUMBER.fullmatch(cell):
+        return cell
+    return f"'{cell}"

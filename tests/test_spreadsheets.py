@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurepipe.prediction.files import predictions_file, schema_of
-from featurepipe.spreadsheets import neutralised, neutralised_text
+from featurepipe.tables import neutralised, neutralised_text
 
 FORMULAS = [
     "=1+1",

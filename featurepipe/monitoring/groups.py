@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from featurepipe.errors import UsageError
 from featurepipe.evaluation.leakage import numbered, on_several_sides
-from featurepipe.spreadsheets import neutralised
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.labels import LabelledImages
+from featurepipe.tables import neutralised
 
 EXACT_COPIES, NEAR_COPIES = "exact", "near"
 

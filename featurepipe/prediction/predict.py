@@ -70,7 +70,7 @@ def predict(
 
     Returns:
         The record of the run as JSON values: ``counts``, ``labels`` (images by label), ``neutralised`` (cells of a CSV file
-        that got an apostrophe, see `featurepipe.spreadsheets`), ``rejects`` (the first of them; the file has
+        that got an apostrophe, see `featurepipe.tables`), ``rejects`` (the first of them; the file has
         all), seconds, versions; ``exit_code`` is 3 if there were rejects.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.progress import duration
-from featurepipe.spreadsheets import neutralised_text
+from featurepipe.tables import neutralised_text
 
 _LABELS_SHOWN = 10
 _REJECTS_SHOWN = 5

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 from featurepipe.jobs.job import PredictTable, TrainTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.history import last_result
-from featurepipe.spreadsheets import neutralised_text
-from featurepipe.tables import counted
+from featurepipe.tables import counted, neutralised_text
 
 
 def train(night: Night, table: TrainTable) -> dict[str, Any]:
