@@ -42,11 +42,10 @@ from benchmarks.cluster_model import Assumed, Costs, assumptions, model
 from benchmarks.cluster_steps import Meter, Traffic
 from benchmarks.photos import make_photos
 from benchmarks.piles import listing_of
-from featurepipe.cluster import Team, spread
-from featurepipe.extraction.books import SliceBooks
-from featurepipe.extraction.compute import Outcome
-from featurepipe.extraction.slices import Sizes, cut
-from featurepipe.extraction.stream import StageSeconds
+from featurepipe.execution import DaskExecutor, spread
+from featurepipe.extraction.ledger import ExtractionLedger, ShardLedger
+from featurepipe.extraction.shards import ShardSizes, cut
+from featurepipe.features.loader import StageSeconds
 from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.linear import passes
 from featurepipe.heads.linear.optimisers import Question
@@ -121,7 +120,7 @@ def metered(meter: Meter, waiting: Traffic, work: Callable[[], Any]) -> tuple[An
     return answer, meter.stop().less(waiting)
 
 
-def measure_extraction(folder: Path, args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
+def measure_extraction(folder: Path, args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
     """Extraction here, by workers, and by a script."""
     record.note(f"making {args.images} images")
     photos, few = (
@@ -185,7 +184,7 @@ def extracted(photos: Path, folder: Path, args: argparse.Namespace, cluster: Any
     return Extracted(seconds, images, sum(rates) if rates else images / run["seconds"]["wall"], features, run)
 
 
-def scripted(names: list[str], args: argparse.Namespace, team: Team) -> Extracted:
+def scripted(names: list[str], args: argparse.Namespace, team: DaskExecutor) -> Extracted:
     """The script that people write."""
     start = time.perf_counter()
     lists = [names[first : first + NAMES] for first in range(0, len(names), NAMES)]
@@ -218,32 +217,32 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(one).max())
 
 
-def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
+def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
     """What client and scheduler do for an image, and for a task."""
     rows = args.listed
     listing = listing_of(rows)
     listing = listing.append_column("locator", listing["id"].cast(pa.binary()))
     plan = SimpleNamespace(todo=np.arange(rows), known=0, rejected=())
-    outcome, sizes = Outcome(np.zeros((rows, 32), np.uint8), np.zeros(rows, bool)), Sizes()
-    books = SliceBooks(SimpleNamespace(plan=plan, clock=StageSeconds()), outcome)  # type: ignore[arg-type]
+    ledger, sizes = ExtractionLedger(np.zeros((rows, 32), np.uint8), np.zeros(rows, bool)), ShardSizes()
+    entries = ShardLedger(plan, ledger, StageSeconds())  # type: ignore[arg-type]
 
     def hand_out() -> float:
         start = time.perf_counter()
-        pieces = cut(listing, plan.todo, sizes, iter(lambda: WORKERS, -1))
-        for piece, done in team.results(pieces, cluster_steps.answer_only):
-            books.take(piece, done)
-            sizes.note(piece.rows, done.worked.seconds)
+        shards = cut(listing, plan.todo, sizes, iter(lambda: WORKERS, -1))
+        for shard, result in team.map(cluster_steps.answer_only, shards):
+            entries.take(shard, result)
+            sizes.note(shard.rows, result.run.seconds)
         return time.perf_counter() - start
 
     seconds, traffic = net(hand_out)
     counted.forget_peak()
     before = counted.memory()["now"]
     begun = time.process_time()
-    books.close()
+    entries.close()
     closing, growth = time.process_time() - begun, counted.memory()["peak"] - before
-    if outcome.computed != rows:
-        raise SystemExit(f"{outcome.computed} of {rows} images were booked")
-    _, of_tasks = net(lambda: sum(1 for _ in team.results(iter(range(args.tasks)), abs)))
+    if ledger.computed != rows:
+        raise SystemExit(f"{ledger.computed} of {rows} images were booked")
+    _, of_tasks = net(lambda: sum(1 for _ in team.map(cluster_steps.nothing, range(args.tasks))))
     return {
         "images": rows,
         "images_s": round(rows / seconds),
@@ -261,7 +260,9 @@ def measure_handing_out(args: argparse.Namespace, team: Team, net: Any) -> dict[
     }
 
 
-def measure_fit(store: Path, view: FeatureSet, args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
+def measure_fit(
+    store: Path, view: FeatureSet, args: argparse.Namespace, team: DaskExecutor, net: Any
+) -> dict[str, Any]:
     """A fit on features that the workers together cannot hold, and the same fit here."""
     counts, head = count_passes(passes.Passes), BlockLogisticRegression(C=C, memory=None)
     team.client.run(counted.forget_peak)
@@ -320,7 +321,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), time.perf_counter() - start
 
 
-def measure_passes(view: FeatureSet, args: argparse.Namespace, team: Team, net: Any) -> dict[str, Any]:
+def measure_passes(view: FeatureSet, args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
     """Bytes and seconds of a pass: of few classes, of many, with curvature, and of none."""
     part = view.take(slice(0, len(view) // 8))
     prepared = passes.prepare(spread(part, team), intercept=True, memory=None)

@@ -8,8 +8,8 @@ from typing import Any
 
 from distributed.scheduler import heartbeat_interval
 
-from featurepipe.cluster.share import KEPT
-from featurepipe.extraction.slices import Sizes
+from featurepipe.execution.row_shard import KEPT
+from featurepipe.extraction.shards import ShardSizes
 from featurepipe.store.writer import DEFAULT_PART_BYTES
 
 GB = 1e9
@@ -128,7 +128,7 @@ def extraction(costs: Costs, assumed: Assumed, workers: int) -> dict[str, float]
 
 def _slices(assumed: Assumed, workers: int) -> list[int]:
     """As extraction itself would size them."""
-    sizes, left, found = Sizes(), assumed.images, list[int]()
+    sizes, left, found = ShardSizes(), assumed.images, list[int]()
     while left:
         found.append(sizes.next(left, workers))
         left -= found[-1]

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from benchmarks import counted
 from benchmarks.piles import listing_of, random_keys
-from featurepipe.cluster import Team, connect
-from featurepipe.extraction.slices import COMPUTED, Done, Slice, Worked
+from featurepipe.execution import DaskExecutor, connect
+from featurepipe.extraction.shards import COMPUTED, Shard, ShardResult, ShardRun
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.keys import keys_to_arrow
 
@@ -29,7 +29,7 @@ START_SECONDS = 60
 
 
 @contextmanager
-def team_of(folder: Path, workers: int, memory: str) -> Iterator[Team]:
+def team_of(folder: Path, workers: int, memory: str) -> Iterator[DaskExecutor]:
     """A scheduler and workers of one thread each, as one would start them in terminals, and a client of them.
 
     Args:
@@ -123,7 +123,7 @@ def _less(mine: dict[str, float], theirs: dict[str, float], share: float = 1.0) 
 class Meter:
     """Measures traffic, without its own questions."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: DaskExecutor) -> None:
         self._client = team.client
         self._now()
         first = self._now()
@@ -144,10 +144,10 @@ class Meter:
         return Traffic(scheduler, counted.counts(), workers, time.perf_counter())
 
 
-def idle(team: Team, meter: Meter, seconds: float) -> Traffic:
+def idle(team: DaskExecutor, meter: Meter, seconds: float) -> Traffic:
     """The traffic of a team that waits for a task which does nothing."""
     meter.start()
-    list(team.results(iter([seconds]), time.sleep))
+    list(team.map(sleep, [seconds]))
     return meter.stop()
 
 
@@ -177,7 +177,12 @@ def _network(name: str, weights: str) -> tuple[Any, Any]:
     return network, transform_of(name, backbone)
 
 
-def answer_only(piece: Slice) -> Done:
+def sleep(_context: None, seconds: float, *_: Any) -> None:
+    """A task that waits."""
+    time.sleep(seconds)
+
+
+def answer_only(_context: None, piece: Shard, *_: Any) -> ShardResult:
     """Answers as if every image of a slice had been computed: what is left is the cost of handing out and booking."""
     start = time.perf_counter()
     rows = piece.table().num_rows
@@ -185,8 +190,8 @@ def answer_only(piece: Slice) -> Done:
     status = np.full(rows, COMPUTED, np.uint16)
     seconds = time.perf_counter() - start
     stages = dict.fromkeys(("read", "decode", "forward", "write"), seconds)
-    worked = Worked("nobody", "nowhere", os.getpid(), "cpu", 1, seconds, stages)
-    return Done(status, [("layer4:gap",)], keys, np.ones(rows, bool), {}, worked)
+    run = ShardRun("nobody", "nowhere", os.getpid(), "cpu", 1, seconds, stages)
+    return ShardResult(status, [("layer4:gap",)], keys, np.ones(rows, bool), {}, run)
 
 
 def nothing(*_share: Any) -> float:

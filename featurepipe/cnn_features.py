@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import UsageError
 from featurepipe.extraction.given import images_given
-from featurepipe.extraction.options import AUTO, Options
+from featurepipe.features.options import AUTO, Options
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -57,7 +57,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: Images per forward, or ``auto``.
         workers: Threads that read and decode; by default one per CPU, at most 16.
-        cluster: Whose workers compute what the store lacks, as `featurepipe.cluster.connect` takes it, such as the scheduler's
+        cluster: Whose workers compute what the store lacks, as `featurepipe.execution.connect` takes it, such as the scheduler's
             address; they see the images and the store under the same paths. With a store only.
         on_reject: What an image that cannot be used does: ``raise`` an error that names it, or give a row of ``nan``.
         verbose: Whether to show progress.

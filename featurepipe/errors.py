@@ -122,7 +122,7 @@ class ClusterError(FeaturepipeError):
 class WorkerRefused(ClusterError):
     """One worker must not be used: its versions, weights or feature space differ, or it cannot see the store.
 
-    A task raises it in the worker; `featurepipe.cluster` then reports that worker by name, leaves it alone from there on, and
+    A task raises it in the worker; `featurepipe.execution` then reports that worker by name, leaves it alone from there on, and
     has the task done elsewhere.
     """
 

@@ -38,8 +38,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 import featurepipe as fp
-from featurepipe.cluster import Team, connect
 from featurepipe.demo import BACKBONE, DATA
+from featurepipe.execution import DaskExecutor, connect
 from featurepipe.store import FeatureSet
 from featurepipe.tables import table
 
@@ -60,7 +60,7 @@ def features_of(store: Path, dataset: str | None, node: str) -> FeatureSet:
     return features.select(split="train") if "train" in features.splits else features
 
 
-def search_on(team: Team, features: FeatureSet, grid: Mapping[str, Sequence[Any]] = GRID) -> GridSearchCV:
+def search_on(team: DaskExecutor, features: FeatureSet, grid: Mapping[str, Sequence[Any]] = GRID) -> GridSearchCV:
     """Fits every point of the grid on every fold, and the best once more, here, on all rows."""
     X, y = features.numpy()  # 2. float32: what the estimators compute in, and half of what float64 takes
     search = GridSearchCV(
@@ -81,7 +81,7 @@ def search_on(team: Team, features: FeatureSet, grid: Mapping[str, Sequence[Any]
         return search.fit(X, y, groups=features.keys64)  # 6. the key is the image's content: copies have the same
 
 
-def check_room(team: Team, features: FeatureSet) -> None:
+def check_room(team: DaskExecutor, features: FeatureSet) -> None:
     """Refuses features too large for a worker: X, and for each of its threads a fold and its scaled copy."""
     for worker in team.workers():
         need = (1 + 3 * worker.threads) * features.shape[0] * features.shape[1] * np.dtype(np.float32).itemsize

@@ -43,7 +43,7 @@ def evaluate(
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
-        cluster: Where to score instead of here, as `featurepipe.cluster.connect` takes it: workers read the features, and
+        cluster: Where to score instead of here, as `featurepipe.execution.connect` takes it: workers read the features, and
             send scores back.
         silent: Say nothing on standard error.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from featurepipe.backbones import Column
-from featurepipe.extraction.place import Here, Place
+from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.prepare import Job
-from featurepipe.extraction.stream import load_sample
+from featurepipe.features.session import Sample, Sampling, sample_rate
 
 ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -54,10 +54,14 @@ class Estimate:
         return {"dry_run": True, **asdict(self)}
 
 
-def estimate(job: Job, sample_size: int, place: Place | None = None) -> Estimate:
+def estimate(job: Job, sample_size: int, executor: Executor | None = None) -> Estimate:
     """Times a sample of the images that would be read where they would be computed (by default here), and extrapolates."""
     plan = job.plan
-    rate, sampled = (place or Here()).rate(job, sample_size)
+    executor = executor or LocalExecutor()
+    sample = Sample(plan.listing, plan.todo, sample_size)
+    rate, sampled = executor.once(sample_rate, sample, context=Sampling(job.session, job.source))
+    if rate is not None:
+        rate *= executor.expected()  # the others are taken to be as fast
     return Estimate(
         dataset=job.dataset,
         listed=plan.listing.num_rows,
@@ -68,25 +72,13 @@ def estimate(job: Job, sample_size: int, place: Place | None = None) -> Estimate
         seconds=len(plan.todo) / rate if rate else (None if len(plan.todo) else 0.0),
         images_per_second=rate,
         sampled=sampled,
-        bytes_per_column={str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.columns},
+        bytes_per_column={
+            str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.session.columns
+        },
         space=dict(job.fields),
         new_space=job.why_new,
         listing=job.listing.as_dict(),
     )
-
-
-def sample_rate(job: Job, images: int) -> tuple[float | None, int]:
-    """Images per second over some of those to be read, loaded and computed in this process, None without any; and how many."""
-    listing, todo = job.plan.listing, job.plan.todo
-    sample = load_sample(job.source, listing, job.backbone, job.machine, todo, images, job.settings.intensity)
-    if not len(sample):
-        return None, 0
-    engine = job.engine(job.columns)
-    engine(sample)  # the first call pays for set-up
-    start = time.perf_counter()
-    again = load_sample(job.source, listing, job.backbone, job.machine, todo, images, job.settings.intensity)
-    engine(again)
-    return len(again) / (time.perf_counter() - start), len(sample)
 
 
 def _lacking(job: Job, column: Column) -> int:
@@ -99,4 +91,4 @@ def _lacking(job: Job, column: Column) -> int:
 
 
 def _bytes_per_image(job: Job, column: Column) -> int:
-    return math.prod(job.backbone.feature_shape(column)) * ITEM_BYTES[job.settings.dtype]
+    return math.prod(job.session.backbone.feature_shape(column)) * ITEM_BYTES[job.session.settled.dtype]

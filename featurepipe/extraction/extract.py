@@ -9,12 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from featurepipe.execution.connection import executor_on
+from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
 from featurepipe.extraction.limits import Limits
-from featurepipe.extraction.on_cluster import place_of
-from featurepipe.extraction.options import REJECT, Options
 from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
+from featurepipe.features.options import REJECT, Options
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest, stopping
 from featurepipe.progress import announcer, show
@@ -93,7 +94,7 @@ def extract(
             ``time_budget`` then.
         dry_run: estimate images, time and bytes; change nothing.
         silent: show no progress and say nothing.
-        cluster: whose workers compute, anything `featurepipe.cluster.connect` takes: a scheduler's address, ``"local:2"``, a
+        cluster: whose workers compute, anything `featurepipe.execution.connect` takes: a scheduler's address, ``"local:2"``, a
             `distributed.Client`, ... They all must see the store and the source; by default this process computes.
 
     Returns:
@@ -131,22 +132,22 @@ def extract(
     say = announcer(silent=silent)
     settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=say)
     opened = closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column))
-    with opened as images, place_of(cluster, options, say) as place:
+    with opened as images, executor_on(cluster, say=say) as executor:
         if dry_run:
-            place.check(None)
-            job = settle(images, existing_store(store), dry_run=True, place=place)
-            return estimate(job, TIMED_SAMPLE, place).as_dict()
+            executor.check()
+            job = settle(images, existing_store(store), dry_run=True, executor=executor)
+            return estimate(job, TIMED_SAMPLE, executor).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
         with target.lock(shared=True), stops as asked:
             floor = limits.floor(target.path)
             floor.check()
             with asked.at_once(before="the first image"):
-                place.check(target.path)
-                job = settle(images, target, dry_run=False, place=place)
+                executor.check(target.path)
+                job = settle(images, target, dry_run=False, executor=executor)
             run = begin_run(target, job)
             with recorded(run):
                 with show(len(job.plan.todo), "extract", silent=silent) as progress:
-                    place.compute(job, run.id, run.outcome, lambda: asked() or floor(), progress)
+                    compute(job, executor, run.id, run.ledger, lambda: asked() or floor(), progress)
                 return publish(run, limits, asked, floor)
 
 

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
-from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.errors import Reject, UsageError, unknown
-from featurepipe.extraction import auto
+from featurepipe.backbones.engine import NUMERICS
+from featurepipe.errors import UsageError, unknown
+from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.history import History
 from featurepipe.extraction.limits import Limits
-from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.options import DAMAGED, Options
-from featurepipe.extraction.place import Here, Place
+from featurepipe.extraction.missing import MissingColumns
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
-from featurepipe.extraction.stream import Loader, StageSeconds, loader_for
-from featurepipe.extraction.wanted import Wanted
+from featurepipe.features.loader import StageSeconds
+from featurepipe.features.options import DAMAGED, Options
+from featurepipe.features.session import (
+    SAMPLE,
+    LoadedNetwork,
+    Sample,
+    Sampling,
+    Session,
+    check_travels,
+    measure_precision,
+    settle_machine_for,
+)
+from featurepipe.features.settings import SETTINGS, Held, MeasurePrecision, Settings, check, resolve
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.findings import ListingSummary, is_told
@@ -36,35 +47,33 @@ ROWS_PER_READ = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """An extraction with everything settled.
+    """An extraction with everything settled: a session, a source, and the plan of what to read of it.
 
     Attributes:
+        session: the network, its settings and the machine.
+        fields: what the feature space follows from.
         space: the feature space; None in a dry run that would start one.
         why_new: why the space is a new one, or None.
-        wanted: what is still to be computed, by key.
+        missing: what is still to be computed, by key.
         history: what the store remembers of the dataset.
         gone: images of the last snapshot that the source no longer lists.
         listing: what the source lists, ignores and guesses.
-        engines: the networks built so far, by their columns.
+        clock: where the stages' time is added up.
     """
 
+    session: Session
     source: Source
     dataset: str
     options: Options
-    machine: Machine
-    backbone: Backbone
-    columns: Sequence[Column]
-    settings: auto.Settings
     fields: Mapping[str, Any]
     space: Space | None
     why_new: str | None
-    wanted: Wanted
+    missing: MissingColumns
     plan: Plan
     history: History
     gone: int
     listing: ListingSummary
     clock: StageSeconds
-    engines: dict[frozenset[Column], Engine] = field(default_factory=dict)
 
     @property
     def existing_space(self) -> Space:
@@ -72,27 +81,6 @@ class Job:
         if self.space is None:
             raise RuntimeError("a dry run has no feature space to write to")
         return self.space
-
-    def loader(self, missing: Callable[[bytes], tuple[str, ...] | Reject]) -> Loader:
-        """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
-        route, intensity = self.settings.decode, self.settings.intensity
-        keep = self.options.keep_damaged
-        return loader_for(
-            self.source, missing, self.backbone, self.machine, route, intensity, self.clock, keep_damaged=keep
-        )
-
-    def engine(self, columns: Sequence[Column]) -> Engine:
-        """The network for some of the columns, in the job's precision; built once."""
-        wanted = frozenset(columns)
-        if wanted not in self.engines:
-            self.engines[wanted] = Engine(
-                self.backbone,
-                columns,
-                precision=self.settings.precision,
-                device=self.machine.device,
-                batch_size=self.machine.batch_size,
-            )
-        return self.engines[wanted]
 
 
 def prepare(
@@ -104,8 +92,8 @@ def prepare(
     *,
     dry_run: bool,
     limits: Limits | None = None,
-    network: Backbone | None = None,
-    place: Place | None = None,
+    loaded: LoadedNetwork | None = None,
+    executor: Executor | None = None,
 ) -> Job:
     """Settles everything before the first image.
 
@@ -117,23 +105,23 @@ def prepare(
         say: told what was decided, one line at a time.
         dry_run: leave the store as it is.
         limits: what makes the extraction refuse a listing; without them only an empty one is refused.
-        network: the backbone that ``options`` names, if it is loaded already.
-        place: where images will be computed; by default here.
+        loaded: the network that ``options`` names, if it is loaded already.
+        executor: who will compute images; by default this process.
 
     Raises:
         UsageError: an option is wrong; see the message.
         SourceError: the source holds no image, or lacks too many of the last snapshot.
         WeightsNotFound: the weights are not at hand.
     """
-    asked = {name: getattr(options, name) for name in auto.SETTINGS}
-    auto.check(asked)
+    asked = {name: getattr(options, name) for name in SETTINGS}
+    check(asked)
     if options.damaged not in DAMAGED:
         raise unknown("choice of damaged", options.damaged, DAMAGED)
     check_budgets()
-    place = place or Here()
-    machine = place.machine(options)
+    executor = executor or LocalExecutor()
+    machine = settle_machine_for(executor, options)
     name = checked_dataset(dataset or dataset_name(source.name))
-    backbone = network or load_backbone(options.backbone, options.weights, seed=options.seed)
+    backbone = loaded.backbone if loaded else load_backbone(options.backbone, options.weights, seed=options.seed)
     clock = StageSeconds()
     with clock.stage("scan"):
         listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
@@ -148,8 +136,11 @@ def prepare(
 
     spaces = held_spaces(store, backbone, history)
     columns = _columns(backbone, spaces, options.nodes)
-    measure = place.precision(source, listing, backbone, columns, machine)
-    settings = auto.resolve(asked, [_held(space, columns) for space in spaces], measure)
+    session = Session.of(backbone, columns, machine, options, loaded=loaded)
+    settings = resolve(
+        asked, [_held(space, columns) for space in spaces], _precision(executor, session, source, listing)
+    )
+    session = replace(session, settings=settings)
     if settings.decode == "gpu" and machine.device == "cpu":
         raise UsageError(
             f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; "
@@ -168,27 +159,35 @@ def prepare(
     for setting, value in settings.values().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 
-    wanted = Wanted(space, columns, retry_rejects=options.retry_rejects, keep_damaged=options.keep_damaged)
-    plan = _plan(listing, name, space, wanted, history, source.location, say)
+    missing = MissingColumns(space, columns, retry_rejects=options.retry_rejects, keep_damaged=options.keep_damaged)
+    plan = _plan(listing, name, space, missing, history, source.location, say)
     return Job(
+        session=session,
         source=source,
         dataset=name,
         options=options,
-        machine=machine,
-        backbone=backbone,
-        columns=columns,
-        settings=settings,
         fields=fields,
         space=space,
         why_new=why_new,
-        wanted=wanted,
+        missing=missing,
         plan=plan,
         history=history,
         gone=gone,
         listing=summary,
         clock=clock,
-        engines=place.engines(),
     )
+
+
+def _precision(executor: Executor, session: Session, source: Source, listing: pa.Table) -> MeasurePrecision:
+    """What compares precisions on the first images, when asked to, where images will be computed."""
+    sample = Sample(listing, np.arange(listing.num_rows), SAMPLE)
+
+    def measure(tried: str | None, intensity: str) -> tuple[str, str]:
+        if not executor.is_local:
+            check_travels(source)
+        return executor.once(measure_precision, (sample, tried, intensity), context=Sampling(session, source))
+
+    return measure
 
 
 def dataset_name(source_name: str) -> str:
@@ -207,8 +206,8 @@ def held_spaces(store: FeatureStore | None, backbone: Backbone, history: History
     return sorted(filled, key=lambda space: order.get(space.fingerprint, len(order)))
 
 
-def _held(space: Space, columns: Sequence[Column]) -> auto.Held:
-    return auto.Held(space.fields, complete={str(column) for column in columns} <= space.columns().keys())
+def _held(space: Space, columns: Sequence[Column]) -> Held:
+    return Held(space.fields, complete={str(column) for column in columns} <= space.columns().keys())
 
 
 def _columns(backbone: Backbone, spaces: Sequence[Space], nodes: Sequence[str]) -> Sequence[Column]:
@@ -226,14 +225,14 @@ def _plan(
     listing: pa.Table,
     dataset: str,
     space: Space | None,
-    wanted: Wanted,
+    missing: MissingColumns,
     history: History,
     location: str,
     say: Callable[[str], None],
 ) -> Plan:
     """Joins the listing with the last snapshot, and with the parts too where that leaves files unexplained."""
     known = KNOWN_FILES.empty_table()
-    rejected = KeySet(wanted.reasons)
+    rejected = KeySet(missing.reasons)
     elsewhere = history.elsewhere(location)
     if elsewhere is not None:
         say(
@@ -242,12 +241,12 @@ def _plan(
         )
     elif history.snapshot is not None:
         known = _with_key(history.snapshot)
-    plan = make_plan(listing, known, wanted, rejected)
+    plan = make_plan(listing, known, missing, rejected)
     if space is None or plan.has_key.all() or not history.is_only_of(location):
         return plan
     ids = listing["id"].filter(pa.array(~plan.has_key))
     files = space.known_files(dataset=dataset, ids=ids, since=_since(space, dataset, len(ids), history))
-    return make_plan(listing, pa.concat_tables([_with_key(files), known]), wanted, rejected)
+    return make_plan(listing, pa.concat_tables([_with_key(files), known]), missing, rejected)
 
 
 def _since(space: Space, dataset: str, unexplained: int, history: History) -> str | None:
@@ -280,7 +279,7 @@ def _note_map_shapes(space: Space, backbone: Backbone, columns: Sequence[Column]
         space.update_notes({"map_shapes": {**known, **new}})
 
 
-def _notes(backbone: Backbone, settings: auto.Settings) -> dict[str, Any]:
+def _notes(backbone: Backbone, settings: Settings) -> dict[str, Any]:
     return {
         "backbone": backbone.description(),
         "aliases": {"bottleneck": backbone.bottleneck},

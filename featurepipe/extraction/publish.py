@@ -1,4 +1,4 @@
-"""The end of a run: the books are checked, then the snapshot and the run record are written."""
+"""The end of a run: the ledger is checked, then the snapshot and the run record are written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from featurepipe import records
 from featurepipe.errors import Interrupted, StoreError, TooManyRejects
 from featurepipe.extraction.changes import count_changes
-from featurepipe.extraction.compute import Outcome
+from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, Limits, allowance
 from featurepipe.extraction.prepare import Job
 from featurepipe.images import Source
@@ -37,25 +37,25 @@ class Run:
     command: str
     id: str
     started: str
-    outcome: Outcome
+    ledger: ExtractionLedger
 
     @cached_property
     def snapshot(self) -> pa.Table:
-        """What the dataset is now; only for a run whose books are closed."""
-        return snapshot_table(self.job.plan.listing, self.outcome)
+        """What the dataset is now; only for a run whose ledger is closed."""
+        return snapshot_table(self.job.plan.listing, self.ledger)
 
     def end(self, status: str, exit_code: int, **more: Any) -> dict[str, Any]:
         """Writes the run's record, and returns it."""
         facts = {"run_id": self.id, "command": self.command, "status": status, "exit_code": exit_code}
         times = {"started": self.started, "ended": records.now()}
-        record = {**facts, **times, **describe(self.job, self.outcome), **more}
+        record = {**facts, **times, **describe(self.job, self.ledger), **more}
         self.store.write_run(record)
         return record
 
 
 def begin_run(store: FeatureStore, job: Job, command: str = "extract") -> Run:
-    """Gives a run its name and opens its books."""
-    return Run(store, job, command, store.new_run_id(), records.now(), Outcome.of(job))
+    """Gives a run its name and opens its ledger."""
+    return Run(store, job, command, store.new_run_id(), records.now(), ExtractionLedger.of(job.plan, job.missing))
 
 
 @contextmanager
@@ -85,13 +85,13 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
         Interrupted: a signal came; there is no new snapshot.
         DiskFull: the same, for too little space.
         TooManyRejects: the same, for more rejects than allowed.
-        FeaturepipeError: the books do not balance.
+        FeaturepipeError: the counts do not balance.
     """
-    job, outcome = run.job, run.outcome
-    left = len(job.plan.todo) - outcome.read
+    job, ledger = run.job, run.ledger
+    left = len(job.plan.todo) - ledger.read
     if asked.signal_number is not None:
         raise Interrupted(
-            f"stopped by {asked.name}: {outcome.computed:,} images computed and committed, {left:,} left. "
+            f"stopped by {asked.name}: {ledger.computed:,} images computed and committed, {left:,} left. "
             "Run the same command again to go on",
             asked.signal_number,
         )
@@ -99,18 +99,18 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
         floor.check()
     if left and asked.out_of_time:
         return run.end("out of time", 0, left=left, changes=None)
-    outcome.check()
+    ledger.check()
     _check_rejects(run, limits)
     # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
     changes = count_changes(job.history.snapshot, run.snapshot)
-    code = 3 if outcome.reasons else 0
+    code = 3 if ledger.reasons else 0
     run.end(PUBLISHING, code, changes=changes)  # a kill after the snapshot must not lose what it changed
     run.store.write_snapshot(job.dataset, run.id, run.snapshot)
     return run.end("done", code, changes=changes)
 
 
 def _check_rejects(run: Run, limits: Limits) -> None:
-    job, reasons = run.job, run.outcome.reasons
+    job, reasons = run.job, run.ledger.reasons
     listed = job.plan.listing
     if len(reasons) > allowance(limits.max_rejects, listed.num_rows):
         first = min(reasons)
@@ -121,7 +121,7 @@ def _check_rejects(run: Run, limits: Limits) -> None:
         )
 
 
-def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
+def describe(job: Job, ledger: ExtractionLedger) -> dict[str, Any]:
     """The part of a run record that is known once the work is done."""
     seconds = {stage: round(value, 3) for stage, value in job.clock.totals.items()}
     return {
@@ -132,35 +132,40 @@ def describe(job: Job, outcome: Outcome) -> dict[str, Any]:
         "space": job.existing_space.name,
         "fingerprint": job.existing_space.fingerprint,
         "new_space": job.why_new,
-        "columns": [str(column) for column in job.columns],
+        "columns": [str(column) for column in job.session.columns],
         "settings": {
-            name: {"value": value, "why": job.settings.why[name]} for name, value in job.settings.values().items()
+            name: {"value": value, "why": job.session.settled.why[name]}
+            for name, value in job.session.settled.values().items()
         },
-        "machine": {"device": job.machine.device, "batch_size": job.machine.batch_size, "workers": job.machine.workers},
+        "machine": {
+            "device": job.session.machine.device,
+            "batch_size": job.session.machine.batch_size,
+            "workers": job.session.machine.workers,
+        },
         "counts": {
             "listed": job.plan.listing.num_rows,
-            "computed": outcome.computed,
-            "known": outcome.known,
-            "rejected": len(outcome.reasons),
-            "read": outcome.read,
+            "computed": ledger.computed,
+            "known": ledger.known,
+            "rejected": len(ledger.reasons),
+            "read": ledger.read,
         },
         "listing": job.listing.as_dict(),
         "gone": job.gone,
-        "tried_again": outcome.tried_again,
-        "computed_by_column": {str(column): outcome.columns[str(column)] for column in job.columns},
-        "rejects": _rejects(job, outcome)[:SHOWN_REJECTS],
-        "new_rejects": _new_rejects(job, outcome)[:SHOWN_REJECTS],
+        "tried_again": ledger.tried_again,
+        "computed_by_column": {str(column): ledger.columns[str(column)] for column in job.session.columns},
+        "rejects": _rejects(job, ledger)[:SHOWN_REJECTS],
+        "new_rejects": _new_rejects(job, ledger)[:SHOWN_REJECTS],
         "damaged": {
             "asked": job.options.damaged,
-            "kept": len(outcome.damage),
-            "images": _named(job, outcome.damage)[:SHOWN_REJECTS],
+            "kept": len(ledger.damage),
+            "images": _named(job, ledger.damage)[:SHOWN_REJECTS],
         },
         "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
-        "reject_reasons": by_code(outcome.reasons),
-        "seconds": {**seconds, "wall": round(outcome.seconds, 3)},
-        "images_per_second": round(outcome.computed / outcome.seconds, 2) if outcome.seconds else None,
-        "verdict": records.verdict(job.clock.totals, outcome.busy or outcome.seconds, device=job.machine.device),
-        **({} if outcome.cluster is None else {"cluster": outcome.cluster}),
+        "reject_reasons": by_code(ledger.reasons),
+        "seconds": {**seconds, "wall": round(ledger.seconds, 3)},
+        "images_per_second": round(ledger.computed / ledger.seconds, 2) if ledger.seconds else None,
+        "verdict": records.verdict(job.clock.totals, ledger.busy or ledger.seconds, device=job.session.machine.device),
+        **({} if ledger.cluster is None else {"cluster": ledger.cluster}),
         "versions": records.versions(),
         "host": records.host(),
     }
@@ -172,8 +177,8 @@ def bounds_of(source: Source) -> dict[str, list[str]]:
     return {} if bounds is None else {"only_under": list(bounds.places)}
 
 
-def _rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:
-    return _named(job, outcome.reasons)
+def _rejects(job: Job, ledger: ExtractionLedger) -> list[dict[str, str]]:
+    return _named(job, ledger.reasons)
 
 
 def _named(job: Job, reasons: Mapping[int, str]) -> list[dict[str, str]]:
@@ -181,22 +186,22 @@ def _named(job: Job, reasons: Mapping[int, str]) -> list[dict[str, str]]:
     return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(reasons.items())]
 
 
-def _new_rejects(job: Job, outcome: Outcome) -> list[dict[str, str]]:
+def _new_rejects(job: Job, ledger: ExtractionLedger) -> list[dict[str, str]]:
     """Those that the last snapshot does not have as rejected."""
     last = job.history.snapshot
     before = set() if last is None else set(last.filter(pc.not_equal(last["status"], OK))["id"].to_pylist())
-    return [reject for reject in _rejects(job, outcome) if reject["id"] not in before]
+    return [reject for reject in _rejects(job, ledger) if reject["id"] not in before]
 
 
-def snapshot_table(listing: pa.Table, outcome: Outcome) -> pa.Table:
+def snapshot_table(listing: pa.Table, ledger: ExtractionLedger) -> pa.Table:
     """The listing with each image's key, status and reason; the locator stays behind."""
     count = listing.num_rows
-    key_data = pa.py_buffer(outcome.keys)
+    key_data = pa.py_buffer(ledger.keys)
     keys = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(KEY_BYTES), count, [pa.array(outcome.has_key).buffers()[1], key_data]
+        pa.binary(KEY_BYTES), count, [pa.array(ledger.has_key).buffers()[1], key_data]
     )
     reasons: list[str | None] = [None] * count
-    for row, reason in outcome.reasons.items():
+    for row, reason in ledger.reasons.items():
         reasons[row] = reason
     reason_column = pa.array(reasons, pa.string())
     status = pa.DictionaryArray.from_arrays(reason_column.is_valid().cast(pa.int8()), ["ok", "rejected"]).cast(

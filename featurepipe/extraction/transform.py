@@ -13,19 +13,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from featurepipe.backbones import Backbone, Column, load_backbone
-from featurepipe.backbones.engine import Engine
+from featurepipe.backbones import Column, load_backbone
 from featurepipe.errors import UsageError
-from featurepipe.extraction.auto import Settings
-from featurepipe.extraction.compute import Outcome
+from featurepipe.execution.connection import executor_on
+from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
+from featurepipe.extraction.compute import compute
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages
-from featurepipe.extraction.on_cluster import place_of
-from featurepipe.extraction.options import Options
-from featurepipe.extraction.place import Here, Place
+from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.prepare import Job, prepare
 from featurepipe.extraction.publish import begin_run
-from featurepipe.extraction.streaming import FeatureStream
+from featurepipe.features.options import Options
+from featurepipe.features.session import LoadedNetwork
+from featurepipe.features.settings import Settings
+from featurepipe.features.stream import FeatureStream
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, announcer, show
@@ -42,28 +44,26 @@ class Transformation:
     """A network in one feature space, ready for images, with a store as its cache if there is one.
 
     Args:
-        backbone: the network.
+        loaded: the network, and the engines built of it so far.
         columns: what to compute, in the order of the features.
         options: with the space's precision, stored dtype and decoding, none of them ``auto``.
         store: where features are kept, or None.
         space: the fields of the feature space.
-        engines: the networks built so far, by their columns.
         cluster: whose workers compute what the store lacks; None for this process.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        loaded: LoadedNetwork,
         columns: tuple[Column, ...],
         options: Options,
         store: Store,
         space: dict[str, Any],
-        engines: dict[frozenset[Column], Engine],
         cluster: Any = None,
     ) -> None:
         self.columns, self.space = columns, space
-        self.widths = tuple(math.prod(backbone.feature_shape(column)) for column in columns)
-        self._backbone, self._options, self._store, self._engines = backbone, options, store, engines
+        self.widths = tuple(math.prod(loaded.backbone.feature_shape(column)) for column in columns)
+        self._loaded, self._options, self._store = loaded, options, store
         self._cluster = cluster
 
     @classmethod
@@ -76,18 +76,18 @@ class Transformation:
         if cluster is not None and store is None:
             raise UsageError("workers of a cluster keep features in a store that all of them see; give store=DIR")
         held = None if store is None else existing_store(store)
-        with place_of(cluster, options, Silent().say) as place:
-            place.check(None)
-            job = prepare(given.source, held, None, options, Silent().say, dry_run=True, place=place)
-        settled = _with(options, job.settings)
-        return cls(job.backbone, tuple(job.columns), settled, store, dict(job.fields), job.engines, cluster)
+        with executor_on(cluster, say=Silent().say) as executor:
+            executor.check()
+            job = prepare(given.source, held, None, options, Silent().say, dry_run=True, executor=executor)
+        settled, session = _with(options, job.session.settled), job.session
+        return cls(session.network_here, session.columns, settled, store, dict(job.fields), cluster)
 
     @classmethod
     def resume(cls, options: Options, store: Store, space: dict[str, Any], cluster: Any = None) -> Self:
         """Makes ready again what was settled before, perhaps on another machine."""
         settled = _with(options, Settings.of_space(space, why="as fitted"))
         backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
-        return cls(backbone, tuple(backbone.columns(options.nodes)), settled, store, space, {}, cluster)
+        return cls(LoadedNetwork(backbone), tuple(backbone.columns(options.nodes)), settled, store, space, cluster)
 
     def features(self, given: GivenImages, *, silent: bool) -> tuple[np.ndarray, Rejects]:
         """Computes or looks up the features of all images.
@@ -110,7 +110,7 @@ class Transformation:
 
     def _streamed(self, source: Source, count: int, *, silent: bool) -> tuple[np.ndarray, Rejects]:
         job = self._job(source, None)
-        stream = FeatureStream(job.backbone, job.columns, job.settings, job.machine, job.engine)
+        stream = FeatureStream(job.session)
         rows = np.full((count, sum(self.widths)), np.nan, np.float32)
         rejects: Rejects = {}
         with show(count, "features", silent=silent) as progress:
@@ -127,44 +127,43 @@ class Transformation:
         with store.lock(shared=True):
             job = self._job(source, store)
             if not len(job.plan.todo):
-                outcome = self._compute(store, job, Here(), Silent())
+                ledger = self._compute(store, job, LocalExecutor(), Silent())
             else:
-                with _one_at_a_time(store), place_of(self._cluster, self._options, announcer(silent=silent)) as place:
-                    place.check(store.path)
-                    job = self._job(source, store, place)  # others may have computed meanwhile what we lacked
+                with _one_at_a_time(store), executor_on(self._cluster, say=announcer(silent=silent)) as executor:
+                    executor.check(store.path)
+                    job = self._job(source, store, executor)  # others may have computed meanwhile what we lacked
                     with show(len(job.plan.todo), "features", silent=silent) as progress:
-                        outcome = self._compute(store, job, place, progress)
-            return self._read(job, outcome), outcome.reasons
+                        ledger = self._compute(store, job, executor, progress)
+            return self._read(job, ledger), ledger.reasons
 
-    def _job(self, source: Source, store: FeatureStore | None, place: Place | None = None) -> Job:
-        job = prepare(
-            source, store, None, self._options, Silent().say, dry_run=store is None, network=self._backbone, place=place
-        )
+    def _job(self, source: Source, store: FeatureStore | None, executor: Executor | None = None) -> Job:
+        say, is_dry = Silent().say, store is None
+        job = prepare(source, store, None, self._options, say, dry_run=is_dry, loaded=self._loaded, executor=executor)
         changed = differences(self.space, job.fields)
         if changed:
             raise UsageError(
                 f"the network {self._options.backbone} is not the one that was fitted: {', '.join(changed)} differ; fit again"
             )
-        return replace(job, columns=self.columns, engines=self._engines)
+        return replace(job, session=replace(job.session, columns=self.columns))
 
-    def _compute(self, store: FeatureStore, job: Job, place: Place, progress: Progress) -> Outcome:
+    def _compute(self, store: FeatureStore, job: Job, executor: Executor, progress: Progress) -> ExtractionLedger:
         """Computes and commits what the store lacks; leaves a run record if there was anything."""
         run = begin_run(store, job, "transform")
-        place.compute(job, run.id, run.outcome, StopRequest(), progress)
-        run.outcome.check()
-        if run.outcome.computed:
+        compute(job, executor, run.id, run.ledger, StopRequest(), progress)
+        run.ledger.check()
+        if run.ledger.computed:
             run.end("done", 0)
-        return run.outcome
+        return run.ledger
 
-    def _read(self, job: Job, outcome: Outcome) -> np.ndarray:
+    def _read(self, job: Job, ledger: ExtractionLedger) -> np.ndarray:
         """Reads by key what the store now holds."""
-        usable = outcome.has_key.copy()
-        usable[list(outcome.reasons)] = False
+        usable = ledger.has_key.copy()
+        usable[list(ledger.reasons)] = False
         rows = np.full((len(usable), sum(self.widths)), np.nan, np.float32)
         start = 0
         for column, width in zip(map(str, self.columns), self.widths, strict=True):
             index = job.existing_space.index([column])
-            part, row, _ = index.locate(outcome.keys[usable], column)
+            part, row, _ = index.locate(ledger.keys[usable], column)
             found = ColumnRows.of(column, index.parts, part, row, width=width)
             rows[usable, start : start + width] = found.read(np.float32)
             start += width

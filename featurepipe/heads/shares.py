@@ -2,7 +2,7 @@
 
 What heads compute of many rows are sums over them, or one result a row. Both can be had share by share: ``shares_of`` tells where
 the shares of some features are. Features in this process are one share, and working on it is a plain call; features that
-are spread over a cluster (``featurepipe.cluster.spread``) offer ``shared()``, and the work travels to them.
+are spread over a cluster (``featurepipe.execution.spread``) offer ``shared()``, and the work travels to them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo
 
-from featurepipe.cluster.table import ClusterTable
 from featurepipe.errors import UsageError, unknown
+from featurepipe.execution.launchers import ClusterTable
 from featurepipe.heads.families import HEADS
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.sizes import bytes_of, seconds_of

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featurepipe.cluster.table import ClusterTable
 from featurepipe.errors import FeaturepipeError
+from featurepipe.execution.connection import cluster_name
+from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
@@ -19,7 +20,6 @@ from featurepipe.jobs.sources import TonightsSource, check_labels
 from featurepipe.jobs.step import steps_of
 from featurepipe.jobs.validation import in_keys
 from featurepipe.progress import announcer
-from featurepipe.training.on_cluster import cluster_name
 
 
 def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.cluster.table import checked_spec
 from featurepipe.errors import Interrupted, StoreLocked
+from featurepipe.execution.launchers import checked_spec
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import Held, job_lock
@@ -45,7 +45,7 @@ def run_job(
         retry_rejects: try images again whose bytes were rejected before.
         log_format: of what is said on standard error, ``text`` or ``json``.
         silent: say nothing.
-        cluster: where to work instead of where the job's ``[cluster]`` says, as `featurepipe.cluster.connect` takes it.
+        cluster: where to work instead of where the job's ``[cluster]`` says, as `featurepipe.execution.connect` takes it.
 
     Returns:
         The run record as JSON values, also kept in the store's ``runs/``; with ``dry_run`` the plan.

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featurepipe.errors import UsageError
+from featurepipe.execution.connection import executor_on
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import scores_here
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Series, is_wide, measure
+from featurepipe.layer_depth.measure import Series, measure
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
-from featurepipe.layer_depth.timing import Timing
+from featurepipe.layer_depth.timing import TimedForward
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-
-if TYPE_CHECKING:
-    from featurepipe.cluster import Team
 
 MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
@@ -82,7 +79,7 @@ def depth(
         labels: a CSV or mapping to use instead of the source's labels.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda"}``.
         jobs: measurements at once; by default one per CPU.
-        cluster: where to extract and measure instead of here, as `featurepipe.cluster.connect` takes it: the workers see
+        cluster: where to extract and measure instead of here, as `featurepipe.execution.connect` takes it: the workers see
             source and store under the same paths. There each core measures, whatever ``jobs`` says.
         command: how it was called, for the record.
         report: an HTML file to write, the page of what was found.
@@ -114,10 +111,9 @@ def depth(
     wanted = Wanted(
         source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent, trust_code
     )
-    with _team(None if dry_run else cluster, say) as team:
+    with executor_on(None if dry_run else cluster, say=say) as executor:
         with clock.stage("extract"):
-            there = {} if team is None else {"cluster": team}
-            found = extracted(wanted, {**(extraction or {}), **there}, dry_run=dry_run, say=say)
+            found = extracted(wanted, {**(extraction or {}), "cluster": executor}, dry_run=dry_run, say=say)
         if dry_run:
             return {
                 "kind": "depth plan",
@@ -131,7 +127,7 @@ def depth(
         )  # fmt: skip
         say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
         journal = Journal(found.store.depth_journal(found.dataset))
-        run = partial(measure, journal=journal, jobs=jobs, team=team)
+        run = partial(measure, journal=journal, jobs=jobs, executor=executor)
         with clock.stage("measure"):
             measured = _measure_all(study, run, silent=silent)
             recommended = answers.recommend(study, measured)
@@ -140,7 +136,8 @@ def depth(
         parts = parts_of(with_map=report is not None)
         with clock.stage("describe"), show(parts, "describe", silent=silent, unit="parts") as progress:
             answer = document(
-                study, found, journal, measured, joined, recommended, **_described(study, found.timing(), team),
+                study, found, journal, measured, joined, recommended,
+                timing=TimedForward(executor, found.timing()), executor=executor,
                 labels_name=_name_of(labels), with_map=report is not None, say=say, progress=progress,
             )  # fmt: skip
     answer["provenance"] = provenance(study, found, clock.seconds, command)
@@ -165,26 +162,6 @@ def _measure_joined(
     alone = study.with_heads([head])
     with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
         return run(alone, [(PRETRAINED, columns) for columns in sets], progress=progress)
-
-
-@contextmanager
-def _team(cluster: Any, say: Callable[[str], None]) -> Iterator[Team | None]:
-    if cluster is None:
-        yield None
-        return
-    from featurepipe.cluster import connect
-
-    with connect(cluster, say=say) as team:
-        yield team
-
-
-def _described(study: Study, timing: Timing, team: Team | None) -> dict[str, Any]:
-    """What times the network, and fits heads again: where features are computed and measured."""
-    if team is None:
-        return {"timing": timing, "scored": scores_here}
-    from featurepipe.layer_depth.on_cluster import TimedThere, scores_on
-
-    return {"timing": TimedThere.on(team, timing), "scored": partial(scores_on, team, wide=is_wide(study))}
 
 
 def _name_of(labels: Any) -> str | None:

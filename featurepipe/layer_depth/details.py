@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.calibration import fit_temperature, probabilities
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.similarity import linear_cka
 from featurepipe.heads.statistics.transferability import transfer_scores
-from featurepipe.layer_depth.probes import Scores, scores_again
+from featurepipe.layer_depth.measure import Series, scores_of
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.reporting.projection import mapped
 
 if TYPE_CHECKING:
-    from featurepipe.layer_depth.measure import Series
+    from featurepipe.execution.executor import Executor
     from featurepipe.layer_depth.study import Study
 
 CKA_IMAGES = 2000
@@ -26,18 +27,7 @@ SCORED_IMAGES = 5000
 """Images that scores without fitting are computed from at most."""
 
 
-ScoresAgain = Callable[["Study", "Series", Sequence[int]], Iterable[tuple[int, Scores]]]
-"""Scores of the heads of some folds, in any order, each with the fold's number."""
-
-
-def scores_here(study: Study, series: Series, numbers: Sequence[int]) -> Iterator[tuple[int, Scores]]:
-    """Fits the heads of some folds again, one after the other."""
-    data = study.data(series.network, series.columns)
-    for number in numbers:
-        yield number, scores_again(data, study.folds[number], series.cells[number])
-
-
-def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> dict[str, Any]:
+def details(study: Study, series: Series, executor: Executor | None = None) -> dict[str, Any]:
     """Measures of every image as the first seed's folds test it, by a head that has not seen it: here, and elsewhere.
 
     Images of the other source are asked about once, too, of one head that has not seen the image of equal id.
@@ -45,7 +35,7 @@ def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> 
     Args:
         study: what is compared on what.
         series: the cells of a column.
-        scored: fits heads again.
+        executor: fits heads again; by default this process.
 
     Returns:
         ``{"details", "details_shifted"}``, each with column, head and metrics, which also say whether probabilities are
@@ -56,7 +46,7 @@ def details(study: Study, series: Series, scored: ScoresAgain = scores_here) -> 
     shifted = np.empty((0 if there is None else len(there.rows), len(study.classes)))
     testers = np.empty(0, np.int64) if there is None else there.testers(study.folds)
     first = [number for number, fold in enumerate(study.folds) if fold.seed == study.folds[0].seed]
-    for number, found in scored(study, series, first):
+    for number, found in scores_of(executor or LocalExecutor(), study, series, first):
         scores[study.folds[number].test] = _of_all_classes(found.test, found.classes, scores.shape[1])
         if found.shifted is not None:
             own = testers == number

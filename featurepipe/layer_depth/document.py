@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.execution.executor import Executor
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import ScoresAgain, details, placed, similarity, transferability
+from featurepipe.layer_depth.details import details, placed, similarity, transferability
 from featurepipe.layer_depth.study import PRETRAINED
-from featurepipe.layer_depth.timing import Timed, least_disturbed
+from featurepipe.layer_depth.timing import TimedForward, least_disturbed
 from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
 
@@ -27,8 +28,8 @@ def document(
     joined: Sequence[Series],
     recommended: answers.Recommendation,
     *,
-    timing: Timed,
-    scored: ScoresAgain,
+    timing: TimedForward,
+    executor: Executor,
     labels_name: str | None,
     with_map: bool,
     say: Callable[[str], None],
@@ -44,7 +45,7 @@ def document(
         joined: columns side by side.
         recommended: what came of it.
         timing: how long the network takes up to each node.
-        scored: fits heads again, for what they say of each image.
+        executor: fits heads again, for what they say of each image.
         labels_name: of labels of the user's own.
         with_map: place the images in two dimensions, too.
         say: told what takes long.
@@ -102,7 +103,7 @@ def document(
         },
         "similarity": alike,
         "transferability": {**scores, "correlations": answers.correlations(study, measured, scores["scores"])},
-        **journal.finding(detailed, lambda: details(study, chosen, scored)),
+        **journal.finding(detailed, lambda: details(study, chosen, executor)),
     }
     progress.advance(1)
     if with_map:

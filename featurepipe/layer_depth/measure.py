@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from threadpoolctl import threadpool_limits
+
 from featurepipe.errors import Interrupted
+from featurepipe.execution.executor import Executor, Report, Stop, Worker
+from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import SMALL_VALUES
 from featurepipe.interrupt import stop_on_signals
-from featurepipe.layer_depth.probes import Cell, measure_fold
-from featurepipe.layer_depth.workers import end_with
+from featurepipe.layer_depth.probes import Cell, Scores, measure_fold, scores_again
+from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
-    from featurepipe.cluster import Team
-    from featurepipe.layer_depth.folds import Fold
     from featurepipe.layer_depth.journal import Journal
     from featurepipe.layer_depth.study import Study
     from featurepipe.progress import Progress
+
+
+COPIES = 6
+"""Times that a cell's features are in memory at once, as float32: read, standardised, in the fold's parts, in a solver."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,100 @@ class Series:
 
 @dataclass(frozen=True)
 class Work:
-    """One column on one fold with the heads that are not measured yet."""
+    """One column on one fold with the heads that are not measured yet: a shard of the measuring.
+
+    Attributes:
+        key: of the column in the journal.
+        network: ``pretrained`` or ``random``.
+        columns: side by side.
+        fold: number of the fold in the study.
+        heads: names of the families.
+    """
 
     key: str
     network: str
     columns: tuple[str, ...]
-    fold: Fold
+    fold: int
     heads: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.columns)} of the {self.network} network on fold {self.fold}"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What all cells have in common.
+
+    Attributes:
+        study: what is compared on what.
+        wide: whether features are so many that one fit should have all cores.
+    """
+
+    study: Study
+    wide: bool
+
+    @classmethod
+    def of(cls, study: Study) -> Measuring:
+        """Decides by the largest column whether fits run side by side."""
+        values = len(study.folds[0].train) * max(column.width for column in study.columns)
+        return cls(study, values > SMALL_VALUES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        there = replace(self.study, store=FeatureStore(self.study.store.path.absolute()))
+        return {"study": there, "wide": self.wide}
+
+    @contextmanager
+    def on_cores(self, worker: Worker, columns: Sequence[str]) -> Iterator[Study]:
+        """On one core, beside other threads of the worker; or alone on all of them, if one cell needs them, or the memory."""
+        if worker.is_local:
+            yield self.study
+            return
+        study = self.study
+        bytes_of_cell = 4 * COPIES * len(study.images) * sum(study.width(column) for column in columns)
+        alone = self.wide or bool(worker.memory and worker.threads * bytes_of_cell > worker.memory)
+        with worker.alone() if alone else nullcontext():
+            threadpool_limits(
+                worker.threads if alone else 1, user_api="blas"
+            )  # not undone: it holds for the whole process
+            yield study
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What all fits again of a column's heads have in common.
+
+    Attributes:
+        measuring: the study.
+        series: the column's cells, whose parameters are taken.
+    """
+
+    measuring: Measuring
+    series: Series
+
+    def __getstate__(self) -> dict[str, Any]:
+        nothing = np.empty(0, np.bool_)
+        cells = [replace(cell, correct=nothing, shifted=None) for cell in self.series.cells]
+        return {"measuring": self.measuring, "series": replace(self.series, cells=cells)}
+
+
+def measure_cells(context: Measuring, work: Work, worker: Worker, _stop: Stop, _report: Report) -> list[Cell]:
+    """Measures one column on one fold; see `featurepipe.layer_depth.probes.measure_fold`."""
+    with context.on_cores(worker, work.columns) as study:
+        return measure_fold(study.data(work.network, work.columns), study.folds[work.fold], work.heads)
+
+
+def score_fold(context: Scoring, fold: int, worker: Worker, _stop: Stop, _report: Report) -> Scores:
+    """Fits the head of one fold again, for what it says of each image; see `featurepipe.layer_depth.probes.scores_again`."""
+    series = context.series
+    with context.measuring.on_cores(worker, series.columns) as study:
+        return scores_again(study.data(series.network, series.columns), study.folds[fold], series.cells[fold])
+
+
+def scores_of(executor: Executor, study: Study, series: Series, folds: Sequence[int]) -> Iterator[tuple[int, Scores]]:
+    """Yields what heads say that are fitted again, with the number of the fold, as they come."""
+    context = Scoring(Measuring.of(study), series)
+    with closing(executor.map(score_fold, folds, context=context)) as results:
+        yield from results
 
 
 def measure(
@@ -57,7 +151,7 @@ def measure(
     *,
     jobs: int | None,
     progress: Progress,
-    team: Team | None = None,
+    executor: Executor | None = None,
 ) -> list[Series]:
     """Measures sets of columns on all folds with all heads; what the journal has is not measured again.
 
@@ -67,7 +161,7 @@ def measure(
         journal: where cells are kept.
         jobs: processes at once; None for one per CPU. Where features are many, one that uses all CPUs.
         progress: advanced by one for each head on each fold.
-        team: workers of a cluster to measure on instead, in any order; the journal stays here.
+        executor: measures instead, in any order, if it is elsewhere; the journal stays here.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
@@ -76,8 +170,8 @@ def measure(
     total = len(sets) * len(study.folds) * len(study.protocol.heads)
     left = sum(len(work.heads) for work in missing)
     try:
-        with _stopped_at_once() if team is None else nullcontext():
-            for work, cells in _measured(study, missing, jobs) if team is None else _on_team(study, missing, team):
+        with closing(_measured(study, missing, jobs, executor or LocalExecutor())) as results:
+            for work, cells in results:
                 journal.add(work.key, cells)
                 left -= len(cells)
                 progress.advance(len(cells), f"{work.network} {'+'.join(work.columns)}")
@@ -97,11 +191,11 @@ def _missing(
     missing = []
     for network, columns in sets:
         key = study.key(network, columns)
-        for fold in study.folds:
+        for number, fold in enumerate(study.folds):
             heads = [h for h in study.protocol.heads if journal.get(key, h, fold.seed, fold.number) is None]
             progress.advance(len(study.protocol.heads) - len(heads))
             if heads:
-                missing.append(Work(key, network, columns, fold, heads))
+                missing.append(Work(key, network, columns, number, heads))
     return missing
 
 
@@ -110,12 +204,23 @@ def _cells(study: Study, journal: Journal, key: str, head: str) -> list[Cell]:
     return [cell for cell in found if cell is not None]
 
 
-def _on_team(study: Study, missing: Sequence[Work], team: Team) -> Iterator[tuple[Work, list[Cell]]]:
-    """Cells as workers answer. A signal ends it at once: what is measured is kept, what workers are at is measured again."""
+def _measured(
+    study: Study, missing: Sequence[Work], jobs: int | None, executor: Executor
+) -> Generator[tuple[Work, list[Cell]], None, None]:
+    """Cells as they come: small features side by side on one thread each, large ones one after the other on all.
+
+    A signal ends it at once: what is measured is kept, what workers are at is measured again.
+    """
     if not missing:
         return
-    from featurepipe.layer_depth.on_cluster import measured_on
-
+    context, beside = Measuring.of(study), 1
+    if executor.is_local:
+        with _stopped_at_once():
+            yield from _side_by_side(executor, context, missing, jobs).map(measure_cells, missing, context=context)
+        return
+    executor.check(study.store.path)
+    if not context.wide:
+        beside = max((worker.threads for worker in executor.workers()), default=1)
     with stop_on_signals() as asked:
 
         def stop() -> bool:
@@ -123,7 +228,14 @@ def _on_team(study: Study, missing: Sequence[Work], team: Team) -> Iterator[tupl
                 raise Interrupted(f"stopped by {asked.name}", asked.signal_number or 2)
             return False
 
-        yield from measured_on(team, study, missing, wide=is_wide(study), stop=stop)
+        with closing(executor.map(measure_cells, missing, context=context, stop=stop, in_flight=beside + 1)) as results:
+            yield from results
+
+
+def _side_by_side(executor: Executor, context: Measuring, missing: Sequence[Work], jobs: int | None) -> Executor:
+    """Processes of this machine, where several fits at once are faster than one on all cores."""
+    count = jobs or os.cpu_count() or 1
+    return executor if count == 1 or len(missing) == 1 or context.wide else ProcessExecutor(count)
 
 
 @contextmanager
@@ -131,29 +243,3 @@ def _stopped_at_once() -> Iterator[None]:
     """A signal ends the block there and then, also in the middle of a long fit or of a journal's line, which is passed over."""
     with stop_on_signals() as asked, asked.raised():
         yield
-
-
-def _measured(study: Study, missing: Sequence[Work], jobs: int | None) -> Iterator[tuple[Work, list[Cell]]]:
-    """Cells as they come: small features side by side on one thread each, large ones one after the other on all."""
-    if not missing:
-        return
-    count = jobs or os.cpu_count() or 1
-    if count == 1 or len(missing) == 1 or is_wide(study):
-        for work in missing:
-            yield _one(study, work)
-        return
-    from joblib import Parallel, delayed, parallel_config
-
-    ends = {"initializer": end_with, "initargs": (os.getpid(),)}
-    with parallel_config("loky", n_jobs=count, inner_max_num_threads=1, **ends):
-        done: Any = Parallel(return_as="generator_unordered")(delayed(_one)(study, work) for work in missing)
-        yield from done
-
-
-def is_wide(study: Study) -> bool:
-    """Whether features are so many that one fit should have all cores."""
-    return len(study.folds[0].train) * max(column.width for column in study.columns) > SMALL_VALUES
-
-
-def _one(study: Study, work: Work) -> tuple[Work, list[Cell]]:
-    return work, measure_fold(study.data(work.network, work.columns), work.fold, work.heads)

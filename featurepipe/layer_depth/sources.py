@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
-from featurepipe.extraction.machine import Machine
-from featurepipe.extraction.on_cluster import place_of
-from featurepipe.extraction.options import Options
+from featurepipe.execution.connection import executor_on
+from featurepipe.features.machine import Machine
+from featurepipe.features.options import Options
+from featurepipe.features.session import settle_machine_for
 from featurepipe.images.intensity import intensity_of
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
@@ -147,9 +148,9 @@ def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
     """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
     names = ("device", "batch_size", "workers", "decode")
     options = Options(**{name: extraction[name] for name in names if name in extraction})
-    with place_of(extraction.get("cluster"), options, say) as place:
-        place.check(None)
-        machine = place.machine(options)
+    with executor_on(extraction.get("cluster"), say=say) as executor:
+        executor.check()
+        machine = settle_machine_for(executor, options)
     if is_store(wanted.source):
         return _held(wanted, machine)
     return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.errors import UsageError
+from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.records import host, versions
 
@@ -79,21 +82,51 @@ class Timing:
         )
 
 
-class Timed(Protocol):
-    """A forward that is timed: by this process (`Timing`), or by a worker."""
+class TimedForward:
+    """A forward that is timed by any one worker of an executor: where features are computed.
 
-    @property
-    def key(self) -> str:
-        """Names all that the times depend on."""
+    Args:
+        executor: times it.
+        timing: what is timed.
+
+    Attributes:
+        key: see `Timing`, as the worker says it.
+    """
+
+    def __init__(self, executor: Executor, timing: Timing) -> None:
+        self._executor, self._timing = executor, timing
+        self.key, self._about = executor.once(_describe, timing)
 
     def as_dict(self) -> dict[str, Any]:
-        """What is timed, and where."""
+        """See `Timing`."""
+        return self._about
 
     def measure(self) -> dict[str, Any]:
-        """The times; see `Timing.measure`."""
+        """See `Timing`."""
+        return self._executor.once(_measure, self._timing)
 
 
-def least_disturbed(timing: Timed, journal: Journal) -> dict[str, Any]:
+def _describe(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> tuple[str, dict[str, Any]]:
+    with _on_all_cores(worker):
+        return timing.key, timing.as_dict()
+
+
+def _measure(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> dict[str, Any]:
+    with _on_all_cores(worker):
+        return timing.measure()
+
+
+@contextmanager
+def _on_all_cores(worker: Worker) -> Iterator[None]:
+    import torch
+
+    with worker.alone():
+        if not worker.is_local:
+            torch.set_num_threads(worker.threads)  # of this thread
+        yield
+
+
+def least_disturbed(timing: TimedForward, journal: Journal) -> dict[str, Any]:
     """The times of all tries so far that waited least; tried again after an hour, while all were disturbed.
 
     So the same command says the same times again, and a machine that is always busy is not timed again and again.

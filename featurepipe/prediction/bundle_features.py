@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import BundleError
+from featurepipe.execution.connection import executor_on
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images.intensity import intensity_of
@@ -37,10 +38,10 @@ def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: st
 def features_at(
     cluster: Any, features: FeatureSet, store: FeatureStore, say: Callable[[str], None]
 ) -> Iterator[Blocks]:
-    """Features as they are, or spread over a cluster's workers for as long as the block runs, so that heads work there.
+    """Features where heads work on them: as they are, or spread over a cluster's workers for as long as the block runs.
 
     Args:
-        cluster: what `featurepipe.cluster.connect` takes; None for here.
+        cluster: what `featurepipe.execution.connect` takes; None for here.
         features: some of the store's.
         store: which workers must see under the same path.
         say: where messages go.
@@ -48,14 +49,9 @@ def features_at(
     Raises:
         ClusterError: there is no such cluster, or none of its workers can be used.
     """
-    if cluster is None:
-        yield features
-        return
-    from featurepipe.cluster import connect, spread
-
-    with connect(cluster, say=say) as team:
-        team.check(store.path)
-        yield spread(features, team)
+    with executor_on(cluster, say=say) as executor:
+        executor.check(store.path)
+        yield executor.rows(features)
 
 
 def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> list[str]:

@@ -59,7 +59,7 @@ def predict_features(
         snapshot: one of ``snapshot_ids(dataset)``; by default the current one.
         rows: which rows of the snapshot, as ascending positions or a mask (n,); by default all.
         spared: further files that must not be replaced, such as the source of the images.
-        cluster: where to score instead of here, as `featurepipe.cluster.connect` takes it; the file is written here.
+        cluster: where to score instead of here, as `featurepipe.execution.connect` takes it; the file is written here.
         raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         silent: show no progress.
 

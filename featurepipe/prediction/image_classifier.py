@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.extraction.given import images_given
-from featurepipe.extraction.options import AUTO
+from featurepipe.features.options import AUTO
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 

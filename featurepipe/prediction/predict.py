@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import pyarrow as pa
 
 from featurepipe import records
 from featurepipe.errors import Interrupted, SourceError, TooManyRejects
+from featurepipe.execution.connection import executor_on
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import allowance
-from featurepipe.extraction.options import AUTO
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code
+from featurepipe.features.options import AUTO
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images import open_source
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.prediction.files import checked_target, predictions_file
-from featurepipe.prediction.scored import Outcome, Scored
-from featurepipe.prediction.scorers import SCORE, Network, Scorer, scorer
+from featurepipe.prediction.scored import Predictions, Scored
+from featurepipe.prediction.shards import SCORE, NetworkOptions, Prediction
 from featurepipe.progress import announcer, show
 
 
@@ -63,7 +65,7 @@ def predict(
             are read, all others are rejects; see `featurepipe.images.open_source`.
         path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
-        cluster: where to predict instead of here, as `featurepipe.cluster.connect` takes it: the workers see the bundle and
+        cluster: where to predict instead of here, as `featurepipe.execution.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
         raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         silent: show no progress and say nothing.
@@ -84,11 +86,12 @@ def predict(
     target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
     say = announcer(silent=silent)
-    network = Network(weights, device, batch_size, workers, trust_code)
+    network = NetworkOptions(weights, device, batch_size, workers, trust_code)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         with stop.at_once("the first image"):
-            predicts = stack.enter_context(scorer(bundle, network, cluster, say))
+            executor = stack.enter_context(executor_on(cluster, say=say))
+            prediction = Prediction.of(executor, bundle, network)
             images = stack.enter_context(
                 closing(
                     open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column)
@@ -101,8 +104,8 @@ def predict(
         if not listing.num_rows:
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:
-            scored = predicts.scored(images, listing, stop, progress)
-            outcome = _write_all(scored, listing["id"], predicts.bundle, target, stop, raw_ids=raw_ids)
+            run = partial(prediction.run, images, listing, stop, progress)
+            predictions = _write_all(run, listing["id"], prediction.bundle, target, stop, raw_ids=raw_ids)
     record = {
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
@@ -110,53 +113,56 @@ def predict(
         **bounds_of(images),
         "listing": summary.as_dict(),
         "file": None if target is None else str(target),
-        "neutralised": outcome.neutralised,
+        "neutralised": predictions.neutralised,
         "started": started,
         "ended": records.now(),
-        **_describe(predicts, listing, outcome),
+        **_describe(prediction, listing, predictions),
     }
-    rejected, listed = len(outcome.reasons), listing.num_rows
+    rejected, listed = len(predictions.reasons), listing.num_rows
     if rejected > allowance(max_rejects, listed):
-        first = min(outcome.reasons)
+        first = min(predictions.reasons)
         written = f"{target} holds all predictions and reasons" if target else "nothing was written"
         raise TooManyRejects(
             f"{rejected:,} of {listed:,} images could not be used, more than --max-rejects {max_rejects} allows; first: "
-            f"{listing['id'][first].as_py()}: {outcome.reasons[first]}; {written}"
+            f"{listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}"
         )
     return {**record, "status": "done", "exit_code": 3 if rejected else 0}
 
 
 def _write_all(
-    scored: Iterable[Scored],
+    run: Callable[[Callable[[Scored], None]], None],
     ids: pa.ChunkedArray,
     bundle: Bundle,
     target: Path | None,
     stop: StopRequest,
     *,
     raw_ids: bool,
-) -> Outcome:
-    """Writes and books rows as they come, in the listing's order; the file appears when all are there."""
-    outcome, start = Outcome(), time.perf_counter()
+) -> Predictions:
+    """Writes and counts rows as they come, in the listing's order; the file appears when all are there."""
+    predictions, start = Predictions(), time.perf_counter()
     with ExitStack() as stack:
         write = stack.enter_context(predictions_file(target, bundle.classes, raw_ids=raw_ids)) if target else None
-        for rows in scored:
-            outcome.add(rows)
+
+        def take(rows: Scored) -> None:
+            predictions.add(rows)
             if write is not None:
                 began = time.perf_counter()
                 write(rows.rows_of_file(ids, bundle.classes))
-                outcome.writing += time.perf_counter() - began
+                predictions.writing += time.perf_counter() - began
+
+        run(take)
         if stop():
-            done = f"{outcome.predicted:,} of {len(ids):,} images were predicted"
+            done = f"{predictions.predicted:,} of {len(ids):,} images were predicted"
             raise Interrupted(f"stopped by {stop.name}: {done}, and no file was written", stop.signal_number or 2)
-        outcome.neutralised = 0 if write is None else write.neutralised
-    outcome.wall = time.perf_counter() - start
-    return outcome
+        predictions.neutralised = 0 if write is None else write.neutralised
+    predictions.wall = time.perf_counter() - start
+    return predictions
 
 
-def _describe(predicts: Scorer, listing: pa.Table, outcome: Outcome) -> dict[str, Any]:
-    bundle, facts = predicts.bundle, predicts.facts(outcome.wall)
-    scoring = facts["seconds"].get(SCORE, 0.0) + outcome.writing
-    seconds = {**facts["seconds"], SCORE: scoring, "wall": outcome.wall}
+def _describe(prediction: Prediction, listing: pa.Table, predictions: Predictions) -> dict[str, Any]:
+    bundle, facts = prediction.bundle, prediction.facts(predictions.wall)
+    scoring = facts["seconds"].get(SCORE, 0.0) + predictions.writing
+    seconds = {**facts["seconds"], SCORE: scoring, "wall": predictions.wall}
     return {
         "backbone": bundle.backbone["name"],
         "fingerprint": bundle.fingerprint,
@@ -167,17 +173,17 @@ def _describe(predicts: Scorer, listing: pa.Table, outcome: Outcome) -> dict[str
         **facts,
         "counts": {
             "listed": listing.num_rows,
-            "predicted": outcome.predicted,
-            "rejected": len(outcome.reasons),
+            "predicted": predictions.predicted,
+            "rejected": len(predictions.reasons),
         },
-        "labels": {name: outcome.labels[code] for code, name in enumerate(bundle.classes)},
+        "labels": {name: predictions.labels[code] for code, name in enumerate(bundle.classes)},
         "rejects": [
             {"id": listing["id"][row].as_py(), "reason": reason}
-            for row, reason in sorted(outcome.reasons.items())[:SHOWN_REJECTS]
+            for row, reason in sorted(predictions.reasons.items())[:SHOWN_REJECTS]
         ],
-        "reject_reasons": by_code(outcome.reasons),
+        "reject_reasons": by_code(predictions.reasons),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "images_per_second": round(outcome.predicted / outcome.wall, 2),
+        "images_per_second": round(predictions.predicted / predictions.wall, 2),
         "versions": records.versions(),
         "host": records.host(),
     }

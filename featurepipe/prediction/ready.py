@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.extraction.auto import Settings
-from featurepipe.extraction.machine import settle_machine
-from featurepipe.extraction.options import AUTO
-from featurepipe.extraction.stream import StageSeconds
-from featurepipe.extraction.streaming import FeatureBatch, FeatureStream
+from featurepipe.features.loader import StageSeconds
+from featurepipe.features.machine import settle_machine
+from featurepipe.features.options import AUTO, Options
+from featurepipe.features.session import Session
+from featurepipe.features.settings import Settings
+from featurepipe.features.stream import FeatureBatch, FeatureStream
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.images.intensity import parse_intensity
@@ -39,19 +40,22 @@ class ReadyBundle:
 
     Attributes:
         bundle: the head and all that is known of it.
-        backbone: the network.
-        stream: computes the bundle's columns from any source, in the bundle's feature space.
+        session: the network, and the settings of the bundle's feature space.
         options: what ``make_ready`` was given beside the bundle.
     """
 
     bundle: Bundle
-    backbone: Backbone
-    stream: FeatureStream
+    session: Session
     options: Mapping[str, Any]
 
     def __reduce__(self) -> tuple[Callable[..., ReadyBundle], tuple[Bundle, Mapping[str, Any]]]:
         """Pickles and copies the bundle and the options, from which the network is loaded again wherever it arrives."""
         return _made_again, (self.bundle, self.options)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network."""
+        return self.session.backbone
 
     def groups(
         self,
@@ -68,7 +72,9 @@ class ReadyBundle:
         enough = min(8192, max(16, SCORED_BYTES // (4 * (bundle.width + 4 * len(bundle.classes)))))
         group: list[FeatureBatch] = []
         rows = 0
-        for batch in self.stream.batches(source, listing, clock=clock, stop=stop, progress=progress, probes=probes):
+        for batch in FeatureStream(self.session).batches(
+            source, listing, clock=clock, stop=stop, progress=progress, probes=probes
+        ):
             group.append(batch)
             rows += len(batch.rows) + len(batch.rejects)
             if rows >= enough:
@@ -136,7 +142,9 @@ def make_ready(
         "workers": workers,
         "trust_code": trust_code,
     }
-    return ReadyBundle(found, backbone, FeatureStream(backbone, columns, settings, machine), options)
+    asked = Options(backbone.name, str(weights or found.backbone["weights"]), found.backbone["seed"], workers=workers)
+    session = replace(Session.of(backbone, columns, machine, asked), settings=settings)
+    return ReadyBundle(found, session, options)
 
 
 def _made_again(bundle: Bundle, options: Mapping[str, Any]) -> ReadyBundle:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurepipe.extraction.streaming import FeatureBatch
+from featurepipe.features.stream import FeatureBatch
 from featurepipe.prediction.files import schema_of
 from featurepipe.prediction.ready import ReadyBundle
 
@@ -59,7 +59,7 @@ class Scored:
 
 
 @dataclass
-class Outcome:
+class Predictions:
     """What became of the rows of a listing.
 
     Attributes:
@@ -79,7 +79,7 @@ class Outcome:
     wall: float = 0.0
 
     def add(self, scored: Scored) -> None:
-        """Books rows."""
+        """Counts rows."""
         codes = scored.codes[scored.codes >= 0]
         self.predicted += len(codes)
         self.labels.update(codes.tolist())

@@ -132,7 +132,7 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
     weight, bias = linear_map(bundle.head)
     return TorchClassifier(
         ready.backbone,
-        ready.stream.columns,
+        ready.session.columns,
         weight,
         bias,
         classes=bundle.classes,

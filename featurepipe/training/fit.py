@@ -20,7 +20,7 @@ from featurepipe.heads.families import make_head
 from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:
-    from featurepipe.cluster import SpreadFeatures
+    from featurepipe.execution import SpreadFeatures
     from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]

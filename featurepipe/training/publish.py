@@ -20,7 +20,6 @@ from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe
 from featurepipe.training.inputs import Inputs
-from featurepipe.training.on_cluster import described
 from featurepipe.training.settle import Task
 from featurepipe.training.target import clear_torn
 from featurepipe.training.tuning import Search
@@ -54,7 +53,7 @@ def publish(
         "labels": labels,
         "inputs": inputs.as_dict(),
         "search": search.as_dict() if search else None,
-        "cluster": described(task.team),
+        "cluster": task.executor.describe_workers(),
         "when": now(),
         "seconds": round(seconds, 2),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
 from featurepipe.errors import UsageError, unknown
+from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
@@ -25,7 +27,7 @@ from featurepipe.training.splits import Division, Fold, class_counts, divide, fo
 from featurepipe.training.tuning import MOST_ROWS, grid_size, steps_of
 
 if TYPE_CHECKING:
-    from featurepipe.cluster import SpreadFeatures, Team
+    from featurepipe.execution import SpreadFeatures
     from featurepipe.store.views import FeatureSet
 
 FOLDS = 5
@@ -43,7 +45,7 @@ class Task:
         cost: memory and time, and so how the fits run.
         unlabelled: images left out because they have no label.
         seed: of all draws.
-        team: whose workers do what can be done elsewhere; None to do all here.
+        executor: does what can be done elsewhere.
     """
 
     features: FeatureSet
@@ -53,16 +55,13 @@ class Task:
     cost: Cost
     unlabelled: int
     seed: int
-    team: Team | None = None
+    executor: Executor = field(default_factory=LocalExecutor)
 
     def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
         """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
         chosen = self.features.take(positions)
-        if self.team is None or self.cost.cluster is None:
-            return chosen
-        from featurepipe.cluster import spread
-
-        return spread(chosen, self.team)
+        rows: FeatureSet | SpreadFeatures = chosen if self.cost.cluster is None else self.executor.rows(chosen)
+        return rows
 
     def folds(self) -> Sequence[Fold]:
         """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""

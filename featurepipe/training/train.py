@@ -9,12 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from featurepipe.execution.connection import cluster_name, executor_on
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.training.fit import Recipe, calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.on_cluster import cluster_name, team_of
 from featurepipe.training.publish import publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.target import bundle_target
@@ -81,7 +81,7 @@ def train(
         trust_code: whether a network ``package.module:factory`` that the store names, and ``backbone`` does not, may be loaded
             to check ``weights``, which runs that module; or the names of the networks that may.
         if_changed: train only if the bundle at ``out`` was made from other images, labels, columns or settings, or is missing.
-        cluster: where to fit instead of here, as `featurepipe.cluster.connect` takes it. Features are spread over its workers,
+        cluster: where to fit instead of here, as `featurepipe.execution.connect` takes it. Features are spread over its workers,
             where the block solvers and xgboost learn; of a search, fits that a worker's memory is enough for run side by side.
         dry_run: say what would be done and what it would take; write nothing.
         silent: say nothing on the way.
@@ -134,9 +134,10 @@ def train(
     trusted = trust_code or backbone == space.backbone  # which the user has named
     with (
         weights_copy(space, file, trust_code=trusted) as own_weights,
-        team_of(cluster, source, say, needed=elsewhere) as team,
+        executor_on(cluster if elsewhere else None, say=say) as executor,
     ):
-        task = replace(task, team=team)
+        executor.check(source.path)
+        task = replace(task, executor=executor)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated = calibrate(task, chosen, say) if calibration else None

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
+from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.training.cost import BYTES_PER_VALUE
 from featurepipe.training.fit import constant_columns, refusals, threads_for
-from featurepipe.training.on_cluster import Pool, Room, fits_at_once, tried_on
 from featurepipe.training.splits import Fold
+from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
 
 if TYPE_CHECKING:
     from featurepipe.training.fit import Recipe
@@ -116,7 +116,7 @@ def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapp
         return False
     rows, _ = _pool(folds, parts=2)
     small = len(rows) * task.features.shape[1] <= SMALL_VALUES
-    return not (small and task.team is not None and fits_at_once(task.team, _room(task, recipe, rows, folds)))
+    return not (small and fits_at_once(task.executor, _room(task, recipe, rows, folds)))
 
 
 def grid_size(recipe: Recipe) -> int:
@@ -167,24 +167,24 @@ def _each_by_itself(
     points = list(ParameterGrid(grid))
     rows, places = _pool(folds, parts=2)
     room = _room(task, recipe, rows, folds)
-    there = fits_at_once(task.team, room) if task.team is not None else 0
-    if task.team is not None and there:
-        pool = Pool(task.features.take(rows), places, room)
-        folder = Path(task.features.origin.store)
-        results = tried_on(task.team, folder, pool, fit, _heads(_on_one_core(recipe), points))
+    there = fits_at_once(task.executor, room)
+    if there:
+        elsewhere = DataElsewhere(task.features.take(rows), places, fit, room)
+        results = try_all(task.executor, elsewhere, _heads(_on_one_core(recipe), points))
         how = f"each by itself, {there} at a time on the cluster"
     elif task.cost.solver == "blocks":
-        data = task.rows(rows)
         heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
-        results = [fit(clone(head), data, *place) for head in heads for place in places]
+        results = try_all(LocalExecutor(), DataHere(task.rows(rows), places, fit), heads)
         how = "each by itself, 1 at a time"
     else:
         jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
-        arrays = task.features.take(rows).numpy()  # joblib hands them to its workers as one memory map
+        here = DataHere(task.features.take(rows).numpy(), places, fit)
         heads = _heads(recipe, points, memory=task.cost.budget_bytes)
-        with threads_for(arrays[0].shape) if jobs == 1 else nullcontext():
-            tries = (delayed(fit)(clone(head), arrays, *place) for head in heads for place in places)
-            results = Parallel(n_jobs=jobs)(tries)
+        processes = (
+            LocalExecutor() if jobs == 1 else ProcessExecutor(jobs, threads=max(1, (os.cpu_count() or 1) // jobs))
+        )
+        with threads_for(here.data[0].shape) if jobs == 1 else nullcontext():
+            results = try_all(processes, here, heads)
         how = f"each by itself, {jobs} at a time"
     each = len(folds)
     return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)], how

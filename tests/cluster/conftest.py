@@ -14,7 +14,7 @@ import cloudpickle
 import pytest
 from distributed import LocalCluster
 
-from featurepipe.cluster import Team, connect
+from featurepipe.execution import DaskExecutor, connect
 from featurepipe.images import open_source
 
 
@@ -53,7 +53,7 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def team(cluster_address: str, said: list[str]) -> Iterator[Team]:
+def team(cluster_address: str, said: list[str]) -> Iterator[DaskExecutor]:
     """A team of the two shared workers."""
     with connect(cluster_address, say=said.append) as team:
         yield team
@@ -138,7 +138,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 @pytest.fixture
-def own_team(processes: Processes, said: list[str]) -> Iterator[Team]:
+def own_team(processes: Processes, said: list[str]) -> Iterator[DaskExecutor]:
     """A team of the two workers of `processes`."""
     with connect(processes.address, say=said.append) as team:
         team.wait_for_workers(2)

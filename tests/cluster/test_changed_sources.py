@@ -12,8 +12,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from featurepipe.cluster import Team
 from featurepipe.errors import FeaturepipeError
+from featurepipe.execution import DaskExecutor
 from featurepipe.extraction.extract import extract
 from featurepipe.store import FeatureStore
 
@@ -45,7 +45,7 @@ def keys(store: Path) -> list[bytes]:
     return FeatureStore(store).snapshot("pile")["key"].to_pylist()
 
 
-def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(tmp_path: Path, team: Team) -> None:
+def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(tmp_path: Path, team: DaskExecutor) -> None:
     for seeds in (range(6), range(100, 106)):
         replace(tmp_path / "s.tar", seeds)
         record = extract(tmp_path / "s.tar", tmp_path / "store", cluster=team, **OPTIONS)
@@ -54,7 +54,7 @@ def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(tmp_pat
         assert keys(tmp_path / "store") == expected
 
 
-def test_arrays_that_were_replaced(tmp_path: Path, team: Team) -> None:
+def test_arrays_that_were_replaced(tmp_path: Path, team: DaskExecutor) -> None:
     for value in (3, 4):
         np.savez(
             tmp_path / "a.npz",
@@ -74,7 +74,7 @@ class OnlyHere(LocalFileSystem):
 
 @pytest.mark.parametrize("as_manifest", [False, True])
 def test_a_file_system_that_no_worker_has_is_one_line(
-    tmp_path: Path, team: Team, as_manifest: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, team: DaskExecutor, as_manifest: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(team, "patience", 0.2)  # for another worker, of which there is none
     fsspec.register_implementation("onlyhere", OnlyHere, clobber=True)

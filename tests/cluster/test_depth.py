@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurepipe.cluster import connect
-from featurepipe.cluster.worker import Attempt, Terms
 from featurepipe.errors import ClusterError, Interrupted
+from featurepipe.execution import connect
+from featurepipe.execution.worker import Attempt, Requirements
 from featurepipe.interrupt import StopRequest
 from featurepipe.layer_depth import measure as measuring
-from featurepipe.layer_depth import on_cluster
 from featurepipe.layer_depth.depth import depth
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.store import FeatureStore
@@ -88,7 +87,7 @@ def test_images_from_elsewhere_are_tested_on_there_too(pictures, team, tmp_path)
 
 def test_the_second_time_nothing_is_measured(pictures, local, team, monkeypatch):
     """The journal of a local comparison serves one on a cluster."""
-    monkeypatch.setattr(on_cluster, "measured_on", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(measuring, "measure_cells", lambda *_: pytest.fail("measured again"))
     answer = depth(pictures, local[1], cluster=team, **OPTIONS)
     assert answer["results"] == local[0]["results"]  # the seconds, too
 
@@ -97,16 +96,16 @@ def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypat
     shutil.copytree(local[1], tmp_path / "store")
     journal_of(tmp_path / "store").path.unlink()
     monkeypatch.setattr(measuring, "SMALL_VALUES", 10)
-    given, original = [], on_cluster.measured_on
+    given, original = [], measuring.Measuring.of
 
-    def spy(*args, wide, stop):
-        given.append(wide)
-        return original(*args, wide=wide, stop=stop)
+    def spy(study):
+        given.append(original(study).wide)
+        return original(study)
 
-    monkeypatch.setattr(on_cluster, "measured_on", spy)
+    monkeypatch.setattr(measuring.Measuring, "of", spy)
     same = {name: OPTIONS[name] for name in ("dataset", "nodes", "heads", "folds", "seeds", "silent")}
     answer = depth(FeatureStore(tmp_path / "store"), cluster=team, **same)
-    assert given == [True, True]  # single columns, and side by side
+    assert given == [True, True, True]  # single columns, side by side, and what heads say of each image
     assert numbers(answer)["results"] == numbers(local[0])["results"]
 
 
@@ -114,19 +113,19 @@ def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypat
 
 
 def test_little_travels_with_each_cell(pictures, local, team, monkeypatch, tmp_path):
-    """The study goes to the cluster once; a task names a column and a fold."""
-    sizes, original = [], team.results
+    """The study goes to a worker once; a shard names a column and a fold."""
+    sizes, original = [], team.map
 
-    def results(tasks, work, **options):
+    def mapped(function, shards, **options):
         def watched():
-            for task in tasks:
-                if isinstance(task, on_cluster.Task):
-                    sizes.append(len(pickle.dumps((Attempt(work, Terms(())), task._replace(study=None)))))
-                yield task
+            for shard in shards:
+                if isinstance(shard, measuring.Work):
+                    sizes.append(len(pickle.dumps((Attempt(function, None, Requirements(())), shard))))
+                yield shard
 
-        return original(watched(), work, **options)
+        return original(function, watched(), **options)
 
-    monkeypatch.setattr(team, "results", results)
+    monkeypatch.setattr(team, "map", mapped)
     depth(pictures, tmp_path / "store", cluster=team, **{**OPTIONS, "heads": ["knn"]})
     assert len(sizes) >= CELLS
     assert max(sizes) < 1000

@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 from PIL import Image
 
-from featurepipe.cluster import Team
 from featurepipe.errors import ClusterError, SourceError, TooManyRejects, UsageError
-from featurepipe.extraction import on_cluster
+from featurepipe.execution import DaskExecutor
+from featurepipe.extraction import compute
 from featurepipe.extraction.extract import extract
-from featurepipe.extraction.slices import Sizes
+from featurepipe.extraction.shards import ShardSizes
+from featurepipe.features.session import check_travels
 from featurepipe.images import open_source
+from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Lines
 from featurepipe.store import FeatureStore
 
@@ -46,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies then lie in different slices, and there is something to hand out."""
-    monkeypatch.setattr(on_cluster, "Sizes", lambda: Sizes(first=8, most=8))
+    monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=8, most=8))
 
 
 OPTIONS: dict[str, Any] = {
@@ -54,7 +57,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def run(source: Any, store: Path, team: Team | None = None, **options: Any) -> dict[str, Any]:
+def run(source: Any, store: Path, team: DaskExecutor | None = None, **options: Any) -> dict[str, Any]:
     return extract(source, store, cluster=team, **{**OPTIONS, **options})
 
 
@@ -77,7 +80,9 @@ def rejects(store: Path) -> list[tuple[str, str, bytes | None]]:
     return sorted((row["id"], row["reason"], row["key"]) for row in space.rejects().to_pylist())
 
 
-def test_a_run_on_workers_leaves_what_a_run_on_one_machine_leaves(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_a_run_on_workers_leaves_what_a_run_on_one_machine_leaves(
+    photos: Path, team: DaskExecutor, tmp_path: Path
+) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     alone, together = run(photos, here), run(photos, there, team)
     for name in ("counts", "exit_code", "status", "rejects", "new_rejects", "reject_reasons", "changes", "computed_by_column",
@@ -91,7 +96,7 @@ def test_a_run_on_workers_leaves_what_a_run_on_one_machine_leaves(photos: Path, 
     assert len(rejects(there)) == 3
 
 
-def test_the_record_says_who_did_what(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_the_record_says_who_did_what(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     record = run(photos, tmp_path / "store", team)
     cluster = record["cluster"]
     assert cluster["scheduler"] == team.address
@@ -104,7 +109,7 @@ def test_the_record_says_who_did_what(photos: Path, team: Team, tmp_path: Path) 
     assert "cluster" not in run(photos, tmp_path / "alone")
 
 
-def test_a_second_night_computes_only_what_is_new(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_a_second_night_computes_only_what_is_new(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(photos, store)  # begun on one machine, and gone on with on workers
     again = run(photos, store, team)
@@ -121,7 +126,7 @@ def test_a_second_night_computes_only_what_is_new(photos: Path, team: Team, tmp_
     same_features(store, tmp_path / "alone", node="s2:gap")
 
 
-def test_too_many_rejects_end_as_on_one_machine(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_too_many_rejects_end_as_on_one_machine(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     said = []
     for number, who in enumerate((None, team)):
         store = tmp_path / str(number)
@@ -134,8 +139,14 @@ def test_too_many_rejects_end_as_on_one_machine(photos: Path, team: Team, tmp_pa
     assert run(photos, tmp_path / "1", team)["counts"]["computed"] == 0  # features of all others were kept
 
 
-def test_no_time_is_left(photos: Path, team: Team, tmp_path: Path, slow_folder: Any) -> None:
-    record = run(slow_folder(photos, 0.05), tmp_path / "store", team, time_budget=1.0, dataset="photos")
+def test_no_time_is_left(
+    photos: Path, team: DaskExecutor, tmp_path: Path, slow_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over as soon as something is committed."""
+    is_over = property(lambda _self: any((tmp_path / "store").glob("spaces/*/parts/*.h5")))
+    monkeypatch.setattr(StopRequest, "out_of_time", is_over)
+    record = run(slow_folder(photos, 0.05), tmp_path / "store", team, time_budget=1000.0, dataset="photos")
+    monkeypatch.undo()
     assert (record["status"], record["exit_code"]) == ("out of time", 0)
     assert 0 < record["counts"]["computed"] < 77
     rows = sum(part.rows for part in FeatureStore(tmp_path / "store").spaces()[0].parts())
@@ -145,7 +156,7 @@ def test_no_time_is_left(photos: Path, team: Team, tmp_path: Path, slow_folder: 
 
 
 def test_the_disk_floor_holds(
-    photos: Path, team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
+    photos: Path, team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
 ) -> None:
     from featurepipe.errors import DiskFull
     from featurepipe.extraction.limits import DiskFloor
@@ -163,7 +174,7 @@ def _reached(floor: Any, look: int) -> bool:
     return floor.reached
 
 
-def test_auto_is_measured_by_a_worker_and_settled_once(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_auto_is_measured_by_a_worker_and_settled_once(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     alone = run(photos, tmp_path / "here", precision="auto")
     together = run(photos, tmp_path / "there", team, precision="auto")
     assert together["settings"] == alone["settings"]
@@ -171,14 +182,14 @@ def test_auto_is_measured_by_a_worker_and_settled_once(photos: Path, team: Team,
     assert together["fingerprint"] == alone["fingerprint"]
 
 
-def test_a_dry_run_times_a_worker_and_changes_nothing(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_a_dry_run_times_a_worker_and_changes_nothing(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     estimate = run(photos, tmp_path / "store", team, dry_run=True)
     assert (estimate["to_read"], estimate["sampled"]) == (90, 64)
     assert estimate["images_per_second"] > 0
     assert not (tmp_path / "store").exists()
 
 
-def test_small_arrays_travel_and_large_ones_are_refused(team: Team, tmp_path: Path) -> None:
+def test_small_arrays_travel_and_large_ones_are_refused(team: DaskExecutor, tmp_path: Path) -> None:
     arrays = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     assert run(arrays, tmp_path / "a", team)["counts"]["computed"] == 20
     large = np.zeros((6000, 28, 28), np.uint8)
@@ -186,7 +197,7 @@ def test_small_arrays_travel_and_large_ones_are_refused(team: Team, tmp_path: Pa
         run(large, tmp_path / "b", team)
 
 
-def test_a_source_that_cannot_be_pickled_is_refused(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_pickled_is_refused(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     source = open_source(photos)
     source.socket = (n for n in ())  # type: ignore[attr-defined]
     with pytest.raises(
@@ -195,7 +206,7 @@ def test_a_source_that_cannot_be_pickled_is_refused(photos: Path, team: Team, tm
         run(source, tmp_path / "store", team)
 
 
-def test_every_kind_of_source_is_read_by_workers(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_every_kind_of_source_is_read_by_workers(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     import tarfile
 
     with tarfile.open(tmp_path / "birds.tar", "w") as tar:
@@ -209,14 +220,14 @@ def test_every_kind_of_source_is_read_by_workers(photos: Path, team: Team, tmp_p
 
 
 def test_relative_paths_mean_the_clients_folder(
-    photos: Path, team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("photos", Path("store"), team)["counts"]["computed"] == 77
     assert (tmp_path / "store" / "store.json").exists()
 
 
-def test_a_worker_with_other_weights_is_refused_by_name(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_a_worker_with_other_weights_is_refused_by_name(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     module = tmp_path / "only_here.py"
     module.write_text(
         "import os, torch\nfrom torch import nn\nfrom featurepipe.backbones import Preprocessing\n"
@@ -244,7 +255,7 @@ def test_a_worker_with_other_weights_is_refused_by_name(photos: Path, team: Team
 
 
 def test_a_source_that_no_worker_can_read_ends_the_run(
-    photos: Path, team: Team, tmp_path: Path, slow_folder: Any
+    photos: Path, team: DaskExecutor, tmp_path: Path, slow_folder: Any
 ) -> None:
     class Elsewhere(slow_folder):
         def read(self, locator: bytes) -> Any:
@@ -259,22 +270,21 @@ def test_a_source_that_no_worker_can_read_ends_the_run(
     assert FeatureStore(tmp_path / "store").snapshot("photos") is None
 
 
-def test_few_bytes_pass_through_the_scheduler(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_few_bytes_pass_through_the_scheduler(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     """What is sent and what comes back, as Dask would serialise it, beside the images' and the features' own bytes."""
     import pickle
 
-    from featurepipe.cluster import flow
-
     travelled = []
 
-    class Counting(Team):
+    class Counting(DaskExecutor):
         def __init__(self) -> None:
             self.__dict__.update(vars(team))
 
-        def results(self, tasks: Any, work: Any, **options: Any) -> Any:
-            for task, answer in flow.results(self, tasks, work, **options):
-                travelled.append(len(pickle.dumps((work, task))) + len(pickle.dumps(answer)))
-                yield task, answer
+        def map(self, function: Any, shards: Any, *, context: Any = None, **options: Any) -> Any:
+            common = len(cloudpickle.dumps((function, context)))
+            for shard, result in super().map(function, shards, context=context, **options):
+                travelled.append(common + len(pickle.dumps(shard)) + len(pickle.dumps(result)))
+                yield shard, result
 
     record = run(photos, tmp_path / "store", Counting(), nodes=["c1.1:flatten"])
     slices = record["cluster"]["slices"]
@@ -283,9 +293,9 @@ def test_few_bytes_pass_through_the_scheduler(photos: Path, team: Team, tmp_path
     assert sum(travelled) < 90 * 200 + slices * 6000 < features / 8
 
 
-def test_the_network_is_loaded_once_per_process(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_the_network_is_loaded_once_per_process(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     def loads() -> dict[str, int]:
-        from featurepipe.extraction.at_worker import load_network
+        from featurepipe.features.session import load_network
 
         return load_network.cache_info().misses
 
@@ -295,7 +305,11 @@ def test_the_network_is_loaded_once_per_process(photos: Path, team: Team, tmp_pa
 
 
 def test_progress_shows_images_and_workers(
-    photos: Path, team: Team, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    photos: Path,
+    team: DaskExecutor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(Lines.__init__.__kwdefaults__, "every", 0.0)
     run(photos, tmp_path / "store", team, silent=False)
@@ -321,7 +335,7 @@ def test_the_command_line_names_a_cluster(photos: Path, cluster_address: str, tm
     assert json.loads(capsys.readouterr().out)["counts"]["computed"] == 77
 
 
-def test_the_summary_says_who_did_how_much(photos: Path, team: Team, tmp_path: Path) -> None:
+def test_the_summary_says_who_did_how_much(photos: Path, team: DaskExecutor, tmp_path: Path) -> None:
     from featurepipe.extraction.text import text
 
     record = run(photos, tmp_path / "store", team)
@@ -337,5 +351,5 @@ def test_a_source_in_this_process_memory_is_refused_before_any_work() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/pile/a.png", b"")
     with pytest.raises(UsageError, match=r"memory://.* is in this process' memory, where no worker can read it"):
-        on_cluster.travelling(open_source("memory://pile"))
+        check_travels(open_source("memory://pile"))
     memory.rm("/pile", recursive=True)

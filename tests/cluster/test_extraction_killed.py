@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurepipe.cluster import Team, connect
 from featurepipe.errors import ClusterError
-from featurepipe.extraction import on_cluster
+from featurepipe.execution import DaskExecutor, connect
+from featurepipe.extraction import compute
 from featurepipe.extraction.extract import extract
-from featurepipe.extraction.slices import Sizes
+from featurepipe.extraction.shards import ShardSizes
 from featurepipe.store import FeatureStore, verify_store
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 40 images."""
-    monkeypatch.setattr(on_cluster, "Sizes", lambda: Sizes(first=40, most=40))
+    monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=40, most=40))
 
 
 def run(source: Any, store: Path, team: Any, **options: Any) -> dict[str, Any]:
@@ -89,19 +89,19 @@ def meanwhile(store: Path, count: int, action: Callable[[], None]) -> Any:
         thread.join()
 
 
-def small_parts(team: Team) -> None:
+def small_parts(team: DaskExecutor) -> None:
     """Workers commit after every ten images."""
 
     def shrink() -> None:
-        from featurepipe.extraction.at_worker import Desk
+        from featurepipe.extraction import compute
 
-        Desk.part_bytes = property(lambda self: 90_000)  # type: ignore[assignment,method-assign]
+        compute.part_bytes = lambda worker: 90_000
 
     team.client.run(shrink)
 
 
 def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     small_parts(own_team)
     store = tmp_path / "store"
@@ -114,7 +114,7 @@ def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
 
 
 def test_a_stopped_worker_does_not_stall_the_end(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     store, start = tmp_path / "store", time.monotonic()
     with meanwhile(store, 2, lambda: processes.workers[0].send_signal(signal.SIGSTOP)):
@@ -125,7 +125,7 @@ def test_a_stopped_worker_does_not_stall_the_end(
 
 
 def test_a_slow_worker_does_not_stall_the_end(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     slow = own_team.workers()[0].pid
 
@@ -144,7 +144,7 @@ def test_a_slow_worker_does_not_stall_the_end(
 
 
 def test_a_killed_scheduler_is_said_and_the_same_command_goes_on(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     small_parts(own_team)
     store = tmp_path / "store"
@@ -173,10 +173,10 @@ def test_a_killed_scheduler_is_said_and_the_same_command_goes_on(
 CLIENT = """
     import os, sys
     from featurepipe.cli import main
-    from featurepipe.extraction import on_cluster
-    from featurepipe.extraction.slices import Sizes
+    from featurepipe.extraction import compute
+    from featurepipe.extraction.shards import ShardSizes
 
-    on_cluster.Sizes = lambda: Sizes(first=40, most=40)
+    compute.ShardSizes = lambda: ShardSizes(first=40, most=40)
     code = main()
     sys.stderr.flush()
     os._exit(code)  # freeing all of torch takes seconds, and is not what is timed
@@ -192,7 +192,7 @@ SLOW_READS = """
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_in_seconds_with_everything_committed(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path, number: signal.Signals
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     own_team.client.run(exec, textwrap.dedent(SLOW_READS), {})
     store = tmp_path / "store"
@@ -216,7 +216,7 @@ def test_a_signal_ends_the_run_in_seconds_with_everything_committed(
 
 
 def test_a_killed_client_leaves_a_store_that_goes_on(
-    own_team: Team, processes: Any, photos: Path, tmp_path: Path
+    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path
 ) -> None:
     own_team.client.run(exec, textwrap.dedent(SLOW_READS), {})
     store = tmp_path / "store"
@@ -234,7 +234,7 @@ def test_a_killed_client_leaves_a_store_that_goes_on(
 
 
 def test_four_workers_on_few_cores(
-    processes: Any, own_team: Team, photos: Path, tmp_path: Path, slow_folder: Any
+    processes: Any, own_team: DaskExecutor, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     processes.add_worker()
     processes.add_worker()
@@ -246,9 +246,14 @@ def test_four_workers_on_few_cores(
 
 
 def test_a_worker_that_comes_later_takes_part(
-    processes: Any, own_team: Team, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
+    processes: Any,
+    own_team: DaskExecutor,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slow_folder: Any,
 ) -> None:
-    monkeypatch.setattr(on_cluster, "Sizes", lambda: Sizes(first=10, most=10))
+    monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=10, most=10))
     store, come = tmp_path / "store", tmp_path / "come"
 
     first = {worker.pid for worker in own_team.workers()}

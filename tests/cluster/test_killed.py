@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from featurepipe.cluster import Team
 from featurepipe.errors import ClusterError
+from featurepipe.execution import DaskExecutor
 
 # ruff: noqa: PT012 - the block kills while it waits for the error
 pytestmark = pytest.mark.slow
 
 
-def test_a_killed_workers_tasks_are_done_elsewhere(own_team: Team, processes: Any, said: list[str]) -> None:
-    def work(n: int) -> int:
+def test_a_killed_workers_tasks_are_done_elsewhere(own_team: DaskExecutor, processes: Any, said: list[str]) -> None:
+    def work(_context, n: int, _worker, stop, _report) -> int:
         time.sleep(0.3)
         return n
 
     found = []
-    for n, _ in own_team.results(iter(range(20)), work):
+    for n, _ in own_team.map(work, range(20)):
         found.append(n)
         if len(found) == 3:
             processes.workers[0].kill()
@@ -31,12 +31,12 @@ def test_a_killed_workers_tasks_are_done_elsewhere(own_team: Team, processes: An
     assert said[0].endswith("is gone; what it was doing is done elsewhere")
 
 
-def test_a_task_that_kills_its_workers_is_named(processes: Any, own_team: Team) -> None:
+def test_a_task_that_kills_its_workers_is_named(processes: Any, own_team: DaskExecutor) -> None:
     for _ in range(4):
         processes.add_worker()
     own_team.wait_for_workers(6)
 
-    def work(name: str) -> str:
+    def work(_context, name: str, _worker, stop, _report) -> str:
         if name == "bomb.jpg":
             os.kill(os.getpid(), signal.SIGKILL)
         return name
@@ -45,30 +45,30 @@ def test_a_task_that_kills_its_workers_is_named(processes: Any, own_team: Team) 
     with pytest.raises(
         ClusterError, match=r"every worker that began bomb\.jpg died of it, 4 in all, the last tcp://.*committed stands"
     ):
-        list(own_team.results(iter(["a", "b", "bomb.jpg", "c"]), work))
+        list(own_team.map(work, ["a", "b", "bomb.jpg", "c"]))
     assert time.monotonic() < start + 60
 
 
-def test_the_last_worker_gone_is_said_after_a_while(processes: Any, own_team: Team) -> None:
+def test_the_last_worker_gone_is_said_after_a_while(processes: Any, own_team: DaskExecutor) -> None:
     own_team.patience = 2
 
-    def work(n: int) -> None:
+    def work(_context, n: int, _worker, stop, _report) -> None:
         time.sleep(0.2)
 
     with pytest.raises(
         ClusterError, match=r"no worker came .* within 2 s; \d+ tasks are not done, the first: \d+; start some"
     ):
-        for _ in own_team.results(iter(range(50)), work):
+        for _ in own_team.map(work, range(50)):
             for worker in processes.workers:
                 worker.kill()
 
 
-def test_a_killed_scheduler_ends_the_run_soon(processes: Any, own_team: Team) -> None:
-    def work(n: int) -> None:
+def test_a_killed_scheduler_ends_the_run_soon(processes: Any, own_team: DaskExecutor) -> None:
+    def work(_context, n: int, _worker, stop, _report) -> None:
         time.sleep(0.2)
 
     with pytest.raises(ClusterError, match=r"gone, or does not answer; .* same command again: it goes on where it was"):
-        for count, _ in enumerate(own_team.results(iter(range(500)), work)):
+        for count, _ in enumerate(own_team.map(work, range(500))):
             if count == 2:
                 processes.scheduler.kill()
                 killed = time.monotonic()
@@ -76,15 +76,15 @@ def test_a_killed_scheduler_ends_the_run_soon(processes: Any, own_team: Team) ->
 
 
 def test_a_scheduler_that_hangs_ends_the_run_soon(
-    processes: Any, own_team: Team, monkeypatch: pytest.MonkeyPatch
+    processes: Any, own_team: DaskExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.scheduler.SCHEDULER_SECONDS", 3.0)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.SCHEDULER_SECONDS", 3.0)
 
-    def work(n: int) -> None:
+    def work(_context, n: int, _worker, stop, _report) -> None:
         time.sleep(0.2)
 
     with pytest.raises(ClusterError, match="gone, or does not answer"):
-        for count, _ in enumerate(own_team.results(iter(range(500)), work)):
+        for count, _ in enumerate(own_team.map(work, range(500))):
             if count == 2:
                 processes.scheduler.send_signal(signal.SIGSTOP)
                 killed = time.monotonic()
@@ -92,18 +92,18 @@ def test_a_scheduler_that_hangs_ends_the_run_soon(
 
 
 def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
-    processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
+    processes: Any, own_team: DaskExecutor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.scheduler.BUSY_SECONDS", 1.0)
-    monkeypatch.setattr("featurepipe.cluster.flow.RESULT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.BUSY_SECONDS", 1.0)
+    monkeypatch.setattr("featurepipe.execution.dispatch.RESULT_SECONDS", 0.5)
     goes_on = threading.Timer(5, processes.scheduler.send_signal, [signal.SIGCONT])
 
-    def work(n: int) -> int:
+    def work(_context, n: int, _worker, stop, _report) -> int:
         time.sleep(0.1)
         return n
 
     done = []
-    for number, _ in own_team.results(iter(range(30)), work):
+    for number, _ in own_team.map(work, range(30)):
         done.append(number)
         if len(done) == 3:
             processes.scheduler.send_signal(signal.SIGSTOP)
@@ -114,11 +114,11 @@ def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
 
 
 def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
-    processes: Any, own_team: Team, said: list[str], monkeypatch: pytest.MonkeyPatch
+    processes: Any, own_team: DaskExecutor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [silent] = [worker.address for worker in own_team.workers() if worker.pid == processes.workers[0].pid]
     own_team.check()  # the first answer takes a while
-    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.ANSWER_SECONDS", 2.0)
     processes.workers[0].send_signal(signal.SIGSTOP)
     goes_on = threading.Timer(5, processes.workers[0].send_signal, [signal.SIGCONT])
     goes_on.start()
@@ -127,10 +127,10 @@ def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
     assert said == [f"no answer from {silent}; waiting for it, at most 120 s"]
 
 
-def test_a_straggler_does_not_stall_the_end(own_team: Team, tmp_path: Path) -> None:
+def test_a_straggler_does_not_stall_the_end(own_team: DaskExecutor, tmp_path: Path) -> None:
     mark = tmp_path / "slow"
 
-    def work(n: int) -> int:
+    def work(_context, n: int, _worker, stop, _report) -> int:
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
@@ -140,17 +140,17 @@ def test_a_straggler_does_not_stall_the_end(own_team: Team, tmp_path: Path) -> N
         return n
 
     start = time.monotonic()
-    assert sorted(own_team.results(iter(range(10)), work)) == [(n, n) for n in range(10)]
+    assert sorted(own_team.map(work, range(10))) == [(n, n) for n in range(10)]
     assert time.monotonic() < start + 20
 
 
-def test_a_worker_that_comes_later_gets_work(processes: Any, own_team: Team) -> None:
-    def work(n: int) -> int:
+def test_a_worker_that_comes_later_gets_work(processes: Any, own_team: DaskExecutor) -> None:
+    def work(_context, n: int, _worker, stop, _report) -> int:
         time.sleep(0.2)
         return os.getpid()
 
     pids = set()
-    for count, (_, pid) in enumerate(own_team.results(iter(range(60)), work)):
+    for count, (_, pid) in enumerate(own_team.map(work, range(60))):
         pids.add(pid)
         if count == 0:
             processes.add_worker()

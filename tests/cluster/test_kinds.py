@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from featurepipe.cluster import connect
-from featurepipe.cluster.kinds import pbs, pod_spec, queue_options, slurm
-from featurepipe.cluster.table import read_spec
 from featurepipe.errors import ClusterError
+from featurepipe.execution import connect
+from featurepipe.execution.launchers import pbs, pod_spec, queue_options, read_spec, slurm
 
 
 def in_a_process(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -48,16 +47,16 @@ def test_processes_here_share_the_machine_out_and_are_reached_from_nowhere_else(
 def test_each_process_here_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
     with connect("local", say=print) as team:
-        seen = team.ask(lambda: os.environ["CUDA_VISIBLE_DEVICES"], team.addresses())
+        seen = team.each(lambda: os.environ["CUDA_VISIBLE_DEVICES"], team.addresses())
         assert sorted(seen.values()) == ["4", "GPU-7"]
         assert [worker.gpus for worker in team.workers()] == [1, 1]
 
 
 @pytest.mark.slow
 def test_a_cluster_grows_with_its_work_and_shrinks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurepipe.cluster.team.TOLD_SECONDS", 120.0)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.TOLD_SECONDS", 120.0)
 
-    def work(n: int) -> int:
+    def work(_context, n: int, _worker, stop, _report) -> int:
         time.sleep(0.5)
         return os.getpid()
 
@@ -67,7 +66,7 @@ def test_a_cluster_grows_with_its_work_and_shrinks_again(monkeypatch: pytest.Mon
         assert team.addresses() == []
         assert len(team.check()) == 1
         pids: set[int] = set()
-        with closing(team.results(iter(range(2000)), work)) as answers:  # enough for the slowest start
+        with closing(team.map(work, range(2000))) as answers:  # enough for the slowest start
             while len(pids) < 3:
                 pids.add(next(answers)[1])
         deadline = time.monotonic() + 20
@@ -100,7 +99,7 @@ def test_slurm_jobs_are_submitted_and_their_workers_used(commands: Path, tmp_pat
     options = {"cores": 1, "memory": "1GB", "scheduler_options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
     with connect({"kind": "slurm", "workers": 1, "wait": 60, "options": options}, say=print) as team:
         assert len(team.check(tmp_path)) == 1
-        assert list(team.results(iter([3]), lambda n: n + 1)) == [(3, 4)]
+        assert list(team.map(lambda _c, n, *_: n + 1, [3])) == [(3, 4)]
         (worker,) = team.workers()
     deadline = time.monotonic() + 20
     while Path(f"/proc/{worker.pid}").exists():
@@ -142,7 +141,7 @@ def test_a_pbs_job_is_one_process_with_a_gpu(commands: Path) -> None:
 def test_a_job_that_is_not_taken_is_an_error_at_once(commands: Path) -> None:
     (commands / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition: gpu' >&2; exit 1\n")
     code = f"""
-from featurepipe.cluster import connect
+from featurepipe.execution import connect
 with connect({{"kind": "slurm", "workers": 1, "options": {OPTIONS}}}):
     pass
 """
@@ -169,7 +168,7 @@ def test_kubernetes_that_cannot_be_reached(tmp_path: Path) -> None:
     code = """
 import os
 os.environ["KUBECONFIG"] = "none"
-from featurepipe.cluster import connect
+from featurepipe.execution import connect
 with connect({"kind": "kubernetes", "workers": 1}):
     pass
 """
@@ -188,7 +187,7 @@ def test_a_library_that_takes_ctrl_c_as_it_is_imported_does_not_keep_it(tmp_path
     )
     code = f"""
 import signal
-from featurepipe.cluster import connect
+from featurepipe.execution import connect
 from featurepipe.errors import ClusterError
 own = signal.signal(signal.SIGTERM, lambda *_: None), signal.getsignal(signal.SIGTERM)
 try:
@@ -266,7 +265,7 @@ def test_what_the_kubernetes_class_is_given_is_what_it_takes(monkeypatch: pytest
             given.append({"minimum": minimum, "maximum": maximum})
 
     monkeypatch.setattr(operator, "KubeCluster", Stand)
-    from featurepipe.cluster.kinds import kubernetes
+    from featurepipe.execution.launchers import kubernetes
 
     options = {"image": "i", "namespace": "n"}
     kubernetes(read_spec({"kind": "kubernetes", "workers": 2, "options": options}))
@@ -280,7 +279,7 @@ def test_what_the_kubernetes_class_is_given_is_what_it_takes(monkeypatch: pytest
 SSH = """
 import asyncio, contextlib, json, os, signal, subprocess, sys, threading
 import asyncssh
-from featurepipe.cluster import connect
+from featurepipe.execution import connect
 
 class Open(asyncssh.SSHServer):
     def begin_auth(self, username):
@@ -314,8 +313,8 @@ try:
     with connect(table) as team:
         team.wait_for_workers(2)
         good = team.check(os.getcwd())
-        answers = sorted(team.results(iter(range(4)), lambda n: n + 1))
-        seen = team.ask(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
+        answers = sorted(team.map(lambda _c, n, *_: n + 1, range(4)))
+        seen = team.each(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
         print(json.dumps([len(good), answers, sorted(map(str, seen.values()))]), flush=True)
 finally:
     for child in children:
@@ -339,12 +338,12 @@ def test_machines_reached_by_ssh(gpus: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_script_without_its_guard_is_told_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from featurepipe.cluster import connect\nwith connect('local:1'):\n    pass\n")
+    script.write_text("from featurepipe.execution import connect\nwith connect('local:1'):\n    pass\n")
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 1
     assert 'put what it does under: if __name__ == "__main__":' in ran.stderr
     script.write_text(
-        "from featurepipe.cluster import connect\n"
+        "from featurepipe.execution import connect\n"
         "if __name__ == '__main__':\n    with connect('local:1') as team:\n        team.wait_for_workers()\n"
     )
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)

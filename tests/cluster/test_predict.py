@@ -14,19 +14,19 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from featurepipe.cluster import connect
-from featurepipe.errors import ClusterError, Interrupted, TooManyRejects, UsageError
+from featurepipe.errors import ClusterError, Interrupted, TooManyRejects, UsageError, WorkerRefused
+from featurepipe.execution import connect
+from featurepipe.execution.executor import Worker
 from featurepipe.extraction.extract import extract
-from featurepipe.extraction.slices import Worked
+from featurepipe.extraction.ledger import WorkerTotals
+from featurepipe.extraction.shards import Shard, ShardRun
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle, write_bundle
 from featurepipe.images.folder import FolderSource
 from featurepipe.interrupt import StopRequest
-from featurepipe.prediction import at_worker, on_cluster
-from featurepipe.prediction.at_worker import Order, digest_of, refusal
+from featurepipe.prediction import shards
 from featurepipe.prediction.from_store import predict_features
-from featurepipe.prediction.on_cluster import OnWorkers, WholeBatches
 from featurepipe.prediction.predict import predict
-from featurepipe.prediction.scorers import Network
+from featurepipe.prediction.shards import NetworkOptions, PredictionContext, WholeBatches, digest_of, predict_shard
 from featurepipe.store import FeatureStore
 
 COUNT = 150
@@ -133,24 +133,14 @@ def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_addres
 
 def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, team, tmp_path, monkeypatch, slow_folder):
     """The first slice takes long; slices of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
-    monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
-    begun, ended = [], []
-    original = OnWorkers._note
-
-    def note(self, piece, *rest):
-        ended.append(piece.number)
-        original(self, piece, *rest)
-
-    monkeypatch.setattr(OnWorkers, "_note", note)
-    monkeypatch.setattr(
-        on_cluster, "cut", partial(watched, on_cluster.cut, lambda piece: begun.append((piece, len(ended))))
-    )
+    monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
+    begun, taken = [], []
+    monkeypatch.setattr(WorkerTotals, "add", lambda self, images, run: taken.append(images))
+    monkeypatch.setattr(shards, "cut", partial(watched, shards.cut, lambda shard: begun.append((shard, len(taken)))))
     album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=team)
-    assert sorted(ended) == list(range(19))
-    first = ended.index(0)
-    assert first > 0  # others were done before
-    before = [piece.number for piece, count in begun if count <= first]
-    assert max(before) <= 6
+    assert taken == [8] * 18 + [7]
+    before = [shard.number for shard, count in begun if count == 0]
+    assert 2 < max(before) <= 6
     assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
 
 
@@ -163,9 +153,9 @@ class Eights:
 
 
 def watched(cut, see, *args):
-    for piece in cut(*args):
-        see(piece)
-        yield piece
+    for shard in cut(*args):
+        see(shard)
+        yield shard
 
 
 @pytest.mark.parametrize("rate", [None, 3.0, 5000.0])
@@ -186,33 +176,32 @@ def test_slices_are_whole_batches(rate):
 
 
 def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, team, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_cluster, "digest_of", lambda _folder: "of another bundle")
-    monkeypatch.setattr(on_cluster, "predict_slice", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(shards, "digest_of", lambda _folder: "of another bundle")
+    monkeypatch.setattr(shards, "predict_shard", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ClusterError, match=r"no worker of tcp://.* can be used: .*another bundle is at .*/bundle"):
         album.predict(tmp_path / "out.csv", cluster=team)
     assert not list(tmp_path.iterdir())
     assert len([line for line in said if "is not used: another bundle is at" in line]) == 2
 
 
-def order_of(album, **changes):
-    source = on_cluster.travelling(FolderSource(str(album.root)))
+def context_of(album, **changes):
+    source = FolderSource(str(album.root))
     probes = (FolderSource(str(album.root)).scan()["locator"][5].as_py(),)
-    order = Order(str(album.bundle), digest_of(str(album.bundle)), Network(workers=1), source, probes)
-    return replace(order, **changes)
+    context = PredictionContext(
+        str(album.bundle), digest_of(str(album.bundle)), NetworkOptions(workers=1), source, probes
+    )
+    return replace(context, **changes)
 
 
 def test_what_speaks_against_a_worker(album, tmp_path):
-    assert refusal(order_of(album)) == ""
-    assert refusal(order_of(album, bundle=str(tmp_path))) == f"it does not see the bundle {tmp_path}"
-    assert refusal(order_of(album, digest="x")) == f"another bundle is at {album.bundle}"
-    away = on_cluster.travelling(FolderSource(str(tmp_path / "away")))
+    assert context_of(album).refusal() == ""
+    assert context_of(album, bundle=str(tmp_path)).refusal() == f"it does not see the bundle {tmp_path}"
+    assert context_of(album, digest="x").refusal() == f"another bundle is at {album.bundle}"
+    away = FolderSource(str(tmp_path / "away"))
     missing = (str(tmp_path / "away" / "x.png").encode(),)
-    assert refusal(order_of(album, source=away, probes=missing)).endswith("away: the folder has gone")
-    assert refusal(order_of(album, probes=missing)).startswith("it cannot read the source: missing: ")
-    assert refusal(order_of(album, probes=(*missing, *order_of(album).probes))) == ""  # one of them is enough
-    assert refusal(order_of(album, source=b"cmodule_that_is_nowhere\nsource\n.")).startswith(
-        "it cannot open the source"
-    )
+    assert context_of(album, source=away, probes=missing).refusal().endswith("away: the folder has gone")
+    assert context_of(album, probes=missing).refusal().startswith("it cannot read the source: missing: ")
+    assert context_of(album, probes=(*missing, *context_of(album).probes)).refusal() == ""  # one of them is enough
 
 
 def test_a_bundle_or_images_in_this_process_cannot_be_seen_by_workers(album, tmp_path):
@@ -226,27 +215,32 @@ def test_images_in_memory_do_not_travel(album, cluster_address):
         album.predict(None, source=pixels, cluster=cluster_address)
 
 
+ONE = Worker("one", 1, is_local=False)
+
+
 def test_a_worker_that_lost_the_source_is_not_believed(album):
-    """Nothing in its slice can be read, and nothing else either: that is no fault of the images."""
-    order, desk = order_of(album), at_worker.Desk("one", 1)
+    """Nothing in its shard can be read, and nothing else either: that is no fault of the images."""
+    context, scored = context_of(album), []
     listing = FolderSource(str(album.root)).scan().slice(1, 20)
     gone = [b"/nowhere/" + locator for locator in listing["locator"].to_pylist()]
-    piece = at_worker.Slice.of(0, 0, listing.set_column(listing.column_names.index("locator"), "locator", [gone]))
-    with pytest.raises(at_worker.WorkerRefused, match="cannot read the source"):
-        at_worker.predict_slice(replace(order, probes=(gone[0],)), piece, desk, bool)
-    answer = at_worker.predict_slice(order, piece, desk, bool)  # the probes are there, so these images are missing
-    assert Counter(code for scored in answer.scored for code in scored.codes.tolist()) == {-1: 20}
+    shard = Shard.of(0, 0, listing.set_column(listing.column_names.index("locator"), "locator", [gone]))
+    with pytest.raises(WorkerRefused, match="cannot read the source"):
+        predict_shard(replace(context, probes=(gone[0],)), shard, ONE, bool, bool)
+    predict_shard(context, shard, ONE, bool, scored.append)  # the probes are there, so these images are missing
+    assert Counter(code for rows in scored for code in rows.codes.tolist()) == {-1: 20}
 
 
-def test_workers_load_the_network_once(album):
-    at_worker._made_ready.cache_clear()
-    order, desk = order_of(album), at_worker.Desk("one", 1)
-    listing = FolderSource(str(album.root)).scan()
-    answers = [at_worker.predict_slice(order, at_worker.Slice.of(n, 10 * n, listing.slice(10 * n, 10)), desk, bool)
-               for n in range(3)]  # fmt: skip
-    assert at_worker._made_ready.cache_info().misses == 1
-    assert [number for answer in answers for scored in answer.scored for number in scored.numbers] == list(range(30))
-    assert isinstance(answers[0].worked, Worked)
+def test_workers_load_the_network_once(album, monkeypatch):
+    loaded, original, scored = [], shards.make_ready, []
+    monkeypatch.setattr(shards, "make_ready", lambda *a, **b: loaded.append(a) or original(*a, **b))
+    context, listing = context_of(album), FolderSource(str(album.root)).scan()
+    runs = [
+        predict_shard(context, Shard.of(n, 10 * n, listing.slice(10 * n, 10)), ONE, bool, scored.append)
+        for n in range(3)
+    ]
+    assert len(loaded) == 1
+    assert [number for rows in scored for number in rows.numbers] == list(range(30))
+    assert isinstance(runs[0], ShardRun)
 
 
 # Stops and kills
@@ -283,21 +277,21 @@ class at:
 
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monkeypatch, slow_folder):
-    monkeypatch.setattr(on_cluster, "WholeBatches", lambda batch, most: Eights())
-    original, seen = OnWorkers._note, []
+    monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
+    original, seen = WorkerTotals.add, []
 
-    def note(self, piece, worked, *rest):
-        seen.append(worked.pid)
+    def add(self, images, run):
+        seen.append(run.pid)
         if len(seen) == 4:
             processes.workers[0].kill()
-        original(self, piece, worked, *rest)
+        original(self, images, run)
 
-    monkeypatch.setattr(OnWorkers, "_note", note)
+    monkeypatch.setattr(WorkerTotals, "add", add)
     with connect(processes.address, say=print) as team:
         team.wait_for_workers(2)
         record = album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {".png": 0.02}), cluster=team)
     assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
-    assert set(seen[8:]) == {processes.workers[1].pid}
+    assert set(seen[-4:]) == {processes.workers[1].pid}
     assert sum(worker["images"] for worker in record["cluster"]["workers"]) == COUNT + 1
 
 

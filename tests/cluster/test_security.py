@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurepipe.cluster import connect
 from featurepipe.errors import ClusterError
+from featurepipe.execution import connect
 from featurepipe.extraction.extract import extract
 from featurepipe.store import FeatureStore
 

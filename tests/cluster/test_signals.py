@@ -11,12 +11,11 @@ import pytest
 
 CODE = """
 import os, sys, time
-from featurepipe.cluster import connect, stop_of_task
+from featurepipe.execution import connect
 from featurepipe.interrupt import stop_on_signals
 
-def work(n):
+def work(_context, n, _worker, stop, _report):
     print("what a library prints in a worker")
-    stop = stop_of_task()
     for _ in range(200 if n else 1):
         if stop():
             return "stopped"
@@ -25,7 +24,7 @@ def work(n):
 
 if __name__ == "__main__":
     with stop_on_signals() as stop, connect("local:2") as team:
-        for n, answer in team.results(iter(range(30)), work, stop=stop):
+        for n, answer in team.map(work, range(30), stop=stop):
             print(n, answer, flush=True)
     print("asked to stop:", stop(), flush=True)
 """

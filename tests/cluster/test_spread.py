@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.pipeline import make_pipeline
 
-from featurepipe.cluster import share, spread
-from featurepipe.cluster.spreading import cuts
 from featurepipe.errors import UsageError
+from featurepipe.execution import row_shard as share
+from featurepipe.execution import spread
+from featurepipe.execution.row_shards import cuts
 from featurepipe.heads import (
     BlockCentroid,
     BlockLinearDiscriminantAnalysis,

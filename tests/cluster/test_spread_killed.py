@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from distributed import LocalCluster
 
-from featurepipe.cluster import Team, connect, spread
 from featurepipe.errors import ClusterError
+from featurepipe.execution import DaskExecutor, connect, spread
 from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.linear import passes
@@ -60,7 +60,7 @@ def at_pass(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.3])
 def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
-    own_team: Team, processes: Any, at_pass: Any, delay: float
+    own_team: DaskExecutor, processes: Any, at_pass: Any, delay: float
 ) -> None:
     """At the beginning of a pass, in it, and between two (it is over before the worker is killed)."""
     features, codes = made()
@@ -79,9 +79,9 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
 
 
 def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
-    own_team: Team, processes: Any, at_pass: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+    own_team: DaskExecutor, processes: Any, at_pass: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.team.TOLD_SECONDS", 120.0)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.TOLD_SECONDS", 120.0)
     features, codes = made()
     here = BlockLogisticRegression(C=10.0).fit(ArrayBlocks(features), codes)
 
@@ -98,7 +98,7 @@ def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
     assert said == ["workers that kept features are gone; those that are there now read them again"]
 
 
-def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: Team, processes: Any, at_pass: Any) -> None:
+def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: DaskExecutor, processes: Any, at_pass: Any) -> None:
     own_team.patience = 2.0
     features, codes = made()
 
@@ -113,7 +113,7 @@ def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: Team, processe
     assert time.monotonic() - start < 30
 
 
-def test_a_fit_whose_scheduler_dies_ends_with_an_error(own_team: Team, processes: Any, at_pass: Any) -> None:
+def test_a_fit_whose_scheduler_dies_ends_with_an_error(own_team: DaskExecutor, processes: Any, at_pass: Any) -> None:
     features, codes = made()
     at_pass(3, processes.scheduler.kill, 0.0)
     start = time.monotonic()

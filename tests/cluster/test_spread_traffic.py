@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featurepipe.cluster import Team, spread
+from featurepipe.execution import DaskExecutor, spread
 from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.linear import passes
 
@@ -39,7 +39,7 @@ def count_no_more() -> None:
 
 
 @pytest.fixture
-def sent(team: Team) -> Iterator[Any]:
+def sent(team: DaskExecutor) -> Iterator[Any]:
     """Tells how many bytes client, scheduler (which is in this process, too) and workers have sent."""
     count_bytes(), team.client.run(count_bytes)
     yield lambda: counted() + sum(team.client.run(counted).values())
@@ -48,7 +48,7 @@ def sent(team: Team) -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore:1 of 1 fits")
 def test_a_pass_sends_coefficients_out_and_gradients_back(
-    team: Team, sent: Any, monkeypatch: pytest.MonkeyPatch
+    team: DaskExecutor, sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, CLASSES, 2000)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from featurepipe.cluster.table import ClusterTable, read_spec
 from featurepipe.errors import UsageError
+from featurepipe.execution.launchers import ClusterTable, read_spec
 
 
 def test_texts_that_name_a_cluster(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_files_without_a_table(tmp_path: Path) -> None:
 
 def test_neither_featurepipe_nor_a_job_file_loads_dask() -> None:
     code = (
-        "import sys, featurepipe, featurepipe.cluster, featurepipe.jobs.job, featurepipe.cli.parser\n"
+        "import sys, featurepipe, featurepipe.execution, featurepipe.jobs.job, featurepipe.cli.parser\n"
         "featurepipe.cli.parser.build_parser()\n"
         "sys.exit(int('dask' in sys.modules or 'distributed' in sys.modules))"
     )

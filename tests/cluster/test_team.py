@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-import featurepipe.cluster.worker as at_worker
-from featurepipe.cluster import Team, connect
+import featurepipe.execution.worker as at_worker
 from featurepipe.errors import ClusterError, StoreError, UsageError
+from featurepipe.execution import DaskExecutor, connect
 from featurepipe.store import FeatureStore
 from featurepipe.store.gc import gc_store
 
 
 @contextmanager
-def other_version(team: Team, address: str, package: str, number: str) -> Iterator[None]:
+def other_version(team: DaskExecutor, address: str, package: str, number: str) -> Iterator[None]:
     """While the block runs, one worker reports another version of a package."""
 
     def report() -> None:
-        import featurepipe.cluster.worker as module
+        import featurepipe.execution.worker as module
 
         if not hasattr(module, "true_version"):
             module.true_version = module.version
@@ -30,7 +30,7 @@ def other_version(team: Team, address: str, package: str, number: str) -> Iterat
         module._refusal.cache_clear()
 
     def restore() -> None:
-        import featurepipe.cluster.worker as module
+        import featurepipe.execution.worker as module
 
         module.version = module.true_version
         module._refusal.cache_clear()
@@ -42,7 +42,7 @@ def other_version(team: Team, address: str, package: str, number: str) -> Iterat
         team.client.run(restore, workers=[address])
 
 
-def test_workers_say_who_they_are(team: Team) -> None:
+def test_workers_say_who_they_are(team: DaskExecutor) -> None:
     workers = team.workers()
     assert sorted(worker.name for worker in workers) == ["0", "1"]
     assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
@@ -65,7 +65,7 @@ def test_workers_say_who_they_are(team: Team) -> None:
     ],
 )
 def test_other_versions_are_refused_by_name(
-    team: Team, said: list[str], package: str, number: str, refused: bool
+    team: DaskExecutor, said: list[str], package: str, number: str, refused: bool
 ) -> None:
     first, second = team.addresses()
     name = next(worker.name for worker in team.workers() if worker.address == first)
@@ -79,22 +79,22 @@ def test_other_versions_are_refused_by_name(
         assert said == []
 
 
-def test_a_late_worker_of_another_version_gets_no_task(team: Team, said: list[str]) -> None:
+def test_a_late_worker_of_another_version_gets_no_task(team: DaskExecutor, said: list[str]) -> None:
     team.check()
     first, second = team.addresses()
     with other_version(team, first, "torch", "1.0"):
 
-        def where(n: int) -> str:
+        def where(_context, n: int, _worker, stop, _report) -> str:
             from distributed import get_worker
 
             return str(get_worker().address)
 
-        assert set(dict(team.results(iter(range(8)), where)).values()) == {second}
+        assert set(dict(team.map(where, range(8))).values()) == {second}
     assert list(team.refused) == [first]
     assert len(said) == 1
 
 
-def test_all_refused_is_an_error_that_names_each(team: Team) -> None:
+def test_all_refused_is_an_error_that_names_each(team: DaskExecutor) -> None:
     first, second = team.addresses()
     with (
         other_version(team, first, "torch", "1.0"),
@@ -130,7 +130,7 @@ def test_a_store_that_is_tidied_up_meanwhile_is_still_seen(cluster_address: str,
 
 
 def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
-    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the workers see what the client sees, so the file is moved away as soon as it is there."""
     store = tmp_path / "store"
@@ -146,7 +146,7 @@ def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
 
 
 def test_another_folder_at_the_stores_path_is_refused(
-    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_text
 
@@ -158,12 +158,12 @@ def test_another_folder_at_the_stores_path_is_refused(
         team.check(tmp_path)
 
 
-def test_a_store_that_cannot_be_written_is_an_error(team: Team, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_an_error(team: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot write into the store .*nowhere: No such file"):
         team.check(tmp_path / "nowhere")
 
 
-def test_a_source_that_workers_do_not_see(team: Team, tmp_path: Path) -> None:
+def test_a_source_that_workers_do_not_see(team: DaskExecutor, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     assert len(team.check(source=tmp_path / "images")) == 2
     assert len(team.check(source="s3://bucket/images")) == 2
@@ -224,7 +224,7 @@ def test_a_client_that_is_closed_is_refused(cluster_address: str) -> None:
 
 
 def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.5)
     with (
         pytest.raises(
             ClusterError,
@@ -249,15 +249,17 @@ def test_a_scheduler_file(cluster_address: str, tmp_path: Path) -> None:
         pass
 
 
-def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(
+    team: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = team._known()
     ghost: dict[str, Any] = dict(known) | {"tcp://127.0.0.1:9": next(iter(known.values()))}
     monkeypatch.setattr(team, "_known", lambda: ghost)
-    monkeypatch.setattr("featurepipe.cluster.team.ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr("featurepipe.execution.worker_pool.ANSWER_SECONDS", 3.0)
     assert {worker.address for worker in team.workers()} == set(known)
 
 
-def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: Team) -> None:
+def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: DaskExecutor) -> None:
     def lose_package() -> None:
         import sys
 

@@ -11,14 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from featurepipe.cluster import connect
 from featurepipe.errors import ClusterError, UsageError
+from featurepipe.execution import connect
+from featurepipe.execution.connection import cluster_name
 from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
-from featurepipe.training import on_cluster, tuning
-from featurepipe.training.on_cluster import Pool, Room, cluster_name, fits_at_once, tried_on
+from featurepipe.training import trials, tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
+from featurepipe.training.trials import DataElsewhere, Room, fits_at_once, try_all
 from tests.cluster.conftest import local_cluster
 
 NODES = ["a:gap", "b:gap"]
@@ -79,7 +80,7 @@ def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
 
 def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
-    monkeypatch.setattr(on_cluster, "SHARE", 1e-9)
+    monkeypatch.setattr(trials, "MEMORY_USED", 1e-9)
     here, there, _, _ = pair(head="ridge", tune=True)
     assert there["search"]["how"].endswith("each by itself, 1 at a time")
     assert there["params"] == here["params"]
@@ -88,7 +89,7 @@ def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, mo
 @pytest.mark.slow
 def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
-    monkeypatch.setattr(on_cluster, "SHARE", 1e-9)
+    monkeypatch.setattr(trials, "MEMORY_USED", 1e-9)
     _, there, _, _ = pair(head="xgboost", params={"max_depth": 3, "min_child_weight": 1.0}, tune=True)
     assert 1 < there["params"]["n_estimators"] < 1000
 
@@ -124,7 +125,7 @@ def test_a_dry_run_says_where_and_connects_to_nobody(zoo, tmp_path):
 
 
 def test_what_cannot_be_spread_is_fitted_here_and_says_so(zoo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.5)
     zoo.write(zoo.images("train", 30))
     options = {"nodes": NODES, "out": tmp_path / "b", "cluster": "tcp://127.0.0.1:9"}  # where nobody is
     assert train(zoo.store, head="knn", **options)["cluster"] is None
@@ -200,9 +201,10 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_pa
 
     with local_cluster(threads_per_worker=4) as cluster, connect(cluster) as team:
         each = int(0.2 * team.workers()[0].memory_limit)
-        pool = Pool(features, [(rows[:60], rows[60:]), (rows[60:], rows[:60])], Room(each, each))
-        assert fits_at_once(team, pool.room) == 4
-        found = tried_on(team, zoo.store.path, pool, fit, [RBFSVM(C=float(c)) for c in range(1, 9)])
+        folds = [(rows[:60], rows[60:]), (rows[60:], rows[:60])]
+        data = DataElsewhere(features, folds, fit, Room(each, each))
+        assert fits_at_once(team, data.room) == 4
+        found = try_all(team, data, [RBFSVM(C=float(c)) for c in range(1, 9)])
     assert found == [(float(c), 120, size) for c in range(1, 9) for size in (60, 60)]
     events = sorted((float(when), who, int(step)) for who, when, step in map(str.split, log.read_text().splitlines()))
     now, most = Counter(), Counter()
@@ -210,7 +212,7 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_pa
         now[who] += step
         most[who] = max(most[who], now[who])
     assert sorted(most.values()) == [2, 2]
-    assert not list(zoo.store.path.glob(".search-*"))
+    assert not list(zoo.store.path.glob(".context-*"))
 
 
 @pytest.mark.slow
@@ -223,7 +225,7 @@ def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_team,
     victims = own_team.workers()[:count]
 
     def kill():
-        while not any("_tried" in key for key in own_team.client.processing().get(victims[-1].address, ())):
+        while not any("fit_try" in key for key in own_team.client.processing().get(victims[-1].address, ())):
             time.sleep(0.02)
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from featurepipe.cluster import connect, spread
-from featurepipe.cluster.together import TRIES, together
 from featurepipe.errors import ClusterError, UsageError
+from featurepipe.execution import connect, spread
+from featurepipe.execution.gang import TRIES, together
 from featurepipe.heads import BoostedTrees, make_head
 from featurepipe.training.train import train
 

@@ -101,7 +101,7 @@ class Run:
 
     def __init__(self, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from featurepipe.backbones.engine import Engine
-        from featurepipe.extraction import stream
+        from featurepipe.features import loader as stream
 
         self.path = store
         self.reads = self.decodes = self.forwards = 0
@@ -185,4 +185,4 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for seconds before it is tried again."""
-    monkeypatch.setattr("featurepipe.extraction.reading.WAITS", (0.001, 0.001, 0.001))
+    monkeypatch.setattr("featurepipe.features.reading.WAITS", (0.001, 0.001, 0.001))

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from featurepipe.errors import Reject, UsageError
-from featurepipe.extraction import stream
-from featurepipe.extraction.stream import Loader, StageSeconds
+from featurepipe.features import loader as stream
+from featurepipe.features.loader import Loader, StageSeconds
 from featurepipe.images import open_source
 from featurepipe.images.budgets import ALL, DecodeMemory, check_budgets
 from featurepipe.images.decode import decode
@@ -234,7 +234,7 @@ STUCK = """
 import sys, time
 from pathlib import Path
 from featurepipe.cli import main
-from featurepipe.extraction import stream
+from featurepipe.features import loader as stream
 
 real = stream.try_decode
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from featurepipe.errors import Reject, SourceError, Unavailable
-from featurepipe.extraction import reading
-from featurepipe.extraction.reading import DOUBT, PATIENCE, PROBES, WAITS, PatientReader
+from featurepipe.features import reading
+from featurepipe.features.reading import DOUBT, PATIENCE, PROBES, WAITS, PatientReader
 from featurepipe.images import open_source
 from featurepipe.store import verify_store
 

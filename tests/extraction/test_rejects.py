@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, TooManyRejects, UsageError
-from featurepipe.extraction.compute import Outcome
+from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import allowance
 from featurepipe.images import open_source
 
@@ -140,18 +140,18 @@ def test_the_first_reject_recorded_is_the_one_shown_and_lines_are_json(album, ru
 
 @pytest.mark.parametrize(("computed", "known", "rejected"), [(2, 0, 0), (1, 1, 2), (0, 0, 0)])
 def test_books_that_do_not_balance_fail_the_run(computed, known, rejected):
-    outcome = Outcome(np.zeros((3, 32), np.uint8), np.zeros(3, bool), computed=computed, known=known)
-    outcome.reasons = dict.fromkeys(range(rejected), "x")
+    ledger = ExtractionLedger(np.zeros((3, 32), np.uint8), np.zeros(3, bool), computed=computed, known=known)
+    ledger.reasons = dict.fromkeys(range(rejected), "x")
     with pytest.raises(
         FeaturepipeError, match=f"3 images were listed but {computed + known + rejected} are accounted for"
     ):
-        outcome.check()
-    outcome.known += 3 - computed - known - rejected
-    outcome.check()
+        ledger.check()
+    ledger.known += 3 - computed - known - rejected
+    ledger.check()
 
 
 def test_a_lost_image_fails_the_run_and_writes_no_snapshot(album, run, monkeypatch):
-    from featurepipe.extraction.stream import Loader
+    from featurepipe.features.loader import Loader
 
     album.fill(20)
     load = Loader.load
@@ -211,7 +211,7 @@ def test_a_source_without_images_is_an_error(album, run):
 @pytest.fixture
 def late_decoder(monkeypatch):
     """A decoder that cannot read files that start with ``new``, until its ``learn()`` was called."""
-    from featurepipe.extraction import stream
+    from featurepipe.features import loader as stream
 
     decode = stream.try_decode
     known = []

@@ -12,7 +12,9 @@ from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.backbones.precision import PrecisionChoice
 from featurepipe.errors import UsageError
-from featurepipe.extraction import auto, place, prepare
+from featurepipe.extraction import prepare
+from featurepipe.features import session as session_module
+from featurepipe.features import settings as auto
 from featurepipe.images.decode import DECODING, decoding_fields
 from featurepipe.store import FeatureStore
 
@@ -34,7 +36,7 @@ def measured(monkeypatch):
             return PrecisionChoice(self.precision, "bf16", 0.99912, 3), None
 
     measured = Measured()
-    monkeypatch.setattr(place, "choose_precision", measured)
+    monkeypatch.setattr(session_module, "choose_precision", measured)
     return measured
 
 

@@ -1,5 +1,7 @@
 """Features without a store are those that a store would hold, row by row, in the listing's order and in bounded memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,17 +10,21 @@ from PIL import Image
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import NonFiniteFeatures
-from featurepipe.extraction import streaming
-from featurepipe.extraction.auto import Settings
-from featurepipe.extraction.machine import settle_machine
-from featurepipe.extraction.streaming import FeatureStream
+from featurepipe.features import stream as streaming
+from featurepipe.features.machine import settle_machine
+from featurepipe.features.options import Options
+from featurepipe.features.session import Session
+from featurepipe.features.settings import Settings
+from featurepipe.features.stream import FeatureStream
 from featurepipe.images import open_source
 
 
 def stream_of(nodes=("c3", "bottleneck"), *, backbone="lenet5", weights="none", dtype="float16", batch_size=7):
     network = load_backbone(backbone, weights)
     settings = Settings("fp32", dtype, "cpu", "declared", why={})
-    return FeatureStream(network, network.columns(nodes), settings, settle_machine("cpu", batch_size, 2, "cpu"))
+    machine, options = settle_machine("cpu", batch_size, 2, "cpu"), Options(backbone, weights)
+    session = Session.of(network, network.columns(nodes), machine, options)
+    return FeatureStream(replace(session, settings=settings))
 
 
 def streamed(stream, spec, **options):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import featurepipe.cluster
+import featurepipe.execution
 from featurepipe.errors import ClusterError, UsageError
 
 TRAIN = """
@@ -23,16 +23,16 @@ HERE = '[cluster]\nkind = "local"\nworkers = 2\n'
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What has been connected to."""
     found: list[Any] = []
-    connect = featurepipe.cluster.connect
+    connect = featurepipe.execution.connect
 
     @contextmanager
     def noted(spec: Any, **options: Any) -> Any:
-        if not isinstance(spec, featurepipe.cluster.Team):
+        if not isinstance(spec, featurepipe.execution.DaskExecutor):
             found.append(spec)
         with connect(spec, **options) as team:
             yield team
 
-    monkeypatch.setattr(featurepipe.cluster, "connect", noted, raising=False)
+    monkeypatch.setattr(featurepipe.execution, "connect", noted, raising=False)
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_dry_run_starts_no_cluster(pile: Any, connections: list[Any]) -> None:
 def test_a_cluster_that_is_not_there_fails_the_steps_and_the_record_says_why(
     pile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.3)
     pile.fill(3)
     pile.job('[cluster]\nscheduler = "tcp://127.0.0.1:9"\n')
     record = pile.run()
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_not_there_fails_the_steps_and_the_record_says_why(
 
 
 def test_what_is_said_on_the_command_line_comes_before_the_table(pile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurepipe.cluster.connection.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.3)
     pile.fill(3)
     pile.job(HERE)
     record = pile.run(cluster="tcp://127.0.0.1:9")

@@ -521,7 +521,7 @@ def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
 
 def test_a_source_that_goes_away_in_the_middle(pile, monkeypatch):
     """What was computed before stays, the listing is made anew, and the books of the night balance."""
-    from featurepipe.extraction import reading
+    from featurepipe.features import reading
     from featurepipe.images.folder import FolderSource
 
     read, scan, count, scans = FolderSource.read, FolderSource.scan, itertools.count(), []

@@ -10,7 +10,7 @@ import pytest
 
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import UsageError
-from featurepipe.extraction import place
+from featurepipe.features import session as session_module
 from featurepipe.layer_depth import document, sources
 from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth.depth import depth
@@ -276,9 +276,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, pictures, tmp
 
 def test_a_dry_run_compares_precisions_once(run, pictures, trained, monkeypatch):
     compared = []
-    original = place.choose_precision
+    original = session_module.choose_precision
     monkeypatch.setattr(
-        place, "choose_precision", lambda *given, **more: (compared.append(1), original(*given, **more))[1]
+        session_module, "choose_precision", lambda *given, **more: (compared.append(1), original(*given, **more))[1]
     )
     more = {
         "weights": trained,

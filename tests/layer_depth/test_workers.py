@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 WORKER = (
-    "import os, sys, time; from featurepipe.layer_depth.workers import end_with; end_with(os.getppid()); time.sleep(60)"
+    "import os, sys, time; from featurepipe.execution.local import end_with; end_with(os.getppid()); time.sleep(60)"
 )
 PARENT = f"""
     import subprocess, sys, time

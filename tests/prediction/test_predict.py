@@ -150,7 +150,7 @@ def test_small_probabilities_keep_their_digits(tmp_path):
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(album, tmp_path, name, message, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
-    monkeypatch.setattr("featurepipe.prediction.scorers.make_ready", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("featurepipe.prediction.shards.make_ready", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(UsageError, match=message):
         predict(album.bundle(), album.root, tmp_path / name, **OPTIONS)
 

@@ -1,0 +1,322 @@
+"""Bounded dispatch of shards to the workers of a pool: as many in flight as the workers there can use, and no more."""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from featurepipe.errors import ClusterError
+from featurepipe.execution.executor import Report, Stop
+from featurepipe.execution.worker import Attempt, TaskResult, ask_to_stop
+from featurepipe.execution.worker_pool import WorkerPool
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+
+S = TypeVar("S")
+R = TypeVar("R")
+
+LOOK_SECONDS = 0.5
+"""How often workers are counted and a stop is asked about while no answer comes."""
+
+STRAGGLING = 3.0
+"""At the end, a task that takes so many times the usual is begun a second time."""
+
+RETURN_SECONDS = 10.0
+"""How long tasks that are no longer wanted may take to come back with what they have."""
+
+RESULT_SECONDS = 10.0
+"""How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
+
+MOST_REFUSALS = 16
+"""Of one task; then something is wrong with more than a few workers."""
+
+
+def dispatch(
+    pool: WorkerPool,
+    shards: Iterable[S],
+    attempt: Attempt[R],
+    *,
+    stop: Stop,
+    report: Report,
+    ordered: bool,
+    in_flight: int,
+    lookahead: int | None,
+    retries: int,
+    interruptible: bool,
+) -> Generator[tuple[S, R], None, None]:
+    """Has shards done by the workers, and yields each with its result as they complete; see `Executor.map`.
+
+    Dask chooses the worker, moves a task when its worker dies, and tries again after an error that may pass. A worker that
+    `WorkerRefused` or the pool's requirements exclude is named, and its shard is done elsewhere. At the end, a shard that takes
+    far longer than the others is begun a second time, and the first result counts.
+
+    Args:
+        pool: the workers.
+        shards: pulled only when there is room.
+        attempt: what a worker does with a shard.
+        stop: see `Executor.map`, as all others.
+        report: told what a worker has reported, before the shard is yielded.
+        ordered: whether shards are yielded in their order, up to the first that was not begun.
+        in_flight: shards that a worker has, with the one that it works on.
+        lookahead: shards that may be begun for each worker from the oldest unfinished one on.
+        retries: how often a shard is tried again.
+        interruptible: whether the function heeds ``stop``. If not, what is no longer wanted is not waited for.
+
+    Raises:
+        ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
+        FeaturepipeError: what the function raised.
+    """
+    flow = _Flow(pool, iter(shards), attempt, stop, in_flight, lookahead, retries, interruptible)
+    try:
+        results = flow.run()
+        for _, shard, result in _in_order(results) if ordered else results:
+            for said in result.reported:
+                report(said)
+            yield shard, result.value  # type: ignore[misc]  # a value, since it is neither refused nor an error
+    finally:
+        flow.dismiss()
+
+
+_Arrived = tuple[int, S, TaskResult[R]]
+
+
+def _in_order(results: Iterator[_Arrived[S, R]]) -> Iterator[_Arrived[S, R]]:
+    """Results by their numbers, from 1 on; those that come early wait."""
+    waiting: dict[int, _Arrived[S, R]] = {}
+    following = 1
+    for arrived in results:
+        waiting[arrived[0]] = arrived
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+@dataclass
+class _Pending(Generic[S]):
+    """A shard without a result, and the attempts at it."""
+
+    shard: S
+    since: float
+    futures: list[Future[TaskResult[Any]]] = field(default_factory=list)
+    attempts: int = 0
+    refusals: int = 0
+    restricted: frozenset[str] = frozenset()
+
+
+class _Flow(Generic[S, R]):
+    def __init__(
+        self,
+        pool: WorkerPool,
+        shards: Iterator[S],
+        attempt: Attempt[R],
+        stop: Stop,
+        in_flight: int,
+        lookahead: int | None,
+        retries: int,
+        interruptible: bool,
+    ) -> None:
+        self.pool, self.shards, self.attempt, self.stop = pool, shards, attempt, stop
+        self.in_flight, self.lookahead, self.retries = in_flight, lookahead, retries
+        self.interruptible = interruptible
+        self.pending: dict[int, _Pending[S]] = {}
+        self.done: queue.SimpleQueue[tuple[int, Future[TaskResult[R]]]] = queue.SimpleQueue()
+        self.seconds: list[float] = []
+        self.workers: list[str] = []
+        self.count = 0
+        self.exhausted = self.stopping = self.late = False
+        self.alone_since = time.monotonic()
+        self.next_look = 0.0
+
+    def run(self) -> Iterator[_Arrived[S, R]]:
+        while True:
+            self._look()
+            self._fill()
+            if not self.pending:
+                return
+            for number, future in self._arrived():
+                yield from self._take(number, future)
+
+    def _look(self) -> None:
+        """Every so often: counts the workers, passes on a stop, helps what is stuck."""
+        self.pool.scheduler.check()
+        if self.stop() and not self.stopping:
+            self.stopping = self.exhausted = True
+            self.next_look = 0.0
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_SECONDS
+        self._count_workers()
+        if self.stopping:
+            self._call_back()
+            return
+        self._free_the_stuck()
+        if self.interruptible and (self.exhausted or self._is_held()):
+            self._double_stragglers()
+
+    def _count_workers(self) -> None:
+        before, self.workers = self.workers, self.pool.addresses()
+        for address in set(before).difference(self.workers, self.pool.refused):
+            self.pool.note_gone(address)
+        if self.workers:
+            self.alone_since = time.monotonic()
+        elif self.pending and time.monotonic() - self.alone_since > self.pool.patience:
+            raise self.pool.no_worker(
+                f"{len(self.pending)} tasks are not done, the first: {_told(self._oldest().shard)}"
+            )
+
+    def _oldest(self) -> _Pending[S]:
+        return self.pending[min(self.pending)]
+
+    def _call_back(self) -> None:
+        """Tells running tasks to come back, also in workers that have just come; what no worker has is given up."""
+        if not self.workers:
+            self.pending.clear()
+        self.pool.each(partial(ask_to_stop, self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
+
+    def _fill(self) -> None:
+        room = self.in_flight * self._usable()
+        while not self.exhausted and len(self.pending) < room and not self._is_held():
+            try:
+                shard = next(self.shards)
+            except StopIteration:
+                self.exhausted = True
+                return
+            self.count += 1
+            self.pending[self.count] = _Pending(shard, time.monotonic())
+            self._submit(self.count)
+
+    def _usable(self) -> int:
+        return max(len(self.workers), self.pool.most, 1)
+
+    def _is_held(self) -> bool:
+        """Whether enough has been begun beyond the oldest task without an answer."""
+        if self.lookahead is None or not self.pending:
+            return False
+        return self.count - min(self.pending) >= self.lookahead * self._usable()
+
+    def _submit(self, number: int, workers: list[str] | None = None) -> None:
+        pending = self.pending[number]
+        if workers is None and self.pool.refused:
+            workers = self.workers
+            pending.restricted = frozenset(workers)
+        pending.attempts += 1
+        function = getattr(self.attempt.function, "func", self.attempt.function)  # of a partial
+        key = f"{getattr(function, '__name__', 'task')}-{self.attempt.flow}-{number}-{pending.attempts}"
+        future = self.pool.scheduler.submit(
+            self.attempt, pending.shard, key=key, workers=workers or None, retries=self.retries, pure=False
+        )
+        pending.futures.append(future)
+        self._await(number, future)
+
+    def _await(self, number: int, future: Future[TaskResult[R]]) -> None:
+        future.add_done_callback(lambda future: self.done.put((number, future)))
+
+    def _arrived(self) -> list[tuple[int, Future[TaskResult[R]]]]:
+        """What has come in, after a short wait if nothing has."""
+        found: list[tuple[int, Future[TaskResult[R]]]] = []
+        try:
+            found.append(self.done.get(timeout=LOOK_SECONDS))
+            while True:
+                found.append(self.done.get_nowait())
+        except queue.Empty:
+            return found
+
+    def _take(self, number: int, future: Future[TaskResult[R]]) -> Iterator[_Arrived[S, R]]:
+        pending = self.pending.get(number)
+        if pending is None or future not in pending.futures:
+            return  # another attempt was first
+        answer = self._answer(pending, future)
+        if answer is None:
+            self._await(number, future)
+            return
+        if answer.refused:
+            self._elsewhere(number, future, answer)
+            return
+        del self.pending[number]
+        for other in pending.futures:
+            if other is not future:
+                other.cancel()
+                self.late = True
+        if answer.error is not None:
+            raise answer.error
+        if answer.begun:
+            self.seconds.append(answer.seconds)
+            yield number, pending.shard, answer
+
+    def _answer(self, pending: _Pending[S], future: Future[TaskResult[R]]) -> TaskResult[R] | None:
+        """What an attempt has come to; None if its worker has just died, and Dask makes it again."""
+        from distributed import CancelledError, KilledWorker
+
+        try:
+            return future.result(timeout=RESULT_SECONDS)
+        except CancelledError as error:
+            raise self.pool.scheduler.lost() from error  # by Dask, as soon as the connection breaks
+        except KilledWorker as error:
+            raise ClusterError(
+                f"every worker that began {_told(pending.shard)} died of it, {error.allowed_failures + 1} in all, the last "
+                f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. "
+                "See the workers' logs; what was committed stands"
+            ) from error
+        except OSError as error:
+            if future.status == "error":
+                raise  # the work's own
+            if isinstance(error, TimeoutError):
+                return None
+            raise self.pool.scheduler.lost() from error
+
+    def _elsewhere(self, number: int, future: Future[TaskResult[R]], answer: TaskResult[R]) -> None:
+        """Has a task done by another worker than the one that is refused."""
+        pending = self.pending[number]
+        self.pool.refuse(answer.worker, answer.refused)
+        pending.refusals += 1
+        pending.futures.remove(future)
+        if pending.refusals > MOST_REFUSALS:
+            raise self.pool.no_worker()
+        self.next_look = 0.0
+
+    def _free_the_stuck(self) -> None:
+        """Tasks that only certain workers may do are given to others when all of those are gone."""
+        for number, pending in self.pending.items():
+            if pending.restricted and not pending.restricted.intersection(self.workers):
+                gone, pending.futures = pending.futures, []
+                for future in gone:
+                    future.cancel()
+            if self.workers and not pending.futures:
+                self._submit(number)
+
+    def _double_stragglers(self) -> None:
+        if not self.seconds:
+            return
+        patience = STRAGGLING * max(statistics.median(self.seconds), 1.0)
+        late = [n for n, p in self.pending.items() if len(p.futures) == 1 and time.monotonic() - p.since > patience]
+        if not late:
+            return
+        free = self.pool.idle(self.workers)
+        for number in late[: len(free)]:
+            self._submit(number, free)
+
+    def dismiss(self) -> None:
+        """Calls back what is still under way and waits a little for it, so that it commits what it has."""
+        if not (self.pending or self.late) or self.pool.scheduler.is_lost:
+            return
+        workers = self.pool.addresses()
+        self.pool.each(partial(ask_to_stop, self.attempt.flow), workers, seconds=RETURN_SECONDS)
+        futures = [future for pending in self.pending.values() for future in pending.futures]
+        deadline = time.monotonic() + (RETURN_SECONDS if workers and self.interruptible else 0)
+        while time.monotonic() < deadline and not all(future.done() for future in futures):
+            time.sleep(0.05)
+        for future in futures:
+            future.cancel()
+
+
+def _told(task: object) -> str:
+    """A task in a message."""
+    text = str(task)
+    return text if len(text) <= 200 else f"{text[:200]}..."

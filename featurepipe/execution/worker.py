@@ -1,0 +1,249 @@
+"""What runs inside a worker's process: what it is, whether it is fit, and one attempt at a task."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import platform
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from featurepipe.errors import FeaturepipeError, WorkerRefused
+from featurepipe.execution.executor import Function, Stop, Worker
+
+R = TypeVar("R")
+
+DIGITS = {"featurepipe": 3, "torch": 2, "torchvision": 2, "numpy": 1}
+"""How many numbers of a version must agree between client and workers, by package."""
+
+
+def installed() -> dict[str, str]:
+    """Versions of what must agree, and of Python and Dask, in this process; packages that are missing are left out."""
+    found = {"python": platform.python_version()}
+    for name in (*DIGITS, "distributed"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def gpu_names() -> list[str]:
+    """The NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; told without loading CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device.strip() for device in named.split(",") if device.strip() not in {"", "-1", "NoDevFiles"}]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def facts() -> dict[str, Any]:
+    """What a worker's process says of itself."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "gpus": len(gpu_names()), "versions": installed()}
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a worker must fulfil; it travels with every task, so that a worker that has come late is looked at, too.
+
+    Attributes:
+        versions: (package, version) pairs of the client.
+        token: a file that every worker must see, or None.
+        secret: what is in that file.
+        source: a path that must exist, or None.
+    """
+
+    versions: tuple[tuple[str, str], ...]
+    token: str | None = None
+    secret: str = ""
+    source: str | None = None
+
+    def refusal(self) -> str:
+        """Why this process is not fit; empty if it is."""
+        mine = installed()
+        for name, theirs in self.versions:
+            digits = DIGITS.get(name)
+            if digits and _start(mine.get(name, ""), digits) != _start(theirs, digits):
+                return f"it has {name} {mine.get(name, '(not installed)')}, the client has {theirs}"
+        if self.token and (why := self._unseen()):
+            return why
+        return "" if self.source is None or Path(self.source).exists() else f"it does not see the source {self.source}"
+
+    def _unseen(self) -> str:
+        token = Path(self.token or "")
+        try:
+            seen = token.read_text()
+        except OSError as error:
+            return f"it does not see the store {token.parent} ({error.strerror})"
+        return "" if seen == self.secret else f"another folder is at {token.parent} there"
+
+
+def _start(text: str, digits: int) -> list[str]:
+    return text.partition("+")[0].split(".")[:digits]
+
+
+@cache
+def _refusal(requirements: Requirements) -> str:
+    return requirements.refusal()
+
+
+@dataclass(frozen=True)
+class TaskResult(Generic[R]):
+    """What came of one attempt; exactly one of value, refused, error and begun says it.
+
+    Attributes:
+        worker: the address of the worker that made it.
+        seconds: how long it took.
+        value: what the work returned.
+        refused: why this worker must not be used.
+        error: an error that no other attempt would avoid.
+        reported: what the function reported.
+        begun: False for a task that was not begun, because a stop had been asked for.
+    """
+
+    worker: str
+    seconds: float = 0.0
+    value: R | None = None
+    refused: str = ""
+    error: FeaturepipeError | None = None
+    begun: bool = True
+    reported: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A context on its way to workers: pickled, and known by what it holds.
+
+    Attributes:
+        digest: SHA-256 of the pickle.
+        content: the pickle, or None if it is in a file.
+        file: a file that all workers see, or None.
+    """
+
+    digest: str
+    content: bytes | None = field(default=None, compare=False, repr=False)
+    file: str | None = field(default=None, compare=False)
+
+    def opened(self) -> Any:
+        """The context, of which a process has one object.
+
+        Raises:
+            WorkerRefused: its code or its file is not there.
+        """
+        with _OPENING:
+            if self.digest not in _CONTEXTS:
+                while len(_CONTEXTS) >= MOST_CONTEXTS:
+                    _CONTEXTS.pop(next(iter(_CONTEXTS)))
+                _CONTEXTS[self.digest] = self._loaded()
+            return _CONTEXTS[self.digest]
+
+    def _loaded(self) -> Any:
+        try:
+            return pickle.loads(self._bytes())  # noqa: S301  # of our client, as its digest shows, which runs what it likes here
+        except (ImportError, AttributeError) as error:
+            raise WorkerRefused(f"it lacks what the work needs: {error}") from error
+
+    def _bytes(self) -> bytes:
+        if self.file is None:
+            return self.content or b""
+        try:
+            content = Path(self.file).read_bytes()
+        except OSError as error:
+            raise WorkerRefused(f"it does not see {self.file} ({error.strerror})") from error
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise WorkerRefused(f"it sees something else at {self.file}")
+        return content
+
+
+MOST_CONTEXTS = 2
+"""Contexts that a process keeps open: of the work before and of that now."""
+
+_CONTEXTS: dict[str, Any] = {}
+_OPENING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[R]):
+    """A shard's work as Dask runs it in a worker's thread.
+
+    Attributes:
+        function: see `featurepipe.execution.executor.Function`.
+        context: what all shards have in common, or None.
+        requirements: what the worker must fulfil.
+        flow: names the flow of shards, for `ask_to_stop`.
+    """
+
+    function: Function[R]
+    context: Carried | None
+    requirements: Requirements
+    flow: str = field(default="")
+
+    def __call__(self, shard: Any) -> TaskResult[R]:
+        """One attempt. Errors of our own are results, since trying again would not help; Dask tries again after others."""
+        from distributed import get_worker
+
+        address = str(get_worker().address)
+        if self.flow in _STOPPED:
+            return TaskResult(address, begun=False)
+        if why := _refusal(self.requirements):
+            return TaskResult(address, refused=why)
+        start, before, reported = time.perf_counter(), _FLOW.set(self.flow), list[Any]()
+        try:
+            context = None if self.context is None else self.context.opened()
+            value = self.function(context, shard, this_worker(), stop_of_task(), reported.append)
+        except WorkerRefused as error:
+            return TaskResult(address, refused=str(error))
+        except FeaturepipeError as error:
+            return TaskResult(address, error=error, reported=reported)
+        finally:
+            _FLOW.reset(before)
+        return TaskResult(address, time.perf_counter() - start, value, reported=reported)
+
+
+_FLOW: ContextVar[str] = ContextVar("flow", default="")
+_STOPPED: set[str] = set()  # of this process: Dask reaches a task that runs only by way of its process
+_ALONE = threading.Lock()
+
+
+def ask_to_stop(flow: str) -> None:
+    """Run in a worker's process: tells the tasks of a flow to come back with what they have."""
+    _STOPPED.add(flow)
+
+
+def stop_of_task() -> Stop:
+    """Called by a task in its own thread: a function, good in any thread, that tells whether the client wants it back.
+
+    Example:
+        >>> stop_of_task()()
+        False
+    """
+    flow = _FLOW.get()
+    return lambda: flow in _STOPPED
+
+
+def this_worker() -> Worker:
+    """The worker of Dask's that runs this task."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    limit = int(worker.memory_manager.memory_limit or 0)
+    return Worker(str(worker.name), int(worker.state.nthreads), limit, is_local=False, alone=one_at_a_time)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """While the block runs, no other thread of this process is in such a block: for a network, which a process has once.
+
+    Dask's workers may have several threads, each with a task of its own.
+    """
+    with _ALONE:
+        yield

@@ -1,0 +1,344 @@
+"""A session: a frozen network, the settings of its features, and the machine that computes them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones.engine import NUMERICS, Engine
+from featurepipe.backbones.precision import choose_precision
+from featurepipe.errors import Reject, UsageError, WeightsNotFound, WorkerRefused
+from featurepipe.execution.executor import Executor, Report, Stop, Worker
+from featurepipe.features.loader import Loader, StageSeconds, load_sample, loader_for
+from featurepipe.features.machine import Machine, settle_machine
+from featurepipe.features.options import Options
+from featurepipe.features.settings import Settings
+from featurepipe.images import Source
+from featurepipe.images.decode import DECODING
+from featurepipe.store import differences
+from featurepipe.store.identity import canonical_json
+
+SAMPLE = 16
+"""Images on which precisions are compared."""
+
+LARGEST_SOURCE = 4 * 1024 * 1024
+"""Bytes of a source that travels to workers: paths and names are far below, a pile of arrays in memory is above."""
+
+TRIM_VARIABLE = "MALLOC_TRIM_THRESHOLD_"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+LARGEST_KEPT = 32 * 1024 * 1024
+"""Bytes of the largest block that is not asked of the system, and given back to it, by itself; glibc's own limit."""
+
+
+@dataclass(frozen=True)
+class NetworkName:
+    """A network as any process can load it; hashable, so that a process knows whether it has it already.
+
+    Attributes:
+        backbone: its name, as the user wrote it.
+        weights: as the user wrote them.
+        seed: of a random control.
+        identity: what its features follow from besides the settings, as canonical JSON; see `identity_of`.
+    """
+
+    backbone: str
+    weights: str
+    seed: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network in this process, and the engines built of it: by precision, and then by columns."""
+
+    backbone: Backbone
+    engines: defaultdict[str, dict[frozenset[Column], Engine]] = field(default_factory=lambda: defaultdict(dict))
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that turns images into features.
+
+    Its pickle names the network. A process that opens it loads the network in `at`, and refuses if its features would differ.
+
+    Attributes:
+        network: how another process loads it.
+        columns: to compute.
+        machine: device, batch size and threads.
+        workers: threads that read and decode as asked for; None for as many as a worker may use.
+        settings: precision, stored dtype, decode route and intensity; None before they are settled.
+        loaded: the network in this process, if it is loaded.
+    """
+
+    network: NetworkName
+    columns: tuple[Column, ...]
+    machine: Machine
+    workers: int | None = None
+    settings: Settings | None = None
+    loaded: LoadedNetwork | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        columns: Sequence[Column],
+        machine: Machine,
+        options: Options,
+        *,
+        loaded: LoadedNetwork | None = None,
+    ) -> Self:
+        """A session of a network that this process has loaded."""
+        weights = str(Path(options.weights).absolute()) if Path(options.weights).is_file() else options.weights
+        name = NetworkName(options.backbone, weights, options.seed, canonical_json(identity_of(backbone)))
+        return cls(name, tuple(columns), machine, options.workers, loaded=loaded or LoadedNetwork(backbone))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Session, (self.network, self.columns, self.machine, self.workers, self.settings)
+
+    @contextmanager
+    def at(self, worker: Worker) -> Iterator[Session]:
+        """The session in the process of a worker, with its network loaded, alone on all its cores.
+
+        Raises:
+            WorkerRefused: the network cannot be loaded there, or would compute other features.
+        """
+        if worker.is_local:
+            yield self
+            return
+        with worker.alone():
+            torch.set_num_threads(worker.threads)  # of this thread
+            loaded = load_network(self.network, self.machine.device)
+            yield replace(self, machine=replace(self.machine, workers=self.workers or worker.threads), loaded=loaded)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network; see `network_here`."""
+        return self.network_here.backbone
+
+    @property
+    def network_here(self) -> LoadedNetwork:
+        """The network and the engines built of it, in this process.
+
+        Raises:
+            RuntimeError: it is not loaded.
+        """
+        if self.loaded is None:
+            raise RuntimeError("the session's network is not loaded in this process; enter Session.at")
+        return self.loaded
+
+    @property
+    def settled(self) -> Settings:
+        """The settings.
+
+        Raises:
+            RuntimeError: they are not settled.
+        """
+        if self.settings is None:
+            raise RuntimeError("the session's settings are not settled")
+        return self.settings
+
+    def loader(
+        self,
+        source: Source,
+        missing: Callable[[bytes], tuple[str, ...] | Reject],
+        clock: StageSeconds,
+        *,
+        keep_damaged: bool = False,
+    ) -> Loader:
+        """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
+        route, intensity = self.settled.decode, self.settled.intensity
+        return loader_for(
+            source, missing, self.backbone, self.machine, route, intensity, clock, keep_damaged=keep_damaged
+        )
+
+    def engine(self, columns: Sequence[Column]) -> Engine:
+        """The network for some of the columns, in the settled precision; built once."""
+        precision, wanted = self.settled.precision, frozenset(columns)
+        engines = self.network_here.engines[precision]
+        if wanted not in engines:
+            engines[wanted] = Engine(
+                self.backbone,
+                columns,
+                precision=precision,
+                device=self.machine.device,
+                batch_size=self.machine.batch_size,
+            )
+        return engines[wanted]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a listing, of which the first usable images are taken.
+
+    Attributes:
+        listing: with the rows.
+        rows: int64, which of them, in order.
+        images: how many usable ones are wanted.
+    """
+
+    listing: pa.Table
+    rows: np.ndarray
+    images: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        chosen = self.rows[: 4 * self.images]
+        taken = self.listing.select(["id", "size", "mtime_ns", "locator"]).take(pa.array(chosen))
+        return Sample, (taken, np.arange(len(chosen)), self.images)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What samples of a source are computed with."""
+
+    session: Session
+    source: Source
+
+    def load(self, session: Session, sample: Sample, intensity: str) -> torch.Tensor:
+        """The usable images: uint8 (n, C, h, w)."""
+        about = session.backbone, session.machine
+        return load_sample(self.source, sample.listing, *about, sample.rows, sample.images, intensity)
+
+
+def check_travels(source: Source) -> None:
+    """Checks that workers elsewhere can read a source.
+
+    Raises:
+        UsageError: it cannot travel, since it holds images, or something of this process.
+    """
+    import cloudpickle  # type: ignore[import-untyped]
+
+    remedy = (
+        "on a cluster, images come from where every worker can read them: a folder, a manifest, archives, "
+        "array files (.npz, .h5), or a URL"
+    )
+    if source.location.startswith("memory://"):
+        raise UsageError(f"{source.location} is in this process' memory, where no worker can read it; {remedy}")
+    try:
+        content: bytes = cloudpickle.dumps(source)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"the source {source.location} cannot be sent to workers ({error}); {remedy}") from error
+    if len(content) > LARGEST_SOURCE:
+        raise UsageError(
+            f"the source {source.location} holds {len(content) / 2**20:,.0f} MiB in memory, which would travel to the "
+            f"workers with the work; {remedy}"
+        )
+
+
+def settle_machine_for(executor: Executor, options: Options) -> Machine:
+    """Settles device, batch size and threads for whoever computes. All compute on one kind of device: CUDA if any has it.
+
+    Raises:
+        UsageError: no worker has the device asked for, or the request makes no sense.
+    """
+    if executor.is_local:
+        return settle_machine(options.device, options.batch_size, options.workers, options.decode)
+    answers = executor.each(torch.cuda.is_available)
+    machine = settle_machine(
+        options.device,
+        options.batch_size,
+        options.workers,
+        options.decode,
+        has_cuda=any(has is True for has in answers.values()),
+        cpus=max((worker.threads for worker in executor.workers()), default=1),
+    )
+    if machine.device.startswith("cuda"):
+        for address, has in answers.items():
+            if has is False:
+                executor.refuse(address, "it has no CUDA device, and this run computes on cuda")
+    return machine
+
+
+def measure_precision(
+    context: Sampling, asked: tuple[Sample, str | None, str], worker: Worker, _stop: Stop, _report: Report
+) -> tuple[str, str]:
+    """Compares a reduced precision with fp32 on some images; see `featurepipe.features.settings.MeasurePrecision`.
+
+    Args:
+        context: the session, whose settings are not settled yet, and the source.
+        asked: the images; the reduced precision, None for what suits the device; the intensity with which images are decoded.
+        worker: who does it.
+
+    Returns:
+        The precision to take, and why. What was built for it is kept in the session.
+    """
+    sample, tried, intensity = asked
+    with context.session.at(worker) as session:
+        images, device = context.load(session, sample, intensity), session.machine.device
+        choice, engine = choose_precision(
+            session.backbone, session.columns, images, device, tried=tried, batch_size=session.machine.batch_size
+        )
+        if engine is not None:
+            session.network_here.engines[choice.precision][frozenset(session.columns)] = engine
+    return choice.precision, choice.reason
+
+
+def sample_rate(
+    context: Sampling, sample: Sample, worker: Worker, _stop: Stop, _report: Report
+) -> tuple[float | None, int]:
+    """Images per second that a worker loads and computes, None without a usable image; and how many the sample has."""
+    with context.session.at(worker) as session:
+        intensity = session.settled.intensity
+        images = context.load(session, sample, intensity)
+        if not len(images):
+            return None, 0
+        engine = session.engine(session.columns)
+        engine(images)  # the first call pays for set-up
+        start = time.perf_counter()
+        again = context.load(session, sample, intensity)
+        engine(again)
+        return len(again) / (time.perf_counter() - start), len(images)
+
+
+@lru_cache(maxsize=1)
+def load_network(network: NetworkName, device: str) -> LoadedNetwork:
+    """The network, loaded when a worker's process first needs it, and checked.
+
+    Raises:
+        WorkerRefused: it cannot be loaded here, or would compute other features.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkerRefused("it has no CUDA device, and this run computes on cuda")
+    keep_memory()
+    try:
+        backbone = load_backbone(network.backbone, network.weights, seed=network.seed)
+        mine = identity_of(backbone)
+    except (UsageError, WeightsNotFound) as error:
+        raise WorkerRefused(f"it cannot load {network.backbone}: {error}") from error
+    differing = differences(json.loads(network.identity), mine)
+    if differing:
+        raise WorkerRefused(f"its {network.backbone} would give other features: {', '.join(differing)} differs")
+    return LoadedNetwork(backbone)
+
+
+def identity_of(backbone: Backbone) -> dict[str, Any]:
+    """What a backbone's features follow from besides the settings (precision and the like): part of the feature space."""
+    return {**backbone.identity(), "decoding": dict(DECODING), "numerics": NUMERICS}
+
+
+def keep_memory() -> None:
+    """Has the C library keep what a batch frees for the next one.
+
+    Dask's nanny sets ``MALLOC_TRIM_THRESHOLD_`` so that memory goes back to the system at once; a network on a CPU then takes
+    every activation from the system anew, which was measured to cost twice the time of the forward itself. This undoes it, with
+    the values at which glibc arrives by itself. Other C libraries have no such setting.
+    """
+    if TRIM_VARIABLE not in os.environ or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_KEPT)

@@ -1,0 +1,124 @@
+"""Resolving every ``auto``: once, before the first image, from what the store already holds or else by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from featurepipe.errors import UsageError
+from featurepipe.features.options import AUTO
+from featurepipe.images.decode import decoding_fields
+from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
+
+MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
+"""Takes the reduced precision to compare with fp32, None for what suits the device, and the intensity with which images are
+decoded; returns the precision to take, and why."""
+
+_DEFAULTS = {
+    "dtype": ("float16", "default: half the bytes, relative error below 0.001 or else float32"),
+    "decode": ("cpu", "default: the same pixels on every machine"),
+    "intensity": (
+        "declared",
+        "default: images of more than eight bits by what their files declare, others of few values are rejects",
+    ),
+}
+_AS_VERSION_1 = (
+    "as in the store, which is of version 1: images of more than eight bits that it would show wrongly are rejects from now "
+    "on, features of such images that it holds stay as they are; --intensity declared starts a feature space without them"
+)
+
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "dtype": ("float16", "float32"),
+    "decode": ("cpu", "gpu"),
+}
+SETTINGS = (*CHOICES, "intensity")
+
+
+def _values(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a feature space, by name."""
+    return {**{name: str(fields[name]) for name in CHOICES}, "intensity": intensity_of(fields.get("decoding", {}))}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of a feature space that may be ``auto``, resolved, and why each has its value."""
+
+    precision: str
+    dtype: str
+    decode: str
+    intensity: str
+    why: Mapping[str, str]
+
+    @classmethod
+    def of_space(cls, fields: Mapping[str, Any], why: str) -> Self:
+        """The settings of a feature space."""
+        return cls(**_values(fields), why=dict.fromkeys(SETTINGS, why))
+
+    def values(self) -> dict[str, str]:
+        """The values alone, by name."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def fields(self) -> dict[str, Any]:
+        """The values as they go into the feature space, with all that decoding does."""
+        return {**{name: getattr(self, name) for name in CHOICES}, "decoding": decoding_fields(self.intensity)}
+
+
+def check(asked: Mapping[str, str]) -> None:
+    """Refuses values that are neither ``auto`` nor a known choice.
+
+    Raises:
+        UsageError: names the setting, the value and the choices.
+    """
+    for name, value in asked.items():
+        if value == AUTO:
+            continue
+        if name not in CHOICES:
+            parse_intensity(value)
+        elif value not in CHOICES[name]:
+            raise UsageError(f"unknown {name} {value!r}; choices: auto, {', '.join(CHOICES[name])}")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A feature space that the store holds for the backbone, and whether it has every column asked for."""
+
+    fields: Mapping[str, Any]
+    complete: bool
+
+
+def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: MeasurePrecision) -> Settings:
+    """Settles precision, stored dtype, decode route and intensity.
+
+    Every ``auto`` follows the store. But a reduced precision there was measured on the columns there, so that before it is
+    followed for a new column it is measured on that one too.
+
+    Args:
+        asked: what the user asked for, each a choice or ``auto``.
+        held: the feature spaces that the store holds for this backbone, best first (those that this dataset used last, then
+            others). The first that agrees with all that was asked for explicitly is followed, or else the first.
+        measure_precision: compares precisions; called only when needed.
+
+    Raises:
+        UsageError: an intensity, asked for or that of the space to follow, is unknown.
+    """
+    explicit = {name: value for name, value in asked.items() if value != AUTO}
+    if "intensity" in explicit:
+        explicit["intensity"] = str(parse_intensity(explicit["intensity"]))
+    agreeing = [space for space in held if explicit.items() <= _values(space.fields).items()]
+    followed = next(iter(agreeing or held), None)
+    values, why = {name: value for name, (value, _) in _DEFAULTS.items()}, {n: why for n, (_, why) in _DEFAULTS.items()}
+    if followed is not None:
+        values, why = _values(followed.fields), dict.fromkeys(SETTINGS, "as in the store")
+        if values["intensity"] == str(HIGH_BYTE):
+            why["intensity"] = _AS_VERSION_1
+    values.update(explicit)
+    why.update(dict.fromkeys(explicit, "asked for"))
+    values["intensity"] = str(parse_intensity(values["intensity"]))
+    if "precision" not in values:
+        values["precision"], why["precision"] = measure_precision(None, values["intensity"])
+    elif followed and "precision" not in explicit and values["precision"] != "fp32" and not followed.complete:
+        values["precision"], reason = measure_precision(values["precision"], values["intensity"])
+        why["precision"] = f"as in the store, for new columns too: {reason}"
+    return Settings(**values, why={name: why[name] for name in SETTINGS})
