@@ -14,7 +14,7 @@ import pyarrow as pa
 from featurepipe.errors import FeaturepipeError
 from featurepipe.execution.executor import Worker
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.machine import Machine
+from featurepipe.features.settings import Machine
 
 COLUMNS = ("id", "size", "mtime_ns", "locator")
 """What a worker needs to know of an image; its label and split stay with the client."""

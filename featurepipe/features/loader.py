@@ -18,8 +18,8 @@ import torch
 
 from featurepipe.backbones import Backbone
 from featurepipe.errors import Reject, SourceError, Unavailable
-from featurepipe.features.machine import Machine
 from featurepipe.features.reading import PatientReader
+from featurepipe.features.settings import Machine
 from featurepipe.images import Source, key_of
 from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Budget, Lease, check_bytes
 from featurepipe.images.decode import Claim, Kept, as_reject, try_decode

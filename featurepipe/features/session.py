@@ -25,9 +25,8 @@ from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Loader, StageSeconds, load_sample, loader_for
-from featurepipe.features.machine import Machine, settle_machine
 from featurepipe.features.options import Options
-from featurepipe.features.settings import Settings
+from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
 from featurepipe.store import differences

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
 from featurepipe.execution.connection import executor_on
-from featurepipe.features.machine import Machine
 from featurepipe.features.options import Options
 from featurepipe.features.session import settle_machine_for
+from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
 from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
 from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol

@@ -19,10 +19,9 @@ from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.machine import settle_machine
 from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import Session
-from featurepipe.features.settings import Settings
+from featurepipe.features.settings import Settings, settle_machine
 from featurepipe.features.stream import FeatureBatch, FeatureStream
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source

@@ -25,9 +25,9 @@ from featurepipe.extraction.compute import check_source, located, source_seen_by
 from featurepipe.extraction.ledger import WorkerTotals
 from featurepipe.extraction.shards import Shard, ShardRun, ShardSizes, cut
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.machine import Machine
 from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import check_travels, keep_memory, settle_machine_for
+from featurepipe.features.settings import Machine
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import MANIFEST
 from featurepipe.images import Source

@@ -19,10 +19,9 @@ from featurepipe.execution.worker import Carried
 from featurepipe.extraction.compute import ExtractionContext, compute_shard, part_bytes
 from featurepipe.extraction.shards import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Shard
 from featurepipe.features import session as session_module
-from featurepipe.features.machine import Machine
 from featurepipe.features.options import Options
 from featurepipe.features.session import Session, load_network
-from featurepipe.features.settings import Settings
+from featurepipe.features.settings import Machine, Settings
 from featurepipe.images import open_source
 
 WORKER = Worker("w0", threads=2, is_local=False)

@@ -11,10 +11,9 @@ from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import NonFiniteFeatures
 from featurepipe.features import stream as streaming
-from featurepipe.features.machine import settle_machine
 from featurepipe.features.options import Options
 from featurepipe.features.session import Session
-from featurepipe.features.settings import Settings
+from featurepipe.features.settings import Settings, settle_machine
 from featurepipe.features.stream import FeatureStream
 from featurepipe.images import open_source
 
