@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,15 +15,15 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS, check_bundle_target
 from featurepipe.heads.statistics.metrics import score_table, untested_text
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration, Recipe
 from featurepipe.training.inputs import Inputs
 from featurepipe.training.settle import Task
-from featurepipe.training.target import clear_torn
 from featurepipe.training.tuning import Search
 
 LONG = ("confusion", "confused", "mistakes")
@@ -158,3 +160,55 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
     probabilities, truth = bundle.probabilities(task.rows(known)), codes[codes >= 0]
     ids = task.features.take(known).ids
     return score_table(probabilities, truth, bundle.classes, ids=ids, bootstrap=bootstrap, seed=task.seed)
+
+
+_FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS})
+
+
+def bundle_target(path: str | os.PathLike[str]) -> Path:
+    """Checks that a bundle may be written to ``path``; the remains of one count as one.
+
+    Returns:
+        The path, absolute and without links.
+
+    Raises:
+        BundleError: something else is there.
+    """
+    try:
+        return check_bundle_target(path)
+    except BundleError:
+        target = Path(os.path.realpath(path))
+        if not _is_torn(target):
+            raise
+        return target
+
+
+def clear_torn(target: Path) -> None:
+    """Removes the remains of a bundle, that a new one can take its place; leaves all else as it is.
+
+    Args:
+        target: as `bundle_target` returned it.
+
+    Raises:
+        BundleError: a file cannot be removed.
+    """
+    if not _is_torn(target):
+        return
+    try:
+        for file in target.iterdir():
+            file.unlink()
+    except OSError as error:
+        raise BundleError(f"cannot remove the damaged bundle {target}: {error.strerror}; remove it yourself") from error
+
+
+def _is_torn(folder: Path) -> bool:
+    """Whether a folder holds a bundle's files and nothing else, and its ``bundle.json`` is cut short."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    if not all(file.name in _FILES and file.is_file() and not file.is_symlink() for file in folder.iterdir()):
+        return False
+    try:
+        json.loads((folder / MANIFEST).read_bytes())
+    except ValueError:  # no JSON; a manifest that is some, of a newer version say, is somebody's
+        return True
+    return False
