@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from featurepipe.display import displayed
 from featurepipe.errors import ClusterError, UsageError
@@ -134,6 +134,38 @@ def executor_on(cluster: Any, *, say: Callable[[str], None] = _to_stderr) -> Ite
         return
     with connect(cluster, say=say) as executor:
         yield executor
+
+
+ExecutorWhenNeeded: TypeAlias = "Callable[[], DaskExecutor | None]"
+"""Gives the executor of a cluster; None where all is done in this process."""
+
+
+@contextmanager
+def executor_when_needed(cluster: Any, say: Callable[[str], None]) -> Iterator[ExecutorWhenNeeded]:
+    """One executor for several commands, connected to when it is first needed.
+
+    If its scheduler goes away, the next command that asks is given another.
+
+    Args:
+        cluster: what `connect` takes; None for this process.
+        say: where messages go.
+
+    Yields:
+        A function that gives the executor; it raises `ClusterError` if that cannot be done.
+    """
+    with ExitStack() as stack:
+        known: list[DaskExecutor] = []
+
+        def executor() -> DaskExecutor | None:
+            if cluster is not None and (not known or known[-1].scheduler.is_lost):
+                known.append(stack.enter_context(connect(cluster, say=say)))
+            return known[-1] if known else None
+
+        yield executor
+
+
+def in_this_process() -> None:
+    """No executor of a cluster: all is done in this process."""
 
 
 def cluster_name(cluster: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from featurepipe import records
 from featurepipe.errors import SourceError, UsageError, WeightsNotFound
+from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
@@ -17,7 +18,6 @@ from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.preflight import check_dataset, in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import LabelledSource, Patience, TonightsSource
-from featurepipe.jobs.tonights_team import TeamOf, nobody
 from featurepipe.store.inside import listed
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
@@ -36,7 +36,7 @@ class Extractions:
         stop: what ends it.
         say: a line for people.
         silent: whether extractions say nothing themselves.
-        team: whose workers compute.
+        executor: who computes.
         before: the dataset's snapshot before tonight, if there is one.
     """
 
@@ -45,7 +45,7 @@ class Extractions:
     stop: StopRequest
     say: Callable[[str], None]
     silent: bool
-    team: TeamOf = nobody
+    executor: ExecutorWhenNeeded = in_this_process
     before: str | None = None
 
     def run(self) -> None:
@@ -117,7 +117,7 @@ class Extractions:
                 retry_rejects=self.record.retry_rejects,
                 stop=self.stop,
                 silent=self.silent,
-                cluster=self.team(),
+                cluster=self.executor(),
                 **arguments(self.job, features),
             )
         except SourceError:

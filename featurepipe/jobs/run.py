@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Interrupted, StoreLocked
+from featurepipe.execution.connection import executor_when_needed
 from featurepipe.execution.launchers import checked_spec
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.job import Job
@@ -17,7 +18,6 @@ from featurepipe.jobs.lock import Held, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
 from featurepipe.jobs.step import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Night, Step, steps_of
-from featurepipe.jobs.tonights_team import tonights_team
 from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore
 
@@ -73,8 +73,8 @@ def run_job(
 
                 check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
-            with log.about(run_id=record.run_id), record.kept(), tonights_team(cluster, log.say) as team:
-                extractions = Extractions(job, record, stop, log.say, silent, team)
+            with log.about(run_id=record.run_id), record.kept(), executor_when_needed(cluster, log.say) as executor:
+                extractions = Extractions(job, record, stop, log.say, silent, executor)
                 extractions.run()
                 _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
@@ -101,7 +101,7 @@ def _night(done: Extractions) -> Night:
         stop=done.stop,
         say=done.say,
         silent=done.silent,
-        team=done.team,
+        executor=done.executor,
         extracted=tuple(run for run in record.extractions if run["status"] == DONE),
         record=record.as_dict(),
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
 from featurepipe.jobs.job import Job, Table
-from featurepipe.jobs.tonights_team import TeamOf, nobody
 
 if TYPE_CHECKING:
     from featurepipe.interrupt import StopRequest
@@ -79,7 +79,7 @@ class Night:
         extracted: the run records of tonight's extractions that were done.
         record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
             and the status that the night will end with if all that is left succeeds. In the store it is still running.
-        team: the night's workers, see `featurepipe.jobs.tonights_team`.
+        executor: of the run's cluster, see `featurepipe.execution.connection.executor_when_needed`.
     """
 
     job: Job
@@ -92,7 +92,7 @@ class Night:
     silent: bool
     extracted: tuple[dict[str, Any], ...]
     record: dict[str, Any]
-    team: TeamOf = nobody
+    executor: ExecutorWhenNeeded = in_this_process
 
 
 class _OutOfTimeError(Exception):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +16,11 @@ from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
-from featurepipe.heads.families import make_head
 from featurepipe.store.views import FeatureSet
+from featurepipe.training.task import Recipe, Task
 
 if TYPE_CHECKING:
     from featurepipe.execution import SpreadFeatures
-    from featurepipe.training.settle import Task
 
 Array = npt.NDArray[Any]
 
@@ -30,37 +29,6 @@ ENOUGH = 100
 
 ONE_THREAD_VALUES = 5_000_000
 """Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which head to fit.
-
-    Attributes:
-        head: name of the family.
-        params: of the final estimator.
-        pca: components, or share of the variance, to keep; None for no PCA.
-        class_weight: ``balanced`` or None.
-        seed: of the estimator.
-    """
-
-    head: str
-    params: Mapping[str, Any]
-    pca: float | None = None
-    class_weight: str | None = None
-    seed: int = 0
-
-    def with_params(self, params: Mapping[str, Any]) -> Recipe:
-        """The same with other parameters on top."""
-        return replace(self, params={**self.params, **params})
-
-    def options(self, memory: int | None) -> dict[str, Any]:
-        """What `make_head` takes besides the name and the final estimator's parameters."""
-        return {"pca": self.pca, "class_weight": self.class_weight, "random_state": self.seed, "memory": memory}
-
-    def make(self, *, out_of_core: bool = False, memory: int | None = None) -> BaseEstimator:
-        """An unfitted estimator."""
-        return make_head(self.head, out_of_core=out_of_core, **self.options(memory), **self.params)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle
     from featurepipe.store.labels import LabelledImages
-    from featurepipe.training.fit import Recipe
-    from featurepipe.training.settle import Task
+    from featurepipe.training.task import Recipe, Task
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHT
 from featurepipe.heads.statistics.metrics import score_table, untested_text
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
-from featurepipe.training.fit import Calibration, Recipe
+from featurepipe.training.fit import Calibration
 from featurepipe.training.inputs import Inputs
-from featurepipe.training.settle import Task
+from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import Search
 
 LONG = ("confusion", "confused", "mistakes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,95 +13,20 @@ import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
 from featurepipe.errors import UsageError, unknown
-from featurepipe.execution.executor import Executor
-from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.views import with_told_labels
 from featurepipe.tables import counted
 from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_on_cluster, choose_route, time_of
-from featurepipe.training.fit import Recipe, fit
+from featurepipe.training.fit import fit
 from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
-from featurepipe.training.splits import Division, Fold, class_counts, divide, folds_of
+from featurepipe.training.splits import Division, class_counts, divide
+from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import MOST_ROWS, grid_size, steps_of
 
 if TYPE_CHECKING:
-    from featurepipe.execution import SpreadFeatures
     from featurepipe.store.views import FeatureSet
-
-FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Task:
-    """A training with everything settled.
-
-    Attributes:
-        features: the labelled rows of the dataset.
-        classes: names of the classes of the training rows, sorted.
-        codes: (n,) number of each row's class, -1 for a class that no training row has.
-        division: which rows train, validate and test.
-        cost: memory and time, and so how the fits run.
-        unlabelled: images left out because they have no label.
-        seed: of all draws.
-        executor: does what can be done elsewhere.
-    """
-
-    features: FeatureSet
-    classes: tuple[str, ...]
-    codes: npt.NDArray[np.int64]
-    division: Division
-    cost: Cost
-    unlabelled: int
-    seed: int
-    executor: Executor = field(default_factory=LocalExecutor)
-
-    def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
-        """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
-        chosen = self.features.take(positions)
-        rows: FeatureSet | SpreadFeatures = chosen if self.cost.cluster is None else self.executor.rows(chosen)
-        return rows
-
-    def folds(self) -> Sequence[Fold]:
-        """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
-        division = self.division
-        if len(division.validation) and not division.is_carved:
-            folds: Sequence[Fold] = [(division.train, division.validation)]
-        else:
-            folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
-        usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
-        usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.codes[fold[0]])) > 1]
-        if not usable:
-            images = counted(len(division.final), "training image")
-            raise UsageError(
-                f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
-                "leaves two classes; leave --tune out, or give more images"
-            )
-        return usable
-
-    def counts(self) -> dict[str, int]:
-        """How many images take which part."""
-        division = self.division
-        return {
-            "train": len(division.final),
-            "validation": len(division.validation),
-            "test": len(division.test),
-            "unlabelled": self.unlabelled,
-            "rejected": self.features.rejected,
-            "duplicates": self.features.take(division.final).duplicates,
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values: what a dry run prints."""
-        return {
-            "dataset": self.features.origin.dataset,
-            "columns": list(self.features.columns),
-            "classes": class_counts(self.codes[self.division.final], self.classes),
-            "counts": self.counts(),
-            "split": self.division.text,
-            "cost": {**self.cost.as_dict(), "text": self.cost.text},
-        }
 
 
 def settle(

@@ -13,10 +13,11 @@ from featurepipe.execution.connection import cluster_name, executor_on
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.training.fit import Recipe, calibrate, fit
+from featurepipe.training.fit import calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
+from featurepipe.training.task import Recipe
 from featurepipe.training.tuning import search
 
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"

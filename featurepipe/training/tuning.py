@@ -23,8 +23,7 @@ from featurepipe.training.splits import Fold
 from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
 
 if TYPE_CHECKING:
-    from featurepipe.training.fit import Recipe
-    from featurepipe.training.settle import Task
+    from featurepipe.training.task import Recipe, Task
 
 Array = npt.NDArray[Any]
 

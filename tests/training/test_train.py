@@ -141,8 +141,8 @@ def test_shared_passes_find_what_single_fits_find(split_zoo, run, monkeypatch):
     """The accuracy of each C over 5 folds is that of scikit-learn's own fits on the same folds."""
     monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
     from featurepipe.progress import announcer
-    from featurepipe.training.fit import Recipe
     from featurepipe.training.settle import settle
+    from featurepipe.training.task import Recipe
 
     record = run(split_zoo, tune=True, calibration=False)
     assert "in shared passes" in record["search"]["how"]

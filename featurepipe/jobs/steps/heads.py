@@ -50,7 +50,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             trust_code=night.job.networks,
             if_changed=table.when == "labels changed",
             silent=night.silent,
-            cluster=night.team(),
+            cluster=night.executor(),
         )
 
     found = within_time(night.stop.deadline, work, "the older bundle stays, and the next night trains")
@@ -110,7 +110,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
     found = predict_features(
         bundle, night.store, file, dataset=night.dataset, snapshot=snapshot, rows=rows, spared=spared,
-        silent=night.silent, cluster=night.team(), raw_ids=table.raw_ids,
+        silent=night.silent, cluster=night.executor(), raw_ids=table.raw_ids,
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""

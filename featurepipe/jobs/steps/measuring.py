@@ -140,7 +140,7 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
             jobs=table.jobs,
             command=f"featurepipe run, job {night.job.name}",
             silent=night.silent,
-            cluster=night.team(),
+            cluster=night.executor(),
         )
         if table.report is not None:
             table.report.parent.mkdir(parents=True, exist_ok=True)

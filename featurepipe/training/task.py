@@ -1,0 +1,127 @@
+"""A training with everything settled, and the recipe of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+
+from featurepipe.errors import UsageError
+from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
+from featurepipe.heads.families import make_head
+from featurepipe.tables import counted
+from featurepipe.training.cost import Cost
+from featurepipe.training.splits import Division, Fold, class_counts, folds_of
+
+if TYPE_CHECKING:
+    from featurepipe.execution import SpreadFeatures
+    from featurepipe.store.views import FeatureSet
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which head to fit.
+
+    Attributes:
+        head: name of the family.
+        params: of the final estimator.
+        pca: components, or share of the variance, to keep; None for no PCA.
+        class_weight: ``balanced`` or None.
+        seed: of the estimator.
+    """
+
+    head: str
+    params: Mapping[str, Any]
+    pca: float | None = None
+    class_weight: str | None = None
+    seed: int = 0
+
+    def with_params(self, params: Mapping[str, Any]) -> Recipe:
+        """The same with other parameters on top."""
+        return replace(self, params={**self.params, **params})
+
+    def options(self, memory: int | None) -> dict[str, Any]:
+        """What `make_head` takes besides the name and the final estimator's parameters."""
+        return {"pca": self.pca, "class_weight": self.class_weight, "random_state": self.seed, "memory": memory}
+
+    def make(self, *, out_of_core: bool = False, memory: int | None = None) -> BaseEstimator:
+        """An unfitted estimator."""
+        return make_head(self.head, out_of_core=out_of_core, **self.options(memory), **self.params)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training with everything settled.
+
+    Attributes:
+        features: the labelled rows of the dataset.
+        classes: names of the classes of the training rows, sorted.
+        codes: (n,) number of each row's class, -1 for a class that no training row has.
+        division: which rows train, validate and test.
+        cost: memory and time, and so how the fits run.
+        unlabelled: images left out because they have no label.
+        seed: of all draws.
+        executor: does what can be done elsewhere.
+    """
+
+    features: FeatureSet
+    classes: tuple[str, ...]
+    codes: npt.NDArray[np.int64]
+    division: Division
+    cost: Cost
+    unlabelled: int
+    seed: int
+    executor: Executor = field(default_factory=LocalExecutor)
+
+    def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
+        """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
+        chosen = self.features.take(positions)
+        rows: FeatureSet | SpreadFeatures = chosen if self.cost.cluster is None else self.executor.rows(chosen)
+        return rows
+
+    def folds(self) -> Sequence[Fold]:
+        """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
+        division = self.division
+        if len(division.validation) and not division.is_carved:
+            folds: Sequence[Fold] = [(division.train, division.validation)]
+        else:
+            folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
+        usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
+        usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.codes[fold[0]])) > 1]
+        if not usable:
+            images = counted(len(division.final), "training image")
+            raise UsageError(
+                f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
+                "leaves two classes; leave --tune out, or give more images"
+            )
+        return usable
+
+    def counts(self) -> dict[str, int]:
+        """How many images take which part."""
+        division = self.division
+        return {
+            "train": len(division.final),
+            "validation": len(division.validation),
+            "test": len(division.test),
+            "unlabelled": self.unlabelled,
+            "rejected": self.features.rejected,
+            "duplicates": self.features.take(division.final).duplicates,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values: what a dry run prints."""
+        return {
+            "dataset": self.features.origin.dataset,
+            "columns": list(self.features.columns),
+            "classes": class_counts(self.codes[self.division.final], self.classes),
+            "counts": self.counts(),
+            "split": self.division.text,
+            "cost": {**self.cost.as_dict(), "text": self.cost.text},
+        }
