@@ -325,8 +325,8 @@ def measure_passes(view: FeatureSet, args: argparse.Namespace, team: DaskExecuto
     """Bytes and seconds of a pass: of few classes, of many, with curvature, and of none."""
     part = view.take(slice(0, len(view) // 8))
     prepared = passes.prepare(spread(part, team), intercept=True, memory=None)
-    prepared.shares.added(cluster_steps.nothing)  # has them kept
-    empty = net(lambda: [prepared.shares.added(cluster_steps.nothing) for _ in range(args.tasks)])[1]
+    prepared.shares.reduce(cluster_steps.nothing)  # has them kept
+    empty = net(lambda: [prepared.shares.reduce(cluster_steps.nothing) for _ in range(args.tasks)])[1]
     found: dict[str, Any] = {
         "rows": len(part),
         "empty_ms": round(1e3 * empty.seconds / args.tasks, 2),

@@ -19,24 +19,24 @@ from featurepipe.errors import ClusterError, FeaturepipeError
 from featurepipe.execution.dispatch import RETURN_SECONDS
 from featurepipe.execution.executor import Report, Stop, Worker
 from featurepipe.execution.worker import Attempt, TaskResult, ask_to_stop
-from featurepipe.heads.shares import Seat
+from featurepipe.heads.row_shards import Rank
 
 if TYPE_CHECKING:
     from distributed import Future
 
-    from featurepipe.execution.row_shard import Placed
+    from featurepipe.execution.row_shard import Placement
     from featurepipe.execution.worker_pool import WorkerPool
 
 R = TypeVar("R")
 Kept = list[
     list[tuple[Any, ...]]
-]  # for each set of rows the shares at one worker, each the features and what is beside them
+]  # for each set of rows the shards at one worker, each the features and what is beside them
 
 TRIES = 3
 """How often work is begun before it is given up."""
 
 ANSWER_SECONDS = 60.0
-"""How long the desk may take to open, and workers to come back when one of them is lost."""
+"""How long the rendezvous may take to open, and workers to come back when one of them is lost."""
 
 _LOOK_SECONDS = 1.0
 _NEXT = (
@@ -46,9 +46,9 @@ _NEXT = (
 
 
 class HasRows(Protocol):
-    """Rows that workers keep, such as `featurepipe.execution.row_shards.WorkerShares`."""
+    """Rows that workers keep, such as `featurepipe.execution.row_shards.WorkerRowShards`."""
 
-    def whole(self) -> Placed:
+    def whole(self) -> Placement:
         """Where the rows are now."""
 
 
@@ -57,7 +57,7 @@ class _Failed(Exception):
 
 
 @dataclass(frozen=True)
-class _Party:
+class _Gang:
     """Who works together.
 
     Attributes:
@@ -71,10 +71,10 @@ class _Party:
     attempt: Attempt[Any]
 
 
-def together(
-    pool: WorkerPool, work: Callable[..., R], desk: Callable[[str, int], Any], sets: Sequence[HasRows]
+def gang_run(
+    pool: WorkerPool, work: Callable[..., R], rendezvous: Callable[[str, int], Any], sets: Sequence[HasRows]
 ) -> list[R]:
-    """Has all workers that have a share work at the same time; see `featurepipe.heads.shares.Shares.at_once`.
+    """Has all workers that have a shard work at the same time; see `featurepipe.heads.RowShards.gang_run`.
 
     Raises:
         ClusterError: Workers were lost again and again, or the scheduler is.
@@ -86,23 +86,23 @@ def together(
         while True:
             tries += 1
             try:
-                return _worked(_party(pool, work, sets), desk)
+                return _worked(_gang(pool, work, sets), rendezvous)
             except _Failed as failure:
                 if tries == TRIES:
                     raise ClusterError(f"{failure}, for the {TRIES}th time. {_NEXT}") from failure.__cause__
                 pool.say(f"{failure}; those that are left begin this again")
 
 
-def _party(pool: WorkerPool, work: Callable[..., Any], sets: Sequence[HasRows]) -> _Party:
-    """Those who are there now, each with the shares that it was given, and with those of workers that are gone."""
+def _gang(pool: WorkerPool, work: Callable[..., Any], sets: Sequence[HasRows]) -> _Gang:
+    """Those who are there now, each with the shards that it was given, and with those of workers that are gone."""
     pool.wait_for_workers()
     there, kept = pool.addresses(), dict[str, Kept]()
-    for number, shares in enumerate(sets):
-        placed = shares.whole()
-        for place, share in enumerate(placed.places):
-            worker = share.worker if share.worker in there else there[place % len(there)]
-            kept.setdefault(worker, [[] for _ in sets])[number].append((placed.changes, *share.kept))
-    return _Party(pool, kept, Attempt(partial(_seated, work), None, pool.requirements, secrets.token_hex(8)))
+    for number, shards in enumerate(sets):
+        placed = shards.whole()
+        for place, shard in enumerate(placed.places):
+            worker = shard.worker if shard.worker in there else there[place % len(there)]
+            kept.setdefault(worker, [[] for _ in sets])[number].append((placed.changes, *shard.kept))
+    return _Gang(pool, kept, Attempt(partial(_ranked, work), None, pool.requirements, secrets.token_hex(8)))
 
 
 @contextmanager
@@ -124,38 +124,38 @@ def _alone(pool: WorkerPool) -> Iterator[None]:
             permit.release()
 
 
-def _worked(party: _Party, desk: Callable[[str, int], Any]) -> list[Any]:
+def _worked(gang: _Gang, rendezvous: Callable[[str, int], Any]) -> list[Any]:
     """One try."""
     tasks: dict[str, Future[Any]] = {}
     opened: Any = None
     try:
-        opened, told = _opened(party, desk)
-        for number, (worker, kept) in enumerate(party.kept.items()):
-            seat = Seat(number, len(party.kept), 1, told)
-            tasks[worker] = party.pool.scheduler.submit(
-                party.attempt, (seat, kept), workers=[worker], pure=False, retries=0
+        opened, told = _opened(gang, rendezvous)
+        for number, (worker, kept) in enumerate(gang.kept.items()):
+            rank = Rank(number, len(gang.kept), 1, told)
+            tasks[worker] = gang.pool.scheduler.submit(
+                gang.attempt, (rank, kept), workers=[worker], pure=False, retries=0
             )
-        return _answers(party.pool, tasks)
+        return _answers(gang.pool, tasks)
     finally:
         if opened is not None:
-            _closed(party, opened, list(tasks.values()))
+            _closed(gang, opened, list(tasks.values()))
 
 
-def _opened(party: _Party, desk: Callable[[str, int], Any]) -> tuple[Any, dict[str, Any]]:
-    """The desk, at the first of the workers, and what it tells."""
+def _opened(gang: _Gang, rendezvous: Callable[[str, int], Any]) -> tuple[Any, dict[str, Any]]:
+    """The rendezvous, at the first of the workers, and what it tells."""
     from distributed.comm.addressing import get_address_host
 
-    first = next(iter(party.kept))
-    made = party.pool.scheduler.submit(
-        desk, get_address_host(first), len(party.kept), actor=True, workers=[first], pure=False
+    first = next(iter(gang.kept))
+    made = gang.pool.scheduler.submit(
+        rendezvous, get_address_host(first), len(gang.kept), actor=True, workers=[first], pure=False
     )
-    _await(party.pool, {first: made})
+    _await(gang.pool, {first: made})
     try:
         opened = made.result(timeout=ANSWER_SECONDS)
         return opened, opened.told().result(timeout=ANSWER_SECONDS)
     except (TimeoutError, OSError, RuntimeError) as error:
         raise _Failed(
-            f"worker {first} could not open a desk for the others ({type(error).__name__}: {error})"
+            f"worker {first} could not open a rendezvous for the others ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -216,18 +216,18 @@ def _line(error: BaseException | None) -> str:
     return lines[-1] if lines else ""
 
 
-def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
-    """Sends everyone home: those who wait at the desk, those who work, and those who have not begun."""
+def _closed(gang: _Gang, opened: Any, tasks: list[Future[Any]]) -> None:
+    """Sends everyone home: those who wait at the rendezvous, those who work, and those who have not begun."""
     from distributed import wait
 
-    pool = party.pool
+    pool = gang.pool
     if pool.client.status != "running" or all(task.status == "finished" for task in tasks):
         return
-    pool.each(partial(ask_to_stop, party.attempt.flow), pool.addresses(), seconds=RETURN_SECONDS)
+    pool.each(partial(ask_to_stop, gang.attempt.flow), pool.addresses(), seconds=RETURN_SECONDS)
     with suppress(TimeoutError, OSError, RuntimeError):  # its worker may be the one that is lost
         opened.close().result(timeout=ANSWER_SECONDS)
     there = pool.addresses()
-    running = [task for worker, task in zip(party.kept, tasks, strict=False) if worker in there]
+    running = [task for worker, task in zip(gang.kept, tasks, strict=False) if worker in there]
     deadline = time.monotonic() + ANSWER_SECONDS
     while not all(task.done() for task in running) and time.monotonic() < deadline:
         with suppress(TimeoutError, CancelledError):
@@ -236,13 +236,13 @@ def _closed(party: _Party, opened: Any, tasks: list[Future[Any]]) -> None:
         task.cancel()
 
 
-def _seated(
-    work: Callable[..., R], _context: None, task: tuple[Seat, Kept], worker: Worker, stop: Stop, _report: Report
+def _ranked(
+    work: Callable[..., R], _context: None, task: tuple[Rank, Kept], worker: Worker, stop: Stop, _report: Report
 ) -> R:
     """The work inside a worker's process."""
     from featurepipe.execution.row_shard import all_threads, changed
 
-    seat, sets = task
-    own = [[(changed(blocks, changes), *rows) for changes, blocks, *rows in shares] for shares in sets]
+    rank, sets = task
+    own = [[(changed(blocks, changes), *rows) for changes, blocks, *rows in shards] for shards in sets]
     with all_threads():
-        return work(replace(seat, threads=worker.threads, stop=stop), *own)
+        return work(replace(rank, threads=worker.threads, stop=stop), *own)

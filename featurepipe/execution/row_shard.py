@@ -1,4 +1,4 @@
-"""One share of the rows, inside the worker that keeps it."""
+"""One shard of the rows, inside the worker that keeps it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Change = Callable[[Blocks], Blocks]
 KEPT = 0.5
 """Of a worker's memory limit: features are kept while its process, with them, takes no more."""
 
-_KEEPING = threading.Lock()  # else two shares that move to one worker would both find room for one
+_KEEPING = threading.Lock()  # else two shards that move to one worker would both find room for one
 
 
 @dataclass(frozen=True)
-class Share:
+class StoredRows:
     """Some neighbouring rows of features as ``Blocks``, read from where they are stored.
 
     Attributes:
@@ -59,8 +59,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One worker's share.
+class PlacedShard:
+    """One worker's shard.
 
     Attributes:
         worker: The address of the worker that it was given to.
@@ -74,62 +74,62 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where the shares are.
+class Placement:
+    """Where the shards are.
 
     Attributes:
-        places: The shares, in the order of the rows.
+        places: The shards, in the order of the rows.
         memory: Bytes that a work may take at a worker, beside the features; None where workers have no limit.
         changes: What is done to features as they are read.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[PlacedShard, ...]
     memory: int | None
     changes: tuple[Change, ...] = ()
 
 
-def begin(source: Any, first: int, requirements: Requirements) -> Share:
-    """The share as its worker begins with it.
+def begin(source: Any, first: int, requirements: Requirements) -> StoredRows:
+    """The shard as its worker begins with it.
 
     Raises:
         WorkerRefused: The worker must not be used.
     """
     why = requirements.refusal()
     if why:
-        raise WorkerRefused(f"a share of the features came to a worker that must not be used: {why}")
-    return Share(source, first)
+        raise WorkerRefused(f"a shard of the features came to a worker that must not be used: {why}")
+    return StoredRows(source, first)
 
 
-def keep(changes: tuple[Change, ...], dtype: np.dtype[Any], memory: int | str | None, share: Blocks) -> Blocks:
-    """The share's features in memory as ``dtype``; as they are stored if only that fits; else as they are, to be read anew.
+def keep(changes: tuple[Change, ...], dtype: np.dtype[Any], memory: int | str | None, shard: Blocks) -> Blocks:
+    """The shard's features in memory as ``dtype``; as they are stored if only that fits; else as they are, to be read anew.
 
     Args:
         changes: What is done to them as they are read.
         dtype: To compute in.
         memory: What the user lets the fit take; half of it is for these.
-        share: As stored.
+        shard: As stored.
     """
     with _KEEPING, all_threads():
         room = room_here() if memory is None else min(room_here(), bytes_of(memory) // 2)
-        blocks = changed(share, changes)
+        blocks = changed(shard, changes)
         if bytes_as(blocks, dtype) <= room:
             return in_memory(blocks, dtype)
-        if bytes_as(share, share.dtype) <= room:
-            return changed(in_memory(share, share.dtype), changes)
+        if bytes_as(shard, shard.dtype) <= room:
+            return changed(in_memory(shard, shard.dtype), changes)
         return blocks
 
 
-def ask(order: bytes, changes: tuple[Change, ...], share: Blocks, *rows: Array | None) -> Any:
-    """Has a work, which comes pickled, done on the share, by as many threads as the worker has."""
+def ask(order: bytes, changes: tuple[Change, ...], shard: Blocks, *rows: Array | None) -> Any:
+    """Has a work, which comes pickled, done on the shard, by as many threads as the worker has."""
     from distributed.protocol.pickle import loads
 
     work = loads(order)
     with all_threads():
-        return work(changed(share, changes), *rows)
+        return work(changed(shard, changes), *rows)
 
 
 def same(value: Any) -> Any:
-    """What it is given: a value that tasks share travels as the result of a task of its own, which Dask can do again."""
+    """What it is given: a value that tasks shard travels as the result of a task of its own, which Dask can do again."""
     return value
 
 

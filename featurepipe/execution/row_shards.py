@@ -1,8 +1,8 @@
-"""Rows that workers keep, and sums over them: what `featurepipe.heads.shares` asks for, as ordinary Dask tasks.
+"""Rows that workers keep, and sums over them: what `featurepipe.heads.row_shards` asks for, as ordinary Dask tasks.
 
-What a worker keeps is the result of a task: if the worker dies, Dask has another one do that task again. Every task of a share
-prefers the worker that the share was given to, and goes wherever Dask puts it when that worker is gone; workers that join later
-are used by the next fit. Where none is left that had a share, all are given out anew. A pass is one task a worker; sums are
+What a worker keeps is the result of a task: if the worker dies, Dask has another one do that task again. Every task of a shard
+prefers the worker that the shard was given to, and goes wherever Dask puts it when that worker is gone; workers that join later
+are used by the next fit. Where none is left that had a shard, all are given out anew. A pass is one task a worker; sums are
 added in pairs by the workers, and only the last one comes back.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import ClusterError, UsageError
-from featurepipe.execution.gang import together
-from featurepipe.execution.row_shard import Change, Place, Placed, ask, begin, keep, packed, same, unpacked
+from featurepipe.execution.gang import gang_run
+from featurepipe.execution.row_shard import Change, PlacedShard, Placement, ask, begin, keep, packed, same, unpacked
 from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
 from featurepipe.store.views import FeatureSet
 
@@ -34,7 +34,7 @@ WORKING = 0.2
 
 _LARGE_BYTES = 1 << 16  # up to which an order goes with every task, which saves the time of a task before them
 _KEYS = "share-"  # with which the names of our tasks begin
-_TRIES = 3  # how often all shares are given out before a fit is given up
+_TRIES = 3  # how often all shards are given out before a fit is given up
 _IDLE_LOOKS = 2
 _LOOK_SECONDS = 1.0  # how often the workers are counted while an answer is awaited
 
@@ -43,21 +43,21 @@ class _Stuck(Exception):
     """Nobody is left whom Dask would give a task to: the workers that it prefers are gone, and all others came too late."""
 
 
-class WorkerShares:
-    """`featurepipe.heads.shares.Shares` of a pool's workers.
+class WorkerRowShards:
+    """`featurepipe.heads.row_shards.RowShards` of a pool's workers.
 
     Args:
         pool: Whose workers they are.
-        place: Gives the workers their shares; called again if Dask cannot go on without workers that are gone.
+        place: Gives the workers their shards; called again if Dask cannot go on without workers that are gone.
     """
 
-    def __init__(self, pool: WorkerPool, place: Callable[[], Placed]) -> None:
+    def __init__(self, pool: WorkerPool, place: Callable[[], Placement]) -> None:
         self.pool, self._place = pool, place
         self._placed = place()
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """The shares, in the order of the rows."""
+    def places(self) -> tuple[PlacedShard, ...]:
+        """The shards, in the order of the rows."""
         return self._placed.places
 
     @property
@@ -72,54 +72,54 @@ class WorkerShares:
 
     @property
     def rows(self) -> int:
-        """How many there are in all shares."""
+        """How many there are in all shards."""
         return int(self.places[-1].rows.stop)
 
-    def whole(self) -> Placed:
-        """Where the shares are; those of workers that are gone are given out anew."""
+    def whole(self) -> Placement:
+        """Where the shards are; those of workers that are gone are given out anew."""
         if self._gone():
             self._placed = self._place()
         return self._placed
 
-    def through(self, change: Change) -> WorkerShares:
+    def through(self, change: Change) -> WorkerRowShards:
         """The same rows, changed row by row as they are read."""
 
-        def place() -> Placed:
+        def place() -> Placement:
             placed = self.whole()
             return replace(placed, changes=(*placed.changes, change))
 
-        return WorkerShares(self.pool, place)
+        return WorkerRowShards(self.pool, place)
 
-    def kept(self, dtype: npt.DTypeLike, memory: int | str | None) -> WorkerShares:
+    def kept(self, dtype: npt.DTypeLike, memory: int | str | None) -> WorkerRowShards:
         """The same rows in the workers' memory where they fit: as ``dtype``, else as they are stored."""
 
-        def place() -> Placed:
+        def place() -> Placement:
             placed, wanted = self.whole(), np.dtype(dtype)
             places = tuple(
                 replace(at, kept=(self._submit(at, keep, placed.changes, wanted, memory, at.kept[0]), *at.kept[1:]))
                 for at in placed.places
             )
-            return Placed(places, placed.memory)
+            return Placement(places, placed.memory)
 
-        return WorkerShares(self.pool, place)
+        return WorkerRowShards(self.pool, place)
 
-    def beside(self, *rows: Array | None) -> WorkerShares:
+    def beside(self, *rows: Array | None) -> WorkerRowShards:
         """The same rows with further arrays (..., n); each worker is sent its own part, once."""
 
-        def sent(at: Place, array: Array | None) -> Future[Any] | None:
+        def sent(at: PlacedShard, array: Array | None) -> Future[Any] | None:
             if array is None:
                 return None
             return self._submit(at, unpacked, *packed(array[..., at.rows]))
 
-        def place() -> Placed:
+        def place() -> Placement:
             placed = self.whole()
             places = (replace(at, kept=(*at.kept, *(sent(at, array) for array in rows))) for at in placed.places)
             return replace(placed, places=tuple(places))
 
-        return WorkerShares(self.pool, place)
+        return WorkerRowShards(self.pool, place)
 
-    def added(self, work: Callable[..., Any]) -> Any:
-        """The sum of what the work returns of each share; workers add."""
+    def reduce(self, work: Callable[..., Any]) -> Any:
+        """The sum of what the work returns of each shard; workers add."""
 
         def ask_and_add() -> Any:
             sums = self._asked(work)
@@ -130,14 +130,16 @@ class WorkerShares:
 
         return self._until_done(ask_and_add)
 
-    def listed(self, work: Callable[..., Any]) -> list[Any]:
-        """What the work returns of each share, in the order of the rows."""
+    def map(self, work: Callable[..., Any]) -> list[Any]:
+        """What the work returns of each shard, in the order of the rows."""
         found: list[Any] = self._until_done(lambda: [self._result(future) for future in self._asked(work)])
         return found
 
-    def at_once(self, work: Callable[..., Any], desk: Callable[[str, int], Any], *others: WorkerShares) -> list[Any]:
+    def gang_run(
+        self, work: Callable[..., Any], rendezvous: Callable[[str, int], Any], *others: WorkerRowShards
+    ) -> list[Any]:
         """Has all workers work at the same time; see `featurepipe.execution.gang`."""
-        return together(self.pool, work, desk, [self, *others])
+        return gang_run(self.pool, work, rendezvous, [self, *others])
 
     def _until_done(self, attempt: Callable[[], Any]) -> Any:
         for _ in range(_TRIES):
@@ -155,7 +157,7 @@ class WorkerShares:
         return not {place.worker for place in self.places} <= set(self.pool.addresses())
 
     def _asked(self, work: Callable[..., Any]) -> list[Future[Any]]:
-        """One task a share. A large order travels to one worker, and from there to the others."""
+        """One task a shard. A large order travels to one worker, and from there to the others."""
         from distributed.protocol.pickle import dumps
 
         order: Any = dumps(work)
@@ -163,7 +165,7 @@ class WorkerShares:
             order = self._submit(self.places[0], same, order)
         return [self._submit(place, ask, order, self.changes, *place.kept) for place in self.places]
 
-    def _submit(self, place: Place | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def _submit(self, place: PlacedShard | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return submitted(self.pool, place.worker if place else None, function, *arguments)
 
     def _result(self, future: Future[Any]) -> Any:
@@ -180,7 +182,7 @@ class WorkerShares:
             ) from error
         except KilledWorker as error:
             raise ClusterError(
-                f"a share of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
+                f"a shard of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
                 "it needs more memory than they have. Use more workers, or give them more memory; see their logs"
             ) from error
 
@@ -217,7 +219,7 @@ def _add(one: Any, other: Any) -> Any:
     return one + other
 
 
-_NEAR = 0.05  # of a share: a part's end as near as this to where a share would end is taken instead
+_NEAR = 0.05  # of a shard: a part's end as near as this to where a shard would end is taken instead
 
 
 def spread(features: Any, pool: WorkerPool) -> SpreadFeatures:
@@ -237,9 +239,9 @@ def spread(features: Any, pool: WorkerPool) -> SpreadFeatures:
 
 
 class SpreadFeatures:
-    """``Blocks`` whose rows a pool's workers keep, in contiguous shares, one a worker.
+    """``Blocks`` whose rows a pool's workers keep, in contiguous shards, one a worker.
 
-    Shares are cut when they are first needed, and again when a later fit finds other workers; within a fit they stay, so that
+    Shards are cut when they are first needed, and again when a later fit finds other workers; within a fit they stay, so that
     each worker goes on with what it has in memory. A fit keeps features there while a worker's process takes no more than half
     of its memory limit with them (`featurepipe.execution.row_shard.KEPT`); elsewhere each pass reads them block by block.
 
@@ -251,7 +253,7 @@ class SpreadFeatures:
     def __init__(self, features: Any, pool: WorkerPool) -> None:
         self.features, self.pool = features, pool
         self._blocks: Any = as_blocks(features)
-        self._shares: WorkerShares | None = None
+        self._shards: WorkerRowShards | None = None
 
     def __repr__(self) -> str:
         return f"<{self.features!r} spread over {self.pool.address}>"
@@ -301,28 +303,28 @@ class SpreadFeatures:
             "make_head(..., out_of_core=True)"
         )
 
-    def shared(self) -> WorkerShares:
-        """The shares, one for each worker that is there now.
+    def shared(self) -> WorkerRowShards:
+        """The shards, one for each worker that is there now.
 
         Raises:
             ClusterError: No worker is there, or none comes in time.
         """
         there = frozenset(self.pool.addresses())
-        if self._shares is None or there != {place.worker for place in self._shares.places}:
-            self._shares = WorkerShares(self.pool, self._placed)
-        return self._shares
+        if self._shards is None or there != {place.worker for place in self._shards.places}:
+            self._shards = WorkerRowShards(self.pool, self._placed)
+        return self._shards
 
-    def _placed(self) -> Placed:
+    def _placed(self) -> Placement:
         self.pool.wait_for_workers()
         workers = sorted(self.pool.workers(), key=lambda worker: (len(worker.name), worker.name))
         rows = self.shape[0]
         edges = cuts(rows, min(len(workers), max(1, rows)), self._part_starts())
         places = [
-            Place(worker.address, slice(start, stop), (self._begun(worker.address, start, stop),))
+            PlacedShard(worker.address, slice(start, stop), (self._begun(worker.address, start, stop),))
             for worker, start, stop in zip(workers, edges[:-1], edges[1:], strict=False)
         ]
         limits = [worker.memory_limit for worker in workers if worker.memory_limit]
-        return Placed(tuple(places), int(WORKING * min(limits)) if limits else None)
+        return Placement(tuple(places), int(WORKING * min(limits)) if limits else None)
 
     def _begun(self, worker: str, start: int, stop: int) -> Future[Any]:
         source, requirements = self._rows(slice(start, stop)), self.pool.requirements
@@ -342,16 +344,16 @@ class SpreadFeatures:
         return np.empty(0, np.int64)
 
 
-def cuts(rows: int, shares: int, starts: npt.NDArray[np.int64]) -> list[int]:
-    """Where to cut rows into shares of about the same size: where a part of the store begins, if that is near.
+def cuts(rows: int, shards: int, starts: npt.NDArray[np.int64]) -> list[int]:
+    """Where to cut rows into shards of about the same size: where a part of the store begins, if that is near.
 
     Example:
         >>> cuts(100, 2, np.array([30, 49])), cuts(100, 3, np.array([30]))
         ([0, 49, 100], [0, 33, 67, 100])
     """
-    even = np.linspace(0, rows, shares + 1).round().astype(np.int64)
-    for place in range(1, shares):
-        near = starts[np.abs(starts - even[place]) <= _NEAR * rows / shares]
+    even = np.linspace(0, rows, shards + 1).round().astype(np.int64)
+    for place in range(1, shards):
+        near = starts[np.abs(starts - even[place]) <= _NEAR * rows / shards]
         if len(near):
             even[place] = near[np.abs(near - even[place]).argmin()]
     return [int(edge) for edge in even]

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.blocks import Array, labels_of
 from featurepipe.heads.boosted_rows import Batches, Piece
-from featurepipe.heads.boosted_together import Desk, Grown, Growth, grow
+from featurepipe.heads.boosted_together import Grown, Growth, Rendezvous, grow
 from featurepipe.heads.calibration import log_softmax, two_columns
 from featurepipe.heads.inputs import (
     BlockClassifier,
@@ -27,7 +27,7 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
-from featurepipe.heads.shares import Shares, shares_elsewhere
+from featurepipe.heads.row_shards import RowShards, remote_row_shards
 
 
 class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -39,7 +39,7 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     - Features are handed over block by block (``QuantileDMatrix`` from a ``DataIter``), from an array and from ``Blocks``
       alike, and the trees do not depend on the blocks. What was read is never in memory as a whole; xgboost itself keeps its
       quantised features, measured at 2.2 bytes a value, and while it counts quantiles about 0.7 MB a feature.
-    - Features that are spread over a cluster stay where they are: the workers grow the same trees together, each with the
+    - Features that are spread over a cluster stay where they are: the workers grow the same trees concatenated, each with the
       quantised features of its own rows (``heads.boosted_together``). Quantiles are then joined from those of the workers, so
       trees differ from those grown in one place as they do between two draws of a sample.
     - The booster goes out as UBJSON and comes back: ``booster_ubjson()``, ``without_booster()`` (what is left: plain
@@ -196,12 +196,12 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             watched=watched is not None,
             memory=self.memory,
         )
-        shares = shares_elsewhere(data.blocks)
+        shares = remote_row_shards(data.blocks)
         if shares is None:
             matrix = self._matrix(Piece(data.blocks, data.codes, data.weights))
             return grow(growth, self.n_jobs or 0, matrix, watched and self._matrix(watched, matrix))
         own = shares.beside(data.codes, data.weights)
-        everyone: list[Grown] = own.at_once(growth, Desk, *_spread(watched))
+        everyone: list[Grown] = own.gang_run(growth, Rendezvous, *_spread(watched))
         return next(grown for grown in everyone if grown.trees)
 
     def _matrix(self, piece: Piece, ref: Any = None) -> Any:
@@ -251,7 +251,7 @@ def _booster(raw: bytes, threads: int | None) -> Any:
     return booster
 
 
-def _spread(watched: Piece | None) -> list[Shares]:
+def _spread(watched: Piece | None) -> list[RowShards]:
     """The shares of validation rows, with their codes.
 
     Raises:
@@ -259,7 +259,7 @@ def _spread(watched: Piece | None) -> list[Shares]:
     """
     if watched is None:
         return []
-    shares = shares_elsewhere(watched.blocks)
+    shares = remote_row_shards(watched.blocks)
     if shares is None:
         raise UsageError("the training rows are spread over a cluster, those of eval_set are not: spread them, too")
     return [shares.beside(watched.codes)]

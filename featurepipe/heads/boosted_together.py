@@ -1,7 +1,7 @@
-"""Trees that several processes grow together, each from its own rows: xgboost's collective training.
+"""Trees that several processes grow concatenated, each from its own rows: xgboost's collective training.
 
 Each process keeps only its own rows, quantised. For every level of a tree they add up their histograms (Rabit's ring allreduce;
-Chen & Guestrin 2016, section 6.3), so that all grow the same trees. The processes meet at a desk, xgboost's tracker, which
+Chen & Guestrin 2016, section 6.3), so that all grow the same trees. The processes meet at a rendezvous, xgboost's tracker, which
 tells them of each other and then has nothing more to do until they leave.
 """
 
@@ -20,16 +20,16 @@ from xgboost.tracker import RabitTracker
 
 from featurepipe.errors import ClusterError
 from featurepipe.heads.boosted_rows import Batches, Piece
-from featurepipe.heads.shares import Seat
+from featurepipe.heads.row_shards import Rank
 
 COMING_SECONDS = 300
-"""How long processes wait at the desk for the last one to come, and to leave."""
+"""How long processes wait at the rendezvous for the last one to come, and to leave."""
 
 SILENT_SECONDS = 1800
 """How long one that says nothing is waited for: it may have far more to read than the others before they first add up."""
 
 
-class Desk:
+class Rendezvous:
     """Where the processes meet; it is open as long as this object lives.
 
     Args:
@@ -88,11 +88,11 @@ class Growth:
     watched: bool
     memory: int | str | None
 
-    def __call__(self, seat: Seat, own: Sequence[Sequence[Any]], checked: Sequence[Sequence[Any]] = ()) -> Grown:
+    def __call__(self, rank: Rank, own: Sequence[Sequence[Any]], checked: Sequence[Sequence[Any]] = ()) -> Grown:
         """Grows them here, together with the others.
 
         Args:
-            seat: this process's.
+            rank: this process's.
             own: its rows to learn from: (features, codes, weights) of each share.
             checked: its validation rows: (features, codes).
 
@@ -100,27 +100,27 @@ class Growth:
             UsageError: a value here is not finite.
             ClusterError: one of the others could not read its rows; it says why.
         """
-        with _meeting(seat):
-            matrix = self._matrix(seat, own)
-            watched = self._matrix(seat, checked, matrix) if self.watched else None
-            return grow(self, seat.threads, matrix, watched, trees=seat.number == 0, callbacks=[_Leave(seat)])
+        with _meeting(rank):
+            matrix = self._matrix(rank, own)
+            watched = self._matrix(rank, checked, matrix) if self.watched else None
+            return grow(self, rank.threads, matrix, watched, trees=rank.rank == 0, callbacks=[_Leave(rank)])
 
-    def _matrix(self, seat: Seat, shares: Sequence[Sequence[Any]], ref: Any = None) -> Any:
+    def _matrix(self, rank: Rank, shares: Sequence[Sequence[Any]], ref: Any = None) -> Any:
         """The rows here, quantised by the quantiles of all; together the processes make sure that all could read theirs."""
         batches = Batches([Piece(*share) for share in shares], self.width, self.memory, holding=True)
-        matrix = xgboost.QuantileDMatrix(batches, max_bin=self.parameters["max_bin"], nthread=seat.threads, ref=ref)
+        matrix = xgboost.QuantileDMatrix(batches, max_bin=self.parameters["max_bin"], nthread=rank.threads, ref=ref)
         failed = collective.allreduce(np.array([batches.error is not None], np.int32), collective.Op.SUM)
         if batches.error is not None:
             raise batches.error
         if failed[0]:
-            raise ClusterError(f"{failed[0]} of {seat.count} workers could not read their rows; they say why")
+            raise ClusterError(f"{failed[0]} of {rank.world_size} workers could not read their rows; they say why")
         return matrix
 
 
 @contextmanager
-def _meeting(seat: Seat) -> Iterator[None]:
-    """Meets the others at the desk, and leaves at the end."""
-    options = {**seat.desk, "dmlc_task_id": f"{seat.number:06d}", "dmlc_timeout": SILENT_SECONDS, "dmlc_retry": 2}
+def _meeting(rank: Rank) -> Iterator[None]:
+    """Meets the others at the rendezvous, and leaves at the end."""
+    options = {**rank.rendezvous, "dmlc_task_id": f"{rank.rank:06d}", "dmlc_timeout": SILENT_SECONDS, "dmlc_retry": 2}
     context = collective.CommunicatorContext(**options)
     with redirect_stdout(io.StringIO()):  # xgboost prints who has come
         context.__enter__()
@@ -133,13 +133,13 @@ def _meeting(seat: Seat) -> Iterator[None]:
 class _Leave(xgboost.callback.TrainingCallback):
     """Ends all processes' work after the same round where nobody wants it any more."""
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, rank: Rank) -> None:
         super().__init__()
-        self._seat = seat
+        self._rank = rank
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:  # noqa: ARG002 - as xgboost calls it
         """Whether to stop, as all of them say at once."""
-        return bool(collective.allreduce(np.array([self._seat.stop()], np.int32), collective.Op.MAX)[0])
+        return bool(collective.allreduce(np.array([self._rank.stop()], np.int32), collective.Op.MAX)[0])
 
 
 def grow(

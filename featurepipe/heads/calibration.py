@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.neighbours import centroid_scores
-from featurepipe.heads.shares import shares_of, together
+from featurepipe.heads.row_shards import concatenated, row_shards_of
 
 Floats = npt.NDArray[np.float64]
 _LEAST = float(np.log(np.finfo(np.float64).tiny))  # stands for the logarithm of a probability of zero
@@ -51,7 +51,7 @@ def class_scores(head: Any, features: Blocks | Array, *, memory: int | str | Non
     steps = getattr(head, "steps", None)
     last = steps[-1][1] if steps else head
     before = head[:-1] if steps and len(steps) > 1 else None
-    return together(shares_of(features).listed(partial(_share_scores, before=before, last=last, memory=memory)))
+    return concatenated(row_shards_of(features).map(partial(_share_scores, before=before, last=last, memory=memory)))
 
 
 def _share_scores(blocks: Blocks, *, before: Any, last: Any, memory: int | str | None) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import Array, Blocks, iterate
-from featurepipe.heads.shares import shares_of
+from featurepipe.heads.row_shards import row_shards_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def gram_of(
         ValueError: A feature is NaN or infinite.
     """
     work = partial(_gram, classes=classes, dtype=dtype, memory=memory)
-    found: Gram = shares_of(features).beside(codes, sample_weight).added(work)
+    found: Gram = row_shards_of(features).beside(codes, sample_weight).reduce(work)
     return found
 
 
@@ -146,7 +146,7 @@ def moments_of(
     Raises:
         ValueError: A feature is NaN or infinite.
     """
-    found: Moments = shares_of(features).beside(sample_weight).added(partial(_moments, dtype=dtype, memory=memory))
+    found: Moments = row_shards_of(features).beside(sample_weight).reduce(partial(_moments, dtype=dtype, memory=memory))
     return found
 
 

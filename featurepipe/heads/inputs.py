@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of
-from featurepipe.heads.shares import Shares, shares_elsewhere, shares_of, together
+from featurepipe.heads.row_shards import RowShards, concatenated, remote_row_shards, row_shards_of
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -70,9 +70,9 @@ class FiniteBlocks:
         """The dtype of the values as they are kept."""
         return self.source.dtype
 
-    def shared(self) -> Shares | None:
+    def shared(self) -> RowShards | None:
         """The shares of a spread source, looked at where they are; None for a source that is read here."""
-        below = shares_elsewhere(self.source)
+        below = remote_row_shards(self.source)
         return None if below is None else below.through(FiniteBlocks)
 
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
@@ -187,8 +187,8 @@ def map_rows(
         memory: What the blocks alive at one time may take.
         dtype: Of the blocks given to the function.
     """
-    parts = shares_of(blocks).listed(partial(_mapped, function=function, rows=rows, memory=memory, dtype=dtype))
-    return together(parts)
+    parts = row_shards_of(blocks).map(partial(_mapped, function=function, rows=rows, memory=memory, dtype=dtype))
+    return concatenated(parts)
 
 
 def _mapped(

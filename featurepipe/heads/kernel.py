@@ -30,8 +30,8 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
+from featurepipe.heads.row_shards import remote_row_shards, row_shards_of
 from featurepipe.heads.sampling import SomeRows
-from featurepipe.heads.shares import shares_elsewhere, shares_of
 from featurepipe.sizes import bytes_of
 
 _KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
@@ -157,7 +157,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         features: Any = MappedBlocks(data.blocks, mapping, whitening.shape[1])
         needed = count * features.width * features.dtype.itemsize
         few = needed <= (_FEATURE_BYTES if self.memory is None else bytes_of(self.memory) // 2)
-        keep = few and shares_elsewhere(features) is None
+        keep = few and remote_row_shards(features) is None
         if keep:
             features = map_rows(data.blocks, mapping, memory=self.memory).astype(features.dtype, copy=False)
         machine = BlockLinearSVC(C=self.C, memory=self.memory).fit(features, data.codes, sample_weight=data.weights)
@@ -195,7 +195,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
 
 def _without_zero_weights(data: TrainingData) -> TrainingData:
     """The rows that weigh something: libsvm leaves out the others itself, and counts its support vectors without them."""
-    if data.weights is None or data.weights.all() or shares_elsewhere(data.blocks) is not None:
+    if data.weights is None or data.weights.all() or remote_row_shards(data.blocks) is not None:
         return data
     kept = np.flatnonzero(data.weights)
     return replace(data, blocks=SomeRows(data.blocks, kept), codes=data.codes[kept], weights=data.weights[kept])
@@ -234,7 +234,7 @@ def _gamma(gamma: float | str, blocks: Blocks, memory: int | str | None) -> floa
         return 1 / width
     if gamma != "scale":
         return float(gamma)
-    variance = shares_of(blocks).added(partial(_values, memory=memory)).variance
+    variance = row_shards_of(blocks).reduce(partial(_values, memory=memory)).variance
     return 1 / (width * variance) if variance else 1.0
 
 

@@ -21,7 +21,7 @@ from featurepipe.heads.inputs import (
     prediction_blocks,
     training_data,
 )
-from featurepipe.heads.shares import shares_of
+from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.sizes import bytes_of
 
 
@@ -161,7 +161,7 @@ def centroid_scores(block: Array, centroids: Floats) -> Floats:
 def _class_means(data: TrainingData, memory: int | str | None) -> Floats:
     counts = np.bincount(data.codes, minlength=len(data.classes))
     work = partial(_class_sums, classes=len(data.classes), memory=memory)
-    return np.asarray(shares_of(data.blocks).beside(data.codes).added(work) / counts[:, None])
+    return np.asarray(row_shards_of(data.blocks).beside(data.codes).reduce(work) / counts[:, None])
 
 
 def _class_sums(blocks: Blocks, codes: Codes, *, classes: int, memory: int | str | None) -> Floats:
@@ -179,7 +179,7 @@ def _shrunken(data: TrainingData, means: Floats, threshold: float, memory: int |
     counts = np.bincount(data.codes, minlength=len(means))
     total = len(data.codes)
     work = partial(_squares, means=means, memory=memory)
-    squares = shares_of(data.blocks).beside(data.codes).added(work)
+    squares = row_shards_of(data.blocks).beside(data.codes).reduce(work)
     deviation = np.sqrt(squares / max(1, total - len(means)))
     common = counts @ means / total
     errors = np.sqrt(1 / counts - 1 / total)[:, None] * (deviation + np.median(deviation))

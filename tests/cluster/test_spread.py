@@ -29,7 +29,7 @@ from featurepipe.heads import (
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
 from featurepipe.heads.gram import gram_of, moments_of
 from featurepipe.heads.linear import passes
-from featurepipe.heads.row_sums import Sums
+from featurepipe.heads.linear.row_sums import Sums
 
 ROWS, WIDTH = 3000, 24
 NAMES = np.array(["cat", "dog", "emu", "fox"])

@@ -101,7 +101,7 @@ def test_a_value_that_is_not_finite_is_named_and_no_worker_waits(team, said, dig
 # Working together
 
 
-class Desk:
+class Rendezvous:
     """Where nobody is told anything."""
 
     def __init__(self, host, count):
@@ -114,19 +114,26 @@ class Desk:
         pass
 
 
-def seated(seat, shares):
-    return seat.number, seat.count, seat.threads, seat.desk, [blocks.shape for blocks, *_ in shares], os.getpid()
+def seated(rank, shares):
+    return (
+        rank.rank,
+        rank.world_size,
+        rank.threads,
+        rank.rendezvous,
+        [blocks.shape for blocks, *_ in shares],
+        os.getpid(),
+    )
 
 
-def failing(seat, shares, *, who, error):
-    if seat.number == who:
+def failing(rank, shares, *, who, error):
+    if rank.rank == who:
         raise error
-    return seat.number
+    return rank.rank
 
 
 def test_each_worker_has_a_seat_and_its_shares(team):
     shares = spread(np.zeros((30, 4), np.float32), team).shared()
-    answers = together(team, seated, Desk, [shares])
+    answers = together(team, seated, Rendezvous, [shares])
     assert [answer[0] for answer in answers] == [0, 1]
     assert all(answer[1:5] == (2, 1, {"host": "127.0.0.1", "count": 2}, [(15, 4)]) for answer in answers)
     assert {answer[5] for answer in answers} == {worker.pid for worker in team.workers()}
@@ -135,12 +142,12 @@ def test_each_worker_has_a_seat_and_its_shares(team):
 def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(team, said):
     shares = spread(np.zeros((30, 4), np.float32), team).shared()
     with pytest.raises(UsageError, match="no good"):
-        together(team, partial(failing, who=1, error=UsageError("no good")), Desk, [shares])
+        together(team, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
     assert not said
     with pytest.raises(
         ClusterError, match=r"failed \(OSError: broken wire\), for the 3th time. Workers .* see their logs"
     ):
-        together(team, partial(failing, who=0, error=OSError("broken wire")), Desk, [shares])
+        together(team, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
     assert len(said) == TRIES - 1
     assert said[0].endswith("failed (OSError: broken wire); those that are left begin this again")
 

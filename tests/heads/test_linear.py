@@ -17,7 +17,7 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.linear import passes
 from featurepipe.heads.linear.classifiers import BlockLinearSVC, BlockLogisticRegression, fit_path
-from featurepipe.heads.shares import shares_of
+from featurepipe.heads.row_shards import row_shards_of
 
 
 def digits():
@@ -375,7 +375,7 @@ def test_products_with_the_second_derivative_are_differences_of_gradients(loss, 
     rng = np.random.default_rng(0)
     features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)
     mean = features.mean(axis=0) if intercept else np.zeros(4)
-    shares = shares_of(features - mean if centred else features)
+    shares = row_shards_of(features - mean if centred else features)
     prepared = passes.Prepared(shares, np.dtype(float), mean, centred)
     weights = rng.uniform(0, 2, (2, 50))
     problems = [passes.Problem(0, 0.7, 1), passes.Problem(1, 3.0, 2)]

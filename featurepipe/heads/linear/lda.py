@@ -22,8 +22,8 @@ from featurepipe.heads.inputs import (
     linear_scores,
     training_data,
 )
+from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.heads.sampling import SomeRows
-from featurepipe.heads.shares import shares_of
 
 
 class BlockLinearDiscriminantAnalysis(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -141,14 +141,14 @@ def _shrunk(covariance: Floats, share: float) -> Floats:
 def _ledoit_wolf(data: TrainingData, priors: Floats, memory: int | str | None) -> tuple[Floats, Floats]:
     width = data.blocks.shape[1]
     means, covariance = np.zeros((len(priors), width)), np.zeros((width, width))
-    rows = shares_of(data.blocks).beside(data.codes)
+    rows = row_shards_of(data.blocks).beside(data.codes)
     for code, prior in enumerate(priors):
-        gram = rows.added(partial(_gram_of_class, code=code, memory=memory))
+        gram = rows.reduce(partial(_gram_of_class, code=code, memory=memory))
         means[code] = gram.mean
         scale = np.sqrt(gram.variance)
         scale[scale < 10 * np.finfo(np.float64).eps * np.maximum(1, np.abs(gram.mean))] = 1
         own = gram.scatter / gram.weight / np.outer(scale, scale)
-        fourth = rows.added(partial(_fourth_powers, code=code, mean=gram.mean, scale=scale, memory=memory))
+        fourth = rows.reduce(partial(_fourth_powers, code=code, mean=gram.mean, scale=scale, memory=memory))
         share = _ledoit_wolf_share(own, fourth, gram.weight)
         covariance += prior * _shrunk(own, share) * np.outer(scale, scale)
     return means, covariance

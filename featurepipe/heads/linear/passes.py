@@ -14,6 +14,7 @@ from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, worki
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.linear.optimisers import Answer, Precondition, Question
+from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
 from featurepipe.heads.losses import (
     WIDEST,
     CholeskyPreconditioner,
@@ -23,8 +24,7 @@ from featurepipe.heads.losses import (
     Penalty,
     share_of,
 )
-from featurepipe.heads.row_sums import Linear, Products, Sums, Values
-from featurepipe.heads.shares import Shares, shares_of
+from featurepipe.heads.row_shards import RowShards, row_shards_of
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
@@ -60,7 +60,7 @@ class Prepared:
         centred: Whether the features have it subtracted, or the pass must.
     """
 
-    shares: Shares
+    shares: RowShards
     dtype: np.dtype[Any]
     mean: Array
     centred: bool
@@ -79,7 +79,7 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
     centred = intercept and dtype == np.float32 and bool((mean**2 > _CENTRE_FROM**2 * moments.variance).any())
     blocks: Blocks = MappedBlocks(source, partial(_less, mean=mean), len(mean), dtype) if centred else source
-    return Prepared(shares_of(blocks).kept(dtype, memory), dtype, mean, centred)
+    return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred)
 
 
 def _less(block: Array, *, mean: Array) -> Array:
@@ -137,14 +137,14 @@ class Passes:
     def _values(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
         """Objectives and gradients, and curvature where it is asked for."""
         measures = [self._measure(question) for question in questions]
-        sums = self.rows.added(Values(**self._order(problems, questions), measures=measures))
+        sums = self.rows.reduce(Values(**self._order(problems, questions), measures=measures))
         found = zip(problems, questions, sums.losses, self._gradients(sums, questions), sums.curvature, strict=True)
         return [self._answer(problem, asked.point, *parts) for problem, asked, *parts in found]
 
     def _products(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
         """Second derivatives times directions."""
         along = np.stack([question.along for question in questions if question.along is not None])
-        sums = self.rows.added(Products(**self._order(problems, questions, 2), towards=self._linear(along)))
+        sums = self.rows.reduce(Products(**self._order(problems, questions, 2), towards=self._linear(along)))
         products = self._gradients(sums, questions)
         for problem, direction, product in zip(problems, along, products, strict=True):
             self._penalise(problem, direction, product)
