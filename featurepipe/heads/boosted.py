@@ -16,7 +16,6 @@ from sklearn.utils.validation import check_is_fitted
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.blocks import Array, labels_of
 from featurepipe.heads.boosted_rows import Batches, Piece
-from featurepipe.heads.boosted_together import Grown, Growth, Rendezvous, grow
 from featurepipe.heads.calibration import log_softmax, two_columns
 from featurepipe.heads.inputs import (
     BlockClassifier,
@@ -28,6 +27,7 @@ from featurepipe.heads.inputs import (
     training_data,
 )
 from featurepipe.heads.row_shards import RowShards, remote_row_shards
+from featurepipe.heads.trees.distributed import Grown, Growth, Rendezvous, grow
 
 
 class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
