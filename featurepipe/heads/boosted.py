@@ -15,7 +15,6 @@ from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.blocks import Array, labels_of
-from featurepipe.heads.boosted_rows import Batches, Piece
 from featurepipe.heads.calibration import log_softmax, two_columns
 from featurepipe.heads.inputs import (
     BlockClassifier,
@@ -27,7 +26,7 @@ from featurepipe.heads.inputs import (
     training_data,
 )
 from featurepipe.heads.row_shards import RowShards, remote_row_shards
-from featurepipe.heads.trees.distributed import Grown, Growth, Rendezvous, grow
+from featurepipe.heads.trees.distributed import Grown, Growth, Piece, Rendezvous, RowBatches, grow
 
 
 class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -205,7 +204,7 @@ class BoostedTrees(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         return next(grown for grown in everyone if grown.trees)
 
     def _matrix(self, piece: Piece, ref: Any = None) -> Any:
-        batches = Batches([piece], self.n_features_in_, self.memory)
+        batches = RowBatches([piece], self.n_features_in_, self.memory)
         return xgboost.QuantileDMatrix(batches, max_bin=self.max_bin, nthread=self.n_jobs, ref=ref)
 
     def _validation(self, features: Any, labels: Any) -> Piece:
