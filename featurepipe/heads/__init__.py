@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
-    from featurepipe.heads.boosted import BoostedTrees as BoostedTrees
     from featurepipe.heads.bundle.bundle import Bundle as Bundle
     from featurepipe.heads.bundle.bundle import bundle_text as bundle_text
     from featurepipe.heads.bundle.bundle import describe_bundle as describe_bundle
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from featurepipe.heads.statistics.transferability import h_score as h_score
     from featurepipe.heads.statistics.transferability import log_me as log_me
     from featurepipe.heads.statistics.transferability import transfer_scores as transfer_scores
+    from featurepipe.heads.trees.boosted import BoostedTrees as BoostedTrees
 
 _HOMES = {
     "HEADS": "families",
@@ -48,7 +48,7 @@ _HOMES = {
     "BlockLinearDiscriminantAnalysis": "linear.lda",
     "BlockNeighbours": "neighbours",
     "BlockRidgeClassifier": "linear.ridge",
-    "BoostedTrees": "boosted",
+    "BoostedTrees": "trees.boosted",
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",
     "bundle_text": "bundle.bundle",

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.heads.boosted import BoostedTrees
+from featurepipe.heads.trees.boosted import BoostedTrees
 
 
 @pytest.fixture(scope="module", params=["ten classes", "two classes"])

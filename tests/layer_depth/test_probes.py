@@ -183,7 +183,7 @@ def test_trees_are_as_many_as_stopping_early_chose():
     values, codes = made_up(500, 8, distance=0.7)
     given, cut = data(values, codes), fold(250, 80, 170)
     (cell,) = measure_fold(given, cut, ["xgboost"])
-    from featurepipe.heads.boosted import BoostedTrees
+    from featurepipe.heads.trees.boosted import BoostedTrees
 
     scaler = StandardScaler().fit(values[:330])
     x = scaler.transform(values)

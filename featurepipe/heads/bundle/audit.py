@@ -23,7 +23,7 @@ import numpy as np
 from featurepipe.errors import BundleError
 
 OURS = (
-    "featurepipe.heads.boosted.BoostedTrees",
+    "featurepipe.heads.trees.boosted.BoostedTrees",
     "featurepipe.heads.kernel.RBFSVM",
     "featurepipe.heads.linear.lda.BlockLinearDiscriminantAnalysis",
     "featurepipe.heads.linear.classifiers.BlockLinearSVC",

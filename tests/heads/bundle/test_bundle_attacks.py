@@ -17,12 +17,12 @@ import skops.io
 from sklearn.svm import SVC
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.boosted import BoostedTrees
 from featurepipe.heads.bundle import head as bundle_head
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.files import read_manifest
 from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
 from featurepipe.heads.neighbours import BlockNeighbours
+from featurepipe.heads.trees.boosted import BoostedTrees
 
 
 def node(loader, name, **more):
@@ -111,7 +111,7 @@ QUIET = {
         "TreeNode", "sklearn.tree._tree.Tree", __reduce__={"args": items("tuple")}, content=dict_of()
     ),
     "cached": lambda path: node("CachedNode", "builtins.str", __id__=5),
-    "constructor of ours": lambda path: call("featurepipe.heads.boosted.BoostedTrees"),
+    "constructor of ours": lambda path: call("featurepipe.heads.trees.boosted.BoostedTrees"),
     "dotted class": lambda path: {
         "__module__": "sklearn.utils",
         "__class__": "_testing.os.system",
