@@ -305,7 +305,7 @@ def local(table: ClusterTable) -> Any:
         "host": "127.0.0.1",
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": QUIET,
-        "preload": ["featurepipe.execution.preload"],
+        "preload": ["featurepipe.execution.worker"],
     }
 
     class OnThisMachine(LocalCluster):

@@ -27,6 +27,14 @@ DIGITS = {"featurepipe": 3, "torch": 2, "torchvision": 2, "numpy": 1}
 """How many numbers of a version must agree between client and workers, by package."""
 
 
+def dask_setup(_worker: object) -> None:
+    """Called by Dask in each worker's process that is started on this machine, which loads this module first.
+
+    Standard output belongs to the client's result alone.
+    """
+    os.dup2(2, 1)
+
+
 def installed() -> dict[str, str]:
     """Versions of what must agree, and of Python and Dask, in this process; packages that are missing are left out."""
     found = {"python": platform.python_version()}

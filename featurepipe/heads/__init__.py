@@ -74,6 +74,7 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 former_modules(
     __name__,
     {
+        "boosted": "trees.boosted",
         "lda": "linear.lda",
         "linear_svc": "linear.classifiers",
         "logistic": "linear.classifiers",

@@ -38,6 +38,7 @@ OURS = (
     "featurepipe.heads.linear.weighted.RidgeClassifier",
 )
 FORMER = (
+    "featurepipe.heads.boosted.BoostedTrees",
     "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
     "featurepipe.heads.linear_svc.BlockLinearSVC",
     "featurepipe.heads.logistic.BlockLogisticRegression",
