@@ -96,8 +96,8 @@ _FAMILIES = (
     HeadFamily(
         "xgboost",
         "gradient-boosted trees",
-        _ours("boosted", "BoostedTrees"),
-        _ours("boosted", "BoostedTrees"),
+        _ours("trees.boosted", "BoostedTrees"),
+        _ours("trees.boosted", "BoostedTrees"),
         _grid(
             max_depth=(4, 6, 8),
             min_child_weight=(1.0, 5.0),

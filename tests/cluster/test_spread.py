@@ -266,7 +266,7 @@ def test_what_fits_a_workers_memory_is_read_once_to_look_and_once_to_keep(team, 
 def test_features_are_kept_as_far_as_they_fit(room, dtype, monkeypatch):
     """Room is in bytes a value: 4 as they are computed with, 2 as they are stored."""
     features, _ = made(dtype=np.float16)
-    stored = share.Share(ArrayBlocks(features), 0)
+    stored = share.StoredRows(ArrayBlocks(features), 0)
     monkeypatch.setattr(share, "room_here", lambda: int(room * features.size))
     monkeypatch.setattr(share, "all_threads", nullcontext)
     kept = share.keep((partial(MappedBlocks, function=np.negative, width=WIDTH),), np.dtype(np.float32), None, stored)

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.execution import connect, spread
-from featurepipe.execution.gang import TRIES, together
+from featurepipe.execution.gang import TRIES, gang_run
 from featurepipe.heads import BoostedTrees, make_head
 from featurepipe.training.train import train
 
@@ -133,7 +133,7 @@ def failing(rank, shares, *, who, error):
 
 def test_each_worker_has_a_seat_and_its_shares(team):
     shares = spread(np.zeros((30, 4), np.float32), team).shared()
-    answers = together(team, seated, Rendezvous, [shares])
+    answers = gang_run(team, seated, Rendezvous, [shares])
     assert [answer[0] for answer in answers] == [0, 1]
     assert all(answer[1:5] == (2, 1, {"host": "127.0.0.1", "count": 2}, [(15, 4)]) for answer in answers)
     assert {answer[5] for answer in answers} == {worker.pid for worker in team.workers()}
@@ -142,12 +142,12 @@ def test_each_worker_has_a_seat_and_its_shares(team):
 def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(team, said):
     shares = spread(np.zeros((30, 4), np.float32), team).shared()
     with pytest.raises(UsageError, match="no good"):
-        together(team, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
+        gang_run(team, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
     assert not said
     with pytest.raises(
         ClusterError, match=r"failed \(OSError: broken wire\), for the 3th time. Workers .* see their logs"
     ):
-        together(team, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
+        gang_run(team, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
     assert len(said) == TRIES - 1
     assert said[0].endswith("failed (OSError: broken wire); those that are left begin this again")
 
