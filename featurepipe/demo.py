@@ -43,7 +43,7 @@ seen these 28 x 28 pixel images. Each goes through it once; only a linear head i
 
 
 @dataclass(frozen=True)
-class Outcome:
+class HeldOutResult:
     """What one node's head does on the held-out images.
 
     Attributes:
@@ -71,7 +71,7 @@ class Outcome:
         return 1.96 * float(np.sqrt(self.accuracy * (1 - self.accuracy) / len(self.true)))
 
 
-def run_demo(out: Path, say: Say = print, *, data: Path = DATA) -> list[Outcome]:
+def run_demo(out: Path, say: Say = print, *, data: Path = DATA) -> list[HeldOutResult]:
     """Extracts features of two nodes, fits a head on each, and leaves a store and a picture in ``out``.
 
     Run again into the same folder, it computes no feature.
@@ -150,7 +150,7 @@ def check_folder(out: Path) -> None:
         raise UsageError(f"--out {out} is not empty ({strangers[0]}) and not of an earlier demo; name a new folder")
 
 
-def fit_head(store: FeatureStore, node: str) -> Outcome:
+def fit_head(store: FeatureStore, node: str) -> HeldOutResult:
     """Fits a logistic head on the training images' features of one node and applies it to the held-out images."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -163,7 +163,7 @@ def fit_head(store: FeatureStore, node: str) -> Outcome:
         head.fit(*store.features(DATASET, node, BACKBONE, split="train").numpy())
     held_out = store.features(DATASET, node, BACKBONE, split="test")
     images, labels = held_out.numpy()
-    return Outcome(node, held_out.shape[1], held_out.ids, np.asarray(labels), head.predict(images))
+    return HeldOutResult(node, held_out.shape[1], held_out.ids, np.asarray(labels), head.predict(images))
 
 
 def _compute(data: Path, store: Path) -> str:
@@ -178,7 +178,7 @@ def _compute(data: Path, store: Path) -> str:
     return f"{counts['computed']:,} images computed{known} in {speed}\n{record['verdict']}"
 
 
-def _accuracy_table(outcomes: list[Outcome]) -> str:
+def _accuracy_table(outcomes: list[HeldOutResult]) -> str:
     rows = [
         [
             o.node,
@@ -211,7 +211,7 @@ ROWS = 5
 RIGHT, WRONG, QUIET, FRAME = "#2f6b3a", "#b3261e", "#5f6368", "#dadce0"
 
 
-def draw(outcome: Outcome, data: Path, classes: Sequence[str], path: Path) -> Path:
+def draw(outcome: HeldOutResult, data: Path, classes: Sequence[str], path: Path) -> Path:
     """Draws the first held-out images of each class, a column per class, and writes them to ``path`` as PNG.
 
     They are the first in the data set's order, whatever the head says of them, so mistakes are as frequent as they are.
@@ -269,7 +269,7 @@ def _tile(axes: Axes, image: npt.NDArray[Any], predicted: str, *, right: bool) -
     axes.add_patch(frame)
 
 
-def _headline(figure: Figure, outcome: Outcome) -> None:
+def _headline(figure: Figure, outcome: HeldOutResult) -> None:
     count = len(outcome.true)
     title = f"{100 * outcome.accuracy:.1f} % of {count:,} held-out images are named rightly"
     note = (

@@ -43,7 +43,7 @@ class Demo:
     out: Path
     data: Path
     said: str
-    outcomes: list[demo.Outcome]
+    outcomes: list[demo.HeldOutResult]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_accuracy_is_that_of_a_head_fitted_by_hand(finished: Demo) -> None:
 
 
 def test_margin() -> None:
-    outcome = demo.Outcome("x", 1, np.arange(400), np.zeros(400), np.repeat([0, 1], [360, 40]))
+    outcome = demo.HeldOutResult("x", 1, np.arange(400), np.zeros(400), np.repeat([0, 1], [360, 40]))
     assert outcome.accuracy == 0.9
     assert outcome.margin == pytest.approx(1.96 * 0.015)
 

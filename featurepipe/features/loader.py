@@ -21,7 +21,7 @@ from featurepipe.errors import Reject, SourceError, Unavailable
 from featurepipe.features.reading import PatientReader
 from featurepipe.features.settings import Machine
 from featurepipe.images import Source, key_of
-from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Budget, Lease, check_bytes
+from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Budget, BudgetLease, check_bytes
 from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.images.listing import UNKNOWN
@@ -91,7 +91,7 @@ class LoadTask:
         self.future: Future[list[Loaded]] = Future()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._lease: Lease | None = None
+        self._lease: BudgetLease | None = None
         self._image: Loaded | None = None
         self._budget, self._until = DECODE_SECONDS, float("inf")
 

@@ -91,14 +91,14 @@ class DecodeMemory:
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
         self._changed = threading.Condition()
-        self._queue: deque[Lease] = deque()
+        self._queue: deque[BudgetLease] = deque()
         self._held = 0
 
-    def lease(self) -> Lease:
+    def lease(self) -> BudgetLease:
         """A lease of nothing yet, given back at the end of the block that it is entered for."""
-        return Lease(self)
+        return BudgetLease(self)
 
-    def take(self, lease: Lease, amount: int) -> int:
+    def take(self, lease: BudgetLease, amount: int) -> int:
         """Waits until there is room; gives the bytes that are taken."""
         limit = self._limit()
         amount = min(amount, limit)
@@ -119,7 +119,7 @@ class DecodeMemory:
             self._changed.notify_all()
 
 
-class Lease:
+class BudgetLease:
     """Memory for one image, or for several that are decoded in one call; see `DecodeMemory`."""
 
     def __init__(self, memory: DecodeMemory) -> None:

@@ -17,7 +17,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.preflight import check_dataset, in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
-from featurepipe.jobs.sources import LabelledSource, Patience, TonightsSource
+from featurepipe.jobs.sources import LabelledSource, RetryPolicy, TonightsSource
 from featurepipe.store.inside import listed
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
@@ -52,7 +52,7 @@ class Extractions:
         """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
         source = TonightsSource(self.job, self.stop)
         table = self.job.source
-        patience = Patience(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
+        patience = RetryPolicy(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
         why = self._list(source, patience)
         images = LabelledSource(source, asked=table.labels is not None)
         if table.labels and not why:
@@ -64,7 +64,7 @@ class Extractions:
                 why = self._extract(place, source, images, patience)
         self.record.listing = source.seconds
 
-    def _list(self, source: TonightsSource, patience: Patience) -> str:
+    def _list(self, source: TonightsSource, patience: RetryPolicy) -> str:
         """Lists the source; returns why nothing can be extracted, if so."""
 
         def work() -> dict[str, Any]:
@@ -81,13 +81,13 @@ class Extractions:
         entry = self.record.attempt("list", "", work)
         return "" if entry["status"] == DONE else "the source was not listed"
 
-    def _label(self, images: LabelledSource, file: Path, patience: Patience) -> None:
+    def _label(self, images: LabelledSource, file: Path, patience: RetryPolicy) -> None:
         """Reads the labels file; one that cannot be had or used fails the night, but keeps no image from being computed."""
         if self.before is not None:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
         self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
 
-    def _extract(self, place: int, source: TonightsSource, images: LabelledSource, patience: Patience) -> str:
+    def _extract(self, place: int, source: TonightsSource, images: LabelledSource, patience: RetryPolicy) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""
         features = self.job.features[place]
         found: dict[str, Any] = {}

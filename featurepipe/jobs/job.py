@@ -195,13 +195,13 @@ Heads = Annotated[Names, Field(min_length=1), AfterValidator(_heads)]
 PValue = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Table(BaseModel):
+class BaseTable(BaseModel):
     """What all tables have in common: they never change, know all their keys, and take no text for a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class SourceTable(Table):
+class SourceTable(BaseTable):
     """``[source]``: where the images are."""
 
     path: PathOrUrl
@@ -222,7 +222,7 @@ class SourceTable(Table):
     """The longest wait between two tries."""
 
 
-class FeaturesTable(Table):
+class FeaturesTable(BaseTable):
     """``[[features]]``: one frozen network, and what is kept of it."""
 
     backbone: str = "resnet50"
@@ -243,7 +243,7 @@ class FeaturesTable(Table):
     """Black and white of images of more than eight bits: `declared`, `full`, `bits=N`, `window=LO:HI` or `minmax`."""
 
 
-class MachineTable(Table):
+class MachineTable(BaseTable):
     """``[machine]``: with how much the network runs."""
 
     device: str = "auto"
@@ -254,7 +254,7 @@ class MachineTable(Table):
     """Threads that read and decode; by default one per CPU, at most 16."""
 
 
-class LimitsTable(Table):
+class LimitsTable(BaseTable):
     """``[limits]``: what a night may cost, and what makes it fail."""
 
     max_rejects: Share = "1%"
@@ -269,7 +269,7 @@ class LimitsTable(Table):
     """Images of the last snapshot that may be missing from tonight's listing, a number or a share."""
 
 
-class TrainTable(Table):
+class TrainTable(BaseTable):
     """``[[train]]``: a head to train; see `featurepipe train`."""
 
     out: JobPath
@@ -306,7 +306,7 @@ class TrainTable(Table):
     """Of draws and of the estimators."""
 
 
-class PredictTable(Table):
+class PredictTable(BaseTable):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
     bundle: JobPath
@@ -323,7 +323,7 @@ class PredictTable(Table):
         return Path(self.to.format(date=date, run=run, job=job))
 
 
-class DriftTable(Table):
+class DriftTable(BaseTable):
     """``[drift]``: whether tonight's images are like those of before."""
 
     reference: Reference = "previous"
@@ -340,7 +340,7 @@ class DriftTable(Table):
     """Of what is drawn."""
 
 
-class DepthTable(Table):
+class DepthTable(BaseTable):
     """``[depth]``: which layer transfers best; see `featurepipe depth`."""
 
     when: Literal["images changed", "always"] = "images changed"
@@ -365,11 +365,11 @@ class DepthTable(Table):
     """An HTML file to write."""
 
 
-class CompactTable(Table):
+class CompactTable(BaseTable):
     """``[compact]``: merge small parts; it has no keys."""
 
 
-class KeepTable(Table):
+class KeepTable(BaseTable):
     """``[keep]``: how much of the past stays."""
 
     snapshots: int | None = Field(default=30, ge=1)
@@ -378,7 +378,7 @@ class KeepTable(Table):
     """Nights of the job whose run records stay; records of other jobs, and of what was done by hand, always do."""
 
 
-class ReportTable(Table):
+class ReportTable(BaseTable):
     """``[report]``: the page of the last nights."""
 
     to: JobPath
@@ -387,14 +387,14 @@ class ReportTable(Table):
     """Nights that it shows."""
 
 
-class MetricsTable(Table):
+class MetricsTable(BaseTable):
     """``[metrics]``: figures for those who watch many jobs."""
 
     prometheus: JobPath
     """The text file for Prometheus' node exporter, `.prom`."""
 
 
-class Job(Table):
+class Job(BaseTable):
     """A job file."""
 
     name: Name

@@ -240,7 +240,7 @@ Flock = Callable[[int, int], object]
 MakeLease = Callable[..., Lease]
 
 
-class Held(Protocol):
+class HeldLock(Protocol):
     """A lock that is held.
 
     Attributes:
@@ -265,7 +265,7 @@ def job_lock(
     on_lost: Callable[[], object] = bool,
     flock: Flock = fcntl.flock,
     make_lease: MakeLease = Lease,
-) -> Iterator[Held]:
+) -> Iterator[HeldLock]:
     """Holds the lock of a job in a store, so that no second run of it begins anywhere.
 
     It is a kernel lock, which dies with its process, on whatever host the file system is mounted; where the file system has

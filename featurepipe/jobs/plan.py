@@ -14,7 +14,16 @@ from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.extractions import arguments
-from featurepipe.jobs.job import DepthTable, DriftTable, Job, KeepTable, PredictTable, ReportTable, Table, TrainTable
+from featurepipe.jobs.job import (
+    BaseTable,
+    DepthTable,
+    DriftTable,
+    Job,
+    KeepTable,
+    PredictTable,
+    ReportTable,
+    TrainTable,
+)
 from featurepipe.jobs.preflight import check_dataset, check_networks
 from featurepipe.jobs.sources import TonightsSource, check_labels
 from featurepipe.jobs.step import steps_of
@@ -83,7 +92,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     }
 
 
-def outlook(table: Table, job: str) -> tuple[bool | None, str]:
+def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
     """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
     match table:
         case TrainTable():
@@ -100,7 +109,7 @@ def outlook(table: Table, job: str) -> tuple[bool | None, str]:
             return True, _upkeep(table)
 
 
-def _upkeep(table: Table) -> str:
+def _upkeep(table: BaseTable) -> str:
     if isinstance(table, KeepTable):
         return f"keeps {_all(table.snapshots)} snapshots and {_all(table.runs)} run records"
     if isinstance(table, ReportTable):

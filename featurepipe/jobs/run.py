@@ -14,7 +14,7 @@ from featurepipe.execution.connection import executor_when_needed
 from featurepipe.execution.launchers import checked_spec
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.job import Job
-from featurepipe.jobs.lock import Held, job_lock
+from featurepipe.jobs.lock import HeldLock, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
 from featurepipe.jobs.step import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Night, Step, steps_of
@@ -81,7 +81,7 @@ def run_job(
     return record.written
 
 
-def _only_run(store: FeatureStore, job: Job, stop: StopRequest) -> AbstractContextManager[Held]:
+def _only_run(store: FeatureStore, job: Job, stop: StopRequest) -> AbstractContextManager[HeldLock]:
     def end_soon() -> None:
         stop.deadline = time.monotonic()
 
@@ -116,7 +116,7 @@ def _last_dataset(store: FeatureStore, job: str) -> str:
     return next(names, "")
 
 
-def _take_steps(night: Night, record: RunRecord, held: Held) -> None:
+def _take_steps(night: Night, record: RunRecord, held: HeldLock) -> None:
     """Takes the steps in their order; those that tell of the night see it as it will end if they succeed."""
     for step in steps_of(night.job):
         why = _why_not(step, night, record, held)
@@ -146,7 +146,7 @@ def _take(step: Step, night: Night, record: RunRecord) -> None:
     record.is_late |= entry["status"] == SKIPPED and night.stop.out_of_time
 
 
-def _why_not(step: Step, night: Night, record: RunRecord, held: Held) -> str:
+def _why_not(step: Step, night: Night, record: RunRecord, held: HeldLock) -> str:
     """Why a step is not begun; empty if it is."""
     if held.lost:
         return "another host has taken over"
@@ -169,7 +169,7 @@ def _what_is_missing(step: Step, night: Night) -> str:
     return ""
 
 
-def _close(record: RunRecord, stop: StopRequest, held: Held) -> None:
+def _close(record: RunRecord, stop: StopRequest, held: HeldLock) -> None:
     """Notes what no step has noted: a signal between two of them, a lock that was lost."""
     _note_signal(record, stop)
     if held.lost:

@@ -48,7 +48,7 @@ class NothingListed(SourceError):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to insist on a source: tries whose distance doubles.
 
     Attributes:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
-from featurepipe.jobs.job import Job, Table
+from featurepipe.jobs.job import BaseTable, Job
 
 if TYPE_CHECKING:
     from featurepipe.interrupt import StopRequest
@@ -41,7 +41,7 @@ class Step:
 
     step: str
     name: str
-    table: Table
+    table: BaseTable
 
     def __str__(self) -> str:
         return f"{self.step} {self.name}".strip()

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.heads.bundle.files import MANIFEST, existing_folder
-from featurepipe.jobs.job import LONGEST_NAME, FeaturesTable, Job, Table, is_name
+from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is_name
 
 _MUST_BE = {
     "string_type": "must be text",
@@ -138,7 +138,7 @@ def table_called(name: str) -> type[BaseModel]:
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), _NoTable)
 
 
-class _NoTable(Table):
+class _NoTable(BaseTable):
     """Stands for keys at the top that hold no table."""
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.statistics.comparison import (
+    AccuracyEstimate,
     Difference,
-    Estimate,
     cheapest_within_one_se,
     difference_over_folds,
     difference_over_images,
@@ -32,7 +32,7 @@ SURE = 0.05
 """Adjusted p value up to which a difference is taken for more than chance."""
 
 
-def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
+def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> AccuracyEstimate:
     """Accuracy with its interval: over folds, or over images where there is one split or another source."""
     if tested_on == SHIFTED:
         return over_images(*_by_image_elsewhere(study, series))
@@ -42,7 +42,7 @@ def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> Estimate:
     return over_images(np.stack([cell.correct for cell in series.cells]), _keys_of_test(study))
 
 
-def _wider(one: Estimate, other: Estimate) -> Estimate:
+def _wider(one: AccuracyEstimate, other: AccuracyEstimate) -> AccuracyEstimate:
     """The first, but with the interval of the second if that is wider: folds that happen to agree are no certainty."""
     if one.se is None or (other.se is not None and other.high - other.low > one.high - one.low):  # type: ignore[operator]
         return replace(
@@ -134,8 +134,8 @@ class Recommendation:
 
     chosen: Series
     best: Series
-    estimate: Estimate
-    best_estimate: Estimate
+    estimate: AccuracyEstimate
+    best_estimate: AccuracyEstimate
 
 
 def recommend(study: Study, measured: Sequence[Series]) -> Recommendation:
@@ -182,7 +182,7 @@ def elsewhere(study: Study, found: Recommendation, measured: Sequence[Series]) -
     }
 
 
-def _accuracy(found: Estimate) -> dict[str, float | None]:
+def _accuracy(found: AccuracyEstimate) -> dict[str, float | None]:
     return {"accuracy": found.value, "low": found.low, "high": found.high, "se": found.se}
 
 

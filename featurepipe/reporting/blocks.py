@@ -17,7 +17,7 @@ DASH = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One cell of a table: its text, what to sort by (null last), and a smaller second line."""
 
     text: str
@@ -118,9 +118,9 @@ def milliseconds(value: Any) -> str:
     return DASH if number is None else f"{number:.{1 if number >= 10 else 2}f}"
 
 
-def bounded(value: Any, low: Any, high: Any) -> Cell:
+def bounded(value: Any, low: Any, high: Any) -> TableCell:
     """A share with its interval as a cell."""
-    return Cell(percent(value), finite(value), interval(low, high))
+    return TableCell(percent(value), finite(value), interval(low, high))
 
 
 def shortened(text: str, most: int) -> str:
@@ -181,7 +181,7 @@ class Table:
     kind: ClassVar[str] = "table"
     caption: str
     header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     groups: tuple[tuple[str, int], ...] = ()
     marked: int | None = None
     mark: str = "recommended"

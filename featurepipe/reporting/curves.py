@@ -9,11 +9,11 @@ from typing import Any
 from bokeh.models import ColumnDataSource, DataRange1d
 
 from featurepipe.reporting.blocks import (
-    Cell,
     Exhibit,
     Key,
     Panel,
     Table,
+    TableCell,
     bounded,
     count,
     finite,
@@ -196,15 +196,15 @@ def _table(columns: Sequence[str], results: Results) -> Table:
     ordered = sorted(results, key=lambda row: columns.index(row["column"]))
     rows = tuple(
         (
-            Cell(str(row["column"]), columns.index(row["column"])),
-            Cell(str(row["head"])),
-            Cell(str(row["network"])),
-            Cell(str(row.get("tested_on", "source"))),
+            TableCell(str(row["column"]), columns.index(row["column"])),
+            TableCell(str(row["head"])),
+            TableCell(str(row["network"])),
+            TableCell(str(row.get("tested_on", "source"))),
             bounded(row["accuracy"], row.get("low"), row.get("high")),
-            Cell(percent(row.get("train_accuracy")), finite(row.get("train_accuracy"))),
-            Cell(count(len(row.get("cells") or [])), len(row.get("cells") or [])),
-            Cell(_chosen(row.get("params"))),
-            Cell(milliseconds(row.get("seconds")), finite(row.get("seconds"))),
+            TableCell(percent(row.get("train_accuracy")), finite(row.get("train_accuracy"))),
+            TableCell(count(len(row.get("cells") or [])), len(row.get("cells") or [])),
+            TableCell(_chosen(row.get("params"))),
+            TableCell(milliseconds(row.get("seconds")), finite(row.get("seconds"))),
         )
         for row in ordered
     )
@@ -395,13 +395,19 @@ def _score_table(
     accuracy = {(row["column"], row["head"]): row["accuracy"] for row in rows}
     body = [
         (
-            Cell(str(name)),
-            Cell(plain(scores[name]), scores[name]),
-            *(Cell(percent(accuracy.get((name, head))), finite(accuracy.get((name, head)))) for head in heads),
+            TableCell(str(name)),
+            TableCell(plain(scores[name]), scores[name]),
+            *(TableCell(percent(accuracy.get((name, head))), finite(accuracy.get((name, head)))) for head in heads),
         )
         for name in scores
     ]
     for measure in ("spearman", "kendall") if correlations else ():
         values = [(correlations.get(head) or {}).get(measure) for head in heads]
-        body.append((Cell(f"rank correlation ({measure})"), Cell(""), *(Cell(plain(value), None) for value in values)))
+        body.append(
+            (
+                TableCell(f"rank correlation ({measure})"),
+                TableCell(""),
+                *(TableCell(plain(value), None) for value in values),
+            )
+        )
     return Table(f"{method} and accuracy of each node", ("Node", method, *heads), tuple(body), sortable=False)

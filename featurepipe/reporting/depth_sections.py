@@ -8,11 +8,11 @@ from typing import Any
 from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.reporting.blocks import (
     Block,
-    Cell,
     Figures,
     Prose,
     Section,
     Table,
+    TableCell,
     amount,
     bounded,
     count,
@@ -32,7 +32,7 @@ from featurepipe.reporting.palette import Paint
 
 Document = Mapping[str, Any]
 Results = Mapping[tuple[str, str, str, str], Document]
-Column = tuple[str, Callable[[Document], Cell]]
+Column = tuple[str, Callable[[Document], TableCell]]
 """A column's name, and its cell for an entry of the document's ``columns``."""
 
 _NODES = (
@@ -40,10 +40,10 @@ _NODES = (
     "accurate node, in percentage points, on the same folds"
 )
 _COST: Sequence[Column] = (
-    ("share of cost", lambda node: Cell(percent(node.get("cost"), 0), finite(node.get("cost")))),
-    ("ms per image", lambda node: Cell(milliseconds(node.get("ms_per_image")), finite(node.get("ms_per_image")))),
-    ("width", lambda node: Cell(count(node.get("width")), finite(node.get("width")))),
-    ("bytes", lambda node: Cell(amount(node.get("bytes_per_image")), finite(node.get("bytes_per_image")))),
+    ("share of cost", lambda node: TableCell(percent(node.get("cost"), 0), finite(node.get("cost")))),
+    ("ms per image", lambda node: TableCell(milliseconds(node.get("ms_per_image")), finite(node.get("ms_per_image")))),
+    ("width", lambda node: TableCell(count(node.get("width")), finite(node.get("width")))),
+    ("bytes", lambda node: TableCell(amount(node.get("bytes_per_image")), finite(node.get("bytes_per_image")))),
 )
 
 
@@ -86,16 +86,16 @@ def joined_table(document: Document) -> Table | None:
     found = document.get("concatenations") or []
     rows = tuple(
         (
-            Cell(" + ".join(map(str, row["columns"]))),
+            TableCell(" + ".join(map(str, row["columns"]))),
             bounded(row.get("accuracy"), row.get("low"), row.get("high")),
-            Cell(
+            TableCell(
                 points(row.get("difference")),
                 finite(row.get("difference")),
                 points_interval(row.get("low_difference"), row.get("high_difference")),
             ),
-            Cell(_verdict(row)),
-            Cell(str(row["head"])),
-            Cell(str(row.get("against", ""))),
+            TableCell(_verdict(row)),
+            TableCell(str(row["head"])),
+            TableCell(str(row.get("against", ""))),
         )
         for row in found
     )
@@ -121,7 +121,7 @@ def _by_node(document: Document, caption: str, groups: Mapping[str, Sequence[Col
     kept = {title: columns for title, columns in groups.items() if columns}
     columns = [column for group in kept.values() for column in group]
     rows = tuple(
-        (Cell(name, place), *(cell(node) for _, cell in columns))
+        (TableCell(name, place), *(cell(node) for _, cell in columns))
         for place, (name, node) in enumerate(zip(names, nodes, strict=True))
     )
     best = (document.get("recommended") or {}).get("column")
@@ -131,35 +131,35 @@ def _by_node(document: Document, caption: str, groups: Mapping[str, Sequence[Col
 
 
 def _accuracies(results: Results, network: str, tested_on: str) -> list[Column]:
-    def of(head: str) -> Callable[[Document], Cell]:
+    def of(head: str) -> Callable[[Document], TableCell]:
         return lambda node: _measured(results.get((node["column"], head, network, tested_on)))
 
     return [(head, of(head)) for head in _heads(results, network, tested_on)]
 
 
-def _measured(row: Document | None) -> Cell:
-    return bounded(*(row.get(name) for name in ("accuracy", "low", "high"))) if row else Cell(percent(None))
+def _measured(row: Document | None) -> TableCell:
+    return bounded(*(row.get(name) for name in ("accuracy", "low", "high"))) if row else TableCell(percent(None))
 
 
-def _score(scores: Document) -> Callable[[Document], Cell]:
-    return lambda node: Cell(plain(scores.get(node["column"])), finite(scores.get(node["column"])))
+def _score(scores: Document) -> Callable[[Document], TableCell]:
+    return lambda node: TableCell(plain(scores.get(node["column"])), finite(scores.get(node["column"])))
 
 
-def _difference(differences: Mapping[tuple[str, str], Document], head: str) -> Callable[[Document], Cell]:
-    def cell(node: Document) -> Cell:
+def _difference(differences: Mapping[tuple[str, str], Document], head: str) -> Callable[[Document], TableCell]:
+    def cell(node: Document) -> TableCell:
         row = differences.get((head, node["column"])) or {}
         bounds = points_interval(row.get("low"), row.get("high"))
-        return Cell(points(row.get("difference")), finite(row.get("difference")), bounds)
+        return TableCell(points(row.get("difference")), finite(row.get("difference")), bounds)
 
     return cell
 
 
-def _loss(results: Results, head: str) -> Callable[[Document], Cell]:
-    def cell(node: Document) -> Cell:
+def _loss(results: Results, head: str) -> Callable[[Document], TableCell]:
+    def cell(node: Document) -> TableCell:
         kinds = [results.get((node["column"], head, "pretrained", tested_on)) for tested_on in ("shifted", "source")]
         there, here = (finite((row or {}).get("accuracy")) for row in kinds)
         change = None if there is None or here is None else there - here
-        return Cell(points(change), change)
+        return TableCell(points(change), change)
 
     return cell
 

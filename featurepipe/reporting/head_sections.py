@@ -7,7 +7,6 @@ from typing import Any
 
 from featurepipe.reporting.blocks import (
     Block,
-    Cell,
     Facts,
     Figures,
     Gallery,
@@ -15,6 +14,7 @@ from featurepipe.reporting.blocks import (
     Prose,
     Section,
     Table,
+    TableCell,
     bounded,
     count,
     finite,
@@ -162,9 +162,11 @@ def _measures(metrics: Document) -> Table | None:
         if name in _SHARES:
             cell = bounded(found.get("value"), found.get("low"), found.get("high"))
         else:
-            cell = Cell(plain(found.get("value")), finite(found.get("value")))
+            cell = TableCell(plain(found.get("value")), finite(found.get("value")))
         bounds = interval(found.get("low"), found.get("high")) if name in _SHARES else _plain_bounds(found)
-        rows.append((Cell(words), Cell(cell.text, cell.order), Cell(bounds or str(found.get("reason", "")))))
+        rows.append(
+            (TableCell(words), TableCell(cell.text, cell.order), TableCell(bounds or str(found.get("reason", ""))))
+        )
     if not rows:
         return None
     images = f" on {count(metrics['images'])} images" if finite(metrics.get("images")) else ""
@@ -183,9 +185,9 @@ def _classes(metrics: Document) -> Table | None:
     shares = ("recall", "precision", "f1", "auc")
     rows = tuple(
         (
-            Cell(str(row["class"])),
-            *(Cell(percent(row.get(name)), finite(row.get(name))) for name in shares),
-            Cell(count(row.get("support")), finite(row.get("support"))),
+            TableCell(str(row["class"])),
+            *(TableCell(percent(row.get(name)), finite(row.get(name))) for name in shares),
+            TableCell(count(row.get("support")), finite(row.get("support"))),
         )
         for row in found
     )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from bokeh.models import ColumnDataSource, Range1d
 
-from featurepipe.reporting.blocks import Cell, Exhibit, Panel, Table, count, finite, percent, plain
+from featurepipe.reporting.blocks import Exhibit, Panel, Table, TableCell, count, finite, percent, plain
 from featurepipe.reporting.charts import Figure, blank, hover, label_axis, name_places
 from featurepipe.reporting.palette import Paint, on_shade, shade
 
@@ -145,9 +145,9 @@ def _mix_ups(counts: Values, names: Sequence[str]) -> str:
     return f"{right} Most often mistaken: {', '.join(pairs)}." if pairs else right
 
 
-def _rows(names: Sequence[str], values: Values, texts: Sequence[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
+def _rows(names: Sequence[str], values: Values, texts: Sequence[Sequence[str]]) -> tuple[tuple[TableCell, ...], ...]:
     return tuple(
-        (Cell(name), *(Cell(text, finite(float(value))) for value, text in zip(row, written, strict=True)))
+        (TableCell(name), *(TableCell(text, finite(float(value))) for value, text in zip(row, written, strict=True)))
         for name, row, written in zip(names, values, texts, strict=True)
     )
 
@@ -159,7 +159,11 @@ def _confusion_table(names: Sequence[str], counts: Values, metrics: Mapping[str,
         return Table(caption, ("True class", *names), _rows(names, counts, texts), sortable=False)
     pairs = metrics.get("confused") or []
     rows = tuple(
-        (Cell(str(pair["true"])), Cell(str(pair["predicted"])), Cell(count(pair["count"]), finite(pair["count"])))
+        (
+            TableCell(str(pair["true"])),
+            TableCell(str(pair["predicted"])),
+            TableCell(count(pair["count"]), finite(pair["count"])),
+        )
         for pair in pairs
     )
     return (

@@ -11,7 +11,19 @@ from typing import Any
 from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, PlainText, Range1d
 
 from featurepipe.progress import spoken
-from featurepipe.reporting.blocks import DASH, Cell, Exhibit, Key, Panel, Table, amount, count, finite, percent, plain
+from featurepipe.reporting.blocks import (
+    DASH,
+    Exhibit,
+    Key,
+    Panel,
+    Table,
+    TableCell,
+    amount,
+    count,
+    finite,
+    percent,
+    plain,
+)
 from featurepipe.reporting.charts import blank, draw_bars, draw_line, draw_points, hover, label_axis
 from featurepipe.reporting.night_outcomes import Night, is_good
 from featurepipe.reporting.palette import INK, QUIET, SERIES, Paint, Style, series
@@ -212,9 +224,11 @@ def _words(nights: Sequence[Night], figure: Figure) -> str:
 def _table(title: str, nights: Sequence[Night], found: Sequence[Figure]) -> Table:
     rows = tuple(
         (
-            Cell(night_name(night), place),
+            TableCell(night_name(night), place),
             *(
-                Cell(DASH if figure.values[place] is None else figure.text(figure.values[place]), figure.values[place])
+                TableCell(
+                    DASH if figure.values[place] is None else figure.text(figure.values[place]), figure.values[place]
+                )
                 for figure in found
             ),
         )
@@ -378,12 +392,12 @@ def _drift_summary(nights: Sequence[Night], tests: Mapping[str, Sequence[tuple[i
 def _drift_table(nights: Sequence[Night]) -> Table:
     rows = tuple(
         (
-            Cell(night_name(night), place),
-            Cell(str(test["name"])),
-            Cell(_p(test.get("p")), finite(test.get("p"))),
-            Cell(plain(test.get("effect")), finite(test.get("effect"))),
-            Cell(str(night["drift"]["verdict"])),
-            Cell(", ".join(map(str, test.get("farthest") or ())) or DASH),
+            TableCell(night_name(night), place),
+            TableCell(str(test["name"])),
+            TableCell(_p(test.get("p")), finite(test.get("p"))),
+            TableCell(plain(test.get("effect")), finite(test.get("effect"))),
+            TableCell(str(night["drift"]["verdict"])),
+            TableCell(", ".join(map(str, test.get("farthest") or ())) or DASH),
         )
         for place, night in reversed(list(enumerate(nights)))
         for test in (night.get("drift") or {}).get("tests") or ()
@@ -416,7 +430,7 @@ def _class_table(bundle: str, shares: Mapping[str, Mapping[int, float]]) -> Tabl
     for name, found in list(shares.items())[:_TABLED]:
         values = list(found.values())
         four = (values[-1], median(values), min(values), max(values))
-        rows.append((Cell(name), *(Cell(percent(value), value) for value in four)))
+        rows.append((TableCell(name), *(TableCell(percent(value), value) for value in four)))
     left = f"; the {_TABLED} most frequent of {len(shares)}" if len(shares) > _TABLED else ""
     header = ("Class", "Last night", "Middle night", "Least", "Most")
     return Table(f"Shares of the classes predicted by {bundle}{left}", header, tuple(rows))

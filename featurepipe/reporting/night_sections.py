@@ -10,13 +10,13 @@ from typing import Any
 from featurepipe.reporting.blocks import (
     DASH,
     Block,
-    Cell,
     Facts,
     Figures,
     Prose,
     Section,
     Steps,
     Table,
+    TableCell,
     amount,
     count,
     finite,
@@ -187,10 +187,10 @@ def _day(moment: Any) -> tuple[str, str]:
 def _steps(night: Night) -> Table | None:
     rows = tuple(
         (
-            Cell(str(step["step"])),
-            Cell(signed(str(step.get("status")), step.get("warnings") or ())),
-            Cell(str(step.get("told") or DASH)),
-            Cell(seconds(step.get("seconds")), finite(step.get("seconds"))),
+            TableCell(str(step["step"])),
+            TableCell(signed(str(step.get("status")), step.get("warnings") or ())),
+            TableCell(str(step.get("told") or DASH)),
+            TableCell(seconds(step.get("seconds")), finite(step.get("seconds"))),
         )
         for step in night.get("steps") or ()
     )
@@ -202,14 +202,16 @@ def _steps(night: Night) -> Table | None:
 def _status(nights: Sequence[Night]) -> Table:
     rows = tuple(
         (
-            Cell(night_name(night), place),
-            Cell(
+            TableCell(night_name(night), place),
+            TableCell(
                 signed(str(night.get("status")), night.get("warnings") or ()),
                 note=" ".join(night.get("reasons") or night.get("warnings") or ()),
             ),
             *(_counted(night, name) for name in ("computed", "rejected", "listed")),
-            Cell(seconds((night.get("seconds") or {}).get("wall")), finite((night.get("seconds") or {}).get("wall"))),
-            Cell(str(night["run_id"])),
+            TableCell(
+                seconds((night.get("seconds") or {}).get("wall")), finite((night.get("seconds") or {}).get("wall"))
+            ),
+            TableCell(str(night["run_id"])),
         )
         for place, night in reversed(list(enumerate(nights)))
     )
@@ -217,9 +219,9 @@ def _status(nights: Sequence[Night]) -> Table:
     return Table("Newest first", header, rows, unbroken=True)
 
 
-def _counted(night: Night, name: str) -> Cell:
+def _counted(night: Night, name: str) -> TableCell:
     value = (night.get("counts") or {}).get(name)
-    return Cell(count(value), finite(value))
+    return TableCell(count(value), finite(value))
 
 
 def _images(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
@@ -241,10 +243,10 @@ def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
     rows = []
     for kind in kinds:
         found = [(night.get("reject_reasons") or {}).get(kind, 0) for night in nights]
-        rows.append((Cell(str(kind)), *(Cell(count(n), float(n)) for n in (found[-1], max(found)))))
+        rows.append((TableCell(str(kind)), *(TableCell(count(n), float(n)) for n in (found[-1], max(found)))))
     if rows:
         yield Table("Kinds of reasons", ("Reason", "Last night", "Most in a night"), tuple(rows))
-    named = tuple((Cell(str(one["id"])), Cell(str(one["reason"]))) for one in last.get("rejects") or ())
+    named = tuple((TableCell(str(one["id"])), TableCell(str(one["reason"]))) for one in last.get("rejects") or ())
     total = (last.get("counts") or {}).get("rejected")
     if named:
         yield Table(
@@ -263,7 +265,10 @@ def _earlier_rejects(nights: Sequence[Night]) -> Iterator[Table]:
         found = {(one["id"], one["reason"]): None for one in night.get("rejects") or ()}
         fresh = [one for one in found if one not in told]
         told.update(fresh)
-        rows += [(Cell(night_name(night)), Cell(str(id_)), Cell(str(reason))) for id_, reason in fresh[:_REJECTS_NAMED]]
+        rows += [
+            (TableCell(night_name(night)), TableCell(str(id_)), TableCell(str(reason)))
+            for id_, reason in fresh[:_REJECTS_NAMED]
+        ]
     if rows:
         caption = f"Others of the nights before, the first {_REJECTS_NAMED} of each"
         yield Table(caption, ("Last named in the night (UTC)", "Image", "Reason"), tuple(rows), sortable=False)
@@ -276,7 +281,12 @@ def _bundles(nights: Sequence[Night]) -> list[str]:
 def _software(nights: Sequence[Night]) -> Table | None:
     """Versions, machine and commit, where a night had others than the one before it."""
     rows = [
-        (Cell(night_name(night)), Cell(what), Cell(str(old.get(what) or DASH)), Cell(str(new.get(what) or DASH)))
+        (
+            TableCell(night_name(night)),
+            TableCell(what),
+            TableCell(str(old.get(what) or DASH)),
+            TableCell(str(new.get(what) or DASH)),
+        )
         for before, night in pairwise(nights)
         for old, new in [(_surroundings(before), _surroundings(night))]
         for what in sorted({*old, *new})

@@ -9,32 +9,32 @@ if TYPE_CHECKING:
     from bokeh.model import Model
 
 
-class Pair(NamedTuple):
+class ColourPair(NamedTuple):
     """A colour on a light page and on a dark one."""
 
     light: str
     dark: str
 
 
-INK = Pair("#1d2329", "#e8eaed")
-QUIET = Pair("#555e68", "#adb5bf")
-RULE = Pair("#dfe3e8", "#363c45")
-ACCENT = Pair("#0063a6", "#6cbcf5")
+INK = ColourPair("#1d2329", "#e8eaed")
+QUIET = ColourPair("#555e68", "#adb5bf")
+RULE = ColourPair("#dfe3e8", "#363c45")
+ACCENT = ColourPair("#0063a6", "#6cbcf5")
 
 # Hues that remain apart under the common kinds of colour blindness (after Okabe and Ito, 2008), darker or lighter so that
 # each stands out from its page at 3:1 or more.
 SERIES = (
-    Pair("#0072b2", "#56b4e9"),
-    Pair("#c44e00", "#f5a742"),
-    Pair("#00795c", "#3fc99b"),
-    Pair("#b0307a", "#f08bc4"),
-    Pair("#7a6200", "#e8dc5a"),
-    Pair("#3a3f45", "#d5d9de"),
-    Pair("#5b4bb5", "#b3a6ff"),
-    Pair("#9c2f1f", "#ff9a8a"),
+    ColourPair("#0072b2", "#56b4e9"),
+    ColourPair("#c44e00", "#f5a742"),
+    ColourPair("#00795c", "#3fc99b"),
+    ColourPair("#b0307a", "#f08bc4"),
+    ColourPair("#7a6200", "#e8dc5a"),
+    ColourPair("#3a3f45", "#d5d9de"),
+    ColourPair("#5b4bb5", "#b3a6ff"),
+    ColourPair("#9c2f1f", "#ff9a8a"),
 )
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex", "star")
-OTHERS = Pair("#8a929b", "#7d8590")
+OTHERS = ColourPair("#8a929b", "#7d8590")
 
 # From the page's own colour to the accent's darkest (on dark pages lightest) tone.
 _SCALE_LIGHT = ((244, 247, 250), (118, 176, 222), (4, 62, 110))
@@ -45,7 +45,7 @@ _SCALE_DARK = ((30, 35, 42), (31, 99, 153), (176, 222, 255))
 class Style:
     """How a series is drawn: colour, marker (None for none), dash, and whether the marker is filled."""
 
-    colour: Pair
+    colour: ColourPair
     marker: str | None = None
     dash: str | None = "solid"
     filled: bool = True
@@ -56,14 +56,14 @@ def series(position: int) -> Style:
     return Style(SERIES[position % len(SERIES)], MARKERS[position % len(MARKERS)])
 
 
-def shade(value: float) -> Pair:
+def shade(value: float) -> ColourPair:
     """The colour of a cell from 0 (the page) to 1."""
-    return Pair(_between(_SCALE_LIGHT, value), _between(_SCALE_DARK, value))
+    return ColourPair(_between(_SCALE_LIGHT, value), _between(_SCALE_DARK, value))
 
 
-def on_shade(value: float) -> Pair:
+def on_shade(value: float) -> ColourPair:
     """The colour of text on ``shade(value)``: black or white, whichever stands out more."""
-    return Pair(*(_readable(colour) for colour in shade(value)))
+    return ColourPair(*(_readable(colour) for colour in shade(value)))
 
 
 def contrast(first: str, second: str) -> float:
@@ -83,13 +83,13 @@ class Paint:
     def __init__(self) -> None:
         self.notes: list[tuple[str, str, Any, Any]] = []
 
-    def set(self, model: Model, **colours: Pair) -> None:
+    def set(self, model: Model, **colours: ColourPair) -> None:
         """Sets properties of a Bokeh model to the light colours."""
         for name, pair in colours.items():
             setattr(model, name, pair.light)
             self.notes.append((model.id, name, {"value": pair.light}, {"value": pair.dark}))
 
-    def set_plain(self, model: Model, **colours: Pair) -> None:
+    def set_plain(self, model: Model, **colours: ColourPair) -> None:
         """As ``set``, for properties that take a colour only, as those of axes and grids do."""
         for name, pair in colours.items():
             setattr(model, name, pair.light)

@@ -9,8 +9,8 @@ from scipy import stats
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.comparison import (
+    AccuracyEstimate,
     Difference,
-    Estimate,
     cheapest_within_one_se,
     difference_over_folds,
     difference_over_images,
@@ -27,7 +27,9 @@ class TestFolds:
     def test_independent_cells_give_the_t_interval(self):
         found = over_folds(CELLS, 0)
         low, high = stats.t.interval(0.95, 4, CELLS.mean(), stats.sem(CELLS))
-        assert found == Estimate(*(pytest.approx(x, rel=1e-12) for x in (CELLS.mean(), low, high, stats.sem(CELLS))))
+        assert found == AccuracyEstimate(
+            *(pytest.approx(x, rel=1e-12) for x in (CELLS.mean(), low, high, stats.sem(CELLS)))
+        )
 
     def test_shared_training_images_widen_it_as_nadeau_and_bengio_say(self):
         se = np.sqrt(CELLS.var(ddof=1) * (1 / 5 + 1 / 4))
@@ -57,19 +59,24 @@ class TestFolds:
         found = over_folds([0.4, 0.6], 1)
         reach = stats.t.ppf(0.975, 1) * np.sqrt(0.02 * 1.5)
         assert reach > 2
-        assert found == Estimate(pytest.approx(0.5), 0.0, 1.0, pytest.approx(np.sqrt(0.03)))
+        assert found == AccuracyEstimate(pytest.approx(0.5), 0.0, 1.0, pytest.approx(np.sqrt(0.03)))
         wide = difference_over_folds([0.4, 0.6], [0.3, 0.1], 1)
         assert wide.high - wide.value == pytest.approx(stats.t.ppf(0.975, 1) * np.sqrt(0.08 * 1.5))
 
     def test_one_fold_alone_has_no_interval(self):
-        assert over_folds([0.7], 0.25) == Estimate(0.7, None, None, None)
+        assert over_folds([0.7], 0.25) == AccuracyEstimate(0.7, None, None, None)
         assert difference_over_folds([0.7], [0.5], 0.25) == Difference(pytest.approx(0.2), None, None, None)
 
     def test_equal_cells_have_no_width(self):
-        assert over_folds([1.0, 1.0, 1.0], 0.5) == Estimate(1.0, 1.0, 1.0, 0.0)
+        assert over_folds([1.0, 1.0, 1.0], 0.5) == AccuracyEstimate(1.0, 1.0, 1.0, 0.0)
 
     def test_estimates_are_json_values(self):
-        assert Estimate(0.5, None, None, None).as_dict() == {"value": 0.5, "low": None, "high": None, "se": None}
+        assert AccuracyEstimate(0.5, None, None, None).as_dict() == {
+            "value": 0.5,
+            "low": None,
+            "high": None,
+            "se": None,
+        }
         assert Difference(0.5, 0.25, 0.75, 0.01).as_dict() == {"value": 0.5, "low": 0.25, "high": 0.75, "p": 0.01}
 
     def test_what_are_no_accuracies_is_refused(self):
@@ -140,7 +147,7 @@ class TestImages:
             count = groups * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, groups - 1)) ** 2
             return 0.025 ** (1 / count)
 
-        assert over_images(np.ones(50)) == Estimate(1.0, pytest.approx(lowest(50)), 1.0, 0.0)
+        assert over_images(np.ones(50)) == AccuracyEstimate(1.0, pytest.approx(lowest(50)), 1.0, 0.0)
         assert over_images(np.zeros((3, 50))).high == pytest.approx(1 - lowest(50))
         assert over_images(np.ones(50), np.arange(50) // 5).low == pytest.approx(lowest(10))
 
@@ -243,11 +250,11 @@ class TestImages:
         assert -0.03 < found.low < 0 < found.high < 0.03
 
     def test_a_single_group_has_no_interval(self):
-        assert over_images([True, False], ["a", "a"]) == Estimate(0.5, None, None, None)
+        assert over_images([True, False], ["a", "a"]) == AccuracyEstimate(0.5, None, None, None)
         assert difference_over_images([True, True], [True, False], ["a", "a"]) == Difference(0.5, None, None, None)
 
     def test_equal_shares_have_no_width(self):
-        assert over_images(np.full(20, 0.3)) == Estimate(pytest.approx(0.3), *[pytest.approx(0.3)] * 2, 0.0)
+        assert over_images(np.full(20, 0.3)) == AccuracyEstimate(pytest.approx(0.3), *[pytest.approx(0.3)] * 2, 0.0)
 
     def test_a_million_answers_take_no_time(self):
         rng = np.random.default_rng(7)
@@ -266,10 +273,10 @@ class TestImages:
 
 class TestChoice:
     ESTIMATES: ClassVar = {
-        "early": Estimate(0.80, 0.79, 0.81, 0.005),
-        "middle": Estimate(0.895, 0.88, 0.91, 0.001),
-        "late": Estimate(0.90, 0.89, 0.91, 0.005),
-        "last": Estimate(0.897, 0.89, 0.91, 0.005),
+        "early": AccuracyEstimate(0.80, 0.79, 0.81, 0.005),
+        "middle": AccuracyEstimate(0.895, 0.88, 0.91, 0.001),
+        "late": AccuracyEstimate(0.90, 0.89, 0.91, 0.005),
+        "last": AccuracyEstimate(0.897, 0.89, 0.91, 0.005),
     }
     COSTS: ClassVar = {"early": 0.1, "middle": 0.5, "late": 0.9, "last": 1.0, "unused": 0.0}
 
@@ -277,23 +284,23 @@ class TestChoice:
         assert cheapest_within_one_se(self.ESTIMATES, self.COSTS) == ("middle", "late")
 
     def test_exactly_one_error_below_is_within_it(self):
-        even = {"a": Estimate(0.7, None, None, 0.1), "b": Estimate(0.8, None, None, 0.1)}
+        even = {"a": AccuracyEstimate(0.7, None, None, 0.1), "b": AccuracyEstimate(0.8, None, None, 0.1)}
         assert 0.8 - 0.1 > 0.7
         assert cheapest_within_one_se(even, {"a": 1, "b": 2}) == ("a", "b")
 
     def test_the_error_that_counts_is_the_bests(self):
-        sure = self.ESTIMATES | {"late": Estimate(0.90, 0.89, 0.91, 0.004)}
+        sure = self.ESTIMATES | {"late": AccuracyEstimate(0.90, 0.89, 0.91, 0.004)}
         assert cheapest_within_one_se(sure, self.COSTS) == ("late", "late")
 
     def test_ties_go_to_the_cheaper_then_to_the_better_then_to_the_first(self):
-        even = {"a": Estimate(0.9, None, None, None), "b": Estimate(0.9, None, None, None)}
+        even = {"a": AccuracyEstimate(0.9, None, None, None), "b": AccuracyEstimate(0.9, None, None, None)}
         assert cheapest_within_one_se(even, {"a": 2, "b": 1}) == ("b", "b")
         assert cheapest_within_one_se(even, {"a": 1, "b": 1}) == ("a", "a")
-        near = {"a": Estimate(0.895, None, None, 0.01), "b": Estimate(0.9, None, None, 0.01)}
+        near = {"a": AccuracyEstimate(0.895, None, None, 0.01), "b": AccuracyEstimate(0.9, None, None, 0.01)}
         assert cheapest_within_one_se(near, {"a": 1, "b": 1}) == ("b", "b")
 
     def test_one_candidate_is_chosen(self):
-        assert cheapest_within_one_se({"a": Estimate(0.1, 0, 1, 0.3)}, {"a": 5}) == ("a", "a")
+        assert cheapest_within_one_se({"a": AccuracyEstimate(0.1, 0, 1, 0.3)}, {"a": 5}) == ("a", "a")
 
     def test_what_cannot_be_chosen_from_is_refused(self):
         with pytest.raises(UsageError, match="nothing"):
@@ -301,7 +308,7 @@ class TestChoice:
         with pytest.raises(UsageError, match="'late' has no cost"):
             cheapest_within_one_se(self.ESTIMATES, {"early": 1, "middle": 1, "last": 1})
         with pytest.raises(UsageError, match="'a' is NaN"):
-            cheapest_within_one_se({"a": Estimate(np.nan, None, None, None)}, {"a": 1})
+            cheapest_within_one_se({"a": AccuracyEstimate(np.nan, None, None, None)}, {"a": 1})
 
 
 class TestRanks:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from featurepipe.errors import SourceError
-from featurepipe.jobs.sources import Patience
+from featurepipe.jobs.sources import RetryPolicy
 from featurepipe.jobs.text import summary_text
 
 
@@ -65,7 +65,7 @@ def test_labels_are_waited_for_as_images_are(pile, labelled, monkeypatch):
     def wait(seconds, stop):
         away.rename(file)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=wait))
+    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=wait))
     pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
     assert pile.run()["status"] == "done"
     assert labels(pile) == ["tom", None, None, None]

@@ -22,7 +22,7 @@ from featurepipe.jobs import steps as real_steps
 from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
 from featurepipe.jobs.record import git_commit
-from featurepipe.jobs.sources import Patience, wait
+from featurepipe.jobs.sources import RetryPolicy, wait
 from featurepipe.jobs.text import runs_text
 
 NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
@@ -493,7 +493,7 @@ def test_a_source_that_is_gone_for_a_while(pile, monkeypatch):
             back.start()
         wait(seconds, stop)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=waits))
+    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=waits))
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
     assert 0.5 < record["steps"][0]["seconds"] < 10
@@ -507,7 +507,7 @@ def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
         seen.append(pile.records()[-1])
         away.rename(pile.root)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.Patience", partial(Patience, wait=wait))
+    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=wait))
     pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
     record = pile.run()
     (waiting,) = seen

@@ -10,7 +10,7 @@ import pytest
 from featurepipe.errors import Interrupted, SourceError, UsageError
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs.sources import Listed, Patience, TonightsSource, wait
+from featurepipe.jobs.sources import Listed, RetryPolicy, TonightsSource, wait
 from featurepipe.jobs.validation import read_job
 
 
@@ -44,7 +44,7 @@ def patience(waits, *, retries=5, first_wait=10.0, longest_wait=600.0, stop=None
         (said if said is not None else []).append(why)
         yield
 
-    return Patience(retries, first_wait, longest_wait, stop or StopRequest(), meanwhile, waits)
+    return RetryPolicy(retries, first_wait, longest_wait, stop or StopRequest(), meanwhile, waits)
 
 
 def test_waits_double_up_to_the_longest():

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class AccuracyEstimate:
     """A mean with its 95 % interval and standard error; None where one measurement cannot tell."""
 
     value: float
@@ -31,7 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95 % interval, and the two-sided p value of no difference; None as in ``Estimate``."""
+    """A mean difference with its 95 % interval, and the two-sided p value of no difference; None as in ``AccuracyEstimate``."""
 
     value: float
     low: float | None
@@ -43,7 +43,7 @@ class Difference:
         return asdict(self)
 
 
-def over_folds(cells: npt.ArrayLike, test_to_train: float) -> Estimate:
+def over_folds(cells: npt.ArrayLike, test_to_train: float) -> AccuracyEstimate:
     """Estimates the accuracy of a head trained on so many images, from folds of one or several cross-validations.
 
     Training sets overlap, so that cells are not independent and the plain t interval is much too narrow. In the tests'
@@ -67,13 +67,13 @@ def over_folds(cells: npt.ArrayLike, test_to_train: float) -> Estimate:
         raise UsageError(f"cells must be one accuracy for each fold of each seed, these have shape {accuracies.shape}")
     value, variance = of_folds(accuracies, test_to_train)
     if variance is None:
-        return Estimate(value, None, None, None)
+        return AccuracyEstimate(value, None, None, None)
     se = float(np.sqrt(variance))
     reach = quantile(len(accuracies) - 1) * se
-    return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), se)
+    return AccuracyEstimate(value, max(0.0, value - reach), min(1.0, value + reach), se)
 
 
-def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Estimate:
+def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> AccuracyEstimate:
     """Estimates the accuracy on images like these of heads trained with seeds like these, from one fixed test split.
 
     Images and seeds are two crossed samples. The variance of the mean is that over groups of images (of the mean over
@@ -99,9 +99,9 @@ def over_images(correct: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> 
     hits = np.atleast_2d(_accuracies(correct, "correct"))
     value, sampling = of_images(hits, groups)
     if sampling is None:
-        return Estimate(value, None, None, None)
+        return AccuracyEstimate(value, None, None, None)
     low, high = limits(value, sampling)
-    return Estimate(value, low, high, float(np.sqrt(sampling.variance)))
+    return AccuracyEstimate(value, low, high, float(np.sqrt(sampling.variance)))
 
 
 def difference_over_folds(a: npt.ArrayLike, b: npt.ArrayLike, test_to_train: float) -> Difference:
@@ -154,7 +154,7 @@ def difference_over_images(a: npt.ArrayLike, b: npt.ArrayLike, groups: npt.Array
     return replace(found, low=max(-1.0, value - reach), high=min(1.0, value + reach))
 
 
-def cheapest_within_one_se(estimates: Mapping[str, Estimate], costs: Mapping[str, float]) -> tuple[str, str]:
+def cheapest_within_one_se(estimates: Mapping[str, AccuracyEstimate], costs: Mapping[str, float]) -> tuple[str, str]:
     """Chooses the cheapest whose accuracy is at most one standard error below the best's.
 
     The one-standard-error rule (Breiman, Friedman, Olshen & Stone 1984, "Classification and Regression Trees", section
@@ -172,7 +172,7 @@ def cheapest_within_one_se(estimates: Mapping[str, Estimate], costs: Mapping[str
         UsageError: There is no candidate, one has no cost, or its accuracy is NaN.
 
     Example:
-        >>> accuracies = {"early": Estimate(0.90, 0.88, 0.92, 0.01), "late": Estimate(0.905, 0.89, 0.92, 0.01)}
+        >>> accuracies = {"early": AccuracyEstimate(0.90, 0.88, 0.92, 0.01), "late": AccuracyEstimate(0.905, 0.89, 0.92, 0.01)}
         >>> cheapest_within_one_se(accuracies, {"early": 0.3, "late": 1.0})
         ('early', 'late')
     """
