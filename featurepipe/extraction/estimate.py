@@ -10,7 +10,7 @@ from featurepipe.backbones import Column
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.prepare import Job
-from featurepipe.features.session import Sample, Sampling, sample_rate
+from featurepipe.features.session import Sample, SampleContext, sample_rate
 
 ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -59,7 +59,7 @@ def estimate(job: Job, sample_size: int, executor: Executor | None = None) -> Es
     plan = job.plan
     executor = executor or LocalExecutor()
     sample = Sample(plan.listing, plan.todo, sample_size)
-    rate, sampled = executor.once(sample_rate, sample, context=Sampling(job.session, job.source))
+    rate, sampled = executor.once(sample_rate, sample, context=SampleContext(job.session, job.source))
     if rate is not None:
         rate *= executor.expected()  # the others are taken to be as fast
     return Estimate(

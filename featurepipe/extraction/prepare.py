@@ -25,7 +25,7 @@ from featurepipe.features.session import (
     SAMPLE,
     LoadedNetwork,
     Sample,
-    Sampling,
+    SampleContext,
     Session,
     check_travels,
     measure_precision,
@@ -185,7 +185,7 @@ def _precision(executor: Executor, session: Session, source: Source, listing: pa
     def measure(tried: str | None, intensity: str) -> tuple[str, str]:
         if not executor.is_local:
             check_travels(source)
-        return executor.once(measure_precision, (sample, tried, intensity), context=Sampling(session, source))
+        return executor.once(measure_precision, (sample, tried, intensity), context=SampleContext(session, source))
 
     return measure
 

@@ -201,7 +201,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleContext:
     """What samples of a source are computed with."""
 
     session: Session
@@ -263,7 +263,7 @@ def settle_machine_for(executor: Executor, options: Options) -> Machine:
 
 
 def measure_precision(
-    context: Sampling, asked: tuple[Sample, str | None, str], worker: Worker, _stop: Stop, _report: Report
+    context: SampleContext, asked: tuple[Sample, str | None, str], worker: Worker, _stop: Stop, _report: Report
 ) -> tuple[str, str]:
     """Compares a reduced precision with fp32 on some images; see `featurepipe.features.settings.MeasurePrecision`.
 
@@ -287,7 +287,7 @@ def measure_precision(
 
 
 def sample_rate(
-    context: Sampling, sample: Sample, worker: Worker, _stop: Stop, _report: Report
+    context: SampleContext, sample: Sample, worker: Worker, _stop: Stop, _report: Report
 ) -> tuple[float | None, int]:
     """Images per second that a worker loads and computes, None without a usable image; and how many the sample has."""
     with context.session.at(worker) as session:
