@@ -1,23 +1,143 @@
-"""What a comparison of layers leaves in writing: every number that was found, and how."""
+"""What a comparison of layers leaves in writing: every number that was found, how, and what the recommended column gets wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
+from featurepipe.heads.calibration import fit_temperature, probabilities
+from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.similarity import linear_cka
+from featurepipe.heads.statistics.transferability import transfer_scores
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import details, placed, similarity, transferability
+from featurepipe.layer_depth.measure import Series, scores_of
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.layer_depth.timing import TimedForward, least_disturbed
 from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
+from featurepipe.reporting.projection import mapped
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.journal import Journal
-    from featurepipe.layer_depth.measure import Series
     from featurepipe.layer_depth.sources import Extracted
     from featurepipe.layer_depth.study import Study
+
+
+CKA_IMAGES = 2000
+"""Images that columns are compared on."""
+
+SCORED_IMAGES = 5000
+"""Images that scores without fitting are computed from at most."""
+
+
+def details(study: Study, series: Series, executor: Executor | None = None) -> dict[str, Any]:
+    """Measures of every image as the first seed's folds test it, by a head that has not seen it: here, and elsewhere.
+
+    Images of the other source are asked about once, too, of one head that has not seen the image of equal id.
+
+    Args:
+        study: what is compared on what.
+        series: the cells of a column.
+        executor: fits heads again; by default this process.
+
+    Returns:
+        ``{"details", "details_shifted"}``, each with column, head and metrics, which also say whether probabilities are
+        ``calibrated``; the second is None without another source.
+    """
+    data, there = study.data(PRETRAINED, series.columns), study.elsewhere
+    scores = np.empty((len(study.images), len(study.classes)))
+    shifted = np.empty((0 if there is None else len(there.rows), len(study.classes)))
+    testers = np.empty(0, np.int64) if there is None else there.testers(study.folds)
+    first = [number for number, fold in enumerate(study.folds) if fold.seed == study.folds[0].seed]
+    for number, found in scores_of(executor or LocalExecutor(), study, series, first):
+        scores[study.folds[number].test] = _of_all_classes(found.test, found.classes, scores.shape[1])
+        if found.shifted is not None:
+            own = testers == number
+            shifted[own] = _of_all_classes(found.shifted[own], found.classes, scores.shape[1])
+    tests = [study.folds[number].test for number in first]
+    tested = np.concatenate(tests)
+
+    def table(likely: Any, codes: Any, ids: Any, *, calibrated: bool) -> dict[str, Any]:
+        metrics = {**score_table(likely, codes, list(study.classes), ids=ids), "calibrated": calibrated}
+        return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
+
+    own, temperature = _calibrated(scores, data.codes, tests)
+    calibrated = len(tests) > 1
+    there_likely = probabilities(shifted, temperature)
+    return {
+        "details": table(own[tested], data.codes[tested], study.images.ids[tested], calibrated=calibrated),
+        "details_shifted": None
+        if there is None
+        else table(there_likely, data.shifted_codes, there.images.ids, calibrated=calibrated),
+    }
+
+
+def _calibrated(scores: Any, codes: Any, tests: Sequence[Any]) -> tuple[Any, float]:
+    """Probabilities by temperatures that are fitted across folds, and one temperature for images of other sources.
+
+    The scores of a fold's images come from a head that has not seen them, and their temperature from the other folds' images,
+    so that it has not seen them either. A single fold has nothing to be calibrated on: its probabilities are the head's own.
+
+    Args:
+        scores: (n, K) of all images.
+        codes: (n,) their classes.
+        tests: positions of the images of each fold.
+    """
+    if len(tests) < 2:
+        return probabilities(scores), 1.0
+    likely = np.full(scores.shape, 1 / scores.shape[1])
+    for number, test in enumerate(tests):
+        others = np.concatenate([rows for other, rows in enumerate(tests) if other != number])
+        likely[test] = probabilities(scores[test], fit_temperature(scores[others], codes[others]))
+    every = np.concatenate(list(tests))
+    return likely, fit_temperature(scores[every], codes[every])
+
+
+def placed(study: Study, series: Series) -> dict[str, Any]:
+    """Where the images lie in two dimensions by the features of some columns: at most 2,000 of them, drawn at random."""
+    from featurepipe.reporting.projection import project
+
+    features, images = mapped(study.data(PRETRAINED, series.columns).features), mapped(study.images)
+    found = project(list(images.ids), features.read(np.float32), list(images.labels))
+    return {**found.as_dict(), "total": len(study.images)}
+
+
+def _of_all_classes(scores: Any, known: Any, classes: int) -> Any:
+    """Scores (n, classes) from those (n, K) of the known ones; a class that no training image has gets the lowest."""
+    found = np.full((len(scores), classes), scores.min(initial=0.0) - 20.0)
+    found[:, known] = scores
+    return found
+
+
+def similarity(study: Study) -> dict[str, Any]:
+    """Linear CKA between all columns."""
+    views = [study.data(PRETRAINED, [column.column]).features for column in study.columns]
+    found = linear_cka(views, rows=CKA_IMAGES)
+    return {
+        "columns": [column.column for column in study.columns],
+        "cka": [[None if np.isnan(value) else float(value) for value in row] for row in found],
+        "images": min(CKA_IMAGES, len(study.images)),
+        "method": "linear CKA, unbiased (Kornblith et al. 2019; Song et al. 2012)",
+    }
+
+
+def transferability(study: Study) -> dict[str, Any]:
+    """Scores of every column that need no fitting."""
+    scores = {}
+    for column in study.columns:
+        data = study.data(PRETRAINED, [column.column])
+        scores[column.column] = transfer_scores(data.features, data.codes, len(study.classes), rows=SCORED_IMAGES)
+    return {
+        "method": "LogME",
+        "source": "You et al. 2021, with the fixed point of You et al. 2022; H-score: Bao et al. 2019, Ibrahim et al. 2021",
+        "images": min(SCORED_IMAGES, len(study.images)),
+        "scores": {column: found.log_me for column, found in scores.items()},
+        "h_scores": {column: found.h_score for column, found in scores.items()},
+    }
 
 
 def document(

@@ -5,7 +5,7 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.details import details
+from featurepipe.layer_depth.document import details
 from featurepipe.layer_depth.measure import Series
 from featurepipe.layer_depth.probes import Cell, measure_fold
 from featurepipe.layer_depth.study import PRETRAINED

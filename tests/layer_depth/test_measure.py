@@ -8,7 +8,7 @@ import pytest
 
 from featurepipe.errors import Interrupted
 from featurepipe.heads.calibration import expected_calibration_error, probabilities
-from featurepipe.layer_depth import details as details_module
+from featurepipe.layer_depth import document as details_module
 from featurepipe.layer_depth import measure as module
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import measure
