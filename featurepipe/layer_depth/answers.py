@@ -22,10 +22,9 @@ from featurepipe.heads.statistics.comparison import (
 from featurepipe.layer_depth.study import PRETRAINED
 
 if TYPE_CHECKING:
-    from featurepipe.layer_depth.columns import DepthColumn
     from featurepipe.layer_depth.folds import Elsewhere
     from featurepipe.layer_depth.measure import Series
-    from featurepipe.layer_depth.study import Study
+    from featurepipe.layer_depth.study import DepthColumn, Study
 
 SOURCE, SHIFTED = "source", "shifted"
 SURE = 0.05

@@ -16,8 +16,15 @@ from featurepipe.features.options import Options
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
-from featurepipe.layer_depth.columns import AUTO, DepthColumn, choose_columns, columns_of_space
-from featurepipe.layer_depth.study import PRETRAINED, RANDOM, Protocol
+from featurepipe.layer_depth.study import (
+    AUTO,
+    PRETRAINED,
+    RANDOM,
+    DepthColumn,
+    Protocol,
+    choose_columns,
+    columns_of_space,
+)
 from featurepipe.layer_depth.timing import FEW, Timing
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space

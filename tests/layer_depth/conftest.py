@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from featurepipe.layer_depth.columns import DepthColumn
 from featurepipe.layer_depth.probes import Data
-from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
+from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, Protocol, Study, settle
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 

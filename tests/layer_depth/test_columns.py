@@ -4,7 +4,7 @@ import pytest
 
 from featurepipe.backbones import load_backbone
 from featurepipe.errors import UsageError
-from featurepipe.layer_depth.columns import choose_columns
+from featurepipe.layer_depth.study import choose_columns
 
 
 @pytest.fixture(scope="module")
