@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.half import copy_into
+from featurepipe.store.rows import copy_into
 
 N, WIDTH = 3000, 24
 
@@ -99,7 +99,7 @@ def test_every_float16_is_widened_exactly(dtype):
 @pytest.mark.parametrize("order", ["all", "most", "shuffled"])
 def test_blocks_keep_within_their_memory(features, expected, order, monkeypatch):
     monkeypatch.setattr("featurepipe.store.rows.BLOCK_BYTES", 10_000)  # else the fixed buffers are all there is
-    monkeypatch.setattr("featurepipe.half._BLOCK", 1000)
+    monkeypatch.setattr("featurepipe.store.rows._BLOCK", 1000)
     rows = orders()[order]
     view = features.take(rows)
     next(view.blocks(rows=2))  # the table for float16
