@@ -1,4 +1,4 @@
-"""A comparison with everything settled: which images, which columns of the network, which folds; and the cells that it asks for."""
+"""A comparison with everything settled: images, columns of the network, folds; and the cells that it asks for."""
 
 from __future__ import annotations
 
