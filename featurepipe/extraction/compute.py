@@ -18,7 +18,7 @@ from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.extraction.ledger import FACTS, Bookkeeping, ExtractionLedger, RejectLog, ShardLedger
 from featurepipe.extraction.missing import MissingColumns
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
-from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.extraction.shards import (
     COMPUTED,
     KNOWN,
@@ -368,7 +368,7 @@ def store_sink(listing: pa.Table, writer: PartWriter) -> Sink:
 
 
 def compute(
-    job: Job, executor: Executor, run_id: str, ledger: ExtractionLedger, stop: Stop, progress: Progress
+    job: ExtractionSpec, executor: Executor, run_id: str, ledger: ExtractionLedger, stop: Stop, progress: Progress
 ) -> None:
     """Has an executor compute and commit what the plan asks for, until done or asked to stop.
 
@@ -427,12 +427,12 @@ def compute(
         raise entries.error
 
 
-def _bound(job: Job, executor: Executor) -> str:
+def _bound(job: ExtractionSpec, executor: Executor) -> str:
     workers = len(executor.workers())
     return f"{bottleneck(job.clock.totals)}-bound, {workers} worker{'s' * (workers != 1)}"
 
 
-def _context(job: Job, run_id: str, here: ShardWork | None) -> ExtractionContext:
+def _context(job: ExtractionSpec, run_id: str, here: ShardWork | None) -> ExtractionContext:
     space, probes = job.existing_space, None
     if here is None:
         check_travels(job.source)

@@ -9,7 +9,7 @@ from typing import Any
 from featurepipe.backbones import Column
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.features.session import Sample, SampleContext, sample_rate
 
 ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -54,7 +54,7 @@ class Estimate:
         return {"dry_run": True, **asdict(self)}
 
 
-def estimate(job: Job, sample_size: int, executor: Executor | None = None) -> Estimate:
+def estimate(job: ExtractionSpec, sample_size: int, executor: Executor | None = None) -> Estimate:
     """Times a sample of the images that would be read where they would be computed (by default here), and extrapolates."""
     plan = job.plan
     executor = executor or LocalExecutor()
@@ -81,7 +81,7 @@ def estimate(job: Job, sample_size: int, executor: Executor | None = None) -> Es
     )
 
 
-def _lacking(job: Job, column: Column) -> int:
+def _lacking(job: ExtractionSpec, column: Column) -> int:
     """How many of the images to read lack the column, as far as their keys are known."""
     todo = job.plan.todo
     if job.space is None:
@@ -90,5 +90,5 @@ def _lacking(job: Job, column: Column) -> int:
     return len(todo) - int(job.space.index([str(column)]).contains(keys).sum())
 
 
-def _bytes_per_image(job: Job, column: Column) -> int:
+def _bytes_per_image(job: ExtractionSpec, column: Column) -> int:
     return math.prod(job.session.backbone.feature_shape(column)) * ITEM_BYTES[job.session.settled.dtype]

@@ -46,7 +46,7 @@ ROWS_PER_READ = 1000
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionSpec:
     """An extraction with everything settled: a session, a source, and the plan of what to read of it.
 
     Attributes:
@@ -94,7 +94,7 @@ def prepare(
     limits: Limits | None = None,
     loaded: LoadedNetwork | None = None,
     executor: Executor | None = None,
-) -> Job:
+) -> ExtractionSpec:
     """Settles everything before the first image.
 
     Args:
@@ -161,7 +161,7 @@ def prepare(
 
     missing = MissingColumns(space, columns, retry_rejects=options.retry_rejects, keep_damaged=options.keep_damaged)
     plan = _plan(listing, name, space, missing, history, source.location, say)
-    return Job(
+    return ExtractionSpec(
         session=session,
         source=source,
         dataset=name,

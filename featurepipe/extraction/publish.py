@@ -16,7 +16,7 @@ from featurepipe.errors import Interrupted, StoreError, TooManyRejects
 from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, Limits, allowance
-from featurepipe.extraction.prepare import Job
+from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
@@ -33,7 +33,7 @@ class Run:
     """A run that has begun: what it is to do, and what has come of it so far."""
 
     store: FeatureStore
-    job: Job
+    job: ExtractionSpec
     command: str
     id: str
     started: str
@@ -53,7 +53,7 @@ class Run:
         return record
 
 
-def begin_run(store: FeatureStore, job: Job, command: str = "extract") -> Run:
+def begin_run(store: FeatureStore, job: ExtractionSpec, command: str = "extract") -> Run:
     """Gives a run its name and opens its ledger."""
     return Run(store, job, command, store.new_run_id(), records.now(), ExtractionLedger.of(job.plan, job.missing))
 
@@ -121,7 +121,7 @@ def _check_rejects(run: Run, limits: Limits) -> None:
         )
 
 
-def describe(job: Job, ledger: ExtractionLedger) -> dict[str, Any]:
+def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
     """The part of a run record that is known once the work is done."""
     seconds = {stage: round(value, 3) for stage, value in job.clock.totals.items()}
     return {
@@ -177,16 +177,16 @@ def bounds_of(source: Source) -> dict[str, list[str]]:
     return {} if bounds is None else {"only_under": list(bounds.places)}
 
 
-def _rejects(job: Job, ledger: ExtractionLedger) -> list[dict[str, str]]:
+def _rejects(job: ExtractionSpec, ledger: ExtractionLedger) -> list[dict[str, str]]:
     return _named(job, ledger.reasons)
 
 
-def _named(job: Job, reasons: Mapping[int, str]) -> list[dict[str, str]]:
+def _named(job: ExtractionSpec, reasons: Mapping[int, str]) -> list[dict[str, str]]:
     ids = job.plan.listing["id"]
     return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(reasons.items())]
 
 
-def _new_rejects(job: Job, ledger: ExtractionLedger) -> list[dict[str, str]]:
+def _new_rejects(job: ExtractionSpec, ledger: ExtractionLedger) -> list[dict[str, str]]:
     """Those that the last snapshot does not have as rejected."""
     last = job.history.snapshot
     before = set() if last is None else set(last.filter(pc.not_equal(last["status"], OK))["id"].to_pylist())

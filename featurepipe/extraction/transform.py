@@ -24,7 +24,7 @@ from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.ledger import ExtractionLedger
-from featurepipe.extraction.prepare import Job, prepare
+from featurepipe.extraction.prepare import ExtractionSpec, prepare
 from featurepipe.extraction.publish import begin_run
 from featurepipe.features.options import Options
 from featurepipe.features.session import LoadedNetwork
@@ -141,7 +141,7 @@ class Transformation:
                         ledger = self._compute(store, job, executor, progress)
             return self._read(job, ledger), ledger.reasons
 
-    def _job(self, source: Source, store: FeatureStore | None, executor: Executor | None = None) -> Job:
+    def _job(self, source: Source, store: FeatureStore | None, executor: Executor | None = None) -> ExtractionSpec:
         say, is_dry = Silent().say, store is None
         job = prepare(source, store, None, self._options, say, dry_run=is_dry, loaded=self._loaded, executor=executor)
         changed = differences(self.space, job.fields)
@@ -151,7 +151,9 @@ class Transformation:
             )
         return replace(job, session=replace(job.session, columns=self.columns))
 
-    def _compute(self, store: FeatureStore, job: Job, executor: Executor, progress: Progress) -> ExtractionLedger:
+    def _compute(
+        self, store: FeatureStore, job: ExtractionSpec, executor: Executor, progress: Progress
+    ) -> ExtractionLedger:
         """Computes and commits what the store lacks; leaves a run record if there was anything."""
         run = begin_run(store, job, "transform")
         compute(job, executor, run.id, run.ledger, StopRequest(), progress)
@@ -160,7 +162,7 @@ class Transformation:
             run.end("done", 0)
         return run.ledger
 
-    def _read(self, job: Job, ledger: ExtractionLedger) -> np.ndarray:
+    def _read(self, job: ExtractionSpec, ledger: ExtractionLedger) -> np.ndarray:
         """Reads by key what the store now holds."""
         usable = ledger.has_key.copy()
         usable[list(ledger.reasons)] = False

@@ -378,7 +378,7 @@ def test_products_with_the_second_derivative_are_differences_of_gradients(loss, 
     shares = row_shards_of(features - mean if centred else features)
     prepared = passes.Prepared(shares, np.dtype(float), mean, centred)
     weights = rng.uniform(0, 2, (2, 50))
-    problems = [passes.Problem(0, 0.7, 1), passes.Problem(1, 3.0, 2)]
+    problems = [passes.FitProblem(0, 0.7, 1), passes.FitProblem(1, 3.0, 2)]
     ask = passes.Passes(
         prepared, codes, weights, problems, getattr(losses, loss)(),
         intercept=intercept, intercept_penalty=0.5 if loss == "SquaredHingeLoss" else 0.0, memory=None,

@@ -17,7 +17,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
 from featurepipe.heads.linear.optimisers import Optimiser, Optimum, Patience, lbfgs, newton, run
-from featurepipe.heads.linear.passes import Passes, Prepared, Problem, prepare
+from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, prepare
 from featurepipe.heads.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 
 Array = npt.NDArray[Any]
@@ -172,7 +172,7 @@ def _solve_group(
     factors = np.stack([_class_factors(estimator.class_weight, classes, row) for row in totals])
     objective = estimator.objective(len(classes))
     targets = range(len(classes)) if objective.one_vs_rest and len(classes) > 2 else [1]
-    problems = [Problem(fold, C, target) for fold in range(len(weights)) for C in Cs for target in targets]
+    problems = [FitProblem(fold, C, target) for fold in range(len(weights)) for C in Cs for target in targets]
     loss = objective.loss
 
     def solve(

@@ -35,7 +35,7 @@ _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limi
 
 
 @dataclass(frozen=True)
-class Problem:
+class FitProblem:
     """One objective: ``C * sum(weight * loss) + |W|^2 / 2 + intercept_penalty * |b|^2 / 2``.
 
     Attributes:
@@ -97,7 +97,7 @@ class Passes:
         prepared: Prepared,
         codes: npt.NDArray[np.integer[Any]],
         weights: Array,
-        problems: Sequence[Problem],
+        problems: Sequence[FitProblem],
         loss: Loss,
         *,
         intercept: bool,
@@ -134,14 +134,14 @@ class Passes:
                 answers |= zip(places, ask(problems, [questions[place] for place in places]), strict=True)
         return [answers[place] for place in range(len(questions))]
 
-    def _values(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
+    def _values(self, problems: list[FitProblem], questions: list[Question]) -> list[Answer]:
         """Objectives and gradients, and curvature where it is asked for."""
         measures = [self._measure(question) for question in questions]
         sums = self.rows.reduce(Values(**self._order(problems, questions), measures=measures))
         found = zip(problems, questions, sums.losses, self._gradients(sums, questions), sums.curvature, strict=True)
         return [self._answer(problem, asked.point, *parts) for problem, asked, *parts in found]
 
-    def _products(self, problems: list[Problem], questions: list[Question]) -> list[Answer]:
+    def _products(self, problems: list[FitProblem], questions: list[Question]) -> list[Answer]:
         """Second derivatives times directions."""
         along = np.stack([question.along for question in questions if question.along is not None])
         sums = self.rows.reduce(Products(**self._order(problems, questions, 2), towards=self._linear(along)))
@@ -150,7 +150,7 @@ class Passes:
             self._penalise(problem, direction, product)
         return [Answer(np.nan, product) for product in products]
 
-    def _order(self, problems: list[Problem], questions: list[Question], kinds: int = 1) -> dict[str, Any]:
+    def _order(self, problems: list[FitProblem], questions: list[Question], kinds: int = 1) -> dict[str, Any]:
         """What the rows are told of problems and where they stand, if they make so many kinds of scores."""
         points = np.stack([question.point for question in questions])
         return {
@@ -179,13 +179,15 @@ class Passes:
         gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
         return gradients.reshape(len(questions), *questions[0].point.shape)
 
-    def _answer(self, problem: Problem, point: Array, value: float, gradient: Array, curvature: Array | None) -> Answer:
+    def _answer(
+        self, problem: FitProblem, point: Array, value: float, gradient: Array, curvature: Array | None
+    ) -> Answer:
         """Adds the penalties."""
         penalty = self._penalise(problem, point, gradient)
         value = problem.C * value + penalty
         return Answer(float(value), gradient, None if curvature is None else self._preconditioner(problem, curvature))
 
-    def _penalise(self, problem: Problem, point: Array, gradient: Array) -> float:
+    def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
         width, mean = len(self.prepared.mean), self.prepared.mean.astype(np.float64)
         coefficients = point[:, :width]
@@ -202,7 +204,7 @@ class Passes:
             gradient -= gradient.mean(axis=0)
         return float(penalty)
 
-    def _preconditioner(self, problem: Problem, curvature: Array) -> Precondition:
+    def _preconditioner(self, problem: FitProblem, curvature: Array) -> Precondition:
         """The inverse of curvature and penalty."""
         mean = self.prepared.mean.astype(np.float64)
         penalty = Penalty(np.ones(len(mean)), mean, 0.0)
