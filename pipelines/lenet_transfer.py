@@ -37,7 +37,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 import featurepipe as fp
-from featurepipe.backbones.lenet import PREPROCESSING, LeNet5
+from featurepipe.backbones.packaged import LENET_PREPROCESSING, LeNet5
 from featurepipe.heads.statistics.comparison import difference_over_folds, over_folds, over_images
 from featurepipe.images import open_source
 
@@ -200,7 +200,7 @@ def train_lenet(task: Task, seed: int, epochs: int, batch_size: int = 64) -> LeN
     """A plain PyTorch loop. Only the first five of the ten outputs are ever right."""
     torch.manual_seed(seed)
     network = LeNet5()
-    images = PREPROCESSING.normalise(torch.from_numpy(task.images)[:, None])  # the same as in extraction
+    images = LENET_PREPROCESSING.normalise(torch.from_numpy(task.images)[:, None])  # the same as in extraction
     labels = torch.from_numpy(task.labels.astype(np.int64))
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(epochs):
@@ -215,7 +215,7 @@ def train_lenet(task: Task, seed: int, epochs: int, batch_size: int = 64) -> LeN
 def own_accuracy(network: LeNet5, task: Task) -> float:
     """How often the network itself names the images rightly, without any head of ours."""
     with torch.inference_mode():
-        logits = network(PREPROCESSING.normalise(torch.from_numpy(task.images)[:, None]))
+        logits = network(LENET_PREPROCESSING.normalise(torch.from_numpy(task.images)[:, None]))
     return float(np.mean(logits.argmax(1).numpy().astype(str) == task.labels))
 
 

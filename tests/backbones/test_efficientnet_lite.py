@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featurepipe.backbones import efficientnet_lite, load_backbone, weights_at_hand
+from featurepipe.backbones import load_backbone, packaged, weights_at_hand
 from featurepipe.errors import WeightsNotFound
 
 PALACE, DAISY = 698, 985
@@ -58,7 +58,7 @@ def test_nodes_are_named_after_blocks(lite0) -> None:
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch) -> None:
-    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "no_such_package_of_weights")
+    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package_of_weights")
     assert not weights_at_hand("efficientnet_lite0")
     backbone = load_backbone("efficientnet_lite0")
     assert backbone.columns(["bottleneck"])[0].node == "flatten"

@@ -115,7 +115,7 @@ def without_times(value):
 def trained(tmp_path):
     """A file of weights for a LeNet-5."""
     torch = pytest.importorskip("torch")
-    from featurepipe.backbones.lenet import LeNet5
+    from featurepipe.backbones.packaged import LeNet5
 
     torch.manual_seed(3)
     torch.save(LeNet5().state_dict(), tmp_path / "lenet.pth")
