@@ -11,10 +11,9 @@ from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.backbones.catalog import BackboneInfo, list_backbones, timm_models
-    from featurepipe.backbones.columns import Column, parse_column
     from featurepipe.backbones.loading import Backbone, load_backbone, weights_at_hand
     from featurepipe.backbones.measure import NodeInfo
-    from featurepipe.backbones.pooling import pool
+    from featurepipe.backbones.pooling import Column, parse_column, pool
     from featurepipe.backbones.preprocessing import Preprocessing
     from featurepipe.backbones.stages import bounded_pooling
     from featurepipe.backbones.timing import node_times
@@ -38,14 +37,14 @@ __all__ = [
 _HOMES = {
     "Backbone": "loading",
     "BackboneInfo": "catalog",
-    "Column": "columns",
+    "Column": "pooling",
     "NodeInfo": "measure",
     "Preprocessing": "preprocessing",
     "bounded_pooling": "stages",
     "list_backbones": "catalog",
     "load_backbone": "loading",
     "node_times": "timing",
-    "parse_column": "columns",
+    "parse_column": "pooling",
     "pool": "pooling",
     "timm_models": "catalog",
     "weights_at_hand": "loading",

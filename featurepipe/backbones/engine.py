@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from featurepipe.backbones import fusion
-from featurepipe.backbones.columns import Column
 from featurepipe.backbones.loading import Backbone
 from featurepipe.backbones.nodes import frozen_copy
-from featurepipe.backbones.pooling import pool
+from featurepipe.backbones.pooling import Column, pool
 from featurepipe.threads import pool_of
 
 NUMERICS = 1

@@ -13,13 +13,12 @@ from torch import fx, nn
 
 from featurepipe.backbones import checkpoints, measure, nodes, weights
 from featurepipe.backbones.checkpoints import Checkpoint
-from featurepipe.backbones.columns import Column, parse_column
 from featurepipe.backbones.families import SEE, Family
 from featurepipe.backbones.from_torchvision import Torchvision, classification_names
 from featurepipe.backbones.measure import NodeInfo
 from featurepipe.backbones.nodes import Trace
 from featurepipe.backbones.packaged import EfficientNetLite, LeNet
-from featurepipe.backbones.pooling import pooled_shape
+from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.stages import stages
 from featurepipe.backbones.weights import StateDict, is_file_name

@@ -1,4 +1,4 @@
-"""Pooling: one activation per image becomes one vector per image.
+"""Pooling: one activation per image becomes one vector per image; and columns, ``node:pooling``, as values.
 
 ``gap`` averages over positions, ``gmp`` takes the maximum, ``gem`` is the generalised mean with p = 3 (Radenović,
 Tolias and Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019), ``avgKxK`` and ``maxKxK`` keep
@@ -8,7 +8,7 @@ a grid of cells, ``flatten`` keeps every position, ``map`` keeps the activation'
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from featurepipe.errors import UsageError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
 
 POOLINGS = ("gap", "gmp", "gem", "avgKxK", "maxKxK", "flatten", "map")
 GEM_POWER = 3.0
@@ -143,3 +144,41 @@ def _check_suits(ndim: int, pooling: str) -> None:
         raise UsageError(
             f"pooling {pooling!r} needs a map (N, C, H, W), but this node gives {what}; use gap or flatten"
         )
+
+
+DEFAULT_POOLING = "gap"
+
+
+class Column(NamedTuple):
+    """One kept feature: a node of a backbone and the pooling applied to its output.
+
+    Example:
+        >>> str(Column("layer4", "gap"))
+        'layer4:gap'
+    """
+
+    node: str
+    pooling: str
+
+    def __str__(self) -> str:
+        return f"{self.node}:{self.pooling}"
+
+
+def parse_column(text: str) -> Column:
+    """Reads ``node`` or ``node:pooling``; the pooling is ``gap`` when left out.
+
+    Whether the node exists is for the backbone to say (``Backbone.columns``).
+
+    Raises:
+        UsageError: The node is empty or the pooling unknown.
+
+    Example:
+        >>> parse_column("layer3"), parse_column("layer3:avg2x2")
+        (Column(node='layer3', pooling='gap'), Column(node='layer3', pooling='avg2x2'))
+    """
+    node, separator, pooling = text.strip().partition(":")
+    if not node:
+        raise UsageError(
+            f"column {text!r} names no node; write NODE or NODE:POOLING, for instance bottleneck or layer4:gap"
+        )
+    return Column(node, check_pooling(pooling) if separator else DEFAULT_POOLING)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featurepipe.backbones.columns import Column
 from featurepipe.backbones.engine import Engine
 from featurepipe.backbones.loading import Backbone
+from featurepipe.backbones.pooling import Column
 
 WORST_COSINE = 0.999
 """Reduced precision is kept only when every sample image's features agree with fp32 at least this well."""
