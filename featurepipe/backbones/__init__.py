@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from featurepipe.backbones.catalog import BackboneInfo, list_backbones, timm_models
-    from featurepipe.backbones.loading import Backbone, load_backbone, weights_at_hand
+    from featurepipe.backbones.loading import (
+        Backbone,
+        BackboneInfo,
+        list_backbones,
+        load_backbone,
+        timm_models,
+        weights_at_hand,
+    )
     from featurepipe.backbones.measure import NodeInfo
     from featurepipe.backbones.pooling import Column, parse_column, pool
     from featurepipe.backbones.preprocessing import Preprocessing
@@ -36,17 +42,17 @@ __all__ = [
 
 _HOMES = {
     "Backbone": "loading",
-    "BackboneInfo": "catalog",
+    "BackboneInfo": "loading",
     "Column": "pooling",
     "NodeInfo": "measure",
     "Preprocessing": "preprocessing",
     "bounded_pooling": "stages",
-    "list_backbones": "catalog",
+    "list_backbones": "loading",
     "load_backbone": "loading",
     "node_times": "timing",
     "parse_column": "pooling",
     "pool": "pooling",
-    "timm_models": "catalog",
+    "timm_models": "loading",
     "weights_at_hand": "loading",
 }
 
