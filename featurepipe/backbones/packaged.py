@@ -35,7 +35,8 @@ LENET_PREPROCESSING = Preprocessing(
 class LeNet5(nn.Module):
     """LeNet-5 for one grey 32 x 32 image per row, ten classes, 61,706 parameters.
 
-    The layer shapes are the paper's (6 and 16 maps, then 120, 84 and 10 units). Modernised in three places, as usual:
+    After LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning Applied to Document Recognition", 1998. The layer shapes
+    are the paper's (6 and 16 maps, then 120, 84 and 10 units). Modernised in three places, as usual:
     plain ReLU for the scaled tanh, maximum pooling for trainable subsampling, and full connections between S2 and C3
     and to the output for the paper's hand-made table and radial basis functions.
     """
