@@ -15,9 +15,9 @@ from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
+from featurepipe.reporting.images import ReadImage
 from featurepipe.reporting.projection import mapped
 from featurepipe.reporting.report import Features, check_target, write_report
-from featurepipe.reporting.thumbnails import ReadImage
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again

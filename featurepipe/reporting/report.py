@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from featurepipe.errors import UsageError
 from featurepipe.progress import announcer
-from featurepipe.reporting.thumbnails import ReadImage, bounded_thumbnails, thumbnails
+from featurepipe.reporting.images import ReadImage, bounded_thumbnails, thumbnails
 from featurepipe.store.atomic import atomic_file
 from featurepipe.tables import size
 
