@@ -19,7 +19,7 @@ from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.layer_depth.timing import TimedForward, least_disturbed
 from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
-from featurepipe.reporting.projection import mapped
+from featurepipe.reporting.images import mapped
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.journal import Journal
@@ -99,7 +99,7 @@ def _calibrated(scores: Any, codes: Any, tests: Sequence[Any]) -> tuple[Any, flo
 
 def placed(study: Study, series: Series) -> dict[str, Any]:
     """Where the images lie in two dimensions by the features of some columns: at most 2,000 of them, drawn at random."""
-    from featurepipe.reporting.projection import project
+    from featurepipe.reporting.images import project
 
     features, images = mapped(study.data(PRETRAINED, series.columns).features), mapped(study.images)
     found = project(list(images.ids), features.read(np.float32), list(images.labels))

@@ -10,9 +10,8 @@ from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
 from featurepipe.reporting.blocks import Exhibit, Key, Panel, count, percent
 from featurepipe.reporting.charts import Figure, blank, hover
-from featurepipe.reporting.images import BLANK
+from featurepipe.reporting.images import BLANK, Projection
 from featurepipe.reporting.palette import OTHERS, Paint, Style, series
-from featurepipe.reporting.projection import Projection
 
 _CLASSES = 24  # with an entry of their own in the legend
 _HEIGHT = 560

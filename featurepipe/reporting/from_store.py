@@ -15,8 +15,7 @@ from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
-from featurepipe.reporting.images import ReadImage
-from featurepipe.reporting.projection import mapped
+from featurepipe.reporting.images import ReadImage, mapped
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot

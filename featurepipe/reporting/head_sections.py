@@ -23,9 +23,9 @@ from featurepipe.reporting.blocks import (
     plain,
 )
 from featurepipe.reporting.feature_map import feature_map
+from featurepipe.reporting.images import Projection
 from featurepipe.reporting.matrices import confusion_map
 from featurepipe.reporting.palette import Paint
-from featurepipe.reporting.projection import Projection
 
 Document = Mapping[str, Any]
 

@@ -26,9 +26,9 @@ from featurepipe.reporting.head_sections import (
     mistakes,
     provenance,
 )
+from featurepipe.reporting.images import Projection
 from featurepipe.reporting.night_sections import night_sections, nights_title
 from featurepipe.reporting.palette import Paint, Style
-from featurepipe.reporting.projection import Projection
 
 Document = Mapping[str, Any]
 Images = Mapping[str, str]

@@ -71,8 +71,8 @@ def write_report(
         DiskFull: No space is left; a file that was there is as before.
     """
     from featurepipe.reporting.blocks import metrics_elsewhere, metrics_of
+    from featurepipe.reporting.images import POINTS, Projection, project
     from featurepipe.reporting.page import compose
-    from featurepipe.reporting.projection import POINTS, Projection, project
 
     path = Path(target)
     _check(document)

@@ -87,7 +87,7 @@ def test_columns_side_by_side_are_shown_as_one(compared, tmp_path, given):
 
 
 def test_of_many_images_some_are_placed_on_the_map(compared, tmp_path, given, monkeypatch):
-    monkeypatch.setattr("featurepipe.reporting.projection.POINTS", 10)
+    monkeypatch.setattr("featurepipe.reporting.images.POINTS", 10)
     compared.compared()
     report(compared.store, tmp_path / "page.html", silent=True)
     ids, values, _, total = given["features"]

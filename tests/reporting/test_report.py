@@ -38,7 +38,7 @@ def without_library(html: str) -> str:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """t-SNE takes seconds; where it matters a test undoes this."""
-    import featurepipe.reporting.projection as projection
+    import featurepipe.reporting.images as projection
 
     monkeypatch.setattr(projection, "_tsne", lambda components, seed: components[:, :2] * 2.0)
 
@@ -53,7 +53,7 @@ def plain(new_document, tmp_path_factory) -> str:
 def whole(new_document, read_image, features, tmp_path_factory) -> str:
     """The page with images and a map."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featurepipe.reporting.projection._tsne", lambda components, seed: components[:, :2] * 2.0)
+        patch.setattr("featurepipe.reporting.images._tsne", lambda components, seed: components[:, :2] * 2.0)
         return page_of(new_document(), tmp_path_factory.mktemp("whole"), images=read_image, features=features)
 
 
