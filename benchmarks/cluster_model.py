@@ -1,4 +1,4 @@
-"""What a large pile would take on a cluster of GPUs, worked out from measured costs; every assumption is a field here."""
+"""What a large dataset takes on a cluster of GPUs, from measured costs and the assumptions below: see ``capacity.md``."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class Engine:
 
     On a CPU several batches run at once, each in one thread ("streams"), instead of one batch in all threads: nothing
     waits at the end of each layer for the slowest core, which decoding images beside it makes slow time and again, and a
-    batch gives the same bits however many cores there are (figures in ARCHITECTURE.md). On CUDA one batch computes while the
-    next is copied.
+    batch gives the same bits however many cores there are (figures in docs/decisions/batch-per-core.md). On CUDA one batch
+    computes while the next is copied.
 
     Args:
         backbone: the network.

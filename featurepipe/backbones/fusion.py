@@ -7,7 +7,7 @@ requested node's value as it was:
    unfolded value is itself requested;
 2. `fuse_onednn`: convolution, addition and activation become one oneDNN call with weights packed beforehand, the fusions
    that TorchInductor makes on CPUs with ``freezing``. Doing them directly costs milliseconds instead of the 7 to 22
-   seconds that compilation takes, so even a job of ten images gains (figures in ARCHITECTURE.md).
+   seconds that compilation takes, so even a job of ten images gains (figures in docs/decisions/fused-convolutions.md).
 """
 
 from __future__ import annotations
