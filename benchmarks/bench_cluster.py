@@ -48,7 +48,7 @@ from featurepipe.extraction.shards import ShardSizes, cut
 from featurepipe.features.loader import StageSeconds
 from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.linear import passes
-from featurepipe.heads.linear.optimisers import Question
+from featurepipe.heads.linear.optimisers import Evaluate
 from featurepipe.heads.losses import SoftmaxLoss
 from featurepipe.store import FeatureSet
 
@@ -342,10 +342,10 @@ def measure_pass(prepared: passes.Prepared, classes: int, curvature: str, net: A
     rows, width = prepared.shares.rows, len(prepared.mean)
     codes = np.random.default_rng(0).integers(0, classes, rows)
     options: dict[str, Any] = {"intercept": True, "intercept_penalty": 0.0, "memory": None}
-    one = passes.Passes(prepared, codes, np.ones((1, rows)), [passes.Problem(0, C)], SoftmaxLoss(), **options)
-    question = Question(np.zeros((classes, width + 1)), curvature)
-    one([0], [question])  # sends codes and weights
-    _, traffic = net(lambda: [one([0], [question]) for _ in range(count)])
+    one = passes.Passes(prepared, codes, np.ones((1, rows)), [passes.FitProblem(0, C)], SoftmaxLoss(), **options)
+    request = Evaluate(np.zeros((classes, width + 1)), curvature)
+    one([0], [request])  # sends codes and weights
+    _, traffic = net(lambda: [one([0], [request]) for _ in range(count)])
     coefficients = prepared.dtype.itemsize * classes * (width + 1)
     gradient = 8 * classes * (width + 1)
     least = WORKERS * (coefficients + gradient)  # one gradient comes back, the others go to a neighbour

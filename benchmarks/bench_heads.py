@@ -179,9 +179,9 @@ def count_passes(kind: Any) -> list[int]:
     counts: list[int] = []
     call = kind.__call__
 
-    def counted(self: Any, numbers: list[int], questions: Any) -> Any:
+    def counted(self: Any, numbers: list[int], requests: Any) -> Any:
         counts.append(len(numbers))
-        return call(self, numbers, questions)
+        return call(self, numbers, requests)
 
     kind.__call__ = counted
     return counts

@@ -41,7 +41,7 @@ _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory i
 class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
 
-    Up to ``exact_rows`` rows it is ``SVC``, fitted duel by duel (``fit_duels``), or by libsvm as it is where kernel matrices
+    Up to ``exact_rows`` rows it is ``SVC``, fitted one-vs-one (``fit_one_vs_one``), or by libsvm as it is where kernel matrices
     do not fit into ``memory``. Time and kernel matrices grow with the square of the rows: 20,000 rows of 472 values take 19 s
     on two cores, so the default keeps a fit under a minute.
 
@@ -68,7 +68,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         method_text_: The same in a sentence.
         gamma_: The number used.
         points_: (P, D) support vectors, in the order of the classes, or landmarks.
-        weights_: Exact: (K - 1, P), those of ``Duels``. Nystroem: (K, P), (1, P) for two classes.
+        weights_: Exact: (K - 1, P), those of ``OneVsOne``. Nystroem: (K, P), (1, P) for two classes.
         intercept_: One for each pair of classes (exact), or for each row of ``weights_``.
         counts_: Exact: (K,) support vectors of each class.
         n_features_in_: D.
@@ -120,7 +120,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     def decision_function(self, X: Any) -> Floats:
         """Returns a score of each class against the rest, (n, K); for two classes that of the second, (n,).
 
-        The exact method's are those of ``SVC(decision_function_shape="ovr")``: won duels between two classes plus a
+        The exact method's are those of ``SVC(decision_function_shape="ovr")``: wins over each other class plus a
         fraction for their margins.
         """
         blocks = prediction_blocks(self, X)
@@ -137,14 +137,14 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         rows = data.blocks.read(working_dtype(data.blocks.dtype))
         memory = None if self.memory is None else bytes_of(self.memory)
         settings: dict[str, Any] = {"C": self.C, "gamma": self.gamma_, "sample_weight": data.weights}
-        duels = fit_duels(rows, data.codes, memory=memory, **settings)
-        if duels is None:  # libsvm as it is keeps few kernel values at a time, and is slower
+        machines = fit_one_vs_one(rows, data.codes, memory=memory, **settings)
+        if machines is None:  # libsvm as it is keeps few kernel values at a time, and is slower
             weights = settings.pop("sample_weight")
-            duels = of_machine(SVC(**settings).fit(rows.astype(np.float64, copy=False), data.codes, weights))
+            machines = of_machine(SVC(**settings).fit(rows.astype(np.float64, copy=False), data.codes, weights))
         self.method_ = "exact"
         self.method_text_ = f"exact: a support vector machine on {len(rows):,} rows (exact_rows={self.exact_rows:,})"
-        self.points_, self.counts_ = rows[duels.support], duels.counts
-        self.weights_, self.intercept_ = duels.weights, duels.intercepts
+        self.points_, self.counts_ = rows[machines.support], machines.counts
+        self.weights_, self.intercept_ = machines.weights, machines.intercepts
 
     def _fit_landmarks(self, data: TrainingData) -> None:
         from featurepipe.heads.linear.classifiers import BlockLinearSVC
@@ -188,8 +188,8 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
             others = np.delete(np.arange(classes), code)
             margins[:, code, others] = kernel[:, own] @ self.weights_[:, own].T
         first, second = np.triu_indices(classes, 1)
-        duels = margins[:, first, second] + margins[:, second, first] + self.intercept_
-        margins[:, first, second], margins[:, second, first] = duels, -duels
+        pairwise = margins[:, first, second] + margins[:, second, first] + self.intercept_
+        margins[:, first, second], margins[:, second, first] = pairwise, -pairwise
         return margins
 
 
@@ -213,7 +213,7 @@ class _KernelFeatures:
 
 
 def _one_against_rest(margins: Floats) -> Floats:
-    """Won duels of each class plus its summed margins squeezed into a third: scikit-learn's rule, (m, K)."""
+    """Wins of each class over another plus its summed margins squeezed into a third: scikit-learn's rule, (m, K)."""
     classes = margins.shape[1]
     lower = np.tri(classes, k=-1, dtype=bool)
     won = (margins > 0) | ((margins == 0) & lower.T)  # a draw goes to the first of the two
@@ -274,23 +274,21 @@ def _check_parameters(machine: RBFSVM) -> None:
         raise UsageError(f"gamma={machine.gamma!r} must be 'scale', 'auto' or a positive number")
 
 
-_PAIR_BYTES = (
-    24  # per entry of a duel's kernel matrix: float64, the float32 it is made from, and libsvm's copy of rows in use
-)
+_PAIR_BYTES = 24  # per entry of a pair's kernel matrix: float64, its float32 source, and libsvm's copy of rows in use
 _DEFAULT_MEMORY = 4 << 30
-_FEW_DUELS = 400  # above, what each costs besides its rows (a millisecond) outweighs one kernel matrix of all rows
+_FEW_PAIRS = 400  # above, what each costs besides its rows (a millisecond) outweighs one kernel matrix of all rows
 
 
 @dataclass(frozen=True)
-class Duels:
-    """The support vectors of all duels, laid out as ``SVC`` does.
+class OneVsOne:
+    """The support vectors of all pairs of classes, laid out as ``SVC`` does.
 
     Attributes:
-        support: (P,) rows that are support vectors of some duel, class by class.
+        support: (P,) rows that are support vectors of some pair, class by class.
         counts: (K,) how many of each class.
-        weights: (K - 1, P) as ``SVC.dual_coef_``: for a row of class i, its weight in the duel with class j stands in line j,
+        weights: (K - 1, P) as ``SVC.dual_coef_``: for a row of class i, its weight against class j stands in line j,
             or j - 1 if j > i.
-        intercepts: (K (K - 1) / 2,) of the duels (0, 1), (0, 2), ..., (1, 2), ...; positive margins are for the first.
+        intercepts: (K (K - 1) / 2,) of the pairs (0, 1), (0, 2), ..., (1, 2), ...; positive margins are for the first.
     """
 
     support: npt.NDArray[np.int64]
@@ -299,7 +297,7 @@ class Duels:
     intercepts: Floats
 
 
-def fit_duels(
+def fit_one_vs_one(
     rows: Array,
     codes: npt.NDArray[np.int64],
     *,
@@ -307,12 +305,12 @@ def fit_duels(
     gamma: float,
     sample_weight: Floats | None = None,
     memory: int | None = None,
-) -> Duels | None:
+) -> OneVsOne | None:
     """Fits a Gaussian-kernel SVM one class against one other, as libsvm does, many times faster in high dimensions.
 
-    libsvm computes kernel values one by one. Here the kernel matrix of a duel is one matrix product, libsvm's solver
-    (Fan, Chen & Lin 2005) then works on finished values, and as many duels run at once as there are cores and memory for.
-    Hundreds of small duels share one kernel matrix of all rows instead, if that fits.
+    libsvm computes kernel values one by one. Here the kernel matrix of a pair of classes is one matrix product, libsvm's solver
+    (Fan, Chen & Lin 2005) then works on finished values, and as many pairs run at once as there are cores and memory for.
+    Hundreds of small pairs share one kernel matrix of all rows instead, if that fits.
     8,000 rows of 1,968 values in 10 classes took 9 s instead of 29 s, with the same 3,491 support vectors.
 
     Args:
@@ -324,18 +322,18 @@ def fit_duels(
         memory: bytes that kernel matrices alive at one time may take; 4 GiB by default.
 
     Returns:
-        The support vectors, or None if the matrix of the largest duel does not fit.
+        The support vectors, or None if the matrix of the largest pair does not fit.
     """
     members = [np.flatnonzero(codes == code) for code in range(int(codes.max()) + 1)]
     pairs = list(itertools.combinations(range(len(members)), 2))
     largest = sum(sorted(map(len, members))[-2:])
-    if len(pairs) > _FEW_DUELS and _PAIR_BYTES * len(rows) ** 2 <= (memory or _DEFAULT_MEMORY):
+    if len(pairs) > _FEW_PAIRS and _PAIR_BYTES * len(rows) ** 2 <= (memory or _DEFAULT_MEMORY):
         return of_machine(SVC(C=C, kernel="precomputed").fit(gaussian(rows, gamma), codes, sample_weight))
     at_once = min(os.cpu_count() or 1, (memory or _DEFAULT_MEMORY) // (_PAIR_BYTES * largest**2), len(pairs))
     if at_once < 1:
         return None
 
-    def duel(pair: tuple[int, int]) -> tuple[Array, Floats, float]:
+    def fit_pair(pair: tuple[int, int]) -> tuple[Array, Floats, float]:
         own = np.concatenate([members[pair[0]], members[pair[1]]])
         weights = None if sample_weight is None else sample_weight[own]
         machine = SVC(C=C, kernel="precomputed").fit(gaussian(rows[own], gamma), codes[own], weights)
@@ -346,14 +344,14 @@ def fit_duels(
         threadpool_limits(max(1, (os.cpu_count() or 1) // at_once), user_api="blas"),
         ThreadPoolExecutor(at_once) as pool,
     ):
-        return _joined(list(pool.map(duel, pairs)), pairs, codes)
+        return _joined(list(pool.map(fit_pair, pairs)), pairs, codes)
 
 
-def of_machine(machine: SVC) -> Duels:
-    """The duels of a fitted ``SVC`` of all classes."""
+def of_machine(machine: SVC) -> OneVsOne:
+    """The support vectors of a fitted ``SVC`` of all classes."""
     sign = -1.0 if len(machine.classes_) == 2 else 1.0  # of two classes SVC reports margins for the second
     counts = machine.n_support_.astype(np.int64)
-    return Duels(machine.support_.astype(np.int64), counts, sign * machine.dual_coef_, sign * machine.intercept_)
+    return OneVsOne(machine.support_.astype(np.int64), counts, sign * machine.dual_coef_, sign * machine.intercept_)
 
 
 def gaussian(rows: Array, gamma: float) -> Floats:
@@ -372,7 +370,7 @@ def gaussian(rows: Array, gamma: float) -> Floats:
 
 def _joined(
     found: Sequence[tuple[Array, Floats, float]], pairs: Sequence[tuple[int, int]], codes: npt.NDArray[Any]
-) -> Duels:
+) -> OneVsOne:
     support = np.unique(np.concatenate([rows for rows, _, _ in found]))
     support = support[np.argsort(codes[support], kind="stable")]
     place = np.empty(len(codes), np.int64)
@@ -382,4 +380,4 @@ def _joined(
     for (rows, values, _), (first, second) in zip(found, pairs, strict=True):
         line = np.where(codes[rows] == first, second - 1, first)
         weights[line, place[rows]] = values
-    return Duels(support, np.bincount(codes[support], minlength=classes), weights, np.array([b for *_, b in found]))
+    return OneVsOne(support, np.bincount(codes[support], minlength=classes), weights, np.array([b for *_, b in found]))

@@ -47,7 +47,7 @@ def test_with_room_for_kernel_matrices_it_is_the_same_machine(sides, options):
     ours, slower = RBFSVM(**options).fit(X, y), RBFSVM(memory="200kB", **options).fit(X, y)
     found, expected = ours.decision_function(others), slower.decision_function(others)
     close = np.abs(found - expected) < 0.01  # both stop at libsvm's tolerance of 0.001
-    assert close.mean() > 0.999, "and a duel within that tolerance may go the other way"
+    assert close.mean() > 0.999, "and a pair of classes within that tolerance may go the other way"
     assert np.mean(ours.predict(others) == slower.predict(others)) > 0.997
 
 

@@ -171,9 +171,9 @@ def test_all_values_of_c_and_all_folds_share_each_pass(monkeypatch):
     counts = []
     call = passes.Passes.__call__
 
-    def counted(self, numbers, questions):
+    def counted(self, numbers, requests):
         counts.append(len(numbers))
-        return call(self, numbers, questions)
+        return call(self, numbers, requests)
 
     monkeypatch.setattr(passes.Passes, "__call__", counted)
     features, labels = two_classes()
@@ -368,9 +368,9 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_products_with_the_second_derivative_are_differences_of_gradients(loss, intercept, centred):
-    """Also beside questions for values, in the same call."""
+    """Also beside requests for values, in the same call."""
     from featurepipe.heads import losses
-    from featurepipe.heads.linear.optimisers import Question
+    from featurepipe.heads.linear.optimisers import Evaluate
 
     rng = np.random.default_rng(0)
     features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)
@@ -387,11 +387,11 @@ def test_products_with_the_second_derivative_are_differences_of_gradients(loss, 
     points, towards = rng.standard_normal((2, 2, *shape))
     if loss == "SoftmaxLoss":
         points, towards = (array - array.mean(axis=1, keepdims=True) for array in (points, towards))
-    products = ask([0, 1], [Question(point, along=along) for point, along in zip(points, towards, strict=True)])
+    products = ask([0, 1], [Evaluate(point, along=along) for point, along in zip(points, towards, strict=True)])
     for number, (point, along) in enumerate(zip(points, towards, strict=True)):
         step = 1e-6
-        [above, product] = ask([number, number], [Question(point + step * along), Question(point, along=along)])
-        [below] = ask([number], [Question(point - step * along)])
+        [above, product] = ask([number, number], [Evaluate(point + step * along), Evaluate(point, along=along)])
+        [below] = ask([number], [Evaluate(point - step * along)])
         expected = (above.gradient - below.gradient) / (2 * step)
         np.testing.assert_allclose(products[number].gradient, expected, atol=1e-5)
         np.testing.assert_allclose(product.gradient, products[number].gradient, rtol=1e-12)

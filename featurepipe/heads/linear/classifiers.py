@@ -16,13 +16,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
-from featurepipe.heads.linear.optimisers import Optimiser, Optimum, Patience, lbfgs, newton, run
+from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, lbfgs, newton, run
 from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, prepare
 from featurepipe.heads.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 
 Array = npt.NDArray[Any]
 Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
-Method = Callable[[Any, Patience], Optimiser]
+Method = Callable[[Any, OptimiserSettings], Optimiser]
 
 _NEARING = 500  # iterations of L-BFGS in float64 before Newton's method takes over
 _SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
@@ -189,8 +189,8 @@ def _solve_group(
             intercept_penalty=objective.intercept_penalty,
             memory=estimator.memory,
         )
-        patience = [Patience(estimator.tol / _SAFETY, most, loss.refresh, loss.growth) for most in iterations]
-        return run([method(start, each) for start, each in zip(starts, patience, strict=True)], passes)
+        settings = [OptimiserSettings(estimator.tol / _SAFETY, most, loss.refresh, loss.growth) for most in iterations]
+        return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)

@@ -1,7 +1,7 @@
-"""Batched optimisers, L-BFGS and Newton's method: each asks for its objective at a point, one pass over the data answers all.
+"""Batched optimisers: L-BFGS and truncated Newton on many problems, whose objectives one pass over the data evaluates.
 
 A generator knows nothing of the data or of its neighbours. ``run`` collects what all that are still alive ask for,
-has it computed together, and hands out the answers; whoever has converged drops out.
+has it computed together, and hands out the evaluations; whoever has converged drops out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Precondition = Callable[[Vector], Vector]
 
 
 @dataclass(frozen=True)
-class Question:
+class Evaluate:
     """What an optimiser asks: objective and gradient at ``point``, and the curvature there if it wants it.
 
     Attributes:
         point: Array of any shape.
         curvature: "" for none, "shared" for one matrix for all columns, "each" for one a column where memory allows.
-        along: Asks for the second derivative at the point times this instead; it comes as the answer's gradient.
+        along: Asks for the second derivative at the point times this instead; it comes as the evaluation's gradient.
     """
 
     point: Vector
@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Evaluation:
     """Objective and gradient, and an approximate inverse of the second derivative if it was asked for."""
 
     value: float
@@ -52,27 +52,29 @@ class Optimum:
     converged: bool
 
 
-Optimiser = Generator[Question, Answer, Optimum]
+Optimiser = Generator[Evaluate, Evaluation, Optimum]
 
 
-def run(optimisers: Sequence[Optimiser], answer: Callable[[list[int], list[Question]], list[Answer]]) -> list[Optimum]:
+def run(
+    optimisers: Sequence[Optimiser], evaluate: Callable[[list[int], list[Evaluate]], list[Evaluation]]
+) -> list[Optimum]:
     """Runs optimisers to their ends.
 
     Args:
         optimisers: Generators that have not started.
-        answer: Gets the numbers of the optimisers still alive and their questions; returns their answers.
+        evaluate: Gets the numbers of the optimisers still alive and their requests; returns their evaluations.
     """
     optima: dict[int, Optimum] = {}
-    questions = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
-    while questions:
-        answers = answer(list(questions), list(questions.values()))
-        alive: dict[int, Question] = {}
-        for number, found in zip(questions, answers, strict=True):
+    requests = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
+    while requests:
+        evaluations = evaluate(list(requests), list(requests.values()))
+        alive: dict[int, Evaluate] = {}
+        for number, found in zip(requests, evaluations, strict=True):
             try:
                 alive[number] = optimisers[number].send(found)
             except StopIteration as stop:
                 optima[number] = stop.value
-        questions = alive
+        requests = alive
     return [optima[number] for number in range(len(optimisers))]
 
 
@@ -80,7 +82,7 @@ _PAIRS = 10  # of steps and gradient differences that are remembered
 
 
 @dataclass(frozen=True)
-class Patience:
+class OptimiserSettings:
     """When an optimiser measures the curvature again, and when it stops.
 
     Attributes:
@@ -99,21 +101,21 @@ class Patience:
     growth: float = 1.5
 
 
-def lbfgs(start: Vector, patience: Patience) -> Optimiser:
+def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
 
     The two-loop recursion starts from the preconditioner in place of a multiple of the identity. The preconditioner is
     measured anew where the iterate has moved to, and pairs from before are forgotten.
     """
     point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
-    at = yield Question(point, "shared")
-    first, precondition, age, interval = at.value, at.precondition, 0, patience.refresh
-    for iteration in range(patience.max_iterations):
+    at = yield Evaluate(point, "shared")
+    first, precondition, age, interval = at.value, at.precondition, 0, settings.refresh
+    for iteration in range(settings.max_iterations):
         direction = -pairs.apply(at.gradient, precondition)
         slope = _dot(at.gradient, direction)
         if not slope < 0:  # nothing but rounding is left of the gradient
             return Optimum(point, iteration, converged=True)
-        goal = patience.tolerance * max(min(abs(at.value), first - at.value), 1e-3 * abs(at.value))
+        goal = settings.tolerance * max(min(abs(at.value), first - at.value), 1e-3 * abs(at.value))
         satisfied = satisfied + 1 if -slope / 2 <= goal else 0
         if satisfied and age == 0:
             return Optimum(point, iteration, converged=True)
@@ -122,20 +124,20 @@ def lbfgs(start: Vector, patience: Patience) -> Optimiser:
         search = line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
         step, found = yield from search
         if step == 0:  # the objective cannot be told apart from its neighbours any more
-            return Optimum(point, iteration, converged=-slope / 2 <= 100 * patience.tolerance * abs(at.value))
+            return Optimum(point, iteration, converged=-slope / 2 <= 100 * settings.tolerance * abs(at.value))
         age += 1
         if measure:
-            interval = math.ceil(interval * patience.growth) if age >= interval else interval
+            interval = math.ceil(interval * settings.growth) if age >= interval else interval
             age, satisfied, precondition, pairs = 0, 0, found.precondition, _Pairs()
         else:
             pairs.add(step * direction, found.gradient - at.gradient)
         point, at = point + step * direction, found
-    return Optimum(point, patience.max_iterations, converged=False)
+    return Optimum(point, settings.max_iterations, converged=False)
 
 
 def line_search(
-    point: Vector, at: Answer, direction: Vector, slope: float, *, first: float, curvature: str
-) -> Generator[Question, Answer, tuple[float, Answer]]:
+    point: Vector, at: Evaluation, direction: Vector, slope: float, *, first: float, curvature: str
+) -> Generator[Evaluate, Evaluation, tuple[float, Evaluation]]:
     """Finds a step that decreases a convex objective enough; 0 if there is none.
 
     A step is shortened to where the slope, taken as linear, would vanish. Near the optimum the objective's rounding
@@ -143,7 +145,7 @@ def line_search(
     """
     step = first
     for _ in range(30):
-        found = yield Question(point + step * direction, curvature)
+        found = yield Evaluate(point + step * direction, curvature)
         gained = at.value - found.value
         end = _dot(found.gradient, direction)
         hidden = gained >= -1e-6 * abs(at.value) and end <= -0.8 * slope
@@ -200,7 +202,7 @@ _LEAST_PRODUCTS = 10
 _DIMINISHING = 0.1  # a step is good enough when the last half of the products added no more than this to its gain
 
 
-def newton(start: Vector, patience: Patience) -> Optimiser:
+def newton(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """Minimises a smooth convex function by a truncated Newton method (Dembo & Steihaug 1983).
 
     For linear classifiers see Lin, Weng & Keerthi 2008. Every product with the second derivative is a pass and counts as an
@@ -208,22 +210,22 @@ def newton(start: Vector, patience: Patience) -> Optimiser:
     that are nearly collinear they converge where L-BFGS crawls.
     """
     point, iterations = start, 1
-    at = yield Question(point, "each")
-    while iterations < patience.max_iterations:
-        most = min(_MOST_PRODUCTS, patience.max_iterations - iterations)
+    at = yield Evaluate(point, "each")
+    while iterations < settings.max_iterations:
+        most = min(_MOST_PRODUCTS, settings.max_iterations - iterations)
         direction, products = yield from _direction(point, at, most)
         slope = float(np.vdot(at.gradient, direction))
         iterations += products + 1
-        if -slope / 2 <= patience.tolerance * abs(at.value):
+        if -slope / 2 <= settings.tolerance * abs(at.value):
             return Optimum(point, iterations, converged=True)
         step, found = yield from line_search(point, at, direction, slope, first=1.0, curvature="each")
         if step == 0:  # rounding hides what is left
-            return Optimum(point, iterations, converged=-slope / 2 <= 100 * patience.tolerance * abs(at.value))
+            return Optimum(point, iterations, converged=-slope / 2 <= 100 * settings.tolerance * abs(at.value))
         point, at = point + step * direction, found
-    return Optimum(point, patience.max_iterations, converged=False)
+    return Optimum(point, settings.max_iterations, converged=False)
 
 
-def _direction(point: Vector, at: Answer, most: int) -> Generator[Question, Answer, tuple[Vector, int]]:
+def _direction(point: Vector, at: Evaluation, most: int) -> Generator[Evaluate, Evaluation, tuple[Vector, int]]:
     """Solves for Newton's step by preconditioned conjugate gradients; returns it and the number of products.
 
     Stops where the quadratic model falls by little more, as Nash & Sofer (1990) advise: what matters is the objective,
@@ -236,7 +238,7 @@ def _direction(point: Vector, at: Answer, most: int) -> Generator[Question, Answ
     for product in range(1, most + 1):
         if not size > 0:  # nothing but rounding is left
             return step, product - 1
-        bent = (yield Question(point, along=along)).gradient
+        bent = (yield Evaluate(point, along=along)).gradient
         curvature = float(np.vdot(along, bent))
         if not curvature > 0:
             return step, product

@@ -1,4 +1,4 @@
-"""One pass over the features answers the questions of all linear problems at once."""
+"""Objectives, gradients and curvature of many linear problems, in one pass over the features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
-from featurepipe.heads.linear.optimisers import Answer, Precondition, Question
+from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
 from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
 from featurepipe.heads.losses import (
     WIDEST,
@@ -87,7 +87,7 @@ def _less(block: Array, *, mean: Array) -> Array:
 
 
 class Passes:
-    """Answers questions about problems on the same features.
+    """Evaluates the objectives of problems on the same features.
 
     A point is (K, D + 1), or (K, D) without an intercept: coefficients, and the intercept of the centred features.
     """
@@ -123,36 +123,36 @@ class Passes:
         self.memory = min(map(bytes_of, limits), default=None)
         self.count = 0
 
-    def __call__(self, numbers: list[int], questions: list[Question]) -> list[Answer]:
-        """Answers the questions of some problems, given by their numbers, in one pass, or two if some ask for products."""
-        answers: dict[int, Answer] = {}
+    def __call__(self, numbers: list[int], requests: list[Evaluate]) -> list[Evaluation]:
+        """Evaluates problems, given by their numbers, at the points asked for; in one pass, or two if some ask for products."""
+        evaluations: dict[int, Evaluation] = {}
         for ask, wanted in ((self._values, False), (self._products, True)):
-            places = [place for place, question in enumerate(questions) if (question.along is not None) == wanted]
+            places = [place for place, request in enumerate(requests) if (request.along is not None) == wanted]
             if places:
                 self.count += 1
                 problems = [self.problems[numbers[place]] for place in places]
-                answers |= zip(places, ask(problems, [questions[place] for place in places]), strict=True)
-        return [answers[place] for place in range(len(questions))]
+                evaluations |= zip(places, ask(problems, [requests[place] for place in places]), strict=True)
+        return [evaluations[place] for place in range(len(requests))]
 
-    def _values(self, problems: list[FitProblem], questions: list[Question]) -> list[Answer]:
+    def _values(self, problems: list[FitProblem], requests: list[Evaluate]) -> list[Evaluation]:
         """Objectives and gradients, and curvature where it is asked for."""
-        measures = [self._measure(question) for question in questions]
-        sums = self.rows.reduce(Values(**self._order(problems, questions), measures=measures))
-        found = zip(problems, questions, sums.losses, self._gradients(sums, questions), sums.curvature, strict=True)
-        return [self._answer(problem, asked.point, *parts) for problem, asked, *parts in found]
+        measures = [self._measure(request) for request in requests]
+        sums = self.rows.reduce(Values(**self._order(problems, requests), measures=measures))
+        found = zip(problems, requests, sums.losses, self._gradients(sums, requests), sums.curvature, strict=True)
+        return [self._evaluation(problem, asked.point, *parts) for problem, asked, *parts in found]
 
-    def _products(self, problems: list[FitProblem], questions: list[Question]) -> list[Answer]:
+    def _products(self, problems: list[FitProblem], requests: list[Evaluate]) -> list[Evaluation]:
         """Second derivatives times directions."""
-        along = np.stack([question.along for question in questions if question.along is not None])
-        sums = self.rows.reduce(Products(**self._order(problems, questions, 2), towards=self._linear(along)))
-        products = self._gradients(sums, questions)
+        along = np.stack([request.along for request in requests if request.along is not None])
+        sums = self.rows.reduce(Products(**self._order(problems, requests, 2), towards=self._linear(along)))
+        products = self._gradients(sums, requests)
         for problem, direction, product in zip(problems, along, products, strict=True):
             self._penalise(problem, direction, product)
-        return [Answer(np.nan, product) for product in products]
+        return [Evaluation(np.nan, product) for product in products]
 
-    def _order(self, problems: list[FitProblem], questions: list[Question], kinds: int = 1) -> dict[str, Any]:
+    def _order(self, problems: list[FitProblem], requests: list[Evaluate], kinds: int = 1) -> dict[str, Any]:
         """What the rows are told of problems and where they stand, if they make so many kinds of scores."""
-        points = np.stack([question.point for question in questions])
+        points = np.stack([request.point for request in requests])
         return {
             "loss": self.loss,
             "at": self._linear(points),
@@ -171,21 +171,23 @@ class Passes:
             bias = bias - coefficients.astype(np.float64) @ self.prepared.mean
         return Linear(coefficients, bias.astype(dtype)[:, None], points.shape[:2])
 
-    def _gradients(self, sums: Sums, questions: list[Question]) -> Array:
+    def _gradients(self, sums: Sums, requests: list[Evaluate]) -> Array:
         """Sums over the rows as derivatives by the points, which are posed about the mean."""
         by_coefficient = sums.products
         if not self.prepared.centred:
             by_coefficient = by_coefficient - sums.totals[:, None] * self.prepared.mean
         gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
-        return gradients.reshape(len(questions), *questions[0].point.shape)
+        return gradients.reshape(len(requests), *requests[0].point.shape)
 
-    def _answer(
+    def _evaluation(
         self, problem: FitProblem, point: Array, value: float, gradient: Array, curvature: Array | None
-    ) -> Answer:
+    ) -> Evaluation:
         """Adds the penalties."""
         penalty = self._penalise(problem, point, gradient)
         value = problem.C * value + penalty
-        return Answer(float(value), gradient, None if curvature is None else self._preconditioner(problem, curvature))
+        return Evaluation(
+            float(value), gradient, None if curvature is None else self._preconditioner(problem, curvature)
+        )
 
     def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
@@ -216,12 +218,12 @@ class Passes:
         )  # what came may be read-only
         return _zero_sum(solve) if self.loss.redundant else solve
 
-    def _measure(self, question: Question) -> Callable[[], Measured] | None:
-        """How to sum the curvature that a question asks for, as much of it as memory allows."""
-        if not question.curvature:
+    def _measure(self, request: Evaluate) -> Callable[[], Measured] | None:
+        """How to sum the curvature that a request asks for, as much of it as memory allows."""
+        if not request.curvature:
             return None
         width = len(self.prepared.mean)
-        columns = len(question.point) if question.curvature == "each" else 1
+        columns = len(request.point) if request.curvature == "each" else 1
         allowed = _CURVATURE_BYTES if self.memory is None else self.memory // 2
         matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # old, new, and rows for it
         columns = columns if columns * matrix <= allowed else 1

@@ -1,4 +1,4 @@
-"""Optimisers in lock-step find minima that are known, ask together, and stop for themselves."""
+"""Batched optimisers find minima that are known, ask together, and stop for themselves."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from featurepipe.heads.linear.optimisers import Answer, Optimum, Patience, Question, lbfgs, newton, run
+from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, OptimiserSettings, Optimum, lbfgs, newton, run
 
 
 def quadratic(scale, centre):
     """Half the weighted squared distance to ``centre``, and its exact inverse second derivative."""
 
-    def answer(question):
-        away = question.point - centre
+    def evaluate(request):
+        away = request.point - centre
         value = 1 + (scale * away**2).sum() / 2
-        return Answer(value, scale * away, (lambda vector: vector / scale) if question.curvature else None)
+        return Evaluation(value, scale * away, (lambda vector: vector / scale) if request.curvature else None)
 
-    return answer
+    return evaluate
 
 
 def solo(objective, start, method=lbfgs, **options):
     asked = []
 
-    def answer(numbers, questions):
-        asked.extend(questions)
-        return [objective(question) for question in questions]
+    def evaluate(numbers, requests):
+        asked.extend(requests)
+        return [objective(request) for request in requests]
 
     options = {"tolerance": 1e-12, "max_iterations": 500} | options
-    [optimum] = run([method(start, Patience(**options))], answer)
+    [optimum] = run([method(start, OptimiserSettings(**options))], evaluate)
     return optimum, asked
 
 
@@ -43,23 +43,23 @@ def test_without_curvature_the_minimum_of_a_convex_function_is_found():
     rng = np.random.default_rng(0)
     features, signs = rng.standard_normal((200, 5)), rng.choice([-1, 1], 200)
 
-    def logistic(question):
-        margins = signs * (features @ question.point)
+    def logistic(request):
+        margins = signs * (features @ request.point)
         pulls = -signs / (1 + np.exp(margins))
-        value = np.logaddexp(0, -margins).sum() + question.point @ question.point / 2
-        return Answer(value, features.T @ pulls + question.point, None)
+        value = np.logaddexp(0, -margins).sum() + request.point @ request.point / 2
+        return Evaluation(value, features.T @ pulls + request.point, None)
 
     optimum, _ = solo(logistic, np.full(5, 30.0))
     assert optimum.converged
-    np.testing.assert_allclose(logistic(Question(optimum.point)).gradient, 0, atol=1e-3)
+    np.testing.assert_allclose(logistic(Evaluate(optimum.point)).gradient, 0, atol=1e-3)
 
 
 def test_curvature_is_asked_for_at_the_start_and_ever_more_rarely():
-    def awkward(question):  # the fourth power, whose curvature vanishes towards its minimum: progress is slow
-        return Answer(1 + (question.point**4).sum(), 4 * question.point**3, lambda vector: vector / 100)
+    def awkward(request):  # the fourth power, whose curvature vanishes towards its minimum: progress is slow
+        return Evaluation(1 + (request.point**4).sum(), 4 * request.point**3, lambda vector: vector / 100)
 
     _, asked = solo(awkward, np.linspace(0.5, 2, 8), refresh=2, growth=2.0, tolerance=1e-300, max_iterations=20)
-    kinds = [question.curvature for question in asked]
+    kinds = [request.curvature for request in asked]
     assert kinds[0] == "shared"
     assert 2 <= kinds.count("each") <= 5
     assert set(kinds) == {"shared", "each", ""}
@@ -69,11 +69,11 @@ def test_problems_are_asked_together_and_drop_out_as_they_finish():
     objectives = [quadratic(np.ones(3), np.ones(3) * k) for k in range(4)]
     alive = []
 
-    def answer(numbers, questions):
+    def evaluate(numbers, requests):
         alive.append(tuple(numbers))
-        return [objectives[number](question) for number, question in zip(numbers, questions, strict=True)]
+        return [objectives[number](request) for number, request in zip(numbers, requests, strict=True)]
 
-    found = run([lbfgs(np.zeros(3), Patience(1e-12, 50)) for _ in objectives], answer)
+    found = run([lbfgs(np.zeros(3), OptimiserSettings(1e-12, 50)) for _ in objectives], evaluate)
     assert alive[0] == (0, 1, 2, 3)
     assert 0 not in alive[1]  # it starts at its minimum
     np.testing.assert_allclose([optimum.point[0] for optimum in found], [0, 1, 2, 3], atol=1e-9)
@@ -83,9 +83,9 @@ def test_problems_are_asked_together_and_drop_out_as_they_finish():
 def test_too_few_iterations_leave_it_unconverged():
     objective = quadratic(np.logspace(-3, 3, 30), np.ones(30))
 
-    def blind(question):
-        found = objective(question)
-        return Answer(found.value, found.gradient, None)
+    def blind(request):
+        found = objective(request)
+        return Evaluation(found.value, found.gradient, None)
 
     optimum, _ = solo(blind, np.zeros(30), max_iterations=3)
     assert not optimum.converged
@@ -94,11 +94,11 @@ def test_too_few_iterations_leave_it_unconverged():
 
 @pytest.mark.parametrize("far", [1e3, 1e6])
 def test_steps_that_overshoot_are_shortened(far):
-    def answer(question):  # the preconditioner promises a curvature far too small
-        found = quadratic(np.ones(2), np.ones(2))(question)
-        return Answer(found.value, found.gradient, (lambda vector: vector * far) if question.curvature else None)
+    def evaluate(request):  # the preconditioner promises a curvature far too small
+        found = quadratic(np.ones(2), np.ones(2))(request)
+        return Evaluation(found.value, found.gradient, (lambda vector: vector * far) if request.curvature else None)
 
-    optimum, _ = solo(answer, np.zeros(2))
+    optimum, _ = solo(evaluate, np.zeros(2))
     np.testing.assert_allclose(optimum.point, 1, atol=1e-4)
 
 
@@ -108,16 +108,16 @@ def collinear_logistic():
     features = rng.standard_normal((300, 20)) @ np.diag(np.logspace(-5, 0, 20)) @ rng.standard_normal((20, 20))
     signs = np.sign(features @ rng.standard_normal(20) + rng.normal(0, 0.05, 300))
 
-    def answer(question):
-        margins = signs * (features @ question.point)
+    def evaluate(request):
+        margins = signs * (features @ request.point)
         likely = expit(-margins)
-        if question.along is not None:
-            bent = 100 * features.T @ (likely * (1 - likely) * (features @ question.along)) + question.along
-            return Answer(np.nan, bent)
-        value = 100 * np.logaddexp(0, -margins).sum() + question.point @ question.point / 2
-        return Answer(value, question.point - 100 * features.T @ (signs * likely))
+        if request.along is not None:
+            bent = 100 * features.T @ (likely * (1 - likely) * (features @ request.along)) + request.along
+            return Evaluation(np.nan, bent)
+        value = 100 * np.logaddexp(0, -margins).sum() + request.point @ request.point / 2
+        return Evaluation(value, request.point - 100 * features.T @ (signs * likely))
 
-    return answer
+    return evaluate
 
 
 def test_newtons_steps_reach_the_minimum_that_lbfgs_reaches():
@@ -125,8 +125,8 @@ def test_newtons_steps_reach_the_minimum_that_lbfgs_reaches():
     optimum, asked = solo(objective, np.zeros(20), newton)
     other, _ = solo(objective, np.zeros(20), lbfgs, max_iterations=100_000, tolerance=1e-15)
     assert optimum.converged
-    np.testing.assert_allclose(objective(Question(optimum.point)).gradient, 0, atol=1e-3)
-    assert objective(Question(optimum.point)).value <= objective(Question(other.point)).value * (1 + 1e-11)
+    np.testing.assert_allclose(objective(Evaluate(optimum.point)).gradient, 0, atol=1e-3)
+    assert objective(Evaluate(optimum.point)).value <= objective(Evaluate(other.point)).value * (1 + 1e-11)
     assert optimum.iterations == pytest.approx(len(asked), abs=8)  # a step's search is one of them
 
 
