@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import struct
 import threading
 import warnings
@@ -85,6 +86,7 @@ _FORMATS: Final[tuple[tuple[bytes, type[Any]], ...]] = (
 )
 _NAMED_ONLY: Final = (
     (b"ftypavif", "AVIF"),
+    (b"ftypavis", "AVIF"),
     (b"ftyphei", "HEIC"),
     (b"ftypmif1", "HEIF"),
     (b"jP  ", "JPEG 2000"),
@@ -178,6 +180,8 @@ def silence_libtiff() -> bool:
 
 
 silence_libtiff()
+# What PIL logs of a damaged file is in its exceptions, too: Python would print it where nobody has set up logging.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class Kept(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from featurepipe.errors import Reject
-from featurepipe.images.decode import REPAIRED, decode
+from featurepipe.images.decode import REPAIRED, decode, try_decode
 from featurepipe.images.jpeg import STRAY_BYTES, STRAY_PROGRESSIVE, count_scans, read_jpeg_header, segments
 
 PHOTOS = [photo[:240, :320] for photo in load_sample_images().images]
@@ -202,6 +203,17 @@ def test_nothing_is_written_to_standard_error(kind, capfd):
             decode(damaged(payload, damage, rng), on_damage=lambda _: None)
         except Reject:
             continue
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_pil_logs_is_not_written_to_standard_error(monkeypatch, capfd):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as where nobody has set up logging
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "TIFF")
+    samples = struct.pack("<HHI", 277, 3, 1)
+    assert samples in picture.getvalue()
+    found = try_decode(picture.getvalue().replace(samples + b"\3\0", samples + b"\3\x82"), colour="rgb")
+    assert isinstance(found, Reject)
     assert capfd.readouterr() == ("", "")
 
 

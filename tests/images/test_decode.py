@@ -273,6 +273,7 @@ def test_decompression_bombs():
         (b"hello, I am text", "not-an-image: starts with b'hello, I'"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not-an-image"),
         (b"\0\0\0\x1cftypavif\0\0\0\0", "unsupported: AVIF"),
+        (b"\0\0\0\x2cftypavis\0\0\0\0", "unsupported: AVIF"),
         (b"\xff\xd8\xff", "truncated"),
         (b"\xff\xd8\xff\xd9" + bytes(20), "corrupt: a JPEG without a frame header"),
         (b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), "not-an-image"),
