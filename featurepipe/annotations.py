@@ -7,10 +7,11 @@ import io
 import math
 import numbers
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, Final
 
 import numpy as np
 
@@ -53,13 +54,6 @@ def path_column(columns: Sequence[str]) -> str | None:
         return "path"
     by_name = {plain_name(column): column for column in reversed(columns)}
     return next((by_name[name] for name in PATHS if name in by_name), None)
-
-
-class _Reader(Protocol):
-    line_num: int
-
-    def __next__(self) -> list[str]: ...
-    def __iter__(self) -> Iterator[list[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -119,27 +113,23 @@ def _rows(
 ) -> Iterator[tuple[int, list[str | None]]]:
     reader = csv.reader(text, delimiter=separator, skipinitialspace=strip, strict=True)
     try:
-        while (fields := _next(reader, skipped)) is not None:
+        for fields in reader:
             if not any(fields) and (
                 width > 1 or not fields
             ):  # an empty line, or what table programs write below a table
                 continue
-            line = skipped + reader.line_num
             if len(fields) != width:
-                raise csv.Error(
-                    f"line {line} has {len(fields)} fields separated by {SEPARATORS.get(separator, repr(separator))}, "
-                    f"and the header has {width}; put fields that hold {separator!r} in double quotes"
+                raise csv.Error(  # noqa: TRY301  # the handler says at which line
+                    f"{len(fields)} fields separated by {SEPARATORS.get(separator, repr(separator))}, and the header has "
+                    f"{width}; put fields that hold {separator!r} in double quotes"
                 )
-            yield line, [(field.strip() if strip else field) or None for field in fields]
-    finally:
-        text.detach()  # the file is its opener's
-
-
-def _next(reader: _Reader, skipped: int) -> list[str] | None:
-    try:
-        return next(reader, None)
+            if strip:
+                fields = [field.strip() for field in fields]  # noqa: PLW2901
+            yield skipped + reader.line_num, [field or None for field in fields]
     except csv.Error as error:
         raise csv.Error(f"line {skipped + reader.line_num}: {error}") from error
+    finally:
+        text.detach()  # the file is its opener's
 
 
 def duplicate(names: Sequence[str], used: Sequence[str]) -> str | None:
@@ -150,6 +140,8 @@ def duplicate(names: Sequence[str], used: Sequence[str]) -> str | None:
 NAN: Final = ("nan", "NaN")
 """What programs write for a number that is none."""
 
+_LIKE_NONE: Final = {"na", "n/a", "#n/a", "<na>", "nan", "nat", "none", "null", "nil", "undefined", "-", "?"}
+_NAMED: Final = 3  # pairs of names that a message shows
 _EXACT: Final = 2.0**53  # whole floats below it are whole numbers
 _MARKS: Final = "|;,"
 _IMAGES_A_NUMBER: Final = 10
@@ -248,6 +240,34 @@ def several_names(classes: Sequence[str]) -> str | None:
                 "for one class a label, keep one name in each"
             )
     return None
+
+
+def names_in_doubt(classes: Sequence[str]) -> list[str]:
+    """Says which classes may stand for no label, such as ``NA``, and which may be meant to be one, such as ``Cat`` and ``cat``.
+
+    Those of one character may differ in case: they may be letters that are to be told apart.
+
+    Example:
+        >>> names_in_doubt(["None", "cat", "Cat ", "1", "1.0"])[0]
+        "taken as a class: 'None'; leave the label empty where there is none"
+        >>> names_in_doubt(["cat", "Cat ", "1", "1.0"])
+        ["taken as classes of their own, though they look alike: '1' and '1.0', 'Cat ' and 'cat'"]
+    """
+    notes = []
+    if none := [repr(name) for name in sorted(classes) if name.strip().lower() in _LIKE_NONE]:
+        notes.append(
+            f"taken as {'a class' if len(none) == 1 else 'classes'}: {', '.join(none)}; leave the label empty where there is none"
+        )
+    alike: dict[str | float, list[str]] = {}
+    for name in sorted(classes):
+        plain = " ".join(unicodedata.normalize("NFC", name).split())
+        number = _number(plain) if plain[:1].isdigit() else None
+        key = number if number is not None else plain if len(plain) == 1 else plain.casefold()
+        alike.setdefault(key, []).append(name)
+    if several := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
+        more = f" and {len(several) - _NAMED:,} more" if len(several) > _NAMED else ""
+        notes.append(f"taken as classes of their own, though they look alike: {', '.join(several[:_NAMED])}{more}")
+    return notes
 
 
 def check_classes(classes: Sequence[str], images: int, say: Callable[[str], None]) -> None:

@@ -105,5 +105,5 @@ def test_separators(content, separator, rows):
 def test_lines_are_counted_as_an_editor_does():
     table = read_csv(io.BytesIO(b'\nid,label\n\n1,"a\nb"\n2,c\n3\n'), ("id",))
     assert [next(table.rows)[0], next(table.rows)[0]] == [5, 6]
-    with pytest.raises(csv.Error, match="line 7 has 1 fields"):
+    with pytest.raises(csv.Error, match="line 7: 1 fields"):
         next(table.rows)

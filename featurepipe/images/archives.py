@@ -21,7 +21,7 @@ from featurepipe.errors import Reject, SourceError
 from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip, reading
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
-from featurepipe.images.findings import HIDDEN, Findings
+from featurepipe.images.findings import HIDDEN, OUTSIDE, Findings
 from featurepipe.images.listing import (
     SCHEMA,
     UNKNOWN,
@@ -77,6 +77,7 @@ class SampleLabels:
         Raises:
             SourceError: Another file says that the sample is of another class.
         """
+        path = printable(path)  # as the listing has those of images
         stem, _, suffix = path.rpartition(".")
         label, known = SampleLabel(text, f".{suffix}", is_damaged), self._by_stem.get(stem)
         if known is not None:
@@ -220,7 +221,9 @@ def list_tar(blob: Blob, archive: int, findings: Findings, labels: SampleLabels)
 
 def _is_listed(path: str, findings: Findings) -> bool:
     """Whether a member is an image; counts it as passed over if not."""
-    if any(map(is_hidden, path.split("/"))):
+    if path.startswith("../"):
+        findings.pass_over(OUTSIDE)
+    elif any(map(is_hidden, path.split("/"))):
         findings.pass_over(HIDDEN)
     elif is_image_name(path):
         return True
@@ -255,7 +258,9 @@ def _is_label(blob: Blob, header: TarHeader, path: str, findings: Findings, labe
 
 
 def _clean(path: str) -> str:
-    return posixpath.normpath(path.lstrip("/")) if path.startswith(("./", "/")) or "//" in path else path
+    return (
+        posixpath.normpath(path.lstrip("/")) if path.startswith(("./", "/")) or "//" in path or "/../" in path else path
+    )
 
 
 class ArchiveSource(Source):

@@ -138,8 +138,10 @@ def identity_of(path: str) -> tuple[Any, ...]:
 
 def stat_file(path: str) -> tuple[int, int]:
     """The (size, mtime_ns) of a file; ``UNKNOWN`` where it is missing, no plain file, or does not say."""
-    if is_url(path):
-        return _stat_url(path)
+    return _stat_url(path) if is_url(path) else _stat_local(path)
+
+
+def _stat_local(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # ValueError: a null byte in the path
@@ -151,14 +153,14 @@ def stat_files(paths: Sequence[str]) -> Iterator[tuple[int, int]]:
     """`stat_file` of each in turn; servers are asked for many at the same time, since each answer takes a while."""
     urls = list(dict.fromkeys(filter(is_url, paths)))
     if not urls:
-        return map(stat_file, paths)
+        return map(_stat_local, paths)
     _forget_listings(urls)
     pool = ThreadPoolExecutor(min(ASKED_AT_ONCE, len(urls)), "featurepipe-stat")
     try:
         answers = dict(zip(urls, pool.map(_stat_url, urls), strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # of a listing that is stopped, nobody wants the rest
-    return (answers[path] if path in answers else stat_file(path) for path in paths)
+    return (answers[path] if path in answers else _stat_local(path) for path in paths)
 
 
 def _forget_listings(urls: Iterable[str]) -> None:

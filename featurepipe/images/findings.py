@@ -11,11 +11,12 @@ from typing import Any, Final, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import label_text, several_names, split_of
+from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
 from featurepipe.tables import counted
 
 HIDDEN: Final = "hidden"
+OUTSIDE: Final = "names that lead out of the archive (..)"
 
 _METADATA: Final = b"featurepipe.listing"
 _TOLD: Final = b"featurepipe.told"
@@ -23,6 +24,7 @@ _ORDER: Final = {"train": 0, "val": 1, "test": 2}
 _SHOWN = 6
 _KEPT = 100
 """Suffixes, columns and folders that a summary names."""
+_REMEMBERED: Final = 10_000  # texts of labels, so that each class is looked at once, and not each image of it
 _FORMATS: Final = frozenset({
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".dcm", ".dicom", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
     ".dng", ".orf", ".rw2", ".raf", ".raw", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
@@ -48,13 +50,14 @@ class Findings:
     ignored: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _classes: dict[str, str] = field(default_factory=dict)
     _wrong_labels: dict[str, list[Any]] = field(default_factory=dict)
     _splits: dict[str, str | None] = field(default_factory=dict)
     _unused: Counter[str] = field(default_factory=Counter)
 
     def pass_over(self, name: str) -> None:
         """Counts a file that is not listed, by the suffix of its name."""
-        suffix = name if name == HIDDEN else suffix_of(name)
+        suffix = name if name in (HIDDEN, OUTSIDE) else suffix_of(name)
         self.passed_over[suffix if suffix in self.passed_over or len(self.passed_over) < _KEPT else "other"] += 1
 
     def label(self, value: Any, where: str, number: object = "") -> str | None:
@@ -65,13 +68,22 @@ class Findings:
             where: What it was given for, such as ``"line"``; with ``number``, that of the first is named.
             number: Of this one.
         """
+        if isinstance(value, str) and value in self._classes:
+            return self._classes[value]
         text, wrong = label_text(value)
         if wrong:
             self._wrong_labels.setdefault(wrong, [0, f"{where} {number}".strip()])[0] += 1
-        return None if text is None else printable(text)
+        if text is None:
+            return None
+        name = printable(text)
+        if isinstance(value, str) and len(self._classes) < _REMEMBERED:
+            self._classes[value] = name
+        return name
 
     def split(self, value: Any) -> str | None:
         """The split that a text in a column stands for; one that is none of ours is kept as it is, and said."""
+        if isinstance(value, str) and self._splits.get(value) is not None:
+            return self._splits[value]
         text, _ = label_text(value)
         if text is None:
             return None
@@ -184,7 +196,12 @@ class ListingSummary:
         splits = pc.value_counts(listing["split"].drop_null()).to_pylist()
         splits.sort(key=lambda item: (_ORDER.get(item["values"], len(_ORDER)), item["values"]))
         several = several_names(labels)
-        notes = [*found.get("notes", ()), *_only_tested(listing), *([several] if several else [])]
+        notes = [
+            *found.get("notes", ()),
+            *_only_tested(listing),
+            *([several] if several else []),
+            *names_in_doubt(labels),
+        ]
         return cls(
             images=listing.num_rows,
             labelled=listing.num_rows - listing["label"].null_count,
@@ -238,7 +255,9 @@ class ListingSummary:
             convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
             found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
         if self.ignored:
-            found.append(f"ignored {self.ignored_are}: {_some(self.ignored)}")
+            found.append(
+                f"ignored {self.ignored_are}: {_some([name or 'one without a name' for name in self.ignored])}"
+            )
         if self.unreadable:
             found.append(f"cannot be read: {_some([f'{folder}/' for folder in self.unreadable])}")
         return found

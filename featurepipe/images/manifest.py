@@ -108,11 +108,16 @@ class ManifestSource(Source):
         for numbers, columns in batches:
             paths = columns["path"]
             if None in paths:
-                raise SourceError(f"{self.path}: a row has no path; every row needs one")
-            nothing = [None] * len(paths)
+                line = numbers[paths.index(None)]
+                raise SourceError(f"{self.path}: line {line} has no path; every row needs one")
+            nothing: Sequence[None] = [None] * len(paths)
             ids = columns.get("id", nothing)
-            labels = map(findings.label, columns.get("label", nothing), repeat("line"), numbers)
-            splits = map(findings.split, columns.get("split", nothing))
+            labels: Iterable[str | None] = nothing
+            splits: Iterable[str | None] = nothing
+            if "label" in columns:
+                labels = map(findings.label, columns["label"], repeat("line"), numbers)
+            if "split" in columns:
+                splits = map(findings.split, columns["split"])
             stats: Iterable[tuple[int, int]] = ()
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
@@ -248,9 +253,18 @@ def _advice(ignored: Sequence[str], taken: Mapping[str, str]) -> list[str]:
 def _csv(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     table = read_csv(file)
     used = {name: table.names.index(name) for name in columns_of(table.names).values()}
-    while chunk := list(islice(table.rows, BATCH_ROWS)):
-        numbers = [number for number, _ in chunk]
-        yield numbers, table.names, {name: [fields[place] for _, fields in chunk] for name, place in used.items()}
+    while True:
+        # Column by column as they come: of a batch of rows as lists, the garbage collector visits each again and again.
+        numbers: list[int] = []
+        columns: _Columns = {name: [] for name in used}
+        fill = [(columns[name].append, place) for name, place in used.items()]
+        for number, fields in islice(table.rows, BATCH_ROWS):
+            numbers.append(number)
+            for append, place in fill:
+                append(fields[place])
+        if not numbers:
+            return
+        yield numbers, table.names, columns
 
 
 def _parquet(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:

@@ -23,6 +23,12 @@ LARGEST_EXTENDED: Final = 16 * 2**20
 _PLAIN: Final = b"0\0" + b"7"  # regular, regular of 1979's format, contiguous
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders, pipes: whatever size they state
 _END: Final = bytes(BLOCK)
+_COMPRESSED: Final = {
+    b"\x1f\x8b": "with gzip: name it .tar.gz or .tgz, so that it is unpacked",
+    b"BZh": "with bzip2, which is not read: unpack it, or compress it with gzip",
+    b"\xfd7zXZ": "with xz, which is not read: unpack it, or compress it with gzip",
+    b"\x28\xb5\x2f\xfd": "with zstd, which is not read: unpack it, or compress it with gzip",
+}
 _AFTER_SPARSE: Final = 504  # where a block of GNU's map of a sparse file says whether another one follows
 
 
@@ -80,6 +86,7 @@ def headers(blob: Blob) -> Iterator[TarHeader]:
             block of zeros at the end is not there.
     """
     position, end, extended = 0, blob.size, _Extended()
+    _check_start(blob, end)
     while position + BLOCK <= end:  # each header takes a block, so that this ends
         block = blob.pread(position, BLOCK)
         if block == _END:
@@ -97,6 +104,20 @@ def headers(blob: Blob) -> Iterator[TarHeader]:
         if member is not None:
             yield member
     raise SourceError(f"{blob.path}: truncated or damaged at byte {position}")
+
+
+def _check_start(blob: Blob, end: int) -> None:
+    """Tells of files that are no tar, but of a kind that is often taken for one, which kind it is.
+
+    Raises:
+        SourceError: it is compressed, or too short for one header.
+    """
+    start = blob.pread(0, min(end, 6))
+    for magic, how in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise SourceError(f"{blob.path}: not a readable tar archive: it is compressed {how}")
+    if end < BLOCK:
+        raise SourceError(f"{blob.path}: not a readable tar archive: {end} bytes, which start with {start!r}")
 
 
 def _next(blob: Blob, block: bytes, position: int, extended: _Extended) -> tuple[TarHeader | None, int]:

@@ -222,6 +222,49 @@ def test_labels_of_a_tar_that_are_none(tmp_path):
     ]  # fmt: skip
 
 
+def test_names_that_are_not_utf8_have_their_labels_and_paths_that_lead_out_are_told(tmp_path):
+    source = tar(
+        tmp_path / "a.tar",
+        ("caf\udce9.png", b""), ("caf\udce9.cls", b"cat"), ("b\\xe9.png", b""), ("b\\xe9.cls", b"dog"),
+        ("../../c.png", b""), ("/../c.png", b""), ("d/../d/d.png", b""),
+    )  # fmt: skip
+    rows, summary = told(source)
+    assert rows == {
+        "a.tar/caf\\xe9.png": ("cat", None), "a.tar/b\\\\xe9.png": ("dog", None),
+        "a.tar/d/d.png": ("d", None),
+    }  # fmt: skip
+    assert "passed over 2 files: names that lead out of the archive (..) 2" in summary.lines("a")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x1f\x8b" + bytes(600), "compressed with gzip: name it .tar.gz"),
+        (b"BZh91AY", "compressed with bzip2, which is not read"),
+        (b"<html>404</html>", "16 bytes, which start with b'<html>'"),
+        (b"", "0 bytes"),
+    ],
+)
+def test_files_that_are_no_tar_say_what_they_are(tmp_path, content, says):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(SourceError, match=says):
+        open_source(tmp_path / "a.tar").scan()
+
+
+def test_classes_that_may_not_be_meant_are_told(tmp_path):
+    labels = ("None", "Cat", "cat", "caf\u00e9", "cafe\u0301", "a", "A", "01", "1", "dog")
+    (tmp_path / "m.csv").write_text(
+        "".join(["path,label,\n", *(f"{i}.png,{label},\n" for i, label in enumerate(labels))])
+    )
+    rows, summary = told(open_source(tmp_path / "m.csv"))
+    assert [label for label, _ in rows.values()] == list(labels)
+    assert summary.notes == [
+        "taken as a class: 'None'; leave the label empty where there is none",
+        "taken as classes of their own, though they look alike: '01' and '1', 'Cat' and 'cat', 'cafe\u0301' and 'caf\u00e9'",
+    ]
+    assert "ignored columns: one without a name" in summary.lines("m")[1]
+
+
 def test_what_a_zip_holds_besides_images(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("cat/1.jpg", "cat/1.cls", "dog/2.AVIF", "__MACOSX/cat/._1.jpg"):
@@ -286,8 +329,9 @@ def test_a_column_size_of_a_users_own(tmp_path):
 
 def test_lines_that_cannot_be_read_are_named(tmp_path):
     for content, says in (
-        ("path;label\na;b\nc;d;e\n", "line 3 has 3 fields separated by semicolons, and the header has 2"),
+        ("path;label\na;b\nc;d;e\n", "line 3: 3 fields separated by semicolons, and the header has 2"),
         ('path,label\n"a,b\n', "line 2: unexpected end of data"),
+        ("path,label\na,b\n,c\n", "line 3 has no path"),
         ("path,label,label\na,b,c\n", "column 'label' is there 2 times"),
     ):
         (tmp_path / "m.csv").write_text(content)

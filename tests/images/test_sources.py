@@ -143,7 +143,7 @@ def test_a_column_whose_type_changes_after_the_first_block(tmp_path):
         ("m.parquet", b"not parquet", "cannot be read as parquet"),
         ("m.jsonl", b'{"path": 1\n', "line 1 is not JSON"),
         ("m.jsonl", b'{"path": "a"}\n[1]\n', "line 2 is a list, not an object"),
-        ("m.jsonl", b'{"path": "a"}\n{"id": "b"}\n', "a row has no path"),
+        ("m.jsonl", b'{"path": "a"}\n{"id": "b"}\n', "line 2 has no path"),
         ("m.jsonl", b'{"path": ' + b"[" * 100_000, "recursion"),
         ("m.jsonl", b'{"path": "a", "size": 1e999, "mtime_ns": 1}', None),  # a column `size` of the user's own
         ("m.jsonl", b'{"path": "a", "size": 1' + b"0" * 30 + b', "mtime_ns": 1}', "cannot be read as jsonl: .*range"),
@@ -341,7 +341,6 @@ def test_members_cannot_escape_and_hidden_ones_are_ignored(tmp_path):
             archive.writestr(name, name)
     before = sorted(tmp_path.rglob("*"))
     source = open_source(tmp_path / "a.zip")
-    # ".." starts with a dot, so what points outside is hidden; nothing is ever extracted
     assert rows_of(source, "id", "label") == [("a.zip/cat/1.jpg", "cat")]
     assert first(source) == b"cat/1.jpg"
     assert sorted(tmp_path.rglob("*")) == before
