@@ -48,8 +48,8 @@ from featurepipe.extraction.shards import ShardSizes, cut
 from featurepipe.features.loader import StageSeconds
 from featurepipe.heads import BlockLogisticRegression
 from featurepipe.heads.linear import passes
+from featurepipe.heads.linear.losses import SoftmaxLoss
 from featurepipe.heads.linear.optimisers import Evaluate
-from featurepipe.heads.losses import SoftmaxLoss
 from featurepipe.store import FeatureSet
 
 WORKERS = 2

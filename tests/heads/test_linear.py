@@ -369,7 +369,7 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
 @pytest.mark.parametrize("centred", [True, False])
 def test_products_with_the_second_derivative_are_differences_of_gradients(loss, intercept, centred):
     """Also beside requests for values, in the same call."""
-    from featurepipe.heads import losses
+    from featurepipe.heads.linear import losses
     from featurepipe.heads.linear.optimisers import Evaluate
 
     rng = np.random.default_rng(0)

@@ -16,9 +16,9 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
+from featurepipe.heads.linear.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, lbfgs, newton, run
 from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, prepare
-from featurepipe.heads.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 
 Array = npt.NDArray[Any]
 Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")

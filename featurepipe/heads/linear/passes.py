@@ -13,9 +13,7 @@ import numpy.typing as npt
 from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
-from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
-from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
-from featurepipe.heads.losses import (
+from featurepipe.heads.linear.losses import (
     WIDEST,
     CholeskyPreconditioner,
     DiagonalPreconditioner,
@@ -24,6 +22,8 @@ from featurepipe.heads.losses import (
     Penalty,
     share_of,
 )
+from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
+from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
 from featurepipe.heads.row_shards import RowShards, row_shards_of
 from featurepipe.sizes import bytes_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import Array, Blocks, iterate
-from featurepipe.heads.losses import Loss, Measured
+from featurepipe.heads.linear.losses import Loss, Measured
 
 Codes = npt.NDArray[np.integer[Any]]
 
