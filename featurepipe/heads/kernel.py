@@ -41,6 +41,10 @@ _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory i
 class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """A support vector machine with the kernel ``exp(-gamma |x - z|^2)``.
 
+    Minimises ``C * sum_i(w_i * max(0, 1 - s_i f(x_i))) + |f|^2 / 2`` for each pair of classes, where s is 1 for rows of
+    the one and -1 for the other, and ``|f|`` is the norm in the kernel's space. The linear SVM on landmarks squares the hinge and
+    separates one class from the rest.
+
     Up to ``exact_rows`` rows it is ``SVC``, fitted one-vs-one (``fit_one_vs_one``), or by libsvm as it is where kernel matrices
     do not fit into ``memory``. Time and kernel matrices grow with the square of the rows: 20,000 rows of 472 values take 19 s
     on two cores, so the default keeps a fit under a minute.

@@ -29,10 +29,12 @@ from featurepipe.heads.sampling import SomeRows
 class BlockLinearDiscriminantAnalysis(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Gaussian classes with one common covariance: ``LinearDiscriminantAnalysis(solver="lsqr")`` for blocks.
 
-    All that is needed of the data is each class's mean and the scatter within classes (Fisher 1936; Hastie, Tibshirani &
-    Friedman, "The Elements of Statistical Learning", section 4.3), and one streamed pass gives both exactly. ``"auto"``
-    shrinks each class's standardised covariance after Ledoit & Wolf (2004, "A well-conditioned estimator for
-    large-dimensional covariance matrices"), as scikit-learn does, and takes two passes, class by class.
+    Scores are ``x' S^-1 m_k - m_k' S^-1 m_k / 2 + log(prior_k)``, with class means m and the common covariance S, shrunk to
+    ``(1 - shrinkage) S + shrinkage * trace(S) / D * I``. All that is needed of the data is each class's mean and the scatter
+    within classes (Fisher 1936; Hastie, Tibshirani & Friedman, "The Elements of Statistical Learning", section 4.3), and one
+    streamed pass gives both exactly. ``"auto"`` shrinks each class's standardised covariance after Ledoit & Wolf (2004, "A
+    well-conditioned estimator for large-dimensional covariance matrices"), as scikit-learn does, and takes two passes, class by
+    class.
 
     Args:
         shrinkage: None, ``"auto"`` or a number from 0 to 1: the share of the covariance that is replaced by the mean

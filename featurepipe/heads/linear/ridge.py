@@ -17,8 +17,9 @@ from featurepipe.heads.inputs import BlockClassifier, Floats, labels_from, linea
 class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     """Least squares on targets of +1 and -1 with an L2 penalty, the intercept free: ``RidgeClassifier`` for blocks.
 
-    The normal equations need only the D x D scatter and the class means (Hoerl & Kennard 1970, "Ridge regression"), so one
-    streamed pass gives the exact optimum for any number of rows. The result is that of scikit-learn's ``RidgeClassifier``
+    Minimises for each class ``sum_i(w_i * (f(x_i) - s_i)^2) + alpha * |w|^2``, where s is 1 for rows of the class and -1 for
+    others. The normal equations need only the D x D scatter and the class means (Hoerl & Kennard 1970, "Ridge regression"), so
+    one streamed pass gives the exact optimum for any number of rows. The result is that of scikit-learn's ``RidgeClassifier``
     to rounding; where the equations are singular (``alpha=0`` and dependent columns), it is the smallest solution, as there.
 
     Args:
