@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "featurepipe"
+sys.path.insert(0, str(ROOT))  # the package of this tree, whatever is installed
 WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere, or cut it and put it together for that
     "execution/*.py", "extraction/shards.py", "extraction/compute.py", "prediction/shards.py", "training/trials.py",
     "heads/row_shards.py", "heads/trees/distributed.py",
