@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow test-all lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -21,8 +21,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Two processes on two cores: more threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes on two cores: more threads would wait for each other
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
+
+test-all: test
+	$(MAKE) test-slow
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
