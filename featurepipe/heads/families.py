@@ -36,11 +36,15 @@ class HeadFamily:
         in_memory: The estimator for arrays.
         blocks: The estimator for features of any size.
         grid: What a search varies: values of each parameter of the final estimator.
+        bytes_per_value: Peak memory of a fit in memory per value of X, measured with 20,000 x 1,280: X itself, the scaled copy,
+            the solver's own.
         linear: Its scores are an affine map of the features (``linear_map``).
         weights: It takes ``class_weight`` and ``sample_weight``.
         probabilities: It has ``predict_proba``; others only rank classes until they are calibrated.
         out_of_core: It learns in memory that does not grow with the rows.
         scaled: Features are standardised before it unless ``scale=False``.
+        search_rows: Rows that a search uses at most, where its cost grows faster than the data; the parameters carry over.
+        time_exponent: The power of the number of rows that the time of a fit grows with at most.
     """
 
     name: str
@@ -48,11 +52,14 @@ class HeadFamily:
     in_memory: EstimatorPlace
     blocks: EstimatorPlace
     grid: Mapping[str, tuple[Any, ...]]
+    bytes_per_value: int
     linear: bool = False
     weights: bool = True
     probabilities: bool = False
     out_of_core: bool = True
     scaled: bool = True
+    search_rows: int | None = None
+    time_exponent: float = 1.0
 
 
 def _place(module: str, name: str, **defaults: Any) -> EstimatorPlace:
@@ -74,6 +81,7 @@ _FAMILIES = (
         _place("featurepipe.heads.linear.weighted", "LogisticRegression", max_iter=5000),
         _ours("linear.classifiers", "BlockLogisticRegression"),
         _grid(C=_DECADES),
+        bytes_per_value=12,
         linear=True,
         probabilities=True,
     ),
@@ -84,6 +92,7 @@ _FAMILIES = (
         _place("featurepipe.heads.linear.weighted", "LinearSVC", dual=False, tol=1e-2),
         _ours("linear.classifiers", "BlockLinearSVC"),
         _grid(C=_DECADES),
+        bytes_per_value=16,
         linear=True,
     ),
     HeadFamily(
@@ -92,6 +101,9 @@ _FAMILIES = (
         _ours("kernel", "RBFSVM"),
         _ours("kernel", "RBFSVM"),
         _grid(C=(1.0, 3.0, 10.0, 30.0), gamma_factor=(0.3, 1.0, 3.0)),
+        bytes_per_value=16,
+        search_rows=10_000,
+        time_exponent=2.0,
     ),
     HeadFamily(
         "xgboost",
@@ -106,8 +118,10 @@ _FAMILIES = (
             n_estimators=(1000,),
             early_stopping_rounds=(20,),
         ),
+        bytes_per_value=12,
         probabilities=True,
         scaled=False,
+        search_rows=50_000,
     ),
     HeadFamily(
         "ridge",
@@ -115,6 +129,7 @@ _FAMILIES = (
         _ours("linear.weighted", "RidgeClassifier"),
         _ours("linear.ridge", "BlockRidgeClassifier"),
         _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
+        bytes_per_value=16,
         linear=True,
     ),
     HeadFamily(
@@ -123,6 +138,7 @@ _FAMILIES = (
         _place("sklearn.discriminant_analysis", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
         _place("featurepipe.heads.linear.lda", "BlockLinearDiscriminantAnalysis", shrinkage="auto"),
         _grid(shrinkage=(0.0, 0.001, 0.01, 0.1, 0.3, "auto")),
+        bytes_per_value=32,
         linear=True,
         weights=False,
         probabilities=True,
@@ -133,9 +149,11 @@ _FAMILIES = (
         _place("sklearn.neighbors", "KNeighborsClassifier", algorithm="brute"),
         _ours("neighbours", "BlockNeighbours"),
         _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance")),
+        bytes_per_value=8,
         weights=False,
         probabilities=True,
         out_of_core=False,
+        search_rows=20_000,
     ),
     HeadFamily(
         "centroid",
@@ -143,6 +161,7 @@ _FAMILIES = (
         _ours("neighbours", "BlockCentroid"),  # NearestCentroid predicts by distance, and scores by variances besides
         _ours("neighbours", "BlockCentroid"),
         _grid(shrink_threshold=(None, 0.1, 0.3, 1.0, 3.0)),
+        bytes_per_value=8,
         linear=True,
         weights=False,
     ),

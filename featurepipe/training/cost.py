@@ -16,27 +16,12 @@ from featurepipe.heads.families import HEADS, SMALL_VALUES
 from featurepipe.progress import spoken
 from featurepipe.tables import size
 
-BYTES_PER_VALUE = {
-    "logistic": 12,
-    "linear-svm": 16,
-    "rbf-svm": 16,
-    "xgboost": 12,
-    "ridge": 16,
-    "lda": 32,
-    "knn": 8,
-    "centroid": 8,
-}
-"""Peak memory of a fit in memory per value of X, measured with 20,000 x 1,280: X itself, the scaled copy, the solver's own."""
-
 LEAST_ROWS = 1024
 """Rows for whose values there must be memory: blocks smaller than that are all overhead."""
 
 PILOT_ROWS = (1000, 3000)
 LONG_PILOT = 15.0  # seconds of the smaller fit after which no larger one is made
 """Rows of the small fits from which time is extrapolated."""
-
-STEEPEST = {"rbf-svm": 2.0}
-"""How the time of a fit grows with the rows at most, where that is not in proportion."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
         UsageError: the family needs more memory than allowed and has no out-of-core form.
     """
     _check(budget, width)
-    need = rows * width * BYTES_PER_VALUE[head]
+    need = rows * width * HEADS[head].bytes_per_value
     streams = HEADS[head].out_of_core
     fits_in = need <= budget
     if fits_in and (not streams or rows * width <= SMALL_VALUES):
@@ -131,7 +116,7 @@ def choose_on_cluster(head: str, rows: int, width: int, limit: int | None, clust
     """
     if limit is not None:
         _check(limit, width)
-    need = rows * width * BYTES_PER_VALUE[head]
+    need = rows * width * HEADS[head].bytes_per_value
     return Cost(rows, width, need, limit, out_of_core=True, solver="blocks", cluster=cluster)
 
 

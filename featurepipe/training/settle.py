@@ -18,12 +18,12 @@ from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.views import with_told_labels
 from featurepipe.tables import counted
-from featurepipe.training.cost import STEEPEST, Cost, available_memory, choose_on_cluster, choose_route, time_of
+from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
 from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
 from featurepipe.training.splits import Division, class_counts, divide
 from featurepipe.training.task import Recipe, Task
-from featurepipe.training.tuning import MOST_ROWS, grid_size, steps_of
+from featurepipe.training.tuning import grid_size, steps_of
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -169,10 +169,10 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
         enough = np.union1d(order[:rows], _one_per_class(task))
         fit(task, recipe, enough)
 
-    one = partial(time_of, pilot, steepest=STEEPEST.get(recipe.head, 1.0))
+    one = partial(time_of, pilot, steepest=HEADS[recipe.head].time_exponent)
     try:
         each = one(cost.rows)
-        searched = min(cost.rows, MOST_ROWS.get(recipe.head, cost.rows))
+        searched = min(cost.rows, HEADS[recipe.head].search_rows or cost.rows)
         seconds = each * fits
         if tries:
             seconds += tries * (each if searched == cost.rows else one(searched))

@@ -17,7 +17,6 @@ from sklearn.pipeline import Pipeline
 
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES
-from featurepipe.training.cost import BYTES_PER_VALUE
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from featurepipe.training.task import Recipe, Task
 
 Array = npt.NDArray[Any]
-
-MOST_ROWS = {"rbf-svm": 10_000, "knn": 20_000, "xgboost": 50_000}
-"""Rows that a search uses at most where its cost grows faster than the data; the parameters carry over."""
 
 STOPPING = "early_stopping_rounds"
 """A parameter of searches alone: the last fit has no validation rows, and grows as many trees as the search found best."""
@@ -96,7 +92,7 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
 
 
 def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
-    folds = _thinned(task.folds(), MOST_ROWS.get(recipe.head), task.seed)
+    folds = _thinned(task.folds(), HEADS[recipe.head].search_rows, task.seed)
     grid = _open_parameters(recipe)
     if _shares_passes(task, recipe, folds, grid):
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
@@ -203,7 +199,7 @@ def _room(task: Task, recipe: Recipe, rows: Array, folds: Sequence[Fold]) -> Roo
     width = task.features.shape[1]
     training = max(len(train) for train, _ in folds)
     shared = len(rows) * width * np.dtype(np.float32).itemsize
-    return Room(shared, training * width * BYTES_PER_VALUE[recipe.head])
+    return Room(shared, training * width * HEADS[recipe.head].bytes_per_value)
 
 
 def _pool(folds: Sequence[Fold], *, parts: int) -> tuple[Array, list[Fold]]:
