@@ -141,5 +141,5 @@ class Extractions:
 
 def arguments(job: Job, features: FeaturesTable) -> dict[str, Any]:
     """What a job file says of an extraction, as arguments of `featurepipe.extract`."""
-    limits = job.limits.model_dump(include={"max_rejects", "max_gone", "min_free", "damaged"})
+    limits = job.limits.model_dump(exclude={"time_budget"})  # which is the whole run's, see `StopRequest`
     return {**features.model_dump(), **job.machine.model_dump(), **limits}
