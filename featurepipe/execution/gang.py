@@ -74,7 +74,7 @@ class _Gang:
 def gang_run(
     pool: WorkerPool, work: Callable[..., R], rendezvous: Callable[[str, int], Any], sets: Sequence[HasRows]
 ) -> list[R]:
-    """Has all workers that have a shard work at the same time; see `featurepipe.heads.RowShards.gang_run`.
+    """Has all workers that have a shard work at the same time; see `featurepipe.heads.row_shards.RowShards.gang_run`.
 
     Raises:
         ClusterError: Workers were lost again and again, or the scheduler is.
