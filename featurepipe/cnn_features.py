@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import UsageError
-from featurepipe.extraction.transform import images_given
+from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO, Options
 
 if TYPE_CHECKING:

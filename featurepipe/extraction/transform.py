@@ -8,11 +8,11 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.extract import existing_store
+from featurepipe.extraction.given import GivenImages
 from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.prepare import ExtractionSpec, prepare
 from featurepipe.extraction.publish import begin_run
@@ -30,10 +31,7 @@ from featurepipe.features.options import Options
 from featurepipe.features.session import LoadedNetwork
 from featurepipe.features.settings import Settings
 from featurepipe.features.stream import FeatureStream
-from featurepipe.images import MemorySource, Source
-from featurepipe.images.files import is_url
-from featurepipe.images.listing import printable
-from featurepipe.images.memory import Item, is_pillow
+from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, announcer, show
 from featurepipe.store import FeatureStore, differences
@@ -195,107 +193,3 @@ def _one_at_a_time(store: FeatureStore) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-_CHOICES = (
-    "give a list, array, Series or one-column DataFrame of paths, a list of PIL images or of arrays (H, W) or (H, W, 3) of "
-    "pixels, best uint8, or one such array (N, H, W) or (N, H, W, 3)"
-)
-_CHANNELS = (1, 3, 4)
-
-
-@dataclass(frozen=True)
-class GivenImages:
-    """Images in the order given, and the source of the different ones.
-
-    Attributes:
-        source: every path once, everything else as often as it was given.
-        place: int64 (n,), for each image given its row in the source.
-        ids: the source's ids.
-    """
-
-    source: MemorySource
-    place: np.ndarray
-    ids: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.place)
-
-    def refuse(self, row: int, reason: str) -> UsageError:
-        """The error for a row of the source that cannot be used."""
-        position = int(np.flatnonzero(self.place == row)[0])
-        name = "" if self.ids[row].startswith("#") else f" ({self.ids[row]})"
-        return UsageError(f"image {position}{name} cannot be used: {reason}. Leave it out, and its label")
-
-
-def images_given(images: Any, *, name: str) -> GivenImages:
-    """Makes a source of whatever holds images, one row each.
-
-    A path's id is the absolute path, or the URL, so that it means the same file in every call; other images are numbered.
-
-    Args:
-        images: see the error's text; a (n, 1) table counts as its column.
-        name: the source's name.
-
-    Raises:
-        UsageError: it holds no images, or an item is none; names the item's position.
-    """
-    items = _items(images)
-    ids: dict[str, Item] = {}
-    rows: dict[str, int] = {}
-    place = np.empty(len(items), dtype=np.int64)
-    for position, item in enumerate(items):
-        id_ = _id_of(position, item)
-        if id_ not in rows:
-            rows[id_] = len(ids)
-            ids[id_] = item
-        place[position] = rows[id_]
-    return GivenImages(MemorySource(ids, name=name), place, list(ids))
-
-
-def _items(images: Any) -> Sequence[Any]:
-    if isinstance(images, str | bytes | os.PathLike) or is_pillow(images):
-        raise UsageError(f"one {type(images).__name__} is no list of images; put it into a list")
-    if hasattr(images, "to_numpy"):  # a Series or DataFrame, of pandas or polars
-        images = images.to_numpy()
-    if isinstance(images, np.ndarray):
-        return _items_of_array(images)
-    if not isinstance(images, Iterable) or isinstance(images, dict | set):
-        raise UsageError(f"a {type(images).__name__} holds no images; {_CHOICES}")
-    return list(images)
-
-
-def _items_of_array(images: np.ndarray) -> Sequence[Any]:
-    if images.dtype.kind in "OU":
-        if images.ndim == 2 and images.shape[1] == 1:
-            images = images[:, 0]
-        if images.ndim == 1:
-            return cast("Sequence[Any]", images.tolist())
-    elif images.ndim == 3 and images.shape[2] in _CHANNELS:
-        raise UsageError(f"an array of shape {images.shape} looks like one image (H, W, C); put it into a list")
-    elif images.ndim == 3 or (images.ndim == 4 and images.shape[3] in _CHANNELS):
-        _check_pixels(images, "the array")
-        return list(images)
-    raise UsageError(f"an array of shape {images.shape} and dtype {images.dtype} holds no images; {_CHOICES}")
-
-
-def _id_of(position: int, item: Any) -> str:
-    if isinstance(item, str | os.PathLike):
-        path = os.fspath(item)
-        if isinstance(path, bytes):
-            path = os.fsdecode(path)
-        return printable(path if is_url(path) else os.path.abspath(path))
-    if isinstance(item, np.ndarray):
-        _check_pixels(item, f"image {position}")
-        if item.ndim != 2 and not (item.ndim == 3 and item.shape[2] in _CHANNELS):
-            raise UsageError(f"image {position} is an array of shape {item.shape}; pixels are (H, W) or (H, W, 3)")
-    elif not isinstance(item, bytes) and not is_pillow(item):
-        raise UsageError(f"image {position} is a {type(item).__name__}, {item!r:.60}, and no image; {_CHOICES}")
-    return f"#{position:06d}"
-
-
-def _check_pixels(array: np.ndarray, what: str) -> None:
-    if (
-        array.dtype.kind not in "buif"
-    ):  # what their values mean is for the feature space's intensity to say, image by image
-        raise UsageError(f"{what} holds {array.dtype}, and pixels are numbers, best uint8 from 0 to 255")

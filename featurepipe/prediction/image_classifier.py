@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.extraction.transform import images_given
+from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.prediction.ready import ReadyBundle, make_ready

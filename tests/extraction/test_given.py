@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from featurepipe.errors import Reject, UsageError
-from featurepipe.extraction.transform import images_given
+from featurepipe.extraction.given import images_given
 from featurepipe.images import MemorySource, key_of, open_source
 from featurepipe.images.decode import decode
 
@@ -178,7 +178,7 @@ def test_one_open_pil_image_may_be_read_by_many_threads(tmp_path):
 
 def test_listing_pil_images_loads_no_torch():
     code = (
-        "import sys; from PIL import Image; from featurepipe.extraction.transform import images_given; "
+        "import sys; from PIL import Image; from featurepipe.extraction.given import images_given; "
         "images_given([Image.new('L', (3, 3)), 'x.png'], name='x').source.scan(); "
         "print([name for name in ('torch', 'h5py') if name in sys.modules])"
     )
