@@ -135,6 +135,16 @@ class Executor(Protocol):
     def each(self, question: Callable[[], Any]) -> Mapping[str, Any]:
         """Has each worker's process call a function, beside its work: answers, or exceptions instead, by address."""
 
+    def require(self, refusal: Callable[[], str]) -> None:
+        """Refuses workers that say why they are not fit for some work, before any of it; one too busy to answer stays.
+
+        Args:
+            refusal: called in each worker's process; empty if nothing speaks against it.
+
+        Raises:
+            ClusterError: none is left.
+        """
+
     def refuse(self, address: str, why: str) -> None:
         """Uses a worker no longer, and says so."""
 

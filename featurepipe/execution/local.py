@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from os import PathLike
 from typing import Any, TypeVar
 
+from featurepipe.errors import ClusterError
 from featurepipe.execution.executor import Function, Report, Stop, Worker, WorkerFacts
 from featurepipe.execution.worker import gpu_names, installed
 
@@ -71,6 +72,11 @@ class LocalExecutor:
     def each(self, question: Callable[[], Any]) -> dict[str, Any]:
         """See `Executor`."""
         return {HERE: question()}
+
+    def require(self, refusal: Callable[[], str]) -> None:
+        """See `Executor`."""
+        if why := refusal():
+            raise ClusterError(f"this process cannot do it: {why}")
 
     def refuse(self, address: str, why: str) -> None:
         """Cannot be: nobody else is there.

@@ -271,6 +271,14 @@ class WorkerPool:
                 f"the scheduler {self.address} cannot read our tasks ({missing}); start it where featurepipe is installed"
             )
 
+    def require(self, refusal: Callable[[], str]) -> None:
+        """See `featurepipe.execution.executor.Executor`."""
+        for address, said in self.each(refusal).items():
+            if said and isinstance(said, str):
+                self.refuse(address, said)
+        if not self.addresses():
+            raise self.no_worker()
+
     def refuse(self, address: str, why: str) -> None:
         """Notes that a worker must not be used, and says so, once."""
         if address not in self.refused:

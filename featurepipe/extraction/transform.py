@@ -1,8 +1,5 @@
 """Features of images that are at hand, in the order given, from a store or computed: what `CNNFeatures` does."""
 
-# A path here may be a URL, or not valid UTF-8, so it stays a string.
-# ruff: noqa: PTH100
-
 from __future__ import annotations
 
 import fcntl

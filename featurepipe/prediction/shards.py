@@ -293,7 +293,7 @@ class Prediction:
         options = replace(self._options, device=self._machine.device, batch_size=self._machine.batch_size)
         probes = readable(images, listing["locator"])
         context = PredictionContext(self._folder, digest_of(self._folder), options, images, probes)
-        _check_workers(executor, context)
+        executor.require(partial(PredictionContext.refusal, context))
         sizes = WholeBatches(self._machine.batch_size, most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
         return context, cut(listing, np.arange(listing.num_rows), sizes, iter(executor.expected, -1)), sizes
 
@@ -323,21 +323,6 @@ class Prediction:
             "cluster": {**about, "workers": workers},
             "verdict": verdict(stages, min(busy, wall * len(workers)), device=device),
         }
-
-
-def _check_workers(executor: Executor, context: PredictionContext) -> None:
-    """Refuses workers that do not see the bundle or the source, before any work.
-
-    A worker that is too busy to answer is looked at when it begins its first shard.
-    """
-    refused = 0
-    answers = executor.each(partial(PredictionContext.refusal, context))
-    for address, said in answers.items():
-        if said and isinstance(said, str):
-            executor.refuse(address, said)
-            refused += 1
-    if refused == len(answers):
-        executor.check()
 
 
 def readable(images: Source, locators: pa.ChunkedArray) -> tuple[bytes, ...]:
