@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "featurepipe"
+TESTS = ROOT / "tests"
 DECISIONS = ROOT / "docs" / "decisions"
 PAGES = [
     ROOT / "ARCHITECTURE.md",
@@ -23,8 +24,9 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 @cache
 def words() -> frozenset[str]:
-    """Every word of the package's sources and of the project's set-up."""
-    files = [*PACKAGE.rglob("*.py"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    """Every word of the package's sources, of its tests but these, and of the project's set-up."""
+    tests = (file for file in TESTS.rglob("*.py") if file != Path(__file__))
+    files = [*PACKAGE.rglob("*.py"), *tests, ROOT / "pyproject.toml", ROOT / "Makefile"]
     return frozenset(re.findall(r"\w+", "\n".join(file.read_text(encoding="utf-8") for file in files)))
 
 
@@ -38,15 +40,15 @@ def is_path(span: str) -> bool:
 
 
 def exists(span: str, page: Path) -> bool:
-    """Whether a path is there, seen from the package, the project or the page's folder."""
-    return any(any(folder.glob(span.rstrip("/"))) for folder in (PACKAGE, ROOT, page.parent))
+    """Whether a path is there, seen from the package, the project, its tests or the page's folder."""
+    return any(any(folder.glob(span.rstrip("/"))) for folder in (PACKAGE, ROOT, TESTS, page.parent))
 
 
 def absent(text: str, page: Path) -> list[str]:
     """Spans that look like a path, a dotted name or an identifier, and are none that there is."""
     missing = []
     for span in spans(text):
-        if span in OF_OTHERS:
+        if span in OF_OTHERS or "..." in span:  # a name cut short
             continue
         if is_path(span):
             if not exists(span, page):
