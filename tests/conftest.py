@@ -1,4 +1,4 @@
-"""Real processes that start in milliseconds (a server has torch loaded, and forks for each), and datasets of made-up images."""
+"""Processes that start in milliseconds (a server has torch loaded, and forks for each), Dask workers, made-up datasets."""
 
 import hashlib
 import json
@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from featurepipe.execution import DaskExecutor
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
@@ -160,6 +164,119 @@ def cli(launcher: Launcher) -> Callable[..., Finished]:
         return launcher.start(MAIN, args, cwd).wait()
 
     return run
+
+
+# Workers of a Dask cluster, as processes on loopback
+
+
+@contextmanager
+def travelling(*modules: ModuleType) -> Iterator[None]:
+    """While the block runs, functions of modules that other processes cannot import travel by value."""
+    import cloudpickle
+
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    yield
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+@contextmanager
+def local_cluster(workers: int = 2, **options: Any) -> Iterator[Any]:
+    """A scheduler and worker processes that end with the block."""
+    from distributed import LocalCluster
+
+    given = {"threads_per_worker": 1, "memory_limit": "3GiB", "silence_logs": 50} | options
+    with LocalCluster(
+        n_workers=workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **given
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster_address() -> Iterator[str]:
+    """A scheduler with two workers, shared by all tests that leave it whole."""
+    with local_cluster() as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What an executor of the test has said."""
+    return []
+
+
+@pytest.fixture
+def team(cluster_address: str, said: list[str]) -> Iterator[DaskExecutor]:
+    """An executor on the two shared workers."""
+    from featurepipe.execution import connect
+
+    with connect(cluster_address, say=said.append) as team:
+        yield team
+
+
+class Processes:
+    """What a user would start in terminals: `dask scheduler`, and `dask worker` so many times. Each can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.workers = folder, []
+        self.file = folder / "scheduler.json"
+        self.scheduler = self._start(
+            "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self.file)
+        )
+        self._until(self._is_written)
+        self.address = json.loads(self.file.read_text())["address"]
+
+    def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.dask_{role}", "--no-dashboard", *options]
+        with (self.folder / f"{role}-{len(self.workers)}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder)
+
+    def add_worker(self, *options: str) -> None:
+        name = f"worker-{len(self.workers)}"
+        here = ("--host", "127.0.0.1", "--nthreads", "1", "--name", name, "--local-directory", str(self.folder))
+        self.workers.append(self._start("worker", self.address, *here, "--no-nanny", *options))
+
+    def _is_written(self) -> bool:
+        """It is there some time before all that is in it."""
+        return self.file.exists() and self.file.read_text().endswith("}")
+
+    def _until(self, is_true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not is_true():
+            assert time.monotonic() < deadline, "the scheduler did not start"
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        for process in [*self.workers, self.scheduler]:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """A scheduler and two workers of the test's own, to kill."""
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    started = Processes(folder)
+    try:
+        started.add_worker()
+        started.add_worker()
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def own_team(processes: Processes, said: list[str]) -> Iterator[DaskExecutor]:
+    """An executor on the two workers of `processes`."""
+    from featurepipe.execution import connect
+
+    with connect(processes.address, say=said.append) as team:
+        team.wait_for_workers(2)
+        said.clear()  # on a slow machine: that it waits
+        yield team
 
 
 # Datasets of made-up images, as stage two finds them in a store

@@ -14,7 +14,7 @@ from featurepipe.errors import ClusterError, StoreError
 from featurepipe.execution.dispatch import dispatch
 from featurepipe.execution.executor import Function, Report, Stop
 from featurepipe.execution.row_shards import SpreadFeatures, spread
-from featurepipe.execution.worker import Attempt, Carried
+from featurepipe.execution.worker import Attempt, Carried, pickled
 from featurepipe.execution.worker_pool import WorkerPool
 
 S = TypeVar("S")
@@ -93,24 +93,23 @@ class DaskExecutor(WorkerPool):
         """A context as it travels; its file is removed at the end of the block, or by `gc` should we be killed.
 
         Raises:
+            UsageError: it cannot travel.
             StoreError: the store cannot be written.
         """
-        import cloudpickle  # type: ignore[import-untyped,unused-ignore]
-
         if context is None:
             yield None
             return
-        content: bytes = cloudpickle.dumps(context)
+        content = pickled(context)
         digest, token = hashlib.sha256(content).hexdigest(), self.requirements.token
         if len(content) <= INLINE_BYTES or token is None:
             yield Carried(digest, content)
             return
         file = Path(token).parent / f".context-{secrets.token_hex(8)}.tmp"
         try:
-            file.write_bytes(content)
-        except OSError as error:
-            raise StoreError(f"cannot write into the store {file.parent}: {error.strerror}") from error
-        try:
+            try:
+                file.write_bytes(content)
+            except OSError as error:
+                raise StoreError(f"cannot write into the store {file.parent}: {error.strerror}") from error
             yield Carried(digest, file=str(file))
         finally:
             with suppress(OSError):

@@ -73,10 +73,10 @@ def dispatch(
         ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
         FeaturepipeError: what the function raised.
     """
-    flow = _Flow(pool, iter(shards), attempt, stop, in_flight, lookahead, retries, interruptible)
+    flow = _Flow(pool, iter(shards), attempt, stop, report, in_flight, lookahead, retries, interruptible)
     try:
         results = flow.run()
-        for _, shard, result in _in_order(results) if ordered else results:
+        for _, shard, result in in_order(results) if ordered else results:
             for said in result.reported:
                 report(said)
             yield shard, result.value  # type: ignore[misc]  # a value, since it is neither refused nor an error
@@ -84,12 +84,13 @@ def dispatch(
         flow.dismiss()
 
 
-_Arrived = tuple[int, S, TaskResult[R]]
+Arrived = tuple[int, S, TaskResult[R]]
+"""The number of a shard, from 1 on, the shard, and its result."""
 
 
-def _in_order(results: Iterator[_Arrived[S, R]]) -> Iterator[_Arrived[S, R]]:
-    """Results by their numbers, from 1 on; those that come early wait."""
-    waiting: dict[int, _Arrived[S, R]] = {}
+def in_order(results: Iterable[Arrived[S, R]]) -> Iterator[Arrived[S, R]]:
+    """Results by their numbers; those that come early wait, and those after one that never comes are dropped."""
+    waiting: dict[int, Arrived[S, R]] = {}
     following = 1
     for arrived in results:
         waiting[arrived[0]] = arrived
@@ -117,12 +118,13 @@ class _Flow(Generic[S, R]):
         shards: Iterator[S],
         attempt: Attempt[R],
         stop: Stop,
+        report: Report,
         in_flight: int,
         lookahead: int | None,
         retries: int,
         interruptible: bool,
     ) -> None:
-        self.pool, self.shards, self.attempt, self.stop = pool, shards, attempt, stop
+        self.pool, self.shards, self.attempt, self.stop, self.report = pool, shards, attempt, stop, report
         self.in_flight, self.lookahead, self.retries = in_flight, lookahead, retries
         self.interruptible = interruptible
         self.pending: dict[int, _Pending[S]] = {}
@@ -134,7 +136,7 @@ class _Flow(Generic[S, R]):
         self.alone_since = time.monotonic()
         self.next_look = 0.0
 
-    def run(self) -> Iterator[_Arrived[S, R]]:
+    def run(self) -> Iterator[Arrived[S, R]]:
         while True:
             self._look()
             self._fill()
@@ -168,16 +170,16 @@ class _Flow(Generic[S, R]):
             self.alone_since = time.monotonic()
         elif self.pending and time.monotonic() - self.alone_since > self.pool.patience:
             raise self.pool.no_worker(
-                f"{len(self.pending)} tasks are not done, the first: {_told(self._oldest().shard)}"
+                f"{len(self.pending)} tasks are not done, the first: {told(self._oldest().shard)}"
             )
 
     def _oldest(self) -> _Pending[S]:
         return self.pending[min(self.pending)]
 
     def _call_back(self) -> None:
-        """Tells running tasks to come back, also in workers that have just come; what no worker has is given up."""
-        if not self.workers:
-            self.pending.clear()
+        """Tells running tasks to come back, also in workers that have just come; what no worker has or may do is given up."""
+        self._drop_the_stuck()
+        self.pending = {number: pending for number, pending in self.pending.items() if self.workers and pending.futures}
         self.pool.each(partial(ask_to_stop, self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
 
     def _fill(self) -> None:
@@ -228,7 +230,7 @@ class _Flow(Generic[S, R]):
         except queue.Empty:
             return found
 
-    def _take(self, number: int, future: Future[TaskResult[R]]) -> Iterator[_Arrived[S, R]]:
+    def _take(self, number: int, future: Future[TaskResult[R]]) -> Iterator[Arrived[S, R]]:
         pending = self.pending.get(number)
         if pending is None or future not in pending.futures:
             return  # another attempt was first
@@ -245,6 +247,8 @@ class _Flow(Generic[S, R]):
                 other.cancel()
                 self.late = True
         if answer.error is not None:
+            for said in answer.reported:
+                self.report(said)
             raise answer.error
         if answer.begun:
             self.seconds.append(answer.seconds)
@@ -260,7 +264,7 @@ class _Flow(Generic[S, R]):
             raise self.pool.scheduler.lost() from error  # by Dask, as soon as the connection breaks
         except KilledWorker as error:
             raise ClusterError(
-                f"every worker that began {_told(pending.shard)} died of it, {error.allowed_failures + 1} in all, the last "
+                f"every worker that began {told(pending.shard)} died of it, {error.allowed_failures + 1} in all, the last "
                 f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. "
                 "See the workers' logs; what was committed stands"
             ) from error
@@ -282,14 +286,19 @@ class _Flow(Generic[S, R]):
         self.next_look = 0.0
 
     def _free_the_stuck(self) -> None:
-        """Tasks that only certain workers may do are given to others when all of those are gone."""
+        """Gives tasks to others that only certain workers may do, when all of those are gone."""
+        self._drop_the_stuck()
         for number, pending in self.pending.items():
+            if self.workers and not pending.futures:
+                self._submit(number)
+
+    def _drop_the_stuck(self) -> None:
+        """Cancels attempts that only certain workers may make, when all of those are gone."""
+        for pending in self.pending.values():
             if pending.restricted and not pending.restricted.intersection(self.workers):
                 gone, pending.futures = pending.futures, []
                 for future in gone:
                     future.cancel()
-            if self.workers and not pending.futures:
-                self._submit(number)
 
     def _double_stragglers(self) -> None:
         if not self.seconds:
@@ -316,7 +325,7 @@ class _Flow(Generic[S, R]):
             future.cancel()
 
 
-def _told(task: object) -> str:
+def told(task: object) -> str:
     """A task in a message."""
     text = str(task)
     return text if len(text) <= 200 else f"{text[:200]}..."

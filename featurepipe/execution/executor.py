@@ -72,8 +72,8 @@ class Executor(Protocol):
     """Maps functions over shards.
 
     A context is what all shards of a `map` have in common: an object that can be pickled, and whose pickle leaves out what a
-    process loads for itself. `LocalExecutor` hands it on as it is; elsewhere each process is sent it once, by the digest of
-    its bytes.
+    process loads for itself. `LocalExecutor` hands it on as it is; elsewhere each process opens it once, and knows it by the
+    digest of its bytes. If it has a method ``close``, a process elsewhere calls that when it needs the context no longer.
 
     Attributes:
         is_local: whether the work runs in this process, or in processes of this machine that it starts.
@@ -126,7 +126,8 @@ class Executor(Protocol):
 
         Raises:
             ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
-            FeaturepipeError: what the function raised.
+            UsageError: the context cannot travel.
+            FeaturepipeError: what the function raised, after what it had reported.
         """
 
     def once(self, function: Function[R], shard: Any = None, *, context: Any = None) -> R:

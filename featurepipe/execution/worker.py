@@ -9,8 +9,8 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from featurepipe.errors import FeaturepipeError, WorkerRefused
+from featurepipe.errors import FeaturepipeError, UsageError, WorkerRefused
 from featurepipe.execution.executor import Function, Stop, Worker
 
 R = TypeVar("R")
@@ -127,6 +127,28 @@ class TaskResult(Generic[R]):
     reported: Sequence[Any] = ()
 
 
+def pickled(context: Any, buffers: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
+    """A context as it travels.
+
+    Args:
+        context: to pickle.
+        buffers: takes arrays out of the pickle, as the ``buffer_callback`` of `pickle.dumps`.
+
+    Raises:
+        UsageError: it holds what cannot travel.
+    """
+    import cloudpickle  # type: ignore[import-untyped,unused-ignore]
+
+    try:
+        content: bytes = cloudpickle.dumps(context, protocol=5, buffer_callback=buffers)
+    except (TypeError, ValueError, AttributeError, pickle.PicklingError) as error:
+        raise UsageError(
+            f"what the work needs ({type(context).__name__}) cannot be sent to another process ({error}); leave out of it what "
+            "only this process has, such as open files, locks and connections, or work in this process"
+        ) from error
+    return content
+
+
 @dataclass(frozen=True)
 class Carried:
     """A context on its way to workers: pickled, and known by what it holds.
@@ -141,18 +163,31 @@ class Carried:
     content: bytes | None = field(default=None, compare=False, repr=False)
     file: str | None = field(default=None, compare=False)
 
-    def opened(self) -> Any:
-        """The context, of which a process has one object.
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """The context, of which a process has one object, for as long as a task uses it.
+
+        Of contexts that no task uses, those used last stay open for the next `map`; one that goes is closed, if it can be.
 
         Raises:
             WorkerRefused: its code or its file is not there.
         """
+        closing: list[Any] = []
         with _OPENING:
-            if self.digest not in _CONTEXTS:
-                while len(_CONTEXTS) >= MOST_CONTEXTS:
-                    _CONTEXTS.pop(next(iter(_CONTEXTS)))
-                _CONTEXTS[self.digest] = self._loaded()
-            return _CONTEXTS[self.digest]
+            entry = _CONTEXTS.pop(self.digest, None)
+            if entry is None:
+                closing = _evicted()
+                entry = _OpenContext(self._loaded())
+            _CONTEXTS[self.digest] = entry  # as the one used last
+            entry.users += 1
+        for context in closing:
+            with suppress(OSError):  # of storage that is gone; the next work does not need it
+                getattr(context, "close", bool)()
+        try:
+            yield entry.context
+        finally:
+            with _OPENING:
+                entry.users -= 1
 
     def _loaded(self) -> Any:
         try:
@@ -173,9 +208,25 @@ class Carried:
 
 
 MOST_CONTEXTS = 2
-"""Contexts that a process keeps open: of the work before and of that now."""
+"""Contexts that a process keeps open: of the work before and of that now. More only while tasks use more."""
 
-_CONTEXTS: dict[str, Any] = {}
+
+@dataclass
+class _OpenContext:
+    """A context that this process has opened, and the number of tasks that use it now."""
+
+    context: Any
+    users: int = 0
+
+
+def _evicted() -> list[Any]:
+    """Removes contexts that no task uses, until there is room for one more."""
+    idle = [digest for digest, entry in _CONTEXTS.items() if not entry.users]
+    excess = max(0, len(_CONTEXTS) + 1 - MOST_CONTEXTS)
+    return [_CONTEXTS.pop(digest).context for digest in idle[:excess]]
+
+
+_CONTEXTS: dict[str, _OpenContext] = {}
 _OPENING = threading.Lock()
 
 
@@ -206,8 +257,8 @@ class Attempt(Generic[R]):
             return TaskResult(address, refused=why)
         start, before, reported = time.perf_counter(), _FLOW.set(self.flow), list[Any]()
         try:
-            context = None if self.context is None else self.context.opened()
-            value = self.function(context, shard, this_worker(), stop_of_task(), reported.append)
+            with nullcontext() if self.context is None else self.context.opened() as context:
+                value = self.function(context, shard, this_worker(), stop_of_task(), reported.append)
         except WorkerRefused as error:
             return TaskResult(address, refused=str(error))
         except FeaturepipeError as error:

@@ -104,6 +104,10 @@ class ExtractionContext:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"here": None, "_opened": None}
 
+    def close(self) -> None:
+        """Closes the source, in a process elsewhere that needs it no longer."""
+        self.source.close()
+
     @contextmanager
     def work(self, session: Session, shard: Shard) -> Iterator[ShardWork]:
         """What a shard is computed with, in this process; the store is kept from `gc` meanwhile."""

@@ -212,6 +212,10 @@ class SampleContext:
         about = session.backbone, session.machine
         return load_sample(self.source, sample.listing, *about, sample.rows, sample.images, intensity)
 
+    def close(self) -> None:
+        """Closes the source, in a process elsewhere that needs it no longer."""
+        self.source.close()
+
 
 def check_travels(source: Source) -> None:
     """Checks that workers elsewhere can read a source.

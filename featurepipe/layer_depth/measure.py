@@ -216,7 +216,9 @@ def _measured(
     context, beside = Measuring.of(study), 1
     if executor.is_local:
         with _stopped_at_once():
-            yield from _side_by_side(executor, context, missing, jobs).map(measure_cells, missing, context=context)
+            beside_us = _side_by_side(executor, context, missing, jobs)
+            with closing(beside_us.map(measure_cells, missing, context=context, interruptible=False)) as results:
+                yield from results
         return
     executor.check(study.store.path)
     if not context.wide:

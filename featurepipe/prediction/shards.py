@@ -109,6 +109,10 @@ class PredictionContext:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"here": None, "_ready": None}
 
+    def close(self) -> None:
+        """Closes the source, in a process elsewhere that needs it no longer."""
+        self.source.close()
+
     def refusal(self) -> str:
         """Why this process cannot predict, as far as that is quickly told; empty if nothing speaks against it."""
         digest = digest_of(self.bundle)

@@ -20,7 +20,7 @@ from featurepipe.training import trials, tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
 from featurepipe.training.trials import DataElsewhere, Room, fits_at_once, try_all
-from tests.cluster.conftest import local_cluster
+from tests.conftest import local_cluster
 
 NODES = ["a:gap", "b:gap"]
 CLOSE = {"logistic": 5e-3, "linear-svm": 1e-2}
