@@ -78,8 +78,11 @@ class LocalExecutor:
         """See `Executor`. Errors are not tried again, and ``report`` is told at once."""
         del ordered, in_flight, lookahead, retries, interruptible
         worker = Worker(threads=os.cpu_count() or 1)
-        for shard in shards:
-            if stop():
+        left = iter(shards)
+        while not stop():  # asked before a shard is pulled, which may take long
+            try:
+                shard = next(left)
+            except StopIteration:
                 return
             yield shard, function(context, shard, worker, stop, report)
 
@@ -179,8 +182,11 @@ class ProcessExecutor(LocalExecutor):
     @contextmanager
     def _pool(self, shared: _Shared) -> Iterator[ProcessPool]:
         """Processes, started as they are needed and ended with the block, whatever they do."""
+        from multiprocessing import resource_tracker
+
         from joblib.externals.loky import ProcessPoolExecutor
 
+        resource_tracker.ensure_running()  # started later, it would let signals through that `_signals_held` holds back
         threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         given = os.getpid(), shared.folder
         pool = ProcessPoolExecutor(self.processes, initializer=_begin_process, initargs=given, env=threads)
@@ -325,7 +331,7 @@ class _Flow(Generic[S, R]):
                 return
             self.count += 1
             task = pickled((self.function, shard))
-            with self._reporting_the_killed(shard):
+            with self._reporting_the_killed(shard), _signals_held():  # it may start processes
                 future = self.pool.submit(_attempt, task, self.shared, self.threads)
             self.pending[future] = self.count, shard
 
@@ -397,12 +403,23 @@ def _loaded(task: bytes) -> tuple[Function[Any], Any]:
     return function, shard
 
 
+_KEPT_FROM_PROCESSES = (signal.SIGINT, signal.SIGTERM)
+"""Signals that a terminal and a service manager send to all processes of a program."""
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds signals back while the block runs; processes that it starts inherit that, and keep it until `_begin_process`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _KEPT_FROM_PROCESSES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_process(parent: int, folder: str) -> None:
     """Called in each process when it starts."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal sends Ctrl-C to all processes, a service manager SIGTERM
+    for number in _KEPT_FROM_PROCESSES:
         signal.signal(number, signal.SIG_IGN)
     end_with(parent, folder)
 

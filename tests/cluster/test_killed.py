@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,39 +13,6 @@ from featurepipe.execution import DaskExecutor
 
 # ruff: noqa: PT012 - the block kills while it waits for the error
 pytestmark = pytest.mark.slow
-
-
-def test_a_killed_workers_tasks_are_done_elsewhere(own_team: DaskExecutor, processes: Any, said: list[str]) -> None:
-    def work(_context, n: int, _worker, stop, _report) -> int:
-        time.sleep(0.3)
-        return n
-
-    found = []
-    for n, _ in own_team.map(work, range(20)):
-        found.append(n)
-        if len(found) == 3:
-            processes.workers[0].kill()
-    assert sorted(found) == list(range(20))
-    assert len(said) == 1
-    assert said[0].endswith("is gone; what it was doing is done elsewhere")
-
-
-def test_a_task_that_kills_its_workers_is_named(processes: Any, own_team: DaskExecutor) -> None:
-    for _ in range(4):
-        processes.add_worker()
-    own_team.wait_for_workers(6)
-
-    def work(_context, name: str, _worker, stop, _report) -> str:
-        if name == "bomb.jpg":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return name
-
-    start = time.monotonic()
-    with pytest.raises(
-        ClusterError, match=r"every worker that began bomb\.jpg died of it, 4 in all, the last tcp://.*committed stands"
-    ):
-        list(own_team.map(work, ["a", "b", "bomb.jpg", "c"]))
-    assert time.monotonic() < start + 60
 
 
 def test_the_last_worker_gone_is_said_after_a_while(processes: Any, own_team: DaskExecutor) -> None:
@@ -125,23 +91,6 @@ def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
     assert len(own_team.check()) == 2
     goes_on.join()
     assert said == [f"no answer from {silent}; waiting for it, at most 120 s"]
-
-
-def test_a_straggler_does_not_stall_the_end(own_team: DaskExecutor, tmp_path: Path) -> None:
-    mark = tmp_path / "slow"
-
-    def work(_context, n: int, _worker, stop, _report) -> int:
-        try:
-            mark.touch(exist_ok=False)
-        except FileExistsError:
-            time.sleep(0.1)
-        else:
-            time.sleep(60)  # the first task only, at its first attempt
-        return n
-
-    start = time.monotonic()
-    assert sorted(own_team.map(work, range(10))) == [(n, n) for n in range(10)]
-    assert time.monotonic() < start + 20
 
 
 def test_a_worker_that_comes_later_gets_work(processes: Any, own_team: DaskExecutor) -> None:
