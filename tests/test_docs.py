@@ -16,7 +16,7 @@ PAGES = [
     ROOT / "benchmarks" / "capacity.md",
     *sorted(DECISIONS.glob("*.md")),
 ]
-OF_OTHERS = {"as_completed", "assert", "scatter", "xgboost.dask", "package.module:factory", "flower.jpg"}
+OF_OTHERS = {"Parallel", "as_completed", "assert", "scatter", "xgboost.dask", "package.module:factory", "flower.jpg"}
 """Names that pages mention and our sources need not."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
