@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe import summary
-from featurepipe.errors import FeaturepipeError, UsageError
+from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
 from featurepipe.progress import duration
 from featurepipe.tables import share, table
 
@@ -139,15 +139,17 @@ def check_folder(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a new folder")
+        raise UsageError(Message(Option("out", str(out)), " is a file; name a new folder"))
     if (out / "store" / "store.json").is_file():
         others = [name for name in FeatureStore(out / "store", create=False).datasets() if name != DATASET]
         if others:
-            raise UsageError(f"--out {out} holds a store of your own ({', '.join(others)}); name a new folder")
+            held = f" holds a store of your own ({', '.join(others)}); name a new folder"
+            raise UsageError(Message(Option("out", str(out)), held))
         return
     strangers = sorted(path.name for path in out.iterdir() if path.name != "store")
     if strangers:
-        raise UsageError(f"--out {out} is not empty ({strangers[0]}) and not of an earlier demo; name a new folder")
+        full = f" is not empty ({strangers[0]}) and not of an earlier demo; name a new folder"
+        raise UsageError(Message(Option("out", str(out)), full))
 
 
 def fit_head(store: FeatureStore, node: str) -> HeldOutResult:

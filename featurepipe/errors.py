@@ -20,26 +20,138 @@
     +-- ClusterError                     1   a cluster cannot be reached or used, or went away; what was committed stands
     |   +-- WorkerRefused                -   one worker must not be used: other versions, weights, or no view of the store
     +-- Interrupted                      130 stopped by a signal, everything in flight committed
+
+An error knows which option it is about (``error.option``, the name in Python), and each front end spells the options that a
+message names in its own way: ``max_rejects="1%"`` in Python, ``--max-rejects 1%`` on the command line,
+``[limits] max_rejects = "1%"`` in a job file (`featurepipe.jobs.validation.keys_of`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as a message names it.
+
+    Attributes:
+        name: Its name in Python, such as ``max_rejects``.
+        value: What it is or should be set to; None to name it alone. True is a flag.
+    """
+
+    name: str
+    value: Any = None
+
+
+Spelling: TypeAlias = Callable[[Option], str]
+"""How a front end writes an option."""
+
+_ON_COMMAND_LINE = {"nodes": "node"}  # given once for each, there
+
+
+def on_command_line(option: Option) -> str:
+    """Spells an option as the command line does.
+
+    Example:
+        >>> on_command_line(Option("max_rejects", "1%")), on_command_line(Option("nodes"))
+        ('--max-rejects 1%', '--node')
+    """
+    flag = "--" + _ON_COMMAND_LINE.get(option.name, option.name).replace("_", "-")
+    return flag if option.value in (None, True) else f"{flag} {shlex.quote(str(option.value))}"
+
+
+def in_python(option: Option) -> str:
+    """Spells an option as a keyword argument.
+
+    Example:
+        >>> in_python(Option("max_rejects", "1%")), in_python(Option("nodes"))
+        ("max_rejects='1%'", 'nodes')
+    """
+    return option.name if option.value is None else f"{option.name}={option.value!r}"
+
+
+class Message(str):
+    """Text that names options, each of which a front end spells in its own way; as it is, it is for the command line.
+
+    Args:
+        parts: Texts and options, in their order.
+
+    Example:
+        >>> text = Message("more than ", Option("max_rejects", "1%"), " allows")
+        >>> text, text.spelled(in_python)
+        ('more than --max-rejects 1% allows', "more than max_rejects='1%' allows")
+    """
+
+    __slots__ = ("parts",)
+    parts: tuple[str | Option, ...]
+
+    def __new__(cls, *parts: str | Option) -> Self:
+        """Joins the parts; a message among them brings its own."""
+        flat = tuple(one for part in parts for one in (part.parts if isinstance(part, Message) else (part,)))
+        message = super().__new__(cls, _spelled(flat, on_command_line))
+        message.parts = flat
+        return message
+
+    def __getnewargs__(self) -> Any:
+        """Its parts, which a pickle keeps."""
+        return self.parts
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The options that it names, in their order."""
+        return tuple(part for part in self.parts if isinstance(part, Option))
+
+    def spelled(self, spelling: Spelling) -> str:
+        """The text as a front end shows it."""
+        return _spelled(self.parts, spelling)
+
+
+def _spelled(parts: Iterable[str | Option], spelling: Spelling) -> str:
+    return "".join(spelling(part) if isinstance(part, Option) else part for part in parts)
 
 
 class FeaturepipeError(Exception):
-    """Base of all errors that featurepipe raises on purpose; each argument is a line of its message."""
+    """Base of all errors that featurepipe raises on purpose; ``str(error)`` spells options as Python does.
+
+    Args:
+        lines: Of the message.
+        option: The name in Python of the option that the error is about; by default the first that the message names.
+        record: What the call would have returned, as far as it is known: the record of a run that failed.
+
+    Attributes:
+        option: That name; empty if the error is about none.
+        record: That record, plain JSON values; None if there is none.
+    """
 
     exit_code = 1
 
+    def __init__(self, *lines: object, option: str = "", record: dict[str, Any] | None = None) -> None:
+        super().__init__(*lines)
+        named = (one.name for line in lines if isinstance(line, Message) for one in line.options)
+        self.option = option or next(named, "")
+        self.record = record
+
     def __str__(self) -> str:
-        return "\n".join(self.lines)
+        return "\n".join(self.spelled(in_python))
+
+    def spelled(self, spelling: Spelling) -> tuple[str, ...]:
+        """The message's lines as a front end shows them.
+
+        Each is on its own: names in them may hold line breaks, which are no ends of ours.
+        """
+        return tuple(line.spelled(spelling) if isinstance(line, Message) else str(line) for line in self.args)
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """The message's lines, each on its own: names in them may hold line breaks, which are no ends of ours."""
-        return tuple(map(str, self.args))
+    def message(self) -> Message:
+        """The whole message, to be part of another one."""
+        lines = [line if isinstance(line, Message) else str(line) for line in self.args]
+        return Message(*[part for line in lines for part in ("\n", line)][1:])
 
 
 class UsageError(FeaturepipeError, ValueError):
@@ -133,6 +245,16 @@ class Interrupted(FeaturepipeError):
     def __init__(self, message: str, signal_number: int = 2) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Errors of the block that name no option are about this one."""
+    try:
+        yield
+    except FeaturepipeError as error:
+        error.option = error.option or option
+        raise
 
 
 def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", see: str = "") -> UsageError:

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from featurepipe.errors import Message, Option
+
 PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "pillow", "timm")
 
 
@@ -53,7 +55,7 @@ TELLING_SECONDS = 5.0
 """Shorter runs are mostly set-up, and their shares say nothing."""
 
 
-def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
+def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> Message:
     """One line that says what a run waited for and what would help.
 
     Args:
@@ -67,22 +69,23 @@ def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> str:
         'decode-bound: the network waited 70 % of the time; add --workers or use --decode gpu'
     """
     if wall <= 0:
-        return "nothing to compute"
+        return Message("nothing to compute")
     if wall < TELLING_SECONDS:
-        return f"done in {wall:.1f} s, too short to tell what it waited for"
+        return Message(f"done in {wall:.1f} s, too short to tell what it waited for")
     stage = bottleneck(seconds)
     if stage == "forward":
         share = seconds["forward"] / wall
         more = "" if device.startswith("cuda") else "; a GPU, or a node nearer the input, would help"
-        return f"forward-bound: the network was busy {share:.0%} of the time{more}".replace("%", " %")
+        return Message(f"forward-bound: the network was busy {100 * share:.0f} % of the time{more}")
     share = seconds["write" if stage == "write" else "waiting"] / wall
-    advice = {
-        "read": "the source is slow; add --workers, or copy the images to a nearer disk",
-        "decode": "add --workers" + (" or use --decode gpu" if device.startswith("cuda") else ", or cores"),
-        "write": "the store's disk is slow; use a faster one, or fewer and narrower columns",
-    }[stage]
+    faster = (" or use ", Option("decode", "gpu")) if device.startswith("cuda") else (", or cores",)
+    advice: dict[str, tuple[str | Option, ...]] = {
+        "read": ("the source is slow; add ", Option("workers"), ", or copy the images to a nearer disk"),
+        "decode": ("add ", Option("workers"), *faster),
+        "write": ("the store's disk is slow; use a faster one, or fewer and narrower columns",),
+    }
     who = "the run waited for the store" if stage == "write" else "the network waited"
-    return f"{stage}-bound: {who} {share:.0%} of the time; {advice}".replace("%", " %")
+    return Message(f"{stage}-bound: {who} {100 * share:.0f} % of the time; ", *advice[stage])
 
 
 def bottleneck(seconds: Mapping[str, float]) -> str:

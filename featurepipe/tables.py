@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from featurepipe.display import displayed
+from featurepipe.errors import Message, Option
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,13 +104,14 @@ def neutralised(rows: Rows) -> tuple[Rows, int]:
     return type(rows).from_arrays(columns, schema=rows.schema), changed
 
 
-def neutralised_text(changed: int, file: object) -> str:
+def neutralised_text(changed: int, file: object) -> Message:
     """What is said where cells were changed; empty if none was."""
     if not changed:
-        return ""
-    return (
-        f"{counted(changed, 'cell')} of {file} would have been a formula in a spreadsheet and got an apostrophe in front; "
-        "--raw-ids keeps them as they are"
+        return Message()
+    return Message(
+        f"{counted(changed, 'cell')} of {file} would have been a formula in a spreadsheet and got an apostrophe in front; ",
+        Option("raw_ids", value=True),
+        " keeps them as they are",
     )
 
 

@@ -50,7 +50,7 @@ def learn(store, **options):
 @pytest.mark.parametrize("command", [compare, learn])
 def test_a_module_that_a_store_names_runs_only_with_consent(command, store, tmp_path, monkeypatch):
     for options in ({}, {"trust_code": {"another:make"}}, {"backbone": store.spaces()[0].name}):
-        with pytest.raises(UsageError, match=r"the store's network is of_a_stranger:make.*--trust-code"):
+        with pytest.raises(UsageError, match=r"the store's network is of_a_stranger:make.*trust_code=True"):
             command(store, **options)
         assert not (tmp_path / "ran").exists()
 

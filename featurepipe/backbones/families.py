@@ -12,9 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
-from featurepipe.errors import unknown
+from featurepipe.errors import Option, unknown
 
 SEE = "featurepipe backbones"
+RANDOM = (Option("weights", "none"), " and a ", Option("seed"))
+"""What to give for a random network, as parts of a message."""
 
 
 class Family(ABC):

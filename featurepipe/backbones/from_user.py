@@ -15,7 +15,7 @@ from featurepipe.backbones.nodes import attributes_kept, freeze, uncompiled
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.user_code import code_sha256, import_factory, running
 from featurepipe.backbones.weights import StateDict
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 
 AS_BUILT = "as built"
 
@@ -107,13 +107,16 @@ class User(Family):
                 with running(
                     self.spec,
                     f"reset_parameters() of {type(layer).__name__}",
-                    "--weights none calls it without arguments",
+                    Message(Option("weights", "none"), " calls it without arguments"),
                 ):
                     reset()
             elif next(layer.parameters(recurse=False), None) is not None:
                 raise UsageError(
-                    f"--weights none cannot draw the parameters of {name or 'the network'} ({type(layer).__name__}) in "
-                    f"{self.spec} anew: give that class a reset_parameters() method"
+                    Message(
+                        Option("weights", "none"),
+                        f" cannot draw the parameters of {name or 'the network'} ({type(layer).__name__}) in {self.spec} anew: "
+                        "give that class a reset_parameters() method",
+                    )
                 )
         return module
 

@@ -23,7 +23,7 @@ from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.stages import stages
 from featurepipe.backbones.weights import StateDict, is_file_name
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import UsageError, about, unknown
 
 BOTTLENECK = "bottleneck"
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
@@ -46,8 +46,12 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
         WeightsNotFound: (When the weights are needed) they are not at hand and cannot be downloaded.
     """
     if not _SEEDS[0] <= seed <= _SEEDS[1]:
-        raise UsageError(f"seed {seed} is out of range; give a number from {_SEEDS[0]} to {_SEEDS[1]}, such as 0")
-    return Backbone(name, _family(name), weights, seed=seed)
+        text = f"seed {seed} is out of range; give a number from {_SEEDS[0]} to {_SEEDS[1]}, such as 0"
+        raise UsageError(text, option="seed")
+    with about("backbone"):
+        family = _family(name)
+    with about("weights"):
+        return Backbone(name, family, weights, seed=seed)
 
 
 def weights_at_hand(name: str, weights: str = "DEFAULT") -> bool:
@@ -206,13 +210,14 @@ class Backbone:
             UsageError: A node or a pooling is unknown, or they do not suit each other.
         """
         columns = []
-        for text in requested or [BOTTLENECK]:
-            column = parse_column(text)
-            if column.node == BOTTLENECK:
-                column = column._replace(node=self.bottleneck)
-            self.feature_shape(column)
-            self._check_present([column.node])
-            columns.append(column)
+        with about("nodes"):
+            for text in requested or [BOTTLENECK]:
+                column = parse_column(text)
+                if column.node == BOTTLENECK:
+                    column = column._replace(node=self.bottleneck)
+                self.feature_shape(column)
+                self._check_present([column.node])
+                columns.append(column)
         return list(dict.fromkeys(columns))
 
     def feature_shape(self, column: Column) -> tuple[int, ...]:

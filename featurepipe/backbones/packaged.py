@@ -16,10 +16,10 @@ from torch import nn
 from typing_extensions import override
 
 from featurepipe.backbones import weights
-from featurepipe.backbones.families import SEE, Family, resolve
+from featurepipe.backbones.families import RANDOM, SEE, Family, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
-from featurepipe.errors import UsageError, WeightsNotFound
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -247,8 +247,13 @@ class LeNet(Family):
     @override
     def resolve(self, name: str) -> str:
         raise UsageError(
-            f"lenet5 has no pretrained weights ({name!r} was asked for); use --weights none --seed N for a random "
-            f"network, or --weights FILE.pth for your own. See: {SEE}"
+            Message(
+                f"lenet5 has no pretrained weights ({name!r} was asked for); use ",
+                *RANDOM,
+                " for a random network, or ",
+                Option("weights", "FILE.pth"),
+                f" for your own. See: {SEE}",
+            )
         )
 
     @override

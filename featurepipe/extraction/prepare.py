@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.history import History
@@ -143,8 +143,11 @@ def prepare(
     session = replace(session, settings=settings)
     if settings.decode == "gpu" and machine.device == "cpu":
         raise UsageError(
-            f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; "
-            "--decode cpu starts another feature space"
+            Message(
+                f"the store's features of {backbone.name} were decoded on a GPU, and here the device is cpu; ",
+                Option("decode", "cpu"),
+                " starts another feature space",
+            )
         )
     fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
     space = next((space for space in spaces if not differences(space.fields, fields)), None)

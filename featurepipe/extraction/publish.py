@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import records
-from featurepipe.errors import Interrupted, StoreError, TooManyRejects
+from featurepipe.errors import FeaturepipeError, Interrupted, Message, Option, StoreError, TooManyRejects
 from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, Limits, allowance
@@ -60,13 +60,15 @@ def begin_run(store: FeatureStore, job: ExtractionSpec, command: str = "extract"
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Leaves a record of a run that ends with an error, and passes the error on."""
+    """Leaves a record of a run that ends with an error, and passes the error on with that record."""
     try:
         yield
     except Exception as error:
         status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        text = error.message if isinstance(error, FeaturepipeError) else str(error)
         with suppress(StoreError):  # such as a full disk, of which the error tells already
-            run.end(status, getattr(error, "exit_code", 1), error=str(error), changes=None)
+            record = run.end(status, getattr(error, "exit_code", 1), error=text, changes=None)
+            error.record = record  # type: ignore[attr-defined]  # the system's errors carry it, too
         raise
 
 
@@ -115,9 +117,12 @@ def _check_rejects(run: Run, limits: Limits) -> None:
     if len(reasons) > allowance(limits.max_rejects, listed.num_rows):
         first = min(reasons)
         raise TooManyRejects(
-            f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than --max-rejects {limits.max_rejects} "
-            f"allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, the "
-            f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl"
+            Message(
+                f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than ",
+                Option("max_rejects", limits.max_rejects),
+                f" allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, the "
+                f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl",
+            )
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS, Engine
 from featurepipe.backbones.precision import choose_precision
-from featurepipe.errors import Reject, UsageError, WeightsNotFound, WorkerRefused
+from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Loader, StageSeconds, load_sample, loader_for
 from featurepipe.features.options import Options
@@ -321,7 +321,7 @@ def load_network(network: NetworkName, device: str) -> LoadedNetwork:
         backbone = load_backbone(network.backbone, network.weights, seed=network.seed)
         mine = identity_of(backbone)
     except (UsageError, WeightsNotFound) as error:
-        raise WorkerRefused(f"it cannot load {network.backbone}: {error}") from error
+        raise WorkerRefused(Message(f"it cannot load {network.backbone}: ", error.message)) from error
     differing = differences(json.loads(network.identity), mine)
     if differing:
         raise WorkerRefused(f"its {network.backbone} would give other features: {', '.join(differing)} differs")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.options import AUTO
 from featurepipe.images.decode import decoding_fields
 from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
@@ -167,7 +167,7 @@ def settle_machine(
     if device.startswith("cuda") and not has_cuda:
         raise UsageError(f"device {device!r}: this PyTorch sees no CUDA device. See: featurepipe doctor")
     if decode == "gpu" and device == "cpu":
-        raise UsageError("decode 'gpu' needs --device cuda; here the device is cpu")
+        raise UsageError(Message("decode 'gpu' needs ", Option("device", "cuda"), "; here the device is cpu"))
     if batch_size == AUTO:
         batch_size = 16 if device == "cpu" else 256
     if not str(batch_size).isdecimal() or int(batch_size) < 1:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv
-from featurepipe.errors import FeaturepipeError, SourceError, UsageError, unknown
+from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
 from featurepipe.images.findings import Findings
@@ -175,8 +175,11 @@ class ManifestSource(Source):
         if path is None:
             near = str(unknown("column", "path", names)).partition("; ")[2]
             raise UsageError(
-                f"{self.path}: no column `path` among {', '.join(names) or 'none'}; {near}; name the one of paths with "
-                "--path-column, or call it path, file, filename or image"
+                Message(
+                    f"{self.path}: no column `path` among {', '.join(names) or 'none'}; {near}; name the one of paths with ",
+                    Option("path_column"),
+                    ", or call it path, file, filename or image",
+                )
             )
         # A column that is named for two things is that of the paths.
         used = {ours: name for ours, name in found.items() if name is not None and (ours == "path" or name != path)}

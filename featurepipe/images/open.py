@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, SourceError, UsageError
+from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
@@ -81,8 +81,12 @@ def _bounded(
         and not bounds.allows(url.rstrip("/") + "/")
     ):
         raise UsageError(
-            f"{location_of(url)} is not below {' or '.join(bounds.places)}, which --only-under asks for; "
-            f"to read it all the same, add --only-under {location_of(url)}"
+            Message(
+                f"{location_of(url)} is not below {' or '.join(bounds.places)}, which ",
+                Option("only_under"),
+                " asks for; to read it all the same, add ",
+                Option("only_under", location_of(url)),
+            )
         )
     source = _open(spec, readers)
     source.only_under = bounds

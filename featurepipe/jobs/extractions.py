@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featurepipe import records
 from featurepipe.errors import SourceError, UsageError, WeightsNotFound
 from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
 from featurepipe.extraction.extract import extract
@@ -18,7 +17,6 @@ from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.preflight import check_dataset, in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import LabelledSource, RetryPolicy, TonightsSource
-from featurepipe.store.inside import listed
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
 """What a step's result says of an extraction; the extraction's own record says all."""
@@ -108,9 +106,8 @@ class Extractions:
         return f"extract {features.backbone} did not end well"
 
     def _try(self, features: FeaturesTable, source: TonightsSource, images: LabelledSource) -> dict[str, Any]:
-        before = self._run_ids()
         try:
-            return extract(
+            run = extract(
                 images(),
                 self.record.store,
                 dataset=self.record.dataset,
@@ -120,23 +117,14 @@ class Extractions:
                 cluster=self.executor(),
                 **arguments(self.job, features),
             )
-        except SourceError:
-            source.forget()
+        except Exception as error:  # whatever it is, what was computed before counts
+            if isinstance(error, SourceError):
+                source.forget()
+            record = getattr(error, "record", None)
+            self.record.extractions += [] if record is None else [record]
             raise
-        finally:
-            self._note(before)
-
-    def _run_ids(self) -> set[str]:
-        return {path.stem for path in listed(self.record.store.path, "runs/*.json")}
-
-    def _note(self, before: set[str]) -> None:
-        """Takes up the record that an extraction has left, also where it raised an error."""
-        if self._run_ids() - before:
-            self.record.extractions += [
-                run
-                for run in self.record.store.runs()
-                if run["run_id"] not in before and run.get("command") == "extract" and run.get("host") == records.host()
-            ]
+        self.record.extractions.append(run)
+        return run
 
 
 def arguments(job: Job, features: FeaturesTable) -> dict[str, Any]:

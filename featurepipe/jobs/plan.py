@@ -27,7 +27,7 @@ from featurepipe.jobs.job import (
 from featurepipe.jobs.preflight import check_dataset, check_networks
 from featurepipe.jobs.sources import TonightsSource, check_labels
 from featurepipe.jobs.step import steps_of
-from featurepipe.jobs.validation import in_keys
+from featurepipe.jobs.validation import keys_of
 from featurepipe.progress import announcer
 
 
@@ -69,7 +69,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
                 **arguments(job, features),
             )  # fmt: skip
         except FeaturepipeError as error:
-            error.args = tuple(in_keys(line, "extract") for line in error.lines)
+            error.args = error.spelled(keys_of("extract"))
             raise
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]

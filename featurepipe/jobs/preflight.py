@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.backbones import load_backbone
-from featurepipe.errors import UsageError, WeightsNotFound, unknown
+from featurepipe.errors import FeaturepipeError, UsageError, WeightsNotFound, unknown
 from featurepipe.heads.families import make_head
 from featurepipe.jobs.job import REFERENCES, FeaturesTable, Job
-from featurepipe.jobs.validation import Problem, in_keys, told
+from featurepipe.jobs.validation import Problem, keys_of, told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
 
@@ -52,34 +52,39 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
         try:
             make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
         except UsageError as error:
-            yield f"train[{place}].params", None, in_keys(str(error), "train")
+            yield f"train[{place}].params", None, _in_keys(error, "train")
 
 
 def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> UsageError | WeightsNotFound:
-    """An error of an extraction, told with its key in ``[[features]]``; as it is if that is no fault of the network's names.
+    """An error of an extraction, told with its key in ``[[features]]``; as it is if it is about none of these.
 
     Args:
         error: what the extraction raised.
         job: the job.
         place: of the network among all.
     """
-    if isinstance(error, WeightsNotFound):
-        return WeightsNotFound(*told([(f"features[{place}].weights", None, str(error))], job.file))
-    problems = list(_of_network(job.features[place], place))
-    return UsageError(*told(problems, job.file)) if problems else error
+    if error.option not in FeaturesTable.model_fields:
+        return error
+    kind = WeightsNotFound if isinstance(error, WeightsNotFound) else UsageError
+    lines = told([_problem(error, place)], job.file)
+    return kind(*lines, option=error.option, record=error.record)
+
+
+def _problem(error: FeaturepipeError, place: int) -> Problem:
+    return f"features[{place}].{error.option}", None, _in_keys(error, "extract")
+
+
+def _in_keys(error: FeaturepipeError, step: str) -> str:
+    return error.message.spelled(keys_of(step))
 
 
 def _of_network(table: FeaturesTable, place: int, *, nodes: bool = True) -> Iterator[Problem]:
-    key = "backbone"
     try:
-        load_backbone(table.backbone, "none")
-        key = "weights"
         network = load_backbone(table.backbone, table.weights, seed=table.seed)
-        key = "nodes"
         if nodes:
             network.columns(table.nodes)
     except UsageError as error:
-        yield f"features[{place}].{key}", None, in_keys(str(error), "extract")
+        yield _problem(error, place)
 
 
 def _missing_snapshot(job: Job) -> Iterator[Problem]:
@@ -94,7 +99,7 @@ def _missing_snapshot(job: Job) -> Iterator[Problem]:
     try:
         found = any(snapshot_of_run(store, dataset, job.drift.reference) in ids for dataset, ids in known.items())
     except UsageError as error:
-        yield "drift.reference", None, str(error)
+        yield "drift.reference", None, _in_keys(error, "drift")
         return
     if not found:
         newest = sorted((run_id for ids in known.values() for run_id in ids), reverse=True)

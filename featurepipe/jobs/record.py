@@ -18,7 +18,7 @@ from featurepipe.errors import FeaturepipeError, Interrupted, StoreError
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.log import JobLog
 from featurepipe.jobs.step import steps_of, within_time
-from featurepipe.jobs.validation import in_keys, result_in_keys
+from featurepipe.jobs.validation import keys_of, result_in_keys
 from featurepipe.records import KILLED, RUNNING
 from featurepipe.store import FeatureStore
 
@@ -75,7 +75,7 @@ def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> di
         "new_rejects": _new_rejects(extractions),
         "seconds": seconds,
         "images_per_second": round(counts["computed"] / computing, 2) if computing else None,
-        "verdict": in_keys(records.verdict(seconds, sum(map(_busy, extractions)), device=device), "extract"),
+        "verdict": records.verdict(seconds, sum(map(_busy, extractions)), device=device).spelled(keys_of("extract")),
     }
 
 
@@ -361,10 +361,11 @@ def _warnings(entry: Entry) -> list[str]:
 
 def _told(status: str, error: BaseException, exit_code: int, step: str) -> Entry:
     kind = type(error).__name__
-    lines = error.lines if isinstance(error, FeaturepipeError) else (str(error),)
-    text = in_keys(" ".join(map(str.strip, lines)), step)
+    lines = error.spelled(keys_of(step)) if isinstance(error, FeaturepipeError) else (str(error),)
+    text = " ".join(map(str.strip, lines))
     told = {"status": status, "error": text or kind, "error_type": kind, "exit_code": exit_code}
-    found = getattr(error, "result", None)  # what a step had found when it decided to fail
+    # What a step had found when it decided to fail; that of an extraction is a run record of its own.
+    found = error.record if isinstance(error, FeaturepipeError) and step != "extract" else None
     return told if found is None else {**told, "result": result_in_keys(found, step)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import Interrupted, SourceError
+from featurepipe.errors import Interrupted, Message, SourceError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import ALL
 from featurepipe.images import Source, open_source
@@ -21,6 +21,7 @@ from featurepipe.images.findings import told
 from featurepipe.images.listing import SCHEMA
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import Job
+from featurepipe.jobs.validation import keys_of
 from featurepipe.progress import spoken
 from featurepipe.store.labels import LabelTable, join_labels, read_labels
 
@@ -88,14 +89,16 @@ class RetryPolicy:
         retries = min(self.retries, _RETRIES_OF_NOTHING) if isinstance(error, NothingListed) else self.retries
         if tried >= retries or self.stop.out_of_time:
             times = f" (tried {tried + 1} times)" if tried else ""
-            raise SourceError(f"{error}{times}") from error
+            raise SourceError(Message(error.message, times)) from error
         if not self.stop.signal_number:
             seconds = min(self.first_wait * 2.0 ** min(tried, _DOUBLINGS), self.longest_wait)
-            with self.meanwhile(f"{error}; trying again in {spoken(seconds)}, {tried + 1} of {retries}"):
+            why = error.message.spelled(keys_of("list"))
+            with self.meanwhile(f"{why}; trying again in {spoken(seconds)}, {tried + 1} of {retries}"):
                 self.wait(seconds, self.stop)
         if self.stop.signal_number:
             raise Interrupted(
-                f"stopped by {self.stop.name} while waiting for the source ({error})", self.stop.signal_number
+                Message(f"stopped by {self.stop.name} while waiting for the source (", error.message, ")"),
+                self.stop.signal_number,
             ) from error
 
 

@@ -1,6 +1,6 @@
 """Reads and validates a job file: everything that is wrong with it is said at once, a line for each problem.
 
-Messages name the keys of the job file, as do those of functions that know only the options of the command line.
+Messages name the keys of the job file; `keys_of` has those of functions that take options do so, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, Spelling, UsageError, on_command_line, unknown
 from featurepipe.heads.bundle.files import MANIFEST, existing_folder
 from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is_name
 
@@ -355,47 +355,41 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "extract": ("features", "machine", "limits", "source", ""),
 }
 """The tables that a step looks at; those of any other step bear its name."""
-_RENAMED = {"node": "nodes"}
-_COMMAND = r"\b(?:featurepipe|pip|dask) [a-z][^;,\n]*"
-"""What is meant to be typed stays as it is."""
-_OPTION = r"(?<![\w-])--(?P<flag>[a-z][a-z-]*)"
-_VALUE = (
-    r"(?P<value>\d[\d.,]*(?: ?[kMGT]?B\b)?%?|[A-Z]+(?:\.[a-z]+)?\b|[a-z_]+\d+\b|none|gpu|cpu|cuda|auto|timm/[\w./-]+)"
-)
-_FOUND = re.compile(rf"{_COMMAND}|{_OPTION}(?:[ =]{_VALUE})?")
 
 
-def in_keys(text: str, step: str) -> str:
-    """The same text with the keys of the job file for the options of the command line; others stay, and commands do.
+def keys_of(step: str) -> Spelling:
+    """How a job file writes the options of a step; those that have no key there stay as on the command line.
 
     Args:
-        text: a message.
-        step: which step of a job it is about.
+        step: Which step of a job a message is about.
 
     Example:
-        >>> in_keys("more than --max-rejects 1% allows", "extract")
-        'more than [limits] max_rejects = "1%" allows'
-        >>> in_keys("leave --tune out; or run: featurepipe depth STORE --seeds 3", "train")
-        'leave [[train]] tune out; or run: featurepipe depth STORE --seeds 3'
+        >>> spelling = keys_of("extract")
+        >>> spelling(Option("max_rejects", "1%")), spelling(Option("trust_code", value=True))
+        ('[limits] max_rejects = "1%"', '--trust-code')
     """
+    tables = [table for table in _TABLES.get(step, (step,)) if not table or table in Job.model_fields]
 
-    def said(found: re.Match[str]) -> str:
-        name = _RENAMED.get(key := (found["flag"] or "").replace("-", "_"), key)
-        table = next((table for table in _TABLES.get(step, (step,)) if name in table_called(table).model_fields), None)
-        if not name or table is None:
-            return found[0]
-        value = "" if found["value"] is None else f" = {_toml(found['value'])}"
-        return f"{_heading(table)}{name}{value}"
+    def key(option: Option) -> str:
+        table = next((table for table in tables if option.name in table_called(table).model_fields), None)
+        if table is None:
+            return on_command_line(option)
+        value = "" if option.value is None else f" = {json.dumps(option.value, default=str)}"
+        return f"{_heading(table)}{option.name}{value}"
 
-    return _FOUND.sub(said, text)
+    return key
 
 
 def result_in_keys(result: Mapping[str, Any], step: str) -> dict[str, Any]:
-    """A step's result, of which what people read is in the words of the job file."""
-    names = (name for name in ("text", "skipped", "why", "verdict") if isinstance(result.get(name), str))
-    told = {name: in_keys(result[name], step) for name in names}
-    warnings = {"warnings": [in_keys(text, step) for text in result["warnings"]]} if "warnings" in result else {}
-    return {**result, **told, **warnings}
+    """A step's result, of which the messages name the keys of the job file."""
+    spelling = keys_of(step)
+
+    def told(value: Any) -> Any:
+        if isinstance(value, list):
+            return [told(one) for one in value]
+        return value.spelled(spelling) if isinstance(value, Message) else value
+
+    return {name: told(value) for name, value in result.items()}
 
 
 def _heading(table: str) -> str:
@@ -403,10 +397,6 @@ def _heading(table: str) -> str:
         return ""
     several = get_origin(Job.model_fields[table].annotation) is tuple
     return f"[[{table}]] " if several else f"[{table}] "
-
-
-def _toml(value: str) -> str:
-    return value.replace(",", "") if re.fullmatch(r"\d[\d,]*(?:\.\d+)?", value) else json.dumps(value)
 
 
 _STAND_INS: Mapping[str, Any] = MappingProxyType(

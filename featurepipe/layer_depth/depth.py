@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
@@ -102,9 +102,9 @@ def depth(
     protocol = Protocol(tuple(heads.split(",") if isinstance(heads, str) else heads), None if split else folds, seeds)
     protocol.check()
     if control not in (None, "random"):
-        raise UsageError(f"--control {control!r}: random is the only one")
+        raise UsageError(Message(Option("control", control), ": random is the only one"))
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: at least 1; leave it out for one per CPU")
+        raise UsageError(Message(Option("jobs", jobs), ": at least 1; leave it out for one per CPU"))
     if report is not None:
         check_target(report)  # before hours of work, not after
     say, clock = announcer(silent=silent), _Clock()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.sampling import fold_numbers
 
 if TYPE_CHECKING:
@@ -98,8 +98,13 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
     if not len(train) or not len(test):
         there = ", ".join(sorted({str(name) for name in splits})) or "none"
         raise UsageError(
-            f"dataset {features.origin.dataset} needs labelled images in the splits train and test for --split "
-            f"(it has: {there}); leave --split out to cross-validate"
+            Message(
+                f"dataset {features.origin.dataset} needs labelled images in the splits train and test for ",
+                Option("split"),
+                f" (it has: {there}); leave ",
+                Option("split"),
+                " out to cross-validate",
+            )
         )
     keys = features.keys64
     train = train[~np.isin(keys[train], keys[test])]
@@ -123,8 +128,11 @@ def _fold(
 def _checked(fold: Fold, codes: Codes) -> Fold:
     if not len(fold.choose) or not len(fold.test) or len(np.unique(codes[fold.fit])) < 2:
         raise UsageError(
-            f"{len(codes):,} labelled images of {len(np.unique(codes))} classes are too few for such folds: one of them leaves "
-            "no image to choose by, to test, or fewer than two classes to learn; give more images or fewer --folds"
+            Message(
+                f"{len(codes):,} labelled images of {len(np.unique(codes))} classes are too few for such folds: one of them "
+                "leaves no image to choose by, to test, or fewer than two classes to learn; give more images or fewer ",
+                Option("folds"),
+            )
         )
     return fold
 
@@ -195,8 +203,12 @@ def settle_elsewhere(
     tested = np.all([unseen[seeds == seed].any(axis=0) for seed in np.unique(seeds)], axis=0)
     if not tested.any():
         raise UsageError(
-            f"all {len(rows):,} images of {dataset} have the id of an image of {here} that every head learns from; compare by "
-            "cross-validation (leave --split out), where each is tested by heads that do not"
+            Message(
+                f"all {len(rows):,} images of {dataset} have the id of an image of {here} that every head learns from; compare "
+                "by cross-validation (leave ",
+                Option("split"),
+                " out), where each is tested by heads that do not",
+            )
         )
     return Elsewhere(
         dataset,

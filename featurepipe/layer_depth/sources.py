@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
 from featurepipe.features.options import Options
 from featurepipe.features.session import settle_machine_for
@@ -177,7 +177,8 @@ def _computed(
     from featurepipe.extraction.extract import extract
 
     if wanted.control and wanted.weights == "none":
-        raise UsageError("--weights none is a random network already: --control random would compare it with itself")
+        none, random = Option("weights", "none"), Option("control", "random")
+        raise UsageError(Message(none, " is a random network already: ", random, " would compare it with itself"))
     name = wanted.backbone or DEFAULT_BACKBONE
     backbone = load_backbone(name, wanted.weights)
     columns = choose_columns(backbone, wanted.nodes, wanted.pooling, wanted.max_width)
@@ -221,8 +222,16 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
 
     if wanted.store is not None or wanted.control or wanted.test_source is not None:
         raise UsageError(
-            f"{wanted.source} is a feature store: its columns are compared as they are. For --store, --control or --test-source "
-            "give the images as the source, and the store with --store"
+            Message(
+                f"{wanted.source} is a feature store: its columns are compared as they are. For ",
+                Option("store"),
+                ", ",
+                Option("control"),
+                " or ",
+                Option("test_source"),
+                " give the images as the source, and the store with ",
+                Option("store"),
+            )
         )
     store = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
     dataset = wanted.dataset or store.only_dataset()
@@ -249,8 +258,10 @@ def _names(wanted: Wanted) -> tuple[str, str | None]:
     shifted = _own_name(wanted.test_source)
     if shifted == dataset:
         raise UsageError(
-            f"both sources would be dataset {shifted!r}; call the first otherwise with --dataset, such as --dataset "
-            f"{shifted}-source"
+            Message(
+                f"both sources would be dataset {shifted!r}; call the first otherwise, such as ",
+                Option("dataset", f"{shifted}-source"),
+            )
         )
     return dataset, shifted
 
@@ -267,6 +278,9 @@ def _own_name(source: Any) -> str:
 def _check_same_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     if one.get("fingerprint") != other.get("fingerprint"):
         raise UsageError(
-            f"the two sources came out in two feature spaces, {one.get('space')} and {other.get('space')}; make them one: "
-            "fix what `auto` decided differently, for instance with --precision fp32"
+            Message(
+                f"the two sources came out in two feature spaces, {one.get('space')} and {other.get('space')}; make them one: "
+                "fix what `auto` decided differently, for instance with ",
+                Option("precision", "fp32"),
+            )
         )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
 from featurepipe.layer_depth.folds import (
     ENOUGH_TO_CHOOSE,
@@ -95,16 +95,19 @@ def choose_columns(
     too_wide = [c for c in found if c.width > max_width and str(c.column) in as_written]
     if too_wide:
         raise UsageError(
-            f"{too_wide[0].column} has {too_wide[0].width:,} values an image, more than --max-width {max_width:,} allows; "
-            "allow more, or name a coarser pooling"
+            Message(
+                f"{too_wide[0].column} has {too_wide[0].width:,} values an image, more than ",
+                Option("max_width", max_width),
+                " allows; allow more, or name a coarser pooling",
+            )
         )
     kept = [c for c in found if c.width <= max_width or (pooling is None and c.pooling == "gap")]
     if len(kept) < 2:
         wide = ", ".join(f"{column.column} ({column.width:,})" for column in found)
-        have = f"{len(kept)} of {wide} {'is' if len(kept) == 1 else 'are'} at most --max-width {max_width:,} wide"
+        at_most = f"{len(kept)} of {wide} {'is' if len(kept) == 1 else 'are'} at most "
+        have = (at_most, Option("max_width", max_width), " wide") if found else ("no node has such a pooling",)
         raise UsageError(
-            f"a comparison needs two columns or more, and {have if found else 'no node has such a pooling'}; name more nodes or "
-            "allow more values"
+            Message("a comparison needs two columns or more, and ", *have, "; name more nodes or allow more values")
         )
     return sorted(kept, key=lambda column: (column.depth, column.width, column.column))
 
@@ -171,11 +174,14 @@ class Protocol:
             if head not in HEADS:
                 raise unknown("head", head, HEADS, see="featurepipe depth --help")
         if not self.heads or len(set(self.heads)) < len(self.heads):
-            raise UsageError(f"--heads {','.join(self.heads)!r}: name each head once, such as --heads logistic,knn")
+            given, good = Option("heads", ",".join(self.heads)), Option("heads", "logistic,knn")
+            raise UsageError(Message(given, ": name each head once, such as ", good))
         if self.folds is not None and self.folds < 2:
-            raise UsageError(f"--folds {self.folds}: cross-validation needs 2 folds or more; 5 is usual")
+            raise UsageError(
+                Message(Option("folds", self.folds), ": cross-validation needs 2 folds or more; 5 is usual")
+            )
         if self.seeds < 1:
-            raise UsageError(f"--seeds {self.seeds}: at least 1; 3 is usual")
+            raise UsageError(Message(Option("seeds", self.seeds), ": at least 1; 3 is usual"))
 
     @property
     def text(self) -> str:
@@ -342,8 +348,11 @@ def settle(
     classes = images.classes
     if len(classes) < 2:
         raise UsageError(
-            f"dataset {dataset} has {len(images):,} labelled images of {len(classes)} classes; which layer tells classes apart "
-            "can be said of two or more. Put images into folders named by class, or give --labels FILE.csv"
+            Message(
+                f"dataset {dataset} has {len(images):,} labelled images of {len(classes)} classes; which layer tells classes "
+                "apart can be said of two or more. Put images into folders named by class, or give ",
+                Option("labels", "FILE.csv"),
+            )
         )
     check_classes(classes, len(images), say)
     codes = images.codes(classes)

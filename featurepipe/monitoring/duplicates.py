@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from featurepipe.errors import Message, Option
 from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups, checked_file, write_groups
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
 from featurepipe.progress import announcer
@@ -148,6 +149,10 @@ def _too_large(groups: Groups, images: int, distance: float) -> list[str]:
     if largest < max(20, _LARGE * images):
         return []
     return [
-        f"{largest:,} of {images:,} images are one near group: {distance:.3g} joins images that are merely similar; give a "
-        "smaller distance (--near)"
+        Message(
+            f"{largest:,} of {images:,} images are one near group: {distance:.3g} joins images that are merely similar; give a "
+            "smaller distance (",
+            Option("near"),
+            ")",
+        )
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurepipe import records
-from featurepipe.errors import Interrupted, SourceError, TooManyRejects
+from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects
 from featurepipe.execution.connection import executor_on
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import allowance
@@ -123,8 +123,12 @@ def predict(
         first = min(predictions.reasons)
         written = f"{target} holds all predictions and reasons" if target else "nothing was written"
         raise TooManyRejects(
-            f"{rejected:,} of {listed:,} images could not be used, more than --max-rejects {max_rejects} allows; first: "
-            f"{listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}"
+            Message(
+                f"{rejected:,} of {listed:,} images could not be used, more than ",
+                Option("max_rejects", max_rejects),
+                f" allows; first: {listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}",
+            ),
+            record={**record, "status": "failed", "exit_code": TooManyRejects.exit_code},
         )
     return {**record, "status": "done", "exit_code": 3 if rejected else 0}
 

@@ -17,7 +17,7 @@ from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
-from featurepipe.errors import BundleError, UsageError
+from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import Session
@@ -129,8 +129,11 @@ def make_ready(
     changed = differences(found.space, fields)
     if changed:
         raise BundleError(
-            f"the bundle's head was trained on other features than {backbone.name} gives here: {', '.join(changed)} "
-            f"{'differs' if len(changed) == 1 else 'differ'}. {_advice(changed)}"
+            Message(
+                f"the bundle's head was trained on other features than {backbone.name} gives here: {', '.join(changed)} "
+                f"{'differs' if len(changed) == 1 else 'differ'}. ",
+                _advice(changed),
+            )
         )
     columns = backbone.columns(found.columns)
     _check_width(found, backbone, columns)
@@ -164,14 +167,17 @@ def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:
         return str(bundle.weights_file)
     label = bundle.backbone.get("description", {}).get("weights", "a file of your own")
     raise BundleError(
-        f"the bundle's network {bundle.backbone['name']} has weights of your own ({label}), which are not in the bundle; "
-        "give them: --weights FILE, or weights=FILE in Python"
+        Message(
+            f"the bundle's network {bundle.backbone['name']} has weights of your own ({label}), which are not in the bundle; "
+            "give them: ",
+            Option("weights", "FILE"),
+        )
     )
 
 
 def _advice(changed: list[str]) -> str:
     if changed == ["weights_sha256"]:
-        return "Give the weights that it was trained with: --weights FILE, or weights=FILE in Python"
+        return Message("Give the weights that it was trained with: ", Option("weights", "FILE"))
     return "Use the versions that it was trained with (they are in the bundle), or extract and train again"
 
 

@@ -152,7 +152,7 @@ class PredictionContext:
         try:
             return replace(self.options, workers=self.options.workers or threads).ready(self.bundle)
         except FeaturepipeError as error:
-            raise WorkerRefused(str(error)) from error
+            raise WorkerRefused(error.message) from error
 
 
 def digest_of(folder: str) -> str:

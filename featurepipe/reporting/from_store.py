@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, StoreError, StoreMoved, UsageError
+from featurepipe.errors import FeaturepipeError, Message, Option, StoreError, StoreMoved, UsageError
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.images import key_of, open_source
 from featurepipe.progress import announcer
@@ -63,7 +63,14 @@ def report(
     if bundle is None:
         if split is not None:
             raise UsageError(
-                f"--split {split} is for the page of a bundle; name one with --bundle, or leave --split out"
+                Message(
+                    Option("split", split),
+                    " is for the page of a bundle; name one with ",
+                    Option("bundle"),
+                    ", or leave ",
+                    Option("split"),
+                    " out",
+                )
             )
         shown = document or _last_document(kept, name)
         features, snapshot = _mapped(kept, shown, labels, say), str(shown["provenance"]["snapshot"])
@@ -88,8 +95,11 @@ def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
     require_snapshot(store, dataset)
     if not documents:
         raise UsageError(
-            f"the layers of dataset {dataset} have not been compared yet; run: featurepipe depth SOURCE --store {store.path}, "
-            "or show a bundle with --bundle BUNDLE"
+            Message(
+                f"the layers of dataset {dataset} have not been compared yet; run: featurepipe depth SOURCE --store "
+                f"{store.path}, or show a bundle with ",
+                Option("bundle", "BUNDLE"),
+            )
         )
     return documents[-1]
 

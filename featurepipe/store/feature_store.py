@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
-from featurepipe.errors import StoreError, UnknownSnapshot, UsageError
+from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError
 from featurepipe.store import runs, snapshots
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
@@ -210,10 +210,10 @@ class FeatureStore:
         self.check_exists()
         names = self.datasets()
         if len(names) != 1:
-            found = (
-                f"{len(names)} datasets ({', '.join(names)}); choose one with --dataset" if names else "no dataset yet"
-            )
-            raise UsageError(f"{self.path} holds {found}")
+            if not names:
+                raise UsageError(f"{self.path} holds no dataset yet")
+            several = f"{self.path} holds {len(names)} datasets ({', '.join(names)}); choose one with "
+            raise UsageError(Message(several, Option("dataset")))
         return names[0]
 
     def snapshot_ids(self, dataset: str) -> list[str]:

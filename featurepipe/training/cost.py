@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.families import HEADS, SMALL_VALUES
 from featurepipe.progress import spoken
 from featurepipe.tables import size
@@ -96,8 +96,12 @@ def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
         return Cost(rows, width, need, budget, out_of_core=prepared > budget, solver="blocks")
     others = ", ".join(name for name, family in HEADS.items() if family.out_of_core)
     raise UsageError(
-        f"{head} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and it has no "
-        f"out-of-core form; allow more with --memory, or choose one that has: {others}"
+        Message(
+            f"{head} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and it "
+            "has no out-of-core form; allow more with ",
+            Option("memory"),
+            f", or choose one that has: {others}",
+        )
     )
 
 
@@ -124,7 +128,10 @@ def _check(budget: int, width: int) -> None:
     least = LEAST_ROWS * width * np.dtype(np.float32).itemsize
     if budget < least:
         raise UsageError(
-            f"--memory {size(budget)} is too little for {width:,} values an image; give {size(least)} or more"
+            Message(
+                Option("memory", size(budget)),
+                f" is too little for {width:,} values an image; give {size(least)} or more",
+            )
         )
 
 

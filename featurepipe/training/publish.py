@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from featurepipe.errors import BundleError, UsageError
+from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
 from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS, check_bundle_target
 from featurepipe.heads.statistics.metrics import score_table, untested_text
@@ -116,7 +116,11 @@ def weights_copy(
         return
     if not str(space.notes.get("backbone", {}).get("weights", "")).startswith("file:"):
         raise UsageError(
-            f"the features of {space.name} were not computed with a weights file of yours; leave --weights out"
+            Message(
+                f"the features of {space.name} were not computed with a weights file of yours; leave ",
+                Option("weights"),
+                " out",
+            )
         )
     from safetensors.torch import save_file
 

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.store import FeatureStore
 
 RECOMMENDED = "recommended"
@@ -32,8 +32,11 @@ def last_comparison(store: FeatureStore, dataset: str, backbone: str | None, say
     if not documents:
         of = f" of {backbone}" if backbone else ""
         raise UsageError(
-            f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth SOURCE "
-            f"--store {store.path} --dataset {dataset}, or name a column with --node"
+            Message(
+                f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth "
+                f"SOURCE --store {store.path} --dataset {dataset}, or name a column with ",
+                Option("nodes"),
+            )
         )
     found, own = documents[-1]["recommended"], _with_labels_of(documents[-1])
     say(
@@ -58,11 +61,14 @@ def check_same_task(
         UsageError: no class is the same, so that the recommendation says nothing about this task.
     """
     compared = list(comparison["classes"])
-    again = "compare again with featurepipe depth, or name a column with --node"
+    again = Message("compare again with featurepipe depth, or name a column with ", Option("nodes"))
     if not set(classes) & set(compared):
         raise UsageError(
-            f"layers were compared on other classes{_with_labels_of(comparison)}: {_some(compared)}; to train are "
-            f"{_some(classes)}. Which layer is best for those may be none for these: {again}"
+            Message(
+                f"layers were compared on other classes{_with_labels_of(comparison)}: {_some(compared)}; to train are "
+                f"{_some(classes)}. Which layer is best for those may be none for these: ",
+                again,
+            )
         )
     differ = [f"{_some(names)} {what}" for names, what in (
         ([name for name in classes if name not in compared], "were not there then"),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
@@ -111,11 +111,14 @@ def _check(recipe: Recipe) -> None:
         raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
     if not 0 <= recipe.seed < 2**32:
         raise UsageError(f"seed {recipe.seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-    options = {"pca": "--pca", "class_weight": "--class-weight", "random_state": "--seed", "memory": "--memory"}
+    options = {"pca": "pca", "class_weight": "class_weight", "random_state": "seed", "memory": "memory"}
     taken = next((name for name in recipe.params if name in options), None)
     if taken:
         raise UsageError(
-            f"{taken} is no parameter of {recipe.head} to set; it has an option of its own: {options[taken]}"
+            Message(
+                f"{taken} is no parameter of {recipe.head} to set; it has an option of its own: ",
+                Option(options[taken]),
+            )
         )
     try:
         json.dumps(dict(recipe.params), allow_nan=False)
@@ -128,8 +131,11 @@ def _check(recipe: Recipe) -> None:
 
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
     raise UsageError(
-        f"none of the {len(features):,} images of dataset {features.origin.dataset} has a label; put them in "
-        "folders named by class and extract again, or give a CSV with the columns id and label: --labels FILE.csv"
+        Message(
+            f"none of the {len(features):,} images of dataset {features.origin.dataset} has a label; put them in "
+            "folders named by class and extract again, or give a CSV with the columns id and label: ",
+            Option("labels", "FILE.csv"),
+        )
     )
 
 
@@ -152,9 +158,11 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
         where = int(np.flatnonzero(train.codes(classes) == classes.index(few[0]))[0])
         have = "has" if len(few) == 1 else "have"
         raise UsageError(
-            f"{len(few)} of {len(classes)} classes {have} fewer than {least} training images, such as {few[0]!r} with "
-            f"{counts[few[0]]} (id {train.ids[where]}); give more images, take the labels away, or accept them with "
-            f"--min-class-size {min(counts[name] for name in few)}"
+            Message(
+                f"{len(few)} of {len(classes)} classes {have} fewer than {least} training images, such as {few[0]!r} with "
+                f"{counts[few[0]]} (id {train.ids[where]}); give more images, take the labels away, or accept them with ",
+                Option("min_class_size", min(counts[name] for name in few)),
+            )
         )
     return tuple(classes)
 

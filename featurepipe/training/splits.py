@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.sampling import fold_numbers
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def divide(
     if names:
         train, own, test, text = _own_splits(features, codes, names, split or "train")
     elif split is not None:
-        raise UsageError(f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave --split out")
+        what = f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave "
+        raise UsageError(Message(what, Option("split"), " out"))
     else:
         train, test = hold_out(features, codes, np.flatnonzero(codes >= 0), folds=TEST_FOLDS, seed=seed)
         own = test[:0]
@@ -97,8 +98,13 @@ def _own_splits(
     train, own, test = (np.flatnonzero((codes >= 0) & (splits == name)) for name in (wanted, "val", "test"))
     if not len(train):
         raise UsageError(
-            f"split {wanted} of dataset {features.origin.dataset} has no labelled image to train on; give "
-            f"labels with --labels FILE, or choose another with --split: {', '.join(names)}"
+            Message(
+                f"split {wanted} of dataset {features.origin.dataset} has no labelled image to train on; give labels with ",
+                Option("labels", "FILE"),
+                ", or choose another with ",
+                Option("split"),
+                f": {', '.join(names)}",
+            )
         )
     none = train[:0]
     text = f"the dataset's own splits ({', '.join(names)}), trained on {wanted}"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.families import make_head
@@ -98,8 +98,12 @@ class Task:
         if not usable:
             images = counted(len(division.final), "training image")
             raise UsageError(
-                f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
-                "leaves two classes; leave --tune out, or give more images"
+                Message(
+                    f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
+                    "leaves two classes; leave ",
+                    Option("tune"),
+                    " out, or give more images",
+                )
             )
         return usable
 

@@ -75,7 +75,7 @@ def test_columns_that_are_wrong(requested: str, message: str) -> None:
         ("efficientnet_lite", "DEFAULT", "efficientnet_lite0"),
         ("resnet50", "IMAGENET1K_V3", "unknown weights 'IMAGENET1K_V3' in resnet50; nearest: IMAGENET1K_V2"),
         ("efficientnet_lite0", "V2", "unknown weights 'V2' in efficientnet_lite0; choices: IMAGENET1K, DEFAULT, none"),
-        ("lenet5", "DEFAULT", "use --weights none --seed N for a random network, or --weights FILE.pth"),
+        ("lenet5", "DEFAULT", "use weights='none' and a seed for a random network, or weights='FILE.pth'"),
     ],
 )
 def test_names_that_are_wrong(name: str, weights: str, message: str) -> None:

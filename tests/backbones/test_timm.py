@@ -95,7 +95,7 @@ def test_a_dead_network_is_asked_once_and_the_error_says_what_to_do(monkeypatch,
     for part in (
         "'a1_in1k' of timm/resnet18",
         "model.safetensors of the Hugging Face repository timm/resnet18.a1_in1k",
-        "--backbone timm/resnet18.a1_in1k --weights FILE",
+        "backbone='timm/resnet18.a1_in1k' weights='FILE'",
         f"{tmp_path} (HF_HUB_CACHE)",
         "efficientnet_lite0",
     ):

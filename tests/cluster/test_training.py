@@ -120,7 +120,7 @@ def test_a_dry_run_says_where_and_connects_to_nobody(zoo, tmp_path):
     assert "spread over the workers of tcp://127.0.0.1:9: blocks" in cost_text(found)
     assert found["cost"]["cluster"] == "tcp://127.0.0.1:9"
     assert "in memory, scikit-learn" in cost_text(train(zoo.store, head="knn", **options))
-    with pytest.raises(UsageError, match=r"--memory 2.0 kB is too little"):
+    with pytest.raises(UsageError, match=r"memory='2.0 kB' is too little"):
         train(zoo.store, memory="2kB", **options)
 
 

@@ -139,7 +139,7 @@ def test_labels_that_the_bundle_does_not_know_are_refused_or_left_out_if_asked(z
     test = zoo.images("test", 10)
     zoo.write([*train, *test])
     with pytest.raises(
-        UsageError, match=r"in split test, 10 have .*: 'emu' \(10\); it knows 'cat', 'dog'.*--ignore-unk"
+        UsageError, match=r"in split test, 10 have .*: 'emu' \(10\); it knows 'cat', 'dog'.*ignore_unknown_classes=True"
     ):
         evaluate(bundle, zoo.store, silent=True)
     found = evaluate(bundle, zoo.store, ignore_unknown_classes=True, bootstrap=0, silent=True)
@@ -153,7 +153,7 @@ def test_a_split_of_unknown_classes_alone_is_refused_in_any_case(zoo):
     zoo.write([row for row in zoo.images("test") if row.label == "emu"])
     with pytest.raises(UsageError, match=r"'emu' \(40\)") as caught:
         evaluate(bundle, zoo.store, ignore_unknown_classes=True, silent=True)
-    assert "--ignore-unknown-classes" not in str(caught.value)
+    assert "ignore_unknown_classes" not in str(caught.value)
 
 
 def test_many_unknown_labels_are_counted_and_the_most_frequent_named(zoo):
@@ -166,7 +166,7 @@ def test_many_unknown_labels_are_counted_and_the_most_frequent_named(zoo):
 def test_a_split_without_labels_is_refused(zoo):
     train = zoo.images("train")
     zoo.write([*train, *(dataclasses.replace(row, label=None) for row in zoo.images("test", 5))])
-    with pytest.raises(UsageError, match=r"none of the 15 images of split test has a label; .*--labels FILE.csv"):
+    with pytest.raises(UsageError, match=r"none of the 15 images of split test has a label; .*labels='FILE.csv'"):
         evaluate(zoo.bundle(train), zoo.store, silent=True)
 
 
@@ -201,7 +201,7 @@ def precision_space(zoo, precision):
 
 def test_a_store_of_several_datasets_needs_a_name(zoo, split):
     zoo.write(zoo.images("x"), name="farm")
-    with pytest.raises(UsageError, match=r"2 datasets \(farm, zoo\); choose one with --dataset"):
+    with pytest.raises(UsageError, match=r"2 datasets \(farm, zoo\); choose one with dataset"):
         evaluate(split[2], zoo.store, silent=True)
     with pytest.raises(UsageError, match=r"unknown dataset 'zo'.*nearest: zoo"):
         evaluate(split[2], zoo.store, dataset="zo", silent=True)

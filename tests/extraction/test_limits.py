@@ -39,8 +39,8 @@ def slow(album, each=0.02, then=lambda: None):
 # --- images that are gone ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("max_gone", "says"), [("30%", "30%"), (3, "3"), ("0", "0"), ("39.9%", "39.9%")])
-def test_too_many_gone_are_refused_before_anything_is_read(album, run, max_gone, says):
+@pytest.mark.parametrize("max_gone", ["30%", 3, "0", "39.9%"])
+def test_too_many_gone_are_refused_before_anything_is_read(album, run, max_gone):
     album.fill(10)
     run(album.root)
     for number in range(4):
@@ -48,7 +48,7 @@ def test_too_many_gone_are_refused_before_anything_is_read(album, run, max_gone,
     album.fill(20, first=100)
     before = run.store.snapshot_ids("album"), run.parts(), run.store.runs()
     with pytest.raises(
-        SourceError, match=f"4 of the 10 images .* gone from album, more than --max-gone {says} allows"
+        SourceError, match=f"4 of the 10 images .* gone from album, more than max_gone={max_gone!r} allows"
     ) as caught:
         run(album.root, max_gone=max_gone)
     assert (run.reads, run.forwards) == (0, 0)
@@ -76,7 +76,7 @@ def test_an_empty_source_is_refused(album, run, max_gone):
     run(album.root)
     shutil.rmtree(album.root)
     album.root.mkdir()
-    with pytest.raises(SourceError, match=r"the last snapshot has 3. If they are gone on purpose: --max-gone 100%"):
+    with pytest.raises(SourceError, match=r"the last snapshot has 3. If they are gone on purpose: max_gone='100%'"):
         run(album.root, max_gone=max_gone)
     assert len(run.store.snapshot_ids("album")) == 1
 
@@ -101,7 +101,7 @@ def test_an_empty_source_can_be_meant(album, run):
 
 def test_too_little_space_is_said_before_anything_is_read(album, run):
     album.fill(3)
-    with pytest.raises(DiskFull, match=r"are free on the disk of .*, less than the 900,000.0 TB of --min-free"):
+    with pytest.raises(DiskFull, match=r"are free on the disk of .*, less than the 900,000.0 TB of min_free"):
         run(album.root, min_free="900000TB")
     assert (run.reads, run.store.runs(), run.store.datasets()) == (0, [], [])
     assert run(album.root, min_free="1kB")["status"] == "done"
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_everything_committed(album, run,
     free = iter([10_000] * 8)
     monkeypatch.setattr(limits, "LOOK_EVERY", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=next(free, 4_999)))
-    with pytest.raises(DiskFull, match=r"5.0 kB are free .* less than the 5.0 kB of --min-free"):
+    with pytest.raises(DiskFull, match=r"5.0 kB are free .* less than the 5.0 kB of min_free"):
         run(album.root, min_free=5_000, batch_size=2)
     (record,) = run.store.runs()
     assert (record["status"], record["exit_code"], record["changes"]) == ("failed", 1, None)

@@ -332,7 +332,7 @@ def test_a_space_whose_decoding_needs_a_gpu_is_not_silently_left(album, run):
         writer.add(np.zeros((1, 32), np.uint8), ["x"], [1], [1], {"f6:gap": np.ones((1, 84), np.float32)})
     for path in (*run.path.glob("runs/*"), *space.path.glob("parts/*")):
         path.unlink()
-    with pytest.raises(UsageError, match=r"--decode cpu"):
+    with pytest.raises(UsageError, match=r"decode='cpu' starts another"):
         run(album.root)
 
 

@@ -111,7 +111,7 @@ def test_links_in_a_folder_and_in_a_glob(place, spec):
 
 def test_what_makes_no_sense(place):
     with pytest.raises(
-        UsageError, match=r"^memory://elsewhere is not below /data, .*add --only-under memory://elsewhere"
+        UsageError, match=r"^memory://elsewhere is not below /data, .*add only_under='memory://elsewhere'"
     ):
         open_source("memory://elsewhere", only_under="/data")
     with pytest.raises(UsageError, match=r"names no folder"):

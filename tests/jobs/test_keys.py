@@ -2,47 +2,48 @@
 
 import pytest
 
-from featurepipe.errors import SourceError, UsageError
-from featurepipe.jobs.validation import in_keys
+from featurepipe.errors import Message, Option, SourceError, UsageError
+from featurepipe.jobs.validation import keys_of, result_in_keys
 
 TWO = '[[features]]\nbackbone = "lenet5"\nnodes = ["c3"]\n'
 
 
 @pytest.mark.parametrize(
-    ("step", "text", "expected"),
+    ("step", "name", "value", "expected"),
     [
-        ("extract", "gone on purpose: --max-gone 100%", 'gone on purpose: [limits] max_gone = "100%"'),
-        ("extract", "more than --max-gone 50% allows", 'more than [limits] max_gone = "50%" allows'),
-        ("extract", "on purpose: --max-gone 1,200", "on purpose: [limits] max_gone = 1200"),
-        ("extract", "less than the 20 GB of --min-free; all", "less than the 20 GB of [limits] min_free; all"),
-        ("extract", "add --workers or use --decode gpu", 'add [machine] workers or use [[features]] decode = "gpu"'),
-        ("extract", "another name: --dataset NAME", 'another name: dataset = "NAME"'),
-        ("extract", "--weights none --seed N", '[[features]] weights = "none" [[features]] seed = "N"'),
-        ("train", "a column with --node", "a column with [[train]] nodes"),
-        ("train", "--labels FILE.csv", '[[train]] labels = "FILE.csv"'),
-        ("train", "accept them with --min-class-size 1", "accept them with [[train]] min_class_size = 1"),
-        ("train", "allow more with --memory, or", "allow more with [[train]] memory, or"),
-        ("train", "--memory 4.0 GB is too little", '[[train]] memory = "4.0 GB" is too little'),
-        ("depth", "give --labels FILE.csv", 'give [depth] labels = "FILE.csv"'),
-        ("depth", "more than --max-width 9,000 allows", "more than [depth] max_width = 9000 allows"),
+        ("extract", "max_gone", "100%", '[limits] max_gone = "100%"'),
+        ("extract", "max_gone", 1200, "[limits] max_gone = 1200"),
+        ("extract", "min_free", None, "[limits] min_free"),
+        ("extract", "workers", None, "[machine] workers"),
+        ("extract", "decode", "gpu", '[[features]] decode = "gpu"'),
+        ("extract", "dataset", "NAME", 'dataset = "NAME"'),
+        ("list", "only_under", "/data", '[source] only_under = "/data"'),
+        ("train", "nodes", None, "[[train]] nodes"),
+        ("train", "labels", "FILE.csv", '[[train]] labels = "FILE.csv"'),
+        ("train", "min_class_size", 1, "[[train]] min_class_size = 1"),
+        ("train", "memory", "4.0 GB", '[[train]] memory = "4.0 GB"'),
+        ("train", "tune", True, "[[train]] tune = true"),
+        ("predict", "raw_ids", True, "[[predict]] raw_ids = true"),
+        ("depth", "max_width", 9000, "[depth] max_width = 9000"),
     ],
 )
-def test_options_become_keys(step, text, expected):
-    assert in_keys(text, step) == expected
+def test_options_become_keys(step, name, value, expected):
+    assert keys_of(step)(Option(name, value)) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "run: featurepipe extract SOURCE --store 'my store' --dataset photos --node c3",
-        "run: pip install --upgrade featurepipe",
-        "know who made the bundle: --trust-code, or trust_code=True in Python",
-        "a--max-gone 3 is no option, nor is -- or a dash - or photos/--max.png",
-        "",
-    ],
-)
-def test_what_is_to_be_typed_or_has_no_key_stays(text):
-    assert in_keys(text, "extract") == text
+@pytest.mark.parametrize("step", ["extract", "lock", "run"])
+def test_options_without_a_key_stay_as_on_the_command_line(step):
+    assert keys_of(step)(Option("trust_code", value=True)) == "--trust-code"
+
+
+def test_of_a_result_what_is_shown_is_told_in_keys():
+    said = Message("3 cells of a.csv; ", Option("raw_ids", value=True), " keeps them")
+    told = result_in_keys({"warnings": [said, "see --raw-ids"], "text": said, "counts": {"read": 1}}, "predict")
+    assert told == {
+        "warnings": ["3 cells of a.csv; [[predict]] raw_ids = true keeps them", "see --raw-ids"],
+        "text": "3 cells of a.csv; [[predict]] raw_ids = true keeps them",
+        "counts": {"read": 1},
+    }
 
 
 def errors(record):

@@ -353,11 +353,11 @@ def test_drift_that_fails_the_night_leaves_what_it_found(pile, steps):
     pile.fill(2)
     pile.job(ALL_STEPS)
     error = FeaturepipeError("the images have drifted")
-    error.result = {"columns": [{"column": "c3:gap", "adjusted": 1e-9}]}
+    error.record = {"columns": [{"column": "c3:gap", "adjusted": 1e-9}]}
     steps.acts["drift"] = raising(error)
     record = pile.run()
     (entry,) = (entry for entry in record["steps"] if entry["step"] == "drift")
-    assert (entry["status"], entry["result"]) == ("failed", error.result)
+    assert (entry["status"], entry["result"]) == ("failed", error.record)
     assert steps.nights["metrics"].record["steps"][4] == entry
 
 

@@ -294,7 +294,7 @@ def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
     with pytest.raises(FeaturepipeError, match=r"are not like those of .* differs most \(p = ") as caught:
         steps.drift(night, DriftTable(warn=0.01, fail=0.005, seed=1))
     assert caught.value.exit_code == 1
-    assert caught.value.result["columns"] == worried["columns"]
+    assert caught.value.record["columns"] == worried["columns"]
 
 
 def test_drift_compares_with_the_night_before_though_tonight_has_two_snapshots(nights, zoo, rows):
@@ -527,7 +527,7 @@ def test_drift_goes_on_from_the_reference_that_the_job_named(nights, zoo, rows):
     night = nights.begin([*rows[:20], *emus])
     with pytest.raises(FeaturepipeError) as caught:
         steps.drift(night, DriftTable(fail=0.005))
-    nights.end(night, entry("drift", caught.value.result, "failed"), exit_code=1)
+    nights.end(night, entry("drift", caught.value.record, "failed"), exit_code=1)
     odd = night.extracted[0]["run_id"]
     assert f'reference = "{odd}"' in str(caught.value)
     with pytest.raises(FeaturepipeError):

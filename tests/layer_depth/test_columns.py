@@ -87,7 +87,7 @@ def test_a_column_named_twice_is_compared_once(network):
 def test_columns_that_are_too_wide_are_left_out(network):
     found = names(choose_columns(network("lenet5"), ["c1", "c3:gap", "f6"], ["flatten", "gap"], 1000))
     assert found == ["c1:gap", "c3:gap", "f6:gap"]
-    with pytest.raises(UsageError, match=r"c1:flatten has 4,704 values an image, more than --max-width 1,000 allows"):
+    with pytest.raises(UsageError, match=r"c1:flatten has 4,704 values an image, more than max_width=1000 allows"):
         choose_columns(network("lenet5"), ["c1:flatten", "c3:gap", "f6"], None, 1000)
 
 
@@ -98,10 +98,10 @@ def test_auto_may_stand_beside_nodes(network):
 
 def test_one_column_is_no_comparison(network):
     lenet = network("lenet5")
-    with pytest.raises(UsageError, match=r"two columns or more, and 1 of f6:gap \(84\) is at most --max-width 9,000"):
+    with pytest.raises(UsageError, match=r"two columns or more, and 1 of f6:gap \(84\) is at most max_width=9000"):
         choose_columns(lenet, ["f6"], None, 9000)
     with pytest.raises(
-        UsageError, match=r"and 0 of c1:avg4x4 \(96\), s4:avg4x4 \(256\) are at most --max-width 50 wide"
+        UsageError, match=r"and 0 of c1:avg4x4 \(96\), s4:avg4x4 \(256\) are at most max_width=50 wide"
     ):
         choose_columns(lenet, ["c1", "s4"], ["avg4x4"], 50)
 

@@ -344,7 +344,7 @@ def test_a_source_of_the_same_name_replaces_nothing(run, pictures, tmp_path):
     first = pictures()
     other = pictures("elsewhere/halves", count=5, start=500)
     run(first)
-    with pytest.raises(UsageError, match=r"both sources would be dataset 'halves'; .* --dataset halves-source"):
+    with pytest.raises(UsageError, match=r"both sources would be dataset 'halves'; .* dataset='halves-source'"):
         run(first, test_source=other)
     assert len(FeatureStore(tmp_path / "store").features("halves", node="c1:avg7x7")) == 24
 
@@ -385,11 +385,11 @@ def test_what_cannot_be_compared_is_refused(run, pictures, tmp_path, spies):
         run(source, heads=("logistics",))
     with pytest.raises(UsageError, match=r"cannot write .*page.html: there is no folder"):
         run(source, report=tmp_path / "missing" / "page.html")
-    with pytest.raises(UsageError, match="--control 'untrained': random is the only one"):
+    with pytest.raises(UsageError, match="control='untrained': random is the only one"):
         run(source, control="untrained")
-    with pytest.raises(UsageError, match="--weights none is a random network already"):
+    with pytest.raises(UsageError, match="weights='none' is a random network already"):
         run(source, control="random")
-    with pytest.raises(UsageError, match="--folds 0: cross-validation needs 2"):
+    with pytest.raises(UsageError, match="folds=0: cross-validation needs 2"):
         run(source, folds=0)
     assert spies.forwards == 0  # all of this is known before the first image
     assert not (tmp_path / "store").exists()
@@ -413,7 +413,7 @@ def test_one_class_and_no_label_are_refused(run, pictures, tmp_path):
     flat.mkdir()
     for path in (single / "left").iterdir():
         path.rename(flat / path.name)
-    with pytest.raises(UsageError, match=r"dataset flat has 0 labelled images of 0 classes.*--labels FILE.csv"):
+    with pytest.raises(UsageError, match=r"dataset flat has 0 labelled images of 0 classes.*labels='FILE.csv'"):
         run(flat)
 
 

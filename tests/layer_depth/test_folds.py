@@ -150,7 +150,7 @@ def test_test_images_of_classes_that_nobody_learns_take_no_part():
 @pytest.mark.parametrize("splits", [["train"] * 10, ["test"] * 10, [None] * 10, ["train"] * 5 + ["val"] * 5])
 def test_missing_splits_are_named(splits):
     there = ", ".join(sorted({str(split) for split in splits}))
-    with pytest.raises(UsageError, match=rf"dataset album needs .* train and test for --split \(it has: {there}\)"):
+    with pytest.raises(UsageError, match=rf"dataset album needs .* train and test for split \(it has: {there}\)"):
         own_split(Rows(range(10), splits), np.arange(10) % 2, seeds=1)
 
 
@@ -168,19 +168,19 @@ def test_too_small_own_splits_are_refused(codes, splits):
 
 
 def test_too_few_images_are_refused_in_numbers():
-    with pytest.raises(UsageError, match=r"3 labelled images of 2 classes are too few for such folds.* fewer --folds"):
+    with pytest.raises(UsageError, match=r"3 labelled images of 2 classes are too few for such folds.* fewer folds"):
         cross_validation(Rows(range(3)), np.array([0, 0, 1]), folds=2, seeds=1)
 
 
 @pytest.mark.parametrize(
     ("protocol", "message"),
     [
-        (Protocol(("logistic",), 1, 1), "--folds 1: cross-validation needs 2 folds or more"),
-        (Protocol(("logistic",), 0, 1), "--folds 0: cross-validation needs 2"),
-        (Protocol(("logistic",), 5, 0), "--seeds 0: at least 1"),
+        (Protocol(("logistic",), 1, 1), "folds=1: cross-validation needs 2 folds or more"),
+        (Protocol(("logistic",), 0, 1), "folds=0: cross-validation needs 2"),
+        (Protocol(("logistic",), 5, 0), "seeds=0: at least 1"),
         (Protocol(("logistik",), 5, 1), "unknown head 'logistik'.*nearest: logistic"),
-        (Protocol(("knn", "knn"), 5, 1), "--heads 'knn,knn': name each head once"),
-        (Protocol((), 5, 1), "--heads '': name each head once"),
+        (Protocol(("knn", "knn"), 5, 1), "heads='knn,knn': name each head once"),
+        (Protocol((), 5, 1), "heads='': name each head once"),
     ],
 )
 def test_protocols_that_measure_nothing_are_refused(protocol, message):

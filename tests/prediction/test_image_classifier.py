@@ -313,7 +313,7 @@ def test_a_network_that_cannot_be_traced_works_too(tmp_path, monkeypatch):
                     space.fingerprint, features.columns, "logistic", {}, head, ("a", "b"), None, {}, {},
                     np.zeros(0, np.uint64))  # fmt: skip
     with pytest.raises(
-        BundleError, match=r"untraceable_net:make: loading it imports and runs that module.*--trust-code"
+        BundleError, match=r"untraceable_net:make: loading it imports and runs that module.*trust_code=True"
     ):
         ImageClassifier.load(bundle)
     classifier = ImageClassifier.load(bundle, trust_code=True)
@@ -332,7 +332,7 @@ def test_a_bundle_that_names_a_module_does_not_get_it_imported(album, tmp_path, 
     monkeypatch.chdir(tmp_path)
     bundle = album.bundle()
     forged = replace(bundle, backbone={**bundle.backbone, "name": "evil_net:make"})
-    with pytest.raises(BundleError, match="--trust-code"):
+    with pytest.raises(BundleError, match="trust_code=True"):
         ImageClassifier.load(forged)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FeaturepipeError):  # the attack works where it is allowed to

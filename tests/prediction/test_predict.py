@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(album, tmp_pat
         (
             "weights_sha256",
             "0" * 64,
-            r"weights_sha256 differs\. Give the weights that it was trained with: --weights FILE",
+            r"weights_sha256 differs\. Give the weights that it was trained with: weights='FILE'",
         ),
         ("architecture", "builtin/other", "architecture differs"),
         ("preprocessing", {"resize": 5}, r"preprocessing\.antialias, .*preprocessing\.std differ"),
@@ -187,7 +187,7 @@ def test_precision_dtype_and_decoding_are_the_bundles(album, monkeypatch):
     monkeypatch.setattr(Engine, "__init__", noting)
     predict(replace(album.bundle(), space={**album.bundle().space, "precision": "bf16"}), album.root, **OPTIONS)
     assert seen["precision"] == "bf16"
-    with pytest.raises(UsageError, match="decode 'gpu' needs --device cuda"):
+    with pytest.raises(UsageError, match="decode 'gpu' needs device='cuda'"):
         predict(replace(album.bundle(), space={**album.bundle().space, "decode": "gpu"}), album.root, **OPTIONS)
 
 

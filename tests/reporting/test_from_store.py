@@ -150,7 +150,7 @@ def test_the_map_shows_the_labels_that_were_compared_with(compared, tmp_path, gi
 
 def test_a_split_is_for_bundles_and_a_folder_is_no_page(compared, tmp_path):
     compared.compared()
-    with pytest.raises(UsageError, match="--split test is for the page of a bundle"):
+    with pytest.raises(UsageError, match="split='test' is for the page of a bundle"):
         report(compared.store, tmp_path / "page.html", split="test", silent=True)
     with pytest.raises(UsageError, match="it is a folder; name a file in it"):
         report(compared.store, tmp_path, silent=True)
@@ -233,7 +233,7 @@ def test_what_was_not_compared_has_no_page(compared, tmp_path):
 def test_of_several_datasets_one_must_be_named(compared, tmp_path, given):
     compared.compared()
     compared.write(compared.images("more", 3), "ark")
-    with pytest.raises(UsageError, match=r"2 datasets \(ark, zoo\); choose one with --dataset"):
+    with pytest.raises(UsageError, match=r"2 datasets \(ark, zoo\); choose one with dataset"):
         report(compared.store, tmp_path / "page.html", silent=True)
     report(compared.store, tmp_path / "page.html", dataset="zoo", silent=True)
     assert given["document"]["dataset"] == "zoo"

@@ -102,5 +102,5 @@ def test_splits_that_are_not_there_are_named_with_the_choices(zoo):
 
 def test_a_split_of_a_dataset_without_splits_is_refused(zoo):
     zoo.write(zoo.images(None))
-    with pytest.raises(UsageError, match="has no splits; leave --split out"):
+    with pytest.raises(UsageError, match="has no splits; leave split out"):
         division_of(zoo, "train")

@@ -92,7 +92,7 @@ def test_a_family_without_blocks_is_refused_when_memory_is_short(zoo, run):
     zoo.write(zoo.images("train", 1500))
     with pytest.raises(UsageError, match=r"knn on 4,500 x 3 features needs about .* choose one that has: logistic"):
         run(zoo, head="knn", memory="60kB")
-    with pytest.raises(UsageError, match=r"--memory 2.0 kB is too little for 3 values an image; give 12.3 kB or more"):
+    with pytest.raises(UsageError, match=r"memory='2.0 kB' is too little for 3 values an image; give 12.3 kB or more"):
         run(zoo, memory=2000)
 
 
@@ -188,14 +188,14 @@ def test_one_class_only(zoo, run):
 def test_a_class_with_one_image_is_named_with_its_id_and_can_be_accepted(zoo, run):
     rows = [*zoo.images("train"), zoo.image("lonely.png", "emu-lonely", "yak", "train")]
     zoo.write(rows)
-    with pytest.raises(UsageError, match=r"such as 'yak' with 1 \(id lonely.png\).*--min-class-size 1"):
+    with pytest.raises(UsageError, match=r"such as 'yak' with 1 \(id lonely.png\).*min_class_size=1"):
         run(zoo)
     assert run(zoo, min_class_size=1)["classes"]["yak"] == 1
 
 
 def test_no_label_at_all(zoo, run):
     zoo.write([replace(row, label=None) for row in zoo.images("train")])
-    with pytest.raises(UsageError, match=r"none of the 120 images of dataset zoo has a label.*--labels FILE"):
+    with pytest.raises(UsageError, match=r"none of the 120 images of dataset zoo has a label.*labels='FILE"):
         run(zoo)
 
 

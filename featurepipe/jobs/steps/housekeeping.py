@@ -101,7 +101,7 @@ def _alone(night: Night, work: Callable[[], dict[str, Any]], otherwise: str) -> 
     try:
         return within_time(night.stop.deadline, work, otherwise)
     except StoreLocked as error:
-        return {"skipped": f"the store was not to be had alone: {otherwise}", "warnings": [str(error)]}
+        return {"skipped": f"the store was not to be had alone: {otherwise}", "warnings": [error.message]}
 
 
 METRICS_SECONDS = 5.0

@@ -19,15 +19,7 @@ from featurepipe.tables import counted
 
 
 class Drifted(FeaturepipeError):
-    """Tonight's images differ from those of before by more than the job puts up with.
-
-    Attributes:
-        result: what the step found, for the run record.
-    """
-
-    def __init__(self, message: str, result: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.result = result
+    """Tonight's images differ from those of before by more than the job puts up with; its record is what the step found."""
 
 
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def _tested(
             f"new images are not like those of {found['reference']}: {least}; they are tested again every night until they "
             f"are gone or accepted; if they are as they should be: {_accept(night)}, or run once with "
             f'reference = "{snapshot}"',
-            result,
+            record=result,
         )
     if found["verdict"] == WARNING:
         result["warnings"] = [
