@@ -261,4 +261,6 @@ def _missing(labels: Any, found: Array) -> npt.NDArray[np.intp]:
         return np.flatnonzero([is_missing(label) for label in values])
     if found.dtype.kind in "mM":
         return np.flatnonzero(np.isnat(values))
+    if found.dtype.kind == "f":
+        return np.flatnonzero(np.isnan(values))
     return np.flatnonzero(values == "nan") if found.dtype.kind == "U" else np.empty(0, np.intp)

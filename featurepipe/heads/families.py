@@ -135,7 +135,7 @@ _FAMILIES = (
     HeadFamily(
         "lda",
         "linear discriminant analysis: Gaussian classes with one covariance, shrunk as Ledoit and Wolf do",
-        _place("sklearn.discriminant_analysis", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
+        _place("featurepipe.heads.linear.weighted", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
         _place("featurepipe.heads.linear.lda", "BlockLinearDiscriminantAnalysis", shrinkage="auto"),
         _grid(shrinkage=(0.0, 0.001, 0.01, 0.1, 0.3, "auto")),
         bytes_per_value=32,
@@ -146,7 +146,7 @@ _FAMILIES = (
     HeadFamily(
         "knn",
         "vote of the nearest training images; keeps all their features",
-        _place("sklearn.neighbors", "KNeighborsClassifier", algorithm="brute"),
+        _place("featurepipe.heads.linear.weighted", "KNeighborsClassifier", algorithm="brute"),
         _ours("neighbours", "BlockNeighbours"),
         _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance")),
         bytes_per_value=8,

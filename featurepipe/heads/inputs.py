@@ -124,17 +124,16 @@ def training_data(
 def classes_of(labels: Array) -> tuple[Array, Codes]:
     """Returns the distinct labels, sorted, and each row's position among them.
 
+    Args:
+        labels: (n,), none of them missing (``labels_of``).
+
     Raises:
-        UsageError: A label is NaN, or all are the same.
+        UsageError: A label is infinite, or all are the same.
         ValueError: The labels are numbers on a scale, not classes.
     """
     if labels.dtype.kind == "f" and not _all_finite(labels):
         bad = np.flatnonzero(~np.isfinite(labels))
-        raise UsageError(f"Input y contains NaN or infinity: {_rows(bad)}; leave these rows out")
-    if labels.dtype.kind == "O":
-        bad = np.flatnonzero([label is None or label != label for label in labels])  # noqa: PLR0124 - NaN, or pandas' NaT
-        if len(bad):
-            raise UsageError(f"Input y contains NaN or None, missing labels: {_rows(bad)}; leave these rows out")
+        raise UsageError(f"Input y contains infinity: {_rows(bad)}; leave these rows out")
     check_classification_targets(labels)
     classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
@@ -263,10 +262,10 @@ def combined_weights(
         if not weights.any():
             raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
     if isinstance(class_weight, str) and class_weight == "balanced":
-        by_class = np.array(list(balanced(classes, codes, weights).values()))[codes]
-    elif class_weight is not None:
-        by_class = compute_sample_weight(class_weight, labels)
+        by_class = np.array(list(balanced(classes, codes, weights).values()))[codes]  # looks at the sums of the classes
+        return np.asarray(by_class if weights is None else weights * by_class)
     if class_weight is not None:
+        by_class = compute_sample_weight(class_weight, labels)
         weights = np.asarray(by_class if weights is None else weights * by_class)
     if weights is not None:
         _sums_of_classes(codes, weights, classes)

@@ -19,12 +19,24 @@ def with_(value, row=3):
 @pytest.mark.parametrize("out_of_core", [False, True])
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_every_head_names_the_row(name, out_of_core):
-    if out_of_core and not HEADS[name].out_of_core:
-        pytest.skip("in memory only")
     X = np.random.default_rng(0).normal(size=(20, 3))
-    ours = r"1 of 20 rows have no label \(the first is row 3\); it is nan; leave"
-    with pytest.raises(ValueError, match=f"{ours}|Input (y )?contains NaN"):  # the latter are scikit-learn's own words
-        make_head(name, out_of_core=out_of_core).fit(X, with_(np.nan))
+    head = make_head(name, out_of_core=out_of_core)
+    numbers = np.array([0.0, 1.0] * 10)
+    numbers[3] = np.nan
+    rows = r"1 of 20 rows have no label \(the first is row 3\); "
+    for labels in (with_(np.nan), with_(np.nan).tolist(), numbers):  # of a list, NumPy makes the text "nan"
+        with pytest.raises(UsageError, match=rows + "it is nan; leave them out"):
+            head.fit(X, labels)
+    for labels in (with_(None), with_(None).tolist()):
+        with pytest.raises(UsageError, match=rows + "leave them out"):
+            head.fit(X, labels)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, family in HEADS.items() if family.weights))
+def test_with_weights_too(name):
+    X = np.random.default_rng(0).normal(size=(20, 3))
+    with pytest.raises(UsageError, match=r"1 of 20 rows have no label"):
+        make_head(name, scale=False).fit(X, with_(None), sample_weight=np.ones(20))
 
 
 @pytest.mark.parametrize(

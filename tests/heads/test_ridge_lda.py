@@ -143,7 +143,7 @@ class TestBadInput:
             head.fit(stored(np.eye(4)), ["a", "b", "c"])
 
     def test_labels_that_are_nan_are_named(self, head):
-        with pytest.raises(UsageError, match=r"y contains NaN or infinity: row 1"):
+        with pytest.raises(UsageError, match=r"1 of 3 rows have no label \(the first is row 1\); it is nan"):
             head.fit(np.eye(3), [0.0, np.nan, 1.0])
 
 

@@ -33,6 +33,8 @@ OURS = (
     "featurepipe.heads.preprocessing.BlockPCA",
     "featurepipe.heads.linear.ridge.BlockRidgeClassifier",
     "featurepipe.heads.preprocessing.BlockScaler",
+    "featurepipe.heads.linear.weighted.KNeighborsClassifier",
+    "featurepipe.heads.linear.weighted.LinearDiscriminantAnalysis",
     "featurepipe.heads.linear.weighted.LinearSVC",
     "featurepipe.heads.linear.weighted.LogisticRegression",
     "featurepipe.heads.linear.weighted.RidgeClassifier",

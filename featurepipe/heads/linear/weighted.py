@@ -1,26 +1,45 @@
-"""scikit-learn's linear classifiers under one rule for weights of rows and classes, that of ``inputs.combined_weights``.
+"""scikit-learn's own classifiers under this package's rules for labels and weights.
 
-Of its own, ``RidgeClassifier`` balances classes by rows and ``LogisticRegression`` (since 1.7) by summed weights, and a class
-whose rows all weigh nothing stays among the classes. Without ``sample_weight`` they are scikit-learn's as they are.
+A missing label (None, NaN) is refused by ``blocks.labels_of``, as in every head: scikit-learn compares it with the others and
+raises a bare TypeError, or takes the NaN of a list of texts for a class. Weights of rows and classes follow
+``inputs.combined_weights``: of its own, ``RidgeClassifier`` balances classes by rows and ``LogisticRegression`` (since 1.7) by
+summed weights, and a class whose rows all weigh nothing stays among the classes. Otherwise they are scikit-learn's as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any, Self
 
-import numpy as np
-from sklearn import linear_model, svm
+from sklearn import discriminant_analysis, linear_model, neighbors, svm
 
-from featurepipe.heads.blocks import Array
-from featurepipe.heads.inputs import balanced, classes_of, combined_weights
+from featurepipe.heads.blocks import Array, labels_of
+from featurepipe.heads.inputs import BlockClassifier, balanced, classes_of, combined_weights
 
 
-class _OneRuleForWeights:
-    """Checks ``sample_weight`` and balances classes by their summed weights before the estimator sees them."""
+class _CheckedLabels(BlockClassifier):
+    """Refuses missing labels before the estimator sees them."""
+
+    def fit(self, X: Array, y: Any) -> Self:
+        """Fits; see scikit-learn.
+
+        Args:
+            X: (n, D) array.
+            y: (n,) labels.
+
+        Raises:
+            UsageError: Rows have no label.
+        """
+        fit: Any = super().fit  # type: ignore[misc]
+        fit(X, labels_of(X, y))
+        return self
+
+
+class _OneRuleForWeights(BlockClassifier):
+    """Refuses missing labels, checks ``sample_weight`` and balances classes by their summed weights before the estimator."""
 
     class_weight: Any
 
-    def fit(self, X: Array, y: Array, sample_weight: Any = None) -> Self:
+    def fit(self, X: Array, y: Any, sample_weight: Any = None) -> Self:
         """Fits; see scikit-learn.
 
         Args:
@@ -29,20 +48,20 @@ class _OneRuleForWeights:
             sample_weight: (n,) or one number.
 
         Raises:
-            UsageError: Weights are negative, not finite or too few, or all those of a class are zero.
+            UsageError: Rows have no label; or weights are negative, not finite or too few, or all those of a class are zero.
         """
         fit: Any = super().fit  # type: ignore[misc]
+        labels = labels_of(X, y)
         if sample_weight is None:
-            fit(X, y)
+            fit(X, labels)
             return self
-        labels = np.asarray(y)
         classes, codes = classes_of(labels)
         weights = combined_weights(sample_weight, None, labels, classes, codes)
         asked = self.class_weight
         if isinstance(asked, str) and asked == "balanced":
             self.class_weight = balanced(classes, codes, weights)
         try:
-            fit(X, y, sample_weight=weights)
+            fit(X, labels, sample_weight=weights)
         finally:
             self.class_weight = asked
         return self
@@ -58,3 +77,11 @@ class LinearSVC(_OneRuleForWeights, svm.LinearSVC):  # type: ignore[misc]
 
 class RidgeClassifier(_OneRuleForWeights, linear_model.RidgeClassifier):  # type: ignore[misc]
     """``sklearn.linear_model.RidgeClassifier``; see this module."""
+
+
+class LinearDiscriminantAnalysis(_CheckedLabels, discriminant_analysis.LinearDiscriminantAnalysis):  # type: ignore[misc]
+    """``sklearn.discriminant_analysis.LinearDiscriminantAnalysis``; see this module."""
+
+
+class KNeighborsClassifier(_CheckedLabels, neighbors.KNeighborsClassifier):  # type: ignore[misc]
+    """``sklearn.neighbors.KNeighborsClassifier``; see this module."""
