@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from featurepipe.errors import StoreLocked, StoreMoved, UnknownSnapshot
+from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UnknownSnapshot, UsageError
 from featurepipe.progress import announcer
 from featurepipe.store.inside import has_other_names, open_file
 
@@ -117,6 +117,9 @@ def sign_lock(descriptor: int, who: Mapping[str, str | int], width: int) -> None
 TRIES = 3
 """How often a command is begun: each time the store would have to be rewritten again, which happens once a night."""
 
+_LESS = (StoreError, UsageError)
+"""What a command raises where the store holds less than it needs; damage and locks have classes of their own."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -132,22 +135,28 @@ def starts_again(command: Callable[P, R]) -> Callable[P, R]:
             says whether it may tell that it begins anew.
 
     Raises:
-        StoreMoved: (When called) it happened ``TRIES`` times.
+        StoreMoved: (When called) it happened ``TRIES`` times; or there is less than at the first beginning, so that nobody
+            moved anything: then it is what was found missing first.
     """
 
     @wraps(command)
     def begun(*args: P.args, **options: P.kwargs) -> R:
-        for number in range(2, TRIES + 1):
+        asked = {*map(str, args), *map(str, options.values())}
+        first: StoreMoved | UnknownSnapshot | None = None
+        number = 1
+        while True:
             try:
                 return command(*args, **options)
-            except (StoreMoved, UnknownSnapshot) as error:
-                if isinstance(error, UnknownSnapshot) and error.run_id in {
-                    *map(str, args),
-                    *map(str, options.values()),
-                }:
-                    raise  # which was asked for
+            except (StoreError, UsageError) as error:
                 say = announcer(silent=bool(options.get("silent", False)))
+                if first is not None and type(error) in _LESS:
+                    say(f"nothing was moved: what is missing is not in the store; {error}")
+                    raise first from error
+                if not isinstance(error, StoreMoved | UnknownSnapshot) or number == TRIES:
+                    raise
+                if isinstance(error, UnknownSnapshot) and error.run_id in asked:
+                    raise
+                first, number = first or error, number + 1
                 say(f"the store was rewritten meanwhile (compact or gc): starting again, try {number} of {TRIES}")
-        return command(*args, **options)
 
     return begun

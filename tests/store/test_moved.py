@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot
+from featurepipe.errors import CorruptPart, StoreError, StoreMoved, UnknownSnapshot
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.monitoring.drift import drift
@@ -129,6 +129,37 @@ def test_other_errors_are_not_tried_again():
     with pytest.raises(StoreError, match="damaged"):
         command()
     assert calls == [1]
+
+
+@pytest.mark.parametrize("since", [-1, 0])
+def test_parts_that_are_missing_are_what_the_command_ends_with(split, tmp_path, monkeypatch, capsys, since):
+    """Where nobody moved them: without the last part of a space, the second beginning finds no column at all."""
+    real = FeatureStore.features
+
+    def features(store, *arguments, **options):
+        found = real(store, *arguments, **options)
+        for part in sorted(store.path.glob("spaces/*/parts/*.h5"))[since:]:
+            part.unlink()
+        return found
+
+    monkeypatch.setattr(FeatureStore, "features", features)
+    with pytest.raises(StoreMoved, match=r"part .*\.h5 is gone") as found:
+        trained(split, tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("starting again") == 1
+    assert f"nothing was moved: what is missing is not in the store; {found.value.__cause__}" in said
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_damage_found_at_the_second_beginning_is_said_itself():
+    errors = [StoreMoved("part 1 is gone"), CorruptPart("part 2 is damaged")]
+
+    @starts_again
+    def command():
+        raise errors.pop(0)
+
+    with pytest.raises(CorruptPart, match="part 2 is damaged"):
+        command()
 
 
 def test_a_bundle_page_of_a_store_that_is_rewritten(rewritten, split, tmp_path):
