@@ -29,7 +29,7 @@ class _CheckedLabels(BlockClassifier):
         Raises:
             UsageError: Rows have no label.
         """
-        fit: Any = super().fit  # type: ignore[misc]
+        fit: Any = super().fit
         fit(X, labels_of(X, y))
         return self
 
@@ -50,7 +50,7 @@ class _OneRuleForWeights(BlockClassifier):
         Raises:
             UsageError: Rows have no label; or weights are negative, not finite or too few, or all those of a class are zero.
         """
-        fit: Any = super().fit  # type: ignore[misc]
+        fit: Any = super().fit
         labels = labels_of(X, y)
         if sample_weight is None:
             fit(X, labels)
