@@ -3,7 +3,7 @@
 ``python -m benchmarks.bench_nightly``, everything in processes of their own:
 
 - night: a job over 1,000,000 sparse files of which none is new, beside a bare ``os.scandir`` + ``stat`` of the same files
-  and beside the script that people write (``stat``, compared with last night's JSON), in turn. Imports are paid before, and
+  and beside the script that people write (``stat``, compared with the previous run's JSON), in turn. Imports are paid before, and
   the whole command is timed as well. The same pile as a manifest without sizes and times (one ``stat`` a row) and with
   them (none), and with the steps ``[compact]`` and ``[keep]``. The bytes that such a night adds to the store.
 - rows: memory by rows: opening and indexing, a whole night (whose listing is in memory as well), and compaction, of the store

@@ -18,7 +18,7 @@ def walk(folder: str) -> Work:
 
 
 def script(folder: str, seen: str) -> Work:
-    """The script that people write: compares each file's size and time with what it wrote down last night."""
+    """The script that people write: compares each file's size and time with what it wrote down in the previous run."""
 
     def work() -> dict[str, int]:
         file = Path(seen)

@@ -133,7 +133,7 @@ class Pile:
 
 
 def fill_store(folder: Path, name: str, source: Path, listing: pa.Table) -> None:
-    """Fills ``folder/name`` as if last night had computed every listed image, and writes the job ``folder/name.toml``."""
+    """Fills ``folder/name`` as if the previous run had computed every listed image, and writes the job ``folder/name.toml``."""
     keys = random_keys(len(listing))
     pile = Pile(folder, FeatureStore(folder / name), open_source(source).location)
     run_id = pile.store.new_run_id()

@@ -117,7 +117,7 @@ def add_report(commands: Commands) -> None:
         commands,
         "report",
         run_report,
-        "one HTML page of what a comparison of layers, or the test of a bundle, found; or of the last nights",
+        "one HTML page of what a comparison of layers, or the test of a bundle, found; or of the last runs",
     )
     option = command.add_argument
     add_store(command)
@@ -127,7 +127,7 @@ def add_report(commands: Commands) -> None:
     option("--split", metavar="NAME", help="of the bundle's evaluation, as for featurepipe evaluate")
     option("--source", metavar="SOURCE", help="the images, for thumbnails (default: where they were extracted from)")
     option("--labels", metavar="FILE", help="the labels that were compared with, if they were not the dataset's")
-    option("--nights", action="store_true", help="the trend of the last nights instead: images, time, drift, rejects")
+    option("--nights", action="store_true", help="the trend of the last runs instead: images, time, drift, rejects")
     add_last(command, "nights", NIGHTS)
     option(
         "--job", metavar="NAME", help="of these nights, or a dataset that has no job (default: the one that ran last)"

@@ -16,7 +16,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import FeaturesTable, Job
 from featurepipe.jobs.preflight import check_dataset, in_its_table
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
-from featurepipe.jobs.sources import LabelledSource, RetryPolicy, TonightsSource
+from featurepipe.jobs.sources import JobSource, LabelledSource, RetryPolicy
 
 _TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
 """What a step's result says of an extraction; the extraction's own record says all."""
@@ -35,7 +35,7 @@ class Extractions:
         say: a line for people.
         silent: whether extractions say nothing themselves.
         executor: who computes.
-        before: the dataset's snapshot before tonight, if there is one.
+        before: the dataset's snapshot before this run, if there is one.
     """
 
     job: Job
@@ -48,7 +48,7 @@ class Extractions:
 
     def run(self) -> None:
         """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
-        source = TonightsSource(self.job, self.stop)
+        source = JobSource(self.job, self.stop)
         table = self.job.source
         patience = RetryPolicy(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
         why = self._list(source, patience)
@@ -62,7 +62,7 @@ class Extractions:
                 why = self._extract(place, source, images, patience)
         self.record.listing = source.seconds
 
-    def _list(self, source: TonightsSource, patience: RetryPolicy) -> str:
+    def _list(self, source: JobSource, patience: RetryPolicy) -> str:
         """Lists the source; returns why nothing can be extracted, if so."""
 
         def work() -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Extractions:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
         self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
 
-    def _extract(self, place: int, source: TonightsSource, images: LabelledSource, patience: RetryPolicy) -> str:
+    def _extract(self, place: int, source: JobSource, images: LabelledSource, patience: RetryPolicy) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""
         features = self.job.features[place]
         found: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Extractions:
             return ""
         return f"extract {features.backbone} did not end well"
 
-    def _try(self, features: FeaturesTable, source: TonightsSource, images: LabelledSource) -> dict[str, Any]:
+    def _try(self, features: FeaturesTable, source: JobSource, images: LabelledSource) -> dict[str, Any]:
         try:
             run = extract(
                 images(),

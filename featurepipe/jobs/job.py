@@ -266,7 +266,7 @@ class LimitsTable(BaseTable):
     min_free: Amount | None = None
     """What must stay free on the store's disk, such as `20GB`."""
     max_gone: Share = "50%"
-    """Images of the last snapshot that may be missing from tonight's listing, a number or a share."""
+    """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 
 class TrainTable(BaseTable):
@@ -314,7 +314,7 @@ class PredictTable(BaseTable):
     to: Template
     """The file, `.parquet`, `.csv` or `.jsonl`; `{date}`, `{run}` and `{job}` are replaced."""
     images: Literal["new", "all"] = "new"
-    """Tonight's new images, or all."""
+    """This run's new images, or all."""
     raw_ids: bool = False
     """Leave text of a `.csv` as it is; else what a spreadsheet would run as a formula gets an apostrophe."""
 
@@ -324,7 +324,7 @@ class PredictTable(BaseTable):
 
 
 class DriftTable(BaseTable):
-    """``[drift]``: whether tonight's images are like those of before."""
+    """``[drift]``: whether this run's images are like those of before."""
 
     reference: Reference = "previous"
     """`previous`, the last snapshot that passed the test; `first`; or the run id of a snapshot or of a run of a job."""
@@ -379,7 +379,7 @@ class KeepTable(BaseTable):
 
 
 class ReportTable(BaseTable):
-    """``[report]``: the page of the last nights."""
+    """``[report]``: the page of the last runs."""
 
     to: JobPath
     """The HTML file."""
@@ -418,7 +418,7 @@ class Job(BaseTable):
     predict: Annotated[tuple[PredictTable, ...], BeforeValidator(listed)] = ()
     """Bundles whose predictions are written down."""
     drift: DriftTable | None = None
-    """Whether tonight's images are like those of before."""
+    """Whether this run's images are like those of before."""
     depth: DepthTable | None = None
     """Which layer transfers best."""
     compact: CompactTable | None = None
@@ -426,7 +426,7 @@ class Job(BaseTable):
     keep: KeepTable | None = None
     """How much of the past stays."""
     report: ReportTable | None = None
-    """The page of the last nights."""
+    """The page of the last runs."""
     metrics: MetricsTable | None = None
     """Figures for those who watch many jobs."""
     _file: Path | None = PrivateAttr(default=None)

@@ -25,7 +25,7 @@ from featurepipe.jobs.job import (
     TrainTable,
 )
 from featurepipe.jobs.preflight import check_dataset, check_networks
-from featurepipe.jobs.sources import TonightsSource, check_labels
+from featurepipe.jobs.sources import JobSource, check_labels
 from featurepipe.jobs.step import steps_of
 from featurepipe.jobs.validation import keys_of
 from featurepipe.progress import announcer
@@ -52,7 +52,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     check_networks(job, first=True)
     if job.source.labels is not None:
         check_labels(job.source.labels)
-    source = TonightsSource(job, StopRequest())()
+    source = JobSource(job, StopRequest())()
     listing = ListingSummary.of(source.scan())
     say = announcer(silent=silent)
     for line in listing.lines(source.name):
@@ -102,7 +102,7 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
             return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
         case DriftTable():
             reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
-            return None, f"compares tonight's new images with {reference}"
+            return None, f"compares this run's new images with {reference}"
         case DepthTable():
             return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
         case _:

@@ -90,7 +90,7 @@ def registry_of(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
         "column",
         p_values,
     )
-    figures.gauges("drift_effect", "How far tonight's images are from those of before.", "column", effects)
+    figures.gauges("drift_effect", "How far this run's images are from those of before.", "column", effects)
     return figures.registry
 
 

@@ -114,7 +114,7 @@ def _last_tries(extractions: Sequence[Run]) -> list[Run]:
 
 
 def _new_rejects(extractions: Sequence[Run]) -> list[Mapping[str, str]]:
-    """Some of the images that could not be used for the first time tonight; a later space sees them as known ones."""
+    """Some of the images that could not be used for the first time in this run; a later space sees them as known ones."""
     found = {reject["id"]: reject for run in extractions for reject in run.get("new_rejects", ())}
     return list(found.values())[:_NAMED]
 
@@ -178,7 +178,7 @@ class RunRecord:
         retry_rejects: whether rejects are tried again.
         log: told what becomes of each step.
         steps: what became of each step, in their order.
-        extractions: the run records of tonight's extractions, also of those that failed.
+        extractions: the run records of this run's extractions, also of those that failed.
         listing: seconds it took to list the source.
         is_late: whether steps were left out because no time was left.
         disk: what the store takes and leaves, as it was before the steps that tell of the night.

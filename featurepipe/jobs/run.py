@@ -17,7 +17,7 @@ from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import HeldLock, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
-from featurepipe.jobs.step import AT_ANY_END, OF_ANY_NIGHT, OF_ONE_DATASET, OF_TONIGHT, Night, Step, steps_of
+from featurepipe.jobs.step import AT_ANY_END, OF_ANY_RUN, OF_ONE_DATASET, OF_THIS_RUN, Night, Step, steps_of
 from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore
 
@@ -108,7 +108,7 @@ def _night(done: Extractions) -> Night:
 
 
 def _last_dataset(store: FeatureStore, job: str) -> str:
-    """What the dataset was called when the job last ran: its source, which could tell, is not there tonight.
+    """What the dataset was called when the job last ran: its source, which could tell, is not there in this run.
 
     Empty if no run of the job has known. A guess could be the name of someone else's dataset, whose snapshots would go.
     """
@@ -123,7 +123,7 @@ def _take_steps(night: Night, record: RunRecord, held: HeldLock) -> None:
         if why:
             record.not_reached(step.step, step.name, why)
             continue
-        if step.step in OF_ANY_NIGHT:
+        if step.step in OF_ANY_RUN:
             _note_signal(record, night.stop)
             record.measure()
         _take(step, replace(night, record=record.as_dict()), record)
@@ -151,7 +151,7 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: HeldLock) -> str
     if held.lost:
         return "another host has taken over"
     is_stopped = bool(night.stop.signal_number) or record.has(INTERRUPTED)
-    if step.step in (AT_ANY_END if is_stopped else OF_ANY_NIGHT):
+    if step.step in (AT_ANY_END if is_stopped else OF_ANY_RUN):
         return ""
     if is_stopped:
         return "the run was stopped"
@@ -164,8 +164,8 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: HeldLock) -> str
 def _what_is_missing(step: Step, night: Night) -> str:
     if step.step in OF_ONE_DATASET and not night.dataset:
         return "no run of the job has listed its source yet, so that nobody knows the dataset's name"
-    if step.step in OF_TONIGHT and len(night.extracted) < len(night.job.features):
-        return "the features of tonight's images are not complete"
+    if step.step in OF_THIS_RUN and len(night.extracted) < len(night.job.features):
+        return "the features of this run's images are not complete"
     return ""
 
 

@@ -136,7 +136,7 @@ def _itself(source: Source) -> Source:
     return source
 
 
-class TonightsSource:
+class JobSource:
     """The source of a job's run: opened and listed when it is first needed, and again after it failed.
 
     Args:
@@ -195,7 +195,7 @@ _STRANGERS_NAMED = 3
 
 @dataclass
 class LabelledSource:
-    """Tonight's source with the labels of a file, if the job has one; images that the file lacks are unlabelled.
+    """This run's source with the labels of a file, if the job has one; images that the file lacks are unlabelled.
 
     The snapshot then holds them, so that newly labelled images are told from others as those of any source are.
 
@@ -212,7 +212,7 @@ class LabelledSource:
     table: LabelTable | None = field(default=None, repr=False)
 
     def __call__(self) -> Listed:
-        """The source; see `featurepipe.jobs.sources.TonightsSource`."""
+        """The source; see `featurepipe.jobs.sources.JobSource`."""
         source = self.source()
         if not self.asked:
             return source

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
 
-OF_TONIGHT = frozenset({"train", "predict", "drift", "depth"})
-"""Steps that make no sense unless all features of tonight's images are there."""
-OF_ONE_DATASET = OF_TONIGHT | {"keep"}
+OF_THIS_RUN = frozenset({"train", "predict", "drift", "depth"})
+"""Steps that make no sense unless all features of this run's images are there."""
+OF_ONE_DATASET = OF_THIS_RUN | {"keep"}
 """Steps that make no sense, and may do harm, unless the dataset's name is known."""
-OF_ANY_NIGHT = frozenset({"report", "metrics"})
+OF_ANY_RUN = frozenset({"report", "metrics"})
 """Steps that tell of a night however it went, and so run when the time is over, too."""
 AT_ANY_END = frozenset({"metrics"})
 """Those of them that take an instant, and so run when the night was stopped, too: else the figures would be yesterday's."""
@@ -71,12 +71,12 @@ class Night:
         dataset: the dataset's name; empty if nobody knows it, and then only steps of the whole store are taken.
         store: the feature store.
         run_id: of this run; its record is ``runs/<run_id>.json``.
-        before: the dataset's snapshot before tonight's extractions, None on the first night. Each extraction of the night
-            writes a snapshot, so that the last but one is tonight's, too, where there are several feature spaces.
+        before: the dataset's snapshot before this run's extractions, None on the first night. Each extraction of the night
+            writes a snapshot, so that the last but one is this run's, too, where there are several feature spaces.
         stop: asks steps to stop.
         say: a line for people.
         silent: what verbs are told, so that only ``say`` speaks.
-        extracted: the run records of tonight's extractions that were done.
+        extracted: the run records of this run's extractions that were done.
         record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
             and the status that the night will end with if all that is left succeeds. In the store it is still running.
         executor: of the run's cluster, see `featurepipe.execution.connection.executor_when_needed`.

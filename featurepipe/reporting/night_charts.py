@@ -246,7 +246,7 @@ _SPREAD = 0.5  # of the way to the next night, which the markers of one night ta
 
 
 def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
-    """P-values and effects of every column over nights, with the thresholds of the last night."""
+    """P-values and effects of every column over nights, with the thresholds of the last run."""
     tests: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for place, night in enumerate(nights):
         for test in (night.get("drift") or {}).get("tests") or ():
@@ -311,7 +311,7 @@ def class_trend(nights: Sequence[Night], bundle: str, paint: Paint) -> Exhibit |
     words = "; ".join(f"{row[0].text} {row[1].text}" for row in table.rows[:_CLASSES])
     last = totals[max(totals)]
     images = "1 image" if last == 1 else f"{count(last)} images"
-    summary = f"Of the {images} of the last night with predictions: {words}."
+    summary = f"Of the {images} of the last run with predictions: {words}."
     predicted = strip_panel(nights, Figure("images predicted", [totals.get(k) for k in range(len(nights))]), paint)
     note = f"Shares of few images say little: see how many there were.{left}"
     return Exhibit(f"Predicted by {bundle}", summary, (Panel("Shares", plot), predicted), tuple(keys), table, note=note)
@@ -325,7 +325,7 @@ def _name_powers(axis: Any) -> None:
 
 
 def _limits(nights: Sequence[Night]) -> dict[str, float]:
-    """Thresholds of the last night that had some."""
+    """Thresholds of the last run that had some."""
     known = [found["thresholds"] for night in nights if (found := night.get("drift")) and found.get("thresholds")]
     return {name: value for name, value in (known[-1] if known else {}).items() if finite(value)}
 
@@ -432,5 +432,5 @@ def _class_table(bundle: str, shares: Mapping[str, Mapping[int, float]]) -> Tabl
         four = (values[-1], median(values), min(values), max(values))
         rows.append((TableCell(name), *(TableCell(percent(value), value) for value in four)))
     left = f"; the {_TABLED} most frequent of {len(shares)}" if len(shares) > _TABLED else ""
-    header = ("Class", "Last night", "Middle night", "Least", "Most")
+    header = ("Class", "Last run", "Middle night", "Least", "Most")
     return Table(f"Shares of the classes predicted by {bundle}{left}", header, tuple(rows))

@@ -1,4 +1,4 @@
-"""The sections of the page of the last nights: is all well, and if not, what to do; then every figure over nights."""
+"""The sections of the page of the last runs: is all well, and if not, what to do; then every figure over nights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _STAGES = {
 def time_exhibits(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
     """Time, speed and space of every night.
 
-    Steps that the last night had still before it when it wrote the page are left out of all: else it would look shorter.
+    Steps that the last run had still before it when it wrote the page are left out of all: else it would look shorter.
     """
     later = list(nights[-1].get("to_come") or ())
     less = f"less {' and '.join(later)}" if later else ""
@@ -128,8 +128,8 @@ def night_sections(document: Document, paint: Paint) -> list[Section]:
     if not nights:
         return []
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
-        ("answer", "Last night", _answer(document, nights)),
-        ("steps", "Steps of the last night", (_steps(nights[-1]),)),
+        ("answer", "Last run", _answer(document, nights)),
+        ("steps", "Steps of the last run", (_steps(nights[-1]),)),
         ("status", "Every night", (_status(nights),)),
         ("images", "Images", _images(nights, paint)),
         ("rejects", "Rejects", _rejects(nights)),
@@ -245,12 +245,12 @@ def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
         found = [(night.get("reject_reasons") or {}).get(kind, 0) for night in nights]
         rows.append((TableCell(str(kind)), *(TableCell(count(n), float(n)) for n in (found[-1], max(found)))))
     if rows:
-        yield Table("Kinds of reasons", ("Reason", "Last night", "Most in a night"), tuple(rows))
+        yield Table("Kinds of reasons", ("Reason", "Last run", "Most in a night"), tuple(rows))
     named = tuple((TableCell(str(one["id"])), TableCell(str(one["reason"]))) for one in last.get("rejects") or ())
     total = (last.get("counts") or {}).get("rejected")
     if named:
         yield Table(
-            f"Images of the last night that could not be used, {len(named)} of {count(total)}",
+            f"Images of the last run that could not be used, {len(named)} of {count(total)}",
             ("Image", "Reason"),
             named,
         )
@@ -258,7 +258,7 @@ def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
 
 
 def _earlier_rejects(nights: Sequence[Night]) -> Iterator[Table]:
-    """The first few images of the nights before, each at the last night that names it."""
+    """The first few images of the nights before, each at the last run that names it."""
     told = {(one["id"], one["reason"]) for one in nights[-1].get("rejects") or ()}
     rows = []
     for night in reversed(nights[-1 - _NIGHTS_NAMED : -1]):
@@ -309,7 +309,7 @@ def _surroundings(night: Night) -> dict[str, Any]:
 def _origin(document: Document) -> list[Block | None]:
     origin = dict(document.get("provenance") or {})
     facts = {
-        "Plan of the last night": origin.pop("plan", None),
-        "Software of the last night": origin.pop("versions", None),
+        "Plan of the last run": origin.pop("plan", None),
+        "Software of the last run": origin.pop("versions", None),
     }
     return [Facts("Provenance", origin), *(Facts(title, values) for title, values in facts.items() if values)]

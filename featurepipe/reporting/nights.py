@@ -1,4 +1,4 @@
-"""What the last nights did: the run records of a job, or of a dataset that has none, as one document, and its page."""
+"""What the last runs did: the run records of a job, or of a dataset that has none, as one document, and its page."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def nights_report(
     *,
     last: int = 30,
     job: str | None = None,
-    tonight: Record | None = None,
+    current: Record | None = None,
     silent: bool = False,
 ) -> Path:
-    """Writes the page of the last nights; see `nights_document`.
+    """Writes the page of the last runs; see `nights_document`.
 
     Args:
         store: the feature store or its path.
         to: the HTML file; one that is there is replaced once the new one is complete.
         last: how many nights it shows.
         job: the job's name, or a dataset's that no job works on.
-        tonight: the record of the run that writes the page, which the store still has as running.
+        current: the record of the run that writes the page, which the store still has as running.
         silent: say nothing on standard error.
 
     Returns:
@@ -59,11 +59,11 @@ def nights_report(
     """
     check_target(to)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    return write_report(nights_document(kept, last=last, job=job, tonight=tonight), to, silent=silent)
+    return write_report(nights_document(kept, last=last, job=job, current=current), to, silent=silent)
 
 
 def nights_document(
-    store: FeatureStore, *, last: int = 30, job: str | None = None, tonight: Record | None = None
+    store: FeatureStore, *, last: int = 30, job: str | None = None, current: Record | None = None
 ) -> dict[str, Any]:
     """Gathers what the last runs of a job did from their records; no feature is read.
 
@@ -73,7 +73,7 @@ def nights_document(
         store: the feature store.
         last: how many nights, at least 1.
         job: the job's name, or a dataset's that no job works on; by default the one that ran last.
-        tonight: a record to take instead of the store's of the same run.
+        current: a record to take instead of the store's of the same run.
 
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
@@ -86,7 +86,7 @@ def nights_document(
     """
     if last < 1:
         raise UsageError(f"last={last}: at least 1 night; 30 is usual")
-    records = store.runs() if tonight is None else _with(tonight, store.runs())
+    records = store.runs() if current is None else _with(current, store.runs())
     series = _series(records)
     name = _chosen(series, job, store)
     extractions = {record["run_id"]: record for record in records if record.get("command") == "extract"}
@@ -116,8 +116,8 @@ def nights_document(
     }
 
 
-def _with(tonight: Record, records: Sequence[Record]) -> list[Record]:
-    return [*(record for record in records if record["run_id"] != tonight["run_id"]), tonight]
+def _with(current: Record, records: Sequence[Record]) -> list[Record]:
+    return [*(record for record in records if record["run_id"] != current["run_id"]), current]
 
 
 def _series(records: Sequence[Record]) -> dict[str, list[Record]]:

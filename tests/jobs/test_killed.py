@@ -39,13 +39,13 @@ def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table):
     assert not is_success(running)
     assert [(entry["step"], entry["status"]) for entry in running["steps"]] == [("list", "done"), ("extract", "done")]
 
-    tonight = pile.run()
+    current = pile.run()
     killed, last = pile.records()
     assert killed == {**running, "status": "killed"}
     assert (killed["changes"]["new"], last["changes"]["new"], last["changes"]["unchanged"]) == (5, 0, 5)
-    assert last == tonight
-    (warning,) = tonight["warnings"]
+    assert last == current
+    (warning,) = current["warnings"]
     assert warning.startswith(f"run {killed['run_id']}, begun {killed['started']} on ")
-    assert warning in summary_text(tonight)
+    assert warning in summary_text(current)
     assert [line.split()[4:6] for line in runs_text([killed]).splitlines()[1:]] == [["killed", "-"]]
     assert pile.run()["warnings"] == []

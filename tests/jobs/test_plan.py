@@ -48,7 +48,7 @@ def test_before_the_first_night(pile):
         ("train", "a", True, "there is no bundle yet"),
         ("train", "b", True, "always"),
         ("predict", "a", None, "predicts new images, into nightly-RUN-ID.parquet"),
-        ("drift", "", None, "compares tonight's new images with those of nights before"),
+        ("drift", "", None, "compares this run's new images with those of nights before"),
         ("depth", "", None, "if images changed since the last comparison"),
         ("compact", "", True, "always"),
         ("keep", "", True, "keeps 7 snapshots and 365 run records"),

@@ -65,10 +65,10 @@ def test_every_figure_is_read_back(store, tmp_path):
     test = {"space": "tiny-1", "p_value": 0.001, "effect": 0.25}
     drift = {"columns": [{**test, "column": "layer3:gap", "adjusted": 0.002}, {**test, "column": 'a"\\b', "adjusted": 0.5}],
              "classes": {"adjusted": 0.75, "total_variation": 0.125}}  # fmt: skip
-    tonight = record(steps=[{"step": "drift", "result": drift}, {"step": "compact", "result": {"columns": 3}}])
-    store.write_run(tonight)
+    current = record(steps=[{"step": "drift", "result": drift}, {"step": "compact", "result": {"columns": 3}}])
+    store.write_run(current)
     before = time.time()
-    path = write_metrics(tmp_path / "new" / "featurepipe.prom", tonight, store)
+    path = write_metrics(tmp_path / "new" / "featurepipe.prom", current, store)
     assert figures(path) == {
         "last_success_timestamp_seconds": {"": at(7)},
         "last_run_timestamp_seconds": {"": at(7)},
@@ -143,8 +143,8 @@ def test_columns_of_two_spaces_are_told_apart():
         {"space": space, "column": "bottleneck:gap", "adjusted": p, "effect": 0.0}
         for space, p in [("a-1", 0.1), ("b-2", 0.2)]
     ]
-    tonight = record(steps=[{"step": "drift", "result": {"columns": tests, "classes": None}}])
-    registry = registry_of(tonight, [])
+    current = record(steps=[{"step": "drift", "result": {"columns": tests, "classes": None}}])
+    registry = registry_of(current, [])
     for space, p in (("a-1", 0.1), ("b-2", 0.2)):
         labels = {"job": "nightly", "column": f"{space}/bottleneck:gap"}
         assert registry.get_sample_value("featurepipe_drift_p_value", labels) == p

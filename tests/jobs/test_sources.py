@@ -10,7 +10,7 @@ import pytest
 from featurepipe.errors import Interrupted, SourceError, UsageError
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs.sources import Listed, RetryPolicy, TonightsSource, wait
+from featurepipe.jobs.sources import JobSource, Listed, RetryPolicy, wait
 from featurepipe.jobs.validation import read_job
 
 
@@ -78,7 +78,7 @@ def test_it_fails_after_the_last_try():
 
 def test_an_empty_folder_has_one_more_chance(pile):
     """Minutes of waiting for a folder that is simply empty would look like a night that hangs."""
-    source, waits, said = TonightsSource(read_job(pile.file), StopRequest()), Waits(), []
+    source, waits, said = JobSource(read_job(pile.file), StopRequest()), Waits(), []
     with pytest.raises(SourceError, match=r"lists no image; .* \(tried 2 times\)$"):
         patience(waits, said=said).insist(source)
     assert waits.seconds == [10]
@@ -122,7 +122,7 @@ def test_waiting_ends_with_the_request():
 
 def test_listed_once_a_night(pile):
     pile.fill(2)
-    source = TonightsSource(read_job(pile.file), StopRequest())
+    source = JobSource(read_job(pile.file), StopRequest())
     assert source().scan()["id"].to_pylist() == ["000.png", "001.png"]
     pile.fill(1, first=2)
     assert source().scan().num_rows == 2
@@ -133,14 +133,14 @@ def test_listed_once_a_night(pile):
 
 
 def test_an_empty_folder_may_be_a_share_that_is_not_mounted(pile):
-    source = TonightsSource(read_job(pile.file), StopRequest())
+    source = JobSource(read_job(pile.file), StopRequest())
     with pytest.raises(SourceError, match="lists no image"):
         source()
     pile.fill(1)
     assert source().scan().num_rows == 1
     (pile.root / "000.png").unlink()
     pile.job('[limits]\nmax_gone = "100%"')
-    assert TonightsSource(read_job(pile.file), StopRequest())().scan().num_rows == 0
+    assert JobSource(read_job(pile.file), StopRequest())().scan().num_rows == 0
 
 
 def test_errors_of_the_operating_system_may_heal_too(pile, monkeypatch):
@@ -151,14 +151,14 @@ def test_errors_of_the_operating_system_may_heal_too(pile, monkeypatch):
 
     monkeypatch.setattr(FolderSource, "scan", scan)
     with pytest.raises(SourceError, match="Input/output error"):
-        TonightsSource(read_job(pile.file), StopRequest())()
+        JobSource(read_job(pile.file), StopRequest())()
 
 
 def test_what_is_no_source_does_not_heal(pile):
     (pile.folder / "notes.txt").write_text("no images")
     pile.file.write_text(pile.file.read_text().replace('path = "pile"', 'path = "notes.txt"'))
     with pytest.raises(UsageError, match=r"notes\.txt"):
-        TonightsSource(read_job(pile.file), StopRequest())()
+        JobSource(read_job(pile.file), StopRequest())()
 
 
 def test_a_server_that_is_busy_for_a_while(pile, tmp_path):
@@ -184,7 +184,7 @@ def test_a_server_that_is_busy_for_a_while(pile, tmp_path):
     try:
         url = f"http://127.0.0.1:{server.server_port}/list.csv"
         pile.file.write_text(pile.file.read_text().replace('path = "pile"', f'path = "{url}"'))
-        source = TonightsSource(read_job(pile.file), StopRequest())
+        source = JobSource(read_job(pile.file), StopRequest())
         waits = Waits()
         found = patience(waits, retries=9).insist(source)
         assert found.scan().num_rows == 1

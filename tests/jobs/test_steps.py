@@ -245,7 +245,7 @@ def test_new_is_another_id_other_bytes_or_another_status(nights, zoo, rows):
     assert not new_images(after, after).any()
 
 
-def test_each_space_has_its_own_snapshot_of_tonight(nights, rows):
+def test_each_space_has_its_own_snapshot_of_this_run(nights, rows):
     night = nights.begin(rows)
     one = night.extracted[0]
     other = {
@@ -288,7 +288,7 @@ def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
     worried = steps.drift(night, table)
     (warning,) = worried["warnings"]
     assert (worried["reference"], worried["images"]["new"]) == (second, 20)  # a quiet night has tested nothing
-    assert warning.startswith(f"tonight's images may not be like those of {second}: ")
+    assert warning.startswith(f"this run's images may not be like those of {second}: ")
     least = min(worried["columns"], key=lambda test: test["adjusted"])
     assert f"{least['column']} differs most (p = {least['adjusted']:.2g}, " in warning
     with pytest.raises(FeaturepipeError, match=r"are not like those of .* differs most \(p = ") as caught:
@@ -297,7 +297,7 @@ def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
     assert caught.value.record["columns"] == worried["columns"]
 
 
-def test_drift_compares_with_the_night_before_though_tonight_has_two_snapshots(nights, zoo, rows):
+def test_drift_compares_with_the_night_before_though_this_run_has_two_snapshots(nights, zoo, rows):
     nights.begin(rows[:20])
     night = nights.begin(rows)
     zoo.write(rows)  # of another feature space
@@ -333,30 +333,30 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
     monkeypatch.setattr("featurepipe.reporting.from_store.report", lambda *a, **k: a[1].write_text("page"))
     table = DepthTable(heads=("logistic", "knn"), folds=3, report=tmp_path / "pages" / "depth.html")
 
-    def tonight(rows, table, status="done", **tables):
+    def current(rows, table, status="done", **tables):
         night = nights.begin(rows, **tables)
         found = steps.depth(night, table)
         nights.end(night, entry("depth", found, "skipped" if "skipped" in found else status))
         return found
 
-    first = tonight(rows, table)
+    first = current(rows, table)
     assert first["text"] == "recommended: a:gap, logistic 0.9123 right"
     assert (asked[0]["heads"], asked[0]["folds"], asked[0]["dataset"]) == (("logistic", "knn"), 3, "zoo")
-    assert tonight(rows, table)["skipped"] == "images, labels and columns are those that were compared last"
-    assert "skipped" in tonight(list(reversed(rows)), table)
+    assert current(rows, table)["skipped"] == "images, labels and columns are those that were compared last"
+    assert "skipped" in current(list(reversed(rows)), table)
     assert len(asked) == 1
     relabelled = [replace(rows[0], label="dog"), *rows[1:]]
-    assert "skipped" not in tonight(relabelled, table)
-    assert "skipped" not in tonight([replace(row, split=None) for row in relabelled], table)
-    assert "skipped" in tonight([replace(row, split=None) for row in relabelled], table)
-    assert "skipped" not in tonight(rows, table)
-    assert "skipped" not in tonight(rows, table.model_copy(update={"folds": 4}))
-    assert "skipped" not in tonight(rows, table, status="failed")
-    assert "skipped" not in tonight(rows, table)  # the night before failed, and the one before asked for other folds
-    assert "skipped" in tonight(rows, table.model_copy(update={"jobs": 1}))
+    assert "skipped" not in current(relabelled, table)
+    assert "skipped" not in current([replace(row, split=None) for row in relabelled], table)
+    assert "skipped" in current([replace(row, split=None) for row in relabelled], table)
+    assert "skipped" not in current(rows, table)
+    assert "skipped" not in current(rows, table.model_copy(update={"folds": 4}))
+    assert "skipped" not in current(rows, table, status="failed")
+    assert "skipped" not in current(rows, table)  # the night before failed, and the one before asked for other folds
+    assert "skipped" in current(rows, table.model_copy(update={"jobs": 1}))
     table.report.unlink()
-    assert "skipped" not in tonight(rows, table)
-    assert "skipped" not in tonight(rows, table.model_copy(update={"when": "always"}))
+    assert "skipped" not in current(rows, table)
+    assert "skipped" not in current(rows, table.model_copy(update={"when": "always"}))
 
 
 # compact, keep
@@ -401,7 +401,7 @@ def test_keep_lets_old_nights_go_with_what_only_they_needed(nights, rows, zoo):
 
 
 @pytest.mark.parametrize(("runs", "removed"), [(1, 3), (3, 1), (4, 0), (6, 0), (100, 0)])
-def test_keep_counts_tonight_among_the_nights_that_stay(nights, rows, runs, removed):
+def test_keep_counts_this_run_among_the_nights_that_stay(nights, rows, runs, removed):
     for _ in range(3):
         nights.end(nights.begin(rows[:10]), exit_code=1)
     night = nights.begin(rows[:10])

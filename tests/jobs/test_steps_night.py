@@ -177,7 +177,7 @@ def test_layers_are_compared_and_shown_once(classed):
     assert by_step(pile.run())["depth"]["result"]["images"] == 52
 
 
-def test_the_page_of_nights_has_tonight(classed):
+def test_the_page_of_nights_has_this_run(classed):
     pile = classed
     pile.job('[report]\nto = "pages/nights.html"')
     record = pile.run()

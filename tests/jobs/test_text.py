@@ -34,7 +34,7 @@ def record():
             step("predict", which="logistic", result={"text": "123 images labelled, in 2026-11-22.parquet"}),
             step("depth", "not reached", 0.0, result={"why": "no time was left"}),
         ],
-        "warnings": ["tonight's images may not be like those of R6"],
+        "warnings": ["this run's images may not be like those of R6"],
     }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_a_good_night_fits_one_screen(record):
         "predict logistic  done              1.0 s  123 images labelled, in 2026-11-22.parquet",
         "depth             not reached       0.0 s  no time was left",
         "",
-        "warning: tonight's images may not be like those of R6",
+        "warning: this run's images may not be like those of R6",
     ]
 
 

@@ -100,9 +100,7 @@ def test_one_column_is_no_comparison(network):
     lenet = network("lenet5")
     with pytest.raises(UsageError, match=r"two columns or more, and 1 of f6:gap \(84\) is at most max_width=9000"):
         choose_columns(lenet, ["f6"], None, 9000)
-    with pytest.raises(
-        UsageError, match=r"and 0 of c1:avg4x4 \(96\), s4:avg4x4 \(256\) are at most max_width=50 wide"
-    ):
+    with pytest.raises(UsageError, match=r"and 0 of c1:avg4x4 \(96\), s4:avg4x4 \(256\) are at most max_width=50 wide"):
         choose_columns(lenet, ["c1", "s4"], ["avg4x4"], 50)
 
 

@@ -320,7 +320,7 @@ def records_of(nights: int = 28) -> list[dict[str, Any]]:
         }
         record |= _bad_night(night, record)
         found += [extraction] * bool(record["extractions"]) + [record]
-    found[-1]["warnings"] = ["tonight's images may not be like those of before: bottleneck:gap differs most"]
+    found[-1]["warnings"] = ["this run's images may not be like those of before: bottleneck:gap differs most"]
     return found
 
 
@@ -382,7 +382,7 @@ def _bad_night(night: int, good: dict[str, Any]) -> dict[str, Any]:
     """What a night that does not end well has instead."""
     *earlier, last = good["steps"]
     if night == 9:
-        why = "tonight's images are not like those of R: p = 1e-05"
+        why = "this run's images are not like those of R: p = 1e-05"
         failed = last | {"status": "failed", "error": why, "error_type": "Drifted", "exit_code": 1}
         return {"status": "failed", "exit_code": 1, "steps": [*earlier, failed]}
     if night == 13:

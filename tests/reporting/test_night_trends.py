@@ -25,7 +25,7 @@ def test_the_number_of_images_stands_beside_shares_of_them(recorded, night_recor
     (predict,) = (step for step in records[-1]["steps"] if step["step"] == "predict")
     predict["result"]["labels"] = {"cat": 1}
     html = page_of(records, recorded, tmp_path)
-    assert "Of the 1 image of the last night with predictions: dog 0.0\u00a0%; cat 100.0\u00a0%." in html
+    assert "Of the 1 image of the last run with predictions: dog 0.0\u00a0%; cat 100.0\u00a0%." in html
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     (images,) = (label for label in labels if label.startswith("images predicted"))
     assert re.match(r"images predicted: 1: 1 in the last of 3 nights, 101 in the middle one, at most 5,000 on", images)

@@ -1,4 +1,4 @@
-"""The last nights as one document, what to do after them, and what the page says; the records are those of conftest."""
+"""The last runs as one document, what to do after them, and what the page says; the records are those of conftest."""
 
 import re
 
@@ -14,7 +14,7 @@ from featurepipe.store import FeatureStore
 
 @pytest.fixture(autouse=True)
 def morning(monkeypatch):
-    """It is the morning after the last night."""
+    """It is the morning after the last run."""
     monkeypatch.setattr(nights_module, "now", lambda: "2026-11-29T08:00:00+00:00")
 
 
@@ -84,7 +84,7 @@ def test_columns_of_several_spaces_are_told_apart(recorded, night_records):
 def test_a_night_that_ended_badly_says_why(store):
     nights = nights_document(store)["nights"]
     assert {k: (night["status"], night["reasons"]) for k, night in enumerate(nights) if night["reasons"]} == {
-        9: ("failed", ["drift: tonight's images are not like those of R: p = 1e-05"]),
+        9: ("failed", ["drift: this run's images are not like those of R: p = 1e-05"]),
         13: ("failed", ["list: photos/: no such folder"]),
         17: ("interrupted", ["extract resnet50: stopped by SIGTERM"]),
     }
@@ -211,7 +211,7 @@ def test_a_killed_night_is_a_failure_of_which_nothing_is_known(recorded, night_r
 
 def test_a_night_with_warnings_does_not_look_like_one_without(html, parsed):
     rows = {row[0]: row[1] for row in parsed(html).cells if "-000000" in row[-1]}
-    assert rows["2026-11-29 02:00"].startswith("⚠\ufe0e done, 1 warning" + "tonight's images may not be")
+    assert rows["2026-11-29 02:00"].startswith("⚠\ufe0e done, 1 warning" + "this run's images may not be")
     assert rows["2026-11-28 02:00"] == "✓ done"
     assert "The night of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning." in html
 
@@ -296,7 +296,7 @@ def test_the_page_says_what_the_document_does(html, parsed):
         "23 of the last 28 nights did all that they were to do."
     )
     assert page.texts["h2"] == [
-        "Last night", "Steps of the last night", "Every night", "Images", "Rejects", "Time and space", "Drift",
+        "Last run", "Steps of the last run", "Every night", "Images", "Rejects", "Time and space", "Drift",
         "Predicted classes", "What changed besides", "Where this comes from",
     ]  # fmt: skip
     status = [row for row in page.cells if re.fullmatch(r"2026-11-\d\d 02:00", row[0]) and "-000000" in row[-1]]
@@ -312,7 +312,7 @@ def test_the_page_says_what_the_document_does(html, parsed):
         "47.2\u00a0%",
         "20.0\u00a0%",
         "47.2\u00a0%",
-    ]  # of the last night, least, most
+    ]  # of the last run, least, most
 
 
 def test_the_page_of_nights_is_as_accessible_as_the_others(html, parsed):
@@ -386,4 +386,4 @@ def test_a_single_bare_run_with_hardly_anything_in_it_is_a_page(recorded, tmp_pa
     bare = {"run_id": "20261101T000000000000Z-00000000", "command": "extract", "dataset": "clothes", "status": "done"}
     page = parsed(nights_report(recorded([bare]), tmp_path / "page.html", silent=True).read_text("utf-8"))
     assert page.texts["h1"] == ["What became of clothes in the last run"]
-    assert page.texts["h2"] == ["Last night", "Every night", "Where this comes from"]
+    assert page.texts["h2"] == ["Last run", "Every night", "Where this comes from"]

@@ -91,7 +91,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     """Writes a bundle's predictions for the images that are new since it predicted last, or for all.
 
     New is what has no prediction yet: all images if the table never predicted, else ids that were not there, and ids with
-    other bytes or another status. If the step failed last night, last night's images are still new tonight. A second run on
+    other bytes or another status. If the step failed in the previous run, that run's images are still new. A second run on
     one date writes a second file beside the first (``2026-11-22-2.parquet``).
     """
     from featurepipe.heads.bundle.bundle import read_bundle
@@ -124,7 +124,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
 
 
 def snapshot_of(night: Night, network: str | None) -> str:
-    """The snapshot of tonight's extraction of a feature space, by its fingerprint, name or network; else the last one.
+    """The snapshot of this run's extraction of a feature space, by its fingerprint, name or network; else the last one.
 
     Every extraction of a night has a snapshot of its own, and only that is sure to have all features of its space.
     """
@@ -133,7 +133,7 @@ def snapshot_of(night: Night, network: str | None) -> str:
 
 
 def extraction_of(night: Night, network: str | None) -> dict[str, Any] | None:
-    """The record of tonight's extraction of a feature space; see ``snapshot_of``. None if nothing was extracted."""
+    """The record of this run's extraction of a feature space; see ``snapshot_of``. None if nothing was extracted."""
     run: dict[str, Any]
     for run in reversed(night.extracted):
         names = (run["fingerprint"], run["space"], run["backbone"]["name"])
@@ -142,15 +142,15 @@ def extraction_of(night: Night, network: str | None) -> dict[str, Any] | None:
     return night.extracted[-1] if night.extracted else None
 
 
-def new_images(tonight: pa.Table, before: pa.Table | None) -> npt.NDArray[np.bool_]:
+def new_images(now: pa.Table, before: pa.Table | None) -> npt.NDArray[np.bool_]:
     """Which rows of a snapshot are new since another: (n,) mask of other ids, other bytes, or another status."""
     if before is None or not before.num_rows:
-        return np.ones(tonight.num_rows, np.bool_)
-    place = pc.index_in(tonight["id"], value_set=before["id"].combine_chunks())
+        return np.ones(now.num_rows, np.bool_)
+    place = pc.index_in(now["id"], value_set=before["id"].combine_chunks())
     earlier = before.select(["key", "status"]).take(place)  # nulls where there is none
-    same_key = pc.fill_null(pc.equal(tonight["key"], earlier["key"]), fill_value=False)
-    same_key = pc.or_(same_key, pc.and_(tonight["key"].is_null(), earlier["key"].is_null()))
-    same = pc.and_(same_key, pc.equal(tonight["status"], earlier["status"]))
+    same_key = pc.fill_null(pc.equal(now["key"], earlier["key"]), fill_value=False)
+    same_key = pc.or_(same_key, pc.and_(now["key"].is_null(), earlier["key"].is_null()))
+    same = pc.and_(same_key, pc.equal(now["status"], earlier["status"]))
     found: npt.NDArray[np.bool_] = ~pc.fill_null(same, fill_value=False).to_numpy()
     return found
 
@@ -164,7 +164,7 @@ def _before(night: Night, table: PredictTable) -> pa.Table | None:
 
 
 def _file(night: Night, table: PredictTable) -> Path:
-    """Tonight's file; the date is that of the night's beginning, here."""
+    """This run's file; the date is that of the night's beginning, here."""
     started = datetime.fromisoformat(night.record["started"]).astimezone()
     file = table.file(date=started.date().isoformat(), run=night.run_id, job=night.job.name)
     if table.images == "all" or not file.exists():

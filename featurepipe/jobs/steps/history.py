@@ -13,7 +13,7 @@ def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | Non
     """What a step did, or had no need to do, when an earlier night of the job last came through it.
 
     Args:
-        night: tonight.
+        night: this run.
         step: which step.
         same: entries of the result that must have these values, to tell several of a kind apart.
 
@@ -43,43 +43,43 @@ def previous(night: Night) -> str | None:
     `featurepipe.monitoring.standing_warnings`); or until the job file names another reference, from which the next run goes on.
 
     Returns:
-        Its run id, or that of the first snapshot if none was tested; None if there was none before tonight.
+        Its run id, or that of the first snapshot if none was tested; None if there was none before this run.
     """
     earlier = [run_id for run_id in night.store.snapshot_ids(night.dataset) if run_id <= (night.before or "")]
     return _newest(_own(night, _past(night)), earlier, _suspects(night))
 
 
-def warned_of(night: Night, *, tonight: bool = False) -> Run | None:
+def warned_of(night: Night, *, with_this_run: bool = False) -> Run | None:
     """The drift warning of the job that stands, if any: before this run's test, or after it."""
-    return next(iter(standing(_all_runs(night, tonight=tonight), **_about(night))), None)
+    return next(iter(standing(_all_runs(night, with_this_run=with_this_run), **_about(night))), None)
 
 
-def _suspects(night: Night, *, tonight: bool = False) -> set[str]:
-    return suspect_runs(_all_runs(night, tonight=tonight), **_about(night))
+def _suspects(night: Night, *, with_this_run: bool = False) -> set[str]:
+    return suspect_runs(_all_runs(night, with_this_run=with_this_run), **_about(night))
 
 
 def _about(night: Night) -> dict[str, str]:
     return {"job": night.job.name, "dataset": night.dataset}
 
 
-def _all_runs(night: Night, *, tonight: bool) -> list[Run]:
-    """All records, acceptances as well, oldest first; tonight's as far as it is known, or not at all."""
+def _all_runs(night: Night, *, with_this_run: bool) -> list[Run]:
+    """All records, acceptances as well, oldest first; this run's as far as it is known, or not at all."""
     runs: list[Run] = [run for run in night.store.runs() if run["run_id"] != night.run_id]
-    return [*runs, night.record] if tonight else runs
+    return [*runs, night.record] if with_this_run else runs
 
 
 def needed(night: Night) -> set[str]:
-    """Snapshots of the dataset that are or may be the next reference of tonight's job, or of another one."""
+    """Snapshots of the dataset that are or may be the next reference of this run's job, or of another one."""
     past, there = _past(night), night.store.snapshot_ids(night.dataset)
     found = _of_others(night, past)
     if there:
         for reference in _named_by_others(night, past):
             found |= _meant(reference, None, past, there)
     if night.job.drift is not None and there:
-        warning = warned_of(night, tonight=True)
+        warning = warned_of(night, with_this_run=True)
         if warning is not None:  # until it ends, it must be possible to tell whether its images are gone
             found |= {warning["snapshot"], warning["reference"]} & set(there)
-        previous = _newest([*_own(night, past), night.record], there, _suspects(night, tonight=True))
+        previous = _newest([*_own(night, past), night.record], there, _suspects(night, with_this_run=True))
         found |= _meant(night.job.drift.reference, previous, past, there)
     return found
 
@@ -98,7 +98,7 @@ def telling_runs(night: Night) -> set[str]:
     if night.job.drift is None:
         return named
     last = next((run["run_id"] for run in reversed(_own(night, past)) if _next(run, set())), "")
-    warning = warned_of(night, tonight=True)
+    warning = warned_of(night, with_this_run=True)
     return {last, night.job.drift.reference, *named, *((warning["run_id"],) if warning else ())}
 
 
@@ -108,7 +108,7 @@ def _extractions(runs: Sequence[Run], run_id: str) -> list[str]:
 
 
 def _past(night: Night) -> list[Run]:
-    """The records of all jobs' runs about the dataset but tonight's, oldest first."""
+    """The records of all jobs' runs about the dataset but this run's, oldest first."""
     runs = (run for run in night.store.runs() if run["run_id"] != night.run_id)
     return [run for run in runs if run.get("command") == "run" and run.get("dataset") == night.dataset]
 

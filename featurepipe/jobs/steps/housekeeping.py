@@ -61,14 +61,14 @@ def keep(night: Night, table: KeepTable) -> dict[str, Any]:
 
 
 def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -> list[str]:
-    """Which run records to remove, so that those of the job's last ``keep`` nights stay, tonight among them.
+    """Which run records to remove, so that those of the job's last ``keep`` nights stay, this run among them.
 
     These are the job's own, and those of its extractions, also of one that its night was killed before it could name. What
     other jobs did, and what people did by hand, stays.
 
     Args:
         records: all of the store, oldest first.
-        night: tonight.
+        night: this run.
         keep: how many nights stay, at least 1.
     """
     runs = [record for record in records if record.get("command") == "run"]
@@ -109,18 +109,18 @@ METRICS_SECONDS = 5.0
 
 
 def report(night: Night, table: ReportTable) -> dict[str, Any]:
-    """Writes the page of the last nights, with tonight as it stands."""
+    """Writes the page of the last runs, with this run as it stands."""
     from featurepipe.reporting.nights import nights_report
 
     table.to.parent.mkdir(parents=True, exist_ok=True)
     page = nights_report(
-        night.store, table.to, last=table.last, job=night.job.name, tonight=night.record, silent=night.silent
+        night.store, table.to, last=table.last, job=night.job.name, current=night.record, silent=night.silent
     )
     return {"file": str(page), "text": page.name}
 
 
 def metrics(night: Night, table: MetricsTable) -> dict[str, Any]:
-    """Writes the figures of tonight as it stands, whatever became of it."""
+    """Writes the figures of this run as it stands, whatever became of it."""
     from featurepipe.jobs.prometheus import write_metrics
 
     def work() -> dict[str, Any]:

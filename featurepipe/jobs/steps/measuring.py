@@ -1,4 +1,4 @@
-"""Measurements on tonight's features: drift, and which layer transfers best."""
+"""Measurements on this run's features: drift, and which layer transfers best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from featurepipe.tables import counted
 
 
 class Drifted(FeaturepipeError):
-    """Tonight's images differ from those of before by more than the job puts up with; its record is what the step found."""
+    """This run's images differ from those of before by more than the job puts up with; its record is what the step found."""
 
 
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _tested(
     if found["verdict"] == WARNING:
         result["warnings"] = [
             *result["warnings"],
-            f"tonight's images may not be like those of {reference}: {least}; the drift warning stands until it is accepted "
+            f"this run's images may not be like those of {reference}: {least}; the drift warning stands until it is accepted "
             f"({_accept(night)}) or the images are gone",
         ]
     return result
