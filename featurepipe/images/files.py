@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 import fsspec
@@ -65,8 +66,10 @@ def location_of(path: str) -> str:
     return printable(_USER_AND_PASSWORD.sub("", path) if is_url(path) else os.path.abspath(path))
 
 
-def file_system_of(url: str) -> tuple[Any, str]:
+def file_system_of(url: str, *, redirects: bool = True) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path there.
+
+    With ``redirects`` false, what an HTTP server would have read from elsewhere is a `Reject` when it is read.
 
     ``::`` chains file systems only where the first one lies on another (``zip://*.png::archive.zip``,
     ``simplecache::s3://bucket``). Elsewhere it is two characters of a name, which fsspec would cut there.
@@ -77,7 +80,8 @@ def file_system_of(url: str) -> tuple[Any, str]:
     """
     try:
         if "::" not in url or is_chain(url):
-            file_system, path = fsspec.core.url_to_fs(url)
+            options = {} if redirects or not url.startswith(("http://", "https://")) else _NO_REDIRECTS
+            file_system, path = fsspec.core.url_to_fs(url, **options)
             return file_system, str(path)
         protocol = url.partition("://")[0]
         kind = fsspec.get_filesystem_class(protocol)
@@ -87,6 +91,15 @@ def file_system_of(url: str) -> tuple[Any, str]:
             f"{url.partition('://')[0]}:// cannot be read here, since a library is not installed: {error}; "
             "pip install 'featurepipe[remote]' brings those for s3://, http:// and https://"
         ) from error
+
+
+async def _refuse_redirect(response: Any) -> None:
+    """Called by aiohttp with each answer of a server."""
+    if 300 <= response.status < 400 and "Location" in response.headers:
+        raise Reject("refused: the server redirects to another place, and --only-under forbids to follow")
+
+
+_NO_REDIRECTS = {"allow_redirects": False, "client_kwargs": {"raise_for_status": _refuse_redirect}}
 
 
 def is_chain(url: str) -> bool:
@@ -136,9 +149,9 @@ def identity_of(path: str) -> tuple[Any, ...]:
     return (*details_of(info), *(str(info.get(name)) for name in _CHECKSUMS))
 
 
-def stat_file(path: str) -> tuple[int, int]:
+def stat_file(path: str, *, redirects: bool = True) -> tuple[int, int]:
     """The (size, mtime_ns) of a file; ``UNKNOWN`` where it is missing, no plain file, or does not say."""
-    return _stat_url(path) if is_url(path) else _stat_local(path)
+    return _stat_url(path, redirects=redirects) if is_url(path) else _stat_local(path)
 
 
 def _stat_local(path: str) -> tuple[int, int]:
@@ -149,7 +162,7 @@ def _stat_local(path: str) -> tuple[int, int]:
     return stat_of(found)
 
 
-def stat_files(paths: Sequence[str]) -> Iterator[tuple[int, int]]:
+def stat_files(paths: Sequence[str], *, redirects: bool = True) -> Iterator[tuple[int, int]]:
     """`stat_file` of each in turn; servers are asked for many at the same time, since each answer takes a while."""
     urls = list(dict.fromkeys(filter(is_url, paths)))
     if not urls:
@@ -157,7 +170,7 @@ def stat_files(paths: Sequence[str]) -> Iterator[tuple[int, int]]:
     _forget_listings(urls)
     pool = ThreadPoolExecutor(min(ASKED_AT_ONCE, len(urls)), "featurepipe-stat")
     try:
-        answers = dict(zip(urls, pool.map(_stat_url, urls), strict=True))
+        answers = dict(zip(urls, pool.map(partial(_stat_url, redirects=redirects), urls), strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # of a listing that is stopped, nobody wants the rest
     return (answers[path] if path in answers else _stat_local(path) for path in paths)
@@ -185,18 +198,19 @@ def stat_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def read_file(path: str, listed: int = UNKNOWN) -> bytes:
+def read_file(path: str, listed: int = UNKNOWN, *, redirects: bool = True) -> bytes:
     """Reads one image file.
 
     Args:
         path: Where it is.
         listed: The size that a listing gave, if it did. Where other bytes come, the file system is asked again: a file that has
             changed since is read as it is now, one of which not all has come is `Unavailable`.
+        redirects: Whether to follow an HTTP server to another place.
 
     Raises:
         Reject: ``missing: ...``, ``unreadable: ...``, or ``budget: ...`` where it is larger than an image may be.
     """
-    return _read_url(path, listed) if is_url(path) else _read_local(path)
+    return _read_url(path, listed, redirects=redirects) if is_url(path) else _read_local(path)
 
 
 def located(path: bytes, size: int) -> bytes:
@@ -234,17 +248,17 @@ def _read_local(path: str) -> bytes:
     return content
 
 
-def _stat_url(url: str) -> tuple[int, int]:
+def _stat_url(url: str, *, redirects: bool = True) -> tuple[int, int]:
     try:
-        file_system, path = file_system_of(url)
+        file_system, path = file_system_of(url, redirects=redirects)
         return details_of(file_system.info(path))
     except Exception:  # noqa: BLE001  # the border of one file; reading it says what is wrong
         return UNKNOWN, UNKNOWN
 
 
-def _read_url(url: str, listed: int) -> bytes:
+def _read_url(url: str, listed: int, *, redirects: bool) -> bytes:
     try:
-        file_system, path = file_system_of(url)
+        file_system, path = file_system_of(url, redirects=redirects)
     except Exception as error:  # the border of one image: a manifest may name what no file system takes
         raise unreadable(error) from error
     return read_from(file_system, path, listed)

@@ -101,7 +101,7 @@ class ManifestSource(Source):
         path = self._resolve(os.fsdecode(name))
         if self.only_under is not None:
             self.only_under.check(path)
-        return read_file(path, size)
+        return read_file(path, size, redirects=self.only_under is None)
 
     def _rows(self, batches: Iterable[tuple[Sequence[int], _Columns]], findings: Findings) -> Iterator[Row]:
         """The rows of batches, each with the numbers of its lines."""
@@ -140,7 +140,7 @@ class ManifestSource(Source):
         if self.only_under is None:
             return stat_files(files)
         allowed = [path for path in files if self.only_under.allows(path)]
-        found = dict(zip(allowed, stat_files(allowed), strict=True))
+        found = dict(zip(allowed, stat_files(allowed, redirects=False), strict=True))
         return (found.get(path, (UNKNOWN, UNKNOWN)) for path in files)
 
     def _unless_refused(self, path: str, stat: tuple[int, int]) -> tuple[int, int]:

@@ -163,7 +163,7 @@ class MemorySource(Source):
             path = os.fspath(item)
             if self.only_under is not None:
                 self.only_under.check(path)
-            return read_file(path)
+            return read_file(path, redirects=self.only_under is None)
         stored: bytes | np.ndarray[Any, Any] = item
         return stored
 
@@ -174,7 +174,8 @@ class MemorySource(Source):
 
     def _stat(self, item: Item) -> tuple[int, int]:
         if isinstance(item, str | os.PathLike) and self.only_under is not None:
-            return _stat_item(item) if self.only_under.allows(os.fspath(item)) else (UNKNOWN, UNKNOWN)
+            path = os.fspath(item)
+            return stat_file(path, redirects=False) if self.only_under.allows(path) else (UNKNOWN, UNKNOWN)
         return _stat_item(item)
 
 

@@ -1,10 +1,16 @@
 """``--only-under``: what a manifest names, or a link leads to, elsewhere is neither read nor asked about."""
 
+import http.server
+import io
 import pickle
+import threading
+from contextlib import closing
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from PIL import Image
 
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images import open_source
@@ -120,3 +126,63 @@ def test_what_makes_no_sense(place):
         OnlyUnder(["zip://::s3://b/a.zip"])
     with pytest.raises(UsageError, match=r"is open already"):
         open_source(open_source(place), only_under=place)
+
+
+class _Redirecting(http.server.BaseHTTPRequestHandler):
+    """Serves ``/mine/*.png``, sends who asks for ``/mine/away.png`` elsewhere, and notes what was asked for."""
+
+    asked: ClassVar[list[str]] = []
+    image: ClassVar[bytes] = b""
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if self.path == "/mine/away.png":
+            self.send_response(302)
+            self.send_header("Location", "/others/secret.png")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.image)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.image)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["manifest", "paths"])
+def test_a_server_that_redirects_is_not_followed(tmp_path, kind, monkeypatch):
+    pytest.importorskip("aiohttp")
+    content = io.BytesIO()
+    Image.effect_noise((8, 8), 50).save(content, "PNG")
+    monkeypatch.setattr(_Redirecting, "image", content.getvalue())
+    monkeypatch.setattr(_Redirecting, "asked", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            mine = f"http://127.0.0.1:{server.server_port}/mine"
+            urls = [f"{mine}/here.png", f"{mine}/away.png"]
+            (tmp_path / "list.csv").write_text("\n".join(["path", *urls]))
+            given = urls if kind == "paths" else str(tmp_path / "list.csv")
+            with closing(open_source(given, only_under=[mine, tmp_path])) as source:
+                here, away = source.scan()["locator"].to_pylist()
+                assert source.read(here) == content.getvalue()
+                with pytest.raises(Reject, match=r"^refused: the server redirects to another place"):
+                    source.read(away)
+            assert "/others/secret.png" not in _Redirecting.asked
+            with closing(open_source(given)) as source:  # unbounded, as browsers do
+                assert source.read(source.scan()["locator"].to_pylist()[1]) == content.getvalue()
+            assert "/others/secret.png" in _Redirecting.asked
+        finally:
+            server.shutdown()
+            thread.join()
+            kind_of = fsspec.get_filesystem_class("http")
+            for instance in list(kind_of._cache.values()):
+                if (session := getattr(instance, "_session", None)) is not None:
+                    kind_of.close_session(instance.loop, session)
+            kind_of.clear_instance_cache()
