@@ -227,6 +227,10 @@ def labels_from(scores: Array, classes: Array) -> Array:
     return labels
 
 
+WEIGHTS_WITHIN = 1e30
+"""Weights of rows lie between one over this, or are zero, and this."""
+
+
 def combined_weights(
     sample_weight: Any, class_weight: Any, labels: Array, classes: Array, codes: Codes
 ) -> Floats | None:
@@ -246,7 +250,7 @@ def combined_weights(
         (n,) float64, or None where all rows weigh the same.
 
     Raises:
-        UsageError: Weights are negative, not finite or too few, or all those of a class are zero.
+        UsageError: Weights are negative, not finite, beyond any number of rows or too few, or all those of a class are zero.
     """
     weights: Floats | None = None
     if sample_weight is not None:
@@ -261,6 +265,12 @@ def combined_weights(
             raise UsageError(f"sample_weight must be finite and not negative: {_rows(wrong)} are not")
         if not weights.any():
             raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
+        least, most = float(weights[weights > 0].min()), float(weights.max())
+        if least < 1 / WEIGHTS_WITHIN or most > WEIGHTS_WITHIN:  # float32, in which some heads add them up, ends soon after
+            raise UsageError(
+                f"sample_weight has values from {least:g} to {most:g}; a weight is a number of equal rows: scale them to lie "
+                f"between {1 / WEIGHTS_WITHIN:g} and {WEIGHTS_WITHIN:g}"
+            )
     if isinstance(class_weight, str) and class_weight == "balanced":
         by_class = np.array(list(balanced(classes, codes, weights).values()))[codes]  # looks at the sums of the classes
         return np.asarray(by_class if weights is None else weights * by_class)

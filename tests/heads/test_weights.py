@@ -81,3 +81,16 @@ def test_centroid_predicts_its_highest_score(out_of_core):
     nearest = ((X[:, None] - np.stack([X[codes == k].mean(axis=0) for k in range(5)])) ** 2).sum(axis=2)
     scaled = make_head("centroid", scale=False, out_of_core=out_of_core).fit(X, codes)
     assert (scaled.predict(X) == nearest.argmin(axis=1)).all()
+
+
+@pytest.mark.parametrize("out_of_core", [False, True], ids=["in memory", "blocks"])
+@pytest.mark.parametrize("weight", [1e-300, 1e300, 3e38])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_weight_beyond_any_number_of_rows_is_refused_with_the_next_step(name, weight, out_of_core):
+    X, y, _ = groups()
+    weights = np.ones(len(y))
+    weights[7] = weight
+    with pytest.raises(
+        UsageError, match=r"^sample_weight has values from .*: scale them to lie between 1e-30 and 1e\+30$"
+    ):
+        made(name, out_of_core=out_of_core).fit(X, y, sample_weight=weights)
