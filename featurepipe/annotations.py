@@ -9,7 +9,7 @@ import numbers
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -308,6 +308,17 @@ _NAMES: Final = {
 _SPLITS: Final = {name: split for split, names in _NAMES.items() for name in names}
 _AROUND: Final = "set|sets|data|dataset|split|img|imgs|image|images"
 _NAME: Final = re.compile(rf"(?:(?:seg|{_AROUND})_)?({'|'.join(_SPLITS)})(?:_?(?:{_AROUND}))?(?:_?(?:19|20)\d\d)?")
+
+
+def split_asked(name: str, there: Collection[str | None]) -> str:
+    """The split of a dataset that a user's name means: itself, or what it stands for (``validation``: ``val``).
+
+    Example:
+        >>> split_asked("validation", ["train", "val"]), split_asked("fold-7", ["train"])
+        ('val', 'fold-7')
+    """
+    usual = split_of(name)
+    return usual if name not in there and usual in there and usual is not None else name
 
 
 def split_of(name: str) -> str | None:

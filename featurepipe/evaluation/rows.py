@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from featurepipe.annotations import split_asked
 from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def choose_rows(
 
 def _of_split(bundle: Bundle, features: FeatureSet, split: str | None) -> tuple[FeatureSet, str | None, str]:
     splits = features.splits
-    wanted = split or DEFAULT_SPLIT
+    wanted = split_asked(split or DEFAULT_SPLIT, features.split_names())
     if (splits == wanted).any() or split not in {None, EVERY_SPLIT}:
         return features.select(split=wanted), wanted, f"split {wanted}"
     if split is None:

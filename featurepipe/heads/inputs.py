@@ -228,7 +228,7 @@ def labels_from(scores: Array, classes: Array) -> Array:
 
 
 WEIGHTS_WITHIN = 1e30
-"""Weights of rows lie between one over this, or are zero, and this."""
+"""Weights of rows lie between one over this, or are zero, and this: float32, in which some heads add them up, ends soon after."""
 
 
 def combined_weights(
@@ -266,7 +266,7 @@ def combined_weights(
         if not weights.any():
             raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
         least, most = float(weights[weights > 0].min()), float(weights.max())
-        if least < 1 / WEIGHTS_WITHIN or most > WEIGHTS_WITHIN:  # float32, in which some heads add them up, ends soon after
+        if least < 1 / WEIGHTS_WITHIN or most > WEIGHTS_WITHIN:
             raise UsageError(
                 f"sample_weight has values from {least:g} to {most:g}; a weight is a number of equal rows: scale them to lie "
                 f"between {1 / WEIGHTS_WITHIN:g} and {WEIGHTS_WITHIN:g}"

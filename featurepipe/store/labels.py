@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from featurepipe.annotations import NAN, PATHS, column_named, duplicate, label_text, path_column, read_csv
+from featurepipe.annotations import NAN, PATHS, column_named, duplicate, label_text, path_column, read_csv, split_asked
 from featurepipe.errors import UsageError, unknown
 from featurepipe.store.keys import Keys, count_distinct
 
@@ -286,6 +286,10 @@ class LabelledImages:
         """(m,) labels of some consecutive rows, text or None."""
         return _objects(self.table["label"][rows])
 
+    def split_names(self) -> list[str]:
+        """The splits that rows have, sorted."""
+        return sorted(pc.unique(self.table["split"].drop_null()).to_pylist())
+
     def mask(
         self, *, split: str | None = None, labelled: bool = False, classes: Sequence[str] | None = None
     ) -> npt.NDArray[np.bool_]:
@@ -296,9 +300,10 @@ class LabelledImages:
         """
         keep = np.ones(len(self.keys), np.bool_)
         if split is not None:
-            keep &= _places(self.table["split"], [split]) >= 0
+            there = self.split_names()
+            keep &= _places(self.table["split"], [split_asked(split, there)]) >= 0
             if not keep.any():
-                raise unknown_split(split, sorted(pc.unique(self.table["split"].drop_null()).to_pylist()))
+                raise unknown_split(split, there)
         if labelled:
             keep &= self.table["label"].is_valid().to_numpy()
         if classes is not None:

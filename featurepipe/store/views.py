@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.annotations import split_asked
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.identity import Origin, check_rows, check_spaces
@@ -174,6 +175,7 @@ class FeatureSet(LabelledImages):
         """
         rejects = self.rejects
         if split is not None:
+            split = split_asked(split, {*rejects, *self.split_names()})
             rejects = {name: count for name, count in rejects.items() if name == split}
         return replace(self.take(self.mask(split=split, labelled=labelled, classes=classes)), rejects=rejects)
 

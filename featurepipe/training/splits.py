@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.annotations import split_asked
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.sampling import fold_numbers
 
@@ -71,7 +72,7 @@ def divide(
     """
     names = sorted({name for name in features.splits if name is not None})
     if names:
-        train, own, test, text = _own_splits(features, codes, names, split or "train")
+        train, own, test, text = _own_splits(features, codes, names, split_asked(split or "train", names))
     elif split is not None:
         what = f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave "
         raise UsageError(Message(what, Option("split"), " out"))

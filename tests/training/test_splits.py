@@ -72,6 +72,18 @@ def test_without_val_a_tenth_is_set_aside_and_given_back_for_the_last_fit(zoo):
     assert len(found.final) == 120
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("training", "train"), ("Validation", "val"), ("dev", "val"), ("val", "val")]
+)
+def test_usual_names_of_splits_mean_the_splits(zoo, asked, meant):
+    zoo.write([*zoo.images("train", 30), *zoo.images("val", 12), *zoo.images("test", 9)])
+    features = zoo.store.features("zoo", node="a:gap")
+    assert set(features.select(split=asked).splits) == {meant}
+    codes = features.codes(features.classes)
+    same = [divide(features, codes, split=split, seed=0, validate=False).train.tolist() for split in (asked, meant)]
+    assert same[0] == same[1]
+
+
 def test_without_splits_a_fifth_is_held_out_with_its_copies(zoo):
     originals = zoo.images(None)
     copies = [zoo.image(f"copy-{image.id}", image.content, image.label) for image in originals]
