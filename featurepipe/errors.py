@@ -140,6 +140,11 @@ class FeaturepipeError(Exception):
     def __str__(self) -> str:
         return "\n".join(self.spelled(in_python))
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The message's lines, options spelled as Python does; names in them may hold line breaks."""
+        return self.spelled(in_python)
+
     def spelled(self, spelling: Spelling) -> tuple[str, ...]:
         """The message's lines as a front end shows them.
 

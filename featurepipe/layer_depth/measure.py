@@ -170,7 +170,9 @@ def measure(
     total = len(sets) * len(study.folds) * len(study.protocol.heads)
     left = sum(len(work.heads) for work in missing)
     try:
-        with closing(_measured(study, missing, jobs, executor or LocalExecutor())) as results:
+        executor = executor or LocalExecutor()
+        ends_at_once = _stopped_at_once() if executor.is_local else nullcontext()  # also between two results
+        with ends_at_once, closing(_measured(study, missing, jobs, executor)) as results:
             for work, cells in results:
                 journal.add(work.key, cells)
                 left -= len(cells)
@@ -209,16 +211,15 @@ def _measured(
 ) -> Generator[tuple[Work, list[Cell]], None, None]:
     """Cells as they come: small features side by side on one thread each, large ones one after the other on all.
 
-    A signal ends it at once: what is measured is kept, what workers are at is measured again.
+    A signal ends what workers elsewhere do at once: what is measured is kept, what they are at is measured again.
     """
     if not missing:
         return
     context, beside = Measuring.of(study), 1
     if executor.is_local:
-        with _stopped_at_once():
-            beside_us = _side_by_side(executor, context, missing, jobs)
-            with closing(beside_us.map(measure_cells, missing, context=context, interruptible=False)) as results:
-                yield from results
+        beside_us = _side_by_side(executor, context, missing, jobs)
+        with closing(beside_us.map(measure_cells, missing, context=context, interruptible=False)) as results:
+            yield from results
         return
     executor.check(study.store.path)
     if not context.wide:

@@ -153,7 +153,7 @@ def test_offline_the_error_names_the_file_the_folder_and_the_alternative(error, 
     message = str(caught.value)
     assert "resnet18-f37072fd.pth" in message
     assert str(tmp_path / "hub" / "checkpoints") in message
-    assert "--backbone efficientnet_lite0" in message
+    assert "backbone='efficientnet_lite0'" in message
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert socket.getdefaulttimeout() is None
     assert backbone.bottleneck == "flatten"  # looking at a network needs no weights

@@ -235,8 +235,12 @@ def _engines(office, piece):
 
 
 def test_a_source_whose_code_is_not_there_is_refused():
-    with pytest.raises(WorkerRefused, match="it lacks what the work needs: No module named 'nowhere'"):
-        Carried("digest", b"cnowhere\nSource\n.").opened()
+    carried = Carried("digest", b"cnowhere\nSource\n.")
+    with (
+        pytest.raises(WorkerRefused, match="it lacks what the work needs: No module named 'nowhere'"),
+        carried.opened(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("memory", "part"), [(0, 64), (64 << 30, 64), (1 << 30, 32), (256 << 20, 8), (1 << 20, 4)])

@@ -53,7 +53,7 @@ def test_too_many_gone_are_refused_before_anything_is_read(album, run, max_gone)
         run(album.root, max_gone=max_gone)
     assert (run.reads, run.forwards) == (0, 0)
     assert (run.store.snapshot_ids("album"), run.parts(), run.store.runs()) == before
-    assert str(caught.value).endswith("--max-gone 4")
+    assert str(caught.value).endswith("max_gone=4")
     with pytest.raises(SourceError, match="4 of the 10"):
         run(album.root, max_gone=max_gone, dry_run=True)
     record = run(album.root, max_gone=4)

@@ -105,7 +105,7 @@ def test_max_rejects_as_a_share_counts_inclusively(album, run, bad):
     assert run.store.runs()[-1]["status"] == "failed"
     assert run(album.root, max_rejects=6)["exit_code"] == 3
     message = str(caught.value)
-    assert "6 of 28 images were rejected, more than --max-rejects 1% allows" in message
+    assert "6 of 28 images were rejected, more than max_rejects='1%' allows" in message
     assert "003-truncated.png: truncated: " in message
 
 

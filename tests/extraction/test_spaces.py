@@ -344,7 +344,7 @@ def test_a_space_whose_decoding_needs_a_gpu_is_not_silently_left(album, run):
         ({"decode": "tpu"}, "unknown decode 'tpu'; choices: auto, cpu, gpu"),
         ({"intensity": "bits=0"}, r"unknown intensity 'bits=0'; choices: declared, full, bits=N, window=LO:HI, minmax"),
         ({"intensity": "window=5:5"}, "unknown intensity 'window=5:5'; choices: declared, full"),
-        ({"decode": "gpu", "device": "cpu"}, "decode 'gpu' needs --device cuda"),
+        ({"decode": "gpu", "device": "cpu"}, "decode 'gpu' needs device='cuda'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choices: auto, cpu, cuda, cuda:N"),
         ({"device": "meta"}, "unknown device 'meta'"),
         ({"batch_size": 0}, "batch size 0 must be"),
