@@ -2,7 +2,7 @@
 
 Each figure is measured, not declared: files and lines as git tracks them, circular imports by grimp with imports for type
 checkers counted, class names from the syntax trees, and the files that one image enters by running ``featurepipe.extract``
-on one PNG under a profiler. ``--check`` ends with exit code 1 if a figure is above its target.
+on one PNG under a profiler. ``--check`` ends with exit code 1 if a figure is above its limit, which CI holds to.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere
 )  # fmt: skip
 TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
            "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
+LIMITS = {"files": 260, "where work runs: lines": 4900, "where work runs: files": 18, "files entered by one image": 70,
+          "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
+"""What CI holds to: where the package is on its way to the targets. They only go down."""
 
 
 def modules() -> list[Path]:
-    """The package's modules that git tracks."""
-    listed = subprocess.run(
-        ["git", "ls-files", "featurepipe/*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    """The package's modules that git tracks; where there is no repository, all."""
+    command = ["git", "ls-files", "featurepipe/*.py"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return sorted(PACKAGE.rglob("*.py"))
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).exists()]
 
 
 def lines_of(path: Path) -> int:
@@ -131,11 +136,11 @@ def above(figures: Mapping[str, Any], limits: Mapping[str, int]) -> list[str]:
 
 
 def main() -> int:
-    """Prints the figures; with ``--check``, exit code 1 if one misses its target."""
+    """Prints the figures; with ``--check``, exit code 1 if one is above its limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--detail", action="store_true", help="name the circular imports and the ambiguous classes")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if a figure is above its target")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a figure is above its limit")
     arguments = parser.parse_args()
     figures = measured()
     if arguments.json:
@@ -149,7 +154,7 @@ def main() -> int:
             print(f"circular: {importer} -> {imported}")
         for name, where in ambiguous_classes(modules()).items():
             print(f"class {name}: {', '.join(where)}")
-    missed = above(figures, TARGETS) if arguments.check else []
+    missed = above(figures, LIMITS) if arguments.check else []
     for line in missed:
         print(line, file=sys.stderr)
     return 1 if missed else 0
