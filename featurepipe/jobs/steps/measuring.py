@@ -25,7 +25,7 @@ class Drifted(FeaturepipeError):
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
     """Compares the images that are new since a reference snapshot with those of that snapshot; warns, or fails the run.
 
-    What was warned of stays so until somebody accepts it or the images are gone, see `references.previous`; every run says so.
+    What was warned of stays so until somebody accepts it or the images are gone, see `history.previous`; every run says so.
 
     Raises:
         Drifted: a p-value is below ``fail``.
