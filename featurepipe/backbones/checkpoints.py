@@ -3,13 +3,15 @@
 A frozen network needs the tensors up to the deepest node whose features are asked for, so a file with another head, with
 none, or with tensors of its own beside them is as good as the network's own state dict. Where in the file the tensors are,
 and which prefix their names have (``model.``, ``module.encoder_q.``, ``_orig_mod.``), is found by matching names and shapes.
+Names of torchvision's first DenseNets (``denselayer1.norm.1.weight``) become those of today (``denselayer1.norm1.weight``).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 
 from featurepipe.backbones.weights import NOT_A_VALUE, WRAPPERS, StateDict, differences, load_into, unwrap
 from featurepipe.errors import UsageError
+from featurepipe.tables import counted
 
 _DEEPEST = 4
+_FORMER_NAME = re.compile(r"\b(denselayer\d+\.(?:norm|relu|conv))\.([12])(?=\.)")
+"""As ``_load_state_dict`` of torchvision's ``densenet.py`` does; it left these names when torch forbade dots in module names."""
 _RIVAL = 0.8  # a match with this share of the best one's tensors could be meant as well
 
 
@@ -62,6 +67,11 @@ class _Match(NamedTuple):
         return {key.removeprefix(self.dropped): tensor for key, tensor in self.mapping.items()}
 
 
+def present_name(key: str) -> str:
+    """Returns a tensor's name in today's torchvision; only those of its first DenseNets differ."""
+    return _FORMER_NAME.sub(r"\1\2", key)
+
+
 def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoint:
     """Finds the tensors for ``network`` in what a weights file holds.
 
@@ -76,6 +86,7 @@ def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoi
     Raises:
         UsageError: There is no tensor for it, or several sets of tensors fit equally well.
     """
+    content, former = _with_present_names(content, network.state_dict())
     matches = _matches(content, network.state_dict())
     try:
         state = unwrap(content, origin)
@@ -83,11 +94,44 @@ def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoi
     except UsageError:
         if not matches:
             raise
+        found = _checkpoint(_chosen(matches, name, origin), network.state_dict(), name)
     else:
-        return Checkpoint(state, note=_others(matches, state))
-    expected = network.state_dict()
-    best = _chosen(matches, name, origin)
-    return _checkpoint(best, expected, name)
+        found = Checkpoint(state, note=_others(matches, state))
+    return replace(found, note="; ".join(filter(None, (_renaming(former), found.note))))
+
+
+def _with_present_names(content: Any, expected: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
+    """The content with today's names of tensors, and the names that were changed."""
+    former: list[str] = []
+    if any(present_name(key) != key for key in expected):
+        return content, former  # a network of somebody's own that has such names today
+    return _renamed(content, former), former
+
+
+def _renamed(content: Any, former: list[str], depth: int = 0) -> Any:
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return content
+    renamed: OrderedDict[Any, Any] = OrderedDict()
+    before = len(former)
+    for key, value in content.items():
+        name = present_name(key) if isinstance(key, str) and isinstance(value, Tensor) else key
+        if name != key and name in content:
+            name = key  # the file has both, and today's is the one that is meant
+        if name != key:
+            former.append(key)
+        renamed[name] = _renamed(value, former, depth + 1)
+    if len(former) == before:
+        return content  # torch hangs version notes on the mapping itself
+    renamed.__dict__.update(getattr(content, "__dict__", {}))
+    return renamed
+
+
+def _renaming(former: Sequence[str]) -> str:
+    if not former:
+        return ""
+    return (
+        f"{counted(len(former), 'tensor')} renamed as torchvision does ({former[0]} to {present_name(former[0])}, ...)"
+    )
 
 
 def filled(checkpoint: Checkpoint, network: nn.Module) -> StateDict:

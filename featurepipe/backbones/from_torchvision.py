@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torchvision
@@ -11,11 +10,11 @@ from torchvision.models import get_model, get_model_weights, list_models
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing, weights
+from featurepipe.backbones.checkpoints import present_name
 from featurepipe.backbones.families import Family, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
 
-_DENSENET_KEY = re.compile(r"\.(norm|relu|conv)\.([12])\.")
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
@@ -54,7 +53,7 @@ class Torchvision(Family):
     @override
     def state(self, name: str) -> StateDict:
         state = weights.torchvision_state_dict(self._weights[name])
-        return {self._renamed(key): tensor for key, tensor in state.items() if not self._is_auxiliary(key)}
+        return {present_name(key): tensor for key, tensor in state.items() if not self._is_auxiliary(key)}
 
     @override
     def at_hand(self, name: str) -> bool:
@@ -66,9 +65,6 @@ class Torchvision(Family):
 
     def _preset(self, name: str | None) -> Any:
         return self._weights[name] if name else self._weights.DEFAULT
-
-    def _renamed(self, key: str) -> str:
-        return _DENSENET_KEY.sub(r".\1\2.", key) if self.name.startswith("densenet") else key
 
     def _is_auxiliary(self, key: str) -> bool:
         return key.startswith(_AUXILIARY.get(self.name, ()))

@@ -16,7 +16,8 @@ import types
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,18 @@ UNREADABLE = (
 )
 """What torch's unpickler raises on bytes that are no weights file depends on where they lead it astray."""
 SAVE = "save it with torch.save(model.state_dict(), path)"
+
+
+class _DefaultDict:
+    """Stands for `collections.defaultdict` in a file: torch fills plain dicts only, and nobody asks for missing keys."""
+
+    def __new__(cls, *_: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        """Returns an empty dict, which the unpickler fills."""
+        return {}
+
+
 _HARMLESS = (
+    (_DefaultDict, "collections.defaultdict"),
     argparse.Namespace,
     types.SimpleNamespace,
     codecs.encode,
@@ -49,6 +61,9 @@ _HARMLESS = (
     set,
     int,
     float,
+    str,
+    bool,
+    tuple,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     np.dtype,
@@ -90,16 +105,47 @@ def read_file(path: Path) -> Any:
     if path.suffix.lower() == ".safetensors" or head[8:9] == b"{":
         return _read_safetensors(path, _what(path, head))
     try:
-        with torch.serialization.safe_globals(list(_HARMLESS)), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*(pickle protocol|TorchScript archive)"
-            )  # our own error says what it is
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path, _HARMLESS)
     except UNREADABLE as error:
+        with contextlib.suppress(*UNREADABLE):
+            return _with_mappings(path)
         reason = _what(path, head) or _objects(error) or _first_line(error)
         raise UsageError(
             f"weights file {str(path)!r} is not a state dict that torch.load(weights_only=True) can read: {reason}"
         ) from error
+
+
+def _load(path: Path, harmless: Iterable[Any]) -> Any:
+    with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(pickle protocol|TorchScript archive)")  # our own error says what it is
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _with_mappings(path: Path) -> Any:
+    """Reads a file in which some mappings are of classes of a training script's own, such as ``class Config(OrderedDict)``.
+
+    Neither the classes nor their modules are looked for: each is stood for by one of ours, which makes plain OrderedDicts.
+
+    Raises:
+        TypeError: An object among them is no mapping, or there is none.
+        Exception: Any other of `UNREADABLE`: the file holds something else that is refused.
+    """
+    with torch.serialization.safe_globals(list(_HARMLESS)):
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    made: list[tuple[OrderedDict[Any, Any], bool]] = []
+
+    class Standing:
+        def __new__(cls, *arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+            mapping: OrderedDict[Any, Any] = OrderedDict()
+            made.append((mapping, bool(arguments)))
+            return mapping
+
+    if not unknown:
+        raise TypeError("no class is unknown")
+    content = _load(path, [*_HARMLESS, *((type(name, (Standing,), {}), name) for name in unknown)])
+    if any(not mapping and (had_arguments or vars(mapping)) for mapping, had_arguments in made):
+        raise TypeError("an object with attributes and no items is no mapping")
+    return content
 
 
 def _read_safetensors(path: Path, otherwise: str) -> Any:

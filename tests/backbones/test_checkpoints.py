@@ -6,7 +6,10 @@ import argparse
 import collections
 import gzip
 import pickle
+import re
+import sys
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -50,6 +53,25 @@ def classes(state, count=37):
     return {**state, "output.weight": torch.zeros(count, 84), "output.bias": torch.zeros(count)}
 
 
+class Config(collections.OrderedDict[str, object]):
+    """A mapping of a training script's own, which the machine that reads the file may not have."""
+
+
+class Attributes(dict[str, object]):
+    """As EasyDict and Lightning's AttributeDict: items are attributes, too."""
+
+    def __init__(self, **items: object) -> None:
+        super().__init__(**items)
+        vars(self).update(items)
+
+
+class Log:
+    """An object that is no mapping."""
+
+    def __init__(self) -> None:
+        self.loss = [1.0]
+
+
 ARGUMENTS = argparse.Namespace(
     lr=np.float64(0.1), epochs=3, out=Path("runs"), names=["a"], inner=argparse.Namespace(a=1)
 )
@@ -78,6 +100,20 @@ SHAPES = {
     "numbers beside the tensors": lambda s: {**s, "epoch": 3, "name": "lenet"},
     "half": lambda s: {"net": {name: value.half() for name, value in s.items()}},
     "ordered": lambda s: collections.OrderedDict(renamed(s, "encoder.")),
+    "defaultdict": lambda s: {
+        "model": s,
+        "log": collections.defaultdict(list, loss=[1.0]),
+        "n": collections.defaultdict(int),
+        "by_class": collections.defaultdict(collections.OrderedDict, a=collections.OrderedDict(b=1)),
+    },
+    "state in a defaultdict": lambda s: {"net": collections.defaultdict(str, renamed(s, "module."))},
+    "state in a mapping of its own": lambda s: Config(
+        state_dict=Config(renamed(s, "module.")), hyper_parameters=Config()
+    ),
+    "mappings with attributes": lambda s: {
+        "state_dict": s,
+        "hyper_parameters": Attributes(lr=0.1, out=Attributes(a=1)),
+    },
     "saved twice": lambda s: {"model": trunk(s), "best": {k: v.clone() for k, v in trunk(s).items()}},
 }
 
@@ -174,8 +210,8 @@ def written(path: Path, kind: str) -> None:
         torch.save(nn.Linear(2, 2), path)
     elif kind == "pickle":
         path.write_bytes(pickle.dumps({"a": np.zeros(2), "net": nn.Linear(2, 2)}))
-    elif kind == "defaultdict":
-        torch.save({"log": collections.defaultdict(list, loss=[1.0])}, path)
+    elif kind == "attributes":
+        torch.save({"log": Log()}, path)
     elif kind == "folder":
         path.mkdir()
     else:
@@ -208,7 +244,7 @@ def written(path: Path, kind: str) -> None:
         ("torchscript", "TorchScript archive"),
         ("module", r"object of torch.nn.modules.linear.Linear.*torch.save.model.state_dict"),
         ("pickle", r"torch.save.model.state_dict"),
-        ("defaultdict", r"torch.save.model.state_dict"),
+        ("attributes", r"object of .*test_checkpoints.Log.*torch.save.model.state_dict"),
         ("folder", "is a folder; name the file in it"),
     ],
 )
@@ -218,6 +254,101 @@ def test_what_is_no_weights_file_is_told_in_words(kind, words, tmp_path) -> None
         load_backbone("lenet5", str(tmp_path / "odd.pth"))
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_mappings_of_unknown_classes_load_without_their_module(state, truth, tmp_path, monkeypatch) -> None:
+    """Saved where the class is, read where its module is not: nothing is imported for it."""
+    module = types.ModuleType("training_script")
+    exec("import collections\nclass Tree(collections.OrderedDict): pass", vars(module))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        tree = module.Tree(renamed(state, "net."))
+        tree._metadata = {"": {"version": 1}}
+        torch.save({"state_dict": tree}, tmp_path / "own.pth")
+    (tmp_path / "training_script.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    backbone = load_backbone("lenet5", str(tmp_path / "own.pth"))
+    np.testing.assert_allclose(features(backbone), truth, atol=1e-6)
+    assert "training_script" not in sys.modules
+
+
+def test_a_call_in_a_file_is_refused_and_not_made(state, tmp_path) -> None:
+    class Call:
+        def __reduce__(self) -> object:
+            return eval, (f"open({str(tmp_path / 'made')!r}, 'w')",)
+
+    torch.save({"state_dict": state, "log": Call()}, tmp_path / "call.pth")
+    with pytest.raises(UsageError, match=r"not a state dict that torch.load"):
+        load_backbone("lenet5", str(tmp_path / "call.pth"))
+    assert not (tmp_path / "made").exists()
+
+
+def old_name(name: str) -> str:
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "timm/densenet121"])
+def test_old_names_of_densenets_load_from_files(name, tmp_path) -> None:
+    """The names that torchvision's own files have, as published and as a training script keeps them."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    today = load_backbone(name, "none", seed=3)
+    state = today.module.state_dict()
+    old = {old_name(key): value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    count = len(old.keys() - state.keys())
+    assert count == 58 * 10  # layers with two norms of four tensors and two convolutions of one
+    torch.save(collections.OrderedDict(old), tmp_path / "old.pth")
+    backbone = load_backbone(name, str(tmp_path / "old.pth"))
+    loaded = backbone.module.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert backbone.weights_sha256 == today.weights_sha256
+    said = (
+        f"{count} tensors renamed as torchvision does (features.denseblock1.denselayer1.norm.1.weight to "
+        "features.denseblock1.denselayer1.norm1.weight, ...)"
+    )
+    assert backbone.weights_note == said
+    kept = {"state_dict": renamed({k: v for k, v in old.items() if "classifier" not in k}, "module.net."), "epoch": 2}
+    torch.save(kept, tmp_path / "kept.ckpt")
+    backbone = load_backbone(name, str(tmp_path / "kept.ckpt"))
+    backbone.columns(["features.norm5"])
+    loaded = backbone.module.state_dict()
+    assert all(
+        torch.equal(loaded[key], value) for key, value in state.items() if key in old and "classifier" not in key
+    )
+    assert backbone.weights_note.startswith(f"{count} tensors renamed as torchvision does (module.net.features.")
+    assert "2 are not (classifier.bias, classifier.weight)" in backbone.weights_note
+
+
+def test_a_file_with_old_and_new_names_is_read_by_the_new_ones(tmp_path) -> None:
+    state = load_backbone("densenet121", "none", seed=3).module.state_dict()
+    key = "features.denseblock1.denselayer1.norm1.weight"
+    torch.save({**state, old_name(key): state[key] + 1}, tmp_path / "both.pth")
+    backbone = load_backbone("densenet121", str(tmp_path / "both.pth"))
+    assert torch.equal(backbone.module.state_dict()[key], state[key])
+    assert backbone.weights_note.endswith(f"1 of the file are ignored ({old_name(key)})")
+
+
+NORMS_OF_ITS_OWN = """
+from collections import OrderedDict
+from torch import nn
+def network():
+    layer = nn.Sequential(OrderedDict(norm=nn.Sequential(nn.Identity(), nn.BatchNorm2d(3))))
+    net = nn.Sequential(OrderedDict(denselayer1=layer, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), out=nn.Linear(3, 2)))
+    net.preprocessing = dict(resize=12, crop=(12, 12), mean=(0.5,) * 3, std=(0.5,) * 3)
+    return net
+"""
+
+
+def test_networks_that_have_such_names_today_keep_them(tmp_path, monkeypatch) -> None:
+    (tmp_path / "norms_of_its_own.py").write_text(NORMS_OF_ITS_OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    state = load_backbone("norms_of_its_own:network", "none", seed=4).module.state_dict()
+    assert "denselayer1.norm.1.weight" in state
+    state["denselayer1.norm.1.bias"] += 2
+    torch.save(state, tmp_path / "own.pth")
+    backbone = load_backbone("norms_of_its_own:network", str(tmp_path / "own.pth"))
+    assert torch.equal(backbone.module.state_dict()["denselayer1.norm.1.bias"], state["denselayer1.norm.1.bias"])
+    assert backbone.weights_note == ""
 
 
 def test_old_files_of_torch_say_what_object_they_hold(tmp_path) -> None:
