@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.images.findings import unreadable_folders
-from featurepipe.images.listing import SCHEMA, UNKNOWN
+from featurepipe.images.listing import SCHEMA, UNKNOWN, is_image_name
 from featurepipe.store import FeatureStore
 
 
@@ -62,11 +62,27 @@ class History:
         rows = [
             {"id": id_, "label": label, "split": split, "size": UNKNOWN, "mtime_ns": UNKNOWN, "locator": locators}
             for id_, label, split in zip(*(self.snapshot[n].to_pylist() for n in ("id", "label", "split")), strict=True)
-            if id_ not in places and (folder := _folder_of(id_, folders)) is not None
+            if id_ not in places
+            and (folder := next((each for each in _folders_of(id_) if each in folders), None)) is not None
             for locators in [listing["locator"][places[folder]].as_py()]
         ]
         more = pa.Table.from_pylist(rows, schema=SCHEMA)
         return pa.concat_tables([listing, more]).combine_chunks()
+
+    def without_folders(self, listing: pa.Table) -> Self:
+        """The same without the folders that could not be read then and now can be: their entries are no images that went."""
+        if self.snapshot is None or not self.snapshot["key"].null_count:
+            return self
+        ids = self.snapshot["id"]
+        unread = ids.filter(self.snapshot["key"].is_null())
+        lost = unread.filter(pc.invert(pc.is_in(unread, listing["id"]))).to_pylist()
+        doubtful = {id_ for id_ in lost if not is_image_name(id_)}
+        if not doubtful:
+            return self
+        listed = (id_ for column in (ids, listing["id"]) for id_ in column.to_pylist())
+        folders = {folder for id_ in listed for folder in _folders_of(id_) if folder in doubtful}
+        is_folder = pc.is_in(ids, pa.array(sorted(folders), pa.string()))
+        return replace(self, snapshot=self.snapshot.filter(pc.invert(is_folder)))
 
     def gone(self, listing: pa.Table) -> int:
         """How many ids of the last snapshot a listing lacks."""
@@ -84,11 +100,9 @@ class History:
         return all(place == location for place in self.places)
 
 
-def _folder_of(id_: str, folders: set[str]) -> str | None:
-    """The folder, of some, that an image lies in."""
+def _folders_of(id_: str) -> Iterator[str]:
+    """The folders that an image lies in, the outermost first."""
     end = id_.find("/")
     while end >= 0:
-        if id_[:end] in folders:
-            return id_[:end]
+        yield id_[:end]
         end = id_.find("/", end + 1)
-    return None

@@ -131,6 +131,7 @@ def prepare(
             say(line)
     history = History.of(store, name)
     listing = history.with_unreadable(listing)
+    history = history.without_folders(listing)
     gone = history.gone(listing)
     (limits or Limits()).check_gone(source.name, listing.num_rows, history.images, gone)
 
