@@ -29,10 +29,12 @@ message names in its own way: ``max_rejects="1%"`` in Python, ``--max-rejects 1%
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 
@@ -250,6 +252,23 @@ class Interrupted(FeaturepipeError):
     def __init__(self, message: str, signal_number: int = 2) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def unsearchable(path: str | os.PathLike[str]) -> str:
+    """Says which folder on the way to a local path may not be searched; empty if each may.
+
+    Below such a folder nobody can tell a missing file from one that is there, and most functions say that it is missing.
+    """
+    try:
+        whole = Path(os.path.realpath(path))
+        for step in (*reversed(whole.parents), whole):
+            folder = step.parent
+            os.lstat(step)
+    except PermissionError:
+        return f"the folder {folder} cannot be searched: its permission x is missing for this user"
+    except (OSError, ValueError):
+        pass
+    return ""
 
 
 @contextmanager

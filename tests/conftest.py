@@ -1,15 +1,17 @@
 """Processes that start in milliseconds (a server has torch loaded, and forks for each), Dask workers, made-up datasets."""
 
+import ctypes
 import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -198,6 +200,32 @@ def cluster_address() -> Iterator[str]:
     """A scheduler with two workers, shared by all tests that leave it whole."""
     with local_cluster() as cluster:
         yield cluster.scheduler_address
+
+
+@pytest.fixture
+def without_privileges() -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts in which this thread is a user who may not read everything; skips the test where it cannot become one."""
+    return _without_privileges
+
+
+@contextmanager
+def _without_privileges() -> Iterator[None]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("<Ii", 0x20080522, 0)
+    before = ctypes.create_string_buffer(24)
+    if os.geteuid():
+        yield
+        return
+    if libc.capget(header, before):
+        pytest.skip("capabilities cannot be read")
+    dropped = bytearray(before.raw)
+    dropped[0:4] = dropped[12:16] = bytes(4)  # only the effective ones, so that they can be taken up again
+    if libc.capset(header, bytes(dropped)):
+        pytest.skip("capabilities cannot be dropped")
+    try:
+        yield
+    finally:
+        assert not libc.capset(header, before.raw)
 
 
 @pytest.fixture

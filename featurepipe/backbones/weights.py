@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import hashlib
 import http.client
+import os
 import pathlib
 import pickle
 import re
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featurepipe.errors import Message, Option, UsageError, WeightsNotFound
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unsearchable
 
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -276,7 +277,9 @@ def read_checkpoint(path: Path) -> Any:
     Raises:
         UsageError: No such file, or not a weights file.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  # no PermissionError, whatever the version of Python
+        if why := unsearchable(path):
+            raise UsageError(f"weights file {str(path)!r} cannot be read: {why}")
         raise UsageError(
             f"weights file {str(path)!r} does not exist; give DEFAULT, none, a name that `featurepipe backbones` "
             "lists, or the path of a state dict (.pt, .pth, .safetensors)"

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from argparse import Namespace
@@ -16,7 +17,7 @@ from pathlib import Path
 from featurepipe.cli.output import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
 from featurepipe.cli.parser import build_parser
 from featurepipe.display import displayed
-from featurepipe.errors import FeaturepipeError, on_command_line
+from featurepipe.errors import FeaturepipeError, on_command_line, unsearchable
 from featurepipe.interrupt import ends_on_ctrl_c
 
 __all__ = ["build_parser", "main"]
@@ -47,7 +48,7 @@ def _guarded(args: Namespace) -> int:
         return 0
     except OSError as error:  # a disk or a permission, not a defect: its text names the file
         discard_unwritable()
-        return _failed(args, [str(error)], 1)
+        return _failed(args, ["; ".join(filter(None, (str(error), _blocked(error))))], 1)
     except Exception:  # a defect of ours, at the border of the process: a log of JSON lines must hold it as one
         if not _logs_json(args):
             raise
@@ -59,6 +60,12 @@ def _run(args: Namespace) -> int:
         code = int(args.run(args))
     args.stdout.flush()  # here, where a reader that has left can still be told from a failure
     return code
+
+
+def _blocked(error: OSError) -> str:
+    """Which folder may not be searched, if that is why a file is not to be had."""
+    named = isinstance(error, PermissionError) and isinstance(error.filename, str | bytes | os.PathLike)
+    return unsearchable(os.fsdecode(error.filename)) if named else ""
 
 
 def _logs_json(args: Namespace) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from featurepipe.annotations import split_of
-from featurepipe.errors import FeaturepipeError, Reject, SourceError
+from featurepipe.errors import FeaturepipeError, Reject, SourceError, unsearchable
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import (
     details_of,
@@ -97,7 +97,7 @@ class FolderSource(Source):
             return read_file(path)
         except Reject:
             if not os.path.isdir(self.path):
-                raise SourceError(f"{self.path}: the folder has gone") from None
+                raise SourceError(f"{self.path}: {unsearchable(self.path) or 'the folder has gone'}") from None
             raise
 
 

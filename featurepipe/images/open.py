@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError
+from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unsearchable
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
@@ -114,7 +114,8 @@ def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
         return _open_file(os.path.abspath(path), readers)
     if glob.has_magic(path):
         return _open_many(sorted(map(os.path.abspath, glob.glob(path, recursive=True))), path)
-    raise SourceError(f"{path}: no such file or folder (looked in {os.path.abspath(os.path.dirname(path) or '.')})")
+    missing = f"no such file or folder (looked in {os.path.abspath(os.path.dirname(path) or '.')})"
+    raise SourceError(f"{path}: {unsearchable(path) or missing}")
 
 
 def _open_url(url: str, readers: Mapping[str, ArrayReader]) -> Source:
@@ -153,7 +154,8 @@ def _open_file(path: str, readers: Mapping[str, ArrayReader]) -> Source:
 
 def _open_many(paths: Sequence[str], pattern: str) -> Source:
     if not paths:
-        raise SourceError(f"{pattern}: no file matches")
+        blocked = "" if is_url(pattern) else _blocked(pattern)
+        raise SourceError(f"{pattern}: {blocked or 'no file matches'}")
     # The pattern, not the paths: it stays the same when archives are added.
     name, location = _name_of(os.path.dirname(paths[0])), location_of(pattern)
     if all(path.lower().endswith(ARCHIVE_SUFFIXES) for path in paths):
@@ -164,6 +166,22 @@ def _open_many(paths: Sequence[str], pattern: str) -> Source:
     raise UsageError(
         f"{pattern}: {odd!r} is no archive; a glob names archives ({' '.join(ARCHIVE_SUFFIXES)}) or images only"
     )
+
+
+def _blocked(pattern: str) -> str:
+    """Why nobody can tell whether a file matches, if the folder of the first wildcard may not be listed, or not be searched."""
+    steps = pattern.split("/")
+    first = next(place for place, step in enumerate(steps) if glob.has_magic(step))
+    folder = "/".join(steps[:first]) + "/" if first else "."
+    if why := unsearchable(folder if first == len(steps) - 1 else folder + "/_"):
+        return why
+    try:
+        os.scandir(folder).close()
+    except PermissionError:
+        return f"the folder {os.path.abspath(folder)} cannot be listed: its permission r is missing for this user"
+    except OSError:
+        pass
+    return ""
 
 
 def _reader_of(path: str, readers: Mapping[str, ArrayReader]) -> ArrayReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.errors import Interrupted, Message, SourceError
+from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
 from featurepipe.extraction.extract import ARRAY_READERS
 from featurepipe.extraction.limits import ALL
 from featurepipe.images import Source, open_source
@@ -258,8 +259,8 @@ class LabelledSource:
 
 def check_labels(file: Path) -> None:
     """Raises `SourceError` if a labels file is not there, or not just now."""
-    if not file.is_file():
-        raise SourceError(f"{file}: the labels are not there")
+    if not os.path.isfile(file):  # noqa: PTH113  # no PermissionError, whatever the version of Python
+        raise SourceError(f"{file}: {unsearchable(file) or 'the labels are not there'}")
 
 
 def _of_strangers(file: Path, strangers: pa.Array, ids: pa.ChunkedArray) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
-from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError
+from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unsearchable
 from featurepipe.store import runs, snapshots
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
@@ -62,6 +62,8 @@ class FeatureStore:
     def check_exists(self) -> None:
         """Raises ``StoreError`` if there is no store at the path yet."""
         if not self.exists:
+            if why := unsearchable(self.path / "store.json"):
+                raise StoreError(f"cannot tell whether there is a feature store at {self.path}: {why}")
             raise StoreError(f"there is no feature store at {self.path}; make one with: {extract_command(self.path)}")
 
     def _check_version(self) -> None:

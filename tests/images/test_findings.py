@@ -1,10 +1,7 @@
 """What a listing takes, ignores and guesses: labels, splits, columns, suffixes, folders that cannot be read."""
 
-import contextlib
-import ctypes
 import io
 import json
-import os
 import re
 import struct
 import tarfile
@@ -45,27 +42,6 @@ def tar(path, *members):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return open_source(path)
-
-
-@contextlib.contextmanager
-def without_privileges():
-    """As a user who may not read everything; skips the test where the process cannot become one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = struct.pack("<Ii", 0x20080522, 0)
-    before = ctypes.create_string_buffer(24)
-    if os.geteuid():
-        yield
-        return
-    if libc.capget(header, before):
-        pytest.skip("capabilities cannot be read")
-    dropped = bytearray(before.raw)
-    dropped[0:4] = dropped[12:16] = bytes(4)  # only the effective ones, so that they can be taken up again
-    if libc.capset(header, bytes(dropped)):
-        pytest.skip("capabilities cannot be dropped")
-    try:
-        yield
-    finally:
-        assert not libc.capset(header, before.raw)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -415,7 +391,7 @@ def test_a_store_inside_the_folder_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o311, 0o000])
-def test_folders_that_cannot_be_searched_or_listed_are_rejects(tmp_path, mode):
+def test_folders_that_cannot_be_searched_or_listed_are_rejects(tmp_path, mode, without_privileges):
     root = files(tmp_path / "pile", "a/1.jpg", "shut/b/2.jpg", "shut/c/3.jpg", "shut/4.jpg")
     (root / "shut").chmod(mode)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import BundleError
+from featurepipe.errors import BundleError, unsearchable
 
 FORMAT, VERSION = "featurepipe-bundle", 1
 MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
@@ -168,6 +168,8 @@ def open_plain(folder: Path, name: str) -> BufferedReader:
 
 
 def _manifest_bytes(folder: Path) -> bytes:
+    if why := unsearchable(folder / MANIFEST):
+        raise BundleError(f"cannot tell whether {folder} is a bundle: {why}")
     if not folder.is_dir():
         what = "a file" if folder.exists() else "missing"
         raise BundleError(f"{folder} is {what}, not a bundle; give the folder that featurepipe train --out wrote")
