@@ -34,9 +34,9 @@ def verify_text(report: VerifyReport) -> str:
         moved = f"; moved to {problem.quarantined}" if problem.quarantined else ""
         lines.append(f"problem: {inside}: {problem.what}{moved}")
     lines += [f"leftover, harmless: {name}" for name in report.leftovers]
-    if report.problems:
+    if any(problem.space for problem in report.problems):
         lines.append("run the same featurepipe extract again: it computes what is missing")
-    else:
+    elif not report.problems:
         lines.append("everything is as it was committed")
     if report.leftovers:
         lines.append("featurepipe gc STORE removes what dead writers left")

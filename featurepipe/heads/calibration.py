@@ -16,6 +16,7 @@ from sklearn.svm import SVC
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
+from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.heads.neighbours import centroid_scores
 from featurepipe.heads.row_shards import concatenated, row_shards_of
 
@@ -46,7 +47,8 @@ def class_scores(head: Any, features: Blocks | Array, *, memory: int | str | Non
         (n, K) float64, columns in the order of ``head.classes_``.
 
     Raises:
-        UsageError: The head offers neither probabilities nor decision values, or one for each pair of classes.
+        UsageError: The head offers neither probabilities nor decision values, or one for each pair of classes; or a
+            feature is NaN or infinite.
     """
     steps = getattr(head, "steps", None)
     last = steps[-1][1] if steps else head
@@ -57,6 +59,7 @@ def class_scores(head: Any, features: Blocks | Array, *, memory: int | str | Non
 def _share_scores(blocks: Blocks, *, before: Any, last: Any, memory: int | str | None) -> Floats:
     scores = np.empty((blocks.shape[0], len(last.classes_)))
     for place, block in iterate(blocks, memory=memory):
+        refuse_non_finite(block)
         scores[place] = _scores(last, block if before is None else before.transform(block))
     return scores
 

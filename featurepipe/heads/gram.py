@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.row_shards import row_shards_of
 
@@ -182,10 +183,10 @@ def _joined(one: Gram | Moments, other: Gram | Moments) -> tuple[float, float, A
 
 
 def refuse_non_finite(block: Array) -> None:
-    """Raises ``ValueError`` if a value is NaN or infinite."""
+    """Raises ``UsageError``, a ``ValueError``, if a value is NaN or infinite."""
     if not np.isfinite(block.sum(dtype=np.float64)) and not np.isfinite(block).all():
         kind = "NaN" if np.isnan(block).any() else "infinity"
-        raise ValueError(f"Input X contains {kind}: a head learns from finite features only")
+        raise UsageError(f"Input X contains {kind}: a head learns from finite features only")
 
 
 def _finish(weight: float, total: Array, scatter: Array, class_weights: Array, class_sums: Array, shift: Array) -> Gram:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import iterate
+from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.progress import Progress, show
 
 if TYPE_CHECKING:
@@ -59,7 +60,12 @@ class Directions:
 
 
 def unit_vectors(rows: Single) -> Single:
-    """Divides rows (n, D) by their lengths; rows of zeros stay."""
+    """Divides rows (n, D) by their lengths; rows of zeros stay.
+
+    Raises:
+        UsageError: A value is NaN or infinite.
+    """
+    refuse_non_finite(rows)
     lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
     unit: Single = rows / np.maximum(lengths, np.finfo(np.float32).tiny).astype(np.float32)[:, None]
     return unit
@@ -232,6 +238,9 @@ def near_pairs(
     exact = count <= EXACT
     sample = _unit_rows(features, _drawn(count, _SAMPLE, rng))
     distance = _auto(sample) if isinstance(near, str) else float(near)
+    if count < 2:
+        none = np.empty(0, np.int64)
+        return NearPairs(distance, none, none, np.empty(0, np.float32), 1.0, exact)
     _refuse_many(float((_all_apart(sample) <= distance).mean()) * count * (count - 1) / 2, distance, features)
     directions = Directions.fitted(sample, _WIDTH if exact else _APPROXIMATE_WIDTH)
     with faiss_threads(threads), show(count, "compare", silent=silent) as progress:

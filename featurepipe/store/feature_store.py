@@ -312,13 +312,19 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         StoreError: There is no store at its path.
     """
     store.check_exists()
+    datasets, set_aside = [], store.set_aside()
+    for name in store.datasets():
+        try:
+            datasets.append(_describe_dataset(store, name))
+        except StoreError as error:
+            set_aside[f"snapshots/{name}/{store.snapshot_ids(name)[-1]}.parquet"] = str(error)
     return {
         "path": str(store.path),
         "version": STORE_VERSION,
         "spaces": [_describe_space(space) for space in store.spaces()],
-        "datasets": [_describe_dataset(store, name) for name in store.datasets()],
+        "datasets": datasets,
         "runs": store.runs(),
-        "set_aside": store.set_aside(),
+        "set_aside": dict(sorted(set_aside.items())),
     }
 
 

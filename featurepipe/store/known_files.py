@@ -17,7 +17,7 @@ from featurepipe.store.atomic import append_lines
 from featurepipe.store.documents import REJECT_LINE, first_fault
 from featurepipe.store.inside import read_lines
 from featurepipe.store.keys import keys_to_arrow
-from featurepipe.store.parts import PartInfo, read_array
+from featurepipe.store.parts import PartInfo, read_array, read_ids
 
 KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
 _ROWS_AT_ONCE = 1 << 18
@@ -53,7 +53,7 @@ def _of_parts(parts: Sequence[PartInfo], on_damage: Callable[[PartInfo, CorruptP
         try:
             yield pa.table(
                 [
-                    pa.array(read_array(part, "id")).cast(pa.string()),
+                    read_ids(part),
                     pa.array(read_array(part, "size")),
                     pa.array(read_array(part, "mtime_ns")),
                     keys_to_arrow(read_array(part, "key")),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import NonFiniteFeatures, UsageError
+from featurepipe.store.parts import all_finite
 
 ROW_MAXIMUM_SAFE = 1.0
 """A row whose largest value is beyond this loses nothing that matters to float16's coarse steps near zero, unless it is
@@ -43,7 +44,7 @@ class Rounding:
         narrow = self._dtype == np.float16 and column not in self._wide
         with np.errstate(over="ignore"):
             stored = values.astype(np.float16 if narrow else np.float32)
-        if not _all_finite(stored):
+        if not all_finite(stored):
             bad = ~np.isfinite(values).all(axis=1)
             if bad.any() or not narrow:
                 where = np.flatnonzero(bad)
@@ -70,9 +71,3 @@ def _loses_small_values(values: npt.NDArray[Any], stored: npt.NDArray[Any]) -> b
         return False
     lost = np.linalg.norm(values - stored, axis=1)
     return bool((lost > 1e-3 * np.linalg.norm(values, axis=1)).any())
-
-
-def _all_finite(values: npt.NDArray[Any]) -> bool:
-    if values.dtype == np.float16:  # an all-ones exponent; 2.5 times faster than isfinite
-        return not bool(((values.view(np.uint16) & 0x7C00) == 0x7C00).any())
-    return bool(np.isfinite(values).all())

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, StoreError, StoreMoved
 from featurepipe.store.inside import open_file
-from featurepipe.store.parts import PartInfo, crc32_of
+from featurepipe.store.parts import PartInfo, fault_of
 
 _BLOCK = 1 << 15  # values at once: their indices and the table stay in the processor's second cache
 
@@ -272,23 +272,23 @@ class ColumnRows:
         return ColumnRows(self.column, self.width, self.parts, *chosen, self._maps)  # mapping anew costs page faults
 
     def check(self) -> None:
-        """Reads this column of every part concerned and compares the checksums.
+        """Reads this column of every part concerned, compares the checksums, and looks for values that are not finite.
 
         Raises:
-            CorruptPart: The bytes of a part are not what was committed.
+            CorruptPart: The bytes of a part are not what was committed, or hold NaN or infinity.
             StoreError: A part is gone.
         """
         for number in np.unique(self.part):
             part = self.parts[number]
             descriptor = open_part(part)
             try:
-                intact = crc32_of(descriptor, part.offset, part.nbytes) == part.crc32
+                fault = fault_of(descriptor, part, finite=True)
             finally:
                 os.close(descriptor)
-            if not intact:
+            if fault:
                 path = Path(part.path)
                 raise CorruptPart(
-                    f"part {path.stem}: the bytes of {self.column} are not what was committed (checksum differs); "
+                    f"part {path.stem}: {self.column} is damaged: {fault}; "
                     f"run: featurepipe verify {path.parents[3]}, then extract again"
                 )
 

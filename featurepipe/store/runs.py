@@ -19,7 +19,14 @@ PUBLISHING = "publishing"
 """Status of a run whose record is complete and whose snapshot comes next; see `settled`."""
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
-_RUN_ID = re.compile(r"(\d{8}T\d{12}Z)-[0-9a-f]{8}")
+_RUN_ID = re.compile(
+    r"(\d{4}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])T(?:[01]\d|2[0-3])[0-5]\d[0-5]\d\d{6}Z)-[0-9a-f]{8}", re.ASCII
+)
+
+
+def is_run_id(name: str) -> bool:
+    """Whether a name is of the form that run ids have; what else lies about, such as a copy of a file, is of no run."""
+    return _RUN_ID.fullmatch(name) is not None
 
 
 def checked_run_id(run_id: str) -> str:
@@ -33,13 +40,18 @@ def checked_run_id(run_id: str) -> str:
     return run_id
 
 
+def is_dataset(name: str) -> bool:
+    """Whether a name may be a dataset's."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name) is not None
+
+
 def checked_dataset(name: str) -> str:
     """Returns ``name`` if it may be a dataset's.
 
     Raises:
         UsageError: It may not.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+    if not is_dataset(name):
         raise UsageError(
             f"not a dataset name: {name!r}; use letters, digits, '.', '_' and '-', at most 100, starting with "
             "a letter, digit or '_'"
@@ -51,14 +63,24 @@ def next_run_id(existing: Iterable[str]) -> str:
     """Makes a run id: UTC time to the microsecond and a random suffix, greater than all existing ones.
 
     If the clock was set back, the time of the greatest existing id plus one microsecond is taken instead.
+
+    Raises:
+        StoreError: No run id sorts after one that is there: the year 9999 ends with it, or it is of no day at all.
     """
     now = datetime.now(UTC)
-    times = {match[1] for match in map(_RUN_ID.match, existing) if match}
-    for time in sorted(times, reverse=True):  # as texts, which sort as they do: there may be thousands
-        with contextlib.suppress(ValueError):  # some foreign name, of the 99th month
+    ids = {match[0]: match[1] for match in map(_RUN_ID.match, existing) if match}
+    latest = max(ids, default="")
+    for time in sorted(set(ids.values()), reverse=True):  # as texts, which sort as they do: there may be thousands
+        with contextlib.suppress(ValueError, OverflowError):  # some foreign name, of the 31st of February
             now = max(now, datetime.strptime(time, _TIME).replace(tzinfo=UTC) + timedelta(microseconds=1))
             break
-    return f"{now.strftime(_TIME)}-{secrets.token_hex(4)}"
+    run_id = f"{now.strftime(_TIME)}-{secrets.token_hex(4)}"
+    if run_id <= latest:
+        raise StoreError(
+            f"a file of the store is named after {latest}, and no run can come later; no run of this program has made it: "
+            "move it out of the store"
+        )
+    return run_id
 
 
 def write_run(folder: Path, record: dict[str, Any]) -> Path:

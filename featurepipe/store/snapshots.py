@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
-from featurepipe.store.runs import checked_dataset, checked_run_id
+from featurepipe.store.runs import checked_dataset, is_dataset, is_run_id
 
 OK, REJECTED = "ok", "rejected"
 SCHEMA = pa.schema(
@@ -32,9 +32,9 @@ SCHEMA = pa.schema(
 
 
 def snapshot_ids(folder: Path, dataset: str) -> list[str]:
-    """Lists the run ids of a dataset's snapshots, oldest first."""
+    """Lists the run ids of a dataset's snapshots, oldest first; a file of another name is of no run."""
     of_dataset = checked_folder(checked_folder(folder) / checked_dataset(dataset))
-    return [path.stem for path in listed(of_dataset, "*.parquet")]
+    return [path.stem for path in listed(of_dataset, "*.parquet") if is_run_id(path.stem)]
 
 
 def snapshot_of_run(
@@ -72,8 +72,9 @@ def snapshot_of_run(
 
 
 def dataset_names(folder: Path) -> list[str]:
-    """Lists the datasets that have a snapshot."""
-    return sorted({path.parent.name for path in listed(folder, "*/*.parquet")})
+    """Lists the datasets that have a snapshot; a folder of another name is passed over, and named by ``verify``."""
+    paths = [path for path in listed(folder, "*/*.parquet") if is_run_id(path.stem)]
+    return sorted(name for name in {path.parent.name for path in paths} if is_dataset(name))
 
 
 def read_snapshot(
@@ -88,7 +89,7 @@ def read_snapshot(
         columns: Only these columns of ``SCHEMA``, in this order.
 
     Raises:
-        StoreError: The file is damaged.
+        StoreError: The file is damaged, or its rows contradict themselves.
         UnknownSnapshot: There is no snapshot of that run.
     """
     ids = snapshot_ids(folder, dataset)
@@ -103,11 +104,29 @@ def read_snapshot(
             os.fdopen(open_file(path), "rb") as opened,
             pq.ParquetFile(opened, page_checksum_verification=True) as file,
         ):  # in one piece, and four times as fast as
-            return file.read(schema.names).select(schema.names).cast(schema)  # pq.read_table
+            table = file.read(schema.names).select(schema.names).cast(schema)  # pq.read_table
+            _check_rows(table)
+            return table
     except FileNotFoundError as error:
         raise StoreMoved(f"snapshot {path} is gone") from error
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise StoreError(f"cannot read snapshot {path}: {error}; run: featurepipe verify STORE") from error
+        raise StoreError(
+            f"cannot read snapshot {path}: {error}; move it out of the store, and the one before it, or the next that "
+            "featurepipe extract writes, is the current one"
+        ) from error
+
+
+def _check_rows(table: pa.Table) -> None:
+    """Raises ``ValueError`` if rows contradict themselves, as far as the columns read tell."""
+    names = table.column_names
+    if "status" in names:
+        states = set(pc.unique(table["status"]).to_pylist())
+        if not states <= {OK, REJECTED}:
+            raise ValueError(f"status must be {OK!r} or {REJECTED!r}, not {sorted(map(str, states - {OK, REJECTED}))}")
+        if "key" in names and pc.any(pc.and_(pc.equal(table["status"], OK), table["key"].is_null())).as_py():
+            raise ValueError("every row needs an id, and every usable image a key")
+    if "id" in names and table["id"].null_count:
+        raise ValueError("every row needs an id, and every usable image a key")
 
 
 def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> Path:
@@ -121,20 +140,21 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
             ``status`` is ``ok`` or ``rejected``.
 
     Raises:
-        UsageError: A column is missing, or rows contradict themselves.
+        UsageError: A column is missing, rows contradict themselves, or ``run_id`` is none.
         DiskFull: No space is left.
     """
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise UsageError(f"a snapshot needs the columns {SCHEMA.names}; missing: {missing}")
     clean = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()  # equal rows are equal bytes, however they came
-    states = set(pc.unique(clean["status"]).to_pylist())
-    if not states <= {OK, REJECTED}:
-        raise UsageError(f"status must be {OK!r} or {REJECTED!r}, not {sorted(map(str, states - {OK, REJECTED}))}")
-    if clean["id"].null_count or pc.any(pc.and_(pc.equal(clean["status"], OK), clean["key"].is_null())).as_py():
-        raise UsageError("every row needs an id, and every usable image a key")
+    try:
+        _check_rows(clean)
+    except ValueError as error:
+        raise UsageError(f"no snapshot of dataset {dataset} can be written: {error}") from error
+    if not is_run_id(run_id):
+        raise UsageError(f"not a run id: {run_id!r}; take one from FeatureStore.new_run_id()")
     before = snapshot_ids(folder, dataset)
-    path = folder / dataset / f"{checked_run_id(run_id)}.parquet"
+    path = folder / dataset / f"{run_id}.parquet"
     made_folder(path.parent)
     with atomic_file(path, twin=path.with_name(f"{before[-1]}.parquet") if before else None) as file:
         pq.write_table(clean, file, compression="zstd", write_page_checksum=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,8 @@ from featurepipe.store.identity import fingerprint
 from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
 from featurepipe.store.keys import Keys
 from featurepipe.store.known_files import faulty_lines
-from featurepipe.store.parts import Headers, PartInfo, damaged_arrays, read_part
+from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
+from featurepipe.store.runs import is_dataset, is_run_id
 from featurepipe.store.space import Space
 
 _OURS = (
@@ -97,8 +100,9 @@ def verify_store(
     """
     report = VerifyReport()
     paths = listed(store.path, "spaces/*/parts/*.h5")
+    widths = _widths(paths)
     for done, path in enumerate(paths, 1):
-        _verify_part(store, path, report, quarantine=quarantine)
+        _verify_part(store, path, report, widths[path.parent.parent], quarantine=quarantine)
         if progress is not None:
             progress(done, len(paths))
     report.problems += [Problem(what, name) for name, what in _broken_documents(store)]
@@ -107,11 +111,30 @@ def verify_store(
     return report
 
 
-def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, *, quarantine: bool) -> None:
+_Widths = Mapping[str, int]
+"""Values a row of each column."""
+
+
+def _widths(paths: Sequence[Path]) -> Mapping[Path, _Widths]:
+    """Says for each space how wide its columns are: as in most rows, since a column has one width."""
+    rows: defaultdict[Path, defaultdict[str, Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
+    for path in paths:
+        of_space = rows[path.parent.parent]
+        with suppress(StoreError):  # said when the part is verified
+            part = read_part(path)
+            for column, info in part.columns.items():
+                of_space[column][info.shape[1]] += part.rows
+    return {
+        space: {column: counts.most_common(1)[0][0] for column, counts in columns.items()}
+        for space, columns in rows.items()
+    }
+
+
+def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, widths: _Widths, *, quarantine: bool) -> None:
     space = path.parent.parent
     try:
         part = read_part(path)
-        damage = _damage(part, space)
+        damage = _damage(part, space, widths)
     except CorruptPart as error:
         damage = [("header", str(error))]
     except (StoreError, OSError) as error:
@@ -127,14 +150,19 @@ def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, *, quara
         report.problems += [Problem(what, path.stem, space.name, name, moved) for name, what in damage]
 
 
-def _damage(part: PartInfo, space: Path) -> list[tuple[str, str]]:
+def _damage(part: PartInfo, space: Path, widths: _Widths) -> list[tuple[str, str]]:
     try:
         expected = str(read_json(space / "space.json").get("fingerprint"))
     except StoreError:
         expected = part.fingerprint  # said once, of space.json
     if part.fingerprint != expected:
         return [("header", f"it belongs to another feature space ({part.fingerprint[:12]})")]
-    return [(name, "its bytes are not what was committed (checksum differs)") for name in damaged_arrays(part)]
+    others = [
+        (f"{FEATURES}{column}", f"it has {info.shape[1]} values a row, and {widths[column]} in most rows of this space")
+        for column, info in part.columns.items()
+        if info.shape[1] != widths.get(column, info.shape[1])
+    ]
+    return [*others, *array_faults(part).items()]
 
 
 def _quarantine(path: Path) -> Path:
@@ -213,6 +241,8 @@ def _leftovers(root: Path) -> Iterator[str]:
             inside = Path(entry.path).relative_to(root)
             if any(map(is_temporary, inside.parts)) or not any(inside.match(p) and _depth(inside, p) for p in _OURS):
                 yield str(inside)
+            elif inside.suffix == ".parquet" and not (is_run_id(inside.stem) and is_dataset(inside.parts[1])):
+                yield str(inside)  # a copy of a snapshot, say
 
 
 def _depth(path: Path, pattern: str) -> bool:

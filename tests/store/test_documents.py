@@ -18,7 +18,7 @@ REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "tru
 
 
 def test_the_last_snapshot_by_run_is_current(store, rows):
-    first, second = store.new_run_id(), "9" + store.new_run_id()
+    first, second = store.new_run_id(), f"2999{store.new_run_id()[4:]}"
     rows.snapshot(store, "d", ["b", "c"], run_id=second)
     rows.snapshot(store, "d", ["a"], run_id=first)  # an earlier run that ended later
     assert store.datasets() == ["d"]
