@@ -50,6 +50,9 @@ def add(commands: Commands) -> None:
         "runs",
         runs,
         "the last runs of a store: when, of which job, how they ended; or one run, or its rejects",
+        epilog="A run whose process is gone without a word shows as killed. With --json each run has standing_warnings: the "
+        "drift warnings of the store (with --job, of that job) that nobody has accepted and whose images are not gone, the same "
+        "in each.",
     )
     add_store(command)
     command.add_argument("run_id", nargs="?", metavar="RUN-ID", help="all of one run: an id, its beginning, or `last`")
@@ -82,6 +85,7 @@ def run(args: Namespace) -> int:
 
 def runs(args: Namespace) -> int:
     """Runs ``featurepipe runs``."""
+    from featurepipe.jobs.lock import runs_with_ends
     from featurepipe.jobs.text import runs_text
 
     store = existing_store(args)
@@ -89,23 +93,35 @@ def runs(args: Namespace) -> int:
         return _rejects(args, store)
     if args.dataset is not None:
         raise UsageError("--dataset belongs to --rejects; runs are chosen with --job")
-    records = store.runs()
+    records = runs_with_ends(store)
     if args.job is not None:
         _check_job(args.job, {record["job"] for record in records if record.get("job")}, store.path)
     chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
     if args.run_id is not None:
         return _one_run(args, chosen, records, store)
+    from featurepipe.monitoring.standing_warnings import told
+
     stands = _standing(args, records)
-    show(args, chosen[-args.last :], lambda shown: "\n".join([runs_text(shown), *map(displayed, stands)]))
+    warnings = [f"warning: {told(warning, args.store)}" for warning in stands]
+    show(
+        args,
+        _with_standing(chosen[-args.last :], stands),
+        lambda shown: "\n".join([runs_text(shown), *map(displayed, warnings)]),
+    )
     return 0
 
 
-def _standing(args: Namespace, records: Sequence[Record]) -> list[str]:
-    """What is said of drift warnings that stand, whatever run gave them."""
-    from featurepipe.monitoring.standing_warnings import standing, told
+def _standing(args: Namespace, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The drift warnings that stand, whatever run gave them."""
+    from featurepipe.monitoring.standing_warnings import standing
 
-    of = {} if args.job is None else {"job": args.job}
-    return [f"warning: {told(warning, args.store)}" for warning in standing(records, **of)]
+    return standing(records, **({} if args.job is None else {"job": args.job}))
+
+
+def _with_standing(records: Sequence[Record], stands: Sequence[Record]) -> list[Record]:
+    """Records with the warnings that stand, the same in each, as the run that warned may not be among them."""
+    shown = [{name: value for name, value in warning.items() if name != "held_by"} for warning in stands]
+    return [{**record, "standing_warnings": shown} for record in records]
 
 
 def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record], store: FeatureStore) -> int:
@@ -114,8 +130,9 @@ def _one_run(args: Namespace, chosen: Sequence[Record], records: Sequence[Record
     if not chosen:
         raise UsageError(f"nothing has run in {store.path} yet; run: featurepipe run JOB.toml")
     record = chosen[-1] if args.run_id == "last" else _named(args.run_id, chosen, records, store)
+    (shown,) = _with_standing([record], _standing(args, records))
     own = [part for part in records if part["run_id"] in record.get("extractions", ())]
-    show(args, record, lambda record: details_text(record, displayed_values(own)))
+    show(args, shown, lambda record: details_text(record, displayed_values(own)))
     return 0
 
 

@@ -60,9 +60,11 @@ def info(args: Namespace) -> int:
         bundle = read_bundle(args.store)
         show(args, describe_bundle(bundle), lambda _: bundle_text(bundle))
         return 0
+    from featurepipe.jobs.lock import runs_with_ends
     from featurepipe.store import describe
 
-    show(args, describe(existing_store(args)), summary.info_text)
+    store = existing_store(args)
+    show(args, {**describe(store), "runs": runs_with_ends(store)}, summary.info_text)
     return 0
 
 

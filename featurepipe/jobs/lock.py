@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from featurepipe import records
-from featurepipe.errors import Interrupted, StoreLocked
+from featurepipe.errors import Interrupted, StoreError, StoreLocked
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 from featurepipe.store.inside import entries, made_folder, open_file, read_file
@@ -145,6 +145,11 @@ class Lease:
                 self._thread.start()
                 return
 
+    def is_free(self) -> bool:
+        """Whether the last holder has given the lease back or is known to be dead; a lapsed one nobody knows without watching."""
+        number, content = self._newest()
+        return bool(number) and self._is_free(content)
+
     def give_back(self) -> None:
         """Ends the renewals and lets the next one in at once."""
         self._released.set()
@@ -235,6 +240,8 @@ class Lease:
 FOLDER = "jobs"
 """Of the locks, in a store."""
 _SIGNATURE = 512
+_LOOKS = (0.01, 0.04, 0.15)
+"""Seconds after which a lock that is held is tried again: `is_over` holds one for microseconds."""
 
 Flock = Callable[[int, int], object]
 MakeLease = Callable[..., Lease]
@@ -269,7 +276,8 @@ def job_lock(
     """Holds the lock of a job in a store, so that no second run of it begins anywhere.
 
     It is a kernel lock, which dies with its process, on whatever host the file system is mounted; where the file system has
-    no locks, it is a `Lease`. A kernel lock is never waited for, a lease only until it is known whether its holder lives.
+    no locks, it is a `Lease`. A kernel lock is waited for no longer than somebody may look at it (`is_over`), a lease only
+    until it is known whether its holder lives.
 
     Args:
         store: where the job keeps its features.
@@ -307,14 +315,74 @@ def _folder(store: FeatureStore) -> Path:
 
 def _take(descriptor: int, what: str, flock: Flock) -> bool:
     """Takes the kernel lock; false where there is none to be had."""
-    try:
-        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        who = named(Holder.read(os.pread(descriptor, _SIGNATURE, 0)))
-        raise StoreLocked(f"{what} is already running ({who}); wait until it has finished, or stop it there") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    waits = iter(_LOOKS)
+    while True:
+        try:
+            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if (seconds := next(waits, None)) is None:
+                who = named(Holder.read(os.pread(descriptor, _SIGNATURE, 0)))
+                raise StoreLocked(
+                    f"{what} is already running ({who}); wait until it has finished, or stop it there"
+                ) from error
+            time.sleep(seconds)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return False
+        else:
+            sign_lock(descriptor, Holder.here().as_dict(), _SIGNATURE)
+            return True
+
+
+def is_over(store: FeatureStore, job: str, *, flock: Flock = fcntl.flock) -> bool:
+    """Whether it is known that no run of a job goes on in a store, by the test that lets the next run begin.
+
+    That is so if its kernel lock is free, or where there are no locks, if its lease was given back or its holder was a process
+    of this machine that has ended. Nothing is written.
+
+    Args:
+        store: where the job keeps its features.
+        job: its name.
+        flock: as in `job_lock`.
+    """
+    path = store.path / FOLDER / f"{job}.lock"
+    if path.name != f"{job}.lock":  # a name of a stranger's record, which leads elsewhere
         return False
-    sign_lock(descriptor, Holder.here().as_dict(), _SIGNATURE)
-    return True
+    try:
+        descriptor = open_file(path)
+    except (OSError, ValueError, StoreError):  # nobody can tell
+        return False
+    try:
+        flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in NO_LOCKS and _is_free(path.with_suffix(".lease"))
+    else:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _is_free(lease: Path) -> bool:
+    try:
+        return Lease(lease).is_free()
+    except (OSError, StoreError):
+        return False
+
+
+def runs_with_ends(store: FeatureStore) -> list[dict[str, Any]]:
+    """The records of all runs, oldest first, in which a run that was killed is not running any longer.
+
+    The next run of the job writes that down; until then it is known from the job's lock (see `is_over`).
+    """
+    runs = store.runs()
+    open_ones = {run["run_id"]: str(run.get("job")) for run in runs if run.get("status") == records.RUNNING}
+    over = {job for job in set(open_ones.values()) if is_over(store, job)}
+    if not over:
+        return runs
+    # Read again: one that has ended since then wrote so before it gave its lock back.
+    killed = {run_id for run_id, job in open_ones.items() if job in over}
+    return [
+        {**run, "status": records.KILLED} if run.get("status") == records.RUNNING and run["run_id"] in killed else run
+        for run in store.runs()
+    ]

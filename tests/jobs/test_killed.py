@@ -1,10 +1,12 @@
 """A night that is killed leaves a record of what it had done."""
 
+import json
 import signal
 import time
 
 import pytest
 
+from featurepipe.cli import main
 from featurepipe.jobs.text import runs_text, summary_text
 from featurepipe.records import is_success
 
@@ -22,8 +24,20 @@ ENDLESS_STEP = """
 """
 
 
+def shown(store, capsys):
+    """The status of the only run, in the table of `runs`, in its JSON, and in the JSON of that run alone."""
+    for arguments in ([], ["--json"], ["last", "--json"]):
+        assert main(["runs", str(store.path), *arguments]) == 0
+    out = capsys.readouterr().out
+    table, _, documents = out.partition("[")
+    (listed,), end = json.JSONDecoder().raw_decode("[" + documents)
+    alone = json.loads(documents[end - 1 :])
+    assert alone == listed
+    return [table.splitlines()[1].split()[4], listed["status"], alone["status"]]
+
+
 @pytest.mark.parametrize(("step", "table"), [("compact", "[compact]"), ("report", '[report]\nto = "n.html"')])
-def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table):
+def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table, capsys):
     pile.fill(5)
     pile.job(table)
     process = launcher.start(ENDLESS_STEP, [pile.file, step])
@@ -32,8 +46,12 @@ def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table):
         assert time.monotonic() < deadline, process.wait()
         time.sleep(0.01)
     (running,) = pile.records()
+    assert shown(pile.store, capsys) == ["running", "running", "running"]
     process.send(signal.SIGKILL)
     process.wait()
+    assert pile.records() == [running]  # nobody has written anything since, and yet all say how it ended
+    assert shown(pile.store, capsys) == ["killed", "killed", "killed"]
+    assert pile.records() == [running]
     assert (running["status"], running["exit_code"], running["host"]["pid"]) == ("running", None, process.pid)
     assert "ended" not in running
     assert not is_success(running)

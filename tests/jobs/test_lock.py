@@ -15,7 +15,7 @@ import pytest
 from featurepipe.errors import Interrupted, StoreLocked
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import lock as holder
-from featurepipe.jobs.lock import Holder, Lease, job_lock
+from featurepipe.jobs.lock import Holder, Lease, is_over, job_lock, runs_with_ends
 from featurepipe.store import FeatureStore
 
 HOLD = """
@@ -284,3 +284,75 @@ def test_hosts_of_one_name_are_told_apart(tmp_path, monkeypatch):
     (tmp_path / "boot_id").write_text("66666666-7777-8888-9999-000000000000\n")
     assert Holder.here().host == there.host
     assert not there.is_dead()
+
+
+def flock_of(kind):
+    return {} if kind == "flock" else {"flock": partial(no_locks, getattr(errno, kind))}
+
+
+@pytest.mark.parametrize("kind", ["flock", "ENOLCK"])
+def test_whether_a_run_is_over_is_known_without_taking_the_lock(hold, store, kind):
+    assert not is_over(store, "nightly", **flock_of(kind))  # nobody knows of such a job
+    first = hold(kind)
+    assert not is_over(store, "nightly", **flock_of(kind))
+    first.send(signal.SIGKILL)
+    first.wait()
+    files = {path.name: path.read_bytes() for path in (store.path / "jobs").iterdir()}
+    assert is_over(store, "nightly", **flock_of(kind))
+    assert {path.name: path.read_bytes() for path in (store.path / "jobs").iterdir()} == files
+    with lock(store, kind=kind):
+        assert not is_over(store, "nightly", **flock_of(kind))
+    assert is_over(store, "nightly", **flock_of(kind))
+
+
+def test_a_lease_of_another_machine_is_not_judged(store):
+    with lock(store, kind="ENOLCK"):
+        (lease,) = (store.path / "jobs").glob("nightly.lease.*")
+        theirs = {**json.loads(lease.read_bytes()), "place": "another", "released": False, "pid": 1}
+    lease.write_text(json.dumps(theirs))
+    assert not is_over(store, "nightly", **flock_of("ENOLCK"))
+    lease.write_text("{")
+    assert not is_over(store, "nightly", **flock_of("ENOLCK"))
+
+
+def test_names_and_links_of_strangers_are_not_followed(store, tmp_path):
+    with lock(store):
+        pass
+    (tmp_path / "outside.lock").touch()
+    (store.path / "jobs" / "linked.lock").symlink_to(tmp_path / "outside.lock")
+    for job in ("linked", "../../outside", "x\0y", "", "."):
+        assert not is_over(store, job)
+
+
+def test_somebody_who_looks_keeps_no_run_from_beginning(store, monkeypatch):
+    """The lock is held for microseconds then; a run that begins at that moment tries again."""
+    tries = []
+
+    def flock(descriptor, operation):
+        tries.append(operation)
+        if len(tries) < 3:
+            raise BlockingIOError(errno.EAGAIN, "held")
+
+    with job_lock(store, "nightly", StopRequest(), flock=flock):
+        assert len(tries) == 3
+
+
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(store, monkeypatch):
+    with lock(store):
+        pass
+    record = {"run_id": "R1", "command": "run", "job": "nightly", "status": "running"}
+    others = {"R2": "done", "R3": "running"}
+    store.write_run(record)
+    store.write_run({**record, "run_id": "R2", "status": others["R2"]})
+    store.write_run({**record, "run_id": "R3", "job": "weekly"})  # nobody knows
+    assert {run["run_id"]: run["status"] for run in runs_with_ends(store)} == {"R1": "killed", **others}
+
+    def ends(store, job):
+        if job == "nightly":
+            store.write_run({**record, "status": "done"})
+            store.write_run({**record, "run_id": "R4"})  # and the next one has begun
+        return is_over(store, job)
+
+    monkeypatch.setattr(holder, "is_over", ends)
+    found = {run["run_id"]: run["status"] for run in runs_with_ends(store)}
+    assert found == {"R1": "done", "R4": "running", **others}

@@ -1,5 +1,7 @@
 """Which drift warnings stand, and what ends them: runs as records, acceptances as records of their own."""
 
+import json
+
 import pytest
 
 from featurepipe.cli import main
@@ -106,10 +108,22 @@ def test_the_command_accepts_and_runs_tells(store, capsys):
     out = capsys.readouterr().out
     assert "warning: drift warning of run R2 stands" in out
     assert "warning: drift warning of run R3 stands" in out
+    for arguments in ([], ["--last", "1"], ["R2"], ["--job", "other"]):
+        assert main(["runs", str(store.path), *arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for one in [found] if isinstance(found, dict) else found:
+            stand = one["standing_warnings"]
+            assert [(w["run_id"], w["job"], w["dataset"], w["images"]) for w in stand][-1:] == [
+                ("R3", "other", "pile", 30)
+            ]
+            assert [w["run_id"] for w in stand] == (["R3"] if "--job" in arguments else ["R2", "R3"])
+            assert {w["verdict"] for w in stand} == {"warning"}
     assert main(["drift", str(store.path), "--accept", "R2"]) == 0
     assert "pile: accepted 20 images that run R2 warned of, by " in capsys.readouterr().out
     assert main(["runs", str(store.path), "--job", "nightly"]) == 0
     out = capsys.readouterr().out
     assert "stands" not in out
     assert "accept drift" not in out  # no run
+    assert main(["runs", str(store.path), "--job", "nightly", "--json"]) == 0
+    assert [one["standing_warnings"] for one in json.loads(capsys.readouterr().out)] == [[], []]
     assert main(["drift", str(store.path), "--accept", "last", "--fail", "0.1"]) == 2
