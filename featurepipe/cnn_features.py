@@ -12,7 +12,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import UsageError
 from featurepipe.extraction.given import images_given
-from featurepipe.features.options import AUTO, Options
+from featurepipe.extraction.limits import ExtractionOptions
+from featurepipe.features.options import AUTO
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -168,8 +169,8 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         ]
         return np.array(names, dtype=object)
 
-    def _options(self) -> Options:
-        return Options(
+    def _options(self) -> ExtractionOptions:
+        return ExtractionOptions(
             backbone=self.backbone,
             weights=self.weights,
             seed=self.seed,

@@ -18,7 +18,7 @@ _SECONDS |= {
 _DURATION = rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(_SECONDS, key=len, reverse=True))})\s*"
 
 
-def bytes_of(amount: int | str) -> int:
+def bytes_of(amount: float | str) -> int:
     """Returns an amount of memory in bytes.
 
     Args:

@@ -182,7 +182,7 @@ MISTAKES = {
         "unknown weights 'V9'",
     ),
     "pooling": (["extract", "IMAGES", "--store", "NEW", *SMALL, "--node", "c3:best"], 2, "unknown pooling 'best'"),
-    "batch": (["extract", "IMAGES", "--store", "NEW", *SMALL, "--batch-size", "0"], 2, "batch size '0' must be"),
+    "batch": (["extract", "IMAGES", "--store", "NEW", *SMALL, "--batch-size", "0"], 2, "--batch-size '0' must be"),
     "precision": (
         ["extract", "IMAGES", "--store", "NEW", *SMALL, "--precision", "int8"],
         2,

@@ -402,7 +402,7 @@ def test_an_unusable_image_is_named_with_its_position(paths, tmp_path, store):
         ({"node": "layer9"}, "unknown node 'layer9' in lenet5"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"batch_size": 0}, "batch size 0 must be"),
+        ({"batch_size": 0}, "batch_size 0 must be"),
         ({"on_reject": "skip"}, "unknown on_reject 'skip'; choices: raise, nan"),
     ],
 )

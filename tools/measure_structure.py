@@ -1,8 +1,9 @@
-"""Counts what the plan of the package promises about its structure: ``python tools/measure_structure.py [--json] [--check]``.
+"""Counts what the plan of the package promises about structure: ``tools/measure_structure.py [--json] [--check] [--options]``.
 
 Each figure is measured, not declared: files and lines as git tracks them, circular imports by grimp with imports for type
 checkers counted, class names from the syntax trees, and the files that one image enters by running ``featurepipe.extract``
-on one PNG under a profiler. ``--check`` ends with exit code 1 if a figure is above its limit, which CI holds to.
+on one PNG under a profiler. ``--check`` ends with exit code 1 if a figure is above its limit, which CI holds to. ``--options``
+counts instead in how many files each option of ``featurepipe extract`` is written.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import ast
 import contextlib
 import inspect
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +35,7 @@ WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere
 )  # fmt: skip
 TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
            "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
+TEXTS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 LIMITS = {"files": 260, "where work runs: lines": 4900, "where work runs: files": 18, "files entered by one image": 70,
           "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
 """What CI holds to: where the package is on its way to the targets. They only go down."""
@@ -130,6 +134,27 @@ def measured() -> dict[str, Any]:
     }
 
 
+def options_written() -> dict[str, list[str]]:
+    """The modules in which each option of ``extract`` is written: as an identifier, as text of its own, or as a flag.
+
+    Identifiers come from the tokens, so that a word in a comment or in a sentence does not count.
+    """
+    from featurepipe.extraction.extract import extract
+
+    names = [name for name, one in inspect.signature(extract).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for path in modules():
+        with path.open("rb") as file:
+            tokens = list(tokenize.tokenize(file.readline))
+        identifiers = {token.string for token in tokens if token.type == tokenize.NAME}
+        texts = " ".join(token.string for token in tokens if token.type in TEXTS)
+        for name in names:
+            flag = name.replace("_", "-")
+            if name in identifiers or re.search(rf"""["'`]{name}["'`]|--{flag}(?![\w-])""", texts):
+                found[name].append(str(path.relative_to(PACKAGE)))
+    return found
+
+
 def above(figures: Mapping[str, Any], limits: Mapping[str, int]) -> list[str]:
     """A line for each figure above its limit."""
     return [f"{name}: {figures[name]}, at most {most}" for name, most in limits.items() if figures[name] > most]
@@ -141,7 +166,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--detail", action="store_true", help="name the circular imports and the ambiguous classes")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a figure is above its limit")
+    parser.add_argument(
+        "--options", action="store_true", help="count in how many files each option is written, instead"
+    )
     arguments = parser.parse_args()
+    if arguments.options:
+        for name, where in sorted(options_written().items(), key=lambda found: -len(found[1])):
+            print(f"{name:16}{len(where):>4}  {' '.join(where)}")
+        return 0
     figures = measured()
     if arguments.json:
         print(json.dumps(figures, indent=1))

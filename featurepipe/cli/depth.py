@@ -13,18 +13,24 @@ from featurepipe.cli.options import (
     add_json,
     add_labels,
     add_last,
-    add_machine,
+    add_options,
     add_quiet,
     add_store,
     add_trust_code,
     cluster,
     existing_store,
-    machine,
     names,
+    options,
 )
 from featurepipe.cli.output import say, show, this_command
 from featurepipe.errors import UsageError
+from featurepipe.extraction.limits import RejectLimit
+from featurepipe.features.options import MachineOptions, SettingOptions, SourceOptions
 from featurepipe.heads.families import HEADS
+
+EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, RejectLimit)
+"""Options of extraction that `featurepipe.depth` passes on."""
+NOT_OF_DEPTH = ("dtype", "decode")
 
 
 def add_depth(commands: Commands) -> None:
@@ -57,10 +63,7 @@ def add_depth(commands: Commands) -> None:
            help="images of the same classes from elsewhere, which heads are tested on, too")  # fmt: skip
     add_labels(command, of="source")
     option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
-    option("--precision", default="auto", metavar="auto|fp32|bf16|fp16", help="as for featurepipe extract")
-    option("--intensity", default="auto", metavar="auto|declared|full|bits=N|window=LO:HI|minmax",
-           help="as for featurepipe extract")  # fmt: skip
-    add_machine(command)
+    add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH)
     add_trust_code(command, "store")
     option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
     option("--dry-run", action="store_true",
@@ -91,7 +94,7 @@ def run_depth(args: Namespace) -> int:
         control=args.control,
         test_source=args.test_source,
         labels=args.labels,
-        extraction={"precision": args.precision, "intensity": args.intensity, **machine(args)},
+        extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH),
         jobs=args.jobs,
         trust_code=args.trust_code,
         command=this_command(),

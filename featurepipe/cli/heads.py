@@ -14,7 +14,7 @@ from featurepipe.cli.options import (
     add_dataset,
     add_json,
     add_labels,
-    add_machine,
+    add_options,
     add_quiet,
     add_raw_ids,
     add_seed,
@@ -23,11 +23,17 @@ from featurepipe.cli.options import (
     add_trust_code,
     cluster,
     existing_store,
-    machine,
+    options,
 )
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
+from featurepipe.extraction.limits import RejectLimit
+from featurepipe.features.options import SourceOptions
 from featurepipe.heads.families import HEADS
+from featurepipe.prediction.options import BundleOptions
+
+PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit)
+"""Options of `featurepipe.predict` about images and the network, in the order of the help."""
 
 
 def add_train(commands: Commands) -> None:
@@ -177,11 +183,8 @@ def add_predict(commands: Commands) -> None:
     option("bundle", metavar="BUNDLE")
     option("source", metavar="SOURCE", help="as for featurepipe extract")
     option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
-    option("--weights", metavar="FILE",
-           help="the backbone's weights file, where it was your own and the bundle has no copy")  # fmt: skip
+    add_options(command, *PREDICT_GROUPS)
     add_raw_ids(command)
-    add_machine(command)
-    add_trust_code(command, "bundle")
     add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
@@ -196,10 +199,8 @@ def run_predict(args: Namespace) -> int:
         args.bundle,
         args.source,
         args.to,
-        weights=args.weights,
-        **machine(args),
+        **options(args, *PREDICT_GROUPS),
         **cluster(args),
-        trust_code=args.trust_code,
         raw_ids=args.raw_ids,
         silent=args.quiet,
     )

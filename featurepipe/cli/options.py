@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
+
+from featurepipe.errors import Option, on_command_line
+from featurepipe.option_groups import Declaration, OptionGroup, declared
 
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
 
@@ -44,16 +47,6 @@ def add_seed(command: ArgumentParser, what: str) -> None:
     command.add_argument("--seed", type=int, default=0, help=f"of {what} (default: %(default)s)")
 
 
-def add_weights(command: ArgumentParser) -> None:
-    """``--weights`` and ``--seed`` of a network that is chosen here."""
-    command.add_argument(
-        "--weights", default="DEFAULT", metavar="NAME|none|FILE",
-        help="a weights enum of torchvision, DEFAULT, a file with the network's tensors (a state dict, checkpoint or "
-        ".safetensors, with any head or none), or none: a random control network",
-    )  # fmt: skip
-    add_seed(command, "the random control network")
-
-
 def add_trust_code(command: ArgumentParser, named_by: str) -> None:
     """``--trust-code``: consent to code that a file of someone else may name."""
     command.add_argument(
@@ -62,27 +55,37 @@ def add_trust_code(command: ArgumentParser, named_by: str) -> None:
     )  # fmt: skip
 
 
-def add_machine(command: ArgumentParser, batch_size: str = "default: auto") -> None:
-    """The options that say how images are read and computed, from ``--device`` to ``--path-column``."""
-    add = command.add_argument
-    add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: cuda where there is one")
-    add("--batch-size", default="auto", metavar="auto|N", help=f"images per forward ({batch_size})")
-    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one per CPU, at most 16)")
-    add("--max-rejects", default="1%", metavar="N|P%", help="unusable images to put up with (default: 1%%)")
-    add(
-        "--only-under", action="append", metavar="DIR|URL",
-        help="read no image that a manifest names, or a link leads to, elsewhere than below this folder, or the URL of one; "
-        "may be repeated (default: anywhere)",
-    )  # fmt: skip
-    add("--path-column", metavar="NAME", help="column of a manifest's paths (default: path, file, filename or image)")
+def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> None:
+    """Declares the options of groups, as the groups say them."""
+    for one in _of(groups, leave_out):
+        say: dict[str, Any] = {"dest": one.name, "help": one.help.replace("%", "%%")}
+        metavar = one.metavar or "|".join(one.choices)
+        if one.types == {bool}:
+            say |= {"action": "store_true"}
+        elif tuple in one.types:
+            say |= {"action": "append", "metavar": metavar}
+        elif str not in one.types and int in one.types:
+            say |= {"type": int, "metavar": metavar or "N", "default": one.default}
+        else:
+            say |= {"metavar": metavar, "default": one.default}
+        command.add_argument(on_command_line(Option(one.name)), **say)
 
 
-def machine(args: Namespace) -> dict[str, Any]:
-    """What `add_machine` declared, as keyword arguments of a verb."""
-    return {
-        name: getattr(args, name)
-        for name in ("device", "batch_size", "workers", "max_rejects", "only_under", "path_column")
-    }
+def options(args: Namespace, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """What `add_options` declared, as keyword arguments of a function.
+
+    Raises:
+        UsageError: What was written cannot be read.
+    """
+    return {one.name: _value(one, getattr(args, one.name)) for one in _of(groups, leave_out)}
+
+
+def _value(one: Declaration, given: Any) -> Any:
+    return one.default if given is None else one.read_from(given)
+
+
+def _of(groups: Sequence[type[OptionGroup]], leave_out: Collection[str]) -> list[Declaration]:
+    return [one for group in groups for one in declared(group).values() if one.name not in leave_out]
 
 
 def add_cluster(command: ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from featurepipe.extraction.shards import (
     cut,
 )
 from featurepipe.features.loader import Loaded, StageSeconds
+from featurepipe.features.options import RejectOptions
 from featurepipe.features.reading import GONE, PatientReader
 from featurepipe.features.session import Session, check_travels
 from featurepipe.features.stream import Batches, Sink
@@ -84,8 +85,7 @@ class ExtractionContext:
         store: path of the store.
         space: name of the feature space in it.
         probes: locators of images from all over the source; None for the listing's own.
-        retry_rejects: whether bytes that were rejected are tried again.
-        keep_damaged: whether JPEGs are kept that libjpeg could only repair.
+        rejects: what becomes of images that are no good.
         here: the whole run in this process; does not travel.
     """
 
@@ -96,8 +96,7 @@ class ExtractionContext:
     store: str
     space: str
     probes: tuple[bytes, ...] | None
-    retry_rejects: bool
-    keep_damaged: bool
+    rejects: RejectOptions
     here: ShardWork | None = field(default=None, repr=False)
     _opened: tuple[FeatureStore, Space, MissingColumns] | None = field(default=None, init=False, repr=False)
 
@@ -132,9 +131,7 @@ class ExtractionContext:
             space = next((space for space in store.spaces() if space.name == self.space), None)
             if space is None:
                 raise StoreError(f"{self.store} has no feature space {self.space} as seen from {socket.gethostname()}")
-            missing = MissingColumns(
-                space, self.session.columns, retry_rejects=self.retry_rejects, keep_damaged=self.keep_damaged
-            )
+            missing = MissingColumns(space, self.session.columns, self.rejects)
             self._opened = store, space, missing
         return self._opened
 
@@ -331,7 +328,7 @@ def compute_into(
         follow: shown every image after it was entered.
     """
     by_name = {str(column): column for column in session.columns}
-    loader = session.loader(context.source, work.missing, work.clock, keep_damaged=context.keep_damaged)
+    loader = session.loader(context.source, work.missing, work.clock, keep_damaged=context.rejects.keep_damaged)
     batches = Batches(
         lambda missing: session.engine([by_name[name] for name in missing]),
         store_sink(work.plan.listing, writer),
@@ -451,7 +448,6 @@ def _context(job: ExtractionSpec, run_id: str, here: ShardWork | None) -> Extrac
         store=str(space.path.absolute().parents[1]),
         space=space.name,
         probes=probes,
-        retry_rejects=job.options.retry_rejects,
-        keep_damaged=job.options.keep_damaged,
+        rejects=RejectOptions.of(job.options),
         here=here,
     )

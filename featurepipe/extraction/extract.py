@@ -12,11 +12,11 @@ from typing import Any
 from featurepipe.execution.connection import executor_on
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
-from featurepipe.extraction.limits import Limits
+from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.prepare import prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
-from featurepipe.features.options import REJECT, Options
-from featurepipe.images import open_source
+from featurepipe.features.options import REJECT, Places, SourceOptions, places
+from featurepipe.images import Source, open_source
 from featurepipe.interrupt import StopRequest, stopping
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, open_arrays
@@ -47,7 +47,7 @@ def extract(
     min_free: int | str | None = None,
     retry_rejects: bool = False,
     damaged: str = REJECT,
-    only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    only_under: Places = None,
     path_column: str | None = None,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
@@ -111,35 +111,38 @@ def extract(
         Interrupted: SIGINT or SIGTERM; everything in flight was committed.
         ClusterError: the cluster cannot be reached or used, or went away; everything its workers committed is kept.
     """
-    columns = (nodes,) if isinstance(nodes, str) else tuple(nodes)
-    options = Options(
-        backbone,
-        weights,
-        seed,
-        columns,
-        precision,
-        dtype,
-        decode,
-        intensity,
-        device,
-        batch_size,
-        workers,
-        retry_rejects,
-        damaged,
+    options = ExtractionOptions(
+        backbone=backbone,
+        weights=weights,
+        seed=seed,
+        nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
+        precision=precision,
+        dtype=dtype,
+        decode=decode,
+        intensity=intensity,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        max_rejects=max_rejects,
+        max_gone=max_gone,
+        min_free=min_free,
+        retry_rejects=retry_rejects,
+        damaged=damaged,
+        only_under=places(only_under),
+        path_column=path_column,
+        time_budget=time_budget,
     )
-    limits = Limits(max_rejects, max_gone, min_free)
-    stops = stopping(stop, time_budget)
+    stops = stopping(stop, options.time_budget)
     say = announcer(silent=silent)
-    settle = partial(prepare, dataset=dataset, options=options, limits=limits, say=say)
-    opened = closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column))
-    with opened as images, executor_on(cluster, say=say) as executor:
+    settle = partial(prepare, dataset=dataset, options=options, say=say)
+    with closing(opened(source, options)) as images, executor_on(cluster, say=say) as executor:
         if dry_run:
             executor.check()
             job = settle(images, existing_store(store), dry_run=True, executor=executor)
             return estimate(job, TIMED_SAMPLE, executor).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
         with target.lock(shared=True), stops as asked:
-            floor = limits.floor(target.path)
+            floor = options.floor(target.path)
             floor.check()
             with asked.at_once(before="the first image"):
                 executor.check(target.path)
@@ -148,7 +151,14 @@ def extract(
             with recorded(run):
                 with show(len(job.plan.todo), "extract", silent=silent) as progress:
                     compute(job, executor, run.id, run.ledger, lambda: asked() or floor(), progress)
-                return publish(run, limits, asked, floor)
+                return publish(run, asked, floor)
+
+
+def opened(source: Any, options: SourceOptions) -> Source:
+    """Opens a source as asked for, with all that can read image arrays; raises as `featurepipe.images.open_source`."""
+    return open_source(
+        source, array_readers=ARRAY_READERS, only_under=options.only_under, path_column=options.path_column
+    )
 
 
 def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:

@@ -6,10 +6,14 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
-from featurepipe.sizes import bytes_of
+from featurepipe.features.options import Options, SourceOptions
+from featurepipe.option_groups import OptionGroup, is_number, option
+from featurepipe.sizes import bytes_of, seconds_of
 from featurepipe.tables import size
 
 ALL = "100%"
@@ -18,13 +22,17 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at the free space."""
 
 
-def allowance(limit: int | str, images: int, name: str = "max_rejects") -> float:
+LONGEST = 366 * 86_400
+"""Seconds: no clock or timer of the system is asked for more."""
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(%?)")
+
+
+def allowance(limit: float | str, images: int) -> float:
     """How many of ``images`` a limit allows, whether it is a number or a share.
 
     Args:
         limit: what the user gave.
         images: what a share is of.
-        name: of the limit, for the message.
 
     Raises:
         UsageError: it is neither a count nor a share.
@@ -33,30 +41,65 @@ def allowance(limit: int | str, images: int, name: str = "max_rejects") -> float
         >>> allowance("1%", 250), allowance(3, 250)
         (2.5, 3.0)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(limit).strip())
+    match = _AMOUNT.fullmatch(str(limit).strip())
     if match is None:
-        raise UsageError(f"{name} {limit!r} must be a number of images such as 10, or a share such as 1%")
+        raise UsageError(f"{limit!r} {_NO_SHARE}")
     number = float(match[1])
     return number / 100 * images if match[2] else number
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What makes an extraction refuse to begin, or fail; each is an argument of `featurepipe.extract`.
+_NO_SHARE = "must be a number of images such as 10, or a share such as '1%'"
+
+
+def _share(given: Any) -> str | None:
+    is_one = (isinstance(given, str) or is_number(given, Real)) and _AMOUNT.fullmatch(str(given).strip())
+    return None if is_one else _NO_SHARE
+
+
+def _space(given: Any) -> str | None:
+    try:
+        if (isinstance(given, str) or is_number(given, Real)) and (given == 0 or bytes_of(given)):
+            return None
+    except UsageError:
+        pass
+    return "is no amount of space; give bytes or text such as '500MB', '20GB'"
+
+
+def seconds_at_most(given: Any) -> float:
+    """Reads a duration that clocks can count.
 
     Raises:
-        UsageError: one of them is no limit.
+        UsageError: It is none, or more than a year.
     """
+    seconds = seconds_of(given)
+    if seconds > LONGEST:
+        raise UsageError("is too long: a night, or a wait, is of 366 days at most")
+    return seconds
 
-    max_rejects: int | str = "1%"
-    max_gone: int | str | None = None
-    min_free: int | str | None = None
 
-    def __post_init__(self) -> None:
-        allowance(self.max_rejects, 0)
-        if self.max_gone is not None:
-            allowance(self.max_gone, 0, "max_gone")
-        self._floor()
+@dataclass(frozen=True, kw_only=True)
+class RejectLimit(OptionGroup):
+    """How many images may be unusable."""
+
+    max_rejects: int | float | str = option(
+        "1%", "unusable images to put up with (default: 1%)", metavar="N|P%", check=_share
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(RejectLimit):
+    """What makes an extraction refuse to begin, end early, or fail."""
+
+    max_gone: int | float | str | None = option(
+        None, "refuse if more images of the last snapshot are gone (default: if all are; 100%: never)",
+        metavar="N|P%", check=_share,
+    )  # fmt: skip
+    min_free: int | float | str | None = option(
+        None, "stop while this much is still free on the store's disk, such as 20GB", metavar="AMOUNT", check=_space
+    )
+    time_budget: float | None = option(
+        None, "stop after so long, such as 90s, 30min or 6h; the next run goes on", metavar="TIME", read=seconds_at_most
+    )
 
     def check_gone(self, name: str, listed: int, before: int, gone: int) -> None:
         """Refuses a listing that lacks too many images.
@@ -77,7 +120,7 @@ class Limits:
                 raise SourceError(text)
             lost = f"{text}, though the last snapshot has {before:,}. If they are gone on purpose: "
             raise SourceError(Message(lost, Option("max_gone", ALL)))
-        if self.max_gone is not None and gone > allowance(self.max_gone, before, "max_gone"):
+        if self.max_gone is not None and gone > allowance(self.max_gone, before):
             raise SourceError(
                 Message(
                     f"{gone:,} of the {before:,} images in the last snapshot are gone from {name}, more than ",
@@ -89,17 +132,12 @@ class Limits:
 
     def floor(self, folder: Path) -> DiskFloor:
         """Watches the free space of the disk that ``folder`` is on."""
-        return DiskFloor(folder, self._floor())
+        return DiskFloor(folder, bytes_of(self.min_free) if self.min_free else 0)
 
-    def _floor(self) -> int:
-        if not self.min_free:
-            return 0
-        try:
-            return bytes_of(self.min_free)
-        except UsageError:
-            raise UsageError(
-                f"min_free {self.min_free!r} is no amount of space; give bytes or text such as '500MB', '20GB'"
-            ) from None
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions(Limits, SourceOptions, Options):
+    """All options of `featurepipe.extract`, where they are explained."""
 
 
 class DiskFloor:

@@ -10,10 +10,13 @@ import numpy as np
 from featurepipe.backbones import Column
 from featurepipe.errors import Reject
 from featurepipe.extraction.plan import KeySet
+from featurepipe.features.options import RejectOptions
 from featurepipe.images.decode import is_repaired
 from featurepipe.store import Space
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.parts import PartInfo
+
+_BY_DEFAULT = RejectOptions()
 
 
 class MissingColumns:
@@ -22,14 +25,13 @@ class MissingColumns:
     Args:
         space: the feature space, for what it holds and what it rejected; None for one that does not exist yet.
         columns: the columns asked for.
-        retry_rejects: whether bytes that were rejected are tried again.
-        keep_damaged: whether JPEGs are kept that libjpeg could only repair. If not, they are rejects although an earlier run
-            kept them and has left their features.
+        options: what becomes of rejects and of JPEGs that libjpeg could only repair. These are rejects unless they are kept,
+            although an earlier run kept them and has left their features.
 
     Attributes:
         reasons: why bytes were rejected before, by key. Bytes with a feature are usable whatever was said of them once:
             they were tried again; unless they are damaged, which the store knows of features that were kept, too.
-        damaged: what is wrong with bytes that are kept all the same, by key; none unless ``keep_damaged``.
+        damaged: what is wrong with bytes that are kept all the same, by key; none unless they are kept.
         indexes: of what is there, in which a column of a key may be found.
         claimed: keys that are being computed in this run.
     """
@@ -38,20 +40,18 @@ class MissingColumns:
         self,
         space: Space | None,
         columns: Sequence[Column],
-        *,
-        retry_rejects: bool = False,
-        keep_damaged: bool = False,
+        options: RejectOptions = _BY_DEFAULT,
     ) -> None:
         self._names = tuple(str(column) for column in columns)
         self.indexes: list[KeyIndex] = [] if space is None else [space.index(self._names)]
         told = {} if space is None else _told(space)
         damaged = {key: reason for key, reason in told.items() if is_repaired(reason)}
         usable = self._usable(list(told))
-        self.damaged = damaged if keep_damaged else {}
+        self.damaged = damaged if options.keep_damaged else {}
         self.reasons = {
             key: reason
             for key, reason in told.items()
-            if key not in self.damaged and (key in damaged if key in usable else not retry_rejects)
+            if key not in self.damaged and (key in damaged if key in usable else not options.retry_rejects)
         }
         self._refused = KeySet(key for key in self.reasons if key in usable)
         self.claimed: set[bytes] = set()

@@ -12,15 +12,14 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS
-from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.history import History
-from featurepipe.extraction.limits import Limits
+from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.missing import MissingColumns
 from featurepipe.extraction.plan import KeySet, Plan, make_plan
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.options import DAMAGED, Options
 from featurepipe.features.session import (
     SAMPLE,
     LoadedNetwork,
@@ -31,7 +30,7 @@ from featurepipe.features.session import (
     measure_precision,
     settle_machine_for,
 )
-from featurepipe.features.settings import SETTINGS, Held, MeasurePrecision, Settings, check, resolve
+from featurepipe.features.settings import SETTINGS, Held, MeasurePrecision, Settings, resolve
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.findings import ListingSummary, is_told
@@ -64,7 +63,7 @@ class ExtractionSpec:
     session: Session
     source: Source
     dataset: str
-    options: Options
+    options: ExtractionOptions
     fields: Mapping[str, Any]
     space: Space | None
     why_new: str | None
@@ -87,11 +86,10 @@ def prepare(
     source: Source,
     store: FeatureStore | None,
     dataset: str | None,
-    options: Options,
+    options: ExtractionOptions,
     say: Callable[[str], None],
     *,
     dry_run: bool,
-    limits: Limits | None = None,
     loaded: LoadedNetwork | None = None,
     executor: Executor | None = None,
 ) -> ExtractionSpec:
@@ -104,7 +102,6 @@ def prepare(
         options: what the user asked for.
         say: told what was decided, one line at a time.
         dry_run: leave the store as it is.
-        limits: what makes the extraction refuse a listing; without them only an empty one is refused.
         loaded: the network that ``options`` names, if it is loaded already.
         executor: who will compute images; by default this process.
 
@@ -114,12 +111,9 @@ def prepare(
         WeightsNotFound: the weights are not at hand.
     """
     asked = {name: getattr(options, name) for name in SETTINGS}
-    check(asked)
-    if options.damaged not in DAMAGED:
-        raise unknown("choice of damaged", options.damaged, DAMAGED)
     check_budgets()
     executor = executor or LocalExecutor()
-    machine = settle_machine_for(executor, options)
+    machine = settle_machine_for(executor, options, options.decode)
     name = checked_dataset(dataset or dataset_name(source.name))
     backbone = loaded.backbone if loaded else load_backbone(options.backbone, options.weights, seed=options.seed)
     clock = StageSeconds()
@@ -133,7 +127,7 @@ def prepare(
     listing = history.with_unreadable(listing)
     history = history.without_folders(listing)
     gone = history.gone(listing)
-    (limits or Limits()).check_gone(source.name, listing.num_rows, history.images, gone)
+    options.check_gone(source.name, listing.num_rows, history.images, gone)
 
     spaces = held_spaces(store, backbone, history)
     columns = _columns(backbone, spaces, options.nodes)
@@ -163,7 +157,7 @@ def prepare(
     for setting, value in settings.values().items():
         say(f"{setting} {value}: {settings.why[setting]}")
 
-    missing = MissingColumns(space, columns, retry_rejects=options.retry_rejects, keep_damaged=options.keep_damaged)
+    missing = MissingColumns(space, columns, options)
     plan = _plan(listing, name, space, missing, history, source.location, say)
     return ExtractionSpec(
         session=session,

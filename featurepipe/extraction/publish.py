@@ -15,10 +15,11 @@ from featurepipe import records
 from featurepipe.errors import FeaturepipeError, Interrupted, Message, Option, StoreError, TooManyRejects
 from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.ledger import ExtractionLedger
-from featurepipe.extraction.limits import DiskFloor, Limits, allowance
+from featurepipe.extraction.limits import DiskFloor, allowance
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
+from featurepipe.option_groups import as_asked
 from featurepipe.store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES
 from featurepipe.store.runs import PUBLISHING
@@ -72,14 +73,13 @@ def recorded(run: Run) -> Iterator[None]:
         raise
 
 
-def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> dict[str, Any]:
+def publish(run: Run, asked: StopRequest, floor: DiskFloor) -> dict[str, Any]:
     """Writes the snapshot and the run record, and returns the record.
 
     A run that has no time left writes no snapshot, but a record that says so.
 
     Args:
         run: whose images are all computed, unless something stopped it.
-        limits: for the number of rejects.
         asked: whether a signal, or the time, has stopped it.
         floor: whether the disk has.
 
@@ -102,7 +102,7 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
     if left and asked.out_of_time:
         return run.end("out of time", 0, left=left, changes=None)
     ledger.check()
-    _check_rejects(run, limits)
+    _check_rejects(run)
     # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
     changes = count_changes(job.history.snapshot, run.snapshot)
     code = 3 if ledger.reasons else 0
@@ -111,15 +111,15 @@ def publish(run: Run, limits: Limits, asked: StopRequest, floor: DiskFloor) -> d
     return run.end("done", code, changes=changes)
 
 
-def _check_rejects(run: Run, limits: Limits) -> None:
+def _check_rejects(run: Run) -> None:
     job, reasons = run.job, run.ledger.reasons
     listed = job.plan.listing
-    if len(reasons) > allowance(limits.max_rejects, listed.num_rows):
+    if len(reasons) > allowance(job.options.max_rejects, listed.num_rows):
         first = min(reasons)
         raise TooManyRejects(
             Message(
                 f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than ",
-                Option("max_rejects", limits.max_rejects),
+                Option("max_rejects", job.options.max_rejects),
                 f" allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, the "
                 f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl",
             )
@@ -160,6 +160,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "computed_by_column": {str(column): ledger.columns[str(column)] for column in job.session.columns},
         "rejects": _rejects(job, ledger)[:SHOWN_REJECTS],
         "new_rejects": _new_rejects(job, ledger)[:SHOWN_REJECTS],
+        "options": as_asked(job.options),
         "damaged": {
             "asked": job.options.damaged,
             "kept": len(ledger.damage),

@@ -22,9 +22,9 @@ from featurepipe.extraction.compute import compute
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages
 from featurepipe.extraction.ledger import ExtractionLedger
+from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.prepare import ExtractionSpec, prepare
 from featurepipe.extraction.publish import begin_run
-from featurepipe.features.options import Options
 from featurepipe.features.session import LoadedNetwork
 from featurepipe.features.settings import Settings
 from featurepipe.features.stream import FeatureStream
@@ -56,7 +56,7 @@ class Transformation:
         self,
         loaded: LoadedNetwork,
         columns: tuple[Column, ...],
-        options: Options,
+        options: ExtractionOptions,
         store: Store,
         space: dict[str, Any],
         cluster: Any = None,
@@ -67,7 +67,7 @@ class Transformation:
         self._cluster = cluster
 
     @classmethod
-    def settle(cls, given: GivenImages, options: Options, store: Store, cluster: Any = None) -> Self:
+    def settle(cls, given: GivenImages, options: ExtractionOptions, store: Store, cluster: Any = None) -> Self:
         """Settles what is ``auto``, on the first of the images where it has to be measured; writes nothing.
 
         Raises:
@@ -83,7 +83,7 @@ class Transformation:
         return cls(session.network_here, session.columns, settled, store, dict(job.fields), cluster)
 
     @classmethod
-    def resume(cls, options: Options, store: Store, space: dict[str, Any], cluster: Any = None) -> Self:
+    def resume(cls, options: ExtractionOptions, store: Store, space: dict[str, Any], cluster: Any = None) -> Self:
         """Makes ready again what was settled before, perhaps on another machine."""
         settled = _with(options, Settings.of_space(space, why="as fitted"))
         backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
@@ -172,7 +172,7 @@ class Transformation:
         return rows
 
 
-def _with(options: Options, settings: Settings) -> Options:
+def _with(options: ExtractionOptions, settings: Settings) -> ExtractionOptions:
     """The options with all that is ``auto`` settled."""
     values: dict[str, Any] = settings.values()
     return replace(options, **values)

@@ -1,34 +1,153 @@
-"""How to extract, as the user says it; imports nothing heavy."""
+"""The options of reading and computing images, in groups that each command combines as it needs; imports nothing heavy."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from featurepipe.errors import UsageError
+from featurepipe.option_groups import OptionGroup, at_least, is_number, is_text, not_empty, option
 
 AUTO = "auto"
 REJECT, KEEP = DAMAGED = ("reject", "keep")
 """What becomes of a JPEG that libjpeg could only repair."""
+LARGEST_BATCH = 65_536
+"""Images that no device takes at once."""
+Places = str | PathLike[str] | Sequence[str | PathLike[str]] | None
+"""One folder or URL, or several; None for anywhere."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to extract; each field is an argument of `featurepipe.extract`, where it is explained."""
+def places(given: Places) -> tuple[str, ...] | None:
+    """One place or several as texts."""
+    if given is None:
+        return None
+    return tuple(os.fspath(place) for place in ([given] if isinstance(given, str | PathLike) else given))
 
-    backbone: str = "resnet50"
-    weights: str = "DEFAULT"
-    seed: int = 0
-    nodes: Sequence[str] = ("bottleneck",)
-    precision: str = AUTO
-    dtype: str = AUTO
-    decode: str = AUTO
-    intensity: str = AUTO
-    device: str = AUTO
-    batch_size: int | str = AUTO
-    workers: int | None = None
-    retry_rejects: bool = False
-    damaged: str = REJECT
+
+def _batch_size(given: Any) -> str | None:
+    number = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if given == AUTO or (is_number(number) and 1 <= number <= LARGEST_BATCH):
+        return None
+    return f"must be 'auto' or a number from 1 to {LARGEST_BATCH}"
+
+
+def _device(given: Any) -> str | None:
+    if isinstance(given, str) and given != AUTO and given.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {given!r}; choices: auto, cpu, cuda, cuda:N", option="device")
+    return is_text(given)
+
+
+def _intensity(given: Any) -> str | None:
+    if isinstance(given, str) and given != AUTO:
+        from featurepipe.images.intensity import parse_intensity
+
+        parse_intensity(given)
+    return is_text(given)
+
+
+def _is_weights_file(given: str) -> bool:
+    if "." not in given and "/" not in given:
+        return False
+    from featurepipe.backbones.weights import is_file_name
+
+    return is_file_name(given)
+
+
+def _anywhere(_: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(OptionGroup):
+    """Which network, and what is kept of it."""
+
+    backbone: str = option("resnet50", "see featurepipe backbones (default: resnet50)", metavar="NAME")
+    weights: str = option(
+        "DEFAULT",
+        "a weights enum of torchvision, DEFAULT, a file with the network's tensors (a state dict, checkpoint or "
+        ".safetensors, with any head or none), or none: a random control network",
+        metavar="NAME|none|FILE", is_path=_is_weights_file,
+    )  # fmt: skip
+    seed: int = option(0, "of the random control network (default: 0)")
+    nodes: tuple[str, ...] = option(
+        ("bottleneck",),
+        "what to keep, may be repeated; poolings: gap, gmp, gem, avgKxK, maxKxK, flatten, map (default: bottleneck:gap)",
+        metavar="NODE[:POOLING]", check=not_empty,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingOptions(OptionGroup):
+    """Settings of the feature space, which may be ``auto``."""
+
+    precision: str = option(
+        AUTO, "auto: as in the store, else the fastest that agrees with fp32", choices=(AUTO, "fp32", "bf16", "fp16")
+    )
+    dtype: str = option(
+        AUTO, "stored dtype (auto: as in the store, else float16)", choices=(AUTO, "float16", "float32")
+    )
+    decode: str = option(
+        AUTO, "where JPEGs are decoded (auto: as in the store, else cpu)", choices=(AUTO, "cpu", "gpu")
+    )
+    intensity: str = option(
+        AUTO, "black and white of images of more than 8 bits (auto: as in the store, else as the files declare)",
+        metavar="auto|declared|full|bits=N|window=LO:HI|minmax", check=_intensity,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(OptionGroup):
+    """With how much the network runs."""
+
+    device: str = option(AUTO, "default: cuda where there is one", metavar="auto|cpu|cuda[:N]", check=_device)
+    batch_size: int | str = option(
+        AUTO, "images per forward (auto: 16 on a CPU, 256 on CUDA, halved when memory runs out)",
+        metavar="auto|N", check=_batch_size,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "threads that read and decode (default: one per CPU, at most 16)", check=at_least(1, 1024)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(OptionGroup):
+    """How a source is opened."""
+
+    only_under: tuple[str, ...] | None = option(
+        None,
+        "read no image that a manifest names, or a link leads to, elsewhere than below this folder, or the URL of one; "
+        "may be repeated (default: anywhere)",
+        metavar="DIR|URL", is_path=_anywhere,
+    )  # fmt: skip
+    path_column: str | None = option(
+        None, "column of a manifest's paths (default: path, file, filename or image)", metavar="NAME", check=not_empty
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamageOptions(OptionGroup):
+    """What becomes of images that lost pixels."""
+
+    damaged: str = option(
+        REJECT, "JPEGs that lost pixels, as in a broken copy; those kept are listed (default: reject)", choices=DAMAGED
+    )
 
     @property
     def keep_damaged(self) -> bool:
         """Whether JPEGs are kept that libjpeg could only repair."""
         return self.damaged == KEEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectOptions(DamageOptions):
+    """What becomes of images that are no good."""
+
+    retry_rejects: bool = option(False, "try images again whose bytes were rejected before")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RejectOptions, MachineOptions, SettingOptions, NetworkOptions):
+    """How images become features."""

@@ -25,7 +25,7 @@ from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Loader, StageSeconds, load_sample, loader_for
-from featurepipe.features.options import Options
+from featurepipe.features.options import AUTO, MachineOptions, Options
 from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
@@ -242,20 +242,18 @@ def check_travels(source: Source) -> None:
         )
 
 
-def settle_machine_for(executor: Executor, options: Options) -> Machine:
+def settle_machine_for(executor: Executor, options: MachineOptions, decode: str = AUTO) -> Machine:
     """Settles device, batch size and threads for whoever computes. All compute on one kind of device: CUDA if any has it.
 
     Raises:
         UsageError: no worker has the device asked for, or the request makes no sense.
     """
     if executor.is_local:
-        return settle_machine(options.device, options.batch_size, options.workers, options.decode)
+        return settle_machine(options, decode)
     answers = executor.each(torch.cuda.is_available)
     machine = settle_machine(
-        options.device,
-        options.batch_size,
-        options.workers,
-        options.decode,
+        options,
+        decode,
         has_cuda=any(has is True for has in answers.values()),
         cpus=max((worker.threads for worker in executor.workers()), default=1),
     )

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.features.options import AUTO
+from featurepipe.features.options import AUTO, MachineOptions, SettingOptions
 from featurepipe.images.decode import decoding_fields
 from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
+from featurepipe.option_groups import declared
 
 MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
 """Takes the reduced precision to compare with fp32, None for what suits the device, and the intensity with which images are
@@ -31,17 +32,14 @@ _AS_VERSION_1 = (
     "on, features of such images that it holds stay as they are; --intensity declared starts a feature space without them"
 )
 
-CHOICES = {
-    "precision": ("fp32", "bf16", "fp16"),
-    "dtype": ("float16", "float32"),
-    "decode": ("cpu", "gpu"),
-}
-SETTINGS = (*CHOICES, "intensity")
+SETTINGS = tuple(declared(SettingOptions))
+_PLAIN = tuple(name for name in SETTINGS if name != "intensity")
+"""Settings that are fields of the feature space themselves; the intensity is among those of decoding."""
 
 
 def _values(fields: Mapping[str, Any]) -> dict[str, str]:
     """The settings of a feature space, by name."""
-    return {**{name: str(fields[name]) for name in CHOICES}, "intensity": intensity_of(fields.get("decoding", {}))}
+    return {**{name: str(fields[name]) for name in _PLAIN}, "intensity": intensity_of(fields.get("decoding", {}))}
 
 
 @dataclass(frozen=True)
@@ -65,22 +63,7 @@ class Settings:
 
     def fields(self) -> dict[str, Any]:
         """The values as they go into the feature space, with all that decoding does."""
-        return {**{name: getattr(self, name) for name in CHOICES}, "decoding": decoding_fields(self.intensity)}
-
-
-def check(asked: Mapping[str, str]) -> None:
-    """Refuses values that are neither ``auto`` nor a known choice.
-
-    Raises:
-        UsageError: names the setting, the value and the choices.
-    """
-    for name, value in asked.items():
-        if value == AUTO:
-            continue
-        if name not in CHOICES:
-            parse_intensity(value)
-        elif value not in CHOICES[name]:
-            raise UsageError(f"unknown {name} {value!r}; choices: auto, {', '.join(CHOICES[name])}")
+        return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding_fields(self.intensity)}
 
 
 @dataclass(frozen=True)
@@ -137,9 +120,7 @@ class Machine:
 
 
 def settle_machine(
-    device: str,
-    batch_size: int | str,
-    workers: int | None,
+    options: MachineOptions,
     decode: str,
     *,
     has_cuda: bool | None = None,
@@ -148,9 +129,7 @@ def settle_machine(
     """Resolves what is ``auto`` or None, and refuses what cannot be.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_size: images in a forward, or ``auto``.
-        workers: threads that read and decode, or None.
+        options: what was asked for.
         decode: the decode route asked for.
         has_cuda: whether there is a CUDA device; None to look here.
         cpus: cores there; None to count those here.
@@ -160,20 +139,14 @@ def settle_machine(
     """
     if has_cuda is None:
         has_cuda = torch.cuda.is_available()
+    device, batch_size = options.device, options.batch_size
     if device == AUTO:
         device = "cuda" if has_cuda else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:N")
     if device.startswith("cuda") and not has_cuda:
         raise UsageError(f"device {device!r}: this PyTorch sees no CUDA device. See: featurepipe doctor")
     if decode == "gpu" and device == "cpu":
         raise UsageError(Message("decode 'gpu' needs ", Option("device", "cuda"), "; here the device is cpu"))
     if batch_size == AUTO:
         batch_size = 16 if device == "cpu" else 256
-    if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise UsageError(f"batch size {batch_size!r} must be 'auto' or a number from 1")
-    if workers is None:
-        workers = min(cpus or os.cpu_count() or 2, 16)
-    if workers < 1:
-        raise UsageError(f"workers {workers} must be a number from 1")
+    workers = options.workers or min(cpus or os.cpu_count() or 2, 16)
     return Machine(device, int(batch_size), workers)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+)
 
 from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
+from featurepipe.extraction.limits import Limits, seconds_at_most
+from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
 from featurepipe.heads.families import HEADS
-from featurepipe.images.intensity import parse_intensity
-from featurepipe.sizes import bytes_of, seconds_of
+from featurepipe.option_groups import declared
+from featurepipe.sizes import bytes_of
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
@@ -23,10 +35,6 @@ PLACEHOLDERS = ("date", "run", "job")
 REFERENCES = ("previous", "first")
 """Snapshots that drift can be measured from, beside those that a run id names."""
 LONGEST_NAME = 100
-LONGEST = 366 * 86_400
-"""Seconds: no clock or timer of the system is asked for more."""
-LARGEST_BATCH = 65_536
-"""Images that no device takes at once."""
 _RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
@@ -35,33 +43,6 @@ def _amount(given: Any) -> Any:
         raise UsageError("no amount of memory; give bytes or text such as '512MB', '20GB'")
     bytes_of(given)  # refused here, with the key's name, and not hours later
     return given
-
-
-def _seconds(given: Any) -> float:
-    seconds = seconds_of(given)
-    if seconds > LONGEST:
-        raise UsageError("is too long: a night, or a wait, is of 366 days at most")
-    return seconds
-
-
-def _batch_size(given: Any) -> Any:
-    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= LARGEST_BATCH):
-        return given
-    raise UsageError(f"must be 'auto' or a number from 1 to {LARGEST_BATCH}")
-
-
-def _intensity(text: str) -> str:
-    if text != "auto":
-        parse_intensity(text)
-    return text
-
-
-def _share(given: Any) -> int | str:
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-        return given
-    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?%?", given):
-        return given
-    raise UsageError("must be a number of images such as 10, or a share such as '1%'")
 
 
 def is_name(text: str) -> bool:
@@ -144,24 +125,10 @@ def _template(text: str, info: ValidationInfo) -> str:
     return os.path.normpath(Path(literal) / _at_home(text))
 
 
-def _weights(text: str, info: ValidationInfo) -> str:
-    if "." not in text and "/" not in text:
-        return text
-    from featurepipe.backbones.weights import is_file_name
-
-    return _joined(text, info) if is_file_name(text) else text
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+Seconds = Annotated[float, BeforeValidator(seconds_at_most)]
 """A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
 Amount = Annotated[int | str, BeforeValidator(_amount)]
 """Bytes, or text such as ``"20GB"``."""
-BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
-"""Images per forward, or ``"auto"``."""
-Intensity = Annotated[str, AfterValidator(_intensity)]
-"""``auto``, or what `featurepipe.images.intensity.parse_intensity` reads."""
-Share = Annotated[int | str, BeforeValidator(_share)]
-"""A number of images, or a share such as ``"1%"``."""
 Components = Annotated[int | float, BeforeValidator(_components)]
 """Principal components: how many, or the share of the variance that they keep."""
 Reference = Annotated[str, AfterValidator(_reference)]
@@ -174,8 +141,6 @@ JobPath = Annotated[Path, BeforeValidator(_place)]
 """A path, relative to the job file's folder."""
 PathOrUrl = Annotated[str, AfterValidator(_joined)]
 """A path or glob, relative to the job file's folder, or a URL."""
-Weights = Annotated[str, AfterValidator(_weights)]
-"""A name, or a file, relative to the job file's folder."""
 Template = Annotated[str, AfterValidator(_template)]
 """A path with ``{date}``, ``{run}`` or ``{job}`` in it, relative to the job file's folder."""
 
@@ -195,23 +160,51 @@ Heads = Annotated[Names, Field(min_length=1), AfterValidator(_heads)]
 PValue = Annotated[float, Field(gt=0, lt=1)]
 
 
-class BaseTable(BaseModel):
-    """What all tables have in common: they never change, know all their keys, and take no text for a number."""
+class BaseTable(BaseModel, frozen=True):
+    """What all tables have in common: they never change, know all their keys, and take no text for a number.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    A table that inherits from a group of options (`featurepipe.option_groups`) has those as keys.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Describes the keys that are options."""
+        for name, one in declared(cls).items():
+            cls.model_fields[name].description = f"{one.help[0].upper()}{one.help[1:]}."
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_declared(cls, given: Any, info: ValidationInfo) -> Any:
+        """Reads and checks a key that is an option."""
+        one = declared(cls).get(info.field_name or "")
+        if one is None:
+            return given
+        value = listed(given) if tuple in one.types else one.read_from(given)
+        if one.choices and value not in one.choices:
+            if isinstance(value, str):
+                raise unknown("value", value, one.choices)
+            raise UsageError(f"choices: {', '.join(one.choices)}")
+        if said := one.wrong(value):
+            raise UsageError(said)
+        return _in_folder(value, one.is_path, info) if one.is_path else value
 
 
-class SourceTable(BaseTable):
+def _in_folder(value: Any, is_path: Callable[[str], bool], info: ValidationInfo) -> Any:
+    """Paths of an option, seen from the job file's folder."""
+    if isinstance(value, tuple):
+        return tuple(_in_folder(one, is_path, info) for one in value)
+    return _joined(value, info) if isinstance(value, str) and is_path(value) else value
+
+
+class SourceTable(BaseTable, SourceOptions, frozen=True):
     """``[source]``: where the images are."""
 
     path: PathOrUrl
     """Anything that `featurepipe extract` reads: a folder, a manifest, archives, image arrays, or a URL."""
     labels: JobPath | None = None
     """A CSV with the columns id and label, to use instead of the source's own labels."""
-    only_under: Annotated[tuple[PathOrUrl, ...], BeforeValidator(listed)] = ()
-    """Folders, or URLs of folders: what a manifest names elsewhere, or a link leads to, is not read, but rejected."""
-    path_column: Annotated[str, Field(min_length=1)] | None = None
-    """The column of a manifest that holds the paths; by default `path`, `file`, `filename` or `image`."""
     moved_from: Names = ()
     """Where the dataset's images were before, as the run that refuses to take them from here says; one place or several."""
     retries: int = Field(default=5, ge=0)
@@ -222,54 +215,25 @@ class SourceTable(BaseTable):
     """The longest wait between two tries."""
 
 
-class FeaturesTable(BaseTable):
+class FeaturesTable(BaseTable, SettingOptions, NetworkOptions, frozen=True):
     """``[[features]]``: one frozen network, and what is kept of it."""
 
-    backbone: str = "resnet50"
-    """A name that `featurepipe backbones` lists, `timm/NAME`, or `package.module:factory`."""
-    weights: Weights = "DEFAULT"
-    """A weights enum of torchvision, `DEFAULT`, a file with the network's tensors, or `none` for a random control network."""
-    nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
-    """What to keep, each `NODE` or `NODE:POOLING`."""
     seed: int = Field(default=0, ge=0)
     """Of a random control network."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """The network's arithmetic."""
-    dtype: Literal["auto", "float16", "float32"] = "auto"
-    """Stored numbers."""
-    decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where JPEGs are decoded."""
-    intensity: Intensity = "auto"
-    """Black and white of images of more than eight bits: `declared`, `full`, `bits=N`, `window=LO:HI` or `minmax`."""
 
 
-class MachineTable(BaseTable):
+class MachineTable(BaseTable, MachineOptions, frozen=True):
     """``[machine]``: with how much the network runs."""
 
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    batch_size: BatchSize = "auto"
-    """Images per forward, or `auto`."""
-    workers: int | None = Field(default=None, ge=1, le=1024)
-    """Threads that read and decode; by default one per CPU, at most 16."""
 
-
-class LimitsTable(BaseTable):
+class LimitsTable(BaseTable, DamageOptions, Limits, frozen=True):
     """``[limits]``: what a night may cost, and what makes it fail."""
 
-    max_rejects: Share = "1%"
-    """Unusable images to put up with, a number or a share."""
-    damaged: Literal["reject", "keep"] = "reject"
-    """JPEGs of which libjpeg could only repair what was left; those kept are listed in the run's record."""
-    time_budget: Seconds | None = None
-    """How long a night may take; what is not done by then is done the next night."""
-    min_free: Amount | None = None
-    """What must stay free on the store's disk, such as `20GB`."""
-    max_gone: Share = "50%"
+    max_gone: int | float | str = "50%"
     """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 
-class TrainTable(BaseTable):
+class TrainTable(BaseTable, frozen=True):
     """``[[train]]``: a head to train; see `featurepipe train`."""
 
     out: JobPath
@@ -306,7 +270,7 @@ class TrainTable(BaseTable):
     """Of draws and of the estimators."""
 
 
-class PredictTable(BaseTable):
+class PredictTable(BaseTable, frozen=True):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
     bundle: JobPath
@@ -323,7 +287,7 @@ class PredictTable(BaseTable):
         return Path(self.to.format(date=date, run=run, job=job))
 
 
-class DriftTable(BaseTable):
+class DriftTable(BaseTable, frozen=True):
     """``[drift]``: whether this run's images are like those of before."""
 
     reference: Reference = "previous"
@@ -340,7 +304,7 @@ class DriftTable(BaseTable):
     """Of what is drawn."""
 
 
-class DepthTable(BaseTable):
+class DepthTable(BaseTable, frozen=True):
     """``[depth]``: which layer transfers best; see `featurepipe depth`."""
 
     when: Literal["images changed", "always"] = "images changed"
@@ -365,11 +329,11 @@ class DepthTable(BaseTable):
     """An HTML file to write."""
 
 
-class CompactTable(BaseTable):
+class CompactTable(BaseTable, frozen=True):
     """``[compact]``: merge small parts; it has no keys."""
 
 
-class KeepTable(BaseTable):
+class KeepTable(BaseTable, frozen=True):
     """``[keep]``: how much of the past stays."""
 
     snapshots: int | None = Field(default=30, ge=1)
@@ -378,7 +342,7 @@ class KeepTable(BaseTable):
     """Nights of the job whose run records stay; records of other jobs, and of what was done by hand, always do."""
 
 
-class ReportTable(BaseTable):
+class ReportTable(BaseTable, frozen=True):
     """``[report]``: the page of the last runs."""
 
     to: JobPath
@@ -387,14 +351,14 @@ class ReportTable(BaseTable):
     """Nights that it shows."""
 
 
-class MetricsTable(BaseTable):
+class MetricsTable(BaseTable, frozen=True):
     """``[metrics]``: figures for those who watch many jobs."""
 
     prometheus: JobPath
     """The text file for Prometheus' node exporter, `.prom`."""
 
 
-class Job(BaseTable):
+class Job(BaseTable, frozen=True):
     """A job file."""
 
     name: Name
@@ -444,5 +408,5 @@ class Job(BaseTable):
     def read_from(self, file: Path) -> Job:
         """The same job, which knows its file."""
         job = self.model_copy()
-        job._file = file  # noqa: SLF001 - a copy of our own
+        job._file = file  # type: ignore[misc]  # noqa: SLF001 - a copy of our own, and not a field
         return job

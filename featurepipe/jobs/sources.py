@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
-from featurepipe.extraction.extract import ARRAY_READERS
+from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import ALL
-from featurepipe.images import Source, open_source
+from featurepipe.images import Source
 from featurepipe.images.findings import told
 from featurepipe.images.listing import SCHEMA
 from featurepipe.interrupt import StopRequest
@@ -175,12 +175,7 @@ class JobSource:
     def _list(self) -> Listed:
         table = self._job.source
         try:
-            source = open_source(
-                table.path,
-                array_readers=ARRAY_READERS,
-                only_under=table.only_under or None,
-                path_column=table.path_column,
-            )
+            source = opened(table.path, table)
             listing = source.scan()
         except OSError as error:
             raise SourceError(f"{table.path}: {error}") from error

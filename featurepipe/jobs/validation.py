@@ -138,7 +138,7 @@ def table_called(name: str) -> type[BaseModel]:
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), _NoTable)
 
 
-class _NoTable(BaseTable):
+class _NoTable(BaseTable, frozen=True):
     """Stands for keys at the top that hold no table."""
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
-from featurepipe.features.options import Options
+from featurepipe.features.options import MachineOptions
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
@@ -26,6 +26,7 @@ from featurepipe.layer_depth.study import (
     columns_of_space,
 )
 from featurepipe.layer_depth.timing import FEW, Timing
+from featurepipe.option_groups import declared
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 
@@ -153,11 +154,12 @@ class Extracted:
 
 def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
     """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
-    names = ("device", "batch_size", "workers", "decode")
-    options = Options(**{name: extraction[name] for name in names if name in extraction})
+    machine_asked = MachineOptions(
+        **{name: extraction[name] for name in declared(MachineOptions) if name in extraction}
+    )
     with executor_on(extraction.get("cluster"), say=say) as executor:
         executor.check()
-        machine = settle_machine_for(executor, options)
+        machine = settle_machine_for(executor, machine_asked, extraction.get("decode", AUTO))
     if is_store(wanted.source):
         return _held(wanted, machine)
     return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)

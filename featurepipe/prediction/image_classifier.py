@@ -11,6 +11,7 @@ import numpy.typing as npt
 from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 
 if TYPE_CHECKING:
@@ -62,10 +63,10 @@ class ImageClassifier:
             UsageError: An argument is wrong.
             WeightsNotFound: The network's weights are not at hand.
         """
-        ready = make_ready(
-            path, weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
+        options = BundleOptions(
+            weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
         )
-        return cls(ready)
+        return cls(make_ready(path, options))
 
     def __repr__(self) -> str:
         bundle = self.bundle

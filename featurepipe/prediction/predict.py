@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from os import PathLike
@@ -15,17 +15,18 @@ import pyarrow as pa
 from featurepipe import records
 from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects
 from featurepipe.execution.connection import executor_on
-from featurepipe.extraction.extract import ARRAY_READERS
+from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code
-from featurepipe.features.options import AUTO
+from featurepipe.features.options import AUTO, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.images import open_source
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
+from featurepipe.option_groups import as_asked
 from featurepipe.prediction.files import checked_target, predictions_file
+from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.scored import Predictions, Scored
-from featurepipe.prediction.shards import SCORE, NetworkOptions, Prediction
+from featurepipe.prediction.shards import SCORE, Prediction
 from featurepipe.progress import announcer, show
 
 
@@ -39,7 +40,7 @@ def predict(
     batch_size: int | str = AUTO,
     workers: int | None = None,
     max_rejects: int | str = "1%",
-    only_under: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    only_under: Places = None,
     path_column: str | None = None,
     trust_code: bool = False,
     cluster: Any = None,
@@ -82,21 +83,26 @@ def predict(
         TooManyRejects: more images were unusable than ``max_rejects``; the file is there, with all others predicted.
         Interrupted: SIGINT or SIGTERM; no file is left.
     """
-    allowance(max_rejects, 0)  # refused before any work, as is a file that cannot be written
+    options = PredictOptions(
+        weights=weights,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        max_rejects=max_rejects,
+        only_under=places(only_under),
+        path_column=path_column,
+        trust_code=trust_code,
+    )
+    # Refused before any work, as are wrong options.
     target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
     say = announcer(silent=silent)
-    network = NetworkOptions(weights, device, batch_size, workers, trust_code)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         with stop.at_once("the first image"):
             executor = stack.enter_context(executor_on(cluster, say=say))
-            prediction = Prediction.of(executor, bundle, network)
-            images = stack.enter_context(
-                closing(
-                    open_source(source, array_readers=ARRAY_READERS, only_under=only_under, path_column=path_column)
-                )
-            )
+            prediction = Prediction.of(executor, bundle, BundleOptions.of(options))
+            images = stack.enter_context(closing(opened(source, options)))
             listing = images.scan().combine_chunks()
         summary = ListingSummary.of(listing)
         for line in summary.lines(images.name, labels=False):
@@ -111,6 +117,7 @@ def predict(
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
         "source": images.location,
         **bounds_of(images),
+        "options": as_asked(options),
         "listing": summary.as_dict(),
         "file": None if target is None else str(target),
         "neutralised": predictions.neutralised,
@@ -119,13 +126,13 @@ def predict(
         **_describe(prediction, listing, predictions),
     }
     rejected, listed = len(predictions.reasons), listing.num_rows
-    if rejected > allowance(max_rejects, listed):
+    if rejected > allowance(options.max_rejects, listed):
         first = min(predictions.reasons)
         written = f"{target} holds all predictions and reasons" if target else "nothing was written"
         raise TooManyRejects(
             Message(
                 f"{rejected:,} of {listed:,} images could not be used, more than ",
-                Option("max_rejects", max_rejects),
+                Option("max_rejects", options.max_rejects),
                 f" allows; first: {listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}",
             ),
             record={**record, "status": "failed", "exit_code": TooManyRejects.exit_code},

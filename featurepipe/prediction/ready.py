@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +17,21 @@ from featurepipe.backbones.user_code import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.options import AUTO, Options
+from featurepipe.features.options import Options
 from featurepipe.features.session import Session
 from featurepipe.features.settings import Settings, settle_machine
 from featurepipe.features.stream import FeatureBatch, FeatureStream
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.images.intensity import parse_intensity
+from featurepipe.prediction.options import BundleOptions
 from featurepipe.progress import Progress
 from featurepipe.store import differences
 
 SCORED_BYTES = 32 * 1024 * 1024
 """Features that are scored at once: some heads are many times faster on more rows."""
+
+_BY_DEFAULT = BundleOptions()
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class ReadyBundle:
 
     bundle: Bundle
     session: Session
-    options: Mapping[str, Any]
+    options: BundleOptions
 
-    def __reduce__(self) -> tuple[Callable[..., ReadyBundle], tuple[Bundle, Mapping[str, Any]]]:
+    def __reduce__(self) -> tuple[Callable[..., ReadyBundle], tuple[Bundle, BundleOptions]]:
         """Pickles and copies the bundle and the options, from which the network is loaded again wherever it arrives."""
-        return _made_again, (self.bundle, self.options)
+        return make_ready, (self.bundle, self.options)
 
     @property
     def backbone(self) -> Backbone:
@@ -92,39 +93,29 @@ class ReadyBundle:
 
 def make_ready(
     bundle: Bundle | str | PathLike[str],
-    *,
-    weights: str | PathLike[str] | None = None,
-    device: str = AUTO,
-    batch_size: int | str = AUTO,
-    workers: int | None = None,
-    trust_code: bool = False,
+    options: BundleOptions = _BY_DEFAULT,
 ) -> ReadyBundle:
     """Loads a bundle's network and checks that its features will be those that the head was trained on.
 
     Args:
         bundle: the bundle or its folder.
-        weights: the network's weights, if they are a file that is not in the bundle; else the bundle knows them.
-        device: where the network runs.
-        batch_size: images per forward.
-        workers: threads that read and decode.
-        trust_code: whether a network ``package.module:factory`` may be loaded, which imports and runs that module: a bundle
-            that someone else made could name any module of this machine.
+        options: how to run the network.
 
     Raises:
-        BundleError: the bundle is damaged; its weights are needed; it names a module and ``trust_code`` is false; or this
+        BundleError: the bundle is damaged; its weights are needed; it names a module and its code is not trusted; or this
             network, these weights or this version of featurepipe give other features, and names what differs.
         UsageError: an argument is wrong.
         WeightsNotFound: the network's weights are not at hand.
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-    check_trusted(found.backbone["name"], trust_code, named_by="the bundle", error=BundleError)
+    check_trusted(found.backbone["name"], options.trust_code, named_by="the bundle", error=BundleError)
     settings = Settings.of_space(found.space, why="as in the bundle")
     try:
         parse_intensity(settings.intensity)
     except UsageError as error:
         raise BundleError(f"the bundle's features have an {error}; use the version that it was trained with") from error
-    machine = settle_machine(device, batch_size, workers, settings.decode)
-    backbone = load_backbone(found.backbone["name"], _weights(found, weights), seed=found.backbone["seed"])
+    machine = settle_machine(options, settings.decode)
+    backbone = load_backbone(found.backbone["name"], _weights(found, options.weights), seed=found.backbone["seed"])
     fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
     changed = differences(found.space, fields)
     if changed:
@@ -137,20 +128,14 @@ def make_ready(
         )
     columns = backbone.columns(found.columns)
     _check_width(found, backbone, columns)
-    options = {
-        "weights": None if weights is None else str(Path(weights).absolute()),
-        "device": device,
-        "batch_size": batch_size,
-        "workers": workers,
-        "trust_code": trust_code,
-    }
-    asked = Options(backbone.name, str(weights or found.backbone["weights"]), found.backbone["seed"], workers=workers)
+    asked = Options(
+        backbone=backbone.name,
+        weights=str(options.weights or found.backbone["weights"]),
+        seed=found.backbone["seed"],
+        workers=options.workers,
+    )
     session = replace(Session.of(backbone, columns, machine, asked), settings=settings)
-    return ReadyBundle(found, session, options)
-
-
-def _made_again(bundle: Bundle, options: Mapping[str, Any]) -> ReadyBundle:
-    return make_ready(bundle, **options)
+    return ReadyBundle(found, session, options.in_full())
 
 
 def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:

@@ -25,13 +25,13 @@ from featurepipe.extraction.compute import check_source, located, source_seen_by
 from featurepipe.extraction.ledger import WorkerTotals
 from featurepipe.extraction.shards import Shard, ShardRun, ShardSizes, cut
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import check_travels, keep_memory, settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import MANIFEST
 from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
+from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 from featurepipe.prediction.scored import Scored
 from featurepipe.progress import Progress, Silent
@@ -46,26 +46,6 @@ LOOKAHEAD = 3
 
 PROBES = 4
 """Images by which workers show that they can read the source."""
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """How to run the bundle's network; the fields are arguments of `featurepipe.prediction.ready.make_ready`."""
-
-    weights: str | PathLike[str] | None = None
-    device: str = AUTO
-    batch_size: int | str = AUTO
-    workers: int | None = None
-    trust_code: bool = False
-
-    def ready(self, bundle: Bundle | str | PathLike[str]) -> ReadyBundle:
-        """Loads the network of a bundle; raises as ``make_ready``."""
-        return make_ready(bundle, **asdict(self))
-
-    def in_full(self) -> Self:
-        """The same for processes that stand in another folder."""
-        is_file = self.weights is not None and Path(self.weights).exists()
-        return replace(self, weights=str(Path(self.weights or "").absolute())) if is_file else self
 
 
 @dataclass(frozen=True)
@@ -100,7 +80,7 @@ class PredictionContext:
 
     bundle: str
     digest: str
-    options: NetworkOptions
+    options: BundleOptions
     source: Source = field(repr=False)
     probes: tuple[bytes, ...] | None = field(repr=False)
     here: PredictionHere | None = field(default=None, repr=False)
@@ -150,7 +130,7 @@ class PredictionContext:
             raise WorkerRefused(why)
         keep_memory()
         try:
-            return replace(self.options, workers=self.options.workers or threads).ready(self.bundle)
+            return make_ready(self.bundle, replace(self.options, workers=self.options.workers or threads))
         except FeaturepipeError as error:
             raise WorkerRefused(error.message) from error
 
@@ -218,7 +198,7 @@ class Prediction:
     """
 
     def __init__(
-        self, executor: Executor, bundle: Bundle, ready: ReadyBundle | None, folder: str, options: NetworkOptions
+        self, executor: Executor, bundle: Bundle, ready: ReadyBundle | None, folder: str, options: BundleOptions
     ) -> None:
         self.bundle = bundle
         self._executor, self._ready, self._folder, self._options = executor, ready, folder, options
@@ -227,7 +207,7 @@ class Prediction:
         self._totals: dict[tuple[str, str, int], WorkerTotals] = {}
 
     @classmethod
-    def of(cls, executor: Executor, bundle: Bundle | str | PathLike[str], options: NetworkOptions) -> Self:
+    def of(cls, executor: Executor, bundle: Bundle | str | PathLike[str], options: BundleOptions) -> Self:
         """Reads the bundle; where this process predicts, loads its network, too.
 
         Raises:
@@ -235,7 +215,7 @@ class Prediction:
             UsageError: others are to predict, and the bundle is not in a folder.
         """
         if executor.is_local:
-            ready = options.ready(bundle)
+            ready = make_ready(bundle, options)
             return cls(executor, ready.bundle, ready, "", options)
         if not isinstance(bundle, str | PathLike):
             raise UsageError(
@@ -293,17 +273,13 @@ class Prediction:
             return context, [Shard.whole(listing.num_rows)], sizes
         executor.check()
         check_travels(images)
-        self._machine = settle_machine_for(executor, self._as_options())
+        self._machine = settle_machine_for(executor, self._options, str(self.bundle.space["decode"]))
         options = replace(self._options, device=self._machine.device, batch_size=self._machine.batch_size)
         probes = readable(images, listing["locator"])
         context = PredictionContext(self._folder, digest_of(self._folder), options, images, probes)
         executor.require(partial(PredictionContext.refusal, context))
         sizes = WholeBatches(self._machine.batch_size, most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
         return context, cut(listing, np.arange(listing.num_rows), sizes, iter(executor.expected, -1)), sizes
-
-    def _as_options(self) -> Options:
-        given, decode = self._options, str(self.bundle.space["decode"])
-        return Options(device=given.device, batch_size=given.batch_size, workers=given.workers, decode=decode)
 
     def facts(self, wall: float) -> dict[str, Any]:
         """What the record of ``wall`` seconds says of where it ran: ``seconds`` by stage, ``machine``, ``verdict``.

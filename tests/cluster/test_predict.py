@@ -25,8 +25,9 @@ from featurepipe.images.folder import FolderSource
 from featurepipe.interrupt import StopRequest
 from featurepipe.prediction import shards
 from featurepipe.prediction.from_store import predict_features
+from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.predict import predict
-from featurepipe.prediction.shards import NetworkOptions, PredictionContext, WholeBatches, digest_of, predict_shard
+from featurepipe.prediction.shards import PredictionContext, WholeBatches, digest_of, predict_shard
 from featurepipe.store import FeatureStore
 
 COUNT = 150
@@ -188,7 +189,7 @@ def context_of(album, **changes):
     source = FolderSource(str(album.root))
     probes = (FolderSource(str(album.root)).scan()["locator"][5].as_py(),)
     context = PredictionContext(
-        str(album.bundle), digest_of(str(album.bundle)), NetworkOptions(workers=1), source, probes
+        str(album.bundle), digest_of(str(album.bundle)), BundleOptions(workers=1), source, probes
     )
     return replace(context, **changes)
 

@@ -19,7 +19,7 @@ from featurepipe.execution.worker import Carried
 from featurepipe.extraction.compute import ExtractionContext, compute_shard, part_bytes
 from featurepipe.extraction.shards import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Shard
 from featurepipe.features import session as session_module
-from featurepipe.features.options import Options
+from featurepipe.features.options import Options, RejectOptions
 from featurepipe.features.session import Session, load_network
 from featurepipe.features.settings import Machine, Settings
 from featurepipe.images import open_source
@@ -37,7 +37,7 @@ class Office:
         self.listing = self.source.scan()
         backbone = load_backbone("lenet5", "none")
         space = run.store.spaces()[0]
-        options = Options("lenet5", "none", workers=1)
+        options = Options(backbone="lenet5", weights="none", workers=1)
         session = Session.of(backbone, backbone.columns(nodes), Machine("cpu", 4, 1), options)
         self.context = ExtractionContext(
             replace(session, settings=Settings.of_space(space.fields, why="as in the space")),
@@ -47,8 +47,7 @@ class Office:
             str(run.path),
             space.name,
             tuple(self.listing["locator"].to_pylist()),
-            retry_rejects=False,
-            keep_damaged=False,
+            rejects=RejectOptions(),
         )
 
     def shard(self, rows=None, number=0):

@@ -146,7 +146,7 @@ def test_the_disk_is_not_asked_for_every_image(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_gone": "half"}, "max_gone 'half' must be a number of images such as 10, or a share such as 1%"),
+        ({"max_gone": "half"}, "max_gone 'half' must be a number of images such as 10, or a share such as '1%'"),
         ({"max_gone": -1}, "max_gone -1 must be a number"),
         ({"min_free": "20 parsecs"}, "min_free '20 parsecs' is no amount of space; give bytes or text such as '500MB'"),
         ({"min_free": -5}, "min_free -5 is no amount of space"),

@@ -126,7 +126,7 @@ def test_allowance(given, listed, allowed):
 
 @pytest.mark.parametrize("given", ["", "%", "-1", "1 %%", "ten", "1e3", "nan", None])
 def test_allowance_refuses(given):
-    with pytest.raises(UsageError, match="must be a number of images such as 10, or a share such as 1%"):
+    with pytest.raises(UsageError, match="must be a number of images such as 10, or a share such as '1%'"):
         allowance(given, 10)
 
 

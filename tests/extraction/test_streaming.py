@@ -11,7 +11,7 @@ from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import NonFiniteFeatures
 from featurepipe.features import stream as streaming
-from featurepipe.features.options import Options
+from featurepipe.features.options import MachineOptions, Options
 from featurepipe.features.session import Session
 from featurepipe.features.settings import Settings, settle_machine
 from featurepipe.features.stream import FeatureStream
@@ -21,7 +21,10 @@ from featurepipe.images import open_source
 def stream_of(nodes=("c3", "bottleneck"), *, backbone="lenet5", weights="none", dtype="float16", batch_size=7):
     network = load_backbone(backbone, weights)
     settings = Settings("fp32", dtype, "cpu", "declared", why={})
-    machine, options = settle_machine("cpu", batch_size, 2, "cpu"), Options(backbone, weights)
+    machine, options = (
+        settle_machine(MachineOptions(device="cpu", batch_size=batch_size, workers=2), "cpu"),
+        Options(backbone=backbone, weights=weights),
+    )
     session = Session.of(network, network.columns(nodes), machine, options)
     return FeatureStream(replace(session, settings=settings))
 

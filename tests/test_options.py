@@ -1,0 +1,233 @@
+"""Every declared option is the same on the command line, in Python, in a job file and in the record of a run."""
+
+import argparse
+import inspect
+import json
+from dataclasses import fields
+
+import pytest
+from PIL import Image
+
+import featurepipe
+from featurepipe.cli.options import options
+from featurepipe.cli.parser import build_parser
+from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
+from featurepipe.extraction.limits import ExtractionOptions
+from featurepipe.features.options import (
+    MachineOptions,
+    NetworkOptions,
+    RejectOptions,
+    SettingOptions,
+    SourceOptions,
+    places,
+)
+from featurepipe.jobs.validation import keys_of, read_job, table_called
+from featurepipe.option_groups import OptionGroup, as_asked, at_least, declared
+from featurepipe.prediction.options import BundleOptions, PredictOptions
+
+FUNCTIONS = {"extract": (featurepipe.extract, ExtractionOptions), "predict": (featurepipe.predict, PredictOptions)}
+TABLES = ("source", "features", "machine", "limits")
+NOT_IN_A_JOB = {"retry_rejects"}
+"""Asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job."""
+OF_A_JOB = {"max_gone": "50%"}
+"""Defaults that are others in a job file, where nobody watches."""
+WRONG = {
+    "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
+    "damaged": "repair", "device": "tpu", "batch_size": 0, "workers": 0, "precision": "fp8", "dtype": "f2", "decode": "tpu",
+    "intensity": "bits=0", "nodes": (),
+}  # fmt: skip
+each_command = pytest.mark.parametrize("command", FUNCTIONS)
+
+
+def arguments(command):
+    """The parser's arguments of a command by destination."""
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {action.dest: action for action in commands.choices[command]._actions}
+
+
+def groups(of=OptionGroup):
+    return {of}.union(*map(groups, of.__subclasses__()))
+
+
+def is_group(group):
+    return not hasattr(group, "model_fields")  # as the tables of a job have
+
+
+def table_of(name):
+    found = [table for table in TABLES if name in declared(table_called(table))]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def given_in(table, name, text, folder):
+    """A job file that says one thing."""
+    lines = {"source": ['path = "p"'], "features": [], "machine": [], "limits": []}
+    lines[table].append(f"{name} = {text}")
+    heads = {"features": "[[features]]"}
+    body = "".join("\n".join([heads.get(one, f"[{one}]"), *lines[one], ""]) for one in lines)
+    file = folder / "job.toml"
+    file.write_text(f'store = "s"\n{body}')
+    return file
+
+
+@each_command
+def test_the_command_line_and_the_function_have_every_option(command):
+    function, group = FUNCTIONS[command]
+    shown, parameters = arguments(command), inspect.signature(function).parameters
+    for name, one in declared(group).items():
+        assert shown[name].option_strings == [on_command_line(Option(name))]
+        assert shown[name].help.replace("%%", "%") == one.help
+        assert not one.choices or shown[name].metavar.split("|") == list(one.choices)
+        assert parameters[name].default == one.default, name
+
+
+@each_command
+def test_without_arguments_the_command_line_asks_for_the_defaults(command):
+    _, group = FUNCTIONS[command]
+    words = {"extract": ["extract", "x", "--store", "y"], "predict": ["predict", "b", "x", "--to", "y.csv"]}[command]
+    asked = options(build_parser().parse_args(words), group)
+    assert asked == {name: one.default for name, one in declared(group).items()}
+    assert group(**asked) == group()
+
+
+def test_help_names_the_default():
+    """A default is said as ``default: ...``, or is what the text calls ``auto``, or nothing is asked for."""
+    for name, one in declared(ExtractionOptions).items():
+        says = "default" in one.help or "auto: " in one.help or one.default in (None, False, "DEFAULT")
+        assert says, name
+        if one.default not in (None, False, "auto", "DEFAULT") and isinstance(one.default, str | int):
+            assert f"default: {one.default}" in one.help
+
+
+def test_depth_passes_on_what_extract_takes():
+    from featurepipe.cli.depth import EXTRACTION_GROUPS, NOT_OF_DEPTH
+
+    names = {name for group in EXTRACTION_GROUPS for name in declared(group)} - set(NOT_OF_DEPTH)
+    assert names <= declared(ExtractionOptions).keys() & arguments("depth").keys()
+
+
+def test_a_job_file_has_every_option_of_extract():
+    for name, one in declared(ExtractionOptions).items():
+        table = table_of(name)
+        assert (table is None) == (name in NOT_IN_A_JOB), name
+        if table is not None:
+            field = table_called(table).model_fields[name]
+            assert field.default == OF_A_JOB.get(name, one.default), name
+            assert keys_of("extract")(Option(name)) in (f"[{table}] {name}", f"[[{table}]] {name}")
+
+
+def test_a_job_file_takes_the_same_choices_and_refuses_others(tmp_path):
+    chosen = {name: one.choices for name, one in declared(ExtractionOptions).items() if one.choices}
+    assert set(chosen) == {"damaged", "precision", "dtype", "decode"}
+    for name, choices in chosen.items():
+        for choice in choices:
+            job = read_job(given_in(table_of(name), name, f'"{choice}"', tmp_path))
+            table = getattr(job, table_of(name))
+            assert getattr(table[0] if isinstance(table, tuple) else table, name) == choice
+        with pytest.raises(UsageError, match=r"choices: " + ", ".join(choices)):
+            read_job(given_in(table_of(name), name, '"qqqqqq"', tmp_path))
+        with pytest.raises(UsageError, match=r"choices: " + ", ".join(choices)):
+            read_job(given_in(table_of(name), name, "5", tmp_path))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_front_end_refuses_the_same_and_names_the_option(name, tmp_path):
+    value = WRONG[name]
+    text = "[]" if value == () else str(value) if isinstance(value, int) else f'"{value}"'
+    with pytest.raises(UsageError) as of_job:
+        read_job(given_in(table_of(name), name, text, tmp_path))
+    assert f"{table_of(name)}{'[0]' * (table_of(name) == 'features')}.{name} = " in str(of_job.value)
+    if name == "time_budget":  # Python takes seconds, and no text
+        return
+    with pytest.raises(UsageError) as of_python:
+        featurepipe.extract(tmp_path, tmp_path / "store", **{name: value}, silent=True)
+    assert of_python.value.option in (name, "")  # of intensity, whose own message names it
+    said = str(of_python.value).removeprefix(f"{name} {value!r} ")
+    assert name in said or said in str(of_job.value)
+
+
+def test_a_record_keeps_what_was_asked_for(tmp_path):
+    pile, store = tmp_path / "pile", tmp_path / "store"
+    pile.mkdir()
+    Image.effect_noise((32, 32), 50).save(pile / "0.png")
+    asked = {
+        "backbone": "lenet5", "weights": "none", "seed": 3, "nodes": ["c3"], "precision": "fp32", "dtype": "float32",
+        "decode": "cpu", "intensity": "bits=12", "device": "cpu", "batch_size": 2, "workers": 1, "max_rejects": 3,
+        "max_gone": "20%", "min_free": "1kB", "time_budget": 5000.0, "retry_rejects": True, "damaged": "keep",
+        "only_under": [str(tmp_path)], "path_column": None,
+    }  # fmt: skip
+    assert asked.keys() == declared(ExtractionOptions).keys()
+    record = featurepipe.extract(pile, store, **{**asked, "only_under": tmp_path}, silent=True)
+    assert record["options"] == asked
+    assert featurepipe.FeatureStore(store).runs()[-1]["options"] == asked
+    plain = featurepipe.extract(pile, store, backbone="lenet5", weights="none", nodes="c3", silent=True)
+    given = {"backbone": "lenet5", "weights": "none", "nodes": ["c3"]}
+    assert plain["options"] == {**as_asked(ExtractionOptions()), **given}
+
+
+def test_groups_are_made_of_declared_options_alone():
+    ours = [group for group in groups() if is_group(group)]
+    assert {ExtractionOptions, PredictOptions} < set(ours)
+    for group in ours:
+        assert [one.name for one in fields(group)] == list(declared(group))
+        group()  # all defaults are right
+        assert all(one.help[0] != one.help[0].upper() or one.help[:4] == "JPEG" for one in declared(group).values())
+        assert all(not one.help.endswith(".") for one in declared(group).values())
+
+
+def test_a_part_of_a_group_and_what_is_no_group():
+    larger = ExtractionOptions(damaged="keep", retry_rejects=True, max_rejects=3)
+    assert RejectOptions.of(larger) == RejectOptions(damaged="keep", retry_rejects=True)
+    assert RejectOptions.of(larger).keep_damaged
+    assert SourceOptions.of(larger) == SourceOptions()
+    assert (dict(declared(dict)), as_asked(MachineOptions(workers=2))["workers"]) == ({}, 2)
+    assert set(declared(BundleOptions)) == {"weights", "trust_code", *declared(MachineOptions)}
+    assert declared(BundleOptions)["weights"].default is None
+    assert declared(NetworkOptions)["weights"].default == "DEFAULT"
+
+
+def test_errors_are_spelled_as_each_front_end_does():
+    with pytest.raises(FeaturepipeError) as caught:
+        MachineOptions(batch_size=0)
+    said = "'auto' or a number from 1 to 65536"
+    assert (caught.value.option, str(caught.value)) == ("batch_size", f"batch_size 0 must be {said}")
+    assert caught.value.spelled(on_command_line) == (f"--batch-size 0 must be {said}",)
+    assert caught.value.spelled(keys_of("extract")) == (f"[machine] batch_size 0 must be {said}",)
+
+
+def test_numbers_of_numpy_are_numbers_and_booleans_are_none():
+    import numpy as np
+
+    assert MachineOptions(batch_size=np.int64(8), workers=np.int32(2)).workers == 2
+    assert at_least(1)(np.int64(0)) == "must be at least 1"
+    assert json.dumps(as_asked(MachineOptions(batch_size=np.int64(8), workers=np.int32(2))))
+    for wrong, said in (
+        ({"workers": "4"}, "a whole number"),
+        ({"device": None}, "text"),
+        ({"device": np.int64(1)}, "text"),
+    ):
+        with pytest.raises(UsageError, match=f"must be {said}"):
+            MachineOptions(**wrong)
+    for wrong in ({"batch_size": True}, {"batch_size": 2.5}, {"batch_size": None}):
+        with pytest.raises(UsageError, match="batch_size"):
+            MachineOptions(**wrong)
+    with pytest.raises(UsageError, match="max_rejects None must be a number"):
+        ExtractionOptions(max_rejects=None)
+    assert SettingOptions(intensity="window=-1:5").intensity == "window=-1:5"
+
+
+def test_places(tmp_path):
+    assert places(None) is None
+    assert places("/data") == ("/data",)
+    assert places(tmp_path) == (str(tmp_path),)
+    assert places([tmp_path, "s3://b"]) == (str(tmp_path), "s3://b")
+    assert places([]) == ()  # which `OnlyUnder` refuses: bounds that bound nothing
+
+
+def test_an_empty_list_of_places_is_refused_in_a_job_too(tmp_path):
+    from featurepipe.extraction.extract import opened
+
+    (tmp_path / "p").mkdir()
+    job = read_job(given_in("source", "only_under", "[]", tmp_path))
+    with pytest.raises(UsageError, match="names no folder"):
+        opened(job.source.path, job.source)
