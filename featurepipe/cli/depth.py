@@ -23,10 +23,11 @@ from featurepipe.cli.options import (
     options,
 )
 from featurepipe.cli.output import say, show, this_command
-from featurepipe.errors import UsageError
+from featurepipe.errors import Option, UsageError, on_command_line
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import MachineOptions, SettingOptions, SourceOptions
 from featurepipe.heads.families import HEADS
+from featurepipe.option_groups import declared
 
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, RejectLimit)
 """Options of extraction that `featurepipe.depth` passes on."""
@@ -110,7 +111,7 @@ def run_depth(args: Namespace) -> int:
 NIGHTS = 30
 OF_NIGHTS = {"last": NIGHTS, "job": None}
 """Options that only a page of nights takes, with their defaults."""
-OF_FINDINGS = dict.fromkeys(("bundle", "dataset", "split", "source", "labels"))
+OF_FINDINGS = dict.fromkeys(("bundle", "dataset", "split", "source", "test_source", *declared(SourceOptions), "labels"))
 """Options that only a page of a comparison or a bundle takes."""
 
 
@@ -129,6 +130,8 @@ def add_report(commands: Commands) -> None:
     add_dataset(command)
     option("--split", metavar="NAME", help="of the bundle's evaluation, as for featurepipe evaluate")
     option("--source", metavar="SOURCE", help="the images, for thumbnails (default: where they were extracted from)")
+    option("--test-source", metavar="SOURCE", help="the same of the other source that a comparison was tested on")
+    add_options(command, SourceOptions)
     option("--labels", metavar="FILE", help="the labels that were compared with, if they were not the dataset's")
     option("--nights", action="store_true", help="the trend of the last runs instead: images, time, drift, rejects")
     add_last(command, "nights", NIGHTS)
@@ -149,7 +152,7 @@ def run_report(args: Namespace) -> int:
 def _check(args: Namespace) -> None:
     """Refuses options of the other kind of page, which would be passed over in silence."""
     others = OF_FINDINGS if args.nights else OF_NIGHTS
-    given = [f"--{name}" for name, default in others.items() if getattr(args, name) != default]
+    given = [on_command_line(Option(name)) for name, default in others.items() if getattr(args, name) != default]
     if given:
         raise UsageError(f"{', '.join(given)}: {'not' if args.nights else 'only'} together with --nights")
 
@@ -170,7 +173,9 @@ def _findings(args: Namespace) -> Path:
         dataset=args.dataset,
         split=args.split,
         source=args.source,
+        test_source=args.test_source,
         labels=args.labels,
         command=this_command(),
         silent=args.quiet,
+        **options(args, SourceOptions),
     )

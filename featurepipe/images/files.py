@@ -93,10 +93,14 @@ def file_system_of(url: str, *, redirects: bool = True) -> tuple[Any, str]:
         ) from error
 
 
+REFUSED: Final = "refused: "
+"""How the reasons begin of images that ``only_under`` does not allow."""
+
+
 async def _refuse_redirect(response: Any) -> None:
     """Called by aiohttp with each answer of a server."""
     if 300 <= response.status < 400 and "Location" in response.headers:
-        raise Reject("refused: the server redirects to another place, and --only-under forbids to follow")
+        raise Reject(f"{REFUSED}the server redirects to another place, and --only-under forbids to follow")
 
 
 _NO_REDIRECTS = {"allow_redirects": False, "client_kwargs": {"raise_for_status": _refuse_redirect}}

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import Reject, UsageError
-from featurepipe.images.files import is_url
+from featurepipe.images.files import REFUSED, is_url
 
 _LOCAL: Final = ("file", "local")  # protocols of fsspec
 
@@ -61,7 +61,7 @@ class OnlyUnder:
         """Raises a `Reject` for what may not be read."""
         if not self.allows(path):
             kind = "a URL or a chain of file systems that" if is_url(path) else "a file that"
-            raise Reject(f"refused: {kind} is not below {' or '.join(self.places)}, which --only-under asks for")
+            raise Reject(f"{REFUSED}{kind} is not below {' or '.join(self.places)}, which --only-under asks for")
 
 
 @runtime_checkable

@@ -144,7 +144,17 @@ def depth(
     found.store.write_depth(answer)
     if report is not None:
         pictures = None if found.is_held else source
-        write_page(found.store, report, document=answer, labels=labels, source=pictures, silent=silent)
+        named = {name: (extraction or {}).get(name) for name in ("only_under", "path_column")}
+        write_page(
+            found.store,
+            report,
+            document=answer,
+            labels=labels,
+            source=pictures,
+            test_source=test_source,
+            silent=silent,
+            **named,
+        )
     return answer
 
 

@@ -194,7 +194,7 @@ def _computed(
             dry_run=dry_run, silent=wanted.silent, **extraction,
         )  # fmt: skip
 
-    dataset, shifted = _names(wanted)
+    dataset, shifted = _names(wanted, extraction.get("only_under"))
     records = [run(wanted.source, dataset, wanted.weights)]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
     extraction.update(_settled(records[0]))  # all that is compared is computed alike, and precisions are compared once
@@ -248,16 +248,16 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
     return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint}, machine)
 
 
-def _names(wanted: Wanted) -> tuple[str, str | None]:
+def _names(wanted: Wanted, only_under: Any) -> tuple[str, str | None]:
     """Names of both datasets, which must differ: the second would replace the first.
 
     Raises:
         UsageError: they do not.
     """
-    dataset = wanted.dataset or _own_name(wanted.source)
+    dataset = wanted.dataset or _own_name(wanted.source, only_under)
     if wanted.test_source is None:
         return dataset, None
-    shifted = _own_name(wanted.test_source)
+    shifted = _own_name(wanted.test_source, only_under)
     if shifted == dataset:
         raise UsageError(
             Message(
@@ -268,12 +268,12 @@ def _names(wanted: Wanted) -> tuple[str, str | None]:
     return dataset, shifted
 
 
-def _own_name(source: Any) -> str:
+def _own_name(source: Any, only_under: Any) -> str:
     from featurepipe.extraction.extract import ARRAY_READERS
     from featurepipe.extraction.prepare import dataset_name
     from featurepipe.images import open_source
 
-    with closing(open_source(source, array_readers=ARRAY_READERS)) as images:
+    with closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under)) as images:
         return dataset_name(images.name)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import FeaturepipeError, Message, Option, StoreError, StoreMoved, UsageError
-from featurepipe.extraction.extract import ARRAY_READERS
-from featurepipe.images import key_of, open_source
+from featurepipe.errors import FeaturepipeError, Message, Option, Reject, StoreError, StoreMoved, UsageError
+from featurepipe.extraction.extract import opened
+from featurepipe.features.options import Places, SourceOptions, places
+from featurepipe.images import key_of
+from featurepipe.images.files import REFUSED, is_url
+from featurepipe.images.source import OnlyUnder
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
@@ -20,6 +25,7 @@ from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
+from featurepipe.tables import counted
 
 
 @starts_again
@@ -31,6 +37,9 @@ def report(
     dataset: str | None = None,
     split: str | None = None,
     source: Any = None,
+    test_source: Any = None,
+    only_under: Places = None,
+    path_column: str | None = None,
     document: Mapping[str, Any] | None = None,
     labels: Any = None,
     command: str | None = None,
@@ -45,6 +54,10 @@ def report(
         dataset: a dataset in the store; may be left out if there is only one.
         split: what the bundle is evaluated on, as in ``evaluate``.
         source: the images, for pictures; by default where they were extracted from. Without them the page has none.
+        test_source: the same for the other source that a comparison was tested on.
+        only_under: a folder, the URL of one, or several: no picture is read elsewhere that a manifest or the store names, or a
+            link leads to; by default any.
+        path_column: of a manifest, as in ``extract``.
         document: what a comparison returned, to show that one instead of the dataset's last.
         labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
         command: how it was called, for the record.
@@ -77,10 +90,11 @@ def report(
     else:
         shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
-    read = _pictures(kept, name, snapshot, source, say)
-    there = _pictures_elsewhere(kept, shown, say)
+    look = _Look(kept, SourceOptions(only_under=places(only_under), path_column=path_column), say)
+    read = look.pictures(name, snapshot, source, Option("source"))
+    there = _pictures_elsewhere(look, shown, test_source)
     try:
-        return write_report(shown, target, images=read, elsewhere=there, features=features, silent=silent)
+        page = write_report(shown, target, images=read, elsewhere=there, features=features, silent=silent)
     except FeaturepipeError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -88,6 +102,8 @@ def report(
             raise
         where = f"what the store holds of the last comparison of {name} is not as it should be"
         raise StoreError(f"{where} ({type(error).__name__}: {error}); compare again with featurepipe depth") from error
+    look.tell_refused()
+    return page
 
 
 def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
@@ -166,47 +182,95 @@ def _features(view: FeatureSet) -> Features:
     return Features(list(some.ids), some.read(np.float32), list(some.labels), len(view))
 
 
-def _pictures_elsewhere(
-    store: FeatureStore, document: Mapping[str, Any], say: Callable[[str], None]
-) -> ReadImage | None:
+def _pictures_elsewhere(look: _Look, document: Mapping[str, Any], source: Any) -> ReadImage | None:
     """Reads images of the other source that a comparison was tested on, where the page shows some."""
     name = document.get("test_dataset")
-    if not name or not metrics_elsewhere(document) or not store.snapshot_ids(name):
+    if not name or not metrics_elsewhere(document) or not look.store.snapshot_ids(name):
         return None
-    return _pictures(store, str(name), store.snapshot_ids(name)[-1], None, say)
+    return look.pictures(str(name), look.store.snapshot_ids(name)[-1], source, Option("test_source"))
 
 
-def _pictures(
-    store: FeatureStore, dataset: str, snapshot: str, source: Any, say: Callable[[str], None]
-) -> ReadImage | None:
-    """Reads images by id from where they were extracted; None, and why, if they cannot be had.
+@dataclass
+class _Look:
+    """What is looked at for the pictures of a page.
 
-    An image that has changed since is not shown: it is not what the features are of.
+    Attributes:
+        store: the feature store.
+        options: how sources are opened.
+        say: told why pictures are left out.
+        refused: ids of images that are not shown since they lie elsewhere than ``only_under`` allows, by dataset.
     """
-    location = source if source is not None else _last_source(store, dataset)
-    if location is None:
-        say("no run says where the images are: the page has no pictures; name them with --source")
-        return None
-    try:
-        images = open_source(location, array_readers=ARRAY_READERS)
-        listing = images.scan()
-    except FeaturepipeError as error:
-        say(f"the images cannot be listed ({error}): the page has no pictures; name them with --source")
-        return None
-    locators = dict(zip(listing["id"].to_pylist(), listing["locator"].to_pylist(), strict=True))
-    table = store.snapshot(dataset, snapshot) if snapshot in store.snapshot_ids(dataset) else store.snapshot(dataset)
-    keys = {} if table is None else dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
 
-    def read(image: str) -> Any:
-        if image not in locators:
+    store: FeatureStore
+    options: SourceOptions
+    say: Callable[[str | Message], None]
+    refused: set[tuple[str, str]] = field(default_factory=set)
+
+    def pictures(self, dataset: str, snapshot: str, source: Any, option: Option) -> ReadImage | None:
+        """Reads images by id from where they were extracted; None, and why, if they cannot be had.
+
+        An image that has changed since is not shown: it is not what the features are of.
+
+        Args:
+            dataset: the images' dataset.
+            snapshot: the images as they are on the page.
+            source: the images; None for where the store says that they are.
+            option: by which people name the source.
+        """
+        without = Message(": the page has no pictures; name them with ", option)
+        location = source if source is not None else _last_source(self.store, dataset)
+        if location is None:
+            self.say(Message("no run says where the images are", without))
             return None
         try:
-            payload = images.read(locators[image])
-        except Exception:  # noqa: BLE001  # rejected since, or worse: the page goes without it
+            if source is None:
+                self._check_named_by_the_store(location)
+            images = opened(location, self.options)
+            listing = images.scan()
+        except FeaturepipeError as error:
+            self.say(Message("the images cannot be listed (", error.message, ")", without))
             return None
-        return payload if key_of(payload) == keys.get(image) else None
+        locators = dict(zip(listing["id"].to_pylist(), listing["locator"].to_pylist(), strict=True))
+        known = self.store.snapshot_ids(dataset)
+        table = self.store.snapshot(dataset, snapshot) if snapshot in known else self.store.snapshot(dataset)
+        keys = {} if table is None else dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
 
-    return read
+        def read(image: str) -> Any:
+            if image not in locators:
+                return None
+            try:
+                payload = images.read(locators[image])
+            except Reject as reject:
+                if str(reject).startswith(REFUSED):
+                    self.refused.add((dataset, image))
+                return None
+            except Exception:  # noqa: BLE001  # at the border of one picture: the page goes without it
+                return None
+            return payload if key_of(payload) == keys.get(image) else None
+
+        return read
+
+    def _check_named_by_the_store(self, location: str) -> None:
+        """Raises `UsageError` for a source that the store names, and that lies elsewhere than ``only_under`` allows."""
+        if self.options.only_under is None:
+            return
+        bounds = OnlyUnder(self.options.only_under)
+        files = glob.glob(location, recursive=True) if glob.has_magic(location) and not is_url(location) else []
+        if not all(map(bounds.allows, [location, *files])):
+            raise UsageError(
+                Message(
+                    f"the store names {location}, which is not below {' or '.join(bounds.places)}, as ",
+                    Option("only_under"),
+                    " asks for",
+                )
+            )
+
+    def tell_refused(self) -> None:
+        """Says how many pictures ``only_under`` has kept off the page."""
+        if self.refused:
+            self.say(
+                Message(f"{counted(len(self.refused), 'picture')} not shown, as ", Option("only_under"), " asks for")
+            )
 
 
 def _last_source(store: FeatureStore, dataset: str) -> str | None:

@@ -11,12 +11,16 @@ NIGHTS = "featurepipe.reporting.nights:nights_report"
 def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
     monkeypatch.setattr("sys.argv", ["featurepipe", "report", "kept"])
     called = verb(REPORT, Path("page.html"))
-    line = "--bundle b --dataset d --split s --source photos --labels l.csv --to page.html --quiet"
+    line = (
+        "--bundle b --dataset d --split s --source photos --test-source others --labels l.csv --only-under photos "
+        "--only-under s3://a --path-column file --to page.html --quiet"
+    )
     answer = call("report", store.path, *line.split())
     assert (answer.code, answer.out) == (0, "page.html\n")
     assert called.given.pop("store").path == store.path
     assert called.given == {
         "target": "page.html", "bundle": "b", "dataset": "d", "split": "s", "source": "photos", "labels": "l.csv",
+        "test_source": "others", "only_under": ["photos", "s3://a"], "path_column": "file",
         "command": "featurepipe report kept", "silent": True,
     }  # fmt: skip
 
@@ -37,6 +41,7 @@ def test_options_of_nights_reach_the_page(verb, call, store):
         ("--last 5", "--last: only together with --nights"),
         ("--last 5 --job nightly", "--last, --job: only together with --nights"),
         ("--nights --bundle b", "--bundle: not together with --nights"),
+        ("--nights --only-under d --test-source x", "--test-source, --only-under: not together with --nights"),
         ("--nights --dataset d --labels l.csv", "--dataset, --labels: not together with --nights"),
     ],
 )

@@ -330,7 +330,10 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
         return {"recommended": best, "images": 84}
 
     monkeypatch.setattr("featurepipe.layer_depth.depth.depth", fake)
-    monkeypatch.setattr("featurepipe.reporting.from_store.report", lambda *a, **k: a[1].write_text("page"))
+    pages = []
+    monkeypatch.setattr(
+        "featurepipe.reporting.from_store.report", lambda *a, **k: pages.append(k) or a[1].write_text("page")
+    )
     table = DepthTable(heads=("logistic", "knn"), folds=3, report=tmp_path / "pages" / "depth.html")
 
     def current(rows, table, status="done", **tables):
@@ -341,6 +344,9 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
 
     first = current(rows, table)
     assert first["text"] == "recommended: a:gap, logistic 0.9123 right"
+    job = nights.begin(rows).job
+    assert pages[0]["source"] == job.source.path  # by the job's word, where the store's would be questioned
+    assert (pages[0]["only_under"], pages[0]["path_column"]) == (None, None)
     assert (asked[0]["heads"], asked[0]["folds"], asked[0]["dataset"]) == (("logistic", "knn"), 3, "zoo")
     assert current(rows, table)["skipped"] == "images, labels and columns are those that were compared last"
     assert "skipped" in current(list(reversed(rows)), table)

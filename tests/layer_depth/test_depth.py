@@ -487,3 +487,18 @@ def test_the_document_holds_the_map_that_its_page_shows(run, pictures, tmp_path)
     assert all(id_ in again.read_text(encoding="utf-8") for id_ in found["map"]["ids"])
     assert FeatureStore(tmp_path / "store").depth_documents("halves")[-1]["map"] == found["map"]
     assert "map" not in run(pictures("others", start=50))
+
+
+def test_the_page_keeps_to_where_images_may_lie(run, pictures, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("featurepipe.layer_depth.depth.write_page", lambda *given, **options: asked.append(options))
+    source, other = pictures(), pictures("away", count=3, start=500)
+    run(source, test_source=other, report=tmp_path / "p.html", extraction={"only_under": [source, other]})
+    (options,) = asked
+    assert (options["source"], options["test_source"]) == (source, other)
+    assert (options["only_under"], options["path_column"]) == ([source, other], None)
+
+
+def test_no_source_is_opened_that_is_not_allowed(run, pictures, tmp_path):
+    with pytest.raises(UsageError, match=r"memory://elsewhere is not below .*, which only_under asks for"):
+        run("memory://elsewhere", extraction={"only_under": str(tmp_path)})

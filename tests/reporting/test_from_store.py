@@ -173,6 +173,91 @@ def test_where_the_images_are_is_known_from_the_last_run(compared, folder, tmp_p
     assert "no pictures" not in capsys.readouterr().err
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """Ids of the images that are read for a page, of all that its dataset has, in place of the page."""
+    kept = {}
+
+    def write(document, target, *, images, elsewhere, features, silent):
+        for name, read in (("here", images), ("elsewhere", elsewhere)):
+            for _ in range(2):  # pictures are read again for their size
+                kept[name] = read and [id_ for id_ in features.ids if read(id_) is not None]
+        return target
+
+    monkeypatch.setattr(from_store, "write_report", write)
+    return kept
+
+
+def test_pictures_that_lie_elsewhere_are_not_read(compared, folder, tmp_path, shown, capsys):
+    compared.compared()
+    ids = list(compared.features().ids)
+    for id_ in ids[5:8]:
+        (tmp_path / id_.replace("/", "-")).write_bytes((folder / id_).read_bytes())
+        (folder / id_).unlink()
+        (folder / id_).symlink_to(tmp_path / id_.replace("/", "-"))
+    report(compared.store, tmp_path / "page.html", source=folder)
+    assert shown == {"here": ids[1:], "elsewhere": None}
+    assert "not shown" not in capsys.readouterr().err
+    for only_under, left_out in ((folder, 3), (str(folder), 3), ([folder, tmp_path / "x"], 3), ([tmp_path], 0)):
+        report(compared.store, tmp_path / "page.html", source=folder, only_under=only_under)
+        assert shown["here"] == [id_ for id_ in ids[1:] if not left_out or id_ not in ids[5:8]]
+        said = capsys.readouterr().err
+        assert ("3 pictures not shown, as --only-under asks for" in said) == bool(left_out)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "folder", "archives", "url"])
+def test_a_source_that_the_store_names_has_to_lie_below_too(
+    kind, compared, folder, tmp_path, shown, capsys, monkeypatch
+):
+    compared.compared()
+    ids = list(compared.features().ids)
+    (tmp_path / "list.csv").write_text("id,path\n" + "".join(f"{id_},pictures/{id_}\n" for id_ in ids))
+    location = {
+        "manifest": str(tmp_path / "list.csv"),
+        "folder": str(folder),
+        "archives": f"{tmp_path}/pictures/*.tar",
+        "url": "memory://elsewhere",
+    }[kind]
+    if kind == "archives":
+        (tmp_path / "outside.tar").write_bytes(b"")
+        (folder / "a.tar").symlink_to(tmp_path / "outside.tar")
+    compared.store.write_run({"run_id": compared.store.new_run_id(), "dataset": "zoo", "source": location})
+    asked, real = [], from_store.opened
+    monkeypatch.setattr(from_store, "opened", lambda spec, options: asked.append(spec) or real(spec, options))
+    inside = folder if kind in ("manifest", "archives") else folder / "train"
+    report(compared.store, tmp_path / "page.html", only_under=inside)
+    said = capsys.readouterr().err
+    assert f"the store names {location}, which is not below {inside}, as --only-under asks for" in said
+    assert "the page has no pictures; name them with --source" in said
+    assert (asked, shown["here"]) == ([], None)
+    if kind == "manifest":
+        report(compared.store, tmp_path / "page.html", only_under=inside, source=location)  # by the user's own word
+        assert shown["here"] == ids[1:]
+        report(compared.store, tmp_path / "page.html", only_under=tmp_path)
+        assert shown["here"] == ids[1:]
+
+
+def test_a_column_of_paths_and_the_other_source_can_be_named(compared, folder, tmp_path, shown, capsys):
+    compared.compared()
+    ids = list(compared.features().ids)
+    (tmp_path / "list.csv").write_text("id,where\n" + "".join(f"{id_},pictures/{id_}\n" for id_ in ids))
+    document = compared.store.depth_documents("zoo")[-1] | {"test_dataset": "zoo"}
+    document["details_shifted"] = {"metrics": document["details"]["metrics"]}
+    given = {"document": document, "source": tmp_path / "list.csv", "path_column": "where"}
+    report(compared.store, tmp_path / "page.html", **given)
+    assert shown == {"here": ids[1:], "elsewhere": None}
+    assert (
+        "no run says where the images are: the page has no pictures; name them with --test-source"
+        in capsys.readouterr().err
+    )
+    report(
+        compared.store, tmp_path / "page.html", **given, test_source=tmp_path / "list.csv", only_under=folder / "test"
+    )
+    allowed = [id_ for id_ in ids[1:] if id_.startswith("test/")]
+    assert shown == {"here": allowed, "elsewhere": allowed}
+    assert "60 pictures not shown" in capsys.readouterr().err
+
+
 def test_without_images_it_says_so_and_writes_the_page(compared, tmp_path, capsys):
     compared.compared()
     page = tmp_path / "page.html"

@@ -136,7 +136,11 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
         )
         if table.report is not None:
             table.report.parent.mkdir(parents=True, exist_ok=True)
-            report(night.store, table.report, document=document, labels=labels, silent=night.silent)
+            images = night.job.source
+            report(
+                night.store, table.report, document=document, labels=labels, silent=night.silent,
+                source=images.path, only_under=images.only_under, path_column=images.path_column,
+            )  # fmt: skip
         best = document["recommended"]
         return {
             "inputs": inputs,
