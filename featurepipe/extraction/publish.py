@@ -133,7 +133,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "dataset": job.dataset,
         "source": job.source.location,
         **bounds_of(job.source),
-        "backbone": job.existing_space.notes["backbone"],
+        "backbone": {"name": job.existing_space.backbone, **job.existing_space.notes.get("backbone", {})},
         "space": job.existing_space.name,
         "fingerprint": job.existing_space.fingerprint,
         "new_space": job.why_new,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.errors import Message, Option, StoreError, UsageError, unknown
 from featurepipe.heads.families import HEADS, SHARED_PASSES
 from featurepipe.layer_depth.folds import (
     ENOUGH_TO_CHOOSE,
@@ -115,6 +115,10 @@ def choose_columns(
 def columns_of_space(backbone: Backbone, space: Space, max_width: int) -> list[str]:
     """The columns that a store already holds, for a comparison that extracts nothing."""
     held: Mapping[str, Any] = space.columns()
+    if not held:
+        raise StoreError(
+            f"{space.name} holds no features that can be read; run: featurepipe verify {space.path.parent.parent}"
+        )
     return [str(column) for column in backbone.columns(list(held)) if held[str(column)].width <= max_width]
 
 

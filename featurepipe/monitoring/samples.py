@@ -163,7 +163,9 @@ class Columns:
         there = np.logical_and.reduce([found for _, _, found in places])
         widths = self.space.columns()
         rows = [
-            ColumnRows.of(name, self.index.parts, part[there], row[there], width=widths[name].width)
+            ColumnRows.of(
+                name, self.index.parts, part[there], row[there], width=widths[name].width if name in widths else 0
+            )
             for name, (part, row, _) in zip(names, places, strict=True)
         ]
         space = self.space

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, Usa
 from featurepipe.store import runs, snapshots
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
-from featurepipe.store.documents import DepthDocument, RunDocument, SpaceDocument, StoreDocument, read_document
+from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
 from featurepipe.store.inside import is_file, listed, made_folder, strangers
 from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import store_lock
 from featurepipe.store.parts import Headers
 from featurepipe.store.snapshots import OK, REJECTED
-from featurepipe.store.space import Space, extract_command
+from featurepipe.store.space import Space, extract_command, read_space
 from featurepipe.store.views import FeatureSet
 
 STORE_VERSION = 1
@@ -130,17 +131,15 @@ class FeatureStore:
             Why, by path inside the store.
         """
         kinds = (
-            ("spaces/*/space.json", SpaceDocument),
-            ("runs/*.json", RunDocument),
-            ("depth/*/*.json", DepthDocument),
+            ("spaces/*/space.json", read_space),
+            ("runs/*.json", _read_run),
+            ("depth/*/*.json", partial(read_document, kind=DepthDocument)),
         )
         found = {path: f"it is {kind}, and nothing is read through one" for path, kind in strangers(self.path)}
-        for pattern, kind in kinds:
+        for pattern, read in kinds:
             for path in listed(self.path, pattern):
                 try:
-                    record = read_document(path, kind)
-                    if kind is RunDocument and record["run_id"] != path.stem:
-                        found[path] = f"it says that it is of run {record['run_id']!r}"
+                    read(path)
                 except StoreError as error:
                     found.setdefault(path, str(error))
         return {str(path.relative_to(self.path)): why for path, why in sorted(found.items())}
@@ -303,6 +302,12 @@ class FeatureStore:
         """
         self._make()
         return store_lock(self.path, shared=shared)
+
+
+def _read_run(path: Path) -> None:
+    record = read_document(path, RunDocument)
+    if record["run_id"] != path.stem:
+        raise StoreError(f"it says that it is of run {record['run_id']!r}")
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:

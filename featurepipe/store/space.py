@@ -91,7 +91,7 @@ class Space:
     """
 
     def __init__(self, path: Path, headers: Headers | None = None) -> None:
-        record = read_document(checked_folder(path) / "space.json", SpaceDocument)
+        record = read_space(checked_folder(path) / "space.json")
         self.fields: dict[str, Any] = record["fields"]
         self.fingerprint: str = record["fingerprint"]
         self.backbone: str = record["backbone"]
@@ -105,8 +105,9 @@ class Space:
     ) -> Space:
         """Opens the space of these fields under ``folder``, making it if it is new; safe against racing processes."""
         identity = fingerprint(fields)
-        path = folder / f"{_slug(backbone)}-{identity[:12]}"
+        path = folder / _folder_name(backbone, identity)
         if not (path / "space.json").exists():
+            _refuse_other_folder(path, identity)
             record = {"fingerprint": identity, "fields": fields, "backbone": backbone, "notes": notes}
             canonical_json(record)  # refuses what JSON cannot hold before anything is written
             _publish_folder(path, record)
@@ -271,6 +272,33 @@ class Space:
         return next((candidate for candidate in (node, wanted, base) if candidate in columns), None)
 
 
+def read_space(path: Path) -> dict[str, Any]:
+    """Reads a ``space.json`` and checks that its folder is named after it.
+
+    Raises:
+        StoreError: It cannot be read or is no description of a space, or is in a folder of another name, where
+            the next extraction would not find it.
+    """
+    record = read_document(path, SpaceDocument)
+    if not path.parent.name.endswith(f"-{record['fingerprint'][:12]}"):
+        raise StoreError(
+            f"{path} is of the feature space {record['fingerprint'][:12]}, but its folder is {path.parent.name}; rename the "
+            f"folder to {_folder_name(record['backbone'], record['fingerprint'])}, or move it out of the store if that is there"
+        )
+    return record
+
+
+def _refuse_other_folder(path: Path, identity: str) -> None:
+    """Before a space is made: one that was renamed by hand has its features, which would all be computed again."""
+    for other in listed(path.parent.parent, "spaces/*/space.json"):
+        try:
+            record = read_document(other, SpaceDocument)
+        except StoreError:
+            continue  # set aside, as `info` says
+        if record["fingerprint"] == identity:
+            raise StoreError(f"{other.parent} holds this feature space; rename the folder to {path.name}")
+
+
 def _publish_folder(path: Path, record: dict[str, Any]) -> None:
     """Makes a space's folder whole or not at all: a kill or a full disk in between leaves no half of one."""
     made = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -285,6 +313,10 @@ def _publish_folder(path: Path, record: dict[str, Any]) -> None:
         write_json(path / "space.json", record, replace=False)  # unless another process was first
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _folder_name(backbone: str, identity: str) -> str:
+    return f"{_slug(backbone)}-{identity[:12]}"
 
 
 def _slug(backbone: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from featurepipe.cli import main
 from featurepipe.errors import CorruptPart, StoreError, UsageError
+from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.monitoring.drift import drift
 from featurepipe.monitoring.duplicates import duplicates
 from featurepipe.store import FeatureStore, compact_store, describe, export, verify_store
@@ -219,3 +220,37 @@ def test_info_goes_on_without_a_dataset_whose_snapshot_cannot_be_read(two, rows)
     found = describe(reopened(two))
     assert [dataset["name"] for dataset in found["datasets"]] == ["d"]
     assert list(found["set_aside"]) == [f"snapshots/other/{run_id}.parquet"]
+
+
+@pytest.mark.parametrize("name", ["mine", "\x1b[31mtiny", "tiny-0123456789ab"])
+def test_a_renamed_space_is_named_and_its_features_are_not_computed_again(two, space, name):
+    space.path.rename(space.path.with_name(name))
+    assert reopened(two).spaces() == []
+    assert list(reopened(two).set_aside()) == [f"spaces/{name}/space.json"]
+    with pytest.raises(StoreError, match=f"set aside.*rename the folder to {space.name}"):
+        reopened(two).features("d", "a")
+    with pytest.raises(StoreError, match=f"holds this feature space; rename the folder to {space.name}"):
+        reopened(two).open_space(space.fields, backbone="tiny")
+    space.path.with_name(name).rename(space.path)
+    assert len(reopened(two).features("d", "a")) == 5
+
+
+def test_a_copy_of_a_space_in_a_folder_of_another_name_changes_nothing(two, space):
+    shutil.copytree(space.path, space.path.with_name("copy"))
+    assert [found.name for found in reopened(two).spaces()] == [space.name]
+    assert [problem.part for problem in verify_store(reopened(two)).problems] == ["spaces/copy/space.json"]
+
+
+def test_drift_says_which_columns_nobody_has_any_more(zoo):
+    """Of which no part that can be read is left: their width is not known, either."""
+    zoo.write(zoo.images("train", 12))
+    bundle = zoo.bundle(zoo.images("train", 12))
+    zoo.write(zoo.images("train", 12) + zoo.images("test", 12))
+    write_bundle(zoo.store.path.parent / "bundle", bundle)
+    for path in zoo.store.path.glob("spaces/*/parts/*.h5"):
+        replaced(path, **{"features/b:gap": None})
+    found = drift(reopened(zoo.store), columns=["a"], bundle=zoo.store.path.parent / "bundle", silent=True)
+    assert [test["column"] for test in found["columns"]] == ["a:gap"]
+    (said,) = found["warnings"]
+    assert said.startswith("classes predicted from a:gap + b:gap of tiny-")
+    assert said.endswith("not compared, since 0 of 36 of the new images have them")
