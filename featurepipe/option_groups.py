@@ -55,9 +55,10 @@ class Declaration:
 
     def wrong(self, value: Any) -> str | None:
         """What a value must be; None if it is right."""
-        if self.check is None or (value is None and NoneType in self.types):
-            return None
-        return self.check(value)
+        return None if self.check is None or self._is_left_out(value) else self.check(value)
+
+    def _is_left_out(self, value: Any) -> bool:
+        return value is None and NoneType in self.types
 
     def checked(self, value: Any) -> None:
         """Checks a value.
@@ -65,7 +66,7 @@ class Declaration:
         Raises:
             UsageError: It is wrong; names the option, the value and the choices.
         """
-        if self.choices and value not in self.choices:
+        if self.choices and value not in self.choices and not self._is_left_out(value):
             raise UsageError(f"unknown {self.name} {value!r}; choices: {', '.join(self.choices)}", option=self.name)
         if said := self.wrong(value):
             raise UsageError(Message(Option(self.name), f" {value!r} {said}"))
@@ -87,6 +88,10 @@ class OptionGroup:
     def __post_init__(self) -> None:
         for name, one in declared(type(self)).items():
             one.checked(getattr(self, name))
+
+    def arguments(self) -> dict[str, Any]:
+        """All options by name, as keyword arguments of a function."""
+        return {name: getattr(self, name) for name in declared(type(self))}
 
     @classmethod
     def of(cls, larger: OptionGroup) -> Self:

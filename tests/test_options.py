@@ -24,19 +24,30 @@ from featurepipe.features.options import (
 from featurepipe.jobs.validation import keys_of, read_job, table_called
 from featurepipe.option_groups import OptionGroup, as_asked, at_least, declared
 from featurepipe.prediction.options import BundleOptions, PredictOptions
+from featurepipe.training.options import TrainOptions
 
-FUNCTIONS = {"extract": (featurepipe.extract, ExtractionOptions), "predict": (featurepipe.predict, PredictOptions)}
-TABLES = ("source", "features", "machine", "limits")
+FUNCTIONS = {
+    "extract": (featurepipe.extract, ExtractionOptions),
+    "predict": (featurepipe.predict, PredictOptions),
+    "train": (featurepipe.train, TrainOptions),
+}
+LINES = {"extract": "extract x --store y", "predict": "predict b x --to y.csv", "train": "train y --out b"}
+TABLES = {"extract": ("source", "features", "machine", "limits"), "train": ("train",)}
+"""Of a job file, in which the options of a step are."""
 NOT_IN_A_JOB = {"retry_rejects"}
 """Asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job."""
 OF_A_JOB = {"max_gone": "50%"}
 """Defaults that are others in a job file, where nobody watches."""
-WRONG = {
+WRONG = {"extract": {
     "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
     "damaged": "repair", "device": "tpu", "batch_size": 0, "workers": 0, "precision": "fp8", "dtype": "f2", "decode": "tpu",
     "intensity": "bits=0", "nodes": (),
-}  # fmt: skip
+}, "train": {
+    "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
+    "seed": -1,
+}}  # fmt: skip
 each_command = pytest.mark.parametrize("command", FUNCTIONS)
+each_step = pytest.mark.parametrize("step", TABLES)
 
 
 def arguments(command):
@@ -53,17 +64,18 @@ def is_group(group):
     return not hasattr(group, "model_fields")  # as the tables of a job have
 
 
-def table_of(name):
-    found = [table for table in TABLES if name in declared(table_called(table))]
+def table_of(name, step="extract"):
+    found = [table for table in TABLES[step] if name in declared(table_called(table))]
     assert len(found) <= 1
     return found[0] if found else None
 
 
 def given_in(table, name, text, folder):
     """A job file that says one thing."""
-    lines = {"source": ['path = "p"'], "features": [], "machine": [], "limits": []}
-    lines[table].append(f"{name} = {text}")
-    heads = {"features": "[[features]]"}
+    lines = {"source": ['path = "p"'], "features": []}
+    lines |= {"train": ['out = "b"']} if table == "train" else {}
+    lines.setdefault(table, []).append(f"{name} = {text}")
+    heads = {"features": "[[features]]", "train": "[[train]]"}
     body = "".join("\n".join([heads.get(one, f"[{one}]"), *lines[one], ""]) for one in lines)
     file = folder / "job.toml"
     file.write_text(f'store = "s"\n{body}')
@@ -75,28 +87,31 @@ def test_the_command_line_and_the_function_have_every_option(command):
     function, group = FUNCTIONS[command]
     shown, parameters = arguments(command), inspect.signature(function).parameters
     for name, one in declared(group).items():
-        assert shown[name].option_strings == [on_command_line(Option(name))]
-        assert shown[name].help.replace("%%", "%") == one.help
+        no, does_not = ("no-", "do not ") if one.default is True else ("", "")
+        assert shown[name].option_strings == [f"--{no}{on_command_line(Option(name))[2:]}"]
+        assert shown[name].help.replace("%%", "%") == does_not + one.help
         assert not one.choices or shown[name].metavar.split("|") == list(one.choices)
-        assert parameters[name].default == one.default, name
+        default = parameters[name].default
+        assert one.default in (default, (default,)), name
 
 
 @each_command
 def test_without_arguments_the_command_line_asks_for_the_defaults(command):
     _, group = FUNCTIONS[command]
-    words = {"extract": ["extract", "x", "--store", "y"], "predict": ["predict", "b", "x", "--to", "y.csv"]}[command]
+    words = LINES[command].split()
     asked = options(build_parser().parse_args(words), group)
     assert asked == {name: one.default for name, one in declared(group).items()}
     assert group(**asked) == group()
 
 
-def test_help_names_the_default():
+@each_command
+def test_help_names_the_default(command):
     """A default is said as ``default: ...``, or is what the text calls ``auto``, or nothing is asked for."""
-    for name, one in declared(ExtractionOptions).items():
-        says = "default" in one.help or "auto: " in one.help or one.default in (None, False, "DEFAULT")
-        assert says, name
-        if one.default not in (None, False, "auto", "DEFAULT") and isinstance(one.default, str | int):
+    for name, one in declared(FUNCTIONS[command][1]).items():
+        if one.default not in (None, False, True, "auto", "DEFAULT") and isinstance(one.default, str | int):
             assert f"default: {one.default}" in one.help
+        else:
+            assert "default" in one.help or "auto: " in one.help or one.default in (None, False, True, "DEFAULT"), name
 
 
 def test_depth_passes_on_what_extract_takes():
@@ -106,44 +121,54 @@ def test_depth_passes_on_what_extract_takes():
     assert names <= declared(ExtractionOptions).keys() & arguments("depth").keys()
 
 
-def test_a_job_file_has_every_option_of_extract():
-    for name, one in declared(ExtractionOptions).items():
-        table = table_of(name)
+@each_step
+def test_a_job_file_has_every_option(step):
+    for name, one in declared(FUNCTIONS[step][1]).items():
+        table = table_of(name, step)
         assert (table is None) == (name in NOT_IN_A_JOB), name
         if table is not None:
             field = table_called(table).model_fields[name]
             assert field.default == OF_A_JOB.get(name, one.default), name
-            assert keys_of("extract")(Option(name)) in (f"[{table}] {name}", f"[[{table}]] {name}")
+            assert keys_of(step)(Option(name)) in (f"[{table}] {name}", f"[[{table}]] {name}")
 
 
-def test_a_job_file_takes_the_same_choices_and_refuses_others(tmp_path):
-    chosen = {name: one.choices for name, one in declared(ExtractionOptions).items() if one.choices}
-    assert set(chosen) == {"damaged", "precision", "dtype", "decode"}
+@each_step
+def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
+    chosen = {name: one.choices for name, one in declared(FUNCTIONS[step][1]).items() if one.choices}
+    assert set(chosen) == {"extract": {"damaged", "precision", "dtype", "decode"}, "train": {"class_weight"}}[step]
     for name, choices in chosen.items():
         for choice in choices:
-            job = read_job(given_in(table_of(name), name, f'"{choice}"', tmp_path))
-            table = getattr(job, table_of(name))
+            job = read_job(given_in(table_of(name, step), name, f'"{choice}"', tmp_path))
+            table = getattr(job, table_of(name, step))
             assert getattr(table[0] if isinstance(table, tuple) else table, name) == choice
-        with pytest.raises(UsageError, match=r"choices: " + ", ".join(choices)):
-            read_job(given_in(table_of(name), name, '"qqqqqq"', tmp_path))
-        with pytest.raises(UsageError, match=r"choices: " + ", ".join(choices)):
-            read_job(given_in(table_of(name), name, "5", tmp_path))
+        for wrong in ('"qqqqqq"', "5"):
+            with pytest.raises(UsageError, match=r"choices: " + ", ".join(choices)):
+                read_job(given_in(table_of(name, step), name, wrong, tmp_path))
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_every_front_end_refuses_the_same_and_names_the_option(name, tmp_path):
-    value = WRONG[name]
+@pytest.mark.parametrize(("step", "name"), [(step, name) for step in WRONG for name in WRONG[step]])
+def test_every_front_end_refuses_the_same_and_names_the_option(step, name, tmp_path):
+    value, table = WRONG[step][name], table_of(name, step)
     text = "[]" if value == () else str(value) if isinstance(value, int) else f'"{value}"'
     with pytest.raises(UsageError) as of_job:
-        read_job(given_in(table_of(name), name, text, tmp_path))
-    assert f"{table_of(name)}{'[0]' * (table_of(name) == 'features')}.{name} = " in str(of_job.value)
+        read_job(given_in(table, name, text, tmp_path))
+    assert f"{table}{'[0]' * (table in ('features', 'train'))}.{name} = " in str(of_job.value)
     if name == "time_budget":  # Python takes seconds, and no text
         return
     with pytest.raises(UsageError) as of_python:
-        featurepipe.extract(tmp_path, tmp_path / "store", **{name: value}, silent=True)
-    assert of_python.value.option in (name, "")  # of intensity, whose own message names it
+        FUNCTIONS[step][1](**{name: value})
+    assert of_python.value.option in (name, "")  # of some, whose own message names them
     said = str(of_python.value).removeprefix(f"{name} {value!r} ")
     assert name in said or said in str(of_job.value)
+
+
+def test_functions_check_before_anything_else(tmp_path):
+    for name, value in WRONG["extract"].items():
+        if name != "time_budget":
+            with pytest.raises(UsageError, match=name):
+                featurepipe.extract(tmp_path / "none", tmp_path / "store", **{name: value}, silent=True)
+    with pytest.raises(UsageError, match="min_class_size"):
+        featurepipe.train(tmp_path / "none", out=tmp_path / "bundle", min_class_size=0)
 
 
 def test_a_record_keeps_what_was_asked_for(tmp_path):
@@ -167,7 +192,7 @@ def test_a_record_keeps_what_was_asked_for(tmp_path):
 
 def test_groups_are_made_of_declared_options_alone():
     ours = [group for group in groups() if is_group(group)]
-    assert {ExtractionOptions, PredictOptions} < set(ours)
+    assert {group for _, group in FUNCTIONS.values()} < set(ours)
     for group in ours:
         assert [one.name for one in fields(group)] == list(declared(group))
         group()  # all defaults are right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +28,8 @@ from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import SourceOptions
-from featurepipe.heads.families import HEADS
 from featurepipe.prediction.options import BundleOptions
+from featurepipe.training.options import TrainOptions, value_of
 
 PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit)
 """Options of `featurepipe.predict` about images and the network, in the order of the help."""
@@ -46,31 +45,16 @@ def add_train(commands: Commands) -> None:
     option = command.add_argument
     add_store(command)
     add_dataset(command)
-    option("--node", action="append", dest="nodes", metavar="COLUMN",
-           help="a column as featurepipe info lists it; several are put side by side; recommended: "
-           "as featurepipe depth found (default: bottleneck)")  # fmt: skip
     add_space(command)
-    option("--head", default="logistic", metavar="|".join(HEADS), help="default: %(default)s")
     option("--out", required=True, metavar="BUNDLE",
            help="folder to write; an older bundle there is replaced at the very end")  # fmt: skip
     add_labels(command)
-    option("--split", metavar="NAME", help="the split to train on (default: train)")
+    add_options(command, TrainOptions)
     option("--set", action="append", default=[], dest="params", metavar="NAME=VALUE",
            help="a parameter of the head, such as C=0.1; may be repeated")  # fmt: skip
-    option("--tune", action="store_true", help="search the head's parameters on the val split, or on 5 folds")
-    option("--pca", metavar="N|SHARE",
-           help="principal components to keep: a number, or a share of the variance such as 0.95")  # fmt: skip
-    option("--class-weight", choices=["balanced"], help="weigh classes equally, however many images each has")
-    option("--no-calibration", action="store_true", help="leave probabilities as the head gives them; saves one fit")
-    option("--min-class-size", type=int, default=2, metavar="N",
-           help="refuse classes with fewer images (default: %(default)s)")  # fmt: skip
-    option("--memory", metavar="AMOUNT",
-           help="what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)")  # fmt: skip
-    option("--jobs", type=int, default=1, metavar="N", help="fits at once in a search in memory (default: %(default)s)")
     option("--weights", metavar="FILE",
            help="the backbone's weights file, if it has one of your own: a copy goes into the bundle")  # fmt: skip
     add_trust_code(command, "store")
-    add_seed(command, "draws and estimators")
     add_cluster(command)
     option("--dry-run", action="store_true", help="say which images, how much memory and how long; write nothing")
     add_quiet(command)
@@ -85,21 +69,11 @@ def run_train(args: Namespace) -> int:
     result = train(
         args.store,
         dataset=args.dataset,
-        nodes=args.nodes or ["bottleneck"],
-        head=args.head,
         out=args.out,
         backbone=args.backbone,
         labels=args.labels,
-        split=args.split,
         params=_parameters(args.params),
-        pca=None if args.pca is None else _value(args.pca),
-        class_weight=args.class_weight,
-        tune=args.tune,
-        calibration=not args.no_calibration,
-        min_class_size=args.min_class_size,
-        memory=args.memory,
-        jobs=args.jobs,
-        seed=args.seed,
+        **options(args, TrainOptions),
         weights=args.weights,
         trust_code=args.trust_code,
         dry_run=args.dry_run,
@@ -117,16 +91,8 @@ def _parameters(settings: Sequence[str]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {setting!r} is no NAME=VALUE; write for instance --set C=0.1")
-        found[name] = _value(value)
+        found[name] = value_of(value)
     return found
-
-
-def _value(text: str) -> Any:
-    """A number, true, false or null as JSON has them, else the text itself."""
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        return None if text == "None" else text
 
 
 def add_evaluate(commands: Commands) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Sequence
+from types import NoneType
 from typing import Any, TypeAlias
 
 from featurepipe.errors import Option, on_command_line
@@ -60,15 +61,18 @@ def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: 
     for one in _of(groups, leave_out):
         say: dict[str, Any] = {"dest": one.name, "help": one.help.replace("%", "%%")}
         metavar = one.metavar or "|".join(one.choices)
-        if one.types == {bool}:
-            say |= {"action": "store_true"}
+        flag = on_command_line(Option(one.name))
+        if one.types == {bool} and one.default:
+            flag, say["help"], say["action"] = f"--no-{flag[2:]}", f"do not {say['help']}", "store_false"
+        elif one.types == {bool}:
+            say["action"] = "store_true"
         elif tuple in one.types:
             say |= {"action": "append", "metavar": metavar}
-        elif str not in one.types and int in one.types:
-            say |= {"type": int, "metavar": metavar or "N", "default": one.default}
+        elif one.read is None and one.types <= {int, float, NoneType}:
+            say |= {"type": float if float in one.types else int, "metavar": metavar or "N", "default": one.default}
         else:
             say |= {"metavar": metavar, "default": one.default}
-        command.add_argument(on_command_line(Option(one.name)), **say)
+        command.add_argument(flag, **say)
 
 
 def options(args: Namespace, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> dict[str, Any]:

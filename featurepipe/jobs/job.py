@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -25,9 +24,8 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.limits import Limits, seconds_at_most
 from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
-from featurepipe.heads.families import HEADS
 from featurepipe.option_groups import declared
-from featurepipe.sizes import bytes_of
+from featurepipe.training.options import TrainOptions, known_head
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
@@ -36,13 +34,6 @@ REFERENCES = ("previous", "first")
 """Snapshots that drift can be measured from, beside those that a run id names."""
 LONGEST_NAME = 100
 _RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
-
-
-def _amount(given: Any) -> Any:
-    if isinstance(given, bool) or not isinstance(given, int | str):
-        raise UsageError("no amount of memory; give bytes or text such as '512MB', '20GB'")
-    bytes_of(given)  # refused here, with the key's name, and not hours later
-    return given
 
 
 def is_name(text: str) -> bool:
@@ -56,15 +47,6 @@ def _name(name: str) -> str:
             "cannot be a name; use letters, digits, '.', '_' and '-', at most 100, starting with a letter, digit or '_'"
         )
     return name
-
-
-def _components(given: Any) -> Any:
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        if 0 < given < 1:
-            return given
-        if given >= 1 and math.isfinite(given) and given == int(given):
-            return int(given)
-    raise UsageError("must be a whole number of components from 1, or a share of the variance below 1, such as 0.95")
 
 
 def _reference(text: str) -> str:
@@ -127,10 +109,6 @@ def _template(text: str, info: ValidationInfo) -> str:
 
 Seconds = Annotated[float, BeforeValidator(seconds_at_most)]
 """A duration, written ``"90s"``, ``"1h30m"``; in seconds."""
-Amount = Annotated[int | str, BeforeValidator(_amount)]
-"""Bytes, or text such as ``"20GB"``."""
-Components = Annotated[int | float, BeforeValidator(_components)]
-"""Principal components: how many, or the share of the variance that they keep."""
 Reference = Annotated[str, AfterValidator(_reference)]
 """``previous``, ``first``, or a run id."""
 Name = Annotated[str, AfterValidator(_name)]
@@ -145,17 +123,12 @@ Template = Annotated[str, AfterValidator(_template)]
 """A path with ``{date}``, ``{run}`` or ``{job}`` in it, relative to the job file's folder."""
 
 
-def _head(name: str) -> str:
-    if name not in HEADS:
-        raise unknown("head", name, HEADS)
-    return name
-
-
 def _heads(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(_head(name) for name in names)
+    for name in names:
+        known_head(name)
+    return names
 
 
-Head = Annotated[str, AfterValidator(_head)]
 Heads = Annotated[Names, Field(min_length=1), AfterValidator(_heads)]
 PValue = Annotated[float, Field(gt=0, lt=1)]
 
@@ -182,7 +155,7 @@ class BaseTable(BaseModel, frozen=True):
         if one is None:
             return given
         value = listed(given) if tuple in one.types else one.read_from(given)
-        if one.choices and value not in one.choices:
+        if one.choices and value is not None and value not in one.choices:
             if isinstance(value, str):
                 raise unknown("value", value, one.choices)
             raise UsageError(f"choices: {', '.join(one.choices)}")
@@ -233,41 +206,19 @@ class LimitsTable(BaseTable, DamageOptions, Limits, frozen=True):
     """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 
-class TrainTable(BaseTable, frozen=True):
+class TrainTable(BaseTable, TrainOptions, frozen=True):
     """``[[train]]``: a head to train; see `featurepipe train`."""
 
     out: JobPath
     """Folder of the bundle; the last one is replaced once the new one is complete."""
     when: Literal["labels changed", "always"] = "labels changed"
     """Every night, or only when what it learns from is not what the bundle was trained on."""
-    nodes: Annotated[Names, Field(min_length=1)] = ("bottleneck",)
-    """The column, or several side by side; `recommended` for the one that a comparison of layers recommends."""
-    head: Head = "logistic"
-    """The kind of head."""
     backbone: str | None = None
     """The network, where several `[[features]]` have the column."""
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
-    split: str | None = None
-    """The split to train on, by default `train`."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Of the final estimator, such as `{ C = 0.1 }`."""
-    pca: Components | None = None
-    """Components, or a share of the variance, to keep."""
-    class_weight: Literal["balanced"] | None = None
-    """`balanced` weighs all classes alike."""
-    tune: bool = False
-    """Search the head's grid."""
-    calibration: bool = True
-    """Fit a temperature on validation rows."""
-    min_class_size: int = Field(default=2, ge=1)
-    """Classes with fewer images are refused."""
-    memory: Amount | None = None
-    """What fitting may take; by default half of what is free."""
-    jobs: int = Field(default=1, ge=1)
-    """Fits at once during a search."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of draws and of the estimators."""
 
 
 class PredictTable(BaseTable, frozen=True):

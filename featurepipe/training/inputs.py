@@ -19,6 +19,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle
     from featurepipe.store.labels import LabelledImages
+    from featurepipe.training.options import TrainOptions
     from featurepipe.training.task import Recipe, Task
 
 
@@ -45,7 +46,7 @@ class Inputs:
         return {"rows": self.rows, "images": self.images, "settings": dict(self.settings)}
 
 
-def inputs_of(task: Task, recipe: Recipe, *, tune: bool, calibration: bool) -> Inputs:
+def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     """Sums up what a task learns from.
 
     Images count by their bytes, so that one that was moved or touched changes nothing, and their order does not count.
@@ -57,8 +58,8 @@ def inputs_of(task: Task, recipe: Recipe, *, tune: bool, calibration: bool) -> I
         "pca": recipe.pca,
         "class_weight": recipe.class_weight,
         "seed": recipe.seed,
-        "tune": tune,
-        "calibration": calibration,
+        "tune": options.tune,
+        "calibration": options.calibration,
     }
     rows = np.union1d(task.division.final, task.division.validation)
     return Inputs(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
@@ -20,6 +20,7 @@ from featurepipe.store.views import with_told_labels
 from featurepipe.tables import counted
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
+from featurepipe.training.options import TrainOptions
 from featurepipe.training.recommended import asks_for_it, check_same_task, last_comparison
 from featurepipe.training.splits import Division, class_counts, divide
 from featurepipe.training.task import Recipe, Task
@@ -32,17 +33,12 @@ if TYPE_CHECKING:
 def settle(
     store: FeatureStore,
     dataset: str | None,
-    nodes: str | Sequence[str],
     recipe: Recipe,
+    options: TrainOptions,
     *,
     backbone: str | None,
     snapshot: str | None = None,
     labels: Any,
-    split: str | None,
-    min_class_size: int,
-    calibration: bool,
-    tune: bool,
-    memory: int | str | None,
     cluster: str | None = None,
     say: Callable[[str], None],
 ) -> Task:
@@ -53,6 +49,7 @@ def settle(
     """
     _check(recipe)
     dataset = dataset or store.only_dataset()
+    nodes: str | Sequence[str] = options.nodes
     comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
@@ -62,8 +59,10 @@ def settle(
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     every = features.codes(features.classes)
     check_classes(features.classes, len(features), say)
-    division = divide(features, every, split=split, seed=recipe.seed, validate=calibration or tune)
-    classes = _learnable(features, division, min_class_size)
+    division = divide(
+        features, every, split=options.split, seed=recipe.seed, validate=options.calibration or options.tune
+    )
+    classes = _learnable(features, division, options.min_class_size)
     if comparison is not None:
         check_same_task(comparison, classes, labels, say)
     task = Task(
@@ -71,7 +70,7 @@ def settle(
         classes=classes,
         codes=features.codes(classes),
         division=division,
-        cost=_route(recipe, len(division.final), features.shape[1], memory, cluster, say),
+        cost=_route(recipe, len(division.final), features.shape[1], options.memory, cluster, say),
         unlabelled=found.unlabelled,
         seed=recipe.seed,
     )
@@ -79,20 +78,20 @@ def settle(
     return task
 
 
-def timed(task: Task, recipe: Recipe, *, calibration: bool, tune: bool, say: Callable[[str], None]) -> Task:
+def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str], None]) -> Task:
     """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
-    tries = grid_size(recipe) * len(task.folds()) if tune else 0
+    tries = grid_size(recipe) * len(task.folds()) if options.tune else 0
     if task.cost.cluster is None:
         say("estimating the time from small fits")
-        task = replace(task, cost=_timed(task, recipe, fits=1 + calibration, tries=tries))
+        task = replace(task, cost=_timed(task, recipe, fits=1 + options.calibration, tries=tries))
     else:
-        task = replace(task, cost=replace(task.cost, fits=1 + calibration + tries))
+        task = replace(task, cost=replace(task.cost, fits=1 + options.calibration + tries))
     say(task.cost.text)
     return task
 
 
 def _route(
-    recipe: Recipe, rows: int, width: int, memory: int | str | None, cluster: str | None, say: Callable[[str], None]
+    recipe: Recipe, rows: int, width: int, memory: float | str | None, cluster: str | None, say: Callable[[str], None]
 ) -> Cost:
     """Here or on the cluster; and if here, in memory or from blocks."""
     if cluster is not None:
@@ -107,10 +106,6 @@ def _route(
 
 def _check(recipe: Recipe) -> None:
     """Refuses what can be refused before any work."""
-    if recipe.head not in HEADS:
-        raise unknown("head", recipe.head, HEADS, see="featurepipe train --help")
-    if not 0 <= recipe.seed < 2**32:
-        raise UsageError(f"seed {recipe.seed} is out of range; give a whole number from 0 to {2**32 - 1}")
     options = {"pca": "pca", "class_weight": "class_weight", "random_state": "seed", "memory": "memory"}
     taken = next((name for name in recipe.params if name in options), None)
     if taken:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.execution.connection import cluster_name, executor_on
+from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.training.fit import calibrate, fit
 from featurepipe.training.inputs import inputs_of, why_train
+from featurepipe.training.options import TrainOptions, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -97,35 +99,43 @@ def train(
         ClusterError: there is no such cluster, none of its workers can be used, or too many of them were lost.
     """
     start = time.perf_counter()
+    options = TrainOptions(
+        nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
+        head=head,
+        split=split,
+        tune=tune,
+        pca=components(pca),
+        class_weight=class_weight,
+        calibration=calibration,
+        min_class_size=min_class_size,
+        memory=memory,
+        jobs=jobs,
+        seed=seed,
+    )
     say = announcer(silent=silent)
     target = bundle_target(out)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     if cluster is not None:
         source = FeatureStore(source.path.absolute(), create=False)  # workers have other working folders
-    recipe = Recipe(head, dict(params or {}), pca, class_weight, seed)
+    recipe = Recipe(head, dict(params or {}), options.pca, class_weight, seed)
     task = settle(
         source,
         dataset,
-        nodes,
         recipe,
+        options,
         backbone=backbone,
         snapshot=snapshot,
         labels=labels,
-        split=split,
-        min_class_size=min_class_size,
-        calibration=calibration,
-        tune=tune,
-        memory=memory,
         cluster=cluster_name(cluster),
         say=say,
     )
-    inputs = inputs_of(task, recipe, tune=tune, calibration=calibration)
+    inputs = inputs_of(task, recipe, options)
     asked = {"why": why_train(target, inputs)} if if_changed else {}
     if asked == {"why": []}:
         return {"bundle": str(target), "skipped": UNCHANGED.format(images=inputs.images)}
     for reason in asked.get("why", []):
         say(f"{target.name} is trained: {reason}")
-    task = timed(task, recipe, calibration=calibration, tune=tune, say=say)
+    task = timed(task, recipe, options, say)
     if dry_run:
         return {**task.as_dict(), **asked}
     space = source.space(task.features.space_fingerprint)
@@ -147,7 +157,7 @@ def train(
             target, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), seconds=seconds, say=say,
         )  # fmt: skip
-    return {**record, **asked}
+    return {**record, "options": as_asked(options), **asked}
 
 
 def _name_of(labels: Any) -> str | None:

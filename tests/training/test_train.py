@@ -141,6 +141,7 @@ def test_shared_passes_find_what_single_fits_find(split_zoo, run, monkeypatch):
     """The accuracy of each C over 5 folds is that of scikit-learn's own fits on the same folds."""
     monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
     from featurepipe.progress import announcer
+    from featurepipe.training.options import TrainOptions
     from featurepipe.training.settle import settle
     from featurepipe.training.task import Recipe
 
@@ -148,8 +149,8 @@ def test_shared_passes_find_what_single_fits_find(split_zoo, run, monkeypatch):
     assert "in shared passes" in record["search"]["how"]
     recipe = Recipe("logistic", {})
     task = settle(
-        split_zoo.store, None, NODES, recipe, backbone=None, labels=None, split=None, min_class_size=2,
-        calibration=False, tune=True, memory=None, say=announcer(silent=True),
+        split_zoo.store, None, recipe, TrainOptions(nodes=tuple(NODES), calibration=False, tune=True),
+        backbone=None, labels=None, say=announcer(silent=True),
     )  # fmt: skip
     x, y = task.features.numpy()
     for trial in record["search"]["trials"]:
@@ -268,7 +269,7 @@ def test_expected_calibration_error_of_the_record_is_that_of_the_rows(zoo, run, 
         ({"params": {"class_weight": "balanced"}}, "it has an option of its own: class_weight"),
         ({"params": {"memory": 3}}, "it has an option of its own: memory"),
         ({"pca": 5000}, "logistic cannot be fitted: n_components=5000"),
-        ({"seed": -1}, "seed -1 is out of range"),
+        ({"seed": -1}, "seed -1 must be at least 0"),
         ({"head": "knn", "params": {"n_neighbors": 5000}}, "Expected n_neighbors <= "),
     ],
 )

@@ -31,21 +31,11 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             night.store,
             dataset=night.dataset,
             snapshot=snapshot_of(night, table.backbone),
-            nodes=list(table.nodes),
-            head=table.head,
             out=table.out,
             backbone=table.backbone,
             labels=table.labels or night.job.source.labels,
-            split=table.split,
             params=table.params,
-            pca=_components(table.pca),
-            class_weight=table.class_weight,
-            tune=table.tune,
-            calibration=table.calibration,
-            min_class_size=table.min_class_size,
-            memory=table.memory,
-            jobs=table.jobs,
-            seed=table.seed,
+            **table.arguments(),
             weights=_own_weights(night),
             trust_code=night.job.networks,
             if_changed=table.when == "labels changed",
@@ -64,11 +54,6 @@ def _own_weights(night: Night) -> dict[str, str]:
         for run, features in zip(night.extracted, night.job.features, strict=False)
         if str(run["backbone"].get("weights", "")).startswith("file:")
     }
-
-
-def _components(pca: float | None) -> float | None:
-    """A share of the variance, or a whole number of components, which TOML and its model may have as a float."""
-    return pca if pca is None or pca < 1 else int(pca)
 
 
 def _told(found: dict[str, Any]) -> dict[str, Any]:

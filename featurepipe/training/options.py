@@ -1,0 +1,82 @@
+"""The options of training a head; imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.heads.families import HEADS
+from featurepipe.option_groups import OptionGroup, at_least, is_number, not_empty, option
+from featurepipe.sizes import bytes_of
+
+
+def known_head(given: Any) -> str | None:
+    """The check of a head's name."""
+    if given not in HEADS:
+        raise unknown("head", str(given), HEADS, see="featurepipe train --help")
+    return None
+
+
+def value_of(text: str) -> Any:
+    """A number, true, false or null as JSON has them, else the text itself."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return None if text == "None" else text
+
+
+def _components(given: Any) -> str | None:
+    if is_number(given, (int, float)) and (
+        0 < given < 1 or (given >= 1 and math.isfinite(given) and given == int(given))
+    ):
+        return None
+    return "must be a whole number of components from 1, or a share of the variance below 1, such as 0.95"
+
+
+def components(given: Any) -> Any:
+    """A number of components, or a share of the variance, that may be written as text; a whole number also as a float."""
+    value = value_of(given) if isinstance(given, str) else given
+    return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
+
+
+def _memory(given: Any) -> str | None:
+    try:
+        if isinstance(given, str) or is_number(given, (int, float)):
+            bytes_of(given)
+            return None
+    except UsageError:
+        pass
+    return "is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(OptionGroup):
+    """What head is fitted to which columns, and how."""
+
+    nodes: tuple[str, ...] = option(
+        ("bottleneck",),
+        "a column as featurepipe info lists it; several are put side by side; recommended: as featurepipe depth found "
+        "(default: bottleneck)",
+        metavar="COLUMN", check=not_empty,
+    )  # fmt: skip
+    head: str = option("logistic", "kind of head (default: logistic)", metavar="|".join(HEADS), check=known_head)
+    split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
+    tune: bool = option(False, "search the head's parameters on the val split, or on 5 folds")
+    pca: int | float | None = option(
+        None, "principal components to keep: a number, or a share of the variance such as 0.95",
+        metavar="N|SHARE", check=_components, read=components,
+    )  # fmt: skip
+    class_weight: str | None = option(
+        None, "weigh classes equally, however many images each has", choices=("balanced",)
+    )
+    calibration: bool = option(True, "fit a temperature on validation images, which takes one more fit")
+    min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
+    memory: int | float | str | None = option(
+        None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",
+        metavar="AMOUNT", check=_memory,
+    )  # fmt: skip
+    jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1))
+    seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))
