@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
-from featurepipe.cli.output import discard_output, discard_unwritable, open_standard_streams, warnings_shown_safely
+from featurepipe.cli.output import (
+    discard_output,
+    discard_unwritable,
+    displayed_traceback,
+    open_standard_streams,
+    tracebacks_shown_safely,
+    warnings_shown_safely,
+)
 from featurepipe.cli.parser import build_parser
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError, on_command_line, unsearchable
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(args: Namespace) -> int:
     try:
-        with warnings_shown_safely(), ends_on_ctrl_c():
+        with warnings_shown_safely(), tracebacks_shown_safely(on_one_line=_logs_json(args)), ends_on_ctrl_c():
             return _run(args)
     except FeaturepipeError as error:
         return _failed(args, error.spelled(on_command_line), error.exit_code)
@@ -49,10 +56,9 @@ def _guarded(args: Namespace) -> int:
     except OSError as error:  # a disk or a permission, not a defect: its text names the file
         discard_unwritable()
         return _failed(args, ["; ".join(filter(None, (str(error), _blocked(error))))], 1)
-    except Exception:  # a defect of ours, at the border of the process: a log of JSON lines must hold it as one
-        if not _logs_json(args):
-            raise
-        return _failed(args, [traceback.format_exc()], 1)
+    except Exception as error:  # noqa: BLE001  # a defect of ours, at the border of the process: shown whole, but not obeyed
+        discard_unwritable()
+        return _defect(args, error)
 
 
 def _run(args: Namespace) -> int:
@@ -60,6 +66,14 @@ def _run(args: Namespace) -> int:
         code = int(args.run(args))
     args.stdout.flush()  # here, where a reader that has left can still be told from a failure
     return code
+
+
+def _defect(args: Namespace, error: Exception) -> int:
+    if _logs_json(args):  # which must hold it as one line
+        return _failed(args, ["".join(traceback.format_exception(error))], 1)
+    with suppress(OSError):
+        print(displayed_traceback(error), file=sys.stderr)
+    return 1
 
 
 def _blocked(error: OSError) -> str:

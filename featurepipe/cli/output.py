@@ -7,6 +7,8 @@ import json
 import os
 import shlex
 import sys
+import threading
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -72,6 +74,62 @@ def warnings_shown_safely() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+def displayed_traceback(error: BaseException) -> str:
+    """The traceback of a defect, in which what strangers named is escaped, and no message makes lines of its own."""
+    found = traceback.TracebackException.from_exception(error, compact=True)
+    _escape_notes(found)
+    return "".join(map(_displayed_chunk, found.format())).rstrip()
+
+
+def _escape_notes(found: traceback.TracebackException) -> None:
+    """Makes each note of all errors of a chain or a group one line, else each of its lines would be a chunk of its own."""
+    waiting: list[traceback.TracebackException | None] = [found]
+    while waiting:
+        if (one := waiting.pop()) is not None:
+            if isinstance(notes := getattr(one, "__notes__", None), list | tuple):
+                one.__notes__ = [displayed(note) for note in notes]
+            waiting += [one.__cause__, one.__context__, *(one.exceptions or ())]
+
+
+def _displayed_chunk(chunk: str) -> str:
+    if chunk.startswith("  "):  # of a frame: a place, the line there, and marks below it
+        return displayed_lines(chunk)
+    inside = chunk.strip("\n")
+    before, _, after = chunk.partition(inside) if inside else (chunk, "", "")
+    return f"{before}{displayed(inside)}{after}"
+
+
+@contextmanager
+def tracebacks_shown_safely(*, on_one_line: bool) -> Iterator[None]:
+    """Has tracebacks of threads, and of objects that are deleted, shown as `displayed_traceback` while the block runs.
+
+    Args:
+        on_one_line: whether each is one line, for a log of lines.
+    """
+
+    def show_one(where: str, error: BaseException | None) -> None:
+        text = "\n".join([displayed(where), *([displayed_traceback(error)] if error else [])])
+        with suppress(OSError, AttributeError):  # a standard error that is full, or none
+            print(displayed(text) if on_one_line else text, file=sys.stderr)
+
+    def of_thread(found: threading.ExceptHookArgs) -> None:
+        if found.exc_type is not SystemExit:
+            show_one(f"Exception in thread {found.thread.name if found.thread else '?'}:", found.exc_value)
+
+    def of_object(found: sys.UnraisableHookArgs) -> None:
+        show_one(f"{found.err_msg or 'Exception ignored in'}: {type(found.object).__name__}", found.exc_value)
+
+    before = threading.excepthook, sys.unraisablehook
+    if threading.excepthook is threading.__excepthook__:  # else a program that called us has its own
+        threading.excepthook = of_thread
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = of_object
+    try:
+        yield
+    finally:
+        threading.excepthook, sys.unraisablehook = before
 
 
 def show(args: Namespace, value: Any, text: Callable[[Any], str]) -> None:

@@ -1,6 +1,7 @@
 """Commands whose standard streams are closed, full, or cannot take every character; errors that hold strangers' names."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -71,7 +72,90 @@ def test_a_defect_is_a_line_of_a_log_for_machines(verb, call):
     assert "ZeroDivisionError: a defect of ours" in json.loads(line)["text"]
 
 
-def test_a_defect_is_raised_where_people_read(verb, call):
-    verb(RUN, ZeroDivisionError("a defect of ours"))
-    with pytest.raises(ZeroDivisionError):
-        call("run", "job.toml")
+ODD = "cat\x1b[2J\u202egnp.\nfeaturepipe: all is well\u2028x\ud800.png"
+SHOWN = r"cat\x1b[2J\u202egnp.\nfeaturepipe: all is well\u2028x\ud800.png"
+
+
+def test_a_defect_is_shown_whole_and_not_obeyed(verb, call):
+    inner = KeyError(ODD)
+    outer = ZeroDivisionError(f"a defect of ours at {ODD}")
+    outer.__cause__ = inner
+    outer.add_note(f"seen at {ODD}")
+    verb(RUN, outer)
+    answer = call("run", "job.toml")
+    assert (answer.code, answer.out) == (1, "")
+    first, *frames, last, note = answer.err[answer.err.rindex("Traceback") :].splitlines()
+    assert answer.err.startswith("KeyError: 'cat\\x1b[2J")  # a repr has escaped most, which escapes once more leave
+    assert "\n\nThe above exception was the direct cause of the following exception:\n\n" in answer.err
+    assert first == "Traceback (most recent call last):"
+    assert all(line.startswith("  ") for line in frames)
+    assert any("in _guarded" in line for line in frames)
+    assert last == f"ZeroDivisionError: a defect of ours at {SHOWN}"
+    assert note == f"seen at {SHOWN}"
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", answer.err)
+
+
+def test_defects_in_groups_are_not_obeyed_either(verb, call):
+    verb(RUN, ExceptionGroup(f"several at {ODD}", [ValueError(ODD), TypeError("plain")]))
+    answer = call("run", "job.toml")
+    assert answer.code == 1
+    assert "several at cat\\x1b[2J" in answer.err
+    assert "TypeError: plain" in answer.err
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", answer.err)
+    assert "\nfeaturepipe: all is well" not in answer.err
+
+
+def test_a_defect_with_an_odd_name_is_one_line_of_a_log(verb, call):
+    verb(RUN, ZeroDivisionError(ODD))
+    (line,) = call("run", "job.toml", "--log-format", "json").err.splitlines()
+    assert line.isascii()
+    assert f"ZeroDivisionError: {ODD}" in json.loads(line)["text"]
+
+
+THREAD = """
+import sys, threading
+import featurepipe.jobs.run
+from featurepipe.cli import main
+
+class Gone:
+    def __del__(self):
+        raise LookupError(sys.argv[1])
+
+def run_job(*given, log_format, **options):
+    from featurepipe.jobs.log import job_log
+
+    def fail():
+        raise ZeroDivisionError(sys.argv[1])
+
+    with job_log("odd", log_format=log_format):
+        thread = threading.Thread(target=fail, name=sys.argv[1])
+        thread.start()
+        thread.join()
+        Gone()
+    return {"exit_code": 7}
+
+featurepipe.jobs.run.run_job = run_job
+sys.exit(main(["run", "x.toml", "--log-format", sys.argv[2], "--json"]))
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_defects_in_threads_and_in_objects_that_go_are_shown_safely(log_format):
+    name = ODD.replace("\ud800", "")
+    done = subprocess.run(
+        [sys.executable, "-c", THREAD, name, log_format], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    shown = SHOWN.replace(r"\ud800", "")
+    if log_format == "text":
+        lines = done.stderr.splitlines()
+        assert lines[0] == f"Exception in thread {shown}:"
+        assert f"ZeroDivisionError: {shown}" in lines
+        assert f"LookupError: {shown}" in lines
+        assert all(line[:1] in " TEZL" for line in lines), lines
+    else:
+        first, second = [json.loads(line) for line in done.stderr.splitlines()]
+        assert first["text"].startswith(f"Exception in thread {shown}:\\nTraceback")
+        assert first["text"].endswith(f"ZeroDivisionError: {shown}")
+        assert second["text"].endswith(f"LookupError: {shown}")
+    assert "\x1b" not in done.stderr
