@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from featurepipe.errors import UsageError
 from featurepipe.extraction.given import images_given
 from featurepipe.extraction.limits import ExtractionOptions
-from featurepipe.features.options import AUTO
+from featurepipe.features.options import AUTO, REJECT
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -60,6 +60,8 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         workers: Threads that read and decode; by default one per CPU, at most 16.
         cluster: Whose workers compute what the store lacks, as `featurepipe.execution.connect` takes it, such as the scheduler's
             address; they see the images and the store under the same paths. With a store only.
+        damaged: What becomes of a JPEG of which libjpeg could only repair what was left: ``reject`` makes it an image that
+            cannot be used, ``keep`` computes its features; a warning names it, and so does the run record of a store.
         on_reject: What an image that cannot be used does: ``raise`` an error that names it, or give a row of ``nan``.
         verbose: Whether to show progress.
 
@@ -93,6 +95,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: int | str = "auto",
         workers: int | None = None,
         cluster: Any = None,
+        damaged: str = REJECT,
         on_reject: str = "raise",
         verbose: bool = False,
     ) -> None:
@@ -109,6 +112,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.batch_size = batch_size
         self.workers = workers
         self.cluster = cluster
+        self.damaged = damaged
         self.on_reject = on_reject
         self.verbose = verbose
 
@@ -153,10 +157,11 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self, "space_")
         given = images_given(X, name=NAME)
-        features, rejects = self._ready().features(given, silent=not self.verbose)
+        features, rejects, damage = self._ready().features(given, silent=not self.verbose)
         if rejects and self.on_reject == "raise":
             row = min(rejects)
             raise given.refuse(row, rejects[row])
+        given.warn_of(damage)
         return features
 
     def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:  # noqa: ARG002 (as above)
@@ -182,6 +187,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             device=self.device,
             batch_size=self.batch_size,
             workers=self.workers,
+            damaged=self.damaged,
         )
 
     def _ready(self) -> Transformation:

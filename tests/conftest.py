@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image as Picture
 from sklearn.linear_model import LogisticRegression
 
 from featurepipe.execution import DaskExecutor
@@ -395,6 +397,21 @@ class Datasets:
             training={},
             seen=keys64(trained_on),
         )
+
+
+@pytest.fixture(scope="session")
+def noisy_jpeg() -> Callable[..., bytes]:
+    """Makes JPEGs, whole ones and those of a copy that stopped after a third, which libjpeg can only repair."""
+
+    def make(seed: int, *, damaged: bool = False) -> bytes:
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(seed).integers(0, 256, (96, 96, 3), np.uint8)
+        Picture.fromarray(pixels).save(buffer, "JPEG")
+        payload = buffer.getvalue()
+        third = len(payload) // 3
+        return payload[:third] + bytes(len(payload) - third - 2) + payload[-2:] if damaged else payload
+
+    return make
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_a_part_of_a_group_and_what_is_no_group():
     assert RejectOptions.of(larger).keep_damaged
     assert SourceOptions.of(larger) == SourceOptions()
     assert (dict(declared(dict)), as_asked(MachineOptions(workers=2))["workers"]) == ({}, 2)
-    assert set(declared(BundleOptions)) == {"weights", "trust_code", *declared(MachineOptions)}
+    assert set(declared(BundleOptions)) == {"weights", "trust_code", "damaged", *declared(MachineOptions)}
     assert declared(BundleOptions)["weights"].default is None
     assert declared(NetworkOptions)["weights"].default == "DEFAULT"
 

@@ -25,11 +25,11 @@ from featurepipe.cli.options import (
 from featurepipe.cli.output import say, show, this_command
 from featurepipe.errors import Option, UsageError, on_command_line
 from featurepipe.extraction.limits import RejectLimit
-from featurepipe.features.options import MachineOptions, SettingOptions, SourceOptions
+from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
 from featurepipe.heads.families import HEADS
 from featurepipe.option_groups import declared
 
-EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, RejectLimit)
+EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
 """Options of extraction that `featurepipe.depth` passes on."""
 NOT_OF_DEPTH = ("dtype", "decode")
 

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
+from featurepipe.features.options import KEEP
 from featurepipe.images import MemorySource
 from featurepipe.images.files import is_url
 from featurepipe.images.listing import printable
@@ -23,6 +25,7 @@ _CHOICES = (
     "pixels, best uint8, or one such array (N, H, W) or (N, H, W, 3)"
 )
 _CHANNELS = (1, 3, 4)
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,27 @@ class GivenImages:
 
     def refuse(self, row: int, reason: str) -> UsageError:
         """The error for a row of the source that cannot be used."""
+        from featurepipe.images.decode import is_repaired
+
+        hint = (", or keep it with ", Option("damaged", KEEP)) if is_repaired(reason) else ()
+        return UsageError(Message(f"{self._named(row)} cannot be used: {reason}. Leave it out, and its label", *hint))
+
+    def warn_of(self, damage: Mapping[int, str]) -> None:
+        """Warns the caller's caller, in one line, of images that were kept although they are damaged.
+
+        Args:
+            damage: what is wrong, by row of the source.
+        """
+        if not damage:
+            return
+        shown = [f"{self._named(row)}: {damage[row]}" for row in sorted(damage)[:_NAMED]]
+        shown += [f"and {len(damage) - _NAMED:,} more"] * (len(damage) > _NAMED)
+        text = f"{len(damage):,} of {len(self.ids):,} images are kept although they are damaged: {'; '.join(shown)}"
+        warnings.warn(text, stacklevel=3)
+
+    def _named(self, row: int) -> str:
         position = int(np.flatnonzero(self.place == row)[0])
-        name = "" if self.ids[row].startswith("#") else f" ({self.ids[row]})"
-        return UsageError(f"image {position}{name} cannot be used: {reason}. Leave it out, and its label")
+        return f"image {position}" + ("" if self.ids[row].startswith("#") else f" ({self.ids[row]})")
 
 
 def images_given(images: Any, *, name: str) -> GivenImages:

@@ -161,11 +161,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "rejects": _rejects(job, ledger)[:SHOWN_REJECTS],
         "new_rejects": _new_rejects(job, ledger)[:SHOWN_REJECTS],
         "options": as_asked(job.options),
-        "damaged": {
-            "asked": job.options.damaged,
-            "kept": len(ledger.damage),
-            "images": _named(job, ledger.damage)[:SHOWN_REJECTS],
-        },
+        "damaged": kept_damaged(job.options.damaged, job.plan.listing["id"], ledger.damage),
         "rejects_file": str(job.existing_space.path / "rejects.jsonl"),
         "reject_reasons": by_code(ledger.reasons),
         "seconds": {**seconds, "wall": round(ledger.seconds, 3)},
@@ -184,11 +180,22 @@ def bounds_of(source: Source) -> dict[str, list[str]]:
 
 
 def _rejects(job: ExtractionSpec, ledger: ExtractionLedger) -> list[dict[str, str]]:
-    return _named(job, ledger.reasons)
+    return named(job.plan.listing["id"], ledger.reasons)
 
 
-def _named(job: ExtractionSpec, reasons: Mapping[int, str]) -> list[dict[str, str]]:
-    ids = job.plan.listing["id"]
+def kept_damaged(asked: str, ids: pa.ChunkedArray, damage: Mapping[int, str]) -> dict[str, Any]:
+    """What a record says of images that were kept although they are damaged.
+
+    Args:
+        asked: the choice, ``reject`` or ``keep``.
+        ids: of all images.
+        damage: what is wrong, by row.
+    """
+    return {"asked": asked, "kept": len(damage), "images": named(ids, damage)[:SHOWN_REJECTS]}
+
+
+def named(ids: pa.ChunkedArray, reasons: Mapping[int, str]) -> list[dict[str, str]]:
+    """Images with the reasons that were found by row, in the order of the rows."""
     return [{"id": ids[row].as_py(), "reason": reason} for row, reason in sorted(reasons.items())]
 
 

@@ -29,10 +29,7 @@ def text(record: Mapping[str, Any]) -> str:
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append(f"  ... all in {record['rejects_file']}")
-    damaged = record.get("damaged", {})
-    if damaged.get("kept"):
-        lines.append(f"kept although damaged: {damaged['kept']:,}")
-        lines += [f"  {image['id']}: {image['reason']}" for image in damaged["images"][:_REJECTS_SHOWN]]
+    lines += damaged_lines(record)
     if counts["computed"]:
         by_column = record["computed_by_column"].items()
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
@@ -44,6 +41,15 @@ def text(record: Mapping[str, Any]) -> str:
     if record.get("status") == "out of time":
         lines.append("out of time: what is computed is kept, there is no snapshot; the same command goes on")
     return "\n".join(lines)
+
+
+def damaged_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a record says of images that were kept although they are damaged; no line where there are none."""
+    damaged = record.get("damaged") or {}
+    if not damaged.get("kept"):
+        return []
+    shown = [f"  {image['id']}: {image['reason']}" for image in damaged["images"][:_REJECTS_SHOWN]]
+    return [f"kept although damaged: {damaged['kept']:,}", *shown, *["  ..."] * (damaged["kept"] > len(shown))]
 
 
 def _workers(record: Mapping[str, Any]) -> list[str]:

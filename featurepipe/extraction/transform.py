@@ -38,6 +38,7 @@ from featurepipe.store.rows import ColumnRows
 
 Store = FeatureStore | str | PathLike[str] | None
 Rejects = dict[int, str]
+Damage = dict[int, str]
 
 
 class Transformation:
@@ -89,40 +90,50 @@ class Transformation:
         backbone = load_backbone(options.backbone, options.weights, seed=options.seed)
         return cls(LoadedNetwork(backbone), tuple(backbone.columns(options.nodes)), settled, store, space, cluster)
 
-    def features(self, given: GivenImages, *, silent: bool) -> tuple[np.ndarray, Rejects]:
+    def features(self, given: GivenImages, *, silent: bool) -> tuple[np.ndarray, Rejects, Damage]:
         """Computes or looks up the features of all images.
 
         Returns:
-            float32 (n, D) in the order given, NaN where an image cannot be used; and by row of the source why.
+            float32 (n, D) in the order given, NaN where an image cannot be used; by row of the source why; and by row what
+            is wrong with images that were kept although they are damaged.
 
         Raises:
             UsageError: the network is not the one that was settled.
         """
         width = sum(self.widths)
         if not len(given):
-            return np.zeros((0, width), np.float32), {}
+            return np.zeros((0, width), np.float32), {}, {}
         if self._store is None:
-            rows, rejects = self._streamed(given.source, len(given.ids), silent=silent)
+            rows, rejects, damage = self._streamed(given.source, len(given.ids), silent=silent)
         else:
-            rows, rejects = self._through_store(given.source, self._store, silent=silent)
+            rows, rejects, damage = self._through_store(given.source, self._store, silent=silent)
         in_order = len(given.ids) == len(given)
-        return (rows if in_order else rows[given.place]), rejects
+        return (rows if in_order else rows[given.place]), rejects, damage
 
-    def _streamed(self, source: Source, count: int, *, silent: bool) -> tuple[np.ndarray, Rejects]:
+    def _streamed(self, source: Source, count: int, *, silent: bool) -> tuple[np.ndarray, Rejects, Damage]:
         job = self._job(source, None)
         stream = FeatureStream(job.session)
         rows = np.full((count, sum(self.widths)), np.nan, np.float32)
         rejects: Rejects = {}
+        damage: Damage = {}
         with show(count, "features", silent=silent) as progress:
-            for batch in stream.batches(source, job.plan.listing, clock=job.clock, progress=progress):
+            batches = stream.batches(
+                source,
+                job.plan.listing,
+                clock=job.clock,
+                progress=progress,
+                keep_damaged=self._options.keep_damaged,
+            )
+            for batch in batches:
                 if len(batch.rows):
                     rows[batch.rows] = batch.vectors()
                 rejects.update(batch.rejects)
-        return rows, rejects
+                damage.update(batch.damage)
+        return rows, rejects, damage
 
     def _through_store(
         self, source: Source, kept: FeatureStore | str | PathLike[str], *, silent: bool
-    ) -> tuple[np.ndarray, Rejects]:
+    ) -> tuple[np.ndarray, Rejects, Damage]:
         store = kept if isinstance(kept, FeatureStore) else FeatureStore(kept)
         with store.lock(shared=True):
             job = self._job(source, store)
@@ -134,7 +145,7 @@ class Transformation:
                     job = self._job(source, store, executor)  # others may have computed meanwhile what we lacked
                     with show(len(job.plan.todo), "features", silent=silent) as progress:
                         ledger = self._compute(store, job, executor, progress)
-            return self._read(job, ledger), ledger.reasons
+            return self._read(job, ledger), ledger.reasons, ledger.damage
 
     def _job(self, source: Source, store: FeatureStore | None, executor: Executor | None = None) -> ExtractionSpec:
         say, is_dry = Silent().say, store is None

@@ -40,12 +40,14 @@ class FeatureBatch:
         keys: uint8 (m, 32), their keys.
         features: for each column (m, D), the values that a store would hold, float16 or float32.
         rejects: the other rows, ascending, each with the reason.
+        damage: those of ``rows`` that were kept although they are damaged, ascending, each with what is wrong.
     """
 
     rows: np.ndarray
     keys: np.ndarray
     features: Mapping[str, np.ndarray]
     rejects: Sequence[tuple[int, str]]
+    damage: Sequence[tuple[int, str]] = ()
 
     def vectors(self) -> np.ndarray:
         """The columns side by side, float32 (m, D)."""
@@ -75,6 +77,7 @@ class FeatureStream:
         stop: Callable[[], bool] = bool,
         progress: Progress | None = None,
         probes: pa.ChunkedArray | None = None,
+        keep_damaged: bool = False,
     ) -> Iterator[FeatureBatch]:
         """Yields the features of every row of a listing, in its order, in bounded memory.
 
@@ -85,6 +88,7 @@ class FeatureStream:
             stop: asked between images; once true, no more are read, and the rows read so far are the last.
             progress: told how far it is, and of columns that float16 cannot hold.
             probes: locators of images all over the source, as in `Loader.load`.
+            keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
 
         Raises:
             NonFiniteFeatures: the network gave NaN or infinity; names the images.
@@ -94,7 +98,7 @@ class FeatureStream:
         wanted = tuple(map(str, session.columns))
         queue = _Queue(wanted, self._remembered_rows(), Rounding(session.settled.dtype, progress.say), listing["id"])
         batches = Batches(self._engine, queue.fill, batch_size=session.machine.batch_size, clock=clock)
-        loader = session.loader(source, lambda _key: wanted, clock)
+        loader = session.loader(source, lambda _key: wanted, clock, keep_damaged=keep_damaged)
         with closing(loader.load(listing, np.arange(listing.num_rows), stop, probes=probes)) as loaded:
             for images in loaded:
                 for image in images:
@@ -134,6 +138,7 @@ class _Row:
     key: bytes
     feature: _Feature | None
     reason: str | None
+    damage: str | None = None
 
     @property
     def done(self) -> bool:
@@ -173,7 +178,7 @@ class _Queue:
             if len(self._recent) > self._remembered:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(image.key)
-        self._rows.append(_Row(image.row, image.key, feature, None))
+        self._rows.append(_Row(image.row, image.key, feature, None, image.damage))
         return is_new
 
     def fill(self, images: Sequence[Loaded], features: Mapping[str, np.ndarray]) -> None:
@@ -200,6 +205,7 @@ class _Queue:
             keys=keys,
             features={name: _stacked([values[name] for _, values in usable]) for name in self._columns},
             rejects=[(row.row, row.reason) for row in rows if row.reason is not None],
+            damage=[(row.row, row.damage) for row in rows if row.damage is not None],
         )
 
 

@@ -77,7 +77,7 @@ def depth(
         control: ``random`` to measure the same network with random weights as well.
         test_source: images of the same classes from elsewhere, which all heads are tested on, too.
         labels: a CSV or mapping to use instead of the source's labels.
-        extraction: further arguments of ``extract``, such as ``{"device": "cuda"}``.
+        extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         jobs: measurements at once; by default one per CPU.
         cluster: where to extract and measure instead of here, as `featurepipe.execution.connect` takes it: the workers see
             source and store under the same paths. There each core measures, whatever ``jobs`` says.
@@ -91,7 +91,8 @@ def depth(
     Returns:
         JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
         ``transferability``, ``details``, ``details_shifted``, ``timing``, ``provenance``, with ``report`` also the ``map``,
-        and what they were measured on. Kept in the store as well.
+        ``damaged`` (the images of the sources that were kept all the same), and what they were measured on. Kept in the store
+        as well.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.

@@ -208,6 +208,7 @@ def document(
             "shifted_of_equal_id": there.twins if there else 0,
             **study.left_out,
         },
+        "damaged": found.damaged,
         "protocol": study.protocol.text,
         "timing": {**timing.as_dict(), "waited": times["waited"]},
         "columns": columns,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
-from featurepipe.features.options import MachineOptions
+from featurepipe.features.options import KEEP, REJECT, MachineOptions
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
@@ -97,6 +97,21 @@ class Extracted:
         return [str(record["run_id"]) for record in self.records]
 
     @property
+    def damaged(self) -> dict[str, Any] | None:
+        """The images that were kept although they are damaged, as a run record has them, each with its dataset.
+
+        None where nothing was extracted: what became of damaged images is in the records of the store's own runs.
+        """
+        if not self.records:
+            return None
+        told = {record["dataset"]: record["damaged"] for record in self.records}  # a control has the same images
+        return {
+            "asked": self.records[0]["damaged"]["asked"],
+            "kept": sum(damaged["kept"] for damaged in told.values()),
+            "images": [{"dataset": name, **image} for name, damaged in told.items() for image in damaged["images"]],
+        }
+
+    @property
     def space_name(self) -> str:
         """Name of the pretrained network's feature space."""
         return self.store.space(self.spaces[PRETRAINED]).name
@@ -161,6 +176,15 @@ def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
         executor.check()
         machine = settle_machine_for(executor, machine_asked, extraction.get("decode", AUTO))
     if is_store(wanted.source):
+        if extraction.get("damaged", REJECT) != REJECT:
+            raise UsageError(
+                Message(
+                    f"{wanted.source} is a feature store: no image is decoded, and what was damaged was rejected or kept when it "
+                    "was extracted. Leave ",
+                    Option("damaged", KEEP),
+                    " out, or give it to featurepipe extract",
+                )
+            )
         return _held(wanted, machine)
     return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.backbones.timing import is_undisturbed
+from featurepipe.extraction.text import damaged_lines
 from featurepipe.progress import duration
 from featurepipe.tables import share, size, table
 
@@ -158,7 +159,7 @@ def _provenance(found: Mapping[str, Any]) -> str:
         if count and name not in ("shifted", "shifted_of_equal_id")
     ]
     more = f"; left out: {', '.join(left_out)}" if left_out else ""
-    return f"{textwrap.fill(found['protocol'], _LINE)}\n{seconds}{more}"
+    return "\n".join([textwrap.fill(found["protocol"], _LINE), f"{seconds}{more}", *damaged_lines(found)])
 
 
 def _interval(found: Mapping[str, Any]) -> str:

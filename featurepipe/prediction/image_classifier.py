@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.extraction.given import images_given
-from featurepipe.features.options import AUTO
+from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
@@ -46,6 +46,7 @@ class ImageClassifier:
         device: str = AUTO,
         batch_size: int | str = AUTO,
         workers: int | None = None,
+        damaged: str = REJECT,
         trust_code: bool = False,
     ) -> Self:
         """Reads a bundle and loads its network.
@@ -56,6 +57,8 @@ class ImageClassifier:
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
             batch_size: Images per forward, or ``auto``.
             workers: Threads that read and decode; by default one per CPU, at most 16.
+            damaged: What a JPEG does of which libjpeg could only repair what was left: ``reject`` raises as for any image that
+                cannot be used, ``keep`` predicts it, and a warning names it.
             trust_code: Whether a network ``package.module:factory`` may be loaded, which runs that module.
 
         Raises:
@@ -64,7 +67,12 @@ class ImageClassifier:
             WeightsNotFound: The network's weights are not at hand.
         """
         options = BundleOptions(
-            weights=weights, device=device, batch_size=batch_size, workers=workers, trust_code=trust_code
+            weights=weights,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            damaged=damaged,
+            trust_code=trust_code,
         )
         return cls(make_ready(path, options))
 
@@ -93,12 +101,15 @@ class ImageClassifier:
         """Returns the (n, K) probabilities of the classes; takes and raises as ``predict``."""
         given = images_given(images, name="images")
         probabilities = np.zeros((len(given.ids), len(self.classes_)))
+        damage: dict[int, str] = {}
         listing = given.source.scan().combine_chunks()
         for group in self._ready.groups(given.source, listing):
             for row, reason in (reject for batch in group for reject in batch.rejects):
                 raise given.refuse(row, reason)
+            damage.update(found for batch in group for found in batch.damage)
             rows = np.concatenate([batch.rows for batch in group])
             probabilities[rows] = self._ready.probabilities(group)
+        given.warn_of(damage)
         in_order: npt.NDArray[np.float64] = probabilities[given.place]
         return in_order
 

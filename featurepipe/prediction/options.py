@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Self
 
 from featurepipe.extraction.limits import RejectLimit
-from featurepipe.features.options import MachineOptions, SourceOptions
+from featurepipe.features.options import DamageOptions, MachineOptions, SourceOptions
 from featurepipe.option_groups import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundleOptions(MachineOptions):
-    """How to run the network of a bundle."""
+class BundleOptions(DamageOptions, MachineOptions):
+    """How to read images for a bundle, and run its network."""
 
     weights: str | PathLike[str] | None = option(
         None, "the backbone's weights file, where it was your own and the bundle has no copy", metavar="FILE"

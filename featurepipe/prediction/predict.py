@@ -17,8 +17,8 @@ from featurepipe.errors import Interrupted, Message, Option, SourceError, TooMan
 from featurepipe.execution.connection import executor_on
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import allowance
-from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code
-from featurepipe.features.options import AUTO, Places, places
+from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named
+from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
@@ -40,6 +40,7 @@ def predict(
     batch_size: int | str = AUTO,
     workers: int | None = None,
     max_rejects: int | str = "1%",
+    damaged: str = REJECT,
     only_under: Places = None,
     path_column: str | None = None,
     trust_code: bool = False,
@@ -62,6 +63,8 @@ def predict(
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
         max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        damaged: what becomes of a JPEG of which libjpeg could only repair what was left: ``reject``, or ``keep``, then it is
+            predicted like any other, and the record lists it under ``damaged``.
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
         path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
@@ -74,7 +77,7 @@ def predict(
     Returns:
         The record of the run as JSON values: ``counts``, ``labels`` (images by label), ``neutralised`` (cells of a CSV file
         that got an apostrophe, see `featurepipe.tables`), ``rejects`` (the first of them; the file has
-        all), seconds, versions; ``exit_code`` is 3 if there were rejects.
+        all), ``damaged`` (the first of those kept), seconds, versions; ``exit_code`` is 3 if there were rejects.
 
     Raises:
         UsageError: an argument is wrong.
@@ -89,6 +92,7 @@ def predict(
         batch_size=batch_size,
         workers=workers,
         max_rejects=max_rejects,
+        damaged=damaged,
         only_under=places(only_under),
         path_column=path_column,
         trust_code=trust_code,
@@ -123,6 +127,7 @@ def predict(
         "neutralised": predictions.neutralised,
         "started": started,
         "ended": records.now(),
+        "damaged": kept_damaged(options.damaged, listing["id"], predictions.damage),
         **_describe(prediction, listing, predictions),
     }
     rejected, listed = len(predictions.reasons), listing.num_rows
@@ -188,10 +193,7 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
             "rejected": len(predictions.reasons),
         },
         "labels": {name: predictions.labels[code] for code, name in enumerate(bundle.classes)},
-        "rejects": [
-            {"id": listing["id"][row].as_py(), "reason": reason}
-            for row, reason in sorted(predictions.reasons.items())[:SHOWN_REJECTS]
-        ],
+        "rejects": named(listing["id"], predictions.reasons)[:SHOWN_REJECTS],
         "reject_reasons": by_code(predictions.reasons),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "images_per_second": round(predictions.predicted / predictions.wall, 2),

@@ -73,7 +73,13 @@ class ReadyBundle:
         group: list[FeatureBatch] = []
         rows = 0
         for batch in FeatureStream(self.session).batches(
-            source, listing, clock=clock, stop=stop, progress=progress, probes=probes
+            source,
+            listing,
+            clock=clock,
+            stop=stop,
+            progress=progress,
+            probes=probes,
+            keep_damaged=self.options.keep_damaged,
         ):
             group.append(batch)
             rows += len(batch.rows) + len(batch.rejects)

@@ -24,18 +24,21 @@ class Scored:
         codes: int32 (n,), the most probable class of each, -1 for images that could not be used.
         probabilities: float32 (n, K), NaN for those.
         reasons: why an image could not be used, by row.
+        damage: what is wrong with an image that was kept although it is damaged, by row.
     """
 
     numbers: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float32]
     reasons: Mapping[int, str]
+    damage: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ready: ReadyBundle, group: Sequence[FeatureBatch], *, first: int = 0) -> Scored:
         """Scores consecutive rows of a listing that begins at row ``first`` of the whole one."""
         rows = np.concatenate([batch.rows for batch in group])
         reasons = {row: reason for batch in group for row, reason in batch.rejects}
+        damage = {row + first: what for batch in group for row, what in batch.damage}
         numbers = np.sort(np.concatenate([rows, np.fromiter(reasons, np.int64, len(reasons))]))
         place = np.searchsorted(numbers, rows)
         probabilities = np.full((len(numbers), len(ready.bundle.classes)), np.nan, np.float32)
@@ -43,7 +46,8 @@ class Scored:
         exact = ready.probabilities(group)
         probabilities[place] = exact
         codes[place] = exact.argmax(axis=1)
-        return cls(numbers + first, codes, probabilities, {row + first: reason for row, reason in reasons.items()})
+        reasons = {row + first: reason for row, reason in reasons.items()}
+        return cls(numbers + first, codes, probabilities, reasons, damage)
 
     def rows_of_file(self, ids: pa.ChunkedArray, classes: Sequence[str]) -> pa.RecordBatch:
         """The rows as a file of predictions has them; ``ids`` are those of the whole listing."""
@@ -66,6 +70,7 @@ class Predictions:
         predicted: images with a prediction.
         labels: how many images were given each class, by its number.
         reasons: why an image could not be used, by row.
+        damage: what is wrong with an image that was kept although it is damaged, by row.
         neutralised: cells of the file that would have been formulas in a spreadsheet, and were changed.
         writing: seconds in writing.
         wall: seconds of it all, from the first image on.
@@ -74,6 +79,7 @@ class Predictions:
     predicted: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     reasons: dict[int, str] = field(default_factory=dict)
+    damage: dict[int, str] = field(default_factory=dict)
     neutralised: int = 0
     writing: float = 0.0
     wall: float = 0.0
@@ -84,3 +90,4 @@ class Predictions:
         self.predicted += len(codes)
         self.labels.update(codes.tolist())
         self.reasons.update(scored.reasons)
+        self.damage.update(scored.damage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurepipe.extraction.text import damaged_lines
 from featurepipe.progress import duration
 from featurepipe.tables import neutralised_text
 
@@ -26,6 +27,7 @@ def text(record: Mapping[str, Any]) -> str:
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append("  ..." + (f" all in {record['file']}" if record["file"] else ""))
+    lines += damaged_lines(record)
     stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "score"))
     lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
     if record.get("cluster"):

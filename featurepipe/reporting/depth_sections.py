@@ -300,6 +300,7 @@ def _bottleneck(document: Document) -> str:
 def _asked(document: Document) -> str:
     settings, backbone = document.get("settings") or {}, document.get("backbone") or {}
     heads = ", ".join(map(str, settings.get("heads") or []))
+    kept = (document.get("damaged") or {}).get("kept")
     parts = [
         f"{count(document.get('images'))} images of {count(len(document.get('classes') or []))} classes",
         f"{count(len(document.get('columns') or []))} nodes of {backbone.get('name', 'the network')}"
@@ -307,5 +308,6 @@ def _asked(document: Document) -> str:
         f"heads {heads}" if heads else "",
         f"tested also on {document['test_dataset']}" if document.get("test_dataset") else "",
         "the same network with random weights as control" if document.get("control") else "",
+        f"{count(kept)} of the images are damaged and were kept" if kept else "",
     ]
     return f"Compared: {'; '.join(filter(None, parts))}."

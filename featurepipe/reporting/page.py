@@ -145,7 +145,7 @@ def _depth_facts(document: Document) -> dict[str, Any]:
         "Settings": document.get("settings"),
         "Data": {
             name: document[name]
-            for name in ("dataset", "test_dataset", "images", "counts", "classes")
+            for name in ("dataset", "test_dataset", "images", "counts", "damaged", "classes")
             if name in document
         },
         "Network": {name: document[name] for name in ("backbone", "space", "control", "timing") if name in document},

@@ -57,18 +57,18 @@ CASES = {
     "predict": (
         PREDICT,
         "predict bundle photos --to p.csv --weights w.pt --device cpu --batch-size 4 --workers 1 --max-rejects 5% "
-        "--only-under /data --trust-code --raw-ids --quiet",
+        "--damaged keep --only-under /data --trust-code --raw-ids --quiet",
         {
             "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
-            "workers": 1, "max_rejects": "5%", "only_under": ["/data"], "path_column": None, "trust_code": True, "raw_ids": True,
-            "silent": True,
+            "workers": 1, "max_rejects": "5%", "damaged": "keep", "only_under": ["/data"], "path_column": None,
+            "trust_code": True, "raw_ids": True, "silent": True,
         },
     ),
     "depth": (
         DEPTH,
         "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads knn,ridge --folds 3 --split "
         "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv "
-        "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --jobs 1 "
+        "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --damaged keep --jobs 1 "
         "--trust-code --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
@@ -76,7 +76,7 @@ CASES = {
             "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "report": "page.html",
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
-                "only_under": None, "path_column": None, "intensity": "auto",
+                "damaged": "keep", "only_under": None, "path_column": None, "intensity": "auto",
             },
             "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
         },

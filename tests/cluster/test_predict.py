@@ -173,6 +173,24 @@ def test_slices_are_whole_batches(rate):
     assert WholeBatches(256, most=16).next(10_000, 3) == 256  # a batch at least
 
 
+def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(album, team, tmp_path, monkeypatch, noisy_jpeg):
+    monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
+    source = tmp_path / "pile"
+    source.mkdir()
+    for number in range(18):
+        (source / f"{number:02d}.jpg").write_bytes(noisy_jpeg(number, damaged=number in (3, 17)))
+    found = [
+        album.predict(tmp_path / f"{name}.csv", source=source, damaged="keep", **where)
+        for name, where in {"here": {}, "there": {"cluster": team}}.items()
+    ]
+    assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
+    assert found[0]["damaged"] == found[1]["damaged"]
+    assert [image["id"] for image in found[1]["damaged"]["images"]] == ["03.jpg", "17.jpg"]
+    assert album.predict(None, source=source, cluster=team)["damaged"]["kept"] == 0
+    with pytest.raises(UsageError, match="unknown damaged 'repair'"):
+        album.predict(None, source=source, cluster=team, damaged="repair")
+
+
 # Who may take part
 
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from featurepipe.cli import main
+from featurepipe.cnn_features import CNNFeatures
 from featurepipe.errors import UsageError
 
 DAMAGED = ("004.jpg", "007.jpg")
 
 
-def jpeg(seed):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
-def pile(tmp_path):
+def pile(tmp_path, noisy_jpeg):
     """Ten JPEGs, of which two are copies that stopped after a third."""
     folder = tmp_path / "pile"
     folder.mkdir()
     for i in range(10):
-        payload, name = jpeg(i), f"{i:03d}.jpg"
-        third = len(payload) // 3
-        broken = payload[:third] + bytes(len(payload) - third - 2) + payload[-2:]
-        (folder / name).write_bytes(broken if name in DAMAGED else payload)
+        (folder / f"{i:03d}.jpg").write_bytes(noisy_jpeg(i, damaged=f"{i:03d}.jpg" in DAMAGED))
     return folder
 
 
@@ -91,7 +82,7 @@ def test_features_of_sound_images_do_not_depend_on_it(pile, run, tmp_path):
 
 
 def test_another_word_is_refused(pile, run):
-    with pytest.raises(UsageError, match=r"unknown choice of damaged 'repair'; nearest: .*|choices: reject, keep"):
+    with pytest.raises(UsageError, match=r"unknown damaged 'repair'; nearest: .*|choices: reject, keep"):
         run(pile, damaged="repair")
 
 
@@ -109,3 +100,46 @@ def test_the_command_and_a_job_take_it(pile, tmp_path, capsys):
     )
     assert main(["run", str(job), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["limits"]["damaged"] == "keep"
+
+
+# CNNFeatures
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_transformer_refuses_what_is_damaged_or_keeps_it_and_warns(pile, run, tmp_path, store):
+    lenet = {"backbone": "lenet5", "weights": "none", "dtype": "float32", "workers": 2}
+    options = {**lenet, "precision": "fp32", "store": tmp_path / "cache" if store else None}
+    paths = [str(path) for path in sorted(pile.iterdir())]
+    sound = [path for path in paths if not path.endswith(DAMAGED)]
+    with pytest.raises(UsageError, match=r"image 4 \(.*004\.jpg\) cannot be used: .* or keep it with damaged='keep'"):
+        CNNFeatures(**options).fit_transform(paths)
+    found = CNNFeatures(**options, on_reject="nan").fit_transform(paths)
+    assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [4, 7]
+    keeping = CNNFeatures(**options, damaged="keep").fit(paths)
+    for _ in range(2):  # computed, then perhaps looked up
+        with pytest.warns(
+            UserWarning, match=r"2 of 10 images are kept although they are damaged: image 4 \(.*; image 7 "
+        ):
+            kept = keeping.transform(paths)
+    run(pile, damaged="keep", dtype="float32")
+    stored = run.features("pile")
+    expected = np.stack([stored[f"{number:03d}.jpg"] for number in range(10)])
+    np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-6)  # the batches' company was another
+    np.testing.assert_allclose(keeping.transform(sound), kept[[0, 1, 2, 3, 5, 6, 8, 9]], rtol=1e-4, atol=1e-6)
+    with pytest.raises(
+        UsageError, match="cannot be used"
+    ):  # a store that has kept it keeps nobody else from rejecting it
+        CNNFeatures(**options).fit_transform(paths)
+    with pytest.raises(UsageError, match="unknown damaged 'repair'"):
+        CNNFeatures(**options, damaged="repair").fit(paths)
+
+
+def test_many_kept_images_are_a_warning_of_one_line(tmp_path, noisy_jpeg):
+    for number in range(7):
+        (tmp_path / f"{number}.jpg").write_bytes(noisy_jpeg(number, damaged=True))
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    keeping = CNNFeatures("lenet5", weights="none", damaged="keep").fit(paths)
+    with pytest.warns(UserWarning, match=r"7 of 7 images .*; and 2 more$") as caught:
+        keeping.transform([*paths, paths[0]])
+    assert len(caught) == 1
+    assert re.findall(r"image (\d)", str(caught[0].message)) == list("01234")

@@ -14,6 +14,7 @@ from featurepipe.features import session as session_module
 from featurepipe.layer_depth import document, sources
 from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth.depth import depth
+from featurepipe.layer_depth.text import text
 from featurepipe.layer_depth.timing import Timing
 from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
@@ -214,6 +215,30 @@ def test_a_reject_is_in_the_exit_code_and_the_protocol_is_left_to_the_answer(run
     assert "24 images of 2 classes, 3 columns" in told
     assert "Features are standardised" in found["protocol"]
     assert "Features are standardised" not in told
+
+
+def test_damaged_images_are_kept_where_asked_and_listed_with_their_dataset(run, pictures, tmp_path, noisy_jpeg):
+    source, other = pictures(), pictures("away", count=5, start=500)
+    for number, folder in enumerate((source / "left", other / "upper", other / "left")):
+        (folder / "broken.jpg").write_bytes(noisy_jpeg(number, damaged=True))
+    options = {"precision": "fp32", "dtype": "float32"}
+    small = {"nodes": ["s4", "f6"], "heads": ("centroid",), "report": tmp_path / "page.html"}
+    found = run(source, test_source=other, extraction={**options, "damaged": "keep"}, **small)
+    assert (found["images"], found["counts"]["shifted"]) == (25, 12)
+    assert found["damaged"]["asked"] == "keep"
+    assert found["damaged"]["kept"] == 3
+    assert [(image["dataset"], image["id"]) for image in found["damaged"]["images"]] == [
+        ("halves", "left/broken.jpg"), ("away", "left/broken.jpg"), ("away", "upper/broken.jpg"),
+    ]  # fmt: skip
+    assert found["provenance"]["exit_code"] == 0
+    assert "kept although damaged: 3\n  left/broken.jpg: " in text(found)
+    assert "3 of the images are damaged and were kept" in (tmp_path / "page.html").read_text()
+    store = {**small, "store": None, "backbone": None, "dataset": "halves"}
+    assert run(tmp_path / "store", **store)["damaged"] is None
+    found = run(source, extraction={**options, "max_rejects": 1}, dataset="again", **small)
+    assert (found["images"], found["damaged"]) == (24, {"asked": "reject", "kept": 0, "images": []})
+    with pytest.raises(UsageError, match=r"is a feature store: no image is decoded.*Leave damaged='keep' out"):
+        run(tmp_path / "store", **store, extraction={"damaged": "keep"})
 
 
 FINDERS = ("similarity", "transferability", "details", "placed")

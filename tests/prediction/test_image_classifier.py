@@ -44,6 +44,20 @@ def test_labels_and_probabilities_are_those_of_the_cached_features(album, classi
     assert repr(classifier) == "<ImageClassifier logistic on c3:gap + f6.1:gap of lenet5, 3 classes>"
 
 
+def test_what_is_damaged_is_refused_or_predicted_with_a_warning(album, tmp_path, noisy_jpeg):
+    paths = [tmp_path / "whole.jpg", tmp_path / "broken.jpg"]
+    for path in paths:
+        path.write_bytes(noisy_jpeg(1, damaged=path.stem == "broken"))
+    with pytest.raises(UsageError, match=r"image 1 \(.*broken\.jpg\) cannot be used: .* keep it with damaged='keep'"):
+        ImageClassifier.load(album.bundle(), workers=1).predict(paths)
+    keeping = ImageClassifier.load(album.bundle(), workers=1, damaged="keep")
+    for classifier in (keeping, pickle.loads(pickle.dumps(keeping))):
+        with pytest.warns(UserWarning, match=r"1 of 2 images are kept although they are damaged: image 1 \(.*broken"):
+            found = classifier.predict_proba(paths)
+        assert np.abs(found[0] - found[1]).max() > 1e-4  # its lower part is lost
+    assert keeping.predict(paths[:1]).shape == (1,)
+
+
 def test_paths_pil_images_and_arrays_give_the_same_in_any_order(album, classifier, score_moves):
     paths = album.paths()
     expected = classifier.predict_proba(paths)

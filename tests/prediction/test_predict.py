@@ -16,10 +16,12 @@ import torch
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.errors import BundleError, Interrupted, SourceError, TooManyRejects, UsageError
+from featurepipe.extraction.extract import extract
 from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.prediction import files
 from featurepipe.prediction.predict import predict
 from featurepipe.prediction.text import text
+from featurepipe.store import FeatureStore
 
 OPTIONS = {"silent": True, "workers": 2}
 
@@ -132,6 +134,49 @@ def test_small_probabilities_keep_their_digits(tmp_path):
     assert [texts[0], texts[1], texts[3]] == ["1", "0.123457", "0"]
     assert float(texts[2]) == pytest.approx(1.23457e-20, rel=1e-9)
     assert float(texts[4]) == pytest.approx(1e-42, rel=1e-2)
+
+
+# Damaged JPEGs
+
+
+@pytest.fixture
+def half_copied(tmp_path, noisy_jpeg):
+    """Five JPEGs, the second and the last of which have lost pixels."""
+    root = tmp_path / "half copied"
+    root.mkdir()
+    for number in range(5):
+        (root / f"{number}.jpg").write_bytes(noisy_jpeg(number, damaged=number in (1, 4)))
+    return root
+
+
+def test_what_is_damaged_is_rejected_or_predicted_and_listed(album, half_copied, tmp_path):
+    bundle = album.bundle()
+    record = predict(bundle, half_copied, tmp_path / "rejected.parquet", max_rejects=2, **OPTIONS)
+    rejected = rows_of(tmp_path / "rejected.parquet")
+    assert record["damaged"] == {"asked": "reject", "kept": 0, "images": []}
+    assert [row[1] is None for row in rejected] == [False, True, False, False, True]
+    record = predict(bundle, half_copied, tmp_path / "kept.parquet", damaged="keep", **OPTIONS)
+    kept = rows_of(tmp_path / "kept.parquet")
+    assert record["counts"] == {"listed": 5, "predicted": 5, "rejected": 0}
+    assert record["exit_code"] == 0
+    assert record["damaged"]["asked"] == "keep"
+    assert record["damaged"]["kept"] == 2
+    assert [image["id"] for image in record["damaged"]["images"]] == ["1.jpg", "4.jpg"]
+    assert all("libjpeg could only repair it" in image["reason"] for image in record["damaged"]["images"])
+    assert all(label is not None and reason is None for _, label, _, reason, _ in kept)
+    assert "kept although damaged: 2\n  1.jpg: " in text(record)
+    with pytest.raises(UsageError, match="unknown damaged 'repair'"):
+        predict(bundle, half_copied, damaged="repair", **OPTIONS)
+
+
+def test_the_prediction_of_a_kept_image_is_that_of_its_stored_feature(album, half_copied, tmp_path, score_moves):
+    bundle = album.bundle()
+    extract(half_copied, tmp_path / "store", backbone="lenet5", weights="none", nodes=["c3", "bottleneck"],
+            precision="fp32", dtype="float16", damaged="keep", silent=True)  # fmt: skip
+    expected = bundle.probabilities(FeatureStore(tmp_path / "store").features("half-copied", ["c3", "bottleneck"]))
+    predict(bundle, half_copied, tmp_path / "kept.parquet", damaged="keep", **OPTIONS)
+    found = np.array([list(row[4].values()) for row in rows_of(tmp_path / "kept.parquet")])
+    np.testing.assert_allclose(found, expected, rtol=5.1e-6 + np.expm1(2 * score_moves(bundle).max()))
 
 
 # Refusals
