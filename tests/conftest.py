@@ -58,7 +58,7 @@ SERVER = textwrap.dedent("""
         for descriptor, path in enumerate(["/dev/null", order["stdout"], order["stderr"]]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(120)  # nothing here takes that long
+        signal.alarm(300)  # nothing here takes that long, even where four tests share two cores
         os.chdir(order["cwd"])
         sys.argv = ["featurepipe", *order["args"]]
         code = 0
