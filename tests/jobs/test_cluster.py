@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import featurepipe.execution
+import featurepipe.execution.connection
 from featurepipe.errors import ClusterError, UsageError
 
 TRAIN = """
@@ -23,7 +23,7 @@ HERE = '[cluster]\nkind = "local"\nworkers = 2\n'
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What has been connected to."""
     found: list[Any] = []
-    connect = featurepipe.execution.connect
+    connect = featurepipe.execution.connection.connect
 
     @contextmanager
     def noted(spec: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         with connect(spec, **options) as team:
             yield team
 
-    monkeypatch.setattr(featurepipe.execution, "connect", noted, raising=False)
+    monkeypatch.setattr(featurepipe.execution.connection, "connect", noted)
     return found
 
 
