@@ -220,6 +220,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
     """What client and scheduler do for an image, and for a task."""
     rows = args.listed
+    team.check()  # the stores of the extractions are gone
     listing = listing_of(rows)
     listing = listing.append_column("locator", listing["id"].cast(pa.binary()))
     plan = SimpleNamespace(todo=np.arange(rows), known=0, rejected=())

@@ -20,6 +20,7 @@ _UNSHOWN = (
     "\ud800-\udfff"
 )
 _ANY = re.compile(f"[{_UNSHOWN}]")
+_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/]*@")
 _INSIDE_LINES = re.compile(f"(?!\n)[{_UNSHOWN}]")
 
 
@@ -31,6 +32,16 @@ def displayed(text: object) -> str:
         cat\x1b[2J\nnext\u202e.png
     """
     return _ANY.sub(_escape, str(text))
+
+
+def without_password(text: str) -> str:
+    """URLs and addresses without who is to read them, and with what password.
+
+    Example:
+        >>> without_password("tls://me:a/secret@head:8786"), without_password("head:8786")
+        ('tls://head:8786', 'head:8786')
+    """
+    return _USER_AND_PASSWORD.sub("", text)
 
 
 def displayed_lines(text: object) -> str:

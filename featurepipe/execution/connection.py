@@ -1,8 +1,7 @@
-"""From what the user names to a executor: an address, `local:2`, a file, a table, or a client that is there."""
+"""From what the user names to an executor: an address, `local:2`, a file, a table, or a client that is there."""
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from featurepipe.display import displayed
+from featurepipe.display import displayed, without_password
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.execution.dask import DaskExecutor
 from featurepipe.execution.executor import Executor
@@ -109,7 +108,7 @@ def _client(where: dict[str, Any]) -> Iterator[Client]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Dask's own log lines back while a executor is at work: what a user has to know, we say."""
+    """Keeps Dask's own log lines back while an executor is at work: what a user has to know, we say."""
     from distributed.utils import silence_logging_cmgr
 
     with ExitStack() as stack:
@@ -183,4 +182,4 @@ def cluster_name(cluster: Any) -> str | None:
         cluster = getattr(cluster, name, cluster)
     scheduler = getattr(cluster, "scheduler", None)  # of a Client
     text = str(cluster if scheduler is None else scheduler.address)
-    return re.sub("//[^/@]*@", "//", text) if "://" in text else Path(text).name
+    return without_password(text) if "://" in text else Path(text).name

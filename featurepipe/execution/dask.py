@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featurepipe.errors import ClusterError, StoreError
+from featurepipe.display import without_password
+from featurepipe.errors import StoreError
 from featurepipe.execution.dispatch import dispatch
-from featurepipe.execution.executor import Function, Report, Stop
+from featurepipe.execution.executor import Arrived, Executor, Function, MapOptions
 from featurepipe.execution.row_shards import SpreadFeatures, spread
 from featurepipe.execution.worker import Attempt, Carried, pickled
 from featurepipe.execution.worker_pool import WorkerPool
@@ -28,47 +28,17 @@ and so all to one; and what it has scattered is lost with the workers that have 
 """
 
 
-class DaskExecutor(WorkerPool):
-    """`featurepipe.execution.executor.Executor` on the workers of a Dask cluster. Made by `featurepipe.execution.connect`."""
+class DaskExecutor(WorkerPool, Executor):
+    """Maps functions on the workers of a Dask cluster. Made by `featurepipe.execution.connect`."""
 
     is_local = False
 
-    def map(
-        self,
-        function: Function[R],
-        shards: Iterable[S],
-        *,
-        context: Any = None,
-        stop: Stop = bool,
-        report: Report = bool,
-        ordered: bool = False,
-        in_flight: int = 2,
-        lookahead: int | None = None,
-        retries: int = 3,
-        interruptible: bool = True,
-    ) -> Generator[tuple[S, R], None, None]:
-        """See `Executor`."""
+    def _results(
+        self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
+    ) -> Generator[Arrived[S, R], None, None]:
         with self._carried(context) as carried:
             attempt = Attempt(function, carried, self.requirements, secrets.token_hex(8))
-            yield from dispatch(
-                self,
-                shards,
-                attempt,
-                stop=stop,
-                report=report,
-                ordered=ordered,
-                in_flight=in_flight,
-                lookahead=lookahead,
-                retries=retries,
-                interruptible=interruptible,
-            )
-
-    def once(self, function: Function[R], shard: Any = None, *, context: Any = None) -> R:
-        """See `Executor`."""
-        with closing(self.map(function, [shard], context=context)) as results:
-            for _, result in results:
-                return result
-        raise ClusterError("no worker answered; give the same command again")
+            yield from dispatch(self, shards, attempt, options)
 
     def rows(self, features: Any) -> SpreadFeatures:
         """See `Executor`."""
@@ -82,7 +52,7 @@ class DaskExecutor(WorkerPool):
         """See `Executor`."""
         workers = self.workers()
         return {
-            "scheduler": re.sub("//[^/@]*@", "//", self.address),  # no password
+            "scheduler": without_password(self.address),
             "workers": len(workers),
             "threads": sum(worker.threads for worker in workers),
             "hosts": len({worker.host for worker in workers}),

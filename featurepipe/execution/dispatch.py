@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import statistics
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from featurepipe.errors import ClusterError
-from featurepipe.execution.executor import Report, Stop
-from featurepipe.execution.worker import Attempt, TaskResult, ask_to_stop
+from featurepipe.execution.executor import Arrived, BoundedFlow, MapOptions, TaskResult
+from featurepipe.execution.worker import Attempt, ask_to_stop
 from featurepipe.execution.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -34,24 +34,17 @@ RETURN_SECONDS = 10.0
 RESULT_SECONDS = 10.0
 """How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
 
+PAUSED_SECONDS = 30.0
+"""From when on workers are looked at that send nothing: one whose memory is nearly full takes no task, and does not say so."""
+
 MOST_REFUSALS = 16
 """Of one task; then something is wrong with more than a few workers."""
 
 
 def dispatch(
-    pool: WorkerPool,
-    shards: Iterable[S],
-    attempt: Attempt[R],
-    *,
-    stop: Stop,
-    report: Report,
-    ordered: bool,
-    in_flight: int,
-    lookahead: int | None,
-    retries: int,
-    interruptible: bool,
-) -> Generator[tuple[S, R], None, None]:
-    """Has shards done by the workers, and yields each with its result as they complete; see `Executor.map`.
+    pool: WorkerPool, shards: Iterator[S], attempt: Attempt[R], options: MapOptions
+) -> Generator[Arrived[S, R], None, None]:
+    """Has shards done by the workers, and yields their results as they arrive; see `Executor.map`.
 
     Dask chooses the worker, moves a task when its worker dies, and tries again after an error that may pass. A worker that
     `WorkerRefused` or the pool's requirements exclude is named, and its shard is done elsewhere. At the end, a shard that takes
@@ -61,42 +54,16 @@ def dispatch(
         pool: the workers.
         shards: pulled only when there is room.
         attempt: what a worker does with a shard.
-        stop: see `Executor.map`, as all others.
-        report: told what a worker has reported, before the shard is yielded.
-        ordered: whether shards are yielded in their order, up to the first that was not begun.
-        in_flight: shards that a worker has, with the one that it works on.
-        lookahead: shards that may be begun for each worker from the oldest unfinished one on.
-        retries: how often a shard is tried again.
-        interruptible: whether the function heeds ``stop``. If not, what is no longer wanted is not waited for.
+        options: bounds of the flow, and when to stop. What does not heed ``stop`` is not waited for once it is not wanted.
 
     Raises:
         ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
-        FeaturepipeError: what the function raised.
     """
-    flow = _Flow(pool, iter(shards), attempt, stop, report, in_flight, lookahead, retries, interruptible)
+    flow = _Flow(pool, shards, attempt, options)
     try:
-        results = flow.run()
-        for _, shard, result in in_order(results) if ordered else results:
-            for said in result.reported:
-                report(said)
-            yield shard, result.value  # type: ignore[misc]  # a value, since it is neither refused nor an error
+        yield from flow.run()
     finally:
         flow.dismiss()
-
-
-Arrived = tuple[int, S, TaskResult[R]]
-"""The number of a shard, from 1 on, the shard, and its result."""
-
-
-def in_order(results: Iterable[Arrived[S, R]]) -> Iterator[Arrived[S, R]]:
-    """Results by their numbers; those that come early wait, and those after one that never comes are dropped."""
-    waiting: dict[int, Arrived[S, R]] = {}
-    following = 1
-    for arrived in results:
-        waiting[arrived[0]] = arrived
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
 
 
 @dataclass
@@ -111,35 +78,23 @@ class _Pending(Generic[S]):
     restricted: frozenset[str] = frozenset()
 
 
-class _Flow(Generic[S, R]):
-    def __init__(
-        self,
-        pool: WorkerPool,
-        shards: Iterator[S],
-        attempt: Attempt[R],
-        stop: Stop,
-        report: Report,
-        in_flight: int,
-        lookahead: int | None,
-        retries: int,
-        interruptible: bool,
-    ) -> None:
-        self.pool, self.shards, self.attempt, self.stop, self.report = pool, shards, attempt, stop, report
-        self.in_flight, self.lookahead, self.retries = in_flight, lookahead, retries
-        self.interruptible = interruptible
-        self.pending: dict[int, _Pending[S]] = {}
+class _Flow(BoundedFlow[S, _Pending[S]], Generic[S, R]):
+    def __init__(self, pool: WorkerPool, shards: Iterator[S], attempt: Attempt[R], options: MapOptions) -> None:
+        super().__init__(shards, options)
+        self.pool, self.attempt = pool, attempt
         self.done: queue.SimpleQueue[tuple[int, Future[TaskResult[R]]]] = queue.SimpleQueue()
         self.seconds: list[float] = []
         self.workers: list[str] = []
-        self.count = 0
-        self.exhausted = self.stopping = self.late = False
+        self.stopping = self.late = False
         self.alone_since = time.monotonic()
         self.next_look = 0.0
+        self.next_look_at_paused = time.monotonic() + PAUSED_SECONDS
+        self.were_paused = False
 
     def run(self) -> Iterator[Arrived[S, R]]:
         while True:
             self._look()
-            self._fill()
+            self.fill()
             if not self.pending:
                 return
             for number, future in self._arrived():
@@ -148,7 +103,7 @@ class _Flow(Generic[S, R]):
     def _look(self) -> None:
         """Every so often: counts the workers, passes on a stop, helps what is stuck."""
         self.pool.scheduler.check()
-        if self.stop() and not self.stopping:
+        if self.options.stop() and not self.stopping:
             self.stopping = self.exhausted = True
             self.next_look = 0.0
         if time.monotonic() < self.next_look:
@@ -158,20 +113,46 @@ class _Flow(Generic[S, R]):
         if self.stopping:
             self._call_back()
             return
+        self._look_at_paused()
         self._free_the_stuck()
-        if self.interruptible and (self.exhausted or self._is_held()):
+        if self.options.interruptible and (self.exhausted or self.is_held()):
             self._double_stragglers()
 
     def _count_workers(self) -> None:
         before, self.workers = self.workers, self.pool.addresses()
-        for address in set(before).difference(self.workers, self.pool.refused):
+        gone = set(before).difference(self.workers, self.pool.refused)
+        for address in gone:
             self.pool.note_gone(address)
+        if (
+            gone
+        ):  # Dask begins their tasks anew; what kills workers would kill twice as many if it were doubled meanwhile
+            for pending in self.pending.values():
+                pending.since = time.monotonic()
         if self.workers:
             self.alone_since = time.monotonic()
         elif self.pending and time.monotonic() - self.alone_since > self.pool.patience:
             raise self.pool.no_worker(
                 f"{len(self.pending)} tasks are not done, the first: {told(self._oldest().shard)}"
             )
+
+    def _look_at_paused(self) -> None:
+        """Tells of workers that have no memory left to begin a task with.
+
+        Raises:
+            ClusterError: none of the workers has, at two looks one after the other.
+        """
+        if not self.pending or time.monotonic() < self.next_look_at_paused:
+            return
+        self.next_look_at_paused = time.monotonic() + PAUSED_SECONDS
+        paused = self.pool.paused(self.workers)
+        are_paused = len(paused) == len(self.workers) > 0
+        if are_paused and self.were_paused:
+            raise ClusterError(
+                f"{len(self.pending)} tasks are not done, the first: {told(self._oldest().shard)}; no worker has the memory to "
+                f"begin one: {'; '.join(paused)}. Give workers more memory, or start fewer on a machine, and give the same "
+                "command again: it goes on where it was"
+            )
+        self.were_paused = are_paused
 
     def _oldest(self) -> _Pending[S]:
         return self.pending[min(self.pending)]
@@ -182,26 +163,12 @@ class _Flow(Generic[S, R]):
         self.pending = {number: pending for number, pending in self.pending.items() if self.workers and pending.futures}
         self.pool.each(partial(ask_to_stop, self.attempt.flow), self.workers, seconds=RETURN_SECONDS)
 
-    def _fill(self) -> None:
-        room = self.in_flight * self._usable()
-        while not self.exhausted and len(self.pending) < room and not self._is_held():
-            try:
-                shard = next(self.shards)
-            except StopIteration:
-                self.exhausted = True
-                return
-            self.count += 1
-            self.pending[self.count] = _Pending(shard, time.monotonic())
-            self._submit(self.count)
-
-    def _usable(self) -> int:
+    def usable(self) -> int:
         return max(len(self.workers), self.pool.most, 1)
 
-    def _is_held(self) -> bool:
-        """Whether enough has been begun beyond the oldest task without an answer."""
-        if self.lookahead is None or not self.pending:
-            return False
-        return self.count - min(self.pending) >= self.lookahead * self._usable()
+    def begin(self, number: int, shard: S) -> None:
+        self.pending[number] = _Pending(shard, time.monotonic())
+        self._submit(number)
 
     def _submit(self, number: int, workers: list[str] | None = None) -> None:
         pending = self.pending[number]
@@ -212,7 +179,7 @@ class _Flow(Generic[S, R]):
         function = getattr(self.attempt.function, "func", self.attempt.function)  # of a partial
         key = f"{getattr(function, '__name__', 'task')}-{self.attempt.flow}-{number}-{pending.attempts}"
         future = self.pool.scheduler.submit(
-            self.attempt, pending.shard, key=key, workers=workers or None, retries=self.retries, pure=False
+            self.attempt, pending.shard, key=key, workers=workers or None, retries=self.options.retries, pure=False
         )
         pending.futures.append(future)
         self._await(number, future)
@@ -231,6 +198,7 @@ class _Flow(Generic[S, R]):
             return found
 
     def _take(self, number: int, future: Future[TaskResult[R]]) -> Iterator[Arrived[S, R]]:
+        self.next_look_at_paused, self.were_paused = time.monotonic() + PAUSED_SECONDS, False
         pending = self.pending.get(number)
         if pending is None or future not in pending.futures:
             return  # another attempt was first
@@ -246,13 +214,9 @@ class _Flow(Generic[S, R]):
             if other is not future:
                 other.cancel()
                 self.late = True
-        if answer.error is not None:
-            for said in answer.reported:
-                self.report(said)
-            raise answer.error
-        if answer.begun:
+        if answer.begun and answer.error is None:
             self.seconds.append(answer.seconds)
-            yield number, pending.shard, answer
+        yield number, pending.shard, answer
 
     def _answer(self, pending: _Pending[S], future: Future[TaskResult[R]]) -> TaskResult[R] | None:
         """What an attempt has come to; None if its worker has just died, and Dask makes it again."""
@@ -318,7 +282,7 @@ class _Flow(Generic[S, R]):
         workers = self.pool.addresses()
         self.pool.each(partial(ask_to_stop, self.attempt.flow), workers, seconds=RETURN_SECONDS)
         futures = [future for pending in self.pending.values() for future in pending.futures]
-        deadline = time.monotonic() + (RETURN_SECONDS if workers and self.interruptible else 0)
+        deadline = time.monotonic() + (RETURN_SECONDS if workers and self.options.interruptible else 0)
         while time.monotonic() < deadline and not all(future.done() for future in futures):
             time.sleep(0.05)
         for future in futures:

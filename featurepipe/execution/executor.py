@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-C = TypeVar("C")
+from featurepipe.errors import ClusterError, FeaturepipeError
+
 S = TypeVar("S")
 R = TypeVar("R")
 
@@ -39,6 +41,10 @@ class Worker:
     is_local: bool = True
     alone: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
 
+    def signed(self, line: str) -> str:
+        """A line for the user that says which worker it comes from; lines of this process stay as they are."""
+        return line if self.is_local else f"worker {self.name}: {line}"
+
 
 @dataclass(frozen=True)
 class WorkerFacts:
@@ -68,7 +74,46 @@ class WorkerFacts:
         return f"{self.name} ({self.address}, {self.host})"
 
 
-class Executor(Protocol):
+@dataclass(frozen=True)
+class TaskResult(Generic[R]):
+    """What came of one attempt; exactly one of value, refused, error and begun says it.
+
+    Attributes:
+        worker: the address of the worker that made it.
+        seconds: how long it took.
+        value: what the work returned.
+        refused: why this worker must not be used.
+        error: an error that no other attempt would avoid.
+        reported: what the function reported, and the caller was not told yet.
+        begun: False for a task that was not begun, because a stop had been asked for.
+    """
+
+    worker: str
+    seconds: float = 0.0
+    value: R | None = None
+    refused: str = ""
+    error: FeaturepipeError | None = None
+    begun: bool = True
+    reported: Sequence[Any] = ()
+
+
+Arrived = tuple[int, S, TaskResult[R]]
+"""The number of a shard, from 1 on, the shard, and its result."""
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How shards are mapped; the fields are arguments of `Executor.map`."""
+
+    stop: Stop = bool
+    report: Report = bool
+    in_flight: int = 2
+    lookahead: int | None = None
+    retries: int = 3
+    interruptible: bool = True
+
+
+class Executor(ABC):
     """Maps functions over shards.
 
     A context is what all shards of a `map` have in common: an object that can be pickled, and whose pickle leaves out what a
@@ -80,19 +125,6 @@ class Executor(Protocol):
     """
 
     is_local: bool
-
-    def check(self, store: str | PathLike[str] | None = None) -> object:
-        """Refuses workers that are not fit: of other versions, or that do not see the store.
-
-        Raises:
-            ClusterError: none is left.
-        """
-
-    def workers(self) -> Sequence[WorkerFacts]:
-        """The workers that are there now."""
-
-    def expected(self) -> int:
-        """How many workers to count on: those that are there, or may yet come; at least 1."""
 
     def map(
         self,
@@ -115,27 +147,67 @@ class Executor(Protocol):
             shards: pulled only when there is room, so that a shard may depend on results before.
             context: what all shards have in common.
             stop: whether to stop: nothing more is begun, and what is under way comes back with what it has.
-            report: told what the function reports, before the shard is yielded.
+            report: told what the function reports, before the shard is yielded; in this process at once.
             ordered: whether shards, and what is reported of them, come in their order. Those that come early wait, so give
                 ``lookahead`` too. Once stopped, shards up to the first that was not begun are yielded.
             in_flight: shards that a worker has, with the one that it works on.
             lookahead: how many shards may be begun for each worker from the oldest unfinished one on, for whoever puts results
                 in order and must not hold too many of them; None for any number.
-            retries: how often a shard is tried again after an error that is not ours.
+            retries: how often a shard is tried again after an error that is not ours; on this machine, none is.
             interruptible: whether the function heeds ``stop``. One that does not is never begun a second time beside the first.
 
         Raises:
-            ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
+            ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers or processes.
             UsageError: the context cannot travel.
+            DiskFull: there is no room for a context that processes of this machine share.
             FeaturepipeError: what the function raised, after what it had reported.
         """
+        options = MapOptions(stop, report, in_flight, lookahead, retries, interruptible)
+        with closing(self._results(function, iter(shards), context, options)) as arrived:
+            results = _without_errors(arrived, report)
+            for _, shard, result in in_order(results) if ordered else results:
+                for said in result.reported:
+                    report(said)
+                yield shard, result.value  # type: ignore[misc]  # a value, since it is neither refused nor an error
 
     def once(self, function: Function[R], shard: Any = None, *, context: Any = None) -> R:
         """Has any one worker do one shard."""
+        with closing(self.map(function, [shard], context=context)) as results:
+            for _, result in results:
+                return result
+        raise ClusterError("no worker answered; give the same command again")
 
+    @abstractmethod
+    def _results(
+        self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
+    ) -> Generator[Arrived[S, R], None, None]:
+        """The results of shards as they arrive, errors of the function among them."""
+
+    @abstractmethod
+    def check(self, store: str | PathLike[str] | None = None) -> object:
+        """Refuses workers that are not fit: of other versions, or that do not see the store.
+
+        Raises:
+            ClusterError: none is left.
+        """
+
+    @abstractmethod
+    def workers(self) -> Sequence[WorkerFacts]:
+        """The workers that are there now; each is asked who it is."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many workers are there now."""
+
+    def expected(self) -> int:
+        """How many workers to count on: those that are there, or may yet come; at least 1."""
+        return max(self.count(), 1)
+
+    @abstractmethod
     def each(self, question: Callable[[], Any]) -> Mapping[str, Any]:
         """Has each worker's process call a function, beside its work: answers, or exceptions instead, by address."""
 
+    @abstractmethod
     def require(self, refusal: Callable[[], str]) -> None:
         """Refuses workers that say why they are not fit for some work, before any of it; one too busy to answer stays.
 
@@ -146,14 +218,90 @@ class Executor(Protocol):
             ClusterError: none is left.
         """
 
+    @abstractmethod
     def refuse(self, address: str, why: str) -> None:
         """Uses a worker no longer, and says so."""
 
+    @abstractmethod
     def rows(self, features: Any) -> Any:
         """Features where heads learn from them: as they are, or spread over the workers."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any] | None:
         """The scheduler and the refused workers, for a record; None for this process."""
 
+    @abstractmethod
     def describe_workers(self) -> dict[str, Any] | None:
         """The scheduler, and how many workers, threads and hosts there are, for a bundle; None for this process."""
+
+
+def _without_errors(results: Iterable[Arrived[S, R]], report: Report) -> Iterator[Arrived[S, R]]:
+    """Results of tasks that were begun, up to the first with an error, which is raised once its reports are told."""
+    for number, shard, result in results:
+        if result.error is not None:
+            for said in result.reported:
+                report(said)
+            raise result.error
+        if result.begun:
+            yield number, shard, result
+
+
+def in_order(results: Iterable[Arrived[S, R]]) -> Iterator[Arrived[S, R]]:
+    """Results by their numbers; those that come early wait, and those after one that never comes are dropped."""
+    waiting: dict[int, Arrived[S, R]] = {}
+    following = 1
+    for arrived in results:
+        waiting[arrived[0]] = arrived
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+P = TypeVar("P")
+
+
+class BoundedFlow(ABC, Generic[S, P]):
+    """Begins shards only while there is room for them: a flow never holds more than its workers can use.
+
+    Args:
+        shards: pulled when there is room.
+        options: bounds of the flow.
+
+    Attributes:
+        pending: what was begun and has no result, by the number of its shard.
+        count: the number of the shard begun last.
+        exhausted: whether nothing more is begun.
+    """
+
+    def __init__(self, shards: Iterator[S], options: MapOptions) -> None:
+        self.shards, self.options = shards, options
+        self.pending: dict[int, P] = {}
+        self.count = 0
+        self.exhausted = False
+
+    @abstractmethod
+    def begin(self, number: int, shard: S) -> None:
+        """Begins a shard, and enters it into ``pending``."""
+
+    @abstractmethod
+    def usable(self) -> int:
+        """How many workers to count on."""
+
+    def fill(self) -> None:
+        """Begins shards while there is room."""
+        room = self.options.in_flight * self.usable()
+        while not self.exhausted and len(self.pending) < room and not self.is_held():
+            try:
+                shard = next(self.shards)
+            except StopIteration:
+                self.exhausted = True
+                return
+            self.count += 1
+            self.begin(self.count, shard)
+
+    def is_held(self) -> bool:
+        """Whether enough has been begun beyond the oldest shard without a result."""
+        lookahead = self.options.lookahead
+        if lookahead is None or not self.pending:
+            return False
+        return self.count - min(self.pending) >= lookahead * self.usable()

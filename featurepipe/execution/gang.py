@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from featurepipe.errors import ClusterError, FeaturepipeError
 from featurepipe.execution.dispatch import RETURN_SECONDS
-from featurepipe.execution.executor import Report, Stop, Worker
-from featurepipe.execution.worker import Attempt, TaskResult, ask_to_stop
+from featurepipe.execution.executor import Report, Stop, TaskResult, Worker
+from featurepipe.execution.worker import Attempt, ask_to_stop
 from featurepipe.heads.row_shards import Rank
 
 if TYPE_CHECKING:

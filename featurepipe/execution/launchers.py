@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from featurepipe.display import without_password
 from featurepipe.errors import ClusterError, UsageError, unknown
 from featurepipe.execution.worker import gpu_names
 from featurepipe.interrupt import handlers_kept
@@ -135,7 +136,7 @@ class ClusterTable(BaseModel):
 
     def __str__(self) -> str:
         number = f"{self.minimum or 0} to {self.maximum}" if self.is_adaptive else self.workers or "its"
-        return re.sub("//[^/@]*@", "//", self.scheduler or "") or f"{self.kind}, {number} workers"  # no password
+        return without_password(self.scheduler or "") or f"{self.kind}, {number} workers"
 
 
 def checked_spec(spec: Any) -> Any:

@@ -11,20 +11,30 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from concurrent.futures import Executor as ProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from featurepipe.errors import ClusterError, DiskFull, FeaturepipeError, WorkerRefused
-from featurepipe.execution.dispatch import LOOK_SECONDS, RETURN_SECONDS, Arrived, in_order, told
-from featurepipe.execution.executor import Function, Report, Stop, Worker, WorkerFacts
-from featurepipe.execution.worker import TaskResult, gpu_names, installed, pickled
+from featurepipe.execution.dispatch import LOOK_SECONDS, RETURN_SECONDS, told
+from featurepipe.execution.executor import (
+    Arrived,
+    BoundedFlow,
+    Executor,
+    Function,
+    MapOptions,
+    TaskResult,
+    Worker,
+    WorkerFacts,
+)
+from featurepipe.execution.worker import gpu_names, installed, pickled
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -42,8 +52,8 @@ PARENT_SECONDS = 0.2
 """Seconds between looks of a process whether the one that started it is still there."""
 
 
-class LocalExecutor:
-    """`featurepipe.execution.executor.Executor` in this process: one shard after the other, objects handed on as they are."""
+class LocalExecutor(Executor):
+    """Maps functions in this process: one shard after the other, objects handed on as they are, errors not tried again."""
 
     is_local = True
 
@@ -57,39 +67,22 @@ class LocalExecutor:
         threads, gpus = os.cpu_count() or 1, len(gpu_names())
         return [WorkerFacts(HERE, "", socket.gethostname(), os.getpid(), threads, 0, gpus, installed())]
 
-    def expected(self) -> int:
+    def count(self) -> int:
         """One."""
         return 1
 
-    def map(
-        self,
-        function: Function[R],
-        shards: Iterable[S],
-        *,
-        context: Any = None,
-        stop: Stop = bool,
-        report: Report = bool,
-        ordered: bool = False,
-        in_flight: int = 1,
-        lookahead: int | None = None,
-        retries: int = 0,
-        interruptible: bool = True,
-    ) -> Generator[tuple[S, R], None, None]:
-        """See `Executor`. Errors are not tried again, and ``report`` is told at once."""
-        del ordered, in_flight, lookahead, retries, interruptible
+    def _results(
+        self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
+    ) -> Generator[Arrived[S, R], None, None]:
         worker = Worker(threads=os.cpu_count() or 1)
-        left = iter(shards)
-        while not stop():  # asked before a shard is pulled, which may take long
+        for number in count(1):
+            if options.stop():  # asked before a shard is pulled, which may take long
+                return
             try:
-                shard = next(left)
+                shard = next(shards)
             except StopIteration:
                 return
-            yield shard, function(context, shard, worker, stop, report)
-
-    def once(self, function: Function[R], shard: Any = None, *, context: Any = None) -> R:
-        """See `Executor`."""
-        with closing(self.map(function, [shard], context=context)) as results:
-            return next(results)[1]
+            yield number, shard, TaskResult(HERE, value=function(context, shard, worker, options.stop, options.report))
 
     def each(self, question: Callable[[], Any]) -> dict[str, Any]:
         """See `Executor`; the processes of a machine all give the same answer."""
@@ -125,9 +118,10 @@ class LocalExecutor:
 
 
 class ProcessExecutor(LocalExecutor):
-    """`featurepipe.execution.executor.Executor` in processes of this machine, which end with each `map` and with this process.
+    """Maps functions in processes of this machine, which end with each `map` and with this process.
 
-    Processes are joblib's loky. They take no signals: this process decides what becomes of the work.
+    Processes are joblib's loky, and share large arrays of the context. They take no signals: this process decides what becomes
+    of the work. Errors are not tried again.
 
     Args:
         processes: how many work at once.
@@ -142,42 +136,19 @@ class ProcessExecutor(LocalExecutor):
         [here] = super().workers()
         return [replace(here, name=str(number), threads=self.threads) for number in range(self.processes)]
 
-    def expected(self) -> int:
+    def count(self) -> int:
         """See `Executor`."""
         return self.processes
 
-    def map(
-        self,
-        function: Function[R],
-        shards: Iterable[S],
-        *,
-        context: Any = None,
-        stop: Stop = bool,
-        report: Report = bool,
-        ordered: bool = False,
-        in_flight: int = 2,
-        lookahead: int | None = None,
-        retries: int = 0,
-        interruptible: bool = True,
-    ) -> Generator[tuple[S, R], None, None]:
-        """See `Executor`. Processes share large arrays of the context. Errors are not tried again.
-
-        Raises:
-            ClusterError: a process was killed.
-            UsageError: the context cannot travel.
-            DiskFull: there is no room for the context, neither in shared memory nor in the folder for temporary files.
-        """
-        del retries
+    def _results(
+        self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
+    ) -> Generator[Arrived[S, R], None, None]:
         with _shared(context) as shared, self._pool(shared) as pool:
-            flow = _Flow(self, pool, shared, function, iter(shards), report, in_flight, lookahead)
+            flow = _Flow(self, pool, shared, function, shards, options)
             try:
-                results = flow.run(stop)
-                for _, shard, result in in_order(results) if ordered else results:
-                    for said in result.reported:
-                        report(said)
-                    yield shard, result.value  # type: ignore[misc]  # a value, since it is no error
+                yield from flow.run()
             finally:
-                flow.dismiss(RETURN_SECONDS if interruptible else 0.0)
+                flow.dismiss()
 
     @contextmanager
     def _pool(self, shared: _Shared) -> Iterator[ProcessPool]:
@@ -287,8 +258,8 @@ def _written(path: Path, pieces: Sequence[bytes | memoryview]) -> tuple[tuple[in
     return tuple(ends)
 
 
-class _Flow(Generic[S, R]):
-    """Bounded dispatch of the shards of one `map` to processes."""
+class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"]], Generic[S, R]):
+    """The shards of one `map` on their way to processes and back."""
 
     def __init__(
         self,
@@ -297,68 +268,46 @@ class _Flow(Generic[S, R]):
         shared: _Shared,
         function: Function[R],
         shards: Iterator[S],
-        report: Report,
-        in_flight: int,
-        lookahead: int | None,
+        options: MapOptions,
     ) -> None:
-        self.pool, self.shared, self.function, self.shards, self.report = pool, shared, function, shards, report
-        self.threads = executor.threads
-        self.room = in_flight * executor.processes
-        self.ahead = None if lookahead is None else lookahead * executor.processes
-        self.pending: dict[Future[TaskResult[R]], tuple[int, S]] = {}
-        self.count = 0
-        self.exhausted = False
+        super().__init__(shards, options)
+        self.executor, self.pool, self.shared, self.function = executor, pool, shared, function
 
-    def run(self, stop: Stop) -> Iterator[Arrived[S, R]]:
+    def run(self) -> Iterator[Arrived[S, R]]:
         stopping = False
         while True:
-            if not stopping and stop():
+            if not stopping and self.options.stop():
                 stopping = self.exhausted = True
                 self.shared.stop()
-            self._fill()
+            self.fill()
             if not self.pending:
                 return
-            done = wait(self.pending, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done
+            numbers = {future: number for number, (_, future) in self.pending.items()}
+            done = wait(numbers, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done
             while done:  # so that no result is kept once it is yielded
-                yield from self._take(done.pop())
+                yield self._take(numbers.pop(done.pop()))
 
-    def _fill(self) -> None:
-        while not self.exhausted and len(self.pending) < self.room and not self._is_held():
-            try:
-                shard = next(self.shards)
-            except StopIteration:
-                self.exhausted = True
-                return
-            self.count += 1
-            task = pickled((self.function, shard))
-            with self._reporting_the_killed(shard), _signals_held():  # it may start processes
-                future = self.pool.submit(_attempt, task, self.shared, self.threads)
-            self.pending[future] = self.count, shard
+    def usable(self) -> int:
+        return self.executor.processes
 
-    def _is_held(self) -> bool:
-        """Whether enough has been begun beyond the oldest shard without a result."""
-        if self.ahead is None or not self.pending:
-            return False
-        return self.count - min(number for number, _ in self.pending.values()) >= self.ahead
+    def begin(self, number: int, shard: S) -> None:
+        task = pickled((self.function, shard))
+        with self._reporting_the_killed(shard), _signals_held():  # it may start processes
+            self.pending[number] = shard, self.pool.submit(_attempt, task, self.shared, self.executor.threads)
 
-    def _take(self, future: Future[TaskResult[R]]) -> Iterator[Arrived[S, R]]:
-        number, shard = self.pending[future]
+    def _take(self, number: int) -> Arrived[S, R]:
+        shard, future = self.pending[number]
         with self._reporting_the_killed(shard):
             result = future.result()
-        del self.pending[future]
-        if result.error is not None:
-            for said in result.reported:
-                self.report(said)
-            raise result.error
-        if result.begun:
-            yield number, shard, result
+        del self.pending[number]
+        return number, shard, result
 
     @contextmanager
     def _reporting_the_killed(self, shard: S) -> Iterator[None]:
         try:
             yield
         except BrokenExecutor as error:
-            begun = [told(shard) for _, shard in sorted(self.pending.values(), key=lambda one: one[0])] or [told(shard)]
+            begun = [told(shard) for _, (shard, _) in sorted(self.pending.items())] or [told(shard)]
             some = ", ".join(begun[:4]) + (f" and {len(begun) - 4} more" if len(begun) > 4 else "")
             self.pending.clear()
             raise ClusterError(
@@ -367,11 +316,11 @@ class _Flow(Generic[S, R]):
                 "the machine more memory, then give the same command again"
             ) from error
 
-    def dismiss(self, seconds: float) -> None:
+    def dismiss(self) -> None:
         """Calls back what is still under way, and waits a little for it; what does not come back ends with its process."""
         if self.pending:
             self.shared.stop()
-            wait(self.pending, timeout=seconds)
+            wait([future for _, future in self.pending.values()], RETURN_SECONDS if self.options.interruptible else 0.0)
 
 
 def _attempt(task: bytes, shared: _Shared, threads: int) -> TaskResult[Any]:

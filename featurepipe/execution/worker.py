@@ -9,7 +9,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from featurepipe.errors import FeaturepipeError, UsageError, WorkerRefused
-from featurepipe.execution.executor import Function, Stop, Worker
+from featurepipe.execution.executor import Function, Stop, TaskResult, Worker
 
 R = TypeVar("R")
 
@@ -102,29 +102,6 @@ def _start(text: str, digits: int) -> list[str]:
 @cache
 def _refusal(requirements: Requirements) -> str:
     return requirements.refusal()
-
-
-@dataclass(frozen=True)
-class TaskResult(Generic[R]):
-    """What came of one attempt; exactly one of value, refused, error and begun says it.
-
-    Attributes:
-        worker: the address of the worker that made it.
-        seconds: how long it took.
-        value: what the work returned.
-        refused: why this worker must not be used.
-        error: an error that no other attempt would avoid.
-        reported: what the function reported.
-        begun: False for a task that was not begun, because a stop had been asked for.
-    """
-
-    worker: str
-    seconds: float = 0.0
-    value: R | None = None
-    refused: str = ""
-    error: FeaturepipeError | None = None
-    begun: bool = True
-    reported: Sequence[Any] = ()
 
 
 def pickled(context: Any, buffers: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:

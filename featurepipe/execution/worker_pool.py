@@ -171,6 +171,7 @@ class WorkerPool:
         self.requirements = Requirements(tuple((name, text) for name, text in installed().items() if name in DIGITS))
         self._shown: dict[Path, Requirements] = {}
         self._too_large: set[str] = set()
+        self._told_paused: set[str] = set()
         client.subscribe_topic(_MEMORY_TOPIC, self._note_too_large)
 
     def addresses(self) -> list[str]:
@@ -181,6 +182,25 @@ class WorkerPool:
         """Those of some workers that have nothing to do."""
         busy = self.scheduler.ask("processing", workers=list(addresses))
         return [address for address, tasks in busy.items() if not tasks]
+
+    def paused(self, addresses: Iterable[str]) -> list[str]:
+        """Those of some workers that have no task and take none, since their memory is nearly full, and how full; says so once.
+
+        Dask pauses a worker above four fifths of its limit (``distributed.worker.memory.pause``) until it has less.
+        """
+        known, found = self._known(), list[str]()
+        for address in addresses:
+            worker = known.get(address, {})
+            metrics = worker.get("metrics", {})
+            if worker.get("status") != "paused" or metrics.get("task_counts", {}).get("executing"):
+                continue
+            used, limit = (int(size or 0) / 2**20 for size in (metrics.get("memory"), worker.get("memory_limit")))
+            text = f"worker {worker['id']} ({address}) uses {used:,.0f} of its {limit:,.0f} MiB"
+            found.append(text)
+            if address not in self._told_paused:
+                self._told_paused.add(address)
+                self.say(f"{text} and takes no task until it has more free")
+        return found
 
     def wait_for_workers(self, count: int = 1) -> None:
         """Waits until there is a worker that is not refused.
@@ -363,9 +383,13 @@ class WorkerPool:
         found = zip(asked, said, strict=True)
         return {who: what.get(who) if isinstance(what, dict) else what for who, what in found}
 
+    def count(self) -> int:
+        """How many workers are there now and are not refused."""
+        return len(self.addresses())
+
     def expected(self) -> int:
-        """How many workers to count on: those that are there, or may yet come; at least 1."""
-        return max(len(self.addresses()), self.most, 1)
+        """See `featurepipe.execution.executor.Executor`."""
+        return max(self.count(), self.most, 1)
 
 
 def _reason(error: Exception) -> str:

@@ -168,25 +168,27 @@ def compute_shard(
         SourceError: the source has gone, as the process of the run sees it.
     """
     with context.session.at(worker) as session, source_seen_by(worker), context.work(session, shard) as work:
+        writer = _writer(context, work, worker, report)
         if worker.is_local:
-            _compute_here(context, session, work, stop, report)
+            with _counting_committed(writer, work.ledger):
+                compute_into(writer, session, context, work, stop, report)
             return None
-        return _Attempt(context, session, shard, work, worker).run(stop, report)
+        return _Attempt(context, session, shard, work, worker).run(writer, stop)
 
 
-def _compute_here(context: ExtractionContext, session: Session, work: ShardWork, stop: Stop, report: Report) -> None:
-    rejects = RejectLog(work.plan.listing, work.space, context.dataset, context.run_id)
-
-    def follow(images: list[Loaded]) -> None:
-        rejects.take(images)
-        report(images)
+def _writer(context: ExtractionContext, work: ShardWork, worker: Worker, report: Report) -> PartWriter:
+    """A writer of the shard's parts; reports values too large for float16."""
 
     def say(line: str) -> None:
-        report(line)
+        report(worker.signed(line))
 
-    writer = work.space.writer(context.run_id, dataset=context.dataset, on_overflow=say)
-    with _counting_committed(writer, work.ledger), rejects:
-        compute_into(writer, session, context, work, stop, follow)
+    return work.space.writer(
+        context.run_id,
+        dataset=context.dataset,
+        share=work.name or "",
+        part_bytes=part_bytes(worker),
+        on_overflow=say,
+    )
 
 
 @contextmanager
@@ -215,18 +217,8 @@ class _Attempt:
         self.untouched[work.plan.todo] = True
         self.made = np.zeros((shard.rows, len(self.names)), bool)
 
-    def run(self, stop: Stop, report: Report) -> ShardResult:
-        def say(line: str) -> None:
-            report(f"worker {self.worker.name}: {line}")
-
+    def run(self, writer: PartWriter, stop: Stop) -> ShardResult:
         start, error = time.perf_counter(), None
-        writer = self.work.space.writer(
-            self.context.run_id,
-            dataset=self.context.dataset,
-            share=self.work.name or "",
-            part_bytes=part_bytes(self.worker),
-            on_overflow=say,
-        )
         try:
             with writer:
                 compute_into(writer, self.session, self.context, self.work, stop, self._follow)
@@ -315,7 +307,7 @@ def compute_into(
     context: ExtractionContext,
     work: ShardWork,
     stop: Stop,
-    follow: Callable[[list[Loaded]], None],
+    follow: Callable[[list[Loaded]], object],
 ) -> None:
     """Reads, keys, decodes and computes what a plan asks for, and hands it to a writer.
 
@@ -393,16 +385,19 @@ def compute(
     here = ShardWork(job.existing_space, job.missing, job.plan, ledger, job.clock) if executor.is_local else None
     sizes, entries = ShardSizes(), ShardLedger(job.plan, ledger, job.clock)
 
-    def told(what: str | list[Loaded]) -> None:
-        if isinstance(what, str):
-            progress.say(what)
-        else:
-            progress.advance(len(what), f"{bottleneck(job.clock.totals)}-bound")
-
     if here is not None:
         shards: Iterable[Shard] = [Shard.whole(len(job.plan.todo))]
     else:
         shards = cut(job.plan.listing, job.plan.todo, sizes, iter(executor.expected, -1))
+    rejects = RejectLog(job.plan.listing, job.existing_space, job.dataset, run_id)
+
+    def told(what: str | list[Loaded]) -> None:
+        if isinstance(what, str):
+            progress.say(what)
+        else:
+            rejects.take(what)
+            progress.advance(len(what), f"{bottleneck(job.clock.totals)}-bound")
+
     results = executor.map(
         compute_shard,
         shards,
@@ -412,7 +407,7 @@ def compute(
     )
     start = time.perf_counter()
     try:
-        with closing(results), RejectLog(job.plan.listing, job.existing_space, job.dataset, run_id) as rejects:
+        with rejects, closing(results):
             for shard, result in results:
                 if result is not None:
                     rejects.take(entries.take(shard, result))
@@ -429,7 +424,7 @@ def compute(
 
 
 def _bound(job: ExtractionSpec, executor: Executor) -> str:
-    workers = len(executor.workers())
+    workers = executor.count()
     return f"{bottleneck(job.clock.totals)}-bound, {workers} worker{'s' * (workers != 1)}"
 
 

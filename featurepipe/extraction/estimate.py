@@ -59,9 +59,9 @@ def estimate(job: ExtractionSpec, sample_size: int, executor: Executor | None = 
     plan = job.plan
     executor = executor or LocalExecutor()
     sample = Sample(plan.listing, plan.todo, sample_size)
-    rate, sampled = executor.once(sample_rate, sample, context=SampleContext(job.session, job.source))
+    rate, sampled = executor.once(sample_rate, sample, context=SampleContext.on(executor, job.session, job.source))
     if rate is not None:
-        rate *= executor.expected()  # the others are taken to be as fast
+        rate *= max(executor.count(), 1)  # the others are taken to be as fast
     return Estimate(
         dataset=job.dataset,
         listed=plan.listing.num_rows,

@@ -26,7 +26,6 @@ from featurepipe.features.session import (
     Sample,
     SampleContext,
     Session,
-    check_travels,
     measure_precision,
     settle_machine_for,
 )
@@ -181,9 +180,8 @@ def _precision(executor: Executor, session: Session, source: Source, listing: pa
     sample = Sample(listing, np.arange(listing.num_rows), SAMPLE)
 
     def measure(tried: str | None, intensity: str) -> tuple[str, str]:
-        if not executor.is_local:
-            check_travels(source)
-        return executor.once(measure_precision, (sample, tried, intensity), context=SampleContext(session, source))
+        context = SampleContext.on(executor, session, source)
+        return executor.once(measure_precision, (sample, tried, intensity), context=context)
 
     return measure
 

@@ -6,15 +6,17 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError
-from featurepipe.execution.executor import Worker
-from featurepipe.features.loader import StageSeconds
-from featurepipe.features.settings import Machine
+
+if TYPE_CHECKING:  # a worker that has little memory, and the scheduler, read shards without loading PyTorch
+    from featurepipe.execution.executor import Worker
+    from featurepipe.features.loader import StageSeconds
+    from featurepipe.features.settings import Machine
 
 COLUMNS = ("id", "size", "mtime_ns", "locator")
 """What a worker needs to know of an image; its label and split stay with the client."""

@@ -119,8 +119,7 @@ class Session:
         if worker.is_local:
             yield self
             return
-        with worker.alone():
-            torch.set_num_threads(worker.threads)  # of this thread
+        with alone_on_all_cores(worker):
             loaded = load_network(self.network, self.machine.device)
             yield replace(self, machine=replace(self.machine, workers=self.workers or worker.threads), loaded=loaded)
 
@@ -207,6 +206,17 @@ class SampleContext:
     session: Session
     source: Source
 
+    @classmethod
+    def on(cls, executor: Executor, session: Session, source: Source) -> Self:
+        """The context for an executor.
+
+        Raises:
+            UsageError: the source cannot travel to its workers.
+        """
+        if not executor.is_local:
+            check_travels(source)
+        return cls(session, source)
+
     def load(self, session: Session, sample: Sample, intensity: str) -> torch.Tensor:
         """The usable images: uint8 (n, C, h, w)."""
         about = session.backbone, session.machine
@@ -215,6 +225,15 @@ class SampleContext:
     def close(self) -> None:
         """Closes the source, in a process elsewhere that needs it no longer."""
         self.source.close()
+
+
+@contextmanager
+def alone_on_all_cores(worker: Worker) -> Iterator[None]:
+    """While the block runs, PyTorch has all threads of the worker, and no other task of its process is in such a block."""
+    with worker.alone():
+        if not worker.is_local:
+            torch.set_num_threads(worker.threads)  # of this thread
+        yield
 
 
 def check_travels(source: Source) -> None:

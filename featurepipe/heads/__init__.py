@@ -82,6 +82,5 @@ former_modules(
         "ridge": "linear.ridge",
         "row_space": "preprocessing",
         "scaling": "preprocessing",
-        "weighted": "linear.weighted",
     },
 )

@@ -78,7 +78,7 @@ _FAMILIES = (
     HeadFamily(
         "logistic",
         "multinomial logistic regression with an L2 penalty",
-        _place("featurepipe.heads.linear.weighted", "LogisticRegression", max_iter=5000),
+        _place("featurepipe.heads.weighted", "LogisticRegression", max_iter=5000),
         _ours("linear.classifiers", "BlockLogisticRegression"),
         _grid(C=_DECADES),
         bytes_per_value=12,
@@ -89,7 +89,7 @@ _FAMILIES = (
         "linear-svm",
         "linear support vector machine, squared hinge, one class against the rest",
         # On 1,600 x 1,392 standardised features the default, the dual at 1e-4, took minutes; this takes 2 to 5 s.
-        _place("featurepipe.heads.linear.weighted", "LinearSVC", dual=False, tol=1e-2),
+        _place("featurepipe.heads.weighted", "LinearSVC", dual=False, tol=1e-2),
         _ours("linear.classifiers", "BlockLinearSVC"),
         _grid(C=_DECADES),
         bytes_per_value=16,
@@ -126,7 +126,7 @@ _FAMILIES = (
     HeadFamily(
         "ridge",
         "least squares on +1 and -1 with an L2 penalty",
-        _ours("linear.weighted", "RidgeClassifier"),
+        _ours("weighted", "RidgeClassifier"),
         _ours("linear.ridge", "BlockRidgeClassifier"),
         _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
         bytes_per_value=16,
@@ -135,7 +135,7 @@ _FAMILIES = (
     HeadFamily(
         "lda",
         "linear discriminant analysis: Gaussian classes with one covariance, shrunk as Ledoit and Wolf do",
-        _place("featurepipe.heads.linear.weighted", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
+        _place("featurepipe.heads.weighted", "LinearDiscriminantAnalysis", solver="lsqr", shrinkage="auto"),
         _place("featurepipe.heads.linear.lda", "BlockLinearDiscriminantAnalysis", shrinkage="auto"),
         _grid(shrinkage=(0.0, 0.001, 0.01, 0.1, 0.3, "auto")),
         bytes_per_value=32,
@@ -146,7 +146,7 @@ _FAMILIES = (
     HeadFamily(
         "knn",
         "vote of the nearest training images; keeps all their features",
-        _place("featurepipe.heads.linear.weighted", "KNeighborsClassifier", algorithm="brute"),
+        _place("featurepipe.heads.weighted", "KNeighborsClassifier", algorithm="brute"),
         _ours("neighbours", "BlockNeighbours"),
         _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance")),
         bytes_per_value=8,

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import inspect
 import os
-import re
 import socket
 import stat
 import struct
@@ -21,6 +20,7 @@ from typing import Any, Final
 
 import fsspec
 
+from featurepipe.display import without_password
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.listing import UNKNOWN, printable
@@ -48,7 +48,6 @@ _CHECKSUMS: Final = (
     "ino",
 )
 _SIZE: Final = struct.Struct("<q")
-_USER_AND_PASSWORD: Final = re.compile(r"(?<=://)[^/]*@")
 
 
 def is_url(path: str) -> bool:
@@ -63,7 +62,7 @@ def location_of(path: str) -> str:
         >>> location_of("ftp://ann:secret@example.org/cats")
         'ftp://example.org/cats'
     """
-    return printable(_USER_AND_PASSWORD.sub("", path) if is_url(path) else os.path.abspath(path))
+    return printable(without_password(path) if is_url(path) else os.path.abspath(path))
 
 
 def file_system_of(url: str, *, redirects: bool = True) -> tuple[Any, str]:

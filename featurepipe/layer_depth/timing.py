@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.errors import UsageError
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
+from featurepipe.features.session import alone_on_all_cores
 from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.records import host, versions
 
@@ -107,23 +106,13 @@ class TimedForward:
 
 
 def _describe(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> tuple[str, dict[str, Any]]:
-    with _on_all_cores(worker):
+    with alone_on_all_cores(worker):
         return timing.key, timing.as_dict()
 
 
 def _measure(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> dict[str, Any]:
-    with _on_all_cores(worker):
+    with alone_on_all_cores(worker):
         return timing.measure()
-
-
-@contextmanager
-def _on_all_cores(worker: Worker) -> Iterator[None]:
-    import torch
-
-    with worker.alone():
-        if not worker.is_local:
-            torch.set_num_threads(worker.threads)  # of this thread
-        yield
 
 
 def least_disturbed(timing: TimedForward, journal: Journal) -> dict[str, Any]:

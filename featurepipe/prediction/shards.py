@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import torch
 from threadpoolctl import threadpool_limits
 
 from featurepipe import records
@@ -25,7 +24,7 @@ from featurepipe.extraction.compute import check_source, located, source_seen_by
 from featurepipe.extraction.ledger import WorkerTotals
 from featurepipe.extraction.shards import Shard, ShardRun, ShardSizes, cut
 from featurepipe.features.loader import StageSeconds
-from featurepipe.features.session import check_travels, keep_memory, settle_machine_for
+from featurepipe.features.session import alone_on_all_cores, check_travels, keep_memory, settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import MANIFEST
@@ -119,8 +118,7 @@ class PredictionContext:
         if self.here is not None:
             yield self.here.ready
             return
-        with worker.alone(), threadpool_limits(worker.threads, user_api="blas"):
-            torch.set_num_threads(worker.threads)  # of this thread
+        with alone_on_all_cores(worker), threadpool_limits(worker.threads, user_api="blas"):
             if self._ready is None:
                 self._ready = self._load(worker.threads)
             yield self._ready
@@ -187,7 +185,7 @@ class _Lines(Silent):
 
     def say(self, message: str) -> None:
         """Reports a line."""
-        self._report(f"worker {self._worker.name}: {message}")
+        self._report(self._worker.signed(message))
 
 
 class Prediction:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import pytest
 
 import featurepipe.execution.worker as at_worker
 from featurepipe.errors import ClusterError, StoreError, UsageError
-from featurepipe.execution import DaskExecutor, connect
+from featurepipe.execution import DaskExecutor, connect, dispatch
 from featurepipe.store import FeatureStore
 from featurepipe.store.gc import gc_store
 
@@ -185,6 +186,32 @@ def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, s
             ClusterError, match=r"no worker came to .* within 0\.5 s; start some, such as: dask worker tcp"
         ):
             team.check(tmp_path)
+
+
+def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask pauses such a worker, and what it was given waits: without our look, `Client.map` would wait for ever."""
+    import dask.config
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(dispatch, "PAUSED_SECONDS", 1.0)
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "processes": False, "protocol": "tcp"}
+    with (
+        dask.config.set(
+            {"distributed.worker.memory.pause": 0.001, "distributed.worker.memory.monitor-interval": "50ms"}
+        ),
+        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="4GiB", **options) as cluster,
+        connect(cluster, say=said.append) as team,
+    ):
+        workers = cluster.scheduler.workers.values()
+        while next(iter(workers)).status.name != "paused":
+            time.sleep(0.05)
+        with pytest.raises(
+            ClusterError, match=r"1 tasks are not done, the first: cat; no worker has the memory .* of its 4,096 MiB"
+        ):
+            list(team.map(lambda *_: None, ["cat"]))
+    assert [line for line in said if "takes no task until it has more free" in line] == said
 
 
 def test_what_was_given_stays_open(cluster_address: str) -> None:

@@ -34,8 +34,8 @@ from featurepipe.errors import (
     WorkerRefused,
 )
 from featurepipe.execution import DaskExecutor, Executor, LocalExecutor, ProcessExecutor
-from featurepipe.execution.dispatch import in_order
-from featurepipe.execution.worker import Carried, TaskResult, pickled
+from featurepipe.execution.executor import TaskResult, in_order
+from featurepipe.execution.worker import Carried, pickled
 from tests.conftest import travelling
 
 SECONDS = 60.0
@@ -128,7 +128,7 @@ def test_every_shard_comes_once_with_its_result(executor: Executor, kind: Kind) 
     assert sorted(executor.map(square, range(12))) == [(n, n * n) for n in range(12)]
     assert list(executor.map(square, [])) == []
     assert executor.once(square, 7) == 49
-    assert executor.expected() == len(executor.workers()) == kind.workers
+    assert executor.expected() == executor.count() == len(executor.workers()) == kind.workers
 
 
 def test_results_and_reports_come_in_order(executor: Executor, kind: Kind, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ KILLS = int(os.environ.get("FEATUREPIPE_KILLS", "50"))
 EXTRACT = """
     import sys
     from featurepipe.cli import main
-    from featurepipe.store import Space
+    from featurepipe.extraction import compute
 
-    Space.writer.__kwdefaults__["part_bytes"] = 1500
+    compute.part_bytes = lambda worker: 1500
     sys.exit(main())
 """
 SLOWLY = (

@@ -252,10 +252,11 @@ def test_a_signal_during_the_listing_ends_it_there(album, run):
 
 
 def test_a_full_disk_leaves_a_record_if_that_still_fits(album, run, monkeypatch):
-    from featurepipe.store import Space, writer
+    from featurepipe.extraction import compute
+    from featurepipe.store import writer
 
     album.fill(40)
-    monkeypatch.setitem(Space.writer.__kwdefaults__, "part_bytes", 1)
+    monkeypatch.setattr(compute, "part_bytes", lambda worker: 1)
     write_part, written = writer.write_part, []
 
     def until_full(*args, **options):

@@ -33,11 +33,11 @@ OURS = (
     "featurepipe.heads.preprocessing.BlockPCA",
     "featurepipe.heads.linear.ridge.BlockRidgeClassifier",
     "featurepipe.heads.preprocessing.BlockScaler",
-    "featurepipe.heads.linear.weighted.KNeighborsClassifier",
-    "featurepipe.heads.linear.weighted.LinearDiscriminantAnalysis",
-    "featurepipe.heads.linear.weighted.LinearSVC",
-    "featurepipe.heads.linear.weighted.LogisticRegression",
-    "featurepipe.heads.linear.weighted.RidgeClassifier",
+    "featurepipe.heads.weighted.KNeighborsClassifier",
+    "featurepipe.heads.weighted.LinearDiscriminantAnalysis",
+    "featurepipe.heads.weighted.LinearSVC",
+    "featurepipe.heads.weighted.LogisticRegression",
+    "featurepipe.heads.weighted.RidgeClassifier",
 )
 FORMER = (
     "featurepipe.heads.boosted.BoostedTrees",
@@ -47,9 +47,6 @@ FORMER = (
     "featurepipe.heads.pca.BlockPCA",
     "featurepipe.heads.ridge.BlockRidgeClassifier",
     "featurepipe.heads.scaling.BlockScaler",
-    "featurepipe.heads.weighted.LinearSVC",
-    "featurepipe.heads.weighted.LogisticRegression",
-    "featurepipe.heads.weighted.RidgeClassifier",
 )
 """Where estimators were when older bundles were written; ``featurepipe.heads`` tells Python where they are now."""
 
