@@ -71,9 +71,6 @@ def test_pickles_find_estimators_whose_modules_have_moved(former):
         ("linear-svm", {"out_of_core": True, "pca": 2}),
         ("ridge", {"out_of_core": True}),
         ("lda", {"out_of_core": True}),
-        ("logistic", {}),
-        ("linear-svm", {}),
-        ("ridge", {}),
     ],
 )
 def test_heads_written_before_their_modules_moved_open_and_say_the_same(tmp_path, family, options):
