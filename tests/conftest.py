@@ -10,9 +10,10 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ SERVER = textwrap.dedent("""
     from featurepipe.backbones import load_backbone
     import featurepipe.extraction.extract, featurepipe.layer_depth.depth
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.exports
+    import distributed.cli.dask_scheduler, distributed.cli.dask_worker
 
     torch.set_num_threads(1)
     load_backbone("lenet5", "none").columns(["c3"])  # what tracing loads
@@ -58,7 +60,7 @@ SERVER = textwrap.dedent("""
         for descriptor, path in enumerate(["/dev/null", order["stdout"], order["stderr"]]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(300)  # nothing here takes that long, even where four tests share two cores
+        signal.alarm(order["seconds"])  # nothing here takes that long, even where four tests share two cores
         os.chdir(order["cwd"])
         sys.argv = ["featurepipe", *order["args"]]
         code = 0
@@ -77,6 +79,13 @@ SERVER = textwrap.dedent("""
                 pass
         os._exit(code)
 """)
+DASK = """
+    import ctypes, signal
+    from distributed.cli.dask_{role} import main
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server, should the tests be killed
+    main()
+"""
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 
 
@@ -113,6 +122,9 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
     def wait(self) -> Finished:
         if self._finished is None:
             code = int(self._launcher.ask({"wait": self.pid}))
@@ -123,7 +135,7 @@ class Process:
 
 class Launcher:
     def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
+        self._folder, self._count, self._asking = folder, 0, threading.Lock()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -131,19 +143,21 @@ class Launcher:
         assert self._server.stdout.readline() == "ready\n"
 
     def ask(self, order: dict[str, Any]) -> str:
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        return self._server.stdout.readline()
+        with self._asking:
+            self._server.stdin.write(json.dumps(order) + "\n")
+            self._server.stdin.flush()
+            return self._server.stdout.readline()
 
-    def start(self, code: str, args: Sequence[object] = (), cwd: Path | None = None) -> Process:
-        """Starts a process that runs ``code`` with ``sys.argv[1:]`` as ``args``."""
+    def start(self, code: str, args: Sequence[object] = (), cwd: Path | None = None, *, seconds: int = 300) -> Process:
+        """Starts a process that runs ``code`` with ``sys.argv[1:]`` as ``args``, and is ended after ``seconds``, unless 0."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
         for name in ("out", "err"):  # it may be killed before it opens them
             (folder / name).touch()
         order = {"code": textwrap.dedent(code), "args": [str(arg) for arg in args], "cwd": str(cwd or folder)}
-        pid = int(self.ask({**order, "stdout": str(folder / "out"), "stderr": str(folder / "err")}))
+        order |= {"stdout": str(folder / "out"), "stderr": str(folder / "err"), "seconds": seconds}
+        pid = int(self.ask(order))
         return Process(self, pid, folder)
 
     def close(self) -> None:
@@ -197,13 +211,6 @@ def local_cluster(workers: int = 2, **options: Any) -> Iterator[Any]:
         yield cluster
 
 
-@pytest.fixture(scope="session")
-def cluster_address() -> Iterator[str]:
-    """A scheduler with two workers, shared by all tests that leave it whole."""
-    with local_cluster() as cluster:
-        yield cluster.scheduler_address
-
-
 @pytest.fixture
 def without_privileges() -> Callable[[], AbstractContextManager[None]]:
     """Makes contexts in which this thread is a user who may not read everything; skips the test where it cannot become one."""
@@ -248,8 +255,9 @@ def team(cluster_address: str, said: list[str]) -> Iterator[DaskExecutor]:
 class Processes:
     """What a user would start in terminals: `dask scheduler`, and `dask worker` so many times. Each can be killed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.workers = folder, []
+    def __init__(self, launcher: Launcher, folder: Path) -> None:
+        self.launcher, self.folder = launcher, folder
+        self.workers: list[Process] = []
         self.file = folder / "scheduler.json"
         self.scheduler = self._start(
             "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self.file)
@@ -257,10 +265,8 @@ class Processes:
         self._until(self._is_written)
         self.address = json.loads(self.file.read_text())["address"]
 
-    def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", f"distributed.cli.dask_{role}", "--no-dashboard", *options]
-        with (self.folder / f"{role}-{len(self.workers)}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder)
+    def _start(self, role: str, *options: str) -> Process:
+        return self.launcher.start(DASK.format(role=role), ["--no-dashboard", *options], self.folder, seconds=0)
 
     def add_worker(self, *options: str) -> None:
         name = f"worker-{len(self.workers)}"
@@ -279,17 +285,34 @@ class Processes:
 
     def end(self) -> None:
         for process in [*self.workers, self.scheduler]:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.send(signal.SIGCONT)
+                process.kill()
             process.wait()
 
 
+@pytest.fixture(scope="session")
+def cluster_address(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A scheduler with two workers, shared by all tests that leave it whole."""
+    from featurepipe.execution import connect
+
+    started = Processes(launcher, tmp_path_factory.mktemp("cluster"))
+    try:
+        for _ in range(2):
+            started.add_worker("--memory-limit", "3GiB")
+        with connect(started.address) as team:
+            team.wait_for_workers(2)
+        yield started.address
+    finally:
+        started.end()
+
+
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
+def processes(launcher: Launcher, tmp_path: Path) -> Iterator[Processes]:
     """A scheduler and two workers of the test's own, to kill."""
     folder = tmp_path / "processes"
     folder.mkdir()
-    started = Processes(folder)
+    started = Processes(launcher, folder)
     try:
         started.add_worker()
         started.add_worker()

@@ -117,7 +117,7 @@ def test_a_stopped_worker_does_not_stall_the_end(
     own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     store, start = tmp_path / "store", time.monotonic()
-    with meanwhile(store, 2, lambda: processes.workers[0].send_signal(signal.SIGSTOP)):
+    with meanwhile(store, 2, lambda: processes.workers[0].send(signal.SIGSTOP)):
         record = run(slow_folder(photos, 0.01), store, own_team)
     assert record["counts"]["computed"] == IMAGES
     assert time.monotonic() < start + 120  # Dask gives it up for dead after five minutes

@@ -52,7 +52,7 @@ def test_a_scheduler_that_hangs_ends_the_run_soon(
     with pytest.raises(ClusterError, match="gone, or does not answer"):
         for count, _ in enumerate(own_team.map(work, range(500))):
             if count == 2:
-                processes.scheduler.send_signal(signal.SIGSTOP)
+                processes.scheduler.send(signal.SIGSTOP)
                 killed = time.monotonic()
     assert time.monotonic() < killed + 30
 
@@ -62,7 +62,7 @@ def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
 ) -> None:
     monkeypatch.setattr("featurepipe.execution.worker_pool.BUSY_SECONDS", 1.0)
     monkeypatch.setattr("featurepipe.execution.dispatch.RESULT_SECONDS", 0.5)
-    goes_on = threading.Timer(5, processes.scheduler.send_signal, [signal.SIGCONT])
+    goes_on = threading.Timer(5, processes.scheduler.send, [signal.SIGCONT])
 
     def work(_context, n: int, _worker, stop, _report) -> int:
         time.sleep(0.1)
@@ -72,7 +72,7 @@ def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
     for number, _ in own_team.map(work, range(30)):
         done.append(number)
         if len(done) == 3:
-            processes.scheduler.send_signal(signal.SIGSTOP)
+            processes.scheduler.send(signal.SIGSTOP)
             goes_on.start()
     goes_on.join()
     assert sorted(done) == list(range(30))
@@ -85,8 +85,8 @@ def test_a_worker_that_is_too_busy_for_a_while_is_not_refused(
     [silent] = [worker.address for worker in own_team.workers() if worker.pid == processes.workers[0].pid]
     own_team.check()  # the first answer takes a while
     monkeypatch.setattr("featurepipe.execution.worker_pool.ANSWER_SECONDS", 2.0)
-    processes.workers[0].send_signal(signal.SIGSTOP)
-    goes_on = threading.Timer(5, processes.workers[0].send_signal, [signal.SIGCONT])
+    processes.workers[0].send(signal.SIGSTOP)
+    goes_on = threading.Timer(5, processes.workers[0].send, [signal.SIGCONT])
     goes_on.start()
     assert len(own_team.check()) == 2
     goes_on.join()

@@ -71,7 +71,7 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
     done = at_pass(3, processes.workers[1].kill, delay)
     head = BlockLogisticRegression(C=10.0).fit(there, codes)
     assert len(done) > 4
-    assert processes.workers[1].wait(5) < 0
+    assert processes.workers[1].wait().code < 0
     assert objective(head, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
     again = BlockLogisticRegression(C=10.0).fit(there, codes)  # on the workers that are left
     assert objective(again, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
