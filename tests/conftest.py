@@ -269,7 +269,7 @@ class Processes:
         return self.launcher.start(DASK.format(role=role), ["--no-dashboard", *options], self.folder, seconds=0)
 
     def add_worker(self, *options: str) -> None:
-        name = f"worker-{len(self.workers)}"
+        name = str(len(self.workers))
         here = ("--host", "127.0.0.1", "--nthreads", "1", "--name", name, "--local-directory", str(self.folder))
         self.workers.append(self._start("worker", self.address, *here, "--no-nanny", *options))
 

@@ -196,6 +196,7 @@ def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
     from distributed import LocalCluster
 
     monkeypatch.setattr(dispatch, "PAUSED_SECONDS", 1.0)
+    monkeypatch.setattr(dispatch, "RETURN_SECONDS", 0.1)
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "processes": False, "protocol": "tcp"}
     with (
         dask.config.set(
@@ -282,7 +283,8 @@ def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(
     known = team._known()
     ghost: dict[str, Any] = dict(known) | {"tcp://127.0.0.1:9": next(iter(known.values()))}
     monkeypatch.setattr(team, "_known", lambda: ghost)
-    monkeypatch.setattr("featurepipe.execution.worker_pool.ANSWER_SECONDS", 3.0)
+    for seconds in ("ANSWER_SECONDS", "LAST_SECONDS"):  # the living answer at once
+        monkeypatch.setattr(f"featurepipe.execution.worker_pool.{seconds}", 3.0)
     assert {worker.address for worker in team.workers()} == set(known)
 
 
@@ -290,7 +292,9 @@ def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: D
     def lose_package() -> None:
         import sys
 
-        sys.modules["featurepipe"] = None  # type: ignore[assignment]
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "featurepipe":
+                sys.modules[name] = None  # type: ignore[assignment]
 
     own_team.client.run_on_scheduler(lose_package)
     with pytest.raises(ClusterError, match=r"the scheduler tcp://\S+ cannot read our tasks \(.*featurepipe"):
