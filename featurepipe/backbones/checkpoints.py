@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featurepipe.backbones.weights import NOT_A_VALUE, WRAPPERS, StateDict, differences, load_into, unwrap
+from featurepipe.backbones.weights import (
+    NOT_A_VALUE,
+    WRAPPERS,
+    StateDict,
+    differences,
+    first_of,
+    has_whole_numbers,
+    load_into,
+    shortened,
+    unwrap,
+)
 from featurepipe.errors import UsageError
 from featurepipe.tables import counted
 
@@ -33,7 +43,8 @@ class Checkpoint:
 
     Attributes:
         state: The tensors, by the network's names, with the file's dtypes.
-        missing: Names of the network's tensors that the file lacks, or has in another shape.
+        missing: Names of the network's tensors that the file lacks, or has in another shape, as whole numbers, or with values
+            that are not finite.
         wrong: How the file differs from the network, for an error; empty where it does not.
         note: The same for people whom it does not matter to, and where the tensors were found; empty where there is nothing
             to say.
@@ -86,18 +97,88 @@ def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoi
     Raises:
         UsageError: There is no tensor for it, or several sets of tensors fit equally well.
     """
-    content, former = _with_present_names(content, network.state_dict())
+    unusable: list[str] = []
+    content, former = _with_present_names(_plain(content, unusable), network.state_dict())
     matches = _matches(content, network.state_dict())
     try:
         state = unwrap(content, origin)
         load_into(network, state, name=name, origin=origin)
-    except UsageError:
+    except UsageError as error:
         if not matches:
-            raise
+            raise UsageError(f"{error}{_left_out(unusable, before='; ')}") from error
         found = _checkpoint(_chosen(matches, name, origin), network.state_dict(), name)
     else:
         found = Checkpoint(state, note=_others(matches, state))
-    return replace(found, note="; ".join(filter(None, (_renaming(former), found.note))))
+    found = _without_non_finite(found, network)
+    notes, faults = (_renaming(former), found.note), (found.wrong, _left_out(unusable))
+    return replace(
+        found,
+        note="; ".join(filter(None, (*notes, _left_out(unusable)))),
+        wrong="; ".join(filter(None, faults)) if found.missing else "",
+    )
+
+
+def _plain(content: Any, unusable: list[str], depth: int = 0) -> Any:
+    """The content with tensors that have their values themselves; what no network can take is left out and named."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return content
+    plain: OrderedDict[Any, Any] = OrderedDict()
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            plain[key] = _plain(value, unusable, depth + 1)
+        elif kind := _unusable_kind(value):
+            unusable.append(f"{shortened(str(key))}: {kind}")
+        else:
+            plain[key] = _own_values(value)
+    if len(plain) == len(content) and all(plain[key] is value for key, value in content.items()):
+        return content  # torch hangs version notes on the mapping itself
+    plain.__dict__.update(getattr(content, "__dict__", {}))
+    return plain
+
+
+def _unusable_kind(value: Tensor) -> str:
+    """What a tensor is that holds no plain numbers; empty for one that does."""
+    kinds = (
+        (value.is_nested, "nested"),
+        (value.layout != torch.strided, "sparse"),
+        (value.is_meta, "without values (on the meta device)"),
+        (value.is_quantized, "quantised"),
+        (value.is_complex(), "complex"),
+        (value.is_floating_point() and "float4" in str(value.dtype), "of four bits"),
+    )
+    return next((kind for applies, kind in kinds if applies), "")
+
+
+def _own_values(value: Tensor) -> Tensor:
+    """Float8 as float32, which is exact and can be compared; a view that is negated in passing as what it means."""
+    if value.is_floating_point() and value.dtype.itemsize == 1:
+        return value.float()
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def _left_out(unusable: Sequence[str], before: str = "") -> str:
+    if not unusable:
+        return ""
+    count = f"{counted(len(unusable), 'tensor')} of the file {'is' if len(unusable) == 1 else 'are'} left out"
+    return f"{before}{count}, which no network takes ({first_of(unusable)})"
+
+
+def _without_non_finite(found: Checkpoint, network: nn.Module) -> Checkpoint:
+    """Counts weights that are NaN or infinite as missing: a ReLU behind them may make zeros of them, in silence."""
+    expected = network.state_dict()
+    values = [name for name, _ in network.named_parameters()]
+    values += [name for name in expected if name.endswith(("running_mean", "running_var"))]
+    given = ((name, found.state[name]) for name in values if name in found.state and name in expected)
+    bad = [name for name, value in given if not bool(torch.isfinite(value.to(expected[name].dtype)).all())]
+    if not bad:
+        return found
+    said = f"{counted(len(bad), 'tensor')} of the file {'holds' if len(bad) == 1 else 'hold'} NaN or infinity ({first_of(bad)})"
+    return replace(
+        found,
+        missing=found.missing | frozenset(bad),
+        wrong="; ".join(filter(None, (found.wrong, said))),
+        note="; ".join(filter(None, (found.note, said))),
+    )
 
 
 def _with_present_names(content: Any, expected: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
@@ -155,9 +236,9 @@ def _checkpoint(best: _Match, expected: Mapping[str, Tensor], name: str) -> Chec
     ignored = sorted(key for key in best.mapping if key not in used and _counts(key, best.mapping[key]))
     parts = [f"{len(needed) - len(missing)} of the {len(needed)} tensors of {name} are in {best}"]
     if missing:
-        parts.append(f"{len(missing)} are not ({_first(sorted(missing))})")
+        parts.append(f"{len(missing)} are not ({first_of(sorted(missing))})")
     if ignored:
-        parts.append(f"{len(ignored)} of the file are ignored ({_first(ignored)})")
+        parts.append(f"{len(ignored)} of the file are ignored ({first_of(ignored)})")
     wrong = differences(expected, best.given()) if missing else ""
     return Checkpoint(best.tensors, missing, wrong, "; ".join(parts), renamed=True)
 
@@ -177,6 +258,7 @@ def _matches(content: Any, expected: Mapping[str, Tensor]) -> list[_Match]:
                 key: mapping[other]
                 for key, other in names.items()
                 if other in mapping and mapping[other].shape == expected[key].shape
+                if not has_whole_numbers(mapping[other], expected[key])
             }
             if any(_counts(key, value) for key, value in tensors.items()):
                 found.append(_Match(where, dropped, added, mapping, tensors))
@@ -228,7 +310,12 @@ def _chosen(matches: Sequence[_Match], name: str, origin: str) -> _Match:
 
 
 def _same(one: StateDict, other: StateDict) -> bool:
-    return all(torch.equal(one[key], other[key]) for key in one.keys() & other.keys())
+    return all(one[key] is other[key] or _equal(one[key], other[key]) for key in one.keys() & other.keys())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN equals NaN."""
+    return torch.equal(one, other) or (one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 def _others(matches: Sequence[_Match], state: StateDict) -> str:
@@ -236,9 +323,5 @@ def _others(matches: Sequence[_Match], state: StateDict) -> str:
     full = [match for match in matches if len(match.tensors) >= _RIVAL * len(state)]
     others = [match for match in full if not _same(match.tensors, state)]
     return (
-        f"the file holds other tensors as well, which are ignored: {_first(list(map(str, others)))}" if others else ""
+        f"the file holds other tensors as well, which are ignored: {first_of(list(map(str, others)))}" if others else ""
     )
-
-
-def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

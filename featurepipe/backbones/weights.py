@@ -18,7 +18,7 @@ import urllib.error
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,12 @@ def read_file(path: Path) -> Any:
     """
     if path.is_dir():
         raise UsageError(f"weights file {str(path)!r} is a folder; name the file in it (.pth, .bin, .safetensors)")
+    if not path.is_file():
+        raise UsageError(f"weights file {str(path)!r} is no regular file, but a pipe or a device")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+    if why := _inflated(path, head):
+        raise UsageError(f"weights file {str(path)!r} is not a state dict that torch has saved: {why}")
     if path.suffix.lower() == ".safetensors" or head[8:9] == b"{":
         return _read_safetensors(path, _what(path, head))
     try:
@@ -195,6 +199,21 @@ def _what_zip(path: Path) -> str:
     return ""
 
 
+def _inflated(path: Path, head: bytes) -> str:
+    """Says that a zip archive unpacks to far more than the file holds; torch compresses nothing."""
+    try:
+        if not head.startswith(b"PK"):
+            return ""
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return ""  # said when it is loaded
+    size = path.stat().st_size
+    if unpacked <= _MOST_INFLATED * size:
+        return ""
+    return f"it is a compressed archive of {size:,} bytes that unpacks to {unpacked:,}"
+
+
 def _objects(error: BaseException) -> str:
     """Names the class that torch refuses to make, if that is the reason: making it could run code."""
     found = re.search(r"(?:GLOBAL|global|Unsupported class|class) `?([A-Za-z_][\w.]*\.\w+)", str(error))
@@ -234,6 +253,8 @@ ALTERNATIVE = "efficientnet_lite0"
 NOT_A_VALUE = "num_batches_tracked"  # a counter of training steps, which changes no feature
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 _CONNECT_SECONDS = 20.0
+_MOST_INFLATED = 100  # bytes of a zip archive unpacked, for each that the file has
+_SHOWN = 200  # characters of a name
 
 
 def is_file_name(weights: str) -> bool:
@@ -296,8 +317,12 @@ def unwrap(content: Any, origin: str) -> StateDict:
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        keys = f" with keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else ""
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
+        keys = f" with keys {first_of(list(map(str, content)), 4)}" if isinstance(content, Mapping) else ""
         raise UsageError(
             f"weights file {origin!r} holds a {type(content).__name__}{keys}, not a state dict of tensors; "
             "save it with torch.save(model.state_dict(), path)"
@@ -326,13 +351,21 @@ def load_into(module: nn.Module, state: StateDict, *, name: str, origin: str) ->
         anew = True
     else:
         anew = any(parameter.is_meta for parameter in module.parameters())
+    wrong = UsageError(
+        f"weights {origin!r} do not fit {name}: {differences(expected, state)}. A network of another shape can be "
+        "given as package.module:factory"
+    )
+    if any(has_whole_numbers(tensor, expected[key]) for key, tensor in state.items() if key in expected):
+        raise wrong  # they would be taken as values, without the scale that they were quantised by
     try:
         module.load_state_dict(state, strict=True, assign=anew)
     except RuntimeError as error:
-        raise UsageError(
-            f"weights {origin!r} do not fit {name}: {differences(expected, state)}. A network of another shape can be "
-            "given as package.module:factory"
-        ) from error
+        raise wrong from error
+
+
+def has_whole_numbers(given: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor holds whole numbers or truth values where the network has floating ones."""
+    return expected.is_floating_point() and not given.is_floating_point()
 
 
 def _needs_conversion(given: Tensor, expected: Tensor | None) -> bool:
@@ -340,7 +373,7 @@ def _needs_conversion(given: Tensor, expected: Tensor | None) -> bool:
 
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Names the first keys that are missing, that are too many, and whose shapes differ."""
+    """Names the first keys that are missing, that are too many, and whose shapes or kinds of numbers differ."""
     missing = [key for key in expected if key not in given and not key.endswith(NOT_A_VALUE)]
     surplus = [key for key in given if key not in expected]
     shapes = [
@@ -348,18 +381,31 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
         for key in expected
         if key in given and given[key].shape != expected[key].shape
     ]
+    kinds = [
+        f"{key} has the dtype {str(given[key].dtype).removeprefix('torch.')}, not a floating one"
+        for key in expected
+        if key in given and has_whole_numbers(given[key], expected[key])
+    ]
     parts = []
     if missing:
-        parts.append(f"{len(missing)} keys are missing ({_first(missing)})")
+        parts.append(f"{len(missing)} keys are missing ({first_of(missing)})")
     if surplus:
-        parts.append(f"{len(surplus)} keys are not in the network ({_first(surplus)})")
+        parts.append(f"{len(surplus)} keys are not in the network ({first_of(surplus)})")
     if shapes:
-        parts.append(_first(shapes))
+        parts.append(first_of(shapes))
+    if kinds:
+        parts.append(first_of(kinds))
     return "; ".join(parts)
 
 
-def _first(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """The first of some names, for a message; a stranger's may have any length."""
+    return ", ".join(map(shortened, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def shortened(name: str) -> str:
+    """A name as a message shows it."""
+    return name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
 
 
 def hub_file(url: str) -> Path:

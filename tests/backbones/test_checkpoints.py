@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import gzip
+import os
 import pickle
 import re
 import sys
@@ -400,3 +401,80 @@ def test_a_model_of_timm(tmp_path) -> None:
     backbone = load_backbone("timm/resnet18", str(tmp_path / "last.pth.tar"))
     backbone.columns(["layer4"])
     assert torch.equal(backbone.module.conv1.weight, state["module.conv1.weight"])
+
+
+FIRST = "c1.0.weight"
+NO_NUMBERS = {
+    "sparse": lambda value: value.to_sparse(),
+    "without values": lambda value: value.to("meta"),
+    "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    "complex": lambda value: value.to(torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization.*:DeprecationWarning", "ignore:.*quantize:DeprecationWarning")
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_tensors_that_no_network_takes_are_left_out_and_refused_where_they_are_needed(
+    kind, state, truth, tmp_path
+) -> None:
+    odd = NO_NUMBERS[kind](state[FIRST])
+    with pytest.raises(UsageError, match=rf"left out, which no network takes \({FIRST}: {kind}.*node f6.1 needs"):
+        saved({**state, FIRST: odd}, tmp_path).columns(["bottleneck"])
+    backbone = saved({**state, "other": odd}, tmp_path)
+    assert f"other: {kind}" in backbone.weights_note
+    np.testing.assert_allclose(features(backbone), truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_whole_numbers_are_not_taken_for_weights(dtype, state, tmp_path) -> None:
+    name = str(dtype).removeprefix("torch.")
+    for wrap in (dict, lambda tensors: {"ema": renamed(tensors, "module.")}):
+        with pytest.raises(UsageError, match=f"{FIRST} has the dtype {name}, not a floating one"):
+            saved(wrap({**state, FIRST: state[FIRST].to(dtype)}), tmp_path).columns(["bottleneck"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_where_they_are_needed(value, state, tmp_path) -> None:
+    """A ReLU makes zeros of NaN on some processors: the same features for all images, and no error."""
+    bad = torch.full_like(state[FIRST], value, dtype=torch.float64)
+    with pytest.raises(UsageError, match=rf"1 tensor of the file holds NaN or infinity \({FIRST}\); node c3 needs"):
+        saved({**state, FIRST: bad}, tmp_path).columns(["c3"])
+    beyond = saved({**state, "output.bias": state["output.bias"] * float("nan")}, tmp_path)
+    assert beyond.weights_note == "1 tensor of the file holds NaN or infinity (output.bias)"
+    assert [column.node for column in beyond.columns(["c3"])] == ["c3"]
+
+
+def test_float8_is_read_as_what_it_means(state, tmp_path) -> None:
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
+    plain = {name: value.float() for name, value in small.items()}
+    backbone = saved(small, tmp_path)
+    np.testing.assert_array_equal(features(backbone), features(saved(plain, tmp_path, "plain.pth")))
+
+
+def test_tensors_that_are_views_of_others_are_read_as_what_they_mean(state, truth, tmp_path) -> None:
+    tensors = {**state, FIRST: torch._neg_view(-state[FIRST]), "tied": state[FIRST]}
+    tensors["c3.0.weight"] = state["c3.0.weight"].transpose(0, 3).contiguous().transpose(0, 3)
+    np.testing.assert_allclose(features(saved(tensors, tmp_path)), truth, atol=1e-6)
+
+
+def test_mappings_that_hold_themselves(state, truth, tmp_path) -> None:
+    content = {"state_dict": dict(state)}
+    content["state_dict"]["self"] = content
+    np.testing.assert_allclose(features(saved(content, tmp_path)), truth, atol=1e-6)
+
+
+def test_odd_names_are_no_names_of_tensors(state, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"holds a dict with keys 0, 1, 2, 3, \.\.\., not a state dict"):
+        saved(dict(enumerate(state.values())), tmp_path).columns(["bottleneck"])
+    note = saved({**state, "x" * 100_000: torch.zeros(1)}, tmp_path).weights_note
+    assert len(note) < 400
+
+
+def test_what_is_no_regular_file_or_unpacks_to_far_more_is_not_read(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UsageError, match="no regular file"):
+        load_backbone("lenet5", str(tmp_path / "pipe.pth")).columns(["bottleneck"])
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(1 << 22))
+    with pytest.raises(UsageError, match="unpacks to 4,194,304"):
+        load_backbone("lenet5", str(tmp_path / "bomb.pth")).columns(["bottleneck"])
