@@ -122,7 +122,10 @@ def read_file(path: Path) -> Any:
 
 def _load(path: Path, harmless: Iterable[Any]) -> Any:
     with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(pickle protocol|TorchScript archive)")  # our own error says what it is
+        # Our own error says what it is.
+        warnings.filterwarnings(
+            "ignore", ".*(pickle protocol|TorchScript archive|sparse tensor invariants|quantized tensor)"
+        )
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -253,6 +256,7 @@ ALTERNATIVE = "efficientnet_lite0"
 NOT_A_VALUE = "num_batches_tracked"  # a counter of training steps, which changes no feature
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 _CONNECT_SECONDS = 20.0
+_TORCHS_WARNINGS = ".*(pickle protocol|TorchScript archive|sparse tensor invariants|quantized tensor|TypedStorage)"
 _MOST_INFLATED = 100  # bytes of a zip archive unpacked, for each that the file has
 _SHOWN = 200  # characters of a name
 
