@@ -68,6 +68,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         columns_: The columns, ``node:pooling``, in the order of the features.
         n_features_out_: Values per image.
+        weights_note_: What was ignored or guessed when a file of weights was loaded; empty if all is as usual.
         space_: Fields of the feature space: network, SHA-256 of its weights, preprocessing, precision and so on.
 
     Example:
@@ -137,6 +138,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._transformation = Transformation.settle(given, self._options(), self.store, self.cluster)
         self.columns_ = tuple(map(str, self._transformation.columns))
         self.n_features_out_ = sum(self._transformation.widths)
+        self.weights_note_ = self._transformation.weights_note
         self.space_ = self._transformation.space
         self._widths = self._transformation.widths
         return self

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils import estimator_checks
 
+from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine
 from featurepipe.cnn_features import NAME, CNNFeatures
 from featurepipe.errors import UsageError
@@ -186,6 +187,18 @@ def test_pickling_drops_the_network_and_keeps_the_space(paths, tmp_path, store):
     np.testing.assert_array_equal(again.transform(paths), found)
     assert again.space_ == made.space_
     assert again.get_feature_names_out().tolist() == made.get_feature_names_out().tolist()
+
+
+def test_what_is_ignored_of_a_file_of_weights_is_an_attribute(paths, tmp_path):
+    import torch
+
+    state = load_backbone("lenet5", "none").module.state_dict()
+    torch.save(
+        {"state_dict": state, "state_dict_ema": {name: value + 1 for name, value in state.items()}}, tmp_path / "w.pt"
+    )
+    fitted = CNNFeatures("lenet5", weights=str(tmp_path / "w.pt")).fit(paths[:1])
+    assert fitted.weights_note_ == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
+    assert CNNFeatures(**LENET).fit(paths[:1]).weights_note_ == ""
 
 
 def test_other_weights_than_those_of_fit_are_refused(paths, tmp_path):

@@ -134,6 +134,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "source": job.source.location,
         **bounds_of(job.source),
         "backbone": {"name": job.existing_space.backbone, **job.existing_space.notes.get("backbone", {})},
+        "weights_note": job.session.backbone.weights_note,  # of this run's file: the space's may be another one
         "space": job.existing_space.name,
         "fingerprint": job.existing_space.fingerprint,
         "new_space": job.why_new,

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +96,7 @@ class ShardRun:
     tried_again: int = 0
 
     @classmethod
-    def by(cls, worker: Worker, machine: Machine, seconds: float, clock: StageSeconds, **more: int) -> Self:
+    def by(cls, worker: Worker, machine: Machine, seconds: float, clock: StageSeconds, **more: Any) -> Self:
         """How this process fared; ``more`` are parts, bytes and the like."""
         host, stages = socket.gethostname(), dict(clock.totals)
         return cls(worker.name, host, os.getpid(), machine.device, machine.workers, seconds, stages, **more)

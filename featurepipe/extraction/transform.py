@@ -63,6 +63,7 @@ class Transformation:
         cluster: Any = None,
     ) -> None:
         self.columns, self.space = columns, space
+        self.weights_note = loaded.backbone.weights_note
         self.widths = tuple(math.prod(loaded.backbone.feature_shape(column)) for column in columns)
         self._loaded, self._options, self._store = loaded, options, store
         self._cluster = cluster

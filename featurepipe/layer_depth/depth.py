@@ -91,8 +91,8 @@ def depth(
     Returns:
         JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
         ``transferability``, ``details``, ``details_shifted``, ``timing``, ``provenance``, with ``report`` also the ``map``,
-        ``damaged`` (the images of the sources that were kept all the same), and what they were measured on. Kept in the store
-        as well.
+        ``weights_note`` (what was ignored or guessed of a file of weights), ``damaged`` (the images of the sources that were
+        kept all the same), and what they were measured on. Kept in the store as well.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.

@@ -196,6 +196,7 @@ def document(
         "version": 1,
         "dataset": study.dataset,
         "backbone": found.backbone_record,
+        "weights_note": found.weights_note,
         "space": {"name": found.space_name, "fingerprint": study.spaces[PRETRAINED]},
         "control": found.control(),
         "test_dataset": there.dataset if there else None,

@@ -97,6 +97,14 @@ class Extracted:
         return [str(record["run_id"]) for record in self.records]
 
     @property
+    def weights_note(self) -> str:
+        """What was ignored or guessed when the network's weights were loaded; empty if all is as usual."""
+        if not self.is_held:
+            return self.backbone.weights_note
+        notes = self.store.space(self.spaces[PRETRAINED]).notes.get("backbone", {})
+        return str(notes.get("weights_note", ""))
+
+    @property
     def damaged(self) -> dict[str, Any] | None:
         """The images that were kept although they are damaged, as a run record has them, each with its dataset.
 

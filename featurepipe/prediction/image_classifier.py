@@ -30,11 +30,13 @@ class ImageClassifier:
     Attributes:
         bundle: The head and all that is known of it.
         classes_: (K,) class names, in the order of the probabilities.
+        weights_note: What was ignored or guessed when a file of weights was loaded; empty if all is as usual.
     """
 
     def __init__(self, ready: ReadyBundle) -> None:
         self.bundle = ready.bundle
         self.classes_ = np.array(ready.bundle.classes, dtype=object)
+        self.weights_note = ready.backbone.weights_note
         self._ready = ready
 
     @classmethod

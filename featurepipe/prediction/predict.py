@@ -75,9 +75,10 @@ def predict(
         silent: show no progress and say nothing.
 
     Returns:
-        The record of the run as JSON values: ``counts``, ``labels`` (images by label), ``neutralised`` (cells of a CSV file
-        that got an apostrophe, see `featurepipe.tables`), ``rejects`` (the first of them; the file has
-        all), ``damaged`` (the first of those kept), seconds, versions; ``exit_code`` is 3 if there were rejects.
+        The record of the run as JSON values: ``weights_note`` (what was ignored or guessed of a file of weights), ``counts``,
+        ``labels`` (images by label), ``neutralised`` (cells of a CSV file that got an apostrophe, see `featurepipe.tables`),
+        ``rejects`` (the first of them; the file has all), ``damaged`` (the first of those kept), seconds, versions;
+        ``exit_code`` is 3 if there were rejects.
 
     Raises:
         UsageError: an argument is wrong.
@@ -181,6 +182,7 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
     seconds = {**facts["seconds"], SCORE: scoring, "wall": predictions.wall}
     return {
         "backbone": bundle.backbone["name"],
+        "weights_note": prediction.weights_note,
         "fingerprint": bundle.fingerprint,
         "columns": list(bundle.columns),
         "family": bundle.family,

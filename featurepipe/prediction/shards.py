@@ -133,6 +133,17 @@ class PredictionContext:
             raise WorkerRefused(error.message) from error
 
 
+@dataclass(frozen=True)
+class PredictionRun(ShardRun):
+    """How a worker fared with a shard.
+
+    Attributes:
+        weights_note: what was ignored or guessed when the network's weights were loaded there.
+    """
+
+    weights_note: str = ""
+
+
 def digest_of(folder: str) -> str:
     """SHA-256 of what a bundle says of its files, and so of the bundle; empty if there is none to be seen."""
     try:
@@ -141,7 +152,9 @@ def digest_of(folder: str) -> str:
         return ""
 
 
-def predict_shard(context: PredictionContext, shard: Shard, worker: Worker, stop: Stop, report: Report) -> ShardRun:
+def predict_shard(
+    context: PredictionContext, shard: Shard, worker: Worker, stop: Stop, report: Report
+) -> PredictionRun:
     """Reads, computes and scores the images of a shard.
 
     Args:
@@ -174,7 +187,8 @@ def predict_shard(context: PredictionContext, shard: Shard, worker: Worker, stop
             reasons += scored.reasons.values()
             rows += len(scored.numbers)
         check_source(context.source, context.probes or (), reasons, rows)
-        return ShardRun.by(worker, ready.session.machine, time.perf_counter() - start, clock)
+        note = ready.backbone.weights_note
+        return PredictionRun.by(worker, ready.session.machine, time.perf_counter() - start, clock, weights_note=note)
 
 
 class _Lines(Silent):
@@ -193,12 +207,15 @@ class Prediction:
 
     Attributes:
         bundle: the bundle that it predicts with.
+        weights_note: what was ignored or guessed when the network's weights were loaded, here or by a worker; empty if all is
+            as usual.
     """
 
     def __init__(
         self, executor: Executor, bundle: Bundle, ready: ReadyBundle | None, folder: str, options: BundleOptions
     ) -> None:
         self.bundle = bundle
+        self.weights_note = ""
         self._executor, self._ready, self._folder, self._options = executor, ready, folder, options
         self._clock = StageSeconds()
         self._machine: Machine | None = None if ready is None else ready.session.machine
@@ -243,6 +260,8 @@ class Prediction:
             ClusterError: none of the workers can be used, or they are gone.
         """
         context, shards, sizes = self._context(images, listing, progress)
+        if self._ready is not None:
+            self._note_weights(self._ready.backbone.weights_note, progress)
 
         def told(what: str | Scored) -> None:
             if isinstance(what, str):
@@ -255,11 +274,18 @@ class Prediction:
         )
         with closing(results):
             for shard, run in results:
+                self._note_weights(run.weights_note, progress)
                 if context.here is None:
                     sizes.note(shard.rows, run.seconds)
                     who = run.worker, run.host, run.pid
                     self._totals.setdefault(who, WorkerTotals(run)).add(shard.rows, run)
                     progress.advance(shard.rows)
+
+    def _note_weights(self, note: str, progress: Progress) -> None:
+        """Keeps, and says once, what a worker tells of the weights; all workers have the same tensors."""
+        if note and not self.weights_note:
+            self.weights_note = note
+            progress.say(f"weights {self._options.weights or self.bundle.backbone['weights']}: {note}")
 
     def _context(
         self, images: Source, listing: pa.Table, progress: Progress

@@ -148,7 +148,11 @@ def _depth_facts(document: Document) -> dict[str, Any]:
             for name in ("dataset", "test_dataset", "images", "counts", "damaged", "classes")
             if name in document
         },
-        "Network": {name: document[name] for name in ("backbone", "space", "control", "timing") if name in document},
+        "Network": {
+            name: document[name]
+            for name in ("backbone", "weights_note", "space", "control", "timing")
+            if name in document
+        },
     }
 
 

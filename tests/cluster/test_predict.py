@@ -11,9 +11,11 @@ from functools import partial
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from featurepipe.backbones import load_backbone
 from featurepipe.errors import ClusterError, Interrupted, TooManyRejects, UsageError, WorkerRefused
 from featurepipe.execution import connect
 from featurepipe.execution.executor import Worker
@@ -189,6 +191,18 @@ def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(album, team, tm
     assert album.predict(None, source=source, cluster=team)["damaged"]["kept"] == 0
     with pytest.raises(UsageError, match="unknown damaged 'repair'"):
         album.predict(None, source=source, cluster=team, damaged="repair")
+
+
+def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, team, tmp_path):
+    state = load_backbone("lenet5", "none").module.state_dict()
+    more = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": more}, tmp_path / "two.pt")
+    own, bundle = load_backbone("lenet5", str(tmp_path / "two.pt")), read_bundle(album.bundle)
+    backbone, space = {**bundle.backbone, "weights": "file"}, {**bundle.space, **own.identity()}
+    write_bundle(tmp_path / "bundle", replace(bundle, backbone=backbone, space=space))
+    options = {"weights": tmp_path / "two.pt", "max_rejects": 2, "workers": 1, "silent": True}
+    record = predict(tmp_path / "bundle", album.root, cluster=team, **options)
+    assert record["weights_note"] == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
 
 
 # Who may take part

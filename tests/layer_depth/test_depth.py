@@ -241,6 +241,23 @@ def test_damaged_images_are_kept_where_asked_and_listed_with_their_dataset(run, 
         run(tmp_path / "store", **store, extraction={"damaged": "keep"})
 
 
+def test_what_is_ignored_of_a_file_of_weights_is_in_the_records_of_each_run(run, pictures, trained, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = torch.load(trained, weights_only=True)
+    more = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": more}, tmp_path / "two.pth")
+    small = {"nodes": ["s4", "f6"], "heads": ("centroid",)}
+    source = pictures()
+    assert run(source, weights=trained, **small)["weights_note"] == ""
+    found = run(source, weights=str(tmp_path / "two.pth"), **small)  # the same tensors, and so the same feature space
+    assert found["weights_note"] == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
+    store = FeatureStore(tmp_path / "store")
+    assert [record["weights_note"] for record in store.runs()] == ["", found["weights_note"]]
+    assert len(store.spaces()) == 1
+    held = {**small, "store": None, "backbone": None}
+    assert run(tmp_path / "store", **held)["weights_note"] == ""  # the space was begun with the other file
+
+
 FINDERS = ("similarity", "transferability", "details", "placed")
 
 

@@ -19,6 +19,7 @@ from featurepipe.errors import BundleError, Interrupted, SourceError, TooManyRej
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.prediction import files
+from featurepipe.prediction.image_classifier import ImageClassifier
 from featurepipe.prediction.predict import predict
 from featurepipe.prediction.text import text
 from featurepipe.store import FeatureStore
@@ -263,6 +264,24 @@ def test_weights_of_ones_own_come_from_the_bundle_or_the_user(album, tmp_path):
     torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "other.pt")
     with pytest.raises(BundleError, match="weights_sha256 differs"):
         predict(bundle, album.root, weights=tmp_path / "other.pt", **OPTIONS)
+
+
+def test_what_is_ignored_of_a_file_of_weights_is_said_and_recorded(album, tmp_path, capsys):
+    state = load_backbone("lenet5", "none").module.state_dict()
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "plain.pt")
+    more = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": more}, tmp_path / "two.pt")
+    bundle = album.bundle()
+    own = load_backbone("lenet5", str(tmp_path / "two.pt"))
+    bundle = replace(bundle, backbone={**bundle.backbone, "weights": "file"}, space={**bundle.space, **own.identity()})
+    for name in ("plain.pt", "two.pt"):  # the same tensors, and so the same features
+        note = load_backbone("lenet5", str(tmp_path / name)).weights_note
+        record = predict(bundle, album.root, weights=tmp_path / name, workers=1)
+        assert record["weights_note"] == note
+        assert (f"weights {tmp_path / name}: {note}" in capsys.readouterr().err) == bool(note)
+        assert ImageClassifier.load(bundle, weights=tmp_path / name).weights_note == note
+    assert note == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
+    assert predict(album.bundle(), album.root, **OPTIONS)["weights_note"] == ""
 
 
 def test_a_head_of_another_width_is_refused(album):
