@@ -123,9 +123,7 @@ def read_file(path: Path) -> Any:
 def _load(path: Path, harmless: Iterable[Any]) -> Any:
     with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings():
         # Our own error says what it is.
-        warnings.filterwarnings(
-            "ignore", ".*(pickle protocol|TorchScript archive|sparse tensor invariants|quantized tensor)"
-        )
+        warnings.filterwarnings("ignore", _TORCHS_WARNINGS)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
