@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -212,3 +214,43 @@ def test_what_is_scored_is_said_on_standard_error(zoo, split, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "scoring 121 images of dataset zoo: split test\n"
+
+
+SLOW = """
+    import sys, time
+    from featurepipe.cli import main
+    from featurepipe.evaluation import evaluate
+    from pathlib import Path
+
+    def slow(*_, **__):
+        Path("READY").touch()
+        time.sleep(1_000)  # in C, as a fit or a large product is
+
+    evaluate.score_table = slow
+    sys.exit(main(["evaluate", *sys.argv[1:], "--json"]))
+"""
+
+
+def files_below(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_sigterm_ends_the_command_at_once_with_nothing_printed_or_written(zoo, split, tmp_path, launcher):
+    bundle = write_bundle(tmp_path / "bundle", split[2])
+    before = files_below(tmp_path)
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    process = launcher.start(SLOW, [bundle, zoo.store.path], cwd=place, seconds=200)
+    deadline = time.monotonic() + 100
+    while not (place / "READY").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (place / "READY").exists(), process.err()
+    sent = time.monotonic()
+    process.send(signal.SIGTERM)
+    finished = process.wait()
+    assert time.monotonic() - sent < 100
+    assert finished.code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert finished.out == ""
+    assert "Traceback" not in finished.err
+    (place / "READY").unlink()
+    assert files_below(tmp_path) == before

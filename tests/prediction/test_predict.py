@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -347,6 +348,53 @@ def test_an_interrupt_leaves_no_file_and_an_old_one_stays(album, tmp_path):
         assert caught.value.exit_code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["old.csv"]
     assert (tmp_path / "old.csv").read_text() == "as it was"
+
+
+STUCK = """
+    import sys, time
+    from pathlib import Path
+    from featurepipe.features import loader
+    from featurepipe.cli import main
+
+    real, bundle, images, target = loader.try_decode, *sys.argv[1:]
+
+    def stuck(payload, **options):
+        if payload.endswith(b"stuck"):
+            Path("READY").touch()
+            time.sleep(1_000)  # in C, where no exception arrives
+        return real(payload, **options)
+
+    loader.try_decode = stuck
+    sys.exit(main(["predict", bundle, images, "--to", target, "--workers", "2", "--batch-size", "4", "--quiet"]))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_sigterm_ends_the_command_whose_decoder_is_stuck_and_leaves_the_older_file(
+    album, written, tmp_path, launcher, suffix
+):
+    bundle, images, out = written(), tmp_path / "images", tmp_path / "out"
+    out.mkdir()
+    target = out / f"old{suffix}"
+    target.write_text("as it was")
+    shutil.copytree(album.root, images)
+    last = images / "ümlaut" / "35.png"
+    last.write_bytes(last.read_bytes() + b"stuck")
+    process = launcher.start(STUCK, [bundle, images, target], cwd=tmp_path, seconds=200)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "READY").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(list(out.iterdir())) == 2  # the older one, and what is being written
+    sent = time.monotonic()
+    process.send(signal.SIGTERM)
+    finished = process.wait()
+    assert time.monotonic() - sent < 100
+    assert finished.code == 128 + signal.SIGTERM, finished.err
+    assert "stopped by SIGTERM: " in finished.err
+    assert "no file was written" in finished.err
+    assert "Traceback" not in finished.err
+    assert [path.name for path in out.iterdir()] == [target.name]
+    assert target.read_text() == "as it was"
 
 
 def test_a_failure_on_the_way_leaves_no_file(album, tmp_path, monkeypatch):
