@@ -83,18 +83,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counted.dask_setup(None)  # this process is the client
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         folder = Path(name)
-        with cluster_steps.team_of(folder / "extraction", WORKERS, "4GB") as team:
-            meter = Meter(team)
-            waiting = cluster_steps.idle(team, meter, 2 if args.tiny else 20)
-            extraction = measure_extraction(folder, args, team, partial(metered, meter, waiting))
-            handing_out = measure_handing_out(args, team, partial(metered, meter, waiting))
-        with cluster_steps.team_of(folder / "fit", WORKERS, args.memory) as team:
-            meter = Meter(team)
-            net = partial(metered, meter, cluster_steps.idle(team, meter, 2 if args.tiny else 20))
+        with cluster_steps.executor_of(folder / "extraction", WORKERS, "4GB") as executor:
+            meter = Meter(executor)
+            waiting = cluster_steps.idle(executor, meter, 2 if args.tiny else 20)
+            extraction = measure_extraction(folder, args, executor, partial(metered, meter, waiting))
+            handing_out = measure_handing_out(args, executor, partial(metered, meter, waiting))
+        with cluster_steps.executor_of(folder / "fit", WORKERS, args.memory) as executor:
+            meter = Meter(executor)
+            net = partial(metered, meter, cluster_steps.idle(executor, meter, 2 if args.tiny else 20))
             record.note(f"making a store of {args.rows:,} rows")
             view = cluster_steps.fill_store(folder / "store", args.rows, args.width, args.classes)
-            fit = measure_fit(folder / "store", view, args, team, net)
-            passing = measure_passes(view, args, team, net)
+            fit = measure_fit(folder / "store", view, args, executor, net)
+            passing = measure_passes(view, args, executor, net)
     found = {"extraction": extraction, "handing_out": handing_out, "fit": fit, "passes": passing}
     costs = costs_of(found, waiting)
     return {
@@ -120,7 +120,7 @@ def metered(meter: Meter, waiting: Traffic, work: Callable[[], Any]) -> tuple[An
     return answer, meter.stop().less(waiting)
 
 
-def measure_extraction(folder: Path, args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
+def measure_extraction(folder: Path, args: argparse.Namespace, executor: DaskExecutor, net: Any) -> dict[str, Any]:
     """Extraction here, by workers, and by a script."""
     record.note(f"making {args.images} images")
     photos, few = (
@@ -129,13 +129,13 @@ def measure_extraction(folder: Path, args: argparse.Namespace, team: DaskExecuto
     )
     names = [str(path) for path in sorted(photos.iterdir())]
     cold = [
-        extracted(few, folder, args, cluster).seconds for cluster in (team, team, None)
+        extracted(few, folder, args, cluster).seconds for cluster in (executor, executor, None)
     ]  # the last for this process
-    scripted(sorted(map(str, few.iterdir())), args, team)
+    scripted(sorted(map(str, few.iterdir())), args, executor)
     acts: dict[str, Callable[[], Extracted]] = {
         "here": lambda: extracted(photos, folder, args, None),
-        "by_workers": lambda: extracted(photos, folder, args, team),
-        "script": lambda: scripted(names[: args.script_images], args, team),
+        "by_workers": lambda: extracted(photos, folder, args, executor),
+        "script": lambda: scripted(names[: args.script_images], args, executor),
     }
     rounds, found = [], dict[str, Extracted]()
     for number in range(args.rounds):
@@ -184,13 +184,13 @@ def extracted(photos: Path, folder: Path, args: argparse.Namespace, cluster: Any
     return Extracted(seconds, images, sum(rates) if rates else images / run["seconds"]["wall"], features, run)
 
 
-def scripted(names: list[str], args: argparse.Namespace, team: DaskExecutor) -> Extracted:
+def scripted(names: list[str], args: argparse.Namespace, executor: DaskExecutor) -> Extracted:
     """The script that people write."""
     start = time.perf_counter()
     lists = [names[first : first + NAMES] for first in range(0, len(names), NAMES)]
     options = {"backbone": args.backbone, "weights": args.weights}
-    futures = team.client.map(cluster_steps.features_of, lists, pure=False, **options)
-    features = np.concatenate(team.client.gather(futures))
+    futures = executor.client.map(cluster_steps.features_of, lists, pure=False, **options)
+    features = np.concatenate(executor.client.gather(futures))
     seconds = time.perf_counter() - start
     return Extracted(seconds, len(names), len(names) / seconds, features)
 
@@ -217,10 +217,10 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(one).max())
 
 
-def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
+def measure_handing_out(args: argparse.Namespace, executor: DaskExecutor, net: Any) -> dict[str, Any]:
     """What client and scheduler do for an image, and for a task."""
     rows = args.listed
-    team.check()  # the stores of the extractions are gone
+    executor.check()  # the stores of the extractions are gone
     listing = listing_of(rows)
     listing = listing.append_column("locator", listing["id"].cast(pa.binary()))
     plan = SimpleNamespace(todo=np.arange(rows), known=0, rejected=())
@@ -230,7 +230,7 @@ def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) 
     def hand_out() -> float:
         start = time.perf_counter()
         shards = cut(listing, plan.todo, sizes, iter(lambda: WORKERS, -1))
-        for shard, result in team.map(cluster_steps.answer_only, shards):
+        for shard, result in executor.map(cluster_steps.answer_only, shards):
             entries.take(shard, result)
             sizes.note(shard.rows, result.run.seconds)
         return time.perf_counter() - start
@@ -243,7 +243,7 @@ def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) 
     closing, growth = time.process_time() - begun, counted.memory()["peak"] - before
     if ledger.computed != rows:
         raise SystemExit(f"{ledger.computed} of {rows} images were booked")
-    _, of_tasks = net(lambda: sum(1 for _ in team.map(cluster_steps.nothing, range(args.tasks))))
+    _, of_tasks = net(lambda: sum(1 for _ in executor.map(cluster_steps.nothing, range(args.tasks))))
     return {
         "images": rows,
         "images_s": round(rows / seconds),
@@ -262,18 +262,18 @@ def measure_handing_out(args: argparse.Namespace, team: DaskExecutor, net: Any) 
 
 
 def measure_fit(
-    store: Path, view: FeatureSet, args: argparse.Namespace, team: DaskExecutor, net: Any
+    store: Path, view: FeatureSet, args: argparse.Namespace, executor: DaskExecutor, net: Any
 ) -> dict[str, Any]:
     """A fit on features that the workers together cannot hold, and the same fit here."""
     counts, head = count_passes(passes.Passes), BlockLogisticRegression(C=C, memory=None)
-    team.client.run(counted.forget_peak)
-    pids = {worker.pid for worker in team.workers()}
-    before = team.client.run(counted.memory)
-    there, traffic = net(lambda: timed(lambda: head.fit(spread(view, team))))
-    peaks = team.client.run(counted.memory)
-    asked, survived = len(counts), pids == {worker.pid for worker in team.workers()}
+    executor.client.run(counted.forget_peak)
+    pids = {worker.pid for worker in executor.workers()}
+    before = executor.client.run(counted.memory)
+    there, traffic = net(lambda: timed(lambda: head.fit(spread(view, executor))))
+    peaks = executor.client.run(counted.memory)
+    asked, survived = len(counts), pids == {worker.pid for worker in executor.workers()}
     record.note(f"fit by workers: {there[1]:.1f} s, {asked} passes")
-    limits = sum(worker.memory_limit for worker in team.workers())
+    limits = sum(worker.memory_limit for worker in executor.workers())
     here = timed(lambda: BlockLogisticRegression(C=C, memory=args.memory).fit(view))
     record.note(f"fit here: {here[1]:.1f} s")
     codes = np.searchsorted(head.classes_, view.labels.astype(str))
@@ -322,10 +322,10 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), time.perf_counter() - start
 
 
-def measure_passes(view: FeatureSet, args: argparse.Namespace, team: DaskExecutor, net: Any) -> dict[str, Any]:
+def measure_passes(view: FeatureSet, args: argparse.Namespace, executor: DaskExecutor, net: Any) -> dict[str, Any]:
     """Bytes and seconds of a pass: of few classes, of many, with curvature, and of none."""
     part = view.take(slice(0, len(view) // 8))
-    prepared = passes.prepare(spread(part, team), intercept=True, memory=None)
+    prepared = passes.prepare(spread(part, executor), intercept=True, memory=None)
     prepared.shares.reduce(cluster_steps.nothing)  # has them kept
     empty = net(lambda: [prepared.shares.reduce(cluster_steps.nothing) for _ in range(args.tasks)])[1]
     found: dict[str, Any] = {

@@ -29,7 +29,7 @@ START_SECONDS = 60
 
 
 @contextmanager
-def team_of(folder: Path, workers: int, memory: str) -> Iterator[DaskExecutor]:
+def executor_of(folder: Path, workers: int, memory: str) -> Iterator[DaskExecutor]:
     """A scheduler and workers of one thread each, as one would start them in terminals, and a client of them.
 
     Args:
@@ -46,9 +46,9 @@ def team_of(folder: Path, workers: int, memory: str) -> Iterator[DaskExecutor]:
         for number in range(workers):
             own = ("--name", f"w{number}", "--memory-limit", memory, "--local-directory", str(folder))
             processes.append(_start(folder, "worker", address, "--nthreads", "1", *own))
-        with connect(address, say=lambda text: print(text, file=sys.stderr)) as team:
-            team.wait_for_workers(workers)
-            yield team
+        with connect(address, say=lambda text: print(text, file=sys.stderr)) as executor:
+            executor.wait_for_workers(workers)
+            yield executor
     finally:
         for process in processes[::-1]:
             process.terminate()
@@ -123,8 +123,8 @@ def _less(mine: dict[str, float], theirs: dict[str, float], share: float = 1.0) 
 class Meter:
     """Measures traffic, without its own questions."""
 
-    def __init__(self, team: DaskExecutor) -> None:
-        self._client = team.client
+    def __init__(self, executor: DaskExecutor) -> None:
+        self._client = executor.client
         self._now()
         first = self._now()
         self._own = self._now() - first  # what a question costs
@@ -144,10 +144,10 @@ class Meter:
         return Traffic(scheduler, counted.counts(), workers, time.perf_counter())
 
 
-def idle(team: DaskExecutor, meter: Meter, seconds: float) -> Traffic:
-    """The traffic of a team that waits for a task which does nothing."""
+def idle(executor: DaskExecutor, meter: Meter, seconds: float) -> Traffic:
+    """The traffic of an executor that waits for a task which does nothing."""
     meter.start()
-    list(team.map(sleep, [seconds]))
+    list(executor.map(sleep, [seconds]))
     return meter.stop()
 
 

@@ -60,7 +60,7 @@ def features_of(store: Path, dataset: str | None, node: str) -> FeatureSet:
     return features.select(split="train") if "train" in features.splits else features
 
 
-def search_on(team: DaskExecutor, features: FeatureSet, grid: Mapping[str, Sequence[Any]] = GRID) -> GridSearchCV:
+def search_on(executor: DaskExecutor, features: FeatureSet, grid: Mapping[str, Sequence[Any]] = GRID) -> GridSearchCV:
     """Fits every point of the grid on every fold, and the best once more, here, on all rows."""
     X, y = features.numpy()  # 2. float32: what the estimators compute in, and half of what float64 takes
     search = GridSearchCV(
@@ -74,16 +74,16 @@ def search_on(team: DaskExecutor, features: FeatureSet, grid: Mapping[str, Seque
     )
     with parallel_config(
         "dask",
-        client=team.client,
+        client=executor.client,
         scatter=[X, y],  # 1. these objects; a copy, as X[:] or X.astype(...) make, would travel with each fit
         wait_for_workers_timeout=60,  # 7.
     ):
         return search.fit(X, y, groups=features.keys64)  # 6. the key is the image's content: copies have the same
 
 
-def check_room(team: DaskExecutor, features: FeatureSet) -> None:
+def check_room(executor: DaskExecutor, features: FeatureSet) -> None:
     """Refuses features too large for a worker: X, and for each of its threads a fold and its scaled copy."""
-    for worker in team.workers():
+    for worker in executor.workers():
         need = (1 + 3 * worker.threads) * features.shape[0] * features.shape[1] * np.dtype(np.float32).itemsize
         if worker.memory_limit and need > 0.6 * worker.memory_limit:
             raise SystemExit(
@@ -117,13 +117,13 @@ def main() -> None:
     args = options.parse_args()
 
     features = features_of(args.store, args.dataset, args.node)
-    with connect(args.cluster) as team:
-        team.wait_for_workers()
-        check_room(team, features)
-        threads = sum(worker.threads for worker in team.workers())
-        print(f"{features!r} on {threads} threads of {team.address}")
+    with connect(args.cluster) as executor:
+        executor.wait_for_workers()
+        check_room(executor, features)
+        threads = sum(worker.threads for worker in executor.workers())
+        print(f"{features!r} on {threads} threads of {executor.address}")
         start = time.perf_counter()
-        found = search_on(team, features)
+        found = search_on(executor, features)
     print(trials(found))
     print(f"best: {found.best_params_}, in {time.perf_counter() - start:.1f} s")
 

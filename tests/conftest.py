@@ -244,12 +244,12 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def team(cluster_address: str, said: list[str]) -> Iterator[DaskExecutor]:
+def dask_executor(cluster_address: str, said: list[str]) -> Iterator[DaskExecutor]:
     """An executor on the two shared workers."""
     from featurepipe.execution import connect
 
-    with connect(cluster_address, say=said.append) as team:
-        yield team
+    with connect(cluster_address, say=said.append) as dask_executor:
+        yield dask_executor
 
 
 class Processes:
@@ -300,8 +300,8 @@ def cluster_address(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
     try:
         for _ in range(2):
             started.add_worker("--memory-limit", "3GiB")
-        with connect(started.address) as team:
-            team.wait_for_workers(2)
+        with connect(started.address) as dask_executor:
+            dask_executor.wait_for_workers(2)
         yield started.address
     finally:
         started.end()
@@ -322,14 +322,14 @@ def processes(launcher: Launcher, tmp_path: Path) -> Iterator[Processes]:
 
 
 @pytest.fixture
-def own_team(processes: Processes, said: list[str]) -> Iterator[DaskExecutor]:
+def own_executor(processes: Processes, said: list[str]) -> Iterator[DaskExecutor]:
     """An executor on the two workers of `processes`."""
     from featurepipe.execution import connect
 
-    with connect(processes.address, say=said.append) as team:
-        team.wait_for_workers(2)
+    with connect(processes.address, say=said.append) as dask_executor:
+        dask_executor.wait_for_workers(2)
         said.clear()  # on a slow machine: that it waits
-        yield team
+        yield dask_executor
 
 
 # Datasets of made-up images, as stage two finds them in a store

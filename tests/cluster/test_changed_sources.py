@@ -45,22 +45,24 @@ def keys(store: Path) -> list[bytes]:
     return FeatureStore(store).snapshot("pile")["key"].to_pylist()
 
 
-def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(tmp_path: Path, team: DaskExecutor) -> None:
+def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(
+    tmp_path: Path, dask_executor: DaskExecutor
+) -> None:
     for seeds in (range(6), range(100, 106)):
         replace(tmp_path / "s.tar", seeds)
-        record = extract(tmp_path / "s.tar", tmp_path / "store", cluster=team, **OPTIONS)
+        record = extract(tmp_path / "s.tar", tmp_path / "store", cluster=dask_executor, **OPTIONS)
         assert record["counts"]["computed"] == 6
         expected = [hashlib.sha256(encoded(seed).ljust(4000, b"\0")).digest() for seed in seeds]
         assert keys(tmp_path / "store") == expected
 
 
-def test_arrays_that_were_replaced(tmp_path: Path, team: DaskExecutor) -> None:
+def test_arrays_that_were_replaced(tmp_path: Path, dask_executor: DaskExecutor) -> None:
     for value in (3, 4):
         np.savez(
             tmp_path / "a.npz",
             x=np.full((5, 30, 30), value, np.uint8) + np.arange(5, dtype=np.uint8)[:, None, None] * 9,
         )
-        record = extract(tmp_path / "a.npz", tmp_path / "store", cluster=team, **OPTIONS)
+        record = extract(tmp_path / "a.npz", tmp_path / "store", cluster=dask_executor, **OPTIONS)
         assert (record["counts"]["computed"], record["counts"]["rejected"]) == (5, 0)
 
 
@@ -74,9 +76,9 @@ class OnlyHere(LocalFileSystem):
 
 @pytest.mark.parametrize("as_manifest", [False, True])
 def test_a_file_system_that_no_worker_has_is_one_line(
-    tmp_path: Path, team: DaskExecutor, as_manifest: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dask_executor: DaskExecutor, as_manifest: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(team, "patience", 0.2)  # for another worker, of which there is none
+    monkeypatch.setattr(dask_executor, "patience", 0.2)  # for another worker, of which there is none
     fsspec.register_implementation("onlyhere", OnlyHere, clobber=True)
     (tmp_path / "pile").mkdir()
     for seed in range(4):
@@ -85,5 +87,5 @@ def test_a_file_system_that_no_worker_has_is_one_line(
     (tmp_path / "list.csv").write_text(f"path\n{rows}")
     source = tmp_path / "list.csv" if as_manifest else f"onlyhere://{tmp_path}/pile"
     with pytest.raises(FeaturepipeError, match=r"onlyhere") as caught:
-        extract(source, tmp_path / "store", cluster=team, **OPTIONS)
+        extract(source, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert "\n" not in str(caught.value)

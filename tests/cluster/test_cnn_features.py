@@ -25,14 +25,14 @@ def transformer(store, **options):
     )
 
 
-def test_workers_compute_what_the_store_lacks(paths, team, cluster_address, tmp_path):
+def test_workers_compute_what_the_store_lacks(paths, dask_executor, cluster_address, tmp_path):
     here = transformer(tmp_path / "here").fit(paths).transform(paths)
     there = clone(transformer(tmp_path / "there", cluster=cluster_address)).fit(paths)
     np.testing.assert_array_equal(there.transform(paths), here)
     (run,) = FeatureStore(tmp_path / "there").runs()
     assert run["counts"]["computed"] == 40
     pids = {worker["pid"] for worker in run["cluster"]["workers"]}
-    assert pids <= {worker.pid for worker in team.workers()}
+    assert pids <= {worker.pid for worker in dask_executor.workers()}
     assert pids
     np.testing.assert_array_equal(there.transform(paths[::-1]), here[::-1])
     assert len(FeatureStore(tmp_path / "there").runs()) == 1  # nothing was left to compute

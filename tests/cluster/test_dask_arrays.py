@@ -62,21 +62,21 @@ def orders():
 
 @pytest.mark.parametrize("order", orders())
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_values_and_labels_are_those_of_numpy(features, team, order, dtype):
+def test_values_and_labels_are_those_of_numpy(features, dask_executor, order, dtype):
     view = features.take(orders()[order])
     x, y = view.dask(rows=700, dtype=dtype)
     expected, labels = view.numpy(dtype)
     assert x.chunks == (tuple(np.diff([*range(0, len(view), 700), len(view)]).tolist()), (WIDTH,))
     assert y.chunks == (x.chunks[0],)
-    found_x, found_y = team.client.gather(team.client.compute([x, y]))
+    found_x, found_y = dask_executor.client.gather(dask_executor.client.compute([x, y]))
     assert found_x.dtype == dtype
     np.testing.assert_array_equal(found_x, expected)
     assert found_y.tolist() == labels.tolist()
 
 
-def test_array_operations_work_on_known_chunks(features, values, team):
+def test_array_operations_work_on_known_chunks(features, values, dask_executor):
     x, y = features.dask(rows=900, dtype=np.float64)
-    mean, gram, some = dask.compute(x.mean(axis=0), x.T @ x, x[y == "dog"].sum(axis=0), scheduler=team.client)
+    mean, gram, some = dask.compute(x.mean(axis=0), x.T @ x, x[y == "dog"].sum(axis=0), scheduler=dask_executor.client)
     np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(gram, values.astype(np.float64).T @ values, rtol=1e-10)
     dogs = [row for row in range(N) if row % 10 != 9 and row % 3 == 1]
@@ -84,15 +84,17 @@ def test_array_operations_work_on_known_chunks(features, values, team):
     assert (x - x.mean(axis=0)).rechunk((500, WIDTH)).chunks == ((500,) * 8, (WIDTH,))
 
 
-def test_chunks_stay_where_they_were_read(features, values, team):
+def test_chunks_stay_where_they_were_read(features, values, dask_executor):
     """Persisted, each chunk is with one worker, and both have some."""
     x, _ = features.dask(rows=500)
-    kept = team.client.persist(x)
+    kept = dask_executor.client.persist(x)
     wait(kept)
-    holders = team.client.who_has(kept)
+    holders = dask_executor.client.who_has(kept)
     assert {len(where) for where in holders.values()} == {1}
-    assert {address for where in holders.values() for address in where} == set(team.addresses())
-    np.testing.assert_allclose(kept.sum().compute(scheduler=team.client), values.sum(dtype=np.float64), rtol=1e-4)
+    assert {address for where in holders.values() for address in where} == set(dask_executor.addresses())
+    np.testing.assert_allclose(
+        kept.sum().compute(scheduler=dask_executor.client), values.sum(dtype=np.float64), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("order", "a_row"), [("all", 0), ("shuffled", 16)])
@@ -107,7 +109,7 @@ def test_little_travels(features, order, a_row):
     assert len(pickle.dumps(view.rows)) < 6000 + N * a_row
 
 
-def test_xgboost_trains_on_the_chunks(features, team):
+def test_xgboost_trains_on_the_chunks(features, dask_executor):
     import xgboost
     import xgboost.dask
 
@@ -115,8 +117,8 @@ def test_xgboost_trains_on_the_chunks(features, team):
     x, _ = labelled.dask(rows=600)
     y = da.from_array(labelled.codes(), chunks=(x.chunks[0],))
     params = {"objective": "multi:softprob", "num_class": 3, "max_depth": 3, "nthread": 1}
-    data = xgboost.dask.DaskQuantileDMatrix(team.client, x, y)
-    booster = xgboost.dask.train(team.client, params, data, num_boost_round=10)["booster"]
+    data = xgboost.dask.DaskQuantileDMatrix(dask_executor.client, x, y)
+    booster = xgboost.dask.train(dask_executor.client, params, data, num_boost_round=10)["booster"]
     features_here, _ = labelled.numpy()
     found = booster.predict(xgboost.DMatrix(features_here))
     alone = xgboost.train(params, xgboost.QuantileDMatrix(features_here, labelled.codes()), num_boost_round=10)
@@ -125,23 +127,23 @@ def test_xgboost_trains_on_the_chunks(features, team):
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.98  # sketches of quantiles differ a little
 
 
-def test_a_store_that_was_compacted_or_moved_is_an_error_of_ours(team, tmp_path):
+def test_a_store_that_was_compacted_or_moved_is_an_error_of_ours(dask_executor, tmp_path):
     fill(tmp_path / "store")
     store = FeatureStore(tmp_path / "store")
     x, _ = store.features("zoo", node="a:gap").dask(rows=900)
     compact_store(store)
     with pytest.raises(StoreError, match=r"is gone .*if the store was compacted meanwhile, open the features again"):
-        x.sum().compute(scheduler=team.client)
+        x.sum().compute(scheduler=dask_executor.client)
     x, _ = store.features("zoo", node="a:gap").dask(rows=900)
-    assert np.isfinite(x.sum().compute(scheduler=team.client))
+    assert np.isfinite(x.sum().compute(scheduler=dask_executor.client))
     store.path.rename(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="is gone"):
-        x.sum().compute(scheduler=team.client)
+        x.sum().compute(scheduler=dask_executor.client)
 
 
-def test_a_relative_path_is_found_from_anywhere(values, team, tmp_path_factory, monkeypatch):
+def test_a_relative_path_is_found_from_anywhere(values, dask_executor, tmp_path_factory, monkeypatch):
     """Workers stand in another folder."""
     monkeypatch.chdir(tmp_path_factory.getbasetemp())
     x, _ = FeatureStore("zoo").features("zoo", node=["a:gap", "b:gap"]).dask(rows=1000)
     monkeypatch.undo()
-    np.testing.assert_array_equal(x.compute(scheduler=team.client), values)
+    np.testing.assert_array_equal(x.compute(scheduler=dask_executor.client), values)

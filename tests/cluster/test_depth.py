@@ -66,10 +66,10 @@ def journal_of(store):
 # The same numbers
 
 
-def test_all_numbers_are_those_of_a_local_comparison(pictures, local, team, tmp_path):
-    answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+def test_all_numbers_are_those_of_a_local_comparison(pictures, local, dask_executor, tmp_path):
+    answer = depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert numbers(answer) == numbers(local[0])
-    assert {worker.host for worker in team.workers()} == {answer["timing"]["host"]}
+    assert {worker.host for worker in dask_executor.workers()} == {answer["timing"]["host"]}
     assert answer["timing"]["threads"] == 1
     assert all(column["ms_per_image"] > 0 for column in answer["columns"])
     assert answer["provenance"]["exit_code"] == 0
@@ -77,22 +77,22 @@ def test_all_numbers_are_those_of_a_local_comparison(pictures, local, team, tmp_
 
 
 @pytest.mark.slow
-def test_images_from_elsewhere_are_tested_on_there_too(pictures, team, tmp_path):
+def test_images_from_elsewhere_are_tested_on_there_too(pictures, dask_executor, tmp_path):
     asked = {**OPTIONS, "heads": ["knn"], "test_source": draw(tmp_path / "other", 20, start=1000)}
     here = depth(pictures, tmp_path / "here", jobs=1, **asked)
-    there = depth(pictures, tmp_path / "there", cluster=team, **asked)
+    there = depth(pictures, tmp_path / "there", cluster=dask_executor, **asked)
     assert numbers(there) == numbers(here)
     assert here["details_shifted"]["metrics"]["accuracy"]["value"] > 0
 
 
-def test_the_second_time_nothing_is_measured(pictures, local, team, monkeypatch):
+def test_the_second_time_nothing_is_measured(pictures, local, dask_executor, monkeypatch):
     """The journal of a local comparison serves one on a cluster."""
     monkeypatch.setattr(measuring, "measure_cells", lambda *_: pytest.fail("measured again"))
-    answer = depth(pictures, local[1], cluster=team, **OPTIONS)
+    answer = depth(pictures, local[1], cluster=dask_executor, **OPTIONS)
     assert answer["results"] == local[0]["results"]  # the seconds, too
 
 
-def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypatch):
+def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, monkeypatch):
     shutil.copytree(local[1], tmp_path / "store")
     journal_of(tmp_path / "store").path.unlink()
     monkeypatch.setattr(measuring, "SMALL_VALUES", 10)
@@ -104,7 +104,7 @@ def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypat
 
     monkeypatch.setattr(measuring.Measuring, "of", spy)
     same = {name: OPTIONS[name] for name in ("dataset", "nodes", "heads", "folds", "seeds", "silent")}
-    answer = depth(FeatureStore(tmp_path / "store"), cluster=team, **same)
+    answer = depth(FeatureStore(tmp_path / "store"), cluster=dask_executor, **same)
     assert given == [True, True, True]  # single columns, side by side, and what heads say of each image
     assert numbers(answer)["results"] == numbers(local[0])["results"]
 
@@ -112,9 +112,9 @@ def test_wide_cells_have_a_worker_to_themselves(local, team, tmp_path, monkeypat
 # What travels
 
 
-def test_little_travels_with_each_cell(pictures, local, team, monkeypatch, tmp_path):
+def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypatch, tmp_path):
     """The study goes to a worker once; a shard names a column and a fold."""
-    sizes, original = [], team.map
+    sizes, original = [], dask_executor.map
 
     def mapped(function, shards, **options):
         def watched():
@@ -125,8 +125,8 @@ def test_little_travels_with_each_cell(pictures, local, team, monkeypatch, tmp_p
 
         return original(function, watched(), **options)
 
-    monkeypatch.setattr(team, "map", mapped)
-    depth(pictures, tmp_path / "store", cluster=team, **{**OPTIONS, "heads": ["knn"]})
+    monkeypatch.setattr(dask_executor, "map", mapped)
+    depth(pictures, tmp_path / "store", cluster=dask_executor, **{**OPTIONS, "heads": ["knn"]})
     assert len(sizes) >= CELLS
     assert max(sizes) < 1000
 
@@ -134,7 +134,7 @@ def test_little_travels_with_each_cell(pictures, local, team, monkeypatch, tmp_p
 # Stops, kills, resumption
 
 
-def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, team, tmp_path, monkeypatch):
+def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, dask_executor, tmp_path, monkeypatch):
     request, original, kept = StopRequest(), Journal.add, []
 
     def add(self, key, cells):
@@ -148,10 +148,10 @@ def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, tea
     with pytest.raises(
         Interrupted, match=r"stopped by SIGTERM: \d+ of \d+ fits are measured and kept; the same command goes on"
     ):
-        depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+        depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert 3 <= len(kept) < CELLS
     request.signal_number = None
-    answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    answer = depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert numbers(answer) == numbers(local[0])
     single = kept[:CELLS]
     assert len(set(map(str, single))) == CELLS  # no cell was measured twice
@@ -185,20 +185,20 @@ def after_two_answers(monkeypatch, action):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_costs_its_cell_alone(pictures, local, processes, tmp_path, monkeypatch):
     after_two_answers(monkeypatch, processes.workers[0].kill)
-    with connect(processes.address, say=print) as team:
-        team.wait_for_workers(2)
-        answer = depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+    with connect(processes.address, say=print) as dask_executor:
+        dask_executor.wait_for_workers(2)
+        answer = depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert numbers(answer) == numbers(local[0])
 
 
 @pytest.mark.slow
 def test_a_scheduler_that_is_killed_ends_it_and_the_journal_goes_on(pictures, local, processes, tmp_path, monkeypatch):
     kept = after_two_answers(monkeypatch, processes.scheduler.kill)
-    with connect(processes.address, say=print) as team:
-        team.wait_for_workers(2)
+    with connect(processes.address, say=print) as dask_executor:
+        dask_executor.wait_for_workers(2)
         start = time.monotonic()
         with pytest.raises(ClusterError, match=r"the scheduler .*gone"):
-            depth(pictures, tmp_path / "store", cluster=team, **OPTIONS)
+            depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
         assert time.monotonic() - start < 90
     there = len(kept)
     assert 2 <= there < CELLS

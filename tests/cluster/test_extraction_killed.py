@@ -45,12 +45,12 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=40, most=40))
 
 
-def run(source: Any, store: Path, team: Any, **options: Any) -> dict[str, Any]:
+def run(source: Any, store: Path, dask_executor: Any, **options: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "dataset": "photos", "backbone": "lenet5", "weights": "none", "precision": "fp32", "batch_size": 4, "silent": True,
         "nodes": NODES, "workers": 1,
     }  # fmt: skip
-    return extract(source, store, cluster=team, **{**defaults, **options})
+    return extract(source, store, cluster=dask_executor, **{**defaults, **options})
 
 
 def rows(store: Path) -> int:
@@ -89,7 +89,7 @@ def meanwhile(store: Path, count: int, action: Callable[[], None]) -> Any:
         thread.join()
 
 
-def small_parts(team: DaskExecutor) -> None:
+def small_parts(dask_executor: DaskExecutor) -> None:
     """Workers commit after every ten images."""
 
     def shrink() -> None:
@@ -97,16 +97,16 @@ def small_parts(team: DaskExecutor) -> None:
 
         compute.part_bytes = lambda worker: 90_000
 
-    team.client.run(shrink)
+    dask_executor.client.run(shrink)
 
 
 def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
-    small_parts(own_team)
+    small_parts(own_executor)
     store = tmp_path / "store"
     with meanwhile(store, 6, processes.workers[0].kill):
-        record = run(slow_folder(photos, 0.02), store, own_team)
+        record = run(slow_folder(photos, 0.02), store, own_executor)
     assert record["counts"] == {"listed": IMAGES, "computed": IMAGES, "known": 0, "rejected": 0, "read": IMAGES}
     assert record["status"] == "done"
     assert rows(store) == IMAGES  # nothing that was committed was computed again
@@ -114,20 +114,20 @@ def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
 
 
 def test_a_stopped_worker_does_not_stall_the_end(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     store, start = tmp_path / "store", time.monotonic()
     with meanwhile(store, 2, lambda: processes.workers[0].send(signal.SIGSTOP)):
-        record = run(slow_folder(photos, 0.01), store, own_team)
+        record = run(slow_folder(photos, 0.01), store, own_executor)
     assert record["counts"]["computed"] == IMAGES
     assert time.monotonic() < start + 120  # Dask gives it up for dead after five minutes
     check_whole(store, photos, tmp_path)
 
 
 def test_a_slow_worker_does_not_stall_the_end(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
-    slow = own_team.workers()[0].pid
+    slow = own_executor.workers()[0].pid
 
     class SlowThere(slow_folder):
         def read(self, locator: bytes) -> Any:
@@ -137,20 +137,20 @@ def test_a_slow_worker_does_not_stall_the_end(
             return self._source.read(locator)
 
     store, start = tmp_path / "store", time.monotonic()
-    record = run(SlowThere(photos, 0), store, own_team)
+    record = run(SlowThere(photos, 0), store, own_executor)
     assert record["counts"]["computed"] == IMAGES
     assert time.monotonic() < start + 60  # its slices alone take two minutes each
     check_whole(store, photos, tmp_path)
 
 
 def test_a_killed_scheduler_is_said_and_the_same_command_goes_on(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
-    small_parts(own_team)
+    small_parts(own_executor)
     store = tmp_path / "store"
     start = time.monotonic()
     with meanwhile(store, 6, processes.scheduler.kill), pytest.raises(ClusterError, match="same command again"):
-        run(slow_folder(photos, 0.02), store, own_team)
+        run(slow_folder(photos, 0.02), store, own_executor)
     assert time.monotonic() < start + 40
     (failed,) = FeatureStore(store).runs()
     assert (failed["status"], failed["exit_code"]) == ("failed", 1)
@@ -192,9 +192,9 @@ SLOW_READS = """
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_in_seconds_with_everything_committed(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, number: signal.Signals
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    own_team.client.run(exec, textwrap.dedent(SLOW_READS), {})
+    own_executor.client.run(exec, textwrap.dedent(SLOW_READS), {})
     store = tmp_path / "store"
     command = [
         sys.executable, "-c", textwrap.dedent(CLIENT), "extract", str(photos), "--store", str(store), "--backbone", "lenet5",
@@ -211,14 +211,14 @@ def test_a_signal_ends_the_run_in_seconds_with_everything_committed(
     assert record["status"] == "interrupted"
     assert record["counts"]["computed"] == rows(store) > 0
     assert rows(store) < IMAGES
-    rest = run(photos, store, own_team, nodes="bottleneck")
+    rest = run(photos, store, own_executor, nodes="bottleneck")
     assert rest["counts"]["computed"] == IMAGES - record["counts"]["computed"]
 
 
 def test_a_killed_client_leaves_a_store_that_goes_on(
-    own_team: DaskExecutor, processes: Any, photos: Path, tmp_path: Path
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path
 ) -> None:
-    own_team.client.run(exec, textwrap.dedent(SLOW_READS), {})
+    own_executor.client.run(exec, textwrap.dedent(SLOW_READS), {})
     store = tmp_path / "store"
     command = [
         sys.executable, "-c", textwrap.dedent(CLIENT), "extract", str(photos), "--store", str(store), "--backbone", "lenet5",
@@ -227,19 +227,19 @@ def test_a_killed_client_leaves_a_store_that_goes_on(
     client = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     with meanwhile(store, 2, client.kill):
         client.wait()
-    record = run(photos, store, own_team)
+    record = run(photos, store, own_executor)
     assert record["counts"]["listed"] == IMAGES == record["counts"]["computed"] + record["counts"]["known"]
     assert record["counts"]["known"] >= 80
     check_whole(store, photos, tmp_path)
 
 
 def test_four_workers_on_few_cores(
-    processes: Any, own_team: DaskExecutor, photos: Path, tmp_path: Path, slow_folder: Any
+    processes: Any, own_executor: DaskExecutor, photos: Path, tmp_path: Path, slow_folder: Any
 ) -> None:
     processes.add_worker()
     processes.add_worker()
-    own_team.wait_for_workers(4)
-    record = run(slow_folder(photos, 0.01), tmp_path / "store", own_team)
+    own_executor.wait_for_workers(4)
+    record = run(slow_folder(photos, 0.01), tmp_path / "store", own_executor)
     assert record["counts"]["computed"] == IMAGES
     assert len(record["cluster"]["workers"]) == 4
     check_whole(tmp_path / "store", photos, tmp_path)
@@ -247,7 +247,7 @@ def test_four_workers_on_few_cores(
 
 def test_a_worker_that_comes_later_takes_part(
     processes: Any,
-    own_team: DaskExecutor,
+    own_executor: DaskExecutor,
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -256,7 +256,7 @@ def test_a_worker_that_comes_later_takes_part(
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=10, most=10))
     store, come = tmp_path / "store", tmp_path / "come"
 
-    first = {worker.pid for worker in own_team.workers()}
+    first = {worker.pid for worker in own_executor.workers()}
 
     class Waiting(slow_folder):
         def read(self, locator: bytes) -> Any:
@@ -269,7 +269,7 @@ def test_a_worker_that_comes_later_takes_part(
             return self._source.read(locator)
 
     with meanwhile(store, 1, processes.add_worker):
-        record = run(Waiting(photos, 0), store, own_team)
+        record = run(Waiting(photos, 0), store, own_executor)
     assert len(record["cluster"]["workers"]) == 3
 
 
@@ -297,10 +297,10 @@ def test_a_worker_without_memory_is_started_again_and_all_is_computed(
     with LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
         memory_limit="1200MiB", silence_logs=50,
-    ) as cluster, connect(cluster.scheduler_address, say=lambda _: None) as team:  # fmt: skip
-        before = {worker.pid for worker in team.workers()}
-        record = run(Hungry(photos, 0.01), store, team)
-        after = {worker.pid for worker in team.workers()}
+    ) as cluster, connect(cluster.scheduler_address, say=lambda _: None) as dask_executor:  # fmt: skip
+        before = {worker.pid for worker in dask_executor.workers()}
+        record = run(Hungry(photos, 0.01), store, dask_executor)
+        after = {worker.pid for worker in dask_executor.workers()}
     assert eaten.exists()
     assert len(before & after) == 1
     assert record["counts"]["computed"] == IMAGES

@@ -52,8 +52,8 @@ def test_it_searches_on_labelled_rows_that_train(features):
     assert len(features) == 240 == len(features) - features.unlabelled
 
 
-def test_it_finds_what_a_search_here_finds(recipe, features, team):
-    found = recipe.search_on(team, features)
+def test_it_finds_what_a_search_here_finds(recipe, features, dask_executor):
+    found = recipe.search_on(dask_executor, features)
     X, y = features.numpy()
     folds = StratifiedGroupKFold(recipe.FOLDS, shuffle=True, random_state=0)
     assert all(
@@ -68,25 +68,25 @@ def test_it_finds_what_a_search_here_finds(recipe, features, team):
     assert f"{found.best_score_:.4f} +- " in best
 
 
-def test_the_features_are_sent_to_each_worker_once(recipe, features, team, sent):
-    recipe.search_on(team, features)
+def test_the_features_are_sent_to_each_worker_once(recipe, features, dask_executor, sent):
+    recipe.search_on(dask_executor, features)
     X, y = features.numpy()
     assert [size for size, everywhere in sent if everywhere] == [sizeof(X), sizeof(y)]
     others = [size for size, everywhere in sent if not everywhere]
     assert others == [sizeof(np.empty(192, np.int64))] * recipe.FOLDS  # each fold's training rows, once for 12 fits
 
 
-def test_a_fit_that_fails_is_no_number_in_a_table(recipe, features, team):
+def test_a_fit_that_fails_is_no_number_in_a_table(recipe, features, dask_executor):
     with pytest.raises(ValueError, match=r"Got -1.0 instead"):
-        recipe.search_on(team, features, {"logisticregression__C": [-1.0]})
+        recipe.search_on(dask_executor, features, {"logisticregression__C": [-1.0]})
 
 
-def test_features_that_no_worker_can_hold_are_refused(recipe, features, team, monkeypatch):
-    recipe.check_room(team, features)
-    workers = [replace(worker, memory_limit=1000) for worker in team.workers()]
-    monkeypatch.setattr(team, "workers", lambda: workers)
+def test_features_that_no_worker_can_hold_are_refused(recipe, features, dask_executor, monkeypatch):
+    recipe.check_room(dask_executor, features)
+    workers = [replace(worker, memory_limit=1000) for worker in dask_executor.workers()]
+    monkeypatch.setattr(dask_executor, "workers", lambda: workers)
     with pytest.raises(SystemExit, match="give workers fewer threads or more memory"):
-        recipe.check_room(team, features)
+        recipe.check_room(dask_executor, features)
 
 
 @pytest.mark.slow

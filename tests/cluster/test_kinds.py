@@ -30,14 +30,14 @@ def test_processes_here_share_the_machine_out_and_are_reached_from_nowhere_else(
     from dask.system import CPU_COUNT
     from distributed.system import MEMORY_LIMIT
 
-    with connect("local:2", say=print) as team:
-        workers = team.workers()
+    with connect("local:2", say=print) as dask_executor:
+        workers = dask_executor.workers()
         for worker in workers:
             assert worker.address.startswith("tcp://127.0.0.1:")
             assert worker.threads == max(1, CPU_COUNT // 2)
             assert worker.memory_limit == MEMORY_LIMIT // 2
         assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
-        assert team.address.startswith("tcp://127.0.0.1:")
+        assert dask_executor.address.startswith("tcp://127.0.0.1:")
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker.pid, 0)
@@ -46,10 +46,10 @@ def test_processes_here_share_the_machine_out_and_are_reached_from_nowhere_else(
 @pytest.mark.slow
 def test_each_process_here_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
-    with connect("local", say=print) as team:
-        seen = team.each(lambda: os.environ["CUDA_VISIBLE_DEVICES"], team.addresses())
+    with connect("local", say=print) as dask_executor:
+        seen = dask_executor.each(lambda: os.environ["CUDA_VISIBLE_DEVICES"], dask_executor.addresses())
         assert sorted(seen.values()) == ["4", "GPU-7"]
-        assert [worker.gpus for worker in team.workers()] == [1, 1]
+        assert [worker.gpus for worker in dask_executor.workers()] == [1, 1]
 
 
 @pytest.mark.slow
@@ -62,15 +62,15 @@ def test_a_cluster_grows_with_its_work_and_shrinks_again(monkeypatch: pytest.Mon
 
     table = {"kind": "local", "minimum": 0, "maximum": 3, "options": {"threads_per_worker": 4}}
     said: list[str] = []
-    with connect(table, say=said.append) as team:
-        assert team.addresses() == []
-        assert len(team.check()) == 1
+    with connect(table, say=said.append) as dask_executor:
+        assert dask_executor.addresses() == []
+        assert len(dask_executor.check()) == 1
         pids: set[int] = set()
-        with closing(team.map(work, range(2000))) as answers:  # enough for the slowest start
+        with closing(dask_executor.map(work, range(2000))) as answers:  # enough for the slowest start
             while len(pids) < 3:
                 pids.add(next(answers)[1])
         deadline = time.monotonic() + 20
-        while team.addresses():
+        while dask_executor.addresses():
             assert time.monotonic() < deadline
             time.sleep(0.1)
     assert said == []
@@ -97,10 +97,10 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_slurm_jobs_are_submitted_and_their_workers_used(commands: Path, tmp_path: Path) -> None:
     options = {"cores": 1, "memory": "1GB", "scheduler_options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
-    with connect({"kind": "slurm", "workers": 1, "wait": 60, "options": options}, say=print) as team:
-        assert len(team.check(tmp_path)) == 1
-        assert list(team.map(lambda _c, n, *_: n + 1, [3])) == [(3, 4)]
-        (worker,) = team.workers()
+    with connect({"kind": "slurm", "workers": 1, "wait": 60, "options": options}, say=print) as dask_executor:
+        assert len(dask_executor.check(tmp_path)) == 1
+        assert list(dask_executor.map(lambda _c, n, *_: n + 1, [3])) == [(3, 4)]
+        (worker,) = dask_executor.workers()
     deadline = time.monotonic() + 20
     while Path(f"/proc/{worker.pid}").exists():
         assert time.monotonic() < deadline, "the job was not cancelled"
@@ -311,11 +311,11 @@ options = {
 }
 table = {"kind": "ssh", "hosts": ["127.0.0.1"] * 3, "gpus": sys.argv[1] == "True", "options": options}
 try:
-    with connect(table) as team:
-        team.wait_for_workers(2)
-        good = team.check(os.getcwd())
-        answers = sorted(team.map(lambda _c, n, *_: n + 1, range(4)))
-        seen = team.each(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
+    with connect(table) as dask_executor:
+        dask_executor.wait_for_workers(2)
+        good = dask_executor.check(os.getcwd())
+        answers = sorted(dask_executor.map(lambda _c, n, *_: n + 1, range(4)))
+        seen = dask_executor.each(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), good)
         print(json.dumps([len(good), answers, sorted(map(str, seen.values()))]), flush=True)
 finally:
     for child in children:
@@ -345,7 +345,7 @@ def test_a_script_without_its_guard_is_told_of_it(tmp_path: Path) -> None:
     assert 'put what it does under: if __name__ == "__main__":' in ran.stderr
     script.write_text(
         "from featurepipe.execution import connect\n"
-        "if __name__ == '__main__':\n    with connect('local:1') as team:\n        team.wait_for_workers()\n"
+        "if __name__ == '__main__':\n    with connect('local:1') as dask_executor:\n        dask_executor.wait_for_workers()\n"
     )
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr

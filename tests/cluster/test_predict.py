@@ -96,14 +96,14 @@ def test_the_file_is_that_of_a_local_run(album, local, cluster_address, tmp_path
     assert record["machine"] == {"device": "cpu", "batch_size": BATCH, "workers": 1}
 
 
-def test_the_record_says_who_did_how_much(album, local, team, tmp_path):
-    record = album.predict(tmp_path / "out.parquet", cluster=team)
+def test_the_record_says_who_did_how_much(album, local, dask_executor, tmp_path):
+    record = album.predict(tmp_path / "out.parquet", cluster=dask_executor)
     assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(local / "out.parquet"))
     there = record["cluster"]
-    assert there["scheduler"] == team.address
+    assert there["scheduler"] == dask_executor.address
     assert there["refused"] == {}
     assert sum(worker["images"] for worker in there["workers"]) == COUNT + 1
-    assert {worker["pid"] for worker in there["workers"]} <= {worker.pid for worker in team.workers()}
+    assert {worker["pid"] for worker in there["workers"]} <= {worker.pid for worker in dask_executor.workers()}
     assert record["seconds"]["forward"] > 0
     assert record["seconds"]["score"] > 0
 
@@ -134,13 +134,15 @@ def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_addres
 # Order and bounds
 
 
-def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(album, local, team, tmp_path, monkeypatch, slow_folder):
+def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(
+    album, local, dask_executor, tmp_path, monkeypatch, slow_folder
+):
     """The first slice takes long; slices of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
     monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
     begun, taken = [], []
     monkeypatch.setattr(WorkerTotals, "add", lambda self, images, run: taken.append(images))
     monkeypatch.setattr(shards, "cut", partial(watched, shards.cut, lambda shard: begun.append((shard, len(taken)))))
-    album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=team)
+    album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=dask_executor)
     assert taken == [8] * 18 + [7]
     before = [shard.number for shard, count in begun if count == 0]
     assert 2 < max(before) <= 6
@@ -175,7 +177,9 @@ def test_slices_are_whole_batches(rate):
     assert WholeBatches(256, most=16).next(10_000, 3) == 256  # a batch at least
 
 
-def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(album, team, tmp_path, monkeypatch, noisy_jpeg):
+def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(
+    album, dask_executor, tmp_path, monkeypatch, noisy_jpeg
+):
     monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
     source = tmp_path / "pile"
     source.mkdir()
@@ -183,14 +187,14 @@ def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(album, team, tm
         (source / f"{number:02d}.jpg").write_bytes(noisy_jpeg(number, damaged=number in (3, 17)))
     found = [
         album.predict(tmp_path / f"{name}.csv", source=source, damaged="keep", **where)
-        for name, where in {"here": {}, "there": {"cluster": team}}.items()
+        for name, where in {"here": {}, "there": {"cluster": dask_executor}}.items()
     ]
     assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
     assert found[0]["damaged"] == found[1]["damaged"]
     assert [image["id"] for image in found[1]["damaged"]["images"]] == ["03.jpg", "17.jpg"]
-    assert album.predict(None, source=source, cluster=team)["damaged"]["kept"] == 0
+    assert album.predict(None, source=source, cluster=dask_executor)["damaged"]["kept"] == 0
     with pytest.raises(UsageError, match="unknown damaged 'repair'"):
-        album.predict(None, source=source, cluster=team, damaged="repair")
+        album.predict(None, source=source, cluster=dask_executor, damaged="repair")
 
 
 def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, team, tmp_path):
@@ -208,11 +212,11 @@ def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, team, tmp_pa
 # Who may take part
 
 
-def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, team, said, tmp_path, monkeypatch):
+def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, dask_executor, said, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "digest_of", lambda _folder: "of another bundle")
     monkeypatch.setattr(shards, "predict_shard", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ClusterError, match=r"no worker of tcp://.* can be used: .*another bundle is at .*/bundle"):
-        album.predict(tmp_path / "out.csv", cluster=team)
+        album.predict(tmp_path / "out.csv", cluster=dask_executor)
     assert not list(tmp_path.iterdir())
     assert len([line for line in said if "is not used: another bundle is at" in line]) == 2
 
@@ -279,7 +283,7 @@ def test_workers_load_the_network_once(album, monkeypatch):
 # Stops and kills
 
 
-def test_a_stop_leaves_no_file(album, team, tmp_path, monkeypatch, slow_folder):
+def test_a_stop_leaves_no_file(album, dask_executor, tmp_path, monkeypatch, slow_folder):
     """Signals reach the main thread alone, so here a request is met by hand."""
     request = StopRequest()
     monkeypatch.setattr("featurepipe.prediction.predict.stop_on_signals", lambda: at(request, 1.0))
@@ -288,7 +292,7 @@ def test_a_stop_leaves_no_file(album, team, tmp_path, monkeypatch, slow_folder):
     with pytest.raises(
         Interrupted, match=r"stopped by SIGTERM: .* of 151 images were predicted, and no file was written"
     ):
-        album.predict(tmp_path / "out.csv", source=source, cluster=team)
+        album.predict(tmp_path / "out.csv", source=source, cluster=dask_executor)
     assert time.monotonic() - start < 20  # all of b/ takes 50 s on one of the workers
     assert not list(tmp_path.iterdir())
 
@@ -320,9 +324,11 @@ def test_a_killed_worker_changes_nothing(album, local, processes, tmp_path, monk
         original(self, images, run)
 
     monkeypatch.setattr(WorkerTotals, "add", add)
-    with connect(processes.address, say=print) as team:
-        team.wait_for_workers(2)
-        record = album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {".png": 0.02}), cluster=team)
+    with connect(processes.address, say=print) as dask_executor:
+        dask_executor.wait_for_workers(2)
+        record = album.predict(
+            tmp_path / "out.csv", source=slow_folder(album.root, {".png": 0.02}), cluster=dask_executor
+        )
     assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
     assert set(seen[-4:]) == {processes.workers[1].pid}
     assert sum(worker["images"] for worker in record["cluster"]["workers"]) == COUNT + 1

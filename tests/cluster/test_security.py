@@ -91,9 +91,9 @@ def test_a_cluster_with_certificates_works_and_lets_in_nobody_without(images, tm
 
 def test_a_cluster_on_this_machine_uses_tls_where_its_table_says_so(images, tmp_path):
     (tmp_path / "cluster.toml").write_text(block("security", "toml").replace("workers = 2", "workers = 1"))
-    with connect(tmp_path / "cluster.toml") as team:
-        assert team.address.startswith("tls://127.0.0.1:")
-        extract(images, tmp_path / "features", cluster=team, **FORMS)
+    with connect(tmp_path / "cluster.toml") as dask_executor:
+        assert dask_executor.address.startswith("tls://127.0.0.1:")
+        extract(images, tmp_path / "features", cluster=dask_executor, **FORMS)
     assert FeatureStore(tmp_path / "features").runs()[0]["counts"]["computed"] == 6
 
 

@@ -23,8 +23,8 @@ def work(_context, n, _worker, stop, _report):
     return "done"
 
 if __name__ == "__main__":
-    with stop_on_signals() as stop, connect("local:2") as team:
-        for n, answer in team.map(work, range(30), stop=stop):
+    with stop_on_signals() as stop, connect("local:2") as dask_executor:
+        for n, answer in dask_executor.map(work, range(30), stop=stop):
             print(n, answer, flush=True)
     print("asked to stop:", stop(), flush=True)
 """

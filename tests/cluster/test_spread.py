@@ -82,21 +82,23 @@ def arithmetic(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
 @pytest.mark.parametrize(("classes", "dtype"), [(2, np.float16), (3, np.float16), (4, np.float32)])
-def test_the_optimum_is_the_local_one(team, kind, classes, dtype, arithmetic):
+def test_the_optimum_is_the_local_one(dask_executor, kind, classes, dtype, arithmetic):
     features, labels = made(classes, dtype)
     here = kind(C=0.1).fit(ArrayBlocks(features), labels)
-    there = kind(C=0.1).fit(spread(features, team), labels)
+    there = kind(C=0.1).fit(spread(features, dask_executor), labels)
     assert_same_optimum(there, here, features, labels)
-    assert set(there.predict(spread(features, team))) == set(NAMES[:classes])  # not two of three, as dask-ml has it
+    assert set(there.predict(spread(features, dask_executor))) == set(
+        NAMES[:classes]
+    )  # not two of three, as dask-ml has it
 
 
 @pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
-def test_sample_and_class_weights_count(team, kind):
+def test_sample_and_class_weights_count(dask_executor, kind):
     features, labels = made()
     weights = np.random.default_rng(0).uniform(0, 3, len(labels))
     factors = {"cat": 3.0, "dog": 0.5, "emu": 1.0}
     here = kind(C=0.1, class_weight=factors).fit(ArrayBlocks(features), labels, sample_weight=weights)
-    there = kind(C=0.1, class_weight=factors).fit(spread(features, team), labels, sample_weight=weights)
+    there = kind(C=0.1, class_weight=factors).fit(spread(features, dask_executor), labels, sample_weight=weights)
     whole = weights * np.array([factors[label] for label in labels])
     assert_same_optimum(there, here, features, labels, whole)
     plain = kind(C=0.1).fit(ArrayBlocks(features), labels)
@@ -104,12 +106,12 @@ def test_sample_and_class_weights_count(team, kind):
 
 
 @pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
-def test_values_of_c_and_folds_share_passes(team, kind):
+def test_values_of_c_and_folds_share_passes(dask_executor, kind):
     features, labels = made(dtype=np.float16)
     fold = np.random.default_rng(1).integers(0, 3, len(labels))
     folds = [np.flatnonzero(fold != number) for number in range(3)]
     here = fit_path(kind(), ArrayBlocks(features), labels, Cs=[0.01, 1], folds=folds)
-    there = fit_path(kind(), spread(features, team), labels, Cs=[0.01, 1], folds=folds)
+    there = fit_path(kind(), spread(features, dask_executor), labels, Cs=[0.01, 1], folds=folds)
     for rows, ours, theirs in zip(folds, there, here, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.C == other.C
@@ -118,9 +120,9 @@ def test_values_of_c_and_folds_share_passes(team, kind):
 
 @pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
 @pytest.mark.parametrize("before", [(BlockScaler(),), (BlockScaler(), BlockPCA(10))])
-def test_pipelines_run_where_the_rows_are(team, kind, before):
+def test_pipelines_run_where_the_rows_are(dask_executor, kind, before):
     features, labels = made(dtype=np.float16)
-    guarded = spread(NotHere(features), team)
+    guarded = spread(NotHere(features), dask_executor)
     there = make_pipeline(*before, kind(C=0.1)).fit(guarded, labels)
     scores = there.decision_function(guarded)
     here = make_pipeline(*before, kind(C=0.1)).fit(ArrayBlocks(features), labels)
@@ -158,48 +160,53 @@ HEADS = [
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_heads_of_one_pass_are_the_local_ones(team, head):
+def test_heads_of_one_pass_are_the_local_ones(dask_executor, head):
     features, labels = made(dtype=np.float16)
     here = type(head)(**head.get_params()).fit(ArrayBlocks(features), labels)
-    there = type(head)(**head.get_params()).fit(spread(features, team), labels)
+    there = type(head)(**head.get_params()).fit(spread(features, dask_executor), labels)
     for name in ("coef_", "intercept_", "means_", "covariance_", "centroids_"):
         if hasattr(here, name):
             np.testing.assert_allclose(getattr(there, name), getattr(here, name), rtol=1e-8, atol=1e-10)
-    np.testing.assert_array_equal(there.predict(spread(features, team)), here.predict(ArrayBlocks(features)))
+    np.testing.assert_array_equal(there.predict(spread(features, dask_executor)), here.predict(ArrayBlocks(features)))
     np.testing.assert_allclose(
-        class_scores(there, spread(features, team)), class_scores(here, ArrayBlocks(features)), rtol=1e-6, atol=1e-6
+        class_scores(there, spread(features, dask_executor)),
+        class_scores(here, ArrayBlocks(features)),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
-def test_scaling_and_pca_are_the_local_ones(team):
+def test_scaling_and_pca_are_the_local_ones(dask_executor):
     features, _ = made()
     weights = np.random.default_rng(0).uniform(0, 2, ROWS)
-    here, there = (BlockScaler().fit(f, sample_weight=weights) for f in (ArrayBlocks(features), spread(features, team)))
+    here, there = (
+        BlockScaler().fit(f, sample_weight=weights) for f in (ArrayBlocks(features), spread(features, dask_executor))
+    )
     for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
         np.testing.assert_allclose(getattr(there, name), getattr(here, name), rtol=1e-10)
-    here, there = (BlockPCA(0.9).fit(f) for f in (ArrayBlocks(features), spread(features, team)))
+    here, there = (BlockPCA(0.9).fit(f) for f in (ArrayBlocks(features), spread(features, dask_executor)))
     np.testing.assert_allclose(there.components_, here.components_, atol=1e-9)
     np.testing.assert_allclose(there.explained_variance_, here.explained_variance_, rtol=1e-10)
 
 
-def test_moments_of_shares_without_weight_or_a_class_are_none(team):
+def test_moments_of_shares_without_weight_or_a_class_are_none(dask_executor):
     """The first share has weight zero and lacks a class, and means are a thousand deviations from zero."""
     features = np.random.default_rng(0).standard_normal((1000, 5)) + 1000
     codes = np.repeat([0, 1], 500)
     weights = np.repeat([0.0, 2.0], 500)
     for given in (weights, None):
-        here, there = (gram_of(f, codes, 3, given) for f in (features, spread(features, team)))
+        here, there = (gram_of(f, codes, 3, given) for f in (features, spread(features, dask_executor)))
         for name in ("weight", "mean", "scatter", "class_weights", "class_means"):
             np.testing.assert_allclose(getattr(there, name), getattr(here, name), rtol=1e-9, atol=1e-9)
-        here, there = (moments_of(f, given) for f in (features, spread(features, team)))
+        here, there = (moments_of(f, given) for f in (features, spread(features, dask_executor)))
         np.testing.assert_allclose(there.variance, here.variance, rtol=1e-9)
         np.testing.assert_allclose(there.mean, here.mean, rtol=1e-12)
 
 
-def test_scores_come_in_the_order_of_the_rows(team):
+def test_scores_come_in_the_order_of_the_rows(dask_executor):
     features, labels = made(4)
     head = BlockLogisticRegression().fit(features, labels)
-    spread_out = spread(features, team)
+    spread_out = spread(features, dask_executor)
     np.testing.assert_allclose(
         head.decision_function(spread_out), head.decision_function(features), rtol=1e-9, atol=1e-12
     )
@@ -214,18 +221,18 @@ def test_scores_come_in_the_order_of_the_rows(team):
     assert (here != there).sum() <= 3
 
 
-def test_a_value_that_is_not_finite_is_named_by_its_row_among_all(team):
+def test_a_value_that_is_not_finite_is_named_by_its_row_among_all(dask_executor):
     features, labels = made()
     features[2345, 3] = np.nan
     with pytest.raises(UsageError, match=r"Input X contains NaN: row 2345"):
-        BlockRidgeClassifier().fit(spread(features, team), labels)
+        BlockRidgeClassifier().fit(spread(features, dask_executor), labels)
 
 
-def test_a_feature_sets_labels_and_parts_go_along(team, zoo):
+def test_a_feature_sets_labels_and_parts_go_along(dask_executor, zoo):
     zoo.write(zoo.images(None, count=30))
     zoo.write(zoo.images(None, count=90), name="more")  # part two holds the others, part one all again
     features = zoo.features("more")
-    there = spread(features, team)
+    there = spread(features, dask_executor)
     assert there.shape == (270, 3)
     head = BlockLogisticRegression().fit(there)
     here = BlockLogisticRegression().fit(features)
@@ -252,10 +259,10 @@ class Noted:
         return found.astype(dtype or self.dtype)
 
 
-def test_what_fits_a_workers_memory_is_read_once_to_look_and_once_to_keep(team, tmp_path):
+def test_what_fits_a_workers_memory_is_read_once_to_look_and_once_to_keep(dask_executor, tmp_path):
     features, labels = made(dtype=np.float16)
     noted = Noted(features, tmp_path / "reads")
-    head = make_pipeline(BlockScaler(), BlockLogisticRegression(C=10.0)).fit(spread(noted, team), labels)
+    head = make_pipeline(BlockScaler(), BlockLogisticRegression(C=10.0)).fit(spread(noted, dask_executor), labels)
     assert head[-1].n_iter_[0] > 3
     assert (
         sum(map(int, noted.path.read_text().split())) == 3 * ROWS
@@ -301,11 +308,11 @@ def test_shares_end_where_parts_do_if_that_is_near():
     assert cuts(2, 2, np.array([1])) == [0, 1, 2]
 
 
-def test_fewer_rows_than_workers_are_enough(team):
-    there = spread(np.arange(6.0).reshape(1, 6), team)
+def test_fewer_rows_than_workers_are_enough(dask_executor):
+    there = spread(np.arange(6.0).reshape(1, 6), dask_executor)
     assert moments_of(there).mean.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_spread_features_are_not_read_into_memory_unasked(team):
+def test_spread_features_are_not_read_into_memory_unasked(dask_executor):
     with pytest.raises(UsageError, match="not in memory here"):
-        np.asarray(spread(made()[0], team))
+        np.asarray(spread(made()[0], dask_executor))

@@ -60,14 +60,14 @@ def at_pass(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.3])
 def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
-    own_team: DaskExecutor, processes: Any, at_pass: Any, delay: float
+    own_executor: DaskExecutor, processes: Any, at_pass: Any, delay: float
 ) -> None:
     """At the beginning of a pass, in it, and between two (it is over before the worker is killed)."""
     features, codes = made()
     here = BlockLogisticRegression(C=10.0).fit(ArrayBlocks(features), codes)
     processes.add_worker()
-    own_team.wait_for_workers(3)
-    there = spread(features, own_team)
+    own_executor.wait_for_workers(3)
+    there = spread(features, own_executor)
     done = at_pass(3, processes.workers[1].kill, delay)
     head = BlockLogisticRegression(C=10.0).fit(there, codes)
     assert len(done) > 4
@@ -79,7 +79,7 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
 
 
 def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
-    own_team: DaskExecutor, processes: Any, at_pass: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+    own_executor: DaskExecutor, processes: Any, at_pass: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featurepipe.execution.worker_pool.TOLD_SECONDS", 120.0)
     features, codes = made()
@@ -92,14 +92,16 @@ def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(
         processes.add_worker()
 
     done = at_pass(3, replace, 0.0)
-    head = BlockLogisticRegression(C=10.0).fit(spread(features, own_team), codes)
+    head = BlockLogisticRegression(C=10.0).fit(spread(features, own_executor), codes)
     assert len(done) > 4
     assert objective(head, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
     assert said == ["workers that kept features are gone; those that are there now read them again"]
 
 
-def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: DaskExecutor, processes: Any, at_pass: Any) -> None:
-    own_team.patience = 2.0
+def test_a_fit_whose_workers_all_die_ends_with_an_error(
+    own_executor: DaskExecutor, processes: Any, at_pass: Any
+) -> None:
+    own_executor.patience = 2.0
     features, codes = made()
 
     def kill() -> None:
@@ -109,16 +111,18 @@ def test_a_fit_whose_workers_all_die_ends_with_an_error(own_team: DaskExecutor, 
     at_pass(3, kill, 0.0)
     start = time.monotonic()
     with pytest.raises(ClusterError, match=r"no worker came .* within 2 s"):
-        BlockLogisticRegression(C=10.0).fit(spread(features, own_team), codes)
+        BlockLogisticRegression(C=10.0).fit(spread(features, own_executor), codes)
     assert time.monotonic() - start < 30
 
 
-def test_a_fit_whose_scheduler_dies_ends_with_an_error(own_team: DaskExecutor, processes: Any, at_pass: Any) -> None:
+def test_a_fit_whose_scheduler_dies_ends_with_an_error(
+    own_executor: DaskExecutor, processes: Any, at_pass: Any
+) -> None:
     features, codes = made()
     at_pass(3, processes.scheduler.kill, 0.0)
     start = time.monotonic()
     with pytest.raises(ClusterError, match="the scheduler of the cluster is gone"):
-        BlockLogisticRegression(C=10.0).fit(spread(features, own_team), codes)
+        BlockLogisticRegression(C=10.0).fit(spread(features, own_executor), codes)
     assert time.monotonic() - start < 40
 
 
@@ -153,10 +157,10 @@ def test_features_of_four_times_a_workers_memory_are_learned_from(tmp_path: Path
     many = once.take(np.tile(np.arange(len(codes)), times))
     assert many.shape[0] * features[0].nbytes > 4 * LIMIT
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1, "silence_logs": 50}
-    with LocalCluster(1, memory_limit=LIMIT, **options) as cluster, connect(cluster, say=said.append) as team:
-        before = {worker.pid for worker in team.workers()}
-        head = BlockLogisticRegression(C=0.1 / times).fit(spread(many, team))
-        assert {worker.pid for worker in team.workers()} == before  # no worker was ended for its memory
+    with LocalCluster(1, memory_limit=LIMIT, **options) as cluster, connect(cluster, say=said.append) as dask_executor:
+        before = {worker.pid for worker in dask_executor.workers()}
+        head = BlockLogisticRegression(C=0.1 / times).fit(spread(many, dask_executor))
+        assert {worker.pid for worker in dask_executor.workers()} == before  # no worker was ended for its memory
     here = BlockLogisticRegression(C=0.1).fit(ArrayBlocks(features), codes)
     there = here.__class__(C=0.1)
     there.coef_, there.intercept_ = head.coef_, head.intercept_

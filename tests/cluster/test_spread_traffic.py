@@ -39,16 +39,16 @@ def count_no_more() -> None:
 
 
 @pytest.fixture
-def sent(team: DaskExecutor) -> Iterator[Any]:
+def sent(dask_executor: DaskExecutor) -> Iterator[Any]:
     """Tells how many bytes client, scheduler (which is in this process, too) and workers have sent."""
-    count_bytes(), team.client.run(count_bytes)
-    yield lambda: counted() + sum(team.client.run(counted).values())
-    count_no_more(), team.client.run(count_no_more)
+    count_bytes(), dask_executor.client.run(count_bytes)
+    yield lambda: counted() + sum(dask_executor.client.run(counted).values())
+    count_no_more(), dask_executor.client.run(count_no_more)
 
 
 @pytest.mark.filterwarnings("ignore:1 of 1 fits")
 def test_a_pass_sends_coefficients_out_and_gradients_back(
-    team: DaskExecutor, sent: Any, monkeypatch: pytest.MonkeyPatch
+    dask_executor: DaskExecutor, sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, CLASSES, 2000)
@@ -64,7 +64,7 @@ def test_a_pass_sends_coefficients_out_and_gradients_back(
         return answers
 
     monkeypatch.setattr(passes.Passes, "__call__", watched)
-    BlockLogisticRegression(C=1e-3, max_iter=4).fit(spread(features.astype(np.float16), team), codes)
+    BlockLogisticRegression(C=1e-3, max_iter=4).fit(spread(features.astype(np.float16), dask_executor), codes)
     out, back = CLASSES * (WIDTH + 1) * 4, CLASSES * (WIDTH + 1) * 8
     least = 2 * out + 2 * back  # to each of two workers; from one to the other, and of both to the client
     by_way_of_the_scheduler = least + out + back

@@ -28,13 +28,13 @@ CLOSE = {"logistic": 5e-3, "linear-svm": 1e-2}
 
 
 @pytest.fixture
-def pair(zoo, team, tmp_path):
+def pair(zoo, dask_executor, tmp_path):
     """Trains twice, here and on the cluster; returns both records and both bundles."""
 
     def train_(**options):
         options = {"nodes": NODES, "silent": True, **options}
         here = train(zoo.store, out=tmp_path / "here", **options)
-        there = train(zoo.store, out=tmp_path / "there", cluster=team, **options)
+        there = train(zoo.store, out=tmp_path / "there", cluster=dask_executor, **options)
         return here, there, read_bundle(tmp_path / "here"), read_bundle(tmp_path / "there")
 
     return train_
@@ -94,14 +94,14 @@ def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair,
     assert 1 < there["params"]["n_estimators"] < 1000
 
 
-def test_memory_decides_how_many_fits_there_are_at_a_time(team, monkeypatch):
-    limit = team.workers()[0].memory_limit
-    assert fits_at_once(team, Room(0, 1)) == 2  # one a thread
-    assert fits_at_once(team, Room(int(0.5 * limit), int(0.05 * limit))) == 2
-    assert fits_at_once(team, Room(int(0.5 * limit), int(0.2 * limit))) == 0
-    workers = [replace(worker, memory_limit=0, threads=3) for worker in team.workers()]  # without limits
-    monkeypatch.setattr(team, "workers", lambda: workers)
-    assert fits_at_once(team, Room(limit, limit)) == 6
+def test_memory_decides_how_many_fits_there_are_at_a_time(dask_executor, monkeypatch):
+    limit = dask_executor.workers()[0].memory_limit
+    assert fits_at_once(dask_executor, Room(0, 1)) == 2  # one a thread
+    assert fits_at_once(dask_executor, Room(int(0.5 * limit), int(0.05 * limit))) == 2
+    assert fits_at_once(dask_executor, Room(int(0.5 * limit), int(0.2 * limit))) == 0
+    workers = [replace(worker, memory_limit=0, threads=3) for worker in dask_executor.workers()]  # without limits
+    monkeypatch.setattr(dask_executor, "workers", lambda: workers)
+    assert fits_at_once(dask_executor, Room(limit, limit)) == 6
 
 
 def test_the_bundle_names_the_cluster(zoo, pair):
@@ -174,14 +174,14 @@ def test_a_cluster_is_named_without_secrets(cluster, name):
     assert cluster_name(cluster) == name
 
 
-def test_clients_and_teams_are_named_by_their_scheduler(team):
-    assert cluster_name(team) == cluster_name(team.client) == team.client.scheduler.address
+def test_clients_and_executors_are_named_by_their_scheduler(dask_executor):
+    assert cluster_name(dask_executor) == cluster_name(dask_executor.client) == dask_executor.client.scheduler.address
 
 
 def test_workers_that_may_yet_come_count(cluster_address):
-    with connect(cluster_address) as team:
-        team.most = 5
-        assert fits_at_once(team, Room(0, 1)) == 5
+    with connect(cluster_address) as dask_executor:
+        dask_executor.most = 5
+        assert fits_at_once(dask_executor, Room(0, 1)) == 5
 
 
 def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_path):
@@ -199,12 +199,12 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_pa
             file.write(f"{os.getpid()} {time.time()} -1\n")
         return head.C, len(data[0]), len(train)
 
-    with local_cluster(threads_per_worker=4) as cluster, connect(cluster) as team:
-        each = int(0.2 * team.workers()[0].memory_limit)
+    with local_cluster(threads_per_worker=4) as cluster, connect(cluster) as dask_executor:
+        each = int(0.2 * dask_executor.workers()[0].memory_limit)
         folds = [(rows[:60], rows[60:]), (rows[60:], rows[:60])]
         data = DataElsewhere(features, folds, fit, Room(each, each))
-        assert fits_at_once(team, data.room) == 4
-        found = try_all(team, data, [RBFSVM(C=float(c)) for c in range(1, 9)])
+        assert fits_at_once(dask_executor, data.room) == 4
+        found = try_all(dask_executor, data, [RBFSVM(C=float(c)) for c in range(1, 9)])
     assert found == [(float(c), 120, size) for c in range(1, 9) for size in (60, 60)]
     events = sorted((float(when), who, int(step)) for who, when, step in map(str.split, log.read_text().splitlines()))
     now, most = Counter(), Counter()
@@ -217,15 +217,15 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_team, tmp_path, count):
+def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_executor, tmp_path, count):
     """Not even if no worker is left that has the rows, and another comes."""
     zoo.write([*zoo.images("train", 400), *zoo.images("test", 40)])
     options = {"nodes": NODES, "head": "rbf-svm", "tune": True, "calibration": False, "silent": True}
     here = train(zoo.store, out=tmp_path / "here", **options)
-    victims = own_team.workers()[:count]
+    victims = own_executor.workers()[:count]
 
     def kill():
-        while not any("fit_try" in key for key in own_team.client.processing().get(victims[-1].address, ())):
+        while not any("fit_try" in key for key in own_executor.client.processing().get(victims[-1].address, ())):
             time.sleep(0.02)
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
@@ -234,8 +234,8 @@ def test_workers_killed_during_a_search_change_nothing(zoo, processes, own_team,
 
     killer = threading.Thread(target=kill)
     killer.start()
-    there = train(zoo.store, out=tmp_path / "there", cluster=own_team, **options)
+    there = train(zoo.store, out=tmp_path / "there", cluster=own_executor, **options)
     killer.join()
-    assert not {victim.address for victim in victims}.intersection(own_team.addresses())
+    assert not {victim.address for victim in victims}.intersection(own_executor.addresses())
     assert there["search"]["trials"] == here["search"]["trials"]
     assert there["test"]["accuracy"] == here["test"]["accuracy"]

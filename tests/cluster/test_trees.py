@@ -39,13 +39,13 @@ def dump(head):
 
 @pytest.mark.parametrize("kinds", [10, 2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_same_trees_grow_where_quantiles_are_the_same(team, digits, kinds, weighted):
+def test_the_same_trees_grow_where_quantiles_are_the_same(dask_executor, digits, kinds, weighted):
     features, labels = digits
     few = np.isin(labels, np.unique(labels)[:kinds])
     features, labels = features[few], labels[few]
     weights = np.random.default_rng(1).uniform(0.2, 3, len(labels)) if weighted else None
     here = trees().fit(features, labels, weights)
-    there = trees().fit(spread(features, team), labels, weights)
+    there = trees().fit(spread(features, dask_executor), labels, weights)
     assert there.classes_.tolist() == here.classes_.tolist()
     assert there.predict(features).tolist() == here.predict(features).tolist()
     np.testing.assert_allclose(
@@ -53,12 +53,12 @@ def test_the_same_trees_grow_where_quantiles_are_the_same(team, digits, kinds, w
     )
 
 
-def test_real_valued_features_give_trees_that_agree_nearly_always(team, digits):
+def test_real_valued_features_give_trees_that_agree_nearly_always(dask_executor, digits):
     features, labels = digits
     features = features + np.random.default_rng(0).normal(0, 0.5, features.shape).astype(np.float32)
     here, there = (
         trees(30).fit(features[LEARN], labels[LEARN]),
-        trees(30).fit(spread(features[LEARN], team), labels[LEARN]),
+        trees(30).fit(spread(features[LEARN], dask_executor), labels[LEARN]),
     )
     assert dump(there) != dump(here)  # else the features above were enough to look at
     assert (there.predict(features[CHECK]) == here.predict(features[CHECK])).mean() > 0.93
@@ -66,12 +66,12 @@ def test_real_valued_features_give_trees_that_agree_nearly_always(team, digits):
     assert accuracies[1] == pytest.approx(accuracies[0], abs=0.03)
 
 
-def test_early_stopping_looks_at_the_validation_rows_of_all_workers(team, digits):
+def test_early_stopping_looks_at_the_validation_rows_of_all_workers(dask_executor, digits):
     features, labels = digits
     noisy = np.where(np.random.default_rng(0).random(len(labels)) < 0.2, np.roll(labels, 7), labels)
     options = {"learning_rate": 0.5, "early_stopping_rounds": 3}
     here = trees(200, **options).fit(features[LEARN], noisy[LEARN], eval_set=(features[CHECK], noisy[CHECK]))
-    every = spread(features, team)
+    every = spread(features, dask_executor)
     there = trees(200, **options).fit(every.take(LEARN), noisy[LEARN], eval_set=(every.take(CHECK), noisy[CHECK]))
     assert there.best_iteration_ == here.best_iteration_ < len(here.evaluation_) - 1 < 199
     np.testing.assert_allclose(there.evaluation_, here.evaluation_, rtol=1e-5)
@@ -79,23 +79,25 @@ def test_early_stopping_looks_at_the_validation_rows_of_all_workers(team, digits
         trees(**options).fit(every.take(LEARN), noisy[LEARN], eval_set=(features[CHECK], noisy[CHECK]))
 
 
-def test_trees_grow_on_what_the_steps_before_them_make(team, digits):
+def test_trees_grow_on_what_the_steps_before_them_make(dask_executor, digits):
     features, labels = digits
     options = {"pca": 10, "out_of_core": True, "n_estimators": 5, "n_jobs": 1}
     here = make_head("xgboost", **options).fit(features, labels)
-    there = make_head("xgboost", **options).fit(spread(features, team), labels)
-    assert (there.predict(spread(features, team)) == here.predict(features)).mean() > 0.93
-    assert there.predict(features).tolist() == there.predict(spread(features, team)).tolist()
+    there = make_head("xgboost", **options).fit(spread(features, dask_executor), labels)
+    assert (there.predict(spread(features, dask_executor)) == here.predict(features)).mean() > 0.93
+    assert there.predict(features).tolist() == there.predict(spread(features, dask_executor)).tolist()
 
 
-def test_a_value_that_is_not_finite_is_named_and_no_worker_waits(team, said, digits):
+def test_a_value_that_is_not_finite_is_named_and_no_worker_waits(dask_executor, said, digits):
     features, labels = digits
     features = features.copy()
     features[1500, 3] = np.nan
     with pytest.raises(UsageError, match="contains NaN: row 1500"):
-        trees().fit(spread(features, team), labels)
+        trees().fit(spread(features, dask_executor), labels)
     assert not said
-    assert trees(2).fit(spread(features[LEARN], team), labels[LEARN]).predict(features[:1]).tolist() == ["digit 0"]
+    assert trees(2).fit(spread(features[LEARN], dask_executor), labels[LEARN]).predict(features[:1]).tolist() == [
+        "digit 0"
+    ]
 
 
 # Working together
@@ -131,36 +133,36 @@ def failing(rank, shares, *, who, error):
     return rank.rank
 
 
-def test_each_worker_has_a_seat_and_its_shares(team):
-    shares = spread(np.zeros((30, 4), np.float32), team).shared()
-    answers = gang_run(team, seated, Rendezvous, [shares])
+def test_each_worker_has_a_seat_and_its_shares(dask_executor):
+    shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
+    answers = gang_run(dask_executor, seated, Rendezvous, [shares])
     assert [answer[0] for answer in answers] == [0, 1]
     assert all(answer[1:5] == (2, 1, {"host": "127.0.0.1", "count": 2}, [(15, 4)]) for answer in answers)
-    assert {answer[5] for answer in answers} == {worker.pid for worker in team.workers()}
+    assert {answer[5] for answer in answers} == {worker.pid for worker in dask_executor.workers()}
 
 
-def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(team, said):
-    shares = spread(np.zeros((30, 4), np.float32), team).shared()
+def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(dask_executor, said):
+    shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
     with pytest.raises(UsageError, match="no good"):
-        gang_run(team, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
+        gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
     assert not said
     with pytest.raises(
         ClusterError, match=r"failed \(OSError: broken wire\), for the 3th time. Workers .* see their logs"
     ):
-        gang_run(team, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
+        gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
     assert len(said) == TRIES - 1
     assert said[0].endswith("failed (OSError: broken wire); those that are left begin this again")
 
 
-def test_two_who_need_all_workers_wait_for_each_other(team, cluster_address, digits):
+def test_two_who_need_all_workers_wait_for_each_other(dask_executor, cluster_address, digits):
     features, labels = digits
     found = []
 
-    def grow(own_team):
-        found.append(trees(30).fit(spread(features, own_team), labels))
+    def grow(own_executor):
+        found.append(trees(30).fit(spread(features, own_executor), labels))
 
     with connect(cluster_address, say=lambda _: None) as other:
-        threads = [threading.Thread(target=grow, args=(each,)) for each in (team, other)]
+        threads = [threading.Thread(target=grow, args=(each,)) for each in (dask_executor, other)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -171,15 +173,15 @@ def test_two_who_need_all_workers_wait_for_each_other(team, cluster_address, dig
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the first, where all meet", "the last"])
-def test_a_worker_killed_while_trees_grow_costs_another_try(own_team, said, digits, victim):
+def test_a_worker_killed_while_trees_grow_costs_another_try(own_executor, said, digits, victim):
     features, labels = digits
-    workers = {worker.address: worker.pid for worker in own_team.workers()}
-    growing = spread(features, own_team)
+    workers = {worker.address: worker.pid for worker in own_executor.workers()}
+    growing = spread(features, own_executor)
     places = [place.worker for place in growing.shared().places]
     lost = places[0 if victim.startswith("the first") else -1]
 
     def kill():
-        while not any(key.startswith("Attempt") for keys in own_team.client.processing().values() for key in keys):
+        while not any(key.startswith("Attempt") for keys in own_executor.client.processing().values() for key in keys):
             time.sleep(0.05)
         time.sleep(2)  # they have met, and some trees have grown
         os.kill(workers[lost], signal.SIGKILL)

@@ -90,9 +90,9 @@ def executor(kind: Kind, request: pytest.FixtureRequest) -> Executor:
         return LocalExecutor()
     if kind is PROCESSES:
         return ProcessExecutor(2)
-    team: DaskExecutor = request.getfixturevalue("team")
-    team.patience = 2.0  # with those that are left, when workers refuse
-    return team
+    dask_executor: DaskExecutor = request.getfixturevalue("dask_executor")
+    dask_executor.patience = 2.0  # with those that are left, when workers refuse
+    return dask_executor
 
 
 def wait_for(is_true: Callable[[], object]) -> None:
@@ -572,23 +572,25 @@ def test_a_killed_process_is_a_clear_error() -> None:
 
 
 @pytest.mark.slow
-def test_a_shard_that_kills_its_workers_is_named(processes: Any, own_team: DaskExecutor) -> None:
+def test_a_shard_that_kills_its_workers_is_named(processes: Any, own_executor: DaskExecutor) -> None:
     for _ in range(4):
         processes.add_worker()
-    own_team.wait_for_workers(6)
+    own_executor.wait_for_workers(6)
     told = r"every worker that began bomb\.jpg died of it, 4 in all, the last tcp://.*committed stands"
     with pytest.raises(ClusterError, match=told):
-        list(own_team.map(kills, ["a", "b", "bomb.jpg", "c"]))
+        list(own_executor.map(kills, ["a", "b", "bomb.jpg", "c"]))
 
 
 @pytest.mark.slow
-def test_a_killed_workers_shards_are_done_elsewhere(own_team: DaskExecutor, processes: Any, said: list[str]) -> None:
+def test_a_killed_workers_shards_are_done_elsewhere(
+    own_executor: DaskExecutor, processes: Any, said: list[str]
+) -> None:
     def work(_context, n, *_):
         time.sleep(0.1)
         return n
 
     found = []
-    for n, _ in own_team.map(work, range(20)):
+    for n, _ in own_executor.map(work, range(20)):
         found.append(n)
         if len(found) == 3:
             processes.workers[0].kill()

@@ -1,4 +1,4 @@
-"""A night on a cluster: the table, one team for all steps, and nothing started where nothing is to be done."""
+"""A job on a cluster: the table, one executor for all steps, and nothing started where nothing is to be done."""
 
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +29,8 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def noted(spec: Any, **options: Any) -> Any:
         if not isinstance(spec, featurepipe.execution.DaskExecutor):
             found.append(spec)
-        with connect(spec, **options) as team:
-            yield team
+        with connect(spec, **options) as dask_executor:
+            yield dask_executor
 
     monkeypatch.setattr(featurepipe.execution.connection, "connect", noted)
     return found

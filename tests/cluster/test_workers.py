@@ -19,7 +19,7 @@ from featurepipe.store.gc import gc_store
 
 
 @contextmanager
-def other_version(team: DaskExecutor, address: str, package: str, number: str) -> Iterator[None]:
+def other_version(dask_executor: DaskExecutor, address: str, package: str, number: str) -> Iterator[None]:
     """While the block runs, one worker reports another version of a package."""
 
     def report() -> None:
@@ -36,15 +36,15 @@ def other_version(team: DaskExecutor, address: str, package: str, number: str) -
         module.version = module.true_version
         module._refusal.cache_clear()
 
-    team.client.run(report, workers=[address])
+    dask_executor.client.run(report, workers=[address])
     try:
         yield
     finally:
-        team.client.run(restore, workers=[address])
+        dask_executor.client.run(restore, workers=[address])
 
 
-def test_workers_say_who_they_are(team: DaskExecutor) -> None:
-    workers = team.workers()
+def test_workers_say_who_they_are(dask_executor: DaskExecutor) -> None:
+    workers = dask_executor.workers()
     assert sorted(worker.name for worker in workers) == ["0", "1"]
     assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
     for worker in workers:
@@ -66,12 +66,12 @@ def test_workers_say_who_they_are(team: DaskExecutor) -> None:
     ],
 )
 def test_other_versions_are_refused_by_name(
-    team: DaskExecutor, said: list[str], package: str, number: str, refused: bool
+    dask_executor: DaskExecutor, said: list[str], package: str, number: str, refused: bool
 ) -> None:
-    first, second = team.addresses()
-    name = next(worker.name for worker in team.workers() if worker.address == first)
-    with other_version(team, first, package, number):
-        assert sorted(team.check()) == sorted([second] if refused else [first, second])
+    first, second = dask_executor.addresses()
+    name = next(worker.name for worker in dask_executor.workers() if worker.address == first)
+    with other_version(dask_executor, first, package, number):
+        assert sorted(dask_executor.check()) == sorted([second] if refused else [first, second])
     if refused:
         assert said == [
             f"worker {name} ({first}) is not used: it has {package} {number}, the client has {version(package)}"
@@ -80,39 +80,39 @@ def test_other_versions_are_refused_by_name(
         assert said == []
 
 
-def test_a_late_worker_of_another_version_gets_no_task(team: DaskExecutor, said: list[str]) -> None:
-    team.check()
-    first, second = team.addresses()
-    with other_version(team, first, "torch", "1.0"):
+def test_a_late_worker_of_another_version_gets_no_task(dask_executor: DaskExecutor, said: list[str]) -> None:
+    dask_executor.check()
+    first, second = dask_executor.addresses()
+    with other_version(dask_executor, first, "torch", "1.0"):
 
         def where(_context, n: int, _worker, stop, _report) -> str:
             from distributed import get_worker
 
             return str(get_worker().address)
 
-        assert set(dict(team.map(where, range(8))).values()) == {second}
-    assert list(team.refused) == [first]
+        assert set(dict(dask_executor.map(where, range(8))).values()) == {second}
+    assert list(dask_executor.refused) == [first]
     assert len(said) == 1
 
 
-def test_all_refused_is_an_error_that_names_each(team: DaskExecutor) -> None:
-    first, second = team.addresses()
+def test_all_refused_is_an_error_that_names_each(dask_executor: DaskExecutor) -> None:
+    first, second = dask_executor.addresses()
     with (
-        other_version(team, first, "torch", "1.0"),
-        other_version(team, second, "numpy", "1.26"),
+        other_version(dask_executor, first, "torch", "1.0"),
+        other_version(dask_executor, second, "numpy", "1.26"),
         pytest.raises(
             ClusterError,
             match=rf"no worker .* can be used: .*{first}: it has torch 1.*{second}: it has numpy 1",
         ),
     ):
-        team.check()
+        dask_executor.check()
 
 
 def test_a_store_that_workers_see_leaves_nothing_behind(cluster_address: str, tmp_path: Path) -> None:
-    with connect(cluster_address, say=print) as team:
-        assert len(team.check(tmp_path)) == 2
+    with connect(cluster_address, say=print) as dask_executor:
+        assert len(dask_executor.check(tmp_path)) == 2
         assert len(list(tmp_path.iterdir())) == 1  # for workers that come later
-        assert len(team.check(tmp_path)) == 2
+        assert len(dask_executor.check(tmp_path)) == 2
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -120,18 +120,18 @@ def test_a_store_that_workers_see_leaves_nothing_behind(cluster_address: str, tm
 def test_a_store_that_is_tidied_up_meanwhile_is_still_seen(cluster_address: str, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store")
     store._make()
-    with connect(cluster_address, say=print) as team:
-        assert len(team.check(store.path)) == 2
+    with connect(cluster_address, say=print) as dask_executor:
+        assert len(dask_executor.check(store.path)) == 2
         assert gc_store(store).leftovers_removed == 0
         [shown] = store.path.glob(".cluster-*")
         shown.unlink()  # by whoever tidies up by hand
-        assert len(team.check(store.path)) == 2
+        assert len(dask_executor.check(store.path)) == 2
         os.utime(shown, (0, 0))  # as a client that was killed leaves it
         assert gc_store(store).leftovers_removed == 1
 
 
 def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
-    team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dask_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the workers see what the client sees, so the file is moved away as soon as it is there."""
     store = tmp_path / "store"
@@ -143,11 +143,11 @@ def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
 
     monkeypatch.setattr(Path, "write_text", elsewhere)
     with pytest.raises(ClusterError, match=f"does not see the store {store} "):
-        team.check(store)
+        dask_executor.check(store)
 
 
 def test_another_folder_at_the_stores_path_is_refused(
-    team: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dask_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_text
 
@@ -156,22 +156,22 @@ def test_another_folder_at_the_stores_path_is_refused(
 
     monkeypatch.setattr(Path, "write_text", other)
     with pytest.raises(ClusterError, match=f"another folder is at {tmp_path} there"):
-        team.check(tmp_path)
+        dask_executor.check(tmp_path)
 
 
-def test_a_store_that_cannot_be_written_is_an_error(team: DaskExecutor, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_an_error(dask_executor: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot write into the store .*nowhere: No such file"):
-        team.check(tmp_path / "nowhere")
+        dask_executor.check(tmp_path / "nowhere")
 
 
-def test_a_source_that_workers_do_not_see(team: DaskExecutor, tmp_path: Path) -> None:
+def test_a_source_that_workers_do_not_see(dask_executor: DaskExecutor, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    assert len(team.check(source=tmp_path / "images")) == 2
-    assert len(team.check(source="s3://bucket/images")) == 2
-    assert len(team.check(source=str(tmp_path / "*.tar"))) == 2
+    assert len(dask_executor.check(source=tmp_path / "images")) == 2
+    assert len(dask_executor.check(source="s3://bucket/images")) == 2
+    assert len(dask_executor.check(source=str(tmp_path / "*.tar"))) == 2
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(ClusterError, match=r"does not see the source .*images"):
-        team.check(source=tmp_path / "images")
+        dask_executor.check(source=tmp_path / "images")
 
 
 def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, said: list[str]) -> None:
@@ -179,13 +179,13 @@ def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, s
 
     with (
         LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
-        connect(cluster, say=said.append) as team,
+        connect(cluster, say=said.append) as dask_executor,
     ):
-        team.patience = 0.5
+        dask_executor.patience = 0.5
         with pytest.raises(
             ClusterError, match=r"no worker came to .* within 0\.5 s; start some, such as: dask worker tcp"
         ):
-            team.check(tmp_path)
+            dask_executor.check(tmp_path)
 
 
 def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
@@ -203,7 +203,7 @@ def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
             {"distributed.worker.memory.pause": 0.001, "distributed.worker.memory.monitor-interval": "50ms"}
         ),
         LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="4GiB", **options) as cluster,
-        connect(cluster, say=said.append) as team,
+        connect(cluster, say=said.append) as dask_executor,
     ):
         workers = cluster.scheduler.workers.values()
         while next(iter(workers)).status.name != "paused":
@@ -211,7 +211,7 @@ def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
         with pytest.raises(
             ClusterError, match=r"1 tasks are not done, the first: cat; no worker has the memory .* of its 4,096 MiB"
         ):
-            list(team.map(lambda *_: None, ["cat"]))
+            list(dask_executor.map(lambda *_: None, ["cat"]))
     assert [line for line in said if "takes no task until it has more free" in line] == said
 
 
@@ -219,10 +219,10 @@ def test_what_was_given_stays_open(cluster_address: str) -> None:
     from distributed import Client
 
     with Client(cluster_address) as client:
-        with connect(client, say=print) as team:
-            assert team.client is client
-            with connect(team) as same:
-                assert same is team
+        with connect(client, say=print) as dask_executor:
+            assert dask_executor.client is client
+            with connect(dask_executor) as same:
+                assert same is dask_executor
         assert client.submit(sum, [1, 2]).result() == 3
 
 
@@ -268,8 +268,8 @@ def test_a_scheduler_file(cluster_address: str, tmp_path: Path) -> None:
 
     file = tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": cluster_address}))
-    with connect(str(file), say=print) as team:
-        assert len(team.addresses()) == 2
+    with connect(str(file), say=print) as dask_executor:
+        assert len(dask_executor.addresses()) == 2
     with (
         pytest.raises(ClusterError, match=r"scheduler file .*nothing\.json does not exist"),
         connect(tmp_path / "nothing.json"),
@@ -278,17 +278,17 @@ def test_a_scheduler_file(cluster_address: str, tmp_path: Path) -> None:
 
 
 def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(
-    team: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+    dask_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = team._known()
+    known = dask_executor._known()
     ghost: dict[str, Any] = dict(known) | {"tcp://127.0.0.1:9": next(iter(known.values()))}
-    monkeypatch.setattr(team, "_known", lambda: ghost)
+    monkeypatch.setattr(dask_executor, "_known", lambda: ghost)
     for seconds in ("ANSWER_SECONDS", "LAST_SECONDS"):  # the living answer at once
         monkeypatch.setattr(f"featurepipe.execution.worker_pool.{seconds}", 3.0)
-    assert {worker.address for worker in team.workers()} == set(known)
+    assert {worker.address for worker in dask_executor.workers()} == set(known)
 
 
-def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: DaskExecutor) -> None:
+def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_executor: DaskExecutor) -> None:
     def lose_package() -> None:
         import sys
 
@@ -296,6 +296,6 @@ def test_a_scheduler_without_our_package_is_an_error_before_any_work(own_team: D
             if name.partition(".")[0] == "featurepipe":
                 sys.modules[name] = None  # type: ignore[assignment]
 
-    own_team.client.run_on_scheduler(lose_package)
+    own_executor.client.run_on_scheduler(lose_package)
     with pytest.raises(ClusterError, match=r"the scheduler tcp://\S+ cannot read our tasks \(.*featurepipe"):
-        own_team.check()
+        own_executor.check()
