@@ -46,14 +46,13 @@ def looked(monkeypatch):
     """Numbers of rows of the parts whose files were looked through."""
     from featurepipe.store import known_files
 
-    found, read = [], known_files.read_array
+    found, read = [], known_files.read_ids
 
-    def watched(part, name):
-        if name == "id":
-            found.append(part.rows)
-        return read(part, name)
+    def watched(part):
+        found.append(part.rows)
+        return read(part)
 
-    monkeypatch.setattr(known_files, "read_array", watched)
+    monkeypatch.setattr(known_files, "read_ids", watched)
     return found
 
 

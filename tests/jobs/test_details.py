@@ -20,7 +20,7 @@ def test_a_night_in_full(pile):
     host = record["host"]
     assert lines[2:4] == [f"on {host['name']}, pid {host['pid']}", f"job file: {pile.file}"]
     assert "features: lenet5, weights none: c3, bottleneck" in lines
-    assert "limits: max_rejects 50%, damaged reject, max_gone 50%" in lines
+    assert "limits: max_rejects 50%, max_gone 50%, damaged reject" in lines
     assert "steps: compact" in lines
     assert "  1 still rejected, 3 unchanged" in lines
     place = lines.index("rejected: 1 image")
