@@ -143,6 +143,7 @@ NAN: Final = ("nan", "NaN")
 _LIKE_NONE: Final = {"na", "n/a", "#n/a", "<na>", "nan", "nat", "none", "null", "nil", "undefined", "-", "?"}
 _NAMED: Final = 3  # pairs of names that a message shows
 _EXACT: Final = 2.0**53  # whole floats below it are whole numbers
+_WHOLE: Final = re.compile(r"(0|-?[1-9]\d{0,14})(\.0)?")  # not 007, nor what a float does not hold exactly
 _MARKS: Final = "|;,"
 _IMAGES_A_NUMBER: Final = 10
 """Numbers with fractions that are classes have at least so many images each; measured amounts hardly repeat."""
@@ -178,6 +179,38 @@ def label_text(label: Any) -> tuple[str | None, str]:
             return None, "NaN" if math.isnan(value) else "infinite"
         return str(int(value) if value.is_integer() and abs(value) < _EXACT else value), ""
     return (None, "NaN") if is_missing(value) else (None, f"a {type(value).__name__}")
+
+
+def whole_numbers(classes: Collection[str]) -> tuple[dict[str, str], str]:
+    """Finds whole numbers that a column without types holds as floats, as pandas writes whole numbers with gaps.
+
+    Columns with types give a whole float as the whole number (`label_text`), so that the class ``1`` of a Parquet file is that
+    of ``1.0`` in a CSV file. One label alone does not tell: ``1.0`` may be the name of a version, or an amount. The column
+    tells, if all of it are whole numbers.
+
+    Args:
+        classes: The distinct labels of the whole column.
+
+    Returns:
+        The class of each label that is renamed; and what is to be said, empty if no label is written so.
+
+    Example:
+        >>> whole_numbers(["1.0", "2.0"])[0], whole_numbers(["1.0", "1.5"])[0], whole_numbers(["01", "1"])
+        ({'1.0': '1', '2.0': '2'}, {}, ({}, ''))
+    """
+    as_floats = sorted((name for name in classes if name.endswith(".0") and _WHOLE.fullmatch(name)), key=float)
+    if not as_floats:
+        return {}, ""
+    first = as_floats[0]
+    others = sorted(name for name in classes if not _WHOLE.fullmatch(name))
+    if others:
+        return {}, (
+            f"labels such as {first!r} are kept as they are written, since not all are whole numbers (such as {others[0]!r}); "
+            f"a file with types, such as Parquet, has {first[:-2]!r} for it"
+        )
+    return {name: name[:-2] for name in as_floats}, (
+        f"labels are whole numbers written as floats, and taken as whole numbers: {first!r} as {first[:-2]!r}"
+    )
 
 
 def is_missing(label: Any) -> bool:

@@ -17,9 +17,10 @@ from itertools import islice, repeat
 from typing import IO, Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
-from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv
+from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv, whole_numbers
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
@@ -54,7 +55,8 @@ class ManifestSource(Source):
 
     Relative paths are relative to the manifest; a path may be a URL. The id is the ``id`` column, else the path as
     written. ``label`` and ``split`` are found in any case; splits by any of their usual names, see
-    `featurepipe.annotations`. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
+    `featurepipe.annotations`. Labels of a .csv that are all whole numbers, some written as ``1.0``, are whole numbers,
+    as in the other kinds. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
     whole numbers, else from one stat per row. What other columns there are is told, and not used.
 
     Args:
@@ -93,6 +95,8 @@ class ManifestSource(Source):
             raise SourceError(f"{self.path}: cannot be read: {error}") from error
         except Exception as error:  # the border of one file: numbers out of range and deep nesting end in many errors
             raise SourceError(f"{self.path}: cannot be read as {kind}: {error}") from error
+        if kind.lower() == "csv" and "label" in self._taken:
+            table = _with_whole_numbers(table, findings)
         return findings.attach(check_unique(table, self.path))
 
     def read(self, locator: bytes) -> bytes:
@@ -194,6 +198,16 @@ class ManifestSource(Source):
         scheme, separator, folder = self._folder.rpartition("://")
         # A URL is no file system: nothing there resolves "..".
         return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
+
+
+def _with_whole_numbers(table: pa.Table, findings: Findings) -> pa.Table:
+    """The listing with labels that are whole numbers as such, as the other kinds of manifest have them."""
+    renamed, said = whole_numbers(pc.unique(table["label"].drop_null()).to_pylist())
+    findings.notes += [said] * bool(said)
+    if not renamed:
+        return table
+    labels = pc.replace_substring_regex(table["label"], r"\.0$", "")
+    return table.set_column(table.column_names.index("label"), table.schema.field("label"), labels)
 
 
 def _encoded(path: str) -> bytes:

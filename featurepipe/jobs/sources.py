@@ -230,13 +230,13 @@ class LabelledSource:
         strangers = pc.unique(self.table.ids.filter(pc.invert(pc.is_in(self.table.ids, value_set=pc.unique(ids)))))
         warnings = [_of_strangers(file, strangers, ids)] if len(strangers) else []
         text = f"{labelled:,} of {len(ids):,} images have a label in {file.name}"
-        if self.table.ignored:
-            text += f"; ignored columns: {', '.join(self.table.ignored)}"
+        text = "; ".join([text, *self.table.told()])
         facts = {
             "file": str(file),
             "labelled": labelled,
             "unknown": len(strangers),
             "ignored": list(self.table.ignored),
+            "notes": list(self.table.notes),
         }
         return {**facts, "text": text, "warnings": warnings}
 

@@ -18,7 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from featurepipe.annotations import NAN, PATHS, column_named, duplicate, label_text, path_column, read_csv, split_asked
+from featurepipe.annotations import (
+    NAN,
+    PATHS,
+    column_named,
+    duplicate,
+    label_text,
+    path_column,
+    read_csv,
+    split_asked,
+    whole_numbers,
+)
 from featurepipe.errors import UsageError, unknown
 from featurepipe.store.keys import Keys, count_distinct
 
@@ -37,6 +47,7 @@ class LabelTable:
         distinct: How many ids there are, each counted once.
         name: What errors call it.
         ignored: Its columns that are neither.
+        notes: What was guessed of the labels.
     """
 
     ids: pa.Array
@@ -44,6 +55,11 @@ class LabelTable:
     distinct: int
     name: str
     ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> list[str]:
+        """What is to be said of it: guesses, and columns that are not used."""
+        return [*self.notes, *([f"ignored columns: {', '.join(self.ignored)}"] if self.ignored else [])]
 
 
 LabelSource: TypeAlias = Mapping[Any, Any] | pa.Table | str | os.PathLike[str] | LabelTable
@@ -104,7 +120,9 @@ def _of_file(path: Path) -> LabelTable:
     try:
         if suffix == ".jsonl":
             return _of_lines(path)
-        return _of_table(_csv(path) if suffix == ".csv" else pa.parquet.read_table(path), path.name)
+        if suffix == ".csv":
+            return _of_table(_csv(path), path.name, has_types=False)
+        return _of_table(pa.parquet.read_table(path), path.name)
     except OSError as error:
         raise UsageError(f"cannot read labels from {path}: {error.strerror or error}") from error
     except (pa.ArrowException, UnicodeError, csv.Error) as error:
@@ -148,7 +166,7 @@ def _id_and_label(names: Sequence[str]) -> tuple[str | None, str | None]:
     return id_, column_named("label", names)
 
 
-def _of_table(table: pa.Table, name: str) -> LabelTable:
+def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> LabelTable:
     names = table.column_names
     column, label = _id_and_label(names)
     used = [used for used in (column, label) if used is not None]
@@ -163,11 +181,17 @@ def _of_table(table: pa.Table, name: str) -> LabelTable:
         raise UsageError(f"{name}: row {row + 1} has no {column}; every row needs one")
     ids = _plain(table[column]).cast(pa.string()).combine_chunks()
     labels = _plain(table[label])
+    notes: tuple[str, ...] = ()
     if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type):
-        found = _checked_text(ids, pc.utf8_trim_whitespace(labels.cast(pa.string())).combine_chunks(), name)
+        texts = pc.utf8_trim_whitespace(labels.cast(pa.string())).combine_chunks()
+        if not has_types:
+            renamed, said = whole_numbers([text for text in pc.unique(texts).to_pylist() if text])
+            texts = pc.replace_substring_regex(texts, r"\.0$", "") if renamed else texts
+            notes = (said,) if said else ()
+        found = _checked_text(ids, texts, name)
     else:
         found = _checked(ids, labels.to_pylist(), name)
-    return replace(found, ignored=tuple(other for other in names if other not in used))
+    return replace(found, ignored=tuple(other for other in names if other not in used), notes=notes)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -282,8 +282,7 @@ def with_told_labels(features: FeatureSet, labels: LabelSource, say: Callable[[s
     found = features.with_labels(table)
     labelled = len(found) - found.unlabelled
     parts = [f"{counted(len(found.classes), 'label')} on {labelled:,} of {counted(len(found), 'image')}"]
-    if table.ignored:
-        parts.append(f"ignored columns: {', '.join(table.ignored)}")
+    parts += table.told()
     if found.unmatched:
         parts.append(f"{counted(found.unmatched, 'id')} not among the images")
     say(f"{table.name}: {'; '.join(parts)}")

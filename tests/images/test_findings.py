@@ -420,3 +420,47 @@ def test_a_source_of_a_users_own_need_not_leave_anything():
 def test_what_was_found_stays_with_the_table():
     table = MemorySource({"a": b"x"}, labels={"a": [1]}).scan()
     assert ListingSummary.of(table.combine_chunks()).notes == ListingSummary.of(table).notes != []
+
+
+@pytest.mark.parametrize(
+    ("written", "taken", "note"),
+    [
+        (
+            ["1.0", "", "2.0", "10.0"],
+            ["1", None, "2", "10"],
+            "'1.0' as '1'",
+        ),  # as pandas writes whole numbers with gaps
+        (["1.0", "0.0", "-3.0"], ["1", "0", "-3"], "'-3.0' as '-3'"),  # and what is left when the gaps are dropped
+        (["1", "1.0", " 2.0 "], ["1", "1", "2"], "'1.0' as '1'"),  # two files put together
+        (["1.0", "nan", "2.0"], ["1", None, "2"], "'1.0' as '1'"),
+        (["1.0", "1.5", "2.0"], None, "such as '1.0' are kept as they are written, .*such as '1.5'.* has '1' for it"),
+        (["1.0", "none"], None, "kept as they are written, .*such as 'none'"),
+        (["01.0", "1.0"], None, "kept as they are written, .*such as '01.0'"),
+        (["1", "2", ""], ["1", "2", None], None),
+        (["01", "1.10", "1.00", "v1.0", "-0.0", "1e3"], None, None),
+        (["9007199254740993.0", "1"], None, None),  # more than a float holds
+    ],
+)
+def test_whole_numbers_written_as_floats_are_whole_numbers_if_the_whole_column_is(tmp_path, written, taken, note):
+    rows = [f"{number}.png,{label}\n" for number, label in enumerate(written)]
+    (tmp_path / "m.csv").write_text("".join(["path,label\n", *rows]))
+    found, summary = told(open_source(tmp_path / "m.csv"))
+    assert [label for label, _ in found.values()] == (taken or written)
+    about = [text for text in summary.notes if "kept as they are written" in text or "written as floats" in text]
+    assert len(about) == bool(note)
+    assert not note or re.search(note, about[0])
+    assert all(text in summary.lines("m")[1] for text in about)
+
+
+def test_the_same_table_has_the_same_classes_in_each_kind_of_manifest(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"path": [f"{number}.png" for number in range(4)], "label": [3, None, 1, 3]})
+    assert table["label"].dtype == np.float64
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "b.parquet")
+    table.astype({"label": "Int64"}).to_parquet(tmp_path / "c.parquet")
+    table.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
+    assert "3.0" in (tmp_path / "a.csv").read_text()
+    listed = [told(open_source(tmp_path / name))[0] for name in ("a.csv", "b.parquet", "c.parquet", "d.jsonl")]
+    assert [label for label, _ in listed[0].values()] == ["3", None, "1", "3"]
+    assert listed[0] == listed[1] == listed[2] == listed[3]

@@ -210,3 +210,22 @@ def test_a_labels_file_that_contradicts_itself_names_both(features, tmp_path):
     path.write_text("file;label\ncat/1.jpg;b\ncat/1.jpg; c\n")
     with pytest.raises(UsageError, match=r"'cat/1.jpg' has b and c: an image has one label"):
         features.with_labels(path)
+
+
+def test_whole_numbers_written_as_floats_are_whole_numbers_and_that_is_told(features, tmp_path):
+    first, second, third = features.ids[:3]
+    said = []
+    path = tmp_path / "labels.csv"
+    path.write_text(f"id,label\n{first},1.0\n{second},\n{third},2.0\n{first},1\n")
+    found = with_told_labels(features, path, said.append)
+    assert found.labels.tolist()[:3] == ["1", None, "2"]
+    assert said == [
+        "labels.csv: 2 labels on 2 of 4 images; labels are whole numbers written as floats, and taken as whole numbers: "
+        "'1.0' as '1'"
+    ]
+    pq.write_table(
+        pa.table({"id": [first, second, third], "label": pa.array([1, None, 2])}), tmp_path / "labels.parquet"
+    )
+    assert features.with_labels(tmp_path / "labels.parquet").labels.tolist() == found.labels.tolist()
+    path.write_text(f"id,label\n{first},1.0\n{second},1.5\n")
+    assert features.with_labels(path).labels.tolist()[:2] == ["1.0", "1.5"]
