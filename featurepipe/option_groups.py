@@ -134,6 +134,16 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def by_commas(text: str) -> tuple[str, ...]:
+    """Names separated by commas.
+
+    Example:
+        >>> by_commas("gap, avg2x2,")
+        ('gap', 'avg2x2')
+    """
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def is_number(value: Any, kind: Any = Integral) -> bool:
     """Whether a value is a number of a kind, NumPy's too, and not a bool."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -22,6 +22,8 @@ from featurepipe.features.options import (
     places,
 )
 from featurepipe.jobs.validation import keys_of, read_job, table_called
+from featurepipe.layer_depth.options import DepthOptions
+from featurepipe.monitoring.options import DriftOptions
 from featurepipe.option_groups import OptionGroup, as_asked, at_least, declared
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.training.options import TrainOptions
@@ -30,12 +32,26 @@ FUNCTIONS = {
     "extract": (featurepipe.extract, ExtractionOptions),
     "predict": (featurepipe.predict, PredictOptions),
     "train": (featurepipe.train, TrainOptions),
+    "depth": (featurepipe.depth, DepthOptions),
+    "drift": (featurepipe.drift, DriftOptions),
 }
-LINES = {"extract": "extract x --store y", "predict": "predict b x --to y.csv", "train": "train y --out b"}
-TABLES = {"extract": ("source", "features", "machine", "limits"), "train": ("train",)}
+LINES = {
+    "extract": "extract x --store y",
+    "predict": "predict b x --to y.csv",
+    "train": "train y --out b",
+    "depth": "depth x",
+    "drift": "drift y",
+}
+TABLES = {
+    "extract": ("source", "features", "machine", "limits"),
+    "train": ("train",),
+    "depth": ("depth",),
+    "drift": ("drift",),
+}
 """Of a job file, in which the options of a step are."""
-NOT_IN_A_JOB = {"retry_rejects"}
-"""Asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job."""
+NOT_IN_A_JOB = {"retry_rejects", "pooling", "control"}
+"""The first is asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job; a job
+compares the columns that it has."""
 OF_A_JOB = {"max_gone": "50%"}
 """Defaults that are others in a job file, where nobody watches."""
 WRONG = {"extract": {
@@ -45,7 +61,8 @@ WRONG = {"extract": {
 }, "train": {
     "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
     "seed": -1,
-}}  # fmt: skip
+}, "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
+"drift": {"warn": 1, "fail": 0, "seed": -1}}  # fmt: skip
 each_command = pytest.mark.parametrize("command", FUNCTIONS)
 each_step = pytest.mark.parametrize("step", TABLES)
 
@@ -135,8 +152,11 @@ def test_a_job_file_has_every_option(step):
 @each_step
 def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
     chosen = {name: one.choices for name, one in declared(FUNCTIONS[step][1]).items() if one.choices}
-    assert set(chosen) == {"extract": {"damaged", "precision", "dtype", "decode"}, "train": {"class_weight"}}[step]
+    having = {"extract": {"damaged", "precision", "dtype", "decode"}, "train": {"class_weight"}, "depth": {"control"}}
+    assert set(chosen) == having.get(step, set())
     for name, choices in chosen.items():
+        if name in NOT_IN_A_JOB:
+            continue
         for choice in choices:
             job = read_job(given_in(table_of(name, step), name, f'"{choice}"', tmp_path))
             table = getattr(job, table_of(name, step))

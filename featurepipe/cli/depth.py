@@ -19,14 +19,13 @@ from featurepipe.cli.options import (
     add_trust_code,
     cluster,
     existing_store,
-    names,
     options,
 )
 from featurepipe.cli.output import say, show, this_command
 from featurepipe.errors import Option, UsageError, on_command_line
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
-from featurepipe.heads.families import HEADS
+from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.option_groups import declared
 
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
@@ -49,24 +48,13 @@ def add_depth(commands: Commands) -> None:
     option("--weights", default="DEFAULT", metavar="NAME|none|FILE", help="of the network, as for featurepipe extract")
     option("--node", action="append", dest="nodes", metavar="auto|NODE[:POOLING]",
            help="may be repeated; auto: the network's stages and its bottleneck (default: auto)")  # fmt: skip
-    option("--heads", default="logistic", metavar="LIST",
-           help=f"of {', '.join(HEADS)}; separated by commas (default: %(default)s)")  # fmt: skip
-    option("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: %(default)s)")
-    option("--split", action="store_true", help="train on the dataset's split train and test on test, instead of folds")
-    option("--seeds", type=int, default=3, metavar="N",
-           help="how many times folds are dealt anew (default: %(default)s)")  # fmt: skip
-    option("--pooling", metavar="LIST",
-           help="such as gap,avg2x2 (default: the finest average grid within --max-width)")  # fmt: skip
-    option("--max-width", type=int, default=9000, metavar="N",
-           help="values per image of a column (default: %(default)s)")  # fmt: skip
-    option("--control", choices=["random"], help="measure the same network with random weights as well")
+    add_options(command, DepthOptions)
     option("--test-source", metavar="SOURCE",
            help="images of the same classes from elsewhere, which heads are tested on, too")  # fmt: skip
     add_labels(command, of="source")
     option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
     add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH)
     add_trust_code(command, "store")
-    option("--jobs", type=int, metavar="N", help="measurements at once (default: one per CPU)")
     option("--dry-run", action="store_true",
            help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
     add_cluster(command)
@@ -86,17 +74,10 @@ def run_depth(args: Namespace) -> int:
         backbone=args.backbone,
         weights=args.weights,
         nodes=args.nodes or "auto",
-        heads=names(args.heads),
-        folds=args.folds,
-        split=args.split,
-        pooling=names(args.pooling) if args.pooling else None,
-        max_width=args.max_width,
-        seeds=args.seeds,
-        control=args.control,
+        **options(args, DepthOptions),
         test_source=args.test_source,
         labels=args.labels,
         extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH),
-        jobs=args.jobs,
         trust_code=args.trust_code,
         command=this_command(),
         report=args.report,

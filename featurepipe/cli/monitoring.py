@@ -9,15 +9,17 @@ from featurepipe.cli.options import (
     add_command,
     add_dataset,
     add_json,
+    add_options,
     add_quiet,
     add_raw_ids,
-    add_seed,
     add_space,
     add_store,
     existing_store,
+    options,
 )
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
+from featurepipe.monitoring.options import DriftOptions
 
 
 def add(commands: Commands) -> None:
@@ -34,24 +36,14 @@ def _add_drift(commands: Commands) -> None:
     option("--node", action="append", dest="nodes", metavar="COLUMN",
            help="a column as featurepipe info lists it; may be repeated (default: all)")  # fmt: skip
     add_space(command)
-    option("--reference", default="previous", metavar="previous|first|RUN-ID",
-           help="the snapshot to compare with (default: %(default)s)")  # fmt: skip
+    add_options(command, DriftOptions)
     option("--snapshot", metavar="RUN-ID", help="the snapshot whose images are tested (default: the current one)")
     option("--bundle", metavar="BUNDLE", help="compare the classes that this bundle predicts as well")
-    option(
-        "--warn",
-        type=float,
-        default=0.01,
-        metavar="P",
-        help="warn below this p-value, adjusted for the number of tests (default: %(default)s)",
-    )
-    option("--fail", type=float, metavar="P", help="fail, with exit code 1, below this p-value (default: never)")
     option(
         "--accept",
         metavar="RUN-ID|last",
         help="accept the images that this run of a job warned of, so that its next run may compare with them; tests nothing",
     )
-    add_seed(command, "what is drawn")
     add_quiet(command)
     add_json(command)
 
@@ -96,12 +88,9 @@ def drift(args: Namespace) -> int:
         dataset=args.dataset,
         columns=args.nodes,
         backbone=args.backbone,
-        reference=args.reference,
         snapshot=args.snapshot,
         bundle=args.bundle,
-        warn=args.warn,
-        fail=args.fail,
-        seed=args.seed,
+        **options(args, DriftOptions),
         silent=args.quiet,
     )
     show(args, found, drift_text)

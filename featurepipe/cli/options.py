@@ -66,12 +66,12 @@ def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: 
             flag, say["help"], say["action"] = f"--no-{flag[2:]}", f"do not {say['help']}", "store_false"
         elif one.types == {bool}:
             say["action"] = "store_true"
-        elif tuple in one.types:
+        elif tuple in one.types and one.read is None:
             say |= {"action": "append", "metavar": metavar}
         elif one.read is None and one.types <= {int, float, NoneType}:
             say |= {"type": float if float in one.types else int, "metavar": metavar or "N", "default": one.default}
         else:
-            say |= {"metavar": metavar, "default": one.default}
+            say |= {"metavar": metavar, "default": None if one.read else one.default}
         command.add_argument(flag, **say)
 
 
@@ -145,16 +145,6 @@ def add_labels(command: ArgumentParser, of: str = "dataset") -> None:
         "--labels", metavar="FILE",
         help=f"labels to use instead of the {of}'s: .csv, .parquet or .jsonl with id and label",
     )  # fmt: skip
-
-
-def names(text: str) -> list[str]:
-    """Names separated by commas.
-
-    Example:
-        >>> names("gap, avg2x2,")
-        ['gap', 'avg2x2']
-    """
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def existing_store(args: Namespace) -> Any:

@@ -24,8 +24,10 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.limits import Limits, seconds_at_most
 from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
+from featurepipe.layer_depth.options import ComparisonOptions
+from featurepipe.monitoring.options import DriftOptions
 from featurepipe.option_groups import declared
-from featurepipe.training.options import TrainOptions, known_head
+from featurepipe.training.options import TrainOptions
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
@@ -121,16 +123,6 @@ PathOrUrl = Annotated[str, AfterValidator(_joined)]
 """A path or glob, relative to the job file's folder, or a URL."""
 Template = Annotated[str, AfterValidator(_template)]
 """A path with ``{date}``, ``{run}`` or ``{job}`` in it, relative to the job file's folder."""
-
-
-def _heads(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        known_head(name)
-    return names
-
-
-Heads = Annotated[Names, Field(min_length=1), AfterValidator(_heads)]
-PValue = Annotated[float, Field(gt=0, lt=1)]
 
 
 class BaseTable(BaseModel, frozen=True):
@@ -238,7 +230,7 @@ class PredictTable(BaseTable, frozen=True):
         return Path(self.to.format(date=date, run=run, job=job))
 
 
-class DriftTable(BaseTable, frozen=True):
+class DriftTable(BaseTable, DriftOptions, frozen=True):
     """``[drift]``: whether this run's images are like those of before."""
 
     reference: Reference = "previous"
@@ -247,35 +239,17 @@ class DriftTable(BaseTable, frozen=True):
     """The columns to compare; by default all."""
     bundle: JobPath | None = None
     """A bundle whose predicted classes are compared, too."""
-    warn: PValue = 0.01
-    """Warn below this p-value."""
-    fail: PValue | None = None
-    """Fail the run below this p-value; by default never."""
-    seed: int = Field(default=0, ge=0)
-    """Of what is drawn."""
 
 
-class DepthTable(BaseTable, frozen=True):
+class DepthTable(BaseTable, ComparisonOptions, frozen=True):
     """``[depth]``: which layer transfers best; see `featurepipe depth`."""
 
     when: Literal["images changed", "always"] = "images changed"
     """Every night, or only when the images or their labels are not those that were compared last."""
     backbone: str | None = None
     """The network, where there are several `[[features]]`."""
-    heads: Heads = ("logistic",)
-    """Kinds of heads to measure with."""
-    folds: int = Field(default=5, ge=2)
-    """Of the cross-validation."""
-    split: bool = False
-    """Test on the split `test` instead."""
-    seeds: int = Field(default=3, ge=1)
-    """How often the folds are dealt anew."""
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
-    max_width: int = Field(default=9000, ge=1)
-    """Values per image that a column may have."""
-    jobs: int | None = Field(default=None, ge=1)
-    """Measurements at once; by default one per CPU."""
     report: JobPath | None = None
     """An HTML file to write."""
 

@@ -32,8 +32,6 @@ _MUST_BE = {
     "model_type": "must be a table",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
-    "greater_than": "must be more than {gt}",
-    "less_than": "must be less than {lt}",
     "too_short": "must not be empty",
 }
 

@@ -10,23 +10,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, measure
+from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
 from featurepipe.layer_depth.timing import TimedForward
+from featurepipe.option_groups import as_asked, by_commas
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-
-MAX_WIDTH = 9000
-"""Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
 
 
 @starts_again
@@ -100,18 +98,21 @@ def depth(
         ClusterError: there is no such cluster, or none of its workers can be used.
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
-    protocol = Protocol(tuple(heads.split(",") if isinstance(heads, str) else heads), None if split else folds, seeds)
-    protocol.check()
-    if control not in (None, "random"):
-        raise UsageError(Message(Option("control", control), ": random is the only one"))
-    if jobs is not None and jobs < 1:
-        raise UsageError(Message(Option("jobs", jobs), ": at least 1; leave it out for one per CPU"))
+    options = DepthOptions(
+        heads=by_commas(heads) if isinstance(heads, str) else tuple(heads),
+        folds=folds,
+        split=split,
+        seeds=seeds,
+        max_width=max_width,
+        jobs=jobs,
+        pooling=None if pooling is None else tuple(pooling),
+        control=control,
+    )
+    protocol = Protocol.of(options)
     if report is not None:
         check_target(report)  # before hours of work, not after
     say, clock = announcer(silent=silent), _Clock()
-    wanted = Wanted(
-        source, store, dataset, backbone, weights, nodes, pooling, max_width, control, test_source, silent, trust_code
-    )
+    wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, options, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         with clock.stage("extract"):
             found = extracted(wanted, {**(extraction or {}), "cluster": executor}, dry_run=dry_run, say=say)
@@ -141,7 +142,7 @@ def depth(
                 timing=TimedForward(executor, found.timing()), executor=executor,
                 labels_name=_name_of(labels), with_map=report is not None, say=say, progress=progress,
             )  # fmt: skip
-    answer["provenance"] = provenance(study, found, clock.seconds, command)
+    answer["provenance"] = {**provenance(study, found, clock.seconds, command), "options": as_asked(options)}
     found.store.write_depth(answer)
     if report is not None:
         pictures = None if found.is_held else source

@@ -16,6 +16,7 @@ from featurepipe.features.options import KEEP, REJECT, MachineOptions
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
+from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.study import (
     AUTO,
     PRETRAINED,
@@ -47,11 +48,9 @@ class Wanted:
     backbone: str | None
     weights: str
     nodes: str | Sequence[str]
-    pooling: Sequence[str] | None
-    max_width: int
-    control: str | None
     test_source: Any
     silent: bool
+    options: DepthOptions
     trust_code: bool | Collection[str] = False
 
 
@@ -89,7 +88,7 @@ class Extracted:
     @property
     def networks(self) -> Sequence[str]:
         """``pretrained``, and ``random`` where a control is wanted."""
-        return [PRETRAINED, RANDOM] if self.wanted.control else [PRETRAINED]
+        return [PRETRAINED, RANDOM] if self.wanted.options.control else [PRETRAINED]
 
     @property
     def runs(self) -> list[str]:
@@ -144,14 +143,15 @@ class Extracted:
 
     def settings(self, protocol: Protocol) -> dict[str, Any]:
         """What was asked for, as JSON values."""
+        options = self.wanted.options
         return {
             "heads": list(protocol.heads),
             "folds": protocol.folds,
             "split": protocol.folds is None,
             "seeds": list(range(protocol.seeds)),
             "nodes": self.wanted.nodes if isinstance(self.wanted.nodes, str) else list(self.wanted.nodes),
-            "pooling": None if self.wanted.pooling is None else list(self.wanted.pooling),
-            "max_width": self.wanted.max_width,
+            "pooling": None if options.pooling is None else list(options.pooling),
+            "max_width": options.max_width,
         }
 
     def plan(self) -> dict[str, Any]:
@@ -210,12 +210,12 @@ def _computed(
     from featurepipe.backbones import load_backbone
     from featurepipe.extraction.extract import extract
 
-    if wanted.control and wanted.weights == "none":
+    if wanted.options.control and wanted.weights == "none":
         none, random = Option("weights", "none"), Option("control", "random")
         raise UsageError(Message(none, " is a random network already: ", random, " would compare it with itself"))
     name = wanted.backbone or DEFAULT_BACKBONE
     backbone = load_backbone(name, wanted.weights)
-    columns = choose_columns(backbone, wanted.nodes, wanted.pooling, wanted.max_width)
+    columns = choose_columns(backbone, wanted.nodes, wanted.options.pooling, wanted.options.max_width)
     target = wanted.store if wanted.store is not None else DEFAULT_STORE
     store = target if isinstance(target, FeatureStore) else FeatureStore(target)
     say(f"{name}: {', '.join(column.column for column in columns)}")
@@ -233,7 +233,7 @@ def _computed(
     if shifted is not None:
         records.append(run(wanted.test_source, shifted, wanted.weights))
         _check_same_space(records[0], records[-1])
-    if wanted.control:
+    if wanted.options.control:
         records.append(run(wanted.source, dataset, "none"))
         spaces[RANDOM] = records[-1].get("fingerprint", "")
         if shifted is not None:
@@ -254,7 +254,7 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
     from featurepipe.backbones import load_backbone
     from featurepipe.backbones.user_code import check_trusted
 
-    if wanted.store is not None or wanted.control or wanted.test_source is not None:
+    if wanted.store is not None or wanted.options.control or wanted.test_source is not None:
         raise UsageError(
             Message(
                 f"{wanted.source} is a feature store: its columns are compared as they are. For ",
@@ -274,9 +274,11 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
         check_trusted(space.backbone, wanted.trust_code, named_by="the store")
     backbone = load_backbone(space.backbone, "none")
     nodes = (
-        columns_of_space(backbone, space, wanted.max_width) if wanted.nodes in (AUTO, [AUTO], (AUTO,)) else wanted.nodes
+        columns_of_space(backbone, space, wanted.options.max_width)
+        if wanted.nodes in (AUTO, [AUTO], (AUTO,))
+        else wanted.nodes
     )
-    columns = choose_columns(backbone, nodes, wanted.pooling, wanted.max_width)
+    columns = choose_columns(backbone, nodes, wanted.options.pooling, wanted.options.max_width)
     return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint}, machine)
 
 

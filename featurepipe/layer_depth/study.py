@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.errors import Message, Option, StoreError, UsageError, unknown
-from featurepipe.heads.families import HEADS, SHARED_PASSES
+from featurepipe.errors import Message, Option, StoreError, UsageError
+from featurepipe.heads.families import SHARED_PASSES
 from featurepipe.layer_depth.folds import (
     ENOUGH_TO_CHOOSE,
     LEFT_OUT,
@@ -23,6 +23,7 @@ from featurepipe.layer_depth.folds import (
     settle_elsewhere,
 )
 from featurepipe.layer_depth.journal import key_of
+from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.layer_depth.probes import RULE, Data
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
@@ -168,24 +169,10 @@ class Protocol:
     folds: int | None
     seeds: int
 
-    def check(self) -> None:
-        """Refuses what cannot be measured.
-
-        Raises:
-            UsageError: a head is unknown or named twice, or there are too few folds or no seed.
-        """
-        for head in self.heads:
-            if head not in HEADS:
-                raise unknown("head", head, HEADS, see="featurepipe depth --help")
-        if not self.heads or len(set(self.heads)) < len(self.heads):
-            given, good = Option("heads", ",".join(self.heads)), Option("heads", "logistic,knn")
-            raise UsageError(Message(given, ": name each head once, such as ", good))
-        if self.folds is not None and self.folds < 2:
-            raise UsageError(
-                Message(Option("folds", self.folds), ": cross-validation needs 2 folds or more; 5 is usual")
-            )
-        if self.seeds < 1:
-            raise UsageError(Message(Option("seeds", self.seeds), ": at least 1; 3 is usual"))
+    @classmethod
+    def of(cls, options: ComparisonOptions) -> Self:
+        """As asked for."""
+        return cls(options.heads, None if options.split else options.folds, options.seeds)
 
     @property
     def text(self) -> str:
@@ -334,7 +321,6 @@ def settle(
     Raises:
         UsageError: the labels cannot be learned from, or the other source has no image of a known class.
     """
-    protocol.check()
     say = say or announcer(silent=True)
     snapshots = {name: store.snapshot_ids(name)[-1] for name in (dataset, shifted_dataset) if name is not None}
 

@@ -11,6 +11,7 @@ from typing import Any
 from featurepipe.errors import StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.monitoring.comparisons import LEAST, Pair, bundle_pair, column_pairs, compare
+from featurepipe.monitoring.options import DriftOptions
 from featurepipe.monitoring.samples import (
     PREVIOUS,
     Side,
@@ -20,6 +21,7 @@ from featurepipe.monitoring.samples import (
     snapshot_of_run,
 )
 from featurepipe.monitoring.standing_warnings import DRIFT, TOO_FEW, Thresholds, holm
+from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import require_snapshot
@@ -83,8 +85,8 @@ def drift(
         ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side), ``farthest`` and
         ``typical`` (ids of new images); ``classes`` (null without a bundle) with ``p_value``, ``adjusted``,
         ``total_variation``, ``by_chance``, ``compared`` and ``classes`` (shares, those that changed most first);
-        ``thresholds``; ``verdict`` (``no drift``, ``warning``, ``drift`` or ``too few images``); ``exit_code`` (1 for
-        ``drift``, else 0); ``warnings``; ``seconds``.
+        ``thresholds``; ``options`` as they were asked for; ``verdict`` (``no drift``, ``warning``, ``drift`` or ``too few
+        images``); ``exit_code`` (1 for ``drift``, else 0); ``warnings``; ``seconds``.
 
     Raises:
         UsageError: A dataset, snapshot, column or space is unknown, or a threshold cannot be.
@@ -92,6 +94,7 @@ def drift(
         StoreError: The new images have none of the columns.
     """
     started = time.monotonic()
+    options = DriftOptions(reference=reference, warn=warn, fail=fail, seed=seed)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     question = _Question(
         source,
@@ -111,6 +114,7 @@ def drift(
         "snapshot": current,
         **_answer(question, current, earlier),
         "thresholds": {"warn": warn, "fail": fail},
+        "options": as_asked(options),
         "seconds": round(time.monotonic() - started, 3),
     }
 

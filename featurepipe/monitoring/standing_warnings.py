@@ -39,11 +39,6 @@ class Thresholds:
     fail: float | None
 
     def __post_init__(self) -> None:
-        for name, value in (("warn", self.warn), ("fail", self.fail)):
-            if value is not None and not 0 < value < 1:
-                raise UsageError(
-                    f"{name}={value} is no p-value to compare with; give one between 0 and 1, such as 0.01"
-                )
         if self.fail is not None and self.fail > self.warn:
             raise UsageError(
                 f"fail={self.fail} is above warn={self.warn}: nothing would ever be warned of; give a smaller fail"

@@ -72,7 +72,7 @@ CASES = {
         "--trust-code --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
-            "heads": ["knn", "ridge"], "folds": 3, "split": True, "seeds": 2, "pooling": ["gap", "avg2x2"],
+            "heads": ("knn", "ridge"), "folds": 3, "split": True, "seeds": 2, "pooling": ("gap", "avg2x2"),
             "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "report": "page.html",
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",

@@ -227,8 +227,8 @@ def test_what_cannot_be_read(problems, tmp_path):
         ("[machine]\ndevice = 1", "machine.device = 1: must be text"),
         ('[limits]\nmax_gone = "half"', "limits.max_gone = 'half': must be a number of images such as 10, or a share"),
         ("[limits]\nmin_free = -1", "limits.min_free = -1: is no amount of space; give bytes or text such as '500MB', '20GB'"),
-        ("[drift]\nwarn = 1", "drift.warn = 1: must be less than 1.0"),
-        ("[drift]\nwarn = 0", "drift.warn = 0: must be more than 0.0"),
+        ("[drift]\nwarn = 1", "drift.warn = 1: must be a p-value between 0 and 1"),
+        ("[drift]\nwarn = 0", "drift.warn = 0: must be a p-value between 0 and 1"),
         ('[[train]]\nout = "b"\nhead = "logistik"', "train[0].head = 'logistik': unknown head 'logistik'; nearest: logistic"),
         ('[[train]]\nout = "b"\nwhen = "sundays"', "train[0].when = 'sundays': unknown value 'sundays'; choices: labels changed, "
                                                   "always"),

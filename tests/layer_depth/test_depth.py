@@ -427,11 +427,11 @@ def test_what_cannot_be_compared_is_refused(run, pictures, tmp_path, spies):
         run(source, heads=("logistics",))
     with pytest.raises(UsageError, match=r"cannot write .*page.html: there is no folder"):
         run(source, report=tmp_path / "missing" / "page.html")
-    with pytest.raises(UsageError, match="control='untrained': random is the only one"):
+    with pytest.raises(UsageError, match="unknown control 'untrained'; choices: random"):
         run(source, control="untrained")
     with pytest.raises(UsageError, match="weights='none' is a random network already"):
         run(source, control="random")
-    with pytest.raises(UsageError, match="folds=0: cross-validation needs 2"):
+    with pytest.raises(UsageError, match="folds 0 must be at least 2"):
         run(source, folds=0)
     assert spies.forwards == 0  # all of this is known before the first image
     assert not (tmp_path / "store").exists()

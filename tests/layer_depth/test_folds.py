@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth.folds import cross_validation, own_split
+from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.layer_depth.study import Protocol
 
 
@@ -173,19 +174,19 @@ def test_too_few_images_are_refused_in_numbers():
 
 
 @pytest.mark.parametrize(
-    ("protocol", "message"),
+    ("options", "message"),
     [
-        (Protocol(("logistic",), 1, 1), "folds=1: cross-validation needs 2 folds or more"),
-        (Protocol(("logistic",), 0, 1), "folds=0: cross-validation needs 2"),
-        (Protocol(("logistic",), 5, 0), "seeds=0: at least 1"),
-        (Protocol(("logistik",), 5, 1), "unknown head 'logistik'.*nearest: logistic"),
-        (Protocol(("knn", "knn"), 5, 1), "heads='knn,knn': name each head once"),
-        (Protocol((), 5, 1), "heads='': name each head once"),
+        ({"folds": 1}, "folds 1 must be at least 2"),
+        ({"folds": 0}, "folds 0 must be at least 2"),
+        ({"seeds": 0}, "seeds 0 must be at least 1"),
+        ({"heads": ("logistik",)}, "unknown head 'logistik'.*nearest: logistic"),
+        ({"heads": ("knn", "knn")}, "heads='knn,knn': name each head once"),
+        ({"heads": ()}, "heads='': name each head once"),
     ],
 )
-def test_protocols_that_measure_nothing_are_refused(protocol, message):
+def test_protocols_that_measure_nothing_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        protocol.check()
+        ComparisonOptions(**options)
 
 
 def test_the_protocol_says_how_it_was_measured():

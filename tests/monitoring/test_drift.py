@@ -225,7 +225,7 @@ def test_the_answer_follows_from_the_seed(nights):
 
 def test_thresholds_that_cannot_be_are_refused(nights):
     pile, _, _ = nights
-    with pytest.raises(UsageError, match=r"warn=0 is no p-value"):
+    with pytest.raises(UsageError, match="warn 0 must be a p-value between 0 and 1"):
         drift(pile.store, warn=0, silent=True)
     with pytest.raises(UsageError, match=r"fail=0.05 is above warn=0.01"):
         drift(pile.store, fail=0.05, silent=True)

@@ -1,0 +1,48 @@
+"""The options of comparing layers; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.heads.families import HEADS
+from featurepipe.option_groups import OptionGroup, at_least, by_commas, option
+
+MAX_WIDTH = 9000
+"""Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
+
+
+def _heads(given: Any) -> str | None:
+    for head in given:
+        if head not in HEADS:
+            raise unknown("head", str(head), HEADS, see="featurepipe depth --help")
+    if not given or len(set(given)) < len(given):
+        good = Option("heads", "logistic,knn")
+        raise UsageError(Message(Option("heads", ",".join(given)), ": name each head once, such as ", good))
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(OptionGroup):
+    """How layers are compared."""
+
+    heads: tuple[str, ...] = option(
+        ("logistic",), f"of {', '.join(HEADS)}; separated by commas (default: logistic)",
+        metavar="LIST", check=_heads, read=by_commas,
+    )  # fmt: skip
+    folds: int = option(5, "of the cross-validation (default: 5)", check=at_least(2))
+    split: bool = option(False, "train on the dataset's split train and test on test, instead of folds")
+    seeds: int = option(3, "how many times folds are dealt anew (default: 3)", check=at_least(1))
+    max_width: int = option(MAX_WIDTH, f"values per image of a column (default: {MAX_WIDTH})", check=at_least(1))
+    jobs: int | None = option(None, "measurements at once (default: one per CPU)", check=at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthOptions(ComparisonOptions):
+    """How layers are compared, and what is computed for it; all options of `featurepipe.depth` but those of extraction."""
+
+    pooling: tuple[str, ...] | None = option(
+        None, "such as gap,avg2x2 (default: the finest average grid within --max-width)", metavar="LIST", read=by_commas
+    )
+    control: str | None = option(None, "measure the same network with random weights as well", choices=("random",))
