@@ -320,7 +320,7 @@ def compute_into(
         follow: shown every image after it was entered.
     """
     by_name = {str(column): column for column in session.columns}
-    loader = session.loader(context.source, work.missing, work.clock, keep_damaged=context.rejects.keep_damaged)
+    loader = session.loader(context.source, work.missing, work.clock)
     batches = Batches(
         lambda missing: session.engine([by_name[name] for name in missing]),
         store_sink(work.plan.listing, writer),

@@ -118,14 +118,7 @@ class Transformation:
         rejects: Rejects = {}
         damage: Damage = {}
         with show(count, "features", silent=silent) as progress:
-            batches = stream.batches(
-                source,
-                job.plan.listing,
-                clock=job.clock,
-                progress=progress,
-                keep_damaged=self._options.keep_damaged,
-            )
-            for batch in batches:
+            for batch in stream.batches(source, job.plan.listing, clock=job.clock, progress=progress):
                 if len(batch.rows):
                     rows[batch.rows] = batch.vectors()
                 rejects.update(batch.rejects)

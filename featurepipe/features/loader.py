@@ -367,6 +367,21 @@ def _note(image: Loaded, found: torch.Tensor | Kept | Reject, payload: Payload, 
         image.pixels = found
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How bytes become pixels.
+
+    Attributes:
+        route: ``cpu``, or ``gpu`` for JPEGs.
+        intensity: which values are black and white in images of more than eight bits.
+        keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
+    """
+
+    route: str
+    intensity: str
+    keep_damaged: bool = False
+
+
 def decoder_for(
     route: str, colour: Literal["rgb", "grey"], device: str, *, intensity: str, keep_damaged: bool = False
 ) -> Decoder:
@@ -393,18 +408,21 @@ def loader_for(
     missing: Callable[[bytes], tuple[str, ...] | Reject],
     backbone: Backbone,
     machine: Machine,
-    route: str,
-    intensity: str,
+    decoding: Decoding,
     clock: StageSeconds,
-    *,
-    keep_damaged: bool = False,
 ) -> Loader:
-    """A loader of what a backbone wants, decoded by a route under an intensity, with a window of four batches."""
+    """A loader of what a backbone wants, with a window of four batches."""
     preprocessing = backbone.preprocessing
     return Loader(
         source,
         missing,
-        decoder_for(route, preprocessing.colour, machine.device, intensity=intensity, keep_damaged=keep_damaged),
+        decoder_for(
+            decoding.route,
+            preprocessing.colour,
+            machine.device,
+            intensity=decoding.intensity,
+            keep_damaged=decoding.keep_damaged,
+        ),
         preprocessing.resize_crop,
         clock=clock,
         workers=machine.workers,
@@ -423,7 +441,7 @@ def load_sample(
 ) -> torch.Tensor:
     """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
     found: list[torch.Tensor] = []
-    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, "cpu", intensity, StageSeconds())
+    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
     with closing(loader.load(listing, rows[: 4 * images])) as batches:
         for batch in batches:
             found += [image.pixels for image in batch if image.pixels is not None]

@@ -24,8 +24,8 @@ from featurepipe.backbones.engine import NUMERICS, Engine
 from featurepipe.backbones.precision import choose_precision
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.features.loader import Loader, StageSeconds, load_sample, loader_for
-from featurepipe.features.options import AUTO, MachineOptions, Options
+from featurepipe.features.loader import Decoding, Loader, StageSeconds, load_sample, loader_for
+from featurepipe.features.options import AUTO, DamageOptions, MachineOptions, Options
 from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING
@@ -69,6 +69,9 @@ class LoadedNetwork:
     engines: defaultdict[str, dict[frozenset[Column], Engine]] = field(default_factory=lambda: defaultdict(dict))
 
 
+_REJECTED = DamageOptions()
+
+
 @dataclass(frozen=True)
 class Session:
     """All that turns images into features.
@@ -81,6 +84,7 @@ class Session:
         machine: device, batch size and threads.
         workers: threads that read and decode as asked for; None for as many as a worker may use.
         settings: precision, stored dtype, decode route and intensity; None before they are settled.
+        damage: what becomes of JPEGs that libjpeg could only repair.
         loaded: the network in this process, if it is loaded.
     """
 
@@ -89,6 +93,7 @@ class Session:
     machine: Machine
     workers: int | None = None
     settings: Settings | None = None
+    damage: DamageOptions = _REJECTED
     loaded: LoadedNetwork | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -104,10 +109,11 @@ class Session:
         """A session of a network that this process has loaded."""
         weights = str(Path(options.weights).absolute()) if Path(options.weights).is_file() else options.weights
         name = NetworkName(options.backbone, weights, options.seed, canonical_json(identity_of(backbone)))
-        return cls(name, tuple(columns), machine, options.workers, loaded=loaded or LoadedNetwork(backbone))
+        damage, loaded = DamageOptions.of(options), loaded or LoadedNetwork(backbone)
+        return cls(name, tuple(columns), machine, options.workers, damage=damage, loaded=loaded)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Session, (self.network, self.columns, self.machine, self.workers, self.settings)
+        return Session, (self.network, self.columns, self.machine, self.workers, self.settings, self.damage)
 
     @contextmanager
     def at(self, worker: Worker) -> Iterator[Session]:
@@ -155,14 +161,10 @@ class Session:
         source: Source,
         missing: Callable[[bytes], tuple[str, ...] | Reject],
         clock: StageSeconds,
-        *,
-        keep_damaged: bool = False,
     ) -> Loader:
         """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
-        route, intensity = self.settled.decode, self.settled.intensity
-        return loader_for(
-            source, missing, self.backbone, self.machine, route, intensity, clock, keep_damaged=keep_damaged
-        )
+        decoding = Decoding(self.settled.decode, self.settled.intensity, self.damage.keep_damaged)
+        return loader_for(source, missing, self.backbone, self.machine, decoding, clock)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the settled precision; built once."""

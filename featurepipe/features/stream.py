@@ -77,7 +77,6 @@ class FeatureStream:
         stop: Callable[[], bool] = bool,
         progress: Progress | None = None,
         probes: pa.ChunkedArray | None = None,
-        keep_damaged: bool = False,
     ) -> Iterator[FeatureBatch]:
         """Yields the features of every row of a listing, in its order, in bounded memory.
 
@@ -88,7 +87,6 @@ class FeatureStream:
             stop: asked between images; once true, no more are read, and the rows read so far are the last.
             progress: told how far it is, and of columns that float16 cannot hold.
             probes: locators of images all over the source, as in `Loader.load`.
-            keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
 
         Raises:
             NonFiniteFeatures: the network gave NaN or infinity; names the images.
@@ -98,7 +96,7 @@ class FeatureStream:
         wanted = tuple(map(str, session.columns))
         queue = _Queue(wanted, self._remembered_rows(), Rounding(session.settled.dtype, progress.say), listing["id"])
         batches = Batches(self._engine, queue.fill, batch_size=session.machine.batch_size, clock=clock)
-        loader = session.loader(source, lambda _key: wanted, clock, keep_damaged=keep_damaged)
+        loader = session.loader(source, lambda _key: wanted, clock)
         with closing(loader.load(listing, np.arange(listing.num_rows), stop, probes=probes)) as loaded:
             for images in loaded:
                 for image in images:

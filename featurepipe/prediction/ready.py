@@ -73,13 +73,7 @@ class ReadyBundle:
         group: list[FeatureBatch] = []
         rows = 0
         for batch in FeatureStream(self.session).batches(
-            source,
-            listing,
-            clock=clock,
-            stop=stop,
-            progress=progress,
-            probes=probes,
-            keep_damaged=self.options.keep_damaged,
+            source, listing, clock=clock, stop=stop, progress=progress, probes=probes
         ):
             group.append(batch)
             rows += len(batch.rows) + len(batch.rejects)
@@ -139,6 +133,7 @@ def make_ready(
         weights=str(options.weights or found.backbone["weights"]),
         seed=found.backbone["seed"],
         workers=options.workers,
+        damaged=options.damaged,
     )
     session = replace(Session.of(backbone, columns, machine, asked), settings=settings)
     return ReadyBundle(found, session, options.in_full())
