@@ -197,7 +197,7 @@ def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(
         album.predict(None, source=source, cluster=dask_executor, damaged="repair")
 
 
-def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, team, tmp_path):
+def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, dask_executor, tmp_path):
     state = load_backbone("lenet5", "none").module.state_dict()
     more = {name: value + 1 for name, value in state.items()}
     torch.save({"state_dict": state, "state_dict_ema": more}, tmp_path / "two.pt")
@@ -205,7 +205,7 @@ def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, team, tmp_pa
     backbone, space = {**bundle.backbone, "weights": "file"}, {**bundle.space, **own.identity()}
     write_bundle(tmp_path / "bundle", replace(bundle, backbone=backbone, space=space))
     options = {"weights": tmp_path / "two.pt", "max_rejects": 2, "workers": 1, "silent": True}
-    record = predict(tmp_path / "bundle", album.root, cluster=team, **options)
+    record = predict(tmp_path / "bundle", album.root, cluster=dask_executor, **options)
     assert record["weights_note"] == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
 
 
