@@ -73,7 +73,7 @@ def seconds_at_most(given: Any) -> float:
     """
     seconds = seconds_of(given)
     if seconds > LONGEST:
-        raise UsageError("is too long: a night, or a wait, is of 366 days at most")
+        raise UsageError(f"{given!r} is too long: a run, or a wait, is of 366 days at most")
     return seconds
 
 

@@ -128,6 +128,7 @@ def test_comparisons_remember_how_they_were_called(verb, call, monkeypatch):
     [
         ("train kept --out b --set C", "--set 'C' is no NAME=VALUE"),
         ("extract x --store y --time-budget soon", "'soon' is no duration; give seconds or text such as '90s'"),
+        ("extract x --store y --time-budget 400d", "'400d' is too long: a run, or a wait, is of 366 days at most"),
         ("extract x --store y --time-budget 0", "'0' is no duration"),
         ("runs kept --last 0", "'0' is no number from 1"),
         ("runs kept --last some", "'some' is no number from 1"),

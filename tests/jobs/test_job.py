@@ -310,7 +310,7 @@ def test_waits_and_decoding(problems):
     [
         (
             '[limits]\ntime_budget = "99999999999999999999d"',
-            "limits.time_budget = '99999999999999999999d': is too long: ",
+            "limits.time_budget = '99999999999999999999d': '99999999999999999999d' is too long: ",
         ),
         (
             "[machine]\nbatch_size = 1000000000000",
