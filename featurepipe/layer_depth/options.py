@@ -35,7 +35,7 @@ class ComparisonOptions(OptionGroup):
     split: bool = option(False, "train on the dataset's split train and test on test, instead of folds")
     seeds: int = option(3, "how many times folds are dealt anew (default: 3)", check=at_least(1))
     max_width: int = option(MAX_WIDTH, f"values per image of a column (default: {MAX_WIDTH})", check=at_least(1))
-    jobs: int | None = option(None, "measurements at once (default: one per CPU)", check=at_least(1))
+    jobs: int | None = option(None, "measurements at once (default: one per CPU)", check=at_least(1, 1024))
 
 
 @dataclass(frozen=True, kw_only=True)

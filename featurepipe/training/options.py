@@ -78,5 +78,5 @@ class TrainOptions(OptionGroup):
         None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",
         metavar="AMOUNT", check=_memory,
     )  # fmt: skip
-    jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1))
+    jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1, 1024))
     seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))

@@ -221,6 +221,8 @@ def test_what_cannot_be_read(problems, tmp_path):
         ("[[drift]]", "drift: write [drift], with single brackets: there is only one"),
         ('[machine]\nworkers = "4"', "machine.workers = '4': must be a whole number"),
         ("[machine]\nworkers = 0", "machine.workers = 0: must be at least 1"),
+        ("[depth]\njobs = 99999", "depth.jobs = 99999: must be at most 1024"),
+        ('[[train]]\nout = "b"\njobs = 99999', "train[0].jobs = 99999: must be at most 1024"),
         ("[machine]\nworkers = true", "machine.workers = true: must be a whole number"),
         ("[machine]\nbatch_size = 2.5", "machine.batch_size = 2.5: must be 'auto' or a number from 1"),
         ("[machine]\nbatch_size = true", "machine.batch_size = true: must be 'auto' or a number from 1"),
