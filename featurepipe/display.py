@@ -38,7 +38,7 @@ def without_password(text: str) -> str:
     """URLs and addresses without who is to read them, and with what password.
 
     Example:
-        >>> without_password("tls://me:a/secret@head:8786"), without_password("head:8786")
+        >>> without_password("tls://me:se@cret@head:8786"), without_password("head:8786")
         ('tls://head:8786', 'head:8786')
     """
     return _USER_AND_PASSWORD.sub("", text)
