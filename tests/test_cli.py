@@ -2,16 +2,14 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from featurepipe.cli import build_parser, main
+from tests.conftest import MAIN
 
 COMMANDS = ("demo", "backbones", "nodes", "extract", "info", "verify", "compact", "gc", "export", "doctor")
 SMALL = ("--backbone", "lenet5", "--weights", "none", "--precision", "fp32", "--workers", "1")
@@ -244,29 +242,24 @@ def test_mistakes_are_named_without_a_traceback(cli, images, filled, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["backbones", "info"])
-def test_a_reader_that_leaves_is_no_error(filled, name):
-    code = "import sys; from featurepipe.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, name, *([filled] if name == "info" else [])]
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(write)
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipeError" not in done.stderr
-    assert done.returncode == 0
+def test_a_reader_that_leaves_is_no_error(filled, name, launcher):
+    leaves = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+    done = launcher.start(leaves + MAIN, [name, *([filled] if name == "info" else [])]).wait()
+    assert "Traceback" not in done.err
+    assert "BrokenPipeError" not in done.err
+    assert done.code == 0
 
 
-def test_json_is_printable_in_any_locale(images, tmp_path):
+def test_json_is_printable_in_any_locale(images, tmp_path, launcher):
     """A folder name that is not ASCII on an output that takes nothing else."""
     folder = tmp_path / "größe"
     folder.symlink_to(images)
-    code = "import sys; from featurepipe.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "extract", folder, "--store", tmp_path / "s", *SMALL, "--json", "--quiet"],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["source"] == str(folder)
+    ascii_only = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict'); "
+    done = launcher.start(
+        ascii_only + MAIN, ["extract", folder, "--store", tmp_path / "s", *SMALL, "--json", "--quiet"]
+    ).wait()
+    assert done.code == 0, done.err
+    assert done.json()["source"] == str(folder)
 
 
 def test_progress_lines_say_rate_time_left_and_bottleneck():

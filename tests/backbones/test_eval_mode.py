@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -186,15 +183,15 @@ def test_every_kind_of_network_computes_in_eval_mode(code, name) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_another_process_computes_the_same(code) -> None:
+def test_another_process_computes_the_same(code, launcher) -> None:
     program = (
-        f"import sys, json; sys.path[:0] = [{str(code)!r}, {str(Path(__file__).parent)!r}]; import test_eval_mode as t; "
+        "import sys, json, warnings; warnings.simplefilter('ignore'); "
+        f"sys.path[:0] = [{str(code)!r}, {str(Path(__file__).parent)!r}]; import test_eval_mode as t; "
         f"print(json.dumps({{n: t.features(n, 2).tolist() for n in {[*EXACT, *OWN]!r}}}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True, env={**os.environ}
-    )
-    for name, values in json.loads(done.stdout).items():
+    done = launcher.start(program).wait()
+    assert done.code == 0, done.err
+    for name, values in done.json().items():
         np.testing.assert_allclose(values, features(name, 8), rtol=1e-4, atol=1e-5, err_msg=name)
 
 

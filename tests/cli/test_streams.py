@@ -9,6 +9,7 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.store import FeatureStore
+from tests.conftest import MAIN
 
 RUN = "featurepipe.jobs.run:run_job"
 
@@ -42,10 +43,11 @@ def test_what_is_written_to_a_closed_descriptor_gets_into_no_file_of_ours(tmp_pa
     assert (done.returncode, (tmp_path / "file").read_bytes()) == (0, b"")
 
 
-def test_a_full_disk_behind_standard_output_is_one_line_and_a_failure():
-    done = shell("backbones >/dev/full")
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["featurepipe: [Errno 28] No space left on device"]
+def test_a_full_disk_behind_standard_output_is_one_line_and_a_failure(launcher):
+    is_full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+    done = launcher.start(is_full + MAIN, ["backbones"]).wait()
+    assert done.code == 1
+    assert done.err.splitlines() == ["featurepipe: [Errno 28] No space left on device"]
 
 
 def test_errors_are_lines_of_ours(verb, call):

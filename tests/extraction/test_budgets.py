@@ -7,8 +7,6 @@ import io
 import re
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -250,20 +248,16 @@ sys.exit(main(["extract", "pile", "--store", "store", "--backbone", "lenet5", "-
 """
 
 
-def test_sigterm_ends_a_run_whose_decoder_is_stuck(tmp_path):
+def test_sigterm_ends_a_run_whose_decoder_is_stuck(tmp_path, launcher):
     (tmp_path / "pile").mkdir()
     for i in range(40):
         (tmp_path / "pile" / f"{i:02d}.png").write_bytes(encoded(noise(i)) + b"stuck" * (i == 30))
-    with subprocess.Popen(
-        [sys.executable, "-c", STUCK], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        for _ in range(1_200):
-            if (tmp_path / "READY").exists() or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert re.search(r"stopped by SIGTERM: \d+ images computed and committed", said)
-    assert "Traceback" not in said
+    process = launcher.start(STUCK, cwd=tmp_path)
+    while not (tmp_path / "READY").exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send(signal.SIGTERM)
+    done = process.wait()
+    assert done.code == 128 + signal.SIGTERM, done.err
+    assert re.search(r"stopped by SIGTERM: \d+ images computed and committed", done.err)
+    assert "Traceback" not in done.err
