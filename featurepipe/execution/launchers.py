@@ -180,7 +180,7 @@ def _from_file(path: Path) -> ClusterTable:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; {FORMS}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond Python's limits, and of no UTF-8
         raise UsageError(f"{path} is not TOML: {error}") from error
     if not isinstance(content.get("cluster"), dict):
         raise UsageError(f"{path} has no [cluster] table; it has: {', '.join(content) or 'nothing'}")

@@ -446,10 +446,10 @@ def _unnamed(file: Path) -> Problem:
 def _parsed(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{file}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8, as TOML must be: {error}") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists nested as deeply
+        raise UsageError(f"{file}: not TOML: {error}") from error
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror}; name a job file, such as nightly.toml") from error
 

@@ -51,13 +51,13 @@ class Thresholds:
             UsageError: More than a million, which would take minutes.
         """
         least = self.warn if self.fail is None else self.fail
-        needed = int(np.ceil(2 * tests / least))
+        needed = float(np.ceil(2 * tests / least))  # infinite, where the threshold is next to nothing
         if needed > _MOST_PERMUTATIONS:
             raise UsageError(
-                f"a p-value below {least} in {tests} tests would take {needed:,} permutations; thresholds of "
+                f"a p-value below {least} in {tests} tests would take {needed:,.0f} permutations; thresholds of "
                 f"{2 * tests / _MOST_PERMUTATIONS:.2g} and more can be tested"
             )
-        return max(_LEAST_PERMUTATIONS, needed - 1)
+        return max(_LEAST_PERMUTATIONS, int(needed) - 1)
 
     def verdict(self, adjusted: Sequence[float]) -> str:
         """Says what the least of the adjusted p-values means."""

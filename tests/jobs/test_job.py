@@ -461,3 +461,14 @@ def test_a_name_that_cannot_be_one(problems):
 def test_tables_can_be_made_without_a_file():
     assert TrainTable(out=Path("b")).nodes == ("bottleneck",)
     assert SourceTable(path="photos").path == "photos"
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000 + "]" * 5000, f"a = {'9' * 5000}"])
+def test_nesting_and_numbers_beyond_pythons_limits_are_one_line(text, tmp_path):
+    from featurepipe.execution.launchers import _from_file
+
+    (tmp_path / "nightly.toml").write_text(text)
+    with pytest.raises(UsageError, match="not TOML: "):
+        read_job(tmp_path / "nightly.toml")
+    with pytest.raises(UsageError, match="is not TOML: "):
+        _from_file(tmp_path / "nightly.toml")

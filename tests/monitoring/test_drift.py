@@ -267,3 +267,10 @@ def test_one_new_image_is_one(nights):
     pile.night({"b:gap": pile.add_rows(names(0, 1, "one"), np.ones((1, 8)))})
     [why] = drift(pile.store, silent=True)["warnings"]
     assert why.startswith("1 image is new since ")
+
+
+def test_a_threshold_next_to_nothing_is_refused():
+    from featurepipe.monitoring.standing_warnings import Thresholds
+
+    with pytest.raises(UsageError, match=r"would take inf permutations; thresholds of 4e-06 and more"):
+        Thresholds(1e-320, None).permutations(2)
