@@ -79,9 +79,12 @@ SERVER = textwrap.dedent("""
                 pass
         os._exit(code)
 """)
-DASK = """
-    import ctypes, signal
-    from distributed.cli.dask_{role} import main
+ROOT = Path(__file__).parent.parent
+DASK = f"""
+    import ctypes, signal, sys
+
+    sys.path.insert(0, {str(ROOT)!r})  # what tests send may name their modules
+    from distributed.cli.dask_{{role}} import main
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server, should the tests be killed
     main()

@@ -150,6 +150,7 @@ def test_fit_changes_no_argument_and_returns_itself(paths, tmp_path):
         "columns_",
         "n_features_out_",
         "space_",
+        "weights_note_",
     }
     assert made.columns_ == ("c3:gap",)
     assert made.n_features_out_ == 16

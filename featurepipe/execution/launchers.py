@@ -67,6 +67,10 @@ def _seen_from_file(scheduler: str | None, info: ValidationInfo) -> str | None:
     return str(Path((info.context or {}).get("folder", ".")) / scheduler)
 
 
+MOST_LOCAL = 1024
+"""Workers on this machine: more are a slip of the keyboard, and would be started one by one until the system refuses."""
+
+
 class ClusterTable(BaseModel):
     """``[cluster]``: where the work is done; without it, here."""
 
@@ -110,6 +114,8 @@ class ClusterTable(BaseModel):
             raise UsageError("give workers, or minimum and maximum for a cluster that grows with its work, not both")
         if self.is_adaptive and (self.maximum is None or self.maximum < (self.minimum or 0)):
             raise UsageError("a cluster that grows with its work needs a maximum, no less than minimum")
+        if self.kind == "local" and (most := max(self.workers or 0, self.most)) > MOST_LOCAL:
+            raise UsageError(f"{most:,} processes on this machine; at most {MOST_LOCAL:,}")
         if self.is_adaptive and self.kind == "ssh":
             raise UsageError("machines reached by ssh are as many as hosts names; leave minimum and maximum out")
         if self.volumes and self.kind != "kubernetes":

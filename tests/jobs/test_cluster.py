@@ -96,6 +96,7 @@ def test_what_is_said_on_the_command_line_comes_before_the_table(pile: Any, monk
         ("", r"cluster.*: needs scheduler, the address of one that runs, or kind"),
         ('scheduler = "gate"', r"cluster\.scheduler = 'gate': is no address; write tcp://HOST:PORT"),
         ('kind = "local"\nmaximum = 2\nworkers = 1', "give workers, or minimum and maximum"),
+        ('kind = "local"\nworkers = 99999', "99,999 processes on this machine; at most 1,024"),
         ('kind = "local"\nwait = "soon"', r"cluster\.wait = 'soon': 'soon' is no duration"),
     ],
 )
