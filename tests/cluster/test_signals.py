@@ -52,4 +52,5 @@ def test_a_signal_to_all_processes_calls_the_tasks_back(number: int, tmp_path: P
     assert lines[-1] == "asked to stop: True"
     assert 1 <= len(lines[1:-1]) <= 2
     assert all(line.endswith("stopped") for line in lines[1:-1])
-    assert set((tmp_path / "err").read_text().splitlines()) == {"what a library prints in a worker"}
+    printed = (tmp_path / "err").read_text()  # by two processes at once, so that one's line may stand in another's
+    assert set(printed.replace("what a library prints in a worker", "X")) == {"X", "\n"}
