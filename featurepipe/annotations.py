@@ -11,11 +11,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from featurepipe.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 PATHS: Final = (
@@ -181,34 +184,38 @@ def label_text(label: Any) -> tuple[str | None, str]:
     return (None, "NaN") if is_missing(value) else (None, f"a {type(value).__name__}")
 
 
-def whole_numbers(classes: Collection[str]) -> tuple[dict[str, str], str]:
-    """Finds whole numbers that a column without types holds as floats, as pandas writes whole numbers with gaps.
+def whole_numbers(labels: pa.ChunkedArray) -> tuple[pa.ChunkedArray, str]:
+    """Writes whole numbers as such that a column without types holds as floats, as pandas writes whole numbers with gaps.
 
     Columns with types give a whole float as the whole number (`label_text`), so that the class ``1`` of a Parquet file is that
     of ``1.0`` in a CSV file. One label alone does not tell: ``1.0`` may be the name of a version, or an amount. The column
     tells, if all of it are whole numbers.
 
     Args:
-        classes: The distinct labels of the whole column.
+        labels: The whole column, of text; null and ``""`` stand for no label.
 
     Returns:
-        The class of each label that is renamed; and what is to be said, empty if no label is written so.
+        The column, changed if it holds such numbers; and what is to be said, empty if no label is written so.
 
     Example:
-        >>> whole_numbers(["1.0", "2.0"])[0], whole_numbers(["1.0", "1.5"])[0], whole_numbers(["01", "1"])
-        ({'1.0': '1', '2.0': '2'}, {}, ({}, ''))
+        >>> import pyarrow as pa
+        >>> [whole_numbers(pa.chunked_array([column]))[0].to_pylist() for column in (["1.0", ""], ["1.0", "1.5"], ["01", "1"])]
+        [['1', ''], ['1.0', '1.5'], ['01', '1']]
     """
+    import pyarrow.compute as pc
+
+    classes = [name for name in pc.unique(labels).to_pylist() if name]
     as_floats = sorted((name for name in classes if name.endswith(".0") and _WHOLE.fullmatch(name)), key=float)
     if not as_floats:
-        return {}, ""
+        return labels, ""
     first = as_floats[0]
     others = sorted(name for name in classes if not _WHOLE.fullmatch(name))
     if others:
-        return {}, (
+        return labels, (
             f"labels such as {first!r} are kept as they are written, since not all are whole numbers (such as {others[0]!r}); "
             f"a file with types, such as Parquet, has {first[:-2]!r} for it"
         )
-    return {name: name[:-2] for name in as_floats}, (
+    return pc.replace_substring_regex(labels, r"\.0$", ""), (
         f"labels are whole numbers written as floats, and taken as whole numbers: {first!r} as {first[:-2]!r}"
     )
 

@@ -17,7 +17,6 @@ from itertools import islice, repeat
 from typing import IO, Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 
 from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv, whole_numbers
@@ -202,11 +201,8 @@ class ManifestSource(Source):
 
 def _with_whole_numbers(table: pa.Table, findings: Findings) -> pa.Table:
     """The listing with labels that are whole numbers as such, as the other kinds of manifest have them."""
-    renamed, said = whole_numbers(pc.unique(table["label"].drop_null()).to_pylist())
+    labels, said = whole_numbers(table["label"])
     findings.notes += [said] * bool(said)
-    if not renamed:
-        return table
-    labels = pc.replace_substring_regex(table["label"], r"\.0$", "")
     return table.set_column(table.column_names.index("label"), table.schema.field("label"), labels)
 
 

@@ -183,12 +183,11 @@ def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> LabelTab
     labels = _plain(table[label])
     notes: tuple[str, ...] = ()
     if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type):
-        texts = pc.utf8_trim_whitespace(labels.cast(pa.string())).combine_chunks()
+        texts = pc.utf8_trim_whitespace(labels.cast(pa.string()))
         if not has_types:
-            renamed, said = whole_numbers([text for text in pc.unique(texts).to_pylist() if text])
-            texts = pc.replace_substring_regex(texts, r"\.0$", "") if renamed else texts
+            texts, said = whole_numbers(texts)
             notes = (said,) if said else ()
-        found = _checked_text(ids, texts, name)
+        found = _checked_text(ids, texts.combine_chunks(), name)
     else:
         found = _checked(ids, labels.to_pylist(), name)
     return replace(found, ignored=tuple(other for other in names if other not in used), notes=notes)
