@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -118,22 +118,34 @@ def fit(content: Any, network: nn.Module, *, name: str, origin: str) -> Checkpoi
     )
 
 
-def _plain(content: Any, unusable: list[str], depth: int = 0) -> Any:
+def _plain(content: Any, unusable: list[str]) -> Any:
     """The content with tensors that have their values themselves; what no network can take is left out and named."""
+
+    def plain(key: Any, value: Tensor, _: Mapping[Any, Any]) -> tuple[Any, Tensor] | None:
+        if kind := _unusable_kind(value):
+            unusable.append(f"{shortened(str(key))}: {kind}")
+            return None
+        return key, _own_values(value)
+
+    return _with_tensors(content, plain)
+
+
+def _with_tensors(
+    content: Any, change: Callable[[Any, Tensor, Mapping[Any, Any]], tuple[Any, Tensor] | None], depth: int = 0
+) -> Any:
+    """The content, nested mappings included, with ``change(key, tensor, mapping)`` in a tensor's place; None leaves it out."""
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return content
-    plain: OrderedDict[Any, Any] = OrderedDict()
+    changed: OrderedDict[Any, Any] = OrderedDict()
     for key, value in content.items():
         if not isinstance(value, Tensor):
-            plain[key] = _plain(value, unusable, depth + 1)
-        elif kind := _unusable_kind(value):
-            unusable.append(f"{shortened(str(key))}: {kind}")
-        else:
-            plain[key] = _own_values(value)
-    if len(plain) == len(content) and all(plain[key] is value for key, value in content.items()):
+            changed[key] = _with_tensors(value, change, depth + 1)
+        elif (item := change(key, value, content)) is not None:
+            changed[item[0]] = item[1]
+    if len(changed) == len(content) and all(key in content and content[key] is changed[key] for key in changed):
         return content  # torch hangs version notes on the mapping itself
-    plain.__dict__.update(getattr(content, "__dict__", {}))
-    return plain
+    changed.__dict__.update(getattr(content, "__dict__", {}))
+    return changed
 
 
 def _unusable_kind(value: Tensor) -> str:
@@ -186,25 +198,15 @@ def _with_present_names(content: Any, expected: Mapping[str, Tensor]) -> tuple[A
     former: list[str] = []
     if any(present_name(key) != key for key in expected):
         return content, former  # a network of somebody's own that has such names today
-    return _renamed(content, former), former
 
+    def renamed(key: Any, value: Tensor, mapping: Mapping[Any, Any]) -> tuple[Any, Tensor]:
+        name = present_name(key) if isinstance(key, str) else key
+        if name == key or name in mapping:  # where the file has both, today's is the one that is meant
+            return key, value
+        former.append(key)
+        return name, value
 
-def _renamed(content: Any, former: list[str], depth: int = 0) -> Any:
-    if not isinstance(content, Mapping) or depth > _DEEPEST:
-        return content
-    renamed: OrderedDict[Any, Any] = OrderedDict()
-    before = len(former)
-    for key, value in content.items():
-        name = present_name(key) if isinstance(key, str) and isinstance(value, Tensor) else key
-        if name != key and name in content:
-            name = key  # the file has both, and today's is the one that is meant
-        if name != key:
-            former.append(key)
-        renamed[name] = _renamed(value, former, depth + 1)
-    if len(former) == before:
-        return content  # torch hangs version notes on the mapping itself
-    renamed.__dict__.update(getattr(content, "__dict__", {}))
-    return renamed
+    return _with_tensors(content, renamed), former
 
 
 def _renaming(former: Sequence[str]) -> str:
