@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.sizes import bytes_of
 
 _KEY = "declaration"
 Check = Callable[[Any], str | None]
@@ -165,6 +166,14 @@ def at_least(least: int, most: int | None = None) -> Check:
         return f"must be at most {most}" if most is not None and value > most else None
 
     return check
+
+
+def is_bytes(value: Any, kind: Any = Real) -> bool:
+    """Whether a value is an amount of bytes: a number of a kind, or text such as ``20GB``."""
+    try:
+        return (isinstance(value, str) or is_number(value, kind)) and bytes_of(value) > 0
+    except (UsageError, OverflowError):  # infinity, which TOML can say, is no number of bytes
+        return False
 
 
 def is_text(value: Any) -> str | None:

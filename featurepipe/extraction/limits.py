@@ -12,7 +12,7 @@ from typing import Any
 
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.features.options import Options, SourceOptions
-from featurepipe.option_groups import OptionGroup, is_number, option
+from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
 from featurepipe.sizes import bytes_of, seconds_of
 from featurepipe.tables import size
 
@@ -57,12 +57,8 @@ def _share(given: Any) -> str | None:
 
 
 def _space(given: Any) -> str | None:
-    try:
-        if (isinstance(given, str) or is_number(given, Real)) and (given == 0 or bytes_of(given)):
-            return None
-    except UsageError:
-        pass
-    return "is no amount of space; give bytes or text such as '500MB', '20GB'"
+    is_one = (is_number(given, Real) and given == 0) or is_bytes(given)
+    return None if is_one else "is no amount of space; give bytes or text such as '500MB', '20GB'"
 
 
 def seconds_at_most(given: Any) -> float:

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import unknown
 from featurepipe.heads.families import HEADS
-from featurepipe.option_groups import OptionGroup, at_least, is_number, not_empty, option
-from featurepipe.sizes import bytes_of
+from featurepipe.option_groups import OptionGroup, at_least, is_bytes, is_number, not_empty, option
 
 
 def known_head(given: Any) -> str | None:
@@ -43,13 +42,11 @@ def components(given: Any) -> Any:
 
 
 def _memory(given: Any) -> str | None:
-    try:
-        if isinstance(given, str) or is_number(given, (int, float)):
-            bytes_of(given)
-            return None
-    except UsageError:
-        pass
-    return "is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
+    return (
+        None
+        if is_bytes(given, (int, float))
+        else "is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
