@@ -59,11 +59,7 @@ def dispatch(
     Raises:
         ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
     """
-    flow = _Flow(pool, shards, attempt, options)
-    try:
-        yield from flow.run()
-    finally:
-        flow.dismiss()
+    return _Flow(pool, shards, attempt, options).results()
 
 
 @dataclass
@@ -78,7 +74,7 @@ class _Pending(Generic[S]):
     restricted: frozenset[str] = frozenset()
 
 
-class _Flow(BoundedFlow[S, _Pending[S]], Generic[S, R]):
+class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
     def __init__(self, pool: WorkerPool, shards: Iterator[S], attempt: Attempt[R], options: MapOptions) -> None:
         super().__init__(shards, options)
         self.pool, self.attempt = pool, attempt
@@ -276,7 +272,7 @@ class _Flow(BoundedFlow[S, _Pending[S]], Generic[S, R]):
             self._submit(number, free)
 
     def dismiss(self) -> None:
-        """Calls back what is still under way and waits a little for it, so that it commits what it has."""
+        """See `BoundedFlow`; so it commits what it has."""
         if not (self.pending or self.late) or self.pool.scheduler.is_lost:
             return
         workers = self.pool.addresses()

@@ -260,7 +260,7 @@ def in_order(results: Iterable[Arrived[S, R]]) -> Iterator[Arrived[S, R]]:
 P = TypeVar("P")
 
 
-class BoundedFlow(ABC, Generic[S, P]):
+class BoundedFlow(ABC, Generic[S, P, R]):
     """Begins shards only while there is room for them: a flow never holds more than its workers can use.
 
     Args:
@@ -278,6 +278,21 @@ class BoundedFlow(ABC, Generic[S, P]):
         self.pending: dict[int, P] = {}
         self.count = 0
         self.exhausted = False
+
+    def results(self) -> Generator[Arrived[S, R], None, None]:
+        """Yields results as they arrive; whatever ends it, what is under way is called back."""
+        try:
+            yield from self.run()
+        finally:
+            self.dismiss()
+
+    @abstractmethod
+    def run(self) -> Iterator[Arrived[S, R]]:
+        """Begins shards and yields their results, until all are done or a stop is asked for."""
+
+    @abstractmethod
+    def dismiss(self) -> None:
+        """Calls back what is still under way, and waits a little for it."""
 
     @abstractmethod
     def begin(self, number: int, shard: S) -> None:

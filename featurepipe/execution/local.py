@@ -144,11 +144,7 @@ class ProcessExecutor(LocalExecutor):
         self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
     ) -> Generator[Arrived[S, R], None, None]:
         with _shared(context) as shared, self._pool(shared) as pool:
-            flow = _Flow(self, pool, shared, function, shards, options)
-            try:
-                yield from flow.run()
-            finally:
-                flow.dismiss()
+            yield from _Flow(self, pool, shared, function, shards, options).results()
 
     @contextmanager
     def _pool(self, shared: _Shared) -> Iterator[ProcessPool]:
@@ -258,7 +254,7 @@ def _written(path: Path, pieces: Sequence[bytes | memoryview]) -> tuple[tuple[in
     return tuple(ends)
 
 
-class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"]], Generic[S, R]):
+class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"], R], Generic[S, R]):
     """The shards of one `map` on their way to processes and back."""
 
     def __init__(
@@ -317,7 +313,7 @@ class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"]], Generic[S, R]):
             ) from error
 
     def dismiss(self) -> None:
-        """Calls back what is still under way, and waits a little for it; what does not come back ends with its process."""
+        """See `BoundedFlow`; what does not come back ends with its process."""
         if self.pending:
             self.shared.stop()
             wait([future for _, future in self.pending.values()], RETURN_SECONDS if self.options.interruptible else 0.0)
