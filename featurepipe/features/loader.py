@@ -382,16 +382,14 @@ class Decoding:
     keep_damaged: bool = False
 
 
-def decoder_for(
-    route: str, colour: Literal["rgb", "grey"], device: str, *, intensity: str, keep_damaged: bool = False
-) -> Decoder:
+def decoder_for(decoding: Decoding, colour: Literal["rgb", "grey"], device: str) -> Decoder:
     """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else.
 
     Raises:
         UsageError: the intensity is unknown.
     """
-    scale = parse_intensity(intensity)
-    if route == "gpu":
+    scale, keep_damaged = parse_intensity(decoding.intensity), decoding.keep_damaged
+    if decoding.route == "gpu":
         from featurepipe.images.decode_gpu import decode_batch
 
         return lambda payloads, claim: decode_batch(
@@ -416,13 +414,7 @@ def loader_for(
     return Loader(
         source,
         missing,
-        decoder_for(
-            decoding.route,
-            preprocessing.colour,
-            machine.device,
-            intensity=decoding.intensity,
-            keep_damaged=decoding.keep_damaged,
-        ),
+        decoder_for(decoding, preprocessing.colour, machine.device),
         preprocessing.resize_crop,
         clock=clock,
         workers=machine.workers,

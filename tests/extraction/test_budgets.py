@@ -37,7 +37,7 @@ def noise(seed, side=16):
 def loaded(payloads, decoder=None, prepare=lambda pixels: pixels, stop=bool, workers=2):
     """Loads some encoded images; gives the images by their number."""
     source = open_source({f"{i:03d}": payload for i, payload in enumerate(payloads)})
-    decoder = decoder or stream.decoder_for("cpu", "rgb", "cpu", intensity="declared")
+    decoder = decoder or stream.decoder_for(stream.Decoding("cpu", "declared"), "rgb", "cpu")
     loader = Loader(source, lambda _: ("all",), decoder, prepare, clock=StageSeconds(), workers=workers, window=8)
     listing = source.scan().combine_chunks()
     return [image for images in loader.load(listing, np.arange(len(payloads)), stop) for image in images]
@@ -49,7 +49,7 @@ def test_a_file_beyond_its_budget_is_not_read(monkeypatch, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(noise(0)))
     source = open_source(tmp_path)
     loader = Loader(
-        source, lambda _: ("all",), stream.decoder_for("cpu", "rgb", "cpu", intensity="declared"), lambda pixels: pixels,
+        source, lambda _: ("all",), stream.decoder_for(stream.Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels: pixels,
         clock=StageSeconds(), workers=1, window=8,
     )  # fmt: skip
     listing = source.scan().combine_chunks()
