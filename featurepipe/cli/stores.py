@@ -64,7 +64,8 @@ def info(args: Namespace) -> int:
     from featurepipe.store import describe
 
     store = existing_store(args)
-    show(args, {**describe(store), "runs": runs_with_ends(store)}, summary.info_text)
+    found = describe(store)
+    show(args, {**found, "runs": runs_with_ends(store, found["runs"])}, summary.info_text)
     return 0
 
 

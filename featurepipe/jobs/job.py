@@ -27,6 +27,7 @@ from featurepipe.features.options import DamageOptions, MachineOptions, NetworkO
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.monitoring.options import DriftOptions
 from featurepipe.option_groups import declared
+from featurepipe.store.runs import is_run_id
 from featurepipe.training.options import TrainOptions
 
 PLACEHOLDERS = ("date", "run", "job")
@@ -35,7 +36,6 @@ PLACEHOLDERS = ("date", "run", "job")
 REFERENCES = ("previous", "first")
 """Snapshots that drift can be measured from, beside those that a run id names."""
 LONGEST_NAME = 100
-_RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def is_name(text: str) -> bool:
@@ -52,7 +52,7 @@ def _name(name: str) -> str:
 
 
 def _reference(text: str) -> str:
-    if text in REFERENCES or _RUN_ID.fullmatch(text):
+    if text in REFERENCES or is_run_id(text):
         return text
     near = str(unknown("reference", text, REFERENCES))
     raise UsageError(f"{near}; or the run id of a snapshot, such as 20260131T020000000000Z-0123abcd")

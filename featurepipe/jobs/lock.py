@@ -370,12 +370,12 @@ def _is_free(lease: Path) -> bool:
         return False
 
 
-def runs_with_ends(store: FeatureStore) -> list[dict[str, Any]]:
+def runs_with_ends(store: FeatureStore, runs: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """The records of all runs, oldest first, in which a run that was killed is not running any longer.
 
     The next run of the job writes that down; until then it is known from the job's lock (see `is_over`).
     """
-    runs = store.runs()
+    runs = store.runs() if runs is None else runs
     open_ones = {run["run_id"]: str(run.get("job")) for run in runs if run.get("status") == records.RUNNING}
     over = {job for job in set(open_ones.values()) if is_over(store, job)}
     if not over:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.connection import executor_on
-from featurepipe.features.options import KEEP, REJECT, MachineOptions
+from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
@@ -303,11 +303,10 @@ def _names(wanted: Wanted, only_under: Any) -> tuple[str, str | None]:
 
 
 def _own_name(source: Any, only_under: Any) -> str:
-    from featurepipe.extraction.extract import ARRAY_READERS
+    from featurepipe.extraction.extract import opened
     from featurepipe.extraction.prepare import dataset_name
-    from featurepipe.images import open_source
 
-    with closing(open_source(source, array_readers=ARRAY_READERS, only_under=only_under)) as images:
+    with closing(opened(source, SourceOptions(only_under=places(only_under)))) as images:
         return dataset_name(images.name)
 
 
