@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -202,18 +202,6 @@ def travelling(*modules: ModuleType) -> Iterator[None]:
         cloudpickle.unregister_pickle_by_value(module)
 
 
-@contextmanager
-def local_cluster(workers: int = 2, **options: Any) -> Iterator[Any]:
-    """A scheduler and worker processes that end with the block."""
-    from distributed import LocalCluster
-
-    given = {"threads_per_worker": 1, "memory_limit": "3GiB", "silence_logs": 50} | options
-    with LocalCluster(
-        n_workers=workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **given
-    ) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def without_privileges() -> Callable[[], AbstractContextManager[None]]:
     """Makes contexts in which this thread is a user who may not read everything; skips the test where it cannot become one."""
@@ -286,7 +274,10 @@ class Processes:
             assert time.monotonic() < deadline, "the scheduler did not start"
             time.sleep(0.02)
 
-    def end(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for process in [*self.workers, self.scheduler]:
             with suppress(ProcessLookupError):
                 process.send(signal.SIGCONT)
@@ -299,15 +290,12 @@ def cluster_address(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
     """A scheduler with two workers, shared by all tests that leave it whole."""
     from featurepipe.execution import connect
 
-    started = Processes(launcher, tmp_path_factory.mktemp("cluster"))
-    try:
+    with Processes(launcher, tmp_path_factory.mktemp("cluster")) as started:
         for _ in range(2):
             started.add_worker("--memory-limit", "3GiB")
         with connect(started.address) as dask_executor:
             dask_executor.wait_for_workers(2)
         yield started.address
-    finally:
-        started.end()
 
 
 @pytest.fixture
@@ -315,13 +303,10 @@ def processes(launcher: Launcher, tmp_path: Path) -> Iterator[Processes]:
     """A scheduler and two workers of the test's own, to kill."""
     folder = tmp_path / "processes"
     folder.mkdir()
-    started = Processes(launcher, folder)
-    try:
+    with Processes(launcher, folder) as started:
         started.add_worker()
         started.add_worker()
         yield started
-    finally:
-        started.end()
 
 
 @pytest.fixture

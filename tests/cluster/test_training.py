@@ -20,7 +20,7 @@ from featurepipe.training import trials, tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
 from featurepipe.training.trials import DataElsewhere, Room, fits_at_once, try_all
-from tests.conftest import local_cluster
+from tests.conftest import Processes
 
 NODES = ["a:gap", "b:gap"]
 CLOSE = {"logistic": 5e-3, "linear-svm": 1e-2}
@@ -184,7 +184,7 @@ def test_workers_that_may_yet_come_count(cluster_address):
         assert fits_at_once(dask_executor, Room(0, 1)) == 5
 
 
-def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_path):
+def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, launcher, tmp_path):
     """Four threads, and memory for two; both workers take part."""
     zoo.write(zoo.images("train", 40))
     features = zoo.store.features("zoo", node="a:gap")
@@ -199,7 +199,10 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, tmp_pa
             file.write(f"{os.getpid()} {time.time()} -1\n")
         return head.C, len(data[0]), len(train)
 
-    with local_cluster(threads_per_worker=4) as cluster, connect(cluster) as dask_executor:
+    with Processes(launcher, tmp_path) as started, connect(started.address) as dask_executor:
+        for _ in range(2):
+            started.add_worker("--nthreads", "4", "--memory-limit", "3GiB")
+        dask_executor.wait_for_workers(2)
         each = int(0.2 * dask_executor.workers()[0].memory_limit)
         folds = [(rows[:60], rows[60:]), (rows[60:], rows[:60])]
         data = DataElsewhere(features, folds, fit, Room(each, each))
