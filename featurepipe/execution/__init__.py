@@ -12,8 +12,7 @@ from featurepipe.errors import ClusterError, WorkerRefused
 from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from featurepipe.execution.connection import connect, executor_on
-    from featurepipe.execution.dask import DaskExecutor
+    from featurepipe.execution.dask import DaskExecutor, connect, executor_on
     from featurepipe.execution.executor import Executor, Report, Stop, Worker, WorkerFacts
     from featurepipe.execution.local import LocalExecutor, ProcessExecutor
     from featurepipe.execution.row_shards import SpreadFeatures, spread
@@ -45,8 +44,8 @@ _HOMES = {
     "Stop": "executor",
     "Worker": "executor",
     "WorkerFacts": "executor",
-    "connect": "connection",
-    "executor_on": "connection",
+    "connect": "dask",
+    "executor_on": "dask",
     "spread": "row_shards",
 }
 

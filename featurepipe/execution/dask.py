@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from featurepipe.display import without_password
-from featurepipe.errors import StoreError
+from featurepipe.display import displayed, without_password
+from featurepipe.errors import ClusterError, StoreError, UsageError
 from featurepipe.execution.dispatch import dispatch
 from featurepipe.execution.executor import Arrived, Executor, Function, MapOptions
+from featurepipe.execution.launchers import QUIET, ClusterTable, in_a_line, opened, read_spec
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.execution.row_shards import SpreadFeatures, spread
 from featurepipe.execution.worker import Attempt, Carried, pickled
 from featurepipe.execution.worker_pool import WorkerPool
+
+if TYPE_CHECKING:
+    from distributed import Client
+
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -84,3 +92,169 @@ class DaskExecutor(WorkerPool, Executor):
         finally:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+CONNECT_SECONDS = 10.0
+
+
+def _to_stderr(text: str) -> None:
+    print(displayed(text), file=sys.stderr)
+
+
+@contextmanager
+def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[DaskExecutor]:
+    """Connects to a cluster, or starts one, for as long as the block runs.
+
+    Args:
+        spec: a `distributed.Client` or cluster object; the scheduler's address (`tcp://host:8786`) or its file (`.json`);
+            `local:2` for two processes here; a TOML file with a `[cluster]` table, or that table; or a `DaskExecutor`.
+        say: where messages go; by default to standard error.
+
+    Yields:
+        The executor. What was opened here is closed at the end; a client or cluster that was given stays open.
+
+    Raises:
+        UsageError: the spec is none of these, or is for use with `await`.
+        ClusterError: nobody answers at the address, the client is closed, or the cluster cannot be started.
+    """
+    from distributed import Client
+
+    if getattr(spec, "asynchronous", False):
+        raise UsageError(
+            f"the {type(spec).__name__} is asynchronous, and waiting for it would block the loop that it runs in; give its "
+            "scheduler's address, from a thread of its own (asyncio.to_thread), or one without asynchronous=True"
+        )
+    if isinstance(spec, DaskExecutor):
+        yield spec
+    elif isinstance(spec, Client):
+        if spec.status == "closed":
+            raise ClusterError("the Client is closed; give one that is open, or its scheduler's address")
+        with _executor(spec, say, ClusterTable(kind="local")) as executor:
+            yield executor
+    elif hasattr(spec, "scheduler_address"):
+        with (
+            _quiet(),
+            _client({"address": spec}) as client,
+            _executor(client, say, ClusterTable(kind="local")) as executor,
+        ):
+            yield executor
+    else:
+        table = read_spec(spec)
+        with _quiet(), opened(table) as where, _client(where) as client, _executor(client, say, table) as executor:
+            yield executor
+
+
+@contextmanager
+def _executor(client: Client, say: Callable[[str], None], table: ClusterTable) -> Iterator[DaskExecutor]:
+    executor = DaskExecutor(client, say=say, patience=table.patience, most=table.most)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def _client(where: dict[str, Any]) -> Iterator[Client]:
+    from distributed import Client
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Mismatched versions")  # we look at versions ourselves
+            client = Client(**where, timeout=CONNECT_SECONDS)
+    except TypeError as error:  # Dask's, when it was told of no certificate
+        at = " ".join(str(part) for part in where.values())
+        raise ClusterError(
+            f"{at} takes certificates, and none is set here: Dask reads them from its configuration "
+            "(distributed.comm.tls.ca-file, .client.cert, .client.key), or from DASK_DISTRIBUTED__COMM__TLS__CA_FILE and so on; "
+            "see SECURITY.md"
+        ) from error
+    except (OSError, ValueError, TimeoutError) as error:
+        at = " ".join(str(part) for part in where.values())
+        raise ClusterError(
+            f"no scheduler answers at {at} ({in_a_line(error)}); is it running? Start one with: dask scheduler, "
+            "and workers with: dask worker ADDRESS"
+        ) from error
+    try:
+        yield client
+    finally:
+        with suppress(TimeoutError):
+            client.close(timeout=5)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Dask's own log lines back while an executor is at work: what a user has to know, we say."""
+    from distributed.utils import silence_logging_cmgr
+
+    with ExitStack() as stack:
+        for root in ("distributed", "tornado", "asyncio"):
+            stack.enter_context(silence_logging_cmgr(level=QUIET, root=root))
+        yield
+
+
+@contextmanager
+def executor_on(cluster: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[Executor]:
+    """The executor of a cluster, which stays connected for as long as the block runs; without one, this process.
+
+    Args:
+        cluster: what `connect` takes, or an executor; None for this process.
+        say: where messages go.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    if cluster is None or isinstance(cluster, LocalExecutor):
+        yield cluster or LocalExecutor()
+        return
+    with connect(cluster, say=say) as executor:
+        yield executor
+
+
+ExecutorWhenNeeded: TypeAlias = "Callable[[], DaskExecutor | None]"
+"""Gives the executor of a cluster; None where all is done in this process."""
+
+
+@contextmanager
+def executor_when_needed(cluster: Any, say: Callable[[str], None]) -> Iterator[ExecutorWhenNeeded]:
+    """One executor for several commands, connected to when it is first needed.
+
+    If its scheduler goes away, the next command that asks is given another.
+
+    Args:
+        cluster: what `connect` takes; None for this process.
+        say: where messages go.
+
+    Yields:
+        A function that gives the executor; it raises `ClusterError` if that cannot be done.
+    """
+    with ExitStack() as stack:
+        known: list[DaskExecutor] = []
+
+        def executor() -> DaskExecutor | None:
+            if cluster is not None and (not known or known[-1].scheduler.is_lost):
+                known.append(stack.enter_context(connect(cluster, say=say)))
+            return known[-1] if known else None
+
+        yield executor
+
+
+def in_this_process() -> None:
+    """No executor of a cluster: all is done in this process."""
+
+
+def cluster_name(cluster: Any) -> str | None:
+    """Names what `connect` takes, for people and for a bundle: no password, no folder of this machine.
+
+    Example:
+        >>> cluster_name("tls://me:secret@head:8786"), cluster_name("/home/me/slurm.toml"), cluster_name({"kind": "ssh"})
+        ('tls://head:8786', 'slurm.toml', 'ssh')
+    """
+    if cluster is None or isinstance(cluster, LocalExecutor):
+        return None
+    if isinstance(cluster, Mapping):
+        cluster = cluster.get("scheduler") or cluster.get("kind")
+    for name in ("address", "scheduler_address"):  # of a DaskExecutor and of a Dask cluster
+        cluster = getattr(cluster, name, cluster)
+    scheduler = getattr(cluster, "scheduler", None)  # of a Client
+    text = str(cluster if scheduler is None else scheduler.address)
+    return without_password(text) if "://" in text else Path(text).name

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.execution.connection import executor_on
+from featurepipe.execution.dask import executor_on
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.estimate import estimate
 from featurepipe.extraction.limits import ExtractionOptions

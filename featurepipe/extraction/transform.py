@@ -15,7 +15,7 @@ import numpy as np
 
 from featurepipe.backbones import Column, load_backbone
 from featurepipe.errors import UsageError
-from featurepipe.execution.connection import executor_on
+from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.compute import compute

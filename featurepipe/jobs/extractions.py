@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import SourceError, UsageError, WeightsNotFound
-from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
+from featurepipe.execution.dask import ExecutorWhenNeeded, in_this_process
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary

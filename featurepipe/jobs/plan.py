@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import FeaturepipeError
-from featurepipe.execution.connection import cluster_name
+from featurepipe.execution.dask import cluster_name
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name

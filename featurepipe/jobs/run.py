@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Interrupted, StoreLocked
-from featurepipe.execution.connection import executor_when_needed
+from featurepipe.execution.dask import executor_when_needed
 from featurepipe.execution.launchers import checked_spec
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.jobs.job import Job

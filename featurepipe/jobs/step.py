@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.execution.connection import ExecutorWhenNeeded, in_this_process
+from featurepipe.execution.dask import ExecutorWhenNeeded, in_this_process
 from featurepipe.jobs.job import BaseTable, Job
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Night:
         extracted: the run records of this run's extractions that were done.
         record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
             and the status that the night will end with if all that is left succeeds. In the store it is still running.
-        executor: of the run's cluster, see `featurepipe.execution.connection.executor_when_needed`.
+        executor: of the run's cluster, see `featurepipe.execution.dask.executor_when_needed`.
     """
 
     job: Job

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.execution.connection import executor_on
+from featurepipe.execution.dask import executor_on
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal

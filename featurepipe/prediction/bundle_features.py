@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import BundleError
-from featurepipe.execution.connection import executor_on
+from featurepipe.execution.dask import executor_on
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images.intensity import intensity_of

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.execution.connection import cluster_name, executor_on
+from featurepipe.execution.dask import cluster_name, executor_on
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore

@@ -13,7 +13,7 @@ import pytest
 
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.execution import connect
-from featurepipe.execution.connection import cluster_name
+from featurepipe.execution.dask import cluster_name
 from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.training import trials, tuning
@@ -125,7 +125,7 @@ def test_a_dry_run_says_where_and_connects_to_nobody(zoo, tmp_path):
 
 
 def test_what_cannot_be_spread_is_fitted_here_and_says_so(zoo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.dask.CONNECT_SECONDS", 0.5)
     zoo.write(zoo.images("train", 30))
     options = {"nodes": NODES, "out": tmp_path / "b", "cluster": "tcp://127.0.0.1:9"}  # where nobody is
     assert train(zoo.store, head="knn", **options)["cluster"] is None

@@ -252,7 +252,7 @@ def test_a_client_that_is_closed_is_refused(cluster_address: str) -> None:
 
 
 def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.dask.CONNECT_SECONDS", 0.5)
     with (
         pytest.raises(
             ClusterError,

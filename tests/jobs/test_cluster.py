@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import featurepipe.execution.connection
+import featurepipe.execution.dask
 from featurepipe.errors import ClusterError, UsageError
 
 TRAIN = """
@@ -23,7 +23,7 @@ HERE = '[cluster]\nkind = "local"\nworkers = 2\n'
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What has been connected to."""
     found: list[Any] = []
-    connect = featurepipe.execution.connection.connect
+    connect = featurepipe.execution.dask.connect
 
     @contextmanager
     def noted(spec: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         with connect(spec, **options) as dask_executor:
             yield dask_executor
 
-    monkeypatch.setattr(featurepipe.execution.connection, "connect", noted)
+    monkeypatch.setattr(featurepipe.execution.dask, "connect", noted)
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_dry_run_starts_no_cluster(pile: Any, connections: list[Any]) -> None:
 def test_a_cluster_that_is_not_there_fails_the_steps_and_the_record_says_why(
     pile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("featurepipe.execution.dask.CONNECT_SECONDS", 0.3)
     pile.fill(3)
     pile.job('[cluster]\nscheduler = "tcp://127.0.0.1:9"\n')
     record = pile.run()
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_not_there_fails_the_steps_and_the_record_says_why(
 
 
 def test_what_is_said_on_the_command_line_comes_before_the_table(pile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurepipe.execution.connection.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("featurepipe.execution.dask.CONNECT_SECONDS", 0.3)
     pile.fill(3)
     pile.job(HERE)
     record = pile.run(cluster="tcp://127.0.0.1:9")
