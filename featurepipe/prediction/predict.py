@@ -25,8 +25,7 @@ from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.files import checked_target, predictions_file
 from featurepipe.prediction.options import BundleOptions, PredictOptions
-from featurepipe.prediction.scored import Predictions, Scored
-from featurepipe.prediction.shards import SCORE, Prediction
+from featurepipe.prediction.shards import SCORE, Prediction, Predictions, Scored
 from featurepipe.progress import announcer, show
 
 
