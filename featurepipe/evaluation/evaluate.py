@@ -10,7 +10,7 @@ from featurepipe.evaluation import leakage
 from featurepipe.evaluation.rows import Chosen, choose_rows
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.statistics.metrics import score_table
-from featurepipe.prediction.bundle_features import features_at, features_for
+from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
