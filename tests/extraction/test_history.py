@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from featurepipe.extraction.history import History
+from featurepipe.extraction.prepare import History
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import SCHEMA, UNKNOWN
 
