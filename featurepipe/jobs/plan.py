@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featurepipe.errors import FeaturepipeError
-from featurepipe.execution.dask import cluster_name
+from featurepipe.errors import FeaturepipeError, SourceError, UsageError, WeightsNotFound
+from featurepipe.execution.dask import ExecutorWhenNeeded, cluster_name, in_this_process
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest
-from featurepipe.jobs.extractions import arguments
 from featurepipe.jobs.job import (
     BaseTable,
     DepthTable,
     DriftTable,
+    FeaturesTable,
     Job,
     KeepTable,
     PredictTable,
     ReportTable,
     TrainTable,
 )
-from featurepipe.jobs.preflight import check_dataset, check_networks
-from featurepipe.jobs.sources import JobSource, check_labels
+from featurepipe.jobs.preflight import check_dataset, check_networks, in_its_table
+from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
+from featurepipe.jobs.sources import JobSource, LabelledSource, RetryPolicy, check_labels
 from featurepipe.jobs.step import steps_of
 from featurepipe.jobs.validation import keys_of
 from featurepipe.progress import announcer
@@ -127,3 +130,118 @@ def _of_training(table: TrainTable) -> tuple[bool | None, str]:
 
 def _all(count: int | None) -> Any:
     return "all" if count is None else count
+
+
+_TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
+"""What a step's result says of an extraction; the extraction's own record says all."""
+_THEIRS_ALONE = ("UsageError", "WeightsNotFound", "TooManyRejects", "NonFiniteFeatures")
+"""Errors of one feature space that say nothing about the others."""
+
+
+@dataclass
+class Extractions:
+    """The first part of a night.
+
+    Attributes:
+        job: the job.
+        record: the night's books.
+        stop: what ends it.
+        say: a line for people.
+        silent: whether extractions say nothing themselves.
+        executor: who computes.
+        before: the dataset's snapshot before this run, if there is one.
+    """
+
+    job: Job
+    record: RunRecord
+    stop: StopRequest
+    say: Callable[[str], None]
+    silent: bool
+    executor: ExecutorWhenNeeded = in_this_process
+    before: str | None = None
+
+    def run(self) -> None:
+        """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
+        source = JobSource(self.job, self.stop)
+        table = self.job.source
+        patience = RetryPolicy(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
+        why = self._list(source, patience)
+        images = LabelledSource(source, asked=table.labels is not None)
+        if table.labels and not why:
+            self._label(images, table.labels, patience)
+        for place, features in enumerate(self.job.features):
+            if why:
+                self.record.not_reached("extract", features.backbone, why)
+            else:
+                why = self._extract(place, source, images, patience)
+        self.record.listing = source.seconds
+
+    def _list(self, source: JobSource, patience: RetryPolicy) -> str:
+        """Lists the source; returns why nothing can be extracted, if so."""
+
+        def work() -> dict[str, Any]:
+            found = patience.insist(source)
+            dataset = self.job.dataset or dataset_name(found.name)
+            check_dataset(self.job, self.record.file, self.record.store, dataset, found.location)
+            self.record.dataset = dataset
+            self.before = max(self.record.store.snapshot_ids(self.record.dataset), default=None)
+            listing = ListingSummary.of(found.scan())
+            for line in listing.lines(found.name):
+                self.say(line)
+            return {"source": found.location, "listed": listing.images, "listing": listing.as_dict()}
+
+        entry = self.record.attempt("list", "", work)
+        return "" if entry["status"] == DONE else "the source was not listed"
+
+    def _label(self, images: LabelledSource, file: Path, patience: RetryPolicy) -> None:
+        """Reads the labels file; one that cannot be had or used fails the night, but keeps no image from being computed."""
+        if self.before is not None:
+            images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
+        self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
+
+    def _extract(self, place: int, source: JobSource, images: LabelledSource, patience: RetryPolicy) -> str:
+        """Extracts one feature space; returns why no other one can be, if so."""
+        features = self.job.features[place]
+        found: dict[str, Any] = {}
+
+        def work() -> dict[str, Any]:
+            try:
+                found.update(patience.insist(lambda: self._try(features, source, images)))
+            except (UsageError, WeightsNotFound) as error:
+                raise in_its_table(error, self.job, place) from error
+            return {name: found[name] for name in _TOLD if name in found}
+
+        entry = self.record.attempt("extract", features.backbone, work)
+        if found.get("status") == OUT_OF_TIME:
+            entry["status"] = OUT_OF_TIME
+            return "no time was left"
+        if entry["status"] == DONE or (entry["status"] == FAILED and entry["error_type"] in _THEIRS_ALONE):
+            return ""
+        return f"extract {features.backbone} did not end well"
+
+    def _try(self, features: FeaturesTable, source: JobSource, images: LabelledSource) -> dict[str, Any]:
+        try:
+            run = extract(
+                images(),
+                self.record.store,
+                dataset=self.record.dataset,
+                retry_rejects=self.record.retry_rejects,
+                stop=self.stop,
+                silent=self.silent,
+                cluster=self.executor(),
+                **arguments(self.job, features),
+            )
+        except Exception as error:  # whatever it is, what was computed before counts
+            if isinstance(error, SourceError):
+                source.forget()
+            record = getattr(error, "record", None)
+            self.record.extractions += [] if record is None else [record]
+            raise
+        self.record.extractions.append(run)
+        return run
+
+
+def arguments(job: Job, features: FeaturesTable) -> dict[str, Any]:
+    """What a job file says of an extraction, as arguments of `featurepipe.extract`."""
+    limits = job.limits.model_dump(exclude={"time_budget"})  # which is the whole run's, see `StopRequest`
+    return {**features.model_dump(), **job.machine.model_dump(), **limits}

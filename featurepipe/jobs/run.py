@@ -22,7 +22,7 @@ from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
-    from featurepipe.jobs.extractions import Extractions
+    from featurepipe.jobs.plan import Extractions
 
 
 def run_job(
@@ -68,7 +68,7 @@ def run_job(
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
             stop.say = log.warn
             with stop.at_once(before="anything was done"):
-                from featurepipe.jobs.extractions import Extractions  # load torch, which takes a while
+                from featurepipe.jobs.plan import Extractions  # load torch, which takes a while
                 from featurepipe.jobs.preflight import check_networks
 
                 check_networks(job)

@@ -65,7 +65,7 @@ def test_labels_are_waited_for_as_images_are(pile, labelled, monkeypatch):
     def wait(seconds, stop):
         away.rename(file)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=wait))
+    monkeypatch.setattr("featurepipe.jobs.plan.RetryPolicy", partial(RetryPolicy, wait=wait))
     pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
     assert pile.run()["status"] == "done"
     assert labels(pile) == ["tom", None, None, None]

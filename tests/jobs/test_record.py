@@ -29,7 +29,7 @@ def test_each_feature_space_is_counted_by_itself(pile):
 
 def test_an_extraction_of_another_host_at_the_same_time_is_not_the_nights(pile, monkeypatch):
     """In containers all processes have the same few numbers."""
-    from featurepipe.jobs import extractions
+    from featurepipe.jobs import plan as extractions
 
     def beside(source, store, **options):
         run = extract(source, store, **options)

@@ -403,7 +403,7 @@ def test_a_night_on_a_file_system_without_locks(pile, steps, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_is_recorded(pile, monkeypatch):
-    from featurepipe.jobs import extractions
+    from featurepipe.jobs import plan as extractions
 
     def impatient(*arguments, stop, **options):
         for _ in range(2):
@@ -493,7 +493,7 @@ def test_a_source_that_is_gone_for_a_while(pile, monkeypatch):
             back.start()
         wait(seconds, stop)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=waits))
+    monkeypatch.setattr("featurepipe.jobs.plan.RetryPolicy", partial(RetryPolicy, wait=waits))
     record = pile.run()
     assert (record["status"], record["counts"]["computed"]) == ("done", 3)
     assert 0.5 < record["steps"][0]["seconds"] < 10
@@ -507,7 +507,7 @@ def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
         seen.append(pile.records()[-1])
         away.rename(pile.root)
 
-    monkeypatch.setattr("featurepipe.jobs.extractions.RetryPolicy", partial(RetryPolicy, wait=wait))
+    monkeypatch.setattr("featurepipe.jobs.plan.RetryPolicy", partial(RetryPolicy, wait=wait))
     pile.file.write_text(pile.file.read_text().replace("retries = 0", "retries = 2"))
     record = pile.run()
     (waiting,) = seen
