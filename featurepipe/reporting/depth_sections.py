@@ -25,9 +25,9 @@ from featurepipe.reporting.blocks import (
     points,
     points_interval,
 )
+from featurepipe.reporting.charts import similarity_map
 from featurepipe.reporting.curves import cost_curves, depth_curves, score_scatter
 from featurepipe.reporting.head_sections import errors, worst
-from featurepipe.reporting.matrices import similarity_map
 from featurepipe.reporting.palette import Paint
 
 Document = Mapping[str, Any]

@@ -22,9 +22,9 @@ from featurepipe.reporting.blocks import (
     percent,
     plain,
 )
+from featurepipe.reporting.charts import confusion_map
 from featurepipe.reporting.feature_map import feature_map
 from featurepipe.reporting.images import Projection
-from featurepipe.reporting.matrices import confusion_map
 from featurepipe.reporting.palette import Paint
 
 Document = Mapping[str, Any]
