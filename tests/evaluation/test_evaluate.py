@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.evaluation.evaluate import evaluate
-from featurepipe.evaluation.rows import choose_rows
+from featurepipe.evaluation.evaluate import choose_rows, evaluate
 from featurepipe.heads.bundle.bundle import write_bundle
 
 
