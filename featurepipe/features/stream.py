@@ -19,7 +19,7 @@ from featurepipe.images import Source
 from featurepipe.progress import Progress, Silent
 from featurepipe.records import bottleneck
 from featurepipe.store.keys import KEY_BYTES
-from featurepipe.store.rounding import Rounding
+from featurepipe.store.writer import Rounding
 
 REMEMBERED_BYTES = 64 * 1024 * 1024
 """Features kept at hand for copies of an image; a copy that comes later is computed again."""
