@@ -16,8 +16,7 @@ import pyarrow as pa
 from featurepipe.errors import FeaturepipeError, SourceError, StoreError, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.extraction.ledger import FACTS, Bookkeeping, ExtractionLedger, RejectLog, ShardLedger
-from featurepipe.extraction.missing import MissingColumns
-from featurepipe.extraction.plan import KeySet, Plan, make_plan
+from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, make_plan
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.extraction.shards import (
     COMPUTED,

@@ -12,8 +12,7 @@ import pyarrow as pa
 
 from featurepipe import records
 from featurepipe.errors import FeaturepipeError
-from featurepipe.extraction.missing import MissingColumns
-from featurepipe.extraction.plan import KeySet, Plan
+from featurepipe.extraction.plan import KeySet, MissingColumns, Plan
 from featurepipe.extraction.shards import COMPUTED, UNTOUCHED, Shard, ShardResult, ShardRun
 from featurepipe.features.loader import Loaded, StageSeconds
 from featurepipe.features.stream import Batches

@@ -17,8 +17,7 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.limits import ExtractionOptions
-from featurepipe.extraction.missing import MissingColumns
-from featurepipe.extraction.plan import KeySet, Plan, make_plan
+from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, make_plan
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.session import (
     SAMPLE,
