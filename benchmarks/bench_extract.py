@@ -31,8 +31,7 @@ import featurepipe as fp
 from benchmarks import record
 from benchmarks.photos import make_photos
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.engine import Engine
-from featurepipe.backbones.precision import worst_cosine
+from featurepipe.backbones.engine import Engine, worst_cosine
 
 
 class Photos(Dataset[torch.Tensor]):

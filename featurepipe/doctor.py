@@ -138,7 +138,7 @@ def threads() -> Check:
 
 def bf16() -> Check:
     """Whether the CPU multiplies bfloat16 itself."""
-    from featurepipe.backbones.precision import cpu_has_bf16
+    from featurepipe.backbones.engine import cpu_has_bf16
 
     found = (
         "native; --precision auto uses it where it agrees with fp32"

@@ -20,8 +20,7 @@ import pyarrow as pa
 import torch
 
 from featurepipe.backbones import Backbone, Column, load_backbone
-from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.backbones.precision import choose_precision
+from featurepipe.backbones.engine import NUMERICS, Engine, choose_precision
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Decoding, Loader, StageSeconds, load_sample, loader_for

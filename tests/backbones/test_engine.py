@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from featurepipe.backbones import Column, load_backbone
-from featurepipe.backbones.engine import BATCH_TOLERANCE, Engine, HookedNetwork
+from featurepipe.backbones.engine import (
+    BATCH_TOLERANCE,
+    WORST_COSINE,
+    Engine,
+    HookedNetwork,
+    PrecisionChoice,
+    choose_precision,
+    worst_cosine,
+)
 from featurepipe.backbones.fusion import FusedConv, FusedConvAdd, can_fuse_onednn
-from featurepipe.backbones.precision import WORST_COSINE, PrecisionChoice, choose_precision, worst_cosine
 
 fused = pytest.mark.skipif(not can_fuse_onednn(torch.float32), reason="this build has no oneDNN fusion")
 
@@ -155,7 +162,7 @@ def test_untraceable_networks_of_timm_agree_with_their_own_forward():
 
 
 def test_precision_is_kept_only_where_it_agrees(monkeypatch):
-    from featurepipe.backbones import precision
+    from featurepipe.backbones import engine as precision
 
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     resnet, lite = load_backbone("resnet18", "none"), load_backbone("efficientnet_lite0")
@@ -169,7 +176,7 @@ def test_precision_is_kept_only_where_it_agrees(monkeypatch):
 
 
 def test_without_a_faster_precision_or_an_image_fp32_is_taken(monkeypatch):
-    from featurepipe.backbones import precision
+    from featurepipe.backbones import engine as precision
 
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     lenet = load_backbone("lenet5", "none")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from featurepipe.backbones.precision import PrecisionChoice
+from featurepipe.backbones.engine import PrecisionChoice
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.engine import Engine
-from featurepipe.backbones.precision import PrecisionChoice
+from featurepipe.backbones.engine import Engine, PrecisionChoice
 from featurepipe.errors import UsageError
 from featurepipe.extraction import prepare
 from featurepipe.features import session as session_module
@@ -223,7 +222,7 @@ def test_what_was_decided_is_said(album, run, capsys):
 
 def test_auto_takes_fp32_where_reduced_precision_disagrees(album, run, network, monkeypatch):
     """The last layer subtracts nearly all that its input has in common, which bfloat16 cannot hold."""
-    from featurepipe.backbones import precision
+    from featurepipe.backbones import engine as precision
 
     monkeypatch.setattr(precision, "reduced_precision", lambda _device: "bf16")
     spec = network(
