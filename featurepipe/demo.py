@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe import summary
+from featurepipe.display import share, table
 from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
 from featurepipe.progress import duration
-from featurepipe.tables import share, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

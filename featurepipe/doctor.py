@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from featurepipe.display import size, table
 from featurepipe.errors import Reject
 from featurepipe.store.locks import locked
-from featurepipe.tables import size, table
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 REQUIRED = ("torch", "torchvision", "h5py", "pyarrow", "pillow", "numpy", "scikit-learn")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.display import counted, size, table
 from featurepipe.records import ACCEPTANCE
-from featurepipe.tables import counted, size, table
 
 if TYPE_CHECKING:
     from featurepipe.store import CompactReport, GcReport, VerifyReport

@@ -39,9 +39,9 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 import featurepipe as fp
 from featurepipe.demo import BACKBONE, DATA
+from featurepipe.display import table
 from featurepipe.execution import DaskExecutor, connect
 from featurepipe.store import FeatureSet
-from featurepipe.tables import table
 
 ESTIMATOR = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))  # 3. another one may need n_jobs=1
 GRID: Mapping[str, Sequence[Any]] = {

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featurepipe.cli.output import show
-from featurepipe.display import displayed, displayed_lines, displayed_values
+from featurepipe.display import displayed, displayed_lines, displayed_values, table
 from featurepipe.errors import TooManyRejects, UsageError
 from featurepipe.extraction.text import text as extract_text
 from featurepipe.jobs.log import job_log
@@ -18,7 +18,6 @@ from featurepipe.jobs.prometheus import registry_of
 from featurepipe.jobs.text import rejects_text
 from featurepipe.monitoring.text import duplicates_text
 from featurepipe.progress import Lines
-from featurepipe.tables import table
 
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 NASTY = st.text(st.sampled_from("ab\x1b\x9b\x07\r\n\t\x00\x7f\u2028\u2029\udcff" + BIDI), min_size=1) | st.text(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featurepipe.display import neutralised, neutralised_text
 from featurepipe.prediction.files import predictions_file, schema_of
-from featurepipe.tables import neutralised, neutralised_text
 
 FORMULAS = [
     "=1+1",

@@ -28,8 +28,8 @@ from featurepipe.backbones.weights import (
     shortened,
     unwrap,
 )
+from featurepipe.display import counted
 from featurepipe.errors import UsageError
-from featurepipe.tables import counted
 
 _DEEPEST = 4
 _FORMER_NAME = re.compile(r"\b(denselayer\d+\.(?:norm|relu|conv))\.([12])(?=\.)")

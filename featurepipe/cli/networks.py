@@ -9,7 +9,7 @@ from typing import Any
 
 from featurepipe.cli.options import Commands, add_command, add_json
 from featurepipe.cli.output import show
-from featurepipe.tables import share, table
+from featurepipe.display import share, table
 
 
 def add(commands: Commands) -> None:

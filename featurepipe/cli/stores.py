@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from featurepipe import summary
 from featurepipe.cli.options import Commands, add_command, add_dataset, add_json, add_space, add_store, existing_store
 from featurepipe.cli.output import show
-from featurepipe.display import displayed_values
-from featurepipe.tables import size
+from featurepipe.display import displayed_values, size
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet

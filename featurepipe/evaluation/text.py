@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from featurepipe.display import share, table
 from featurepipe.heads.statistics.metrics import measures_text
-from featurepipe.tables import share, table
 
 MATRIX_CLASSES = 20
 """Classes up to which the confusion matrix is shown; past it the most frequent confusions."""

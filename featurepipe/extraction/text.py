@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurepipe.display import counted, size
 from featurepipe.progress import duration
-from featurepipe.tables import counted, size
 
 _REJECTS_SHOWN = 5
 _WORKERS_SHOWN = 8

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, Self
 
 import pyarrow as pa
 
+from featurepipe.display import counted
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip, reading
 from featurepipe.images.budgets import check_bytes
@@ -35,7 +36,6 @@ from featurepipe.images.listing import (
 )
 from featurepipe.images.source import Source
 from featurepipe.images.tar_headers import BLOCK, TarHeader, headers
-from featurepipe.tables import counted
 
 LABEL_SUFFIXES: Final = (".cls", ".json")
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
+from featurepipe.display import counted
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
-from featurepipe.tables import counted
 
 HIDDEN: Final = "hidden"
 OUTSIDE: Final = "names that lead out of the archive (..)"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard, Union
 import numpy as np
 import pyarrow as pa
 
+from featurepipe.display import counted
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import read_file, stat_file
@@ -18,7 +19,6 @@ from featurepipe.images.findings import Findings
 from featurepipe.images.intensity import SPARSE
 from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
-from featurepipe.tables import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image

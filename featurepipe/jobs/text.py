@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from featurepipe.display import counted, size, table
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
 from featurepipe.store import FeatureStore
 from featurepipe.store.snapshots import OK
-from featurepipe.tables import counted, size, table
 
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
           "still_rejected", "unchanged")  # fmt: skip

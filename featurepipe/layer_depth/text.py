@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurepipe.backbones.timing import is_undisturbed
+from featurepipe.display import share, size, table
 from featurepipe.extraction.text import damaged_lines
 from featurepipe.progress import duration
-from featurepipe.tables import share, size, table
 
 _LINE = 100
 

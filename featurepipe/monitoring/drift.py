@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featurepipe.display import counted
 from featurepipe.errors import BundleError, StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.statistics.two_sample import class_shift, two_sample
@@ -31,7 +32,6 @@ from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
 from featurepipe.store.space import extract_command
 from featurepipe.store.views import FeatureSet
-from featurepipe.tables import counted
 
 
 @dataclass(frozen=True)

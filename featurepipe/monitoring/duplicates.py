@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from featurepipe.display import neutralised_text
 from featurepipe.errors import Message, Option
 from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups, checked_file, write_groups
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
@@ -19,7 +20,6 @@ from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labels import LabelledImages
 from featurepipe.store.locks import starts_again
 from featurepipe.store.snapshots import OK
-from featurepipe.tables import neutralised_text
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet

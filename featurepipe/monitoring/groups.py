@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from featurepipe.display import neutralised
 from featurepipe.errors import UsageError
 from featurepipe.evaluation.leakage import numbered, on_several_sides
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.labels import LabelledImages
-from featurepipe.tables import neutralised
 
 EXACT_COPIES, NEAR_COPIES = "exact", "near"
 

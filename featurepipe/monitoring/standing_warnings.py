@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from featurepipe import records
+from featurepipe.display import counted
 from featurepipe.errors import UsageError, unknown
 from featurepipe.records import ACCEPTANCE
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import usable_keys
-from featurepipe.tables import counted
 
 NO_DRIFT, WARNING, DRIFT, TOO_FEW = "no drift", "warning", "drift", "too few images"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.tables import share, table
+from featurepipe.display import share, table
 
 _IDS = 5
 _COLUMNS = 3

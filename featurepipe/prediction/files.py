@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from featurepipe.display import neutralised
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.files import MANIFEST
 from featurepipe.store.atomic import atomic_file
-from featurepipe.tables import neutralised
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 DIGITS = 6
@@ -100,7 +100,7 @@ def predictions_file(path: Path, classes: Sequence[str], *, raw_ids: bool = Fals
     Args:
         path: the file.
         classes: of the bundle.
-        raw_ids: whether texts of a CSV file stay as they are, formulas as well; see `featurepipe.tables`.
+        raw_ids: whether texts of a CSV file stay as they are, formulas as well; see `featurepipe.display`.
 
     Yields:
         A function that takes record batches of ``schema_of(classes)``.

@@ -75,7 +75,7 @@ def predict(
 
     Returns:
         The record of the run as JSON values: ``weights_note`` (what was ignored or guessed of a file of weights), ``counts``,
-        ``labels`` (images by label), ``neutralised`` (cells of a CSV file that got an apostrophe, see `featurepipe.tables`),
+        ``labels`` (images by label), ``neutralised`` (cells of a CSV file that got an apostrophe, see `featurepipe.display`),
         ``rejects`` (the first of them; the file has all), ``damaged`` (the first of those kept), seconds, versions;
         ``exit_code`` is 3 if there were rejects.
 

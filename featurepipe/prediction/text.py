@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurepipe.display import neutralised_text
 from featurepipe.extraction.text import damaged_lines
 from featurepipe.progress import duration
-from featurepipe.tables import neutralised_text
 
 _LABELS_SHOWN = 10
 _REJECTS_SHOWN = 5

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from featurepipe.display import size
 from featurepipe.reporting.palette import Style
-from featurepipe.tables import size
 
 DASH = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"

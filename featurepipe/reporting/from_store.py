@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, Reject, StoreError, StoreMoved, UsageError
 from featurepipe.extraction.extract import opened
 from featurepipe.features.options import Places, SourceOptions, places
@@ -25,7 +26,6 @@ from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
-from featurepipe.tables import counted
 
 
 @starts_again

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from featurepipe.display import size
 from featurepipe.errors import UsageError
 from featurepipe.progress import announcer
 from featurepipe.reporting.images import ReadImage, bounded_thumbnails, thumbnails
 from featurepipe.store.atomic import atomic_file
-from featurepipe.tables import size
 
 KINDS = ("depth", "bundle", "nights")
 VERSION = 1

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.display import counted
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.identity import Origin, differences
 from featurepipe.store.keys import Keys, keys_from_arrow
@@ -20,7 +21,6 @@ from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
-from featurepipe.tables import counted
 
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken
 

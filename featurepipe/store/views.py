@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import split_asked
+from featurepipe.display import counted
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels
 from featurepipe.store.rows import WideRows
-from featurepipe.tables import counted
 
 Labels = npt.NDArray[Any] | None
 Positions = npt.NDArray[Any] | slice

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from featurepipe.display import size
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.families import HEADS, SMALL_VALUES
 from featurepipe.progress import spoken
-from featurepipe.tables import size
 
 LEAST_ROWS = 1024
 """Rows for whose values there must be memory: blocks smaller than that are all overhead."""

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
+from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.views import with_told_labels
-from featurepipe.tables import counted
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
 from featurepipe.training.options import TrainOptions

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 
+from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.families import make_head
-from featurepipe.tables import counted
 from featurepipe.training.cost import Cost
 from featurepipe.training.splits import Division, Fold, class_counts, folds_of
 

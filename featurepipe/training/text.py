@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurepipe.display import table
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.progress import spoken
-from featurepipe.tables import table
 
 _CLASSES_SHOWN = 10
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
+from featurepipe.display import size
 from featurepipe.errors import WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.tables import size
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:

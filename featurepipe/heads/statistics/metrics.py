@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.display import table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import intervals
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
-from featurepipe.tables import table
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""

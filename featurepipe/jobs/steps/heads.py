@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.display import counted, neutralised_text
 from featurepipe.jobs.job import PredictTable, TrainTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.history import last_result
-from featurepipe.tables import counted, neutralised_text
 
 
 def train(night: Night, table: TrainTable) -> dict[str, Any]:

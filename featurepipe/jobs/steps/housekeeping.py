@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from featurepipe.display import counted, size
 from featurepipe.errors import StoreLocked
 from featurepipe.jobs.job import CompactTable, KeepTable, MetricsTable, ReportTable
 from featurepipe.jobs.step import Night, within_time
@@ -14,7 +15,6 @@ from featurepipe.jobs.steps.history import needed, telling_runs
 from featurepipe.records import is_success
 from featurepipe.store.compact import compact_store
 from featurepipe.store.gc import gc_store, remove_runs
-from featurepipe.tables import counted, size
 
 
 def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG001 - as every step

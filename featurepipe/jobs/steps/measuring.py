@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
 from featurepipe.monitoring.standing_warnings import is_gone, told
-from featurepipe.tables import counted
 
 
 class Drifted(FeaturepipeError):
