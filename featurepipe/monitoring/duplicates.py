@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
 
-from featurepipe.display import neutralised_text
-from featurepipe.errors import Message, Option
-from featurepipe.monitoring.groups import EXACT_COPIES, NEAR_COPIES, Groups, checked_file, write_groups
+from featurepipe.display import neutralised, neutralised_text
+from featurepipe.errors import Message, Option, UsageError
+from featurepipe.evaluation.leakage import numbered, on_several_sides
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
+from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labels import LabelledImages
 from featurepipe.store.locks import starts_again
@@ -23,6 +32,7 @@ from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
+
 
 LIMIT = 100
 _LARGE = 0.1  # of the images in one near group: the distance joins what is merely similar
@@ -156,3 +166,176 @@ def _too_large(groups: Groups, images: int, distance: float) -> list[str]:
             ")",
         )
     ]
+
+
+EXACT_COPIES, NEAR_COPIES = "exact", "near"
+
+SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("group", pa.int64()),
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.string()),
+        ("key", pa.string()),
+        ("distance", pa.float32()),
+        ("across_splits", pa.bool_()),
+        ("label_conflict", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of two images or more, those across splits first, then those with different labels, then the largest.
+
+    Attributes:
+        kind: ``exact`` (equal bytes) or ``near``.
+        images: The (m,) images that are in a group, group by group.
+        number: (m,) of their group, ascending from 0.
+        distance: (m,) cosine distance to the nearest other image of the group; None for exact copies.
+        across: (g,) whether images of a group are in different splits; an image without a split is in none.
+        conflict: (g,) whether images of a group have different labels; an image without a label has none.
+    """
+
+    kind: str
+    images: LabelledImages
+    number: Numbers
+    distance: npt.NDArray[np.float32] | None
+    across: npt.NDArray[np.bool_]
+    conflict: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, kind: str, images: LabelledImages, member: Numbers, distance: npt.NDArray[np.float32] | None = None
+    ) -> Groups:
+        """Gathers groups.
+
+        Args:
+            kind: ``exact`` or ``near``.
+            images: n images.
+            member: (n,) what images of one group have in common; -1 for images in none.
+            distance: (n,) to the nearest other image of the group.
+        """
+        rows = np.flatnonzero(member >= 0)
+        _, number, sizes = np.unique(member[rows], return_inverse=True, return_counts=True)
+        rows, number = rows[sizes[number] > 1], number[sizes[number] > 1]
+        _, first, number, sizes = np.unique(number, return_index=True, return_inverse=True, return_counts=True)
+        table = images.table.take(rows)
+        across, conflict = (_straddling(number, table[side], len(sizes)) for side in ("split", "label"))
+        order = np.lexsort((first, -sizes, ~conflict, ~across))
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        by_group = np.argsort(place[number], kind="stable")
+        rows = rows[by_group]
+        return cls(
+            kind,
+            LabelledImages(images.table.take(rows), images.keys[rows]),
+            place[number][by_group],
+            None if distance is None else distance[rows],
+            across[order],
+            conflict[order],
+        )
+
+    def __len__(self) -> int:
+        return len(self.across)
+
+    def counts(self) -> dict[str, int]:
+        """Groups, the images in them, and how many groups straddle splits or contradict each other; as JSON values."""
+        return {
+            "groups": len(self),
+            "images": len(self.number),
+            "across_splits": int(self.across.sum()),
+            "label_conflicts": int(self.conflict.sum()),
+        }
+
+    def listed(self, limit: int | None) -> list[dict[str, Any]]:
+        """The first ``limit`` groups as JSON values, and every group across splits, however many they are."""
+        count = len(self) if limit is None else min(len(self), max(limit, int(self.across.sum())))
+        rows = int(np.searchsorted(self.number, count))
+        groups: list[dict[str, Any]] = [
+            {"kind": self.kind, "across_splits": bool(across), "label_conflict": bool(conflict), "images": []}
+            for across, conflict in zip(self.across[:count], self.conflict[:count], strict=True)
+        ]
+        columns = self.table(rows).select(["id", "split", "label", "key", "distance"])
+        for number, image in zip(self.number[:rows], columns.to_pylist(), strict=True):
+            if self.distance is None:
+                del image["distance"]
+            groups[number]["images"].append(image)
+        return groups
+
+    def table(self, rows: int | None = None) -> pa.Table:
+        """The images with their group, one row each: ``SCHEMA``; or the first so many."""
+        number, keys = self.number[:rows], self.images.keys[:rows]
+        images = self.images.table.slice(0, len(number))
+        distance = pa.nulls(len(number), pa.float32()) if self.distance is None else pa.array(self.distance[:rows])
+        columns = [
+            pa.array([self.kind] * len(number), pa.string()),
+            pa.array(number),
+            images["id"],
+            images["split"],
+            images["label"],
+            pa.array([bytes(key).hex() for key in keys], pa.string()),
+            distance,
+            pa.array(self.across[number]),
+            pa.array(self.conflict[number]),
+        ]
+        return pa.table(columns, schema=SCHEMA)
+
+
+def _straddling(number: Numbers, side: pa.ChunkedArray, groups: int) -> npt.NDArray[np.bool_]:
+    """(g,) whether a group lies on several sides."""
+    found = np.zeros(groups, np.bool_)
+    found[number[on_several_sides(number, numbered(side)[0])]] = True
+    return found
+
+
+def write_groups(groups: Sequence[Groups], to: str | PathLike[str], *, raw_ids: bool = False) -> int:
+    """Writes groups of images as one file, whole or not at all.
+
+    One row an image: ``kind`` (exact or near), ``group`` (numbered from 0 by kind), ``id``, ``split``, ``label``, ``key``
+    (SHA-256 of the image, hexadecimal), ``distance`` (to the nearest other image of a near group), ``across_splits``
+    and ``label_conflict`` of the group.
+
+    Args:
+        groups: Of any kinds.
+        to: File to write or replace: ``.csv``, ``.jsonl`` or ``.parquet``.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+
+    Returns:
+        How many cells were changed, so that no spreadsheet runs them.
+
+    Raises:
+        UsageError: The suffix is another one, or there is no such folder.
+        DiskFull: No space is left; nothing stays behind.
+    """
+    path = checked_file(to)
+    table = pa.concat_tables([SCHEMA.empty_table(), *(one.table() for one in groups)])
+    table, changed = neutralised(table) if path.suffix.lower() == ".csv" and not raw_ids else (table, 0)
+    with atomic_file(path) as file:
+        _WRITERS[path.suffix.lower()](table, file)
+    return changed
+
+
+def checked_file(to: str | PathLike[str]) -> Path:
+    """The path, if groups can be written there; see ``write_groups``."""
+    path = Path(to)
+    if path.suffix.lower() not in _WRITERS:
+        raise UsageError(f"cannot write groups to {path}: its suffix must be one of {', '.join(_WRITERS)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write groups to {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"cannot write groups to {path}: it is a folder; name a file in it")
+    return path
+
+
+def _write_lines(table: pa.Table, file: IO[bytes]) -> None:
+    for row in table.to_pylist():
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+_WRITERS: dict[str, Callable[[pa.Table, IO[bytes]], None]] = {
+    ".csv": pyarrow.csv.write_csv,
+    ".jsonl": _write_lines,
+    ".parquet": pq.write_table,
+}
