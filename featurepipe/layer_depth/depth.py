@@ -14,11 +14,10 @@ from featurepipe.execution.dask import executor_on
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Series, measure
+from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
-from featurepipe.layer_depth.timing import TimedForward
 from featurepipe.option_groups import as_asked, by_commas
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page

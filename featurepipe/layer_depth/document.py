@@ -14,9 +14,8 @@ from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.similarity import linear_cka
 from featurepipe.heads.statistics.transferability import transfer_scores
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.measure import Series, scores_of
+from featurepipe.layer_depth.measure import Series, TimedForward, least_disturbed, scores_of
 from featurepipe.layer_depth.study import PRETRAINED
-from featurepipe.layer_depth.timing import TimedForward, least_disturbed
 from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.images import mapped

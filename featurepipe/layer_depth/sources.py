@@ -16,6 +16,7 @@ from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOpt
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine
 from featurepipe.images.intensity import intensity_of
+from featurepipe.layer_depth.measure import FEW, Timing
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.study import (
     AUTO,
@@ -26,7 +27,6 @@ from featurepipe.layer_depth.study import (
     choose_columns,
     columns_of_space,
 )
-from featurepipe.layer_depth.timing import FEW, Timing
 from featurepipe.option_groups import declared
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space

@@ -14,8 +14,8 @@ from featurepipe.features import session as session_module
 from featurepipe.layer_depth import document, sources
 from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth.depth import depth
+from featurepipe.layer_depth.measure import Timing
 from featurepipe.layer_depth.text import text
-from featurepipe.layer_depth.timing import Timing
 from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
 

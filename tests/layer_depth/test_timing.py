@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featurepipe.layer_depth import timing as module
+from featurepipe.layer_depth import measure as module
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.timing import Timing, least_disturbed, network_to_time
+from featurepipe.layer_depth.measure import Timing, least_disturbed, network_to_time
 
 CODE = """
 import torch
