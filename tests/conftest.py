@@ -41,7 +41,7 @@ SERVER = textwrap.dedent("""
     import featurepipe.cli, featurepipe.demo
     from featurepipe.backbones import load_backbone
     import featurepipe.extraction.extract, featurepipe.layer_depth.depth
-    import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.exports
+    import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.arrays
     import distributed.cli.dask_scheduler, distributed.cli.dask_worker
 
     torch.set_num_threads(1)

@@ -8,10 +8,10 @@ from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.store.arrays import LazyArray as LazyArray
+    from featurepipe.store.arrays import export as export
     from featurepipe.store.arrays import open_arrays as open_arrays
     from featurepipe.store.compact import CompactReport as CompactReport
     from featurepipe.store.compact import compact_store as compact_store
-    from featurepipe.store.exports import export as export
     from featurepipe.store.feature_store import FeatureStore as FeatureStore
     from featurepipe.store.feature_store import describe as describe
     from featurepipe.store.gc import GcReport as GcReport
@@ -42,7 +42,7 @@ _HOMES = {
     "compact_store": "compact",
     "describe": "feature_store",
     "differences": "identity",
-    "export": "exports",
+    "export": "arrays",
     "fingerprint": "identity",
     "gc_store": "gc",
     "open_arrays": "arrays",
