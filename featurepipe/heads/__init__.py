@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
     from featurepipe.heads.calibration import fit_temperature as fit_temperature
     from featurepipe.heads.calibration import probabilities as probabilities
+    from featurepipe.heads.families import FAMILIES as FAMILIES
     from featurepipe.heads.families import HEADS as HEADS
     from featurepipe.heads.families import HeadFamily as HeadFamily
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
+    from featurepipe.heads.kernel_ridge import BlockKernelRidge as BlockKernelRidge
     from featurepipe.heads.linear.classifiers import BlockLinearSVC as BlockLinearSVC
     from featurepipe.heads.linear.classifiers import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.linear.classifiers import fit_path as fit_path
     from featurepipe.heads.linear.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.linear.ridge import BlockRidge as BlockRidge
     from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
+    from featurepipe.heads.linear.svr import BlockLinearSVR as BlockLinearSVR
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
+    from featurepipe.heads.neighbours import BlockNeighboursRegressor as BlockNeighboursRegressor
     from featurepipe.heads.preprocessing import BlockPCA as BlockPCA
     from featurepipe.heads.preprocessing import BlockScaler as BlockScaler
     from featurepipe.heads.statistics.metrics import score_table as score_table
@@ -35,19 +40,26 @@ if TYPE_CHECKING:
     from featurepipe.heads.statistics.transferability import h_score as h_score
     from featurepipe.heads.statistics.transferability import log_me as log_me
     from featurepipe.heads.statistics.transferability import transfer_scores as transfer_scores
+    from featurepipe.heads.trees.boosted import BoostedRegressor as BoostedRegressor
     from featurepipe.heads.trees.boosted import BoostedTrees as BoostedTrees
 
 _HOMES = {
+    "FAMILIES": "families",
     "HEADS": "families",
     "RBFSVM": "kernel",
     "BlockCentroid": "neighbours",
+    "BlockKernelRidge": "kernel_ridge",
     "BlockLinearSVC": "linear.classifiers",
+    "BlockLinearSVR": "linear.svr",
     "BlockLogisticRegression": "linear.classifiers",
     "BlockPCA": "preprocessing",
     "BlockScaler": "preprocessing",
     "BlockLinearDiscriminantAnalysis": "linear.lda",
     "BlockNeighbours": "neighbours",
+    "BlockNeighboursRegressor": "neighbours",
+    "BlockRidge": "linear.ridge",
     "BlockRidgeClassifier": "linear.ridge",
+    "BoostedRegressor": "trees.boosted",
     "BoostedTrees": "trees.boosted",
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",

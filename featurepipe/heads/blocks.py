@@ -102,6 +102,11 @@ class MappedBlocks:
         return getattr(self.source, "labels", None)
 
     @property
+    def targets(self) -> Any:
+        """Numbers to predict that the source carries, or None."""
+        return getattr(self.source, "targets", None)
+
+    @property
     def first(self) -> int:
         """The number of the first row, in a share of more rows."""
         return getattr(self.source, "first", 0)
@@ -250,6 +255,48 @@ def labels_of(features: Any, labels: Any) -> Array:
             "leave them out: features.select(labelled=True), or X[known], y[known]"
         )
     return found
+
+
+def targets_of(features: Any, targets: Any) -> npt.NDArray[np.float64]:
+    """Returns the numbers (n,) given as float64, or those that ``features`` carries where none are given.
+
+    Raises:
+        UsageError: There are none, some rows have none, or they are not numbers; infinite ones are named, too.
+    """
+    if targets is None:
+        targets = getattr(features, "targets", None)
+        if targets is None:
+            raise UsageError("requires y to be passed, but the target y is None: these features carry no targets")
+    found = np.asarray(targets)
+    if found.dtype.kind == "c":
+        raise UsageError("Complex data not supported: a target is a real number a row")
+    missing = _missing(targets, found)
+    if len(missing):
+        raise UsageError(
+            f"{len(missing)} of {found.size} rows have no target (Input y contains NaN; the first is row {missing[0]}): "
+            "leave them out: X[known], y[known]"
+        )
+    if found.dtype.kind not in "fiub" and found.dtype != object:
+        raise UsageError(f"the target is {_kind(found)}, such as {_first(found)!r}, not a number: learn it as a class")
+    try:
+        numbers = found.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the target has a value that is not a number: {error}; leave such rows out") from error
+    infinite = np.flatnonzero(~np.isfinite(numbers.ravel()))
+    if len(infinite):
+        raise UsageError(
+            f"Input y contains infinity: {len(infinite)} of {found.size} rows (the first is row {infinite[0]}); "
+            "leave these rows out"
+        )
+    return numbers
+
+
+def _kind(found: Array) -> str:
+    return {"U": "text", "S": "bytes", "M": "a date", "m": "a duration"}.get(found.dtype.kind, str(found.dtype))
+
+
+def _first(found: Array) -> object:
+    return found.ravel()[0].item() if found.size else None
 
 
 def _missing(labels: Any, found: Array) -> npt.NDArray[np.intp]:

@@ -39,7 +39,7 @@ class HeadFamily:
         bytes_per_value: Peak memory of a fit in memory per value of X, measured with 20,000 x 1,280: X itself, the scaled copy,
             the solver's own.
         linear: Its scores are an affine map of the features (``linear_map``).
-        weights: It takes ``class_weight`` and ``sample_weight``.
+        weights: It takes ``class_weight`` (where there are classes) and ``sample_weight``.
         probabilities: It has ``predict_proba``; others only rank classes until they are calibrated.
         out_of_core: It learns in memory that does not grow with the rows.
         scaled: Features are standardised before it unless ``scale=False``.
@@ -74,7 +74,17 @@ def _grid(**values: tuple[Any, ...]) -> Mapping[str, tuple[Any, ...]]:
     return MappingProxyType(values)
 
 
-_FAMILIES = (
+_TREES_GRID = _grid(
+    max_depth=(4, 6, 8),
+    min_child_weight=(1.0, 5.0),
+    learning_rate=(0.1,),
+    subsample=(0.8,),
+    n_estimators=(1000,),
+    early_stopping_rounds=(20,),
+)
+_NEIGHBOURS_GRID = _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance"))
+
+_MULTICLASS = (
     HeadFamily(
         "logistic",
         "multinomial logistic regression with an L2 penalty",
@@ -110,14 +120,7 @@ _FAMILIES = (
         "gradient-boosted trees",
         _ours("trees.boosted", "BoostedTrees"),
         _ours("trees.boosted", "BoostedTrees"),
-        _grid(
-            max_depth=(4, 6, 8),
-            min_child_weight=(1.0, 5.0),
-            learning_rate=(0.1,),
-            subsample=(0.8,),
-            n_estimators=(1000,),
-            early_stopping_rounds=(20,),
-        ),
+        _TREES_GRID,
         bytes_per_value=12,
         probabilities=True,
         scaled=False,
@@ -148,7 +151,7 @@ _FAMILIES = (
         "vote of the nearest training images; keeps all their features",
         _place("featurepipe.heads.weighted", "KNeighborsClassifier", algorithm="brute"),
         _ours("neighbours", "BlockNeighbours"),
-        _grid(n_neighbors=(1, 3, 5, 10, 20, 50), weights=("uniform", "distance")),
+        _NEIGHBOURS_GRID,
         bytes_per_value=8,
         weights=False,
         probabilities=True,
@@ -166,6 +169,59 @@ _FAMILIES = (
         weights=False,
     ),
 )
+_CONTINUOUS = (
+    HeadFamily(
+        "ridge",
+        "least squares with an L2 penalty",
+        _ours("weighted", "Ridge"),
+        _ours("linear.ridge", "BlockRidge"),
+        _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
+        bytes_per_value=16,
+        linear=True,
+    ),
+    HeadFamily(
+        "linear-svm",
+        "linear support vector regression: squared errors beyond a tenth of a deviation",
+        _place("featurepipe.heads.linear.svr", "BlockLinearSVR", tol=1e-3),
+        _place("featurepipe.heads.linear.svr", "BlockLinearSVR", tol=1e-3),
+        _grid(C=_DECADES),
+        bytes_per_value=16,
+        linear=True,
+        out_of_core=False,
+    ),
+    HeadFamily(
+        "kernel-ridge",
+        "least squares in the space of a Gaussian kernel, exact, up to 20,000 rows",
+        _ours("kernel_ridge", "BlockKernelRidge"),
+        _ours("kernel_ridge", "BlockKernelRidge"),
+        _grid(alpha=(0.01, 0.1, 1.0, 10.0), gamma_factor=(0.1, 0.3, 1.0, 3.0)),
+        bytes_per_value=16,
+        out_of_core=False,
+        search_rows=10_000,
+        time_exponent=3.0,
+    ),
+    HeadFamily(
+        "xgboost",
+        "gradient-boosted trees",
+        _ours("trees.boosted", "BoostedRegressor"),
+        _ours("trees.boosted", "BoostedRegressor"),
+        _TREES_GRID,
+        bytes_per_value=12,
+        scaled=False,
+        search_rows=50_000,
+    ),
+    HeadFamily(
+        "knn",
+        "mean of the nearest training images; keeps all their features",
+        _place("featurepipe.heads.weighted", "KNeighborsRegressor", algorithm="brute"),
+        _ours("neighbours", "BlockNeighboursRegressor"),
+        _NEIGHBOURS_GRID,
+        bytes_per_value=8,
+        weights=False,
+        out_of_core=False,
+        search_rows=20_000,
+    ),
+)
 SMALL_VALUES = 20_000_000
 """Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
 
@@ -175,12 +231,52 @@ SHARED_PASSES = ("logistic", "linear-svm")
 ROUGH: Mapping[str, Any] = MappingProxyType({"tol": 1e-3, "max_iter": 1000})
 """Of those, where parameters are only compared: the accuracies of two values of C differ by more than this leaves open."""
 
-HEADS: Mapping[str, HeadFamily] = MappingProxyType({family.name: family for family in _FAMILIES})
+
+def _by_name(families: tuple[HeadFamily, ...]) -> Mapping[str, HeadFamily]:
+    return MappingProxyType({family.name: family for family in families})
+
+
+HEADS: Mapping[str, HeadFamily] = _by_name(_MULTICLASS)
+"""The families for one class an image."""
+
+FAMILIES: Mapping[str, Mapping[str, HeadFamily]] = MappingProxyType(
+    {"multiclass": HEADS, "continuous": _by_name(_CONTINUOUS)}
+)
+"""The families by the type of their target, in scikit-learn's words: one class an image, or one number."""
+
+
+def families_for(target_type: str) -> Mapping[str, HeadFamily]:
+    """The families that learn a type of target.
+
+    Raises:
+        UsageError: There is no such type.
+    """
+    if target_type not in FAMILIES:
+        raise unknown("target type", str(target_type), FAMILIES)
+    return FAMILIES[target_type]
+
+
+def family_for(name: str, target_type: str = "multiclass") -> HeadFamily:
+    """The family of a name for a type of target.
+
+    Raises:
+        UsageError: There is no such type or family, or the family learns other targets only.
+    """
+    families = families_for(target_type)
+    if name in families:
+        return families[name]
+    others = [kind for kind, named in FAMILIES.items() if name in named]
+    if not others:
+        raise unknown("head", name, families)
+    raise UsageError(
+        f"head {name!r} learns {' and '.join(others)} targets, not {target_type} ones; heads that do: {', '.join(families)}"
+    )
 
 
 def make_head(
     name: str,
     *,
+    target_type: str = "multiclass",
     scale: bool | None = None,
     pca: float | None = None,
     class_weight: Any = None,
@@ -194,7 +290,8 @@ def make_head(
     In a pipeline, arguments of ``fit`` are addressed as usual: ``fit(X, y, head__sample_weight=weights)``.
 
     Args:
-        name: One of ``HEADS``.
+        name: One of the families of the target type, ``FAMILIES[target_type]``.
+        target_type: ``"multiclass"``: one class an image; ``"continuous"``: one number an image, in any unit.
         scale: Standardise features first; by default for every family but xgboost, whose trees do not see the scale.
         pca: Project onto so many principal components (a whole number), or onto as many as explain this share of the variance
             (below 1); None for none.
@@ -206,15 +303,20 @@ def make_head(
         **params: Of the final estimator.
 
     Raises:
-        UsageError: An unknown name or parameter, or class weights for a family that has none.
+        UsageError: An unknown name, target type or parameter, or class weights for a family that has none.
 
     Example:
         >>> make_head("logistic", C=0.01).named_steps["head"]
         LogisticRegression(C=0.01, max_iter=5000, random_state=0)
+        >>> make_head("ridge", target_type="continuous", alpha=10.0).named_steps["head"]
+        Ridge(alpha=10.0, random_state=0)
     """
-    if name not in HEADS:
-        raise unknown("head", name, HEADS)
-    family = HEADS[name]
+    family = family_for(name, target_type)
+    if class_weight is not None and target_type == "continuous":
+        raise UsageError(
+            f"class_weight={class_weight!r} is for classes, and a continuous target has none; weigh rows instead: "
+            "fit(X, y, head__sample_weight=weights)"
+        )
     head = _final(family, params, class_weight, random_state, out_of_core=out_of_core, memory=memory)
     steps = _steps(family, scale, pca, random_state, out_of_core=out_of_core, memory=memory)
     if not steps:

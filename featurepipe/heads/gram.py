@@ -23,6 +23,8 @@ class Gram:
         scatter: (D, D) weighted sum of ``outer(x - mean, x - mean)``.
         class_weights: (K,) sum of the weights of each class; empty if no codes were given.
         class_means: (K, D) weighted mean of each class; zero for a class without weight.
+        target_sums: (T,) weighted sum of each target; empty if none were given.
+        target_products: (T, D) weighted sum of ``target * (x - mean)``.
     """
 
     weight: float
@@ -30,6 +32,8 @@ class Gram:
     scatter: npt.NDArray[np.float64]
     class_weights: npt.NDArray[np.float64]
     class_means: npt.NDArray[np.float64]
+    target_sums: npt.NDArray[np.float64]
+    target_products: npt.NDArray[np.float64]
 
     @property
     def variance(self) -> npt.NDArray[np.float64]:
@@ -45,7 +49,11 @@ class Gram:
         present = np.where(class_weights > 0, class_weights, 1)
         shares = (other.class_weights / present)[:, None]
         class_means = (1 - shares) * self.class_means + shares * other.class_means
-        return Gram(weight, self.mean + share * gap, scatter, class_weights, class_means)
+        products = self.target_products + other.target_products
+        products -= np.outer(self.target_sums, share * gap)  # each was about its own mean
+        products += np.outer(other.target_sums, (1 - share) * gap)
+        sums = self.target_sums + other.target_sums
+        return Gram(weight, self.mean + share * gap, scatter, class_weights, class_means, sums, products)
 
 
 def gram_of(
@@ -54,6 +62,7 @@ def gram_of(
     classes: int = 0,
     sample_weight: npt.NDArray[np.floating] | None = None,
     *,
+    targets: npt.NDArray[np.floating] | None = None,
     dtype: npt.DTypeLike = np.float64,
     memory: int | str | None = None,
 ) -> Gram:
@@ -67,6 +76,8 @@ def gram_of(
         codes: (n,) class number of each row, from 0 to ``classes - 1``; None to leave class sums out.
         classes: Number of classes.
         sample_weight: (n,) non-negative weights; None for one each.
+        targets: (T, n) numbers whose sums and products with the features are wanted; centre them first, so that no digits
+            cancel.
         dtype: Of the products within a block; sums over blocks are float64 always.
         memory: What the blocks alive at one time may take (bytes or "512MB"); the result's 8 * D * D bytes are extra.
 
@@ -74,7 +85,7 @@ def gram_of(
         ValueError: A feature is NaN or infinite.
     """
     work = partial(_gram, classes=classes, dtype=dtype, memory=memory)
-    found: Gram = row_shards_of(features).beside(codes, sample_weight).reduce(work)
+    found: Gram = row_shards_of(features).beside(codes, sample_weight, targets).reduce(work)
     return found
 
 
@@ -82,6 +93,7 @@ def _gram(
     blocks: Blocks,
     codes: npt.NDArray[np.integer] | None,
     sample_weight: npt.NDArray[np.floating] | None,
+    targets: npt.NDArray[np.floating] | None,
     *,
     classes: int,
     dtype: npt.DTypeLike,
@@ -91,6 +103,8 @@ def _gram(
     width = blocks.shape[1]
     scatter, total = np.zeros((width, width)), np.zeros(width)
     class_weights, class_sums = np.zeros(classes), np.zeros((classes, width))
+    numbers = 0 if targets is None else len(targets)
+    target_sums, products = np.zeros(numbers), np.zeros((numbers, width))
     weight, shift = 0.0, None
     for place, block in iterate(blocks, memory=memory, dtype=dtype):
         if shift is None:
@@ -106,12 +120,17 @@ def _gram(
             members[codes[place], np.arange(len(block))] = weights
             class_weights += np.bincount(codes[place], weights, minlength=classes)
             class_sums += members @ centred
+        if targets is not None:
+            amounts = targets[:, place] * weights
+            target_sums += amounts.sum(axis=1)
+            products += amounts.astype(block.dtype) @ centred
         if sample_weight is not None:
             centred *= np.sqrt(weights)[:, None].astype(block.dtype)
         scatter += centred.T @ centred
     if codes is not None:
         total = class_sums.sum(axis=0)
-    return _finish(weight, total, scatter, class_weights, class_sums, np.zeros(width) if shift is None else shift)
+    about = np.zeros(width) if shift is None else shift
+    return _finish(weight, total, scatter, class_weights, class_sums, target_sums, products, about)
 
 
 @dataclass(frozen=True)
@@ -189,10 +208,21 @@ def refuse_non_finite(block: Array) -> None:
         raise UsageError(f"Input X contains {kind}: a head learns from finite features only")
 
 
-def _finish(weight: float, total: Array, scatter: Array, class_weights: Array, class_sums: Array, shift: Array) -> Gram:
+def _finish(
+    weight: float,
+    total: Array,
+    scatter: Array,
+    class_weights: Array,
+    class_sums: Array,
+    target_sums: Array,
+    products: Array,
+    shift: Array,
+) -> Gram:
+    """Moments about the mean from sums of rows that were shifted."""
     offset = total / weight if weight else total
     scatter -= weight * np.outer(offset, offset)
     means = np.zeros_like(class_sums)
     present = class_weights > 0
     means[present] = class_sums[present] / class_weights[present, None] + shift
-    return Gram(weight, offset + shift, scatter, class_weights, means)
+    products -= np.outer(target_sums, offset)
+    return Gram(weight, offset + shift, scatter, class_weights, means, target_sums, products)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import ClassifierMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of, targets_of
 from featurepipe.heads.row_shards import RowShards, concatenated, remote_row_shards, row_shards_of
 
 Codes = npt.NDArray[np.int64]
@@ -35,6 +35,40 @@ class BlockClassifier(ClassifierMixin):  # type: ignore[misc]
             sample_weight: (n,) weights; None for one each.
         """
         return float(super().score(X, labels_of(X, y), sample_weight))
+
+
+class BlockRegressor(RegressorMixin):  # type: ignore[misc]
+    """A regressor of arrays and ``Blocks``, whose targets may come with the features."""
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Returns R2, the share of the targets' variance that the predictions explain.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) numbers; None for those that ``X`` carries.
+            sample_weight: (n,) weights; None for one each.
+        """
+        return float(super().score(X, targets_of(X, y), sample_weight))
+
+
+@dataclass(frozen=True)
+class RegressionData:
+    """Checked features and numbers.
+
+    Attributes:
+        blocks: (n, D) features; those that are read later raise when a value is not finite.
+        targets: (n,) float64.
+        weights: (n,) sample weights, or None if all are 1.
+    """
+
+    blocks: Blocks
+    targets: Floats
+    weights: Floats | None
+
+    @property
+    def mean(self) -> float:
+        """The weighted mean of the targets."""
+        return float(np.average(self.targets, weights=self.weights))
 
 
 @dataclass(frozen=True)
@@ -103,22 +137,64 @@ def training_data(
     Raises:
         UsageError: There are fewer than two classes, a value is not finite, or the lengths differ.
     """
-    if is_blocks(features):
-        estimator.n_features_in_ = features.shape[1]
-        blocks: Blocks = FiniteBlocks(features)
-        found = labels_of(features, labels)
-    elif labels is None:
-        blocks, found = ArrayBlocks(np.empty((0, 0))), labels_of(None, None)  # raises
-    else:
-        array = validate_data(estimator, features, dtype=_DTYPES, ensure_all_finite=False)
-        found = labels_of(features, labels)
-        blocks = _finite_array(array)
-    found = column_or_1d(found, warn=True)
+    blocks, found = _checked_features(estimator, features, labels, labels_of)
     if len(found) != blocks.shape[0]:
         raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} labels: give one label a row")
     classes, codes = classes_of(found)
     weights = combined_weights(sample_weight, class_weight, found, classes, codes)
     return TrainingData(blocks, codes, classes, weights)
+
+
+def regression_data(estimator: Any, features: Any, targets: Any, *, sample_weight: Any = None) -> RegressionData:
+    """Checks what an estimator of numbers is to learn from, and sets its ``n_features_in_`` (and ``feature_names_in_``).
+
+    Args:
+        estimator: The one that is being fitted.
+        features: (n, D) array, or ``Blocks`` such as a ``FeatureSet``.
+        targets: (n,) numbers; None takes those that the features carry.
+        sample_weight: (n,) or one number; None for ones.
+
+    Raises:
+        UsageError: A target is missing, text or infinite, all are the same, a feature is not finite, or the lengths differ.
+    """
+    blocks, found = _checked_features(estimator, features, targets, targets_of)
+    if len(found) != blocks.shape[0]:
+        raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} targets: give one number a row")
+    weights = sample_weights(sample_weight, len(found))
+    numbers_to_learn(found, weights)
+    return RegressionData(blocks, found, weights)
+
+
+def numbers_to_learn(targets: Floats, weights: Floats | None = None) -> None:
+    """Refuses targets from which nothing can be learned: fewer than two different numbers among the rows with weight.
+
+    Raises:
+        UsageError: All are the same, or there is one row.
+    """
+    kept = targets if weights is None else targets[weights > 0]
+    if len(kept) < 2:
+        raise UsageError(f"{len(kept)} rows to learn a number from (n_samples = {len(kept)}): give at least two")
+    if kept.min() == kept.max():
+        raise UsageError(
+            f"constant target: all {len(kept)} rows have the number {kept[0]:g}; a head learns what differs between rows"
+        )
+
+
+def _checked_features(
+    estimator: Any, features: Any, wanted: Any, wanted_of: Callable[[Any, Any], Array]
+) -> tuple[Blocks, Array]:
+    """The features as ``Blocks`` that look at their values, and the (n,) labels or targets."""
+    if is_blocks(features):
+        estimator.n_features_in_ = features.shape[1]
+        blocks: Blocks = FiniteBlocks(features)
+        found = wanted_of(features, wanted)
+    elif wanted is None:
+        blocks, found = ArrayBlocks(np.empty((0, 0))), wanted_of(None, None)  # raises
+    else:
+        array = validate_data(estimator, features, dtype=_DTYPES, ensure_all_finite=False)
+        found = wanted_of(features, wanted)
+        blocks = _finite_array(array)
+    return blocks, np.asarray(column_or_1d(found, warn=True))
 
 
 def classes_of(labels: Array) -> tuple[Array, Codes]:
@@ -205,13 +281,13 @@ def _mapped(
 def linear_scores(
     estimator: Any, features: Any, *, memory: int | str | None = None, dtype: npt.DTypeLike | None = None
 ) -> Array:
-    """Decision values of a fitted linear estimator (``coef_`` (R, D), ``intercept_`` (R,)), block by block.
+    """Decision values of a fitted linear estimator (``coef_`` (R, D) or (D,), ``intercept_`` (R,)), block by block.
 
     Returns:
-        (n, K), or (n,) for two classes.
+        (n, K), or (n,) for two classes and for a number.
     """
     blocks = prediction_blocks(estimator, features)
-    affine = partial(_affine, coef=estimator.coef_, intercept=estimator.intercept_)
+    affine = partial(_affine, coef=np.atleast_2d(estimator.coef_), intercept=estimator.intercept_)
     scores = map_rows(blocks, affine, memory=memory, dtype=dtype)
     return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
 
@@ -252,25 +328,7 @@ def combined_weights(
     Raises:
         UsageError: Weights are negative, not finite, beyond any number of rows or too few, or all those of a class are zero.
     """
-    weights: Floats | None = None
-    if sample_weight is not None:
-        weights = np.asarray(sample_weight, np.float64, order="C")  # libsvm takes no other
-        weights = np.full(len(labels), float(weights)) if weights.ndim == 0 else weights
-        if weights.ndim != 1:
-            raise UsageError(f"Sample weights must be 1D array or scalar, these have shape {weights.shape}")
-        if len(weights) != len(labels):
-            raise UsageError(f"sample_weight.shape == {weights.shape}, expected ({len(labels)},): one weight a row")
-        wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-        if len(wrong):
-            raise UsageError(f"sample_weight must be finite and not negative: {_rows(wrong)} are not")
-        if not weights.any():
-            raise UsageError("sample_weight is zero for every row: no row is left to learn a class from")
-        least, most = float(weights[weights > 0].min()), float(weights.max())
-        if least < 1 / WEIGHTS_WITHIN or most > WEIGHTS_WITHIN:
-            raise UsageError(
-                f"sample_weight has values from {least:g} to {most:g}; a weight is a number of equal rows: scale them to lie "
-                f"between {1 / WEIGHTS_WITHIN:g} and {WEIGHTS_WITHIN:g}"
-            )
+    weights = sample_weights(sample_weight, len(labels))
     if isinstance(class_weight, str) and class_weight == "balanced":
         by_class = np.array(list(balanced(classes, codes, weights).values()))[codes]  # looks at the sums of the classes
         return np.asarray(by_class if weights is None else weights * by_class)
@@ -279,6 +337,38 @@ def combined_weights(
         weights = np.asarray(by_class if weights is None else weights * by_class)
     if weights is not None:
         _sums_of_classes(codes, weights, classes)
+    return weights
+
+
+def sample_weights(sample_weight: Any, count: int) -> Floats | None:
+    """Returns checked weights of rows, (n,) float64, or None for ones.
+
+    Args:
+        sample_weight: (n,) or one number; None for ones.
+        count: n.
+
+    Raises:
+        UsageError: Weights are negative, not finite, beyond any number of rows, all zero or too few.
+    """
+    if sample_weight is None:
+        return None
+    weights = np.asarray(sample_weight, np.float64, order="C")  # libsvm takes no other
+    weights = np.full(count, float(weights)) if weights.ndim == 0 else weights
+    if weights.ndim != 1:
+        raise UsageError(f"Sample weights must be 1D array or scalar, these have shape {weights.shape}")
+    if len(weights) != count:
+        raise UsageError(f"sample_weight.shape == {weights.shape}, expected ({count},): one weight a row")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise UsageError(f"sample_weight must be finite and not negative: {_rows(wrong)} are not")
+    if not weights.any():
+        raise UsageError("sample_weight is zero for every row: no row is left to learn from")
+    least, most = float(weights[weights > 0].min()), float(weights.max())
+    if least < 1 / WEIGHTS_WITHIN or most > WEIGHTS_WITHIN:
+        raise UsageError(
+            f"sample_weight has values from {least:g} to {most:g}; a weight is a number of equal rows: scale them to lie "
+            f"between {1 / WEIGHTS_WITHIN:g} and {WEIGHTS_WITHIN:g}"
+        )
     return weights
 
 

@@ -34,7 +34,9 @@ from featurepipe.heads.row_shards import remote_row_shards, row_shards_of
 from featurepipe.heads.sampling import SomeRows
 from featurepipe.sizes import bytes_of
 
-_KERNEL_BYTES = 64 << 20  # of kernel values at one time, if no memory is given
+KERNEL_BYTES = 64 << 20
+"""Of kernel values at one time, if no memory is given."""
+
 _FEATURE_BYTES = 2 << 30  # up to which kernel features are kept, if no memory is given
 
 
@@ -114,7 +116,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
         data = _without_zero_weights(data)
         self.classes_ = data.classes
-        self.gamma_ = self.gamma_factor * _gamma(self.gamma, data.blocks, self.memory)
+        self.gamma_ = self.gamma_factor * gamma_of(self.gamma, data.blocks, self.memory)
         if data.blocks.shape[0] <= self.exact_rows:
             self._fit_exact(data)
         else:
@@ -129,7 +131,7 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
         """
         blocks = prediction_blocks(self, X)
         several = len(self.classes_) ** 2 if self.method_ == "exact" else 0
-        budget = _KERNEL_BYTES if self.memory is None else bytes_of(self.memory) // 2
+        budget = KERNEL_BYTES if self.memory is None else bytes_of(self.memory) // 2
         rows = max(16, budget // (16 * (len(self.points_) + several)))
         return map_rows(blocks, self._block_scores, rows=min(rows, 8192), dtype=np.float64)
 
@@ -232,7 +234,8 @@ def _inverse_root(kernel: Floats) -> Floats:
     return np.asarray(vectors[:, kept] / np.sqrt(values[kept]))
 
 
-def _gamma(gamma: float | str, blocks: Blocks, memory: int | str | None) -> float:
+def gamma_of(gamma: float | str, blocks: Blocks, memory: int | str | None) -> float:
+    """The number that ``"scale"``, ``"auto"`` or a number stands for, as in scikit-learn's ``SVC``."""
     width = blocks.shape[1]
     if gamma == "auto":
         return 1 / width
@@ -274,8 +277,13 @@ def _check_parameters(machine: RBFSVM) -> None:
     for name in ("C", "gamma_factor", "n_components"):
         if not getattr(machine, name) > 0:
             raise UsageError(f"{name}={getattr(machine, name)!r} must be positive")
-    if machine.gamma not in ("scale", "auto") and (isinstance(machine.gamma, str) or not machine.gamma > 0):
-        raise UsageError(f"gamma={machine.gamma!r} must be 'scale', 'auto' or a positive number")
+    check_gamma(machine.gamma)
+
+
+def check_gamma(gamma: float | str) -> None:
+    """Refuses what is neither ``"scale"``, ``"auto"`` nor a positive number."""
+    if gamma not in ("scale", "auto") and (isinstance(gamma, str) or not gamma > 0):
+        raise UsageError(f"gamma={gamma!r} must be 'scale', 'auto' or a positive number")
 
 
 _PAIR_BYTES = 24  # per entry of a pair's kernel matrix: float64, its float32 source, and libsvm's copy of rows in use

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, iterate, working_dtype
+from featurepipe.heads.blocks import Array, Blocks, iterate, targets_of, working_dtype
 from featurepipe.heads.inputs import (
     BlockClassifier,
     Codes,
@@ -19,6 +19,7 @@ from featurepipe.heads.inputs import (
     labels_from,
     map_rows,
     prediction_blocks,
+    regression_data,
     training_data,
 )
 from featurepipe.heads.row_shards import row_shards_of
@@ -69,16 +70,7 @@ class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]
             UsageError: The rows do not fit into ``memory``, one class only, or a value is not finite.
         """
         data = training_data(self, X, y)
-        dtype = working_dtype(data.blocks.dtype)
-        count, width = data.blocks.shape
-        needed = count * width * dtype.itemsize
-        if self.memory is not None and needed > bytes_of(self.memory):
-            raise UsageError(
-                f"knn keeps its training rows: {count} x {width} values take {needed / 1e6:.0f} MB, more than the memory "
-                f"allowed ({self.memory}); allow more, train on fewer rows or with pca=, or take a head that keeps none "
-                "(logistic, centroid, ...)"
-            )
-        kept = data.blocks.read(dtype)
+        kept = rows_kept(data.blocks, self.memory, "knn", "logistic, centroid")
         super().fit(kept, data.classes[data.codes])
         return self
 
@@ -98,6 +90,89 @@ class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]
         tags.target_tags.multi_output = False
         tags.classifier_tags.multi_label = False
         return tags
+
+
+class BlockNeighboursRegressor(KNeighborsRegressor):  # type: ignore[misc]
+    """``KNeighborsRegressor`` by brute force: the mean number of the nearest training rows; see ``BlockNeighbours``.
+
+    Args:
+        n_neighbors: How many are averaged.
+        weights: ``"uniform"``, ``"distance"`` or a function of distances, as in scikit-learn.
+        metric: A metric that scikit-learn's brute force knows.
+        p: Power of the Minkowski metric.
+        n_jobs: Threads, as in scikit-learn.
+        memory: What the kept rows, and the blocks predicted on, may take each (bytes or "2GB"); None for no bound.
+
+    Attributes:
+        n_features_in_: D.
+    """
+
+    def __init__(
+        self,
+        n_neighbors: int = 5,
+        *,
+        weights: Any = "uniform",
+        metric: Any = "minkowski",
+        p: float = 2,
+        n_jobs: int | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        super().__init__(n_neighbors, weights=weights, algorithm="brute", metric=metric, p=p, n_jobs=n_jobs)
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Keeps the rows.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) numbers; None takes the targets of a ``FeatureSet``.
+
+        Raises:
+            UsageError: The rows do not fit into ``memory``, a target is missing, infinite or no number, all are the same, or a
+                feature is not finite.
+        """
+        data = regression_data(self, X, y)
+        super().fit(rows_kept(data.blocks, self.memory, "knn", "ridge, xgboost"), data.targets)
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) numbers."""
+        return map_rows(prediction_blocks(self, X), partial(KNeighborsRegressor.predict, self), memory=self.memory)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Returns R2; see ``BlockRegressor.score``."""
+        return float(super().score(X, targets_of(X, y), sample_weight))
+
+    def __sklearn_tags__(self) -> Any:
+        """Says that features are dense and each row has one number."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        tags.target_tags.multi_output = False
+        return tags
+
+
+def rows_kept(blocks: Blocks, memory: int | str | None, name: str, others: str) -> Array:
+    """Reads all rows for an estimator that keeps them in memory, float32 where they are float16 or float32.
+
+    Args:
+        blocks: (n, D) features.
+        memory: What the rows may take (bytes or "2GB"); None for no bound.
+        name: The head's, for the error.
+        others: Heads that keep no rows.
+
+    Raises:
+        UsageError: They take more than ``memory``.
+    """
+    dtype = working_dtype(blocks.dtype)
+    count, width = blocks.shape
+    needed = count * width * dtype.itemsize
+    if memory is not None and needed > bytes_of(memory):
+        raise UsageError(
+            f"{name} keeps its training rows: {count} x {width} values take {needed / 1e6:.0f} MB, more than the memory "
+            f"allowed ({memory}); allow more, train on fewer rows or with pca=, or take a head that keeps none "
+            f"({others}, ...)"
+        )
+    return blocks.read(dtype)
 
 
 class BlockCentroid(BlockClassifier, BaseEstimator):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""scikit-learn's own classifiers under this package's rules for labels and weights.
+"""scikit-learn's own estimators under this package's rules for labels, targets and weights.
 
 A missing label (None, NaN) is refused by ``blocks.labels_of``, as in every head: scikit-learn compares it with the others and
 raises a bare TypeError, or takes the NaN of a list of texts for a class. Weights of rows and classes follow
@@ -11,9 +11,18 @@ from __future__ import annotations
 from typing import Any, Self
 
 from sklearn import discriminant_analysis, linear_model, neighbors, svm
+from sklearn.utils.validation import column_or_1d
 
-from featurepipe.heads.blocks import Array, labels_of
-from featurepipe.heads.inputs import BlockClassifier, balanced, classes_of, combined_weights
+from featurepipe.heads.blocks import Array, labels_of, targets_of
+from featurepipe.heads.inputs import (
+    BlockClassifier,
+    BlockRegressor,
+    balanced,
+    classes_of,
+    combined_weights,
+    numbers_to_learn,
+    sample_weights,
+)
 
 
 class _CheckedLabels(BlockClassifier):
@@ -85,3 +94,46 @@ class LinearDiscriminantAnalysis(_CheckedLabels, discriminant_analysis.LinearDis
 
 class KNeighborsClassifier(_CheckedLabels, neighbors.KNeighborsClassifier):  # type: ignore[misc]
     """``sklearn.neighbors.KNeighborsClassifier``; see this module."""
+
+
+class Ridge(BlockRegressor, linear_model.Ridge):  # type: ignore[misc]
+    """``sklearn.linear_model.Ridge`` of one target; see this module."""
+
+    def fit(self, X: Array, y: Any, sample_weight: Any = None) -> Self:
+        """Fits; see scikit-learn.
+
+        Args:
+            X: (n, D) array.
+            y: (n,) numbers.
+            sample_weight: (n,) or one number.
+
+        Raises:
+            UsageError: A target is missing, infinite or no number, or all are the same; or weights are negative, not finite or
+                too few.
+        """
+        targets = column_or_1d(targets_of(X, y), warn=True)
+        weights = sample_weights(sample_weight, len(targets))
+        numbers_to_learn(targets, weights)
+        fit: Any = super().fit
+        fit(X, targets, sample_weight=weights)
+        return self
+
+
+class KNeighborsRegressor(BlockRegressor, neighbors.KNeighborsRegressor):  # type: ignore[misc]
+    """``sklearn.neighbors.KNeighborsRegressor`` of one target; see this module."""
+
+    def fit(self, X: Array, y: Any) -> Self:
+        """Fits; see scikit-learn.
+
+        Args:
+            X: (n, D) array.
+            y: (n,) numbers.
+
+        Raises:
+            UsageError: A target is missing, infinite or no number, or all are the same.
+        """
+        targets = column_or_1d(targets_of(X, y), warn=True)
+        numbers_to_learn(targets)
+        fit: Any = super().fit
+        fit(X, targets)
+        return self

@@ -1,4 +1,4 @@
-"""Ridge classification, exact, from one pass over features of any size."""
+"""Ridge classification and regression, exact, from one pass over features of any size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from sklearn.base import BaseEstimator
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array
 from featurepipe.heads.gram import Gram, gram_of
-from featurepipe.heads.inputs import BlockClassifier, Floats, labels_from, linear_scores, training_data
+from featurepipe.heads.inputs import (
+    BlockClassifier,
+    BlockRegressor,
+    Floats,
+    labels_from,
+    linear_scores,
+    regression_data,
+    training_data,
+)
 
 
 class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc]
@@ -50,8 +58,7 @@ class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc
         Raises:
             UsageError: One class only, a value that is not finite, or a negative alpha.
         """
-        if not self.alpha >= 0:
-            raise UsageError(f"alpha={self.alpha!r} must be 0 or more")
+        _check_alpha(self.alpha)
         data = training_data(self, X, y, sample_weight=sample_weight, class_weight=self.class_weight)
         self.classes_ = data.classes
         gram = gram_of(data.blocks, data.codes, len(data.classes), data.weights, memory=self.memory)
@@ -71,6 +78,58 @@ class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc
     def predict(self, X: Any) -> Array:
         """Returns (n,) labels."""
         return labels_from(self.decision_function(X), self.classes_)
+
+
+class BlockRidge(BlockRegressor, BaseEstimator):  # type: ignore[misc]
+    """Least squares with an L2 penalty, the intercept free: scikit-learn's ``Ridge`` for blocks.
+
+    Minimises ``sum_i(w_i * (x_i . b + c - y_i)^2) + alpha * |b|^2``. The normal equations
+    ``(S + alpha * I) b = sum_i(w_i * (x_i - mean) * y_i)`` need only the scatter S and D products with the target (Hoerl &
+    Kennard 1970, "Ridge regression"), which one streamed pass sums, so that the result is exact for any number of rows and is
+    ``Ridge``'s to rounding. Where the equations are singular, it is the smallest solution.
+
+    Args:
+        alpha: Strength of the penalty, >= 0.
+        memory: What the blocks alive at one time may take (bytes or "512MB"); 8 * D * D bytes for the scatter are extra.
+
+    Attributes:
+        coef_: (D,) float64.
+        intercept_: float.
+        n_features_in_: D.
+    """
+
+    def __init__(self, alpha: float = 1.0, *, memory: int | str | None = None) -> None:
+        self.alpha = alpha
+        self.memory = memory
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fits in one pass.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n,) numbers; None takes the targets of a ``FeatureSet``.
+            sample_weight: (n,) or one number.
+
+        Raises:
+            UsageError: A target that is missing, infinite or no number, the same number in every row, a feature that is not
+                finite, or a negative alpha.
+        """
+        _check_alpha(self.alpha)
+        data = regression_data(self, X, y, sample_weight=sample_weight)
+        centred = data.targets - data.mean
+        gram = gram_of(data.blocks, None, 0, data.weights, targets=centred[None], memory=self.memory)
+        self.coef_ = _solve(gram, self.alpha, gram.target_products)[0]
+        self.intercept_ = float(data.mean - self.coef_ @ gram.mean)
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Returns (n,) float64 numbers."""
+        return linear_scores(self, X, memory=self.memory, dtype=np.float64)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not alpha >= 0:
+        raise UsageError(f"alpha={alpha!r} must be 0 or more")
 
 
 def _solve(gram: Gram, alpha: float, moments: Floats) -> Floats:

@@ -30,12 +30,12 @@ class Piece:
 
     Attributes:
         blocks: (m, D) features.
-        codes: (m,) class numbers.
+        labels: (m,) class numbers, or numbers to predict.
         weights: (m,) weights; None for ones.
     """
 
     blocks: Blocks
-    codes: Codes
+    labels: Codes | Floats
     weights: Floats | None = None
 
 
@@ -55,7 +55,7 @@ class RowBatches(xgboost.DataIter):
     ) -> None:
         super().__init__()
         self._pieces, self._width, self._memory, self._holding = pieces, width, memory, holding
-        self._coming: Iterator[tuple[Array, Codes, Floats | None]] = iter(())
+        self._coming: Iterator[tuple[Array, Codes | Floats, Floats | None]] = iter(())
         self.error: FeaturepipeError | None = None
 
     def reset(self) -> None:
@@ -64,18 +64,18 @@ class RowBatches(xgboost.DataIter):
 
     def next(self, input_data: Any) -> bool:
         """Hands over the next block; false at the end."""
-        block, codes, weights = next(self._coming, (None, None, None))
+        block, labels, weights = next(self._coming, (None, None, None))
         if block is None:
             return False
-        input_data(data=block, label=codes, **({} if weights is None else {"weight": weights}))
+        input_data(data=block, label=labels, **({} if weights is None else {"weight": weights}))
         return True
 
-    def _batches(self) -> Iterator[tuple[Array, Codes, Floats | None]]:
+    def _batches(self) -> Iterator[tuple[Array, Codes | Floats, Floats | None]]:
         if not any(piece.blocks.shape[0] for piece in self._pieces):
             yield np.empty((0, self._width), np.float32), np.empty(0, np.int64), None
         for piece in self._pieces:
             for place, block in self._blocks(piece.blocks):
-                yield block, piece.codes[place], None if piece.weights is None else piece.weights[place]
+                yield block, piece.labels[place], None if piece.weights is None else piece.weights[place]
 
     def _blocks(self, blocks: Blocks) -> Iterator[tuple[slice, Array]]:
         done = 0
@@ -130,7 +130,7 @@ class Grown:
 
     Attributes:
         trees: as UBJSON; empty for all places but the first, since all have the same.
-        history: log-loss on the validation rows after each round.
+        history: log-loss (of numbers: root mean squared error) on the validation rows after each round.
         best: the round (from 0) that early stopping chose; None without it.
     """
 
@@ -146,7 +146,7 @@ class Growth:
     Attributes:
         parameters: of xgboost.
         rounds: at most so many.
-        patience: early stopping after so many rounds without a better log-loss; None for never.
+        patience: early stopping after so many rounds without a better result on the validation rows; None for never.
         width: values a row.
         watched: whether there are validation rows.
         memory: what the blocks alive at one time may take at each place.
@@ -164,8 +164,8 @@ class Growth:
 
         Args:
             rank: this process's.
-            own: its rows to learn from: (features, codes, weights) of each share.
-            checked: its validation rows: (features, codes).
+            own: its rows to learn from: (features, labels, weights) of each share.
+            checked: its validation rows: (features, labels).
 
         Raises:
             UsageError: a value here is not finite.
