@@ -35,10 +35,14 @@ if TYPE_CHECKING:
     from featurepipe.heads.neighbours import BlockNeighboursRegressor as BlockNeighboursRegressor
     from featurepipe.heads.preprocessing import BlockPCA as BlockPCA
     from featurepipe.heads.preprocessing import BlockScaler as BlockScaler
+    from featurepipe.heads.statistics.conformal import conformal_half_width as conformal_half_width
     from featurepipe.heads.statistics.metrics import score_table as score_table
+    from featurepipe.heads.statistics.regression import number_table as number_table
+    from featurepipe.heads.statistics.regression import quadratic_kappa as quadratic_kappa
     from featurepipe.heads.statistics.similarity import linear_cka as linear_cka
     from featurepipe.heads.statistics.transferability import h_score as h_score
     from featurepipe.heads.statistics.transferability import log_me as log_me
+    from featurepipe.heads.statistics.transferability import log_me_of_numbers as log_me_of_numbers
     from featurepipe.heads.statistics.transferability import transfer_scores as transfer_scores
     from featurepipe.heads.trees.boosted import BoostedRegressor as BoostedRegressor
     from featurepipe.heads.trees.boosted import BoostedTrees as BoostedTrees
@@ -66,6 +70,7 @@ _HOMES = {
     "bundle_text": "bundle.bundle",
     "check_bundle_target": "bundle.files",
     "class_scores": "calibration",
+    "conformal_half_width": "statistics.conformal",
     "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",
     "fit_path": "linear.classifiers",
@@ -73,8 +78,11 @@ _HOMES = {
     "h_score": "statistics.transferability",
     "linear_cka": "statistics.similarity",
     "log_me": "statistics.transferability",
+    "log_me_of_numbers": "statistics.transferability",
     "make_head": "families",
+    "number_table": "statistics.regression",
     "probabilities": "calibration",
+    "quadratic_kappa": "statistics.regression",
     "read_bundle": "bundle.bundle",
     "score_table": "statistics.metrics",
     "transfer_scores": "statistics.transferability",

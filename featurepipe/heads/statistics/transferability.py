@@ -1,4 +1,4 @@
-"""How well features will serve a set of labels, without fitting a head: LogME and H-score."""
+"""How well features will serve a set of labels or numbers, without fitting a head: LogME and H-score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import linalg
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate
+from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate, targets_of
 from featurepipe.heads.gram import gram_of, refuse_non_finite
 from featurepipe.heads.sampling import SomeRows, sampled_positions
 
@@ -184,6 +184,63 @@ def log_me(
     return _log_me(_summary(X, codes, classes, rows, seed, memory))
 
 
+def log_me_of_numbers(
+    X: Blocks | Array,
+    targets: npt.ArrayLike,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> float:
+    """Computes the logarithm of the maximum evidence of a continuous target given features, per image.
+
+    LogME's regression form (You et al. 2021): ``log_me`` with the target in place of a class's 0/1 label. The target is
+    standardised first (mean 0, deviation 1), so that the result does not depend on its unit; the paper takes it as it is,
+    without an intercept.
+
+    Args:
+        X: (n, D) features, array or ``Blocks``; read as in ``log_me``.
+        targets: (n,) numbers.
+        rows: Use at most so many images, drawn by ``seed``.
+        seed: Of the draw.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Returns:
+        In nats per image; comparable between features of the same images and targets.
+
+    Raises:
+        UsageError: There is not one finite number for each image, or all are the same.
+        ValueError: A feature is NaN or infinite.
+    """
+    blocks, numbers = as_blocks(X), targets_of(None, targets)
+    if numbers.shape != (blocks.shape[0],):
+        raise UsageError(
+            f"targets must be one for each of the {blocks.shape[0]} images, these have shape {numbers.shape}"
+        )
+    chosen = sampled_positions(len(numbers), rows, seed)
+    if chosen is not None:
+        blocks, numbers = SomeRows(blocks, chosen), numbers[chosen]
+    if not len(numbers) or numbers.min() == numbers.max():
+        raise UsageError("images with one and the same number tell nothing about transfer; give at least two numbers")
+    numbers = ((numbers - numbers.mean()) / numbers.std())[None]
+    sigma, projected = _spectrum_of_numbers(blocks, numbers, memory)
+    return _max_evidence(blocks.shape[0], sigma, projected, (numbers**2).sum(axis=1))
+
+
+def _spectrum_of_numbers(blocks: Blocks, targets: Floats, memory: int | str | None) -> tuple[Floats, Floats]:
+    """(r,) squared singular values of the features, and (T, r) squared projections of (T, n) targets on their vectors."""
+    images, width = blocks.shape
+    if width > images:
+        features = blocks.read(np.float64)
+        refuse_non_finite(features)
+        values, vectors = eigen(features @ features.T)
+        return values, (targets @ vectors) ** 2
+    gram = gram_of(blocks, targets=targets, memory=memory)
+    values, vectors = eigen(gram.scatter + images * np.outer(gram.mean, gram.mean))
+    products = gram.target_products + np.outer(gram.target_sums, gram.mean)
+    return values, (products @ vectors) ** 2 / values
+
+
 def h_score(
     X: Blocks | Array,
     codes: npt.ArrayLike,
@@ -261,12 +318,16 @@ def _check_shrinkage(shrinkage: Any) -> None:
 
 
 def _log_me(summary: SecondMoments) -> float:
-    """The evidence at the ratio t = alpha / beta to which the fixed point leads.
+    sigma, projected = summary.spectrum()
+    return _max_evidence(summary.images, sigma, projected, summary.counts)
+
+
+def _max_evidence(images: int, sigma: Floats, projected: Floats, squares: Floats) -> float:
+    """The evidence, of targets with these sums of (K,) squares, at the ratio t = alpha / beta to which the fixed point leads.
 
     It may have several maxima and the iteration finds the one nearby, so it starts from the best of a grid.
     """
-    sigma, projected = summary.spectrum()
-    labels = _Labels(summary.images, sigma, projected, np.maximum(summary.counts - projected.sum(axis=1), 0))
+    labels = _Labels(images, sigma, projected, np.maximum(squares - projected.sum(axis=1), 0))
     if not len(sigma):
         return float(labels.evidence(np.ones((len(projected), 1))).mean())
     grid = sigma[-1] * np.logspace(-_DECADES, _DECADES, 4 * _DECADES + 1)
@@ -283,7 +344,7 @@ def _log_me(summary: SecondMoments) -> float:
 
 @dataclass(frozen=True)
 class _Labels:
-    """K 0/1 labels as linear functions of features with r singular values.
+    """K targets (0/1 labels, or numbers) as linear functions of features with r singular values.
 
     Attributes:
         images: n.
