@@ -6,10 +6,13 @@ BIN    := $(VENV)/bin
 .PHONY: demo test test-slow test-all lint bench clean
 .DEFAULT_GOAL := test
 
+# editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
+# last: started in the folder above a checkout, it would take the checkout itself for an empty package of the same name.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featurepipe needs Python >= 3.11; choose one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@echo "installing into $(VENV), with PyTorch: minutes, and no output until it is done"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.installed-demo

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class HeldOutResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of held-out images that are named rightly."""
+        """Share of held-out images that are classified correctly."""
         return float(np.mean(self.true == self.predicted))
 
     @property
@@ -109,8 +111,7 @@ def run_demo(out: Path, say: Say = print, *, data: Path = DATA) -> list[HeldOutR
 
     say("\n4. See some predictions on held-out images")
     say(f"   {draw(outcomes[-1], data, CLASSES, out / 'predictions.png')}")
-    say("\nThe same command again computes nothing. For your own images:")
-    say("   featurepipe extract FOLDER --store DIR --backbone efficientnet_lite0")
+    say(_next_steps())
     return outcomes
 
 
@@ -194,6 +195,17 @@ def _accuracy_table(outcomes: list[HeldOutResult]) -> str:
     return table(["node", "width", "held-out accuracy", "+- (95 %)", "right"], rows)
 
 
+def _next_steps() -> str:
+    """What to type for images of one's own, with the path of the command where the shell would not find it."""
+    beside = Path(sys.executable).with_name("featurepipe")
+    command = "featurepipe" if shutil.which("featurepipe") or not beside.is_file() else shlex.quote(str(beside))
+    return f"""
+The same command again computes nothing. For your own images, in a folder with a sub-folder for each class:
+   {command} extract FOLDER --store STORE --backbone {BACKBONE}
+   {command} train STORE --out BUNDLE
+   {command} predict BUNDLE NEW_IMAGES --to predictions.csv"""
+
+
 def _extract_command(data: Path, store: Path) -> str:
     nodes = [word for node in NODES for word in ("--node", node)]
     return _command(
@@ -273,7 +285,7 @@ def _tile(axes: Axes, image: npt.NDArray[Any], predicted: str, *, right: bool) -
 
 def _headline(figure: Figure, outcome: HeldOutResult) -> None:
     count = len(outcome.true)
-    title = f"{100 * outcome.accuracy:.1f} % of {count:,} held-out images are named rightly"
+    title = f"{100 * outcome.accuracy:.1f} % of {count:,} held-out images are classified correctly"
     note = (
         f"efficientnet_lite0, node {outcome.node}, logistic head. Above each column: what the images are. "
         "Below each image: what the head says."

@@ -102,6 +102,19 @@ def test_the_commands_it_shows_do_what_it_did(finished: Demo, cli: Callable) -> 
     assert "flatten:gap    bottleneck" in shown.out
 
 
+def test_it_ends_with_commands_that_can_be_typed_as_they_are(finished: Demo, monkeypatch, tmp_path: Path) -> None:
+    assert "For your own images" in finished.said
+    names = re.findall(r"^ +\S*featurepipe (\w+)", finished.said.partition("For your own images")[2], re.MULTILINE)
+    assert names == ["extract", "train", "predict"]
+    for name in ("python", "featurepipe"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    assert f"   {tmp_path}/featurepipe extract FOLDER" in demo._next_steps()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "   featurepipe extract FOLDER" in demo._next_steps()
+
+
 def test_again_computes_nothing_and_says_so(finished: Demo) -> None:
     parts = {name: content for name, content in state(finished.out).items() if name.endswith(".h5")}
     assert parts
