@@ -61,11 +61,11 @@ def on_command_line(option: Option) -> str:
     """Spells an option as the command line does.
 
     Example:
-        >>> on_command_line(Option("max_rejects", "1%")), on_command_line(Option("nodes"))
-        ('--max-rejects 1%', '--node')
+        >>> on_command_line(Option("max_rejects", 1)), on_command_line(Option("nodes")), on_command_line(Option("tune", True))
+        ('--max-rejects 1', '--node', '--tune')
     """
     flag = "--" + _ON_COMMAND_LINE.get(option.name, option.name).replace("_", "-")
-    return flag if option.value in (None, True) else f"{flag} {shlex.quote(str(option.value))}"
+    return flag if option.value is None or option.value is True else f"{flag} {shlex.quote(str(option.value))}"
 
 
 def in_python(option: Option) -> str:
@@ -290,6 +290,7 @@ def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", s
     """
     names = list(choices)
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+    near += [name for name in names if len(value) >= 3 and value in name and name not in near][: 3 - len(near)]
     hint = (
         f"nearest: {', '.join(near)}"
         if near

@@ -108,6 +108,9 @@ def test_exit_codes_for_rejects(cli, images, tmp_path):
     too_many = cli(*arguments, "--json")
     assert (too_many.code, too_many.out) == (4, "")
     assert "1 of 7 images were rejected, more than --max-rejects 1% allows" in too_many.err
+    assert "To go on without these images: --max-rejects 1. All reasons: " in too_many.err
+    untrained = cli("train", tmp_path / "store", "--out", tmp_path / "bundle")
+    assert "holds no dataset yet: featurepipe extract makes one when it completes. Its runs so far: " in untrained.err
     assert cli(*arguments, "--max-rejects", "0").code == 4
     done = cli(*arguments, "--max-rejects", "15%", "--json")
     assert done.code == 3

@@ -84,7 +84,7 @@ def extract(
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
-        max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        max_rejects: unusable images to tolerate, a number or a share such as ``"1%"``.
         max_gone: images of the dataset's last snapshot that may be gone from the source, a number or a share such as
             ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
         min_free: space that must stay free on the store's disk, in bytes or such as ``"20GB"``.

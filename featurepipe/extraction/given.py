@@ -96,6 +96,9 @@ def images_given(images: Any, *, name: str) -> GivenImages:
 
 
 def _items(images: Any) -> Sequence[Any]:
+    if isinstance(images, str | bytes | os.PathLike) and os.path.isdir(images):  # noqa: PTH112 (Path raises if too long)
+        folder = os.fsdecode(images)
+        raise UsageError(f"{folder!r} is a folder; give a list of its files: sorted(Path({folder!r}).rglob('*.jpg'))")
     if isinstance(images, str | bytes | os.PathLike) or is_pillow(images):
         raise UsageError(f"one {type(images).__name__} is no list of images; put it into a list")
     if hasattr(images, "to_numpy"):  # a Series or DataFrame, of pandas or polars

@@ -78,7 +78,7 @@ class RejectLimit(OptionGroup):
     """How many images may be unusable."""
 
     max_rejects: int | float | str = option(
-        "1%", "unusable images to put up with (default: 1%)", metavar="N|P%", check=_share
+        "1%", "tolerate up to N or P % unusable images (default: 1%)", metavar="N|P%", check=_share
     )
 
 

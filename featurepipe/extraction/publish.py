@@ -120,8 +120,10 @@ def _check_rejects(run: Run) -> None:
             Message(
                 f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than ",
                 Option("max_rejects", job.options.max_rejects),
-                f" allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, the "
-                f"dataset's last snapshot stays. All reasons: {job.existing_space.path}/rejects.jsonl",
+                f" allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, but no "
+                "snapshot is written: the dataset stays as it was. To go on without these images: ",
+                Option("max_rejects", len(reasons)),
+                f". All reasons: {job.existing_space.path}/rejects.jsonl",
             )
         )
 

@@ -61,7 +61,7 @@ def predict(
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
-        max_rejects: unusable images to put up with, a number or a share such as ``"1%"``.
+        max_rejects: unusable images to tolerate, a number or a share such as ``"1%"``.
         damaged: what becomes of a JPEG of which libjpeg could only repair what was left: ``reject``, or ``keep``, then it is
             predicted like any other, and the record lists it under ``damaged``.
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
@@ -138,7 +138,8 @@ def predict(
             Message(
                 f"{rejected:,} of {listed:,} images could not be used, more than ",
                 Option("max_rejects", options.max_rejects),
-                f" allows; first: {listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}",
+                f" allows; first: {listing['id'][first].as_py()}: {predictions.reasons[first]}; {written}. To accept them: ",
+                Option("max_rejects", rejected),
             ),
             record={**record, "status": "failed", "exit_code": TooManyRejects.exit_code},
         )

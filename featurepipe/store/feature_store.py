@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -212,7 +213,10 @@ class FeatureStore:
         names = self.datasets()
         if len(names) != 1:
             if not names:
-                raise UsageError(f"{self.path} holds no dataset yet")
+                raise UsageError(
+                    f"{self.path} holds no dataset yet: featurepipe extract makes one when it completes. Its runs so far: "
+                    f"featurepipe runs {shlex.quote(str(self.path))}; to make one: {extract_command(self.path)}"
+                )
             several = f"{self.path} holds {len(names)} datasets ({', '.join(names)}); choose one with "
             raise UsageError(Message(several, Option("dataset")))
         return names[0]

@@ -98,6 +98,15 @@ def test_what_holds_no_images_is_refused_by_name_and_position(images, message):
         images_given(images, name="x")
 
 
+def test_a_folder_is_refused_with_how_to_list_it(tmp_path):
+    for folder in (str(tmp_path), tmp_path):
+        with pytest.raises(UsageError) as refused:
+            images_given(folder, name="x")
+        assert str(refused.value) == (
+            f"{str(tmp_path)!r} is a folder; give a list of its files: sorted(Path({str(tmp_path)!r}).rglob('*.jpg'))"
+        )
+
+
 def test_an_unusable_image_is_named_with_its_first_position():
     given = images_given(["/a/x.png", PIXELS[0], "/a/y.png", "/a/y.png"], name="x")
     assert str(given.refuse(2, "why")) == "image 2 (/a/y.png) cannot be used: why. Leave it out, and its label"

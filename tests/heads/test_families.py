@@ -125,6 +125,8 @@ def test_parameters_reach_the_final_estimator():
 def test_unknown_names_and_parameters_name_the_choices():
     with pytest.raises(UsageError, match="unknown head 'logistics'; nearest: logistic"):
         make_head("logistics")
+    with pytest.raises(UsageError, match="unknown head 'svm'; nearest: rbf-svm, linear-svm"):
+        make_head("svm")
     with pytest.raises(UsageError, match="unknown parameter 'n_neighbours' in head 'knn'; nearest: n_neighbors"):
         make_head("knn", n_neighbours=3)
     with pytest.raises(UsageError, match="unknown parameter 'dual_coef'"):
