@@ -102,7 +102,7 @@ def add_evaluate(commands: Commands) -> None:
         "metrics of a bundle on cached features, each with its confidence interval; leaks between splits",
     )  # fmt: skip
     option = command.add_argument
-    option("bundle", metavar="BUNDLE")
+    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")
     add_store(command)
     add_dataset(command)
     option("--split", metavar="NAME",
@@ -146,7 +146,7 @@ def add_predict(commands: Commands) -> None:
         epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help.",
     )  # fmt: skip
     option = command.add_argument
-    option("bundle", metavar="BUNDLE")
+    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")
     option("source", metavar="SOURCE", help="as for featurepipe extract")
     option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
     add_options(command, *PREDICT_GROUPS)

@@ -112,7 +112,7 @@ def cluster(args: Namespace) -> dict[str, Any]:
 
 def add_store(command: ArgumentParser) -> None:
     """The store that a command reads."""
-    command.add_argument("store", metavar="STORE")
+    command.add_argument("store", metavar="STORE", help="the folder of features that featurepipe extract --store wrote")
 
 
 def add_last(command: ArgumentParser, what: str, number: int) -> None:

@@ -176,10 +176,11 @@ class ManifestSource(Source):
             found |= {"size": "size", "mtime_ns": "mtime_ns"}
         path = found["path"]
         if path is None:
-            near = str(unknown("column", "path", names)).partition("; ")[2]
+            hint = str(unknown("column", "path", names)).partition("; ")[2]
+            near = f"{hint}; " if hint.startswith("nearest") else ""
             raise UsageError(
                 Message(
-                    f"{self.path}: no column `path` among {', '.join(names) or 'none'}; {near}; name the one of paths with ",
+                    f"{self.path}: no column `path` among {', '.join(names) or 'none'}; {near}name the one of paths with ",
                     Option("path_column"),
                     ", or call it path, file, filename or image",
                 )

@@ -318,7 +318,7 @@ def _most_wrong(counts: Values) -> npt.NDArray[np.int64]:
 
 def _mix_ups(counts: Values, names: Sequence[str]) -> str:
     hits, total = float(counts.trace()), float(counts.sum())
-    right = f"{count(hits)} of {count(total)} images ({percent(hits / total)}) are named rightly."
+    right = f"{count(hits)} of {count(total)} images ({percent(hits / total)}) are classified correctly."
     wrong = counts * ~np.eye(len(names), dtype=np.bool_)
     worst = [divmod(int(cell), len(names)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:3]]
     pairs = [f"{names[a]} for {names[b]} ({count(wrong[a, b])})" for a, b in worst if wrong[a, b]]

@@ -62,7 +62,9 @@ def _answer(document: Document) -> Section | None:
     bounds = interval(accuracy.get("low"), accuracy.get("high"))
     known = f", 95\u00a0% interval {bounds}" if bounds else ""
     scope = f" ({evaluation['scope']})" if evaluation.get("scope") else ""
-    sentence = f"It names {percent(accuracy['value'])} of {count(metrics.get('images'))} images rightly{known}{scope}."
+    sentence = (
+        f"It classifies {percent(accuracy['value'])} of {count(metrics.get('images'))} images correctly{known}{scope}."
+    )
     balanced = metrics.get("balanced_accuracy") or {}
     figures = (
         ("Accuracy", percent(accuracy["value"]), bounds),

@@ -166,6 +166,15 @@ def _id_and_label(names: Sequence[str]) -> tuple[str | None, str | None]:
     return id_, column_named("label", names)
 
 
+def _lacks(column: str, names: Sequence[str], where: str) -> UsageError:
+    hint = str(unknown("column", column, names)).partition("; ")[2]
+    near = f"; {hint}" if hint.startswith("nearest") else ""
+    return UsageError(
+        f"{where}: no column `{column}` among {', '.join(names) or 'none'}{near}. Labels take two columns: `id` (or `path`, "
+        "`file`, `filename`, `image`), as the dataset has the images' ids, and `label`"
+    )
+
+
 def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> LabelTable:
     names = table.column_names
     column, label = _id_and_label(names)
@@ -173,9 +182,9 @@ def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> LabelTab
     if (twice := duplicate(names, used)) is not None:
         raise UsageError(f"{name}: column {twice!r} is there {names.count(twice)} times; leave one")
     if label is None:
-        raise unknown("column", "label", names, where=name)
+        raise _lacks("label", names, name)
     if column is None:
-        raise unknown("column", "id", names, where=name)
+        raise _lacks("id", names, name)
     if table[column].null_count:
         row = pc.index(pc.is_null(table[column]), value=True).as_py()
         raise UsageError(f"{name}: row {row + 1} has no {column}; every row needs one")

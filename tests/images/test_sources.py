@@ -138,7 +138,8 @@ def test_a_column_whose_type_changes_after_the_first_block(tmp_path):
     [
         ("m.csv", b"path,label\na\n", "cannot be read as csv"),
         ("m.csv", b"path\n\n", None),
-        ("m.csv", b"", "no column `path` among none"),
+        ("m.csv", b"", "no column `path` among none; name the one of paths with"),
+        ("m.csv", b"foo,bar\n1,2\n", "no column `path` among foo, bar; name the one of paths with"),
         ("m.csv", b"path\n\xff\xfe\n", "cannot be read as csv"),
         ("m.parquet", b"not parquet", "cannot be read as parquet"),
         ("m.jsonl", b'{"path": 1\n', "line 1 is not JSON"),

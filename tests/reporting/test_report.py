@@ -170,7 +170,10 @@ def test_two_intervals_of_one_accuracy_say_of_what_they_are(plain, document, tmp
 def test_confusions_classes_and_mistakes(whole, parsed):
     html = whole
     page = parsed(html)
-    assert "1,079 of 1,180 images (91.4\u00a0%) are named rightly. Most often mistaken: Shirt for T-shirt (8)" in html
+    assert (
+        "1,079 of 1,180 images (91.4\u00a0%) are classified correctly. Most often mistaken: Shirt for T-shirt (8)"
+        in html
+    )
     pictures = page.all("img")
     assert len(pictures) == 20
     assert all(image["src"].startswith("data:image/") for image in pictures)
@@ -183,7 +186,7 @@ def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, featu
     page = parsed(html)
     assert page.texts["h1"] == ["How good is logistic on blocks.10:avg5x5 on fashion?"]
     assert page.texts["p"][1].startswith(
-        "It names 91.4\u00a0% of 1,180 images rightly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
+        "It classifies 91.4\u00a0% of 1,180 images correctly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
     )
     assert "7 of these images (1.2\u00a0%) were trained on; without them the accuracy is 88.8\u00a0%." in html
     assert "3 images carry different labels" in html
