@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import numbers
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,8 @@ from featurepipe.errors import UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+KEPT_COLUMN: Final = "column:"
+"""What the names of a manifest's further columns begin with in listings and snapshots, such as ``column:patient``."""
 SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 PATHS: Final = (
     "path", "filepath", "imagepath", "imgpath", "file", "filename", "imagefile", "imagefilename", "imagename", "image", "img",
@@ -27,6 +30,32 @@ PATHS: Final = (
 """Names of a column of paths, in lower case and without ``_``, ``-`` and blanks; the first that is there is taken."""
 
 _DECLARED: Final = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # what Excel writes, and reads, as a first line
+
+
+def texts_of(values: pa.Array | pa.ChunkedArray | Iterable[Any]) -> pa.Array | pa.ChunkedArray:
+    """A column as text: text as it is, None as null, anything else as JSON writes it; an Arrow column stays one.
+
+    Example:
+        >>> texts_of(["a", None, 1.5, True, ["x", "y"]]).to_pylist()
+        ['a', None, '1.5', 'true', '["x", "y"]']
+    """
+    import pyarrow as pa
+
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
+        if any(is_kind(values.type) for is_kind in (*kinds, pa.types.is_boolean, pa.types.is_null)):
+            return values.cast(pa.string())
+        values = values.to_pylist()
+    return pa.array(map(_json_text, values), pa.string())
+
+
+def _json_text(value: Any) -> str | None:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, default=str)
 
 
 def plain_name(column: str) -> str:
@@ -43,7 +72,7 @@ def column_named(wanted: str, columns: Sequence[str]) -> str | None:
     """
     if wanted in columns:
         return wanted
-    return next((column for column in columns if column.strip().lower() == wanted), None)
+    return next((column for column in columns if column.strip().lower() == wanted.lower()), None)
 
 
 def path_column(columns: Sequence[str]) -> str | None:

@@ -29,6 +29,7 @@ from featurepipe.errors import UsageError
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import SourceOptions
 from featurepipe.prediction.options import BundleOptions
+from featurepipe.store.options import RowOptions
 from featurepipe.training.options import TrainOptions, value_of
 
 PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit)
@@ -40,7 +41,7 @@ def add_train(commands: Commands) -> None:
     command = add_command(
         commands, "train", run_train, "fit a head on cached features and keep it in a bundle that predicts on images",
         epilog="The dataset's splits train, val and test are taken as they are. What is missing is set aside by class, and by "
-        "key, so that copies of one image never land on both sides. The test images choose nothing.",
+        "key, so that copies of one image, and images of one --group, never land on both sides. The test images choose nothing.",
     )  # fmt: skip
     option = command.add_argument
     add_store(command)
@@ -108,6 +109,7 @@ def add_evaluate(commands: Commands) -> None:
     option("--split", metavar="NAME",
            help="default: test where the dataset has it, else the images not trained on; all: every labelled one")  # fmt: skip
     add_labels(command)
+    add_options(command, RowOptions)
     option("--ignore-unknown-classes", action="store_true",
            help="leave out images of classes that the bundle does not know, instead of refusing")  # fmt: skip
     option("--bootstrap", type=int, default=1000, metavar="N",
@@ -129,6 +131,7 @@ def run_evaluate(args: Namespace) -> int:
         dataset=args.dataset,
         split=args.split,
         labels=args.labels,
+        **options(args, RowOptions),
         ignore_unknown_classes=args.ignore_unknown_classes,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -20,7 +20,8 @@ from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.views import with_told_labels
+from featurepipe.store.options import RowOptions
+from featurepipe.store.roles import with_roles
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -34,6 +35,8 @@ def evaluate(
     dataset: str | None = None,
     split: str | None = None,
     labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
     ignore_unknown_classes: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -49,6 +52,9 @@ def evaluate(
         split: Which rows: a split's name, or ``all``. By default ``test`` if the dataset has that split, else the images
             that the head was not trained on, else all.
         labels: A mapping or file to use instead of the dataset's labels, as in ``FeatureSet.with_labels``.
+        label: The column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
+        group: The column of what belongs together, such as a patient: intervals are of so many independent groups, and groups
+            that are in several splits are named; by default ``group``, where there is one; ``none`` for no groups.
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
@@ -58,7 +64,8 @@ def evaluate(
 
     Returns:
         JSON values: ``bundle``, ``dataset``, ``split`` (null if not one split) and ``scope`` (the same in words),
-        ``counts`` (images, scored, unlabelled, unknown_classes, unmatched labels, rejected, duplicates), ``metrics``
+        ``counts`` (images, scored, groups where there are any, unlabelled, unknown_classes, unmatched labels, rejected,
+        duplicates), ``metrics``
         (``featurepipe.heads.statistics.metrics.score_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
 
@@ -74,14 +81,19 @@ def evaluate(
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     features = features_for(model, source, name)
-    if labels is not None:
-        features = with_told_labels(features, labels, say)
+    features = with_roles(source, features, labels, RowOptions(label=label, group=group), say)
     chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
     say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
     with features_at(cluster, chosen.features, source, say) as scored:
         probabilities = model.probabilities(scored)
     metrics = score_table(
-        probabilities, chosen.codes, model.classes, ids=chosen.features.ids, bootstrap=bootstrap, seed=seed
+        probabilities,
+        chosen.codes,
+        model.classes,
+        ids=chosen.features.ids,
+        groups=chosen.features.groups,
+        bootstrap=bootstrap,
+        seed=seed,
     )
     correct = probabilities.argmax(axis=1) == chosen.codes
     return {
@@ -112,9 +124,11 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
 
 
 def _counts(chosen: Chosen) -> dict[str, Any]:
+    groups = chosen.features.groups
     return {
         "images": chosen.images,
         "scored": len(chosen.codes),
+        **({} if groups is None else {"groups": len({name for name in groups if name is not None})}),
         "unlabelled": chosen.unlabelled,
         "unknown_classes": chosen.unknown,
         "unmatched": chosen.features.unmatched,

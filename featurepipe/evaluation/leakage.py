@@ -32,7 +32,8 @@ def report(features: FeatureSet) -> dict[str, Any]:
         JSON values. ``copies``: rows whose image is also that of an earlier row. ``across_splits``: ``images`` (distinct
         ones) and ``rows`` concerned, ``pairs`` (each two splits with the number of images in both), ``examples``.
         ``label_conflicts``: ``images``, ``rows``, ``examples``. An example is a list of ``{"id", "split", "label"}``, the
-        first row of the image on each side.
+        first row of the image on each side. Where images have groups, ``groups_across_splits``: ``groups``, and ``examples``,
+        each ``{"group", "splits"}``.
     """
     _, image, counts = np.unique(features.keys64, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(counts[image] > 1)  # the few that matter
@@ -42,6 +43,7 @@ def report(features: FeatureSet) -> dict[str, Any]:
     labels, _ = numbered(copied.table["label"])
     split_rows, label_rows = on_several_sides(image, splits), on_several_sides(image, labels)
     return {
+        **_groups_across(features),
         "copies": len(features) - len(counts),
         "across_splits": {
             **_found(copied, image, splits, split_rows),
@@ -49,6 +51,22 @@ def report(features: FeatureSet) -> dict[str, Any]:
         },
         "label_conflicts": _found(copied, image, labels, label_rows),
     }
+
+
+def _groups_across(features: FeatureSet) -> dict[str, Any]:
+    """Groups that are in several splits, if the images have groups."""
+    if features.groups is None:
+        return {}
+    groups, names = numbered(features.table["group"])
+    splits, split_names = numbered(features.table["split"])
+    rows = np.flatnonzero(groups >= 0)
+    across = rows[on_several_sides(groups[rows], splits[rows])]
+    found = np.unique(groups[across])
+    of_each = {group: np.unique(splits[across[groups[across] == group]]) for group in found[:EXAMPLES]}
+    examples = [
+        {"group": names[one], "splits": [split_names[side] for side in sides]} for one, sides in of_each.items()
+    ]
+    return {"groups_across_splits": {"groups": len(found), "examples": examples}}
 
 
 def trained_on(

@@ -53,6 +53,7 @@ def _warnings(record: Mapping[str, Any]) -> list[str]:
     found = record["leakage"]
     kinds = [
         _trained_on(found["trained_on"]),
+        _groups_across(found.get("groups_across_splits") or {}),
         _across_splits(found["across_splits"]),
         _conflicts(found["label_conflicts"]),
     ]
@@ -80,6 +81,14 @@ def _across_splits(found: Mapping[str, Any]) -> list[str]:
         f"WARNING: {_images(found['images'])} of the dataset with copies in several splits ({pairs})",
         *_examples(found, lambda row: f"{row['id']} ({row['split']})"),
     ]
+
+
+def _groups_across(found: Mapping[str, Any]) -> list[str]:
+    if not found.get("groups"):
+        return []
+    named = [f"{one['group']} ({' and '.join(one['splits'])})" for one in found["examples"]]
+    count = found["groups"]
+    return [f"WARNING: {count:,} {_are(count, 'group', 'groups')} with images in several splits: {_some(named)}"]
 
 
 def _conflicts(found: Mapping[str, Any]) -> list[str]:

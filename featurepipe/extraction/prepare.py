@@ -96,7 +96,7 @@ class History:
             for locators in [listing["locator"][places[folder]].as_py()]
         ]
         more = pa.Table.from_pylist(rows, schema=SCHEMA)
-        return pa.concat_tables([listing, more]).combine_chunks()
+        return pa.concat_tables([listing, more], promote_options="default").combine_chunks()
 
     def without_folders(self, listing: pa.Table) -> Self:
         """The same without the folders that could not be read then and now can be: their entries are no images that went."""

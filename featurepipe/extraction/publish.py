@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import records
+from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import FeaturepipeError, Interrupted, Message, Option, StoreError, TooManyRejects
 from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.ledger import ExtractionLedger
@@ -224,7 +225,8 @@ def snapshot_table(listing: pa.Table, ledger: ExtractionLedger) -> pa.Table:
         pa.string()
     )
     columns = {name: listing[name] for name in ("id", "label", "split", "size", "mtime_ns")}
-    return pa.table({**columns, "key": keys, "status": status, "reason": reason_column})
+    further = {name: listing[name] for name in listing.column_names if name.startswith(KEPT_COLUMN)}
+    return pa.table({**columns, "key": keys, "status": status, "reason": reason_column, **further})
 
 
 def by_code(reasons: Mapping[int, str]) -> dict[str, int]:

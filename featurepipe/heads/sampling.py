@@ -92,3 +92,44 @@ def fold_numbers(
     singles = np.bincount(classes, minlength=int(classes.max(initial=0)) + 1)[classes] == 1
     dealt[singles] = ALWAYS_TRAIN
     return dealt[image]
+
+
+def group_fold_numbers(
+    units: npt.NDArray[np.uint64], codes: npt.NDArray[np.int64], *, folds: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Deals groups of images to folds, as evenly by class as whole groups allow; a class of one group always trains.
+
+    Groups come in the order of their size, the largest first, and each goes where its classes are rarest so far. The idea is that
+    of scikit-learn's ``StratifiedGroupKFold``, which takes minutes for a hundred thousand groups.
+
+    Args:
+        units: (n,) what tells groups apart.
+        codes: (n,) class numbers.
+        folds: How many folds, at least 2.
+        seed: Of the order among groups of one size.
+
+    Returns:
+        (n,) fold of each row, from 0 to ``folds`` - 1, or `ALWAYS_TRAIN`.
+
+    Example:
+        >>> group_fold_numbers(np.array([7, 7, 8, 8, 9, 9], np.uint64), np.array([0, 0, 0, 0, 1, 1]), folds=2, seed=0)
+        array([ 1,  1,  0,  0, -1, -1])
+    """
+    _, unit, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    pairs, counts = np.unique(unit * (codes.max(initial=0) + 1) + codes, return_counts=True)
+    owner, kind = np.divmod(pairs, codes.max(initial=0) + 1)
+    starts = np.searchsorted(owner, np.arange(len(sizes) + 1))
+    weight = counts / np.bincount(codes)[kind]  # the share of its class that a group has
+    filled = np.zeros((folds, int(codes.max(initial=0)) + 1))
+    totals = np.zeros(folds)
+    dealt = np.empty(len(sizes), np.int64)
+    for group in np.lexsort((np.random.default_rng(seed).permutation(len(sizes)), -sizes)):
+        own = slice(starts[group], starts[group + 1])
+        crowded = filled[:, kind[own]] @ weight[own]
+        fold = int(np.lexsort((totals, crowded))[0])
+        dealt[group] = fold
+        filled[fold, kind[own]] += weight[own]
+        totals[fold] += sizes[group]
+    alone = np.bincount(kind, minlength=filled.shape[1]) == 1
+    dealt[owner[alone[kind]]] = ALWAYS_TRAIN
+    return np.asarray(dealt[unit])

@@ -41,6 +41,7 @@ class Findings:
         ignored_are: what the ignored things are.
         passed_over: files that are no images, by suffix; ``hidden`` ones, too.
         ignored: columns or arrays that are not used.
+        further: columns of a manifest that are kept beside ours.
         unreadable: ids of folders that could not be listed.
         notes: what was guessed, and what seems odd.
     """
@@ -48,6 +49,7 @@ class Findings:
     ignored_are: str = "columns"
     passed_over: Counter[str] = field(default_factory=Counter)
     ignored: list[str] = field(default_factory=list)
+    further: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _classes: dict[str, str] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Findings:
             "passed_over": dict(self.passed_over.most_common()),
             "ignored_are": self.ignored_are,
             "ignored": self.ignored,
+            "further": self.further,
             "unreadable": self.unreadable,
             "notes": [*self.notes, *self._of_labels(), *self._of_splits()],
         }
@@ -174,6 +177,7 @@ class ListingSummary:
         passed_over: files that are not listed, by suffix; ``hidden`` for those with a dot in front, and the like.
         ignored: columns of a manifest, or arrays, that are not used.
         ignored_are: which of these they are.
+        further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
         notes: guesses, and what seems odd.
     """
@@ -187,6 +191,7 @@ class ListingSummary:
     unreadable: Sequence[str] = ()
     notes: Sequence[str] = ()
     ignored_are: str = "columns"
+    further: Sequence[str] = ()
 
     @classmethod
     def of(cls, listing: pa.Table) -> Self:
@@ -212,6 +217,7 @@ class ListingSummary:
             unreadable=found.get("unreadable", [])[:_KEPT],
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
+            further=found.get("further", [])[:_KEPT],
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -258,6 +264,8 @@ class ListingSummary:
             found.append(
                 f"ignored {self.ignored_are}: {_some([name or 'one without a name' for name in self.ignored])}"
             )
+        if self.further:
+            found.append(f"further columns: {_some(list(self.further))}")
         if self.unreadable:
             found.append(f"cannot be read: {_some([f'{folder}/' for folder in self.unreadable])}")
         return found

@@ -1,4 +1,4 @@
-"""A table that names the images: .csv, .parquet or .jsonl with ``path`` and optional ``id``, ``label``, ``split``."""
+"""A table that names the images: .csv, .parquet or .jsonl with ``path``, optional ``id``, ``label``, ``split``, and more."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
 # ruff: noqa: PTH100
@@ -17,9 +17,19 @@ from itertools import islice, repeat
 from typing import IO, Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
-from featurepipe.annotations import column_named, duplicate, path_column, plain_name, read_csv, whole_numbers
+from featurepipe.annotations import (
+    KEPT_COLUMN,
+    column_named,
+    duplicate,
+    path_column,
+    plain_name,
+    read_csv,
+    texts_of,
+    whole_numbers,
+)
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
@@ -46,7 +56,9 @@ _NAMED_ALIKE: Final = {
     "split": ("subset", "fold", "partition", "set", "istrain", "usage", "phase", "datasplit"),
 }
 """Columns that may be meant: they are not taken, and the way to have them taken is told."""
-_Columns = dict[str, list[Any]]
+_Columns = dict[str, Any]  # a list each; a further column may be an Arrow array
+LONGEST_VALUE: Final = 1000
+"""Characters that a value of a further column may have: longer ones are texts about an image, and belong elsewhere."""
 
 
 class ManifestSource(Source):
@@ -56,7 +68,8 @@ class ManifestSource(Source):
     written. ``label`` and ``split`` are found in any case; splits by any of their usual names, see
     `featurepipe.annotations`. Labels of a .csv that are all whole numbers, some written as ``1.0``, are whole numbers,
     as in the other kinds. Size and date come from the columns ``size`` and ``mtime_ns`` where both are there and hold
-    whole numbers, else from one stat per row. What other columns there are is told, and not used.
+    whole numbers, else from one stat per row. What other columns there are is told,
+    and kept as text: the listing has them as ``column:NAME``, for whoever says what they are (a group, a target).
 
     Args:
         path: A path or URL.
@@ -79,11 +92,11 @@ class ManifestSource(Source):
             UsageError: There is no ``path`` column.
             SourceError: The manifest cannot be read, or an id occurs twice.
         """
-        findings, self._taken = Findings(), {}
+        findings, self._taken, further = Findings(), {}, _FurtherColumns()
         kind = self.path.rpartition(".")[2]
         try:
             with _open(self.path) as file:
-                table = table_of(self._rows(self._batches(file, findings), findings))
+                table = further.add_to(table_of(self._rows(self._batches(file, findings, further), findings)))
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"{self.path}: cannot be read as {kind}: it is not UTF-8 ({error}); save it as UTF-8"
@@ -151,16 +164,22 @@ class ManifestSource(Source):
         may = self.only_under is None or self.only_under.allows(self._resolve(path))
         return stat if may else (UNKNOWN, UNKNOWN)
 
-    def _batches(self, file: IO[bytes], findings: Findings) -> Iterator[tuple[Sequence[int], _Columns]]:
+    def _batches(
+        self, file: IO[bytes], findings: Findings, further: _FurtherColumns
+    ) -> Iterator[tuple[Sequence[int], _Columns]]:
         suffix = self.path.lower().rpartition(".")[2]
         batches = {"csv": _csv, "parquet": _parquet, "jsonl": _jsonl}[suffix](file, self._columns_of)
         ignored: dict[str, None] = {}
         for numbers, names, columns in batches:
-            ignored |= dict.fromkeys(name for name in names if name not in columns)
             used = {ours: columns[name] for ours, name in self._columns_of(names).items()}
-            yield numbers, _without_foreign_sizes(used, ignored)
-        findings.ignored += ignored
-        findings.notes += _advice(list(ignored), self._taken)
+            used = _without_foreign_sizes(used)
+            taken = {self._taken[ours] for ours in used}
+            ignored |= dict.fromkeys(name for name in names if name not in columns)
+            further.take(len(numbers), {name: values for name, values in columns.items() if name not in taken})
+            yield numbers, used
+        findings.further += further.kept()
+        findings.ignored += [*ignored, *further.too_long]
+        findings.notes += _advice([*further.kept(), *further.too_long], self._taken)
 
     def _columns_of(self, names: Sequence[str]) -> dict[str, str]:
         """What each of our columns is called in the manifest.
@@ -235,16 +254,50 @@ def _open(path: str) -> Iterator[IO[bytes]]:
 
 _ColumnsOf = Callable[[Sequence[str]], dict[str, str]]
 _Batch = tuple[Sequence[int], Sequence[str], _Columns]
-"""Numbers of lines or rows, the names of all columns, and those of ours by their names in the manifest."""
+"""Numbers of lines or rows, the names of all columns, and those that can be told apart, by name."""
 
 
-def _without_foreign_sizes(columns: _Columns, ignored: dict[str, None]) -> _Columns:
+def _without_foreign_sizes(columns: _Columns) -> _Columns:
     """The columns without ``size`` and ``mtime_ns`` if they hold anything but whole numbers: then they are a user's own."""
     pair = [columns.get(name, ()) for name in ("size", "mtime_ns")]
     if all(value is None or _is_whole(value) for values in pair for value in values):
         return columns
-    ignored |= dict.fromkeys(("size", "mtime_ns"))
     return {name: values for name, values in columns.items() if name not in {"size", "mtime_ns"}}
+
+
+class _FurtherColumns:
+    """The columns of a manifest that are none of ours, as text, batch by batch."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.too_long: dict[str, None] = {}
+        self._chunks: dict[str, list[pa.Array]] = {}
+
+    def take(self, rows: int, columns: Mapping[str, pa.Array | list[Any]]) -> None:
+        """Adds what they hold of further rows; a column that other batches have, or had, is null there."""
+        for name, values in columns.items():
+            texts = texts_of(map(_shown, values) if isinstance(values, list) else values)
+            if (pc.max(pc.utf8_length(texts)).as_py() or 0) > LONGEST_VALUE:
+                self.too_long[name] = None
+            self._chunks.setdefault(name, [pa.nulls(self.rows, pa.string())] if self.rows else []).append(texts)
+        self.rows += rows
+        for chunks in self._chunks.values():
+            if lacking := self.rows - sum(map(len, chunks)):
+                chunks.append(pa.nulls(lacking, pa.string()))
+
+    def kept(self) -> list[str]:
+        """The names of those that the listing has."""
+        return [name for name in self._chunks if name not in self.too_long]
+
+    def add_to(self, listing: pa.Table) -> pa.Table:
+        """The listing with these columns, called ``column:NAME``."""
+        for name in self.kept():
+            listing = listing.append_column(KEPT_COLUMN + printable(name), pa.chunked_array(self._chunks[name]))
+        return listing
+
+
+def _shown(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value  # JSON may hold what UTF-8 does not
 
 
 def _is_whole(value: Any) -> bool:
@@ -264,9 +317,14 @@ def _advice(ignored: Sequence[str], taken: Mapping[str, str]) -> list[str]:
     return notes
 
 
+def _all(names: Sequence[str], ours: Mapping[str, str]) -> list[str]:
+    """The columns to read: ours, and all others that can be told apart by their names."""
+    return [name for name in names if name in ours.values() or (name and names.count(name) == 1)]
+
+
 def _csv(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     table = read_csv(file)
-    used = {name: table.names.index(name) for name in columns_of(table.names).values()}
+    used = {name: table.names.index(name) for name in _all(table.names, columns_of(table.names))}
     while True:
         # Column by column as they come: of a batch of rows as lists, the garbage collector visits each again and again.
         numbers: list[int] = []
@@ -285,19 +343,26 @@ def _parquet(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     opened = pa.parquet.ParquetFile(file)
     names = opened.schema_arrow.names
     ours = columns_of(names)
+    texts = {ours[name] for name in ("path", "id") if name in ours}
     first = 1
-    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=list(ours.values())):
-        texts = {ours[name] for name in ("path", "id") if name in ours}
-        columns = {name: _plain(batch[name], as_text=name in texts) for name in ours.values()}
+    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=_all(names, ours)):
+        columns = {
+            name: _plain(batch[name], as_text=name in texts) if name in ours.values() else _decoded(batch[name])
+            for name in batch.schema.names
+        }
         yield range(first, first + batch.num_rows), names, columns
         first += batch.num_rows
 
 
 def _plain(column: pa.Array, *, as_text: bool) -> list[Any]:
-    if as_text or pa.types.is_dictionary(column.type) or pa.types.is_boolean(column.type):
+    if as_text or pa.types.is_boolean(column.type):
         column = column.cast(pa.string())
-    values: list[Any] = column.to_pylist()
+    values: list[Any] = _decoded(column).to_pylist()
     return values
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _jsonl(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
@@ -311,7 +376,7 @@ def _jsonl(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
         texts = {ours[name] for name in ("path", "id") if name in ours}
         columns = {
             name: [_as_text(row.get(name)) if name in texts else row.get(name) for row in rows]
-            for name in ours.values()
+            for name in _all(names, ours)
         }
         yield numbers, names, columns
 

@@ -24,6 +24,7 @@ from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
+from featurepipe.store.options import RowOptions
 
 
 @starts_again
@@ -44,6 +45,8 @@ def depth(
     control: str | None = None,
     test_source: Any = None,
     labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
     extraction: Mapping[str, Any] | None = None,
     jobs: int | None = None,
     cluster: Any = None,
@@ -74,6 +77,9 @@ def depth(
         control: ``random`` to measure the same network with random weights as well.
         test_source: images of the same classes from elsewhere, which all heads are tested on, too.
         labels: a CSV or mapping to use instead of the source's labels.
+        label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
+        group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
+            one; ``none`` for no groups.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         jobs: measurements at once; by default one per CPU.
         cluster: where to extract and measure instead of here, as `featurepipe.execution.connect` takes it: the workers see
@@ -106,6 +112,8 @@ def depth(
         jobs=jobs,
         pooling=None if pooling is None else tuple(pooling),
         control=control,
+        label=label,
+        group=group,
     )
     protocol = Protocol.of(options)
     if report is not None:
@@ -124,7 +132,8 @@ def depth(
             }
         study = settle(
             found.store, found.dataset, found.columns, protocol,
-            spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels, say=say,
+            spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
+            roles=RowOptions.of(options), say=say,
         )  # fmt: skip
         say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
         journal = Journal(found.store.depth_journal(found.dataset))

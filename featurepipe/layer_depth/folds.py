@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.sampling import fold_numbers
+from featurepipe.training.splits import dealt, refuse_groups_across
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureSet
@@ -78,10 +78,10 @@ def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: i
     every = np.arange(len(codes))
     found = []
     for seed in range(seeds):
-        dealt = fold_numbers(features.keys64, codes, folds=folds, seed=seed)
+        fold_of = dealt(features, codes, every, folds=folds, seed=seed)
         for number in range(folds):
-            test = every[dealt == number]
-            found.append(_fold(features, codes, every[dealt != number], test, seed, number, number))
+            test = every[fold_of == number]
+            found.append(_fold(features, codes, every[fold_of != number], test, seed, number, number))
     return found
 
 
@@ -106,6 +106,7 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
                 " out to cross-validate",
             )
         )
+    refuse_groups_across(features, {"train": train, "val": val, "test": test})
     keys = features.keys64
     train = train[~np.isin(keys[train], keys[test])]
     val = val[~np.isin(keys[val], keys[np.union1d(train, test)])]
@@ -118,9 +119,9 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
 def _fold(
     features: FeatureSet, codes: Codes, train: Positions, test: Positions, seed: int, number: int, draw: int
 ) -> Fold:
-    dealt = fold_numbers(features.keys64[train], codes[train], folds=CHOOSING, seed=1000 * (seed + 1) + draw)
-    parts = min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, int((dealt == 0).sum()))))
-    (fit, choose), *others = ((train[dealt != part], train[dealt == part]) for part in range(parts))
+    fold_of = dealt(features, codes, train, folds=CHOOSING, seed=1000 * (seed + 1) + draw)
+    parts = min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, int((fold_of == 0).sum()))))
+    (fit, choose), *others = ((train[fold_of != part], train[fold_of == part]) for part in range(parts))
     usable = tuple((rest, part) for rest, part in others if len(part) and len(np.unique(codes[rest])) > 1)
     return _checked(Fold(seed, number, fit, choose, test, usable), codes)
 

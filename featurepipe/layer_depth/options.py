@@ -7,7 +7,8 @@ from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import HEADS
-from featurepipe.option_groups import OptionGroup, at_least, by_commas, option
+from featurepipe.option_groups import at_least, by_commas, option
+from featurepipe.store.options import RowOptions
 
 MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
@@ -24,7 +25,7 @@ def _heads(given: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(OptionGroup):
+class ComparisonOptions(RowOptions):
     """How layers are compared."""
 
     heads: tuple[str, ...] = option(

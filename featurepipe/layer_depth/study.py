@@ -27,7 +27,8 @@ from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.layer_depth.probes import RULE, Data
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
-from featurepipe.store.views import with_told_labels
+from featurepipe.store.options import RowOptions
+from featurepipe.store.roles import with_roles
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone, Column
@@ -187,7 +188,7 @@ class Protocol:
         if self.folds is not None:
             return (
                 f"{self.folds}-fold cross-validation, {_times(self.seeds)}, on the images outside the split test, if there is "
-                f"one; copies of one image stay on one side. {fitted} All columns see the same folds."
+                f"one; copies of one image, and images of one group, stay on one side. {fitted} All columns see the same folds."
             )
         return (
             f"Fitted on the split train and tested on the split test; training images that are copies of test images are left "
@@ -304,6 +305,7 @@ def settle(
     spaces: Mapping[str, str],
     shifted_dataset: str | None,
     labels: Any,
+    roles: RowOptions | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Study:
     """Settles images and folds.
@@ -316,6 +318,7 @@ def settle(
         spaces: fingerprint of the feature space of each network.
         shifted_dataset: images of another source, or None.
         labels: labels to use instead of the dataset's, or None.
+        roles: which column is the class, and which the group.
         say: told what the labels label, and what of them is not used.
 
     Raises:
@@ -327,8 +330,7 @@ def settle(
     def view(name: str) -> FeatureSet:
         return store.features(name, columns[0].column, spaces[PRETRAINED], snapshot=snapshots[name])
 
-    every = view(dataset)
-    every = every if labels is None else with_told_labels(every, labels, say)
+    every = with_roles(store, view(dataset), labels, roles or RowOptions(), say, snapshot=snapshots[dataset])
     usable = every.mask(labelled=True)
     kept_away = np.zeros(len(every), np.bool_)
     if protocol.folds is not None:  # what a later test is made on must not have chosen the column
@@ -370,7 +372,8 @@ def settle(
 
 def _digest(images: FeatureSet) -> str:
     """Tells sets of labelled, split images apart."""
-    parts = (images.keys.tobytes(), "\0".join(images.labels).encode(), "\0".join(map(str, images.splits)).encode())
+    columns = [images.labels, images.splits, *([] if images.groups is None else [images.groups])]
+    parts = (images.keys.tobytes(), *("\0".join(map(str, column)).encode() for column in columns))
     return hashlib.sha256(b"\1".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 

@@ -252,6 +252,13 @@ class FeatureStore:
             run_id = found or run_id
         return snapshots.read_snapshot(self.path / "snapshots", dataset, run_id, columns)
 
+    def further_columns(self, dataset: str, run_id: str | None = None) -> list[str]:
+        """The names of the columns that a snapshot keeps of a manifest, beside ours; by default of the current one."""
+        known = self.snapshot_ids(dataset)
+        found = None if run_id is None else snapshots.snapshot_of_run(run_id, dataset, known, self._records())
+        folder = self.path / "snapshots"
+        return snapshots.further_columns(folder, dataset, found or known[-1]) if found or known else []
+
     def write_snapshot(self, dataset: str, run_id: str, table: pa.Table) -> Path:
         """Writes a snapshot atomically; it is current from then on, unless a later run has written one."""
         return snapshots.write_snapshot(self._made("snapshots"), dataset, run_id, table)

@@ -121,8 +121,8 @@ def check_rows(a: tuple[pa.Table, Keys], b: tuple[pa.Table, Keys]) -> None:
             f"cannot put these features side by side: {len(changed)} images have changed in between, such as "
             f"{left['id'][int(changed[0])].as_py()!r}; open both again with store.features(...)"
         )
-    for name in ("label", "split"):
-        if not left[name].equals(right[name]):
+    for name in left.column_names[1:]:
+        if name not in right.column_names or not left[name].equals(right[name]):
             raise UsageError(f"cannot put these features side by side: {_other_values(name, left, right)}; {advice}")
 
 

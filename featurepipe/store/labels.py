@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +27,7 @@ from featurepipe.annotations import (
     path_column,
     read_csv,
     split_asked,
+    texts_of,
     whole_numbers,
 )
 from featurepipe.errors import UsageError, unknown
@@ -62,7 +63,7 @@ class LabelTable:
         return [*self.notes, *([f"ignored columns: {', '.join(self.ignored)}"] if self.ignored else [])]
 
 
-LabelSource: TypeAlias = Mapping[Any, Any] | pa.Table | str | os.PathLike[str] | LabelTable
+LabelSource: TypeAlias = "Mapping[Any, Any] | pa.Table | str | os.PathLike[str] | LabelTable | ColumnTable"
 
 
 def read_labels(source: LabelSource) -> LabelTable:
@@ -71,10 +72,56 @@ def read_labels(source: LabelSource) -> LabelTable:
     Raises:
         UsageError: It is nothing that holds labels, a label is NaN or no class, or an id has two labels.
     """
-    if isinstance(source, LabelTable):
+    return source if isinstance(source, LabelTable) else read_columns(source).labels()
+
+
+@dataclass(frozen=True)
+class ColumnTable:
+    """All columns of a file or table of labels, by the ids of images.
+
+    Attributes:
+        ids: (m,) text.
+        columns: Their names, without that of the ids.
+        name: What errors call it.
+    """
+
+    ids: pa.Array
+    columns: tuple[str, ...]
+    name: str
+    _labels: Callable[[str], LabelTable]
+    _values: Callable[[str], pa.Array | pa.ChunkedArray | list[Any]]
+
+    def labels(self, column: str | None = None) -> LabelTable:
+        """The classes in a column, by default ``label``, checked."""
+        return self._labels(column or "label")
+
+    def texts(self, column: str) -> pa.Array:
+        """(m,) a column as text, null where it is empty.
+
+        Raises:
+            UsageError: An id is there several times, with different values.
+        """
+        texts = texts_of(self._values(column))
+        texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+        if pc.count_distinct(self.ids).as_py() < len(self.ids):
+            _refuse_contradictions(self.ids, texts, self.name, column)
+        return texts
+
+
+def read_columns(source: LabelSource) -> ColumnTable:  # noqa: PLR0911 - one for each kind
+    """Reads a table of labels with all its columns; the sources are those of `read_labels`.
+
+    Raises:
+        UsageError: It is nothing that holds labels, or has no column of ids.
+    """
+    if isinstance(source, ColumnTable):
         return source
+    if isinstance(source, LabelTable):
+        return ColumnTable(source.ids, ("label",), source.name, lambda _: source, lambda _: source.labels)
     if isinstance(source, Mapping):
-        return _checked(list(map(str, source)), list(source.values()), "the mapping")
+        ids, values, name = list(map(str, source)), list(source.values()), "the mapping"
+        made = pa.array(ids, pa.string())
+        return ColumnTable(made, ("label",), name, lambda _: _checked(made, values, name), lambda _: values)
     if isinstance(source, pa.Table):
         return _of_table(source, "the table")
     if isinstance(source, str | os.PathLike):
@@ -82,7 +129,7 @@ def read_labels(source: LabelSource) -> LabelTable:
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, which need not be installed
         return _of_table(pa.Table.from_pandas(source, preserve_index=False), "the table")
     if hasattr(source, "to_dict"):
-        return read_labels(source.to_dict())
+        return read_columns(source.to_dict())
     raise UsageError(
         f"labels come as a mapping (id -> label), a pyarrow table, or the path of a {', '.join(_SUFFIXES)} file with the "
         f"columns id and label, or a pandas DataFrame with them, not as {type(source).__name__}"
@@ -113,7 +160,7 @@ def join_labels(ids: pa.ChunkedArray, table: LabelTable) -> tuple[pa.Array, int]
     ).as_py()
 
 
-def _of_file(path: Path) -> LabelTable:
+def _of_file(path: Path) -> ColumnTable:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise UsageError(f"cannot read labels from {path}: the file name must end in {', '.join(_SUFFIXES)}")
@@ -140,9 +187,11 @@ def _csv(path: Path) -> pa.Table:
     return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], table.names)
 
 
-def _of_lines(path: Path) -> LabelTable:
+def _of_lines(path: Path) -> ColumnTable:
     # Python's json, not Arrow's: there a label that is a number in one line and text in the next is an error.
-    ids, labels, ignored = [], [], dict[str, None]()
+    ids: list[str] = []
+    rows: list[tuple[int, dict[str, Any]]] = []
+    columns: dict[str, None] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -151,19 +200,28 @@ def _of_lines(path: Path) -> LabelTable:
                 row = json.loads(line.removeprefix(codecs.BOM_UTF8))
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path.name}: line {number} is not JSON: {error}") from error
-            id_, label = _id_and_label(list(row)) if isinstance(row, dict) else (None, None)
-            if id_ is None or label is None or row[id_] is None:
+            id_ = _id_column(list(row)) if isinstance(row, dict) else None
+            if id_ is None or row[id_] is None:
                 raise UsageError(f"{path.name}: line {number} is no object with an `id` (or a `path`) and a `label`")
             ids.append(str(row[id_]))
-            labels.append(row[label])
-            ignored |= dict.fromkeys(name for name in row if name not in {id_, label})
-    return replace(_checked(ids, labels, path.name), ignored=tuple(ignored))
+            rows.append((number, row))
+            columns |= dict.fromkeys(name for name in row if name != id_)
+    made = pa.array(ids, pa.string())
+
+    def labels(column: str) -> LabelTable:
+        named = [column_named(column, list(row)) for _, row in rows]
+        if None in named:
+            number = rows[named.index(None)][0]
+            raise UsageError(f"{path.name}: line {number} is no object with an `id` (or a `path`) and a `{column}`")
+        values = [row[str(name)] for (_, row), name in zip(rows, named, strict=True)]
+        return replace(_checked(made, values, path.name), ignored=tuple(name for name in columns if name not in named))
+
+    return ColumnTable(made, tuple(columns), path.name, labels, lambda column: [row.get(column) for _, row in rows])
 
 
-def _id_and_label(names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The columns of ids and of labels: ``id``, else that of paths; ``label`` in any case."""
-    id_ = "id" if "id" in names else path_column(names) or column_named("id", names)
-    return id_, column_named("label", names)
+def _id_column(names: Sequence[str]) -> str | None:
+    """The column of ids: ``id``, else that of paths."""
+    return "id" if "id" in names else path_column(names) or column_named("id", names)
 
 
 def _lacks(column: str, names: Sequence[str], where: str) -> UsageError:
@@ -171,35 +229,51 @@ def _lacks(column: str, names: Sequence[str], where: str) -> UsageError:
     near = f"; {hint}" if hint.startswith("nearest") else ""
     return UsageError(
         f"{where}: no column `{column}` among {', '.join(names) or 'none'}{near}. Labels take two columns: `id` (or `path`, "
-        "`file`, `filename`, `image`), as the dataset has the images' ids, and `label`"
+        f"`file`, `filename`, `image`), as the dataset has the images' ids, and `{column if column != 'id' else 'label'}`"
     )
 
 
-def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> LabelTable:
+def _of_table(table: pa.Table, name: str, *, has_types: bool = True) -> ColumnTable:
     names = table.column_names
-    column, label = _id_and_label(names)
-    used = [used for used in (column, label) if used is not None]
-    if (twice := duplicate(names, used)) is not None:
-        raise UsageError(f"{name}: column {twice!r} is there {names.count(twice)} times; leave one")
-    if label is None:
-        raise _lacks("label", names, name)
+    column = _id_column(names)
     if column is None:
         raise _lacks("id", names, name)
+    _refuse_twice(names, column, name)
     if table[column].null_count:
         row = pc.index(pc.is_null(table[column]), value=True).as_py()
         raise UsageError(f"{name}: row {row + 1} has no {column}; every row needs one")
     ids = _plain(table[column]).cast(pa.string()).combine_chunks()
-    labels = _plain(table[label])
-    notes: tuple[str, ...] = ()
-    if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type):
-        texts = pc.utf8_trim_whitespace(labels.cast(pa.string()))
-        if not has_types:
-            texts, said = whole_numbers(texts)
-            notes = (said,) if said else ()
-        found = _checked_text(ids, texts.combine_chunks(), name)
-    else:
-        found = _checked(ids, labels.to_pylist(), name)
-    return replace(found, ignored=tuple(other for other in names if other not in used), notes=notes)
+    others = tuple(other for other in names if other != column)
+
+    def labels(wanted: str) -> LabelTable:
+        label = column_named(wanted, others)
+        if label is None:
+            raise _lacks(wanted, names, name)
+        _refuse_twice(names, label, name)
+        found = _labels_of(ids, _plain(table[label]), name, has_types=has_types)
+        return replace(found, ignored=tuple(other for other in others if other != label))
+
+    def values(wanted: str) -> pa.ChunkedArray:
+        _refuse_twice(names, wanted, name)
+        return _plain(table[wanted])
+
+    return ColumnTable(ids, others, name, labels, values)
+
+
+def _refuse_twice(names: Sequence[str], column: str, name: str) -> None:
+    if (twice := duplicate(names, [column])) is not None:
+        raise UsageError(f"{name}: column {twice!r} is there {names.count(twice)} times; leave one")
+
+
+def _labels_of(ids: pa.Array, labels: pa.ChunkedArray, name: str, *, has_types: bool) -> LabelTable:
+    if not (
+        pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type) or pa.types.is_integer(labels.type)
+    ):
+        return _checked(ids, labels.to_pylist(), name)
+    texts, said = pc.utf8_trim_whitespace(labels.cast(pa.string())), ""
+    if not has_types:
+        texts, said = whole_numbers(texts)
+    return replace(_checked_text(ids, texts.combine_chunks(), name), notes=(said,) if said else ())
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -239,19 +313,21 @@ def _checked_text(ids: pa.Array, texts: pa.Array, name: str) -> LabelTable:
     labels = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
     distinct = pc.count_distinct(ids).as_py()
     if distinct < len(ids):
-        _refuse_contradictions(ids, labels, name)
+        _refuse_contradictions(ids, labels, name, "label")
     return LabelTable(ids, labels, distinct, name)
 
 
-def _refuse_contradictions(ids: pa.Array, labels: pa.Array, name: str) -> None:
-    pairs = pa.table({"id": ids, "label": labels}).group_by(["id", "label"], use_threads=False).aggregate([])
-    counted = pairs.group_by("id", use_threads=False).aggregate([("label", "count", pc.CountOptions(mode="all"))])
-    twice = counted.filter(pc.greater(counted["label_count"], 1))["id"]
+def _refuse_contradictions(ids: pa.Array, values: pa.Array, name: str, column: str) -> None:
+    pairs = pa.table({"id": ids, "value": values}).group_by(["id", "value"], use_threads=False).aggregate([])
+    counted = pairs.group_by("id", use_threads=False).aggregate([("value", "count", pc.CountOptions(mode="all"))])
+    twice = counted.filter(pc.greater(counted["value_count"], 1))["id"]
     if len(twice):
         first = twice[0].as_py()
-        given = [str(label) for label in pairs.filter(pc.equal(pairs["id"], first))["label"].to_pylist()]
+        given = [str(value) for value in pairs.filter(pc.equal(pairs["id"], first))["value"].to_pylist()]
+        one = "an image has one label" if column == "label" else f"an image has one {column}"
         raise UsageError(
-            f"{name}: {len(twice)} ids have several labels; {first!r} has {' and '.join(given)}: an image has one label"
+            f"{name}: {len(twice)} ids have several {'labels' if column == 'label' else f'values of {column}'}; {first!r} has "
+            f"{' and '.join(given)}: {one}"
         )
 
 
@@ -260,7 +336,9 @@ class LabelledImages:
     """n images in order, as columns; the part of a ``FeatureSet`` that knows nothing of features.
 
     Attributes:
-        table: ``id``, ``label``, ``split`` of each image, text; a label or split may be null.
+        table: ``id``, ``label``, ``split`` of each image, text; a label or split may be null. With roles
+            (`featurepipe.store.roles`) also ``group``, text, ``weight``, float64, and ``target``: float64, null where it is not
+            known, or (K,) float32 for several labels.
         keys: (n, 32) uint8, the SHA-256 of each image.
     """
 
@@ -283,14 +361,51 @@ class LabelledImages:
         return _shared_objects(self.table["split"])
 
     @property
+    def groups(self) -> npt.NDArray[np.object_] | None:
+        """(n,) groups, text or None; None if images have no groups."""
+        return _shared_objects(self.table["group"]) if "group" in self.table.column_names else None
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """(n,) weights of the images; None if they have none."""
+        return np.asarray(self.table["weight"].to_numpy()) if "weight" in self.table.column_names else None
+
+    @property
+    def targets(self) -> npt.NDArray[Any] | None:
+        """(n,) float64 numbers to estimate, NaN where it is not known; or (n, K) float32 for several labels: 1, 0, or NaN.
+
+        None if images have classes only.
+        """
+        if "target" not in self.table.column_names:
+            return None
+        column = self.table["target"].combine_chunks()
+        if not self.target_names:
+            return np.asarray(column.to_numpy(zero_copy_only=False))
+        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(-1, len(self.target_names))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The K names of several labels, in the order of the columns of ``targets``; none for numbers and classes."""
+        if "target" not in self.table.column_names:
+            return ()
+        return tuple(json.loads((self.table.schema.field("target").metadata or {}).get(b"names", b"[]")))
+
+    @property
     def classes(self) -> list[str]:
         """The distinct labels, sorted."""
         return sorted(pc.unique(self.table["label"].drop_null()).to_pylist())
 
     @property
     def unlabelled(self) -> int:
-        """Images without a label."""
-        return int(self.table["label"].null_count)
+        """Images without a label, or without a target where they have targets."""
+        return int(np.count_nonzero(~self._is_labelled()))
+
+    def _is_labelled(self) -> npt.NDArray[np.bool_]:
+        if self.target_names:
+            return np.asarray(~np.isnan(np.asarray(self.targets)).all(axis=1))
+        column = "target" if "target" in self.table.column_names else "label"
+        return np.asarray(self.table[column].is_valid().to_numpy())
 
     @property
     def duplicates(self) -> int:
@@ -301,6 +416,27 @@ class LabelledImages:
     def keys64(self) -> npt.NDArray[np.uint64]:
         """(n,) uint64, the first 8 bytes of each key, little endian; a strided view of ``keys``, without a copy."""
         return self.keys.view("<u8")[:, 0]
+
+    def units(self) -> npt.NDArray[np.uint64]:
+        """(n,) what must stay on one side of a split: equal for copies of an image, and for images of one group.
+
+        Without groups it is ``keys64``. Images without a group are each for themselves. A copy of an image in another group
+        joins the two groups.
+        """
+        if "group" not in self.table.column_names:
+            return self.keys64
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        _, image = np.unique(self.keys64, return_inverse=True)
+        group = pc.fill_null(self.table["group"].combine_chunks().dictionary_encode().indices.cast(pa.int64()), -1)
+        group = np.asarray(group.to_numpy())
+        rows = np.flatnonzero(group >= 0)
+        count = int(image.max(initial=-1)) + 1
+        size = count + int(group.max(initial=-1)) + 1
+        edges = coo_array((np.ones(len(rows), np.bool_), (image[rows], count + group[rows])), shape=(size, size))
+        _, part = connected_components(edges, directed=False)
+        return np.asarray(part[image], np.uint64)
 
     def codes(self, classes: Sequence[str] | npt.NDArray[np.object_ | np.str_] | None = None) -> npt.NDArray[np.int64]:
         """Returns the labels as numbers.
@@ -337,7 +473,7 @@ class LabelledImages:
             if not keep.any():
                 raise unknown_split(split, there)
         if labelled:
-            keep &= self.table["label"].is_valid().to_numpy()
+            keep &= self._is_labelled()
         if classes is not None:
             strangers = sorted(set(classes) - set(self.classes))
             if strangers:

@@ -1,4 +1,8 @@
-"""What a dataset was at one run: one parquet file each, the last one is current."""
+"""What a dataset was at one run: one parquet file each, the last one is current.
+
+Beside the columns of ``SCHEMA`` a snapshot keeps the further columns of a manifest, as text, called ``column:NAME``. They say
+nothing of features; `featurepipe.store.roles` reads from them what an image's group is, say. Readers of before pass them over.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
@@ -86,7 +91,7 @@ def read_snapshot(
         folder: ``snapshots`` of a store.
         dataset: Its name.
         run_id: Whose snapshot.
-        columns: Only these columns of ``SCHEMA``, in this order.
+        columns: Only these columns of ``SCHEMA``, or further ones by their names there, in this order.
 
     Raises:
         StoreError: The file is damaged, or its rows contradict themselves.
@@ -98,7 +103,7 @@ def read_snapshot(
     if not ids:
         return None
     path = folder / dataset / f"{run_id or ids[-1]}.parquet"
-    schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+    schema = SCHEMA if columns is None else pa.schema([_field(name) for name in columns])
     try:
         with (
             os.fdopen(open_file(path), "rb") as opened,
@@ -114,6 +119,26 @@ def read_snapshot(
             f"cannot read snapshot {path}: {error}; move it out of the store, and the one before it, or the next that "
             "featurepipe extract writes, is the current one"
         ) from error
+
+
+def further_columns(folder: Path, dataset: str, run_id: str) -> list[str]:
+    """The names of a snapshot's further columns, as the manifest had them, without reading it.
+
+    Raises:
+        StoreError: The file is damaged.
+    """
+    path = folder / dataset / f"{run_id}.parquet"
+    try:
+        with os.fdopen(open_file(path), "rb") as opened, pq.ParquetFile(opened) as file:
+            return [name.removeprefix(KEPT_COLUMN) for name in file.schema_arrow.names if name.startswith(KEPT_COLUMN)]
+    except FileNotFoundError as error:
+        raise StoreMoved(f"snapshot {path} is gone") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StoreError(f"cannot read snapshot {path}: {error}") from error
+
+
+def _field(name: str) -> pa.Field:
+    return pa.field(name, pa.string()) if name.startswith(KEPT_COLUMN) else SCHEMA.field(name)
 
 
 def _check_rows(table: pa.Table) -> None:
@@ -136,8 +161,8 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
         folder: ``snapshots`` of a store.
         dataset: Its name.
         run_id: Of the run that saw it.
-        table: The columns of ``SCHEMA`` (others are dropped); ``key`` is null where the image could not be read,
-            ``status`` is ``ok`` or ``rejected``.
+        table: The columns of ``SCHEMA``, and further ones called ``column:NAME`` (others are dropped); ``key`` is null where
+            the image could not be read, ``status`` is ``ok`` or ``rejected``.
 
     Raises:
         UsageError: A column is missing, rows contradict themselves, or ``run_id`` is none.
@@ -146,7 +171,8 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise UsageError(f"a snapshot needs the columns {SCHEMA.names}; missing: {missing}")
-    clean = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()  # equal rows are equal bytes, however they came
+    schema = pa.schema([*SCHEMA, *(_field(name) for name in table.column_names if name.startswith(KEPT_COLUMN))])
+    clean = table.select(schema.names).cast(schema).combine_chunks()  # equal rows are equal bytes, however they came
     try:
         _check_rows(clean)
     except ValueError as error:

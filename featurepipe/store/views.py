@@ -8,6 +8,7 @@ any other order take 8 bytes each and column on top. It reads its chunk by itsel
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
@@ -41,7 +42,7 @@ class FeatureSet(LabelledImages):
     new views.
 
     Attributes:
-        table: ``id``, ``label``, ``split`` of each image.
+        table: ``id``, ``label``, ``split`` of each image, and the roles that were joined; see `LabelledImages`.
         keys: (n, 32) uint8, the SHA-256 of each image.
         rows: Where the features lie.
         origin: Which store, dataset and feature space they are of.
@@ -143,6 +144,24 @@ class FeatureSet(LabelledImages):
         found, strangers = join_labels(self.table["id"], read_labels(labels))
         place = self.table.column_names.index("label")
         return replace(self, table=self.table.set_column(place, "label", found), unmatched=strangers)
+
+    def with_column(self, role: str, values: pa.Array | npt.NDArray[Any], *, names: Sequence[str] = ()) -> FeatureSet:
+        """Returns the view with groups, weights or targets; `featurepipe.store.roles` reads them from files.
+
+        Args:
+            role: ``group``, ``weight`` or ``target``.
+            values: (n,) values; for several labels (n, K) float32 with 1, 0, or NaN where it is not known.
+            names: Of several labels, K.
+        """
+        if names:
+            flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
+            column = pa.FixedSizeListArray.from_arrays(flat, len(names))
+        else:
+            kind = pa.string() if role == "group" else pa.float64()
+            column = pa.array(values, kind, from_pandas=True) if isinstance(values, np.ndarray) else values.cast(kind)
+        field = pa.field(role, column.type, metadata={"names": json.dumps(list(names))} if names else None)
+        table = self.table.drop_columns([role]) if role in self.table.column_names else self.table
+        return replace(self, table=table.append_column(field, column))
 
     def take(self, positions: Positions) -> FeatureSet:
         """Returns the view of some rows: positions in any order, a boolean mask, or a slice."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from featurepipe.errors import unknown
 from featurepipe.heads.families import HEADS
-from featurepipe.option_groups import OptionGroup, at_least, is_bytes, is_number, not_empty, option
+from featurepipe.option_groups import at_least, is_bytes, is_number, not_empty, option
+from featurepipe.store.options import RowOptions
 
 
 def known_head(given: Any) -> str | None:
@@ -50,7 +51,7 @@ def _memory(given: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(OptionGroup):
+class TrainOptions(RowOptions):
     """What head is fitted to which columns, and how."""
 
     nodes: tuple[str, ...] = option(

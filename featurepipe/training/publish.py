@@ -162,8 +162,10 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
         return None
     known = rows[codes >= 0]
     probabilities, truth = bundle.probabilities(task.rows(known)), codes[codes >= 0]
-    ids = task.features.take(known).ids
-    return score_table(probabilities, truth, bundle.classes, ids=ids, bootstrap=bootstrap, seed=task.seed)
+    tested = task.features.take(known)
+    return score_table(
+        probabilities, truth, bundle.classes, ids=tested.ids, groups=tested.groups, bootstrap=bootstrap, seed=task.seed
+    )
 
 
 _FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS})

@@ -19,7 +19,8 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
-from featurepipe.store.views import with_told_labels
+from featurepipe.store.options import RowOptions
+from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
 from featurepipe.training.options import TrainOptions
@@ -55,8 +56,7 @@ def settle(
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
-    if labels is not None:
-        found = with_told_labels(found, labels, say)
+    found = with_roles(store, found, labels, RowOptions.of(options), say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     every = features.codes(features.classes)
     check_classes(features.classes, len(features), say)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import split_asked
+from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.heads.sampling import fold_numbers
+from featurepipe.heads.sampling import fold_numbers, group_fold_numbers
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -79,7 +81,8 @@ def divide(
     else:
         train, test = hold_out(features, codes, np.flatnonzero(codes >= 0), folds=TEST_FOLDS, seed=seed)
         own = test[:0]
-        text = f"no splits in the dataset: every {TEST_FOLDS}th image held out for the test (seed {seed})"
+        what = "image" if features.groups is None else "image, by group,"
+        text = f"no splits in the dataset: every {TEST_FOLDS}th {what} held out for the test (seed {seed})"
     if len(own) or not validate:
         return Division(train, own, test, is_carved=False, text=text)
     folds = max(VALIDATION_FOLDS, -(-len(train) // MOST_VALIDATION))
@@ -107,16 +110,51 @@ def _own_splits(
                 f": {', '.join(names)}",
             )
         )
+    refuse_groups_across(features, {wanted: train, "val": own, "test": test} if wanted == "train" else {})
     none = train[:0]
     text = f"the dataset's own splits ({', '.join(names)}), trained on {wanted}"
     return train, none if wanted == "val" else own, none if wanted == "test" else test, text
+
+
+def dealt(
+    features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Deals some rows to folds by class; copies of an image, and images of a group, go to one fold; (m,) fold numbers."""
+    if features.groups is None:
+        return fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
+    return group_fold_numbers(features.units()[rows], codes[rows], folds=folds, seed=seed)
+
+
+def refuse_groups_across(features: FeatureSet, sides: Mapping[str, Positions]) -> None:
+    """Refuses a dataset's own splits if a group has images on both sides of them.
+
+    Raises:
+        UsageError: Names how many do, the first, and what to do.
+    """
+    if features.groups is None:
+        return
+    groups = features.groups
+    for (one, rows), (other, others) in combinations(sides.items(), 2):
+        both = sorted(
+            {name for name in groups[rows] if name is not None} & {name for name in groups[others] if name is not None}
+        )
+        if both:
+            have = "has" if len(both) == 1 else "have"
+            raise UsageError(
+                Message(
+                    f"{counted(len(both), 'group')} of dataset {features.origin.dataset} {have} images in both splits, {one} and "
+                    f"{other}, such as {both[0]!r}: what is learned of it would be tested on it. Mend the splits, or leave them "
+                    "out of the manifest to have them made by group; or take every image for itself with ",
+                    Option("group", "none"),
+                )
+            )
 
 
 def hold_out(
     features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
 ) -> tuple[Positions, Positions]:
     """Splits ``rows`` into the rest and one fold of ``folds``."""
-    fold = fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
+    fold = dealt(features, codes, rows, folds=folds, seed=seed)
     return rows[fold != 0], rows[fold == 0]
 
 
@@ -124,7 +162,7 @@ def folds_of(
     features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, folds: int, seed: int
 ) -> Sequence[Fold]:
     """Cross-validation folds of ``rows``: (training positions, validation positions) each, as positions in ``features``."""
-    number = fold_numbers(features.keys64[rows], codes[rows], folds=folds, seed=seed)
+    number = dealt(features, codes, rows, folds=folds, seed=seed)
     return [(rows[number != fold], rows[number == fold]) for fold in range(folds)]
 
 

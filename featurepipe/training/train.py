@@ -36,6 +36,8 @@ def train(
     backbone: str | None = None,
     snapshot: str | None = None,
     labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
     pca: float | None = None,
@@ -56,8 +58,9 @@ def train(
     """Fits a head on cached features and writes a bundle that predicts on images.
 
     Rows: the dataset's splits are taken as they are (``train``, ``val``, ``test``); what is missing is set aside by class and
-    by key, so that copies of one image never land on both sides. Parameters and temperature are chosen on validation rows
-    only, and the last fit is made on all rows that may train. The test rows are looked at once, at the end.
+    by key, so that copies of one image, and images of one group, never land on both sides. Parameters and temperature are
+    chosen on validation rows only, and the last fit is made on all rows that may train. The test rows are looked at once, at
+    the end.
 
     Args:
         store: the feature store or its path.
@@ -68,6 +71,9 @@ def train(
         backbone: as in `FeatureStore.features`, where the store holds several.
         snapshot: run id of an older snapshot of the dataset; by default the current one.
         labels: a CSV (``id,label``) or mapping to use instead of the dataset's labels.
+        label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
+        group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
+            one; ``none`` for no groups.
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
         pca: components (a number) or share of the variance to keep.
@@ -102,6 +108,8 @@ def train(
     options = TrainOptions(
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
         head=head,
+        label=label,
+        group=group,
         split=split,
         tune=tune,
         pca=components(pca),

@@ -279,7 +279,7 @@ def test_columns_that_are_not_used_are_told(tmp_path):
     (tmp_path / "m.csv").write_text("image,file,class,Subset,size,ID\na.png,b.png,cat,train,L,7\n")
     rows, summary = told(open_source(tmp_path / "m.csv"))
     assert rows == {"b.png": (None, None)}
-    assert summary.ignored == ["image", "class", "Subset", "size", "ID"]
+    assert summary.further == ["image", "class", "Subset", "size", "ID"]
     assert summary.notes == [
         "paths are in column 'file'",
         "there is no column 'label': if it is 'class', call it 'label'",

@@ -159,7 +159,7 @@ def test_columns_that_are_missing_are_named(features, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.csv", b"", "no column `label` among none"),
+        ("l.csv", b"", "no column `id` among none"),
         ("l.csv", b"id,label\na,b,c\n", "cannot read labels from"),
         ("l.csv", b"id,label\n\xff\xfe,b\n", "cannot read labels from"),
         ("l.parquet", b"PAR1", "cannot read labels from"),

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers
-from featurepipe.training.splits import divide
+from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers, group_fold_numbers
+from featurepipe.training.splits import divide, folds_of
 
 
 @given(
@@ -30,6 +30,35 @@ def test_folds_keep_copies_together_and_classes_even(images, folds, seed):
             sizes = [members.count(fold) for fold in range(folds)]
             assert max(sizes) - min(sizes) <= 1
             assert sum(sizes) == len(members)
+
+
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=40),
+    folds=st.integers(2, 5),
+    seed=st.integers(0, 3),
+)
+def test_groups_stay_whole_and_classes_as_even_as_they_allow(groups, folds, seed):
+    units = np.repeat(np.arange(len(groups), dtype=np.uint64), [size for size, _ in groups])
+    codes = np.repeat([code for _, code in groups], [size for size, _ in groups])
+    found = group_fold_numbers(units, codes, folds=folds, seed=seed)
+    assert all(len(set(found[units == unit])) == 1 for unit in units)
+    for code in set(codes):
+        largest = max(size for size, other in groups if other == code)
+        if sum(other == code for _, other in groups) == 1:
+            assert set(found[codes == code]) == {ALWAYS_TRAIN}
+        else:
+            counts = [int((found[codes == code] == fold).sum()) for fold in range(folds)]
+            assert max(counts) - min(counts) <= largest  # no fold has more than a group more than another
+
+
+def test_groups_of_mixed_classes_are_dealt_about_evenly():
+    rng = np.random.default_rng(0)
+    units = np.repeat(np.arange(400, dtype=np.uint64), 5)
+    codes = (rng.random(2000) < np.repeat(rng.random(400), 5)).astype(np.int64)
+    found = group_fold_numbers(units, codes, folds=5, seed=0)
+    share = [codes[found == fold].mean() for fold in range(5)]
+    assert max(share) - min(share) < 0.03
+    assert np.bincount(found).tolist() == pytest.approx([400] * 5, abs=10)
 
 
 def test_another_seed_is_another_draw_and_the_same_seed_the_same():
@@ -116,3 +145,30 @@ def test_a_split_of_a_dataset_without_splits_is_refused(zoo):
     zoo.write(zoo.images(None))
     with pytest.raises(UsageError, match="has no splits; leave split out"):
         division_of(zoo, "train")
+
+
+def of_groups(features, *, each=4):
+    """The features with so many neighbouring images in a group."""
+    return features.with_column("group", np.array([f"g{row // each}" for row in range(len(features))], object))
+
+
+def test_groups_are_on_one_side_of_every_split(zoo):
+    zoo.write(zoo.images(None, 60))
+    features = of_groups(zoo.features())
+    found = divide(features, features.codes(), split=None, seed=0, validate=True)
+    parts = [set(features.groups[rows]) for rows in (found.train, found.validation, found.test)]
+    assert all(parts)
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+    assert "by group" in found.text
+    folds = folds_of(features, features.codes(), found.final, folds=5, seed=0)
+    assert all(not set(features.groups[one]) & set(features.groups[other]) for one, other in folds)
+
+
+def test_a_group_across_the_datasets_own_splits_is_refused(zoo):
+    zoo.write([*zoo.images("train"), *zoo.images("test", 10)])
+    features = zoo.features()
+    group = np.array(["p" if row in (3, len(features) - 1) else None for row in range(len(features))], object)
+    with pytest.raises(
+        UsageError, match="1 group of dataset zoo has images in both splits, train and test, such as 'p'"
+    ):
+        divide(features.with_column("group", group), features.codes(), split=None, seed=0, validate=False)

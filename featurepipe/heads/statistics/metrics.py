@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from featurepipe.display import table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
+from featurepipe.heads.statistics.group_intervals import GroupSums, group_numbers
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -23,6 +24,7 @@ Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.floating]
 Ids = Sequence[str] | npt.NDArray[Any] | None
+Groups = Sequence[str | None] | npt.NDArray[np.object_] | None
 
 
 def score_table(
@@ -31,6 +33,7 @@ def score_table(
     classes: Sequence[str],
     *,
     ids: Ids = None,
+    groups: Groups = None,
     top: Sequence[int] = (5,),
     bootstrap: int = 1000,
     seed: int = 0,
@@ -49,6 +52,8 @@ def score_table(
         codes: (n,) integers, the position of the true class in ``classes``.
         classes: Their K names.
         ids: (n,) names of the images; by default their positions.
+        groups: (n,) what images belong together, such as a patient's, None for an image by itself; intervals are then of so many
+            independent groups (``heads.statistics.group_intervals``). None if each image is by itself.
         top: Which top-k accuracies to give.
         bootstrap: Draws behind the interval of the calibration error; 0 for no intervals at all.
         seed: Of the draws.
@@ -73,13 +78,22 @@ def score_table(
     images = _Images(scores, truth, top)
     table: dict[str, Any] = {"images": len(truth)}
     values = {**images.measures(), "auc": ranked.macro}
-    limits = _limits(images, ranked, draws=bootstrap, seed=seed) if bootstrap else {}
+    by_group = None if groups is None else GroupSums(group_numbers(groups, len(truth)))
+    if by_group is not None:
+        table["groups"] = by_group.count
+    limits: Mapping[str, intervals.Limits | None] = {}
+    if bootstrap and by_group is not None:
+        limits = _limits_of_groups(images, ranked, by_group, draws=bootstrap, seed=seed)
+    elif bootstrap:
+        limits = _limits(images, ranked, draws=bootstrap, seed=seed)
     table |= {name: _with_interval(value, limits.get(name)) for name, value in values.items()}
     table |= {f"top_{k}": _no_top(k, len(names)) for k in top if k >= len(names)}
     if np.isnan(ranked.macro):
         table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
     if bootstrap and limits["macro_f1"] is None:
         table["macro_f1"]["reason"] = "no interval: a class has too few images"
+    if bootstrap and by_group is not None:
+        table["ece"]["reason"] = "no interval: none is known that holds for groups"
     confusion = images.confusion()
     table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": intervals.LEVEL}
     table["untested"] = [name for name, count in zip(names, images.support, strict=True) if not count]
@@ -102,7 +116,7 @@ class _Images:
         self.correct = self.predicted == codes
         self.support = np.bincount(codes, minlength=self.classes)
         self.hits = np.bincount(codes[self.correct], minlength=self.classes)
-        place = _places(probabilities, codes)
+        self.place = place = _places(probabilities, codes)
         self.tops = {k: float((place < k).mean()) for k in top if k < self.classes}
         smallest = np.finfo(probabilities.dtype).eps  # what scikit-learn's log_loss takes for 0
         self.losses = -np.log(np.clip(self.of_truth, smallest, 1 - smallest))
@@ -142,6 +156,50 @@ def _limits(images: _Images, ranked: OneVsRest, *, draws: int, seed: int) -> dic
         "auc": None if np.isnan(ranked.macro) else intervals.macro_auc(ranked, images.support),
         "ece": intervals.calibration_error(images.bin_gaps, images.bin_hits, images.bin_counts, draws=draws, seed=seed),
     }
+
+
+def _limits_of_groups(
+    images: _Images, ranked: OneVsRest, groups: GroupSums, *, draws: int, seed: int
+) -> dict[str, intervals.Limits | None]:
+    """The same where images come in groups."""
+    n, classes = len(images.codes), images.classes
+    hit = images.correct.astype(np.float64)
+    sums = {
+        "support": groups.by_column(images.codes, classes),
+        "predicted": groups.by_column(images.predicted, classes),
+        "hits": groups.by_column(images.codes, classes, hit),
+        **{
+            f"top_{k}": groups.by_column(np.zeros(n, np.int64), 1, (images.place < k).astype(np.float64))
+            for k in images.tops
+        },
+    }
+
+    def measures(found: Mapping[str, Array]) -> dict[str, Array]:
+        support, predicted, hits = found["support"], found["predicted"], found["hits"]
+        rows = support.sum(axis=1)
+        with np.errstate(invalid="ignore"):  # classes that a resample lacks do not count in it
+            recall, f1 = hits / support, 2 * hits / (support + predicted)
+        return {
+            "accuracy": hits.sum(axis=1) / rows,
+            "balanced_accuracy": np.nanmean(recall, axis=1),
+            "macro_f1": np.nanmean(f1, axis=1),
+            **{f"top_{k}": found[f"top_{k}"][:, 0] / rows for k in images.tops},
+        }
+
+    values = images.measures()
+    variances = groups.variances(sums, measures, draws=draws, seed=seed)
+    limits: dict[str, intervals.Limits | None] = {
+        name: group_intervals.limits(values[name], variance, n, groups.count) for name, variance in variances.items()
+    }
+    if intervals.macro_f1(images.codes, images.predicted, classes) is None:
+        limits["macro_f1"] = None
+    variance = float((groups.total(ranked.influence) ** 2).sum()) * groups.count / (groups.count - 1)
+    undefined = np.isnan(ranked.macro)
+    fewer = np.minimum(images.support, n - images.support)[~np.isnan(ranked.values)]
+    most = 0.0 if undefined else 3 * len(fewer) ** 2 / float((1 / fewer).sum())  # as in `intervals.macro_auc`
+    limits["auc"] = None if undefined else group_intervals.limits(ranked.macro, variance, most, groups.count)
+    limits["log_loss"] = group_intervals.mean_limits(images.losses, groups)
+    return limits
 
 
 def _checked(

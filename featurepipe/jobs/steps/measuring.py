@@ -16,6 +16,8 @@ from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
 from featurepipe.monitoring.standing_warnings import is_gone, told
+from featurepipe.store.options import RowOptions
+from featurepipe.store.roles import with_roles
 
 
 class Drifted(FeaturepipeError):
@@ -160,9 +162,13 @@ def _inputs(night: Night, table: DepthTable) -> str:
         night.dataset, node=run["columns"], backbone=run["fingerprint"], snapshot=run["run_id"]
     )
     labels = table.labels or night.job.source.labels
-    images = (features if labels is None else features.with_labels(labels)).select(labelled=True)
+    roles = RowOptions(label=table.label, group=table.group)
+    joined = with_roles(night.store, features, labels, roles, lambda _: None, snapshot=run["run_id"])
+    images = joined.select(labelled=True)
     splits, split = np.unique(images.splits.astype(str), return_inverse=True)
-    settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report"})
+    unset = {name for name, value in roles.arguments().items() if value is None}  # of version 1
+    settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report", *unset})
     columns = sorted(night.store.space(run["fingerprint"]).columns())
-    found = [digest_of(images, split), splits.tolist(), run["fingerprint"], columns, settings]
+    groups = [] if images.groups is None else [hashlib.sha256("\0".join(map(str, images.groups)).encode()).hexdigest()]
+    found = [digest_of(images, split), *groups, splits.tolist(), run["fingerprint"], columns, settings]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

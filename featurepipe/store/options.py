@@ -1,0 +1,45 @@
+"""The options that say which column is what; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from featurepipe.errors import Message, Option, UsageError
+from featurepipe.option_groups import OptionGroup, by_commas, is_text, option
+
+GROUP = "group"
+"""The column that is taken as groups unless another one, or none, is asked for."""
+NO_GROUP = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(OptionGroup):
+    """What class and what group an image is of: columns of the labels file, else of the manifest that was extracted."""
+
+    label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_text)
+    group: str | None = option(
+        None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
+        f"{NO_GROUP}: every image for itself)",
+        metavar="COLUMN", check=is_text,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleOptions(RowOptions):
+    """What is learned of an image, and how much it counts; columns as those of `RowOptions`."""
+
+    target: str | None = option(
+        None, "column of a number to estimate: regression instead of classes", metavar="COLUMN", check=is_text
+    )
+    multilabel: tuple[str, ...] = option(
+        (), "several labels an image: a column of texts such as red|round, or of JSON lists; or a column of 0 and 1 for each",
+        metavar="COLUMN,...", read=lambda given: by_commas(given) if isinstance(given, str) else tuple(given),
+    )  # fmt: skip
+    weight: str | None = option(None, "column of the weight of each image", metavar="COLUMN", check=is_text)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = [name for name in ("label", "target", "multilabel") if getattr(self, name)]
+        if len(kinds) > 1:
+            first, other = (Option(name) for name in kinds[:2])
+            raise UsageError(Message(first, " and ", other, " are two kinds of target; give one of them"))

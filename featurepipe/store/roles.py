@@ -1,0 +1,306 @@
+"""Roles of columns: which column of a labels file or a manifest holds classes, numbers, several labels, groups and weights.
+
+Columns join images by id when features are looked at, as labels do; nothing is computed again. They come from a labels file if
+one is given and has them, else from the manifest, whose further columns the snapshot has kept
+(`featurepipe.store.snapshots`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.annotations import KEPT_COLUMN, column_named
+from featurepipe.display import counted
+from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.store.labels import ColumnTable, LabelSource, read_columns
+from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions
+
+if TYPE_CHECKING:
+    from featurepipe.store.feature_store import FeatureStore
+    from featurepipe.store.views import FeatureSet
+
+_YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
+_NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
+_UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
+_SHOWN = 3
+
+
+class _Column(NamedTuple):
+    """A column's text by row of the features, and where it is from."""
+
+    name: str
+    texts: pa.Array
+    where: str
+
+
+class _Columns:
+    """The columns that roles can be of, joined to rows by id when they are asked for."""
+
+    def __init__(
+        self, store: FeatureStore, features: FeatureSet, table: ColumnTable | None, snapshot: str | None
+    ) -> None:
+        self.features, self.table = features, table
+        self._store, self._dataset, self._snapshot = store, features.origin.dataset, snapshot
+        self.kept = store.further_columns(self._dataset, snapshot)
+        self.used: list[str] = []
+
+    def find(self, name: str) -> _Column | None:
+        """The column of that name, in any case; None if there is none."""
+        if self.table is not None and (found := column_named(name, list(self.table.columns))) is not None:
+            self.used.append(found)
+            texts = self.table.texts(found).take(pc.index_in(self.features.table["id"], value_set=self.table.ids))
+            return _Column(found, _one(texts), self.table.name)
+        if (found := column_named(name, self.kept)) is not None:
+            kept = self._store.snapshot(self._dataset, self._snapshot, columns=["id", KEPT_COLUMN + found])
+            assert kept is not None  # noqa: S101 - features of it are open
+            texts = kept[KEPT_COLUMN + found].take(pc.index_in(self.features.table["id"], value_set=_one(kept["id"])))
+            return _Column(found, _one(texts), f"dataset {self._dataset}")
+        return None
+
+    def get(self, role: str, name: str) -> _Column:
+        """The column of that name.
+
+        Raises:
+            UsageError: There is none; names those that there are.
+        """
+        found = self.find(name)
+        if found is not None:
+            return found
+        there = list(dict.fromkeys([*(self.table.columns if self.table else ()), *self.kept]))
+        asked = Option(role, name)
+        if there:
+            raise UsageError(Message(asked, f": {unknown('column', name, there)}"))
+        none = f": dataset {self._dataset} was extracted without further columns. Give a file with this column and id or path: "
+        more = "; or extract a manifest that has it, which computes nothing again"
+        raise UsageError(Message(asked, none, Option("labels", "FILE.csv"), more))
+
+
+def with_roles(
+    store: FeatureStore,
+    features: FeatureSet,
+    labels: LabelSource | None,
+    roles: RowOptions,
+    say: Callable[[str], None],
+    *,
+    snapshot: str | None = None,
+) -> FeatureSet:
+    """Joins classes, numbers, several labels, groups and weights to features, and says what was found and what is not used.
+
+    Args:
+        store: Where the features are.
+        features: n rows of one of its datasets.
+        labels: A labels file and the like, as `FeatureSet.with_labels` takes it; None for what the snapshot has.
+        roles: Which column is what.
+        say: Told one line for each role, and one for columns that have none.
+        snapshot: The run id of the features' snapshot; None for the current one.
+
+    Raises:
+        UsageError: There is no such column, or its values are none of the kind.
+    """
+    roles = roles if isinstance(roles, RoleOptions) else RoleOptions(label=roles.label, group=roles.group)
+    table = None if labels is None else read_columns(labels)
+    columns = _Columns(store, features, table, snapshot)
+    if not (roles.target or roles.multilabel):
+        features = _with_classes(columns, features, roles, say)
+    if roles.target:
+        found = columns.get("target", roles.target)
+        features = features.with_column("target", _numbers("target", found, features))
+        say(f"numbers to estimate: column {found.name} of {found.where}")
+    if roles.multilabel:
+        names, matrix, where = _several(columns, roles.multilabel)
+        features = features.with_column("target", matrix, names=names)
+        say(f"several labels: {_some(names)}, of {where}")
+    features = _with_group(columns, features, roles.group, say)
+    if roles.weight:
+        found = columns.get("weight", roles.weight)
+        features = features.with_column("weight", _weights(found, features))
+        say(f"weights: column {found.name} of {found.where}")
+    if table is not None and (unused := [name for name in table.columns if name not in columns.used]):
+        say(f"{table.name}: ignored columns: {_some(unused)}")
+    return features
+
+
+def _with_classes(
+    columns: _Columns, features: FeatureSet, roles: RoleOptions, say: Callable[[str], None]
+) -> FeatureSet:
+    """The classes of the labels file, if it has them; a file of groups alone leaves those that are there."""
+    from featurepipe.store.views import with_told_labels
+
+    table, asked = columns.table, roles.label
+    own = None if table is None else column_named(asked or "label", table.columns)
+    others = (
+        [] if table is None else [column_named(name or GROUP, table.columns) for name in (roles.group, roles.weight)]
+    )
+    if table is not None and (own is not None or (asked is None and not any(others))):
+        columns.used += [own] if own is not None else []
+        return with_told_labels(features, replace(table.labels(asked), ignored=()), say)
+    if asked is None:
+        return features
+    found = columns.get("label", asked)
+    features = features.with_labels(pa.table({"id": features.table["id"], "label": found.texts}))
+    say(f"classes: column {found.name} of {found.where}, {counted(len(features.classes), 'label')}")
+    return features
+
+
+def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say: Callable[[str], None]) -> FeatureSet:
+    if asked == NO_GROUP:
+        return features
+    found = columns.find(GROUP) if asked is None else columns.get("group", asked)
+    if found is None:
+        return features
+    texts = _trimmed(found.texts)
+    groups = pc.count_distinct(texts).as_py()
+    alone = f" ({counted(texts.null_count, 'image')} without one, each for itself)" if texts.null_count else ""
+    if not groups:
+        raise _wrong("group", found, "is empty for all images")
+    say(
+        f"groups: column {found.name} of {found.where}, {counted(groups, 'group')}{alone}: none is on both sides of a split"
+    )
+    return features.with_column("group", texts)
+
+
+def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:
+    """(n,) float64, null where the column is empty."""
+    texts = _trimmed(column.texts)
+    try:
+        values = pc.cast(texts, pa.float64())
+        bad = _first(pc.invert(pc.is_finite(values)))
+    except pa.ArrowInvalid:
+        bad = next(row for row, text in enumerate(texts.to_pylist()) if text is not None and not _is_number(text))
+    if bad is not None:
+        raise _wrong(
+            role, column, f"has {texts[bad].as_py()!r} for {_image(features, bad)}, which is no finite number; leave it empty "
+            "where the number is not known",
+        )  # fmt: skip
+    if values.null_count == len(values):
+        raise _wrong(role, column, "is empty for all images")
+    return values
+
+
+def _weights(column: _Column, features: FeatureSet) -> pa.Array:
+    values = _numbers("weight", column, features)
+    bad = _first(pc.or_kleene(values.is_null(), pc.less(values, 0)))
+    if bad is not None:
+        given = "no weight" if values[bad].as_py() is None else f"the weight {values[bad].as_py():g}"
+        raise _wrong("weight", column, f"has {given} for {_image(features, bad)}; every image needs one from 0")
+    return values
+
+
+def _several(columns: _Columns, names: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32], str]:
+    """Names of labels, (n, K) with 1 for yes, 0 for no and NaN for unknown, and where they are from."""
+    found = [columns.get("multilabel", name) for name in names]
+    where = _some(list(dict.fromkeys(f"column {column.name} of {column.where}" for column in found)))
+    if len(found) == 1 and not _is_yes_or_no(found[0].texts):
+        return (*_listed(found[0], columns.features), where)
+    matrix = np.stack([_yes_or_no(column, columns.features) for column in found], axis=1)
+    return [column.name for column in found], matrix, where
+
+
+def _is_yes_or_no(texts: pa.Array) -> bool:
+    distinct = {str(text).strip().lower() for text in pc.unique(texts.drop_null()).to_pylist()}
+    return distinct <= _YES | _NO | _UNKNOWN and bool(distinct & (_YES | _NO))
+
+
+def _yes_or_no(column: _Column, features: FeatureSet) -> npt.NDArray[np.float32]:
+    encoded = pc.fill_null(column.texts, "").dictionary_encode()
+    values = np.empty(len(encoded.dictionary), np.float32)
+    for place, text in enumerate(encoded.dictionary.to_pylist()):
+        plain = text.strip().lower()
+        if plain not in _YES | _NO | _UNKNOWN:
+            row = int(np.flatnonzero(encoded.indices.to_numpy() == place)[0])
+            raise _wrong(
+                "multilabel", column, f"holds {text!r} for {_image(features, row)}; a column for each label holds 1 or 0 (or yes "
+                "and no), and is empty or -1 where it is not known",
+            )  # fmt: skip
+        values[place] = 1 if plain in _YES else 0 if plain in _NO else np.nan
+    return np.asarray(values[encoded.indices.to_numpy()])
+
+
+def _listed(column: _Column, features: FeatureSet) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """Labels separated by ``|`` or as JSON lists; an empty text is an image of which nothing is known, ``[]`` one without any."""
+    encoded = column.texts.dictionary_encode()
+    texts = encoded.dictionary.to_pylist()
+    lists = [_labels_in(text) for text in texts]
+    if None in lists:
+        text = texts[lists.index(None)]
+        image = _image(features, pc.index(column.texts, text).as_py())
+        raise _wrong(
+            "multilabel", column, f'holds {text!r} for {image}; write labels as red|round, or as ["red", "round"]'
+        )
+    names = sorted({name for labels in lists for name in labels or ()})
+    if not names:
+        raise _wrong("multilabel", column, "is empty for all images")
+    _refuse_two_forms(names, column)
+    places = {name: place for place, name in enumerate(names)}
+    known = np.full(
+        (len(lists) + 1, len(names)), np.nan, np.float32
+    )  # its last row is for images of which nothing is known
+    for row, (text, labels) in enumerate(zip(texts, lists, strict=True)):
+        if text.strip():
+            known[row] = 0
+            known[row, [places[name] for name in labels or ()]] = 1
+    rows = pc.fill_null(encoded.indices.cast(pa.int64()), len(lists)).to_numpy()
+    return names, known[rows]
+
+
+def _labels_in(text: str) -> list[str] | None:
+    """The labels in a text; None if it is no such list."""
+    if not text.strip().startswith("["):
+        return [name.strip() for name in text.split("|") if name.strip()]
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return [str(name).strip() for name in found] if all(isinstance(name, str | int) for name in found) else None
+
+
+def _refuse_two_forms(names: Sequence[str], column: _Column) -> None:
+    forms: dict[str, str] = {}
+    for name in names:
+        other = forms.setdefault(name.casefold(), name)
+        if other != name:
+            raise _wrong("multilabel", column, f"has one label in two forms, {other!r} and {name!r}; write one of them")
+
+
+def _wrong(role: str, column: _Column, said: str) -> UsageError:
+    return UsageError(Message(Option(role, column.name), f": column {column.name} of {column.where} {said}"))
+
+
+def _image(features: FeatureSet, row: int) -> str:
+    return f"image {features.table['id'][row].as_py()!r}"
+
+
+def _trimmed(texts: pa.Array) -> pa.Array:
+    """Without blanks around; null where nothing is left."""
+    texts = pc.utf8_trim_whitespace(texts)
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _first(condition: pa.Array) -> int | None:
+    row = pc.index(condition, value=True).as_py()
+    return None if row < 0 else int(row)
+
+
+def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _some(names: Sequence[Any]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more

@@ -1,0 +1,204 @@
+"""Columns of labels files and manifests as classes, numbers, several labels, groups and weights."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featurepipe.errors import UsageError
+from featurepipe.images.listing import SCHEMA
+from featurepipe.images.open import open_source
+from featurepipe.store.options import RoleOptions
+from featurepipe.store.roles import with_roles
+
+NAMES = ["a1", "a2", "b1", "b2"]
+KEPT = {
+    "patient": ["p", " q ", None, "p"],
+    "age": ["3", "4.5", None, "-1e3"],
+    "found": ["red|round", "round", "", None],
+}
+
+
+@pytest.fixture
+def kept(store, space, rows):
+    """A dataset whose manifest had further columns."""
+    rows.write(store, space, NAMES)
+    run_id = rows.snapshot(store, "d", NAMES)
+    table = store.snapshot("d", run_id)
+    for name, values in KEPT.items():
+        table = table.append_column(f"column:{name}", pa.array(values, pa.string()))
+    store.write_snapshot("d", store.new_run_id(), table)
+    return store
+
+
+def joined(store, labels=None, **roles):
+    said = []
+    return with_roles(store, store.features("d", "a:gap"), labels, RoleOptions(**roles), said.append), said
+
+
+def test_a_snapshot_keeps_the_columns_of_a_manifest_and_gives_them_roles(kept):
+    features, said = joined(kept, group="patient", target="Age")
+    assert kept.further_columns("d") == list(KEPT)
+    assert features.groups.tolist() == ["p", "q", None, "p"]
+    np.testing.assert_array_equal(features.targets, [3, 4.5, np.nan, -1000])
+    assert (features.weights, features.target_names, features.unlabelled) == (None, (), 1)
+    assert features.select(labelled=True).groups.tolist() == ["p", "q", "p"]
+    assert said == [
+        "numbers to estimate: column age of dataset d",
+        "groups: column patient of dataset d, 2 groups (1 image without one, each for itself), each on one side of every split",
+    ]
+    again = pickle.loads(pickle.dumps(features.take(np.array([3, 1]))))
+    assert again.groups.tolist() == ["p", "q"]
+    np.testing.assert_array_equal(again.targets, [-1000, 4.5])
+
+
+def test_without_roles_nothing_changes_but_a_column_called_group_is_one(kept, rows):
+    features, said = joined(kept)
+    assert (features.groups, features.targets, features.weights, said) == (None, None, None, [])
+    assert features.table.column_names == ["id", "label", "split"]
+    table = kept.snapshot("d").append_column("column:Group", pa.array(["g", "g", "h", None]))
+    kept.write_snapshot("d", kept.new_run_id(), table)
+    features, said = joined(kept)
+    assert features.groups.tolist() == ["g", "g", "h", None]
+    assert said[0].startswith("groups: column Group of dataset d, 2 groups")
+    assert joined(kept, group="none")[0].groups is None
+
+
+def test_a_labels_file_comes_first_and_what_is_not_used_of_it_is_named(kept, tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("path,class,patient,Weight,note\na1,x,1,0.5,-\nb2,y,2,2,-\na2,x,1,1,-\nb1,y,,0,-\n")
+    features, said = joined(kept, path, label="class", group="patient", weight="weight")
+    assert features.labels.tolist() == ["x", "x", "y", "y"]
+    assert features.groups.tolist() == ["1", "1", None, "2"]
+    assert features.weights.tolist() == [0.5, 1, 0, 2]
+    assert said[0] == "m.csv: 2 labels on 4 of 4 images"
+    assert said[-1] == "m.csv: ignored columns: note"
+
+
+def test_a_file_of_groups_alone_leaves_the_classes(kept, tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text("\n".join(json.dumps({"id": name, "group": n // 2}) for n, name in enumerate(NAMES)))
+    features, _ = joined(kept, path)
+    assert features.labels.tolist() == ["a", "a", "b", "b"]
+    assert features.groups.tolist() == ["0", "0", "1", "1"]
+
+
+def test_several_labels_of_one_column(kept):
+    features, said = joined(kept, multilabel=("found",))
+    assert features.target_names == ("red", "round")
+    np.testing.assert_array_equal(features.targets, [[1, 1], [0, 1], [np.nan, np.nan], [np.nan, np.nan]])
+    assert features.targets.dtype == np.float32
+    assert features.unlabelled == 2
+    assert said == ["several labels: red, round, of column found of dataset d"]
+    assert features.take(slice(1, 3)).targets[0].tolist() == [0, 1]
+
+
+def test_json_lists_and_columns_of_zeros_and_ones_are_several_labels(kept, tmp_path):
+    table = pa.table(
+        {"id": NAMES, "tags": [["b", "a"], [], ["b"], None], "x": [1, 0, -1, None], "y": [True, None, False, True]}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    features, _ = joined(kept, tmp_path / "t.parquet", multilabel=("tags",))
+    assert features.target_names == ("a", "b")
+    np.testing.assert_array_equal(features.targets, [[1, 1], [0, 0], [0, 1], [np.nan, np.nan]])
+    features, _ = joined(kept, tmp_path / "t.parquet", multilabel=("x", "y"))
+    assert features.target_names == ("x", "y")
+    np.testing.assert_array_equal(features.targets, [[1, 1], [0, np.nan], [np.nan, 0], [np.nan, 1]])
+
+
+@pytest.mark.parametrize(
+    ("text", "roles", "said"),
+    [
+        (
+            "id,age\na1,old\n",
+            {"target": "age"},
+            "column age of l.csv has 'old' for image 'a1', which is no finite number",
+        ),
+        ("id,age\na1,inf\n", {"target": "age"}, "has 'inf' for image 'a1', which is no finite number"),
+        ("id,age\na1,\n", {"target": "age"}, "column age of l.csv is empty for all images"),
+        ("id,age\na1,3\n", {"target": "aeg"}, "unknown column 'aeg'; nearest: age"),
+        (
+            "id,age\na1,3\na1,4\n",
+            {"target": "age"},
+            "1 ids have several values of age; 'a1' has 3 and 4: an image has one age",
+        ),
+        ("id,label,w\na1,x,-1\n", {"weight": "w"}, "has the weight -1 for image 'a1'; every image needs one from 0"),
+        ("id,label,w\na1,x,1\n", {"weight": "w"}, "has no weight for image 'a2'"),
+        (
+            "id,x,y\na1,1,0\na2,maybe,1\n",
+            {"multilabel": ("x", "y")},
+            "holds 'maybe' for image 'a2'; a column for each label",
+        ),
+        ("id,t\na1,Cat|dog\na2,cat\n", {"multilabel": ("t",)}, "has one label in two forms, 'Cat' and 'cat'"),
+        ('id,t\na1,"[""red"", 1.5]"\n', {"multilabel": ("t",)}, "write labels as red|round, or as"),
+        ("id,t\na1,\n", {"multilabel": ("t",)}, "is empty for all images"),
+        ("id,label,g\na1,x,\n", {"group": "g"}, "column g of l.csv is empty for all images"),
+    ],
+)
+def test_bad_roles_name_column_value_and_image(kept, tmp_path, text, roles, said):
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        joined(kept, tmp_path / "l.csv", **roles)
+    assert said in str(caught.value)
+
+
+def test_two_kinds_of_target_are_refused():
+    with pytest.raises(UsageError, match="two kinds of target"):
+        RoleOptions(target="age", multilabel=("found",))
+
+
+def test_a_dataset_without_further_columns_says_where_to_get_them(store, space, rows):
+    rows.write(store, space, NAMES)
+    rows.snapshot(store, "d", NAMES)
+    with pytest.raises(UsageError, match="extracted without further columns") as caught:
+        joined(store, group="patient")
+    assert "labels" in str(caught.value)
+
+
+def test_copies_and_groups_form_units(kept):
+    features = kept.features("d", "a:gap").with_column("group", np.array(["p", "q", None, "q"], object))
+    one, two, three, four = features.units()
+    assert two == four
+    assert len({int(one), int(two), int(three)}) == 3
+    twins = features.take(np.array([0, 1, 0])).with_column("group", np.array(["p", "q", "q"], object))
+    assert len(set(twins.units().tolist())) == 1  # a copy of an image in another group joins the two
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_manifests_list_further_columns_as_text(tmp_path, kind):
+    path = tmp_path / f"m.{kind}"
+    values = {
+        "path": ["a.png", "b.png"],
+        "patient": ["7", None],
+        "age": [1.5, 2.0],
+        "tags": [["x"], []],
+        "long": ["y" * 1001, "z"],
+    }
+    if kind == "csv":
+        path.write_text('path,patient,age,tags,long\na.png,7,1.5,"[""x""]",' + "y" * 1001 + "\nb.png,,2.0,[],z\n")
+    elif kind == "parquet":
+        pq.write_table(pa.table(values), path)
+    else:
+        rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    listing = open_source(path).scan()
+    assert listing.column_names == [*SCHEMA.names, "column:patient", "column:age", "column:tags"]
+    assert listing["column:patient"].to_pylist() == ["7", None]
+    assert [float(text) for text in listing["column:age"].to_pylist()] == [1.5, 2.0]
+    assert listing["column:tags"].to_pylist() == ['["x"]', "[]"]
+
+
+@given(st.lists(st.lists(st.sampled_from(["red", "round", "ü b", "7"]), unique=True), min_size=1, max_size=6))
+def test_lists_of_labels_come_back_from_the_matrix(lists):
+    from featurepipe.store.roles import _Column, _listed
+
+    if not any(lists):
+        return
+    column = _Column("t", pa.array([json.dumps(labels) for labels in lists]), "f")
+    names, matrix = _listed(column, None)
+    assert [sorted(np.array(names)[row == 1].tolist()) for row in matrix] == [sorted(labels) for labels in lists]
