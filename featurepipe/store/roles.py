@@ -163,7 +163,7 @@ def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say:
     if not groups:
         raise _wrong("group", found, "is empty for all images")
     say(
-        f"groups: column {found.name} of {found.where}, {counted(groups, 'group')}{alone}: none is on both sides of a split"
+        f"groups: column {found.name} of {found.where}, {counted(groups, 'group')}{alone}, each on one side of every split"
     )
     return features.with_column("group", texts)
 

@@ -43,12 +43,13 @@ CASES = {
     ),
     "train": (
         TRAIN,
-        "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv --split s "
+        "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
+        "--label class --group patient --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
         "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "labels": "l.csv", "split": "s",
+            "labels": "l.csv", "label": "class", "group": "patient", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "min_class_size": 5, "memory": "2GB", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
@@ -67,13 +68,14 @@ CASES = {
     "depth": (
         DEPTH,
         "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads knn,ridge --folds 3 --split "
-        "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv "
+        "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv --group none "
         "--report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --damaged keep --jobs 1 "
         "--trust-code --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
             "heads": ("knn", "ridge"), "folds": 3, "split": True, "seeds": 2, "pooling": ("gap", "avg2x2"),
-            "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "report": "page.html",
+            "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "label": None, "group": "none",
+            "report": "page.html",
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
                 "damaged": "keep", "only_under": None, "path_column": None, "intensity": "auto",
@@ -96,14 +98,15 @@ def test_every_option_reaches_the_verb(case, verb, call):
 
 def test_evaluate_reads_a_store_that_exists(verb, call, store):
     called = verb(EVALUATE, {"measured": 1})
-    line = "--dataset d --split s --labels l.csv --ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
+    line = "--dataset d --split s --labels l.csv --label class --ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
     answer = call("evaluate", "bundle", store.path, *line.split())
     assert json.loads(answer.out) == {"measured": 1}
     opened = called.given.pop("store")
     assert isinstance(opened, FeatureStore)
     assert Path(opened.path) == store.path
     assert called.given == {
-        "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "ignore_unknown_classes": True,
+        "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None,
+        "ignore_unknown_classes": True,
         "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 

@@ -22,6 +22,8 @@ class Rows:
         self.keys64 = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
         self.splits = np.array(splits if splits is not None else [None] * len(contents), object)
 
+    groups = None
+
     class origin:
         dataset = "album"
 
@@ -202,6 +204,8 @@ def test_the_protocol_says_how_it_was_measured():
 class Keyed:
     """What folds ask of features."""
 
+    groups = None
+
     def __init__(self, count):
         self.keys64 = np.arange(count, dtype=np.uint64)
 
@@ -217,3 +221,19 @@ def test_as_many_parts_choose_in_turn_as_make_five_hundred_images(images, parts)
         np.testing.assert_array_equal(np.union1d(fit, choose), fold.train)
         assert not len(np.intersect1d(fit, choose))
         assert not len(np.intersect1d(fold.train, fold.test))
+
+
+def test_images_of_a_group_are_in_one_part_of_every_fold():
+    rows = Rows(range(120))
+    rows.groups = np.array([f"g{number // 4}" for number in range(120)], object)
+    rows.units = lambda: np.arange(120, dtype=np.uint64) // 4
+    for fold in cross_validation(rows, np.arange(120) % 3, folds=3, seeds=2):
+        parts = [set(rows.groups[part]) for part in (fold.fit, fold.choose, fold.test)]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 30
+
+
+def test_a_group_in_both_own_splits_is_refused():
+    rows = Rows(range(40), ["train"] * 30 + ["test"] * 10)
+    rows.groups = np.array([f"g{number % 30}" for number in range(40)], object)
+    with pytest.raises(UsageError, match="10 groups of dataset album have images in both splits, train and test"):
+        own_split(rows, np.arange(40) % 2, seeds=1)

@@ -4,7 +4,7 @@ Whole groups are resampled (the bootstrap of clusters, Davison & Hinkley 1997, s
 measure; of the AUC the variance is that of the groups' summed influences (Obuchowski 1997, "Nonparametric analysis of clustered
 ROC curve data"). The variance, to which half a group all right and half a group all wrong are added, so that few
 mistakes do not look certain, says how many independent images the measure is as certain as. The interval is the exact binomial
-one of so many (Korn & Graubard 1998), with the degrees of freedom of the groups. Where nothing varies, a group counts as one image.
+one of so many (Korn & Graubard 1998), with the degrees of freedom of the groups. Where nothing varies, a group is one image.
 """
 
 from __future__ import annotations
