@@ -95,15 +95,19 @@ class ColumnTable:
         """The classes in a column, by default ``label``, checked."""
         return self._labels(column or "label")
 
-    def texts(self, column: str) -> pa.Array:
+    def texts(self, column: str, *, several: bool = False) -> pa.Array:
         """(m,) a column as text, null where it is empty.
+
+        Args:
+            column: Its name.
+            several: Whether an id may be there several times, with different values.
 
         Raises:
             UsageError: An id is there several times, with different values.
         """
         texts = texts_of(self._values(column))
         texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-        if pc.count_distinct(self.ids).as_py() < len(self.ids):
+        if not several and pc.count_distinct(self.ids).as_py() < len(self.ids):
             _refuse_contradictions(self.ids, texts, self.name, column)
         return texts
 

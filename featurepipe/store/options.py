@@ -12,6 +12,11 @@ GROUP = "group"
 NO_GROUP = "none"
 
 
+def is_file_of_groups(given: str) -> bool:
+    """Whether what is given as groups is a file of its own, not a column."""
+    return given.lower().endswith((".csv", ".parquet", ".jsonl"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(OptionGroup):
     """What class and what group an image is of: columns of the labels file, else of the manifest that was extracted."""
@@ -19,8 +24,8 @@ class RowOptions(OptionGroup):
     label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_text)
     group: str | None = option(
         None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
-        f"{NO_GROUP}: every image for itself)",
-        metavar="COLUMN", check=is_text,
+        f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near --to FILE writes it",
+        metavar="COLUMN|FILE", check=is_text, is_path=is_file_of_groups,
     )  # fmt: skip
 
 

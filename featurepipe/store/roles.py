@@ -22,12 +22,14 @@ from featurepipe.annotations import KEPT_COLUMN, column_named
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.store.labels import ColumnTable, LabelSource, read_columns
-from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions
+from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions, is_file_of_groups
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
     from featurepipe.store.views import FeatureSet
 
+NEAR = "near"
+"""The kind of a group, in the file of `featurepipe.duplicates`, whose images are alike without being equal."""
 _YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
 _NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
 _UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
@@ -154,7 +156,10 @@ def _with_classes(
 def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say: Callable[[str], None]) -> FeatureSet:
     if asked == NO_GROUP:
         return features
-    found = columns.find(GROUP) if asked is None else columns.get("group", asked)
+    if asked is not None and is_file_of_groups(asked):
+        found: _Column | None = _of_file(asked, features)
+    else:
+        found = columns.find(GROUP) if asked is None else columns.get("group", asked)
     if found is None:
         return features
     texts = _trimmed(found.texts)
@@ -166,6 +171,21 @@ def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say:
         f"groups: column {found.name} of {found.where}, {counted(groups, 'group')}{alone}, each on one side of every split"
     )
     return features.with_column("group", texts)
+
+
+def _of_file(path: str, features: FeatureSet) -> _Column:
+    """The groups in a file of groups; of one that `featurepipe.duplicates` wrote the near copies, since exact ones are known."""
+    table = read_columns(path)
+    column = column_named(GROUP, table.columns)
+    if column is None:
+        raise UsageError(
+            Message(Option("group", path), f": {unknown('column', GROUP, table.columns, where=table.name)}")
+        )
+    ids, texts = table.ids, table.texts(column, several="kind" in table.columns)
+    if "kind" in table.columns:
+        near = pc.equal(table.texts("kind", several=True), NEAR)
+        ids, texts = ids.filter(near), texts.filter(near)
+    return _Column(column, texts.take(pc.index_in(features.table["id"], value_set=ids)), table.name)
 
 
 def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -202,3 +203,26 @@ def test_lists_of_labels_come_back_from_the_matrix(lists):
     column = _Column("t", pa.array([json.dumps(labels) for labels in lists]), "f")
     names, matrix = _listed(column, None)
     assert [sorted(np.array(names)[row == 1].tolist()) for row in matrix] == [sorted(labels) for labels in lists]
+
+
+def test_a_file_of_near_duplicates_is_groups(kept, tmp_path):
+    """As `featurepipe.duplicates` writes it: exact copies have numbers of their own, and are one image anyway."""
+    columns = {
+        "kind": ["exact", "exact", "near", "near"],
+        "group": [0] * 4,
+        "id": ["b1", "b2", "a1", "b2"],
+        "label": [*"bbab"],
+    }
+    for name in ("g.parquet", "g.csv"):
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            pq.write_table(pa.table(columns), path)
+        else:
+            pa.csv.write_csv(pa.table(columns), path)
+        features, said = joined(kept, group=str(path))
+        assert features.groups.tolist() == ["0", None, None, "0"]
+        assert features.labels.tolist() == ["a", "a", "b", "b"]
+        assert said[0].startswith(f"groups: column group of {name}, 1 group (2 images without one, each for itself)")
+    path.write_text("id,patient\na1,p\n")
+    with pytest.raises(UsageError, match=r"unknown column 'group' in g\.csv; choices: patient"):
+        joined(kept, group=str(path))
