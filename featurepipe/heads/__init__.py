@@ -27,9 +27,15 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear.classifiers import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.linear.classifiers import fit_path as fit_path
     from featurepipe.heads.linear.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
+    from featurepipe.heads.linear.multilabel import MultilabelLinearSVC as MultilabelLinearSVC
+    from featurepipe.heads.linear.multilabel import MultilabelLogisticRegression as MultilabelLogisticRegression
+    from featurepipe.heads.linear.multilabel import MultilabelRidge as MultilabelRidge
+    from featurepipe.heads.linear.multilabel import fit_label_path as fit_label_path
     from featurepipe.heads.linear.ridge import BlockRidge as BlockRidge
     from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.linear.svr import BlockLinearSVR as BlockLinearSVR
+    from featurepipe.heads.multilabel import MultilabelNeighbours as MultilabelNeighbours
+    from featurepipe.heads.multilabel import MultilabelTrees as MultilabelTrees
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
     from featurepipe.heads.neighbours import BlockNeighbours as BlockNeighbours
     from featurepipe.heads.neighbours import BlockNeighboursRegressor as BlockNeighboursRegressor
@@ -67,12 +73,18 @@ _HOMES = {
     "BoostedTrees": "trees.boosted",
     "Bundle": "bundle.bundle",
     "HeadFamily": "families",
+    "MultilabelLinearSVC": "linear.multilabel",
+    "MultilabelLogisticRegression": "linear.multilabel",
+    "MultilabelNeighbours": "multilabel",
+    "MultilabelRidge": "linear.multilabel",
+    "MultilabelTrees": "multilabel",
     "bundle_text": "bundle.bundle",
     "check_bundle_target": "bundle.files",
     "class_scores": "calibration",
     "conformal_half_width": "statistics.conformal",
     "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",
+    "fit_label_path": "linear.multilabel",
     "fit_path": "linear.classifiers",
     "fit_temperature": "calibration",
     "h_score": "statistics.transferability",

@@ -103,8 +103,13 @@ class MappedBlocks:
 
     @property
     def targets(self) -> Any:
-        """Numbers to predict that the source carries, or None."""
+        """Numbers to predict, or several labels a row, that the source carries, or None."""
         return getattr(self.source, "targets", None)
+
+    @property
+    def target_names(self) -> Any:
+        """Of several labels that the source carries, their names; or None."""
+        return getattr(self.source, "target_names", None)
 
     @property
     def first(self) -> int:

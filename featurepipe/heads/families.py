@@ -222,6 +222,59 @@ _CONTINUOUS = (
         search_rows=20_000,
     ),
 )
+_MULTILABEL = (
+    HeadFamily(
+        "logistic",
+        "logistic regression with an L2 penalty, one label against the rest",
+        _ours("linear.multilabel", "MultilabelLogisticRegression"),
+        _ours("linear.multilabel", "MultilabelLogisticRegression"),
+        _grid(C=_DECADES),
+        bytes_per_value=12,
+        linear=True,
+        probabilities=True,
+    ),
+    HeadFamily(
+        "linear-svm",
+        "linear support vector machine, squared hinge, one label against the rest",
+        _ours("linear.multilabel", "MultilabelLinearSVC"),
+        _ours("linear.multilabel", "MultilabelLinearSVC"),
+        _grid(C=_DECADES),
+        bytes_per_value=16,
+        linear=True,
+    ),
+    HeadFamily(
+        "ridge",
+        "least squares on +1 and -1 with an L2 penalty, one label against the rest",
+        _ours("linear.multilabel", "MultilabelRidge"),
+        _ours("linear.multilabel", "MultilabelRidge"),
+        _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
+        bytes_per_value=16,
+        linear=True,
+    ),
+    HeadFamily(
+        "xgboost",
+        "gradient-boosted trees, some for each label",
+        _ours("multilabel", "MultilabelTrees"),
+        _ours("multilabel", "MultilabelTrees"),
+        _TREES_GRID,
+        bytes_per_value=12,
+        probabilities=True,
+        scaled=False,
+        search_rows=50_000,
+    ),
+    HeadFamily(
+        "knn",
+        "share of the nearest training images that have each label; keeps all their features",
+        _ours("multilabel", "MultilabelNeighbours"),
+        _ours("multilabel", "MultilabelNeighbours"),
+        _NEIGHBOURS_GRID,
+        bytes_per_value=8,
+        weights=False,
+        probabilities=True,
+        out_of_core=False,
+        search_rows=20_000,
+    ),
+)
 SMALL_VALUES = 20_000_000
 """Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
 
@@ -240,9 +293,9 @@ HEADS: Mapping[str, HeadFamily] = _by_name(_MULTICLASS)
 """The families for one class an image."""
 
 FAMILIES: Mapping[str, Mapping[str, HeadFamily]] = MappingProxyType(
-    {"multiclass": HEADS, "continuous": _by_name(_CONTINUOUS)}
+    {"multiclass": HEADS, "multilabel": _by_name(_MULTILABEL), "continuous": _by_name(_CONTINUOUS)}
 )
-"""The families by the type of their target, in scikit-learn's words: one class an image, or one number."""
+"""The families by the type of their target, in scikit-learn's words: one class an image, several labels, or one number."""
 
 
 def families_for(target_type: str) -> Mapping[str, HeadFamily]:
@@ -291,11 +344,12 @@ def make_head(
 
     Args:
         name: One of the families of the target type, ``FAMILIES[target_type]``.
-        target_type: ``"multiclass"``: one class an image; ``"continuous"``: one number an image, in any unit.
+        target_type: ``"multiclass"``: one class an image; ``"multilabel"``: several labels an image, present, absent or unknown;
+            ``"continuous"``: one number an image, in any unit.
         scale: Standardise features first; by default for every family but xgboost, whose trees do not see the scale.
         pca: Project onto so many principal components (a whole number), or onto as many as explain this share of the variance
             (below 1); None for none.
-        class_weight: None, ``"balanced"`` or a dict from label to weight.
+        class_weight: None, ``"balanced"`` or a dict from label to weight; for several labels from 0 (absent) and 1 to weight.
         random_state: Seed of whatever is random.
         out_of_core: Every step takes a ``FeatureSet`` or other ``Blocks`` (and arrays), and keeps to ``memory``; else arrays
             only, with scikit-learn's own estimators where it has one.
@@ -310,6 +364,8 @@ def make_head(
         LogisticRegression(C=0.01, max_iter=5000, random_state=0)
         >>> make_head("ridge", target_type="continuous", alpha=10.0).named_steps["head"]
         Ridge(alpha=10.0, random_state=0)
+        >>> make_head("logistic", target_type="multilabel", label_names=["cat", "dog"]).named_steps["head"]
+        MultilabelLogisticRegression(label_names=['cat', 'dog'])
     """
     family = family_for(name, target_type)
     if class_weight is not None and target_type == "continuous":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from featurepipe.heads.row_shards import RowShards, concatenated, remote_row_sha
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Found = TypeVar("Found")
 _DTYPES = [np.float64, np.float32, np.float16]  # kept as they are; everything else becomes float64
 
 
@@ -137,7 +138,8 @@ def training_data(
     Raises:
         UsageError: There are fewer than two classes, a value is not finite, or the lengths differ.
     """
-    blocks, found = _checked_features(estimator, features, labels, labels_of)
+    blocks, found = checked_features(estimator, features, labels, labels_of)
+    found = column_or_1d(found, warn=True)
     if len(found) != blocks.shape[0]:
         raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} labels: give one label a row")
     classes, codes = classes_of(found)
@@ -157,7 +159,8 @@ def regression_data(estimator: Any, features: Any, targets: Any, *, sample_weigh
     Raises:
         UsageError: A target is missing, text or infinite, all are the same, a feature is not finite, or the lengths differ.
     """
-    blocks, found = _checked_features(estimator, features, targets, targets_of)
+    blocks, found = checked_features(estimator, features, targets, targets_of)
+    found = column_or_1d(found, warn=True)
     if len(found) != blocks.shape[0]:
         raise UsageError(f"{blocks.shape[0]} rows of features but {len(found)} targets: give one number a row")
     weights = sample_weights(sample_weight, len(found))
@@ -180,10 +183,10 @@ def numbers_to_learn(targets: Floats, weights: Floats | None = None) -> None:
         )
 
 
-def _checked_features(
-    estimator: Any, features: Any, wanted: Any, wanted_of: Callable[[Any, Any], Array]
-) -> tuple[Blocks, Array]:
-    """The features as ``Blocks`` that look at their values, and the (n,) labels or targets."""
+def checked_features(
+    estimator: Any, features: Any, wanted: Any, wanted_of: Callable[[Any, Any], Found]
+) -> tuple[Blocks, Found]:
+    """The features as ``Blocks`` that look at their values, and what ``wanted_of`` makes of them and of ``wanted``."""
     if is_blocks(features):
         estimator.n_features_in_ = features.shape[1]
         blocks: Blocks = FiniteBlocks(features)
@@ -194,7 +197,7 @@ def _checked_features(
         array = validate_data(estimator, features, dtype=_DTYPES, ensure_all_finite=False)
         found = wanted_of(features, wanted)
         blocks = _finite_array(array)
-    return blocks, np.asarray(column_or_1d(found, warn=True))
+    return blocks, found
 
 
 def classes_of(labels: Array) -> tuple[Array, Codes]:

@@ -28,7 +28,7 @@ from featurepipe.heads import (
 )
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
 from featurepipe.heads.gram import gram_of, moments_of
-from featurepipe.heads.linear import passes
+from featurepipe.heads.linear import multilabel, passes
 from featurepipe.heads.linear.row_sums import Sums
 
 ROWS, WIDTH = 3000, 24
@@ -128,6 +128,29 @@ def test_pipelines_run_where_the_rows_are(dask_executor, kind, before):
     here = make_pipeline(*before, kind(C=0.1)).fit(ArrayBlocks(features), labels)
     assert_same_optimum(there[-1], here[-1], here[:-1].transform(ArrayBlocks(features)).read(np.float64), labels)
     np.testing.assert_allclose(scores, here.decision_function(ArrayBlocks(features)), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["logistic", "logistic in float32", "linear-svm", "ridge", "knn", "xgboost"])
+def test_several_labels_are_learned_where_the_rows_are(dask_executor, name, monkeypatch):
+    name, _, rounded = name.partition(" ")
+    if rounded:
+        monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
+    if name != "logistic" or rounded:  # begin in the shared basis, though there are few columns
+        monkeypatch.setattr(multilabel, "_OWN_FROM", 0)
+    features, names = made(4)
+    labels = (names[:, None] == NAMES).astype(np.float32)
+    labels[:, 3] = features[:, 5] > 1.5
+    labels[np.random.default_rng(0).random(labels.shape) < 0.2] = np.nan
+    kind = {"target_type": "multilabel", "out_of_core": True, "label_names": NAMES.tolist()}
+    kind |= {"n_estimators": 5, "n_jobs": 1} if name == "xgboost" else {}
+    here = make_head(name, **kind).fit(ArrayBlocks(features), labels)
+    there = make_head(name, **kind).fit(spread(NotHere(features), dask_executor) if name != "knn" else features, labels)
+    found = there.decision_function(spread(features, dask_executor))
+    expected = here.decision_function(ArrayBlocks(features))
+    if name == "xgboost":  # quantiles are joined from those of the workers
+        assert np.mean((found > 0) == (expected > 0)) > 0.97
+    else:
+        np.testing.assert_allclose(found, expected, atol={"ridge": 1e-8}.get(name, 2e-2))
 
 
 class NotHere(ArrayBlocks):

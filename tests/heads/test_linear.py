@@ -333,7 +333,7 @@ def test_the_svm_without_an_intercept_is_liblinears():
 
 
 def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
-    """``_finished`` takes the problems that stopped early, from where they stopped, and no others."""
+    """``finished`` takes the problems that stopped early, from where they stopped, and no others."""
     from featurepipe.heads.linear import classifiers as linear
     from featurepipe.heads.linear.optimisers import Optimum
 
@@ -346,7 +346,7 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
         return [Optimum(start + 1, 5, converged=is_last or chosen[place] == 3) for place, start in enumerate(starts)]
 
     stopped = [Optimum(np.full((1, 4), float(i)), 7, converged=i not in (1, 3)) for i in range(4)]
-    found = linear._finished(stopped, prepared, 100, solve)
+    found = linear.finished(stopped, prepared, 100, solve)
     first, second = asked
     assert first[:4] == ("lbfgs", np.float64, np.float64, [1, 3])
     assert second[:4] == ("newton", np.float64, np.float64, [1])  # what L-BFGS has not finished
@@ -360,7 +360,7 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
         (4, 12, True),
     ]
     at_the_end = [Optimum(np.zeros((1, 4)), 100, converged=False)]
-    assert linear._finished(at_the_end, prepared, 100, solve) is at_the_end  # it had its iterations
+    assert linear.finished(at_the_end, prepared, 100, solve) is at_the_end  # it had its iterations
     assert len(asked) == 2
 
 

@@ -25,7 +25,7 @@ Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
 Method = Callable[[Any, OptimiserSettings], Optimiser]
 
 _NEARING = 500  # iterations of L-BFGS in float64 before Newton's method takes over
-_SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
+SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _solve(
         codes = np.minimum(np.searchsorted(chosen, data.codes), len(chosen) - 1)  # of rows without weight: any
         found = _solve_group(estimator, prepared, data.classes[chosen], codes, weights[members], Cs)
         solutions |= dict(zip(members, found, strict=True))
-    _warn([solution for row in solutions.values() for solution in row], estimator)
+    warn_unconverged([solution for row in solutions.values() for solution in row], estimator)
     return [solutions[number] for number in range(len(weights))]
 
 
@@ -189,21 +189,21 @@ def _solve_group(
             intercept_penalty=objective.intercept_penalty,
             memory=estimator.memory,
         )
-        settings = [OptimiserSettings(estimator.tol / _SAFETY, most, loss.refresh, loss.growth) for most in iterations]
+        settings = [OptimiserSettings(estimator.tol / SAFETY, most, loss.refresh, loss.growth) for most in iterations]
         return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
-    points = [_start(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
+    points = [start_point(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
     optima = solve(lbfgs, prepared, range(len(problems)), points, [estimator.max_iter] * len(problems))
-    optima = _finished(optima, prepared, estimator.max_iter, solve)
+    optima = finished(optima, prepared, estimator.max_iter, solve)
     each = len(targets)
     groups = [optima[first : first + each] for first in range(0, len(optima), each)]
     found = [_solution(classes, group, prepared, intercept=estimator.fit_intercept) for group in groups]
     return [found[first : first + len(Cs)] for first in range(0, len(found), len(Cs))]
 
 
-def _finished(
+def finished(
     optima: list[Optimum], prepared: Prepared, max_iter: int, solve: Callable[..., list[Optimum]]
 ) -> list[Optimum]:
     """Goes on in float64 where float32 could not tell the objective from its neighbours before the optimum was reached.
@@ -230,7 +230,8 @@ def _finished(
     return finished
 
 
-def _start(intercepts: Array, width: int, *, intercept: bool) -> Array:
+def start_point(intercepts: Array, width: int, *, intercept: bool) -> Array:
+    """The point (K, D + 1), or (K, D) without an intercept, at these intercepts and zero coefficients."""
     coefficients = np.zeros((len(intercepts), width))
     return np.column_stack([coefficients, intercepts]) if intercept else coefficients
 
@@ -282,7 +283,8 @@ def _class_factors(class_weight: Any, classes: Array, totals: Array) -> Array:
     return np.asarray(compute_class_weight(class_weight, classes=classes, y=classes))
 
 
-def _warn(solutions: list[Solution], estimator: BlockLinearClassifier) -> None:
+def warn_unconverged(solutions: Sequence[Solution | Optimum], estimator: BaseEstimator) -> None:
+    """Warns of fits that ``max_iter`` ended."""
     failed = sum(not solution.converged for solution in solutions)
     if failed:
         warnings.warn(

@@ -36,9 +36,9 @@ class Loss(Protocol):
 
         Args:
             scores: (P, K, m); overwritten by the weighted derivatives by the scores.
-            codes: (m,) class number of each row.
+            codes: (m,) class number of each row; or for losses of two classes (L, m), whether each of L labels is positive.
             weights: (P, m) weight of each row in each problem.
-            targets: (P,) which class is the positive one, for losses of two classes.
+            targets: (P,) which class, or which label, is the positive one, for losses of two classes.
 
         Returns:
             (P,) weighted sums, float64.
@@ -98,13 +98,13 @@ class SoftmaxLoss:
 
 
 class BinomialLoss:
-    """The logistic loss of one column: the class ``target`` against the other."""
+    """The logistic loss of one column: the class ``target`` against the other, or the label ``target``."""
 
     refresh, growth, redundant = 5, 1.5, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        score, positive = scores[:, 0], codes == targets[:, None]
+        score, positive = scores[:, 0], _positive(codes, targets)
         losses = np.logaddexp(0, np.where(positive, -score, score))
         values: Array = np.einsum("pm,pm->p", losses, weights, dtype=np.float64)
         scores[:, 0] = weights * (expit(score) - positive)
@@ -124,13 +124,13 @@ class BinomialLoss:
 
 
 class SquaredHingeLoss:
-    """The squared hinge ``max(0, 1 - sign * score) ** 2`` of one column: the class ``target`` against all others."""
+    """The squared hinge ``max(0, 1 - sign * score) ** 2`` of one column: a class against all others, or a label."""
 
     refresh, growth, redundant = 2, 1.0, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        sign = np.where(codes == targets[:, None], 1, -1).astype(scores.dtype)
+        sign = np.where(_positive(codes, targets), 1, -1).astype(scores.dtype)
         short = np.maximum(1 - sign * scores[:, 0], 0)
         weighted = short * weights
         values: Array = np.einsum("pm,pm->p", short, weighted, dtype=np.float64)
@@ -139,17 +139,22 @@ class SquaredHingeLoss:
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:
         """See ``Loss``; 2 for rows inside the margin, else 0 (the generalised second derivative)."""
-        sign = np.where(codes == target, 1, -1)
+        sign = np.where(_positive(codes, np.array([target]))[0], 1, -1)
         return np.asarray((sign * scores < 1) * (2 * weights))
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:
         """See ``Loss``."""
-        sign = np.where(codes == targets[:, None], 1, -1)
+        sign = np.where(_positive(codes, targets), 1, -1)
         changes *= (sign[:, None, :] * scores < 1) * (2 * weights[:, None, :])
 
     def start(self, class_weights: Array) -> Array:  # noqa: ARG002
         """See ``Loss``."""
         return np.zeros(1)
+
+
+def _positive(codes: Codes, targets: Codes) -> npt.NDArray[np.bool_]:
+    """Returns (P, m): whether each row is of the problem's class, or has its label where codes are (L, m)."""
+    return np.asarray(codes == targets[:, None] if codes.ndim == 1 else codes[targets] > 0)
 
 
 def _softmax(scores: Array) -> Array:
@@ -211,6 +216,46 @@ class Measured:
         rows = np.concatenate(self._waiting[number])
         self._waiting[number].clear()
         self.sums[number] += np.einsum("ij,ij->j", rows, rows) if self.sums.ndim == 2 else rows.T @ rows
+
+
+class RotatedDiagonals:
+    """Diagonals of ``sum_i(h_i * outer(z_i, z_i))`` in a basis that several weightings h share; z is the rotated row.
+
+    Where problems differ in their targets alone, the second derivatives of all are nearly diagonal in the directions of the
+    features' principal components. To rotate a row once for all problems costs little beside a matrix for each of them.
+
+    Args:
+        count: Weightings.
+        mean: (D,) of the rows.
+        basis: (D, D) orthogonal, of the same dtype.
+        centre: Subtract the mean.
+        intercept: Append a one.
+        share: Rows to use of all there are, a fraction.
+    """
+
+    def __init__(self, count: int, mean: Array, basis: Array, *, centre: bool, intercept: bool, share: float) -> None:
+        self.sums = np.zeros((count, len(mean) + intercept))
+        self._mean = mean if centre else np.zeros_like(mean)
+        self._basis, self._intercept, self._share = basis, intercept, share
+
+    def add(self, block: Array, curvature: Array) -> None:
+        """Adds the rows of a block (m, D), weighted by ``curvature`` (K, m)."""
+        totals = curvature.sum(axis=1, dtype=np.float64)
+        relative = (curvature / np.where(totals > 0, totals, 1)[:, None]).sum(axis=0)
+        rows, weights = _choose(relative, self._share)
+        if not len(rows):
+            return
+        amounts = curvature[:, rows] * (weights / relative[rows])
+        rotated = (block[rows] - self._mean) @ self._basis
+        np.square(rotated, out=rotated)
+        width = len(self._mean)
+        self.sums[:, :width] += amounts.astype(block.dtype) @ rotated
+        if self._intercept:
+            self.sums[:, width] += amounts.sum(axis=1)
+
+    def finish(self) -> list[Array]:
+        """Returns the diagonals, (1, size) for each weighting."""
+        return [row[None] for row in self.sums]
 
 
 def share_of(rows: int, width: int) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 
-from featurepipe.heads.blocks import Blocks, MappedBlocks, rows_per_block, working_dtype
+from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.linear.losses import (
@@ -20,6 +21,7 @@ from featurepipe.heads.linear.losses import (
     Loss,
     Measured,
     Penalty,
+    RotatedDiagonals,
     share_of,
 )
 from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
@@ -31,6 +33,7 @@ Array = npt.NDArray[Any]
 
 _CENTRE_FROM = 30  # |mean| / deviation from which float32 products of uncentred columns lose too many digits
 _SMALL_BYTES = 32 << 20  # features that take no more as float64 are computed in it, whatever they are
+_ROWS_PER_DIRECTION = 8  # that principal directions are found from
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -41,7 +44,7 @@ class FitProblem:
     Attributes:
         fold: Which row weights.
         C: Of the objective.
-        target: The positive class of a loss of two classes.
+        target: The positive class, or the label, of a loss of two classes.
     """
 
     fold: int
@@ -82,6 +85,16 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred)
 
 
+def curvature_bytes(memory: int | None) -> int:
+    """What the second derivatives of all problems may take together."""
+    return _CURVATURE_BYTES if memory is None else memory // 2
+
+
+def matrix_bytes(prepared: Prepared) -> int:
+    """What one problem's second derivative takes while it is measured: the old, the new, and rows for it."""
+    return 3 * (len(prepared.mean) + 1) ** 2 * prepared.dtype.itemsize
+
+
 def _less(block: Array, *, mean: Array) -> Array:
     return np.asarray(block - mean)
 
@@ -103,24 +116,30 @@ class Passes:
         intercept: bool,
         intercept_penalty: float,
         memory: int | str | None,
+        basis: Array | None = None,
     ) -> None:
         """Stores what the passes need.
 
         Args:
             prepared: (n, D) features.
-            codes: (n,) class numbers; sent to the rows once, as the weights are.
+            codes: (n,) class numbers, or (L, n) of zeros and ones for L labels; sent to the rows once, as the weights are.
             weights: (F, n) row weights of each fold, zero for rows outside it.
             problems: What to minimise.
             loss: Of all problems.
             intercept: Whether there is one.
             intercept_penalty: Factor of half its square in the objective.
             memory: Limit for blocks and preconditioners, in bytes or as text; None for none.
+            basis: (D, D) orthogonal; points are then coefficients in it, which changes no objective, and curvature is measured
+                as diagonals there, for all problems together.
         """
         self.prepared, self.problems, self.loss = prepared, problems, loss
         self.rows = prepared.shares.beside(codes, np.asarray(weights, prepared.dtype))
         self.intercept, self.intercept_penalty = intercept, intercept_penalty
         limits = [limit for limit in (memory, self.rows.memory) if limit is not None]
         self.memory = min(map(bytes_of, limits), default=None)
+        self.basis = basis
+        mean = prepared.mean.astype(np.float64)
+        self._mean = mean if basis is None else mean @ basis
         self.count = 0
 
     def __call__(self, numbers: list[int], requests: list[Evaluate]) -> list[Evaluation]:
@@ -137,7 +156,8 @@ class Passes:
     def _values(self, problems: list[FitProblem], requests: list[Evaluate]) -> list[Evaluation]:
         """Objectives and gradients, and curvature where it is asked for."""
         measures = [self._measure(request) for request in requests]
-        sums = self.rows.reduce(Values(**self._order(problems, requests), measures=measures))
+        together = None if self.basis is None else self._together
+        sums = self.rows.reduce(Values(**self._order(problems, requests), measures=measures, together=together))
         found = zip(problems, requests, sums.losses, self._gradients(sums, requests), sums.curvature, strict=True)
         return [self._evaluation(problem, asked.point, *parts) for problem, asked, *parts in found]
 
@@ -165,7 +185,8 @@ class Passes:
     def _linear(self, points: Array) -> Linear:
         """What makes scores of blocks at these points, in the dtype of the features."""
         dtype, width = self.prepared.dtype, len(self.prepared.mean)
-        coefficients = points[:, :, :width].reshape(-1, width).astype(dtype)
+        posed = points[:, :, :width].reshape(-1, width)
+        coefficients = (posed if self.basis is None else posed @ self.basis.T).astype(dtype)
         bias = points[:, :, width].ravel() if self.intercept else np.zeros(len(coefficients))
         if not self.prepared.centred:
             bias = bias - coefficients.astype(np.float64) @ self.prepared.mean
@@ -176,6 +197,8 @@ class Passes:
         by_coefficient = sums.products
         if not self.prepared.centred:
             by_coefficient = by_coefficient - sums.totals[:, None] * self.prepared.mean
+        if self.basis is not None:
+            by_coefficient = by_coefficient @ self.basis
         gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
         return gradients.reshape(len(requests), *requests[0].point.shape)
 
@@ -191,7 +214,7 @@ class Passes:
 
     def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
-        width, mean = len(self.prepared.mean), self.prepared.mean.astype(np.float64)
+        width, mean = len(self._mean), self._mean
         coefficients = point[:, :width]
         penalty = np.vdot(coefficients, coefficients) / 2
         gradient *= problem.C
@@ -208,7 +231,7 @@ class Passes:
 
     def _preconditioner(self, problem: FitProblem, curvature: Array) -> Precondition:
         """The inverse of curvature and penalty."""
-        mean = self.prepared.mean.astype(np.float64)
+        mean = self._mean
         penalty = Penalty(np.ones(len(mean)), mean, 0.0)
         if self.intercept:
             penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
@@ -224,8 +247,7 @@ class Passes:
             return None
         width = len(self.prepared.mean)
         columns = len(request.point) if request.curvature == "each" else 1
-        allowed = _CURVATURE_BYTES if self.memory is None else self.memory // 2
-        matrix = 3 * len(self.problems) * (width + 1) ** 2 * self.prepared.dtype.itemsize  # old, new, and rows for it
+        allowed, matrix = curvature_bytes(self.memory), len(self.problems) * matrix_bytes(self.prepared)
         columns = columns if columns * matrix <= allowed else 1
         return partial(
             Measured,
@@ -237,10 +259,45 @@ class Passes:
             diagonal=width > WIDEST or matrix > allowed,
         )
 
+    @property
+    def _together(self) -> Callable[[int], RotatedDiagonals]:
+        """How to sum the curvature of several problems in the basis that they share."""
+        dtype, width = self.prepared.dtype, len(self.prepared.mean)
+        return partial(
+            RotatedDiagonals,
+            mean=self.prepared.mean,
+            basis=np.asarray(self.basis, dtype),
+            centre=not self.prepared.centred,
+            intercept=self.intercept,
+            share=share_of(self.rows.rows, width),
+        )
+
     def _block_rows(self, columns: int) -> int:
         """Rows of a block: its scores take memory too."""
         limit = None if self.memory is None else self.memory // 4
         return rows_per_block(len(self.prepared.mean) + 4 * columns, self.prepared.dtype, limit)
+
+
+def principal_basis(prepared: Prepared, memory: int | str | None = None) -> Array:
+    """Returns the (D, D) principal directions of some of the rows, evenly spaced: a basis, orthogonal in float64."""
+    count, width = prepared.shares.rows, len(prepared.mean)
+    step = max(1, count // (_ROWS_PER_DIRECTION * width))
+    centre = None if prepared.centred else prepared.mean
+    scatter = prepared.shares.reduce(
+        partial(_scatter, step=step, centre=centre, dtype=prepared.dtype, memory=memory, width=width)
+    )
+    return np.asarray(scipy.linalg.eigh(scatter, overwrite_a=True, check_finite=False)[1])
+
+
+def _scatter(
+    blocks: Blocks, *, step: int, centre: Array | None, dtype: np.dtype[Any], memory: int | str | None, width: int
+) -> Array:
+    """Sums ``outer(x, x)`` of every so manieth row of a shard."""
+    total = np.zeros((width, width))
+    for _, block in iterate(blocks, memory=memory, dtype=dtype):
+        rows = block[::step] if centre is None else block[::step] - centre
+        total += rows.T @ rows
+    return total
 
 
 def _zero_sum(solve: Precondition) -> Precondition:

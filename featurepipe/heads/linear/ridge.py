@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array
-from featurepipe.heads.gram import Gram, gram_of
+from featurepipe.heads.gram import gram_of
 from featurepipe.heads.inputs import (
     BlockClassifier,
     BlockRegressor,
@@ -67,7 +67,7 @@ class BlockRidgeClassifier(BlockClassifier, BaseEstimator):  # type: ignore[misc
         targets = 2 * gram.class_weights / gram.weight - 1
         if len(data.classes) == 2:
             moments, targets = moments[1:], targets[1:]
-        self.coef_ = _solve(gram, self.alpha, moments)
+        self.coef_ = solve_normal(gram.scatter, self.alpha, moments)
         self.intercept_ = targets - self.coef_ @ gram.mean
         return self
 
@@ -118,7 +118,7 @@ class BlockRidge(BlockRegressor, BaseEstimator):  # type: ignore[misc]
         data = regression_data(self, X, y, sample_weight=sample_weight)
         centred = data.targets - data.mean
         gram = gram_of(data.blocks, None, 0, data.weights, targets=centred[None], memory=self.memory)
-        self.coef_ = _solve(gram, self.alpha, gram.target_products)[0]
+        self.coef_ = solve_normal(gram.scatter, self.alpha, gram.target_products)[0]
         self.intercept_ = float(data.mean - self.coef_ @ gram.mean)
         return self
 
@@ -132,8 +132,9 @@ def _check_alpha(alpha: float) -> None:
         raise UsageError(f"alpha={alpha!r} must be 0 or more")
 
 
-def _solve(gram: Gram, alpha: float, moments: Floats) -> Floats:
-    system = gram.scatter + alpha * np.eye(len(gram.mean))
+def solve_normal(scatter: Floats, alpha: float, moments: Floats) -> Floats:
+    """Solves ``(scatter + alpha * I) b = m`` for each row m of (K, D) moments; the smallest solution where it is singular."""
+    system = scatter + alpha * np.eye(len(scatter))
     try:
         factor = scipy.linalg.cho_factor(system, check_finite=False)
         diagonal = np.abs(np.diagonal(factor[0]))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import Array, Blocks, iterate
-from featurepipe.heads.linear.losses import Loss, Measured
+from featurepipe.heads.linear.losses import Loss, Measured, RotatedDiagonals
 
 Codes = npt.NDArray[np.integer[Any]]
 
@@ -130,23 +130,36 @@ class Values(Order):
 
     Attributes:
         measures: For each problem what makes a ``Measured``, or None.
+        together: Makes ``RotatedDiagonals`` for the curvature of so many problems, instead of a ``Measured`` for each.
     """
 
     measures: list[Callable[[], Measured] | None]
+    together: Callable[[int], RotatedDiagonals] | None = None
 
     def __call__(self, blocks: Blocks, codes: Codes, weights: Array) -> Sums:
-        """Sums over a share: (m, D) blocks, (m,) codes and (F, m) weights."""
-        measured = [None if measure is None else measure() for measure in self.measures]
+        """Sums over a share: (m, D) blocks, (m,) or (L, m) codes and (F, m) weights."""
+        asked = [number for number, measure in enumerate(self.measures) if measure is not None]
+        together = self.together(len(asked)) if self.together is not None and asked else None
+        measured = [None if measure is None or together else measure() for measure in self.measures]
         sums = self._nothing([])
         for place, block in iterate(blocks, rows=self.rows, dtype=self.dtype):
-            scores, own, classes = self.at.scores(block), weights[self.folds, place], codes[place]
+            scores, own, classes = self.at.scores(block), weights[self.folds, place], codes[..., place]
+
+            def amounts(number: int, scores: Array = scores, own: Array = own, classes: Codes = classes) -> Array:
+                return self.loss.curvature(scores[number], classes, own[number], self.targets[number])
+
+            if together is not None:
+                together.add(block, np.concatenate([amounts(number) for number in asked]))
             for number, into in enumerate(measured):
                 if into is not None:
-                    amounts = self.loss.curvature(scores[number], classes, own[number], self.targets[number])
-                    into.add(block, amounts if len(into.sums) > 1 else amounts.mean(axis=0, keepdims=True))
+                    found = amounts(number)
+                    into.add(block, found if len(into.sums) > 1 else found.mean(axis=0, keepdims=True))
             sums.losses += self.loss.residuals(scores, classes, own, self.targets)
             sums.add(scores, block)
         sums.curvature = [None if into is None else into.finish() for into in measured]
+        if together is not None:
+            for number, found in zip(asked, together.finish(), strict=True):
+                sums.curvature[number] = found
         return sums
 
 
@@ -165,6 +178,6 @@ class Products(Order):
         sums = self._nothing([None] * self.at.shape[0])
         for place, block in iterate(blocks, rows=self.rows, dtype=self.dtype):
             scores, changes = self.at.scores(block), self.towards.scores(block)
-            self.loss.bend(scores, changes, codes[place], weights[self.folds, place], self.targets)
+            self.loss.bend(scores, changes, codes[..., place], weights[self.folds, place], self.targets)
             sums.add(changes, block)
         return sums

@@ -1,0 +1,310 @@
+"""Heads for several labels of each row: scikit-learn's one-against-the-rest optimum, unknown entries, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.families import FAMILIES, make_head
+from featurepipe.heads.label_matrix import label_matrix, labels_given
+from featurepipe.heads.linear import multilabel
+from featurepipe.heads.linear.multilabel import (
+    MultilabelLinearSVC,
+    MultilabelLogisticRegression,
+    MultilabelRidge,
+    fit_label_path,
+)
+from featurepipe.heads.multilabel import MultilabelNeighbours, MultilabelTrees
+from featurepipe.heads.trees.boosted import BoostedTrees
+
+ROWS, WIDTH, LABELS = 600, 30, 5
+NAMES = ["cat", "dog", "emu", "fox", "gnu"]
+QUICK = {"xgboost": {"n_estimators": 8, "max_depth": 3, "n_jobs": 1}}
+
+
+@functools.cache
+def made(dtype=np.float64):
+    """Columns of different scales and means, labels from 1 % to 76 % positive, a third of the entries unknown, and weights."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((ROWS, WIDTH)) * np.linspace(0.5, 3, WIDTH) + 2
+    scores = features @ rng.standard_normal((WIDTH, LABELS)) + 3 * rng.standard_normal((ROWS, LABELS))
+    labels = (scores > np.array([0, 5, 10, -5, 20])).astype(np.float32)
+    some = np.where(rng.random(labels.shape) < 0.3, np.nan, labels).astype(np.float32)
+    return features.astype(dtype), labels, some, rng.uniform(0.2, 3, ROWS)
+
+
+def objective(kind, coef, intercept, X, y, weights, C):
+    """What is minimised for one label, in float64, written here once more."""
+    margins = np.where(y == 1, 1, -1) * (X.astype(np.float64) @ coef + intercept)
+    if kind is MultilabelLogisticRegression:
+        return C * (weights * np.logaddexp(0, -margins)).sum() + coef @ coef / 2
+    return C * (weights * np.maximum(0, 1 - margins) ** 2).sum() + (coef @ coef + intercept**2) / 2
+
+
+def theirs(kind, C, **options):
+    if kind is MultilabelLogisticRegression:
+        return LogisticRegression(C=C, solver="newton-cholesky", tol=1e-10, max_iter=1000, **options)
+    return LinearSVC(C=C, dual=False, tol=1e-10, max_iter=100_000, **options)
+
+
+@pytest.mark.parametrize("own_from", [0, 6], ids=["shared basis first", "a matrix each"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
+def test_each_label_reaches_scikit_learns_optimum_on_its_known_rows(kind, unknown, weighted, own_from, monkeypatch):
+    monkeypatch.setattr(multilabel, "_OWN_FROM", own_from)
+    X, whole, some, weights = made()
+    Y = some if unknown else whole
+    weights = weights if weighted else np.ones(ROWS)
+    for C in (0.01, np.array([0.01, 1, 100, 0.1, 10])):
+        head = kind(C=C).fit(X, Y, sample_weight=weights if weighted else None)
+        predicted = head.predict(X)
+        for label, own in enumerate(np.broadcast_to(C, LABELS)):
+            known = ~np.isnan(Y[:, label])
+            data = X[known], Y[known, label], weights[known]
+            other = theirs(kind, own).fit(*data)
+            ours = objective(kind, head.coef_[label], head.intercept_[label], *data, own)
+            least = objective(kind, other.coef_[0], other.intercept_[0], *data, own)
+            assert least * (1 - 1e-7) <= ours <= least * (1 + 1e-5)
+            assert np.mean(predicted[:, label] == other.predict(X)) >= 0.999
+
+
+@pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
+def test_it_is_one_vs_rest_of_scikit_learn(kind):
+    X, Y, _, _ = made()
+    ours = kind(C=0.1, class_weight="balanced").fit(X, Y)
+    other = OneVsRestClassifier(theirs(kind, 0.1, class_weight="balanced")).fit(X, Y)
+    assert np.mean(ours.predict(X) == other.predict(X)) >= 0.999
+    np.testing.assert_allclose(ours.decision_function(X), other.decision_function(X), atol=1e-2)
+    if kind is MultilabelLogisticRegression:
+        np.testing.assert_allclose(ours.predict_proba(X), other.predict_proba(X), atol=1e-3)
+    weighted = kind(C=0.1, class_weight={1: 2.0, 0: 0.5}).fit(X, Y)
+    alike = theirs(kind, 0.1, class_weight={1: 2.0, 0: 0.5}).fit(X, Y[:, 0])
+    np.testing.assert_allclose(weighted.decision_function(X)[:, 0], alike.decision_function(X), atol=1e-2)
+
+
+@pytest.mark.parametrize("own_from", [0, 6])
+@pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
+def test_wide_float32_features_that_are_streamed_reach_the_same_optimum(kind, own_from, stored, monkeypatch):
+    monkeypatch.setattr(multilabel, "_OWN_FROM", own_from)
+    monkeypatch.setitem(multilabel.prepare.__globals__, "_SMALL_BYTES", 0)
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((1500, 60)).astype(np.float32) @ rng.standard_normal((60, 200)).astype(np.float32) + 1
+    Y = (X @ rng.standard_normal((200, 8)) > 15 * rng.standard_normal((1500, 8)) + 20).astype(np.float32)
+    Y[rng.random(Y.shape) < 0.2] = np.nan
+    blocks = stored(X)
+    head = kind(C=1e-3, memory="900kB").fit(blocks, Y)
+    assert blocks.most < len(X) / 3
+    for label in range(8):
+        known = ~np.isnan(Y[:, label])
+        data = X[known].astype(np.float64), Y[known, label], np.ones(known.sum())
+        other = theirs(kind, 1e-3).fit(*data)
+        least = objective(kind, other.coef_[0], other.intercept_[0], *data, 1e-3)
+        assert objective(kind, head.coef_[label], head.intercept_[label], *data, 1e-3) <= least * (1 + 1e-5)
+
+
+def test_without_an_intercept():
+    X, Y, _, _ = made()
+    head = MultilabelLogisticRegression(C=0.1, fit_intercept=False).fit(X, Y)
+    other = LogisticRegression(C=0.1, fit_intercept=False, tol=1e-10, solver="newton-cholesky").fit(X, Y[:, 2])
+    np.testing.assert_allclose(head.decision_function(X)[:, 2], other.decision_function(X), atol=1e-2)
+    assert not head.intercept_.any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("unknown", [False, True])
+def test_ridge_is_that_of_each_labels_known_rows(unknown, weighted, wrap, monkeypatch):
+    X, whole, some, weights = made()
+    Y = some if unknown else whole
+    alpha = np.array([0.1, 1, 3, 10, 100])
+    head = MultilabelRidge(alpha=alpha, memory="100kB").fit(wrap(X), Y, weights if weighted else None)
+    for label in range(LABELS):
+        known = ~np.isnan(Y[:, label])
+        other = RidgeClassifier(alpha=alpha[label])
+        other.fit(X[known], Y[known, label], sample_weight=weights[known] if weighted else None)
+        np.testing.assert_allclose(head.coef_[label], np.ravel(other.coef_), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(head.intercept_[label], np.ravel(other.intercept_)[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "distance"])
+def test_neighbours_of_a_label_are_the_nearest_rows_where_it_is_known(weights, wrap):
+    X, whole, some, _ = made()
+    for Y in (whole, some):
+        head = MultilabelNeighbours(7, weights=weights).fit(wrap(X[:500]), Y[:500])
+        shares = head.predict_proba(wrap(X[400:]))  # some of them are their own neighbours
+        for label in range(LABELS):
+            known = ~np.isnan(Y[:500, label])
+            other = KNeighborsClassifier(7, weights=weights, algorithm="brute").fit(
+                X[:500][known], Y[:500][known, label]
+            )
+            np.testing.assert_allclose(shares[:, label], other.predict_proba(X[400:])[:, 1], atol=1e-6)
+            assert (head.predict(X[400:])[:, label] == other.predict(X[400:])).all()
+    with pytest.raises(UsageError, match="n_neighbors=501: give a number from 1 to 500"):
+        MultilabelNeighbours(501).fit(X[:500], whole[:500])
+
+
+def test_trees_of_a_label_are_those_of_its_known_rows():
+    X, whole, some, _ = made()
+    options = {"n_estimators": 5, "max_depth": 3, "n_jobs": 1, "random_state": 0}
+    head = MultilabelTrees(**options).fit(X, some)
+    alone = BoostedTrees(**options).fit(X, whole[:, 1].astype(int))
+    assert (MultilabelTrees(**options).fit(X, whole).decision_function(X)[:, 1] == alone.decision_function(X)).all()
+    known = ~np.isnan(some[:, 1])
+    alone = BoostedTrees(**options).fit(X[known], whole[known, 1].astype(int))
+    np.testing.assert_allclose(head.decision_function(X)[:, 1], alone.decision_function(X), atol=0.1)
+    stopped = MultilabelTrees(early_stopping_rounds=2, **options).fit(
+        X[:400], some[:400], eval_set=(X[400:], some[400:])
+    )
+    assert [1 <= one.best_iteration_ + 1 <= 5 for one in stopped.heads_] == [True] * LABELS
+    with pytest.raises(UsageError, match="early_stopping_rounds needs validation data"):
+        MultilabelTrees(early_stopping_rounds=2).fit(X, some)
+
+
+@pytest.mark.parametrize("name", FAMILIES["multilabel"])
+def test_every_family_by_name(name, stored):
+    X, _, some, _ = made(np.float32)
+    frame = pd.DataFrame(some, columns=NAMES)
+    kind = {**QUICK.get(name, {}), "target_type": "multilabel"}
+    head = make_head(name, **kind).fit(X, frame)
+    last = head[-1] if hasattr(head, "steps") else head
+    assert last.classes_.tolist() == NAMES
+    scores, predicted = head.decision_function(X), head.predict(X)
+    assert scores.shape == predicted.shape == (ROWS, LABELS)
+    assert ((scores > 0) == predicted).all()
+    assert set(np.unique(predicted)) <= {0, 1}
+    assert np.mean((predicted == some)[~np.isnan(some)]) > 0.8
+    if FAMILIES["multilabel"][name].probabilities:
+        assert ((head.predict_proba(X) > 0.5) == predicted).all()
+    blocks = stored(X)
+    blocks.targets, blocks.target_names = some, NAMES
+    streamed = make_head(name, out_of_core=True, memory="100MB", **kind).fit(blocks)
+    last = streamed[-1] if hasattr(streamed, "steps") else streamed
+    assert last.classes_.tolist() == NAMES
+    assert np.mean(streamed.predict(blocks) == predicted) > 0.995
+    again = clone(last)
+    assert again.get_params() == last.get_params()
+    with pytest.raises(NotFittedError):
+        again.decision_function(X)
+
+
+def test_other_families_say_which_learn_several_labels():
+    with pytest.raises(
+        UsageError, match="'lda' learns multiclass targets, not multilabel ones; heads that do: logistic"
+    ):
+        make_head("lda", target_type="multilabel")
+
+
+def test_a_label_of_one_side_is_named_or_left_out():
+    X, whole, some, weights = made()
+    Y = some.copy()
+    Y[:, 1] = np.where(Y[:, 1] == 1, np.nan, Y[:, 1])
+    Y[:, 3] = np.nan
+    Y[:, 4] = 1
+    head = MultilabelLogisticRegression(label_names=NAMES)
+    told = r"3 labels have rows of one side only: 'dog' \(no positive row of \d+ known\), 'fox' \(no known row\), "
+    with pytest.raises(UsageError, match=told + r"'gnu' \(no negative row of 600 known\)\. .*one_sided='drop'"):
+        head.fit(X, Y)
+    with pytest.warns(UserWarning, match="left out 3 labels"):
+        head.set_params(one_sided="drop").fit(X, Y)
+    assert head.classes_.tolist() == ["cat", "emu"]
+    assert head.dropped_labels_.tolist() == ["dog", "fox", "gnu"]
+    assert head.predict(X).shape == (ROWS, 2)
+    with pytest.raises(UsageError, match="No label is left"):
+        head.fit(X, np.zeros((ROWS, LABELS)))
+    only = np.where(whole[:, 0] == 1, weights, 0)  # rows without weight are no rows
+    with pytest.raises(UsageError, match="no negative row of"):
+        MultilabelRidge().fit(X, whole, only)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.zeros(ROWS), r"labels of shape \(600,\)"),
+        (np.full((ROWS, 2), 2.0), "1200 labels are neither 1"),
+        (np.zeros((ROWS, 0)), r"labels of shape \(600, 0\)"),
+        (np.zeros((10, 2)), "600 rows of features but 10 rows of labels"),
+        (np.full((ROWS, 2), "cat"), "labels must be numbers"),
+        (None, "requires y to be passed"),
+    ],
+)
+def test_labels_of_another_form_are_refused(labels, said):
+    with pytest.raises(UsageError, match=said):
+        MultilabelLogisticRegression().fit(made()[0], labels)
+
+
+def test_unknown_entries_may_be_missing_in_every_way():
+    frame = pd.DataFrame({"a": pd.array([1, 0, None], "Int8"), "b": [True, False, True]})
+    values, names = labels_given(None, frame)
+    assert names.tolist() == ["a", "b"]
+    np.testing.assert_array_equal(values, [[1, 1], [0, 0], [np.nan, 1]])
+    masked = np.ma.masked_array([[1, 0], [0, 1]], mask=[[False, True], [False, False]])
+    np.testing.assert_array_equal(labels_given(None, masked)[0], [[1, np.nan], [0, 1]])
+    np.testing.assert_array_equal(labels_given(None, [[None, 1], [0, 1]])[0], [[np.nan, 1], [0, 1]])
+    with pytest.raises(UsageError, match="two labels are named 'a'"):
+        labels_given(None, np.zeros((2, 2)), ["a", "a"])
+    with pytest.raises(UsageError, match="3 label_names for 2 columns"):
+        labels_given(None, np.zeros((2, 2)), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"C": [1, 2]}, r"C has \(2,\) values for 5 labels"),
+        ({"C": -1}, "C=-1 must be positive"),
+        ({"C": [1, 1, 1, 1, np.nan]}, "must be positive"),
+        ({"tol": 0}, "tol=0 of MultilabelLogisticRegression must be positive"),
+        ({"class_weight": "even"}, "class_weight='even'"),
+        ({"class_weight": {"cat": 2}}, "factors of absent and present"),
+        ({"one_sided": "keep"}, "one_sided='keep'"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_named(options, said):
+    X, Y, _, _ = made()
+    with pytest.raises(UsageError, match=said):
+        MultilabelLogisticRegression(**options).fit(X, Y)
+
+
+def test_a_path_is_what_single_fits_find_and_names_folds_that_lack_a_side():
+    X, _, some, weights = made()
+    folds = [np.arange(0, 400), np.arange(ROWS) >= 200]
+    rare = some.copy()
+    rare[200:, 4] = np.where(np.isnan(rare[200:, 4]), np.nan, 0)
+    rare[:5, 4] = 1
+    paths = fit_label_path(MultilabelLogisticRegression(), X, rare, Cs=[0.01, 1.0], folds=folds, sample_weight=weights)
+    for path, rows in zip(paths, folds, strict=True):
+        for C, head in zip([0.01, 1.0], path, strict=True):
+            alone = MultilabelLogisticRegression(C=C).fit(X[rows], rare[rows][:, :4], weights[rows])
+            np.testing.assert_allclose(head.decision_function(X)[:, :4], alone.decision_function(X), atol=2e-2)
+    assert np.isnan(paths[1][0].intercept_).tolist() == [False] * 4 + [True]
+    assert not np.isnan(paths[0][0].intercept_).any()
+
+
+def test_too_few_iterations_are_told():
+    X, Y, _, _ = made()
+    with pytest.warns(ConvergenceWarning, match="of 5 fits of MultilabelLogisticRegression stopped after max_iter=2"):
+        head = MultilabelLogisticRegression(C=100.0, max_iter=2).fit(X, Y)
+    assert head.n_iter_.max() == 2
+
+
+def test_it_is_refitted_and_used_like_any_estimator():
+    X, Y, _, _ = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = make_pipeline(StandardScaler(), MultilabelLogisticRegression(C=0.1)).fit(X, Y[:, :1])
+    assert pipe.predict(X).shape == (ROWS, 1)
+    with pytest.raises(ValueError, match="X has 3 features"):
+        MultilabelRidge().fit(X, Y).predict(X[:, :3])
+    assert label_matrix(MultilabelRidge(), X, Y).known is None
