@@ -230,7 +230,8 @@ class LabelledSource:
         strangers = pc.unique(self.table.ids.filter(pc.invert(pc.is_in(self.table.ids, value_set=pc.unique(ids)))))
         warnings = [_of_strangers(file, strangers, ids)] if len(strangers) else []
         text = f"{labelled:,} of {len(ids):,} images have a label in {file.name}"
-        text = "; ".join([text, *self.table.told()])
+        further = [f"further columns: {', '.join(self.table.ignored)}"] if self.table.ignored else []
+        text = "; ".join([text, *self.table.notes, *further])
         facts = {
             "file": str(file),
             "labelled": labelled,

@@ -366,7 +366,10 @@ class LabelledImages:
 
     @property
     def groups(self) -> npt.NDArray[np.object_] | None:
-        """(n,) groups, text or None; None if images have no groups."""
+        """(n,) groups, text or None; None if images have no groups.
+
+        For scikit-learn's ``groups=`` take ``units()``, which also keeps copies of an image together.
+        """
         return _shared_objects(self.table["group"]) if "group" in self.table.column_names else None
 
     @property

@@ -71,8 +71,8 @@ class FeatureSet(LabelledImages):
         """Counts, as JSON values.
 
         Returns:
-            ``images``, ``labelled``, ``unlabelled``, ``rejected``, ``duplicates``, ``unmatched``, and ``classes`` and
-            ``splits`` with the images of each.
+            ``images``, ``labelled``, ``unlabelled``, ``rejected``, ``duplicates``, ``unmatched``, ``groups`` where there are
+            any, and ``classes`` and ``splits`` with the images of each.
         """
         return counts_of(self)
 
@@ -320,6 +320,7 @@ def counts_of(features: FeatureSet) -> dict[str, Any]:
         "rejected": features.rejected,
         "duplicates": features.duplicates,
         "unmatched": features.unmatched,
+        **({} if features.groups is None else {"groups": pc.count_distinct(features.table["group"]).as_py()}),
         "classes": _counts(features.table["label"]),
         "splits": _counts(features.table["split"]),
     }
@@ -337,6 +338,8 @@ def describe(features: FeatureSet) -> str:
         f"classes  {_listed(counts['classes'])}",
         f"splits   {_listed(counts['splits'])}",
     ]
+    if "groups" in counts:
+        lines.append(f"groups   {counts['groups']:,}")
     if counts["unmatched"]:
         lines.append(f"labels   {counts['unmatched']:,} ids of the labels match no image here")
     return "\n".join(lines)

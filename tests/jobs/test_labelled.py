@@ -92,3 +92,27 @@ def test_a_broken_file_fails_the_night_but_leaves_labels_as_they_were_and_comput
     assert "'cat/000.png' has tom and kit" in record["steps"][1]["error"]
     assert changes(record) == {"new": 1, "unchanged": 4}
     assert labels(pile) == ["tom", None, None, None, None]
+
+
+def test_groups_of_the_labels_file_reach_a_jobs_heads(pile):
+    pile.fill(6, folder="train/cat/")
+    pile.fill(6, first=6, folder="train/dog/")
+    pile.fill(4, first=12, folder="test/cat/")
+    pile.fill(4, first=16, folder="test/dog/")
+    train = '[[train]]\nout = "bundle"\nhead = "centroid"\ngroup = "patient"\n'
+    pile.job(train, source='labels = "labels.csv"')
+    names = [path.relative_to(pile.root).as_posix() for path in sorted(pile.root.rglob("*.png"))]
+    rows = [f"{name},{name.split('/')[1]},p{number}" for number, name in enumerate(names)]
+
+    def write(rows):
+        (pile.folder / "labels.csv").write_text("\n".join(["id,label,patient", *rows]) + "\n")
+
+    write(rows)
+    record = pile.run()
+    assert record["status"] == "done"
+    assert "further columns: patient" in summary_text(record)
+    write([row.replace(",p0", ",p19") if row.endswith(",p0") else row for row in rows])
+    record = pile.run()
+    assert record["status"] == "failed"
+    failed = next(step for step in record["steps"] if step["status"] == "failed")
+    assert "1 group of dataset pile has images in both splits, train and test, such as 'p19'" in failed["error"]

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from featurepipe.errors import UsageError
+from featurepipe.heads import make_head
 from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers, group_fold_numbers
 from featurepipe.training.splits import divide, folds_of
 
@@ -172,3 +174,13 @@ def test_a_group_across_the_datasets_own_splits_is_refused(zoo):
         UsageError, match="1 group of dataset zoo has images in both splits, train and test, such as 'p'"
     ):
         divide(features.with_column("group", group), features.codes(), split=None, seed=0, validate=False)
+
+
+def test_units_are_scikit_learns_groups(zoo):
+    zoo.write(zoo.images(None, 30))
+    features = of_groups(zoo.features())
+    X, y = features.numpy()
+    search = GridSearchCV(make_head("logistic"), {"head__C": [0.1, 1.0]}, cv=GroupKFold(3))
+    assert search.fit(X, y, groups=features.units()).best_params_["head__C"] in (0.1, 1.0)
+    for train, test in GroupKFold(3).split(X, y, groups=features.units()):
+        assert not set(features.groups[train]) & set(features.groups[test])
