@@ -57,13 +57,13 @@ def _less_sure(one: Difference, other: Difference) -> Difference:
 
 
 def _by_image(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
-    """How often each tested image was right, the mean over seeds, and the images' keys."""
+    """How often each tested image was right, the mean over seeds, and what tells groups of images, or else images, apart."""
     right, times = np.zeros(len(study.images)), np.zeros(len(study.images))
     for fold, cell in zip(study.folds, series.cells, strict=True):
         right[fold.test] += cell.correct
         times[fold.test] += 1
     tested = times > 0
-    return right[tested] / times[tested], study.images.keys64[tested]
+    return right[tested] / times[tested], study.units[tested]
 
 
 def _by_image_elsewhere(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
@@ -269,4 +269,4 @@ def _holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _keys_of_test(study: Study) -> Any:
-    return study.images.keys64[study.folds[0].test]
+    return study.units[study.folds[0].test]

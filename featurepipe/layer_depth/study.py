@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -285,6 +286,11 @@ class Study:
     def itemsize(self, column: str) -> int:
         """Bytes of one stored value."""
         return int(self._view(self.dataset, PRETRAINED, [column]).dtype.itemsize)
+
+    @cached_property
+    def units(self) -> npt.NDArray[np.uint64]:
+        """(n,) what counts as one image in intervals: an image and its copies, or a group."""
+        return self.images.units()
 
     @property
     def test_share(self) -> float:

@@ -1,6 +1,7 @@
 """What follows from the cells: intervals, differences, the recommendation, columns side by side."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
@@ -228,6 +229,17 @@ def test_copies_in_the_test_count_as_one_image(study):
     assert found.se == pytest.approx(by_hand)
     apart = answers.estimate(study("apart", splits=SPLITS, folds=None), split_series("a:gap", [right]))
     assert apart.se < found.se
+
+
+def test_images_of_a_group_count_as_one_image(study):
+    """The same figures as those of copies of one image."""
+    groups = [*(f"g{row}" for row in range(30)), *"xxxxyyzuvw"]
+    labels = pa.table({"id": [f"{row}.png" for row in range(COUNT)], "label": LABELS, "group": groups})
+    right = [1, 1, 1, 1, 0, 0, 1, 0, 1, 1]
+    grouped = study(splits=SPLITS, folds=None, labels=labels)
+    copies = study("copies", contents=groups, splits=SPLITS, folds=None)
+    found, same = (answers.estimate(one, split_series("a:gap", [right])) for one in (grouped, copies))
+    assert (found.value, found.se, found.low, found.high) == (same.value, same.se, same.low, same.high)
 
 
 def test_a_seed_that_changes_nothing_changes_no_interval(study):
