@@ -91,6 +91,21 @@ class MultilabelClassifier(BaseEstimator):  # type: ignore[misc]
         """Returns (n, K) of 1 where a label is predicted and 0 elsewhere."""
         return (self.decision_function(X) > 0).astype(np.int64)
 
+    def score(self, X: Any, y: Any = None) -> float:
+        """Returns the mean average precision over the labels, unknown entries left out; see ``average_precisions``.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: (n, K) labels; None for those that ``X`` carries.
+        """
+        from featurepipe.heads.statistics.multilabel import average_precisions
+
+        truth, names = labels_given(X, y)
+        scores = self.decision_function(X)
+        if len(self.dropped_labels_):
+            truth = truth[:, [name not in set(self.dropped_labels_.tolist()) for name in names.tolist()]]
+        return float(np.nanmean(average_precisions(scores, truth)))
+
     def _learn(self, X: Any, y: Any, sample_weight: Any) -> LabelMatrix:
         """Checks the data and notes the labels."""
         data = label_matrix(

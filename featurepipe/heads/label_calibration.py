@@ -1,0 +1,162 @@
+"""Thresholds and probabilities of several labels, from images that the head was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from featurepipe.errors import UsageError
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+AIMS = ("f1", "recall", "precision")
+_ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class LabelThresholds:
+    """Thresholds (K,): scores above them are predictions; and whether each reaches what was wanted, (K,)."""
+
+    values: Floats
+    reached: Mask
+
+
+def choose_thresholds(
+    scores: npt.ArrayLike, truth: npt.ArrayLike, *, aim: str = "f1", at_least: float | None = None
+) -> LabelThresholds:
+    """Chooses a threshold for each label on validation images, half-way between two scores; unknown entries are left out.
+
+    Args:
+        scores: (n, K).
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        aim: ``"f1"``: the largest F1; ``"recall"``: the highest threshold whose recall is at least ``at_least``;
+            ``"precision"``: the threshold with the most recall whose precision is at least that.
+        at_least: For recall and precision, above 0 and at most 1.
+
+    Returns:
+        Thresholds. A label without known positives or negatives keeps 0, and one that cannot reach the precision takes the
+        threshold of its best precision; both are not ``reached``.
+
+    Raises:
+        UsageError: An unknown aim, or a share that is not between 0 and 1.
+    """
+    if aim not in AIMS:
+        raise UsageError(f"aim={aim!r} of thresholds: choices are {', '.join(AIMS)}")
+    if (aim == "f1") != (at_least is None) or (at_least is not None and not 0 < at_least <= 1):
+        raise UsageError(
+            f"at_least={at_least!r} with aim={aim!r}: a wanted recall or precision lies above 0 and is at most 1; F1 takes none"
+        )
+    given, wanted = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    values, reached = np.zeros(given.shape[1]), np.zeros(given.shape[1], np.bool_)
+    for k in range(given.shape[1]):
+        rows = ~np.isnan(wanted[:, k])
+        own = wanted[rows, k] == 1
+        if own.any() and not own.all():
+            values[k], reached[k] = _threshold(given[rows, k], own, aim, at_least or 0.0)
+    return LabelThresholds(values, reached)
+
+
+def _threshold(scores: Floats, positive: Mask, aim: str, least: float) -> tuple[float, bool]:
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    hits, said = np.cumsum(positive[order])[ends], ends + 1.0
+    precision, recall = hits / said, hits / hits[-1]
+    if aim == "f1":
+        place, reached = int((2 * hits / (said + hits[-1])).argmax()), True
+    elif aim == "recall":
+        place, reached = int((recall >= least).argmax()), True
+    else:
+        good = np.flatnonzero(precision >= least)
+        place, reached = (int(good[-1]), True) if len(good) else (int(precision.argmax()), False)
+    upper = float(ordered[ends[place]])
+    lower = float(ordered[ends[place] + 1]) if place + 1 < len(ends) else upper - max(1.0, abs(upper))
+    middle = (upper + lower) / 2
+    return (middle if lower <= middle < upper else lower), reached
+
+
+@dataclass(frozen=True)
+class LabelSigmoids:
+    """Probabilities of labels as ``1 / (1 + exp(-(slope * score + offset)))``; (K,) each.
+
+    Attributes:
+        slopes: The inverse of each label's temperature.
+        offsets: Log-odds at a score of zero.
+        fitted: Labels that had images of both sides to fit to; others keep slope 1 and offset 0.
+    """
+
+    slopes: Floats
+    offsets: Floats
+    fitted: Mask
+
+    def probabilities(self, scores: npt.ArrayLike) -> Floats:
+        """Returns (n, K) probabilities of (n, K) scores."""
+        return np.asarray(expit(np.asarray(scores, np.float64) * self.slopes + self.offsets))
+
+
+def fit_sigmoids(scores: npt.ArrayLike, truth: npt.ArrayLike) -> LabelSigmoids:
+    """Fits a sigmoid for each label to held-out images; unknown entries are left out.
+
+    Platt 1999, "Probabilistic outputs for support vector machines": slope and offset minimise the cross-entropy to targets of
+    ``(n+ + 1) / (n+ + 2)`` for the n+ positive images and ``1 / (n- + 2)`` for the n- others, so that labels that are told apart
+    without a mistake do not become certain. The objective is convex and smooth; Newton's method with halved steps (Lin, Lin
+    & Weng 2007, "A note on Platt's probabilistic outputs").
+
+    Args:
+        scores: (n, K), of images that the head was not trained on.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+    """
+    given, wanted = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    labels = given.shape[1]
+    slopes, offsets, fitted = np.ones(labels), np.zeros(labels), np.zeros(labels, np.bool_)
+    for k in range(labels):
+        rows = ~np.isnan(wanted[:, k])
+        own = wanted[rows, k] == 1
+        if own.any() and not own.all():
+            slopes[k], offsets[k] = _sigmoid(given[rows, k], own)
+            fitted[k] = True
+    return LabelSigmoids(slopes, offsets, fitted)
+
+
+def _sigmoid(scores: Floats, positive: Mask) -> tuple[float, float]:
+    """Slope and offset of one label, worked out on standardised scores."""
+    with_, without = int(positive.sum()), int((~positive).sum())
+    target = np.where(positive, (with_ + 1) / (with_ + 2), 1 / (without + 2))
+    middle, spread = float(scores.mean()), float(scores.std())
+    design = np.stack([(scores - middle) / (spread or 1.0), np.ones(len(scores))])
+    point = np.array([0.0, np.log((with_ + 1) / (without + 1))])
+
+    def loss(at: Floats) -> float:
+        values = at @ design
+        return float((np.logaddexp(0, values) - target * values).sum())
+
+    value = loss(point)
+    for _ in range(_ITERATIONS):
+        likely = expit(point @ design)
+        gradient = design @ (likely - target)
+        second = (design * (likely * (1 - likely))) @ design.T + 1e-12 * len(scores) * np.eye(2)
+        direction = -np.linalg.solve(second, gradient)
+        step, slope = 1.0, float(gradient @ direction)
+        while step > 1e-10 and loss(point + step * direction) > value + 1e-4 * step * slope:
+            step /= 2
+        point = point + step * direction
+        before, value = value, loss(point)
+        if before - value <= 1e-12 * abs(value):
+            break
+    if not spread:
+        return 1.0, float(point[1] - middle)
+    return float(point[0] / spread), float(point[1] - point[0] * middle / spread)
+
+
+def unreached_text(names: Sequence[str], thresholds: LabelThresholds, what: str) -> str | None:
+    """Names the labels whose thresholds are not what was wanted; None where all are."""
+    lacking: list[Any] = [str(name) for name, fine in zip(names, thresholds.reached, strict=True) if not fine]
+    if not lacking:
+        return None
+    more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
+    return f"{len(lacking)} labels do not reach {what} on the validation images: {', '.join(lacking[:10])}{more}"

@@ -1,0 +1,121 @@
+"""A value of C for each label, by its average precision on images left out, and the protocol of PASCAL VOC 2007 by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import clone
+
+from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, as_blocks, is_blocks
+from featurepipe.heads.families import ROUGH
+from featurepipe.heads.label_matrix import labels_given
+from featurepipe.heads.linear.multilabel import MultilabelLinearClassifier, MultilabelLinearSVC, fit_label_path
+from featurepipe.heads.sampling import SomeRows
+from featurepipe.heads.statistics.multilabel import average_precisions
+
+Floats = npt.NDArray[np.float64]
+Estimator = TypeVar("Estimator", bound=MultilabelLinearClassifier)
+_NORM = 1e-5  # added to a row's length
+
+VOC07 = MappingProxyType(
+    {
+        "Cs": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
+        "class_weight": MappingProxyType({0: 1.0, 1: 2.0}),
+        "folds": 3,
+    }
+)
+"""How frozen features are compared on PASCAL VOC 2007 (VISSL, ``voc07/eval_resnet_8gpu_transfer_voc07_svm``; Goyal et al. 2019,
+"Scaling and benchmarking self-supervised visual representation learning"): linear SVMs with squared hinge, positives weighing
+twice, on rows of length 1, with the C of each label that has the best mean average precision in three folds."""
+
+
+@dataclass(frozen=True)
+class LabelTuning:
+    """What a search found.
+
+    Attributes:
+        C: (K,) best value for each label; the median of the values tried where no fold could tell.
+        Cs: The values tried.
+        average_precision: (len(Cs), K) mean over the folds; NaN where no fold had both sides of a label.
+    """
+
+    C: Floats
+    Cs: tuple[float, ...]
+    average_precision: Floats
+
+
+def tune_labels(
+    estimator: Estimator,
+    X: Any,
+    y: Any = None,
+    *,
+    Cs: Sequence[float],
+    folds: Sequence[tuple[Any, Any]],
+    sample_weight: Any = None,
+) -> LabelTuning:
+    """Finds a C for each label: the one with the best mean average precision over folds, all fitted in shared passes.
+
+    Of equally good values the smallest is taken. A fold in which a label has no known rows of both sides, to learn from or to
+    measure on, is left out for that label.
+
+    Args:
+        estimator: A ``MultilabelLogisticRegression`` or ``MultilabelLinearSVC``; it is not changed.
+        X: (n, D) array or ``Blocks``.
+        y: (n, K) labels; None for those that ``X`` carries.
+        Cs: Values to try.
+        folds: Positions to train on and to measure on, of each fold, as scikit-learn's splitters give them.
+        sample_weight: (n,) weights; None for one each.
+
+    Raises:
+        UsageError: Features or labels that cannot be learned from, no fold, or no value.
+    """
+    if not len(Cs) or not len(folds):
+        raise UsageError(f"{len(Cs)} values of C and {len(folds)} folds: give at least one of each")
+    truth, names = labels_given(X, y, estimator.label_names)
+    values = tuple(sorted(float(C) for C in Cs))
+    quick = clone(estimator).set_params(tol=max(estimator.tol, ROUGH["tol"]))
+    paths = fit_label_path(quick, X, y, Cs=values, folds=[train for train, _ in folds], sample_weight=sample_weight)
+    learned = np.isin(names, paths[0][0].classes_)
+    found = np.full((len(folds), len(values), int(learned.sum())), np.nan)
+    for scores, path, (_, test) in zip(found, paths, folds, strict=True):
+        rows = np.flatnonzero(test) if np.asarray(test).dtype == bool else np.asarray(test)
+        features = SomeRows(X, rows) if is_blocks(X) else np.asarray(X)[rows]
+        for number, head in enumerate(path):
+            scores[number] = average_precisions(head.decision_function(features), truth[rows][:, learned])
+    counted = (~np.isnan(found)).sum(axis=0)
+    mean = np.where(counted > 0, np.nansum(found, axis=0) / np.maximum(counted, 1), np.nan)
+    best = np.where(np.isnan(mean).all(axis=0), len(values) // 2, np.argmax(np.nan_to_num(mean, nan=-1.0), axis=0))
+    return LabelTuning(np.array(values)[best], values, mean)
+
+
+def voc07_head(X: Any, y: Any = None, *, folds: Sequence[tuple[Any, Any]], **params: Any) -> MultilabelLinearSVC:
+    """Fits linear SVMs by the protocol of ``VOC07``; features are scaled to rows of length 1 as they are read.
+
+    Args:
+        X: (n, D) array or ``Blocks``; what is predicted on must be given through ``unit_rows`` as well.
+        y: (n, K) labels; None for those that ``X`` carries.
+        folds: Positions to train on and to measure on; the protocol has three.
+        **params: Of ``MultilabelLinearSVC``.
+    """
+    head = MultilabelLinearSVC(class_weight=dict(VOC07["class_weight"]), **params)  # type: ignore[call-overload]
+    features = unit_rows(X)
+    tuned = tune_labels(head, features, y, Cs=VOC07["Cs"], folds=folds)  # type: ignore[arg-type]
+    return head.set_params(C=tuned.C).fit(features, y)  # type: ignore[no-any-return]
+
+
+def unit_rows(features: Any) -> Any:
+    """Features whose rows are divided by their Euclidean lengths (plus 1e-5): an array, or ``Blocks`` of ``Blocks``."""
+    if is_blocks(features):
+        blocks: Blocks = as_blocks(features)
+        return MappedBlocks(blocks, _unit, blocks.shape[1])
+    return _unit(np.asarray(features))
+
+
+def _unit(block: Array) -> Array:
+    return np.asarray(block / (np.linalg.norm(block, axis=1, keepdims=True) + np.asarray(_NORM, block.dtype)))

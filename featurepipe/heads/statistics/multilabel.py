@@ -1,0 +1,409 @@
+"""How good scores of several labels are: average precision by the rules of PASCAL VOC, AUC and F1, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr, stdtrit
+
+from featurepipe.display import table
+from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
+from featurepipe.heads.statistics.regression import units_of
+
+_LEAST_SIDE = 5  # images of each side below which resampling says nothing of a label
+_MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
+_CHUNK = 4_000_000  # multiplicities of images drawn at once
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Codes = npt.NDArray[np.int64]
+Measure = Callable[[Floats, Floats], Floats]
+
+PER_LABEL = ("ap", "ap_11_point", "auc", "f1")
+"""What is measured of each label."""
+
+OVERALL = {"map": "ap", "map_11_point": "ap_11_point", "auc": "auc", "macro_f1": "f1"}
+"""What is measured of all labels together, and of which measure it is the mean; ``micro_f1`` besides."""
+
+
+def label_table(
+    scores: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    names: Sequence[str],
+    *,
+    thresholds: float | npt.ArrayLike = 0.0,
+    groups: npt.ArrayLike | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores several labels of each image, with 95 % intervals; entries that are unknown are left out label by label.
+
+    - ``ap``: the area under the interpolated precision-recall curve, the rule of PASCAL VOC since 2010 (``VOCap`` of the devkit
+      of VOC2012): ``sum_i((r_i - r_{i-1}) * max_{j >= i}(p_j))``. ``map`` is its mean over the labels.
+    - ``ap_11_point``: the rule of VOC2007, the mean over r = 0, 0.1, ..., 1 of the best precision at a recall of at least r,
+      which is compared exactly, in whole images. ``map_11_point`` is its mean.
+    - ``auc``: the area under the ROC curve, ties counted half; ``auc`` of all is the mean.
+    - ``f1`` of "score above the threshold": ``2 tp / (2 tp + fp + fn)``. ``macro_f1`` is its mean, ``micro_f1`` that of the
+      summed counts.
+
+    Images with equal scores enter a curve together, where the devkit takes them in the order of the file. A label without a
+    known positive or without a known negative has no measure, and no part in the means; it is in ``unmeasured``.
+
+    Intervals are bootstrap quantiles over images, or over whole groups where these are given, the same resamples for all labels;
+    their levels are expanded for few units (Hesterberg 2015, "What teachers should know about the bootstrap"). Of more than
+    20,000 units so many are drawn and resampled, and the spread is scaled by the root of the share. A label has none below 5
+    images of either side. Where all resamples say the same (a label that is ranked without a mistake), it is the exact
+    binomial interval of as many images as the smaller side has.
+
+    Args:
+        scores: (n, K), the higher the more likely.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        names: Of the K labels.
+        thresholds: One, or (K,): scores above are predictions.
+        groups: (n,) of whatever kind: images with equal values belong together; a missing one is a group of its own.
+        bootstrap: Resamples; 0 for no intervals.
+        seed: Of the resamples.
+
+    Returns:
+        JSON values: ``images``, ``groups`` (their number, or null), ``known`` (entries), ``map``, ``map_11_point``, ``auc``,
+        ``macro_f1`` and ``micro_f1``, each ``{"value", "low", "high"}`` with a ``"reason"`` where one is null; ``per_label``
+        with ``label``, ``positive``, ``negative``, ``unknown``, ``predicted`` (known images above the threshold),
+        ``threshold``, ``precision``, ``recall`` and the measures; ``unmeasured``; ``bootstrap``.
+
+    Raises:
+        UsageError: There is no image, shapes do not fit, a score is not finite, or a label neither 0, 1 nor NaN.
+    """
+    if bootstrap < 0:
+        raise UsageError(f"bootstrap={bootstrap} must be 0 (no intervals) or more; 1000 is usual")
+    given, positive, known = _checked(scores, truth, names)
+    above = given > _thresholds(thresholds, len(names))
+    units = units_of(groups, len(given))
+    labels = _Labels(given, positive, known, above)
+    values = {name: each[0] for name, each in labels.measures(np.ones((1, len(given)))).items()}
+    drawn = labels.limits(units, draws=bootstrap, seed=seed) if bootstrap and int(units.max()) else {}
+    unmeasured = ~(labels.positives.astype(bool) & labels.negatives.astype(bool))
+    found: dict[str, Any] = {
+        "images": len(given),
+        "groups": None if groups is None else int(units.max()) + 1,
+        "known": int(known.sum()),
+    }
+    for name in (*OVERALL, "micro_f1"):
+        found[name] = _entry(values[name], drawn.get(name))
+        if np.isnan(values[name]):
+            found[name]["reason"] = "no label has known images of both sides"
+        elif bootstrap and name not in drawn:
+            found[name]["reason"] = "no interval: there is one image, or one group"
+    found["per_label"] = [_of_label(k, str(name), labels, values, drawn, bootstrap) for k, name in enumerate(names)]
+    for entry, threshold in zip(found["per_label"], _thresholds(thresholds, len(names)), strict=True):
+        entry["threshold"] = float(threshold)
+    found["unmeasured"] = [str(name) for name, lacks in zip(names, unmeasured, strict=True) if lacks]
+    found["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": LEVEL}
+    return found
+
+
+def average_precisions(scores: npt.ArrayLike, truth: npt.ArrayLike, *, points_11: bool = False) -> Floats:
+    """Average precision of each label, unknown entries left out; see ``label_table``.
+
+    Args:
+        scores: (n, K).
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        points_11: By the 11-point rule of VOC2007 instead of the area of VOC2012.
+
+    Returns:
+        (K,) from 0 to 1; NaN for a label without known positives or without known negatives, or whose scores are NaN.
+
+    Example:
+        >>> average_precisions([[0.9], [0.8], [0.7], [0.6]], [[1], [0], [1], [0]]).round(3)
+        array([0.833])
+    """
+    given, known_truth = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    rule = eleven_points if points_11 else interpolated_area
+    found = np.full(given.shape[1], np.nan)
+    for k in range(given.shape[1]):
+        rows = ~np.isnan(known_truth[:, k])
+        own = known_truth[rows, k] == 1
+        if own.any() and not own.all() and not np.isnan(given[rows, k]).any():
+            curve = _Curve(given[rows, k], own)
+            found[k] = rule(*curve.counts(np.ones((1, len(own)))))[0]
+    return found
+
+
+def interpolated_area(hits: Floats, misses: Floats) -> Floats:
+    """The area under the interpolated precision-recall curve, the rule of VOC2012.
+
+    Args:
+        hits: (m, T) positives at or above each of T descending thresholds, the last below all scores.
+        misses: (m, T) negatives.
+
+    Returns:
+        (m,), NaN where there are no positives.
+    """
+    best, total = _best_precision(hits, misses), hits[:, -1]
+    gained = np.diff(hits, axis=1, prepend=0)
+    return _divided((gained * best).sum(axis=1), total)
+
+
+def eleven_points(hits: Floats, misses: Floats) -> Floats:
+    """The mean of the best precision at recalls of at least 0, 0.1, ..., 1, the rule of VOC2007; see ``interpolated_area``."""
+    best, total = _best_precision(hits, misses), hits[:, -1]
+    rows = np.arange(len(hits))
+    found = np.zeros(len(hits))
+    for tenths in range(11):
+        first = (10 * hits >= tenths * total[:, None]).argmax(axis=1)  # the whole list has all
+        found += best[rows, first] / 11
+    return np.where(total > 0, found, np.nan)
+
+
+def roc_area(hits: Floats, misses: Floats) -> Floats:
+    """The area under the ROC curve, NaN where a side is missing; see ``interpolated_area``."""
+    before = np.concatenate([np.zeros((len(hits), 1)), hits[:, :-1]], axis=1)
+    area = (np.diff(misses, axis=1, prepend=0) * (before + hits) / 2).sum(axis=1)
+    return _divided(area, hits[:, -1] * misses[:, -1])
+
+
+_RULES: Mapping[str, Measure] = {"ap": interpolated_area, "ap_11_point": eleven_points, "auc": roc_area}
+
+
+def _best_precision(hits: Floats, misses: Floats) -> Floats:
+    """The best precision at each threshold or a lower one."""
+    whole = hits + misses
+    precision = np.divide(hits, whole, out=np.zeros(hits.shape), where=whole > 0)
+    return np.asarray(np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1])
+
+
+def _divided(part: Floats, whole: Floats) -> Floats:
+    return np.asarray(np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0))
+
+
+class _Curve:
+    """One label's images in the order of their scores, so that resamples need sums alone."""
+
+    def __init__(self, scores: Floats, positive: Mask) -> None:
+        self.order = np.argsort(-scores, kind="stable")
+        ordered = scores[self.order]
+        self.ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of images with equal scores the last
+        self.positive = positive[self.order]
+
+    def counts(self, times: Floats) -> tuple[Floats, Floats]:
+        """Positives and negatives down to each distinct score, both (m, T), of (m, n) multiplicities of the images."""
+        ordered = times[:, self.order]
+        every = np.cumsum(ordered, axis=1)[:, self.ends]
+        hits = np.cumsum(ordered * self.positive, axis=1)[:, self.ends]
+        return hits, every - hits
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Scores and truth of all labels: (n, K) each.
+
+    Attributes:
+        scores: The higher the more likely.
+        positive: Known to be present.
+        known: Known at all.
+        above: Predicted.
+    """
+
+    scores: Floats
+    positive: Mask
+    known: Mask
+    above: Mask
+
+    @property
+    def positives(self) -> Codes:
+        """(K,) known images that have each label."""
+        return np.asarray(self.positive.sum(axis=0))
+
+    @property
+    def negatives(self) -> Codes:
+        """(K,) known images that have it not."""
+        return np.asarray((self.known & ~self.positive).sum(axis=0))
+
+    def measures(self, times: Floats) -> dict[str, Floats]:
+        """Each measure of (m, n) multiplicities of the images: (m, K) for labels, (m,) overall."""
+        labels = self.scores.shape[1]
+        found = {name: np.full((len(times), labels), np.nan) for name in PER_LABEL}
+        for k, (curve, rows) in enumerate(self._curves()):
+            if curve is not None:
+                counts = curve.counts(times[:, rows])
+                for name, rule in _RULES.items():
+                    found[name][:, k] = rule(*counts)
+        hits = times @ (self.positive & self.above).astype(times.dtype)
+        had = times @ self.positive.astype(times.dtype)
+        said = times @ (self.known & self.above).astype(times.dtype)
+        both = (self.positives > 0) & (self.negatives > 0)
+        found["f1"] = np.where(both, _divided(2 * hits, had + said), np.nan)
+        overall = {name: _mean(found[own]) for name, own in OVERALL.items()}
+        micro = _divided(2 * hits.sum(axis=1), had.sum(axis=1) + said.sum(axis=1))
+        return {**{f"label_{name}": each for name, each in found.items()}, **overall, "micro_f1": micro}
+
+    def _curves(self) -> Iterator[tuple[_Curve | None, Codes]]:
+        for k in range(self.scores.shape[1]):
+            rows = np.flatnonzero(self.known[:, k])
+            own = self.positive[rows, k]
+            yield (_Curve(self.scores[rows, k], own) if own.any() and not own.all() else None), rows
+
+    def chosen(self, rows: Codes) -> _Labels:
+        """Those of some images."""
+        return _Labels(self.scores[rows], self.positive[rows], self.known[rows], self.above[rows])
+
+    def limits(self, units: Codes, *, draws: int, seed: int) -> dict[str, Any]:
+        """Limits of each measure by name: a pair overall, and for labels (K, 2), NaN where there are none."""
+        rng, count, scale = np.random.default_rng(seed), int(units.max()) + 1, 1.0
+        sample = self
+        if count > _MOST_UNITS:
+            rows = np.flatnonzero(np.isin(units, rng.choice(count, _MOST_UNITS, replace=False)))
+            scale = float(np.sqrt(_MOST_UNITS / count))
+            sample, units = self.chosen(rows), np.unique(units[rows], return_inverse=True)[1].reshape(-1)
+            count = _MOST_UNITS
+        drawn: dict[str, list[Floats]] = {}
+        step = max(1, _CHUNK // len(units))
+        for first in range(0, draws, step):
+            each = rng.multinomial(count, np.full(count, 1 / count), size=min(step, draws - first))
+            for name, values in sample.measures(each[:, units].astype(np.float64)).items():
+                drawn.setdefault(name, []).append(values)
+        whole, here = (one.measures(np.ones((1, len(one.scores)))) for one in (self, sample))
+        tail = float(ndtr(np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - LEVEL) / 2)))
+        sides = np.minimum(self.positives, self.negatives)
+        found: dict[str, Any] = {}
+        for name, parts in drawn.items():
+            resampled = np.concatenate(parts)
+            if resampled.ndim == 1:
+                images = int(sides.sum()) or 1
+                found[name] = _limits(resampled, float(whole[name][0]), float(here[name][0]), tail, scale, images)
+                continue
+            limits = np.full((resampled.shape[1], 2), np.nan)
+            for k in np.flatnonzero(sides >= _LEAST_SIDE):
+                value, near = float(whole[name][0, k]), float(here[name][0, k])
+                limits[k] = _limits(resampled[:, k], value, near, tail, scale, int(sides[k])) or (np.nan, np.nan)
+            found[name] = limits
+        return {name: limits for name, limits in found.items() if limits is not None}
+
+
+def _limits(drawn: Floats, value: float, here: float, tail: float, scale: float, images: int) -> Limits | None:
+    """Quantiles of resamples about the value of all images, of which those here are a sample; None without a value."""
+    defined = drawn[~np.isnan(drawn)]
+    if np.isnan(value) or np.isnan(here) or not len(defined):
+        return None
+    if defined.min() == defined.max():
+        return proportion(value, images)
+    low, high = (value + scale * (float(end) - here) for end in np.quantile(defined, (tail, 1 - tail)))
+    return max(0.0, min(low, value)), min(1.0, max(high, value))
+
+
+def _mean(values: Floats) -> Floats:
+    """The mean over the labels that have a value; NaN where none has."""
+    defined = ~np.isnan(values)
+    return _divided(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
+
+
+def _of_label(
+    k: int, name: str, labels: _Labels, values: Mapping[str, Any], drawn: Mapping[str, Any], bootstrap: int
+) -> dict[str, Any]:
+    positive, negative = int(labels.positives[k]), int(labels.negatives[k])
+    predicted = int((labels.known & labels.above)[:, k].sum())
+    hits = int((labels.positive & labels.above)[:, k].sum())
+    entry: dict[str, Any] = {
+        "label": name,
+        "positive": positive,
+        "negative": negative,
+        "unknown": len(labels.scores) - positive - negative,
+        "predicted": predicted,
+        "precision": hits / predicted if predicted else None,
+        "recall": hits / positive if positive else None,
+    }
+    for measure in PER_LABEL:
+        value = float(values[f"label_{measure}"][k])
+        limits = drawn[f"label_{measure}"][k] if f"label_{measure}" in drawn else (np.nan, np.nan)
+        entry[measure] = _entry(value, None if np.isnan(limits[0]) else (float(limits[0]), float(limits[1])))
+        if np.isnan(value):
+            entry[measure]["reason"] = f"no known {'positive' if not positive else 'negative'} image"
+        elif bootstrap and entry[measure]["low"] is None:
+            entry[measure]["reason"] = f"no interval: fewer than {_LEAST_SIDE} images of a side"
+    return entry
+
+
+def _entry(value: float, limits: Limits | None) -> dict[str, Any]:
+    low, high = limits or (None, None)
+    return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
+
+
+def _thresholds(given: float | npt.ArrayLike, labels: int) -> Floats:
+    found = np.asarray(given, np.float64)
+    if found.shape not in ((), (labels,)):
+        raise UsageError(
+            f"thresholds of shape {found.shape} for {labels} labels: give one number, or one for each label"
+        )
+    return np.broadcast_to(found, labels)
+
+
+def _checked(scores: npt.ArrayLike, truth: npt.ArrayLike, names: Sequence[str]) -> tuple[Floats, Mask, Mask]:
+    given, wanted = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    if wanted.ndim != 2 or given.shape != wanted.shape or wanted.shape[1] != len(names):
+        raise UsageError(
+            f"scores of shape {given.shape} and labels of shape {wanted.shape} for {len(names)} names: give both as "
+            "(images, labels)"
+        )
+    if not len(wanted):
+        raise UsageError("there is no labelled image to score")
+    if not np.isfinite(given).all():
+        bad = np.flatnonzero(~np.isfinite(given).all(axis=1))
+        raise UsageError(f"the scores of {len(bad)} images are not all finite, first row {bad[0]}")
+    known = ~np.isnan(wanted)
+    if not np.isin(wanted[known], (0, 1)).all():
+        raise UsageError("labels to score with must be 1 (present), 0 (absent) or NaN (unknown)")
+    return given, wanted == 1, known
+
+
+TITLES: Mapping[str, str] = {
+    "map": "mean average precision",
+    "map_11_point": "mean average precision, 11 points",
+    "auc": "AUC, mean of the labels",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+}
+
+
+def labels_text(metrics: Mapping[str, Any], most: int = 30) -> str:
+    """A table of measures with their intervals, and of the labels, those of the lowest average precision first.
+
+    Args:
+        metrics: What ``label_table`` returns.
+        most: Labels to show.
+    """
+    rows, reasons = [], []
+    for name, title in TITLES.items():
+        found = metrics[name]
+        if found["value"] is None:
+            reasons.append(f"{title}: none, {found['reason']}")
+            continue
+        limits = found.get("reason", "") if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}"
+        rows.append([title, f"{found['value']:.4f}", limits])
+    interval = "95 % interval" if any(row[2] for row in rows) else ""
+    measured = [entry for entry in metrics["per_label"] if entry["ap"]["value"] is not None]
+    measured.sort(key=lambda entry: entry["ap"]["value"])
+    each = [
+        [entry["label"], str(entry["positive"]), str(entry["negative"]), str(entry["unknown"])]
+        + [_shown(entry[name]) for name in ("ap", "auc", "f1")]
+        for entry in measured[:most]
+    ]
+    parts = [table(["measure", "value", interval], rows), *reasons]
+    if each:
+        parts += ["", table(["label", "with", "without", "unknown", "AP", "AUC", "F1"], each)]
+    if len(measured) > most:
+        parts.append(f"and {len(measured) - most} more labels")
+    if metrics["unmeasured"]:
+        names = metrics["unmeasured"]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        parts.append(f"labels without test images of both sides, not measured: {', '.join(names[:10])}{more}")
+    return "\n".join(parts)
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return "-"
+    return f"{entry['value']:.3f}" + ("" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})")
