@@ -239,7 +239,8 @@ def test_images_of_a_group_count_as_one_image(study):
     grouped = study(splits=SPLITS, folds=None, labels=labels)
     copies = study("copies", contents=groups, splits=SPLITS, folds=None)
     found, same = (answers.estimate(one, split_series("a:gap", [right])) for one in (grouped, copies))
-    assert (found.value, found.se, found.low, found.high) == (same.value, same.se, same.low, same.high)
+    of_copies = (same.value, same.se, same.low, same.high)
+    assert (found.value, found.se, found.low, found.high) == pytest.approx(of_copies, rel=1e-12)
 
 
 def test_a_seed_that_changes_nothing_changes_no_interval(study):
