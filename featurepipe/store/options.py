@@ -24,7 +24,8 @@ class RowOptions(OptionGroup):
     label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_text)
     group: str | None = option(
         None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
-        f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near --to FILE writes it",
+        f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near auto "
+        "--to FILE writes it",
         metavar="COLUMN|FILE", check=is_text, is_path=is_file_of_groups,
     )  # fmt: skip
 
