@@ -53,13 +53,14 @@ class Paced:
 
     def __init__(self, total: int, what: str, unit: str, *, every: float, clock: Callable[[], float]) -> None:
         self.total, self.what, self.unit = total, what, unit
-        self.done = 0
+        self.done = self._steps = 0
         self._every, self._clock = every, clock
         self._start = self._last = clock()
 
     def advance(self, images: int, bottleneck: str = "") -> None:
         """Counts, and tells when that was last done long enough ago."""
         self.done += images
+        self._steps += 1
         now = self._clock()
         if now - self._last < self._every:
             return
@@ -93,7 +94,10 @@ class Lines(Paced):
         self._stream = stream
 
     def tell(self, rate: float, bottleneck: str) -> None:
-        """Prints a line."""
+        """Prints a line; without a rate after one step, which has what is done once in it: imports, opening, warming up."""
+        if self._steps == 1:
+            self.say(self.how_far)
+            return
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         tail = f", {bottleneck}" if bottleneck else ""
         self.say(f"{self.how_far}, {rate:,.1f} {_short(self.unit)}/s, {left} left{tail}")

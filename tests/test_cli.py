@@ -280,6 +280,18 @@ def test_progress_lines_say_rate_time_left_and_bottleneck():
     ]
 
 
+def test_the_first_step_foretells_no_time_left():
+    from featurepipe.progress import Lines
+
+    now = [0.0]
+    out = io.StringIO()
+    lines = Lines(120, "measure", out, unit="fits", every=5, clock=lambda: now[0])
+    for second in (10.0, 15.0):
+        now[0] = second
+        lines.advance(1 if second == 10 else 29)
+    assert out.getvalue().splitlines() == ["measure: 1 of 120 fits", "measure: 30 of 120 fits, 2.0 fits/s, 0:45 left"]
+
+
 def test_progress_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
     from featurepipe.progress import Bar, Lines, Silent, show
 

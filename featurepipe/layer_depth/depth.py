@@ -73,7 +73,7 @@ def depth(
         split: test on the dataset's split ``test`` instead, trained on ``train``.
         pooling: poolings of nodes named without one; None for the finest average grid within ``max_width`` values.
         max_width: values per image that a column may have.
-        seeds: how many times the folds are dealt anew.
+        seeds: how often the cross-validation is repeated, with new folds.
         control: ``random`` to measure the same network with random weights as well.
         test_source: images of the same classes from elsewhere, which all heads are tested on, too.
         labels: a CSV or mapping to use instead of the source's labels.

@@ -34,7 +34,7 @@ class ComparisonOptions(RowOptions):
     )  # fmt: skip
     folds: int = option(5, "of the cross-validation (default: 5)", check=at_least(2))
     split: bool = option(False, "train on the dataset's split train and test on test, instead of folds")
-    seeds: int = option(3, "how many times folds are dealt anew (default: 3)", check=at_least(1))
+    seeds: int = option(3, "how often the cross-validation is repeated, with new folds (default: 3)", check=at_least(1))
     max_width: int = option(MAX_WIDTH, f"values per image of a column (default: {MAX_WIDTH})", check=at_least(1))
     jobs: int | None = option(None, "measurements at once (default: one per CPU)", check=at_least(1, 1024))
 

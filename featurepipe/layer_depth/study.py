@@ -164,7 +164,7 @@ class Protocol:
     Attributes:
         heads: families, in the order of the answer; the first one's curve decides.
         folds: of the cross-validation; None for the dataset's own splits.
-        seeds: how many times folds are dealt anew.
+        seeds: how often the cross-validation is repeated, with new folds.
     """
 
     heads: Sequence[str]
@@ -181,7 +181,7 @@ class Protocol:
         """How it was measured, in words."""
         fitted = (
             "Features are standardised by the training images, the head's parameters are chosen on training images set aside "
-            f"(a fifth of them, and so many fifths in turn that at least {ENOUGH_TO_CHOOSE} images choose, if there are), "
+            f"(a fifth of them; several fifths in turn where one has fewer than {ENOUGH_TO_CHOOSE} images), "
             "and the head is fitted again on all of them."
         )
         if set(self.heads) & set(SHARED_PASSES):
@@ -384,4 +384,4 @@ def _digest(images: FeatureSet) -> str:
 
 
 def _times(seeds: int) -> str:
-    return "dealt once" if seeds == 1 else f"dealt {seeds} times"
+    return "once" if seeds == 1 else f"repeated {seeds} times with new folds"

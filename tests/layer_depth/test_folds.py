@@ -194,7 +194,7 @@ def test_protocols_that_measure_nothing_are_refused(options, message):
 def test_the_protocol_says_how_it_was_measured():
     folds = Protocol(("knn",), 5, 3).text
     assert folds.startswith(
-        "5-fold cross-validation, dealt 3 times, on the images outside the split test, if there is one; copies"
+        "5-fold cross-validation, repeated 3 times with new folds, on the images outside the split test, if there is one; copies"
     )
     split = Protocol(("knn",), None, 1).text
     assert split.startswith("Fitted on the split train and tested on the split test; ")

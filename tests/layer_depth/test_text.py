@@ -16,7 +16,7 @@ DOCUMENT = {
     "images": 1200,
     "counts": {"shifted": 7, "unlabelled": 3, "rejected": 0, "in_no_fold": 0, "shifted_of_other_classes": 2,
                "shifted_of_equal_id": 4},
-    "protocol": "5-fold cross-validation, dealt 3 times.",
+    "protocol": "5-fold cross-validation, repeated 3 times with new folds.",
     "timing": {"device": "cpu", "precision": "fp32", "waited": 0.125},
     "columns": [
         {"column": "a:gap", "width": 1000, "cost": 0.25, "ms_per_image": 1.234},
@@ -125,7 +125,7 @@ def test_correlations_that_are_undefined_are_not_told():
 
 def test_the_end_says_how_long_and_who_was_left_out():
     last = text(DOCUMENT).splitlines()[-2:]
-    assert last[0] == "5-fold cross-validation, dealt 3 times."
+    assert last[0] == "5-fold cross-validation, repeated 3 times with new folds."
     assert last[1].startswith("extract 0:12, measure 0:03; ")
     assert last[1].endswith("; left out: 3 unlabelled, 2 shifted of other classes")
 
