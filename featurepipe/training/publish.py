@@ -89,8 +89,9 @@ def publish(
     }
     bundle = replace(bundle, metrics=metrics)
     clear_torn(target)
+    replaced = ", in place of the bundle that was there" if target.is_dir() and any(target.iterdir()) else ""
     path = write_bundle(target, bundle, weights_file=weights)
-    say(f"wrote {target}")
+    say(f"wrote {target}{replaced}")
     return {
         "bundle": str(path),
         "backbone": bundle.backbone["name"],

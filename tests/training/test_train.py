@@ -227,6 +227,12 @@ def test_a_folder_of_something_else_is_left_alone(split_zoo, run, tmp_path):
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
+def test_it_says_that_a_bundle_was_replaced(split_zoo, run, tmp_path, capsys):
+    for ending in ("bundle\n", "bundle, in place of the bundle that was there\n"):
+        run(split_zoo, silent=False)
+        assert capsys.readouterr().err.endswith(f"wrote {tmp_path}/{ending}")
+
+
 @pytest.mark.parametrize("left", [b"", b'{"backbone": {'])
 def test_a_bundle_that_was_cut_short_is_replaced(split_zoo, run, tmp_path, left):
     """It would keep a job from training for ever."""
