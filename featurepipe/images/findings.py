@@ -13,9 +13,12 @@ import pyarrow.compute as pc
 
 from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
 from featurepipe.display import counted
+from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
+from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
 
 HIDDEN: Final = "hidden"
+UNNAMED: Final = frozenset({"no suffix", "numbered"})
 OUTSIDE: Final = "names that lead out of the archive (..)"
 
 _METADATA: Final = b"featurepipe.listing"
@@ -26,7 +29,7 @@ _KEPT = 100
 """Suffixes, columns and folders that a summary names."""
 _REMEMBERED: Final = 10_000  # texts of labels, so that each class is looked at once, and not each image of it
 _FORMATS: Final = frozenset({
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".dcm", ".dicom", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
+    ".jxl", ".jp2", ".j2k", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
     ".dng", ".orf", ".rw2", ".raf", ".raw", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
     ".svs", ".ndpi", ".czi", ".lif", ".nd2", ".vsi", ".mp4", ".avi", ".mov", ".mkv", ".webm",
 })  # fmt: skip
@@ -204,6 +207,7 @@ class ListingSummary:
         notes = [
             *found.get("notes", ()),
             *_only_tested(listing),
+            *_without_decoder(listing),
             *([several] if several else []),
             *names_in_doubt(labels),
         ]
@@ -259,6 +263,8 @@ class ListingSummary:
             order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
             named = _some([f"{suffix} {files[suffix]:,}" for suffix in order])
             convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
+            if UNNAMED & files.keys():
+                convert += " (a manifest can name images without a suffix, as of DICOM)"
             found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
         if self.ignored:
             found.append(
@@ -269,6 +275,22 @@ class ListingSummary:
         if self.unreadable:
             found.append(f"cannot be read: {_some([f'{folder}/' for folder in self.unreadable])}")
         return found
+
+
+def _without_decoder(listing: pa.Table) -> list[str]:
+    """Says once, before the first reject, how many files need a decoder that is not installed, by their suffixes."""
+    kinds = (
+        (DICOM_SUFFIXES, "DICOM", has_pydicom, DICOM_STEP),
+        (HEIF_SUFFIXES, "HEIC", heic_reader, HEIC_STEP),
+        (AVIF_SUFFIXES, "AVIF", avif_reader, AVIF_STEP),
+    )
+    found = []
+    for suffixes, name, decoder, step in kinds:
+        pattern = rf"(?i)\.({'|'.join(suffix[1:] for suffix in suffixes)})$"
+        count = pc.sum(pc.match_substring_regex(listing["id"], pattern)).as_py()
+        if count and not decoder():
+            found.append(f"{counted(count, f'{name} file')} cannot be decoded here: {step}")
+    return found
 
 
 def _only_tested(listing: pa.Table) -> list[str]:

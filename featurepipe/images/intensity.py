@@ -69,6 +69,8 @@ class Samples:
         min_is_white: the least value is white.
         alpha: uint8 (H, W), or None.
         keyed: ``alpha`` follows from a value that stands for transparency (a PNG's tRNS).
+        span: the least and the greatest value that the file can hold, where its bits alone do not tell (DICOM), or None.
+        windowed: ``declared`` is a window, beyond which values are black and white (DICOM).
     """
 
     values: Array
@@ -78,6 +80,8 @@ class Samples:
     min_is_white: bool = False
     alpha: Array | None = None
     keyed: bool = False
+    span: tuple[float, float] | None = None
+    windowed: bool = False
 
     @property
     def name(self) -> str:
@@ -165,8 +169,14 @@ def _declared(samples: Samples, _intensity: Intensity) -> Array:
     values = samples.values
     if samples.declared is not None:
         low, high = samples.declared
+        if samples.windowed:
+            return _linear(values, low, high)
         _check_within(samples, low, high, f"the file declares black to be {_plain(low)} and white {_plain(high)}")
         return _linear(values, low, high) if low or values.dtype.kind != "u" else _unsigned(values, high)
+    if samples.span is not None:
+        if float(values.max()) - float(values.min()) < (samples.span[1] - samples.span[0]) / SPARSE:
+            raise Reject(_undeclared(samples, "fill less than a sixteenth of what the file can hold"))
+        return _by_span(values, samples.span)
     if samples.significant is not None and values.any():
         return _of_significant_bits(samples, samples.significant)
     if values.dtype.kind != "u" or _is_sparse(samples):
@@ -174,7 +184,14 @@ def _declared(samples: Samples, _intensity: Intensity) -> Array:
     return _shifted(values, samples.depth)
 
 
+def _by_span(values: Array, span: tuple[float, float]) -> Array:
+    low, high = span
+    return _unsigned(values, high) if low == 0 and values.dtype.kind == "u" else _linear(values, low, high)
+
+
 def _full(samples: Samples, _intensity: Intensity) -> Array:
+    if samples.span is not None:
+        return _by_span(samples.values, samples.span)
     low, high = _type_range(samples)
     if samples.values.dtype.kind == "f":
         _check_within(samples, low, high, "intensity full means 0 to 1 for floating-point numbers")
