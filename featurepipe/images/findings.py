@@ -181,6 +181,7 @@ class ListingSummary:
         ignored: columns of a manifest, or arrays, that are not used.
         ignored_are: which of these they are.
         further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
+        undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
         notes: guesses, and what seems odd.
     """
@@ -195,6 +196,7 @@ class ListingSummary:
     notes: Sequence[str] = ()
     ignored_are: str = "columns"
     further: Sequence[str] = ()
+    undecodable: Sequence[str] = ()
 
     @classmethod
     def of(cls, listing: pa.Table) -> Self:
@@ -207,7 +209,6 @@ class ListingSummary:
         notes = [
             *found.get("notes", ()),
             *_only_tested(listing),
-            *_without_decoder(listing),
             *([several] if several else []),
             *names_in_doubt(labels),
         ]
@@ -222,6 +223,7 @@ class ListingSummary:
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
             further=found.get("further", [])[:_KEPT],
+            undecodable=_without_decoder(listing),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -257,7 +259,7 @@ class ListingSummary:
 
     def _left_out(self) -> list[str]:
         files = {suffix: count for suffix, count in self.passed_over.items() if suffix != HIDDEN}
-        found = []
+        found = list(self.undecodable)
         if files:
             # Those that somebody may take for images first.
             order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))

@@ -421,14 +421,15 @@ def test_without_pydicom_it_is_said_once_and_left_for_the_next_run(tmp_path, mon
     payload = dicom_of(RAMP, bits=12)
     for name in ("a.dcm", "b.dcm"):
         (tmp_path / name).write_bytes(payload)
-    assert not any("cannot be decoded" in note for note in ListingSummary.of(open_source(str(tmp_path)).scan()).notes)
+    assert not ListingSummary.of(open_source(str(tmp_path)).scan()).undecodable
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert not dicom.has_pydicom()
     found = try_decode(payload, colour="rgb")
     assert isinstance(found, Unavailable)
     assert str(found) == "unsupported: DICOM without pydicom; pip install featurepipe[dicom]"
-    notes = ListingSummary.of(open_source(str(tmp_path)).scan()).notes
-    assert "2 DICOM files cannot be decoded here: pip install featurepipe[dicom]" in notes
+    summary = ListingSummary.of(open_source(str(tmp_path)).scan())
+    assert summary.undecodable == ["2 DICOM files cannot be decoded here: pip install featurepipe[dicom]"]
+    assert summary.lines("pile", labels=False)[1] == f"pile: {summary.undecodable[0]}"
 
 
 def test_rejects_of_releases_before_are_tried_again():

@@ -120,7 +120,7 @@ def test_missing_decoders_are_said_once_and_wait_for_the_next_run(tmp_path, monk
     assert all(isinstance(reject, Unavailable) for reject in found)
     assert str(found[0]) == "unsupported: HEIC without pillow-heif; pip install featurepipe[heif]"
     assert str(found[1]).startswith("unsupported: AVIF, which this Pillow lacks; pip install --upgrade pillow")
-    notes = ListingSummary.of(listing).notes
-    assert "1 HEIC file cannot be decoded here: pip install featurepipe[heif]" in notes
-    assert any(note.startswith("1 AVIF file cannot be decoded here") for note in notes)
+    first, second = ListingSummary.of(listing).undecodable
+    assert first == "1 HEIC file cannot be decoded here: pip install featurepipe[heif]"
+    assert second.startswith("1 AVIF file cannot be decoded here: pip install --upgrade pillow")
     assert "(no HEIC: pip install featurepipe[heif]; no AVIF: " in doctor.decoders().found
