@@ -15,12 +15,11 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, check_bytes, check_pixels
-from featurepipe.images.damage import DAMAGE, damage_as_reject, first_line, says_truncated
+from featurepipe.images.damage import DAMAGE, QUIET, damage_as_reject, first_line, says_truncated
 from featurepipe.images.dicom import is_dicom, read_dicom
 from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
-from featurepipe.images.quiet import QUIET
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
@@ -205,7 +204,7 @@ def decode(
         if pixels is not None:
             return pixels
     with QUIET:
-        decode_file = _decode_dicom if is_dicom(payload) and _known_plugin(payload) is None else _decode_pillow
+        decode_file = _decode_dicom if _known_plugin(payload) is None and is_dicom(payload) else _decode_pillow
         return decode_file(payload, colour, intensity, claim)
 
 

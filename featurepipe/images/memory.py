@@ -58,9 +58,8 @@ class PillowReader:
         """
         # In here, for decode imports torch.
         from featurepipe.images.budgets import check_pixels
-        from featurepipe.images.damage import damage_as_reject
+        from featurepipe.images.damage import QUIET, damage_as_reject
         from featurepipe.images.decode import flattened, turned
-        from featurepipe.images.quiet import QUIET
         from featurepipe.images.samples import is_deep_colour
 
         with self._locks[(id(image) >> 4) % _LOCKS], QUIET:
