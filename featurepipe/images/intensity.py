@@ -2,8 +2,8 @@
 
 Eight bits hold one black, 0, and one white, 255. Sixteen bits do not: radiographs keep 12 bits in them, microscopes 10 to 16, and
 floating point has no range of its own. What a file declares is used, of DICOM its window, else its stored bits. Where it declares
-nothing and its values fill less than a sixteenth of their range it is refused rather than guessed (pydicom #1426, Pillow #3159). A
-user's own choice is an `Intensity`.
+nothing and its values fill less than a sixteenth of their range it is refused rather than guessed (pydicom #1426, Pillow #3159).
+A user's own choice is an `Intensity`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Intensity:
 
     Attributes:
         kind: ``declared``: by what the file declares (of DICOM the window, whatever its bits), else by the range of its
-            numbers, and an image that neither tells is a reject. ``full``: by the range of the numbers, 0 to 1 for floating point. ``bits``: by 0 to 2**bits - 1, and an
-            image with other values is a reject. ``window``: by ``low`` to ``high``, values beyond being cut off. ``minmax``:
-            each image by its own least and greatest value. ``high-byte``: what version 1 did, where that is right.
+            numbers, and an image that neither tells is a reject. ``full``: by the range of the numbers, 0 to 1 for floating
+            point. ``bits``: by 0 to 2**bits - 1, and an image with other values is a reject. ``window``: by ``low`` to
+            ``high``, values beyond being cut off. ``minmax``: each image by its own least and greatest value.
+            ``high-byte``: what version 1 did, where that is right.
         bits: of ``bits``.
         low: black, of ``window``.
         high: white, of ``window``.
