@@ -56,6 +56,31 @@ def class_scores(head: Any, features: Blocks | Array, *, memory: int | str | Non
     return concatenated(row_shards_of(features).map(partial(_share_scores, before=before, last=last, memory=memory)))
 
 
+def predicted_numbers(head: Any, features: Blocks | Array, *, memory: int | str | None = None) -> Floats:
+    """What a head for numbers predicts, in memory that does not grow with the rows but for the result.
+
+    Args:
+        head: A fitted regressor or pipeline.
+        features: (n, D) array or ``Blocks``; read block by block, where they are.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        UsageError: A feature is NaN or infinite.
+    """
+    return concatenated(row_shards_of(features).map(partial(_share_numbers, head=head, memory=memory)))
+
+
+def _share_numbers(blocks: Blocks, *, head: Any, memory: int | str | None) -> Floats:
+    numbers = np.empty(blocks.shape[0])
+    for place, block in iterate(blocks, memory=memory):
+        refuse_non_finite(block)
+        numbers[place] = head.predict(block)
+    return numbers
+
+
 def _share_scores(blocks: Blocks, *, before: Any, last: Any, memory: int | str | None) -> Floats:
     scores = np.empty((blocks.shape[0], len(last.classes_)))
     for place, block in iterate(blocks, memory=memory):

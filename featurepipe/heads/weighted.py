@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import numpy as np
 from sklearn import discriminant_analysis, linear_model, neighbors, svm
 from sklearn.utils.validation import column_or_1d
 
@@ -114,6 +115,10 @@ class Ridge(BlockRegressor, linear_model.Ridge):  # type: ignore[misc]
         targets = column_or_1d(targets_of(X, y), warn=True)
         weights = sample_weights(sample_weight, len(targets))
         numbers_to_learn(targets, weights)
+        if isinstance(X, np.ndarray) and X.dtype == np.float32:
+            X = X.astype(
+                np.float64
+            )  # else scikit-learn makes the targets float32: of a date whole minutes would be lost
         fit: Any = super().fit
         fit(X, targets, sample_weight=weights)
         return self

@@ -125,6 +125,15 @@ def test_ridge_loses_no_digits_to_large_means():
     close(far.coef_, BlockRidge(2.0).fit(X, y).coef_, 1e-7)
 
 
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_large_numbers_keep_their_small_differences_in_float32_features(sides, name):
+    X, y, _, others, _ = sides
+    seconds = y - 1000 + 1.75e9
+    head, plain = (quick(name).fit(X.astype(np.float32), numbers) for numbers in (seconds, y - 1000))
+    found = head.predict(others.astype(np.float32)) - 1.75e9
+    np.testing.assert_allclose(found, plain.predict(others.astype(np.float32)), rtol=0, atol=1e-2)
+
+
 def test_moments_with_targets_are_joined_about_the_common_mean(sides):
     X, y, weights, _, _ = sides
     targets = np.stack([y, y**2])

@@ -23,20 +23,27 @@ import numpy as np
 from featurepipe.errors import BundleError
 
 OURS = (
+    "featurepipe.heads.trees.boosted.BoostedRegressor",
     "featurepipe.heads.trees.boosted.BoostedTrees",
     "featurepipe.heads.kernel.RBFSVM",
+    "featurepipe.heads.kernel_ridge.BlockKernelRidge",
     "featurepipe.heads.linear.lda.BlockLinearDiscriminantAnalysis",
     "featurepipe.heads.linear.classifiers.BlockLinearSVC",
     "featurepipe.heads.linear.classifiers.BlockLogisticRegression",
     "featurepipe.heads.neighbours.BlockCentroid",
+    "featurepipe.heads.linear.svr.BlockLinearSVR",
     "featurepipe.heads.neighbours.BlockNeighbours",
+    "featurepipe.heads.neighbours.BlockNeighboursRegressor",
     "featurepipe.heads.preprocessing.BlockPCA",
+    "featurepipe.heads.linear.ridge.BlockRidge",
     "featurepipe.heads.linear.ridge.BlockRidgeClassifier",
     "featurepipe.heads.preprocessing.BlockScaler",
     "featurepipe.heads.weighted.KNeighborsClassifier",
+    "featurepipe.heads.weighted.KNeighborsRegressor",
     "featurepipe.heads.weighted.LinearDiscriminantAnalysis",
     "featurepipe.heads.weighted.LinearSVC",
     "featurepipe.heads.weighted.LogisticRegression",
+    "featurepipe.heads.weighted.Ridge",
     "featurepipe.heads.weighted.RidgeClassifier",
 )
 FORMER = (
@@ -177,7 +184,7 @@ def _hint(content: bytes) -> str:
 
 
 _KERNELS = {"linear", "poly", "rbf", "sigmoid"}
-_CHECKED_NEIGHBOURS = {"KNeighborsClassifier", "NearestCentroid"}
+_CHECKED_NEIGHBOURS = {"KNeighborsClassifier", "KNeighborsRegressor", "NearestCentroid"}
 
 
 def check_bounds(head: Any, name: str) -> None:
@@ -207,12 +214,12 @@ def check_bounds(head: Any, name: str) -> None:
 
 
 def _within_bounds(estimator: Any) -> bool:
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
     from sklearn.svm._base import BaseLibSVM
 
     if isinstance(estimator, BaseLibSVM):
         return not hasattr(estimator, "support_vectors_") or _support_fits(estimator)
-    if isinstance(estimator, KNeighborsClassifier):
+    if isinstance(estimator, KNeighborsClassifier | KNeighborsRegressor):
         return not hasattr(estimator, "_fit_X") or _neighbours_fit(estimator)
     kind = type(estimator)
     return not kind.__module__.startswith("sklearn.neighbors.") or kind.__name__ in _CHECKED_NEIGHBOURS
@@ -239,14 +246,15 @@ def _support_fits(svm: Any) -> bool:
 
 def _neighbours_fit(neighbours: Any) -> bool:
     held = vars(neighbours)
-    rows, codes = _array(held["_fit_X"], 2, "f"), _array(held["_y"], 1, "i")
+    numeric = not hasattr(neighbours, "predict_proba")
+    rows, answers = _array(held["_fit_X"], 2, "f"), _array(held["_y"], 1, "f" if numeric else "i")
     return (
         held["_fit_method"] == "brute"
-        and neighbours.outputs_2d_ is False
+        and (numeric or neighbours.outputs_2d_ is False)
         and isinstance(neighbours.metric, str)
-        and len(rows) == neighbours.n_samples_fit_ == len(codes) >= 1
+        and len(rows) == neighbours.n_samples_fit_ == len(answers) >= 1
         and rows.shape[1] == neighbours.n_features_in_
-        and bool((codes >= 0).all() and (codes < len(neighbours.classes_)).all())
+        and (numeric or bool((answers >= 0).all() and (answers < len(neighbours.classes_)).all()))
     )
 
 

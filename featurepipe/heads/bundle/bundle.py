@@ -22,6 +22,7 @@ from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
     BOOSTER,
+    CONTINUOUS,
     HEAD,
     SEEN,
     WEIGHTS,
@@ -37,8 +38,9 @@ from featurepipe.heads.bundle.files import (
     write_manifest,
 )
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
-from featurepipe.heads.calibration import class_scores, probabilities
+from featurepipe.heads.calibration import class_scores, predicted_numbers, probabilities
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.regression import numbers_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +62,8 @@ class Bundle:
         training: Dataset, split, rows, and whatever else tells how it came about, as JSON values.
         seen: (n,) uint64, the first 8 bytes (little-endian) of the keys of the images that it was fitted, tuned or
             calibrated on.
+        target: What is predicted, if it is a number: ``type`` (``"continuous"``), ``column`` (its name), and ``interval``: None,
+            or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. None for classes.
         weights_file: The backbone's own weights inside the bundle, if it has them. Set by ``read_bundle``.
         software: Versions it was written with. Set by ``read_bundle``.
     """
@@ -76,6 +80,7 @@ class Bundle:
     metrics: dict[str, Any]
     training: dict[str, Any]
     seen: npt.NDArray[np.uint64]
+    target: dict[str, Any] | None = None
     weights_file: Path | None = None
     software: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -83,6 +88,40 @@ class Bundle:
     def width(self) -> int:
         """Values of one feature vector."""
         return int(self.head.n_features_in_)
+
+    @property
+    def target_type(self) -> str:
+        """``"multiclass"``, or ``"continuous"`` for a number."""
+        return "multiclass" if self.target is None else str(self.target["type"])
+
+    @property
+    def target_name(self) -> str:
+        """The name of the number that is predicted; empty for classes."""
+        return str((self.target or {}).get("column", ""))
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the prediction intervals of a number, in its unit; None without them."""
+        interval = (self.target or {}).get("interval")
+        return None if interval is None else float(interval["half_width"])
+
+    def numbers(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Predicts numbers, block by block.
+
+        Args:
+            X: (n, D) features; see ``scores``.
+
+        Returns:
+            (n,) numbers; ``half_width`` less and more are the limits of the prediction interval.
+
+        Raises:
+            BundleError: The head predicts classes; or features of another space, other columns or another width.
+        """
+        if self.target_type != CONTINUOUS:
+            raise BundleError("this bundle predicts classes, no number: ask for probabilities or predict")
+        features = X if isinstance(X, Blocks) else np.asarray(X)
+        self.check(features)
+        return predicted_numbers(self.head, features)
 
     def scores(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Scores features, block by block, in memory that does not grow with n but for the result.
@@ -94,8 +133,12 @@ class Bundle:
             (n, K) log-probabilities, or decision values where the head has none, in the order of ``classes``.
 
         Raises:
-            BundleError: Features of another space, other columns or another width.
+            BundleError: The head predicts a number; or features of another space, other columns or another width.
         """
+        if self.target_type == CONTINUOUS:
+            raise BundleError(
+                f"this bundle predicts a number ({self.target_name}), it has no classes: ask for numbers or predict"
+            )
         features = X if isinstance(X, Blocks) else np.asarray(X)
         self.check(features)
         return class_scores(self.head, features)
@@ -105,10 +148,12 @@ class Bundle:
         return probabilities(self.scores(X), 1.0 if self.temperature is None else self.temperature)
 
     def predict(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[Any]:
-        """Returns (n,) labels: for each row the class of the highest score, and so of the highest probability.
+        """Returns (n,) labels: for each row the class of the highest score, and so of the highest probability; or numbers.
 
         An ``SVC`` asked directly counts votes between pairs of classes instead, which can differ where it is unsure.
         """
+        if self.target_type == CONTINUOUS:
+            return self.numbers(X)
         labels: npt.NDArray[Any] = np.asarray(self.head.classes_)[self.scores(X).argmax(axis=1)]
         return labels
 
@@ -244,6 +289,8 @@ def plain_record(bundle: Bundle) -> dict[str, Any]:
             f"the temperature is {bundle.temperature}, give one above 0, or None for a head that is not calibrated"
         )
     software = _software()
+    if bundle.target is not None:
+        record["target"] = plain(bundle.target, "target")
     return {
         **record,
         "family": bundle.family,
@@ -354,7 +401,18 @@ _SHORT = 40  # longer names are for --json
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """Sums up a bundle as JSON values: all it records, but neither the head's numbers nor the keys."""
-    names = ("backbone", "space", "fingerprint", "columns", "width", "family", "params", "classes", "temperature")
+    names = (
+        "backbone",
+        "space",
+        "fingerprint",
+        "columns",
+        "width",
+        "family",
+        "params",
+        "classes",
+        "target",
+        "temperature",
+    )
     found = {name: getattr(bundle, name) for name in (*names, "metrics", "training", "software")}
     return {
         **found,
@@ -372,12 +430,16 @@ def bundle_text(bundle: Bundle) -> str:
     calibrated = (
         "not calibrated" if bundle.temperature is None else f"calibrated (temperature {bundle.temperature:.3g})"
     )
+    if bundle.target is not None:
+        interval = bundle.target.get("interval")
+        calibrated = "no prediction intervals" if interval is None else interval_text(interval)
     params = ", ".join(f"{name}={value}" for name, value in bundle.params.items())
     lines = {
         "backbone": f"{bundle.backbone['name']}, weights {weights}{where}",
         "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
         "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
-        "classes": f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
+        "classes": "" if bundle.target else f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
+        "target": _target(bundle),
         "trained": _training(bundle),
         "software": ", ".join(f"{name} {version}" for name, version in bundle.software.items()),
     }
@@ -385,7 +447,20 @@ def bundle_text(bundle: Bundle) -> str:
     tested = bundle.metrics.get("test")
     if not tested:
         return f"{text}\nno test images when it was trained; featurepipe evaluate measures it on others"
-    return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures_text(tested)}"
+    measures = measures_text(tested) if bundle.target is None else numbers_text(tested)
+    return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures}"
+
+
+def interval_text(interval: Mapping[str, Any]) -> str:
+    """Says how wide prediction intervals are, and what of."""
+    return (
+        f"{100 * interval['level']:g} % of new numbers are within {interval['half_width']:.4g} of the prediction "
+        f"(from {interval['images']:,} unseen images)"
+    )
+
+
+def _target(bundle: Bundle) -> str:
+    return "" if bundle.target is None else f"the number {bundle.target_name or '(without a name)'}"
 
 
 def _space(bundle: Bundle) -> str:

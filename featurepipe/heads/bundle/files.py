@@ -29,6 +29,9 @@ MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
     "seen.safetensors",
     "weights.safetensors",
 )
+CONTINUOUS = "continuous"
+"""The type of target of a bundle that predicts numbers; one without a target predicts classes."""
+
 ENTRIES: dict[str, type | tuple[type, ...]] = {
     "backbone": dict,
     "classes": list,
@@ -204,7 +207,8 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
     for name, kind in ENTRIES.items():
         if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise BundleError(f"{place} is damaged: {name!r} is missing or of the wrong type; {_AGAIN}")
-    for name in ("classes", "columns"):
+    _check_target(content, place)
+    for name in ("classes", "columns") if content.get("target") is None else ("columns",):
         values = content[name]
         if not values or not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
             raise BundleError(f"{place} is damaged: {name!r} must be distinct text, at least one; {_AGAIN}")
@@ -216,6 +220,25 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
     for name in (HEAD, SEEN):
         if name not in content["files"]:
             raise BundleError(f"{place} is damaged: it does not list {name}; {_AGAIN}")
+
+
+def _check_target(content: Mapping[str, Any], place: Path) -> None:
+    """Checks what a bundle says of the number that it predicts, if it says so."""
+    target = content.get("target")
+    if target is not None and (not isinstance(target, dict) or target.get("type") != CONTINUOUS or content["classes"]):
+        raise BundleError(
+            f"{place} is of a target that this version does not know ({target!r}); use the version that wrote it, or {_AGAIN}"
+        )
+    interval = None if target is None else target.get("interval")
+    if interval is not None and not _is_interval(interval):
+        raise BundleError(f"{place} is damaged: its prediction interval is {interval!r}; {_AGAIN}")
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"level", "half_width", "images"} <= value.keys():
+        return False
+    numbers = [value[name] for name in ("level", "half_width", "images")]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in numbers)
 
 
 def _check_size(file: BufferedReader, path: Path, expected: Mapping[str, Any]) -> None:

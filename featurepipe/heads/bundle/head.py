@@ -120,7 +120,8 @@ def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
     if booster is None:
         return head
     try:
-        check_trees(booster, width=trees.n_features_in_, classes=len(trees.classes_))
+        classes = len(trees.classes_) if hasattr(trees, "classes_") else None
+        check_trees(booster, width=trees.n_features_in_, classes=classes)
         return _with_last(head, trees.with_booster(booster))
     except (ForgedTrees, BundleError) as error:
         raise BundleError(
@@ -131,16 +132,24 @@ def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
 def check_head(head: Any, classes: tuple[str, ...], name: str, *, width: int | None = None) -> None:
     """Checks that a head is a fitted classifier of these classes, and of ``width`` values if that is known.
 
+    Without classes it must be a fitted regressor.
+
     Raises:
         BundleError: It is not.
     """
-    found = getattr(head, "classes_", None)
-    if found is None or not hasattr(head, "predict") or not isinstance(getattr(head, "n_features_in_", None), int):
-        raise BundleError(f"{name} is a {type(head).__name__}, not a fitted classifier; train again")
+    found, kind = getattr(head, "classes_", None), "classifier" if classes else "regressor"
+    if (
+        (found is None) == bool(classes)
+        or not hasattr(head, "predict")
+        or not isinstance(getattr(head, "n_features_in_", None), int)
+    ):
+        raise BundleError(f"{name} is a {type(head).__name__}, not a fitted {kind}; train again")
+    if width not in {None, head.n_features_in_}:
+        raise BundleError(f"{name} takes {head.n_features_in_} values, the bundle says {width}; train again")
+    if found is None:
+        return
     names = list(found)
     if not all(isinstance(label, str) for label in names):
         raise BundleError(f"{name} has classes that are not text ({names[:3]}...); fit it with text labels")
     if names != list(classes):
         raise BundleError(f"{name} knows the classes {names[:5]}, the bundle names {list(classes[:5])}; train again")
-    if width not in {None, head.n_features_in_}:
-        raise BundleError(f"{name} takes {head.n_features_in_} values, the bundle says {width}; train again")

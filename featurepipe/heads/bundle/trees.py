@@ -108,8 +108,13 @@ class ForgedTrees(ValueError):
     """The trees are not as xgboost writes them for a head of this width and number of classes."""
 
 
-def check_trees(content: bytes, *, width: int, classes: int) -> None:
+def check_trees(content: bytes, *, width: int, classes: int | None) -> None:
     """Checks that a booster in UBJSON stays within its own arrays, and those of (n, width) features and of K classes.
+
+    Args:
+        content: The booster.
+        width: D.
+        classes: K; None for trees that predict a number.
 
     Raises:
         ForgedTrees: It does not, or is no booster of plain trees.
@@ -120,17 +125,15 @@ def check_trees(content: bytes, *, width: int, classes: int) -> None:
         raise ForgedTrees(f"{type(error).__name__}: {error}") from error
 
 
-def _check_learner(learner: dict[str, Any], width: int, classes: int) -> None:
-    groups = classes if classes > 2 else 1
+def _check_learner(learner: dict[str, Any], width: int, classes: int | None) -> None:
+    groups = classes if classes is not None and classes > 2 else 1
+    objective = "reg:squarederror" if classes is None else "multi:softprob" if groups > 1 else "binary:logistic"
     parameters = learner["learner_model_param"]
     booster = learner["gradient_booster"]
     model = booster["model"]
     trees, numbers = model["trees"], model["gbtree_model_param"]
     _need(booster["name"] == "gbtree", "it is no booster of plain trees")
-    _need(
-        learner["objective"]["name"] == ("multi:softprob" if groups > 1 else "binary:logistic"),
-        "it has another objective",
-    )
+    _need(learner["objective"]["name"] == objective, "it has another objective")
     _need(int(parameters["num_feature"]) == width, "it takes another number of features")
     _need(int(parameters["num_class"]) == (groups if groups > 1 else 0), "it has another number of classes")
     _need(int(parameters["num_target"]) == 1, "it has several targets")

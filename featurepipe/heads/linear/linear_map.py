@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.base import is_regressor
 
 from featurepipe.errors import UsageError
 
@@ -16,13 +17,14 @@ def linear_map(head: Any) -> tuple[Floats, Floats]:
     """Returns the affine map whose outputs are the head's decision values.
 
     For two classes its rows give minus and plus half the margin, so that the softmax of the outputs is what the head's
-    probabilities are, and ``class_scores`` up to a constant for each image. For centroids it is ``x . c - |c|^2 / 2``.
+    probabilities are, and ``class_scores`` up to a constant for each image. For centroids it is ``x . c - |c|^2 / 2``. Of a
+    regressor the only row gives the number.
 
     Args:
         head: A fitted linear head, or a pipeline that scales and projects before one.
 
     Returns:
-        weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``.
+        weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``; (1, D) and (1,) for a number.
 
     Raises:
         UsageError: The head, or a step before it, is no affine map.
@@ -46,6 +48,8 @@ def _last(head: Any) -> tuple[Floats, Floats]:
         bias = np.broadcast_to(np.asarray(head.intercept_, np.float64), len(weight)).copy()
     else:
         weight, bias = np.empty((0, 0)), np.empty(0)
+    if not hasattr(head, "classes_") and is_regressor(head) and len(weight) == 1:
+        return weight, bias
     if len(classes) == 2 and len(weight) == 1:
         return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
     if len(weight) != len(classes) or not len(classes):

@@ -17,7 +17,7 @@ from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.bundle.audit import OURS
 from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle, write_bundle
-from featurepipe.heads.families import HEADS, make_head
+from featurepipe.heads.families import FAMILIES, HEADS, make_head
 
 OTHERS = {  # estimators that are not ours, as a user may put into a bundle
     "logistic": lambda: LogisticRegression(max_iter=200, class_weight={"digit 0": 2.0}),
@@ -84,7 +84,8 @@ def test_other_ways_of_the_same_families_come_back_too(tmp_path, digits, bundle_
 
 
 def test_the_list_of_our_types_is_that_of_our_families():
-    places = [place for family in HEADS.values() for place in (family.in_memory, family.blocks)]
+    families = [family for kind in ("multiclass", "continuous") for family in FAMILIES[kind].values()]
+    places = [place for family in families for place in (family.in_memory, family.blocks)]
     ours = {f"{place.module}.{place.name}" for place in places if place.module.startswith("featurepipe.")}
     assert ours | {"featurepipe.heads.preprocessing.BlockScaler", "featurepipe.heads.preprocessing.BlockPCA"} == set(
         OURS
