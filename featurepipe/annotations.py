@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -339,13 +339,14 @@ def names_in_doubt(classes: Sequence[str]) -> list[str]:
     return notes
 
 
-def check_classes(classes: Sequence[str], images: int, say: Callable[[str], None]) -> None:
+def check_classes(classes: Sequence[str], images: int, say: Callable[[str], None], column: str = "label") -> None:
     """Refuses classes that are numbers on a scale, and says if some look like several labels in one.
 
     Args:
         classes: The distinct labels.
         images: How many images have one of them.
         say: Told one line, if any.
+        column: Where they are from.
 
     Raises:
         UsageError: They look like measured numbers.
@@ -353,8 +354,12 @@ def check_classes(classes: Sequence[str], images: int, say: Callable[[str], None
     scale = numbers_on_a_scale(classes, images)
     if scale is not None:
         raise UsageError(
-            f"the labels are {scale}, on {images:,} images: numbers to be estimated (regression), not classes to be told "
-            "apart. Heads learn classes: write ranges, such as 20-29, or names in their place"
+            Message(
+                f"the labels are {scale}, on {images:,} images: numbers to be estimated (regression), not classes to be told "
+                "apart. featurepipe train estimates them with ",
+                Option("target", column),
+                "; to learn classes, write ranges, such as 20-29, or names in their place",
+            )
         )
     several = several_names(classes)
     if several is not None:

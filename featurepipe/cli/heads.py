@@ -110,6 +110,8 @@ def add_evaluate(commands: Commands) -> None:
            help="default: test where the dataset has it, else the images not trained on; all: every labelled one")  # fmt: skip
     add_labels(command)
     add_options(command, RowOptions)
+    option("--target", metavar="COLUMN",
+           help="of a bundle that predicts a number: column of the true one (default: that of the training)")  # fmt: skip
     option("--ignore-unknown-classes", action="store_true",
            help="leave out images of classes that the bundle does not know, instead of refusing")  # fmt: skip
     option("--bootstrap", type=int, default=1000, metavar="N",
@@ -132,6 +134,7 @@ def run_evaluate(args: Namespace) -> int:
         split=args.split,
         labels=args.labels,
         **options(args, RowOptions),
+        target=args.target,
         ignore_unknown_classes=args.ignore_unknown_classes,
         bootstrap=args.bootstrap,
         seed=args.seed,
@@ -145,8 +148,10 @@ def run_evaluate(args: Namespace) -> int:
 def add_predict(commands: Commands) -> None:
     """Declares the command."""
     command = add_command(
-        commands, "predict", run_predict, "label the images of a source with a bundle: id, label, one probability per class",
-        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help.",
+        commands, "predict", run_predict,
+        "label the images of a source with a bundle: id, label, one probability per class",
+        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One "
+        "that was trained on a --target gives id, predicted, and low and high, the limits of its prediction interval.",
     )  # fmt: skip
     option = command.add_argument
     option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from featurepipe.annotations import split_asked
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
+from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.regression import number_table
 from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import RowOptions
+from featurepipe.store.options import RoleOptions, RowOptions
 from featurepipe.store.roles import with_roles
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def evaluate(
     labels: Any = None,
     label: str | None = None,
     group: str | None = None,
+    target: str | None = None,
     ignore_unknown_classes: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -55,6 +59,7 @@ def evaluate(
         label: The column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: The column of what belongs together, such as a patient: intervals are of so many independent groups, and groups
             that are in several splits are named; by default ``group``, where there is one; ``none`` for no groups.
+        target: Of a bundle that predicts a number, the column of the true one; by default the one that it was trained on.
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
@@ -66,7 +71,8 @@ def evaluate(
         JSON values: ``bundle``, ``dataset``, ``split`` (null if not one split) and ``scope`` (the same in words),
         ``counts`` (images, scored, groups where there are any, unlabelled, unknown_classes, unmatched labels, rejected,
         duplicates), ``metrics``
-        (``featurepipe.heads.statistics.metrics.score_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
+        (``featurepipe.heads.statistics.metrics.score_table``; of numbers
+        ``featurepipe.heads.statistics.regression.number_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
 
     Raises:
@@ -81,6 +87,20 @@ def evaluate(
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     features = features_for(model, source, name)
+    if model.target_type == CONTINUOUS:
+        roles = RoleOptions(label=label, group=group, target=target or model.target_name or None)
+        return _evaluate_numbers(
+            model, bundle, source, features, labels, roles,
+            split=split, bootstrap=bootstrap, seed=seed, cluster=cluster, started=started, say=say,
+        )  # fmt: skip
+    if target is not None:
+        raise UsageError(
+            Message(
+                Option("target", target),
+                ": this bundle predicts classes, no number; name their column with ",
+                Option("label"),
+            )
+        )
     features = with_roles(source, features, labels, RowOptions(label=label, group=group), say)
     chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
     say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
@@ -107,6 +127,70 @@ def evaluate(
             "trained_on": leakage.trained_on(chosen.features, model.seen, correct),
             **leakage.report(features),
         },
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _evaluate_numbers(
+    model: Bundle,
+    given: Bundle | str | os.PathLike[str],
+    store: FeatureStore,
+    features: FeatureSet,
+    labels: Any,
+    roles: RoleOptions,
+    *,
+    split: str | None,
+    bootstrap: int,
+    seed: int,
+    cluster: Any,
+    started: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Scores a bundle that predicts a number; see ``evaluate``."""
+    if roles.target is None:
+        raise UsageError(
+            Message("the bundle's number has no name; name the column of the true one with ", Option("target"))
+        )
+    features = with_roles(store, features, labels, roles, say)
+    candidates, name, scope = _of_split(model, features, split)
+    if candidates.unlabelled == len(candidates):
+        raise UsageError(
+            Message(
+                f"none of the {len(candidates):,} images of {scope} has a number in ", Option("target", roles.target),
+                "; name a file that has it with ", Option("labels", "FILE.csv"),
+            )
+        )  # fmt: skip
+    chosen = candidates.select(labelled=True)
+    truth = np.asarray(chosen.targets, np.float64)
+    say(f"scoring {len(truth):,} images of dataset {features.origin.dataset}: {scope}")
+    with features_at(cluster, chosen, store, say) as scored:
+        predicted = model.numbers(scored)
+    metrics = number_table(
+        predicted,
+        truth,
+        half_width=model.half_width,
+        ids=chosen.ids,
+        groups=chosen.groups,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    return {
+        "bundle": {**_about(model, given), "target": model.target},
+        "dataset": features.origin.dataset,
+        "split": name,
+        "scope": scope,
+        "counts": {
+            "images": len(candidates),
+            "scored": len(truth),
+            **({} if chosen.groups is None else {"groups": metrics["groups"]}),
+            "unlabelled": candidates.unlabelled,
+            "unknown_classes": {},
+            "unmatched": features.unmatched,
+            "rejected": features.rejected,
+            "duplicates": chosen.duplicates,
+        },
+        "metrics": metrics,
+        "leakage": {"trained_on": leakage.trained_on(chosen, model.seen), **leakage.report(features)},
         "seconds": round(time.monotonic() - started, 3),
     }
 

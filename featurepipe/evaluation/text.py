@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from featurepipe.display import share, table
+from featurepipe.heads.bundle.bundle import interval_text
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.regression import numbers_text
 
 MATRIX_CLASSES = 20
 """Classes up to which the confusion matrix is shown; past it the most frequent confusions."""
@@ -19,6 +21,9 @@ _ROWS = 10
 def text(record: Mapping[str, Any]) -> str:
     """What ``featurepipe evaluate`` prints of ``evaluate(...)``."""
     metrics = record["metrics"]
+    if record["bundle"].get("target"):
+        numeric = [_heading(record), *_warnings(record), numbers_text(metrics), _largest_errors(metrics)]
+        return "\n\n".join(section for section in numeric if section)
     sections = [
         _heading(record),
         *_warnings(record),
@@ -43,9 +48,13 @@ def _heading(record: Mapping[str, Any]) -> str:
         parts.append(f"{copies:,} of the scored {_are(copies, 'is a copy', 'are copies')} of another")
     heat = bundle["temperature"]
     calibrated = "not calibrated" if heat is None else f"calibrated (temperature {heat:.3g})"
+    what = f"{bundle['classes']} classes, {calibrated}"
+    if bundle.get("target"):
+        interval = bundle["target"].get("interval")
+        what = f"the number {bundle['target']['column']}, {interval_text(interval) if interval else 'no prediction intervals'}"
     return (
         f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
-        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {bundle['classes']} classes, {calibrated}"
+        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {what}"
     )
 
 
@@ -64,6 +73,12 @@ def _trained_on(found: Mapping[str, Any]) -> list[str]:
     count = found["images"]
     if not count:
         return []
+    if "accuracy_with" not in found:  # of numbers
+        part = share(found["share"]) if found["share"] >= 0.001 else "under 0.1 %"
+        return [
+            f"WARNING: the head was trained on {count:,} of these images ({part}): {_some(found['ids'])}",
+            f"  every measure below includes {_are(count, 'it', 'them')}",
+        ]
     without = found["accuracy_without"]
     others = f"without {_are(count, 'it', 'them')} {without:.4f}" if without is not None else "no other image is left"
     part = share(found["share"]) if found["share"] >= 0.001 else "under 0.1 %"
@@ -153,6 +168,12 @@ def _mistakes(metrics: Mapping[str, Any]) -> str:
         f"the {len(rows)} most confident of {found['count']:,} mistakes\n" if len(rows) > 1 else "the only mistake\n"
     )
     return title + table(["id", "true", "predicted", "probability"], rows)
+
+
+def _largest_errors(metrics: Mapping[str, Any]) -> str:
+    shown = metrics["mistakes"][:_ROWS]
+    rows = [[row["id"], f"{row['true']:.6g}", f"{row['predicted']:.6g}"] for row in shown]
+    return f"the {len(rows)} largest errors\n" + table(["id", "true", "predicted"], rows) if len(rows) > 1 else ""
 
 
 def _number(value: float | None) -> str:

@@ -18,6 +18,7 @@ from featurepipe.jobs.job import REFERENCES, FeaturesTable, Job
 from featurepipe.jobs.validation import Problem, keys_of, told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
+from featurepipe.training.options import DEFAULT_HEADS
 
 
 def check_networks(job: Job, *, first: bool = False) -> None:
@@ -50,7 +51,13 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
         yield from _of_network(table, place, nodes=place >= skip)
     for place, head in enumerate(job.train):
         try:
-            make_head(head.head, pca=head.pca, class_weight=head.class_weight, **head.params)
+            make_head(
+                head.head or DEFAULT_HEADS[head.target_type],
+                target_type=head.target_type,
+                pca=head.pca,
+                class_weight=head.class_weight,
+                **head.params,
+            )
         except UsageError as error:
             yield f"train[{place}].params", None, _in_keys(error, "train")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from featurepipe.display import counted
-from featurepipe.errors import BundleError, StoreError
+from featurepipe.errors import BundleError, Message, Option, StoreError, UsageError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.statistics.two_sample import class_shift, two_sample
 from featurepipe.monitoring.options import DriftOptions
@@ -105,7 +105,7 @@ def drift(
         dataset or source.only_dataset(),
         columns,
         backbone,
-        read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle,
+        _refuse_numbers(read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle),
         Thresholds(warn, fail),
         seed,
         announcer(silent=silent),
@@ -274,6 +274,23 @@ def _compare_features(pair: Pair, permutations: int, seed: int) -> dict[str, Any
         "farthest": [str(name) for name in ids[found.farthest]],
         "typical": [str(name) for name in ids[found.typical]],
     }
+
+
+def _refuse_numbers(bundle: Bundle | None) -> Bundle | None:
+    """Passes on a bundle that predicts classes, the only ones whose predictions are compared.
+
+    Raises:
+        UsageError: It predicts a number.
+    """
+    if bundle is not None and bundle.target_type != "multiclass":
+        raise UsageError(
+            Message(
+                f"the bundle predicts a number ({bundle.target_name}), and drift compares predicted classes only; leave ",
+                Option("bundle"),
+                " out: the features are compared without it",
+            )
+        )
+    return bundle
 
 
 def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -> dict[str, Any]:

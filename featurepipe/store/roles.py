@@ -34,6 +34,8 @@ _YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
 _NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
 _UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
 _SHOWN = 3
+LABEL = "label"
+"""The column of classes."""
 
 
 class _Column(NamedTuple):
@@ -66,7 +68,14 @@ class _Columns:
             assert kept is not None  # noqa: S101 - features of it are open
             texts = kept[KEPT_COLUMN + found].take(pc.index_in(self.features.table["id"], value_set=_one(kept["id"])))
             return _Column(found, _one(texts), f"dataset {self._dataset}")
+        if name.lower() == LABEL and self.has_labels:  # numbers may be where classes are by default
+            return _Column(LABEL, _one(self.features.table["label"]), f"dataset {self._dataset}")
         return None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the features have labels of the dataset's own."""
+        return bool(self.features.table["label"].null_count < len(self.features))
 
     def get(self, role: str, name: str) -> _Column:
         """The column of that name.

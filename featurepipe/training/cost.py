@@ -13,7 +13,7 @@ import numpy as np
 
 from featurepipe.display import size
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.families import HEADS, SMALL_VALUES
+from featurepipe.heads.families import SMALL_VALUES, HeadFamily, families_for
 from featurepipe.progress import spoken
 
 LEAST_ROWS = 1024
@@ -73,43 +73,44 @@ class Cost:
         return asdict(self)
 
 
-def choose_route(head: str, rows: int, width: int, budget: int) -> Cost:
+def choose_route(family: HeadFamily, rows: int, width: int, budget: int, target_type: str = "multiclass") -> Cost:
     """Decides between memory and blocks.
 
     Args:
-        head: name of the family.
+        family: of the head.
         rows: rows of the largest fit.
         width: values per row.
         budget: bytes that the fit may take.
+        target_type: of what is learned, to name other heads.
 
     Raises:
         UsageError: the family needs more memory than allowed and has no out-of-core form.
     """
     _check(budget, width)
-    need = rows * width * HEADS[head].bytes_per_value
-    streams = HEADS[head].out_of_core
+    need = rows * width * family.bytes_per_value
+    streams = family.out_of_core
     fits_in = need <= budget
     if fits_in and (not streams or rows * width <= SMALL_VALUES):
         return Cost(rows, width, need, budget, out_of_core=False, solver="scikit-learn")
     if streams:
         prepared = 2 * rows * width * np.dtype(np.float32).itemsize
         return Cost(rows, width, need, budget, out_of_core=prepared > budget, solver="blocks")
-    others = ", ".join(name for name, family in HEADS.items() if family.out_of_core)
+    others = ", ".join(name for name, other in families_for(target_type).items() if other.out_of_core)
     raise UsageError(
         Message(
-            f"{head} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and it "
-            "has no out-of-core form; allow more with ",
+            f"{family.name} on {rows:,} x {width:,} features needs about {size(need)} of memory, {size(budget)} are allowed, and "
+            "it has no out-of-core form; allow more with ",
             Option("memory"),
             f", or choose one that has: {others}",
         )
     )
 
 
-def choose_on_cluster(head: str, rows: int, width: int, limit: int | None, cluster: str) -> Cost:
+def choose_on_cluster(family: HeadFamily, rows: int, width: int, limit: int | None, cluster: str) -> Cost:
     """The cost of a fit over a cluster's workers; how much memory these have is not known before they are asked.
 
     Args:
-        head: name of a family that learns from blocks.
+        family: one that learns from blocks.
         rows: rows of the largest fit.
         width: values per row.
         limit: bytes that the fit may take at each worker, if the user said so.
@@ -120,7 +121,7 @@ def choose_on_cluster(head: str, rows: int, width: int, limit: int | None, clust
     """
     if limit is not None:
         _check(limit, width)
-    need = rows * width * HEADS[head].bytes_per_value
+    need = rows * width * family.bytes_per_value
     return Cost(rows, width, need, limit, out_of_core=True, solver="blocks", cluster=cluster)
 
 

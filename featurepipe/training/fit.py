@@ -15,7 +15,15 @@ from sklearn.base import BaseEstimator
 from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.calibration import class_scores, expected_calibration_error, fit_temperature, probabilities
+from featurepipe.heads.calibration import (
+    class_scores,
+    expected_calibration_error,
+    fit_temperature,
+    predicted_numbers,
+    probabilities,
+)
+from featurepipe.heads.statistics.conformal import conformal_half_width, least_units
+from featurepipe.heads.statistics.regression import units_of
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.task import Recipe, Task
 
@@ -23,6 +31,9 @@ if TYPE_CHECKING:
     from featurepipe.execution import SpreadFeatures
 
 Array = npt.NDArray[Any]
+
+INTERVAL_LEVEL = 0.9
+"""How often prediction intervals hold the true number."""
 
 ENOUGH = 100
 """Validation images below which a temperature is rough."""
@@ -51,10 +62,10 @@ class Calibration:
 def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | None = None) -> BaseEstimator:
     """Fits the recipe's head on some rows of the task, in memory or from blocks as the task's cost says."""
     head = recipe.make(out_of_core=task.cost.solver == "blocks", memory=task.cost.budget_bytes)
-    features = task.rows(rows)
+    features, answers = task.rows(rows), task.answers(rows)
     start = time.perf_counter()
     with refusals(recipe.head):
-        _fit(head, features, task)
+        _fit(head, features, answers, task)
     if say:
         say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
     return head
@@ -71,12 +82,12 @@ def refusals(head: str) -> Iterator[None]:
         raise UsageError(f"{head} cannot be fitted: {error}") from error
 
 
-def _fit(head: BaseEstimator, features: FeatureSet | SpreadFeatures, task: Task) -> None:
+def _fit(head: BaseEstimator, features: FeatureSet | SpreadFeatures, answers: Array, task: Task) -> None:
     if task.cost.solver == "blocks" or not isinstance(features, FeatureSet):
-        head.fit(features, features.labels)
+        head.fit(features, answers)
     else:
         with threads_for(features.shape), constant_columns():
-            head.fit(*features.numpy())
+            head.fit(features.read(np.float32), answers)
 
 
 @contextmanager
@@ -99,6 +110,38 @@ def threads_for(shape: tuple[int, int]) -> AbstractContextManager[Any]:
         1 if shape[0] * shape[1] <= ONE_THREAD_VALUES else None, user_api="blas"
     )
     return limits
+
+
+def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Measures on the validation rows how wide prediction intervals must be, with a head fitted on the others.
+
+    Returns:
+        ``level``, ``half_width`` in the target's unit, and the ``images`` (and ``groups``) that gave it; None where there are
+        too few.
+    """
+    rows = task.division.validation
+    groups = task.features.take(rows).groups
+    units = len(rows) if groups is None else len(np.unique(units_of(groups, len(rows))))
+    what = "validation images" if groups is None else "groups of validation images"
+    if units < least_units(INTERVAL_LEVEL):
+        say(
+            f"{units} {what} are too few for prediction intervals, which need {least_units(INTERVAL_LEVEL)}: there are none"
+        )
+        return None
+    head = fit(task, recipe, task.division.train)
+    with refusals(recipe.head):
+        predicted = predicted_numbers(head, task.rows(rows))
+    half_width = conformal_half_width(predicted, task.answers(rows), level=INTERVAL_LEVEL, groups=groups)
+    if units < ENOUGH:
+        say(
+            f"{units:,} {what} are few for prediction intervals: their share of true numbers varies around {INTERVAL_LEVEL:g}"
+        )
+    return {
+        "level": INTERVAL_LEVEL,
+        "half_width": half_width,
+        "images": len(rows),
+        **({} if groups is None else {"groups": units}),
+    }
 
 
 def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:

@@ -61,23 +61,36 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         "tune": options.tune,
         "calibration": options.calibration,
     }
+    if options.target is not None:
+        settings["target"] = options.target
     rows = np.union1d(task.division.final, task.division.validation)
     return Inputs(
         fingerprint=task.features.space_fingerprint,
         columns=task.features.columns,
-        rows=digest_of(task.features.take(rows), np.isin(rows, task.division.validation)),
+        rows=digest_of(
+            task.features.take(rows),
+            np.isin(rows, task.division.validation),
+            None if task.targets is None else task.targets[rows],
+        ),
         images=len(rows),
         settings=json.loads(json.dumps(settings, default=dict)),  # as it will come back from a file
     )
 
 
-def digest_of(images: LabelledImages, part: npt.NDArray[Any]) -> str:
+def digest_of(images: LabelledImages, part: npt.NDArray[Any], targets: npt.NDArray[np.float64] | None = None) -> str:
     """SHA-256 of the (key, label, part) of each image, in no order, without a Python object a row.
 
     Args:
         images: n images.
         part: (n,) whole numbers, what each image is for.
+        targets: (n,) numbers that are learned in place of the labels.
     """
+    if targets is not None:
+        order = np.lexsort((part, targets, images.keys64))
+        digest = hashlib.sha256(b"target")
+        for numbers in (images.keys, targets.astype("<f8"), part.astype("<i8")):
+            digest.update(np.ascontiguousarray(numbers[order]))
+        return digest.hexdigest()
     classes = images.classes
     codes = images.codes(classes)
     order = np.lexsort((part, codes, images.keys64))

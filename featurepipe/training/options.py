@@ -7,16 +7,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from featurepipe.errors import unknown
-from featurepipe.heads.families import HEADS
-from featurepipe.option_groups import at_least, is_bytes, is_number, not_empty, option
+from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.heads.families import FAMILIES
+from featurepipe.option_groups import at_least, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import RowOptions
+
+ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
+"""The heads for any type of target."""
 
 
 def known_head(given: Any) -> str | None:
     """The check of a head's name."""
-    if given not in HEADS:
-        raise unknown("head", str(given), HEADS, see="featurepipe train --help")
+    names = ALL_HEADS
+    if given not in names:
+        raise unknown("head", str(given), names, see="featurepipe train --help")
     return None
 
 
@@ -50,6 +54,11 @@ def _memory(given: Any) -> str | None:
     )
 
 
+MIN_CLASS_SIZE = 2
+DEFAULT_HEADS = {"multiclass": "logistic", "continuous": "ridge"}
+"""The head by type of target, where none is named."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RowOptions):
     """What head is fitted to which columns, and how."""
@@ -60,7 +69,15 @@ class TrainOptions(RowOptions):
         "(default: bottleneck)",
         metavar="COLUMN", check=not_empty,
     )  # fmt: skip
-    head: str = option("logistic", "kind of head (default: logistic)", metavar="|".join(HEADS), check=known_head)
+    target: str | None = option(
+        None, "column of a number to estimate, instead of classes: regression, with prediction intervals",
+        metavar="COLUMN", check=is_text,
+    )  # fmt: skip
+    head: str | None = option(
+        None, f"kind of head (default: {DEFAULT_HEADS['multiclass']}; for a --target {DEFAULT_HEADS['continuous']}, or "
+        f"{', '.join(name for name in FAMILIES['continuous'] if name != DEFAULT_HEADS['continuous'])})",
+        metavar="|".join(ALL_HEADS), check=known_head,
+    )  # fmt: skip
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
     tune: bool = option(False, "search the head's parameters on the val split, or on 5 folds")
     pca: int | float | None = option(
@@ -70,11 +87,37 @@ class TrainOptions(RowOptions):
     class_weight: str | None = option(
         None, "weigh classes equally, however many images each has", choices=("balanced",)
     )
-    calibration: bool = option(True, "fit a temperature on validation images, which takes one more fit")
-    min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
+    calibration: bool = option(
+        True,
+        "fit a temperature (of a --target: the width of prediction intervals) on validation images, which takes one more fit",
+    )
+    min_class_size: int = option(
+        MIN_CLASS_SIZE, f"refuse classes with fewer images (default: {MIN_CLASS_SIZE})", check=at_least(1)
+    )
     memory: int | float | str | None = option(
         None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",
         metavar="AMOUNT", check=_memory,
     )  # fmt: skip
     jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1, 1024))
     seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is None:
+            return
+        for name, why in (("class_weight", "weighs classes"), ("label", "names a class")):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    Message(Option(name), f" {why}, and a ", Option("target"), " is a number: give one of them")
+                )
+        if self.min_class_size != MIN_CLASS_SIZE:
+            raise UsageError(
+                Message(
+                    Option("min_class_size"), " is about classes, and a ", Option("target"), " has none: leave it out"
+                )
+            )
+
+    @property
+    def target_type(self) -> str:
+        """A key of `featurepipe.heads.families.FAMILIES`."""
+        return "multiclass" if self.target is None else "continuous"

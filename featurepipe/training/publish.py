@@ -19,6 +19,7 @@ from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
 from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS, check_bundle_target
 from featurepipe.heads.statistics.metrics import score_table, untested_text
+from featurepipe.heads.statistics.regression import number_table
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
 from featurepipe.training.fit import Calibration
@@ -39,13 +40,30 @@ def publish(
     *,
     inputs: Inputs,
     search: Search | None,
-    calibration: Calibration | None,
+    calibration: Calibration | dict[str, Any] | None,
     weights: Path | None,
     labels: str | None,
+    column: str | None,
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Tests the head on the test rows, writes the bundle, and returns what was done as JSON values."""
+    """Tests the head on the test rows, writes the bundle, and returns what was done as JSON values.
+
+    Args:
+        target: the bundle's folder.
+        store: with the features.
+        task: what was settled.
+        recipe: of the head.
+        head: fitted on all rows that may train.
+        inputs: what decided the outcome.
+        search: of the parameters, if there was one.
+        calibration: of classes the temperature, of numbers the prediction interval (`fit.prediction_interval`).
+        weights: the backbone's own weights.
+        labels: where the labels were from.
+        column: of the number that is learned; None for classes.
+        seconds: that it all took.
+        say: told what was written.
+    """
     space = next(space for space in store.spaces() if space.fingerprint == task.features.space_fingerprint)
     training = {
         **task.as_dict(),
@@ -67,17 +85,18 @@ def publish(
         family=recipe.head,
         params=dict(recipe.params),
         head=head,
-        classes=tuple(str(name) for name in head.classes_),
-        temperature=calibration.temperature if calibration else None,
+        classes=() if task.is_numeric else tuple(str(name) for name in head.classes_),
+        temperature=calibration.temperature if isinstance(calibration, Calibration) else None,
         metrics={},
         training=training,
         seen=np.unique(task.features.take(np.union1d(task.division.final, task.division.validation)).keys64),
+        target={"type": "continuous", "column": column, "interval": calibration} if task.is_numeric else None,
     )
-    tested = _tested(bundle, task)
-    calibrated = asdict(calibration) if calibration else None
-    if tested and tested["untested"]:
+    tested = _tested_numbers(bundle, task) if task.is_numeric else _tested(bundle, task)
+    calibrated = asdict(calibration) if isinstance(calibration, Calibration) else calibration
+    if tested and tested.get("untested"):
         say(untested_text(tested["untested"]))
-    if tested and calibrated:  # on images that neither the head nor the temperature has seen
+    if tested and calibrated and not task.is_numeric:  # on images that neither the head nor the temperature has seen
         plain = _tested(replace(bundle, temperature=None), task, bootstrap=0)
         calibrated |= {
             "test_ece_before": plain["ece"]["value"] if plain else None,
@@ -166,6 +185,23 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
     tested = task.features.take(known)
     return score_table(
         probabilities, truth, bundle.classes, ids=tested.ids, groups=tested.groups, bootstrap=bootstrap, seed=task.seed
+    )
+
+
+def _tested_numbers(bundle: Bundle, task: Task) -> dict[str, Any] | None:
+    """Metrics on the test rows."""
+    rows = task.division.test
+    if not len(rows):
+        return None
+    tested = task.features.take(rows)
+    predicted = bundle.numbers(task.rows(rows))
+    return number_table(
+        predicted,
+        task.answers(rows),
+        half_width=bundle.half_width,
+        ids=tested.ids,
+        groups=tested.groups,
+        seed=task.seed,
     )
 
 

@@ -16,15 +16,14 @@ import numpy.typing as npt
 from featurepipe.annotations import check_classes
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.families import HEADS
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
-from featurepipe.store.options import RowOptions
+from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
 from featurepipe.training.options import TrainOptions
-from featurepipe.training.splits import Division, class_counts, divide
+from featurepipe.training.splits import Division, class_counts, divide, quantile_bins
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import grid_size, steps_of
 
@@ -53,27 +52,43 @@ def settle(
     dataset = dataset or store.only_dataset()
     nodes: str | Sequence[str] = options.nodes
     comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
+    if comparison is not None and options.target is not None:
+        raise UsageError(
+            Message(
+                "layers are compared for classes only, so none is recommended for a ", Option("target", options.target),
+                "; name a column, as featurepipe info lists them, with ", Option("nodes"),
+            )
+        )  # fmt: skip
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
-    found = with_roles(store, found, labels, RowOptions.of(options), say, snapshot=snapshot)
+    roles = RoleOptions(label=options.label, group=options.group, target=options.target)
+    found = with_roles(store, found, labels, roles, say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
-    every = features.codes(features.classes)
-    check_classes(features.classes, len(features), say)
+    if options.target is not None:
+        targets = np.asarray(features.targets, np.float64)
+        every = quantile_bins(targets)
+    else:
+        targets = None
+        every = features.codes(features.classes)
+        check_classes(features.classes, len(features), say, options.label or "label")
     division = divide(
         features, every, split=options.split, seed=recipe.seed, validate=options.calibration or options.tune
     )
-    classes = _learnable(features, division, options.min_class_size)
+    if targets is not None:
+        _check_numbers(targets[division.final], division, str(options.target))
+    classes = _learnable(features, division, options.min_class_size) if targets is None else ()
     if comparison is not None:
         check_same_task(comparison, classes, labels, say)
     task = Task(
         features=features,
         classes=classes,
-        codes=features.codes(classes),
+        codes=every if targets is not None else features.codes(classes),
         division=division,
         cost=_route(recipe, len(division.final), features.shape[1], options.memory, cluster, say),
         unlabelled=found.unlabelled,
         seed=recipe.seed,
+        targets=targets,
     )
     say(f"{task.features.origin.dataset}: {_counted(task)}")
     return task
@@ -97,12 +112,12 @@ def _route(
     """Here or on the cluster; and if here, in memory or from blocks."""
     if cluster is not None:
         exact = getattr(steps_of(recipe.make(out_of_core=True))[-1][1], "exact_rows", 0)
-        if HEADS[recipe.head].out_of_core and rows > exact:
+        if recipe.family.out_of_core and rows > exact:
             limit = None if memory is None else bytes_of(memory)
-            return choose_on_cluster(recipe.head, rows, width, limit, cluster)
+            return choose_on_cluster(recipe.family, rows, width, limit, cluster)
         why = f"is exact up to {exact:,} images" if exact else "keeps all rows in one place"
         say(f"{recipe.head} {why}: it is fitted here, not on the cluster; only a search runs there")
-    return choose_route(recipe.head, rows, width, bytes_of(memory or available_memory() // 2))
+    return choose_route(recipe.family, rows, width, bytes_of(memory or available_memory() // 2), recipe.target_type)
 
 
 def _check(recipe: Recipe) -> None:
@@ -163,6 +178,22 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
     return tuple(classes)
 
 
+def _check_numbers(numbers: npt.NDArray[np.float64], division: Division, column: str) -> None:
+    """Refuses training rows that all have one number.
+
+    Raises:
+        UsageError: They do.
+    """
+    if numbers.min() == numbers.max():
+        raise UsageError(
+            Message(
+                f"all {len(numbers):,} training images have the number {numbers[0]:g} in ",
+                Option("target", column),
+                f"; a head learns what differs between images. Check the column, and which split is trained on ({division.text})",
+            )
+        )
+
+
 def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
     """The cost with an estimate of the time of all fits."""
     cost = task.cost
@@ -173,10 +204,10 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
         enough = np.union1d(order[:rows], _one_per_class(task))
         fit(task, recipe, enough)
 
-    one = partial(time_of, pilot, steepest=HEADS[recipe.head].time_exponent)
+    one = partial(time_of, pilot, steepest=recipe.family.time_exponent)
     try:
         each = one(cost.rows)
-        searched = min(cost.rows, HEADS[recipe.head].search_rows or cost.rows)
+        searched = min(cost.rows, recipe.family.search_rows or cost.rows)
         seconds = each * fits
         if tries:
             seconds += tries * (each if searched == cost.rows else one(searched))
@@ -193,7 +224,8 @@ def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
 
 def _counted(task: Task) -> str:
     counts = task.counts()
-    parts = [f"{counted(counts['train'], 'image')} of {len(task.classes)} classes to train on"]
+    what = "with a number" if task.is_numeric else f"of {len(task.classes)} classes"
+    parts = [f"{counted(counts['train'], 'image')} {what} to train on"]
     parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
     copies = counts["duplicates"]

@@ -166,6 +166,19 @@ def folds_of(
     return [(rows[number != fold], rows[number == fold]) for fold in range(folds)]
 
 
+BINS = 10
+"""Quantile bins by which numbers are dealt evenly."""
+
+
+def quantile_bins(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The quantile bin of each number, (n,) from 0: classes by which folds hold small and large numbers evenly.
+
+    Equal numbers are in one bin, and bins without one are left out.
+    """
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, BINS + 1)[1:-1]))
+    return np.unique(np.searchsorted(edges, numbers, side="left"), return_inverse=True)[1].astype(np.int64)
+
+
 def class_counts(codes: npt.NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
     """How many rows each class has."""
     counts = np.bincount(codes[codes >= 0], minlength=len(classes))

@@ -14,7 +14,7 @@ from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.heads.families import make_head
+from featurepipe.heads.families import HeadFamily, family_for, make_head
 from featurepipe.training.cost import Cost
 from featurepipe.training.splits import Division, Fold, class_counts, folds_of
 
@@ -31,6 +31,7 @@ class Recipe:
 
     Attributes:
         head: name of the family.
+        target_type: of what it learns, a key of `featurepipe.heads.families.FAMILIES`.
         params: of the final estimator.
         pca: components, or share of the variance, to keep; None for no PCA.
         class_weight: ``balanced`` or None.
@@ -42,6 +43,12 @@ class Recipe:
     pca: float | None = None
     class_weight: str | None = None
     seed: int = 0
+    target_type: str = "multiclass"
+
+    @property
+    def family(self) -> HeadFamily:
+        """The family of that name for that type of target."""
+        return family_for(self.head, self.target_type)
 
     def with_params(self, params: Mapping[str, Any]) -> Recipe:
         """The same with other parameters on top."""
@@ -49,7 +56,13 @@ class Recipe:
 
     def options(self, memory: int | None) -> dict[str, Any]:
         """What `make_head` takes besides the name and the final estimator's parameters."""
-        return {"pca": self.pca, "class_weight": self.class_weight, "random_state": self.seed, "memory": memory}
+        return {
+            "target_type": self.target_type,
+            "pca": self.pca,
+            "class_weight": self.class_weight,
+            "random_state": self.seed,
+            "memory": memory,
+        }
 
     def make(self, *, out_of_core: bool = False, memory: int | None = None) -> BaseEstimator:
         """An unfitted estimator."""
@@ -62,13 +75,14 @@ class Task:
 
     Attributes:
         features: the labelled rows of the dataset.
-        classes: names of the classes of the training rows, sorted.
-        codes: (n,) number of each row's class, -1 for a class that no training row has.
+        classes: names of the classes of the training rows, sorted; none where numbers are learned.
+        codes: (n,) number of each row's class, -1 for a class that no training row has; of numbers that of the quantile bin.
         division: which rows train, validate and test.
         cost: memory and time, and so how the fits run.
         unlabelled: images left out because they have no label.
         seed: of all draws.
         executor: does what can be done elsewhere.
+        targets: (n,) numbers to learn; None for classes.
     """
 
     features: FeatureSet
@@ -79,6 +93,16 @@ class Task:
     unlabelled: int
     seed: int
     executor: Executor = field(default_factory=LocalExecutor)
+    targets: npt.NDArray[np.float64] | None = None
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether numbers are learned, not classes."""
+        return self.targets is not None
+
+    def answers(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What is learned of some rows: (m,) labels, or numbers."""
+        return self.features.take(positions).labels if self.targets is None else self.targets[positions]
 
     def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
         """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
@@ -94,13 +118,13 @@ class Task:
         else:
             folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
         usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
-        usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.codes[fold[0]])) > 1]
+        usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.answers(fold[0]))) > 1]
         if not usable:
             images = counted(len(division.final), "training image")
             raise UsageError(
                 Message(
                     f"{images} {'is' if images.startswith('1 ') else 'are'} too few to tune on: no part can be set aside that "
-                    "leaves two classes; leave ",
+                    f"leaves two {'different numbers' if self.is_numeric else 'classes'}; leave ",
                     Option("tune"),
                     " out, or give more images",
                 )
@@ -124,8 +148,19 @@ class Task:
         return {
             "dataset": self.features.origin.dataset,
             "columns": list(self.features.columns),
-            "classes": class_counts(self.codes[self.division.final], self.classes),
+            "classes": {} if self.is_numeric else class_counts(self.codes[self.division.final], self.classes),
+            **({} if self.targets is None else {"target": spread_of(self.targets[self.division.final])}),
             "counts": self.counts(),
             "split": self.division.text,
             "cost": {**self.cost.as_dict(), "text": self.cost.text},
         }
+
+
+def spread_of(numbers: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Mean, deviation, least and greatest of some numbers."""
+    return {
+        "mean": float(numbers.mean()),
+        "deviation": float(numbers.std()),
+        "least": float(numbers.min()),
+        "greatest": float(numbers.max()),
+    }

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import table
+from featurepipe.heads.bundle.bundle import interval_text
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.regression import numbers_text
 from featurepipe.progress import spoken
 
 _CLASSES_SHOWN = 10
@@ -28,7 +30,10 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines.append(_cluster(found["cluster"]))
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
-    lines += _calibration_lines(found["calibration"])
+    if "target" in found:
+        lines.append(interval_text(found["calibration"]) if found["calibration"] else "no prediction intervals")
+    else:
+        lines += _calibration_lines(found["calibration"])
     lines += _test_lines(found)
     lines.append(f"bundle {found['bundle']}")
     return "\n".join(lines)
@@ -47,14 +52,30 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{found['dataset']}, {' + '.join(found['columns'])}: {counts['train']:,} images to train on, {counts['test']:,} to test"
         + (f"; left out: {', '.join(left_out)}" if left_out else ""),
-        f"{len(classes):,} classes: {shown}{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
+        _target(found["target"])
+        if "target" in found
+        else f"{len(classes):,} classes: {shown}{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
         found["split"],
     ]
 
 
 def _trials(trials: list[Mapping[str, Any]]) -> str:
-    rows = [[", ".join(f"{k}={v}" for k, v in trial["params"].items()), f"{trial['accuracy']:.4f}"] for trial in trials]
-    return table(["parameters", "validation accuracy"], rows)
+    measure = "rmse" if any("rmse" in trial for trial in trials) else "accuracy"
+    rows = [
+        [
+            ", ".join(f"{k}={v}" for k, v in trial["params"].items()),
+            f"{trial[measure]:{'.4g' if measure == 'rmse' else '.4f'}}",
+        ]
+        for trial in trials
+    ]
+    return table(["parameters", f"validation {'RMSE' if measure == 'rmse' else measure}"], rows)
+
+
+def _target(found: Mapping[str, float]) -> str:
+    return (
+        f"numbers from {found['least']:.4g} to {found['greatest']:.4g}, mean {found['mean']:.4g}, "
+        f"deviation {found['deviation']:.4g}"
+    )
 
 
 def _calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
@@ -74,7 +95,8 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
     if not found["test"] and left_out:
         return [f"none of the {left_out:,} labelled test images is of a class that was trained on: accuracy is unknown"]
     if not found["test"]:
-        return ["no test images: accuracy is unknown; featurepipe evaluate measures it on another dataset or split"]
+        quality = "the error" if "target" in found else "accuracy"
+        return [f"no test images: {quality} is unknown; featurepipe evaluate measures it on another dataset or split"]
     note = f" ({left_out:,} more are of classes that were not trained on)" if left_out else ""
     seen = found["test_seen"]
     warning = (
@@ -85,5 +107,5 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         *warning,
         f"on the {found['test']['images']:,} test images{note}:",
-        measures_text(found["test"]),
+        numbers_text(found["test"]) if "target" in found else measures_text(found["test"]),
     ]

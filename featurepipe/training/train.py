@@ -14,9 +14,9 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.training.fit import calibrate, fit
+from featurepipe.training.fit import calibrate, fit, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.options import TrainOptions, components
+from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -31,13 +31,14 @@ def train(
     *,
     dataset: str | None = None,
     nodes: str | Sequence[str] = "bottleneck",
-    head: str = "logistic",
+    head: str | None = None,
     out: str | PathLike[str],
     backbone: str | None = None,
     snapshot: str | None = None,
     labels: Any = None,
     label: str | None = None,
     group: str | None = None,
+    target: str | None = None,
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
     pca: float | None = None,
@@ -66,7 +67,7 @@ def train(
         store: the feature store or its path.
         dataset: a dataset in it; may be left out if there is only one.
         nodes: the column, or several to put side by side; ``recommended`` for the one that `featurepipe.depth` recommends.
-        head: a name of `featurepipe.heads.families.HEADS`.
+        head: a name of `featurepipe.heads.families.FAMILIES`, by default ``logistic``, or ``ridge`` for a ``target``.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         backbone: as in `FeatureStore.features`, where the store holds several.
         snapshot: run id of an older snapshot of the dataset; by default the current one.
@@ -74,12 +75,15 @@ def train(
         label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
             one; ``none`` for no groups.
+        target: the column of a number to estimate, instead of a class: of ``labels``, else of the manifest that was extracted.
+            Images without one are left out; folds hold small and large numbers evenly.
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
         pca: components (a number) or share of the variance to keep.
         class_weight: ``balanced`` to weigh classes equally.
         tune: search the family's grid.
-        calibration: fit a temperature on validation rows.
+        calibration: fit a temperature on validation rows; of a ``target``, measure there how wide intervals must be to hold
+            90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.conformal`).
         min_class_size: classes with fewer images are refused.
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
         jobs: fits at once during a search.
@@ -107,9 +111,10 @@ def train(
     start = time.perf_counter()
     options = TrainOptions(
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
-        head=head,
+        head=head or DEFAULT_HEADS["multiclass" if target is None else "continuous"],
         label=label,
         group=group,
+        target=target,
         split=split,
         tune=tune,
         pca=components(pca),
@@ -121,11 +126,11 @@ def train(
         seed=seed,
     )
     say = announcer(silent=silent)
-    target = bundle_target(out)
+    folder = bundle_target(out)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     if cluster is not None:
         source = FeatureStore(source.path.absolute(), create=False)  # workers have other working folders
-    recipe = Recipe(head, dict(params or {}), options.pca, class_weight, seed)
+    recipe = Recipe(str(options.head), dict(params or {}), options.pca, class_weight, seed, options.target_type)
     task = settle(
         source,
         dataset,
@@ -138,11 +143,11 @@ def train(
         say=say,
     )
     inputs = inputs_of(task, recipe, options)
-    asked = {"why": why_train(target, inputs)} if if_changed else {}
+    asked = {"why": why_train(folder, inputs)} if if_changed else {}
     if asked == {"why": []}:
-        return {"bundle": str(target), "skipped": UNCHANGED.format(images=inputs.images)}
+        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images)}
     for reason in asked.get("why", []):
-        say(f"{target.name} is trained: {reason}")
+        say(f"{folder.name} is trained: {reason}")
     task = timed(task, recipe, options, say)
     if dry_run:
         return {**task.as_dict(), **asked}
@@ -158,12 +163,14 @@ def train(
         task = replace(task, executor=executor)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
-        calibrated = calibrate(task, chosen, say) if calibration else None
+        measure = prediction_interval if task.is_numeric else calibrate
+        calibrated = measure(task, chosen, say) if calibration else None
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
         record = publish(
-            target, source, task, chosen, fitted, inputs=inputs,
-            search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), seconds=seconds, say=say,
+            folder, source, task, chosen, fitted, inputs=inputs,
+            search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
+            seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}
 

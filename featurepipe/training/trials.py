@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits
@@ -91,18 +92,20 @@ class DataElsewhere:
         folds: as positions in them.
         fit: what is done with a head on a fold.
         room: what fits take.
+        answers: (n,) numbers to learn; None for the features' labels.
     """
 
     features: FeatureSet
     folds: Sequence[Fold]
     fit: Trying
     room: Room
+    answers: Array | None = None
     _read: tuple[Array, Array] | None = field(default=None, init=False)
     _turns: threading.BoundedSemaphore | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DataElsewhere, (self.features, self.folds, self.fit, self.room)  # never what was read
+        return DataElsewhere, (self.features, self.folds, self.fit, self.room, self.answers)  # never what was read
 
     @contextmanager
     def turn(self, worker: Worker) -> Iterator[Any]:
@@ -121,11 +124,13 @@ class DataElsewhere:
             yield self._data()
 
     def _data(self) -> tuple[Array, Array]:
-        """Features (n, D), float32, and labels (n,); the process's other fits get the same arrays."""
+        """Features (n, D), float32, and labels or numbers (n,); the process's other fits get the same arrays."""
         with self._lock:
             if self._read is None:
-                self._read = self.features.numpy()  # type: ignore[assignment]  # all rows have labels
-            return self._read  # type: ignore[return-value]
+                features, labels = self.features.numpy()
+                answers = labels if self.answers is None else self.answers
+                self._read = features, np.asarray(answers)  # all rows have labels
+            return self._read
 
 
 def fit_try(data: DataHere | DataElsewhere, tried: Try, worker: Worker, _stop: Stop, _report: Report) -> Any:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
-from featurepipe.heads.families import HEADS, ROUGH, SHARED_PASSES, SMALL_VALUES
+from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
@@ -36,19 +36,26 @@ class Trial:
 
     Attributes:
         params: of the final estimator.
-        accuracy: mean over the folds.
-        folds: accuracy on each fold's validation rows.
+        accuracy: mean over the folds; of numbers the root mean squared error.
+        folds: the same on each fold's validation rows.
         learned: parameters that the fit itself found, such as the number of trees.
+        measure: ``accuracy``, or ``rmse`` where numbers are learned.
     """
 
     params: Mapping[str, Any]
     accuracy: float
     folds: tuple[float, ...]
     learned: Mapping[str, Any] = field(default_factory=dict)
+    measure: str = "accuracy"
+
+    @property
+    def rank(self) -> float:
+        """What is the greater, the better."""
+        return -self.accuracy if self.measure == "rmse" else self.accuracy
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"params": dict(self.params), **self.learned, "accuracy": self.accuracy, "folds": list(self.folds)}
+        return {"params": dict(self.params), **self.learned, self.measure: self.accuracy, "folds": list(self.folds)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Search:
     @property
     def best(self) -> Trial:
         """The most accurate trial; of equals the first, which is the simplest."""
-        return max(self.trials, key=lambda trial: trial.accuracy)
+        return max(self.trials, key=lambda trial: trial.rank)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
 
 
 def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
-    folds = _thinned(task.folds(), HEADS[recipe.head].search_rows, task.seed)
+    folds = _thinned(task.folds(), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
     if _shares_passes(task, recipe, folds, grid):
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
@@ -107,7 +114,7 @@ def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
 
 def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]]) -> bool:
     """Whether one pass should serve all fits. Small ones are sooner fitted each by itself, if the workers of a cluster can."""
-    if task.cost.solver != "blocks" or recipe.head not in SHARED_PASSES or set(grid) != {"C"}:
+    if task.is_numeric or task.cost.solver != "blocks" or recipe.head not in SHARED_PASSES or set(grid) != {"C"}:
         return False
     rows, _ = _pool(folds, parts=2)
     small = len(rows) * task.features.shape[1] <= SMALL_VALUES
@@ -120,7 +127,7 @@ def grid_size(recipe: Recipe) -> int:
 
 
 def _open_parameters(recipe: Recipe) -> dict[str, Sequence[Any]]:
-    return {name: values for name, values in HEADS[recipe.head].grid.items() if name not in recipe.params}
+    return {name: values for name, values in recipe.family.grid.items() if name not in recipe.params}
 
 
 def _thinned(folds: Sequence[Fold], most: int | None, seed: int) -> list[Fold]:
@@ -164,16 +171,17 @@ def _each_by_itself(
     room = _room(task, recipe, rows, folds)
     there = fits_at_once(task.executor, room)
     if there:
-        elsewhere = DataElsewhere(task.features.take(rows), places, fit, room)
+        answers = None if task.targets is None else task.targets[rows]
+        elsewhere = DataElsewhere(task.features.take(rows), places, fit, room, answers)
         results = try_all(task.executor, elsewhere, _heads(_on_one_core(recipe), points))
         how = f"each by itself, {there} at a time on the cluster"
     elif task.cost.solver == "blocks":
         heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
-        results = try_all(LocalExecutor(), DataHere(task.rows(rows), places, fit), heads)
+        results = try_all(LocalExecutor(), DataHere(Answered(task.rows(rows), task.answers(rows)), places, fit), heads)
         how = "each by itself, 1 at a time"
     else:
         jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
-        here = DataHere(task.features.take(rows).numpy(), places, fit)
+        here = DataHere((task.features.take(rows).read(np.float32), task.answers(rows)), places, fit)
         heads = _heads(recipe, points, memory=task.cost.budget_bytes)
         processes = (
             LocalExecutor() if jobs == 1 else ProcessExecutor(jobs, threads=max(1, (os.cpu_count() or 1) // jobs))
@@ -182,7 +190,8 @@ def _each_by_itself(
             results = try_all(processes, here, heads)
         how = f"each by itself, {jobs} at a time"
     each = len(folds)
-    return [_trial(params, results[i * each : (i + 1) * each]) for i, params in enumerate(points)], how
+    measure = "rmse" if task.is_numeric else "accuracy"
+    return [_trial(params, results[i * each : (i + 1) * each], measure) for i, params in enumerate(points)], how
 
 
 def _heads(recipe: Recipe, points: Sequence[Mapping[str, Any]], **options: Any) -> list[BaseEstimator]:
@@ -199,7 +208,7 @@ def _room(task: Task, recipe: Recipe, rows: Array, folds: Sequence[Fold]) -> Roo
     width = task.features.shape[1]
     training = max(len(train) for train, _ in folds)
     shared = len(rows) * width * np.dtype(np.float32).itemsize
-    return Room(shared, training * width * HEADS[recipe.head].bytes_per_value)
+    return Room(shared, training * width * recipe.family.bytes_per_value)
 
 
 def _pool(folds: Sequence[Fold], *, parts: int) -> tuple[Array, list[Fold]]:
@@ -208,17 +217,31 @@ def _pool(folds: Sequence[Fold], *, parts: int) -> tuple[Array, list[Fold]]:
     return rows, [(np.searchsorted(rows, train), np.searchsorted(rows, check)) for train, check in folds]
 
 
-def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[str, float]]]) -> Trial:
+def _trial(params: Mapping[str, Any], outcomes: Sequence[tuple[float, Mapping[str, float]]], measure: str) -> Trial:
     accuracies = tuple(accuracy for accuracy, _ in outcomes)
     learned = {name: round(float(np.mean([found[name] for _, found in outcomes]))) for name in outcomes[0][1]}
-    return Trial(params, float(np.mean(accuracies)), accuracies, learned)
+    return Trial(params, float(np.mean(accuracies)), accuracies, learned, measure)
+
+
+def _quality(predicted: Array, answers: Array) -> float:
+    """The share of labels that are right; of numbers the root mean squared error."""
+    if answers.dtype.kind == "f":
+        return float(np.sqrt(np.mean((predicted - answers) ** 2)))
+    return float(np.mean(predicted == answers))
+
+
+class Answered(NamedTuple):
+    """Features that are read in blocks, and the (n,) labels or numbers of their rows."""
+
+    features: Any
+    answers: Array
 
 
 def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
     with constant_columns():
         head.fit(*_part(data, train))
-    features, labels = _part(data, check)
-    return float(np.mean(head.predict(features) == labels)), {}
+    features, answers = _part(data, check)
+    return _quality(head.predict(features), answers), {}
 
 
 def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
@@ -229,14 +252,13 @@ def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tupl
     for _, step in before:
         features, checked = step.fit_transform(features), step.transform(checked)
     last.fit(features, labels, eval_set=(checked, expected))
-    return float(np.mean(last.predict(checked) == expected)), {"n_estimators": last.best_iteration_ + 1}
+    return _quality(last.predict(checked), expected), {"n_estimators": last.best_iteration_ + 1}
 
 
 def _part(data: Any, rows: Array) -> tuple[Any, Array]:
-    if isinstance(data, tuple):
-        return data[0][rows], data[1][rows]
-    part = data.take(rows)
-    return part, part.labels
+    if isinstance(data, Answered):
+        return data.features.take(rows), data.answers[rows]
+    return data[0][rows], data[1][rows]
 
 
 def steps_of(head: BaseEstimator) -> list[tuple[str, BaseEstimator]]:

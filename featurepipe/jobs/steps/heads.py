@@ -59,10 +59,17 @@ def _own_weights(night: Night) -> dict[str, str]:
 def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
     names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds")
-    images = f"{counted(found['counts']['train'], 'image')} of {len(found['classes']):,} classes"
+    what = "with a number" if "target" in found else f"of {len(found['classes']):,} classes"
+    images = f"{counted(found['counts']['train'], 'image')} {what}"
     told = {name: found[name] for name in names if name in found}
     if not found["test"]:
         return {**told, "text": f"trained on {images}; no test images"}
+    if "target" in found:
+        error, r2 = found["test"]["mae"], found["test"]["r2"]
+        explained = "" if r2["value"] is None else f", R2 {r2['value']:.4f}"
+        tested = counted(found["test"]["images"], "test image")
+        text = f"trained on {images}; mean absolute error {error['value']:.4g}{explained} on {tested}"
+        return {**told, "mae": error, "r2": r2, "text": text}
     accuracy = found["test"]["accuracy"]
     text = f"trained on {images}; {accuracy['value']:.4f} right of {counted(found['test']['images'], 'test image')}"
     return {**told, "accuracy": accuracy, "text": text}
@@ -99,12 +106,13 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
+    done = "labelled" if bundle.target is None else "estimated"
     said = neutralised_text(found["neutralised"], file.name)
     return {
         **found,
         **about,
         "warnings": [said] if said else [],
-        "text": f"{counted(counts['predicted'], 'image')} labelled{unusable}, in {file.name}",
+        "text": f"{counted(counts['predicted'], 'image')} {done}{unusable}, in {file.name}",
     }
 
 
