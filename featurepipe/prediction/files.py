@@ -1,24 +1,32 @@
-"""Files of predictions: one row per listed image, in the listing's order, whole or not at all."""
+"""Predictions as rows and as files: one row per listed image, in the listing's order, whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from featurepipe.display import neutralised
 from featurepipe.errors import UsageError
-from featurepipe.heads.bundle.files import MANIFEST
+from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.heads.bundle.files import CONTINUOUS, MANIFEST
 from featurepipe.store.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from featurepipe.features.stream import FeatureBatch
+    from featurepipe.prediction.ready import ReadyBundle
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 DIGITS = 6
@@ -26,7 +34,7 @@ DIGITS = 6
 
 
 class Writer:
-    """Writes record batches of ``schema_of(classes)``.
+    """Writes record batches of ``schema_of(...)``.
 
     Attributes:
         neutralised: cells that a spreadsheet would have taken for formulas, and that were changed.
@@ -62,6 +70,81 @@ def schema_of(classes: Sequence[str]) -> pa.Schema:
     )
 
 
+NUMBERS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("predicted", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""The columns of a file of predicted numbers.
+
+``id``; ``predicted``, in the unit of what was learned; ``low`` and ``high``, the limits of the prediction interval, empty for a
+bundle without one; ``reason``, why there is no prediction.
+"""
+
+
+def columns_for(bundle: Bundle) -> Sequence[str] | pa.Schema:
+    """What ``predictions_file`` takes for a bundle: its classes, or the columns of numbers."""
+    return NUMBERS if bundle.target_type == CONTINUOUS else bundle.classes
+
+
+@dataclass
+class NumberSummary:
+    """How many numbers were predicted, and what they are like.
+
+    Attributes:
+        count: of them.
+        total: their sum.
+        least: the least.
+        greatest: the greatest.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    least: float = float("inf")
+    greatest: float = float("-inf")
+
+    def add(self, numbers: npt.NDArray[np.float64]) -> None:
+        """Counts numbers, (n,)."""
+        if len(numbers):
+            self.count += len(numbers)
+            self.total += float(numbers.sum())
+            self.least = min(self.least, float(numbers.min()))
+            self.greatest = max(self.greatest, float(numbers.max()))
+
+    def as_dict(self) -> dict[str, float] | None:
+        """``mean``, ``least`` and ``greatest``; None without any."""
+        if not self.count:
+            return None
+        return {"mean": self.total / self.count, "least": self.least, "greatest": self.greatest}
+
+
+def range_text(found: Mapping[str, float]) -> str:
+    """A summary of numbers in words."""
+    return f"numbers from {found['least']:.4g} to {found['greatest']:.4g}, mean {found['mean']:.4g}"
+
+
+def numbers_batch(
+    ids: pa.Array, numbers: npt.NDArray[np.float64], reasons: pa.Array, half_width: float | None
+) -> pa.RecordBatch:
+    """Rows of a file of predicted numbers.
+
+    Args:
+        ids: (n,) ids.
+        numbers: (n,) predictions, NaN for images that could not be used.
+        reasons: (n,) why they could not, or null.
+        half_width: half the width of the prediction intervals; None for none.
+    """
+    empty = np.isnan(numbers)
+    limits = [pa.nulls(len(ids), pa.float64())] * 2
+    if half_width is not None:
+        limits = [pa.array(numbers + offset, mask=empty) for offset in (-half_width, half_width)]
+    return pa.RecordBatch.from_arrays([ids, pa.array(numbers, mask=empty), *limits, reasons], schema=NUMBERS)
+
+
 def checked_target(to: str | PathLike[str], *, spared: Sequence[Any] = ()) -> Path:
     """The path to write, if a file can be made there.
 
@@ -94,34 +177,42 @@ def checked_target(to: str | PathLike[str], *, spared: Sequence[Any] = ()) -> Pa
 
 
 @contextmanager
-def predictions_file(path: Path, classes: Sequence[str], *, raw_ids: bool = False) -> Iterator[Writer]:
+def predictions_file(path: Path, classes: Sequence[str] | pa.Schema, *, raw_ids: bool = False) -> Iterator[Writer]:
     """Opens a file of predictions for writing; it appears when the block ends, and not at all when it fails.
 
     Args:
         path: the file.
-        classes: of the bundle.
+        classes: of the bundle, or the columns of another kind of file.
         raw_ids: whether texts of a CSV file stay as they are, formulas as well; see `featurepipe.display`.
 
     Yields:
-        A function that takes record batches of ``schema_of(classes)``.
+        A function that takes record batches of ``schema_of(classes)``, or of the columns given.
 
     Raises:
         DiskFull: no space is left.
     """
-    schema = schema_of(classes)
+    schema = classes if isinstance(classes, pa.Schema) else schema_of(classes)
     with atomic_file(path) as file, ExitStack() as stack:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
             yield Writer(stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd")).write_batch)
         elif suffix == ".csv":
             writer = stack.enter_context(pyarrow.csv.CSVWriter(file, _rounded_schema(schema)))
-            yield Writer(lambda batch: writer.write_batch(_rounded(batch)), neutralise=not raw_ids)
+            exact = schema == NUMBERS  # whose digits are no noise
+            yield Writer(lambda batch: writer.write_batch(batch if exact else _rounded(batch)), neutralise=not raw_ids)
         else:
-            yield Writer(lambda batch: _write_lines(file, _rounded(batch), classes))
+            names = None if isinstance(classes, pa.Schema) else classes
+            yield Writer(lambda batch: _write_lines(file, batch if names is None else _rounded(batch), names))
 
 
-def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str]) -> None:
-    """One JSON object per line; the probabilities are an object by class, and null without a prediction."""
+def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str] | None) -> None:
+    """One JSON object per line; the probabilities are an object by class, and null without a prediction.
+
+    Without classes the columns are as they are.
+    """
+    if classes is None:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
+        return
     facts = batch.select(["id", "label", "confidence", "reason"]).to_pylist()
     columns = [batch.column(f"p({name})").to_pylist() for name in classes]
     for row, values in zip(facts, zip(*columns, strict=True), strict=True):
@@ -148,3 +239,98 @@ def _six_digits(column: pa.Array) -> pa.Array:
         small = np.where(np.isfinite(places) & (places < 300), places, 0)
         rounded = np.round(values * 10.0**small) / 10.0**small
     return pa.array(rounded, pa.float64(), mask=~np.isfinite(values))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of consecutive rows; it travels from a worker of a cluster to whoever writes the file.
+
+    Attributes:
+        numbers: int64 (n,), the rows, ascending.
+        codes: int32 (n,), the most probable class of each (of a number 0), -1 for images that could not be used.
+        probabilities: float32 (n, K), NaN for those.
+        estimates: float64 (n,), predicted numbers, NaN for those; None of a bundle with classes.
+        reasons: why an image could not be used, by row.
+        damage: what is wrong with an image that was kept although it is damaged, by row.
+    """
+
+    numbers: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float32]
+    reasons: Mapping[int, str]
+    damage: Mapping[int, str] = field(default_factory=dict)
+    estimates: npt.NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, ready: ReadyBundle, group: Sequence[FeatureBatch], *, first: int = 0) -> Scored:
+        """Scores consecutive rows of a listing that begins at row ``first`` of the whole one."""
+        rows = np.concatenate([batch.rows for batch in group])
+        reasons = {row: reason for batch in group for row, reason in batch.rejects}
+        damage = {row + first: what for batch in group for row, what in batch.damage}
+        numbers = np.sort(np.concatenate([rows, np.fromiter(reasons, np.int64, len(reasons))]))
+        place = np.searchsorted(numbers, rows)
+        probabilities = np.full((len(numbers), len(ready.bundle.classes)), np.nan, np.float32)
+        codes = np.full(len(numbers), -1, np.int32)
+        reasons = {row + first: reason for row, reason in reasons.items()}
+        estimates = None
+        if ready.bundle.target_type == CONTINUOUS:
+            estimates = np.full(len(numbers), np.nan)
+            estimates[place] = ready.numbers(group)
+            codes[place] = 0
+        else:
+            exact = ready.probabilities(group)
+            probabilities[place] = exact
+            codes[place] = exact.argmax(axis=1)
+        return cls(numbers + first, codes, probabilities, reasons, damage, estimates)
+
+    def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle) -> pa.RecordBatch:
+        """The rows as a file of the bundle's predictions has them; ``ids`` are those of the whole listing."""
+        classes, empty = bundle.classes, self.codes < 0
+        own = ids.take(pa.array(self.numbers)).combine_chunks()
+        reasons = pa.array([self.reasons.get(int(number)) for number in self.numbers], pa.string())
+        if self.estimates is not None:
+            return numbers_batch(own, self.estimates, reasons, bundle.half_width)
+        columns = [
+            own,
+            pa.array(classes, pa.string()).take(pa.array(self.codes, mask=empty)),
+            pa.array(self.probabilities.max(axis=1), mask=empty),
+            reasons,
+            *(pa.array(np.ascontiguousarray(column), mask=empty) for column in self.probabilities.T),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=schema_of(classes))
+
+
+@dataclass
+class Predictions:
+    """What became of the rows of a listing.
+
+    Attributes:
+        predicted: images with a prediction.
+        labels: how many images were given each class, by its number.
+        reasons: why an image could not be used, by row.
+        damage: what is wrong with an image that was kept although it is damaged, by row.
+        neutralised: cells of the file that would have been formulas in a spreadsheet, and were changed.
+        estimates: what predicted numbers are like.
+        writing: seconds in writing.
+        wall: seconds of it all, from the first image on.
+    """
+
+    predicted: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    reasons: dict[int, str] = field(default_factory=dict)
+    damage: dict[int, str] = field(default_factory=dict)
+    neutralised: int = 0
+    estimates: NumberSummary = field(default_factory=NumberSummary)
+    writing: float = 0.0
+    wall: float = 0.0
+
+    def add(self, scored: Scored) -> None:
+        """Counts rows."""
+        codes = scored.codes[scored.codes >= 0]
+        self.predicted += len(codes)
+        if scored.estimates is None:
+            self.labels.update(codes.tolist())
+        else:
+            self.estimates.add(scored.estimates[scored.codes >= 0])
+        self.reasons.update(scored.reasons)
+        self.damage.update(scored.damage)

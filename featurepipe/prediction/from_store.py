@@ -19,8 +19,16 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
+from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.images.intensity import intensity_of
-from featurepipe.prediction.files import checked_target, predictions_file, schema_of
+from featurepipe.prediction.files import (
+    NumberSummary,
+    checked_target,
+    columns_for,
+    numbers_batch,
+    predictions_file,
+    schema_of,
+)
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.locks import starts_again
@@ -73,7 +81,8 @@ def predict_features(
     Returns:
         JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``neutralised`` (cells of a CSV file that got an
         apostrophe), ``counts`` (images, predicted, rejected), ``labels``
-        (images by label), ``seconds``, ``images_per_second``.
+        (images by label), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``seconds``,
+        ``images_per_second``.
 
     Raises:
         BundleError: the bundle cannot be used, or the store has no features of its feature space.
@@ -90,14 +99,18 @@ def predict_features(
     features = features_for(model, source, name, run_id)
     snapshot_rows: Any = source.snapshot(name, run_id, columns=("id", "status", "reason"))
     chosen = np.arange(snapshot_rows.num_rows)[slice(None) if rows is None else rows]
-    counts = np.zeros(len(model.classes), np.int64)
+    counts = np.zeros(max(1, len(model.classes)), np.int64)
+    numbers = NumberSummary()
     with ExitStack() as stack:
         there = stack.enter_context(features_at(cluster, features, source, announcer(silent=silent)))
         images = _Images(snapshot_rows, there)
-        write = stack.enter_context(predictions_file(target, model.classes, raw_ids=raw_ids)) if target else None
+        write = stack.enter_context(predictions_file(target, columns_for(model), raw_ids=raw_ids)) if target else None
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
-            codes, batch = images.scored(block, model)
+            if model.target_type == CONTINUOUS:
+                codes, batch = images.estimated(block, model, numbers)
+            else:
+                codes, batch = images.scored(block, model)
             counts += np.bincount(codes[codes >= 0], minlength=len(counts))
             if write is not None:
                 write(batch)
@@ -110,7 +123,8 @@ def predict_features(
         "file": None if target is None else str(target),
         "neutralised": 0 if write is None else write.neutralised,
         "counts": {"images": len(chosen), "predicted": predicted, "rejected": len(chosen) - predicted},
-        "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=True) if count},
+        "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=False) if count},
+        **({"numbers": numbers.as_dict()} if model.target_type == CONTINUOUS else {}),
         "seconds": round(seconds, 3),
         "images_per_second": round(predicted / seconds, 1),
     }
@@ -147,6 +161,19 @@ class _Images:
             *(pa.array(np.ascontiguousarray(column), mask=~usable) for column in probabilities.T),
         ]
         return codes, pa.RecordBatch.from_arrays(columns, schema=schema_of(bundle.classes))
+
+    def estimated(
+        self, rows: npt.NDArray[np.int64], bundle: Bundle, summary: NumberSummary
+    ) -> tuple[npt.NDArray[np.int64], pa.RecordBatch]:
+        """Of a bundle that predicts a number: 0 for each row, -1 for one without features, and the rows of the file."""
+        place = self._place[rows]
+        usable = place >= 0
+        numbers = np.full(len(rows), np.nan)
+        if usable.any():
+            numbers[usable] = bundle.numbers(self._features.take(place[usable]))
+        summary.add(numbers[usable])
+        ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
+        return np.where(usable, 0, -1), numbers_batch(ids, numbers, reasons, bundle.half_width)
 
 
 def _blocks(rows: npt.NDArray[np.int64], bundle: Bundle) -> Iterator[npt.NDArray[np.int64]]:

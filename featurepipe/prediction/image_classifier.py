@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.errors import BundleError
 from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 
 if TYPE_CHECKING:
+    from featurepipe.features.stream import FeatureBatch
     from featurepipe.prediction.torch_module import TorchClassifier
 
 
@@ -29,7 +33,7 @@ class ImageClassifier:
 
     Attributes:
         bundle: The head and all that is known of it.
-        classes_: (K,) class names, in the order of the probabilities.
+        classes_: (K,) class names, in the order of the probabilities; none of a bundle that predicts a number.
         weights_note: What was ignored or guessed when a file of weights was loaded; empty if all is as usual.
     """
 
@@ -81,28 +85,49 @@ class ImageClassifier:
     def __repr__(self) -> str:
         bundle = self.bundle
         columns = " + ".join(bundle.columns)
-        return f"<ImageClassifier {bundle.family} on {columns} of {bundle.backbone['name']}, {len(bundle.classes)} classes>"
+        what = f"{len(bundle.classes)} classes" if bundle.target is None else f"the number {bundle.target_name}"
+        return f"<ImageClassifier {bundle.family} on {columns} of {bundle.backbone['name']}, {what}>"
 
-    def predict(self, images: Any) -> npt.NDArray[np.object_]:
-        """Labels images.
+    def predict(self, images: Any) -> npt.NDArray[Any]:
+        """Labels images, or estimates their number.
 
         Args:
             images: A list, array, Series or one-column DataFrame of paths, a list of PIL images, or uint8 arrays: a list of
                 (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3).
 
         Returns:
-            (n,) labels, text, in the order of the images.
+            (n,) labels, text, in the order of the images; of a bundle that predicts a number float64, and ``bundle.half_width``
+            less and more are the limits of the prediction intervals.
 
         Raises:
             UsageError: These are no images, or one of them cannot be used; names it and its position.
         """
+        if self.bundle.target_type == CONTINUOUS:
+            return self._of_each(images, self._ready.numbers, np.zeros)
         labels: npt.NDArray[np.object_] = self.classes_[self.predict_proba(images).argmax(axis=1)]
         return labels
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float64]:
-        """Returns the (n, K) probabilities of the classes; takes and raises as ``predict``."""
+        """Returns the (n, K) probabilities of the classes; takes and raises as ``predict``.
+
+        Raises:
+            BundleError: The bundle predicts a number, which has no classes.
+        """
+        if self.bundle.target_type == CONTINUOUS:
+            raise BundleError(
+                f"this bundle predicts a number ({self.bundle.target_name}), it has no probabilities: use predict"
+            )
+        return self._of_each(images, self._ready.probabilities, lambda count: np.zeros((count, len(self.classes_))))
+
+    def _of_each(
+        self,
+        images: Any,
+        score: Callable[[Sequence[FeatureBatch]], npt.NDArray[np.float64]],
+        empty: Callable[[int], npt.NDArray[np.float64]],
+    ) -> npt.NDArray[np.float64]:
+        """What is predicted of each image, in the order of the images."""
         given = images_given(images, name="images")
-        probabilities = np.zeros((len(given.ids), len(self.classes_)))
+        found = empty(len(given.ids))
         damage: dict[int, str] = {}
         listing = given.source.scan().combine_chunks()
         for group in self._ready.groups(given.source, listing):
@@ -110,13 +135,13 @@ class ImageClassifier:
                 raise given.refuse(row, reason)
             damage.update(found for batch in group for found in batch.damage)
             rows = np.concatenate([batch.rows for batch in group])
-            probabilities[rows] = self._ready.probabilities(group)
+            found[rows] = score(group)
         given.warn_of(damage)
-        in_order: npt.NDArray[np.float64] = probabilities[given.place]
+        in_order: npt.NDArray[np.float64] = found[given.place]
         return in_order
 
     def to_torch(self) -> TorchClassifier:
-        """Returns network, pooling and head as one module that maps images to logits; see ``TorchClassifier``.
+        """Returns network, pooling and head as one module that maps images to logits, or to a number; see ``TorchClassifier``.
 
         Raises:
             UsageError: The head is not linear.

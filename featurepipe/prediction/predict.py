@@ -23,9 +23,9 @@ from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
-from featurepipe.prediction.files import checked_target, predictions_file
+from featurepipe.prediction.files import Predictions, Scored, checked_target, columns_for, predictions_file
 from featurepipe.prediction.options import BundleOptions, PredictOptions
-from featurepipe.prediction.shards import SCORE, Prediction, Predictions, Scored
+from featurepipe.prediction.shards import SCORE, Prediction
 from featurepipe.progress import announcer, show
 
 
@@ -50,7 +50,9 @@ def predict(
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
 
     The file's columns are ``id``, ``label`` (the most probable class), ``confidence`` (its probability), ``reason``, and
-    ``p(<class>)`` for each class; in ``.jsonl`` the probabilities are one object by class. An image that cannot be used has
+    ``p(<class>)`` for each class; in ``.jsonl`` the probabilities are one object by class. Of a bundle that predicts a number
+    they are ``id``, ``predicted``, ``low`` and ``high`` (the limits of its prediction interval), and ``reason``. An image that
+    cannot be used has
     a row as well: its reason, and nothing else. The file appears when it is complete, and replaces an older one.
 
     Args:
@@ -75,7 +77,8 @@ def predict(
 
     Returns:
         The record of the run as JSON values: ``weights_note`` (what was ignored or guessed of a file of weights), ``counts``,
-        ``labels`` (images by label), ``neutralised`` (cells of a CSV file that got an apostrophe, see `featurepipe.display`),
+        ``labels`` (images by label), ``target`` and ``numbers`` (of a bundle that predicts one: what it is, and the mean, least
+        and greatest), ``neutralised`` (cells of a CSV file that got an apostrophe, see `featurepipe.display`),
         ``rejects`` (the first of them; the file has all), ``damaged`` (the first of those kept), seconds, versions;
         ``exit_code`` is 3 if there were rejects.
 
@@ -158,13 +161,13 @@ def _write_all(
     """Writes and counts rows as they come, in the listing's order; the file appears when all are there."""
     predictions, start = Predictions(), time.perf_counter()
     with ExitStack() as stack:
-        write = stack.enter_context(predictions_file(target, bundle.classes, raw_ids=raw_ids)) if target else None
+        write = stack.enter_context(predictions_file(target, columns_for(bundle), raw_ids=raw_ids)) if target else None
 
         def take(rows: Scored) -> None:
             predictions.add(rows)
             if write is not None:
                 began = time.perf_counter()
-                write(rows.rows_of_file(ids, bundle.classes))
+                write(rows.rows_of_file(ids, bundle))
                 predictions.writing += time.perf_counter() - began
 
         run(take)
@@ -195,6 +198,7 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
             "rejected": len(predictions.reasons),
         },
         "labels": {name: predictions.labels[code] for code, name in enumerate(bundle.classes)},
+        **({} if bundle.target is None else {"target": bundle.target, "numbers": predictions.estimates.as_dict()}),
         "rejects": named(listing["id"], predictions.reasons)[:SHOWN_REJECTS],
         "reject_reasons": by_code(predictions.reasons),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

@@ -90,6 +90,11 @@ class ReadyBundle:
             return np.zeros((0, len(self.bundle.classes)))
         return self.bundle.probabilities(np.concatenate(vectors))
 
+    def numbers(self, group: Sequence[FeatureBatch]) -> npt.NDArray[np.float64]:
+        """Predicted numbers (m,) of the m images of a group that have features, in order; see `Bundle.numbers`."""
+        vectors = [batch.vectors() for batch in group if len(batch.rows)]
+        return self.bundle.numbers(np.concatenate(vectors)) if vectors else np.zeros(0)
+
 
 def make_ready(
     bundle: Bundle | str | PathLike[str],

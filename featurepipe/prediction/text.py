@@ -7,6 +7,8 @@ from typing import Any
 
 from featurepipe.display import neutralised_text
 from featurepipe.extraction.text import damaged_lines
+from featurepipe.heads.bundle.bundle import interval_text
+from featurepipe.prediction.files import range_text
 from featurepipe.progress import duration
 
 _LABELS_SHOWN = 10
@@ -22,6 +24,10 @@ def text(record: Mapping[str, Any]) -> str:
     if given:
         shown = ", ".join(f"{name} ({count:,})" for count, name in given[:_LABELS_SHOWN])
         lines.append(shown + (", ..." if len(given) > _LABELS_SHOWN else ""))
+    if record.get("numbers"):
+        interval = record["target"]["interval"]
+        of = f"; {interval_text(interval)}" if interval else ""
+        lines.append(f"{record['target']['column']}: {range_text(record['numbers'])}{of}")
     if record["rejects"]:
         lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]

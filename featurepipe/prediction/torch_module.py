@@ -15,7 +15,7 @@ from featurepipe.backbones.engine import HookedNetwork
 from featurepipe.backbones.nodes import freeze, frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.errors import UsageError
-from featurepipe.heads.families import HEADS
+from featurepipe.heads.families import families_for
 from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.prediction.ready import ReadyBundle
 
@@ -26,7 +26,8 @@ class TorchClassifier(nn.Module):
     The input is a batch (N, C, h, w) of images that are resized and cropped as the network's weights want it
     (``backbone.preprocessing.resize_crop``, or the resizing of ``weights.transforms()``): uint8, which is normalised here, or
     floats, which are taken to be normalised already. The output is float32 (N, K), in the order of ``classes``: the head's
-    decision values; ``softmax(logits / temperature)`` are the bundle's probabilities.
+    decision values; ``softmax(logits / temperature)`` are the bundle's probabilities. Of a bundle that predicts a number it is
+    that number, (N, 1), without classes.
 
     Everything is float32 whatever the bundle's precision; where its features are stored as float16, they are rounded here
     as well. Brought to another dtype (``.to(torch.bfloat16)``, ``.half()``), the network computes in it, while normalisation,
@@ -34,7 +35,7 @@ class TorchClassifier(nn.Module):
     stays in eval mode under ``.train()``; the head's weights may be trained.
 
     Attributes:
-        classes: Class names.
+        classes: Class names; none where a number is predicted.
         temperature: What the bundle divides logits by before the softmax.
         network: From images to the activations of the nodes.
         head: The linear layer, with scaling and PCA folded in.
@@ -72,7 +73,7 @@ class TorchClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, C, h, w)."""
+        """Logits (N, K), or numbers (N, 1), of images (N, C, h, w)."""
         if images.dtype == torch.uint8:
             images = torch.addcmul(self.offset, images.float(), self.factor)
         exact = torch.promote_types(torch.float32, self.head.weight.dtype)
@@ -123,9 +124,10 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
         UsageError: The head is not linear; names those that are.
     """
     bundle = ready.bundle
-    family = HEADS.get(bundle.family)
+    families = families_for(bundle.target_type)
+    family = families.get(bundle.family)
     if family is not None and not family.linear:
-        linear = ", ".join(name for name, other in HEADS.items() if other.linear)
+        linear = ", ".join(name for name, other in families.items() if other.linear)
         raise UsageError(
             f"a {bundle.family} head is no linear layer, so there is no module of it; linear are: {linear}"
         )
