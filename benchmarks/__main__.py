@@ -9,6 +9,7 @@ BENCHMARKS = (
     "bench_nightly",
     "bench_extract",
     "bench_heads",
+    "bench_multilabel",
     "layer_depth",
     "bench_cluster",
 )

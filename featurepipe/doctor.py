@@ -78,7 +78,7 @@ def examine(folder: Path) -> Report:
     broken = list(import_problems())
     checks += broken
     if not broken:
-        checks += [processor(), threads(), bf16(), fusion(), *cuda_devices(), jpeg_decoder(), weights()]
+        checks += [processor(), threads(), bf16(), fusion(), *cuda_devices(), jpeg_decoder(), decoders(), weights()]
     return Report((*checks, disk_space(folder), writable(folder)))
 
 
@@ -189,6 +189,22 @@ def jpeg_decoder() -> Check:
     if error <= JPEG_ERROR:
         return Check("jpeg decoder", OK, "works")
     return Check("jpeg decoder", PROBLEM, f"returns wrong pixels (off by {error} of 255)", step)
+
+
+def decoders() -> Check:
+    """Which formats are decoded here besides those that always are."""
+    from featurepipe.images.dicom import DICOM_STEP, has_pydicom
+    from featurepipe.images.heif import AVIF_STEP, HEIC_STEP, avif_reader, heic_reader
+
+    always = "JPEG, PNG, WebP, GIF, BMP, TIFF"
+    others = [
+        ("HEIC", heic_reader(), HEIC_STEP),
+        ("AVIF", avif_reader(), AVIF_STEP),
+        ("DICOM", has_pydicom(), DICOM_STEP),
+    ]
+    found = ", ".join([always, *(name for name, decoder, _ in others if decoder)])
+    lacking = "; ".join(f"no {name}: {step}" for name, decoder, step in others if not decoder)
+    return Check("image formats", OK, f"{found}{lacking and f' ({lacking})'}")
 
 
 def weights() -> Check:

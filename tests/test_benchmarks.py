@@ -22,6 +22,7 @@ ARGUMENTS = {"bench_extract": SMALL, "bench_cluster": SMALL, "layer_depth": [*SM
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results"}),
+        ("bench_multilabel", {"times_faster", "equal_predictions"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
         ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from featurepipe.backbones import Column
 from featurepipe.errors import Reject
 from featurepipe.features.options import RejectOptions
-from featurepipe.images.decode import is_repaired
+from featurepipe.images.decode import is_outdated, is_repaired
 from featurepipe.store import Space
 from featurepipe.store.index import KeyIndex
 from featurepipe.store.keys import KEY_BYTES, keys_from_arrow
@@ -198,4 +198,5 @@ def _told(space: Space) -> dict[bytes, str]:
     """What the space says of bytes that are no good, or that are kept although they are damaged, by key."""
     rejects = space.rejects()
     rejects = rejects.filter(rejects["key"].is_valid())
-    return dict(zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
+    pairs = zip(rejects["key"].to_pylist(), rejects["reason"].to_pylist(), strict=True)
+    return {key: reason for key, reason in pairs if not is_outdated(reason)}

@@ -93,7 +93,8 @@ class SettingOptions(OptionGroup):
         AUTO, "where JPEGs are decoded (auto: as in the store, else cpu)", choices=(AUTO, "cpu", "gpu")
     )
     intensity: str = option(
-        AUTO, "black and white of images of more than 8 bits (auto: as in the store, else as the files declare)",
+        AUTO, "black and white of images of more than 8 bits (auto: as in the store, else as the files declare; "
+        "DICOM: by their window, and other choices in the units of the file)",
         metavar="auto|declared|full|bits=N|window=LO:HI|minmax", check=_intensity,
     )  # fmt: skip
 

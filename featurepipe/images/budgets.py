@@ -79,6 +79,14 @@ def check_bytes(size: int) -> None:
         raise Reject(f"budget: {size:,} bytes, more than {FILE_BYTES.variable} allows ({FILE_BYTES():,})")
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Rejects an image of more than ``PIXELS`` pixels, a decompression bomb perhaps, before it is decoded."""
+    if width * height > PIXELS():
+        raise Reject(f"bomb: {width}x{height} pixels, more than {PIXELS()}, the limit of {PIXELS.variable}")
+    if width * height == 0:
+        raise Reject(f"empty: {width}x{height} pixels")
+
+
 class DecodeMemory:
     """Memory for decoding, shared by all threads of the process: who comes first is served first.
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
-import logging
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,7 +14,10 @@ import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from featurepipe.errors import Reject, Unavailable
-from featurepipe.images.budgets import JPEG_SCANS, MEMORY, PIXELS, check_bytes
+from featurepipe.images.budgets import JPEG_SCANS, MEMORY, check_bytes, check_pixels
+from featurepipe.images.damage import DAMAGE, QUIET, damage_as_reject, first_line, says_truncated
+from featurepipe.images.dicom import is_dicom, read_dicom
+from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
@@ -84,19 +80,8 @@ _FORMATS: Final[tuple[tuple[bytes, type[Any]], ...]] = (
     (b"MM\0+", TiffImagePlugin.TiffImageFile),
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
 )
-_NAMED_ONLY: Final = (
-    (b"ftypavif", "AVIF"),
-    (b"ftypavis", "AVIF"),
-    (b"ftyphei", "HEIC"),
-    (b"ftypmif1", "HEIF"),
-    (b"jP  ", "JPEG 2000"),
-    (b"JXL ", "JPEG XL"),
-)
-# What PIL's parsers raise on damaged files, besides OSError and SyntaxError.
-DAMAGE: Final = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError,
-    AttributeError, OverflowError, ZeroDivisionError, NotImplementedError,
-)  # fmt: skip
+_NAMED_ONLY: Final = ((b"jP  ", "JPEG 2000"), (b"JXL ", "JPEG XL"))
+KNOWN: Final = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF, DICOM"
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -115,73 +100,6 @@ REPAIRED: Final = "libjpeg could only repair it"
 """Stands in the reason of a reject, or of a note, for each JPEG that decodes although some of its pixels are lost."""
 _UNKNOWN_SAMPLING: Final = "subsampling"  # in the words of TurboJPEG for what libjpeg, and so PIL, decodes all the same
 _PREFIX: Final = "tjDecompress"
-
-
-class QuietModules:
-    """A context in which some modules warn about nothing, entered by any number of threads.
-
-    ``warnings.catch_warnings`` swaps the filters of the whole process and puts them back in the order of exit, which
-    goes wrong between threads. Here the first thread in adds one filter, for these modules only, and the last one out
-    removes it.
-
-    Args:
-        pattern: A regular expression for the start of the modules' names.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._filter: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            filters = cast("list[Any]", warnings.filters)
-            if self._filter is None or self._filter not in filters:
-                warnings.filterwarnings("ignore", module=self.pattern)
-                self._filter = filters[0]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._inside -= 1
-            filters = cast("list[Any]", warnings.filters)
-            if not self._inside and self._filter in filters:
-                filters.remove(self._filter)
-
-
-# PIL warns about odd metadata that has no bearing on the pixels; torchvision, from 0.29 on, about its own future.
-QUIET: Final = QuietModules(r"(PIL|torchvision\.io)\.")
-"""Entered around calls of PIL and torchvision.io, from any thread."""
-
-
-def silence_libtiff() -> bool:
-    """Has the libtiff that PIL has loaded print nothing; its errors come through PIL as exceptions all the same.
-
-    Its default is to print each bad line of a damaged fax, past Python. The handlers belong to the library of PIL's wheel, and to
-    the whole process where PIL uses the system's.
-
-    Returns:
-        Whether a libtiff was found: only where the system tells which libraries are loaded (Linux).
-    """
-    found = False
-    with suppress(OSError, AttributeError):
-        for path in {
-            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtiff" in line
-        }:
-            library = ctypes.CDLL(path)
-            for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
-                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
-                setter(None)
-            found = True
-    return found
-
-
-silence_libtiff()
-# What PIL logs of a damaged file is in its exceptions, too: Python would print it where nobody has set up logging.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class Kept(NamedTuple):
@@ -222,6 +140,13 @@ def is_repaired(reason: str) -> bool:
     return REPAIRED in reason or reason.startswith("truncated: libjpeg cannot decode it")
 
 
+def is_outdated(reason: str) -> bool:
+    """Whether the reason of a reject is of a release that did not decode HEIC, AVIF or DICOM, and is no reason now."""
+    return reason in {"unsupported: AVIF", "unsupported: HEIC", "unsupported: HEIF"} or (
+        reason.startswith("not-an-image: ") and reason.endswith("known are JPEG, PNG, WebP, GIF, BMP, TIFF")
+    )
+
+
 def as_reject(error: Exception) -> Reject:
     """The reject for whatever came out of reading or decoding one image.
 
@@ -244,12 +169,12 @@ def decode(
 ) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
 
-    JPEG goes through libjpeg-turbo (simplejpeg), everything else, and JPEG in CMYK, through PIL. Transparency is
-    composited on white, EXIF orientation applied, of an animation the first frame taken.
+    JPEG goes through libjpeg-turbo (simplejpeg), DICOM through pydicom, everything else, and JPEG in CMYK, through PIL.
+    Transparency is composited on white, EXIF orientation applied, of an animation or several frames the first taken.
 
     Args:
-        payload: An encoded JPEG, PNG, WebP, GIF, BMP or TIFF, or pixels (H,W), (H,W,1), (H,W,3) or (H,W,4): uint8, bool
-            (True is white), or other numbers, for which ``intensity`` is asked.
+        payload: An encoded JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or DICOM, or pixels (H,W), (H,W,1), (H,W,3) or (H,W,4):
+            uint8, bool (True is white), or other numbers, for which ``intensity`` is asked.
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
         intensity: Which values are black and white in images of more than eight bits.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
@@ -279,7 +204,8 @@ def decode(
         if pixels is not None:
             return pixels
     with QUIET:
-        return _decode_pillow(payload, colour, intensity, claim)
+        decode_file = _decode_dicom if _known_plugin(payload) is None and is_dicom(payload) else _decode_pillow
+        return decode_file(payload, colour, intensity, claim)
 
 
 def checked_jpeg(payload: bytes) -> JpegHeader:
@@ -299,14 +225,6 @@ def jpeg_bytes(header: JpegHeader) -> int:
     """The memory that decoding a JPEG takes: its pixels, and its coefficients where scans refine them."""
     each = 3 * header.components if header.progressive else max(3, header.components)
     return header.width * header.height * (each + PILLOW_BYTES * (header.components not in (1, 3)))
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Rejects an image of more than ``PIXELS`` pixels, a decompression bomb perhaps, before it is decoded."""
-    if width * height > PIXELS():
-        raise Reject(f"bomb: {width}x{height} pixels, more than {PIXELS()}, the limit of {PIXELS.variable}")
-    if width * height == 0:
-        raise Reject(f"empty: {width}x{height} pixels")
 
 
 def _decode_jpeg(
@@ -379,25 +297,47 @@ def _from_array(array: np.ndarray[Any, Any], intensity: Intensity, claim: Claim)
     return scaled(samples_of_array(array), intensity)
 
 
+def _decode_dicom(payload: bytes, colour: Colour, intensity: Intensity, claim: Claim) -> torch.Tensor:
+    found = read_dicom(payload, intensity, claim, check_jpeg)
+    return _to_tensor(Image.fromarray(found) if isinstance(found, np.ndarray) else scaled(found, intensity), colour)
+
+
+def check_jpeg(payload: bytes) -> JpegHeader:
+    """The header of a JPEG that decodes without loss.
+
+    Raises:
+        Reject: It is over a budget, or some of its pixels are lost.
+    """
+    header = checked_jpeg(payload)
+    space = {1: "GRAY", 3: "RGB"}.get(header.components)
+    if space is None:
+        raise Reject(f"unsupported: a JPEG of {header.components} components in a DICOM")
+    pixels = np.empty((header.height, header.width, {"GRAY": 1, "RGB": 3}[space]), np.uint8)
+    if _by_libjpeg(payload, space, pixels) and (reason := _repaired(without_strays(payload), space, pixels)):
+        raise Reject(reason)
+    return header
+
+
 def _decode_pillow(payload: bytes, colour: Colour, intensity: Intensity, claim: Claim) -> torch.Tensor:
     plugin = _plugin_for(payload)
     _check_complete(payload, plugin)
-    try:
-        with plugin(io.BytesIO(payload)) as image:
-            check_pixels(*image.size)
-            _check_runs(image, payload)
-            claim(image.width * image.height * (DEEP_BYTES if is_deep(image) else PILLOW_BYTES))
-            samples = load_samples(image, payload)
-            return _to_tensor(turned(image if samples is None else scaled(samples, intensity), image), colour)
-    except Image.DecompressionBombError as error:
-        raise Reject(f"bomb: {error}") from error
-    except DAMAGE as error:
-        if plugin is TiffImagePlugin.TiffImageFile and str(error) in _UNKNOWN_LAYOUTS:
-            raise Reject(
-                f"unsupported: {tiff_in_words(payload)}; save it as PNG, or as TIFF in 8 or 16 bits"
-            ) from error
-        code = "truncated" if says_truncated(error) else "corrupt"
-        raise Reject(f"{code}: {first_line(error) or type(error).__name__}") from error
+    more = () if _known_plugin(payload) else (RuntimeError,)  # of libheif
+    with damage_as_reject(*more):
+        try:
+            with plugin(io.BytesIO(payload)) as image:
+                check_pixels(*image.size)
+                _check_runs(image, payload)
+                claim(image.width * image.height * (DEEP_BYTES if is_deep(image) else PILLOW_BYTES))
+                samples = load_samples(image, payload)
+                return _to_tensor(turned(image if samples is None else scaled(samples, intensity), image), colour)
+        except Image.DecompressionBombError as error:
+            raise Reject(f"bomb: {error}") from error
+        except DAMAGE as error:
+            if plugin is TiffImagePlugin.TiffImageFile and str(error) in _UNKNOWN_LAYOUTS:
+                raise Reject(
+                    f"unsupported: {tiff_in_words(payload)}; save it as PNG, or as TIFF in 8 or 16 bits"
+                ) from error
+            raise
 
 
 def scaled(samples: Samples, intensity: Intensity) -> Image.Image:
@@ -416,14 +356,21 @@ def scaled(samples: Samples, intensity: Intensity) -> Image.Image:
     return image
 
 
-def _plugin_for(payload: bytes) -> type[Any]:
+def _known_plugin(payload: bytes) -> type[Any] | None:
+    """The class of PIL that reads a file of one of ``_FORMATS``."""
     for magic, plugin in _FORMATS:
         if payload.startswith(magic) and (magic != b"RIFF" or payload[8:12] == b"WEBP"):
             return plugin
+    return None
+
+
+def _plugin_for(payload: bytes) -> type[Any]:
+    if found := _known_plugin(payload) or heif_plugin(payload):
+        return found
     for magic, name in _NAMED_ONLY:
         if magic in payload[4:12]:
             raise Reject(f"unsupported: {name}")
-    raise Reject(f"not-an-image: starts with {payload[:8]!r}; known are JPEG, PNG, WebP, GIF, BMP, TIFF")
+    raise Reject(f"not-an-image: starts with {payload[:8]!r}; known are {KNOWN}")
 
 
 def _check_complete(payload: bytes, plugin: type[Any]) -> None:
@@ -488,14 +435,3 @@ def flattened(image: Image.Image) -> Image.Image:
     if image.mode not in _CONVERTIBLE:
         raise Reject(f"unsupported: {image.mode} colours")
     return image
-
-
-def says_truncated(error: Exception | str) -> bool:
-    """Whether a decoder's error, or its text, means that the file ends too early."""
-    words = ("truncat", "eof", "end of file", "premature end", "unpack requires", "not enough", "incomplete")
-    return isinstance(error, EOFError | struct.error | IndexError) or any(word in str(error).lower() for word in words)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, not too long."""
-    return str(error).partition("\n")[0][:200]

@@ -13,9 +13,12 @@ import pyarrow.compute as pc
 
 from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
 from featurepipe.display import counted
+from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
+from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
 
 HIDDEN: Final = "hidden"
+UNNAMED: Final = frozenset({"no suffix", "numbered"})
 OUTSIDE: Final = "names that lead out of the archive (..)"
 
 _METADATA: Final = b"featurepipe.listing"
@@ -26,7 +29,7 @@ _KEPT = 100
 """Suffixes, columns and folders that a summary names."""
 _REMEMBERED: Final = 10_000  # texts of labels, so that each class is looked at once, and not each image of it
 _FORMATS: Final = frozenset({
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".dcm", ".dicom", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
+    ".jxl", ".jp2", ".j2k", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
     ".dng", ".orf", ".rw2", ".raf", ".raw", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
     ".svs", ".ndpi", ".czi", ".lif", ".nd2", ".vsi", ".mp4", ".avi", ".mov", ".mkv", ".webm",
 })  # fmt: skip
@@ -178,6 +181,7 @@ class ListingSummary:
         ignored: columns of a manifest, or arrays, that are not used.
         ignored_are: which of these they are.
         further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
+        undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
         notes: guesses, and what seems odd.
     """
@@ -192,6 +196,7 @@ class ListingSummary:
     notes: Sequence[str] = ()
     ignored_are: str = "columns"
     further: Sequence[str] = ()
+    undecodable: Sequence[str] = ()
 
     @classmethod
     def of(cls, listing: pa.Table) -> Self:
@@ -218,6 +223,7 @@ class ListingSummary:
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
             further=found.get("further", [])[:_KEPT],
+            undecodable=_without_decoder(listing),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -253,12 +259,14 @@ class ListingSummary:
 
     def _left_out(self) -> list[str]:
         files = {suffix: count for suffix, count in self.passed_over.items() if suffix != HIDDEN}
-        found = []
+        found = list(self.undecodable)
         if files:
             # Those that somebody may take for images first.
             order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
             named = _some([f"{suffix} {files[suffix]:,}" for suffix in order])
             convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
+            if UNNAMED & files.keys():
+                convert += " (a manifest can name images without a suffix, as of DICOM)"
             found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
         if self.ignored:
             found.append(
@@ -269,6 +277,22 @@ class ListingSummary:
         if self.unreadable:
             found.append(f"cannot be read: {_some([f'{folder}/' for folder in self.unreadable])}")
         return found
+
+
+def _without_decoder(listing: pa.Table) -> list[str]:
+    """Says once, before the first reject, how many files need a decoder that is not installed, by their suffixes."""
+    kinds = (
+        (DICOM_SUFFIXES, "DICOM", has_pydicom, DICOM_STEP),
+        (HEIF_SUFFIXES, "HEIC", heic_reader, HEIC_STEP),
+        (AVIF_SUFFIXES, "AVIF", avif_reader, AVIF_STEP),
+    )
+    found = []
+    for suffixes, name, decoder, step in kinds:
+        pattern = rf"(?i)\.({'|'.join(suffix[1:] for suffix in suffixes)})$"
+        count = pc.sum(pc.match_substring_regex(listing["id"], pattern)).as_py()
+        if count and not decoder():
+            found.append(f"{counted(count, f'{name} file')} cannot be decoded here: {step}")
+    return found
 
 
 def _only_tested(listing: pa.Table) -> list[str]:

@@ -1,8 +1,9 @@
 """Which stored value is black and which is white: from images of more than eight bits to eight.
 
 Eight bits hold one black, 0, and one white, 255. Sixteen bits do not: radiographs keep 12 bits in them, microscopes 10 to 16, and
-floating point has no range of its own. What a file declares is used; where it declares nothing and its values fill less than a
-sixteenth of their range it is refused rather than guessed (pydicom #1426, Pillow #3159). A user's own choice is an `Intensity`.
+floating point has no range of its own. What a file declares is used, of DICOM its window, else its stored bits. Where it declares
+nothing and its values fill less than a sixteenth of their range it is refused rather than guessed (pydicom #1426, Pillow #3159).
+A user's own choice is an `Intensity`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class Intensity:
     """How images of more than eight bits become images of eight; those of up to eight bits keep theirs.
 
     Attributes:
-        kind: ``declared``: by what the file declares, else by the range of its numbers, and an image that neither tells is a
-            reject. ``full``: by the range of the numbers, 0 to 1 for floating point. ``bits``: by 0 to 2**bits - 1, and an
-            image with other values is a reject. ``window``: by ``low`` to ``high``, values beyond being cut off. ``minmax``:
-            each image by its own least and greatest value. ``high-byte``: what version 1 did, where that is right.
+        kind: ``declared``: by what the file declares (of DICOM the window, whatever its bits), else by the range of its
+            numbers, and an image that neither tells is a reject. ``full``: by the range of the numbers, 0 to 1 for floating
+            point. ``bits``: by 0 to 2**bits - 1, and an image with other values is a reject. ``window``: by ``low`` to
+            ``high``, values beyond being cut off. ``minmax``: each image by its own least and greatest value.
+            ``high-byte``: what version 1 did, where that is right.
         bits: of ``bits``.
         low: black, of ``window``.
         high: white, of ``window``.
@@ -69,6 +71,8 @@ class Samples:
         min_is_white: the least value is white.
         alpha: uint8 (H, W), or None.
         keyed: ``alpha`` follows from a value that stands for transparency (a PNG's tRNS).
+        span: the least and the greatest value that the file can hold, where its bits alone do not tell (DICOM), or None.
+        windowed: ``declared`` is a window, beyond which values are black and white (DICOM).
     """
 
     values: Array
@@ -78,6 +82,8 @@ class Samples:
     min_is_white: bool = False
     alpha: Array | None = None
     keyed: bool = False
+    span: tuple[float, float] | None = None
+    windowed: bool = False
 
     @property
     def name(self) -> str:
@@ -165,8 +171,14 @@ def _declared(samples: Samples, _intensity: Intensity) -> Array:
     values = samples.values
     if samples.declared is not None:
         low, high = samples.declared
+        if samples.windowed:
+            return _linear(values, low, high)
         _check_within(samples, low, high, f"the file declares black to be {_plain(low)} and white {_plain(high)}")
         return _linear(values, low, high) if low or values.dtype.kind != "u" else _unsigned(values, high)
+    if samples.span is not None:
+        if float(values.max()) - float(values.min()) < (samples.span[1] - samples.span[0]) / SPARSE:
+            raise Reject(_undeclared(samples, "fill less than a sixteenth of what the file can hold"))
+        return _by_span(values, samples.span)
     if samples.significant is not None and values.any():
         return _of_significant_bits(samples, samples.significant)
     if values.dtype.kind != "u" or _is_sparse(samples):
@@ -174,7 +186,14 @@ def _declared(samples: Samples, _intensity: Intensity) -> Array:
     return _shifted(values, samples.depth)
 
 
+def _by_span(values: Array, span: tuple[float, float]) -> Array:
+    low, high = span
+    return _unsigned(values, high) if low == 0 and values.dtype.kind == "u" else _linear(values, low, high)
+
+
 def _full(samples: Samples, _intensity: Intensity) -> Array:
+    if samples.span is not None:
+        return _by_span(samples.values, samples.span)
     low, high = _type_range(samples)
     if samples.values.dtype.kind == "f":
         _check_within(samples, low, high, "intensity full means 0 to 1 for floating-point numbers")

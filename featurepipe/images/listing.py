@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 
 from featurepipe.annotations import split_of
 from featurepipe.errors import SourceError
+from featurepipe.images.dicom import DICOM_SUFFIXES
+from featurepipe.images.heif import AVIF_SUFFIXES, HEIF_SUFFIXES
 
 SCHEMA = pa.schema(
     [
@@ -98,7 +100,8 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\x{byte:02x}" if byte <= 0xFF else f"\\u{code:04x}"
 
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+                         *HEIF_SUFFIXES, *AVIF_SUFFIXES, *DICOM_SUFFIXES)  # fmt: skip
 
 _LONGEST_SUFFIX = 12
 _IGNORED: Final = {"lost+found", "__MACOSX"}  # made by file systems and archivers, never a class
@@ -118,8 +121,8 @@ def suffix_of(name: str) -> str:
     """What files are counted by that are passed over: the suffix in lower case, or ``hidden``, or ``no suffix``.
 
     Example:
-        >>> suffix_of("a/IMG_1.HEIC"), suffix_of("README"), suffix_of(".DS_Store"), suffix_of("scan.00017")
-        ('.heic', 'no suffix', 'hidden', 'numbered')
+        >>> suffix_of("a/IMG_1.NEF"), suffix_of("README"), suffix_of(".DS_Store"), suffix_of("scan.00017")
+        ('.nef', 'no suffix', 'hidden', 'numbered')
     """
     base = name.rpartition("/")[2]
     if is_hidden(base):

@@ -57,20 +57,14 @@ class PillowReader:
             Reject: as ``featurepipe.images.decode.decode``.
         """
         # In here, for decode imports torch.
-        from featurepipe.images.decode import (
-            DAMAGE,
-            QUIET,
-            check_pixels,
-            first_line,
-            flattened,
-            says_truncated,
-            turned,
-        )
+        from featurepipe.images.budgets import check_pixels
+        from featurepipe.images.damage import QUIET, damage_as_reject
+        from featurepipe.images.decode import flattened, turned
         from featurepipe.images.samples import is_deep_colour
 
         with self._locks[(id(image) >> 4) % _LOCKS], QUIET:
             check_pixels(*image.size)
-            try:
+            with damage_as_reject():
                 deep = is_deep_colour(image)
                 image.load()
                 if image.mode.startswith(("I", "F")):
@@ -79,9 +73,6 @@ class PillowReader:
                     _check_filled(image)
                 flat = flattened(turned(image))
                 return np.array(flat if flat.mode == "L" else flat.convert("L" if flat.mode == "1" else "RGB"))
-            except DAMAGE as error:
-                code = "truncated" if says_truncated(error) else "corrupt"
-                raise Reject(f"{code}: {first_line(error) or type(error).__name__}") from error
 
 
 def _numbers(image: Image) -> np.ndarray[Any, Any]:

@@ -243,11 +243,11 @@ def test_classes_that_may_not_be_meant_are_told(tmp_path):
 
 def test_what_a_zip_holds_besides_images(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name in ("cat/1.jpg", "cat/1.cls", "dog/2.AVIF", "__MACOSX/cat/._1.jpg"):
+        for name in ("cat/1.jpg", "cat/1.cls", "dog/2.NEF", "__MACOSX/cat/._1.jpg"):
             archive.writestr(name, b"x")
     rows, summary = told(open_source(tmp_path / "a.zip"))
     assert rows == {"a.zip/cat/1.jpg": ("cat", None)}
-    assert summary.passed_over == {".cls": 1, ".avif": 1, "hidden": 1}
+    assert summary.passed_over == {".cls": 1, ".nef": 1, "hidden": 1}
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -366,15 +366,17 @@ def test_labels_of_ids_that_are_no_images():
 
 
 def test_files_that_are_passed_over_are_counted(tmp_path):
-    names = "a/1.jpg a/2.HEIC a/3.heic a/README a/notes.txt a/scan.001 a/scan.002 .DS_Store a/.cache/4.jpg a/x.verylongsuffix"
+    names = (
+        "a/1.jpg a/2.NEF a/3.nef a/README a/notes.txt a/scan.001 a/scan.002 .DS_Store a/.cache/4.jpg a/x.verylongsuffix"
+    )
     root = files(tmp_path, *names.split())
     (root / "gone").symlink_to(root / "nowhere")
     (root / "a/back").symlink_to(root)
     _, summary = told(open_source(root))
-    assert summary.passed_over == {".heic": 2, "numbered": 2, "no suffix": 4, ".txt": 1, "hidden": 2}
+    assert summary.passed_over == {".nef": 2, "numbered": 2, "no suffix": 4, ".txt": 1, "hidden": 2}
     first, second = summary.lines("pile")
     assert first == "pile: 1 image, 1 label, no splits"
-    assert second.startswith("pile: passed over 9 files: .heic 2, no suffix 4, ")
+    assert second.startswith("pile: passed over 9 files: .nef 2, no suffix 4, ")
     assert "(convert images in formats that are not read)" in second
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from featurepipe.images.decode import silence_libtiff
+from featurepipe.images.damage import silence_libtiff
 from featurepipe.jobs.log import captured_stderr
 
 DAMAGED = """

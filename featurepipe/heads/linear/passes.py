@@ -34,6 +34,7 @@ Array = npt.NDArray[Any]
 _CENTRE_FROM = 30  # |mean| / deviation from which float32 products of uncentred columns lose too many digits
 _SMALL_BYTES = 32 << 20  # features that take no more as float64 are computed in it, whatever they are
 _ROWS_PER_DIRECTION = 8  # that principal directions are found from
+_ROWS_OF_DIAGONALS = 2048  # that diagonals are measured on: to a few hundredths, which a preconditioner does not feel
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -262,14 +263,14 @@ class Passes:
     @property
     def _together(self) -> Callable[[int], RotatedDiagonals]:
         """How to sum the curvature of several problems in the basis that they share."""
-        dtype, width = self.prepared.dtype, len(self.prepared.mean)
+        dtype = self.prepared.dtype
         return partial(
             RotatedDiagonals,
             mean=self.prepared.mean,
             basis=np.asarray(self.basis, dtype),
             centre=not self.prepared.centred,
             intercept=self.intercept,
-            share=share_of(self.rows.rows, width),
+            share=min(1.0, _ROWS_OF_DIAGONALS / max(1, self.rows.rows)),
         )
 
     def _block_rows(self, columns: int) -> int:

@@ -1,0 +1,438 @@
+"""DICOM files made here: their exact pixels by hand computation, or the reason of their reject."""
+
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+)
+
+from featurepipe.errors import Reject, Unavailable
+from featurepipe.images import dicom
+from featurepipe.images.decode import decode, is_outdated, try_decode
+from featurepipe.images.findings import ListingSummary
+from featurepipe.images.intensity import parse_intensity
+from featurepipe.images.open import open_source
+
+NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+RAMP = np.linspace(0, 4095, 24).astype(np.uint16).reshape(4, 6)
+RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+
+
+def dataset(pixels, *, syntax=ExplicitVRLittleEndian, photometric="MONOCHROME2", bits=None, frames=None, **elements):
+    """A data set of pixels (H, W), (H, W, 3), or with frames in front."""
+    made = Dataset()
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = syntax
+    made.SOPClassUID, made.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3.4"
+    colours = photometric in {"RGB", "YBR_FULL", "YBR_FULL_422"}
+    shape = pixels.shape[1:] if frames else pixels.shape
+    made.Rows, made.Columns = shape[:2]
+    made.SamplesPerPixel, made.PhotometricInterpretation = 3 if colours else 1, photometric
+    if colours:
+        made.PlanarConfiguration = 0
+    made.BitsAllocated = 8 * pixels.dtype.itemsize
+    made.BitsStored = bits or made.BitsAllocated
+    made.HighBit, made.PixelRepresentation = made.BitsStored - 1, int(pixels.dtype.kind == "i")
+    if frames:
+        made.NumberOfFrames = frames
+    made.PixelData = pixels.astype(pixels.dtype.newbyteorder("<>"[syntax == ExplicitVRBigEndian])).tobytes()
+    made["PixelData"].VR = "OW" if pixels.dtype.itemsize > 1 else "OB"
+    for name, value in elements.items():
+        setattr(made, name, value)
+    return made
+
+
+def file_of(made):
+    buffer = io.BytesIO()
+    made.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def dicom_of(pixels, **options):
+    return file_of(dataset(pixels, **options))
+
+
+def grey(payload, intensity="declared"):
+    return decode(payload, colour="grey", intensity=parse_intensity(intensity)).numpy()[0]
+
+
+def reason(payload, intensity="declared"):
+    with pytest.raises(Reject) as caught:
+        decode(payload, intensity=parse_intensity(intensity))
+    return str(caught.value)
+
+
+def item(**elements):
+    made = Dataset()
+    for name, value in elements.items():
+        setattr(made, name, value)
+    return made
+
+
+def by_window(values, centre, width):
+    """PS3.3, C.11.2.1.2.1, word for word."""
+    scaled = ((values - (centre - 0.5)) / (width - 1) + 0.5) * 255
+    scaled = np.where(values <= centre - 0.5 - (width - 1) / 2, 0, scaled)
+    return np.rint(np.where(values > centre - 0.5 + (width - 1) / 2, 255, scaled)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("syntax", NATIVE)
+def test_rescale_and_window_in_every_uncompressed_transfer_syntax(syntax):
+    payload = dicom_of(
+        RAMP, syntax=syntax, bits=12, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=40, WindowWidth=400
+    )
+    expected = by_window(2.0 * RAMP - 1000, 40, 400)
+    np.testing.assert_array_equal(grey(payload), expected)
+    np.testing.assert_array_equal(decode(payload).numpy(), np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+@pytest.mark.parametrize(
+    "rescale", [{}, {"RescaleSlope": 1, "RescaleIntercept": -24}, {"RescaleSlope": -0.5, "RescaleIntercept": 3}]
+)
+def test_a_window_of_every_type_of_number(dtype, rescale):
+    info = np.iinfo(dtype)
+    values = np.linspace(info.min, info.max, 24).astype(dtype).reshape(4, 6)
+    units = values * float(rescale.get("RescaleSlope", 1)) + rescale.get("RescaleIntercept", 0)
+    payload = dicom_of(values, WindowCenter=10, WindowWidth=62, **rescale)
+    np.testing.assert_array_equal(grey(payload), by_window(units, 10, 62))
+
+
+def test_monochrome_1_is_inverted_once():
+    for options in ({}, {"WindowCenter": 2000, "WindowWidth": 1000}, {"PresentationLUTShape": "INVERSE"}):
+        plain, inverted = (dicom_of(RAMP, bits=12, photometric=f"MONOCHROME{i}", **options) for i in (2, 1))
+        np.testing.assert_array_equal(grey(inverted), 255 - grey(plain))
+    eight = RGB[..., 0]
+    np.testing.assert_array_equal(grey(dicom_of(eight, photometric="MONOCHROME1")), 255 - eight)
+
+
+def test_without_a_window_the_range_of_the_stored_bits_counts():
+    np.testing.assert_array_equal(grey(dicom_of(RAMP, bits=12)), RAMP >> 4)
+    signed = RAMP.astype(np.int16) - 2048
+    np.testing.assert_array_equal(grey(dicom_of(signed, bits=12)), np.rint((signed + 2048.0) * 255 / 4095))
+    rescaled = dicom_of(RAMP, bits=12, RescaleSlope=1, RescaleIntercept=-1024)
+    np.testing.assert_array_equal(grey(rescaled), np.rint(RAMP * 255.0 / 4095))
+    np.testing.assert_array_equal(grey(dicom_of(RGB[..., 0])), RGB[..., 0])
+    four = RGB[..., 0] % 16
+    np.testing.assert_array_equal(grey(dicom_of(four, bits=4)), four * 17)
+
+
+def test_numbers_that_fill_little_of_their_range_are_refused_and_other_intensities_read_them():
+    payload = dicom_of(RAMP // 4)
+    said = reason(payload)
+    assert said.startswith(
+        "intensity: 16-bit unsigned values from 0 to 1023 fill less than a sixteenth of what the file can hold"
+    )
+    assert "--intensity bits=10" in said
+    np.testing.assert_array_equal(grey(payload, "bits=10"), RAMP // 4 >> 2)
+    np.testing.assert_array_equal(grey(payload, "full"), RAMP // 4 >> 8)
+    np.testing.assert_array_equal(grey(payload, "minmax"), np.rint((RAMP // 4) * 255.0 / 1023))
+
+
+def test_another_intensity_is_asked_of_hounsfield_units_whatever_the_window():
+    payload = dicom_of(RAMP, bits=12, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=7, WindowWidth=0)
+    expected = np.clip(np.rint((RAMP - 1024.0 + 1000) * 255 / 1400), 0, 255)
+    np.testing.assert_array_equal(grey(payload, "window=-1000:400"), expected)
+    assert reason(payload, "high-byte").startswith("intensity: ")
+
+
+@pytest.mark.parametrize(
+    ("elements", "low", "high"),
+    [
+        ({"WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "LINEAR_EXACT"}, 1500, 2500),
+        ({"WindowCenter": [2000, 50], "WindowWidth": [1001, 2]}, 1499.5, 2499.5),
+    ],
+)
+def test_exact_windows_and_the_first_of_several(elements, low, high):
+    expected = np.clip(np.rint((RAMP.astype(float) - low) * 255 / (high - low)), 0, 255)
+    np.testing.assert_array_equal(grey(dicom_of(RAMP, bits=12, **elements)), expected)
+
+
+def test_a_window_of_width_1_is_a_threshold():
+    np.testing.assert_array_equal(
+        grey(dicom_of(RAMP, bits=12, WindowCenter=2000, WindowWidth=1)), (RAMP > 1999.5) * 255
+    )
+
+
+@pytest.mark.parametrize(
+    ("elements", "says"),
+    [
+        ({"WindowWidth": 0}, "intensity: the file's window has width 0, where LINEAR needs 1 at least"),
+        ({"WindowWidth": -5}, "intensity: the file's window has width -5"),
+        (
+            {"WindowWidth": 0, "VOILUTFunction": "LINEAR_EXACT"},
+            "intensity: the file's window has width 0, where LINEAR_EXACT",
+        ),
+        ({"WindowWidth": 100, "VOILUTFunction": "SIGMOID"}, "intensity: the file's window is of function 'SIGMOID'"),
+        ({"WindowWidth": 100, "RescaleSlope": 0}, "corrupt: a rescale slope of 0"),
+    ],
+)
+def test_windows_that_mean_nothing(elements, says):
+    said = reason(dicom_of(RAMP, bits=12, WindowCenter=40, **elements))
+    assert said.startswith(says)
+    assert "--intensity window=LO:HI" in said or "slope" in said
+
+
+def test_lookup_tables():
+    table = item(
+        LUTDescriptor=[4, 1000, 8], LUTData=[0, 50, 100, 255]
+    )  # values below 1000 are its first, above 1003 its last
+    expected = np.array([0, 50, 100, 255], np.uint8)[np.clip(RAMP.astype(int) - 1000, 0, 3)]
+    table["LUTData"].VR = table["LUTDescriptor"].VR = "US"
+    np.testing.assert_array_equal(grey(dicom_of(RAMP, bits=12, VOILUTSequence=[table])), expected)
+    np.testing.assert_array_equal(grey(dicom_of(RAMP, bits=12, ModalityLUTSequence=[table])), expected)
+    table.LUTData = [0, 50, 100]
+    assert reason(dicom_of(RAMP, bits=12, VOILUTSequence=[table])).startswith("truncated: a lookup table of 3 entries")
+
+
+def test_functional_groups_of_an_enhanced_image():
+    shared = item(PixelValueTransformationSequence=[item(RescaleSlope=2, RescaleIntercept=-1000, RescaleType="HU")])
+    first, second = (item(FrameVOILUTSequence=[item(WindowCenter=c, WindowWidth=400)]) for c in (40, 900))
+    payload = dicom_of(
+        np.stack([RAMP, RAMP[::-1]]),
+        frames=2,
+        bits=12,
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=[first, second],
+    )
+    np.testing.assert_array_equal(grey(payload), by_window(2.0 * RAMP - 1000, 40, 400))
+
+
+def test_the_first_of_several_frames_is_taken():
+    frames = np.stack([RAMP, RAMP[::-1], RAMP * 0])
+    np.testing.assert_array_equal(grey(dicom_of(frames, frames=3, bits=12)), RAMP >> 4)
+
+
+def test_bits_above_those_stored_are_not_part_of_the_value():
+    np.testing.assert_array_equal(grey(dicom_of(RAMP | 0xA000, bits=12)), RAMP >> 4)
+    signed = (RAMP.astype(np.int16) - 2048) & 0x0FFF  # not extended by the sign
+    np.testing.assert_array_equal(
+        grey(dicom_of(signed, bits=12)), grey(dicom_of(RAMP.astype(np.int16) - 2048, bits=12))
+    )
+
+
+def test_colours():
+    np.testing.assert_array_equal(decode(dicom_of(RGB, photometric="RGB")).permute(1, 2, 0).numpy(), RGB)
+    planes = dataset(RGB, photometric="RGB")
+    planes.PlanarConfiguration, planes.PixelData = 1, RGB.transpose(2, 0, 1).tobytes()
+    np.testing.assert_array_equal(decode(file_of(planes)).permute(1, 2, 0).numpy(), RGB)
+    deep = RGB.astype(np.uint16) * 257
+    np.testing.assert_array_equal(decode(dicom_of(deep, photometric="RGB")).permute(1, 2, 0).numpy(), RGB)
+    ybr = np.asarray(Image.fromarray(RGB).convert("YCbCr"))
+    expected = np.asarray(Image.fromarray(ybr, "YCbCr").convert("RGB")).astype(int)
+    found = decode(dicom_of(ybr, photometric="YBR_FULL")).permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_palette(bits):
+    table = np.random.default_rng(1).integers(0, 256, (3, 300)).astype(f"u{bits // 8}")
+    if bits == 16:
+        table *= 257
+    indices = np.linspace(10, 309, 24).astype(np.uint16).reshape(4, 6)
+    elements = {}
+    for name, plane in zip(("Red", "Green", "Blue"), table, strict=True):
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [300, 10, bits]
+        elements[f"{name}PaletteColorLookupTableData"] = plane.astype(f"<u{bits // 8}").tobytes()
+    payload = dicom_of(indices, photometric="PALETTE COLOR", **elements)
+    expected = (table[:, indices - 10] >> (bits - 8)).astype(np.uint8)
+    np.testing.assert_array_equal(decode(payload).numpy(), expected)
+    assert reason(dicom_of(indices, photometric="PALETTE COLOR")).startswith(
+        "unsupported: a DICOM palette that is missing"
+    )
+
+
+def test_one_bit_and_floating_point():
+    mask = RGB[..., 0] > 127
+    one = dataset(mask.astype(np.uint8))
+    one.BitsAllocated = one.BitsStored = 1
+    one.HighBit, one.PixelData = 0, np.packbits(mask.ravel(), bitorder="little").tobytes() + b"\0"
+    np.testing.assert_array_equal(grey(file_of(one)), mask * 255)
+    real = dataset(RAMP.astype(np.float32))
+    del real.PixelData
+    real.FloatPixelData = RAMP.astype(np.float32).tobytes()
+    assert reason(file_of(real)).startswith("intensity: 32-bit floating-point values from 0 to 4095 have no range")
+    np.testing.assert_array_equal(grey(file_of(real), "window=0:4095"), np.rint(RAMP * (255 / 4095)))
+
+
+def compressed(pixels, frame, syntax, **options):
+    made = dataset(pixels, syntax=syntax, **options)
+    made.PixelData = encapsulate([frame])
+    made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
+    return file_of(made)
+
+
+def encoded(image, format_, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def test_rle():
+    made = dataset(RAMP, bits=12, WindowCenter=2000, WindowWidth=1000)
+    made.compress(RLELossless)
+    np.testing.assert_array_equal(grey(file_of(made)), by_window(RAMP, 2000, 1000))
+    made.PixelData = encapsulate([bytes(64) + bytes(4096)])
+    assert reason(file_of(made)).startswith("corrupt: 4,160 bytes of run lengths")
+
+
+SMOOTH = np.add.outer(np.arange(0, 128, 2), np.arange(0, 96, 2)).astype(np.uint8)
+
+
+def test_jpeg_within_dicom_has_the_pixels_of_the_jpeg_and_its_damage_is_found():
+    jpeg = encoded(SMOOTH, "JPEG", quality=95)
+    np.testing.assert_array_equal(
+        grey(compressed(SMOOTH, jpeg, JPEGBaseline8Bit)), decode(jpeg, colour="grey").numpy()[0]
+    )
+    colours = np.stack([SMOOTH, SMOOTH[::-1], SMOOTH[:, ::-1]], axis=-1)
+    jpeg = encoded(colours, "JPEG", quality=95, subsampling=0)
+    payload = compressed(colours, jpeg, JPEGBaseline8Bit, photometric="YBR_FULL_422")
+    assert np.abs(decode(payload).numpy().astype(int) - decode(jpeg).numpy()).max() <= 1
+    damaged = bytearray(jpeg)
+    damaged[-200:-100] = bytes(100)
+    assert reason(compressed(colours, bytes(damaged), JPEGBaseline8Bit, photometric="YBR_FULL_422")).startswith(
+        ("damaged: ", "truncated: ", "corrupt: ")
+    )
+    other = encoded(SMOOTH[:-1], "JPEG")
+    assert (
+        reason(compressed(SMOOTH, other, JPEGBaseline8Bit))
+        == "corrupt: a frame of 48x63 pixels, and the file says 48x64"
+    )
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n"
+    assert reason(compressed(SMOOTH, eps, JPEGBaseline8Bit)) == "corrupt: a frame that is no JPEG"
+
+
+def test_jpeg_2000_within_dicom():
+    payload = compressed(SMOOTH, encoded(SMOOTH, "JPEG2000", no_jp2=True), JPEG2000Lossless)
+    np.testing.assert_array_equal(grey(payload), SMOOTH)
+    deep = np.add.outer(np.arange(0, 4096, 64), np.arange(0, 4096, 64)).astype(np.uint16) * 8
+    frame = encoded(deep, "JPEG2000", no_jp2=True)
+    np.testing.assert_array_equal(grey(compressed(deep, frame, JPEG2000Lossless)), deep >> 8)
+    assert reason(compressed(deep[:-1], frame, JPEG2000Lossless)).startswith("corrupt: a frame of 64x64 pixels")
+    assert reason(compressed(deep, frame[: len(frame) // 2], JPEG2000Lossless)).startswith(("corrupt", "truncated"))
+
+
+def test_compression_without_a_plug_in_waits_for_one():
+    found = try_decode(compressed(SMOOTH, b"\xff\xd8\xff\xc3", JPEGLosslessSV1), colour="rgb")
+    assert isinstance(found, Unavailable)
+    assert "JPEG Lossless" in str(found)
+    assert "pip install pylibjpeg" in str(found)
+
+
+def changed(made, **elements):
+    for name, value in elements.items():
+        setattr(made, name, value)
+    return file_of(made)
+
+
+@pytest.mark.parametrize(
+    ("elements", "says"),
+    [
+        ({"PixelData": bytes(46)}, "truncated: 46 bytes of pixels, and 48 follow from rows, columns, frames and bits"),
+        ({"PixelData": bytes(60)}, "corrupt: 60 bytes of pixels, and 48 follow"),
+        ({"Rows": 65535, "Columns": 65535}, "bomb: 65535x65535 pixels"),
+        ({"Rows": 0}, "empty: 6x0 pixels"),
+        ({"NumberOfFrames": 0}, "empty: 0 frames"),
+        ({"NumberOfFrames": -1}, "empty: -1 frames"),
+        ({"NumberOfFrames": 2}, "truncated: 48 bytes of pixels, and 96 follow"),
+        ({"BitsStored": 20}, "unsupported: a DICOM of 20 bits stored in 16"),
+        ({"HighBit": 15}, "unsupported: a DICOM whose 12 bits end at bit 15"),
+        ({"SamplesPerPixel": 3}, "corrupt: 3 samples a pixel"),
+        ({"PhotometricInterpretation": "CMYK"}, "unsupported: a DICOM of photometric interpretation 'CMYK'"),
+    ],
+)
+def test_headers_that_do_not_fit_the_pixels(elements, says):
+    assert reason(changed(dataset(RAMP, bits=12), **elements)).startswith(says)
+
+
+@pytest.mark.parametrize("name", ["Rows", "BitsStored", "PixelRepresentation", "PhotometricInterpretation"])
+def test_what_is_missing_is_named(name):
+    made = dataset(RAMP, bits=12)
+    delattr(made, name)
+    assert name in reason(file_of(made))
+
+
+def test_files_without_pixels_are_no_images():
+    made = dataset(RAMP)
+    for name in ("PixelData", "Rows"):
+        delattr(made, name)
+    assert reason(file_of(made)) == "not-an-image: a DICOM file without pixels (Secondary Capture Image Storage)"
+
+
+@pytest.mark.parametrize("syntax", NATIVE)
+def test_every_cut_is_a_reject_with_a_known_code(syntax):
+    payload = dicom_of(RAMP, syntax=syntax, bits=12, WindowCenter=40, WindowWidth=400)
+    for end in range(133, len(payload) - 2, 7):
+        found = try_decode(payload[:end], colour="grey")
+        assert isinstance(found, Reject), end
+        assert str(found).partition(":")[0] in {"truncated", "corrupt", "not-an-image"}, (end, str(found))
+
+
+def test_changed_bytes_never_crash():
+    payload, rng = dicom_of(RAMP, bits=12, WindowCenter=40, WindowWidth=400), np.random.default_rng(0)
+    codes = set()
+    for _ in range(300):
+        mutant = bytearray(payload)
+        for at in rng.integers(132, len(payload) - RAMP.nbytes, 3):
+            mutant[at] = rng.integers(256)
+        found = try_decode(bytes(mutant), colour="grey")
+        codes.add(str(found).partition(":")[0] if isinstance(found, Reject) else "ok")
+    assert codes <= {"ok", "truncated", "corrupt", "not-an-image", "unsupported", "bomb", "empty", "intensity"}, codes
+
+
+def test_a_deflated_bomb_is_not_inflated(monkeypatch):
+    payload = dicom_of(np.zeros((600, 600), np.uint16), syntax=DeflatedExplicitVRLittleEndian)
+    monkeypatch.setenv("FEATUREPIPE_MAX_FILE_BYTES", "500kB")
+    assert len(payload) < 10_000
+    assert reason(payload).startswith("bomb: inflates to more than FEATUREPIPE_MAX_FILE_BYTES allows")
+    assert zlib.MAX_WBITS == 15
+
+
+def test_dicom_is_known_by_content_and_a_manifest_can_name_files_without_a_suffix(tmp_path):
+    (tmp_path / "scan").mkdir()
+    for name in ("IM0001", "a.dcm", "b.DICOM"):
+        (tmp_path / "scan" / name).write_bytes(dicom_of(RAMP, bits=12))
+    listing = open_source(str(tmp_path)).scan()
+    assert listing["id"].to_pylist() == ["scan/a.dcm", "scan/b.DICOM"]
+    lines = ListingSummary.of(listing).lines("pile")
+    assert "passed over 1 file: no suffix 1 (a manifest can name images without a suffix, as of DICOM)" in lines[1]
+    (tmp_path / "list.csv").write_text("path\nscan/IM0001\n")
+    source = open_source(str(tmp_path / "list.csv"))
+    (locator,) = source.scan()["locator"].to_pylist()
+    np.testing.assert_array_equal(grey(source.read(locator)), RAMP >> 4)
+
+
+def test_without_pydicom_it_is_said_once_and_left_for_the_next_run(tmp_path, monkeypatch):
+    payload = dicom_of(RAMP, bits=12)
+    for name in ("a.dcm", "b.dcm"):
+        (tmp_path / name).write_bytes(payload)
+    assert not ListingSummary.of(open_source(str(tmp_path)).scan()).undecodable
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert not dicom.has_pydicom()
+    found = try_decode(payload, colour="rgb")
+    assert isinstance(found, Unavailable)
+    assert str(found) == "unsupported: DICOM without pydicom; pip install featurepipe[dicom]"
+    summary = ListingSummary.of(open_source(str(tmp_path)).scan())
+    assert summary.undecodable == ["2 DICOM files cannot be decoded here: pip install featurepipe[dicom]"]
+    assert summary.lines("pile", labels=False)[1] == f"pile: {summary.undecodable[0]}"
+
+
+def test_rejects_of_releases_before_are_tried_again():
+    assert is_outdated("not-an-image: starts with b'\\x00'; known are JPEG, PNG, WebP, GIF, BMP, TIFF")
+    assert is_outdated("unsupported: HEIC")
+    assert not is_outdated(reason(struct.pack("16x")))
