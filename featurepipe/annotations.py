@@ -33,28 +33,44 @@ _DECLARED: Final = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # what Excel wr
 
 
 def texts_of(values: pa.Array | pa.ChunkedArray | Iterable[Any]) -> pa.Array | pa.ChunkedArray:
-    """A column as text: text as it is, None as null, anything else as JSON writes it; an Arrow column stays one.
+    """A column as text: text as it is, None and NaN as null, anything else as JSON writes it; an Arrow column stays one.
+
+    Dates, times and decimals of Arrow are as Arrow writes them: without quotes.
 
     Example:
-        >>> texts_of(["a", None, 1.5, True, ["x", "y"]]).to_pylist()
-        ['a', None, '1.5', 'true', '["x", "y"]']
+        >>> texts_of(["a", None, 1.5, float("nan"), True, ["x", "y"]]).to_pylist()
+        ['a', None, '1.5', None, 'true', '["x", "y"]']
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if isinstance(values, pa.Array | pa.ChunkedArray):
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
-        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
-        if any(is_kind(values.type) for is_kind in (*kinds, pa.types.is_boolean, pa.types.is_null)):
+        if pa.types.is_floating(values.type):
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        if any(is_kind(values.type) for is_kind in _plain_types()):
             return values.cast(pa.string())
         values = values.to_pylist()
     return pa.array(map(_json_text, values), pa.string())
+
+
+def _plain_types() -> Sequence[Callable[[Any], bool]]:
+    """What Arrow writes as the text that a person would."""
+    from pyarrow import types
+
+    return (
+        types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean, types.is_null,
+        types.is_date, types.is_time, types.is_timestamp, types.is_decimal,
+    )  # fmt: skip
 
 
 def _json_text(value: Any) -> str | None:
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return json.dumps(value, default=str)
 
 
@@ -311,10 +327,15 @@ def several_names(classes: Sequence[str]) -> str | None:
     return None
 
 
-def names_in_doubt(classes: Sequence[str]) -> list[str]:
+def names_in_doubt(classes: Sequence[str], one: str = "class", more: str = "classes") -> list[str]:
     """Says which classes may stand for no label, such as ``NA``, and which may be meant to be one, such as ``Cat`` and ``cat``.
 
     Those of one character may differ in case: they may be letters that are to be told apart.
+
+    Args:
+        classes: Distinct names, of classes or of ``more``.
+        one: What a name is.
+        more: What several are.
 
     Example:
         >>> names_in_doubt(["None", "cat", "Cat ", "1", "1.0"])[0]
@@ -324,8 +345,9 @@ def names_in_doubt(classes: Sequence[str]) -> list[str]:
     """
     notes = []
     if none := [repr(name) for name in sorted(classes) if name.strip().lower() in _LIKE_NONE]:
+        cell = "label" if one == "class" else one
         notes.append(
-            f"taken as {'a class' if len(none) == 1 else 'classes'}: {', '.join(none)}; leave the label empty where there is none"
+            f"taken as {f'a {one}' if len(none) == 1 else more}: {', '.join(none)}; leave the {cell} empty where there is none"
         )
     alike: dict[str | float, list[str]] = {}
     for name in sorted(classes):
@@ -334,8 +356,8 @@ def names_in_doubt(classes: Sequence[str]) -> list[str]:
         key = number if number is not None else plain if len(plain) == 1 else plain.casefold()
         alike.setdefault(key, []).append(name)
     if several := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
-        more = f" and {len(several) - _NAMED:,} more" if len(several) > _NAMED else ""
-        notes.append(f"taken as classes of their own, though they look alike: {', '.join(several[:_NAMED])}{more}")
+        rest = f" and {len(several) - _NAMED:,} more" if len(several) > _NAMED else ""
+        notes.append(f"taken as {more} of their own, though they look alike: {', '.join(several[:_NAMED])}{rest}")
     return notes
 
 

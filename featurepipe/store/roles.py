@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import KEPT_COLUMN, column_named
+from featurepipe.annotations import KEPT_COLUMN, NAN, column_named, names_in_doubt, whole_numbers
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.store.labels import ColumnTable, LabelSource, read_columns
@@ -172,13 +172,20 @@ def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say:
     if found is None:
         return features
     texts = _trimmed(found.texts)
-    groups = pc.count_distinct(texts).as_py()
+    texts = pc.if_else(pc.is_in(texts, value_set=pa.array(NAN)), pa.scalar(None, pa.string()), texts)
+    texts, _ = whole_numbers(texts)  # 1.0 is the patient 1, as a table program writes it in a column with gaps
+    names = pc.unique(texts.drop_null()).to_pylist()
     alone = f" ({counted(texts.null_count, 'image')} without one, each for itself)" if texts.null_count else ""
-    if not groups:
+    if not names and asked is None:
+        say(
+            f"column {found.name} of {found.where} is empty for all images: there are no groups, each image is for itself"
+        )
+        return features
+    if not names:
         raise _wrong("group", found, "is empty for all images")
-    say(
-        f"groups: column {found.name} of {found.where}, {counted(groups, 'group')}{alone}, each on one side of every split"
-    )
+    said = [f"{counted(len(names), 'group')}{alone}, each on one side of every split"]
+    said += names_in_doubt(names, "group", "groups")
+    say(f"groups: column {found.name} of {found.where}, {'; '.join(said)}")
     return features.with_column("group", texts)
 
 

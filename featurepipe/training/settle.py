@@ -91,6 +91,8 @@ def settle(
         targets=targets,
     )
     say(f"{task.features.origin.dataset}: {_counted(task)}")
+    if features.groups is not None and not (len(division.test) or features.split_names()):
+        say("no group can be held out for the test: every one is the only one of a class; give images of more groups")
     return task
 
 

@@ -60,9 +60,18 @@ def test_where_all_is_right_each_group_counts_as_one_image():
     assert 0.8 < table["accuracy"]["low"] < 0.87  # 24 of 24 right: 0.858, and less with 23 degrees of freedom
 
 
-def test_entries_must_fit_and_be_of_two_groups():
+def test_of_one_group_there_are_measures_without_intervals():
+    codes = np.repeat([0, 1], 6)
+    scores = np.eye(2)[codes] * 0.8 + 0.1
+    table = score_table(scores, codes, ["a", "b"], groups=["p"] * 12)
+    alone = score_table(scores, codes, ["a", "b"])
+    assert table["groups"] == 1
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auc", "log_loss", "ece"):
+        assert (table[name]["value"], table[name]["low"]) == (alone[name]["value"], None)
+        assert "no interval" in table[name]["reason"]
+
+
+def test_there_is_a_group_for_each_image():
     with pytest.raises(UsageError, match="3 images, but 2 groups"):
         group_numbers(["a", "b"], 3)
-    with pytest.raises(UsageError, match="all images are of one group"):
-        group_numbers(["a", "a"], 2)
     assert group_numbers(["a", None, "a", None], 4).tolist() == [0, 1, 0, 2]

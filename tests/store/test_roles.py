@@ -1,7 +1,9 @@
 """Columns of labels files and manifests as classes, numbers, several labels, groups and weights."""
 
+import datetime as dt
 import json
 import pickle
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -226,3 +228,62 @@ def test_a_file_of_near_duplicates_is_groups(kept, tmp_path):
     path.write_text("id,patient\na1,p\n")
     with pytest.raises(UsageError, match=r"unknown column 'group' in g\.csv; choices: patient"):
         joined(kept, group=str(path))
+
+
+def test_a_group_is_one_however_its_number_is_written(kept, tmp_path):
+    (tmp_path / "l.csv").write_text("id,group\na1,1\na2,1.0\nb1,nan\nb2,2.0\n")
+    assert joined(kept, tmp_path / "l.csv")[0].groups.tolist() == ["1", "1", None, "2"]
+    (tmp_path / "l.jsonl").write_text(
+        '{"id": "a1", "group": 1}\n{"id": "a2", "group": 1.0}\n{"id": "b1", "group": NaN}\n'
+    )
+    assert joined(kept, tmp_path / "l.jsonl")[0].groups.tolist() == ["1", "1", None, None]
+    (tmp_path / "l.csv").write_text("id,group\na1,P1\na2,p1\nb1,NA\n")
+    features, said = joined(kept, tmp_path / "l.csv")
+    assert features.groups.tolist() == ["P1", "p1", "NA", None]
+    assert "'P1' and 'p1'" in said[0]
+    assert "taken as a group: 'NA'" in said[0]
+
+
+def test_an_empty_column_called_group_is_no_group(kept, tmp_path):
+    (tmp_path / "l.csv").write_text("id,label,group\na1,x,\na2,y, \n")
+    features, said = joined(kept, tmp_path / "l.csv")
+    assert features.groups is None
+    assert any("column group of l.csv is empty for all images" in line for line in said)
+    assert not any("ignored" in line for line in said)
+    with pytest.raises(UsageError, match="is empty for all images"):
+        joined(kept, tmp_path / "l.csv", group="group")
+
+
+@pytest.mark.parametrize("where", ["labels", "manifest"])
+def test_columns_of_parquet_with_types_are_texts(kept, tmp_path, where):
+    day = dt.date(2024, 5, 1)
+    table = pa.table({
+        "path" if where == "manifest" else "id": NAMES,
+        "date": [day, day, None, day],
+        "when": pa.array([1_714_548_600_000_000] * 4, pa.timestamp("us")),
+        "price": [Decimal("1.50"), None, Decimal("-2.00"), Decimal("3.25")],
+        "age": pa.array([1.0, float("nan"), None, 2.5]),
+        "kind": pa.array(["u", "v", None, "u"]).dictionary_encode(),
+        "none": pa.nulls(4),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    expected = {
+        "date": ["2024-05-01", "2024-05-01", None, "2024-05-01"],
+        "when": ["2024-05-01 07:30:00.000000"] * 4,
+        "price": ["1.50", None, "-2.00", "3.25"],
+        "age": ["1", None, None, "2.5"],
+        "kind": ["u", "v", None, "u"],
+        "none": [None] * 4,
+    }
+    if where == "manifest":
+        listing = open_source(tmp_path / "t.parquet").scan()
+        found = {name: listing[f"column:{name}"].to_pylist() for name in expected}
+    else:
+        from featurepipe.store.labels import read_columns
+
+        columns = read_columns(tmp_path / "t.parquet")
+        found = {name: columns.texts(name).to_pylist() for name in expected}
+        np.testing.assert_array_equal(
+            joined(kept, tmp_path / "t.parquet", target="price")[0].targets, [1.5, np.nan, -2, 3.25]
+        )
+    assert found == expected

@@ -53,6 +53,18 @@ def test_groups_stay_whole_and_classes_as_even_as_they_allow(groups, folds, seed
             assert max(counts) - min(counts) <= largest  # no fold has more than a group more than another
 
 
+def test_the_first_fold_is_not_that_of_a_group_larger_than_a_fold():
+    """It is the one that is held out for the test."""
+    units = np.repeat(np.arange(7, dtype=np.uint64), [54, 1, 1, 1, 1, 1, 1])
+    codes = np.concatenate([np.arange(54) % 2, [0, 0, 0, 1, 1, 1]])
+    for seed in range(5):
+        found = group_fold_numbers(units, codes, folds=5, seed=seed)
+        assert set(range(5)) == set(found.tolist())
+        assert 1 <= (found == 0).sum() <= 2
+    two = group_fold_numbers(np.array([7, 7, 8, 8], np.uint64), np.array([0, 1, 0, 1]), folds=5, seed=0)
+    assert sorted(two.tolist()) == [0, 0, 1, 1]  # nor is it empty
+
+
 def test_groups_of_mixed_classes_are_dealt_about_evenly():
     rng = np.random.default_rng(0)
     units = np.repeat(np.arange(400, dtype=np.uint64), 5)

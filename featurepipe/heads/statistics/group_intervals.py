@@ -29,7 +29,7 @@ def group_numbers(groups: Sequence[str | None] | npt.NDArray[np.object_], images
     """(n,) the number of each image's group; an image without one is a group of its own.
 
     Raises:
-        UsageError: There is not one entry for each image, or there is one group only.
+        UsageError: There is not one entry for each image.
     """
     if len(groups) != images:
         raise UsageError(f"there are {images} images, but {len(groups)} groups")
@@ -37,8 +37,6 @@ def group_numbers(groups: Sequence[str | None] | npt.NDArray[np.object_], images
     found = np.array([-1 if name is None else places.setdefault(str(name), len(places)) for name in groups], np.int64)
     alone = found < 0
     found[alone] = len(places) + np.arange(int(alone.sum()))
-    if found.max() < 1:
-        raise UsageError("all images are of one group, of which nothing can be said of others; leave groups out")
     return found
 
 

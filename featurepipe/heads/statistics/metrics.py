@@ -82,18 +82,22 @@ def score_table(
     if by_group is not None:
         table["groups"] = by_group.count
     limits: Mapping[str, intervals.Limits | None] = {}
-    if bootstrap and by_group is not None:
+    one_group = by_group is not None and by_group.count == 1
+    if bootstrap and by_group is not None and not one_group:
         limits = _limits_of_groups(images, ranked, by_group, draws=bootstrap, seed=seed)
-    elif bootstrap:
+    elif bootstrap and by_group is None:
         limits = _limits(images, ranked, draws=bootstrap, seed=seed)
     table |= {name: _with_interval(value, limits.get(name)) for name, value in values.items()}
     table |= {f"top_{k}": _no_top(k, len(names)) for k in top if k >= len(names)}
     if np.isnan(ranked.macro):
         table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
-    if bootstrap and limits["macro_f1"] is None:
+    if bootstrap and not one_group and limits["macro_f1"] is None:
         table["macro_f1"]["reason"] = "no interval: a class has too few images"
     if bootstrap and by_group is not None:
         table["ece"]["reason"] = "no interval: none is known that holds for groups"
+    if bootstrap and one_group:
+        for name in values:
+            table[name].setdefault("reason", "no interval: all images are of one group, which tells nothing of others")
     confusion = images.confusion()
     table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": intervals.LEVEL}
     table["untested"] = [name for name, count in zip(names, images.support, strict=True) if not count]
