@@ -112,6 +112,8 @@ def add_evaluate(commands: Commands) -> None:
     add_options(command, RowOptions)
     option("--target", metavar="COLUMN",
            help="of a bundle that predicts a number: column of the true one (default: that of the training)")  # fmt: skip
+    option("--multilabel", metavar="COLUMN,...",
+           help="of a bundle that predicts several labels: columns of true ones (default: those of the training)")  # fmt: skip
     option("--ignore-unknown-classes", action="store_true",
            help="leave out images of classes that the bundle does not know, instead of refusing")  # fmt: skip
     option("--bootstrap", type=int, default=1000, metavar="N",
@@ -135,6 +137,7 @@ def run_evaluate(args: Namespace) -> int:
         labels=args.labels,
         **options(args, RowOptions),
         target=args.target,
+        multilabel=args.multilabel,
         ignore_unknown_classes=args.ignore_unknown_classes,
         bootstrap=args.bootstrap,
         seed=args.seed,
@@ -150,8 +153,9 @@ def add_predict(commands: Commands) -> None:
     command = add_command(
         commands, "predict", run_predict,
         "label the images of a source with a bundle: id, label, one probability per class",
-        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One "
-        "that was trained on a --target gives id, predicted, and low and high, the limits of its prediction interval.",
+        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One that "
+        "was trained on a --target gives id, predicted, and low and high, the limits of its prediction interval; on "
+        "--multilabel id, labels, and one probability per label.",
     )  # fmt: skip
     option = command.add_argument
     option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from featurepipe.annotations import split_asked
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.heads.bundle.files import CONTINUOUS
+from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
+from featurepipe.option_groups import by_commas
 from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
@@ -41,6 +43,7 @@ def evaluate(
     label: str | None = None,
     group: str | None = None,
     target: str | None = None,
+    multilabel: str | Sequence[str] | None = None,
     ignore_unknown_classes: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -60,6 +63,8 @@ def evaluate(
         group: The column of what belongs together, such as a patient: intervals are of so many independent groups, and groups
             that are in several splits are named; by default ``group``, where there is one; ``none`` for no groups.
         target: Of a bundle that predicts a number, the column of the true one; by default the one that it was trained on.
+        multilabel: Of a bundle that predicts several labels, the columns of the true ones; by default those that it was trained
+            on. Labels that the bundle does not know are named, and left out; of those that are in no column nothing is known.
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
@@ -72,7 +77,8 @@ def evaluate(
         ``counts`` (images, scored, groups where there are any, unlabelled, unknown_classes, unmatched labels, rejected,
         duplicates), ``metrics``
         (``featurepipe.heads.statistics.metrics.score_table``; of numbers
-        ``featurepipe.heads.statistics.regression.number_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
+        ``featurepipe.heads.statistics.regression.number_table``, of several labels
+        ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
 
     Raises:
@@ -87,6 +93,19 @@ def evaluate(
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     features = features_for(model, source, name)
+    columns = by_commas(multilabel) if isinstance(multilabel, str) else tuple(multilabel or ())
+    if columns and model.target_type != MULTILABEL:
+        raise UsageError(
+            Message(Option("multilabel", ",".join(columns)), ": this bundle predicts one thing of each image")
+        )
+    if model.target_type == MULTILABEL and target is None:
+        roles = RoleOptions(
+            label=label, group=group, multilabel=columns or tuple((model.target or {}).get("columns", ()))
+        )
+        return _evaluate_labels(
+            model, bundle, source, features, labels, roles,
+            split=split, bootstrap=bootstrap, seed=seed, cluster=cluster, started=started, say=say,
+        )  # fmt: skip
     if model.target_type == CONTINUOUS:
         roles = RoleOptions(label=label, group=group, target=target or model.target_name or None)
         return _evaluate_numbers(
@@ -98,7 +117,7 @@ def evaluate(
             Message(
                 Option("target", target),
                 ": this bundle predicts classes, no number; name their column with ",
-                Option("label"),
+                Option("label" if model.target_type != MULTILABEL else "multilabel"),
             )
         )
     features = with_roles(source, features, labels, RowOptions(label=label, group=group), say)
@@ -195,6 +214,81 @@ def _evaluate_numbers(
     }
 
 
+def _evaluate_labels(
+    model: Bundle,
+    given: Bundle | str | os.PathLike[str],
+    store: FeatureStore,
+    features: FeatureSet,
+    labels: Any,
+    roles: RoleOptions,
+    *,
+    split: str | None,
+    bootstrap: int,
+    seed: int,
+    cluster: Any,
+    started: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Scores a bundle that predicts several labels; see ``evaluate``."""
+    if not roles.multilabel:
+        raise UsageError(Message("name the columns of the true labels with ", Option("multilabel", "COLUMN,...")))
+    features = with_roles(store, features, labels, roles, say)
+    candidates, name, scope = _of_split(model, features, split)
+    shared = [label for label in model.classes if label in features.target_names]
+    strange = [label for label in features.target_names if label not in model.classes]
+    missing = [label for label in model.classes if label not in features.target_names]
+    for names, what in (
+        (strange, "labels that the bundle does not know, left out"),
+        (missing, "labels of the bundle of which the columns say nothing, not measured"),
+    ):
+        if names:
+            say(
+                f"{what}: {', '.join(names[:_NAMED])}"
+                + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            )
+    truth = np.full((len(candidates), len(model.classes)), np.nan, np.float32)
+    given_truth = np.asarray(candidates.targets, np.float32)
+    for label in shared:
+        truth[:, model.classes.index(label)] = given_truth[:, features.target_names.index(label)]
+    rows = np.flatnonzero(~np.isnan(truth).all(axis=1))
+    if not len(rows):
+        raise UsageError(
+            Message(
+                f"none of the {len(candidates):,} images of {scope} has a known label of the bundle's in ",
+                Option("multilabel", ",".join(roles.multilabel)), "; name a file that has them with ",
+                Option("labels", "FILE.csv"),
+            )
+        )  # fmt: skip
+    chosen, truth = candidates.take(rows), truth[rows]
+    say(f"scoring {len(rows):,} images of dataset {features.origin.dataset}: {scope}")
+    with features_at(cluster, chosen, store, say) as scored:
+        scores = model.scores(scored)
+    metrics = label_table(
+        scores, truth, model.classes, thresholds=model.thresholds, groups=chosen.groups, bootstrap=bootstrap, seed=seed
+    )
+    return {
+        "bundle": {**_about(model, given), "target": model.target},
+        "dataset": features.origin.dataset,
+        "split": name,
+        "scope": scope,
+        "counts": {
+            "images": len(candidates),
+            "scored": len(rows),
+            **({} if chosen.groups is None else {"groups": metrics["groups"]}),
+            "unlabelled": len(candidates) - len(rows),
+            "unknown_classes": {
+                label: int((given_truth[:, features.target_names.index(label)] == 1).sum()) for label in strange
+            },
+            "unmatched": features.unmatched,
+            "rejected": features.rejected,
+            "duplicates": chosen.duplicates,
+        },
+        "metrics": metrics,
+        "leakage": {"trained_on": leakage.trained_on(chosen, model.seen), **leakage.report(features)},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
 def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "path": None if isinstance(given, Bundle) else os.fspath(given),
@@ -258,6 +352,8 @@ def choose_rows(
         features: All rows of the dataset.
         split: Its name, or ``all`` for every row; by default ``test`` if the dataset has it, else the images that the
             head was not trained on, or if there are none every image.
+        multilabel: Of a bundle that predicts several labels, the columns of the true ones; by default those that it was trained
+            on. Labels that the bundle does not know are named, and left out; of those that are in no column nothing is known.
         ignore_unknown_classes: Leave out images of classes that the head does not know.
 
     Raises:

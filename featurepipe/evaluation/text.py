@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from featurepipe.display import share, table
-from featurepipe.heads.bundle.bundle import interval_text
+from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text
+from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
 
 MATRIX_CLASSES = 20
@@ -21,7 +23,10 @@ _ROWS = 10
 def text(record: Mapping[str, Any]) -> str:
     """What ``featurepipe evaluate`` prints of ``evaluate(...)``."""
     metrics = record["metrics"]
-    if record["bundle"].get("target"):
+    target = record["bundle"].get("target") or {}
+    if target.get("type") == MULTILABEL:
+        return "\n\n".join([_heading(record), *_warnings(record), labels_text(metrics)])
+    if target:
         numeric = [_heading(record), *_warnings(record), numbers_text(metrics), _largest_errors(metrics)]
         return "\n\n".join(section for section in numeric if section)
     sections = [
@@ -49,7 +54,10 @@ def _heading(record: Mapping[str, Any]) -> str:
     heat = bundle["temperature"]
     calibrated = "not calibrated" if heat is None else f"calibrated (temperature {heat:.3g})"
     what = f"{bundle['classes']} classes, {calibrated}"
-    if bundle.get("target"):
+    target = bundle.get("target") or {}
+    if target.get("type") == MULTILABEL:
+        what = f"{bundle['classes']} labels, {labels_calibration_text(target['calibration'])}"
+    elif target:
         interval = bundle["target"].get("interval")
         what = f"the number {bundle['target']['column']}, {interval_text(interval) if interval else 'no prediction intervals'}"
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn.svm import SVC
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.label_calibration import choose_thresholds, fit_sigmoids
 from featurepipe.heads.neighbours import centroid_scores
 from featurepipe.heads.row_shards import concatenated, row_shards_of
 
@@ -71,6 +73,39 @@ def predicted_numbers(head: Any, features: Blocks | Array, *, memory: int | str 
         UsageError: A feature is NaN or infinite.
     """
     return concatenated(row_shards_of(features).map(partial(_share_numbers, head=head, memory=memory)))
+
+
+def label_scores(head: Any, features: Blocks | Array, *, memory: int | str | None = None) -> Floats:
+    """The scores (n, K) of a head for several labels, positive where it predicts a label; see ``predicted_numbers``."""
+    return concatenated(row_shards_of(features).map(partial(_share_labels, head=head, memory=memory)))
+
+
+def _share_labels(blocks: Blocks, *, head: Any, memory: int | str | None) -> Floats:
+    scores = np.empty((blocks.shape[0], len(head.classes_)))
+    for place, block in iterate(blocks, memory=memory):
+        refuse_non_finite(block)
+        scores[place] = head.decision_function(block)
+    return scores
+
+
+def calibrated_labels(scores: Floats, truth: Floats, names: Sequence[str]) -> dict[str, Any]:
+    """Sigmoids (`label_calibration.fit_sigmoids`) and thresholds of the largest F1 of several labels, as JSON values.
+
+    Args:
+        scores: (n, K), of images that the head was not trained on.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        names: Of the K labels.
+
+    Returns:
+        ``slopes``, ``offsets``, ``thresholds`` (of scores), and ``uncalibrated``, the labels that lack images of a side.
+    """
+    sigmoids, thresholds = fit_sigmoids(scores, truth), choose_thresholds(scores, truth)
+    return {
+        "slopes": sigmoids.slopes.tolist(),
+        "offsets": sigmoids.offsets.tolist(),
+        "thresholds": thresholds.values.tolist(),
+        "uncalibrated": [str(name) for name, fitted in zip(names, sigmoids.fitted, strict=True) if not fitted],
+    }
 
 
 def _share_numbers(blocks: Blocks, *, head: Any, memory: int | str | None) -> Floats:

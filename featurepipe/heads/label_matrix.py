@@ -30,6 +30,7 @@ class LabelMatrix:
         weights: (n,) sample weights; None if all are 1.
         names: (K,) of the labels.
         dropped: Names of the labels that were left out, since their known rows are all positive or all negative.
+        kept: (of all labels given) bool, False for those left out.
     """
 
     blocks: Blocks
@@ -38,6 +39,7 @@ class LabelMatrix:
     weights: Floats | None
     names: Array
     dropped: Array
+    kept: npt.NDArray[np.bool_]
 
     def row_weights(self, class_weight: Any = None) -> Floats:
         """Weights of each label's rows, zero where the label is unknown.
@@ -169,6 +171,7 @@ def label_matrix(
         weights,
         names[~single],
         names[single],
+        ~single,
     )
 
 
@@ -242,17 +245,18 @@ def _refuse_or_say(names: Array, some: Array, every: Array, one_sided: str, *, l
     warnings.warn(f"left out {len(told)} labels that have rows of one side only: {shown}", UserWarning, stacklevel=5)
 
 
-def per_label(name: str, value: Any, labels: int, *, least: float | None = None) -> Floats:
-    """Returns (K,) values of a parameter that is one number or one for each label.
+def per_label(name: str, value: Any, kept: npt.NDArray[np.bool_], *, least: float | None = None) -> Floats:
+    """Returns (K,) values of a parameter that is one number, or one for each label given, of those that are kept.
 
     Raises:
         UsageError: It has another length, or a value is not positive; or, if ``least`` is given, below that.
     """
     values = np.asarray(value, np.float64)
+    labels = len(kept)
     if values.shape not in ((), (labels,)):
         raise UsageError(
             f"{name} has {values.shape} values for {labels} labels: give one number, or one for each label"
         )
     if not (values > 0 if least is None else values >= least).all():
         raise UsageError(f"{name}={value!r} must be {'positive' if least is None else f'{least:g} or more'}")
-    return np.broadcast_to(values, labels).astype(np.float64)
+    return np.broadcast_to(values, labels)[kept].astype(np.float64)

@@ -16,6 +16,7 @@ from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, as_blocks, is_
 from featurepipe.heads.families import ROUGH
 from featurepipe.heads.label_matrix import labels_given
 from featurepipe.heads.linear.multilabel import MultilabelLinearClassifier, MultilabelLinearSVC, fit_label_path
+from featurepipe.heads.row_shards import remote_row_shards
 from featurepipe.heads.sampling import SomeRows
 from featurepipe.heads.statistics.multilabel import average_precisions
 
@@ -40,7 +41,7 @@ class LabelTuning:
     """What a search found.
 
     Attributes:
-        C: (K,) best value for each label; the median of the values tried where no fold could tell.
+        C: (of all labels given) best value for each; the median of the values tried where no fold could tell.
         Cs: The values tried.
         average_precision: (len(Cs), K) mean over the folds; NaN where no fold had both sides of a label.
     """
@@ -85,13 +86,23 @@ def tune_labels(
     found = np.full((len(folds), len(values), int(learned.sum())), np.nan)
     for scores, path, (_, test) in zip(found, paths, folds, strict=True):
         rows = np.flatnonzero(test) if np.asarray(test).dtype == bool else np.asarray(test)
-        features = SomeRows(X, rows) if is_blocks(X) else np.asarray(X)[rows]
         for number, head in enumerate(path):
-            scores[number] = average_precisions(head.decision_function(features), truth[rows][:, learned])
+            scores[number] = average_precisions(_scores(head, X, rows), truth[rows][:, learned])
     counted = (~np.isnan(found)).sum(axis=0)
     mean = np.where(counted > 0, np.nansum(found, axis=0) / np.maximum(counted, 1), np.nan)
     best = np.where(np.isnan(mean).all(axis=0), len(values) // 2, np.argmax(np.nan_to_num(mean, nan=-1.0), axis=0))
-    return LabelTuning(np.array(values)[best], values, mean)
+    chosen = np.full(len(names), values[len(values) // 2])
+    chosen[learned] = np.array(values)[best]
+    return LabelTuning(chosen, values, mean)
+
+
+def _scores(head: Any, X: Any, rows: Any) -> Floats:
+    """Scores of some rows; of features that are spread over a cluster all are scored where they are."""
+    if not is_blocks(X):
+        return np.asarray(head.decision_function(np.asarray(X)[rows]))
+    if remote_row_shards(X) is not None:
+        return np.asarray(head.decision_function(X)[rows])
+    return np.asarray(head.decision_function(SomeRows(X, rows)))
 
 
 def voc07_head(X: Any, y: Any = None, *, folds: Sequence[tuple[Any, Any]], **params: Any) -> MultilabelLinearSVC:

@@ -285,7 +285,7 @@ def _refuse_numbers(bundle: Bundle | None) -> Bundle | None:
     if bundle is not None and bundle.target_type != "multiclass":
         raise UsageError(
             Message(
-                f"the bundle predicts a number ({bundle.target_name}), and drift compares predicted classes only; leave ",
+                f"the bundle predicts {bundle.target_text}, and drift compares predicted classes only; leave ",
                 Option("bundle"),
                 " out: the features are compared without it",
             )

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from featurepipe.display import neutralised
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.heads.bundle.files import CONTINUOUS, MANIFEST
+from featurepipe.heads.bundle.files import CONTINUOUS, MANIFEST, MULTILABEL
 from featurepipe.store.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -87,8 +87,46 @@ bundle without one; ``reason``, why there is no prediction.
 
 
 def columns_for(bundle: Bundle) -> Sequence[str] | pa.Schema:
-    """What ``predictions_file`` takes for a bundle: its classes, or the columns of numbers."""
+    """What ``predictions_file`` takes for a bundle: its classes, or the columns of numbers or of several labels."""
+    if bundle.target_type == MULTILABEL:
+        return labels_schema(bundle.classes)
     return NUMBERS if bundle.target_type == CONTINUOUS else bundle.classes
+
+
+def labels_schema(names: Sequence[str]) -> pa.Schema:
+    """The columns of a file of several labels.
+
+    ``id``; ``labels``, the predicted ones, as ``red|round`` (as a JSON list where a name has a ``|``), empty text for none;
+    ``reason``, why there is no prediction; and for every label ``p(<label>)``, its probability. Of an image that could not be
+    used all but id and reason is empty.
+    """
+    facts = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("labels", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+    return pa.schema([*facts, *(pa.field(f"p({name})", pa.float32()) for name in names)])
+
+
+def labels_batch(ids: pa.Array, scores: npt.NDArray[np.float64], reasons: pa.Array, bundle: Bundle) -> pa.RecordBatch:
+    """Rows of a file of several labels.
+
+    Args:
+        ids: (n,) ids.
+        scores: (n, K) scores, NaN for images that could not be used.
+        reasons: (n,) why they could not, or null.
+        bundle: whose scores they are.
+    """
+    empty = np.asarray(np.isnan(scores).any(axis=1))
+    names = np.array(bundle.classes, dtype=object)
+    joined: Callable[[list[str]], str] = "|".join if _are_joined(bundle.classes) else json.dumps
+    above = scores > bundle.thresholds
+    texts = [None if lacks else joined(list(names[above[row]])) for row, lacks in enumerate(empty)]
+    probabilities = bundle.label_probabilities(scores).astype(np.float32)
+    columns = [pa.array(np.ascontiguousarray(column), mask=empty) for column in probabilities.T]
+    return pa.RecordBatch.from_arrays(
+        [ids, pa.array(texts, pa.string()), reasons, *columns], schema=labels_schema(bundle.classes)
+    )
 
 
 @dataclass
@@ -208,8 +246,15 @@ def predictions_file(path: Path, classes: Sequence[str] | pa.Schema, *, raw_ids:
 def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str] | None) -> None:
     """One JSON object per line; the probabilities are an object by class, and null without a prediction.
 
-    Without classes the columns are as they are.
+    Without classes the columns are as they are; several labels are a list, and their probabilities an object.
     """
+    if classes is None and "labels" in batch.schema.names:
+        batch, names = _rounded(batch), [name[2:-1] for name in batch.schema.names[3:]]
+        for row in batch.to_pylist():
+            facts = {"id": row["id"], "labels": _parted(row["labels"], names), "reason": row["reason"]}
+            found = None if row["labels"] is None else {name: row[f"p({name})"] for name in names}
+            file.write(json.dumps({**facts, "probabilities": found}, ensure_ascii=False).encode() + b"\n")
+        return
     if classes is None:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
         return
@@ -218,6 +263,21 @@ def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str] 
     for row, values in zip(facts, zip(*columns, strict=True), strict=True):
         found = None if row["label"] is None else dict(zip(classes, values, strict=True))
         file.write(json.dumps({**row, "probabilities": found}, ensure_ascii=False).encode() + b"\n")
+
+
+def _are_joined(names: Sequence[str]) -> bool:
+    """Whether labels of these names are written as ``red|round``, not as a JSON list."""
+    return not any("|" in name for name in names)
+
+
+def _parted(text: str | None, names: Sequence[str]) -> list[str] | None:
+    """The labels in a text of ``labels_batch``."""
+    if text is None:
+        return None
+    if _are_joined(names):
+        return text.split("|") if text else []
+    parted: list[str] = json.loads(text)
+    return parted
 
 
 def _rounded_schema(schema: pa.Schema) -> pa.Schema:
@@ -247,9 +307,12 @@ class Scored:
 
     Attributes:
         numbers: int64 (n,), the rows, ascending.
-        codes: int32 (n,), the most probable class of each (of a number 0), -1 for images that could not be used.
+        codes: int32 (n,), the most probable class of each (of a number or several labels 0), -1 for images that could not be
+            used.
         probabilities: float32 (n, K), NaN for those.
-        estimates: float64 (n,), predicted numbers, NaN for those; None of a bundle with classes.
+        estimates: float64 (n,), predicted numbers, or (n, K), scores of several labels; NaN for those; None of a bundle with
+            classes.
+        having: int64 (K,), how many of the images have each of several labels.
         reasons: why an image could not be used, by row.
         damage: what is wrong with an image that was kept although it is damaged, by row.
     """
@@ -260,6 +323,7 @@ class Scored:
     reasons: Mapping[int, str]
     damage: Mapping[int, str] = field(default_factory=dict)
     estimates: npt.NDArray[np.float64] | None = None
+    having: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, ready: ReadyBundle, group: Sequence[FeatureBatch], *, first: int = 0) -> Scored:
@@ -272,8 +336,14 @@ class Scored:
         probabilities = np.full((len(numbers), len(ready.bundle.classes)), np.nan, np.float32)
         codes = np.full(len(numbers), -1, np.int32)
         reasons = {row + first: reason for row, reason in reasons.items()}
-        estimates = None
-        if ready.bundle.target_type == CONTINUOUS:
+        estimates: npt.NDArray[np.float64] | None = None
+        having = None
+        if ready.bundle.target_type == MULTILABEL:
+            estimates = np.full((len(numbers), len(ready.bundle.classes)), np.nan)
+            estimates[place] = ready.label_scores(group)
+            codes[place] = 0
+            having = (estimates > ready.bundle.thresholds).sum(axis=0)
+        elif ready.bundle.target_type == CONTINUOUS:
             estimates = np.full(len(numbers), np.nan)
             estimates[place] = ready.numbers(group)
             codes[place] = 0
@@ -281,13 +351,15 @@ class Scored:
             exact = ready.probabilities(group)
             probabilities[place] = exact
             codes[place] = exact.argmax(axis=1)
-        return cls(numbers + first, codes, probabilities, reasons, damage, estimates)
+        return cls(numbers + first, codes, probabilities, reasons, damage, estimates, having)
 
     def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle) -> pa.RecordBatch:
         """The rows as a file of the bundle's predictions has them; ``ids`` are those of the whole listing."""
         classes, empty = bundle.classes, self.codes < 0
         own = ids.take(pa.array(self.numbers)).combine_chunks()
         reasons = pa.array([self.reasons.get(int(number)) for number in self.numbers], pa.string())
+        if self.estimates is not None and self.having is not None:
+            return labels_batch(own, self.estimates, reasons, bundle)
         if self.estimates is not None:
             return numbers_batch(own, self.estimates, reasons, bundle.half_width)
         columns = [
@@ -328,7 +400,9 @@ class Predictions:
         """Counts rows."""
         codes = scored.codes[scored.codes >= 0]
         self.predicted += len(codes)
-        if scored.estimates is None:
+        if scored.having is not None:
+            self.labels.update(dict(enumerate(scored.having.tolist())))
+        elif scored.estimates is None:
             self.labels.update(codes.tolist())
         else:
             self.estimates.add(scored.estimates[scored.codes >= 0])

@@ -19,12 +19,13 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.heads.bundle.files import CONTINUOUS
+from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.images.intensity import intensity_of
 from featurepipe.prediction.files import (
     NumberSummary,
     checked_target,
     columns_for,
+    labels_batch,
     numbers_batch,
     predictions_file,
     schema_of,
@@ -80,8 +81,8 @@ def predict_features(
 
     Returns:
         JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``neutralised`` (cells of a CSV file that got an
-        apostrophe), ``counts`` (images, predicted, rejected), ``labels``
-        (images by label), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``seconds``,
+        apostrophe), ``counts`` (images, predicted, rejected), ``labels`` (images by label; of several an image counts for
+        each), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``seconds``,
         ``images_per_second``.
 
     Raises:
@@ -100,22 +101,27 @@ def predict_features(
     snapshot_rows: Any = source.snapshot(name, run_id, columns=("id", "status", "reason"))
     chosen = np.arange(snapshot_rows.num_rows)[slice(None) if rows is None else rows]
     counts = np.zeros(max(1, len(model.classes)), np.int64)
-    numbers = NumberSummary()
+    numbers, predicted = NumberSummary(), 0
     with ExitStack() as stack:
         there = stack.enter_context(features_at(cluster, features, source, announcer(silent=silent)))
         images = _Images(snapshot_rows, there)
         write = stack.enter_context(predictions_file(target, columns_for(model), raw_ids=raw_ids)) if target else None
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
-            if model.target_type == CONTINUOUS:
-                codes, batch = images.estimated(block, model, numbers)
+            if model.target_type == MULTILABEL:
+                usable, having, batch = images.labelled(block, model)
+                predicted, counts = predicted + usable, counts + having
             else:
-                codes, batch = images.scored(block, model)
-            counts += np.bincount(codes[codes >= 0], minlength=len(counts))
+                if model.target_type == CONTINUOUS:
+                    codes, batch = images.estimated(block, model, numbers)
+                else:
+                    codes, batch = images.scored(block, model)
+                counts += np.bincount(codes[codes >= 0], minlength=len(counts))
+                predicted += int((codes >= 0).sum())
             if write is not None:
                 write(batch)
             progress.advance(len(block))
-    seconds, predicted = time.perf_counter() - start, int(counts.sum())
+    seconds = time.perf_counter() - start
     return {
         "bundle": None if isinstance(bundle, Bundle) else os.fspath(bundle),
         "dataset": name,
@@ -174,6 +180,19 @@ class _Images:
         summary.add(numbers[usable])
         ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
         return np.where(usable, 0, -1), numbers_batch(ids, numbers, reasons, bundle.half_width)
+
+    def labelled(
+        self, rows: npt.NDArray[np.int64], bundle: Bundle
+    ) -> tuple[int, npt.NDArray[np.int64], pa.RecordBatch]:
+        """Of a bundle that predicts several labels: how many rows have features, how many have each label, and the file's."""
+        place = self._place[rows]
+        usable = place >= 0
+        scores = np.full((len(rows), len(bundle.classes)), np.nan)
+        if usable.any():
+            scores[usable] = bundle.scores(self._features.take(place[usable]))
+        ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
+        having = (scores > bundle.thresholds).sum(axis=0)
+        return int(usable.sum()), having, labels_batch(ids, scores, reasons, bundle)
 
 
 def _blocks(rows: npt.NDArray[np.int64], bundle: Bundle) -> Iterator[npt.NDArray[np.int64]]:

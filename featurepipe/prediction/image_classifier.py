@@ -13,7 +13,7 @@ from featurepipe.errors import BundleError
 from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
-from featurepipe.heads.bundle.files import CONTINUOUS
+from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 
@@ -85,7 +85,8 @@ class ImageClassifier:
     def __repr__(self) -> str:
         bundle = self.bundle
         columns = " + ".join(bundle.columns)
-        what = f"{len(bundle.classes)} classes" if bundle.target is None else f"the number {bundle.target_name}"
+        what = f"{len(bundle.classes)} {'labels' if bundle.target_type == MULTILABEL else 'classes'}"
+        what = f"the number {bundle.target_name}" if bundle.target_type == CONTINUOUS else what
         return f"<ImageClassifier {bundle.family} on {columns} of {bundle.backbone['name']}, {what}>"
 
     def predict(self, images: Any) -> npt.NDArray[Any]:
@@ -97,18 +98,24 @@ class ImageClassifier:
 
         Returns:
             (n,) labels, text, in the order of the images; of a bundle that predicts a number float64, and ``bundle.half_width``
-            less and more are the limits of the prediction intervals.
+            less and more are the limits of the prediction intervals. Of several labels (n, K), 1 where one is predicted and 0
+            elsewhere, in the order of ``classes_``.
 
         Raises:
             UsageError: These are no images, or one of them cannot be used; names it and its position.
         """
         if self.bundle.target_type == CONTINUOUS:
             return self._of_each(images, self._ready.numbers, np.zeros)
+        if self.bundle.target_type == MULTILABEL:
+            scores = self._of_each(
+                images, self._ready.label_scores, lambda count: np.zeros((count, len(self.classes_)))
+            )
+            return (scores > self.bundle.thresholds).astype(np.int64)
         labels: npt.NDArray[np.object_] = self.classes_[self.predict_proba(images).argmax(axis=1)]
         return labels
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float64]:
-        """Returns the (n, K) probabilities of the classes; takes and raises as ``predict``.
+        """Returns the (n, K) probabilities of the classes, or of several labels; takes and raises as ``predict``.
 
         Raises:
             BundleError: The bundle predicts a number, which has no classes.

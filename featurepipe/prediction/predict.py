@@ -20,6 +20,7 @@ from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named
 from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
@@ -51,8 +52,9 @@ def predict(
 
     The file's columns are ``id``, ``label`` (the most probable class), ``confidence`` (its probability), ``reason``, and
     ``p(<class>)`` for each class; in ``.jsonl`` the probabilities are one object by class. Of a bundle that predicts a number
-    they are ``id``, ``predicted``, ``low`` and ``high`` (the limits of its prediction interval), and ``reason``. An image that
-    cannot be used has
+    they are ``id``, ``predicted``, ``low`` and ``high`` (the limits of its prediction interval), and ``reason``; of one that
+    predicts several labels ``id``, ``labels`` (those above their thresholds, as ``red|round``), ``reason`` and ``p(<label>)``.
+    An image that cannot be used has
     a row as well: its reason, and nothing else. The file appears when it is complete, and replaces an older one.
 
     Args:
@@ -198,7 +200,8 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
             "rejected": len(predictions.reasons),
         },
         "labels": {name: predictions.labels[code] for code, name in enumerate(bundle.classes)},
-        **({} if bundle.target is None else {"target": bundle.target, "numbers": predictions.estimates.as_dict()}),
+        **({} if bundle.target is None else {"target": bundle.target}),
+        **({"numbers": predictions.estimates.as_dict()} if bundle.target_type == CONTINUOUS else {}),
         "rejects": named(listing["id"], predictions.reasons)[:SHOWN_REJECTS],
         "reject_reasons": by_code(predictions.reasons),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

@@ -90,6 +90,11 @@ class ReadyBundle:
             return np.zeros((0, len(self.bundle.classes)))
         return self.bundle.probabilities(np.concatenate(vectors))
 
+    def label_scores(self, group: Sequence[FeatureBatch]) -> npt.NDArray[np.float64]:
+        """Scores (m, K) of several labels of the m images of a group that have features, in order; see `Bundle.scores`."""
+        vectors = [batch.vectors() for batch in group if len(batch.rows)]
+        return self.bundle.scores(np.concatenate(vectors)) if vectors else np.zeros((0, len(self.bundle.classes)))
+
     def numbers(self, group: Sequence[FeatureBatch]) -> npt.NDArray[np.float64]:
         """Predicted numbers (m,) of the m images of a group that have features, in order; see `Bundle.numbers`."""
         vectors = [batch.vectors() for batch in group if len(batch.rows)]

@@ -163,7 +163,7 @@ def _bundle(
     bundle = read_bundle(path)
     if bundle.target_type != "multiclass":
         raise UsageError(
-            f"the bundle {os.fspath(path)} predicts a number ({bundle.target_name}), of which there is no page yet; "
+            f"the bundle {os.fspath(path)} predicts {bundle.target_text}, of which there is no page yet; "
             "featurepipe evaluate says how good it is, and featurepipe info what it is"
         )
     found = evaluate(bundle, store, dataset=dataset, split=split, silent=silent)

@@ -16,9 +16,11 @@ from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import (
+    calibrated_labels,
     class_scores,
     expected_calibration_error,
     fit_temperature,
+    label_scores,
     predicted_numbers,
     probabilities,
 )
@@ -62,6 +64,9 @@ class Calibration:
 def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | None = None) -> BaseEstimator:
     """Fits the recipe's head on some rows of the task, in memory or from blocks as the task's cost says."""
     head = recipe.make(out_of_core=task.cost.solver == "blocks", memory=task.cost.budget_bytes)
+    if task.is_multilabel:
+        last = head.steps[-1][1] if hasattr(head, "steps") else head
+        last.set_params(label_names=list(task.classes))
     features, answers = task.rows(rows), task.answers(rows)
     start = time.perf_counter()
     with refusals(recipe.head):
@@ -142,6 +147,39 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
         "images": len(rows),
         **({} if groups is None else {"groups": units}),
     }
+
+
+def calibrate_labels(task: Task, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Fits a sigmoid and chooses a threshold for each label on the validation rows, with a head fitted on the others.
+
+    Returns:
+        ``slopes``, ``offsets`` and ``thresholds``, one for each label in their order; ``images``; and ``uncalibrated``, the
+        labels for which there were no validation (or no other training) images of both sides: they keep slope 1, offset 0 and
+        threshold 0. None where there are no validation rows.
+    """
+    rows = task.division.validation
+    if not len(rows):
+        say("no validation images to calibrate on: probabilities and thresholds stay as the head gives them")
+        return None
+    with warnings.catch_warnings():  # which labels these are is said below
+        warnings.filterwarnings("ignore", "left out", UserWarning)
+        head = fit(task, recipe.with_params({"one_sided": "drop"}), task.division.train)
+    learned = [task.classes.index(name) for name in head.classes_]
+    with refusals(recipe.head):
+        scores = label_scores(head, task.rows(rows))
+    truth = np.full((len(rows), len(task.classes)), np.nan)
+    padded = np.zeros(truth.shape)
+    padded[:, learned], truth[:, learned] = scores, task.answers(rows)[:, learned]
+    found = calibrated_labels(padded, truth, task.classes)
+    if found["uncalibrated"]:
+        shown = ", ".join(found["uncalibrated"][:5])
+        say(
+            f"{len(found['uncalibrated'])} labels have no validation images of both sides, and are not calibrated: {shown}"
+            + (", ..." if len(found["uncalibrated"]) > 5 else "")
+        )
+    if len(rows) < ENOUGH:
+        say(f"{len(rows):,} validation images are few to calibrate on: take probabilities and thresholds as rough")
+    return {"images": len(rows), **found}
 
 
 def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:

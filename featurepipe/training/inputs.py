@@ -52,7 +52,7 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     Images count by their bytes, so that one that was moved or touched changes nothing, and their order does not count.
     Test images teach nothing and are left out: the head would be the same.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "head": recipe.head,
         "params": recipe.params,
         "pca": recipe.pca,
@@ -63,6 +63,8 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     }
     if options.target is not None:
         settings["target"] = options.target
+    if task.is_multilabel:
+        settings["multilabel"] = list(task.classes)
     rows = np.union1d(task.division.final, task.division.validation)
     return Inputs(
         fingerprint=task.features.space_fingerprint,
@@ -77,16 +79,16 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     )
 
 
-def digest_of(images: LabelledImages, part: npt.NDArray[Any], targets: npt.NDArray[np.float64] | None = None) -> str:
+def digest_of(images: LabelledImages, part: npt.NDArray[Any], targets: npt.NDArray[Any] | None = None) -> str:
     """SHA-256 of the (key, label, part) of each image, in no order, without a Python object a row.
 
     Args:
         images: n images.
         part: (n,) whole numbers, what each image is for.
-        targets: (n,) numbers that are learned in place of the labels.
+        targets: (n,) numbers, or (n, K) several labels, that are learned in place of the classes.
     """
     if targets is not None:
-        order = np.lexsort((part, targets, images.keys64))
+        order = np.lexsort((part, *np.atleast_2d(targets.T), images.keys64))
         digest = hashlib.sha256(b"target")
         for numbers in (images.keys, targets.astype("<f8"), part.astype("<i8")):
             digest.update(np.ascontiguousarray(numbers[order]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
-from featurepipe.option_groups import at_least, is_bytes, is_number, is_text, not_empty, option
+from featurepipe.option_groups import at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import RowOptions
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
@@ -54,8 +54,15 @@ def _memory(given: Any) -> str | None:
     )
 
 
+def columns_of(given: Any) -> tuple[str, ...] | None:
+    """Columns by name: one text with commas, several texts, or None for none."""
+    if given is None:
+        return None
+    return by_commas(given) if isinstance(given, str) else tuple(given)
+
+
 MIN_CLASS_SIZE = 2
-DEFAULT_HEADS = {"multiclass": "logistic", "continuous": "ridge"}
+DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge"}
 """The head by type of target, where none is named."""
 
 
@@ -73,6 +80,11 @@ class TrainOptions(RowOptions):
         None, "column of a number to estimate, instead of classes: regression, with prediction intervals",
         metavar="COLUMN", check=is_text,
     )  # fmt: skip
+    multilabel: tuple[str, ...] | None = option(
+        None, "several labels an image, instead of one class: a column of texts such as red|round, or of JSON lists; or a column "
+        "of 0 and 1 for each, empty where it is not known",
+        metavar="COLUMN,...", check=not_empty, read=columns_of,
+    )  # fmt: skip
     head: str | None = option(
         None, f"kind of head (default: {DEFAULT_HEADS['multiclass']}; for a --target {DEFAULT_HEADS['continuous']}, or "
         f"{', '.join(name for name in FAMILIES['continuous'] if name != DEFAULT_HEADS['continuous'])})",
@@ -89,7 +101,8 @@ class TrainOptions(RowOptions):
     )
     calibration: bool = option(
         True,
-        "fit a temperature (of a --target: the width of prediction intervals) on validation images, which takes one more fit",
+        "fit a temperature (of a --target: the width of prediction intervals; of --multilabel: a probability and a threshold for "
+        "each label) on validation images, which takes one more fit",
     )
     min_class_size: int = option(
         MIN_CLASS_SIZE, f"refuse classes with fewer images (default: {MIN_CLASS_SIZE})", check=at_least(1)
@@ -103,6 +116,11 @@ class TrainOptions(RowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.multilabel:
+            for name in ("target", "label"):
+                if getattr(self, name) is not None:
+                    first, other = Option(name), Option("multilabel")
+                    raise UsageError(Message(first, " and ", other, " are two kinds of target; give one of them"))
         if self.target is None:
             return
         for name, why in (("class_weight", "weighs classes"), ("label", "names a class")):
@@ -120,4 +138,6 @@ class TrainOptions(RowOptions):
     @property
     def target_type(self) -> str:
         """A key of `featurepipe.heads.families.FAMILIES`."""
+        if self.multilabel:
+            return "multilabel"
         return "multiclass" if self.target is None else "continuous"

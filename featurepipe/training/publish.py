@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from os import PathLike
@@ -17,8 +17,18 @@ from sklearn.base import BaseEstimator
 
 from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
-from featurepipe.heads.bundle.files import BOOSTER, HEAD, MANIFEST, SEEN, WEIGHTS, check_bundle_target
+from featurepipe.heads.bundle.files import (
+    BOOSTER,
+    CONTINUOUS,
+    HEAD,
+    MANIFEST,
+    MULTILABEL,
+    SEEN,
+    WEIGHTS,
+    check_bundle_target,
+)
 from featurepipe.heads.statistics.metrics import score_table, untested_text
+from featurepipe.heads.statistics.multilabel import label_table, unmeasured_text
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.records import now
 from featurepipe.store import FeatureStore, Space
@@ -44,6 +54,7 @@ def publish(
     weights: Path | None,
     labels: str | None,
     column: str | None,
+    multilabel: Sequence[str],
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -61,6 +72,7 @@ def publish(
         weights: the backbone's own weights.
         labels: where the labels were from.
         column: of the number that is learned; None for classes.
+        multilabel: the columns of several labels that are learned; none for classes.
         seconds: that it all took.
         say: told what was written.
     """
@@ -90,13 +102,16 @@ def publish(
         metrics={},
         training=training,
         seen=np.unique(task.features.take(np.union1d(task.division.final, task.division.validation)).keys64),
-        target={"type": "continuous", "column": column, "interval": calibration} if task.is_numeric else None,
+        target=_target(task, column, multilabel, calibration),
     )
-    tested = _tested_numbers(bundle, task) if task.is_numeric else _tested(bundle, task)
+    test = _tested_numbers if task.is_numeric else _tested_labels if task.is_multilabel else _tested
+    tested = test(bundle, task)
     calibrated = asdict(calibration) if isinstance(calibration, Calibration) else calibration
     if tested and tested.get("untested"):
         say(untested_text(tested["untested"]))
-    if tested and calibrated and not task.is_numeric:  # on images that neither the head nor the temperature has seen
+    if tested and tested.get("unmeasured"):
+        say(unmeasured_text(tested["unmeasured"]))
+    if tested and calibrated and task.targets is None:  # on images that neither the head nor the temperature has seen
         plain = _tested(replace(bundle, temperature=None), task, bootstrap=0)
         calibrated |= {
             "test_ece_before": plain["ece"]["value"] if plain else None,
@@ -115,7 +130,7 @@ def publish(
         "bundle": str(path),
         "backbone": bundle.backbone["name"],
         **training,
-        "test_left_out": int((task.codes[task.division.test] < 0).sum()),
+        "test_left_out": 0 if task.is_multilabel else int((task.codes[task.division.test] < 0).sum()),
         "test_seen": int(np.isin(task.features.take(task.division.test).keys64, bundle.seen).sum()),
         "calibration": calibrated,
         "test": tested,
@@ -200,6 +215,33 @@ def _tested_numbers(bundle: Bundle, task: Task) -> dict[str, Any] | None:
         task.answers(rows),
         half_width=bundle.half_width,
         ids=tested.ids,
+        groups=tested.groups,
+        seed=task.seed,
+    )
+
+
+def _target(
+    task: Task, column: str | None, multilabel: Sequence[str], calibration: Calibration | dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What the bundle says of its target; None for classes."""
+    if task.is_numeric:
+        return {"type": CONTINUOUS, "column": column, "interval": calibration}
+    if task.is_multilabel:
+        return {"type": MULTILABEL, "columns": list(multilabel), "calibration": calibration}
+    return None
+
+
+def _tested_labels(bundle: Bundle, task: Task) -> dict[str, Any] | None:
+    """Metrics on the test rows."""
+    rows = task.division.test
+    if not len(rows):
+        return None
+    tested = task.features.take(rows)
+    return label_table(
+        bundle.scores(task.rows(rows)),
+        task.answers(rows),
+        bundle.classes,
+        thresholds=bundle.thresholds,
         groups=tested.groups,
         seed=task.seed,
     )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from featurepipe.annotations import check_classes
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.heads.families import families_for
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.options import RoleOptions
@@ -23,7 +24,7 @@ from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
 from featurepipe.training.options import TrainOptions
-from featurepipe.training.splits import Division, class_counts, divide, quantile_bins
+from featurepipe.training.splits import Division, class_counts, divide, quantile_bins, rarest_labels
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import grid_size, steps_of
 
@@ -52,32 +53,47 @@ def settle(
     dataset = dataset or store.only_dataset()
     nodes: str | Sequence[str] = options.nodes
     comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
-    if comparison is not None and options.target is not None:
+    if comparison is not None and options.target_type != "multiclass":
+        kind = (
+            Option("target", options.target)
+            if options.target
+            else Option("multilabel", ",".join(options.multilabel or ()))
+        )
         raise UsageError(
             Message(
-                "layers are compared for classes only, so none is recommended for a ", Option("target", options.target),
+                "layers are compared for classes only, so none is recommended for a ", kind,
                 "; name a column, as featurepipe info lists them, with ", Option("nodes"),
             )
         )  # fmt: skip
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
-    roles = RoleOptions(label=options.label, group=options.group, target=options.target)
+    roles = RoleOptions(
+        label=options.label, group=options.group, target=options.target, multilabel=options.multilabel or ()
+    )
     found = with_roles(store, found, labels, roles, say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
+    targets: npt.NDArray[Any] | None = None
     if options.target is not None:
         targets = np.asarray(features.targets, np.float64)
         every = quantile_bins(targets)
+    elif options.multilabel:
+        targets = np.asarray(features.targets, np.float32)
+        every = rarest_labels(targets)
     else:
-        targets = None
         every = features.codes(features.classes)
         check_classes(features.classes, len(features), say, options.label or "label")
     division = divide(
         features, every, split=options.split, seed=recipe.seed, validate=options.calibration or options.tune
     )
-    if targets is not None:
+    classes: tuple[str, ...] = ()
+    if targets is None:
+        classes = _learnable(features, division, options.min_class_size)
+    elif options.multilabel:
+        kept = _learnable_labels(targets[division.final], features.target_names, options.min_class_size, recipe, say)
+        targets, classes = targets[:, kept], tuple(features.target_names[place] for place in kept)
+    else:
         _check_numbers(targets[division.final], division, str(options.target))
-    classes = _learnable(features, division, options.min_class_size) if targets is None else ()
     if comparison is not None:
         check_same_task(comparison, classes, labels, say)
     task = Task(
@@ -140,6 +156,14 @@ def _check(recipe: Recipe) -> None:
             f"the parameters {dict(recipe.params)} cannot be written down as JSON ({error}); give finite numbers"
         ) from error
     recipe.make()
+    if recipe.target_type == "multilabel" and recipe.head == "xgboost":
+        others = ", ".join(name for name in families_for("multilabel") if name != "xgboost")
+        raise UsageError(
+            Message(
+                "a bundle keeps no trees of several labels yet, so xgboost is not trained on ", Option("multilabel"),
+                f" here; take one of {others}, or fit make_head('xgboost', target_type='multilabel') in Python",
+            )
+        )  # fmt: skip
 
 
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
@@ -178,6 +202,37 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
             )
         )
     return tuple(classes)
+
+
+def _learnable_labels(
+    targets: npt.NDArray[Any], names: Sequence[str], least: int, recipe: Recipe, say: Callable[[str], None]
+) -> list[int]:
+    """Places of the labels that enough training rows have, and enough have not.
+
+    Raises:
+        UsageError: there is a label with too few, unless the head's parameter ``one_sided="drop"`` leaves such labels out; or
+            none is left.
+    """
+    counts = np.stack([(targets == 1).sum(axis=0), (targets == 0).sum(axis=0)])
+    few = np.flatnonzero(counts.min(axis=0) < least)
+    if not len(few):
+        return list(range(len(names)))
+    place = int(few[0])
+    have, lack = (f"{int(count):,}" for count in counts[:, place])
+    what = f"{len(few)} of {len(names)} labels have fewer than {least} training images on one side"
+    example = f"such as {names[place]!r}: {have} have it, {lack} have it not"
+    if recipe.params.get("one_sided") != "drop" or len(few) == len(names):
+        allowed = int(counts.min(axis=0)[few].min())
+        accept = Message(", accept them with ", Option("min_class_size", allowed)) if allowed else Message()
+        raise UsageError(
+            Message(
+                f"{what}, {example}; give more images", accept, ", or leave such labels out with ",
+                Option("params", "one_sided=drop"),
+            )
+        )  # fmt: skip
+    dropped = few.tolist()
+    say(f"left out: {what}: {_some([names[number] for number in dropped])}")
+    return [number for number in range(len(names)) if number not in dropped]
 
 
 def _check_numbers(numbers: npt.NDArray[np.float64], division: Division, column: str) -> None:
@@ -227,6 +282,7 @@ def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
 def _counted(task: Task) -> str:
     counts = task.counts()
     what = "with a number" if task.is_numeric else f"of {len(task.classes)} classes"
+    what = f"with {len(task.classes)} labels" if task.is_multilabel else what
     parts = [f"{counted(counts['train'], 'image')} {what} to train on"]
     parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]

@@ -179,6 +179,18 @@ def quantile_bins(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     return np.unique(np.searchsorted(edges, numbers, side="left"), return_inverse=True)[1].astype(np.int64)
 
 
+def rarest_labels(targets: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+    """The rarest label that each row has, (n,); K for none: classes by which folds hold every label about evenly.
+
+    Args:
+        targets: (n, K): 1 present, 0 absent, NaN unknown.
+    """
+    present = targets == 1
+    order = np.argsort(present.sum(axis=0), kind="stable")
+    first = present[:, order].argmax(axis=1)
+    return np.asarray(np.where(present.any(axis=1), order[first], targets.shape[1]), np.int64)
+
+
 def class_counts(codes: npt.NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
     """How many rows each class has."""
     counts = np.bincount(codes[codes >= 0], minlength=len(classes))

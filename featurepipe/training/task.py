@@ -75,14 +75,15 @@ class Task:
 
     Attributes:
         features: the labelled rows of the dataset.
-        classes: names of the classes of the training rows, sorted; none where numbers are learned.
-        codes: (n,) number of each row's class, -1 for a class that no training row has; of numbers that of the quantile bin.
+        classes: names of the classes of the training rows, sorted; of several labels their names; none where numbers are learned.
+        codes: (n,) number of each row's class, -1 for a class that no training row has; of numbers that of the quantile bin, of
+            several labels that of the rarest that the row has.
         division: which rows train, validate and test.
         cost: memory and time, and so how the fits run.
         unlabelled: images left out because they have no label.
         seed: of all draws.
         executor: does what can be done elsewhere.
-        targets: (n,) numbers to learn; None for classes.
+        targets: (n,) numbers to learn, or (n, K) labels: 1 present, 0 absent, NaN unknown; None for classes.
     """
 
     features: FeatureSet
@@ -93,15 +94,20 @@ class Task:
     unlabelled: int
     seed: int
     executor: Executor = field(default_factory=LocalExecutor)
-    targets: npt.NDArray[np.float64] | None = None
+    targets: npt.NDArray[Any] | None = None
 
     @property
     def is_numeric(self) -> bool:
         """Whether numbers are learned, not classes."""
-        return self.targets is not None
+        return self.targets is not None and self.targets.ndim == 1
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether each image has several labels."""
+        return self.targets is not None and self.targets.ndim == 2
 
     def answers(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """What is learned of some rows: (m,) labels, or numbers."""
+        """What is learned of some rows: (m,) labels or numbers, or (m, K) several labels."""
         return self.features.take(positions).labels if self.targets is None else self.targets[positions]
 
     def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
@@ -118,6 +124,8 @@ class Task:
         else:
             folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
         usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
+        if self.is_multilabel:
+            usable = list(folds)  # of each label those folds count that have both sides of it
         usable = [fold for fold in usable if len(fold[1]) and len(np.unique(self.answers(fold[0]))) > 1]
         if not usable:
             images = counted(len(division.final), "training image")
@@ -143,17 +151,36 @@ class Task:
             "duplicates": self.features.take(division.final).duplicates,
         }
 
+    def _learned(self) -> dict[str, Any]:
+        rows = self.division.final
+        if self.targets is None:
+            return {"classes": class_counts(self.codes[rows], self.classes)}
+        if self.is_multilabel:
+            return {"classes": {}, "multilabel": counts_of_labels(self.targets[rows], self.classes)}
+        return {"classes": {}, "target": spread_of(self.targets[rows])}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: what a dry run prints."""
         return {
             "dataset": self.features.origin.dataset,
             "columns": list(self.features.columns),
-            "classes": {} if self.is_numeric else class_counts(self.codes[self.division.final], self.classes),
-            **({} if self.targets is None else {"target": spread_of(self.targets[self.division.final])}),
+            **self._learned(),
             "counts": self.counts(),
             "split": self.division.text,
             "cost": {**self.cost.as_dict(), "text": self.cost.text},
         }
+
+
+def counts_of_labels(targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How many images have each label, have it not, or are not known to."""
+    return {
+        name: {
+            "positive": int((column == 1).sum()),
+            "negative": int((column == 0).sum()),
+            "unknown": int(np.isnan(column).sum()),
+        }
+        for name, column in zip(names, targets.T, strict=True)
+    }
 
 
 def spread_of(numbers: npt.NDArray[np.float64]) -> dict[str, float]:

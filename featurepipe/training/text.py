@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import table
-from featurepipe.heads.bundle.bundle import interval_text
+from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
 from featurepipe.progress import spoken
 
 _CLASSES_SHOWN = 10
+_MEASURES = {"rmse": "RMSE", "map": "mean average precision", "accuracy": "accuracy"}
 
 
 def cost_text(found: Mapping[str, Any]) -> str:
@@ -30,7 +32,9 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines.append(_cluster(found["cluster"]))
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
-    if "target" in found:
+    if "multilabel" in found:
+        lines.append(labels_calibration_text(found["calibration"]))
+    elif "target" in found:
         lines.append(interval_text(found["calibration"]) if found["calibration"] else "no prediction intervals")
     else:
         lines += _calibration_lines(found["calibration"])
@@ -54,13 +58,15 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
         + (f"; left out: {', '.join(left_out)}" if left_out else ""),
         _target(found["target"])
         if "target" in found
+        else _labels(found["multilabel"])
+        if "multilabel" in found
         else f"{len(classes):,} classes: {shown}{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
         found["split"],
     ]
 
 
 def _trials(trials: list[Mapping[str, Any]]) -> str:
-    measure = "rmse" if any("rmse" in trial for trial in trials) else "accuracy"
+    measure = next(name for name in ("rmse", "map", "accuracy") if all(name in trial for trial in trials))
     rows = [
         [
             ", ".join(f"{k}={v}" for k, v in trial["params"].items()),
@@ -68,7 +74,14 @@ def _trials(trials: list[Mapping[str, Any]]) -> str:
         ]
         for trial in trials
     ]
-    return table(["parameters", f"validation {'RMSE' if measure == 'rmse' else measure}"], rows)
+    return table(["parameters", f"validation {_MEASURES[measure]}"], rows)
+
+
+def _labels(found: Mapping[str, Mapping[str, int]]) -> str:
+    shown = ", ".join(f"{name} ({counts['positive']:,})" for name, counts in list(found.items())[:_CLASSES_SHOWN])
+    unknown = sum(counts["unknown"] for counts in found.values())
+    more = ", ..." if len(found) > _CLASSES_SHOWN else ""
+    return f"{len(found):,} labels: {shown}{more}" + (f"; {unknown:,} entries unknown" if unknown else "")
 
 
 def _target(found: Mapping[str, float]) -> str:
@@ -95,7 +108,7 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
     if not found["test"] and left_out:
         return [f"none of the {left_out:,} labelled test images is of a class that was trained on: accuracy is unknown"]
     if not found["test"]:
-        quality = "the error" if "target" in found else "accuracy"
+        quality = "the error" if "target" in found else "precision" if "multilabel" in found else "accuracy"
         return [f"no test images: {quality} is unknown; featurepipe evaluate measures it on another dataset or split"]
     note = f" ({left_out:,} more are of classes that were not trained on)" if left_out else ""
     seen = found["test_seen"]
@@ -107,5 +120,9 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         *warning,
         f"on the {found['test']['images']:,} test images{note}:",
-        numbers_text(found["test"]) if "target" in found else measures_text(found["test"]),
+        numbers_text(found["test"])
+        if "target" in found
+        else labels_text(found["test"])
+        if "multilabel" in found
+        else measures_text(found["test"]),
     ]

@@ -14,9 +14,9 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.training.fit import calibrate, fit, prediction_interval
+from featurepipe.training.fit import calibrate, calibrate_labels, fit, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
+from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, columns_of, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -39,6 +39,7 @@ def train(
     label: str | None = None,
     group: str | None = None,
     target: str | None = None,
+    multilabel: str | Sequence[str] | None = None,
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
     pca: float | None = None,
@@ -77,6 +78,10 @@ def train(
             one; ``none`` for no groups.
         target: the column of a number to estimate, instead of a class: of ``labels``, else of the manifest that was extracted.
             Images without one are left out; folds hold small and large numbers evenly.
+        multilabel: the columns of several labels an image, instead of a class: one of texts such as ``red|round`` or of JSON
+            lists, or one of 0 and 1 for each label. Unknown entries are left out label by label; folds hold the rarest label of
+            each image evenly. A label that nearly all or no training images have is refused; ``params={"one_sided": "drop"}``
+            leaves such labels out.
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
         pca: components (a number) or share of the variance to keep.
@@ -111,10 +116,12 @@ def train(
     start = time.perf_counter()
     options = TrainOptions(
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
-        head=head or DEFAULT_HEADS["multiclass" if target is None else "continuous"],
+        head=head
+        or DEFAULT_HEADS["continuous" if target is not None else "multilabel" if multilabel else "multiclass"],
         label=label,
         group=group,
         target=target,
+        multilabel=columns_of(multilabel),
         split=split,
         tune=tune,
         pca=components(pca),
@@ -163,13 +170,14 @@ def train(
         task = replace(task, executor=executor)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
-        measure = prediction_interval if task.is_numeric else calibrate
+        measure = prediction_interval if task.is_numeric else calibrate_labels if task.is_multilabel else calibrate
         calibrated = measure(task, chosen, say) if calibration else None
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
         record = publish(
             folder, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
+            multilabel=options.multilabel or (),
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,10 +37,10 @@ class Trial:
 
     Attributes:
         params: of the final estimator.
-        accuracy: mean over the folds; of numbers the root mean squared error.
+        accuracy: mean over the folds; of numbers the root mean squared error, of several labels the mean average precision.
         folds: the same on each fold's validation rows.
         learned: parameters that the fit itself found, such as the number of trees.
-        measure: ``accuracy``, or ``rmse`` where numbers are learned.
+        measure: ``accuracy``; ``rmse`` where numbers are learned; ``map``, the mean average precision, of several labels.
     """
 
     params: Mapping[str, Any]
@@ -65,6 +66,7 @@ class Search:
     trials: tuple[Trial, ...]
     rows: int
     text: str
+    for_each_label: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def best(self) -> Trial:
@@ -74,7 +76,8 @@ class Search:
     @property
     def params(self) -> dict[str, Any]:
         """What to give to `make_head` for the last fit."""
-        return {name: v for name, v in {**self.best.params, **self.best.learned}.items() if name != STOPPING}
+        found = {**self.best.params, **self.best.learned, **self.for_each_label}
+        return {name: v for name, v in found.items() if name != STOPPING}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,7 +104,11 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
 def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     folds = _thinned(task.folds(), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
-    if _shares_passes(task, recipe, folds, grid):
+    each: Mapping[str, Sequence[float]] = {}
+    if task.is_multilabel and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
+        trials, each = _c_for_each_label(task, recipe, folds, grid["C"])
+        how = "all in shared passes over the data, the best C chosen for each label"
+    elif _shares_passes(task, recipe, folds, grid):
         trials, how = _in_shared_passes(task, recipe, folds, grid["C"]), "all in shared passes over the data"
     else:
         trials, how = _each_by_itself(task, recipe, folds, grid, jobs)
@@ -109,12 +116,17 @@ def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     where = f"{len(folds)} folds of {rows:,} images"
     if len(folds) == 1:
         where = f"{len(folds[0][0]):,} images, compared on {len(folds[0][1]):,} of the validation split"
-    return Search(tuple(trials), rows, f"{len(trials)} sets of parameters, fitted on {where}; {how}")
+    return Search(tuple(trials), rows, f"{len(trials)} sets of parameters, fitted on {where}; {how}", each)
 
 
 def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]]) -> bool:
     """Whether one pass should serve all fits. Small ones are sooner fitted each by itself, if the workers of a cluster can."""
-    if task.is_numeric or task.cost.solver != "blocks" or recipe.head not in SHARED_PASSES or set(grid) != {"C"}:
+    if (
+        task.targets is not None
+        or task.cost.solver != "blocks"
+        or recipe.head not in SHARED_PASSES
+        or set(grid) != {"C"}
+    ):
         return False
     rows, _ = _pool(folds, parts=2)
     small = len(rows) * task.features.shape[1] <= SMALL_VALUES
@@ -161,6 +173,23 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     ]
 
 
+def _c_for_each_label(
+    task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float]
+) -> tuple[list[Trial], Mapping[str, Sequence[float]]]:
+    """Trials of one C for all labels, and the C of each label with the best average precision on the folds."""
+    from featurepipe.heads.label_tuning import tune_labels
+
+    rows, folds = _pool(folds, parts=2)
+    blocks = task.cost.solver == "blocks"
+    features = task.rows(rows) if blocks else task.features.take(rows).read(np.float32)
+    *before, (_, last) = steps_of(recipe.make(out_of_core=blocks, memory=task.cost.budget_bytes))
+    ready = Pipeline(before).fit_transform(features) if before else features  # which see no label
+    found = tune_labels(last, ready, task.answers(rows), Cs=values, folds=folds)
+    means = [float(np.nanmean(row)) if not np.isnan(row).all() else 0.0 for row in found.average_precision]
+    trials = [Trial({"C": C}, mean, (), measure="map") for C, mean in zip(found.Cs, means, strict=True)]
+    return trials, {"C": found.C.tolist()}
+
+
 def _each_by_itself(
     task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]], jobs: int
 ) -> tuple[list[Trial], str]:
@@ -190,7 +219,7 @@ def _each_by_itself(
             results = try_all(processes, here, heads)
         how = f"each by itself, {jobs} at a time"
     each = len(folds)
-    measure = "rmse" if task.is_numeric else "accuracy"
+    measure = "rmse" if task.is_numeric else "map" if task.is_multilabel else "accuracy"
     return [_trial(params, results[i * each : (i + 1) * each], measure) for i, params in enumerate(points)], how
 
 
@@ -239,9 +268,23 @@ class Answered(NamedTuple):
 
 def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
     with constant_columns():
+        if _part(data, train[:1])[1].ndim == 2:
+            return _mean_average_precision(head, *_part(data, train), *_part(data, check)), {}
         head.fit(*_part(data, train))
     features, answers = _part(data, check)
     return _quality(head.predict(features), answers), {}
+
+
+def _mean_average_precision(head: BaseEstimator, features: Any, answers: Array, others: Any, truth: Array) -> float:
+    """Of a head for several labels on other rows; labels without rows of both sides are left out on either."""
+    from featurepipe.heads.statistics.multilabel import average_precisions
+
+    steps_of(head)[-1][1].set_params(one_sided="drop")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "left out", UserWarning)  # only here, where parameters are compared
+        head.fit(features, answers)
+    found = average_precisions(head.decision_function(others), truth[:, head.classes_])
+    return 0.0 if np.isnan(found).all() else float(np.nanmean(found))
 
 
 def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:

@@ -49,7 +49,7 @@ CASES = {
         "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "labels": "l.csv", "label": "class", "group": "patient", "target": None, "split": "s",
+            "labels": "l.csv", "label": "class", "group": "patient", "target": None, "multilabel": None, "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "min_class_size": 5, "memory": "2GB", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
@@ -60,7 +60,19 @@ CASES = {
         "train kept --out bundle --target age --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "target": "age", "split": None, "params": {}, "tune": False,
+            "labels": None, "label": None, "group": None, "target": "age", "multilabel": None, "split": None,
+            "params": {}, "tune": False,
+            "pca": None, "class_weight": None, "calibration": True, "min_class_size": 2, "memory": None, "jobs": 1,
+            "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
+        },
+    ),
+    "train several labels": (
+        TRAIN,
+        "train kept --out bundle --multilabel red,round --quiet",
+        {
+            "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
+            "labels": None, "label": None, "group": None, "target": None, "multilabel": ("red", "round"), "split": None,
+            "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
@@ -108,7 +120,7 @@ def test_every_option_reaches_the_verb(case, verb, call):
 
 def test_evaluate_reads_a_store_that_exists(verb, call, store):
     called = verb(EVALUATE, {"measured": 1})
-    line = "--dataset d --split s --labels l.csv --label class --target age "
+    line = "--dataset d --split s --labels l.csv --label class --target age --multilabel a,b "
     line += "--ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
     answer = call("evaluate", "bundle", store.path, *line.split())
     assert json.loads(answer.out) == {"measured": 1}
@@ -117,7 +129,7 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     assert Path(opened.path) == store.path
     assert called.given == {
         "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None, "target": "age",
-        "ignore_unknown_classes": True,
+        "multilabel": "a,b", "ignore_unknown_classes": True,
         "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 

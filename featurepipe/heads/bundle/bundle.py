@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from featurepipe.display import displayed
 from featurepipe.errors import BundleError
@@ -24,6 +25,7 @@ from featurepipe.heads.bundle.files import (
     BOOSTER,
     CONTINUOUS,
     HEAD,
+    MULTILABEL,
     SEEN,
     WEIGHTS,
     check_bundle_target,
@@ -38,8 +40,9 @@ from featurepipe.heads.bundle.files import (
     write_manifest,
 )
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
-from featurepipe.heads.calibration import class_scores, predicted_numbers, probabilities
+from featurepipe.heads.calibration import class_scores, label_scores, predicted_numbers, probabilities
 from featurepipe.heads.statistics.metrics import measures_text
+from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
 
 
@@ -63,7 +66,9 @@ class Bundle:
         seen: (n,) uint64, the first 8 bytes (little-endian) of the keys of the images that it was fitted, tuned or
             calibrated on.
         target: What is predicted, if it is a number: ``type`` (``"continuous"``), ``column`` (its name), and ``interval``: None,
-            or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. None for classes.
+            or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. If it is several labels
+            of each image: ``type`` (``"multilabel"``), ``columns`` (that they were learned from), and ``calibration``: None, or
+            (K,) ``slopes``, ``offsets`` and ``thresholds`` and the ``images`` that gave them. None for classes.
         weights_file: The backbone's own weights inside the bundle, if it has them. Set by ``read_bundle``.
         software: Versions it was written with. Set by ``read_bundle``.
     """
@@ -91,13 +96,20 @@ class Bundle:
 
     @property
     def target_type(self) -> str:
-        """``"multiclass"``, or ``"continuous"`` for a number."""
+        """``"multiclass"``, ``"multilabel"`` for several labels of each image, or ``"continuous"`` for a number."""
         return "multiclass" if self.target is None else str(self.target["type"])
 
     @property
     def target_name(self) -> str:
         """The name of the number that is predicted; empty for classes."""
         return str((self.target or {}).get("column", ""))
+
+    @property
+    def target_text(self) -> str:
+        """What is predicted, in words."""
+        if self.target_type == MULTILABEL:
+            return f"several labels ({', '.join(self.classes[:3])}{', ...' if len(self.classes) > 3 else ''})"
+        return f"a number ({self.target_name})" if self.target_type == CONTINUOUS else f"{len(self.classes)} classes"
 
     @property
     def half_width(self) -> float | None:
@@ -118,7 +130,7 @@ class Bundle:
             BundleError: The head predicts classes; or features of another space, other columns or another width.
         """
         if self.target_type != CONTINUOUS:
-            raise BundleError("this bundle predicts classes, no number: ask for probabilities or predict")
+            raise BundleError("this bundle predicts classes or labels, no number: ask for probabilities or predict")
         features = X if isinstance(X, Blocks) else np.asarray(X)
         self.check(features)
         return predicted_numbers(self.head, features)
@@ -130,7 +142,8 @@ class Bundle:
             X: (n, D) features: an array, or ``Blocks`` such as a ``FeatureSet`` (then the space is checked as well).
 
         Returns:
-            (n, K) log-probabilities, or decision values where the head has none, in the order of ``classes``.
+            (n, K) log-probabilities, or decision values where the head has none, in the order of ``classes``; of several labels
+            decision values.
 
         Raises:
             BundleError: The head predicts a number; or features of another space, other columns or another width.
@@ -141,19 +154,41 @@ class Bundle:
             )
         features = X if isinstance(X, Blocks) else np.asarray(X)
         self.check(features)
-        return class_scores(self.head, features)
+        return (label_scores if self.target_type == MULTILABEL else class_scores)(self.head, features)
+
+    @property
+    def thresholds(self) -> npt.NDArray[np.float64]:
+        """(K,) of several labels: scores above are predictions; 0 for a head that was not calibrated."""
+        return self._of_labels("thresholds", 0.0)
+
+    def _of_labels(self, name: str, without: float) -> npt.NDArray[np.float64]:
+        found = (self.target or {}).get("calibration") or {}
+        return np.asarray(found.get(name, [without] * len(self.classes)), np.float64)
+
+    def label_probabilities(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Returns the (n, K) probability of each of several labels, from their scores; rows need not sum to 1."""
+        return np.asarray(expit(scores * self._of_labels("slopes", 1.0) + self._of_labels("offsets", 0.0)))
 
     def probabilities(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Returns (n, K) probabilities: the softmax of the scores over the temperature (1 if not calibrated)."""
+        """Returns (n, K) probabilities: the softmax of the scores over the temperature (1 if not calibrated).
+
+        Of several labels it is the probability of each, ``1 / (1 + exp(-(slope * score + offset)))``.
+        """
+        if self.target_type == MULTILABEL:
+            return self.label_probabilities(self.scores(X))
         return probabilities(self.scores(X), 1.0 if self.temperature is None else self.temperature)
 
     def predict(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[Any]:
         """Returns (n,) labels: for each row the class of the highest score, and so of the highest probability; or numbers.
 
+        Of several labels it is (n, K), 1 where the score is above the label's threshold and 0 elsewhere.
+
         An ``SVC`` asked directly counts votes between pairs of classes instead, which can differ where it is unsure.
         """
         if self.target_type == CONTINUOUS:
             return self.numbers(X)
+        if self.target_type == MULTILABEL:
+            return (self.scores(X) > self.thresholds).astype(np.int64)
         labels: npt.NDArray[Any] = np.asarray(self.head.classes_)[self.scores(X).argmax(axis=1)]
         return labels
 
@@ -430,7 +465,9 @@ def bundle_text(bundle: Bundle) -> str:
     calibrated = (
         "not calibrated" if bundle.temperature is None else f"calibrated (temperature {bundle.temperature:.3g})"
     )
-    if bundle.target is not None:
+    if bundle.target_type == MULTILABEL:
+        calibrated = labels_calibration_text(bundle.target.get("calibration") if bundle.target else None)
+    elif bundle.target is not None:
         interval = bundle.target.get("interval")
         calibrated = "no prediction intervals" if interval is None else interval_text(interval)
     params = ", ".join(f"{name}={value}" for name, value in bundle.params.items())
@@ -438,6 +475,7 @@ def bundle_text(bundle: Bundle) -> str:
         "backbone": f"{bundle.backbone['name']}, weights {weights}{where}",
         "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
         "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
+        "labels": f"{len(bundle.classes):,}: {_classes(bundle.classes)}" if bundle.target_type == MULTILABEL else "",
         "classes": "" if bundle.target else f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
         "target": _target(bundle),
         "trained": _training(bundle),
@@ -447,8 +485,20 @@ def bundle_text(bundle: Bundle) -> str:
     tested = bundle.metrics.get("test")
     if not tested:
         return f"{text}\nno test images when it was trained; featurepipe evaluate measures it on others"
-    measures = measures_text(tested) if bundle.target is None else numbers_text(tested)
+    by_type = {CONTINUOUS: numbers_text, MULTILABEL: labels_text}
+    measures = by_type.get(bundle.target_type, measures_text)(tested)
     return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures}"
+
+
+def labels_calibration_text(calibration: Mapping[str, Any] | None) -> str:
+    """Says where probabilities and thresholds of several labels are from."""
+    if calibration is None:
+        return "not calibrated"
+    lacking = len(calibration["uncalibrated"])
+    but = f", but for {lacking:,} of them" if lacking else ""
+    return (
+        f"a probability and a threshold (largest F1) for each label from {calibration['images']:,} unseen images{but}"
+    )
 
 
 def interval_text(interval: Mapping[str, Any]) -> str:
@@ -460,7 +510,7 @@ def interval_text(interval: Mapping[str, Any]) -> str:
 
 
 def _target(bundle: Bundle) -> str:
-    return "" if bundle.target is None else f"the number {bundle.target_name or '(without a name)'}"
+    return "" if bundle.target_type != CONTINUOUS else f"the number {bundle.target_name or '(without a name)'}"
 
 
 def _space(bundle: Bundle) -> str:

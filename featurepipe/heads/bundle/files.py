@@ -32,6 +32,9 @@ MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
 CONTINUOUS = "continuous"
 """The type of target of a bundle that predicts numbers; one without a target predicts classes."""
 
+MULTILABEL = "multilabel"
+"""The type of target of a bundle that predicts several labels of each image."""
+
 ENTRIES: dict[str, type | tuple[type, ...]] = {
     "backbone": dict,
     "classes": list,
@@ -208,7 +211,9 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
         if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise BundleError(f"{place} is damaged: {name!r} is missing or of the wrong type; {_AGAIN}")
     _check_target(content, place)
-    for name in ("classes", "columns") if content.get("target") is None else ("columns",):
+    target = content.get("target")
+    numeric = target is not None and target["type"] == CONTINUOUS
+    for name in ("columns",) if numeric else ("classes", "columns"):
         values = content[name]
         if not values or not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
             raise BundleError(f"{place} is damaged: {name!r} must be distinct text, at least one; {_AGAIN}")
@@ -223,15 +228,33 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
 
 
 def _check_target(content: Mapping[str, Any], place: Path) -> None:
-    """Checks what a bundle says of the number that it predicts, if it says so."""
-    target = content.get("target")
-    if target is not None and (not isinstance(target, dict) or target.get("type") != CONTINUOUS or content["classes"]):
+    """Checks what a bundle says of the number or the labels that it predicts, if it says so."""
+    target: Any = content.get("target")
+    kind = target.get("type") if isinstance(target, dict) else target
+    if target is not None and (
+        kind not in (CONTINUOUS, MULTILABEL) or bool(content["classes"]) == (kind == CONTINUOUS)
+    ):
         raise BundleError(
             f"{place} is of a target that this version does not know ({target!r}); use the version that wrote it, or {_AGAIN}"
         )
+    calibration = target.get("calibration") if kind == MULTILABEL else None
+    if calibration is not None and not _calibrates(calibration, len(content["classes"])):
+        raise BundleError(f"{place} is damaged: its labels' calibration does not fit them; {_AGAIN}")
     interval = None if target is None else target.get("interval")
     if interval is not None and not _is_interval(interval):
         raise BundleError(f"{place} is damaged: its prediction interval is {interval!r}; {_AGAIN}")
+
+
+def _calibrates(value: Any, labels: int) -> bool:
+    if not isinstance(value, dict):
+        return False
+    columns = [value.get(name) for name in ("slopes", "offsets", "thresholds")]
+    return all(
+        isinstance(column, list)
+        and len(column) == labels
+        and all(isinstance(one, int | float) and not isinstance(one, bool) for one in column)
+        for column in columns
+    )
 
 
 def _is_interval(value: Any) -> bool:

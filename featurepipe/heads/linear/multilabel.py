@@ -66,7 +66,7 @@ class MultilabelLinearClassifier(MultilabelClassifier):
         """
         _check_parameters(self)
         data = self._learn(X, y, sample_weight)
-        [[solution]] = _solve(self, data, [per_label("C", self.C, len(data.names))], None)
+        [[solution]] = _solve(self, data, [per_label("C", self.C, data.kept)], None)
         return self._adopt(solution)
 
     def decision_function(self, X: Any) -> Floats:
@@ -124,7 +124,7 @@ def fit_label_path(
     data = first._learn(X, y, sample_weight)  # noqa: SLF001 - of the same family
     learned = {name: value for name, value in vars(first).items() if name.endswith("_")}
     paths = []
-    for row in _solve(first, data, [per_label("C", C, len(data.names)) for C in Cs], folds):
+    for row in _solve(first, data, [per_label("C", C, data.kept) for C in Cs], folds):
         fitted = [clone(estimator).set_params(C=C) for C in Cs]
         for head, solution in zip(fitted, row, strict=True):
             vars(head).update(learned)
@@ -495,7 +495,7 @@ class MultilabelRidge(MultilabelClassifier):
             UsageError: Features or labels that cannot be learned from, or a negative alpha.
         """
         data = self._learn(X, y, sample_weight)
-        alphas = per_label("alpha", self.alpha, len(data.names), least=0.0)
+        alphas = per_label("alpha", self.alpha, data.kept, least=0.0)
         weights = data.row_weights(self.class_weight)
         patterns, pattern = np.unique(weights, axis=0, return_inverse=True)
         pattern = np.broadcast_to(pattern.reshape(-1), len(data.names))

@@ -430,10 +430,14 @@ def labels_text(metrics: Mapping[str, Any], most: int = 30) -> str:
     if len(measured) > most:
         parts.append(f"and {len(measured) - most} more labels")
     if metrics["unmeasured"]:
-        names = metrics["unmeasured"]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        parts.append(f"labels without test images of both sides, not measured: {', '.join(names[:10])}{more}")
+        parts.append(unmeasured_text(metrics["unmeasured"]))
     return "\n".join(parts)
+
+
+def unmeasured_text(names: Sequence[str]) -> str:
+    """Names the labels that no measure says anything about."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"labels without test images of both sides, not measured: {', '.join(names[:10])}{more}"
 
 
 def _shown(entry: Mapping[str, Any]) -> str:

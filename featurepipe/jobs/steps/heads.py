@@ -60,10 +60,16 @@ def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
     names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds")
     what = "with a number" if "target" in found else f"of {len(found['classes']):,} classes"
+    what = f"with {len(found['multilabel']):,} labels" if "multilabel" in found else what
     images = f"{counted(found['counts']['train'], 'image')} {what}"
     told = {name: found[name] for name in names if name in found}
     if not found["test"]:
         return {**told, "text": f"trained on {images}; no test images"}
+    if "multilabel" in found:
+        precision = found["test"]["map"]
+        quality = "" if precision["value"] is None else f"; mean average precision {precision['value']:.4f}"
+        text = f"trained on {images}{quality} on {counted(found['test']['images'], 'test image')}"
+        return {**told, "map": precision, "text": text}
     if "target" in found:
         error, r2 = found["test"]["mae"], found["test"]["r2"]
         explained = "" if r2["value"] is None else f", R2 {r2['value']:.4f}"
@@ -106,7 +112,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""
-    done = "labelled" if bundle.target is None else "estimated"
+    done = "estimated" if bundle.target_type == "continuous" else "labelled"
     said = neutralised_text(found["neutralised"], file.name)
     return {
         **found,

@@ -84,9 +84,10 @@ def test_other_ways_of_the_same_families_come_back_too(tmp_path, digits, bundle_
 
 
 def test_the_list_of_our_types_is_that_of_our_families():
-    families = [family for kind in ("multiclass", "continuous") for family in FAMILIES[kind].values()]
+    families = [family for kind in FAMILIES.values() for family in kind.values()]
     places = [place for family in families for place in (family.in_memory, family.blocks)]
     ours = {f"{place.module}.{place.name}" for place in places if place.module.startswith("featurepipe.")}
+    ours -= {"featurepipe.heads.multilabel.MultilabelTrees"}  # which no bundle keeps yet
     assert ours | {"featurepipe.heads.preprocessing.BlockScaler", "featurepipe.heads.preprocessing.BlockPCA"} == set(
         OURS
     )

@@ -1,0 +1,265 @@
+"""Several labels from end to end: trained, kept in a bundle with sigmoids and thresholds, evaluated and predicted."""
+
+import json
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from featurepipe.errors import BundleError, UsageError
+from featurepipe.evaluation.evaluate import evaluate
+from featurepipe.evaluation.text import text as evaluation_text
+from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle
+from featurepipe.heads.families import FAMILIES
+from featurepipe.heads.statistics.multilabel import average_precisions
+from featurepipe.monitoring.drift import drift
+from featurepipe.prediction.from_store import predict_features
+from featurepipe.reporting.from_store import report
+from featurepipe.training.splits import rarest_labels
+from featurepipe.training.text import cost_text, train_text
+from featurepipe.training.train import train
+
+NODES = ["a:gap", "b:gap"]
+NAMES = ["big", "red", "soft"]
+
+
+def findings(rows, *, unknown=0.15, seed=0):
+    """Labels that follow from the features but for noise, as a labels file has them: a column of 0 and 1 for each."""
+    rng = np.random.default_rng(seed)
+    scores = np.array([row.features() for row in rows]) @ [[1, -1, 0.5], [0.5, 1, -1], [-1, 0.2, 1]]
+    scores += 0.5 * rng.standard_normal(scores.shape)
+    values = (scores > [0, 0.5, 1]).astype(float)
+    values[rng.random(values.shape) < unknown] = np.nan
+    texts = [["" if np.isnan(value) else str(int(value)) for value in column] for column in values.T]
+    columns = dict(zip(NAMES, texts, strict=True))
+    patients = [f"p{place // 4}" for place in range(len(rows))]
+    return pa.table({"id": [row.id for row in rows], **columns, "patient": patients}), values
+
+
+@pytest.fixture
+def found(zoo):
+    """A dataset with splits, its labels file, and the labels."""
+    rows = [*zoo.images("train", 60), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write(rows)
+    return zoo, *findings(rows)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_(zoo, **options):
+        options = {"nodes": NODES, "out": tmp_path / "bundle", "silent": True, "multilabel": NAMES, **options}
+        return train(zoo.store, **options)
+
+    return run_
+
+
+def test_each_label_is_scikit_learns_on_its_known_training_rows(found, run, tmp_path):
+    zoo, table, values = found
+    record = run(zoo, labels=table, params={"C": 0.5})
+    bundle, features = read_bundle(tmp_path / "bundle"), zoo.features()
+    x, split = features.read(np.float32), features.splits
+    labelled = ~np.isnan(values).all(axis=1)  # an image of which nothing is known is left out
+    rows, test = (split == "train") & labelled, (split == "test") & labelled
+    scaler = StandardScaler().fit(x[rows])
+    scores = bundle.scores(features.take(test))
+    for label in range(3):
+        known = rows & ~np.isnan(values[:, label])
+        head = LogisticRegression(C=0.5, tol=1e-7, max_iter=1000)
+        head.fit(scaler.transform(x[known]), values[known, label])
+        np.testing.assert_allclose(
+            scores[:, label], head.decision_function(scaler.transform(x[test])), rtol=1e-2, atol=2e-2
+        )
+    assert (record["head"], record["classes"]) == ("logistic", {})
+    assert record["multilabel"]["red"] == {
+        "positive": int((values[rows, 1] == 1).sum()),
+        "negative": int((values[rows, 1] == 0).sum()),
+        "unknown": int(np.isnan(values[rows, 1]).sum()),
+    }
+    expected = average_precisions(scores, values[test])
+    assert [entry["ap"]["value"] for entry in record["test"]["per_label"]] == pytest.approx(expected.tolist())
+    assert record["test"]["map"]["value"] == pytest.approx(expected.mean())
+    assert record["test"]["map"]["value"] > 0.7
+    assert bundle.metrics["test"]["map"] == record["test"]["map"]
+    assert bundle.classes == tuple(NAMES)
+    assert "mean average precision" in train_text(record)
+    assert "entries unknown" in cost_text(run(zoo, labels=table, dry_run=True))
+
+
+def test_sigmoids_and_thresholds_are_from_validation_rows(found, run, tmp_path):
+    zoo, table, values = found
+    record = run(zoo, labels=table)
+    bundle, features = read_bundle(tmp_path / "bundle"), zoo.features()
+    assert bundle.target == {"type": "multilabel", "columns": NAMES, "calibration": record["calibration"]}
+    assert record["calibration"]["images"] == 60
+    assert record["calibration"]["uncalibrated"] == []
+    scores, probabilities = bundle.scores(features), bundle.probabilities(features)
+    slopes, offsets = (np.array(record["calibration"][name]) for name in ("slopes", "offsets"))
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-(scores * slopes + offsets))))
+    assert (bundle.predict(features) == (scores > record["calibration"]["thresholds"])).all()
+    val = features.splits == "val"
+    known = ~np.isnan(values[val])
+    assert np.mean(probabilities[val][known]) == pytest.approx(np.mean(values[val][known]), abs=0.05)
+    assert "a probability and a threshold (largest F1) for each label from 60 unseen images" in bundle_text(bundle)
+    run(zoo, labels=table, calibration=False)
+    plain = read_bundle(tmp_path / "bundle")
+    assert plain.target["calibration"] is None
+    assert (plain.predict(features) == (plain.probabilities(features) > 0.5)).all()
+
+
+def test_labels_without_both_sides_among_validation_rows_are_named(found, run, capsys):
+    zoo, table, values = found
+    split = zoo.features().splits
+    texts = np.array(table["soft"].to_pylist(), object)
+    texts[(split == "val") & (values[:, 2] == 1)] = ""
+    changed = table.set_column(3, "soft", pa.array(texts.tolist()))
+    record = run(zoo, labels=changed, silent=False)
+    assert record["calibration"]["uncalibrated"] == ["soft"]
+    assert record["calibration"]["slopes"][2] == 1
+    assert "1 labels have no validation images of both sides, and are not calibrated: soft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES["multilabel"] if name != "xgboost"])
+def test_every_family_is_tuned_kept_and_read_again(found, run, tmp_path, name):
+    zoo, table, _ = found
+    record = run(zoo, labels=table, head=name, tune=True, pca=2)
+    bundle = read_bundle(tmp_path / "bundle")
+    assert record["test"]["map"]["value"] > 0.6
+    assert json.loads(json.dumps(describe_bundle(bundle), allow_nan=False))["classes"] == NAMES
+    assert "big, red, soft" in bundle_text(bundle)
+    trials = record["search"]["trials"]
+    assert all(0 <= trial["map"] <= 1 for trial in trials)
+    assert "validation mean average precision" in train_text(record)
+    if name in {"logistic", "linear-svm"}:
+        assert len(record["search"]["best"]["C"]) == 3
+        assert record["params"]["C"] == record["search"]["best"]["C"]
+    else:
+        assert record["search"]["best"] == max(trials, key=lambda trial: trial["map"])["params"]
+
+
+def test_blocks_give_what_memory_gives(found, run, tmp_path, monkeypatch):
+    zoo, table, _ = found
+    run(zoo, labels=table)
+    here = read_bundle(tmp_path / "bundle").scores(zoo.features())
+    monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
+    record = run(zoo, labels=table)
+    assert record["cost"]["solver"] == "blocks"
+    np.testing.assert_allclose(read_bundle(tmp_path / "bundle").scores(zoo.features()), here, atol=5e-3)
+    assert len(run(zoo, labels=table, tune=True)["search"]["best"]["C"]) == 3
+
+
+def test_one_column_of_texts_and_groups(zoo, run, tmp_path):
+    rows = zoo.images(None, 60)
+    zoo.write(rows)
+    table, values = findings(rows, unknown=0)
+    texts = ["|".join(name for name, value in zip(NAMES, row, strict=True) if value) for row in values]
+    listed = pa.table({"id": table["id"], "tags": texts, "patient": table["patient"]})
+    record = run(zoo, labels=listed, multilabel="tags", group="patient")
+    assert record["test"]["groups"] == record["counts"]["test"] // 4
+    assert read_bundle(tmp_path / "bundle").classes == tuple(NAMES)
+    again = evaluate(tmp_path / "bundle", zoo.store, labels=listed, group="patient", silent=True)
+    assert again["leakage"]["trained_on"]["images"] == 0
+
+
+def test_evaluate_finds_the_columns_and_measures_again(found, run, tmp_path, capsys):
+    zoo, table, _ = found
+    record = run(zoo, labels=table)
+    found = evaluate(tmp_path / "bundle", zoo.store, labels=table, silent=True)
+    assert found["metrics"] == record["test"]
+    assert found["counts"]["scored"] + found["counts"]["unlabelled"] == 120
+    json.dumps(found, allow_nan=False)
+    shown = evaluation_text(found)
+    assert "macro F1" in shown
+    assert "3 labels, a probability and a threshold" in shown
+    other = table.rename_columns(["id", "big", "blue", "soft", "patient"])
+    found = evaluate(tmp_path / "bundle", zoo.store, labels=other, multilabel="big,blue,soft", silent=False)
+    said = capsys.readouterr().err
+    assert "labels that the bundle does not know, left out: blue" in said
+    assert "labels of the bundle of which the columns say nothing, not measured: red" in said
+    assert found["metrics"]["unmeasured"] == ["red"]
+    assert found["metrics"]["per_label"][0]["ap"]["value"] == record["test"]["per_label"][0]["ap"]["value"]
+    with pytest.raises(UsageError, match="multilabel"):
+        evaluate(tmp_path / "bundle", zoo.store, silent=True)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_predictions_are_the_labels_above_their_thresholds(found, run, tmp_path, suffix):
+    zoo, table, _ = found
+    rows = [*zoo.images("new", 5), zoo.image("broken.png", "cat-x", None, is_usable=False)]
+    run(zoo, labels=table)
+    zoo.write(rows, name="new")
+    bundle, file = read_bundle(tmp_path / "bundle"), tmp_path / f"new.{suffix}"
+    found = predict_features(bundle, zoo.store, file, dataset="new", silent=True)
+    expected, probabilities = bundle.predict(zoo.features("new")), bundle.probabilities(zoo.features("new"))
+    names = [[name for name, value in zip(NAMES, row, strict=True) if value] for row in expected]
+    assert found["counts"] == {"images": 16, "predicted": 15, "rejected": 1}
+    assert found["labels"] == {name: int(n) for name, n in zip(NAMES, expected.sum(axis=0), strict=True) if n}
+    if suffix == "csv":
+        options = pa.csv.ConvertOptions(strings_can_be_null=False)
+        written = pa.csv.read_csv(file, convert_options=options).to_pylist()
+    elif suffix == "jsonl":
+        written = [json.loads(line) for line in file.read_text().splitlines()]
+    else:
+        written = pq.read_table(file).to_pylist()
+    assert [row["id"] for row in written] == [row.id for row in rows]
+    joined = names if suffix == "jsonl" else ["|".join(row) for row in names]
+    assert [row["labels"] for row in written[:-1]] == joined
+    reds = [row["probabilities"]["red"] if suffix == "jsonl" else row["p(red)"] for row in written[:-1]]
+    assert reds == pytest.approx(probabilities[:, 1].tolist(), rel=1e-5)
+    assert written[-1]["reason"] == "truncated: ends early"
+    assert not written[-1]["labels"]
+
+
+def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
+    zoo, table, _ = found
+    rare = table.set_column(2, "red", pa.array(["1" if place == 3 else "0" for place in range(len(table))]))
+    for options, message in (
+        ({"labels": rare}, r"1 of 3 labels have fewer than 2 training images on one side, such as 'red': 1 have it"),
+        ({"target": "red"}, r"two kinds of target"),
+        ({"label": "red"}, r"two kinds of target"),
+        ({"head": "lda"}, r"head 'lda' learns multiclass targets, not multilabel ones; heads that do: logistic"),
+        ({"head": "xgboost"}, r"a bundle keeps no trees of several labels yet"),
+        ({"multilabel": ["big", "reed"]}, r"unknown column 'reed'; nearest: red"),
+        ({"nodes": "recommended"}, r"not been compared|compared for classes only"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(zoo, **{"labels": table, **options})
+    record = run(zoo, labels=rare, params={"one_sided": "drop"})
+    assert list(record["multilabel"]) == ["big", "soft"]
+    run(zoo, labels=table)
+    bundle = read_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="predicts classes or labels, no number"):
+        bundle.numbers(zoo.features())
+    with pytest.raises(UsageError, match=r"predicts several labels \(big, red, soft\), of which there is no page yet"):
+        report(zoo.store, tmp_path / "page.html", bundle=tmp_path / "bundle", silent=True)
+    with pytest.raises(
+        UsageError, match=r"predicts several labels \(big, red, soft\), and drift compares predicted classes"
+    ):
+        drift(zoo.store, bundle=tmp_path / "bundle", silent=True)
+
+
+def test_training_again_is_for_changed_labels_only(found, run):
+    zoo, table, _ = found
+    run(zoo, labels=table)
+    assert "skipped" in run(zoo, labels=table, if_changed=True)
+    texts = table["red"].to_pylist()
+    changed = table.set_column(2, "red", pa.array(["0" if texts[0] != "0" else "1", *texts[1:]]))
+    assert run(zoo, labels=changed, if_changed=True)["why"] == [
+        "its images or their labels changed: 239 to learn from, 239 before"
+    ]
+
+
+def test_images_are_dealt_by_their_rarest_label():
+    targets = np.array([[1, 1, 0], [1, 0, np.nan], [0, 0, 0], [1, 0, 1], [1, 0, 1]])
+    assert rarest_labels(targets).tolist() == [1, 0, 3, 2, 2]
+
+
+def test_no_scaling_warns(found, run):
+    zoo, table, _ = found
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(zoo, labels=table, head="ridge")
