@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python tools/measure_structure.py --check
 
 # Two processes on two cores: more threads would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
 
 test: lint
 	$(PYTEST) -m 'not slow'
