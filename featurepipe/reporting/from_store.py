@@ -26,6 +26,8 @@ from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
+from featurepipe.store.options import NO_GROUP, RowOptions
+from featurepipe.store.roles import with_roles
 
 
 @starts_again
@@ -140,8 +142,10 @@ def _mapped(
     except FeaturepipeError as error:
         say(f"the features that were compared are gone ({error}): the page has no map")
         return None
-    if labels is not None:
-        return _features(view.with_labels(labels))
+    label = (document["provenance"].get("options") or {}).get("label")
+    if labels is not None or (label is not None and not document.get("labels")):
+        roles = RowOptions(label=label, group=NO_GROUP)
+        return _features(with_roles(store, view, labels, roles, lambda _: None, snapshot=snapshot))
     if document.get("labels"):
         say(f"compared with the labels of {document['labels']}: the map shows no classes; give them with --labels")
         return _features(view)._replace(labels=None)

@@ -121,9 +121,20 @@ def check_rows(a: tuple[pa.Table, Keys], b: tuple[pa.Table, Keys]) -> None:
             f"cannot put these features side by side: {len(changed)} images have changed in between, such as "
             f"{left['id'][int(changed[0])].as_py()!r}; open both again with store.features(...)"
         )
-    for name in left.column_names[1:]:
-        if name not in right.column_names or not left[name].equals(right[name]):
+    for name in dict.fromkeys([*left.column_names[1:], *right.column_names[1:]]):
+        if name not in left.column_names or name not in right.column_names:
+            without = "left" if name in right.column_names else "right"
+            raise UsageError(f"cannot put these features side by side: those on the {without} have no {name}; {advice}")
+        if not _same_values(left[name], right[name]):
             raise UsageError(f"cannot put these features side by side: {_other_values(name, left, right)}; {advice}")
+
+
+def _same_values(left: pa.ChunkedArray, right: pa.ChunkedArray) -> bool:
+    """Whether columns are equal, several labels (K a row, NaN for unknown) among them."""
+    if left.type != right.type or not pa.types.is_fixed_size_list(left.type):
+        return bool(left.equals(right))
+    a, b = (pc.list_flatten(column).to_numpy() for column in (left, right))
+    return np.array_equal(a, b, equal_nan=True)
 
 
 def _other_ids(left: pa.ChunkedArray, right: pa.ChunkedArray) -> str:
@@ -143,7 +154,7 @@ def _other_ids(left: pa.ChunkedArray, right: pa.ChunkedArray) -> str:
 
 def _other_values(name: str, left: pa.Table, right: pa.Table) -> str:
     a, b = left[name].to_pylist(), right[name].to_pylist()
-    rows = [row for row, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    rows = [row for row, (x, y) in enumerate(zip(a, b, strict=True)) if str(x) != str(y)]
     first = rows[0]
     return (
         f"{len(rows)} images have another {name}, such as {left['id'][first].as_py()!r}: {a[first]!r} and {b[first]!r}"

@@ -149,6 +149,20 @@ def join_labels(ids: pa.ChunkedArray, table: LabelTable) -> tuple[pa.Array, int]
     Raises:
         UsageError: Not one id is among ``ids``.
     """
+    place = places_of(ids, table)
+    strangers = table.ids.filter(pc.invert(pc.is_in(table.ids, value_set=pc.unique(ids))))
+    labels = table.labels.take(place)
+    return labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels, pc.count_distinct(
+        strangers
+    ).as_py()
+
+
+def places_of(ids: pa.ChunkedArray, table: LabelTable | ColumnTable) -> pa.ChunkedArray:
+    """The row of each id in a table, null where it is not there.
+
+    Raises:
+        UsageError: Not one id is there.
+    """
     place = pc.index_in(ids, value_set=table.ids)
     if len(ids) and place.null_count == len(ids):
         if not len(table.ids):
@@ -157,11 +171,7 @@ def join_labels(ids: pa.ChunkedArray, table: LabelTable) -> tuple[pa.Array, int]
             f"none of the {len(table.ids)} ids in {table.name} is an id of these features: there {table.ids[0].as_py()!r}, "
             f"here {ids[0].as_py()!r}; write them as features.ids shows them"
         )
-    strangers = table.ids.filter(pc.invert(pc.is_in(table.ids, value_set=pc.unique(ids))))
-    labels = table.labels.take(place)
-    return labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels, pc.count_distinct(
-        strangers
-    ).as_py()
+    return place
 
 
 def _of_file(path: Path) -> ColumnTable:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from featurepipe.annotations import KEPT_COLUMN, NAN, column_named, names_in_doubt, whole_numbers
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.store.labels import ColumnTable, LabelSource, read_columns
+from featurepipe.store.labels import ColumnTable, LabelSource, places_of, read_columns
 from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions, is_file_of_groups
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _Columns:
         """The column of that name, in any case; None if there is none."""
         if self.table is not None and (found := column_named(name, list(self.table.columns))) is not None:
             self.used.append(found)
-            texts = self.table.texts(found).take(pc.index_in(self.features.table["id"], value_set=self.table.ids))
+            texts = self.table.texts(found).take(places_of(self.features.table["id"], self.table))
             return _Column(found, _one(texts), self.table.name)
         if (found := column_named(name, self.kept)) is not None:
             kept = self._store.snapshot(self._dataset, self._snapshot, columns=["id", KEPT_COLUMN + found])
@@ -201,7 +201,9 @@ def _of_file(path: str, features: FeatureSet) -> _Column:
     if "kind" in table.columns:
         near = pc.equal(table.texts("kind", several=True), NEAR)
         ids, texts = ids.filter(near), texts.filter(near)
-    return _Column(column, texts.take(pc.index_in(features.table["id"], value_set=ids)), table.name)
+    if "kind" not in table.columns:
+        return _Column(column, _one(texts.take(places_of(features.table["id"], table))), table.name)
+    return _Column(column, _one(texts.take(pc.index_in(features.table["id"], value_set=ids))), table.name)
 
 
 def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:

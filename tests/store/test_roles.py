@@ -30,7 +30,7 @@ KEPT = {
 @pytest.fixture
 def kept(store, space, rows):
     """A dataset whose manifest had further columns."""
-    rows.write(store, space, NAMES)
+    rows.write(store, space, NAMES, columns=("a:gap", "b:gap"))
     run_id = rows.snapshot(store, "d", NAMES)
     table = store.snapshot("d", run_id)
     for name, values in KEPT.items():
@@ -287,3 +287,39 @@ def test_columns_of_parquet_with_types_are_texts(kept, tmp_path, where):
             joined(kept, tmp_path / "t.parquet", target="price")[0].targets, [1.5, np.nan, -2, 3.25]
         )
     assert found == expected
+
+
+def test_ids_that_are_no_image_here_are_refused(kept, tmp_path):
+    path = tmp_path / "l.csv"
+    path.write_text("id,group\nX1,p\nX2,p\n")
+    for asked in (None, "group", str(path)):
+        with pytest.raises(UsageError, match=r"none of the 2 ids in l\.csv is an id of these features: there 'X1'"):
+            joined(kept, None if asked == str(path) else path, group=asked)
+
+
+def test_views_side_by_side_have_the_same_roles(kept):
+    features, _ = joined(kept, group="patient")
+    other = kept.features("d", "b:gap")
+    for one, two, side in ((features, other, "right"), (other, features, "left")):
+        with pytest.raises(UsageError, match=f"those on the {side} have no group"):
+            one + two
+    unknown = np.array([[1, np.nan], [0, 1], [np.nan, np.nan], [0, 0]], np.float32)
+    both = [view.with_column("target", unknown, names=["x", "y"]) for view in (kept.features("d", "a:gap"), other)]
+    np.testing.assert_array_equal((both[0] + both[1]).targets, unknown)
+    changed = both[1].with_column("target", np.nan_to_num(unknown), names=["x", "y"])
+    with pytest.raises(UsageError, match="2 images have another target, such as 'a1'"):
+        both[0] + changed
+
+
+def test_the_map_of_a_page_has_the_classes_that_were_compared(kept, tmp_path):
+    from featurepipe.reporting.from_store import _mapped
+
+    (tmp_path / "g.csv").write_text("id,group\na1,p\n")
+    document = {
+        "dataset": "d", "details": {"column": "a:gap"}, "space": {"fingerprint": kept.features("d", "a:gap").space_fingerprint},
+        "provenance": {"snapshot": kept.snapshot_ids("d")[-1], "options": {"label": None}},
+    }  # fmt: skip
+    found = _mapped(kept, document, tmp_path / "g.csv", print)
+    assert list(found.labels) == ["a", "a", "b", "b"]
+    document["provenance"]["options"]["label"] = "patient"
+    assert list(_mapped(kept, document, None, print).labels) == ["p", "q", None, "p"]
