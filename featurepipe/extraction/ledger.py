@@ -35,6 +35,7 @@ class ExtractionLedger:
         known: rows whose features the store had, or gets from another row with the same bytes.
         read: how many images were read.
         tried_again: how many of those could be read only at a further try.
+        clipped: how many regions that were decoded reach beyond their images.
         columns: for how many images each column was computed.
         seconds: wall-clock time of it all.
         busy: what all workers together have spent, where a cluster computed; else None.
@@ -49,6 +50,7 @@ class ExtractionLedger:
     known: int = 0
     read: int = 0
     tried_again: int = 0
+    clipped: int = 0
     columns: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     busy: float | None = None
@@ -225,6 +227,7 @@ class ShardLedger:
         for stage, seconds in run.stages.items():
             self._clock.add(stage, seconds)
         self._ledger.tried_again += run.tried_again
+        self._ledger.clipped += run.clipped
         self.error = self.error or result.error
 
     def as_dict(self) -> dict[str, Any]:

@@ -161,6 +161,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "listing": job.listing.as_dict(),
         "gone": job.gone,
         "tried_again": ledger.tried_again,
+        "clipped": ledger.clipped,
         "computed_by_column": {str(column): ledger.columns[str(column)] for column in job.session.columns},
         "rejects": _rejects(job, ledger)[:SHOWN_REJECTS],
         "new_rejects": _new_rejects(job, ledger)[:SHOWN_REJECTS],

@@ -82,6 +82,7 @@ class ShardRun:
         parts: parts committed.
         bytes: of these.
         tried_again: images that could be read only at a further try.
+        clipped: regions that were decoded and reach beyond their images.
     """
 
     worker: str
@@ -94,6 +95,7 @@ class ShardRun:
     parts: int = 0
     bytes: int = 0
     tried_again: int = 0
+    clipped: int = 0
 
     @classmethod
     def by(cls, worker: Worker, machine: Machine, seconds: float, clock: StageSeconds, **more: Any) -> Self:

@@ -30,6 +30,8 @@ def text(record: Mapping[str, Any]) -> str:
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append(f"  ... all in {record['rejects_file']}")
     lines += damaged_lines(record)
+    if record.get("clipped"):
+        lines.append(f"clipped to their images: {counted(record['clipped'], 'region')}")
     if counts["computed"]:
         by_column = record["computed_by_column"].items()
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))

@@ -10,6 +10,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -25,9 +26,8 @@ from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Bud
 from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.images.listing import UNKNOWN
+from featurepipe.images.regions import Payload, Region, crop, key_of_region, split_region
 from featurepipe.threads import GivenUp, LoadingThreads
-
-Payload = bytes | np.ndarray
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class Loaded:
         pixels: uint8 (C, H, W), resized and cropped; None when there is nothing to compute.
         reason: why it was rejected, or None.
         damage: why some of its pixels are lost, though it was kept on request; or None.
+        clipped: whether it is a region that reaches beyond its image.
     """
 
     row: int
@@ -49,6 +50,7 @@ class Loaded:
     pixels: torch.Tensor | None = None
     reason: str | None = None
     damage: str | None = None
+    clipped: bool = False
 
     def refuse(self, reason: str, payload: Payload, size: int) -> None:
         """Rejects the image for what was read of it; ``size`` is that of the listing.
@@ -56,6 +58,7 @@ class Loaded:
         Bytes of another number than listed are perhaps not all of them, and are not remembered as a reject.
         """
         self.reason, self.missing = reason, ()
+        payload = payload.image if isinstance(payload, Region) else payload
         if isinstance(payload, bytes) and size not in (UNKNOWN, len(payload)):
             self.reason = f"{reason} (read {len(payload):,} bytes, listed with {size:,})"
             self.key = None
@@ -164,10 +167,20 @@ class LoadTask:
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
+LONGEST_SLICE = 64
+"""Regions of one image that a task may have, which reads and decodes it once for all of them."""
+
+_TAKEN_ROWS = 128 * SLICE
+"""Rows whose locators are Python objects at a time."""
+
 PATIENCE = 2.0
 """Seconds that the end of loading waits for threads to finish the image they are at."""
 
-Decoder = Callable[[Sequence[Payload], Claim], Iterable["torch.Tensor | Kept | Reject"]]
+Whole = bytes | np.ndarray
+"""An image as it was read, without a box."""
+
+Decoded = torch.Tensor | Kept | Reject
+Decoder = Callable[[Sequence[Whole], Claim], Iterable[Decoded]]
 
 
 @dataclass
@@ -211,6 +224,7 @@ class Loader:
 
     Attributes:
         tried_again: how many images could be read only at a further try.
+        clipped: how many regions that were decoded reach beyond their images.
     """
 
     def __init__(
@@ -226,7 +240,7 @@ class Loader:
     ) -> None:
         self._source, self._missing, self._decoder, self._prepare = source, missing, decoder, prepare
         self._clock, self._workers, self._window = clock, workers, window
-        self.tried_again = 0
+        self.tried_again = self.clipped = 0
 
     def load(
         self,
@@ -248,29 +262,35 @@ class Loader:
         Raises:
             SourceError: nothing can be read any more; what was loaded before has been yielded.
         """
-        starts, listed = range(0, len(rows), SLICE), listing.select(["locator", "size"])
-        tasks = (listed.take(pa.array(rows[start : start + SLICE])) for start in starts)
         reader = PatientReader(self._source, listing["locator"] if probes is None else probes)
         ahead: deque[LoadTask] = deque()
+        images = 0
         threads = LoadingThreads(self._workers, "featurepipe-load")
         work = partial(self._work, reader)
         try:
-            for start, table in zip(starts, tasks, strict=True):
-                task = LoadTask(rows[start : start + SLICE], *(column.to_pylist() for column in table.columns))
+            for task in _tasks(listing.select(["locator", "size"]), rows):
                 ahead.append(task)
+                images += max(SLICE, len(task.images))
                 threads.submit(partial(work, task))
-                if len(ahead) * SLICE >= self._window and self._ready(ahead, stop, threads, work):
-                    yield ahead.popleft().future.result()
+                while ahead and images >= self._window and self._ready(ahead, stop, threads, work):
+                    images -= max(SLICE, len(ahead[0].images))
+                    yield self._taken(ahead.popleft())
                 if stop():
                     return
             while ahead and self._ready(ahead, stop, threads, work):
-                yield ahead.popleft().future.result()
+                yield self._taken(ahead.popleft())
             if not stop():
                 reader.check_at_end()
         finally:
             reader.close()
             threads.close(PATIENCE)
             self.tried_again = reader.tried_again
+
+    def _taken(self, task: LoadTask) -> list[Loaded]:
+        """The images of a task that is done."""
+        images = task.future.result()
+        self.clipped += sum(image.clipped for image in images)
+        return images
 
     def _ready(
         self,
@@ -293,8 +313,9 @@ class Loader:
         """Loads what is left of a task, in the thread that calls it."""
         task.begin()
         try:
+            once = _ReadOnce(reader)
             for place in range(len(task.payloads), len(task.images)):
-                self._read(reader, task, place)
+                self._read(once, task, place)
             with self._clock.stage("decode"):
                 self._decode(task)
         except GivenUp:
@@ -306,7 +327,7 @@ class Loader:
             with task.settle():
                 task.future.set_result(task.images)
 
-    def _read(self, reader: PatientReader, task: LoadTask, place: int) -> None:
+    def _read(self, reader: _ReadOnce, task: LoadTask, place: int) -> None:
         """Reads one image and looks its key up."""
         found = Loaded(task.images[place].row)
         payload: Payload | None = None
@@ -314,8 +335,7 @@ class Loader:
         try:
             check_bytes(task.sizes[place])
             with self._clock.stage("read"):
-                payload = reader(task.locators[place])
-                found.key = key_of(payload)
+                payload, found.key = reader(task.locators[place])
             missing = self._missing(found.key)
         except SourceError:
             raise
@@ -336,27 +356,92 @@ class Loader:
             return
         payloads = [payload for place in places if (payload := task.payloads[place]) is not None]
         with task.claim() as claim:
-            results = iter(self._decoder(payloads, claim))
+            results = self._decoded(payloads, claim)
             for place, payload in zip(places, payloads, strict=True):
                 task.step(place, DECODE_SECONDS)
-                found = self._prepared(next(results))
+                found, clipped = self._prepared(next(results), payload)
                 with task.settle():
                     task.decoded += 1
+                    task.images[place].clipped = clipped
                     _note(task.images[place], found, payload, task.sizes[place])
 
-    def _prepared(self, found: torch.Tensor | Kept | Reject) -> torch.Tensor | Kept | Reject:
-        """The image resized and cropped."""
+    def _decoded(self, payloads: Sequence[Payload], claim: Claim) -> Iterator[Decoded]:
+        """The whole image of each payload, decoded once for the regions of it that follow each other."""
+        together = [list(group) for _, group in groupby(payloads, key=lambda payload: id(_image_of(payload)))]
+        results = iter(self._decoder([_image_of(group[0]) for group in together], claim))
+        for group in together:
+            whole = next(results)
+            for _ in group:
+                yield whole
+            del whole  # not two decoded images at a time
+
+    def _prepared(self, found: Decoded, payload: Payload) -> tuple[Decoded, bool]:
+        """The image, or what a region is of it, resized and cropped; and whether the region reaches beyond it."""
         try:
             if isinstance(found, Reject):
-                return found
-            if isinstance(found, Kept):
-                return found._replace(pixels=self._prepare(found.pixels))
-            return self._prepare(found)
+                return found, False
+            pixels, clipped = found.pixels if isinstance(found, Kept) else found, False
+            if isinstance(payload, Region):
+                edges = payload.box.edges(pixels.shape[2], pixels.shape[1])
+                pixels, clipped = crop(pixels, edges), edges.clipped
+            pixels = self._prepare(pixels)
+            return (found._replace(pixels=pixels) if isinstance(found, Kept) else pixels), clipped
         except Exception as error:  # noqa: BLE001  # such as too little memory: one image's trouble is not that of the run
-            return as_reject(error)
+            return as_reject(error), False
 
 
-def _note(image: Loaded, found: torch.Tensor | Kept | Reject, payload: Payload, size: int) -> None:
+class _ReadOnce:
+    """Reads images one after another, and the regions of one image that follow each other once.
+
+    Args:
+        reader: of whole images.
+    """
+
+    def __init__(self, reader: PatientReader) -> None:
+        self._reader = reader
+        self._locator: bytes | None = None
+        self._image: Whole = b""
+        self._key = b""
+
+    def __call__(self, locator: bytes) -> tuple[Payload, bytes]:
+        """What was read, and its key."""
+        image, box = split_region(locator)
+        if box is None:
+            payload = self._reader(locator)
+            return payload, key_of(payload)
+        box.check()
+        if image != self._locator:
+            self._locator = None
+            self._image = _image_of(self._reader(image))
+            self._key, self._locator = key_of(self._image), image
+        return Region(self._image, box), key_of_region(self._key, box)
+
+
+def _image_of(payload: Payload) -> Whole:
+    return payload.image if isinstance(payload, Region) else payload
+
+
+def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:
+    """Rows in slices, each when it is asked for; regions of one image stay together as far as the longest slice allows."""
+    first, images = 0, list[tuple[bytes, int]]()
+    for start in range(0, len(rows), _TAKEN_ROWS):
+        taken = listed.take(pa.array(rows[start : start + _TAKEN_ROWS]))
+        for image in zip(*(column.to_pylist() for column in taken.columns), strict=True):
+            is_full = len(images) >= SLICE
+            if is_full and (len(images) >= LONGEST_SLICE or not _is_of_one_image(images[-1][0], image[0])):
+                yield LoadTask(rows[first : first + len(images)], *zip(*images, strict=True))
+                first, images = first + len(images), []
+            images.append(image)
+    if images:
+        yield LoadTask(rows[first:], *zip(*images, strict=True))
+
+
+def _is_of_one_image(locator: bytes, other: bytes) -> bool:
+    image, box = split_region(locator)
+    return box is not None and image == split_region(other)[0]
+
+
+def _note(image: Loaded, found: Decoded, payload: Payload, size: int) -> None:
     if isinstance(found, Unavailable):
         image.postpone(str(found))
     elif isinstance(found, Reject):

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
 from featurepipe.images import Source
+from featurepipe.images.regions import Payload
 
 WAITS = (0.2, 1.0, 3.0)
 """Seconds before each further try of an image that cannot be read now."""
@@ -22,8 +23,6 @@ PROBES = 16
 """Images from all over the listing that answer the question; one that is readable may be chance."""
 GONE = ("missing", "unreadable")
 """Codes of the reasons that all images of a source have when it is gone."""
-
-Payload = bytes | np.ndarray
 
 
 class PatientReader:

@@ -20,6 +20,7 @@ from featurepipe.images.dicom import is_dicom, read_dicom
 from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
+from featurepipe.images.regions import Payload, Region, crop
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
@@ -110,7 +111,7 @@ class Kept(NamedTuple):
 
 
 def try_decode(
-    payload: bytes | np.ndarray[Any, Any],
+    payload: Payload,
     *,
     colour: Colour,
     intensity: Intensity = DECLARED,
@@ -160,7 +161,7 @@ def as_reject(error: Exception) -> Reject:
 
 
 def decode(
-    payload: bytes | np.ndarray[Any, Any],
+    payload: Payload,
     *,
     colour: Colour = "rgb",
     intensity: Intensity = DECLARED,
@@ -174,7 +175,7 @@ def decode(
 
     Args:
         payload: An encoded JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or DICOM, or pixels (H,W), (H,W,1), (H,W,3) or (H,W,4):
-            uint8, bool (True is white), or other numbers, for which ``intensity`` is asked.
+            uint8, bool (True is white), or other numbers, for which ``intensity`` is asked; or a region of any of these.
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
         intensity: Which values are black and white in images of more than eight bits.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
@@ -187,11 +188,15 @@ def decode(
 
     Raises:
         Reject: Starts with ``empty``, ``truncated``, ``damaged``, ``not-an-image``, ``bomb``, ``budget``, ``unsupported``,
-            ``intensity`` or ``corrupt``.
+            ``intensity`` or ``corrupt``; ``box`` for that of a region.
     """
     if claim is None:
         with MEMORY.lease() as lease:
             return decode(payload, colour=colour, intensity=intensity, on_damage=on_damage, claim=lease)
+    if isinstance(payload, Region):
+        payload.box.check()
+        whole = decode(payload.image, colour=colour, intensity=intensity, on_damage=on_damage, claim=claim)
+        return crop(whole, payload.box.edges(whole.shape[2], whole.shape[1]))
     if isinstance(payload, np.ndarray):
         return _to_tensor(_from_array(payload, intensity, claim), colour)
     if not payload:

@@ -1,14 +1,12 @@
-"""Listings as Arrow tables, one row per image: what names say of class and split, and the key of an image's bytes."""
+"""Listings as Arrow tables, one row per image: and what names say of class and split."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -155,27 +153,3 @@ class FolderLabels:
         split = split_of(folders[0]) if self.has_splits and folders else None
         classes = folders[1:] if split else folders
         return (classes[0] if classes else None), split
-
-
-def key_of(payload: bytes | np.ndarray[Any, Any]) -> bytes:
-    r"""Computes the key of one image.
-
-    Bytes: SHA-256 of the encoded file as it is. Arrays: SHA-256 of the ASCII line ``<dtype> <shape>\n`` (NumPy's
-    ``dtype.str`` and the extents joined by ``x``), followed by the array's bytes in C order.
-
-    Args:
-        payload: An encoded file, or an array of any shape and dtype.
-
-    Returns:
-        32 bytes.
-
-    Example:
-        >>> key_of(np.zeros((2, 2), np.uint8)) == hashlib.sha256(b"|u1 2x2\n" + bytes(4)).digest()
-        True
-    """
-    if isinstance(payload, np.ndarray):
-        header = f"{payload.dtype.str} {'x'.join(map(str, payload.shape))}\n"
-        digest = hashlib.sha256(header.encode())
-        digest.update(np.ascontiguousarray(payload).tobytes())
-        return digest.digest()
-    return hashlib.sha256(payload).digest()

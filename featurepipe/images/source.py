@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Final, Protocol, Self, runtime_checkable
+from typing import Final, Protocol, Self, runtime_checkable
 from urllib.parse import unquote
 
-import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images.files import REFUSED, is_url
+from featurepipe.images.regions import Payload
 
 _LOCAL: Final = ("file", "local")  # protocols of fsspec
 
@@ -94,14 +94,15 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+    def read(self, locator: bytes) -> Payload:
         """Reads one image; safe to call from several threads at once.
 
         Args:
-            locator: The ``locator`` of a row that this source listed.
+            locator: The ``locator`` of a row that this source listed; of a region, also the first half of `split_region`,
+                which stands for the whole image.
 
         Returns:
-            The encoded file, or the pixels of an image that is stored as an array.
+            The encoded file, or the pixels of an image that is stored as an array; of a region, that of its image and the box.
 
         Raises:
             Reject: This image cannot be read: ``missing: ...`` or ``unreadable: ...``; as `Unavailable` where it may be

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,6 +19,7 @@ from featurepipe.extraction.limits import ALL
 from featurepipe.images import Source
 from featurepipe.images.findings import told
 from featurepipe.images.listing import SCHEMA
+from featurepipe.images.regions import Payload
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.validation import keys_of
@@ -124,7 +124,7 @@ class Listed(Source):
         """Returns the listing."""
         return self._listing
 
-    def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+    def read(self, locator: bytes) -> Payload:
         """Reads one image; see :meth:`Source.read`."""
         return self._source.read(locator)
 

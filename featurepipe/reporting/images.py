@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from featurepipe.images.intensity import parse_intensity
+from featurepipe.images.regions import Region
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureSet
@@ -182,12 +183,16 @@ def _upright(image: Any, side: int) -> Image.Image | None:
     """The image, turned as its EXIF says, on white, at most ``side`` wide and high, grey or RGB."""
     if image is None:
         return None
-    if isinstance(image, bytes | bytearray | memoryview):
+    if isinstance(image, bytes | bytearray | memoryview | Region):
         # In here, for it imports torch. Not Image.open: that tries formats of which some start other programs.
         from featurepipe.images.decode import decode
 
         # To be looked at, each image by its own least and greatest value, whatever the intensity of the features.
-        shown = decode(bytes(image), intensity=parse_intensity("minmax"), on_damage=lambda _: None)
+        shown = decode(
+            image if isinstance(image, Region) else bytes(image),
+            intensity=parse_intensity("minmax"),
+            on_damage=lambda _: None,
+        )
         pixels = shown.permute(1, 2, 0).numpy()
         is_grey = (pixels[..., :1] == pixels[..., 1:]).all()
         image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels))

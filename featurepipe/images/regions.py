@@ -1,0 +1,207 @@
+"""Keys of images, and boxes in them: what a box means, how it travels in a locator, and the crop that it stands for.
+
+The semantics are in ``docs/decisions/regions.md``. A region is an item of its own: its key follows from the bytes of the file and
+the box, and its pixels are cut from the image as it is decoded and upright, before anything is resized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
+
+import numpy as np
+
+from featurepipe.errors import Reject
+
+if TYPE_CHECKING:  # torch takes seconds to import, and listing needs none
+    import torch
+
+Unit = Literal["pixels", "share"]
+UNITS: Final[tuple[Unit, ...]] = ("pixels", "share")
+LEAST: Final = 0.99
+"""Pixels that a side needs: one, less what shares lose that were written with six digits."""
+
+_MARK: Final = b"\0box "  # no path has a NUL in it
+_KEYED: Final = b"featurepipe region 1\n"
+_STAMPED: Final = (1 << 40) - 1
+"""The bits of a time, about 18 minutes of nanoseconds, that hold what tells one box from another."""
+
+
+class Edges(NamedTuple):
+    """A box in whole pixels of its image, the right and lower edges excluded.
+
+    Attributes:
+        clipped: Whether the box, with its margin, reaches beyond the image by half a pixel or more.
+    """
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    clipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle in an upright image, (0, 0) being the outer corner of its first pixel.
+
+    Attributes:
+        x: The left edge.
+        y: The upper edge.
+        w: The width.
+        h: The height.
+        unit: ``pixels``, or ``share`` of the image's width and height.
+        margin: What is added on each side, as a share of the box's longer side in pixels; at least 0.
+    """
+
+    x: float
+    y: float
+    w: float
+    h: float
+    unit: Unit = "pixels"
+    margin: float = 0.0
+
+    def __str__(self) -> str:
+        margin = f" with margin {self.margin:g}" if self.margin else ""
+        numbers = " ".join(f"{value:g}" for value in (self.x, self.y, self.w, self.h))
+        return f"{numbers} ({'shares' if self.unit == 'share' else 'pixels'}{margin})"
+
+    @property
+    def text(self) -> str:
+        """The canonical text: equal for equal boxes, whatever their numbers were written like.
+
+        Example:
+            >>> Box(10, -0.0, 2.5, 4).text
+            '10.0 0.0 2.5 4.0 pixels 0.0'
+        """
+        numbers = [repr(float(value) + 0.0) for value in (self.x, self.y, self.w, self.h)]  # + 0.0: no negative zero
+        return " ".join([*numbers, self.unit, repr(float(self.margin) + 0.0)])
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The box of a canonical text, or None if it is none."""
+        *numbers, unit, margin = text.split(" ") if text.count(" ") == 5 else ("", "", "")
+        try:
+            x, y, w, h, m = map(float, [*numbers, margin])
+        except ValueError:
+            return None
+        return cls(x, y, w, h, "share" if unit == "share" else "pixels", m) if unit in UNITS else None
+
+    def check(self) -> None:
+        """Raises a `Reject` for a box that has no pixels whatever the image."""
+        if not all(map(math.isfinite, (self.x, self.y, self.w, self.h))):
+            raise Reject(f"box: {self} is not four finite numbers")
+        if self.w <= 0 or self.h <= 0:
+            raise Reject(f"box: {self} has a width or height of 0 or less")
+
+    def edges(self, width: int, height: int) -> Edges:
+        """The box in an image of this size, both in pixels: with its margin, clipped, and rounded to whole pixels.
+
+        Raises:
+            Reject: The box, without its margin, covers no pixel of the image; names it.
+
+        Example:
+            >>> Box(-2, 1, 6, 3).edges(10, 10)
+            Edges(left=0, top=1, right=4, bottom=4, clipped=True)
+            >>> Box(0.5, 0.25, 0.25, 0.5, "share", margin=0.1).edges(40, 40)
+            Edges(left=18, top=8, right=32, bottom=32, clipped=False)
+        """
+        self.check()
+        scale = (float(width), float(height)) if self.unit == "share" else (1.0, 1.0)
+        x, y, w, h = self.x * scale[0], self.y * scale[1], self.w * scale[0], self.h * scale[1]
+        if w < LEAST or h < LEAST:
+            raise Reject(f"box: {self} is {w:g} x {h:g} pixels, less than one, of an image of {width} x {height}")
+        for start, size, limit in ((x, w, width), (y, h, height)):
+            if min(start + size, limit) - max(start, 0.0) < LEAST:
+                raise Reject(f"box: {self} lies outside the image of {width} x {height} pixels")
+        around = self.margin * max(w, h)
+        left, right, over = _span(x - around, x + w + around, width)
+        top, bottom, above = _span(y - around, y + h + around, height)
+        return Edges(left, top, right, bottom, over or above)
+
+
+def _span(start: float, end: float, limit: int) -> tuple[int, int, bool]:
+    """Whole pixels from an interval, at least one of them, and whether it reached beyond 0 to ``limit``."""
+    first = math.floor(min(max(start, 0.0), limit - LEAST) + 0.5)
+    last = max(first + 1, math.floor(min(max(end, 0.0), limit) + 0.5))
+    return first, last, start < -0.5 or end > limit + 0.5
+
+
+class Region(NamedTuple):
+    """What a source reads of a region: the whole image, and the box in it."""
+
+    image: bytes | np.ndarray[Any, Any]
+    box: Box
+
+
+Payload = bytes | np.ndarray[Any, Any] | Region
+"""What a source reads: an encoded file, pixels, or either of these with a box."""
+
+
+def region_locator(image: bytes, box: Box) -> bytes:
+    """The locator of a region, from that of its image."""
+    return image + _MARK + box.text.encode()
+
+
+def split_region(locator: bytes) -> tuple[bytes, Box | None]:
+    """The locator of the image, and the box of a region; None for a whole image.
+
+    Example:
+        >>> split_region(region_locator(b"a.jpg", Box(1, 2, 3, 4)))[0], split_region(b"a.jpg")
+        (b'a.jpg', (b'a.jpg', None))
+    """
+    if _MARK not in locator:
+        return locator, None
+    image, _, text = locator.rpartition(_MARK)
+    box = Box.parse(text.decode("ascii", "replace"))
+    return (locator, None) if box is None else (image, box)
+
+
+def key_of(payload: Payload) -> bytes:
+    r"""Computes the key of one image.
+
+    Bytes: SHA-256 of the encoded file as it is. Arrays: SHA-256 of the ASCII line ``<dtype> <shape>\n`` (NumPy's
+    ``dtype.str`` and the extents joined by ``x``), followed by the array's bytes in C order. Regions: see `key_of_region`.
+
+    Args:
+        payload: An encoded file, an array of any shape and dtype, or a region of one of these.
+
+    Returns:
+        32 bytes.
+
+    Example:
+        >>> key_of(np.zeros((2, 2), np.uint8)) == hashlib.sha256(b"|u1 2x2\n" + bytes(4)).digest()
+        True
+    """
+    if isinstance(payload, Region):
+        return key_of_region(key_of(payload.image), payload.box)
+    if isinstance(payload, np.ndarray):
+        header = f"{payload.dtype.str} {'x'.join(map(str, payload.shape))}\n"
+        digest = hashlib.sha256(header.encode())
+        digest.update(np.ascontiguousarray(payload).tobytes())
+        return digest.digest()
+    return hashlib.sha256(payload).digest()
+
+
+def key_of_region(image: bytes, box: Box) -> bytes:
+    r"""The key of a region, 32 bytes: SHA-256 of ``featurepipe region 1\n``, the key of the whole image and the box's text."""
+    return hashlib.sha256(_KEYED + image + box.text.encode()).digest()
+
+
+def stamp(mtime_ns: int, box: Box) -> int:
+    """The time that a listing gives for a region: that of the file to about 18 minutes, and different for another box.
+
+    A row of the same id, size and time is not read again, and so the time has to differ when its box does.
+    """
+    if mtime_ns < 0:  # unknown
+        return mtime_ns
+    digest = hashlib.sha256(f"{mtime_ns} {box.text}".encode()).digest()
+    return (mtime_ns & ~_STAMPED) | (int.from_bytes(digest[:8], "little") & _STAMPED)
+
+
+def crop(pixels: torch.Tensor, edges: Edges) -> torch.Tensor:
+    """The pixels of a box, (C, H, W), laid out in memory as those of a decoded file are."""
+    part = pixels[:, edges.top : edges.bottom, edges.left : edges.right]
+    return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
