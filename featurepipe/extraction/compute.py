@@ -252,7 +252,12 @@ class _Attempt:
         status[computed] = COMPUTED + which.reshape(-1)
         status[self.untouched] = UNTOUCHED
         kinds = [tuple(name for name, has in zip(self.names, made, strict=True) if has) for made in sets]
-        about = {"parts": len(writer.parts), "bytes": writer.bytes, "tried_again": ledger.tried_again, "clipped": ledger.clipped}
+        about = {
+            "parts": len(writer.parts),
+            "bytes": writer.bytes,
+            "tried_again": ledger.tried_again,
+            "clipped": ledger.clipped,
+        }
         run = ShardRun.by(self.worker, self.session.machine, seconds, self.work.clock, **about)
         return ShardResult(status, kinds, keys, ledger.has_key, ledger.reasons, run, error, ledger.damage)
 

@@ -54,6 +54,9 @@ def extract(
     damaged: str = REJECT,
     only_under: Places = None,
     path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
     dry_run: bool = False,
@@ -94,6 +97,9 @@ def extract(
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
         path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
+        box: the column of a manifest's boxes, or four as ``x,y,w,h``; ``none`` for whole images; by default ``box`` or ``bbox``.
+        box_unit: ``pixels``, or ``share`` of the upright image's width and height.
+        box_margin: added to each side of a box, as a share of its longer side.
         time_budget: seconds after which to stop; what is left is for the next run.
         stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
             ``time_budget`` then.
@@ -135,6 +141,9 @@ def extract(
         damaged=damaged,
         only_under=places(only_under),
         path_column=path_column,
+        box=box,
+        box_unit=box_unit,
+        box_margin=box_margin,
         time_budget=time_budget,
     )
     stops = stopping(stop, options.time_budget)
@@ -162,7 +171,11 @@ def extract(
 def opened(source: Any, options: SourceOptions) -> Source:
     """Opens a source as asked for, with all that can read image arrays; raises as `featurepipe.images.open_source`."""
     return open_source(
-        source, array_readers=ARRAY_READERS, only_under=options.only_under, path_column=options.path_column
+        source,
+        array_readers=ARRAY_READERS,
+        only_under=options.only_under,
+        path_column=options.path_column,
+        boxes=options.boxes,
     )
 
 

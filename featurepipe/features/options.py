@@ -6,14 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import UsageError
 from featurepipe.option_groups import OptionGroup, at_least, is_number, is_text, not_empty, option
 
+if TYPE_CHECKING:
+    from featurepipe.images.regions import Boxes
+
 AUTO = "auto"
 REJECT, KEEP = DAMAGED = ("reject", "keep")
 """What becomes of a JPEG that libjpeg could only repair."""
+_WIDEST_MARGIN = 10
 LARGEST_BATCH = 65_536
 """Images that no device takes at once."""
 Places = str | PathLike[str] | Sequence[str | PathLike[str]] | None
@@ -38,6 +42,12 @@ def _device(given: Any) -> str | None:
     if isinstance(given, str) and given != AUTO and given.partition(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {given!r}; choices: auto, cpu, cuda, cuda:N", option="device")
     return is_text(given)
+
+
+def _margin(given: Any) -> str | None:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return "must be a number"
+    return None if 0 <= given <= _WIDEST_MARGIN else f"must be from 0 to {_WIDEST_MARGIN:g}"
 
 
 def _intensity(given: Any) -> str | None:
@@ -126,6 +136,26 @@ class SourceOptions(OptionGroup):
     path_column: str | None = option(
         None, "column of a manifest's paths (default: path, file, filename or image)", metavar="NAME", check=not_empty
     )
+    box: str | None = option(
+        None,
+        "column of a manifest's boxes, each an item of its own: x y w h, or a JSON list; or four columns as x,y,w,h; none: "
+        "whole images (default: box or bbox, if there)",
+        metavar="COLUMN|X,Y,W,H|none", check=not_empty,
+    )  # fmt: skip
+    box_unit: str = option(
+        "pixels", "boxes are in pixels of the upright image, or shares (0 to 1) of its width and height (default: pixels)",
+        choices=("pixels", "share"),
+    )  # fmt: skip
+    box_margin: float = option(
+        0.0, "added to each side of a box, as a share of its longer side (default: 0)", metavar="SHARE", check=_margin
+    )
+
+    @property
+    def boxes(self) -> Boxes:
+        """How a source finds its boxes."""
+        from featurepipe.images.regions import Boxes  # in here, for it imports NumPy and more
+
+        return Boxes(self.box, "share" if self.box_unit == "share" else "pixels", float(self.box_margin))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from typing import IO, Any, Final
@@ -30,11 +31,13 @@ from featurepipe.annotations import (
     texts_of,
     whole_numbers,
 )
+from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.regions import Box, Boxes, Region, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
@@ -57,6 +60,8 @@ _NAMED_ALIKE: Final = {
 }
 """Columns that may be meant: they are not taken, and the way to have them taken is told."""
 _Columns = dict[str, Any]  # a list each; a further column may be an Arrow array
+NO_BOX: Final = "none"
+_SIDES: Final = ("box 0", "box 1", "box 2", "box 3")
 LONGEST_VALUE: Final = 1000
 """Characters that a value of a further column may have: longer ones are texts about an image, and belong elsewhere."""
 
@@ -71,13 +76,18 @@ class ManifestSource(Source):
     whole numbers, else from one stat per row. What other columns there are is told,
     and kept as text: the listing has them as ``column:NAME``, for whoever says what they are (a group, a target).
 
+    A row with a box is a region: see ``docs/decisions/regions.md``. Boxes are in the column ``box`` or ``bbox``, as ``x y w h``
+    or a JSON list, or in the columns that ``boxes`` names. The id of a region is that of the row, ``#`` and the number of the box
+    among those of this id, from 1; the column ``group`` holds the path, if the manifest has no such column.
+
     Args:
         path: A path or URL.
         path_column: The name of the column of paths; by default ``path``, ``file``, ``filename``, ``image`` and the like.
+        boxes: Which columns are boxes, and of what unit and margin.
     """
 
-    def __init__(self, path: str, path_column: str | None = None) -> None:
-        self.path_column = path_column
+    def __init__(self, path: str, path_column: str | None = None, boxes: Boxes = Boxes()) -> None:  # noqa: B008  # is frozen
+        self.path_column, self.boxes = path_column, boxes
         self._taken: dict[str, str] = {}  # the column of each of ours that was there in the last scan
         self.path = path if is_url(path) else os.path.abspath(path)
         folder, _, file_name = self.path.rpartition("/")
@@ -111,16 +121,21 @@ class ManifestSource(Source):
             table = _with_whole_numbers(table, findings)
         return findings.attach(check_unique(table, self.path))
 
-    def read(self, locator: bytes) -> bytes:
+    def read(self, locator: bytes) -> bytes | Region:
         """Reads one image; see :meth:`Source.read`."""
-        size, name = size_and_path(locator)
+        image, box = split_region(locator)
+        if box is not None:
+            box.check()
+        size, name = size_and_path(image)
         path = self._resolve(os.fsdecode(name))
         if self.only_under is not None:
             self.only_under.check(path)
-        return read_file(path, size, redirects=self.only_under is None)
+        content = read_file(path, size, redirects=self.only_under is None)
+        return content if box is None else Region(content, box)
 
     def _rows(self, batches: Iterable[tuple[Sequence[int], _Columns]], findings: Findings) -> Iterator[Row]:
         """The rows of batches, each with the numbers of its lines."""
+        numbered = _NumberedBoxes()
         for numbers, columns in batches:
             paths = columns["path"]
             if None in paths:
@@ -140,15 +155,42 @@ class ManifestSource(Source):
                 stats = map(self._unless_refused, paths, stats)
             else:
                 stats = self._stats(paths)
-            for path, id_, label, split, (size, mtime_ns) in zip(paths, ids, labels, splits, stats, strict=True):
-                yield (
-                    printable(id_ or path),
-                    label,
-                    split,
-                    size,
-                    mtime_ns,
-                    located(_encoded(path), size),
-                )
+            boxes = self._boxes(numbers, columns)
+            for path, id_, label, split, (size, mtime_ns), box in zip(
+                paths, ids, labels, splits, stats, nothing if boxes is None else boxes, strict=True
+            ):
+                name, locator = printable(id_ or path), located(_encoded(path), size)
+                if box is None:
+                    yield name, label, split, size, mtime_ns, locator
+                else:
+                    name, locator = numbered(name, box), region_locator(locator, box)
+                    yield name, label, split, size, stamp(mtime_ns, box), locator
+            if boxes is not None:
+                numbered.whole += sum(box is None for box in boxes)
+        findings.notes += numbered.notes(self.boxes)
+
+    def _boxes(self, numbers: Sequence[int], columns: _Columns) -> list[Box | None] | None:
+        """The boxes of a batch of rows; None where the manifest has none.
+
+        Raises:
+            SourceError: A box is not four numbers; names the line.
+        """
+        if "box" not in columns and "box 0" not in columns:
+            return None
+        values = columns["box"] if "box" in columns else list(zip(*(columns[name] for name in _SIDES), strict=True))
+        boxes = []
+        for number, value in zip(numbers, values, strict=True):
+            try:
+                boxes.append(self.boxes.box(value))
+            except (TypeError, ValueError, OverflowError):
+                raise SourceError(
+                    Message(
+                        f"{self.path}: line {number} has the box {str(value)[:100]!r}, which is not four numbers; write x y w h "
+                        "or [x, y, w, h], leave it empty for the whole image, or take no column for boxes: ",
+                        Option("box", NO_BOX),
+                    )
+                ) from None
+        return boxes
 
     def _stats(self, paths: Iterable[str]) -> Iterator[tuple[int, int]]:
         """The sizes and dates of rows; of those that may not be read, nothing is asked."""
@@ -175,7 +217,10 @@ class ManifestSource(Source):
             used = _without_foreign_sizes(used)
             taken = {self._taken[ours] for ours in used}
             ignored |= dict.fromkeys(name for name in names if name not in columns)
-            further.take(len(numbers), {name: values for name, values in columns.items() if name not in taken})
+            more = {name: values for name, values in columns.items() if name not in taken}
+            if ("box" in used or "box 0" in used) and column_named("group", names) is None:
+                more["group"] = list(used["path"])  # regions of one image stay together, unless a column says otherwise
+            further.take(len(numbers), more)
             yield numbers, used
         findings.further += further.kept()
         findings.ignored += [*ignored, *further.too_long]
@@ -193,6 +238,7 @@ class ManifestSource(Source):
         found |= {ours: column_named(ours, names) for ours in ("label", "split")}
         if "size" in names and "mtime_ns" in names:
             found |= {"size": "size", "mtime_ns": "mtime_ns"}
+        found |= self._box_columns(names)
         path = found["path"]
         if path is None:
             hint = str(unknown("column", "path", names)).partition("; ")[2]
@@ -211,12 +257,61 @@ class ManifestSource(Source):
         self._taken |= used
         return used
 
+    def _box_columns(self, names: Sequence[str]) -> dict[str, str | None]:
+        """What the columns of boxes are called, if there are any.
+
+        Raises:
+            UsageError: One that was asked for is not there.
+        """
+        asked = self.boxes.column
+        if asked == NO_BOX:
+            return {}
+        if asked is None:
+            return {"box": column_named("box", names) or column_named("bbox", names)}
+        if asked in names:
+            return {"box": asked}
+        sides = [side.strip() for side in asked.split(",")]
+        for side in sides if len(sides) == len(_SIDES) else [asked]:
+            if side not in names:
+                raise unknown("column", side, names, where=self.path)
+        return dict(zip(_SIDES, sides, strict=True))
+
     def _resolve(self, path: str) -> str:
         if is_url(path) or path.startswith("/"):
             return path
         scheme, separator, folder = self._folder.rpartition("://")
         # A URL is no file system: nothing there resolves "..".
         return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
+
+
+class _NumberedBoxes:
+    """Counts the boxes of each image, and what is to be said of all of them."""
+
+    def __init__(self) -> None:
+        self.whole = 0
+        self._of: Counter[str] = Counter()
+        self._tiny = 0
+
+    def __call__(self, image: str, box: Box) -> str:
+        """The id of the next box of an image."""
+        self._of[image] += 1
+        self._tiny += box.unit == "pixels" and max(box.x + box.w, box.y + box.h) <= 1
+        return f"{image}#{self._of[image]}"
+
+    def notes(self, boxes: Boxes) -> list[str]:
+        """What was found."""
+        total = self._of.total()
+        if not total:
+            return []
+        unit = "shares of the image" if boxes.unit == "share" else "pixels"
+        said = [f"{counted(total, 'region')} of {counted(len(self._of), 'image')}, by boxes in {unit}"]
+        if self.whole:
+            said.append(f"{counted(self.whole, 'row')} without a box, each its whole image")
+        if self._tiny == total:
+            said.append(
+                "every box ends within the first pixel: if they are shares of the image, ask for --box-unit share"
+            )
+        return said
 
 
 def _with_whole_numbers(table: pa.Table, findings: Findings) -> pa.Table:

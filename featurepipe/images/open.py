@@ -20,6 +20,7 @@ from featurepipe.images.folder import FolderSource, RemoteFolderSource
 from featurepipe.images.listing import is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
+from featurepipe.images.regions import Boxes
 from featurepipe.images.source import OnlyUnder, Source
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -38,6 +39,7 @@ def open_source(
     array_readers: Mapping[str, ArrayReader] | None = None,
     only_under: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     path_column: str | None = None,
+    boxes: Boxes | None = None,
 ) -> Source:
     """Makes the source for whatever names images.
 
@@ -49,10 +51,11 @@ def open_source(
         only_under: A folder, the URL of one, or several: of what a manifest names, or a link in a folder leads to, only files
             below them are read, all others are rejects; see `OnlyUnder`. By default any.
         path_column: The column of a manifest that holds the paths; see `ManifestSource`.
+        boxes: Where boxes are, their unit and margin; by default as `Boxes` says.
 
     Raises:
         UsageError: Nothing can be read from such a thing; names the value and the choices. Or it is a URL that is not below
-            ``only_under``; or it is no manifest, and a ``path_column`` is given.
+            ``only_under``; or it is no manifest, and a ``path_column`` or ``boxes`` are given.
         SourceError: The path does not exist.
     """
     source = _bounded(spec, array_readers or {}, only_under)
@@ -62,6 +65,15 @@ def open_source(
                 f"{source.name} has no columns: a path column is for a manifest ({', '.join(MANIFEST_SUFFIXES)})"
             )
         source.path_column = path_column
+    if boxes is not None and boxes != Boxes():
+        if not isinstance(source, ManifestSource):
+            raise UsageError(
+                Message(
+                    Option("box"), ", ", Option("box_unit"), " and ", Option("box_margin"),
+                    f" are for manifests ({', '.join(MANIFEST_SUFFIXES)}), and {source.name} is none; list its images in one",
+                )
+            )  # fmt: skip
+        source.boxes = boxes
     return source
 
 

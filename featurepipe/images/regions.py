@@ -129,6 +129,37 @@ def _span(start: float, end: float, limit: int) -> tuple[int, int, bool]:
     return first, last, start < -0.5 or end > limit + 0.5
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """Where a source finds the boxes of its rows, and what they mean.
+
+    Attributes:
+        column: A manifest's column, or four as ``x,y,w,h``; ``none`` to take whole images; None for what is called ``box``
+            or ``bbox``, if anything is.
+        unit: Of the numbers in a manifest.
+        margin: See `Box`.
+    """
+
+    column: str | None = None
+    unit: Unit = "pixels"
+    margin: float = 0.0
+
+    def box(self, value: Any) -> Box | None:
+        """The box of a text such as ``x y w h``, of a JSON list, or of four values; None where all of that is empty.
+
+        Raises:
+            ValueError: It is not four numbers.
+        """
+        if isinstance(value, str):
+            value = value.strip().removeprefix("[").removesuffix("]").replace(",", " ").split() or None
+        if value is None or all(part is None or part == "" for part in value):
+            return None
+        if len(value) != 4 or any(isinstance(part, bool) for part in value):
+            raise ValueError
+        x, y, w, h = map(float, value)
+        return Box(x, y, w, h, self.unit, self.margin)
+
+
 class Region(NamedTuple):
     """What a source reads of a region: the whole image, and the box in it."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.execution.dask import executor_on
+from featurepipe.features.options import SourceOptions
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
@@ -18,7 +19,7 @@ from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
 from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
-from featurepipe.option_groups import as_asked, by_commas
+from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
@@ -154,7 +155,7 @@ def depth(
     found.store.write_depth(answer)
     if report is not None:
         pictures = None if found.is_held else source
-        named = {name: (extraction or {}).get(name) for name in ("only_under", "path_column")}
+        named = {name: value for name, value in (extraction or {}).items() if name in declared(SourceOptions)}
         write_page(
             found.store,
             report,

@@ -43,6 +43,9 @@ def predict(
     damaged: str = REJECT,
     only_under: Places = None,
     path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
     trust_code: bool = False,
     cluster: Any = None,
     raw_ids: bool = False,
@@ -71,6 +74,9 @@ def predict(
         only_under: a folder, the URL of one, or several: of what a manifest names, or a link leads to, only files below them
             are read, all others are rejects; see `featurepipe.images.open_source`.
         path_column: the column of a manifest that holds the paths; by default ``path``, ``file``, ``filename`` or ``image``.
+        box: the column of a manifest's boxes, or four as ``x,y,w,h``; ``none`` for whole images; by default ``box`` or ``bbox``.
+        box_unit: ``pixels``, or ``share`` of the upright image's width and height.
+        box_margin: added to each side of a box, as a share of its longer side.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.execution.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
@@ -100,6 +106,9 @@ def predict(
         damaged=damaged,
         only_under=places(only_under),
         path_column=path_column,
+        box=box,
+        box_unit=box_unit,
+        box_margin=box_margin,
         trust_code=trust_code,
     )
     # Refused before any work, as are wrong options.

@@ -42,6 +42,9 @@ def report(
     test_source: Any = None,
     only_under: Places = None,
     path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
     document: Mapping[str, Any] | None = None,
     labels: Any = None,
     command: str | None = None,
@@ -60,6 +63,9 @@ def report(
         only_under: a folder, the URL of one, or several: no picture is read elsewhere that a manifest or the store names, or a
             link leads to; by default any.
         path_column: of a manifest, as in ``extract``.
+        box: as in ``extract``.
+        box_unit: as in ``extract``.
+        box_margin: as in ``extract``.
         document: what a comparison returned, to show that one instead of the dataset's last.
         labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
         command: how it was called, for the record.
@@ -92,7 +98,13 @@ def report(
     else:
         shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
-    look = _Look(kept, SourceOptions(only_under=places(only_under), path_column=path_column), say)
+    look = _Look(
+        kept,
+        SourceOptions(
+            only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin
+        ),
+        say,
+    )
     read = look.pictures(name, snapshot, source, Option("source"))
     there = _pictures_elsewhere(look, shown, test_source)
     try:

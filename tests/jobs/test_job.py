@@ -30,6 +30,9 @@ longest_wait = "1h30m"
 moved_from = "/mnt/photos"
 only_under = ["photos", "s3://bucket/photos"]
 path_column = "photo"
+box = "x,y,w,h"
+box_unit = "share"
+box_margin = 0.25
 
 [[features]]
 backbone = "resnet50"
@@ -134,6 +137,7 @@ def test_all_that_can_be_said(read, tmp_path):
         "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
         "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
             "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"), "path_column": "photo",
+            "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.25,
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
