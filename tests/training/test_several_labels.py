@@ -232,7 +232,7 @@ def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
     assert list(record["multilabel"]) == ["big", "soft"]
     run(zoo, labels=table)
     bundle = read_bundle(tmp_path / "bundle")
-    with pytest.raises(BundleError, match="predicts classes or labels, no number"):
+    with pytest.raises(BundleError, match=r"predicts several labels \(big, red, soft\), no number"):
         bundle.numbers(zoo.features())
     with pytest.raises(UsageError, match=r"predicts several labels \(big, red, soft\), of which there is no page yet"):
         report(zoo.store, tmp_path / "page.html", bundle=tmp_path / "bundle", silent=True)

@@ -130,7 +130,8 @@ class Bundle:
             BundleError: The head predicts classes; or features of another space, other columns or another width.
         """
         if self.target_type != CONTINUOUS:
-            raise BundleError("this bundle predicts classes or labels, no number: ask for probabilities or predict")
+            what = "classes" if self.target is None else self.target_text
+            raise BundleError(f"this bundle predicts {what}, no number: ask for probabilities or predict")
         features = X if isinstance(X, Blocks) else np.asarray(X)
         self.check(features)
         return predicted_numbers(self.head, features)
