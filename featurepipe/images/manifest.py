@@ -64,6 +64,8 @@ NO_BOX: Final = "none"
 _SIDES: Final = ("box 0", "box 1", "box 2", "box 3")
 LONGEST_VALUE: Final = 1000
 """Characters that a value of a further column may have: longer ones are texts about an image, and belong elsewhere."""
+_PROBED: Final = 64  # first rows of a batch
+_OF_ONE_KIND: Final = (pa.types.is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
 
 
 class ManifestSource(Source):
@@ -371,9 +373,16 @@ class _FurtherColumns:
     def take(self, rows: int, columns: Mapping[str, pa.Array | list[Any]]) -> None:
         """Adds what they hold of further rows; a column that other batches have, or had, is null there."""
         for name, values in columns.items():
-            texts = texts_of(map(_shown, values) if isinstance(values, list) else values)
-            if (pc.max(pc.utf8_length(texts)).as_py() or 0) > LONGEST_VALUE:
+            if name in self.too_long:
+                continue
+            # Of features or images in a column the first rows tell: to write out all of them takes minutes and gigabytes.
+            texts = _texts(values[:_PROBED])
+            if len(values) > _PROBED and not _is_too_long(texts):
+                texts = _texts(values)
+            if _is_too_long(texts):
                 self.too_long[name] = None
+                self._chunks.pop(name, None)
+                continue
             self._chunks.setdefault(name, [pa.nulls(self.rows, pa.string())] if self.rows else []).append(texts)
         self.rows += rows
         for chunks in self._chunks.values():
@@ -382,13 +391,31 @@ class _FurtherColumns:
 
     def kept(self) -> list[str]:
         """The names of those that the listing has."""
-        return [name for name in self._chunks if name not in self.too_long]
+        return list(self._chunks)
 
     def add_to(self, listing: pa.Table) -> pa.Table:
         """The listing with these columns, called ``column:NAME``."""
         for name in self.kept():
             listing = listing.append_column(KEPT_COLUMN + printable(name), pa.chunked_array(self._chunks[name]))
         return listing
+
+
+def _is_too_long(texts: pa.Array) -> bool:
+    return bool((pc.max(pc.utf8_length(texts)).as_py() or 0) > LONGEST_VALUE)
+
+
+def _texts(values: pa.Array | list[Any]) -> pa.Array:
+    if not isinstance(values, list):
+        return texts_of(values)
+    first = next((value for value in values if value is not None), None)
+    if first is None or isinstance(
+        first, str | int
+    ):  # nearly all columns: Arrow is many times faster than a call a value
+        with contextlib.suppress(pa.ArrowException, UnicodeError, OverflowError):
+            found = pa.array(values)
+            if any(is_kind(found.type) for is_kind in _OF_ONE_KIND):
+                return found.cast(pa.string())
+    return texts_of(map(_shown, values))
 
 
 def _shown(value: Any) -> Any:
@@ -440,13 +467,38 @@ def _parquet(file: IO[bytes], columns_of: _ColumnsOf) -> Iterator[_Batch]:
     ours = columns_of(names)
     texts = {ours[name] for name in ("path", "id") if name in ours}
     first = 1
-    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=_all(names, ours)):
+    large = _too_large(opened.metadata) - set(ours.values())
+    read = [name for name in _all(names, ours) if name not in large]
+    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=read):
         columns = {
             name: _plain(batch[name], as_text=name in texts) if name in ours.values() else _decoded(batch[name])
             for name in batch.schema.names
         }
         yield range(first, first + batch.num_rows), names, columns
         first += batch.num_rows
+
+
+def _too_large(metadata: Any) -> set[str]:
+    """The columns of which some value is longer as text than a further column may have, as the file's own sizes tell.
+
+    An item of a list makes three characters at least, a number of 8 bytes as well; a character has up to 4 bytes.
+    """
+    if not metadata.num_row_groups or not (rows := metadata.row_group(0).num_rows):
+        return set()
+    group = metadata.row_group(0)
+    flat = set(metadata.schema.to_arrow_schema().names)
+    sizes: dict[str, tuple[int, int]] = {}
+    for place in range(group.num_columns):
+        leaf = group.column(place)
+        path = metadata.schema.column(place).path
+        name = path if path in flat else path.partition(".")[0]
+        values, size = sizes.get(name, (0, 0))
+        sizes[name] = values + leaf.num_values, size + leaf.total_uncompressed_size
+    return {
+        name
+        for name, (values, size) in sizes.items()
+        if values > rows * (LONGEST_VALUE / 3 + 1) or size > rows * 8 * LONGEST_VALUE
+    }
 
 
 def _plain(column: pa.Array, *, as_text: bool) -> list[Any]:

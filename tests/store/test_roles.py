@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from featurepipe.errors import UsageError
 from featurepipe.images.listing import SCHEMA
+from featurepipe.images.manifest import _texts, _too_large
 from featurepipe.images.open import open_source
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
@@ -194,6 +195,43 @@ def test_manifests_list_further_columns_as_text(tmp_path, kind):
     assert listing["column:patient"].to_pylist() == ["7", None]
     assert [float(text) for text in listing["column:age"].to_pylist()] == [1.5, 2.0]
     assert listing["column:tags"].to_pylist() == ['["x"]', "[]"]
+
+
+def test_columns_of_features_and_pictures_are_neither_kept_nor_read(tmp_path):
+    rng = np.random.default_rng(0)
+    features = [rng.random(400, np.float32) for _ in range(70)]
+    features[0] = features[0][:2]
+    names = [f"{row}.png" for row in range(70)]
+    pictures = [{"bytes": rng.bytes(9000), "name": name} for name in names]
+    table = pa.table(
+        {"path": names, "features": features, "picture": pictures, "box.x": range(70), "box": [[1.5, 2.0]] * 70}
+    )
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert _too_large(pq.read_metadata(tmp_path / "m.parquet")) == {"features", "picture"}
+    (tmp_path / "m.jsonl").write_text(
+        "\n".join(
+            json.dumps({"path": name, "features": row.tolist(), "box.x": x, "box": [1.5, 2.0]})
+            for x, (name, row) in enumerate(zip(names, features, strict=True))
+        )
+    )
+    for name in ("m.parquet", "m.jsonl"):
+        listing = open_source(tmp_path / name).scan()
+        assert listing.column_names == [*SCHEMA.names, "column:box.x", "column:box"]
+        assert listing["column:box.x"].to_pylist() == list(map(str, range(70)))
+        assert listing["column:box"].to_pylist() == ["[1.5, 2.0]"] * 70
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.none(), st.text(), st.integers(), st.booleans(), st.floats(allow_nan=False), st.lists(st.integers())
+        )
+    )
+)
+def test_columns_of_one_kind_are_texts_like_those_of_several(values):
+    assert _texts(values).to_pylist() == [
+        value if value is None or isinstance(value, str) else json.dumps(value) for value in values
+    ]
 
 
 @given(st.lists(st.lists(st.sampled_from(["red", "round", "ü b", "7"]), unique=True), min_size=1, max_size=6))
