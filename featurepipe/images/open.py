@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unsearchable
+from featurepipe.images.annotated import CLASS_FILES, AnnotatedSource, CocoSource, YoloSource, is_yolo
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
@@ -24,9 +25,11 @@ from featurepipe.images.regions import Boxes
 from featurepipe.images.source import OnlyUnder, Source
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
+COCO_SUFFIX: Final = ".json"
 HDF5_SUFFIXES: Final = (".h5", ".hdf5")
 _CHOICES: Final = (
-    "a folder of images, a manifest (.csv .parquet .jsonl), archives (.tar .tar.gz .tgz .zip, or a glob of them), "
+    "a folder of images, a manifest (.csv .parquet .jsonl), boxes in COCO's .json or a YOLO folder, "
+    "archives (.tar .tar.gz .tgz .zip, or a glob of them), "
     "image arrays (.npz .h5 .hdf5, *idx3-ubyte[.gz]), or any of them under a URL (s3://, http://, memory://)"
 )
 
@@ -60,7 +63,7 @@ def open_source(
     """
     source = _bounded(spec, array_readers or {}, only_under)
     if path_column is not None:
-        if not isinstance(source, ManifestSource):
+        if not isinstance(source, ManifestSource) or isinstance(source, AnnotatedSource):
             raise UsageError(
                 f"{source.name} has no columns: a path column is for a manifest ({', '.join(MANIFEST_SUFFIXES)})"
             )
@@ -121,7 +124,10 @@ def _open(spec: Spec, readers: Mapping[str, ArrayReader]) -> Source:
 def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
     if os.path.isdir(path):
         idx = _idx_files(path, os.listdir(path))
-        return _idx_source(idx, path) if idx else FolderSource(path)
+        if idx:
+            return _idx_source(idx, path)
+        names_classes = any(os.path.exists(f"{path}/{name}") for name in CLASS_FILES)
+        return YoloSource(path) if names_classes and is_yolo(path) else FolderSource(path)
     if os.path.exists(path):
         return _open_file(os.path.abspath(path), readers)
     if glob.has_magic(path):
@@ -151,8 +157,8 @@ def _open_file(path: str, readers: Mapping[str, ArrayReader]) -> Source:
     name, location = _name_of(path), location_of(path)
     if lower.endswith(ARCHIVE_SUFFIXES):
         return ArchiveSource([path], name, location)
-    if lower.endswith(MANIFEST_SUFFIXES):
-        return ManifestSource(path)
+    if lower.endswith((*MANIFEST_SUFFIXES, COCO_SUFFIX)):
+        return CocoSource(path) if lower.endswith(COCO_SUFFIX) else ManifestSource(path)
     if IDX_IMAGES.search(path):
         return ArraySource([(path, read_idx)], name, location)
     if lower.endswith(".npz"):
@@ -211,7 +217,7 @@ def _has_known_suffix(path: str) -> bool:
     return (
         is_image_name(path)
         or bool(IDX_IMAGES.search(path))
-        or lower.endswith((*ARCHIVE_SUFFIXES, *MANIFEST_SUFFIXES, *arrays))
+        or lower.endswith((*ARCHIVE_SUFFIXES, *MANIFEST_SUFFIXES, COCO_SUFFIX, *arrays))
     )
 
 
