@@ -130,7 +130,8 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
     what = "validation images" if groups is None else "groups of validation images"
     if units < least_units(INTERVAL_LEVEL):
         say(
-            f"{units} {what} are too few for prediction intervals, which need {least_units(INTERVAL_LEVEL)}: there are none"
+            f"{units} {what} are too few for prediction intervals, which need {least_units(INTERVAL_LEVEL)}: there are none; "
+            "give more images, or more of them in a split val"
         )
         return None
     head = fit(task, recipe, task.division.train)

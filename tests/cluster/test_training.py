@@ -9,9 +9,11 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from featurepipe.errors import ClusterError, UsageError
+from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.execution import connect
 from featurepipe.execution.dask import cluster_name
 from featurepipe.heads import RBFSVM
@@ -51,6 +53,26 @@ def test_the_same_parameters_and_the_same_bundle_come_out(zoo, pair, head):
     np.testing.assert_allclose(found, expected, atol=CLOSE.get(head, 1e-5) * expected.std())
     assert there["calibration"]["temperature"] == pytest.approx(here["calibration"]["temperature"], rel=0.02)
     assert there["test"]["accuracy"] == here["test"]["accuracy"]
+
+
+@pytest.mark.parametrize(("head", "tune"), [("ridge", True), ("ridge", False), ("xgboost", False)])
+def test_numbers_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, tune):
+    rows = [*zoo.images("train", 100), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write(rows)
+    ages = pa.table({"id": [row.id for row in rows], "age": [40 + 9 * float(row.features().sum()) for row in rows]})
+    params = {"n_estimators": 40, "colsample_bytree": 1.0} if head == "xgboost" else {}
+    here, there, one, other = pair(head=head, tune=tune, target="age", labels=ages, params=params)
+    assert tune == (there["search"] is not None)
+    assert there["cost"]["cluster"] is not None
+    if tune:
+        for found, expected in zip(there["search"]["trials"], here["search"]["trials"], strict=True):
+            assert found["rmse"] == pytest.approx(expected["rmse"], abs=1e-3)
+    apart = 2.0 if head == "xgboost" else 1e-3
+    assert np.abs(other.numbers(zoo.features()) - one.numbers(zoo.features())).mean() < apart
+    assert there["test"]["mae"]["value"] == pytest.approx(here["test"]["mae"]["value"], abs=apart)
+    assert there["calibration"]["half_width"] == pytest.approx(here["calibration"]["half_width"], abs=2 * apart)
+    measured = evaluate(tmp_path / "there", zoo.store, labels=ages, cluster=cluster_address, bootstrap=50, silent=True)
+    assert measured["metrics"]["mae"]["value"] == pytest.approx(there["test"]["mae"]["value"], rel=1e-6)
 
 
 def test_trees_differ_as_little_as_between_two_seeds(zoo, pair, tmp_path):
