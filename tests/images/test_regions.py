@@ -150,7 +150,7 @@ def features(store, dataset):
 
 def run(store, source, **more):
     return extract(
-        source, store, backbone="lenet5", weights="none", nodes=["c3:flatten"], batch_size=4, silent=True, **more
+        source, store, backbone="lenet5", weights="none", nodes=["c3:flatten"], silent=True, **{"batch_size": 4, **more}
     )
 
 
@@ -169,6 +169,18 @@ def test_features_are_those_of_lossless_crops(tmp_path):
     for number in (1, 2, 3):
         np.testing.assert_array_equal(ours[f"a.png#{number}"], expected[f"{number}.png"])
     np.testing.assert_array_equal(ours["a.png#4"], ours["a.png#1"])
+
+
+def test_features_of_regions_do_not_depend_on_the_batch(tmp_path):
+    path = manifest(tmp_path, [[i, i, 20 + i, 30] for i in range(9)])
+    found = []
+    for size in (1, 4, 9):
+        run(tmp_path / f"store{size}", path, dataset="boxes", batch_size=size)
+        found.append(features(tmp_path / f"store{size}", "boxes"))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, vector in other.items():
+            np.testing.assert_allclose(vector, found[0][name], rtol=2e-3, atol=1e-3)  # float16
 
 
 def test_next_run_computes_boxes_that_changed_alone(tmp_path):
