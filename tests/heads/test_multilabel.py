@@ -116,6 +116,25 @@ def test_wide_float32_features_that_are_streamed_reach_the_same_optimum(kind, ow
         assert objective(kind, head.coef_[label], head.intercept_[label], *data, 1e-3) <= least * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
+def test_fewer_rows_than_values_are_learned_in_their_own_span(kind, wrap, monkeypatch):
+    rng = np.random.default_rng(2)
+    X = rng.standard_normal((60, 150)) + 2
+    Y = (X[:, :4] + rng.standard_normal((60, 4)) > 2).astype(np.float32)
+    Y[rng.random(Y.shape) < 0.2] = np.nan
+    head = kind(C=0.05).fit(wrap(X), Y)
+    for label in range(4):
+        known = ~np.isnan(Y[:, label])
+        data = X[known], Y[known, label], np.ones(known.sum())
+        other = theirs(kind, 0.05).fit(*data)
+        least = objective(kind, other.coef_[0], other.intercept_[0], *data, 0.05)
+        assert objective(kind, head.coef_[label], head.intercept_[label], *data, 0.05) <= least * (1 + 1e-5)
+    monkeypatch.setattr(multilabel, "_ROW_SPACE_BYTES", 0)
+    whole = kind(C=0.05).fit(X, Y)
+    np.testing.assert_allclose(head.coef_, whole.coef_, atol=1e-3)
+    np.testing.assert_allclose(head.intercept_, whole.intercept_, atol=2e-3)
+
+
 def test_without_an_intercept():
     X, Y, _, _ = made()
     head = MultilabelLogisticRegression(C=0.1, fit_intercept=False).fit(X, Y)

@@ -9,11 +9,12 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 from scipy.special import expit
 from sklearn.base import clone
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, iterate
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, iterate
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import Floats, linear_scores
 from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, per_label
@@ -30,13 +31,14 @@ from featurepipe.heads.linear.passes import (
     principal_basis,
 )
 from featurepipe.heads.linear.ridge import solve_normal
-from featurepipe.heads.row_shards import row_shards_of
+from featurepipe.heads.row_shards import concatenated, row_shards_of
 from featurepipe.sizes import bytes_of
 
 Estimator = TypeVar("Estimator", bound="MultilabelLinearClassifier")
 
 _OWN_FROM = 6  # rows, as a multiple of D * D over rows: from there passes cost more than a matrix for each problem
 _APPROACH = 60  # iterations in the shared basis before a loss with kinks goes on with matrices of its own
+_ROW_SPACE_BYTES = 512 << 20  # what fewer rows than values may take while they are turned
 _HISTORY = 24  # vectors of a point's size that an optimiser and its passes hold, 8 bytes a value
 
 
@@ -143,6 +145,7 @@ def _solve(
     estimator: MultilabelLinearClassifier, data: LabelMatrix, Cs: Sequence[Floats], folds: Sequence[Any] | None
 ) -> list[list[_Solution]]:
     """Fits each fold, C and label as a problem of its own, all in the same passes."""
+    data, back = _in_row_space(data, estimator.memory)
     labels = len(data.names)
     weights = [one.row_weights(estimator.class_weight) for one in _folds(data, folds)]
     offsets = np.cumsum([0, *(len(rows) for rows in weights)])
@@ -168,7 +171,7 @@ def _solve(
     found: dict[tuple[int, int, int], Optimum] = dict(zip(wanted, optima, strict=True))
     return [
         [
-            _solution([found.get((fold, number, label)) for label in range(labels)], prepared, width)
+            _solution([found.get((fold, number, label)) for label in range(labels)], prepared, width, back)
             for number in range(len(Cs))
         ]
         for fold in range(len(weights))
@@ -194,7 +197,22 @@ def _sides(weights: Floats, positive: npt.NDArray[np.int8]) -> Floats:
     return np.stack([weights.sum(axis=1) - having, having], axis=1)
 
 
-def _solution(optima: Sequence[Optimum | None], prepared: Prepared, width: int) -> _Solution:
+def _in_row_space(data: LabelMatrix, memory: int | str | None) -> tuple[LabelMatrix, Floats | None]:
+    """Of fewer rows than values a row: the rows in a basis (D, n) of their own span, in which all coefficients lie, and it."""
+    rows, width = data.blocks.shape
+    allowed = _ROW_SPACE_BYTES if memory is None else min(_ROW_SPACE_BYTES, bytes_of(memory))
+    if rows >= width or 24 * rows * width > allowed:
+        return data, None
+    values = concatenated(row_shards_of(data.blocks).map(_all_rows))
+    basis, triangle = scipy.linalg.qr(values.T, mode="economic", check_finite=False)
+    return replace(data, blocks=ArrayBlocks(np.ascontiguousarray(triangle.T))), np.asarray(basis)
+
+
+def _all_rows(blocks: Blocks) -> Floats:
+    return np.asarray(blocks.read(np.float64))
+
+
+def _solution(optima: Sequence[Optimum | None], prepared: Prepared, width: int, back: Floats | None) -> _Solution:
     """Puts the labels of one head together and goes back to features that are not centred."""
     coefficients, intercepts = np.zeros((len(optima), width)), np.full(len(optima), np.nan)
     iterations = np.zeros(len(optima), np.int64)
@@ -204,7 +222,7 @@ def _solution(optima: Sequence[Optimum | None], prepared: Prepared, width: int) 
             intercepts[label] = optimum.point[0, width] if optimum.point.shape[1] > width else 0.0
             intercepts[label] -= coefficients[label] @ prepared.mean.astype(np.float64)
             iterations[label] = optimum.iterations
-    return _Solution(coefficients, intercepts, iterations)
+    return _Solution(coefficients if back is None else coefficients @ back.T, intercepts, iterations)
 
 
 class _Batch:
@@ -319,7 +337,8 @@ class MultilabelLogisticRegression(MultilabelLinearClassifier):
     Method: L-BFGS (Liu & Nocedal 1989, "On the limited memory BFGS method for large scale optimization") for all labels at
     once, which share every pass over the features. Features are turned to their principal directions, in which each label's
     second derivative ``C * sum_i(p_i (1 - p_i) x_i x_i') + I`` is nearly diagonal; its diagonal, measured for all labels
-    together on rows sampled in proportion to their curvature, is the preconditioner. Where there are many more rows than
+    together on rows sampled in proportion to their curvature, is the preconditioner. Fewer rows than values are put in a basis
+    of their own span first, which holds all solutions. Where there are many more rows than
     values squared, and above 4,096 values a row, it is as in ``BlockLogisticRegression``.
 
     Args:
