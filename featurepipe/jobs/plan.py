@@ -31,7 +31,9 @@ from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import JobSource, LabelledSource, RetryPolicy, check_labels
 from featurepipe.jobs.step import steps_of
 from featurepipe.jobs.validation import keys_of
+from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
+from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions
 
 
 def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent: bool) -> dict[str, Any]:
@@ -120,6 +122,17 @@ def _upkeep(table: BaseTable) -> str:
     return "always"
 
 
+def _roles_asked(job: Job) -> set[str]:
+    """The names of columns that heads and comparisons take, such as that of the groups."""
+    tables = [*job.train, *([] if job.depth is None else [job.depth])]
+    found = {GROUP}
+    for table in tables:
+        for name in declared(RoleOptions):
+            value = getattr(table, name, None) or ()
+            found.update([value] if isinstance(value, str) else value)
+    return found - {NO_GROUP}
+
+
 def _of_training(table: TrainTable) -> tuple[bool | None, str]:
     if table.when == "always":
         return True, "always"
@@ -166,7 +179,7 @@ class Extractions:
         table = self.job.source
         patience = RetryPolicy(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
         why = self._list(source, patience)
-        images = LabelledSource(source, asked=table.labels is not None)
+        images = LabelledSource(source, asked=table.labels is not None, roles=_roles_asked(self.job))
         if table.labels and not why:
             self._label(images, table.labels, patience)
         for place, features in enumerate(self.job.features):

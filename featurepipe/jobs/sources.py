@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.annotations import column_named
 from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import ALL
@@ -24,7 +25,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import Job
 from featurepipe.jobs.validation import keys_of
 from featurepipe.progress import spoken
-from featurepipe.store.labels import LabelTable, join_labels, read_labels
+from featurepipe.store.labels import ColumnTable, LabelTable, join_labels, read_columns
 
 T = TypeVar("T")
 Wait = Callable[[float, StopRequest], None]
@@ -199,11 +200,13 @@ class LabelledSource:
         source: opens the source, or has it open.
         earlier: the dataset's last snapshot, columns ``id`` and ``label``; None without one.
         table: the file's labels, once they are read; until then the labels are those of ``earlier``.
-        asked: whether the job has a file.
+        asked: whether the job has a file; after ``read``, whether that has labels.
+        roles: names of columns that the job's heads take. A file that has one of them and no labels leaves the images' own.
     """
 
     source: Callable[[], Listed]
     asked: bool
+    roles: Collection[str] = ()
     earlier: pa.Table | None = None
     table: LabelTable | None = field(default=None, repr=False)
 
@@ -224,8 +227,13 @@ class LabelledSource:
             UsageError: it cannot be read, or gives an image two labels.
         """
         check_labels(file)
-        self.table = read_labels(file)
+        columns = read_columns(file)
         ids = self.source().scan()["id"]
+        if column_named("label", columns.columns) is None and any(
+            column_named(name, columns.columns) for name in self.roles
+        ):
+            return self._without_labels(file, columns, ids)
+        self.table = columns.labels()
         labelled = pc.count(self._labels(ids)).as_py()
         strangers = pc.unique(self.table.ids.filter(pc.invert(pc.is_in(self.table.ids, value_set=pc.unique(ids)))))
         warnings = [_of_strangers(file, strangers, ids)] if len(strangers) else []
@@ -240,6 +248,22 @@ class LabelledSource:
             "notes": list(self.table.notes),
         }
         return {**facts, "text": text, "warnings": warnings}
+
+    def _without_labels(self, file: Path, table: ColumnTable, ids: pa.ChunkedArray) -> dict[str, Any]:
+        """Lets the images have their own labels, and tells what the file has."""
+        self.asked = False
+        strangers = pc.unique(table.ids.filter(pc.invert(pc.is_in(table.ids, value_set=pc.unique(ids)))))
+        labelled = pc.count(self.source().scan()["label"]).as_py()
+        own = f"{file.name} has no column label: {labelled:,} of {len(ids):,} images have a label of their own"
+        return {
+            "file": str(file),
+            "labelled": labelled,
+            "unknown": len(strangers),
+            "ignored": list(table.columns),
+            "notes": [],
+            "text": f"{own}; further columns: {', '.join(table.columns)}",
+            "warnings": [_of_strangers(file, strangers, ids)] if len(strangers) else [],
+        }
 
     def _labels(self, ids: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
         table = self.table

@@ -116,3 +116,31 @@ def test_groups_of_the_labels_file_reach_a_jobs_heads(pile):
     assert record["status"] == "failed"
     failed = next(step for step in record["steps"] if step["status"] == "failed")
     assert "1 group of dataset pile has images in both splits, train and test, such as 'p19'" in failed["error"]
+
+
+def test_a_labels_file_without_labels_leaves_those_of_the_images(pile):
+    """It may have groups alone, or the column that a head calls its class; any other file lacks its labels."""
+    pile.fill(3, folder="cat/")
+    pile.fill(3, first=3, folder="dog/")
+    pile.job(source='labels = "labels.csv"')
+    names = [path.relative_to(pile.root).as_posix() for path in sorted(pile.root.rglob("*.png"))]
+
+    def write(column):
+        rows = [f"{name},{number % 2}" for number, name in enumerate(names)]
+        (pile.folder / "labels.csv").write_text("\n".join([f"id,{column}", *rows, "gone.png,1"]) + "\n")
+
+    write("Group")
+    record = pile.run()
+    assert record["status"] == "done"
+    assert labels(pile) == ["cat"] * 3 + ["dog"] * 3
+    assert record["steps"][1]["result"]["labelled"] == 6
+    assert any(
+        "labels 1 ids that the source does not list: gone.png" in line
+        for line in record["steps"][1]["result"]["warnings"]
+    )
+    write("finding")
+    assert pile.run()["status"] == "failed"
+    pile.job('[[train]]\nout = "bundle"\nhead = "centroid"\nlabel = "finding"\n', source='labels = "labels.csv"')
+    record = pile.run()
+    assert record["status"] == "done", [step.get("error") for step in record["steps"]]
+    assert labels(pile) == ["cat"] * 3 + ["dog"] * 3
