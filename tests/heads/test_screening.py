@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from featurepipe.heads.statistics.screening import (
     rates,
     reliability,
     roc,
+    screening_table,
+    screening_text,
 )
 
 Array = npt.NDArray[Any]
@@ -260,3 +263,20 @@ def test_what_cannot_be_measured_is_refused() -> None:
         rates([True], [True, False])
     with pytest.raises(UsageError, match="a cost has no margin"):
         choose_threshold([0.1, 0.2], [True, False], Wish.of("cost=1:1"), margin=True)
+
+
+def test_the_table_holds_all_as_json_and_text() -> None:
+    scores, positive = made(ties=None)
+    found = screening_table(scores, positive, scores >= 0.3, threshold=0.3)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["positives"] == positive.sum()
+    assert found["sensitivity"] == rates(scores >= 0.3, positive)["sensitivity"]
+    assert found["roc"]["thresholds"][0] is None
+    assert found["precision_recall"]["low"][0] is None
+    assert len(found["reliability"]) == 10
+    lines = screening_text(found).splitlines()
+    assert lines[1].split()[:3] == ["sensitivity", "(recall)", f"{found['sensitivity']['value']:.4f}"]
+    assert lines[-1].startswith(f"{found['true_positives']} found, {found['false_negatives']} missed; ")
+    one_side = screening_table(scores, np.zeros(300), scores >= 0.3, threshold=0.3)
+    assert "auc" not in one_side
+    assert "no image is positive" in screening_text(one_side)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.display import table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.auc import one_vs_rest
@@ -245,6 +246,80 @@ def reliability(
             }
         )
     return found
+
+
+HALF = 0.5
+"""The threshold where none was chosen."""
+
+
+def screening_table(
+    scores: npt.ArrayLike,
+    positive: npt.ArrayLike,
+    called: npt.ArrayLike,
+    *,
+    threshold: float,
+    groups: Groups = None,
+    curves: bool = True,
+) -> dict[str, Any]:
+    """All that is measured of one class that is looked for.
+
+    Args:
+        scores: (n,) probabilities of the class.
+        positive: (n,) whether an image is of it.
+        called: (n,) whether it is called so, which is what ``score >= threshold`` says but for ties.
+        threshold: From which score on.
+        groups: (n,) what images belong together, None for an image by itself; None if each is.
+        curves: Whether to give curves and the reliability diagram, too.
+
+    Returns:
+        JSON values: ``images``, ``positives``, ``threshold``, what ``rates`` and, where there are images of both sides, ``areas``
+        say, and with ``curves`` the ``roc`` and ``precision_recall`` (`Curve`) and ``reliability``.
+
+    Raises:
+        UsageError: There is no image, or shapes do not fit.
+    """
+    truth = np.asarray(positive, np.bool_)
+    found = {"images": len(truth), "positives": int(truth.sum()), "threshold": float(threshold)}
+    found |= rates(called, truth, groups=groups)
+    if truth.any() and not truth.all():
+        found |= areas(scores, truth, groups=groups)
+        if curves:
+            found["roc"] = roc(scores, truth, groups=groups).as_dict()
+            found["precision_recall"] = precision_recall(scores, truth, groups=groups).as_dict()
+    if curves:
+        found["reliability"] = reliability(scores, truth, groups=groups)
+    return found
+
+
+_TITLES = {
+    "sensitivity": "sensitivity (recall)",
+    "specificity": "specificity",
+    "ppv": "PPV (precision)",
+    "npv": "NPV",
+    "auc": "AUC",
+    "average_precision": "average precision",
+}
+
+
+def screening_text(found: dict[str, Any]) -> str:
+    """A table of rates and areas with their intervals, and how many images there were.
+
+    Args:
+        found: What ``screening_table`` returned.
+    """
+    rows = []
+    for name, title in _TITLES.items():
+        one = found.get(name)
+        if one is None:
+            continue
+        value = "-" if one["value"] is None else f"{one['value']:.4f}"
+        limits = one.get("reason", "") if one["low"] is None else f"{one['low']:.4f} to {one['high']:.4f}"
+        rows.append([title, value, limits, f"{one['images']:,}" if "images" in one else ""])
+    counts = (
+        f"{found['true_positives']:,} found, {found['false_negatives']:,} missed; "
+        f"{found['false_positives']:,} false alarms, {found['true_negatives']:,} rightly passed"
+    )
+    return f"{table(['measure', 'value', '95 % interval', 'images'], rows)}\n{counts}"
 
 
 AIMS = ("recall", "precision", "cost")
