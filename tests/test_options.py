@@ -61,7 +61,7 @@ WRONG = {"extract": {
     "intensity": "bits=0", "nodes": (),
 }, "train": {
     "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
-    "seed": -1,
+    "seed": -1, "threshold": "recall=2",
 }, "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
 "drift": {"warn": 1, "fail": 0, "seed": -1}}  # fmt: skip
 each_command = pytest.mark.parametrize("command", FUNCTIONS)

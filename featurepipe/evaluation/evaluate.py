@@ -76,7 +76,8 @@ def evaluate(
         JSON values: ``bundle``, ``dataset``, ``split`` (null if not one split) and ``scope`` (the same in words),
         ``counts`` (images, scored, groups where there are any, unlabelled, unknown_classes, unmatched labels, rejected,
         duplicates), ``metrics``
-        (``featurepipe.heads.statistics.metrics.score_table``; of numbers
+        (``featurepipe.heads.statistics.metrics.score_table``, and of two classes, unless ``bootstrap`` is 0, ``screening``, as
+        ``Bundle.screening`` returns it; of numbers
         ``featurepipe.heads.statistics.regression.number_table``, of several labels
         ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
         dataset), ``seconds``.
@@ -125,16 +126,19 @@ def evaluate(
     say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
     with features_at(cluster, chosen.features, source, say) as scored:
         probabilities = model.probabilities(scored)
+    called = model.codes(probabilities)
     metrics = score_table(
         probabilities,
         chosen.codes,
         model.classes,
         ids=chosen.features.ids,
         groups=chosen.features.groups,
+        predicted=called,
         bootstrap=bootstrap,
         seed=seed,
     )
-    correct = probabilities.argmax(axis=1) == chosen.codes
+    if len(model.classes) == 2 and bootstrap:
+        metrics["screening"] = model.screening(probabilities, chosen.codes, chosen.features.groups)
     return {
         "bundle": _about(model, bundle),
         "dataset": name,
@@ -143,7 +147,7 @@ def evaluate(
         "counts": _counts(chosen),
         "metrics": metrics,
         "leakage": {
-            "trained_on": leakage.trained_on(chosen.features, model.seen, correct),
+            "trained_on": leakage.trained_on(chosen.features, model.seen, called == chosen.codes),
             **leakage.report(features),
         },
         "seconds": round(time.monotonic() - started, 3),
@@ -298,6 +302,7 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
         "fingerprint": bundle.fingerprint,
         "classes": len(bundle.classes),
         "temperature": bundle.temperature,
+        **({} if bundle.threshold is None else {"threshold": bundle.threshold}),
     }
 
 

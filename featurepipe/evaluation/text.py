@@ -11,6 +11,7 @@ from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
+from featurepipe.heads.statistics.screening import screening_text
 
 MATRIX_CLASSES = 20
 """Classes up to which the confusion matrix is shown; past it the most frequent confusions."""
@@ -33,6 +34,7 @@ def text(record: Mapping[str, Any]) -> str:
         _heading(record),
         *_warnings(record),
         measures_text(metrics),
+        _screening(metrics.get("screening")),
         _classes(metrics["per_class"]),
         _confusion(metrics),
         _mistakes(metrics),
@@ -182,6 +184,20 @@ def _largest_errors(metrics: Mapping[str, Any]) -> str:
     shown = metrics["mistakes"][:_ROWS]
     rows = [[row["id"], f"{row['true']:.6g}", f"{row['predicted']:.6g}"] for row in shown]
     return f"the {len(rows)} largest errors\n" + table(["id", "true", "predicted"], rows) if len(rows) > 1 else ""
+
+
+def _screening(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    how = (
+        "the bundle's threshold"
+        if found["chosen"]
+        else "the more probable class; featurepipe train --threshold chooses"
+    )
+    return (
+        f"looking for {found['positive']} ({found['positives']:,} of {_images(found['images'])}), from a probability of "
+        f"{found['threshold']:.6g} on ({how})\n{screening_text(found)}"
+    )
 
 
 def _number(value: float | None) -> str:

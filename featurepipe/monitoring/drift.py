@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featurepipe.display import counted
 from featurepipe.errors import BundleError, Message, Option, StoreError, UsageError
@@ -293,11 +294,16 @@ def _refuse_numbers(bundle: Bundle | None) -> Bundle | None:
     return bundle
 
 
+def _codes(bundle: Bundle, side: Any) -> npt.NDArray[np.int64]:
+    """(n,) the labels that the bundle gives, as positions of classes."""
+    if bundle.threshold is None:
+        return np.asarray(bundle.scores(side).argmax(axis=1), np.int64)
+    return bundle.codes(bundle.probabilities(side))
+
+
 def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -> dict[str, Any]:
     width = len(bundle.classes)
-    before, after = (
-        np.bincount(bundle.scores(side).argmax(axis=1), minlength=width) for side in (pair.reference, pair.new)
-    )
+    before, after = (np.bincount(_codes(bundle, side), minlength=width) for side in (pair.reference, pair.new))
     found = class_shift(before, after, permutations=permutations, seed=seed)
     shares = before / before.sum(), after / after.sum()
     order = np.argsort(-np.abs(shares[1] - shares[0]), kind="stable")[:_CLASSES]

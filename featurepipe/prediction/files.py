@@ -55,8 +55,9 @@ class Writer:
 def schema_of(classes: Sequence[str]) -> pa.Schema:
     """The columns of a file of predictions.
 
-    ``id``; ``label``, the most probable class; ``confidence``, its probability; ``reason``, why there is no prediction; and
-    for every class ``p(<class>)``, its probability. Of an image that could not be used all but id and reason is empty.
+    ``id``; ``label``, the most probable class or that of the threshold; ``confidence``, its probability; ``reason``, why there
+    is no prediction; and for every class ``p(<class>)``, its probability. Of an image that could not be used all but id and
+    reason is empty.
     """
     probability = [pa.field(f"p({name})", pa.float32()) for name in classes]
     return pa.schema(
@@ -301,13 +302,18 @@ def _six_digits(column: pa.Array) -> pa.Array:
     return pa.array(rounded, pa.float64(), mask=~np.isfinite(values))
 
 
+def of_label(probabilities: npt.NDArray[np.float32], codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+    """(n,) the probability of each row's label, of (n, K) probabilities and (n,) labels (-1 for none, which gives any)."""
+    return np.take_along_axis(probabilities, np.maximum(codes, 0)[:, None], axis=1)[:, 0]
+
+
 @dataclass(frozen=True)
 class Scored:
     """What became of consecutive rows; it travels from a worker of a cluster to whoever writes the file.
 
     Attributes:
         numbers: int64 (n,), the rows, ascending.
-        codes: int32 (n,), the most probable class of each (of a number or several labels 0), -1 for images that could not be
+        codes: int32 (n,), the label of each (of a number or several labels 0), -1 for images that could not be
             used.
         probabilities: float32 (n, K), NaN for those.
         estimates: float64 (n,), predicted numbers, or (n, K), scores of several labels; NaN for those; None of a bundle with
@@ -350,7 +356,7 @@ class Scored:
         else:
             exact = ready.probabilities(group)
             probabilities[place] = exact
-            codes[place] = exact.argmax(axis=1)
+            codes[place] = ready.bundle.codes(exact)
         return cls(numbers + first, codes, probabilities, reasons, damage, estimates, having)
 
     def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle) -> pa.RecordBatch:
@@ -365,7 +371,7 @@ class Scored:
         columns = [
             own,
             pa.array(classes, pa.string()).take(pa.array(self.codes, mask=empty)),
-            pa.array(self.probabilities.max(axis=1), mask=empty),
+            pa.array(of_label(self.probabilities, self.codes), mask=empty),
             reasons,
             *(pa.array(np.ascontiguousarray(column), mask=empty) for column in self.probabilities.T),
         ]

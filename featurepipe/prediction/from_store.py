@@ -27,6 +27,7 @@ from featurepipe.prediction.files import (
     columns_for,
     labels_batch,
     numbers_batch,
+    of_label,
     predictions_file,
     schema_of,
 )
@@ -82,8 +83,8 @@ def predict_features(
     Returns:
         JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``neutralised`` (cells of a CSV file that got an
         apostrophe), ``counts`` (images, predicted, rejected), ``labels`` (images by label; of several an image counts for
-        each), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``seconds``,
-        ``images_per_second``.
+        each), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``threshold``
+        (of two classes, if the bundle has one), ``seconds``, ``images_per_second``.
 
     Raises:
         BundleError: the bundle cannot be used, or the store has no features of its feature space.
@@ -131,6 +132,7 @@ def predict_features(
         "counts": {"images": len(chosen), "predicted": predicted, "rejected": len(chosen) - predicted},
         "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=False) if count},
         **({"numbers": numbers.as_dict()} if model.target_type == CONTINUOUS else {}),
+        **({} if model.threshold is None else {"threshold": model.threshold}),
         "seconds": round(seconds, 3),
         "images_per_second": round(predicted / seconds, 1),
     }
@@ -157,12 +159,12 @@ class _Images:
         if usable.any():
             exact = bundle.probabilities(self._features.take(place[usable]))
             probabilities[usable] = exact
-            codes[usable] = exact.argmax(axis=1)
+            codes[usable] = bundle.codes(exact)
         ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
         columns = [
             ids,
             pa.array(bundle.classes, pa.string()).take(pa.array(codes, mask=~usable)),
-            pa.array(probabilities.max(axis=1), mask=~usable),
+            pa.array(of_label(probabilities, codes), mask=~usable),
             reasons,
             *(pa.array(np.ascontiguousarray(column), mask=~usable) for column in probabilities.T),
         ]

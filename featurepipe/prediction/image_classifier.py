@@ -97,9 +97,9 @@ class ImageClassifier:
                 (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3).
 
         Returns:
-            (n,) labels, text, in the order of the images; of a bundle that predicts a number float64, and ``bundle.half_width``
-            less and more are the limits of the prediction intervals. Of several labels (n, K), 1 where one is predicted and 0
-            elsewhere, in the order of ``classes_``.
+            (n,) labels, text, in the order of the images (see ``Bundle.predict``); of a bundle that predicts a number
+            float64, and ``bundle.half_width`` less and more are the limits of the prediction intervals. Of several labels
+            (n, K), 1 where one is predicted and 0 elsewhere, in the order of ``classes_``.
 
         Raises:
             UsageError: These are no images, or one of them cannot be used; names it and its position.
@@ -111,7 +111,7 @@ class ImageClassifier:
                 images, self._ready.label_scores, lambda count: np.zeros((count, len(self.classes_)))
             )
             return (scores > self.bundle.thresholds).astype(np.int64)
-        labels: npt.NDArray[np.object_] = self.classes_[self.predict_proba(images).argmax(axis=1)]
+        labels: npt.NDArray[np.object_] = self.classes_[self.bundle.codes(self.predict_proba(images))]
         return labels
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float64]:

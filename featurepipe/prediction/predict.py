@@ -53,7 +53,8 @@ def predict(
 ) -> dict[str, Any]:
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
 
-    The file's columns are ``id``, ``label`` (the most probable class), ``confidence`` (its probability), ``reason``, and
+    The file's columns are ``id``, ``label`` (the most probable class, or by the bundle's threshold), ``confidence`` (its
+    probability), ``reason``, and
     ``p(<class>)`` for each class; in ``.jsonl`` the probabilities are one object by class. Of a bundle that predicts a number
     they are ``id``, ``predicted``, ``low`` and ``high`` (the limits of its prediction interval), and ``reason``; of one that
     predicts several labels ``id``, ``labels`` (those above their thresholds, as ``red|round``), ``reason`` and ``p(<label>)``.
@@ -202,6 +203,7 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
         "family": bundle.family,
         "classes": list(bundle.classes),
         "temperature": bundle.temperature,
+        **({} if bundle.threshold is None else {"threshold": bundle.threshold}),
         **facts,
         "counts": {
             "listed": listing.num_rows,

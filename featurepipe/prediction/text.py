@@ -7,7 +7,7 @@ from typing import Any
 
 from featurepipe.display import neutralised_text
 from featurepipe.extraction.text import damaged_lines
-from featurepipe.heads.bundle.bundle import interval_text
+from featurepipe.heads.bundle.bundle import interval_text, threshold_text
 from featurepipe.prediction.files import range_text
 from featurepipe.progress import duration
 
@@ -24,6 +24,8 @@ def text(record: Mapping[str, Any]) -> str:
     if given:
         shown = ", ".join(f"{name} ({count:,})" for count, name in given[:_LABELS_SHOWN])
         lines.append(shown + (", ..." if len(given) > _LABELS_SHOWN else ""))
+    if record.get("threshold"):
+        lines.append(f"threshold: {threshold_text(record['threshold'])}")
     if record.get("numbers"):
         interval = record["target"]["interval"]
         of = f"; {interval_text(interval)}" if interval else ""

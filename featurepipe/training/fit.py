@@ -183,8 +183,25 @@ def calibrate_labels(task: Task, recipe: Recipe, say: Callable[[str], None]) -> 
     return {"images": len(rows), **found}
 
 
-def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibration | None:
-    """Fits a temperature on the validation rows, with a head fitted on the others; None where there are no validation rows."""
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation rows of known classes, scored by a head that was fitted on the other rows.
+
+    Attributes:
+        rows: (n,) positions.
+        codes: (n,) positions of their classes in ``classes``.
+        scores: (n, K).
+        classes: K names.
+    """
+
+    rows: Array
+    codes: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.floating[Any]]
+    classes: tuple[str, ...]
+
+
+def held_out(task: Task, recipe: Recipe) -> HeldOut:
+    """Fits the recipe's head on the rows that do not validate, and scores those that do."""
     rows = task.division.validation
     head = fit(task, recipe, task.division.train)
     known = {name: code for code, name in enumerate(head.classes_)}
@@ -192,12 +209,20 @@ def calibrate(task: Task, recipe: Recipe, say: Callable[[str], None]) -> Calibra
         [*(known.get(name, -1) for name in task.classes), -1]
     )  # its last is for rows of no known class
     rows = rows[renumbered[task.codes[rows]] >= 0]
+    names = tuple(str(name) for name in head.classes_)
+    if not len(rows):
+        return HeldOut(rows, np.zeros(0, np.int64), np.zeros((0, len(names))), names)
+    with refusals(recipe.head):
+        scores = class_scores(head, task.rows(rows))
+    return HeldOut(rows, renumbered[task.codes[rows]], scores, names)
+
+
+def calibrate(held: HeldOut, say: Callable[[str], None]) -> Calibration | None:
+    """Fits a temperature on the validation rows; None where there are none."""
+    rows, codes, scores = held.rows, held.codes, held.scores
     if not len(rows):
         say("no validation images to calibrate on: probabilities stay as the head gives them")
         return None
-    codes = renumbered[task.codes[rows]]
-    with refusals(recipe.head):
-        scores = class_scores(head, task.rows(rows))
     temperature = fit_temperature(scores, codes)
     before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
     if len(rows) < ENOUGH:

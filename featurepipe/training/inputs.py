@@ -61,6 +61,8 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         "tune": options.tune,
         "calibration": options.calibration,
     }
+    if options.threshold is not None:
+        settings["threshold"] = [options.threshold, options.positive, options.threshold_margin]
     if options.target is not None:
         settings["target"] = options.target
     if task.is_multilabel:

@@ -9,6 +9,7 @@ from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
+from featurepipe.heads.statistics.screening import Wish
 from featurepipe.option_groups import at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import RowOptions
 
@@ -61,6 +62,13 @@ def columns_of(given: Any) -> tuple[str, ...] | None:
     return by_commas(given) if isinstance(given, str) else tuple(given)
 
 
+def _aim(given: Any) -> str | None:
+    if not isinstance(given, str):
+        return "must be text, such as recall=0.95"
+    Wish.of(given)
+    return None
+
+
 MIN_CLASS_SIZE = 2
 DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge"}
 """The head by type of target, where none is named."""
@@ -104,6 +112,16 @@ class TrainOptions(RowOptions):
         "fit a temperature (of a --target: the width of prediction intervals; of --multilabel: a probability and a threshold for "
         "each label) on validation images, which takes one more fit",
     )
+    threshold: str | None = option(
+        None, "of two classes, choose on validation images from which probability on an image is labelled --positive: the "
+        "highest that reaches a recall, the one with the most recall that reaches a precision, or the least cost (of a miss : of "
+        "a false alarm)",
+        metavar="recall=SHARE|precision=SHARE|cost=N:N", check=_aim,
+    )  # fmt: skip
+    positive: str | None = option(None, "the class that a --threshold looks for", metavar="CLASS", check=is_text)
+    threshold_margin: bool = option(
+        False, "let the lower 95 % limit of the recall or precision reach what --threshold wants, not the value alone"
+    )
     min_class_size: int = option(
         MIN_CLASS_SIZE, f"refuse classes with fewer images (default: {MIN_CLASS_SIZE})", check=at_least(1)
     )
@@ -116,6 +134,7 @@ class TrainOptions(RowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_threshold()
         if self.multilabel:
             for name in ("target", "label"):
                 if getattr(self, name) is not None:
@@ -134,6 +153,35 @@ class TrainOptions(RowOptions):
                     Option("min_class_size"), " is about classes, and a ", Option("target"), " has none: leave it out"
                 )
             )
+
+    def _check_threshold(self) -> None:
+        threshold = Option("threshold", self.threshold)
+        if self.threshold is None:
+            for name in ("positive", "threshold_margin"):
+                if getattr(self, name):
+                    aim = Option("threshold", "recall=0.95")
+                    raise UsageError(
+                        Message(
+                            Option(name, getattr(self, name)), " is about a threshold: say what to reach with ", aim
+                        )
+                    )
+            return
+        if self.positive is None:
+            raise UsageError(
+                Message(threshold, " needs the class that is looked for: name it with ", Option("positive"))
+            )
+        if self.target is not None or self.multilabel:
+            other = Option("multilabel" if self.multilabel else "target")
+            raise UsageError(Message(threshold, " is about two classes, not about ", other, ": give one of them"))
+        if self.threshold_margin and Wish.of(self.threshold).aim == "cost":
+            raise UsageError(
+                Message(Option("threshold_margin", value=True), " is about a recall or precision; a cost has no margin")
+            )
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether anything besides parameters is chosen on rows that a further fit leaves out."""
+        return self.calibration or self.threshold is not None
 
     @property
     def target_type(self) -> str:

@@ -55,6 +55,7 @@ def publish(
     labels: str | None,
     column: str | None,
     multilabel: Sequence[str],
+    threshold: dict[str, Any] | None,
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def publish(
         labels: where the labels were from.
         column: of the number that is learned; None for classes.
         multilabel: the columns of several labels that are learned; none for classes.
+        threshold: of two classes, if one was chosen (`threshold.choose`).
         seconds: that it all took.
         say: told what was written.
     """
@@ -103,6 +105,7 @@ def publish(
         training=training,
         seen=np.unique(task.features.take(np.union1d(task.division.final, task.division.validation)).keys64),
         target=_target(task, column, multilabel, calibration),
+        threshold=threshold,
     )
     test = _tested_numbers if task.is_numeric else _tested_labels if task.is_multilabel else _tested
     tested = test(bundle, task)
@@ -133,6 +136,7 @@ def publish(
         "test_left_out": 0 if task.is_multilabel else int((task.codes[task.division.test] < 0).sum()),
         "test_seen": int(np.isin(task.features.take(task.division.test).keys64, bundle.seen).sum()),
         "calibration": calibrated,
+        **({} if threshold is None else {"threshold": threshold}),
         "test": tested,
     }
 
@@ -198,9 +202,14 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
     known = rows[codes >= 0]
     probabilities, truth = bundle.probabilities(task.rows(known)), codes[codes >= 0]
     tested = task.features.take(known)
-    return score_table(
-        probabilities, truth, bundle.classes, ids=tested.ids, groups=tested.groups, bootstrap=bootstrap, seed=task.seed
-    )
+    called = bundle.codes(probabilities)
+    found = score_table(
+        probabilities, truth, bundle.classes, ids=tested.ids, groups=tested.groups, predicted=called, bootstrap=bootstrap,
+        seed=task.seed,
+    )  # fmt: skip
+    if bundle.threshold is not None and bootstrap:
+        found["screening"] = bundle.screening(probabilities, truth, tested.groups, curves=False)
+    return found
 
 
 def _tested_numbers(bundle: Bundle, task: Task) -> dict[str, Any] | None:

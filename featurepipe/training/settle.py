@@ -84,7 +84,7 @@ def settle(
         every = features.codes(features.classes)
         check_classes(features.classes, len(features), say, options.label or "label")
     division = divide(
-        features, every, split=options.split, seed=recipe.seed, validate=options.calibration or options.tune
+        features, every, split=options.split, seed=recipe.seed, validate=options.needs_validation or options.tune
     )
     classes: tuple[str, ...] = ()
     if targets is None:
@@ -117,9 +117,9 @@ def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str]
     tries = grid_size(recipe) * len(task.folds()) if options.tune else 0
     if task.cost.cluster is None:
         say("estimating the time from small fits")
-        task = replace(task, cost=_timed(task, recipe, fits=1 + options.calibration, tries=tries))
+        task = replace(task, cost=_timed(task, recipe, fits=1 + options.needs_validation, tries=tries))
     else:
-        task = replace(task, cost=replace(task.cost, fits=1 + options.calibration + tries))
+        task = replace(task, cost=replace(task.cost, fits=1 + options.needs_validation + tries))
     say(task.cost.text)
     return task
 

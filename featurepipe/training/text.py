@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import table
-from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text
+from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text, threshold_text
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
+from featurepipe.heads.statistics.screening import screening_text
 from featurepipe.progress import spoken
 
 _CLASSES_SHOWN = 10
@@ -38,6 +39,8 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines.append(interval_text(found["calibration"]) if found["calibration"] else "no prediction intervals")
     else:
         lines += _calibration_lines(found["calibration"])
+    if "threshold" in found:
+        lines.append(threshold_text(found["threshold"]))
     lines += _test_lines(found)
     lines.append(f"bundle {found['bundle']}")
     return "\n".join(lines)
@@ -117,6 +120,7 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
         if seen
         else []
     )
+    screening = [screening_text(found["test"]["screening"])] if "screening" in found["test"] else []
     return [
         *warning,
         f"on the {found['test']['images']:,} test images{note}:",
@@ -125,4 +129,5 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
         else labels_text(found["test"])
         if "multilabel" in found
         else measures_text(found["test"]),
+        *screening,
     ]

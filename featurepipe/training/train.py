@@ -14,12 +14,13 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.training.fit import calibrate, calibrate_labels, fit, prediction_interval
+from featurepipe.training.fit import calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, columns_of, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
+from featurepipe.training.threshold import check_threshold, choose
 from featurepipe.training.tuning import search
 
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
@@ -46,6 +47,9 @@ def train(
     class_weight: str | None = None,
     tune: bool = False,
     calibration: bool = True,
+    threshold: str | None = None,
+    positive: str | None = None,
+    threshold_margin: bool = False,
     min_class_size: int = 2,
     memory: int | str | None = None,
     jobs: int = 1,
@@ -89,6 +93,12 @@ def train(
         tune: search the family's grid.
         calibration: fit a temperature on validation rows; of a ``target``, measure there how wide intervals must be to hold
             90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.conformal`).
+        threshold: of two classes, choose on the validation rows from which probability on an image is labelled ``positive``:
+            ``"recall=0.95"`` (the highest that reaches it), ``"precision=0.9"`` (the one with the most recall that reaches it),
+            or ``"cost=10:1"`` (the least cost, where a miss costs ten times what a false alarm does). The bundle keeps it, and
+            labels by it; without, the more probable class is the label.
+        positive: the class that a ``threshold`` looks for.
+        threshold_margin: let the lower 95 % limit of the recall or precision reach what is wanted, not the value alone.
         min_class_size: classes with fewer images are refused.
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
         jobs: fits at once during a search.
@@ -127,6 +137,9 @@ def train(
         pca=components(pca),
         class_weight=class_weight,
         calibration=calibration,
+        threshold=threshold,
+        positive=positive,
+        threshold_margin=threshold_margin,
         min_class_size=min_class_size,
         memory=memory,
         jobs=jobs,
@@ -149,6 +162,7 @@ def train(
         cluster=cluster_name(cluster),
         say=say,
     )
+    check_threshold(task, options)
     inputs = inputs_of(task, recipe, options)
     asked = {"why": why_train(folder, inputs)} if if_changed else {}
     if asked == {"why": []}:
@@ -170,14 +184,21 @@ def train(
         task = replace(task, executor=executor)
         found = search(task, recipe, jobs=jobs, say=say) if tune else None
         chosen = recipe.with_params(found.params) if found else recipe
-        measure = prediction_interval if task.is_numeric else calibrate_labels if task.is_multilabel else calibrate
-        calibrated = measure(task, chosen, say) if calibration else None
+        calibrated: Any = None
+        held = held_out(task, chosen) if task.targets is None and options.needs_validation else None
+        if calibration and held is not None:
+            calibrated = calibrate(held, say)
+        elif calibration:
+            calibrated = (prediction_interval if task.is_numeric else calibrate_labels)(task, chosen, say)
+        cut = None
+        if held is not None and threshold is not None:
+            cut = choose(task, held, calibrated.temperature if calibrated else None, options, say)
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
         record = publish(
             folder, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
-            multilabel=options.multilabel or (),
+            multilabel=options.multilabel or (), threshold=cut,
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}

@@ -46,12 +46,14 @@ CASES = {
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
         "--label class --group patient --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
-        "--no-calibration --min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
+        "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
+        "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
             "labels": "l.csv", "label": "class", "group": "patient", "target": None, "multilabel": None, "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
-            "class_weight": "balanced", "calibration": False, "min_class_size": 5, "memory": "2GB", "jobs": 3,
+            "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
+            "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
         },
     ),
@@ -62,7 +64,8 @@ CASES = {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
             "labels": None, "label": None, "group": None, "target": "age", "multilabel": None, "split": None,
             "params": {}, "tune": False,
-            "pca": None, "class_weight": None, "calibration": True, "min_class_size": 2, "memory": None, "jobs": 1,
+            "pca": None, "class_weight": None, "calibration": True, "threshold": None,
+            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
     ),
@@ -73,7 +76,8 @@ CASES = {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
             "labels": None, "label": None, "group": None, "target": None, "multilabel": ("red", "round"), "split": None,
             "params": {}, "tune": False,
-            "pca": None, "class_weight": None, "calibration": True, "min_class_size": 2, "memory": None, "jobs": 1,
+            "pca": None, "class_weight": None, "calibration": True, "threshold": None,
+            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
     ),

@@ -44,6 +44,7 @@ from featurepipe.heads.calibration import class_scores, label_scores, predicted_
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
+from featurepipe.heads.statistics.screening import HALF, screening_table, screening_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +70,9 @@ class Bundle:
             or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. If it is several labels
             of each image: ``type`` (``"multilabel"``), ``columns`` (that they were learned from), and ``calibration``: None, or
             (K,) ``slopes``, ``offsets`` and ``thresholds`` and the ``images`` that gave them. None for classes.
+        threshold: Of two classes, from which probability (``value``) on an image is labelled ``positive`` (a class, and
+            ``negative`` the other), and how that was chosen: ``wish``, ``margin``, ``reached``, ``reason``, ``images`` and
+            ``rates``. None if the label is the more probable class.
         weights_file: The backbone's own weights inside the bundle, if it has them. Set by ``read_bundle``.
         software: Versions it was written with. Set by ``read_bundle``.
     """
@@ -86,6 +90,7 @@ class Bundle:
     training: dict[str, Any]
     seen: npt.NDArray[np.uint64]
     target: dict[str, Any] | None = None
+    threshold: dict[str, Any] | None = None
     weights_file: Path | None = None
     software: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -179,8 +184,45 @@ class Bundle:
             return self.label_probabilities(self.scores(X))
         return probabilities(self.scores(X), 1.0 if self.temperature is None else self.temperature)
 
+    def codes(self, probabilities: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+        """Returns (n,) positions of the labels in ``classes``: of the most probable class, or by the threshold if there is one.
+
+        Args:
+            probabilities: (n, K), of the classes.
+        """
+        if self.threshold is None:
+            return np.asarray(probabilities.argmax(axis=1), np.int64)
+        positive = self.classes.index(self.threshold["positive"])
+        return np.where(probabilities[:, positive] >= self.threshold["value"], positive, 1 - positive)
+
+    def screening(
+        self, probabilities: npt.NDArray[np.float64], codes: npt.NDArray[np.int64], groups: Any, *, curves: bool = True
+    ) -> dict[str, Any]:
+        """Measures how a bundle of two classes finds one of them: the threshold's ``positive`` class, else the second.
+
+        Args:
+            probabilities: (n, 2).
+            codes: (n,) positions of the true classes.
+            groups: (n,) what images belong together; None if each is by itself.
+            curves: Whether to give curves and reliability, too.
+
+        Returns:
+            ``positive`` and ``negative`` (classes), ``chosen`` (whether the bundle has a threshold, which else is 0.5), and what
+            ``heads.statistics.screening.screening_table`` returns.
+        """
+        own = self.threshold or {"positive": self.classes[1], "value": HALF}
+        positive = self.classes.index(own["positive"])
+        found = screening_table(
+            probabilities[:, positive], codes == positive, self.codes(probabilities) == positive,
+            threshold=own["value"], groups=groups, curves=curves,
+        )  # fmt: skip
+        names = {"positive": self.classes[positive], "negative": self.classes[1 - positive]}
+        return {**names, "chosen": self.threshold is not None, **found}
+
     def predict(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[Any]:
         """Returns (n,) labels: for each row the class of the highest score, and so of the highest probability; or numbers.
+
+        With a threshold the label is its ``positive`` class from that probability on, and the other class below it.
 
         Of several labels it is (n, K), 1 where the score is above the label's threshold and 0 elsewhere.
 
@@ -190,7 +232,8 @@ class Bundle:
             return self.numbers(X)
         if self.target_type == MULTILABEL:
             return (self.scores(X) > self.thresholds).astype(np.int64)
-        labels: npt.NDArray[Any] = np.asarray(self.head.classes_)[self.scores(X).argmax(axis=1)]
+        codes = self.scores(X).argmax(axis=1) if self.threshold is None else self.codes(self.probabilities(X))
+        labels: npt.NDArray[Any] = np.asarray(self.head.classes_)[codes]
         return labels
 
     def check(self, features: Any) -> None:
@@ -327,6 +370,8 @@ def plain_record(bundle: Bundle) -> dict[str, Any]:
     software = _software()
     if bundle.target is not None:
         record["target"] = plain(bundle.target, "target")
+    if bundle.threshold is not None:
+        record["threshold"] = plain(bundle.threshold, "threshold")
     return {
         **record,
         "family": bundle.family,
@@ -447,6 +492,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "params",
         "classes",
         "target",
+        "threshold",
         "temperature",
     )
     found = {name: getattr(bundle, name) for name in (*names, "metrics", "training", "software")}
@@ -479,6 +525,7 @@ def bundle_text(bundle: Bundle) -> str:
         "labels": f"{len(bundle.classes):,}: {_classes(bundle.classes)}" if bundle.target_type == MULTILABEL else "",
         "classes": "" if bundle.target else f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
         "target": _target(bundle),
+        "threshold": threshold_text(bundle.threshold) if bundle.threshold else "",
         "trained": _training(bundle),
         "software": ", ".join(f"{name} {version}" for name, version in bundle.software.items()),
     }
@@ -488,6 +535,8 @@ def bundle_text(bundle: Bundle) -> str:
         return f"{text}\nno test images when it was trained; featurepipe evaluate measures it on others"
     by_type = {CONTINUOUS: numbers_text, MULTILABEL: labels_text}
     measures = by_type.get(bundle.target_type, measures_text)(tested)
+    if "screening" in tested:
+        measures = f"{measures}\n{screening_text(tested['screening'])}"
     return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures}"
 
 
@@ -500,6 +549,23 @@ def labels_calibration_text(calibration: Mapping[str, Any] | None) -> str:
     return (
         f"a probability and a threshold (largest F1) for each label from {calibration['images']:,} unseen images{but}"
     )
+
+
+def threshold_text(threshold: Mapping[str, Any]) -> str:
+    """Says from which probability on an image has which label, why, and what that reached where it was chosen."""
+    limit = ", by the lower 95 % limit" if threshold["margin"] else ""
+    rates = threshold["rates"]
+    missed = "" if threshold["reached"] else f"; WARNING: {threshold['reason']}"
+    return (
+        f"{threshold['positive']} from a probability of {threshold['value']:.6g} on, for {threshold['wish']}{limit}: on the "
+        f"{threshold['images']:,} validation images that chose it {_rate('sensitivity', rates)}, "
+        f"{_rate('specificity', rates)}{missed}"
+    )
+
+
+def _rate(name: str, rates: Mapping[str, Any]) -> str:
+    found = rates[name]
+    return f"{name} {found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})"
 
 
 def interval_text(interval: Mapping[str, Any]) -> str:

@@ -21,7 +21,11 @@ import numpy as np
 
 from featurepipe.errors import BundleError, unsearchable
 
-FORMAT, VERSION = "featurepipe-bundle", 1
+FORMAT, VERSION = "featurepipe-bundle", 2
+"""The greatest version that is read.
+
+Bundles are written as version 1 but those with a threshold, which older readers would pass over and give other labels.
+"""
 MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
     "bundle.json",
     "head.skops",
@@ -89,7 +93,7 @@ def plain(value: Any, where: str) -> Any:
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes ``bundle.json``: ``record`` with the format's name and version, and the checksum of all that."""
-    content = {**record, "format": FORMAT, "version": VERSION}
+    content = {**record, "format": FORMAT, "version": 1 if record.get("threshold") is None else 2}
     content["checksum"] = sha256_of(content)
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
@@ -211,6 +215,7 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
         if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise BundleError(f"{place} is damaged: {name!r} is missing or of the wrong type; {_AGAIN}")
     _check_target(content, place)
+    _check_threshold(content, place)
     target = content.get("target")
     numeric = target is not None and target["type"] == CONTINUOUS
     for name in ("columns",) if numeric else ("classes", "columns"):
@@ -243,6 +248,23 @@ def _check_target(content: Mapping[str, Any], place: Path) -> None:
     interval = None if target is None else target.get("interval")
     if interval is not None and not _is_interval(interval):
         raise BundleError(f"{place} is damaged: its prediction interval is {interval!r}; {_AGAIN}")
+
+
+def _check_threshold(content: Mapping[str, Any], place: Path) -> None:
+    """Checks a threshold, if there is one."""
+    found: Any = content.get("threshold")
+    if found is None:
+        return
+    kinds = {"wish": str, "margin": bool, "reached": bool, "reason": str, "images": int, "rates": dict}
+    fits = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    value = found.get("value") if fits else None
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or content.get("target") is not None
+        or sorted(content["classes"]) != sorted([str(found.get("positive")), str(found.get("negative"))])
+    ):
+        raise BundleError(f"{place} is damaged: its threshold is not one of its two classes; {_AGAIN}")
 
 
 def _calibrates(value: Any, labels: int) -> bool:

@@ -34,6 +34,7 @@ def score_table(
     *,
     ids: Ids = None,
     groups: Groups = None,
+    predicted: npt.ArrayLike | None = None,
     top: Sequence[int] = (5,),
     bootstrap: int = 1000,
     seed: int = 0,
@@ -54,6 +55,8 @@ def score_table(
         ids: (n,) names of the images; by default their positions.
         groups: (n,) what images belong together, such as a patient's, None for an image by itself; intervals are then of so many
             independent groups (``heads.statistics.group_intervals``). None if each image is by itself.
+        predicted: (n,) positions of the classes that are predicted, where that is not the most probable one, as with a threshold.
+            Log-loss, AUC, calibration error and top-k accuracies are of the probabilities whatever is predicted.
         top: Which top-k accuracies to give.
         bootstrap: Draws behind the interval of the calibration error; 0 for no intervals at all.
         seed: Of the draws.
@@ -75,7 +78,7 @@ def score_table(
     names = [str(name) for name in classes]
     scores, truth = _checked(probabilities, codes, names, ids)
     ranked = one_vs_rest(scores, truth)
-    images = _Images(scores, truth, top)
+    images = _Images(scores, truth, top, None if predicted is None else np.asarray(predicted, np.int64))
     table: dict[str, Any] = {"images": len(truth)}
     values = {**images.measures(), "auc": ranked.macro}
     by_group = None if groups is None else GroupSums(group_numbers(groups, len(truth)))
@@ -111,10 +114,13 @@ def score_table(
 class _Images:
     """What is known of each image: its class, what was predicted and how confidently, and whether that was right."""
 
-    def __init__(self, probabilities: Probabilities, codes: Codes, top: Sequence[int]) -> None:
+    def __init__(
+        self, probabilities: Probabilities, codes: Codes, top: Sequence[int], predicted: Codes | None = None
+    ) -> None:
         n, self.classes = probabilities.shape
         self.codes = codes
-        self.predicted: Codes = probabilities.argmax(axis=1)
+        likeliest: Codes = probabilities.argmax(axis=1)
+        self.predicted = likeliest if predicted is None else predicted
         self.confidence = probabilities[np.arange(n), self.predicted].astype(np.float64)
         self.of_truth = probabilities[np.arange(n), codes].astype(np.float64)
         self.correct = self.predicted == codes
@@ -124,10 +130,12 @@ class _Images:
         self.tops = {k: float((place < k).mean()) for k in top if k < self.classes}
         smallest = np.finfo(probabilities.dtype).eps  # what scikit-learn's log_loss takes for 0
         self.losses = -np.log(np.clip(self.of_truth, smallest, 1 - smallest))
-        bins = np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        self.top_confidence = probabilities[np.arange(n), likeliest].astype(np.float64)
+        self.top_correct = likeliest == codes
+        bins = np.clip(np.ceil(self.top_confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
         self.bin_counts = np.bincount(bins, minlength=BINS)
-        self.bin_hits = np.bincount(bins[self.correct], minlength=BINS)
-        self.bin_gaps: Array = np.bincount(bins, self.confidence - self.correct, BINS).astype(np.float64)
+        self.bin_hits = np.bincount(bins[self.top_correct], minlength=BINS)
+        self.bin_gaps: Array = np.bincount(bins, self.top_confidence - self.top_correct, BINS).astype(np.float64)
 
     def measures(self) -> dict[str, float]:
         """The measures but the AUC."""
@@ -156,7 +164,7 @@ def _limits(images: _Images, ranked: OneVsRest, *, draws: int, seed: int) -> dic
         **{name: intervals.proportion(value, n) for name, value in shares.items()},
         "balanced_accuracy": intervals.balanced_accuracy(images.hits, images.support),
         "macro_f1": intervals.macro_f1(images.codes, images.predicted, images.classes),
-        "log_loss": intervals.log_loss(images.losses, images.correct, images.confidence),
+        "log_loss": intervals.log_loss(images.losses, images.top_correct, images.top_confidence),
         "auc": None if np.isnan(ranked.macro) else intervals.macro_auc(ranked, images.support),
         "ece": intervals.calibration_error(images.bin_gaps, images.bin_hits, images.bin_counts, draws=draws, seed=seed),
     }

@@ -7,7 +7,7 @@ images as its variance over whole groups is worth (``heads.statistics.group_inte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,7 +279,7 @@ def screening_table(
         UsageError: There is no image, or shapes do not fit.
     """
     truth = np.asarray(positive, np.bool_)
-    found = {"images": len(truth), "positives": int(truth.sum()), "threshold": float(threshold)}
+    found: dict[str, Any] = {"images": len(truth), "positives": int(truth.sum()), "threshold": float(threshold)}
     found |= rates(called, truth, groups=groups)
     if truth.any() and not truth.all():
         found |= areas(scores, truth, groups=groups)
@@ -301,7 +301,7 @@ _TITLES = {
 }
 
 
-def screening_text(found: dict[str, Any]) -> str:
+def screening_text(found: Mapping[str, Any]) -> str:
     """A table of rates and areas with their intervals, and how many images there were.
 
     Args:

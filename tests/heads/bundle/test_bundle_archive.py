@@ -52,6 +52,20 @@ def test_version_1_predicts_the_same(v1):
     assert v1.predict(x)[:6].tolist() == ["dog", "dog", "cat", "dog", "ünïcorn", "ünïcorn"]
 
 
+def test_version_2_opens_and_labels_by_its_threshold(tmp_path):
+    folder = shutil.copytree(ARCHIVES / "bundle-v2", tmp_path / "bundle-v2")
+    with warnings.catch_warnings():  # that it was written with another scikit-learn
+        warnings.filterwarnings("ignore", ".*was written with scikit-learn", UserWarning)
+        v2 = read_bundle(folder)
+    found = v2.threshold
+    assert (found["positive"], found["value"], found["wish"], found["reached"]) == ("sick", 0.25, "recall=0.95", True)
+    x = np.arange(48, dtype=np.float32).reshape(12, 4) % 7
+    likely = v2.probabilities(x)[:, 1]
+    np.testing.assert_allclose(likely[:4], [0.399232, 0.053871, 0.411613, 0.450548], atol=2e-6)
+    assert v2.predict(x).tolist() == ["sick" if share >= 0.25 else "healthy" for share in likely]
+    assert (likely[v2.predict(x) == "sick"] < 0.5).any()
+
+
 NOW = {name.rpartition(".")[2]: name for name in OURS}
 
 

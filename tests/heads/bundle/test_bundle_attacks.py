@@ -375,9 +375,9 @@ def test_files_that_are_not_listed_are_passed_over_and_listed_ones_checked(folde
 
 def test_a_newer_version_says_to_upgrade(folder):
     manifest = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps(manifest | {"version": 2}))
+    (folder / "bundle.json").write_text(json.dumps(manifest | {"version": 3}))
     with pytest.raises(
-        BundleError, match=r"has version 2 of the format, this featurepipe reads up to 1; run: pip install"
+        BundleError, match=r"has version 3 of the format, this featurepipe reads up to 2; run: pip install"
     ):
         read_bundle(folder)
     for version in (0, True, "1", None):
