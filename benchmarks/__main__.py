@@ -10,6 +10,7 @@ BENCHMARKS = (
     "bench_extract",
     "bench_heads",
     "bench_multilabel",
+    "bench_targets",
     "layer_depth",
     "bench_cluster",
 )

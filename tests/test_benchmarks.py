@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--backbone", "resnet18", "--precision", "fp32"]
-ARGUMENTS = {"bench_extract": SMALL, "bench_cluster": SMALL, "layer_depth": [*SMALL, "--weights", "none"]}
+ARGUMENTS = {
+    "bench_extract": SMALL,
+    "bench_targets": ["--backbone", "lenet5", "--weights", "none", "--node", "bottleneck"],
+    "bench_cluster": SMALL,
+    "layer_depth": [*SMALL, "--weights", "none"],
+}
 
 
 @pytest.mark.slow
@@ -23,6 +28,7 @@ ARGUMENTS = {"bench_extract": SMALL, "bench_cluster": SMALL, "layer_depth": [*SM
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
+        ("bench_targets", {"results"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
         ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),
@@ -35,7 +41,13 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures):
     result = json.loads(run.stdout)
     assert figures <= result.keys()
     assert result["machine"]["cores"] >= 1
-    if name == "bench_extract":
+    if name == "bench_targets":
+        kinds = [
+            f"{kind}, {how}" for kind in ("class", "several labels", "number") for how in ("by group", "without groups")
+        ]
+        assert list(result["results"]) == kinds
+        assert result["results"]["number, by group"]["held out"]["r2"]["value"] > 0.3  # noise of three brightnesses
+    elif name == "bench_extract":
         assert result["results"][0]["worst_cosine"] >= 0.9999
     elif name == "layer_depth":
         (measured,) = result["results"]
