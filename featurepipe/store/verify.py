@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
 from featurepipe.store.atomic import is_temporary, read_json, sync_folder
 from featurepipe.store.choice import usable_keys
@@ -203,9 +204,16 @@ def _broken_snapshots(store: FeatureStore) -> Iterator[tuple[str, str]]:
             except FileNotFoundError:  # removed since it was listed
                 continue
             if file not in sound and is_file(path):  # else it was named already
-                broken = list(_named(store, path, partial(store.snapshot, dataset, run_id)))
+                broken = list(_named(store, path, partial(_read_snapshot, store, dataset, run_id)))
                 yield from broken
                 sound |= set() if broken else {file}
+
+
+def _read_snapshot(store: FeatureStore, dataset: str, run_id: str) -> None:
+    """Reads a snapshot with a manifest's further columns, one after the other: they may be larger than all others."""
+    store.snapshot(dataset, run_id)
+    for name in store.further_columns(dataset, run_id):
+        store.snapshot(dataset, run_id, columns=[KEPT_COLUMN + name])
 
 
 def _named(store: FeatureStore, path: Path, check: Callable[[], object]) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from featurepipe.images.manifest import _texts, _too_large
 from featurepipe.images.open import open_source
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
+from featurepipe.store.verify import verify_store
 
 NAMES = ["a1", "a2", "b1", "b2"]
 KEPT = {
@@ -204,21 +205,21 @@ def test_columns_of_features_and_pictures_are_neither_kept_nor_read(tmp_path):
     names = [f"{row}.png" for row in range(70)]
     pictures = [{"bytes": rng.bytes(9000), "name": name} for name in names]
     table = pa.table(
-        {"path": names, "features": features, "picture": pictures, "box.x": range(70), "box": [[1.5, 2.0]] * 70}
+        {"path": names, "features": features, "picture": pictures, "at.x": range(70), "at": [[1.5, 2.0]] * 70}
     )
     pq.write_table(table, tmp_path / "m.parquet")
     assert _too_large(pq.read_metadata(tmp_path / "m.parquet")) == {"features", "picture"}
     (tmp_path / "m.jsonl").write_text(
         "\n".join(
-            json.dumps({"path": name, "features": row.tolist(), "box.x": x, "box": [1.5, 2.0]})
+            json.dumps({"path": name, "features": row.tolist(), "at.x": x, "at": [1.5, 2.0]})
             for x, (name, row) in enumerate(zip(names, features, strict=True))
         )
     )
     for name in ("m.parquet", "m.jsonl"):
         listing = open_source(tmp_path / name).scan()
-        assert listing.column_names == [*SCHEMA.names, "column:box.x", "column:box"]
-        assert listing["column:box.x"].to_pylist() == list(map(str, range(70)))
-        assert listing["column:box"].to_pylist() == ["[1.5, 2.0]"] * 70
+        assert listing.column_names == [*SCHEMA.names, "column:at.x", "column:at"]
+        assert listing["column:at.x"].to_pylist() == list(map(str, range(70)))
+        assert listing["column:at"].to_pylist() == ["[1.5, 2.0]"] * 70
 
 
 @given(
@@ -361,3 +362,15 @@ def test_the_map_of_a_page_has_the_classes_that_were_compared(kept, tmp_path):
     assert list(found.labels) == ["a", "a", "b", "b"]
     document["provenance"]["options"]["label"] = "patient"
     assert list(_mapped(kept, document, None, print).labels) == ["p", "q", None, "p"]
+
+
+def test_verify_reads_further_columns(kept):
+    path = kept.path / "snapshots" / "d" / f"{kept.snapshot_ids('d')[-1]}.parquet"
+    assert verify_store(kept).clean
+    footer = pq.read_metadata(path)
+    place = next(n for n in range(footer.num_columns) if footer.schema.column(n).path == "column:age")
+    column = footer.row_group(0).column(place)
+    data = bytearray(path.read_bytes())
+    data[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    assert [problem.part for problem in verify_store(kept).problems] == [str(path.relative_to(kept.path))]
