@@ -29,6 +29,7 @@ from featurepipe.reporting.head_sections import (
 from featurepipe.reporting.images import Projection
 from featurepipe.reporting.night_sections import night_sections, nights_title
 from featurepipe.reporting.palette import Paint, Style
+from featurepipe.reporting.screening_sections import screening
 
 Document = Mapping[str, Any]
 Images = Mapping[str, str]
@@ -65,6 +66,7 @@ def compose(
     head = str(part.get("head", "")) if depth else str((document.get("bundle") or {}).get("family", ""))
     sections = [
         *(depth_sections(document, paint) if depth else bundle_sections(document)),
+        screening(metrics, paint),
         details(metrics, column, head, paint),
         map_of_images(projection, small, column, paint),
         mistakes(metrics, large),

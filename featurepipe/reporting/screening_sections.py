@@ -1,0 +1,283 @@
+"""The section about one class that is looked for: rates at the threshold, curves with their bands, the reliability diagram."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bokeh.models import ColumnDataSource, Range1d
+
+from featurepipe.reporting.blocks import (
+    Block,
+    Exhibit,
+    Figures,
+    Key,
+    Panel,
+    Prose,
+    Section,
+    Table,
+    TableCell,
+    bounded,
+    count,
+    finite,
+    interval,
+    percent,
+    plain,
+)
+from featurepipe.reporting.charts import Figure, blank, draw_points, draw_series, hover, label_axis
+from featurepipe.reporting.palette import ACCENT, INK, QUIET, Paint, Style
+
+Document = Mapping[str, Any]
+
+_CURVE = Style(ACCENT)
+_MARK = Style(INK, "diamond", None)
+_BINS = Style(ACCENT, "circle", None)
+_CHANCE = Style(QUIET, None, "dashed")
+_HEIGHT = 380
+_RATES = {
+    "sensitivity": "Sensitivity (recall)",
+    "specificity": "Specificity",
+    "ppv": "PPV (precision)",
+    "npv": "NPV",
+    "auc": "Area under the ROC curve",
+    "average_precision": "Average precision",
+}
+
+
+def screening(metrics: Document, paint: Paint) -> Section | None:
+    """How well one of two classes is found; None without such a measurement."""
+    found = metrics.get("screening") or {}
+    if not found:
+        return None
+    name = str(found.get("positive", ""))
+    blocks: list[Block | None] = [
+        Prose((_sentence(found, name),)),
+        _figures(found),
+        _curves(found, paint),
+        _reliability(found, name, paint),
+        _rates(found),
+    ]
+    return Section("screening", f"Looking for {name}", [block for block in blocks if block])
+
+
+def _sentence(found: Document, name: str) -> str:
+    where = (
+        "the threshold that was chosen on validation images when the head was trained"
+        if found.get("chosen")
+        else "where it is the more probable of the two classes; no threshold was chosen"
+    )
+    hits, missed = found.get("true_positives"), found.get("false_negatives")
+    alarms = found.get("false_positives")
+    return (
+        f"An image is called {name} from a probability of {_probability(found.get('threshold'))} on: {where}. Of "
+        f"{count(found.get('positives'))} images that are {name}, {count(hits)} are found and {count(missed)} missed; "
+        f"{count(alarms)} others are called so, too."
+    )
+
+
+def _probability(value: Any) -> str:
+    number = finite(value)
+    return plain(number) if number is None or number >= 0.01 else f"{number:.3g}"
+
+
+def _figures(found: Document) -> Figures:
+    items = []
+    for name in ("sensitivity", "specificity", "ppv", "npv"):
+        one = found.get(name) or {}
+        bounds = interval(one.get("low"), one.get("high"))
+        items.append((_RATES[name], percent(one.get("value")), bounds or str(one.get("reason", ""))))
+    return Figures(tuple(items))
+
+
+def _rates(found: Document) -> Table:
+    rows = []
+    for name, words in _RATES.items():
+        one = found.get(name) or {}
+        if one:
+            cell = bounded(one.get("value"), one.get("low"), one.get("high"))
+            images = TableCell(count(one["images"]), finite(one["images"])) if "images" in one else TableCell("")
+            rows.append((TableCell(words), TableCell(cell.text, cell.order), TableCell(cell.note), images))
+    header = ("Measure", "Value", "95\u00a0% interval", "Images")
+    return Table("Rates at the threshold, and areas", header, tuple(rows), sortable=False)
+
+
+def _curves(found: Document, paint: Paint) -> Exhibit | None:
+    roc, precision = found.get("roc") or {}, found.get("precision_recall") or {}
+    if not roc.get("x") or not precision.get("x"):
+        return None
+    share = (found.get("positives") or 0) / max(1, found.get("images") or 1)
+    rates = {name: (found.get(name) or {}).get("value") for name in ("sensitivity", "specificity", "ppv")}
+    at = {
+        "roc": (None if rates["specificity"] is None else 1 - rates["specificity"], rates["sensitivity"]),
+        "precision_recall": (rates["sensitivity"], rates["ppv"]),
+    }
+    drawn: list[tuple[Figure, list[Any], list[Any], list[Any]]] = []
+    for name, curve, axes, chance in (
+        ("roc", roc, ("false-positive rate (1 less specificity)", "recall (sensitivity)"), ([0.0, 1.0], [0.0, 1.0])),
+        ("precision_recall", precision, ("recall (sensitivity)", "precision (PPV)"), ([0.0, 1.0], [share, share])),
+    ):
+        drawn.append(_curve(paint, curve, axes, chance, at[name]))
+    titles = ("ROC curve", "Precision over recall")
+    panels = [
+        Panel(title, plot, "square", _spoken(curve))
+        for title, (plot, *_), curve in zip(titles, drawn, (roc, precision), strict=True)
+    ]
+    groups = ("the curve, with its 95\u00a0% band", "at the threshold", "without any skill")
+    styles = (_CURVE, _MARK, _CHANCE)
+    keys = [
+        Key(words, style, tuple(renderer.id for one in drawn for renderer in one[place]))
+        for place, (words, style) in enumerate(zip(groups, styles, strict=True), start=1)
+    ]
+    areas = [
+        f"{_RATES[name][:1].lower()}{_RATES[name][1:]} {percent(one.get('value'))} ({interval(one.get('low'), one.get('high'))})"
+        for name in ("auc", "average_precision")
+        if (one := found.get(name))
+    ]
+    return Exhibit(
+        "What other thresholds would give",
+        f"{', '.join(areas)}."[:1].upper() + f"{', '.join(areas)}."[1:],
+        tuple(panels),
+        tuple(key for key in keys if key.models),
+        _points(roc, precision),
+        note="The band holds the curve's height at each single place in 95 of 100 test sets; not the whole curve at once.",
+    )
+
+
+def _curve(
+    paint: Paint,
+    curve: Document,
+    axes: tuple[str, str],
+    chance: tuple[list[float], list[float]],
+    at: tuple[float | None, float | None],
+) -> tuple[Figure, list[Any], list[Any], list[Any]]:
+    """A plot, and its renderers: curve and band, the threshold's mark, the line of no skill."""
+    plot = _square(paint, axes)
+    source = ColumnDataSource({"x": chance[0], "y": chance[1]})
+    flat = plot.line("x", "y", source=source, line_width=1.5, line_dash="dashed")
+    _quiet(paint, flat, line_color=QUIET)
+    band = _band(plot, paint, curve)
+    rows = list(zip(*(curve[name] for name in ("x", "y", "low", "high", "thresholds")), strict=True))
+    source = ColumnDataSource(
+        {
+            "x": [row[0] for row in rows],
+            "y": [row[1] for row in rows],
+            "place": [percent(row[0]) for row in rows],
+            "height": [percent(row[1]) for row in rows],
+            "limits": [interval(row[2], row[3]) or "none" for row in rows],
+            "threshold": [_probability(row[4]) for row in rows],
+        }
+    )
+    line = plot.line("x", "y", source=source, line_width=2)
+    _quiet(paint, line, line_color=ACCENT)
+    touched = plot.scatter("x", "y", source=source, size=14, fill_alpha=0, line_alpha=0)
+    touched.nonselection_glyph = touched.muted_glyph = None
+    hover(
+        plot, [touched],
+        [(axes[0].split(" (")[0], "place"), (axes[1].split(" (")[0], "height"), ("95\u00a0% interval", "limits"),
+         ("probability from", "threshold")],
+        title="height",
+    )  # fmt: skip
+    mark = []
+    if at[0] is not None and at[1] is not None:
+        mark = [draw_points(plot, paint, ColumnDataSource({"x": [at[0]], "y": [at[1]]}), _MARK, size=13)]
+    return plot, [band, line, touched], mark, [flat]
+
+
+def _square(paint: Paint, axes: tuple[str, str]) -> Figure:
+    plot = blank(paint, height=_HEIGHT)
+    plot.x_range, plot.y_range = Range1d(start=-0.01, end=1.01), Range1d(start=-0.01, end=1.02)
+    for axis, words in zip((plot.xaxis[0], plot.yaxis[0]), axes, strict=True):
+        label_axis(axis, words, shares=True)
+    return plot
+
+
+def _band(plot: Figure, paint: Paint, curve: Document) -> Any:
+    known = [row for row in zip(curve["x"], curve["low"], curve["high"], strict=True) if finite(row[1]) is not None]
+    source = ColumnDataSource({name: [row[k] for row in known] for k, name in enumerate(("x", "low", "high"))})
+    band = plot.varea("x", "low", "high", source=source, fill_alpha=0.2)
+    _quiet(paint, band, fill_color=ACCENT)
+    return band
+
+
+def _quiet(paint: Paint, renderer: Any, **colours: Any) -> None:
+    renderer.nonselection_glyph = None
+    renderer.muted_glyph = None
+    paint.set(renderer.glyph, **colours)
+
+
+def _spoken(curve: Document) -> str:
+    places = [int(k * (len(curve["x"]) - 1) / 4) for k in range(5)]
+    return ", ".join(f"{percent(curve['y'][k])} at {percent(curve['x'][k])}" for k in places)
+
+
+_TABLED = 20
+
+
+def _points(roc: Document, precision: Document) -> Table:
+    """Some points of both curves, which have the same thresholds where they were thinned alike."""
+    at = {t: k for k, t in enumerate(precision["thresholds"]) if t is not None}
+    shared = [k for k, t in enumerate(roc["thresholds"]) if t in at]
+    kept = [shared[int(k * (len(shared) - 1) / max(1, _TABLED - 1))] for k in range(min(_TABLED, len(shared)))]
+    rows = []
+    for k in kept:
+        other = at[roc["thresholds"][k]]
+        rows.append(
+            (
+                TableCell(_probability(roc["thresholds"][k]), roc["thresholds"][k]),
+                bounded(roc["y"][k], roc["low"][k], roc["high"][k]),
+                TableCell(percent(1 - roc["x"][k]), 1 - roc["x"][k]),
+                bounded(precision["y"][other], precision["low"][other], precision["high"][other]),
+            )
+        )
+    header = ("Probability from", "Recall", "Specificity", "Precision")
+    return Table("Points of the curves", header, tuple(rows))
+
+
+def _reliability(found: Document, name: str, paint: Paint) -> Exhibit | None:
+    bins = found.get("reliability") or []
+    if len(bins) < 2:
+        return None
+    plot = _square(paint, (f"probability of {name}", f"share that is {name}"))
+    source = ColumnDataSource({"x": [0, 1], "y": [0, 1]})
+    ideal = plot.line("x", "y", source=source, line_width=1.5, line_dash="dashed")
+    _quiet(paint, ideal, line_color=QUIET)
+    source = ColumnDataSource(
+        {
+            "x": [one["probability"] for one in bins],
+            "y": [one["observed"] for one in bins],
+            "low": [one["low"] for one in bins],
+            "high": [one["high"] for one in bins],
+            "words": [f"{percent(one['observed'])} of {count(one['images'])} images" for one in bins],
+            "mean": [percent(one["probability"]) for one in bins],
+            "limits": [interval(one["low"], one["high"]) for one in bins],
+        }
+    )
+    renderers, points = draw_series(plot, paint, source, _BINS)
+    hover(plot, [points], [("mean probability", "mean"), ("95\u00a0% interval", "limits")], title="words")
+    threshold = finite(found.get("threshold"))
+    if threshold is not None:
+        source = ColumnDataSource({"x": [threshold] * 2, "y": [0, 1]})
+        _quiet(paint, plot.line("x", "y", source=source, line_width=1.5, line_dash="dotted"), line_color=INK)
+    off = sum(not one["low"] <= one["probability"] <= one["high"] for one in bins)
+    rows = tuple(
+        (
+            TableCell(f"{_probability(one['from'])} to {_probability(one['to'])}", one["from"]),
+            TableCell(percent(one["probability"]), one["probability"]),
+            bounded(one["observed"], one["low"], one["high"]),
+            TableCell(count(one["images"]), one["images"]),
+        )
+        for one in bins
+    )
+    header = ("Probability", "Mean", f"Share that is {name}", "Images")
+    return Exhibit(
+        "Can the probabilities be relied on?",
+        f"Of {len(bins)} bins of about equally many images, {len(bins) - off} hold their mean probability within the 95\u00a0% "
+        f"interval of the share that is {name}.",
+        (Panel("Reliability", plot, "square"),),
+        (
+            Key("bins of images", _BINS, tuple(renderer.id for renderer in renderers)),
+            Key("probabilities that are right", _CHANCE, (ideal.id,)),
+        ),
+        Table("Bins", header, rows, sortable=False),
+        note="The dotted line is the threshold." if threshold is not None else "",
+    )
