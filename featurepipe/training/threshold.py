@@ -80,7 +80,10 @@ def choose(
         say(f"WARNING: {found.reason}")
     fewest = min(int(truth.sum()), int((~truth).sum()))
     if fewest < FEW:
-        say(f"{counted(fewest, 'validation image')} of one class are few to choose a threshold on: take it as rough")
+        say(
+            f"{counted(fewest, 'validation image')} of one class are few to choose a threshold on: new images may fall far short "
+            "of what was wanted; give a larger val split, or ask for a margin"
+        )
     return {
         "positive": positive,
         "negative": held.classes[1 - code],

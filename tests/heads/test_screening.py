@@ -19,6 +19,7 @@ from sklearn.metrics import (
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.screening import (
     Wish,
     areas,
@@ -56,6 +57,14 @@ def test_curves_and_areas_are_those_of_scikit_learn(ties: int | None) -> None:
     found = areas(scores, positive)
     assert found["auc"]["value"] == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
     assert found["average_precision"]["value"] == pytest.approx(average_precision_score(positive, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_auc_and_its_interval_are_those_of_the_table_of_scores(size: int) -> None:
+    scores, positive = made(200, ties=None)
+    groups = None if size == 1 else (np.arange(200) // size).astype(str).astype(object)
+    table = score_table(np.stack([1 - scores, scores], 1), positive.astype(int), ["no", "yes"], groups=groups)
+    assert areas(scores, positive, groups=groups)["auc"] == pytest.approx(table["auc"])
 
 
 def test_average_precision_s_influences_are_what_leaving_an_image_out_changes() -> None:

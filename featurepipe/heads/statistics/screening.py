@@ -17,7 +17,7 @@ import numpy.typing as npt
 from featurepipe.display import table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
-from featurepipe.heads.statistics.auc import one_vs_rest
+from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
 from featurepipe.heads.statistics.group_intervals import group_numbers
 from featurepipe.heads.statistics.intervals import Limits
 
@@ -199,11 +199,10 @@ def areas(scores: npt.ArrayLike, positive: npt.ArrayLike, *, groups: Groups = No
     """
     images = _Images.of(scores, positive, groups)
     ranked = one_vs_rest(np.stack([-images.scores, images.scores], axis=1), images.positive.astype(np.int64))
-    fewer = min(images.positives, images.negatives)
-    value, influence = images.average_precision()
+    low, high = images.auc_limits(ranked)
     return {
-        "auc": images.area(float(ranked.values[1]), ranked.influence, 3 * fewer),
-        "average_precision": images.area(value, influence, 3 * fewer),
+        "auc": {"value": float(ranked.values[1]), "low": low, "high": high},
+        "average_precision": images.area(*images.average_precision()),
     }
 
 
@@ -522,9 +521,18 @@ class _Images:
         variance = float((totals**2).sum()) * groups / (groups - 1) / count**2
         return group_intervals.limits(value, variance, count, groups)
 
-    def area(self, value: float, influence: Floats, most: float) -> dict[str, float]:
+    def auc_limits(self, ranked: OneVsRest) -> Limits:
+        """The interval of the AUC, the same as ``heads.statistics.metrics.score_table`` gives for two classes."""
+        if self.groups is None:
+            return intervals.macro_auc(ranked, np.array([self.negatives, self.positives]))
+        groups = int(self.groups.max()) + 1
+        variance = float((np.bincount(self.groups, ranked.influence) ** 2).sum()) * groups / (groups - 1)
+        return group_intervals.limits(ranked.macro, variance, 6.0 * min(self.positives, self.negatives), groups)
+
+    def area(self, value: float, influence: Floats) -> dict[str, float]:
         """A measure with the interval that its influences give."""
         fewer = min(self.positives, self.negatives)
+        most = 3.0 * fewer
         if self.groups is None:
             variance = float((influence**2).sum())
             inner = (value * 2 * fewer + 1) / (2 * fewer + 2)
