@@ -164,9 +164,10 @@ def test_a_bundle_keeps_its_threshold_and_older_readers_refuse_it(zoo, run, tmp_
     assert describe_bundle(bundle)["threshold"] == bundle.threshold
     assert "threshold dog from a probability of" in bundle_text(bundle)
     assert "for recall=0.9, by the lower 95 % limit" in bundle_text(bundle)
-    wrong = replace(bundle, threshold={**bundle.threshold, "positive": "emu"})
-    with pytest.raises(BundleError, match="its threshold is not one of its two classes"):
-        write_bundle(tmp_path / "wrong", wrong)
+    for name, value in (("positive", "emu"), ("value", "0.5"), ("rates", {}), ("images", None)):
+        wrong = replace(bundle, threshold={**bundle.threshold, name: value})
+        with pytest.raises(BundleError, match="its threshold is not one of its two classes"):
+            write_bundle(tmp_path / "wrong", wrong)
 
 
 def test_groups_stay_together_and_count_as_one(zoo, run):

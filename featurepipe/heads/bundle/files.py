@@ -250,6 +250,11 @@ def _check_target(content: Mapping[str, Any], place: Path) -> None:
         raise BundleError(f"{place} is damaged: its prediction interval is {interval!r}; {_AGAIN}")
 
 
+def _is_measured(rate: Any) -> bool:
+    numbers = [rate.get(name) for name in ("value", "low", "high")] if isinstance(rate, dict) else [None]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers)
+
+
 def _check_threshold(content: Mapping[str, Any], place: Path) -> None:
     """Checks a threshold, if there is one."""
     found: Any = content.get("threshold")
@@ -257,6 +262,7 @@ def _check_threshold(content: Mapping[str, Any], place: Path) -> None:
         return
     kinds = {"wish": str, "margin": bool, "reached": bool, "reason": str, "images": int, "rates": dict}
     fits = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    fits = fits and all(_is_measured(found["rates"].get(name)) for name in ("sensitivity", "specificity"))
     value = found.get("value") if fits else None
     if (
         not isinstance(value, int | float)
