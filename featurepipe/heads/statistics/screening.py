@@ -514,7 +514,7 @@ class _Images:
         if self.groups is None:
             return intervals.proportion(value, count)
         rest = np.where(of, hit - value, 0.0)
-        groups = len(np.unique(self.groups[of]))
+        groups = int(np.count_nonzero(np.bincount(self.groups[of])))
         if groups < 2:
             return 0.0, 1.0  # of one group nothing can be said of others
         totals = np.bincount(self.groups, rest)
