@@ -101,7 +101,7 @@ def evaluate(
         )
     if model.target_type == MULTILABEL and target is None:
         roles = RoleOptions(
-            label=label, group=group, multilabel=columns or tuple((model.target or {}).get("columns", ()))
+            label=label, group=group, multilabel=columns or tuple((model.target or {}).get("columns", ())) or None
         )
         return _evaluate_labels(
             model, bundle, source, features, labels, roles,

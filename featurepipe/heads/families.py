@@ -382,9 +382,9 @@ def make_head(
     return Pipeline([*steps, ("head", head)])
 
 
-def refuse_weights(name: str, argument: str = "sample_weight") -> UsageError:
+def refuse_weights(name: str, argument: str = "sample_weight", target_type: str = "multiclass") -> UsageError:
     """Builds the error for class or sample weights given to a family that takes none."""
-    takers = ", ".join(family.name for family in HEADS.values() if family.weights)
+    takers = ", ".join(family.name for family in FAMILIES[target_type].values() if family.weights)
     return UsageError(f"{name} takes no {argument}; heads that do: {takers}")
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import OptionGroup, by_commas, is_text, option
+from featurepipe.option_groups import OptionGroup, by_commas, is_text, not_empty, option
 
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
 NO_GROUP = "none"
+
+
+def columns_of(given: Any) -> tuple[str, ...] | None:
+    """Columns by name: one text with commas, several texts, or None for none."""
+    if given is None:
+        return None
+    return by_commas(given) if isinstance(given, str) else tuple(given)
 
 
 def is_file_of_groups(given: str) -> bool:
@@ -35,13 +43,18 @@ class RoleOptions(RowOptions):
     """What is learned of an image, and how much it counts; columns as those of `RowOptions`."""
 
     target: str | None = option(
-        None, "column of a number to estimate: regression instead of classes", metavar="COLUMN", check=is_text
-    )
-    multilabel: tuple[str, ...] = option(
-        (), "several labels an image: a column of texts such as red|round, or of JSON lists; or a column of 0 and 1 for each",
-        metavar="COLUMN,...", read=lambda given: by_commas(given) if isinstance(given, str) else tuple(given),
+        None, "column of a number to estimate, instead of classes: regression, with prediction intervals",
+        metavar="COLUMN", check=is_text,
     )  # fmt: skip
-    weight: str | None = option(None, "column of the weight of each image", metavar="COLUMN", check=is_text)
+    multilabel: tuple[str, ...] | None = option(
+        None, "several labels an image, instead of one class: a column of texts such as red|round, or of JSON lists; or a column "
+        "of 0 and 1 for each, empty where it is not known",
+        metavar="COLUMN,...", check=not_empty, read=columns_of,
+    )  # fmt: skip
+    weight: str | None = option(
+        None, "column of how much each image counts while a head is fitted, from 0 (measures count all alike)",
+        metavar="COLUMN", check=is_text,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

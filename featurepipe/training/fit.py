@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from featurepipe.heads.calibration import (
 from featurepipe.heads.statistics.conformal import conformal_half_width, least_units
 from featurepipe.heads.statistics.regression import units_of
 from featurepipe.store.views import FeatureSet
-from featurepipe.training.task import Recipe, Task
+from featurepipe.training.task import Recipe, Task, weighted
 
 if TYPE_CHECKING:
     from featurepipe.execution import SpreadFeatures
@@ -70,7 +70,7 @@ def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | No
     features, answers = task.rows(rows), task.answers(rows)
     start = time.perf_counter()
     with refusals(recipe.head):
-        _fit(head, features, answers, task)
+        _fit(head, features, answers, task, weighted(head, task.weights(rows)))
     if say:
         say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
     return head
@@ -87,12 +87,14 @@ def refusals(head: str) -> Iterator[None]:
         raise UsageError(f"{head} cannot be fitted: {error}") from error
 
 
-def _fit(head: BaseEstimator, features: FeatureSet | SpreadFeatures, answers: Array, task: Task) -> None:
+def _fit(
+    head: BaseEstimator, features: FeatureSet | SpreadFeatures, answers: Array, task: Task, weights: Mapping[str, Any]
+) -> None:
     if task.cost.solver == "blocks" or not isinstance(features, FeatureSet):
-        head.fit(features, answers)
+        head.fit(features, answers, **weights)
     else:
         with threads_for(features.shape), constant_columns():
-            head.fit(features.read(np.float32), answers)
+            head.fit(features.read(np.float32), answers, **weights)
 
 
 @contextmanager

@@ -68,6 +68,9 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     if task.is_multilabel:
         settings["multilabel"] = list(task.classes)
     rows = np.union1d(task.division.final, task.division.validation)
+    if (weights := task.weights(rows)) is not None:
+        order = np.lexsort((weights, task.features.keys64[rows]))
+        settings["weight"] = hashlib.sha256(np.ascontiguousarray(weights[order], "<f8")).hexdigest()
     return Inputs(
         fingerprint=task.features.space_fingerprint,
         columns=task.features.columns,

@@ -10,8 +10,8 @@ from typing import Any
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
 from featurepipe.heads.statistics.screening import Wish
-from featurepipe.option_groups import at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
-from featurepipe.store.options import RowOptions
+from featurepipe.option_groups import at_least, is_bytes, is_number, is_text, not_empty, option
+from featurepipe.store.options import RoleOptions
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
 """The heads for any type of target."""
@@ -55,13 +55,6 @@ def _memory(given: Any) -> str | None:
     )
 
 
-def columns_of(given: Any) -> tuple[str, ...] | None:
-    """Columns by name: one text with commas, several texts, or None for none."""
-    if given is None:
-        return None
-    return by_commas(given) if isinstance(given, str) else tuple(given)
-
-
 def _aim(given: Any) -> str | None:
     if not isinstance(given, str):
         return "must be text, such as recall=0.95"
@@ -75,7 +68,7 @@ DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RowOptions):
+class TrainOptions(RoleOptions):
     """What head is fitted to which columns, and how."""
 
     nodes: tuple[str, ...] = option(
@@ -83,15 +76,6 @@ class TrainOptions(RowOptions):
         "a column as featurepipe info lists it; several are put side by side; recommended: as featurepipe depth found "
         "(default: bottleneck)",
         metavar="COLUMN", check=not_empty,
-    )  # fmt: skip
-    target: str | None = option(
-        None, "column of a number to estimate, instead of classes: regression, with prediction intervals",
-        metavar="COLUMN", check=is_text,
-    )  # fmt: skip
-    multilabel: tuple[str, ...] | None = option(
-        None, "several labels an image, instead of one class: a column of texts such as red|round, or of JSON lists; or a column "
-        "of 0 and 1 for each, empty where it is not known",
-        metavar="COLUMN,...", check=not_empty, read=columns_of,
     )  # fmt: skip
     head: str | None = option(
         None, f"kind of head (default: {DEFAULT_HEADS['multiclass']}; for a --target {DEFAULT_HEADS['continuous']}, or "
@@ -135,18 +119,11 @@ class TrainOptions(RowOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_threshold()
-        if self.multilabel:
-            for name in ("target", "label"):
-                if getattr(self, name) is not None:
-                    first, other = Option(name), Option("multilabel")
-                    raise UsageError(Message(first, " and ", other, " are two kinds of target; give one of them"))
         if self.target is None:
             return
-        for name, why in (("class_weight", "weighs classes"), ("label", "names a class")):
-            if getattr(self, name) is not None:
-                raise UsageError(
-                    Message(Option(name), f" {why}, and a ", Option("target"), " is a number: give one of them")
-                )
+        if self.class_weight is not None:
+            weighs, target = Option("class_weight"), Option("target")
+            raise UsageError(Message(weighs, " weighs classes, and a ", target, " is a number: give one of them"))
         if self.min_class_size != MIN_CLASS_SIZE:
             raise UsageError(
                 Message(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featurepipe.annotations import check_classes
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.families import families_for
+from featurepipe.heads.families import families_for, refuse_weights
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.options import RoleOptions
@@ -68,10 +68,9 @@ def settle(
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
-    roles = RoleOptions(
-        label=options.label, group=options.group, target=options.target, multilabel=options.multilabel or ()
-    )
-    found = with_roles(store, found, labels, roles, say, snapshot=snapshot)
+    if options.weight is not None and not recipe.family.weights:
+        raise refuse_weights(recipe.head, "weight", recipe.target_type)
+    found = with_roles(store, found, labels, RoleOptions.of(options), say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     targets: npt.NDArray[Any] | None = None
     if options.target is not None:

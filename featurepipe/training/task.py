@@ -69,6 +69,13 @@ class Recipe:
         return make_head(self.head, out_of_core=out_of_core, **self.options(memory), **self.params)
 
 
+def weighted(head: BaseEstimator, weights: npt.NDArray[np.float64] | None) -> dict[str, Any]:
+    """The keyword arguments of ``head.fit`` that give its last step the rows' weights; none where there are none."""
+    if weights is None:
+        return {}
+    return {f"{head.steps[-1][0]}__sample_weight" if hasattr(head, "steps") else "sample_weight": weights}
+
+
 @dataclass(frozen=True)
 class Task:
     """A training with everything settled.
@@ -109,6 +116,10 @@ class Task:
     def answers(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What is learned of some rows: (m,) labels or numbers, or (m, K) several labels."""
         return self.features.take(positions).labels if self.targets is None else self.targets[positions]
+
+    def weights(self, positions: npt.NDArray[Any]) -> npt.NDArray[np.float64] | None:
+        """How much each of some rows counts while a head is fitted, (m,); None if all count alike."""
+        return self.features.take(positions).weights
 
     def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
         """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""

@@ -14,9 +14,10 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
+from featurepipe.store.options import columns_of
 from featurepipe.training.fit import calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, columns_of, components
+from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -41,6 +42,7 @@ def train(
     group: str | None = None,
     target: str | None = None,
     multilabel: str | Sequence[str] | None = None,
+    weight: str | None = None,
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
     pca: float | None = None,
@@ -86,6 +88,8 @@ def train(
             lists, or one of 0 and 1 for each label. Unknown entries are left out label by label; folds hold the rarest label of
             each image evenly. A label that nearly all or no training images have is refused; ``params={"one_sided": "drop"}``
             leaves such labels out.
+        weight: the column of how much each image counts while heads are fitted, also those of a search; measures count all
+            images alike.
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
         pca: components (a number) or share of the variance to keep.
@@ -132,6 +136,7 @@ def train(
         group=group,
         target=target,
         multilabel=columns_of(multilabel),
+        weight=weight,
         split=split,
         tune=tune,
         pca=components(pca),

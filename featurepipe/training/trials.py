@@ -100,7 +100,7 @@ class DataElsewhere:
     fit: Trying
     room: Room
     answers: Array | None = None
-    _read: tuple[Array, Array] | None = field(default=None, init=False)
+    _read: tuple[Array, Array, Array | None] | None = field(default=None, init=False)
     _turns: threading.BoundedSemaphore | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -123,13 +123,13 @@ class DataElsewhere:
         with self._turns, threadpool_limits(1):
             yield self._data()
 
-    def _data(self) -> tuple[Array, Array]:
-        """Features (n, D), float32, and labels or numbers (n,); the process's other fits get the same arrays."""
+    def _data(self) -> tuple[Array, Array, Array | None]:
+        """Features (n, D), float32, labels or numbers (n,), and weights, if any; the process's other fits get the same arrays."""
         with self._lock:
             if self._read is None:
                 features, labels = self.features.numpy()
                 answers = labels if self.answers is None else self.answers
-                self._read = features, np.asarray(answers)  # all rows have labels
+                self._read = features, np.asarray(answers), self.features.weights  # all rows have labels
             return self._read
 
 

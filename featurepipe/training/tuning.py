@@ -20,6 +20,7 @@ from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
+from featurepipe.training.task import weighted
 from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
 
 if TYPE_CHECKING:
@@ -161,7 +162,10 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     last.set_params(**ROUGH)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
     ready = Pipeline(before).fit_transform(features) if before else features
-    fitted = fit_path(last, ready, features.labels, Cs=values, folds=[rows for rows, _ in folds])
+    weights = task.weights(rows)
+    fitted = fit_path(
+        last, ready, features.labels, Cs=values, folds=[train for train, _ in folds], sample_weight=weights
+    )
     accuracies = []
     for path, check in zip(fitted, checks, strict=True):
         part = task.rows(check)
@@ -184,7 +188,7 @@ def _c_for_each_label(
     features = task.rows(rows) if blocks else task.features.take(rows).read(np.float32)
     *before, (_, last) = steps_of(recipe.make(out_of_core=blocks, memory=task.cost.budget_bytes))
     ready = Pipeline(before).fit_transform(features) if before else features  # which see no label
-    found = tune_labels(last, ready, task.answers(rows), Cs=values, folds=folds)
+    found = tune_labels(last, ready, task.answers(rows), Cs=values, folds=folds, sample_weight=task.weights(rows))
     means = [float(np.nanmean(row)) if not np.isnan(row).all() else 0.0 for row in found.average_precision]
     trials = [Trial({"C": C}, mean, (), measure="map") for C, mean in zip(found.Cs, means, strict=True)]
     return trials, {"C": found.C.tolist()}
@@ -206,11 +210,13 @@ def _each_by_itself(
         how = f"each by itself, {there} at a time on the cluster"
     elif task.cost.solver == "blocks":
         heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
-        results = try_all(LocalExecutor(), DataHere(Answered(task.rows(rows), task.answers(rows)), places, fit), heads)
+        blocks = Answered(task.rows(rows), task.answers(rows), task.weights(rows))
+        results = try_all(LocalExecutor(), DataHere(blocks, places, fit), heads)
         how = "each by itself, 1 at a time"
     else:
         jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
-        here = DataHere((task.features.take(rows).read(np.float32), task.answers(rows)), places, fit)
+        arrays = (task.features.take(rows).read(np.float32), task.answers(rows), task.weights(rows))
+        here = DataHere(arrays, places, fit)
         heads = _heads(recipe, points, memory=task.cost.budget_bytes)
         processes = (
             LocalExecutor() if jobs == 1 else ProcessExecutor(jobs, threads=max(1, (os.cpu_count() or 1) // jobs))
@@ -260,29 +266,33 @@ def _quality(predicted: Array, answers: Array) -> float:
 
 
 class Answered(NamedTuple):
-    """Features that are read in blocks, and the (n,) labels or numbers of their rows."""
+    """Features that are read in blocks, and of their rows the (n,) labels or numbers, and weights, if there are any."""
 
     features: Any
     answers: Array
+    weights: Array | None
 
 
 def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
+    features, answers, weights = _part(data, train)
+    others, truth, _ = _part(data, check)
     with constant_columns():
-        if _part(data, train[:1])[1].ndim == 2:
-            return _mean_average_precision(head, *_part(data, train), *_part(data, check)), {}
-        head.fit(*_part(data, train))
-    features, answers = _part(data, check)
-    return _quality(head.predict(features), answers), {}
+        if answers.ndim == 2:
+            return _mean_average_precision(head, (features, answers), weights, others, truth), {}
+        head.fit(features, answers, **weighted(head, weights))
+    return _quality(head.predict(others), truth), {}
 
 
-def _mean_average_precision(head: BaseEstimator, features: Any, answers: Array, others: Any, truth: Array) -> float:
+def _mean_average_precision(
+    head: BaseEstimator, rows: tuple[Any, Array], weights: Array | None, others: Any, truth: Array
+) -> float:
     """Of a head for several labels on other rows; labels without rows of both sides are left out on either."""
     from featurepipe.heads.statistics.multilabel import average_precisions
 
     steps_of(head)[-1][1].set_params(one_sided="drop")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "left out", UserWarning)  # only here, where parameters are compared
-        head.fit(features, answers)
+        head.fit(*rows, **weighted(head, weights))
     found = average_precisions(head.decision_function(others), truth[:, head.classes_])
     return 0.0 if np.isnan(found).all() else float(np.nanmean(found))
 
@@ -290,18 +300,18 @@ def _mean_average_precision(head: BaseEstimator, features: Any, answers: Array, 
 def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[float, dict[str, float]]:
     """Fits trees until the validation loss stops falling, and learns how many that took."""
     *before, (_, last) = steps_of(head)
-    features, labels = _part(data, train)
-    checked, expected = _part(data, check)
+    features, labels, weights = _part(data, train)
+    checked, expected, _ = _part(data, check)
     for _, step in before:
         features, checked = step.fit_transform(features), step.transform(checked)
-    last.fit(features, labels, eval_set=(checked, expected))
+    last.fit(features, labels, eval_set=(checked, expected), **weighted(last, weights))
     return _quality(last.predict(checked), expected), {"n_estimators": last.best_iteration_ + 1}
 
 
-def _part(data: Any, rows: Array) -> tuple[Any, Array]:
-    if isinstance(data, Answered):
-        return data.features.take(rows), data.answers[rows]
-    return data[0][rows], data[1][rows]
+def _part(data: Any, rows: Array) -> tuple[Any, Array, Array | None]:
+    features, answers, weights = data
+    part = features.take(rows) if isinstance(data, Answered) else features[rows]
+    return part, answers[rows], None if weights is None else weights[rows]
 
 
 def steps_of(head: BaseEstimator) -> list[tuple[str, BaseEstimator]]:

@@ -45,13 +45,14 @@ CASES = {
     "train": (
         TRAIN,
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
-        "--label class --group patient --split s "
+        "--label class --group patient --weight w --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "labels": "l.csv", "label": "class", "group": "patient", "target": None, "multilabel": None, "split": "s",
+            "labels": "l.csv", "label": "class", "group": "patient", "target": None, "multilabel": None,
+            "weight": "w", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
             "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "jobs": 3,
@@ -63,7 +64,7 @@ CASES = {
         "train kept --out bundle --target age --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "target": "age", "multilabel": None, "split": None,
+            "labels": None, "label": None, "group": None, "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
@@ -75,7 +76,8 @@ CASES = {
         "train kept --out bundle --multilabel red,round --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "target": None, "multilabel": ("red", "round"), "split": None,
+            "labels": None, "label": None, "group": None, "target": None, "multilabel": ("red", "round"),
+            "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,

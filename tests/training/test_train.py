@@ -359,3 +359,63 @@ def test_a_bundle_says_that_it_was_trained_with_labels_of_its_own(split_zoo, run
     assert read_bundle(tmp_path / "bundle").training["labels"] == "mine.csv"
     with pytest.raises(UsageError, match=r"trained with labels of its own: mine\.csv"):
         evaluate(tmp_path / "bundle", split_zoo.store, silent=True)
+
+
+@pytest.fixture
+def weighted_zoo(split_zoo, tmp_path):
+    """A labels file in which every third image to train on has a wrong class, and weighs nothing; others weigh 1 or 2."""
+    features = split_zoo.features()
+    classes = features.classes
+    rows = []
+    for number, (id_, label, split) in enumerate(zip(features.ids, features.labels, features.splits, strict=True)):
+        wrong = split == "train" and number % 3 == 0
+        given = classes[(classes.index(label) + 1) % len(classes)] if wrong else label
+        rows.append(f"{id_},{given},{0 if wrong else 1 + number % 2}")
+    path = tmp_path / "weighted.csv"
+    path.write_text("\n".join(["id,label,w", *rows]) + "\n")
+    return split_zoo, path
+
+
+@pytest.mark.parametrize("memory", [None, "1MB"])
+def test_weights_of_a_column_are_scikit_learns(weighted_zoo, run, tmp_path, memory):
+    zoo, path = weighted_zoo
+    record = run(zoo, labels=path, weight="w", params={"C": 0.3}, memory=memory, calibration=False)
+    features = zoo.features()
+    x, y = features.select(split="train").numpy()
+    weights = np.array([0 if n % 3 == 0 else 1 + n % 2 for n in np.flatnonzero(features.splits == "train")], float)
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
+    expected = head.fit(
+        x, y, logisticregression__sample_weight=weights
+    )  # a wrong class that weighs nothing changes nothing
+    held_out = features.select(split="test")
+    scores = read_bundle(tmp_path / "bundle").scores(held_out)
+    np.testing.assert_allclose(scores, expected.predict_log_proba(held_out.read(np.float32)), rtol=1e-2, atol=1e-2)
+    assert record["options"]["weight"] == "w"
+
+
+@pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "xgboost"])
+def test_a_search_heeds_weights(weighted_zoo, run, head):
+    zoo, path = weighted_zoo
+    weighted, plain = (
+        run(zoo, labels=path, head=head, tune=True, calibration=False, **more) for more in ({"weight": "w"}, {})
+    )
+    assert weighted["test"]["accuracy"]["value"] > plain["test"]["accuracy"]["value"]
+    folds = [np.mean([max(trial["accuracy"] for trial in record["search"]["trials"])]) for record in (weighted, plain)]
+    assert folds[0] > folds[1]  # heads that wrong classes taught nothing are right more often about the others
+
+
+def test_a_head_without_weights_and_a_bad_weight_are_refused(weighted_zoo, run, tmp_path):
+    zoo, path = weighted_zoo
+    with pytest.raises(UsageError, match="knn takes no weight; heads that do: logistic"):
+        run(zoo, labels=path, weight="w", head="knn")
+    path.write_text(path.read_text().replace(",2\n", ",-2\n", 1))
+    with pytest.raises(UsageError, match="has the weight -2 for image"):
+        run(zoo, labels=path, weight="w")
+
+
+def test_other_weights_are_something_else_to_learn_from(weighted_zoo, run):
+    zoo, path = weighted_zoo
+    run(zoo, labels=path, weight="w", calibration=False)
+    assert "skipped" in run(zoo, labels=path, weight="w", calibration=False, if_changed=True)
+    path.write_text(path.read_text().replace(",2\n", ",3\n", 1))
+    assert run(zoo, labels=path, weight="w", calibration=False, if_changed=True)["why"] == ["other settings: weight"]
