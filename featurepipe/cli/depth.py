@@ -92,8 +92,12 @@ def run_depth(args: Namespace) -> int:
 NIGHTS = 30
 OF_NIGHTS = {"last": NIGHTS, "job": None}
 """Options that only a page of nights takes, with their defaults."""
-OF_FINDINGS = dict.fromkeys(("bundle", "dataset", "split", "source", "test_source", *declared(SourceOptions), "labels"))
-"""Options that only a page of a comparison or a bundle takes."""
+OF_FINDINGS = {
+    **dict.fromkeys(("bundle", "dataset", "split", "source", "test_source")),
+    **{name: one.default for name, one in declared(SourceOptions).items()},
+    "labels": None,
+}
+"""Options that only a page of a comparison or a bundle takes, with their defaults."""
 
 
 def add_report(commands: Commands) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
-from featurepipe.heads.statistics.screening import Wish
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.option_groups import at_least, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import RoleOptions
 

@@ -8,8 +8,9 @@ from typing import Any
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.calibration import probabilities
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.group_intervals import group_numbers
-from featurepipe.heads.statistics.screening import Wish, choose_threshold
+from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.training.fit import HeldOut
 from featurepipe.training.options import TrainOptions
 from featurepipe.training.task import Task

@@ -19,9 +19,9 @@ from sklearn.metrics import (
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.screening import (
-    Wish,
     areas,
     choose_threshold,
     precision_recall,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from featurepipe.display import table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
 from featurepipe.heads.statistics.group_intervals import group_numbers
 from featurepipe.heads.statistics.intervals import Limits
@@ -319,50 +320,6 @@ def screening_text(found: Mapping[str, Any]) -> str:
         f"{found['false_positives']:,} false alarms, {found['true_negatives']:,} rightly passed"
     )
     return f"{table(['measure', 'value', '95 % interval', 'images'], rows)}\n{counts}"
-
-
-AIMS = ("recall", "precision", "cost")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a threshold is to reach.
-
-    Attributes:
-        aim: ``recall``, ``precision`` or ``cost``.
-        least: The recall or precision, above 0 and at most 1; for cost how many false alarms a miss costs as much as, above 0.
-        text: As it was written.
-    """
-
-    aim: str
-    least: float
-    text: str
-
-    @classmethod
-    def of(cls, text: str) -> Wish:
-        """Reads ``recall=0.95``, ``precision=0.9`` or ``cost=10:1`` (a miss : a false alarm).
-
-        Raises:
-            UsageError: It is none of these.
-
-        Example:
-            >>> Wish.of("recall=0.95").least, Wish.of("cost=10:1").least
-            (0.95, 10.0)
-        """
-        aim, _, value = text.replace(" ", "").partition("=")
-        parts = value.split(":")
-        try:
-            numbers = [float(part.rstrip("%")) / (100 if part.endswith("%") else 1) for part in parts]
-        except ValueError:
-            numbers = []
-        fits = len(numbers) == (2 if aim == "cost" else 1) and all(0 < number < np.inf for number in numbers)
-        if aim not in AIMS or not fits or (aim != "cost" and numbers[0] > 1):
-            raise UsageError(
-                f"{text!r} is no aim of a threshold; write recall=0.95, precision=0.9 or cost=10:1 (what a miss costs : what a "
-                "false alarm costs); a recall or precision lies above 0 and is at most 1",
-                option="threshold",
-            )
-        return cls(aim, numbers[0] / numbers[1] if aim == "cost" else numbers[0], text)
 
 
 @dataclass(frozen=True)
