@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from featurepipe.heads.neighbours import BlockNeighboursRegressor as BlockNeighboursRegressor
     from featurepipe.heads.preprocessing import BlockPCA as BlockPCA
     from featurepipe.heads.preprocessing import BlockScaler as BlockScaler
-    from featurepipe.heads.statistics.conformal import conformal_half_width as conformal_half_width
     from featurepipe.heads.statistics.metrics import score_table as score_table
+    from featurepipe.heads.statistics.regression import conformal_half_width as conformal_half_width
     from featurepipe.heads.statistics.regression import number_table as number_table
     from featurepipe.heads.statistics.regression import quadratic_kappa as quadratic_kappa
     from featurepipe.heads.statistics.similarity import linear_cka as linear_cka
@@ -81,7 +81,7 @@ _HOMES = {
     "bundle_text": "bundle.bundle",
     "check_bundle_target": "bundle.files",
     "class_scores": "calibration",
-    "conformal_half_width": "statistics.conformal",
+    "conformal_half_width": "statistics.regression",
     "describe_bundle": "bundle.bundle",
     "expected_calibration_error": "calibration",
     "fit_label_path": "linear.multilabel",

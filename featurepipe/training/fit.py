@@ -24,8 +24,7 @@ from featurepipe.heads.calibration import (
     predicted_numbers,
     probabilities,
 )
-from featurepipe.heads.statistics.conformal import conformal_half_width, least_units
-from featurepipe.heads.statistics.regression import units_of
+from featurepipe.heads.statistics.regression import conformal_half_width, least_units, units_of
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.task import Recipe, Task, weighted
 

@@ -96,7 +96,7 @@ def train(
         class_weight: ``balanced`` to weigh classes equally.
         tune: search the family's grid.
         calibration: fit a temperature on validation rows; of a ``target``, measure there how wide intervals must be to hold
-            90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.conformal`).
+            90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.regression`).
         threshold: of two classes, choose on the validation rows from which probability on an image is labelled ``positive``:
             ``"recall=0.95"`` (the highest that reaches it), ``"precision=0.9"`` (the one with the most recall that reaches it),
             or ``"cost=10:1"`` (the least cost, where a miss costs ten times what a false alarm does). The bundle keeps it, and
