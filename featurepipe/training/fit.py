@@ -24,7 +24,8 @@ from featurepipe.heads.calibration import (
     predicted_numbers,
     probabilities,
 )
-from featurepipe.heads.statistics.regression import conformal_half_width, least_units, units_of
+from featurepipe.heads.statistics.group_intervals import units_of
+from featurepipe.heads.statistics.regression import conformal_half_width, least_units
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.task import Recipe, Task, weighted
 

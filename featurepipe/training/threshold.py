@@ -9,7 +9,7 @@ from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.heads.statistics.group_intervals import group_numbers
+from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.training.fit import HeldOut
 from featurepipe.training.options import TrainOptions
@@ -94,6 +94,6 @@ def choose(
         "reached": found.reached,
         "reason": found.reason,
         "images": len(truth),
-        **({} if groups is None else {"groups": int(group_numbers(groups, len(truth)).max()) + 1}),
+        **({} if groups is None else {"groups": int(units_of(groups, len(truth)).max()) + 1}),
         "rates": found.rates,
     }

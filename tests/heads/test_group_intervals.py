@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.group_intervals import group_numbers
+from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.metrics import score_table
 
 GROUPS, EACH, SETS = 30, 5, 120
@@ -73,5 +73,5 @@ def test_of_one_group_there_are_measures_without_intervals():
 
 def test_there_is_a_group_for_each_image():
     with pytest.raises(UsageError, match="3 images, but 2 groups"):
-        group_numbers(["a", "b"], 3)
-    assert group_numbers(["a", None, "a", None], 4).tolist() == [0, 1, 0, 2]
+        units_of(["a", "b"], 3)
+    assert units_of(["a", None, "a", None], 4).tolist() == [0, 1, 0, 2]

@@ -6,13 +6,13 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.regression import (
     conformal_half_width,
     least_units,
     number_table,
     numbers_text,
     quadratic_kappa,
-    units_of,
 )
 from featurepipe.heads.statistics.transferability import log_me_of_numbers
 

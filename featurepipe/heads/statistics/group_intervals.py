@@ -10,6 +10,7 @@ one of so many (Korn & Graubard 1998), with the degrees of freedom of the groups
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +26,25 @@ Measures = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 _CHUNK = 10_000_000  # multiplicities drawn at once
 
 
-def group_numbers(groups: Sequence[str | None] | npt.NDArray[np.object_], images: int) -> Codes:
-    """(n,) the number of each image's group; an image without one is a group of its own.
+def units_of(groups: npt.ArrayLike | Sequence[str | None] | npt.NDArray[np.object_] | None, images: int) -> Codes:
+    """The number of each image's group, (n,) from 0; without groups, and where one is missing, an image is its own.
 
     Raises:
         UsageError: There is not one entry for each image.
     """
-    if len(groups) != images:
-        raise UsageError(f"there are {images} images, but {len(groups)} groups")
-    places: dict[str, int] = {}
-    found = np.array([-1 if name is None else places.setdefault(str(name), len(places)) for name in groups], np.int64)
-    alone = found < 0
-    found[alone] = len(places) + np.arange(int(alone.sum()))
-    return found
+    if groups is None:
+        return np.arange(images)
+    named = np.asarray(groups, dtype=object)
+    if named.shape != (images,):
+        raise UsageError(
+            f"there are {images} images, but {len(named)} groups: groups must be one for each of the {images} images"
+        )
+    numbers: dict[Any, int] = {}
+    codes = np.empty(images, np.int64)
+    for place, name in enumerate(named):
+        alone = name is None or name != name  # NaN  # noqa: PLR0124
+        codes[place] = numbers.setdefault((place,) if alone else name, len(numbers))
+    return codes
 
 
 class GroupSums:

@@ -12,7 +12,7 @@ from featurepipe.display import table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
-from featurepipe.heads.statistics.group_intervals import GroupSums, group_numbers
+from featurepipe.heads.statistics.group_intervals import GroupSums, units_of
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -81,7 +81,7 @@ def score_table(
     images = _Images(scores, truth, top, None if predicted is None else np.asarray(predicted, np.int64))
     table: dict[str, Any] = {"images": len(truth)}
     values = {**images.measures(), "auc": ranked.macro}
-    by_group = None if groups is None else GroupSums(group_numbers(groups, len(truth)))
+    by_group = None if groups is None else GroupSums(units_of(groups, len(truth)))
     if by_group is not None:
         table["groups"] = by_group.count
     limits: Mapping[str, intervals.Limits | None] = {}

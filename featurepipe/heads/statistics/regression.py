@@ -12,6 +12,7 @@ from scipy.special import ndtr, stdtrit
 
 from featurepipe.display import table
 from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
 
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
@@ -117,25 +118,6 @@ def quadratic_kappa(truth: Codes, predicted: Codes, grades: int, weights: Floats
     squares = np.subtract.outer(np.arange(grades), np.arange(grades)) ** 2
     expected = float((squares * chance).sum())
     return 1 - float((squares * counts).sum()) / expected if expected else float("nan")
-
-
-def units_of(groups: npt.ArrayLike | None, images: int) -> Codes:
-    """The number of each image's group, (n,) from 0; without groups, and where one is missing, an image is its own.
-
-    Raises:
-        UsageError: There is not one for each image.
-    """
-    if groups is None:
-        return np.arange(images)
-    named = np.asarray(groups, dtype=object)
-    if named.shape != (images,):
-        raise UsageError(f"groups must be one for each of the {images} images, these have shape {named.shape}")
-    numbers: dict[Any, int] = {}
-    codes = np.empty(images, np.int64)
-    for place, name in enumerate(named):
-        alone = name is None or name != name  # NaN  # noqa: PLR0124
-        codes[place] = numbers.setdefault((place,) if alone else name, len(numbers))
-    return codes
 
 
 def _measures(guesses: Floats, truth: Floats) -> dict[str, Measure]:

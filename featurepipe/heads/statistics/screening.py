@@ -19,7 +19,7 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
-from featurepipe.heads.statistics.group_intervals import group_numbers
+from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.intervals import Limits
 
 Floats = npt.NDArray[np.float64]
@@ -420,7 +420,7 @@ def _numbers(groups: Groups, scores: npt.NDArray[Any], positive: Mask) -> Codes 
         raise UsageError(
             f"scores of shape {scores.shape} and truth of shape {positive.shape}: give one of each for every image, at least one"
         )
-    return None if groups is None else group_numbers(groups, len(scores))
+    return None if groups is None else units_of(groups, len(scores))
 
 
 @dataclass(frozen=True)
