@@ -20,12 +20,11 @@ from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
-from featurepipe.option_groups import by_commas
 from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import RoleOptions, RowOptions
+from featurepipe.store.options import RoleOptions, RowOptions, columns_of
 from featurepipe.store.roles import with_roles
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def evaluate(
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     features = features_for(model, source, name)
-    columns = by_commas(multilabel) if isinstance(multilabel, str) else tuple(multilabel or ())
+    columns = columns_of(multilabel) or ()
     if columns and model.target_type != MULTILABEL:
         raise UsageError(
             Message(Option("multilabel", ",".join(columns)), ": this bundle predicts one thing of each image")
@@ -139,19 +138,13 @@ def evaluate(
     )
     if len(model.classes) == 2 and bootstrap:
         metrics["screening"] = model.screening(probabilities, chosen.codes, chosen.features.groups)
-    return {
-        "bundle": _about(model, bundle),
-        "dataset": name,
-        "split": chosen.split,
-        "scope": chosen.scope,
-        "counts": _counts(chosen),
-        "metrics": metrics,
-        "leakage": {
-            "trained_on": leakage.trained_on(chosen.features, model.seen, called == chosen.codes),
-            **leakage.report(features),
-        },
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    groups = chosen.features.groups
+    return _record(
+        _about(model, bundle), features, chosen.features, metrics,
+        split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
+        groups=None if groups is None else len({name for name in groups if name is not None}),
+        trained_on=leakage.trained_on(chosen.features, model.seen, called == chosen.codes), started=started,
+    )  # fmt: skip
 
 
 def _evaluate_numbers(
@@ -197,25 +190,11 @@ def _evaluate_numbers(
         bootstrap=bootstrap,
         seed=seed,
     )
-    return {
-        "bundle": {**_about(model, given), "target": model.target},
-        "dataset": features.origin.dataset,
-        "split": name,
-        "scope": scope,
-        "counts": {
-            "images": len(candidates),
-            "scored": len(truth),
-            **({} if chosen.groups is None else {"groups": metrics["groups"]}),
-            "unlabelled": candidates.unlabelled,
-            "unknown_classes": {},
-            "unmatched": features.unmatched,
-            "rejected": features.rejected,
-            "duplicates": chosen.duplicates,
-        },
-        "metrics": metrics,
-        "leakage": {"trained_on": leakage.trained_on(chosen, model.seen), **leakage.report(features)},
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return _record(
+        {**_about(model, given), "target": model.target}, features, chosen, metrics,
+        split=name, scope=scope, images=len(candidates), unlabelled=candidates.unlabelled, unknown={},
+        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen), started=started,
+    )  # fmt: skip
 
 
 def _evaluate_labels(
@@ -246,10 +225,7 @@ def _evaluate_labels(
         (missing, "labels of the bundle of which the columns say nothing, not measured"),
     ):
         if names:
-            say(
-                f"{what}: {', '.join(names[:_NAMED])}"
-                + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-            )
+            say(f"{what}: {_listed(names)}")
     truth = np.full((len(candidates), len(model.classes)), np.nan, np.float32)
     given_truth = np.asarray(candidates.targets, np.float32)
     for label in shared:
@@ -270,25 +246,47 @@ def _evaluate_labels(
     metrics = label_table(
         scores, truth, model.classes, thresholds=model.thresholds, groups=chosen.groups, bootstrap=bootstrap, seed=seed
     )
+    unknown = {label: int((given_truth[:, features.target_names.index(label)] == 1).sum()) for label in strange}
+    return _record(
+        {**_about(model, given), "target": model.target}, features, chosen, metrics,
+        split=name, scope=scope, images=len(candidates), unlabelled=len(candidates) - len(rows), unknown=unknown,
+        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen), started=started,
+    )  # fmt: skip
+
+
+def _record(
+    about: dict[str, Any],
+    features: FeatureSet,
+    scored: FeatureSet,
+    metrics: dict[str, Any],
+    *,
+    split: str | None,
+    scope: str,
+    images: int,
+    unlabelled: int,
+    unknown: dict[str, int],
+    groups: int | None,
+    trained_on: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """What ``evaluate`` returns; ``features`` are those of the whole dataset."""
     return {
-        "bundle": {**_about(model, given), "target": model.target},
+        "bundle": about,
         "dataset": features.origin.dataset,
-        "split": name,
+        "split": split,
         "scope": scope,
         "counts": {
-            "images": len(candidates),
-            "scored": len(rows),
-            **({} if chosen.groups is None else {"groups": metrics["groups"]}),
-            "unlabelled": len(candidates) - len(rows),
-            "unknown_classes": {
-                label: int((given_truth[:, features.target_names.index(label)] == 1).sum()) for label in strange
-            },
-            "unmatched": features.unmatched,
-            "rejected": features.rejected,
-            "duplicates": chosen.duplicates,
+            "images": images,
+            "scored": len(scored),
+            **({} if groups is None else {"groups": groups}),
+            "unlabelled": unlabelled,
+            "unknown_classes": unknown,
+            "unmatched": scored.unmatched,
+            "rejected": scored.rejected,
+            "duplicates": scored.duplicates,
         },
         "metrics": metrics,
-        "leakage": {"trained_on": leakage.trained_on(chosen, model.seen), **leakage.report(features)},
+        "leakage": {"trained_on": trained_on, **leakage.report(features)},
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -303,20 +301,6 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
         "classes": len(bundle.classes),
         "temperature": bundle.temperature,
         **({} if bundle.threshold is None else {"threshold": bundle.threshold}),
-    }
-
-
-def _counts(chosen: Chosen) -> dict[str, Any]:
-    groups = chosen.features.groups
-    return {
-        "images": chosen.images,
-        "scored": len(chosen.codes),
-        **({} if groups is None else {"groups": len({name for name in groups if name is not None})}),
-        "unlabelled": chosen.unlabelled,
-        "unknown_classes": chosen.unknown,
-        "unmatched": chosen.features.unmatched,
-        "rejected": chosen.features.rejected,
-        "duplicates": chosen.features.duplicates,
     }
 
 

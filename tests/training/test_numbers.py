@@ -261,3 +261,15 @@ def test_quantile_bins_hold_equally_many_and_keep_equals_together():
     assert np.bincount(quantile_bins(numbers)).tolist() == [100] * BINS
     assert quantile_bins(np.array([1.0, 1, 1, 1, 2])).tolist() == [0, 0, 0, 0, 1]
     assert quantile_bins(np.array([3.0])).tolist() == [0]
+
+
+def test_evaluate_counts_the_rejects_of_what_it_scores(dated, run, tmp_path):
+    zoo, table, _ = dated
+    run(zoo, labels=table)
+    rows = [*zoo.images("train", 60), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write([*rows, zoo.image("train/broken.png", "broken", "cat", "train", is_usable=False)])
+    counts = [
+        evaluate(tmp_path / "bundle", zoo.store, labels=table, split=split, silent=True)["counts"]["rejected"]
+        for split in ("test", "train", "all")
+    ]
+    assert counts == [0, 1, 1]
