@@ -415,11 +415,18 @@ def _texts(values: pa.Array | list[Any]) -> pa.Array:
             found = pa.array(values)
             if any(is_kind(found.type) for is_kind in _OF_ONE_KIND):
                 return found.cast(pa.string())
-    return texts_of(map(_shown, values))
+    return texts_of(map(_encodable, values))
 
 
-def _shown(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) else value  # JSON may hold what UTF-8 does not
+def _encodable(value: Any) -> Any:
+    """A value as it is; a text from JSON that UTF-8 does not hold as one that it does."""
+    if not isinstance(value, str):
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return printable(value)
+    return value
 
 
 def _is_whole(value: Any) -> bool:

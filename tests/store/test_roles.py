@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featurepipe.errors import UsageError
@@ -222,6 +222,7 @@ def test_columns_of_features_and_pictures_are_neither_kept_nor_read(tmp_path):
         assert listing["column:at"].to_pylist() == ["[1.5, 2.0]"] * 70
 
 
+@example(["\x00", 0])
 @given(
     st.lists(
         st.one_of(
