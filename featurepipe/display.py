@@ -135,6 +135,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"
 
 
+def first_names(names: Sequence[object], most: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> first_names(["a", "b", "c", "d"]), first_names(["a", "b"])
+        ('a, b, c and 1 more', 'a, b')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 _FORMULA = r"^(\s*[=+\-@＝＋－＠]|[\t\r\n])"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
-from featurepipe.display import counted
+from featurepipe.display import counted, first_names
 from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
 from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
 from featurepipe.images.listing import FolderLabels, printable, suffix_of
@@ -114,7 +114,7 @@ class Findings:
             order = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
             named = ", ".join(f"{printable(name)}/ ({counted(n, 'image')})" for name, n in order[:_SHOWN])
             beside = [] if labels.has_splits else sorted(name for name in labels.top_level if not split_of(name))
-            why = f"; others at the top: {_some([f'{name}/' for name in beside])}" if beside else ""
+            why = f"; others at the top: {first_names([f'{name}/' for name in beside], _SHOWN)}" if beside else ""
             self.notes.append(
                 f"named like splits, and not taken as such: {named}: only folders at the top are splits, and only if all there "
                 f"that hold images are{why}"
@@ -142,9 +142,11 @@ class Findings:
     def _of_splits(self) -> list[str]:
         renamed = [f"{name} as {split}" for name, split in self._splits.items() if split not in (None, name)]
         kept = [repr(name) for name, split in self._splits.items() if split is None]
-        taken = [f"splits are taken: {_some(renamed)}"] if renamed else []
+        taken = [f"splits are taken: {first_names(renamed, _SHOWN)}"] if renamed else []
         return taken + (
-            [f"splits that are neither train, val nor test are kept as they are: {_some(kept)}"] if kept else []
+            [f"splits that are neither train, val nor test are kept as they are: {first_names(kept, _SHOWN)}"]
+            if kept
+            else []
         )
 
 
@@ -263,19 +265,19 @@ class ListingSummary:
         if files:
             # Those that somebody may take for images first.
             order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
-            named = _some([f"{suffix} {files[suffix]:,}" for suffix in order])
+            named = first_names([f"{suffix} {files[suffix]:,}" for suffix in order], _SHOWN)
             convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
             if UNNAMED & files.keys():
                 convert += " (a manifest can name images without a suffix, as of DICOM)"
             found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
         if self.ignored:
             found.append(
-                f"ignored {self.ignored_are}: {_some([name or 'one without a name' for name in self.ignored])}"
+                f"ignored {self.ignored_are}: {first_names([name or 'one without a name' for name in self.ignored], _SHOWN)}"
             )
         if self.further:
-            found.append(f"further columns: {_some(list(self.further))}")
+            found.append(f"further columns: {first_names(list(self.further), _SHOWN)}")
         if self.unreadable:
-            found.append(f"cannot be read: {_some([f'{folder}/' for folder in self.unreadable])}")
+            found.append(f"cannot be read: {first_names([f'{folder}/' for folder in self.unreadable], _SHOWN)}")
         return found
 
 
@@ -307,10 +309,7 @@ def _only_tested(listing: pa.Table) -> list[str]:
     strange = [row for row in rows if row["label"] not in trained]
     if not trained or not strange:
         return []
-    named = _some([f"{row['label']} ({row['split']}, {counted(row['count_all'], 'image')})" for row in strange])
+    named = first_names(
+        [f"{row['label']} ({row['split']}, {counted(row['count_all'], 'image')})" for row in strange], _SHOWN
+    )
     return [f"labels that split train lacks: {named}"]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

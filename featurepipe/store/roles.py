@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import KEPT_COLUMN, NAN, column_named, names_in_doubt, whole_numbers
-from featurepipe.display import counted
+from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.store.labels import ColumnTable, LabelSource, places_of, read_columns
 from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions, is_file_of_groups
@@ -33,7 +33,6 @@ NEAR = "near"
 _YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
 _NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
 _UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
-_SHOWN = 3
 LABEL = "label"
 """The column of classes."""
 
@@ -129,14 +128,14 @@ def with_roles(
     if roles.multilabel:
         names, matrix, where = _several(columns, roles.multilabel)
         features = features.with_column("target", matrix, names=names)
-        say(f"several labels: {_some(names)}, of {where}")
+        say(f"several labels: {first_names(names)}, of {where}")
     features = _with_group(columns, features, roles.group, say)
     if roles.weight:
         found = columns.get("weight", roles.weight)
         features = features.with_column("weight", _weights(found, features))
         say(f"weights: column {found.name} of {found.where}")
     if table is not None and (unused := [name for name in table.columns if name not in columns.used]):
-        say(f"{table.name}: ignored columns: {_some(unused)}")
+        say(f"{table.name}: ignored columns: {first_names(unused)}")
     return features
 
 
@@ -236,7 +235,7 @@ def _weights(column: _Column, features: FeatureSet) -> pa.Array:
 def _several(columns: _Columns, names: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32], str]:
     """Names of labels, (n, K) with 1 for yes, 0 for no and NaN for unknown, and where they are from."""
     found = [columns.get("multilabel", name) for name in names]
-    where = _some(list(dict.fromkeys(f"column {column.name} of {column.where}" for column in found)))
+    where = first_names(list(dict.fromkeys(f"column {column.name} of {column.where}" for column in found)))
     if len(found) == 1 and not _is_yes_or_no(found[0].texts):
         return (*_listed(found[0], columns.features), where)
     matrix = np.stack([_yes_or_no(column, columns.features) for column in found], axis=1)
@@ -337,8 +336,3 @@ def _first(condition: pa.Array) -> int | None:
 
 def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _some(names: Sequence[Any]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
