@@ -14,6 +14,8 @@ from featurepipe.heads.label_calibration import choose_thresholds, fit_sigmoids,
 from featurepipe.heads.label_tuning import VOC07, tune_labels, unit_rows, voc07_head
 from featurepipe.heads.linear.multilabel import MultilabelLinearSVC, MultilabelLogisticRegression
 from featurepipe.heads.statistics.multilabel import average_precisions, label_table, labels_text
+from featurepipe.heads.statistics.regression import number_table
+from featurepipe.heads.statistics.similarity import linear_cka
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -278,3 +280,20 @@ def test_an_estimators_score_is_its_mean_average_precision():
     X, Y = features_of()
     head = MultilabelLogisticRegression().fit(X, Y)
     assert head.score(X, Y) == pytest.approx(average_precisions(head.decision_function(X), Y).mean())
+
+
+def test_no_measure_leaves_its_range_by_rounding():
+    rng = np.random.default_rng(0)
+    for images, labels in ((7, 2), (33, 3), (90, 7)):
+        truth = rng.permuted(np.arange(images)[:, None] % 3 == np.zeros(labels), axis=0).astype(float)
+        table = label_table(truth * 0.1, truth, list("abcdefg"[:labels]), bootstrap=20)
+        for entry in (*(table[name] for name in ("map", "map_11_point", "auc")), *table["per_label"]):
+            for one in [entry] if "value" in entry else [entry[name] for name in ("ap", "ap_11_point", "auc", "f1")]:
+                assert max(value for value in one.values() if isinstance(value, float)) <= 1
+        assert table["map_11_point"]["value"] == 1
+    for images in range(5, 60):
+        numbers = rng.standard_normal(images)
+        assert number_table(3 * numbers, numbers, bootstrap=0)["spearman"]["value"] <= 1
+        assert number_table(-numbers, numbers, bootstrap=0)["spearman"]["value"] >= -1
+        features = rng.standard_normal((images, 3))
+        assert linear_cka([features, features * 2])[0, 1] <= 1

@@ -147,7 +147,7 @@ class _Images:
             "macro_f1": _mean_defined(2 * self.hits, self.support + predicted),
             "log_loss": float(self.losses.mean()),
             **{f"top_{k}": value for k, value in self.tops.items()},
-            "ece": float(np.abs(self.bin_gaps).sum()) / n,
+            "ece": min(1.0, float(np.abs(self.bin_gaps).sum()) / n),
         }
 
     def confusion(self) -> npt.NDArray[np.int64]:

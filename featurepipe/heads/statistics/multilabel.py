@@ -156,8 +156,8 @@ def eleven_points(hits: Floats, misses: Floats) -> Floats:
     found = np.zeros(len(hits))
     for tenths in range(11):
         first = (10 * hits >= tenths * total[:, None]).argmax(axis=1)  # the whole list has all
-        found += best[rows, first] / 11
-    return np.where(total > 0, found, np.nan)
+        found += best[rows, first]
+    return np.where(total > 0, found / 11, np.nan)  # a sum of elevenths can exceed 1
 
 
 def roc_area(hits: Floats, misses: Floats) -> Floats:

@@ -117,7 +117,7 @@ def quadratic_kappa(truth: Codes, predicted: Codes, grades: int, weights: Floats
     chance = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
     squares = np.subtract.outer(np.arange(grades), np.arange(grades)) ** 2
     expected = float((squares * chance).sum())
-    return 1 - float((squares * counts).sum()) / expected if expected else float("nan")
+    return max(-1.0, 1 - float((squares * counts).sum()) / expected) if expected else float("nan")
 
 
 def _measures(guesses: Floats, truth: Floats) -> dict[str, Measure]:
@@ -169,7 +169,8 @@ class _Spearman:
             ranks.append((np.cumsum(each) - each / 2)[places])
         one, other = (side - weights @ side / weights.sum() for side in ranks)
         scale = float(weights @ one**2) * float(weights @ other**2)
-        return float(weights @ (one * other)) / np.sqrt(scale) if scale > 0 else float("nan")
+        found = float(weights @ (one * other)) / np.sqrt(scale) if scale > 0 else float("nan")
+        return float(np.clip(found, -1, 1))  # beyond which rounding may take it
 
 
 def _limits(

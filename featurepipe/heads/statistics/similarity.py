@@ -166,5 +166,5 @@ def _scaled(products: Floats, sets: list[_Set], count: int) -> Floats:
     own = np.diagonal(products).copy()
     rounding = np.array([8 * np.finfo(working_dtype(one.blocks.dtype)).eps for one in sets])
     own[own <= (count * rounding) ** 2] = np.nan
-    cka: Floats = products / np.sqrt(np.outer(own, own))
+    cka: Floats = np.minimum(products / np.sqrt(np.outer(own, own)), 1.0)  # rounding may leave it a little above
     return cka
