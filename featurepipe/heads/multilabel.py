@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.blocks import Array, is_blocks
 from featurepipe.heads.inputs import Floats, map_rows, prediction_blocks
 from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, labels_given
@@ -245,6 +246,34 @@ class MultilabelTrees(MultilabelClassifier):
     def predict_proba(self, X: Any) -> Floats:
         """Returns the (n, K) probability of each label; rows need not sum to 1."""
         return np.asarray(expit(self.decision_function(X)))
+
+    @property
+    def best_iteration_(self) -> int:
+        """The round (from 0) that the labels' trees are used up to, on average."""
+        return round(float(np.mean([head.best_iteration_ for head in self.heads_])))
+
+    def boosters_ubjson(self) -> list[bytes]:
+        """Returns the trees of each label as UBJSON, xgboost's own format."""
+        return [head.booster_ubjson() for head in self.heads_]
+
+    def without_boosters(self) -> Self:
+        """Returns a copy that has everything but the trees, and no object of xgboost."""
+        return self._with_heads([head.without_booster() for head in self.heads_])
+
+    def with_boosters(self, raw: Sequence[bytes]) -> Self:
+        """Returns a copy with trees from ``boosters_ubjson``, those of the labels in order.
+
+        Raises:
+            BundleError: There are not as many as labels, or some are no booster, or one for other features.
+        """
+        if len(raw) != len(self.heads_):
+            raise BundleError(f"there are trees of {len(raw)} labels, the head has {len(self.heads_)}")
+        return self._with_heads([head.with_booster(one) for head, one in zip(self.heads_, raw, strict=True)])
+
+    def _with_heads(self, heads: list[BoostedTrees]) -> Self:
+        changed = copy.copy(self)
+        changed.heads_ = heads
+        return changed
 
     def _watched(self, features: Any, labels: Any) -> list[tuple[Any, Array]]:
         """The validation rows of each label: those where it is known."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featurepipe.annotations import check_classes
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.families import families_for, refuse_weights
+from featurepipe.heads.families import refuse_weights
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.options import RoleOptions
@@ -155,14 +155,6 @@ def _check(recipe: Recipe) -> None:
             f"the parameters {dict(recipe.params)} cannot be written down as JSON ({error}); give finite numbers"
         ) from error
     recipe.make()
-    if recipe.target_type == "multilabel" and recipe.head == "xgboost":
-        others = ", ".join(name for name in families_for("multilabel") if name != "xgboost")
-        raise UsageError(
-            Message(
-                "a bundle keeps no trees of several labels yet, so xgboost is not trained on ", Option("multilabel"),
-                f" here; take one of {others}, or fit make_head('xgboost', target_type='multilabel') in Python",
-            )
-        )  # fmt: skip
 
 
 def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:

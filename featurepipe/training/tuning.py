@@ -284,15 +284,18 @@ def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[
 
 
 def _mean_average_precision(
-    head: BaseEstimator, rows: tuple[Any, Array], weights: Array | None, others: Any, truth: Array
+    head: BaseEstimator, rows: tuple[Any, Array], weights: Array | None, others: Any, truth: Array, **more: Any
 ) -> float:
-    """Of a head for several labels on other rows; labels without rows of both sides are left out on either."""
+    """Of a head for several labels on other rows; labels without rows of both sides are left out on either.
+
+    ``more`` are further arguments of ``head.fit``.
+    """
     from featurepipe.heads.statistics.multilabel import average_precisions
 
     steps_of(head)[-1][1].set_params(one_sided="drop")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "left out", UserWarning)  # only here, where parameters are compared
-        head.fit(*rows, **weighted(head, weights))
+        head.fit(*rows, **weighted(head, weights), **more)
     found = average_precisions(head.decision_function(others), truth[:, head.classes_])
     return 0.0 if np.isnan(found).all() else float(np.nanmean(found))
 
@@ -304,6 +307,11 @@ def _boosted(head: BaseEstimator, data: Any, train: Array, check: Array) -> tupl
     checked, expected, _ = _part(data, check)
     for _, step in before:
         features, checked = step.fit_transform(features), step.transform(checked)
+    if labels.ndim == 2:
+        nothing = np.isnan(expected).all(axis=0)  # of such a label nobody can say when to stop
+        rows = features, np.where(nothing, np.nan, labels)
+        found = _mean_average_precision(last, rows, weights, checked, expected, eval_set=(checked, expected))
+        return found, {"n_estimators": last.best_iteration_ + 1}
     last.fit(features, labels, eval_set=(checked, expected), **weighted(last, weights))
     return _quality(last.predict(checked), expected), {"n_estimators": last.best_iteration_ + 1}
 

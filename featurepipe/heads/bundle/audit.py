@@ -36,6 +36,7 @@ OURS = (
     "featurepipe.heads.linear.multilabel.MultilabelLogisticRegression",
     "featurepipe.heads.linear.multilabel.MultilabelRidge",
     "featurepipe.heads.multilabel.MultilabelNeighbours",
+    "featurepipe.heads.multilabel.MultilabelTrees",
     "featurepipe.heads.neighbours.BlockNeighbours",
     "featurepipe.heads.neighbours.BlockNeighboursRegressor",
     "featurepipe.heads.preprocessing.BlockPCA",

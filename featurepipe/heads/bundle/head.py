@@ -14,7 +14,7 @@ from typing import Any
 from featurepipe.errors import BundleError
 from featurepipe.heads.bundle.audit import FORMER, OURS, audit, check_bounds
 from featurepipe.heads.bundle.files import BOOSTER, HEAD
-from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
+from featurepipe.heads.bundle.trees import ForgedTrees, check_trees, join_trees, split_trees
 
 # What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
 _SENSELESS = (
@@ -51,6 +51,9 @@ def head_files(head: Any) -> dict[str, bytes]:
     if hasattr(trees, "booster_ubjson"):
         files[BOOSTER] = trees.booster_ubjson()
         head = _with_last(head, trees.without_booster())
+    elif hasattr(trees, "boosters_ubjson"):
+        files[BOOSTER] = join_trees(trees.boosters_ubjson())
+        head = _with_last(head, trees.without_boosters())
     try:
         files[HEAD] = skops.io.dumps(head)
     except (UnsupportedTypeException, TypeError, RecursionError) as error:
@@ -115,11 +118,14 @@ def _with_last(head: Any, last: Any) -> Any:
 
 def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
     trees = _last(head)
-    if hasattr(trees, "with_booster") != (booster is not None):
+    several = hasattr(trees, "with_boosters")
+    if (several or hasattr(trees, "with_booster")) != (booster is not None):
         raise BundleError(f"{folder / HEAD} and {folder / BOOSTER} do not belong together; train again")
     if booster is None:
         return head
     try:
+        if several:
+            return _with_last(head, _with_boosters(trees, booster))
         classes = len(trees.classes_) if hasattr(trees, "classes_") else None
         check_trees(booster, width=trees.n_features_in_, classes=classes)
         return _with_last(head, trees.with_booster(booster))
@@ -127,6 +133,21 @@ def _with_booster(head: Any, booster: bytes | None, folder: Path) -> Any:
         raise BundleError(
             f"{folder / BOOSTER} does not hold the trees of this head ({error}); do not use this bundle"
         ) from error
+
+
+def _with_boosters(trees: Any, content: bytes) -> Any:
+    """The head of several labels with the trees of each, which are those of a head of two classes."""
+    from featurepipe.heads.trees.boosted import BoostedTrees  # which loads xgboost
+
+    boosters, width = split_trees(content), trees.n_features_in_
+    for head in trees.heads_:
+        if type(head) is not BoostedTrees or len(head.classes_) != 2 or head.n_features_in_ != width:
+            raise ForgedTrees("a label's head is none of two classes, or of another width")
+    if len(trees.heads_) != len(trees.classes_):
+        raise ForgedTrees(f"there are heads of {len(trees.heads_)} labels, but {len(trees.classes_)} names")
+    for one in boosters:
+        check_trees(one, width=width, classes=2)
+    return trees.with_boosters(boosters)
 
 
 def check_head(head: Any, classes: tuple[str, ...], name: str, *, width: int | None = None) -> None:

@@ -6,6 +6,7 @@ Of 120 files with one to three changed bytes, xgboost 3.2 refused 97, took 9, hu
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,32 @@ class _Reader:
         if count > len(self.content):
             raise ValueError(f"a list of {count} at {self.place}")
         return [self.value(self.take(1)) for _ in range(count)]
+
+
+def join_trees(boosters: Sequence[bytes]) -> bytes:
+    """Returns the boosters of several labels, each one value of UBJSON, as one array of them."""
+    return b"[#L" + struct.pack(">q", len(boosters)) + b"".join(boosters)
+
+
+def split_trees(content: bytes) -> list[bytes]:
+    """Returns the boosters that ``join_trees`` put together.
+
+    Raises:
+        ForgedTrees: It is something else, cut short, or followed by more.
+    """
+    if content[:2] != b"[#":
+        raise ForgedTrees("it is no array of the trees of several labels")
+    reader, found = _Reader(content), []
+    reader.take(2)
+    try:
+        for _ in range(min(reader.length(), len(content) + 1)):
+            start = reader.place
+            reader.value(reader.take(1))
+            found.append(content[start : reader.place])
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, struct.error) as error:
+        raise ForgedTrees(f"{type(error).__name__}: {error}") from error
+    _need(reader.place == len(content), f"{len(content) - reader.place} bytes too many")
+    return found
 
 
 _NO_PARENT = 2**31 - 1

@@ -20,7 +20,8 @@ from featurepipe.errors import BundleError
 from featurepipe.heads.bundle import head as bundle_head
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.files import read_manifest
-from featurepipe.heads.bundle.trees import ForgedTrees, check_trees
+from featurepipe.heads.bundle.trees import ForgedTrees, check_trees, join_trees, split_trees
+from featurepipe.heads.multilabel import MultilabelTrees
 from featurepipe.heads.neighbours import BlockNeighbours
 from featurepipe.heads.trees.boosted import BoostedTrees
 
@@ -563,6 +564,34 @@ def test_trees_of_another_kind_of_file_are_refused(trees, bundle_of, tmp_path, f
     assert not sentinel.exists()
     forge(folder, head_ubj=raw)
     np.testing.assert_array_equal(read_bundle(folder).scores(x), trees.predict_log_proba(x))
+
+
+def test_trees_of_several_labels_are_refused_unless_they_are_one_for_each(bundle_of, tmp_path, forge, digits):
+    x, y = digits
+    truth = np.stack([y == "digit 0", y == "digit 1"], axis=1)
+    heads = [
+        MultilabelTrees(2, max_depth=2, n_jobs=1, label_names=["0", "1"]).fit(wide, truth) for wide in (x, x[:, 1:])
+    ]
+    target = {"type": "multilabel", "columns": ["tags"], "calibration": None}
+    folder = write_bundle(tmp_path / "b", bundle_of(heads[0], temperature=None, target=target))
+    one, other = heads[0].boosters_ubjson()
+    good = join_trees([one, other])
+    assert split_trees(good) == [one, other]
+    for content in (
+        b"", b"[#", one, join_trees([one]), join_trees([one, other, one]), good[:-1], good + b"}", join_trees([b"[" * 9999]),
+        join_trees([one, heads[1].boosters_ubjson()[1]]), join_trees([one, patched(other, *FORGED_TREES["a loop"][:3])]),
+        good.replace(b"binary:logistic", b"binary:hinge..."), b"[#L" + b"\xff" * 8 + one + other,
+    ):  # fmt: skip
+        forge(folder, head_ubj=content)
+        with pytest.raises(BundleError, match=r"head.ubj does not hold the trees of this head"):
+            read_bundle(folder)
+    forge(folder, head_ubj=good)
+    np.testing.assert_array_equal(read_bundle(folder).scores(x), heads[0].decision_function(x))
+    missing = heads[0].without_boosters()
+    missing.heads_ = missing.heads_[:1]
+    forge(folder, head_skops=skops.io.dumps(missing), head_ubj=join_trees([one]))
+    with pytest.raises(BundleError, match="there are heads of 1 labels, but 2 names"):
+        read_bundle(folder)
 
 
 def test_trees_with_random_damage_are_refused_or_harmless(trees, digits):
