@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
@@ -34,6 +35,7 @@ class Declaration:
         metavar: What its values look like on the command line; by default the choices, or ``N`` for a number.
         check: What its values must be, besides of their type.
         read: Makes the value of what people write, as ``"1h30m"`` is a number of seconds; None if that is the value.
+        recorded: What a record keeps of a value, where that is not the value; None if it is.
         is_path: Whether a text is a path, which a job file gives relative to its own folder; None if none is.
         name: Its name in Python.
         default: Its default.
@@ -45,6 +47,7 @@ class Declaration:
     metavar: str = ""
     check: Check | None = None
     read: Callable[[Any], Any] | None = None
+    recorded: Callable[[Any], Any] | None = None
     is_path: Callable[[str], bool] | None = None
     name: str = ""
     default: Any = None
@@ -53,6 +56,10 @@ class Declaration:
     def read_from(self, given: Any) -> Any:
         """The value that people mean by what they write."""
         return given if given is None or self.read is None else self.read(given)
+
+    def told(self, value: Any) -> Any:
+        """What a record keeps of a value."""
+        return value if value is None or self.recorded is None else self.recorded(value)
 
     def wrong(self, value: Any) -> str | None:
         """What a value must be; None if it is right."""
@@ -124,12 +131,14 @@ def _types_in(hint: Any) -> frozenset[type]:
 
 def as_asked(group: OptionGroup) -> dict[str, Any]:
     """The values of a group's options as JSON has them, by name, for a record."""
-    return {name: _plain(getattr(group, name)) for name in declared(type(group))}
+    return {name: _plain(one.told(getattr(group, name))) for name, one in declared(type(group)).items()}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple | list | AbstractSet):
+        return [_plain(one) for one in (sorted(value) if isinstance(value, AbstractSet) else value)]
     if is_number(value):
         return int(value)  # NumPy's, too
     return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -12,6 +12,8 @@ import featurepipe
 from featurepipe.cli.options import options
 from featurepipe.cli.parser import build_parser
 from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
+from featurepipe.evaluation.evaluate import evaluate
+from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.features.options import (
     MachineOptions,
@@ -32,6 +34,7 @@ FUNCTIONS = {
     "extract": (featurepipe.extract, ExtractionOptions),
     "predict": (featurepipe.predict, PredictOptions),
     "train": (featurepipe.train, TrainOptions),
+    "evaluate": (evaluate, EvaluateOptions),
     "depth": (featurepipe.depth, DepthOptions),
     "drift": (featurepipe.drift, DriftOptions),
 }
@@ -39,6 +42,7 @@ LINES = {
     "extract": "extract x --store y",
     "predict": "predict b x --to y.csv",
     "train": "train y --out b",
+    "evaluate": "evaluate b y",
     "depth": "depth x",
     "drift": "drift y",
 }

@@ -16,7 +16,6 @@ from featurepipe.cli.options import (
     add_options,
     add_quiet,
     add_raw_ids,
-    add_seed,
     add_space,
     add_store,
     add_trust_code,
@@ -26,10 +25,10 @@ from featurepipe.cli.options import (
 )
 from featurepipe.cli.output import show
 from featurepipe.errors import UsageError
+from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import SourceOptions
 from featurepipe.prediction.options import BundleOptions
-from featurepipe.store.options import RowOptions
 from featurepipe.training.options import TrainOptions, value_of
 
 PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit)
@@ -105,20 +104,7 @@ def add_evaluate(commands: Commands) -> None:
     option = command.add_argument
     option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")
     add_store(command)
-    add_dataset(command)
-    option("--split", metavar="NAME",
-           help="default: test where the dataset has it, else the images not trained on; all: every labelled one")  # fmt: skip
-    add_labels(command)
-    add_options(command, RowOptions)
-    option("--target", metavar="COLUMN",
-           help="of a bundle that predicts a number: column of the true one (default: that of the training)")  # fmt: skip
-    option("--multilabel", metavar="COLUMN,...",
-           help="of a bundle that predicts several labels: columns of true ones (default: those of the training)")  # fmt: skip
-    option("--ignore-unknown-classes", action="store_true",
-           help="leave out images of classes that the bundle does not know, instead of refusing")  # fmt: skip
-    option("--bootstrap", type=int, default=1000, metavar="N",
-           help="resamples behind the intervals (default: %(default)s)")  # fmt: skip
-    add_seed(command, "the resamples")
+    add_options(command, EvaluateOptions)
     add_cluster(command)
     add_quiet(command)
     add_json(command)
@@ -132,15 +118,7 @@ def run_evaluate(args: Namespace) -> int:
     result = evaluate(
         args.bundle,
         existing_store(args),
-        dataset=args.dataset,
-        split=args.split,
-        labels=args.labels,
-        **options(args, RowOptions),
-        target=args.target,
-        multilabel=args.multilabel,
-        ignore_unknown_classes=args.ignore_unknown_classes,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
+        **options(args, EvaluateOptions),
         silent=args.quiet,
         **cluster(args),
     )

@@ -43,11 +43,6 @@ def add_raw_ids(command: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_seed(command: ArgumentParser, what: str) -> None:
-    """``--seed`` of ``what``."""
-    command.add_argument("--seed", type=int, default=0, help=f"of {what} (default: %(default)s)")
-
-
 def add_trust_code(command: ArgumentParser, named_by: str) -> None:
     """``--trust-code``: consent to code that a file of someone else may name."""
     command.add_argument(
@@ -62,9 +57,9 @@ def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: 
         say: dict[str, Any] = {"dest": one.name, "help": one.help.replace("%", "%%")}
         metavar = one.metavar or "|".join(one.choices)
         flag = on_command_line(Option(one.name))
-        if one.types == {bool} and one.default:
+        if one.default is True:
             flag, say["help"], say["action"] = f"--no-{flag[2:]}", f"do not {say['help']}", "store_false"
-        elif one.types == {bool}:
+        elif one.default is False:
             say["action"] = "store_true"
         elif tuple in one.types and one.read is None:
             say |= {"action": "append", "metavar": metavar}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +14,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.annotations import split_asked
+from featurepipe.display import first_names
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation import leakage
+from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
+from featurepipe.option_groups import as_asked
 from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
@@ -28,6 +32,7 @@ from featurepipe.store.options import RoleOptions, RowOptions, columns_of
 from featurepipe.store.roles import with_roles
 
 if TYPE_CHECKING:
+    from featurepipe.heads.blocks import Blocks
     from featurepipe.store.views import FeatureSet
 
 
@@ -79,7 +84,7 @@ def evaluate(
         ``Bundle.screening`` returns it; of numbers
         ``featurepipe.heads.statistics.regression.number_table``, of several labels
         ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
-        dataset), ``seconds``.
+        dataset), ``options`` as they were asked for, ``seconds``.
 
     Raises:
         BundleError: The bundle cannot be used, or the store has no features of its feature space.
@@ -88,30 +93,32 @@ def evaluate(
         ClusterError: There is no such cluster, or none of its workers can be used.
     """
     started = time.monotonic()
-    say = announcer(silent=silent)
+    options = EvaluateOptions(
+        dataset=dataset,
+        split=split,
+        labels=labels,
+        label=label,
+        group=group,
+        target=target,
+        multilabel=columns_of(multilabel) or None,
+        ignore_unknown_classes=ignore_unknown_classes,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    name = dataset or source.only_dataset()
-    features = features_for(model, source, name)
-    columns = columns_of(multilabel) or ()
-    if columns and model.target_type != MULTILABEL:
+    features = features_for(model, source, dataset or source.only_dataset())
+    asked = _Asked(model, bundle, source, features, options, cluster, started, announcer(silent=silent))
+    if options.multilabel and model.target_type != MULTILABEL:
         raise UsageError(
-            Message(Option("multilabel", ",".join(columns)), ": this bundle predicts one thing of each image")
+            Message(
+                Option("multilabel", ",".join(options.multilabel)), ": this bundle predicts one thing of each image"
+            )
         )
     if model.target_type == MULTILABEL and target is None:
-        roles = RoleOptions(
-            label=label, group=group, multilabel=columns or tuple((model.target or {}).get("columns", ())) or None
-        )
-        return _evaluate_labels(
-            model, bundle, source, features, labels, roles,
-            split=split, bootstrap=bootstrap, seed=seed, cluster=cluster, started=started, say=say,
-        )  # fmt: skip
+        return _evaluate_labels(asked)
     if model.target_type == CONTINUOUS:
-        roles = RoleOptions(label=label, group=group, target=target or model.target_name or None)
-        return _evaluate_numbers(
-            model, bundle, source, features, labels, roles,
-            split=split, bootstrap=bootstrap, seed=seed, cluster=cluster, started=started, say=say,
-        )  # fmt: skip
+        return _evaluate_numbers(asked)
     if target is not None:
         raise UsageError(
             Message(
@@ -120,55 +127,70 @@ def evaluate(
                 Option("label" if model.target_type != MULTILABEL else "multilabel"),
             )
         )
-    features = with_roles(source, features, labels, RowOptions(label=label, group=group), say)
-    chosen = choose_rows(model, features, split, ignore_unknown_classes=ignore_unknown_classes)
-    say(f"scoring {len(chosen.codes):,} images of dataset {name}: {chosen.scope}")
-    with features_at(cluster, chosen.features, source, say) as scored:
+    return _evaluate_classes(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked, of which bundle and which store; ``features`` are those of the whole dataset."""
+
+    model: Bundle
+    given: Bundle | str | os.PathLike[str]
+    store: FeatureStore
+    features: FeatureSet
+    options: EvaluateOptions
+    cluster: Any
+    started: float
+    say: Callable[[str], None]
+
+    def with_roles(self, roles: RowOptions) -> _Asked:
+        """The same, of features that have what the roles name: labels, numbers, groups."""
+        return replace(self, features=with_roles(self.store, self.features, self.options.labels, roles, self.say))
+
+    def scored(self, chosen: FeatureSet, scope: str) -> AbstractContextManager[Blocks]:
+        """The rows to score, where they are scored; says how many they are."""
+        self.say(f"scoring {len(chosen):,} images of dataset {self.features.origin.dataset}: {scope}")
+        return features_at(self.cluster, chosen, self.store, self.say)
+
+
+def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
+    """Scores a bundle that predicts classes; see ``evaluate``."""
+    model, options = asked.model, asked.options
+    asked = asked.with_roles(RowOptions.of(options))
+    chosen = choose_rows(model, asked.features, options.split, ignore_unknown_classes=options.ignore_unknown_classes)
+    with asked.scored(chosen.features, chosen.scope) as scored:
         probabilities = model.probabilities(scored)
-    called = model.codes(probabilities)
+    called, groups = model.codes(probabilities), chosen.features.groups
     metrics = score_table(
         probabilities,
         chosen.codes,
         model.classes,
         ids=chosen.features.ids,
-        groups=chosen.features.groups,
+        groups=groups,
         predicted=called,
-        bootstrap=bootstrap,
-        seed=seed,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
     )
-    if len(model.classes) == 2 and bootstrap:
-        metrics["screening"] = model.screening(probabilities, chosen.codes, chosen.features.groups)
-    groups = chosen.features.groups
+    if len(model.classes) == 2 and options.bootstrap:
+        metrics["screening"] = model.screening(probabilities, chosen.codes, groups)
     return _record(
-        _about(model, bundle), features, chosen.features, metrics,
+        asked, chosen.features, metrics,
         split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
         groups=None if groups is None else len({name for name in groups if name is not None}),
-        trained_on=leakage.trained_on(chosen.features, model.seen, called == chosen.codes), started=started,
+        trained_on=leakage.trained_on(chosen.features, model.seen, called == chosen.codes),
     )  # fmt: skip
 
 
-def _evaluate_numbers(
-    model: Bundle,
-    given: Bundle | str | os.PathLike[str],
-    store: FeatureStore,
-    features: FeatureSet,
-    labels: Any,
-    roles: RoleOptions,
-    *,
-    split: str | None,
-    bootstrap: int,
-    seed: int,
-    cluster: Any,
-    started: float,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _evaluate_numbers(asked: _Asked) -> dict[str, Any]:
     """Scores a bundle that predicts a number; see ``evaluate``."""
+    model, options = asked.model, asked.options
+    roles = RoleOptions(label=options.label, group=options.group, target=options.target or model.target_name or None)
     if roles.target is None:
         raise UsageError(
             Message("the bundle's number has no name; name the column of the true one with ", Option("target"))
         )
-    features = with_roles(store, features, labels, roles, say)
-    candidates, name, scope = _of_split(model, features, split)
+    asked = asked.with_roles(roles)
+    candidates, name, scope = _of_split(model, asked.features, options.split)
     if candidates.unlabelled == len(candidates):
         raise UsageError(
             Message(
@@ -177,46 +199,29 @@ def _evaluate_numbers(
             )
         )  # fmt: skip
     chosen = candidates.select(labelled=True)
-    truth = np.asarray(chosen.targets, np.float64)
-    say(f"scoring {len(truth):,} images of dataset {features.origin.dataset}: {scope}")
-    with features_at(cluster, chosen, store, say) as scored:
+    with asked.scored(chosen, scope) as scored:
         predicted = model.numbers(scored)
     metrics = number_table(
-        predicted,
-        truth,
-        half_width=model.half_width,
-        ids=chosen.ids,
-        groups=chosen.groups,
-        bootstrap=bootstrap,
-        seed=seed,
-    )
+        predicted, np.asarray(chosen.targets, np.float64),
+        half_width=model.half_width, ids=chosen.ids, groups=chosen.groups, bootstrap=options.bootstrap, seed=options.seed,
+    )  # fmt: skip
     return _record(
-        {**_about(model, given), "target": model.target}, features, chosen, metrics,
+        asked, chosen, metrics,
         split=name, scope=scope, images=len(candidates), unlabelled=candidates.unlabelled, unknown={},
-        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen), started=started,
+        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen),
     )  # fmt: skip
 
 
-def _evaluate_labels(
-    model: Bundle,
-    given: Bundle | str | os.PathLike[str],
-    store: FeatureStore,
-    features: FeatureSet,
-    labels: Any,
-    roles: RoleOptions,
-    *,
-    split: str | None,
-    bootstrap: int,
-    seed: int,
-    cluster: Any,
-    started: float,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
     """Scores a bundle that predicts several labels; see ``evaluate``."""
-    if not roles.multilabel:
+    model, options = asked.model, asked.options
+    columns = options.multilabel or tuple((model.target or {}).get("columns", ()))
+    roles = RoleOptions(label=options.label, group=options.group, multilabel=columns or None)
+    if not columns:
         raise UsageError(Message("name the columns of the true labels with ", Option("multilabel", "COLUMN,...")))
-    features = with_roles(store, features, labels, roles, say)
-    candidates, name, scope = _of_split(model, features, split)
+    asked = asked.with_roles(roles)
+    features = asked.features
+    candidates, name, scope = _of_split(model, features, options.split)
     shared = [label for label in model.classes if label in features.target_names]
     strange = [label for label in features.target_names if label not in model.classes]
     missing = [label for label in model.classes if label not in features.target_names]
@@ -225,7 +230,7 @@ def _evaluate_labels(
         (missing, "labels of the bundle of which the columns say nothing, not measured"),
     ):
         if names:
-            say(f"{what}: {_listed(names)}")
+            asked.say(f"{what}: {first_names(names, _NAMED)}")
     truth = np.full((len(candidates), len(model.classes)), np.nan, np.float32)
     given_truth = np.asarray(candidates.targets, np.float32)
     for label in shared:
@@ -235,28 +240,32 @@ def _evaluate_labels(
         raise UsageError(
             Message(
                 f"none of the {len(candidates):,} images of {scope} has a known label of the bundle's in ",
-                Option("multilabel", ",".join(roles.multilabel)), "; name a file that has them with ",
+                Option("multilabel", ",".join(columns)), "; name a file that has them with ",
                 Option("labels", "FILE.csv"),
             )
         )  # fmt: skip
     chosen, truth = candidates.take(rows), truth[rows]
-    say(f"scoring {len(rows):,} images of dataset {features.origin.dataset}: {scope}")
-    with features_at(cluster, chosen, store, say) as scored:
+    with asked.scored(chosen, scope) as scored:
         scores = model.scores(scored)
     metrics = label_table(
-        scores, truth, model.classes, thresholds=model.thresholds, groups=chosen.groups, bootstrap=bootstrap, seed=seed
+        scores,
+        truth,
+        model.classes,
+        thresholds=model.thresholds,
+        groups=chosen.groups,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
     )
     unknown = {label: int((given_truth[:, features.target_names.index(label)] == 1).sum()) for label in strange}
     return _record(
-        {**_about(model, given), "target": model.target}, features, chosen, metrics,
+        asked, chosen, metrics,
         split=name, scope=scope, images=len(candidates), unlabelled=len(candidates) - len(rows), unknown=unknown,
-        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen), started=started,
+        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen),
     )  # fmt: skip
 
 
 def _record(
-    about: dict[str, Any],
-    features: FeatureSet,
+    asked: _Asked,
     scored: FeatureSet,
     metrics: dict[str, Any],
     *,
@@ -267,12 +276,11 @@ def _record(
     unknown: dict[str, int],
     groups: int | None,
     trained_on: dict[str, Any],
-    started: float,
 ) -> dict[str, Any]:
-    """What ``evaluate`` returns; ``features`` are those of the whole dataset."""
+    """What ``evaluate`` returns."""
     return {
-        "bundle": about,
-        "dataset": features.origin.dataset,
+        "bundle": _about(asked.model, asked.given),
+        "dataset": asked.features.origin.dataset,
         "split": split,
         "scope": scope,
         "counts": {
@@ -286,8 +294,9 @@ def _record(
             "duplicates": scored.duplicates,
         },
         "metrics": metrics,
-        "leakage": {"trained_on": trained_on, **leakage.report(features)},
-        "seconds": round(time.monotonic() - started, 3),
+        "leakage": {"trained_on": trained_on, **leakage.report(asked.features)},
+        "options": as_asked(asked.options),
+        "seconds": round(time.monotonic() - asked.started, 3),
     }
 
 
@@ -301,6 +310,7 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
         "classes": len(bundle.classes),
         "temperature": bundle.temperature,
         **({} if bundle.threshold is None else {"threshold": bundle.threshold}),
+        **({} if bundle.target is None else {"target": bundle.target}),
     }
 
 
@@ -341,8 +351,6 @@ def choose_rows(
         features: All rows of the dataset.
         split: Its name, or ``all`` for every row; by default ``test`` if the dataset has it, else the images that the
             head was not trained on, or if there are none every image.
-        multilabel: Of a bundle that predicts several labels, the columns of the true ones; by default those that it was trained
-            on. Labels that the bundle does not know are named, and left out; of those that are in no column nothing is known.
         ignore_unknown_classes: Leave out images of classes that the head does not know.
 
     Raises:
@@ -392,8 +400,8 @@ def _unknown(labels: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_known: bool) -> Message:
-    named = _listed([f"{label!r} ({count:,})" for label, count in unknown.items()])
-    known = _listed([repr(str(name)) for name in bundle.classes])
+    named = first_names([f"{label!r} ({count:,})" for label, count in unknown.items()], _NAMED)
+    known = first_names([repr(str(name)) for name in bundle.classes], _NAMED)
     leave = ("leave these images out with ", Option("ignore_unknown_classes", value=True), ", ") if some_known else ()
     own = bundle.training.get("labels")
     hint = f" (the bundle was trained with labels of its own: {own})" if own else ""
@@ -405,8 +413,3 @@ def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_k
         *leave,
         "or train a bundle that knows them",
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -1,7 +1,8 @@
-"""The options that say which column is what; imports nothing heavy."""
+"""The options that say what of a store is meant, and which column is what; imports nothing heavy."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,53 @@ def columns_of(given: Any) -> tuple[str, ...] | None:
 def is_file_of_groups(given: str) -> bool:
     """Whether what is given as groups is a file of its own, not a column."""
     return given.lower().endswith((".csv", ".parquet", ".jsonl"))
+
+
+def labels_text(given: Any) -> str:
+    """What a record says of labels: the file, or that they came in another way, which may be as long as the dataset."""
+    return os.fspath(given) if isinstance(given, str | os.PathLike) else f"given as a {type(given).__name__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOption(OptionGroup):
+    """Which of a store's datasets."""
+
+    dataset: str | None = option(None, "default: the store's only dataset", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceOption(OptionGroup):
+    """Which of a store's feature spaces."""
+
+    backbone: str | None = option(
+        None, "a backbone, a space's name or fingerprint, where the store holds several", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOption(OptionGroup):
+    """Which of a dataset's splits."""
+
+    split: str | None = option(None, "only this split", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsOption(OptionGroup):
+    """Labels of one's own: a file, and in Python a mapping, too."""
+
+    labels: Any = option(
+        None, "labels to use instead of the dataset's: .csv, .parquet or .jsonl with id and label",
+        metavar="FILE", recorded=labels_text,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(SplitOption, SpaceOption, DatasetOption):
+    """Which features `featurepipe export` writes."""
+
+    backbone: str | None = option(
+        None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

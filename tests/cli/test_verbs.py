@@ -137,7 +137,7 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     assert Path(opened.path) == store.path
     assert called.given == {
         "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None, "target": "age",
-        "multilabel": "a,b", "ignore_unknown_classes": True,
+        "multilabel": ("a", "b"), "ignore_unknown_classes": True,
         "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 

@@ -1,0 +1,31 @@
+"""The options of evaluating a bundle; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from featurepipe.option_groups import at_least, option
+from featurepipe.store.options import DatasetOption, LabelsOption, RowOptions, SplitOption, columns_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RowOptions, LabelsOption, SplitOption, DatasetOption):
+    """All options of `featurepipe.evaluation.evaluate.evaluate`: which rows, what is true of them, and how sure it is."""
+
+    split: str | None = option(
+        None, "default: test where the dataset has it, else the images not trained on; all: every labelled one",
+        metavar="NAME",
+    )  # fmt: skip
+    target: str | None = option(
+        None, "of a bundle that predicts a number: column of the true one (default: that of the training)",
+        metavar="COLUMN",
+    )  # fmt: skip
+    multilabel: tuple[str, ...] | None = option(
+        None, "of a bundle that predicts several labels: columns of true ones (default: those of the training)",
+        metavar="COLUMN,...", read=columns_of,
+    )  # fmt: skip
+    ignore_unknown_classes: bool = option(
+        False, "leave out images of classes that the bundle does not know, instead of refusing"
+    )
+    bootstrap: int = option(1000, "resamples behind the intervals (default: 1000)", check=at_least(0))
+    seed: int = option(0, "of the resamples (default: 0)", metavar="SEED", check=at_least(0))
