@@ -1,13 +1,17 @@
-"""``featurepipe demo`` and ``featurepipe doctor``: whether the main job works on this machine."""
+"""``featurepipe demo``, ``doctor``, ``backbones`` and ``nodes``: what works on this machine, and which networks there are."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from featurepipe.cli.options import Commands, add_command, add_json
 from featurepipe.cli.output import say, show
+from featurepipe.display import share, table
 
 
 def add_demo(commands: Commands) -> None:
@@ -43,3 +47,76 @@ def doctor(args: Namespace) -> int:
     report = examine(Path(args.store or "."))
     show(args, report.as_dict(), lambda _: report.text())
     return 0 if report.healthy else 1
+
+
+def add_networks(commands: Commands) -> None:
+    """Declares both commands."""
+    add_json(
+        add_command(
+            commands, "backbones", backbones,
+            "list the networks: input size, parameters, bottleneck width, weights at hand",
+            epilog="timm/NAME and package.module:factory are backbones too; featurepipe nodes BACKBONE shows one of them",
+        )
+    )  # fmt: skip
+    command = add_command(
+        commands, "nodes", nodes, "list a network's nodes in execution order: shape, width after gap, share of the cost"
+    )
+    command.add_argument(
+        "backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory"
+    )
+    add_json(command)
+
+
+def backbones(args: Namespace) -> int:
+    """Runs ``featurepipe backbones``."""
+    from featurepipe.backbones import list_backbones
+
+    show(args, [asdict(info) for info in list_backbones()], _backbones_text)
+    return 0
+
+
+def nodes(args: Namespace) -> int:
+    """Runs ``featurepipe nodes``."""
+    from featurepipe.backbones import load_backbone
+
+    backbone = load_backbone(args.backbone, "none")
+    found = {
+        "backbone": backbone.name,
+        "bottleneck": backbone.bottleneck,
+        "traceable": backbone.traceable,
+        "input_shape": list(backbone.preprocessing.input_shape),
+        "nodes": [asdict(info) for info in backbone.nodes()],
+    }
+    show(args, found, _nodes_text)
+    return 0
+
+
+def _backbones_text(found: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            info["name"],
+            _shape(info["input_size"]),
+            info["parameters"],
+            info["bottleneck_width"],
+            info["at_hand"],
+            ", ".join(info["weights"]) or "-",
+        ]
+        for info in found
+    ]
+    return table(["backbone", "input", "parameters", "bottleneck", "at hand", "weights"], rows)
+
+
+def _nodes_text(found: Mapping[str, Any]) -> str:
+    rows = [
+        [info["name"], _shape(info["shape"]), info["width"], share(info["cost"]), " ".join(info["blocks"])]
+        for info in found["nodes"]
+    ]
+    title = (
+        f"{found['backbone']}, input {_shape(found['input_shape'])}, bottleneck {found['bottleneck']}; "
+        "cost: share of the forward up to there"
+    )
+    return title + "\n" + table(["node", "shape", "gap width", "cost", "ends block"], rows)
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

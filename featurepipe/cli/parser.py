@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from featurepipe import __version__
-from featurepipe.cli import demo, depth, extract, heads, monitoring, networks, run, stores
+from featurepipe.cli import demo, depth, extract, heads, monitoring, run, stores
+from featurepipe.cli import demo as networks
 from featurepipe.display import displayed
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     in_order = (
-        demo.add_demo, networks.add, extract.add, stores.add, heads.add_train, heads.add_evaluate, heads.add_predict,
+        demo.add_demo, networks.add_networks, extract.add, stores.add, heads.add_train, heads.add_evaluate, heads.add_predict,
         depth.add_depth, depth.add_report, run.add, monitoring.add, demo.add_doctor,
     )  # fmt: skip
     for add in in_order:
