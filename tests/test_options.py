@@ -12,7 +12,6 @@ import featurepipe
 from featurepipe.cli.options import options
 from featurepipe.cli.parser import build_parser
 from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
-from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.features.options import (
@@ -34,7 +33,7 @@ FUNCTIONS = {
     "extract": (featurepipe.extract, ExtractionOptions),
     "predict": (featurepipe.predict, PredictOptions),
     "train": (featurepipe.train, TrainOptions),
-    "evaluate": (evaluate, EvaluateOptions),
+    "evaluate": (featurepipe.evaluate, EvaluateOptions),
     "depth": (featurepipe.depth, DepthOptions),
     "drift": (featurepipe.drift, DriftOptions),
 }
