@@ -61,7 +61,7 @@ def evaluate(
         store: The feature store or its path.
         dataset: Name of the dataset; by default the store's only one.
         split: Which rows: a split's name, or ``all``. By default ``test`` if the dataset has that split, else the images
-            that the head was not trained on, else all.
+            that the head was not trained on, nor on others of their groups, else all.
         labels: A mapping or file to use instead of the dataset's labels, as in ``FeatureSet.with_labels``.
         label: The column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: The column of what belongs together, such as a patient: intervals are of so many independent groups, and groups
@@ -83,8 +83,9 @@ def evaluate(
         (``featurepipe.heads.statistics.metrics.score_table``, and of two classes, unless ``bootstrap`` is 0, ``screening``, as
         ``Bundle.screening`` returns it; of numbers
         ``featurepipe.heads.statistics.regression.number_table``, of several labels
-        ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on`` and ``leakage.report`` of the whole
-        dataset), ``options`` as they were asked for, ``seconds``.
+        ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on``, of images with groups
+        ``trained_groups`` (`leakage.of_trained_groups`), and ``leakage.report`` of the whole dataset), ``options`` as they were
+        asked for, ``seconds``.
 
     Raises:
         BundleError: The bundle cannot be used, or the store has no features of its feature space.
@@ -177,7 +178,7 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
         asked, chosen.features, metrics,
         split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
         groups=None if groups is None else len({name for name in groups if name is not None}),
-        trained_on=leakage.trained_on(chosen.features, model.seen, called == chosen.codes),
+        leaks=_leaks(asked, chosen.features, called == chosen.codes),
     )  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def _evaluate_numbers(asked: _Asked) -> dict[str, Any]:
     return _record(
         asked, chosen, metrics,
         split=name, scope=scope, images=len(candidates), unlabelled=candidates.unlabelled, unknown={},
-        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen),
+        groups=metrics.get("groups"), leaks=_leaks(asked, chosen),
     )  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
     return _record(
         asked, chosen, metrics,
         split=name, scope=scope, images=len(candidates), unlabelled=len(candidates) - len(rows), unknown=unknown,
-        groups=metrics.get("groups"), trained_on=leakage.trained_on(chosen, model.seen),
+        groups=metrics.get("groups"), leaks=_leaks(asked, chosen),
     )  # fmt: skip
 
 
@@ -275,7 +276,7 @@ def _record(
     unlabelled: int,
     unknown: dict[str, int],
     groups: int | None,
-    trained_on: dict[str, Any],
+    leaks: dict[str, Any],
 ) -> dict[str, Any]:
     """What ``evaluate`` returns."""
     return {
@@ -294,10 +295,18 @@ def _record(
             "duplicates": scored.duplicates,
         },
         "metrics": metrics,
-        "leakage": {"trained_on": trained_on, **leakage.report(asked.features)},
+        "leakage": {**leaks, **leakage.report(asked.features)},
         "options": as_asked(asked.options),
         "seconds": round(time.monotonic() - asked.started, 3),
     }
+
+
+def _leaks(asked: _Asked, scored: FeatureSet, correct: npt.NDArray[np.bool_] | None = None) -> dict[str, Any]:
+    """What the head was trained on among the scored rows: images, and others of their groups."""
+    seen = asked.model.seen
+    groups = leakage.of_trained_groups(scored, seen, leakage.trained_groups(asked.features, asked.model), correct)
+    found = {"trained_on": leakage.trained_on(scored, seen, correct)}
+    return found if groups is None else {**found, "trained_groups": groups}
 
 
 def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, Any]:
@@ -387,10 +396,23 @@ def _of_split(bundle: Bundle, features: FeatureSet, split: str | None) -> tuple[
     if (splits == wanted).any() or split not in {None, EVERY_SPLIT}:
         return features.select(split=wanted), wanted, f"split {wanted}"
     if split is None:
-        new = ~np.isin(features.keys64, bundle.seen)
+        named = bundle.training.get("dataset") == features.origin.dataset  # elsewhere a patient 1 may be another one
+        groups = leakage.trained_groups(features, bundle if named else replace(bundle, grouping=None))
+        old = np.isin(features.keys64, bundle.seen)
+        others = leakage.in_groups(features, groups) & ~old
+        new = ~(old | others)
         if new.any() and not new.all():
-            return features.take(new), None, "the images that the head was not trained on (there is no split test)"
+            beside = f", nor on others of their {_group_of(features)}" if others.any() else ""
+            return (
+                features.take(new),
+                None,
+                f"the images that the head was not trained on{beside} (there is no split test)",
+            )
     return features, None, "all images" if split else "all images (there is no split test)"
+
+
+def _group_of(features: FeatureSet) -> str:
+    return features.group_column or "group"
 
 
 def _unknown(labels: pa.ChunkedArray) -> dict[str, int]:

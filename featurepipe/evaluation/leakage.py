@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
+    from featurepipe.heads.bundle.bundle import Bundle
     from featurepipe.store.views import FeatureSet
 
 EXAMPLES = 5
@@ -95,6 +96,79 @@ def trained_on(
         found["accuracy_with"] = float(correct.mean()) if len(correct) else None
         found["accuracy_without"] = float(others.mean()) if len(others) else None
     return found
+
+
+def trained_groups(features: FeatureSet, bundle: Bundle) -> pa.Array | None:
+    """Finds the groups of a dataset that a head was trained on.
+
+    They are those with an image that it was trained on, or a copy of one, with the groups that such copies join to them; and
+    those that are called as one of the bundle's in a column of the same name, whose trained images may be elsewhere by now.
+
+    Args:
+        features: All rows of the dataset, with their groups.
+        bundle: Of the head.
+
+    Returns:
+        Their names, text; None if the images have no groups.
+    """
+    if features.groups is None:
+        return None
+    group = features.table["group"].combine_chunks()
+    known = np.isin(features.keys64, bundle.seen)
+    names = pc.unique(group.drop_null())
+    ours = names.filter(pa.array(bundle.was_trained_on_groups(names.to_pylist(), features.group_column)))
+    if len(ours):
+        known |= pc.is_in(group, value_set=ours).to_numpy(zero_copy_only=False)
+    if not known.any():
+        return group[:0]
+    units = features.units()
+    return pc.unique(group.filter(pa.array(np.isin(units, units[known]))).drop_null())
+
+
+def in_groups(features: FeatureSet, names: pa.Array | None) -> npt.NDArray[np.bool_]:
+    """Tells which rows are of some groups, (n,)."""
+    if names is None or features.groups is None:
+        return np.zeros(len(features), np.bool_)
+    return np.asarray(
+        pc.is_in(features.table["group"].combine_chunks(), value_set=names).to_numpy(zero_copy_only=False)
+    )
+
+
+def of_trained_groups(
+    features: FeatureSet,
+    seen: npt.NDArray[np.uint64],
+    names: pa.Array | None,
+    correct: npt.NDArray[np.bool_] | None = None,
+) -> dict[str, Any] | None:
+    """Finds the images that a head was not trained on, but on others of their group, among those it is evaluated on.
+
+    Args:
+        features: The n evaluated rows.
+        seen: As in ``trained_on``.
+        names: Of groups that the head was trained on; None if images have no groups.
+        correct: (n,) whether the head is right.
+
+    Returns:
+        JSON values: ``images``, their ``share``, ``groups`` (how many), the first ``examples``, and, given ``correct``,
+        ``accuracy_with`` and ``accuracy_without`` all images of trained groups. None if images have no groups.
+    """
+    if names is None:
+        return None
+    trained = np.isin(features.keys64, seen)
+    concerned = in_groups(features, names)
+    others = concerned & ~trained
+    found = sorted(pc.unique(features.table["group"].combine_chunks().filter(pa.array(others))).to_pylist())
+    result: dict[str, Any] = {
+        "images": int(others.sum()),
+        "share": float(others.mean()) if len(others) else 0.0,
+        "groups": len(found),
+        "examples": found[:_IDS],
+    }
+    if correct is not None:
+        rest = correct[~(concerned | trained)]
+        result["accuracy_with"] = float(correct.mean()) if len(correct) else None
+        result["accuracy_without"] = float(rest.mean()) if len(rest) else None
+    return result
 
 
 def numbered(column: pa.ChunkedArray) -> tuple[Positions, list[str]]:

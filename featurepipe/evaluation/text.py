@@ -72,6 +72,7 @@ def _warnings(record: Mapping[str, Any]) -> list[str]:
     found = record["leakage"]
     kinds = [
         _trained_on(found["trained_on"]),
+        _trained_groups(found.get("trained_groups") or {}),
         _groups_across(found.get("groups_across_splits") or {}),
         _across_splits(found["across_splits"]),
         _conflicts(found["label_conflicts"]),
@@ -96,6 +97,24 @@ def _trained_on(found: Mapping[str, Any]) -> list[str]:
         f"WARNING: the head was trained on {count:,} of these images ({part}): {_some(found['ids'])}",
         f"  accuracy {found['accuracy_with']:.4f}, {others}; every measure below includes {_are(count, 'it', 'them')}",
     ]
+
+
+def _trained_groups(found: Mapping[str, Any]) -> list[str]:
+    if not found.get("images"):
+        return []
+    part = share(found["share"]) if found["share"] >= 0.001 else "under 0.1 %"
+    count = found["groups"]
+    lines = [
+        f"WARNING: the head was trained on other images of {count:,} {_are(count, 'group', 'groups')} that "
+        f"{found['images']:,} of these images are of ({part}): {_some(found['examples'])}"
+    ]
+    if "accuracy_with" in found:
+        without = found["accuracy_without"]
+        others = (
+            f"{without:.4f} without all of these groups" if without is not None else "no image of another group is left"
+        )
+        lines.append(f"  accuracy {found['accuracy_with']:.4f}, {others}; every measure below includes them")
+    return lines
 
 
 def _across_splits(found: Mapping[str, Any]) -> list[str]:

@@ -383,6 +383,13 @@ class LabelledImages:
         return _shared_objects(self.table["group"]) if "group" in self.table.column_names else None
 
     @property
+    def group_column(self) -> str:
+        """What the groups are called, such as ``patient``; empty where they have no name that lasts, or there are none."""
+        if "group" not in self.table.column_names:
+            return ""
+        return str((self.table.schema.field("group").metadata or {}).get(b"column", b""), "utf-8")
+
+    @property
     def weights(self) -> npt.NDArray[np.float64] | None:
         """(n,) weights of the images; None if they have none."""
         return np.asarray(self.table["weight"].to_numpy()) if "weight" in self.table.column_names else None
@@ -508,6 +515,99 @@ def unknown_split(split: str, splits: list[str], where: str = "") -> UsageError:
         f"unknown split {split!r}{inside}: this dataset has no splits; leave split out, or put train/ and test/ above "
         "the class folders"
     )
+
+
+ROLES = ("group", "weight", "target", "split")
+"""What a column of ``FeatureSet.with_column`` may be."""
+
+
+def role_column(
+    role: str, values: pa.Array | pa.ChunkedArray | npt.NDArray[Any], names: Sequence[str] = ()
+) -> tuple[pa.Array, dict[str, str]]:
+    """A column of a role as a view's table has it, checked, and the metadata of its field; see ``FeatureSet.with_column``.
+
+    Raises:
+        UsageError: There is no such role, or a value cannot be one of it.
+    """
+    if role not in ROLES:
+        raise (
+            UsageError("labels are joined by their ids: use with_labels")
+            if role == "label"
+            else unknown("role", role, ROLES)
+        )
+    if names or (isinstance(values, np.ndarray) and values.ndim > 1):
+        if role != "target":
+            raise UsageError(f"several values of {role} for each image; give one, (n,)")
+        return _several_labels(np.asarray(values), names), {"names": json.dumps(list(map(str, names)))}
+    if role in ("group", "split"):
+        try:
+            made = texts_of(
+                values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, from_pandas=True)
+            )
+        except (pa.ArrowException, UnicodeError, OverflowError):  # of several kinds
+            made = texts_of(np.asarray(values).tolist())
+        made = made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
+        if role == "group":
+            return group_names(made), {}
+        return pc.if_else(pc.equal(made, ""), pa.scalar(None, pa.string()), made), {}
+    try:
+        numbers = pa.array(values, from_pandas=True) if isinstance(values, np.ndarray) else values
+        numbers = numbers.cast(pa.float64())
+    except pa.ArrowException as error:
+        raise UsageError(f"values of {role} are numbers; {error}") from error
+    numbers = numbers.combine_chunks() if isinstance(numbers, pa.ChunkedArray) else numbers
+    return _checked_numbers(role, numbers), {}
+
+
+def _checked_numbers(role: str, numbers: pa.Array) -> pa.Array:
+    """Numbers of a role, null where one is not known.
+
+    Raises:
+        UsageError: One is infinite; or a weight is missing or below 0, or all are 0.
+    """
+    row = pc.index(pc.fill_null(pc.is_finite(numbers), fill_value=True), value=False).as_py()
+    if role == "weight" and row < 0:
+        row = pc.index(pc.fill_null(pc.greater_equal(numbers, 0), fill_value=False), value=False).as_py()
+    if row >= 0:
+        least = (
+            "; every image needs a finite one from 0"
+            if role == "weight"
+            else "; give finite numbers, NaN where none is known"
+        )
+        raise UsageError(f"the {role} of row {row} is {numbers[row].as_py()}{least}")
+    if role == "weight" and len(numbers) and pc.max(numbers).as_py() == 0:
+        raise UsageError("all weights are 0: no image would count; give some of them more")
+    return numbers
+
+
+def _several_labels(values: npt.NDArray[Any], names: Sequence[str]) -> pa.Array:
+    """(n, K) several labels as an Arrow array of lists.
+
+    Raises:
+        UsageError: They are not K columns of 1, 0 and NaN with K distinct names.
+    """
+    if values.ndim != 2 or not names or values.shape[1] != len(names) or len(set(names)) < len(names):
+        raise UsageError(
+            f"several labels are (n, K) values and K distinct names; these are of shape {values.shape}, with {len(names)} names"
+        )
+    try:
+        known = np.ascontiguousarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"several labels are 1, 0, or NaN where it is not known; {error}") from error
+    wrong = np.argwhere(~(np.isnan(known) | (known == 0) | (known == 1)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise UsageError(
+            f"row {row} has {known[row, column]:g} for {names[column]!r}; several labels are 1, 0, or NaN where it is not known"
+        )
+    return pa.FixedSizeListArray.from_arrays(pa.array(known.ravel()), len(names))
+
+
+def group_names(texts: pa.Array) -> pa.Array:
+    """Names of groups without blanks around them, null for none; 1.0 is the patient 1, as a table program writes it."""
+    texts = pc.utf8_trim_whitespace(texts)
+    texts = pc.if_else(pc.is_in(texts, value_set=pa.array(["", *NAN])), pa.scalar(None, pa.string()), texts)
+    return whole_numbers(texts)[0]
 
 
 def _places(column: pa.ChunkedArray, values: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import KEPT_COLUMN, NAN, column_named, names_in_doubt, whole_numbers
+from featurepipe.annotations import KEPT_COLUMN, column_named, names_in_doubt
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.store.labels import ColumnTable, LabelSource, places_of, read_columns
+from featurepipe.store.labels import ColumnTable, LabelSource, group_names, places_of, read_columns
 from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions, is_file_of_groups
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ class _Column(NamedTuple):
     name: str
     texts: pa.Array
     where: str
+    is_numbered: bool = False  # whether its values are numbers that another file has for others
+
+    @property
+    def stable(self) -> str:
+        """By what name its values are known elsewhere; empty if they are not."""
+        return "" if self.is_numbered else self.name
 
 
 class _Columns:
@@ -170,9 +176,7 @@ def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say:
         found = columns.find(GROUP) if asked is None else columns.get("group", asked)
     if found is None:
         return features
-    texts = _trimmed(found.texts)
-    texts = pc.if_else(pc.is_in(texts, value_set=pa.array(NAN)), pa.scalar(None, pa.string()), texts)
-    texts, _ = whole_numbers(texts)  # 1.0 is the patient 1, as a table program writes it in a column with gaps
+    texts = group_names(found.texts)
     names = pc.unique(texts.drop_null()).to_pylist()
     alone = f" ({counted(texts.null_count, 'image')} without one, each for itself)" if texts.null_count else ""
     if not names and asked is None:
@@ -185,7 +189,7 @@ def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say:
     said = [f"{counted(len(names), 'group')}{alone}, each on one side of every split"]
     said += names_in_doubt(names, "group", "groups")
     say(f"groups: column {found.name} of {found.where}, {'; '.join(said)}")
-    return features.with_column("group", texts)
+    return features.with_column("group", texts, column=found.stable)
 
 
 def _of_file(path: str, features: FeatureSet) -> _Column:
@@ -202,7 +206,8 @@ def _of_file(path: str, features: FeatureSet) -> _Column:
         ids, texts = ids.filter(near), texts.filter(near)
     if "kind" not in table.columns:
         return _Column(column, _one(texts.take(places_of(features.table["id"], table))), table.name)
-    return _Column(column, _one(texts.take(pc.index_in(features.table["id"], value_set=ids))), table.name)
+    near = _one(texts.take(pc.index_in(features.table["id"], value_set=ids)))
+    return _Column(column, near, table.name, is_numbered=True)
 
 
 def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:

@@ -8,7 +8,6 @@ any other order take 8 bytes each and column on top. It reads its chunk by itsel
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
@@ -24,7 +23,7 @@ from featurepipe.display import counted
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.identity import Origin, check_rows, check_spaces
-from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels
+from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels, role_column
 from featurepipe.store.rows import WideRows
 
 Labels = npt.NDArray[Any] | None
@@ -145,23 +144,41 @@ class FeatureSet(LabelledImages):
         place = self.table.column_names.index("label")
         return replace(self, table=self.table.set_column(place, "label", found), unmatched=strangers)
 
-    def with_column(self, role: str, values: pa.Array | npt.NDArray[Any], *, names: Sequence[str] = ()) -> FeatureSet:
-        """Returns the view with groups, weights or targets; `featurepipe.store.roles` reads them from files.
+    def with_column(
+        self,
+        role: str,
+        values: pa.Array | npt.NDArray[Any] | Sequence[Any],
+        *,
+        names: Sequence[str] = (),
+        column: str = "",
+    ) -> FeatureSet:
+        """Returns the view with groups, weights, targets or splits of its rows; labels are joined by ``with_labels``.
 
         Args:
-            role: ``group``, ``weight`` or ``target``.
-            values: (n,) values; for several labels (n, K) float32 with 1, 0, or NaN where it is not known.
+            role: ``group`` (text or whole numbers; None, NaN or an empty text for an image by itself), ``weight`` (numbers from
+                0), ``target`` (numbers, NaN where it is not known; or several labels), or ``split``.
+            values: (n,) values, an array, list or Series in the order of the rows; for several labels (n, K) with 1, 0, or NaN
+                where it is not known.
             names: Of several labels, K.
+            column: What the values of a ``group`` are called, such as ``patient``: a bundle keeps it with hashes of the groups
+                that it was trained on, and compares only what is called the same.
+
+        Raises:
+            UsageError: There is no such role, there are more or fewer values than rows, or one of them cannot be.
         """
-        if names:
-            flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
-            column = pa.FixedSizeListArray.from_arrays(flat, len(names))
-        else:
-            kind = pa.string() if role == "group" else pa.float64()
-            column = pa.array(values, kind, from_pandas=True) if isinstance(values, np.ndarray) else values.cast(kind)
-        field = pa.field(role, column.type, metadata={"names": json.dumps(list(names))} if names else None)
+        values = values if isinstance(values, pa.Array | pa.ChunkedArray) else np.asarray(values)
+        if len(values) != len(self):
+            raise UsageError(
+                f"{len(values):,} values of {role} for {len(self):,} images; give one for each, in their order"
+            )
+        made, metadata = role_column(role, values, names)
+        if column:
+            metadata["column"] = column
+        field = pa.field(role, made.type, metadata=metadata or None)
+        if role == "split":
+            return replace(self, table=self.table.set_column(self.table.column_names.index(role), field, made))
         table = self.table.drop_columns([role]) if role in self.table.column_names else self.table
-        return replace(self, table=table.append_column(field, column))
+        return replace(self, table=table.append_column(field, made))
 
     def take(self, positions: Positions) -> FeatureSet:
         """Returns the view of some rows: positions in any order, a boolean mask, or a slice."""

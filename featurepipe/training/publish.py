@@ -16,10 +16,11 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from featurepipe.errors import BundleError, Message, Option, UsageError
-from featurepipe.heads.bundle.bundle import Bundle, write_bundle
+from featurepipe.heads.bundle.bundle import Bundle, group_hashes, salt_of, write_bundle
 from featurepipe.heads.bundle.files import (
     BOOSTER,
     CONTINUOUS,
+    GROUPS,
     HEAD,
     MANIFEST,
     MULTILABEL,
@@ -103,7 +104,7 @@ def publish(
         temperature=calibration.temperature if isinstance(calibration, Calibration) else None,
         metrics={},
         training=training,
-        seen=np.unique(task.features.take(np.union1d(task.division.final, task.division.validation)).keys64),
+        **_trained_on(task),
         target=_target(task, column, multilabel, calibration),
         threshold=threshold,
     )
@@ -229,6 +230,21 @@ def _tested_numbers(bundle: Bundle, task: Task) -> dict[str, Any] | None:
     )
 
 
+def _trained_on(task: Task) -> dict[str, Any]:
+    """What a bundle keeps of the images that it was fitted, tuned or calibrated on: keys, and hashes of their groups."""
+    images = task.features.take(np.union1d(task.division.final, task.division.validation))
+    seen = np.unique(images.keys64)
+    if images.groups is None or not images.group_column:
+        return {"seen": seen}
+    salt = salt_of(seen)
+    names = sorted({name for name in images.groups if name is not None})
+    return {
+        "seen": seen,
+        "groups": np.sort(group_hashes(names, salt)),
+        "grouping": {"column": images.group_column, "salt": salt},
+    }
+
+
 def _target(
     task: Task, column: str | None, multilabel: Sequence[str], calibration: Calibration | dict[str, Any] | None
 ) -> dict[str, Any] | None:
@@ -256,7 +272,7 @@ def _tested_labels(bundle: Bundle, task: Task) -> dict[str, Any] | None:
     )
 
 
-_FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS})
+_FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, GROUPS, WEIGHTS})
 
 
 def bundle_target(path: str | os.PathLike[str]) -> Path:

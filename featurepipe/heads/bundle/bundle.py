@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import displayed
+from featurepipe.display import counted, displayed
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
     BOOSTER,
     CONTINUOUS,
+    GROUPS,
     HEAD,
     MULTILABEL,
     SEEN,
@@ -66,6 +68,8 @@ class Bundle:
         training: Dataset, split, rows, and whatever else tells how it came about, as JSON values.
         seen: (n,) uint64, the first 8 bytes (little-endian) of the keys of the images that it was fitted, tuned or
             calibrated on.
+        groups: (m,) uint64, hashes (`group_hashes`) of the groups of these images; none if they had none.
+        grouping: ``column`` (by which groups were named) and ``salt`` of the hashes; None without groups.
         target: What is predicted, if it is a number: ``type`` (``"continuous"``), ``column`` (its name), and ``interval``: None,
             or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. If it is several labels
             of each image: ``type`` (``"multilabel"``), ``columns`` (that they were learned from), and ``calibration``: None, or
@@ -89,6 +93,8 @@ class Bundle:
     metrics: dict[str, Any]
     training: dict[str, Any]
     seen: npt.NDArray[np.uint64]
+    groups: npt.NDArray[np.uint64] = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+    grouping: dict[str, Any] | None = None
     target: dict[str, Any] | None = None
     threshold: dict[str, Any] | None = None
     weights_file: Path | None = None
@@ -121,6 +127,17 @@ class Bundle:
         """Half the width of the prediction intervals of a number, in its unit; None without them."""
         interval = (self.target or {}).get("interval")
         return None if interval is None else float(interval["half_width"])
+
+    def was_trained_on_groups(self, names: Sequence[str], column: str) -> npt.NDArray[np.bool_]:
+        """Tells which groups the head was trained on, (m,), as far as the bundle keeps them.
+
+        Args:
+            names: m names.
+            column: What they are called, such as ``patient``: those of a column of another name are others.
+        """
+        if self.grouping is None or self.grouping["column"].lower() != column.lower():
+            return np.zeros(len(names), np.bool_)
+        return np.isin(group_hashes(names, self.grouping["salt"]), self.groups)
 
     def numbers(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Predicts numbers, block by block.
@@ -289,6 +306,8 @@ def write_bundle(
     record = plain_record(bundle)
     weights = weights_file if weights_file is not None else bundle.weights_file
     contents = {**head_files(bundle.head), SEEN: seen_bytes(bundle.seen)}
+    if bundle.grouping is not None:
+        contents[GROUPS] = seen_bytes(bundle.groups, _GROUPS)
     with folder_in_place(target) as folder:
         for name, content in contents.items():
             (folder / name).write_bytes(content)
@@ -324,18 +343,19 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 def _read(folder: Path, record: Mapping[str, Any]) -> Bundle:
     listed = record["files"]
-    contents = {name: read_file(folder, name, listed[name]) for name in (HEAD, BOOSTER, SEEN) if name in listed}
+    contents = {name: read_file(folder, name, listed[name]) for name in (HEAD, BOOSTER, SEEN, GROUPS) if name in listed}
     for name in listed.keys() - contents.keys():
         check_file(folder, name, listed[name])
     head = load_head(contents, folder)
     check_head(head, tuple(record["classes"]), str(folder / HEAD), width=record["width"])
-    names = {field.name for field in dataclasses.fields(Bundle)}
+    names = {field.name for field in dataclasses.fields(Bundle)} - {"columns", "classes", "head", "seen", "groups"}
     return Bundle(
-        **{name: value for name, value in record.items() if name in names - {"columns", "classes", "head", "seen"}},
+        **{name: value for name, value in record.items() if name in names},
         columns=tuple(record["columns"]),
         classes=tuple(record["classes"]),
         head=head,
         seen=seen_of(contents[SEEN], folder / SEEN),
+        groups=seen_of(contents[GROUPS], folder / GROUPS, _GROUPS) if GROUPS in contents else np.empty(0, np.uint64),
         weights_file=folder / WEIGHTS if WEIGHTS in listed else None,
     )
 
@@ -370,6 +390,8 @@ def plain_record(bundle: Bundle) -> dict[str, Any]:
     software = _software()
     if bundle.target is not None:
         record["target"] = plain(bundle.target, "target")
+    if bundle.grouping is not None:
+        record["grouping"] = plain(bundle.grouping, "grouping")
     if bundle.threshold is not None:
         record["threshold"] = plain(bundle.threshold, "threshold")
     return {
@@ -417,12 +439,33 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _texts(inner, f"{where}[{number}]")
 
 
-_NAME = "seen"
+_NAME, _GROUPS = "seen", "groups"
 _LARGEST_HEADER = 100_000_000  # the limit of safetensors
 
 
-def seen_bytes(seen: npt.NDArray[np.uint64]) -> bytes:
-    """Returns the content of ``seen.safetensors``.
+def group_hashes(names: Iterable[str], salt: str) -> npt.NDArray[np.uint64]:
+    """Hashes names of groups, as a bundle keeps them: a patient's name is not to be read there.
+
+    A hash does not hide a name from whoever tries all that there may be, such as the numbers up to a million.
+
+    Args:
+        names: m distinct names.
+        salt: Of the bundle: one group has other hashes in other bundles.
+
+    Returns:
+        (m,) uint64, the first 8 bytes (little-endian) of the SHA-256 of salt and name, each UTF-8.
+    """
+    digests = (hashlib.sha256(f"{salt}{name}".encode("utf-8", "surrogatepass")).digest()[:8] for name in names)
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def salt_of(seen: npt.NDArray[np.uint64]) -> str:
+    """The salt of a bundle's groups: of the images trained on, so that the same training gives the same bundle."""
+    return hashlib.sha256(b"groups" + np.sort(seen).astype("<u8").tobytes()).hexdigest()[:32]
+
+
+def seen_bytes(seen: npt.NDArray[np.uint64], name: str = _NAME) -> bytes:
+    """Returns the content of ``seen.safetensors``, or of ``groups.safetensors``.
 
     Raises:
         BundleError: ``seen`` is not (n,) uint64.
@@ -431,11 +474,14 @@ def seen_bytes(seen: npt.NDArray[np.uint64]) -> bytes:
 
     keys = np.asarray(seen)
     if keys.ndim != 1 or keys.dtype != np.uint64:
-        raise BundleError(f"seen must be (n,) uint64, the first 8 bytes of each key; it is {keys.dtype} {keys.shape}")
-    return bytes(safetensors.numpy.save({_NAME: np.ascontiguousarray(keys)}))
+        what = "key" if name == _NAME else "hash"
+        raise BundleError(
+            f"{name} must be (n,) uint64, the first 8 bytes of each {what}; it is {keys.dtype} {keys.shape}"
+        )
+    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(keys)}))
 
 
-def seen_of(content: bytes, path: Path) -> npt.NDArray[np.uint64]:
+def seen_of(content: bytes, path: Path, name: str = _NAME) -> npt.NDArray[np.uint64]:
     """Reads what ``seen_bytes`` made.
 
     Raises:
@@ -448,9 +494,9 @@ def seen_of(content: bytes, path: Path) -> npt.NDArray[np.uint64]:
         tensors = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise BundleError(f"{path} is not a safetensors file ({error}); train again") from error
-    keys = tensors.get(_NAME)
+    keys = tensors.get(name)
     if keys is None or keys.ndim != 1 or keys.dtype != np.uint64:
-        raise BundleError(f"{path} holds no (n,) uint64 keys named {_NAME!r}; train again")
+        raise BundleError(f"{path} holds no (n,) uint64 keys named {name!r}; train again")
     return np.asarray(keys, np.uint64)
 
 
@@ -501,6 +547,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "columns": list(bundle.columns),
         "classes": list(bundle.classes),
         "seen": len(bundle.seen),
+        **({} if bundle.grouping is None else {"groups": len(bundle.groups), "grouping": bundle.grouping}),
         "own_weights": bundle.weights_file is not None,
     }
 
@@ -597,4 +644,7 @@ def _training(bundle: Bundle) -> str:
     where = f"on dataset {known['dataset']}, " if "dataset" in known else ""
     when = f", {str(known['when'])[:10]}" if "when" in known else ""
     how = f"; {known['split']}" if "split" in known else ""
-    return f"{where}{len(bundle.seen):,} different images{when}{how}"
+    groups = (
+        "" if bundle.grouping is None else f" of {counted(len(bundle.groups), 'group')} ({bundle.grouping['column']})"
+    )
+    return f"{where}{len(bundle.seen):,} different images{groups}{when}{how}"

@@ -26,11 +26,12 @@ FORMAT, VERSION = "featurepipe-bundle", 2
 
 Bundles are written as version 1 but those with a threshold, which older readers would pass over and give other labels.
 """
-MANIFEST, HEAD, BOOSTER, SEEN, WEIGHTS = (
+MANIFEST, HEAD, BOOSTER, SEEN, GROUPS, WEIGHTS = (
     "bundle.json",
     "head.skops",
     "head.ubj",
     "seen.safetensors",
+    "groups.safetensors",
     "weights.safetensors",
 )
 CONTINUOUS = "continuous"
@@ -216,6 +217,7 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
             raise BundleError(f"{place} is damaged: {name!r} is missing or of the wrong type; {_AGAIN}")
     _check_target(content, place)
     _check_threshold(content, place)
+    _check_grouping(content, place)
     target = content.get("target")
     numeric = target is not None and target["type"] == CONTINUOUS
     for name in ("columns",) if numeric else ("classes", "columns"):
@@ -271,6 +273,16 @@ def _check_threshold(content: Mapping[str, Any], place: Path) -> None:
         or sorted(content["classes"]) != sorted([str(found.get("positive")), str(found.get("negative"))])
     ):
         raise BundleError(f"{place} is damaged: its threshold is not one of its two classes; {_AGAIN}")
+
+
+def _check_grouping(content: Mapping[str, Any], place: Path) -> None:
+    """Checks what a bundle says of the groups that it was trained on, if it does."""
+    found: Any = content.get("grouping")
+    if found is None:
+        return
+    fits = isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("column", "salt"))
+    if not fits or GROUPS not in content["files"]:
+        raise BundleError(f"{place} is damaged: what it says of groups is {found!r}, and {GROUPS} has them; {_AGAIN}")
 
 
 def _calibrates(value: Any, labels: int) -> bool:
