@@ -256,7 +256,7 @@ class _Attempt:
             "parts": len(writer.parts),
             "bytes": writer.bytes,
             "tried_again": ledger.tried_again,
-            "clipped": ledger.clipped,
+            "remarks": dict(ledger.remarks),
         }
         run = ShardRun.by(self.worker, self.session.machine, seconds, self.work.clock, **about)
         return ShardResult(status, kinds, keys, ledger.has_key, ledger.reasons, run, error, ledger.damage)
@@ -338,7 +338,7 @@ def compute_into(
             entries.take(images)
             follow(images)
             writer.tick()
-    work.ledger.tried_again, work.ledger.clipped = loader.tried_again, loader.clipped
+    work.ledger.tried_again = loader.tried_again
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class ExtractionLedger:
         known: rows whose features the store had, or gets from another row with the same bytes.
         read: how many images were read.
         tried_again: how many of those could be read only at a further try.
-        clipped: how many regions that were decoded reach beyond their images.
+        remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
         columns: for how many images each column was computed.
         seconds: wall-clock time of it all.
         busy: what all workers together have spent, where a cluster computed; else None.
@@ -50,7 +50,7 @@ class ExtractionLedger:
     known: int = 0
     read: int = 0
     tried_again: int = 0
-    clipped: int = 0
+    remarks: Counter[str] = field(default_factory=Counter)
     columns: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     busy: float | None = None
@@ -113,6 +113,7 @@ class Bookkeeping:
         if image.key is not None:
             self._ledger.keys[image.row] = np.frombuffer(image.key, dtype=np.uint8)
         self._ledger.has_key[image.row] = image.key is not None
+        self._ledger.remarks.update(image.remarks)
         if image.reason is not None:
             self._ledger.reasons[image.row] = image.reason
         elif image.key is not None and (damage := image.damage or self._damaged.get(image.key)):
@@ -227,7 +228,7 @@ class ShardLedger:
         for stage, seconds in run.stages.items():
             self._clock.add(stage, seconds)
         self._ledger.tried_again += run.tried_again
-        self._ledger.clipped += run.clipped
+        self._ledger.remarks.update(run.remarks)
         self.error = self.error or result.error
 
     def as_dict(self) -> dict[str, Any]:

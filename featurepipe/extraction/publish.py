@@ -19,6 +19,7 @@ from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, allowance
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.images import Source
+from featurepipe.images.regions import CLIPPED
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked
 from featurepipe.store import FeatureStore
@@ -161,7 +162,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "listing": job.listing.as_dict(),
         "gone": job.gone,
         "tried_again": ledger.tried_again,
-        "clipped": ledger.clipped,
+        **remarked(ledger.remarks),
         "computed_by_column": {str(column): ledger.columns[str(column)] for column in job.session.columns},
         "rejects": _rejects(job, ledger)[:SHOWN_REJECTS],
         "new_rejects": _new_rejects(job, ledger)[:SHOWN_REJECTS],
@@ -228,6 +229,11 @@ def snapshot_table(listing: pa.Table, ledger: ExtractionLedger) -> pa.Table:
     columns = {name: listing[name] for name in ("id", "label", "split", "size", "mtime_ns")}
     further = {name: listing[name] for name in listing.column_names if name.startswith(KEPT_COLUMN)}
     return pa.table({**columns, "key": keys, "status": status, "reason": reason_column, **further})
+
+
+def remarked(remarks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a record that say how images were decoded: ``clipped``, regions, and counts of all other ``remarks``."""
+    return {"clipped": remarks.get(CLIPPED, 0), "remarks": {name: n for name, n in remarks.items() if name != CLIPPED}}
 
 
 def by_code(reasons: Mapping[int, str]) -> dict[str, int]:

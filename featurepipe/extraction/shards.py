@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError
+from featurepipe.images.regions import LONGEST_SLICE, is_of_one_image
 
 if TYPE_CHECKING:  # a worker that has little memory, and the scheduler, read shards without loading PyTorch
     from featurepipe.execution.executor import Worker
@@ -82,7 +83,7 @@ class ShardRun:
         parts: parts committed.
         bytes: of these.
         tried_again: images that could be read only at a further try.
-        clipped: regions that were decoded and reach beyond their images.
+        remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
     """
 
     worker: str
@@ -95,7 +96,7 @@ class ShardRun:
     parts: int = 0
     bytes: int = 0
     tried_again: int = 0
-    clipped: int = 0
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def by(cls, worker: Worker, machine: Machine, seconds: float, clock: StageSeconds, **more: Any) -> Self:
@@ -177,6 +178,9 @@ class ShardSizes:
 def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterator[int]) -> Iterator[Shard]:
     """Cuts the rows to be read into shards, each when it is asked for.
 
+    Regions of one image that follow each other stay together, since a shard decodes it anew; at most `LONGEST_SLICE` of them, as
+    many as one decode serves.
+
     Args:
         listing: of the source.
         todo: int64, the rows to read.
@@ -187,8 +191,16 @@ def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterato
     start = number = 0
     while start < len(todo):
         count = sizes.next(len(todo) - start, next(workers))
+        count += _of_last_image(listed["locator"].take(pa.array(todo[start + count - 1 :][: LONGEST_SLICE + 1])))
         yield Shard.of(number, start, listed.take(pa.array(todo[start : start + count])))
         start, number = start + count, number + 1
+
+
+def _of_last_image(locators: pa.ChunkedArray) -> int:
+    """How many rows after the first are regions of the same image; none if they go on beyond those given."""
+    last, *others = locators.to_pylist()
+    more = next((n for n, other in enumerate(others) if not is_of_one_image(last, other)), len(others))
+    return 0 if more == LONGEST_SLICE else more
 
 
 def packed(table: pa.Table) -> bytes:

@@ -30,8 +30,7 @@ def text(record: Mapping[str, Any]) -> str:
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append(f"  ... all in {record['rejects_file']}")
     lines += damaged_lines(record)
-    if record.get("clipped"):
-        lines.append(f"clipped to their images: {counted(record['clipped'], 'region')}")
+    lines += remark_lines(record)
     if counts["computed"]:
         by_column = record["computed_by_column"].items()
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
@@ -52,6 +51,12 @@ def damaged_lines(record: Mapping[str, Any]) -> list[str]:
         return []
     shown = [f"  {image['id']}: {image['reason']}" for image in damaged["images"][:_REJECTS_SHOWN]]
     return [f"kept although damaged: {damaged['kept']:,}", *shown, *["  ..."] * (damaged["kept"] > len(shown))]
+
+
+def remark_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a record says, with counts, of how images were decoded; no line where there is nothing to say."""
+    clipped = [f"clipped to their images: {counted(record['clipped'], 'region')}"] * bool(record.get("clipped"))
+    return [*clipped, *(f"{remark}: {counted(count, 'image')}" for remark, count in record.get("remarks", {}).items())]
 
 
 def _workers(record: Mapping[str, Any]) -> list[str]:

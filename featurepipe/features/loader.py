@@ -26,7 +26,16 @@ from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Bud
 from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.images.listing import UNKNOWN
-from featurepipe.images.regions import Payload, Region, crop, key_of_region, split_region
+from featurepipe.images.regions import (
+    CLIPPED,
+    LONGEST_SLICE,
+    Payload,
+    Region,
+    crop,
+    is_of_one_image,
+    key_of_region,
+    split_region,
+)
 from featurepipe.threads import GivenUp, LoadingThreads
 
 
@@ -41,7 +50,7 @@ class Loaded:
         pixels: uint8 (C, H, W), resized and cropped; None when there is nothing to compute.
         reason: why it was rejected, or None.
         damage: why some of its pixels are lost, though it was kept on request; or None.
-        clipped: whether it is a region that reaches beyond its image.
+        remarks: what else is to be said of how it was decoded, as `CLIPPED`; counted, not listed.
     """
 
     row: int
@@ -50,7 +59,7 @@ class Loaded:
     pixels: torch.Tensor | None = None
     reason: str | None = None
     damage: str | None = None
-    clipped: bool = False
+    remarks: tuple[str, ...] = ()
 
     def refuse(self, reason: str, payload: Payload, size: int) -> None:
         """Rejects the image for what was read of it; ``size`` is that of the listing.
@@ -167,9 +176,6 @@ class LoadTask:
 SLICE = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
-LONGEST_SLICE = 64
-"""Regions of one image that a task may have, which reads and decodes it once for all of them."""
-
 _TAKEN_ROWS = 128 * SLICE
 """Rows whose locators are Python objects at a time."""
 
@@ -224,7 +230,6 @@ class Loader:
 
     Attributes:
         tried_again: how many images could be read only at a further try.
-        clipped: how many regions that were decoded reach beyond their images.
     """
 
     def __init__(
@@ -240,7 +245,7 @@ class Loader:
     ) -> None:
         self._source, self._missing, self._decoder, self._prepare = source, missing, decoder, prepare
         self._clock, self._workers, self._window = clock, workers, window
-        self.tried_again = self.clipped = 0
+        self.tried_again = 0
 
     def load(
         self,
@@ -274,23 +279,17 @@ class Loader:
                 threads.submit(partial(work, task))
                 while ahead and images >= self._window and self._ready(ahead, stop, threads, work):
                     images -= max(SLICE, len(ahead[0].images))
-                    yield self._taken(ahead.popleft())
+                    yield ahead.popleft().future.result()
                 if stop():
                     return
             while ahead and self._ready(ahead, stop, threads, work):
-                yield self._taken(ahead.popleft())
+                yield ahead.popleft().future.result()
             if not stop():
                 reader.check_at_end()
         finally:
             reader.close()
             threads.close(PATIENCE)
             self.tried_again = reader.tried_again
-
-    def _taken(self, task: LoadTask) -> list[Loaded]:
-        """The images of a task that is done."""
-        images = task.future.result()
-        self.clipped += sum(image.clipped for image in images)
-        return images
 
     def _ready(
         self,
@@ -359,10 +358,9 @@ class Loader:
             results = self._decoded(payloads, claim)
             for place, payload in zip(places, payloads, strict=True):
                 task.step(place, DECODE_SECONDS)
-                found, clipped = self._prepared(next(results), payload)
+                found = self._prepared(next(results), payload)
                 with task.settle():
                     task.decoded += 1
-                    task.images[place].clipped = clipped
                     _note(task.images[place], found, payload, task.sizes[place])
 
     def _decoded(self, payloads: Sequence[Payload], claim: Claim) -> Iterator[Decoded]:
@@ -375,19 +373,18 @@ class Loader:
                 yield whole
             del whole  # not two decoded images at a time
 
-    def _prepared(self, found: Decoded, payload: Payload) -> tuple[Decoded, bool]:
-        """The image, or what a region is of it, resized and cropped; and whether the region reaches beyond it."""
+    def _prepared(self, found: Decoded, payload: Payload) -> Kept | Reject:
+        """The image, or what a region is of it, resized and cropped."""
+        if isinstance(found, Reject):
+            return found
         try:
-            if isinstance(found, Reject):
-                return found, False
-            pixels, clipped = found.pixels if isinstance(found, Kept) else found, False
+            pixels, damage, remarks = found if isinstance(found, Kept) else Kept(found)
             if isinstance(payload, Region):
                 edges = payload.box.edges(pixels.shape[2], pixels.shape[1])
-                pixels, clipped = crop(pixels, edges), edges.clipped
-            pixels = self._prepare(pixels)
-            return (found._replace(pixels=pixels) if isinstance(found, Kept) else pixels), clipped
+                pixels, remarks = crop(pixels, edges), (*remarks, *[CLIPPED] * edges.clipped)
+            return Kept(self._prepare(pixels), damage, remarks)
         except Exception as error:  # noqa: BLE001  # such as too little memory: one image's trouble is not that of the run
-            return as_reject(error), False
+            return as_reject(error)
 
 
 class _ReadOnce:
@@ -428,7 +425,7 @@ def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:
         taken = listed.take(pa.array(rows[start : start + _TAKEN_ROWS]))
         for image in zip(*(column.to_pylist() for column in taken.columns), strict=True):
             is_full = len(images) >= SLICE
-            if is_full and (len(images) >= LONGEST_SLICE or not _is_of_one_image(images[-1][0], image[0])):
+            if is_full and (len(images) >= LONGEST_SLICE or not is_of_one_image(images[-1][0], image[0])):
                 yield LoadTask(rows[first : first + len(images)], *zip(*images, strict=True))
                 first, images = first + len(images), []
             images.append(image)
@@ -436,20 +433,13 @@ def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:
         yield LoadTask(rows[first:], *zip(*images, strict=True))
 
 
-def _is_of_one_image(locator: bytes, other: bytes) -> bool:
-    image, box = split_region(locator)
-    return box is not None and image == split_region(other)[0]
-
-
-def _note(image: Loaded, found: Decoded, payload: Payload, size: int) -> None:
+def _note(image: Loaded, found: Kept | Reject, payload: Payload, size: int) -> None:
     if isinstance(found, Unavailable):
         image.postpone(str(found))
     elif isinstance(found, Reject):
         image.refuse(str(found), payload, size)
-    elif isinstance(found, Kept):
-        image.pixels, image.damage = found
     else:
-        image.pixels = found
+        image.pixels, image.damage, image.remarks = found.pixels, found.damage or None, found.remarks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
 from featurepipe.images import Source
-from featurepipe.images.regions import Payload
+from featurepipe.images.regions import Payload, split_region
 
 WAITS = (0.2, 1.0, 3.0)
 """Seconds before each further try of an image that cannot be read now."""
@@ -134,7 +134,7 @@ class PatientReader:
 
     def _is_readable(self, locator: bytes) -> bool:
         try:
-            self._source.read(locator)
+            self._source.read(split_region(locator)[0])  # the image: that a box is wrong is no matter of the source
         except Exception:  # noqa: BLE001  # whatever it is, this image cannot be read
             return False
         return True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class FeatureBatch:
         features: for each column (m, D), the values that a store would hold, float16 or float32.
         rejects: the other rows, ascending, each with the reason.
         damage: those of ``rows`` that were kept although they are damaged, ascending, each with what is wrong.
+        remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
     """
 
     rows: np.ndarray
@@ -48,6 +49,7 @@ class FeatureBatch:
     features: Mapping[str, np.ndarray]
     rejects: Sequence[tuple[int, str]]
     damage: Sequence[tuple[int, str]] = ()
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
     def vectors(self) -> np.ndarray:
         """The columns side by side, float32 (m, D)."""
@@ -137,6 +139,7 @@ class _Row:
     feature: _Feature | None
     reason: str | None
     damage: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -176,7 +179,7 @@ class _Queue:
             if len(self._recent) > self._remembered:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(image.key)
-        self._rows.append(_Row(image.row, image.key, feature, None, image.damage))
+        self._rows.append(_Row(image.row, image.key, feature, None, image.damage, image.remarks))
         return is_new
 
     def fill(self, images: Sequence[Loaded], features: Mapping[str, np.ndarray]) -> None:
@@ -204,6 +207,7 @@ class _Queue:
             features={name: _stacked([values[name] for _, values in usable]) for name in self._columns},
             rejects=[(row.row, row.reason) for row in rows if row.reason is not None],
             damage=[(row.row, row.damage) for row in rows if row.damage is not None],
+            remarks=Counter(remark for row in rows for remark in row.remarks),
         )
 
 

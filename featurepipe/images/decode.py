@@ -104,10 +104,17 @@ _PREFIX: Final = "tjDecompress"
 
 
 class Kept(NamedTuple):
-    """Pixels of a JPEG of which some are lost, kept on request, and what is wrong with it."""
+    """Pixels of an image of which something is to be said.
+
+    Attributes:
+        pixels: uint8 (C, H, W).
+        damage: Why some of them are lost, of a JPEG that was kept on request; else empty.
+        remarks: What else there is to say, such as that the file has more frames.
+    """
 
     pixels: torch.Tensor
-    damage: str
+    damage: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def try_decode(
@@ -127,13 +134,15 @@ def try_decode(
         keep_damaged: whether a JPEG that lost pixels is `Kept`.
         claim: as for `decode`.
     """
-    told: list[str] = []
+    told, remarks = list[str](), list[str]()
     on_damage = told.append if keep_damaged else None
     try:
-        pixels = decode(payload, colour=colour, intensity=intensity, on_damage=on_damage, claim=claim)
+        pixels = decode(
+            payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=remarks.append, claim=claim
+        )
     except Exception as error:  # noqa: BLE001  # a stranger's file may make a library raise anything
         return as_reject(error)
-    return Kept(pixels, told[0]) if told else pixels
+    return Kept(pixels, told[0] if told else "", tuple(remarks)) if told or remarks else pixels
 
 
 def is_repaired(reason: str) -> bool:
@@ -166,6 +175,7 @@ def decode(
     colour: Colour = "rgb",
     intensity: Intensity = DECLARED,
     on_damage: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
     claim: Claim | None = None,
 ) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
@@ -180,6 +190,7 @@ def decode(
         intensity: Which values are black and white in images of more than eight bits.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
             default it is a reject.
+        on_remark: Told what was left out of the file or guessed, such as frames after the first.
         claim: Called with the bytes of memory that decoding will take, before it does; by default waits for its part of
             the process's memory for decoding, and gives it back at the end.
 
@@ -192,10 +203,14 @@ def decode(
     """
     if claim is None:
         with MEMORY.lease() as lease:
-            return decode(payload, colour=colour, intensity=intensity, on_damage=on_damage, claim=lease)
+            return decode(
+                payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=on_remark, claim=lease
+            )
     if isinstance(payload, Region):
         payload.box.check()
-        whole = decode(payload.image, colour=colour, intensity=intensity, on_damage=on_damage, claim=claim)
+        whole = decode(
+            payload.image, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=on_remark, claim=claim
+        )
         return crop(whole, payload.box.edges(whole.shape[2], whole.shape[1]))
     if isinstance(payload, np.ndarray):
         return _to_tensor(_from_array(payload, intensity, claim), colour)

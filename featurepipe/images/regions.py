@@ -23,10 +23,16 @@ UNITS: Final[tuple[Unit, ...]] = ("pixels", "share")
 LEAST: Final = 0.99
 """Pixels that a side needs: one, less what shares lose that were written with six digits."""
 
-_MARK: Final = b"\0box "  # no path has a NUL in it
+REGION_MARK: Final = b"\0box "  # no path has a NUL in it
 _KEYED: Final = b"featurepipe region 1\n"
 _STAMPED: Final = (1 << 40) - 1
 """The bits of a time, about 18 minutes of nanoseconds, that hold what tells one box from another."""
+
+
+CLIPPED: Final = "clipped to its image"
+"""The remark on a region that reaches beyond its image."""
+LONGEST_SLICE: Final = 64
+"""Regions of one image that are loaded together: it is read and decoded once for all of them."""
 
 
 class Edges(NamedTuple):
@@ -173,7 +179,7 @@ Payload = bytes | np.ndarray[Any, Any] | Region
 
 def region_locator(image: bytes, box: Box) -> bytes:
     """The locator of a region, from that of its image."""
-    return image + _MARK + box.text.encode()
+    return image + REGION_MARK + box.text.encode()
 
 
 def split_region(locator: bytes) -> tuple[bytes, Box | None]:
@@ -183,11 +189,17 @@ def split_region(locator: bytes) -> tuple[bytes, Box | None]:
         >>> split_region(region_locator(b"a.jpg", Box(1, 2, 3, 4)))[0], split_region(b"a.jpg")
         (b'a.jpg', (b'a.jpg', None))
     """
-    if _MARK not in locator:
+    if REGION_MARK not in locator:
         return locator, None
-    image, _, text = locator.rpartition(_MARK)
+    image, _, text = locator.rpartition(REGION_MARK)
     box = Box.parse(text.decode("ascii", "replace"))
     return (locator, None) if box is None else (image, box)
+
+
+def is_of_one_image(locator: bytes, other: bytes) -> bool:
+    """Whether the first is that of a region, and the other that of its image or of another region of it."""
+    image, box = split_region(locator)
+    return box is not None and image == split_region(other)[0]
 
 
 def key_of(payload: Payload) -> bytes:

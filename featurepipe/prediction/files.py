@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -22,6 +23,7 @@ from featurepipe.display import neutralised
 from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MANIFEST, MULTILABEL
+from featurepipe.images.regions import REGION_MARK, split_region
 from featurepipe.store.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -69,6 +71,36 @@ def schema_of(classes: Sequence[str]) -> pa.Schema:
             *probability,
         ]
     )
+
+
+REGION_FIELDS = (pa.field("image", pa.string()), pa.field("box", pa.string()))
+"""The further columns of a file of predictions of regions, after the id.
+
+``image``, the id of the whole image; ``box``, ``x y w h`` in the unit in which it was given, empty for a whole image.
+"""
+
+
+def has_regions(listing: pa.Table) -> bool:
+    """Whether some rows of a listing are regions."""
+    locators = listing["locator"]
+    marked = locators.filter(pc.match_substring(locators, REGION_MARK.decode()))
+    return any(split_region(locator)[1] is not None for locator in marked.to_pylist())
+
+
+def with_regions(batch: pa.RecordBatch, locators: Sequence[bytes]) -> pa.RecordBatch:
+    """Rows of a file of predictions with `REGION_FIELDS`."""
+    boxes = [split_region(locator)[1] for locator in locators]
+    ids = batch.column("id").to_pylist()
+    images = [id_ if box is None else id_.rpartition("#")[0] for id_, box in zip(ids, boxes, strict=True)]
+    texts = [None if box is None else " ".join(box.text.split(" ")[:4]) for box in boxes]
+    columns = [pa.array(images, pa.string()), pa.array(texts, pa.string())]
+    return pa.RecordBatch.from_arrays(
+        [batch.columns[0], *columns, *batch.columns[1:]], schema=_with_region_fields(batch.schema)
+    )
+
+
+def _with_region_fields(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([schema.field(0), *REGION_FIELDS, *list(schema)[1:]])
 
 
 NUMBERS = pa.schema(
@@ -216,13 +248,16 @@ def checked_target(to: str | PathLike[str], *, spared: Sequence[Any] = ()) -> Pa
 
 
 @contextmanager
-def predictions_file(path: Path, classes: Sequence[str] | pa.Schema, *, raw_ids: bool = False) -> Iterator[Writer]:
+def predictions_file(
+    path: Path, classes: Sequence[str] | pa.Schema, *, raw_ids: bool = False, regions: bool = False
+) -> Iterator[Writer]:
     """Opens a file of predictions for writing; it appears when the block ends, and not at all when it fails.
 
     Args:
         path: the file.
         classes: of the bundle, or the columns of another kind of file.
         raw_ids: whether texts of a CSV file stay as they are, formulas as well; see `featurepipe.display`.
+        regions: whether rows have `REGION_FIELDS`.
 
     Yields:
         A function that takes record batches of ``schema_of(classes)``, or of the columns given.
@@ -231,13 +266,15 @@ def predictions_file(path: Path, classes: Sequence[str] | pa.Schema, *, raw_ids:
         DiskFull: no space is left.
     """
     schema = classes if isinstance(classes, pa.Schema) else schema_of(classes)
+    exact = schema == NUMBERS  # whose digits are no noise
+    if regions:
+        schema = _with_region_fields(schema)
     with atomic_file(path) as file, ExitStack() as stack:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
             yield Writer(stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd")).write_batch)
         elif suffix == ".csv":
             writer = stack.enter_context(pyarrow.csv.CSVWriter(file, _rounded_schema(schema)))
-            exact = schema == NUMBERS  # whose digits are no noise
             yield Writer(lambda batch: writer.write_batch(batch if exact else _rounded(batch)), neutralise=not raw_ids)
         else:
             names = None if isinstance(classes, pa.Schema) else classes
@@ -250,16 +287,18 @@ def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str] 
     Without classes the columns are as they are; several labels are a list, and their probabilities an object.
     """
     if classes is None and "labels" in batch.schema.names:
-        batch, names = _rounded(batch), [name[2:-1] for name in batch.schema.names[3:]]
+        first = batch.schema.names.index("reason") + 1
+        batch, names = _rounded(batch), [name[2:-1] for name in batch.schema.names[first:]]
         for row in batch.to_pylist():
-            facts = {"id": row["id"], "labels": _parted(row["labels"], names), "reason": row["reason"]}
+            facts = {name: row[name] for name in batch.schema.names[:first]}
+            facts["labels"] = _parted(row["labels"], names)
             found = None if row["labels"] is None else {name: row[f"p({name})"] for name in names}
             file.write(json.dumps({**facts, "probabilities": found}, ensure_ascii=False).encode() + b"\n")
         return
     if classes is None:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
         return
-    facts = batch.select(["id", "label", "confidence", "reason"]).to_pylist()
+    facts = batch.select(batch.schema.names[: batch.schema.names.index("reason") + 1]).to_pylist()
     columns = [batch.column(f"p({name})").to_pylist() for name in classes]
     for row, values in zip(facts, zip(*columns, strict=True), strict=True):
         found = None if row["label"] is None else dict(zip(classes, values, strict=True))
@@ -319,6 +358,7 @@ class Scored:
         estimates: float64 (n,), predicted numbers, or (n, K), scores of several labels; NaN for those; None of a bundle with
             classes.
         having: int64 (K,), how many of the images have each of several labels.
+        remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
         reasons: why an image could not be used, by row.
         damage: what is wrong with an image that was kept although it is damaged, by row.
     """
@@ -330,6 +370,7 @@ class Scored:
     damage: Mapping[int, str] = field(default_factory=dict)
     estimates: npt.NDArray[np.float64] | None = None
     having: npt.NDArray[np.int64] | None = None
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ready: ReadyBundle, group: Sequence[FeatureBatch], *, first: int = 0) -> Scored:
@@ -357,7 +398,8 @@ class Scored:
             exact = ready.probabilities(group)
             probabilities[place] = exact
             codes[place] = ready.bundle.codes(exact)
-        return cls(numbers + first, codes, probabilities, reasons, damage, estimates, having)
+        remarks = sum((Counter(batch.remarks) for batch in group), Counter[str]())
+        return cls(numbers + first, codes, probabilities, reasons, damage, estimates, having, remarks)
 
     def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle) -> pa.RecordBatch:
         """The rows as a file of the bundle's predictions has them; ``ids`` are those of the whole listing."""
@@ -387,6 +429,7 @@ class Predictions:
         labels: how many images were given each class, by its number.
         reasons: why an image could not be used, by row.
         damage: what is wrong with an image that was kept although it is damaged, by row.
+        remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
         neutralised: cells of the file that would have been formulas in a spreadsheet, and were changed.
         estimates: what predicted numbers are like.
         writing: seconds in writing.
@@ -397,6 +440,7 @@ class Predictions:
     labels: Counter[int] = field(default_factory=Counter)
     reasons: dict[int, str] = field(default_factory=dict)
     damage: dict[int, str] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
     neutralised: int = 0
     estimates: NumberSummary = field(default_factory=NumberSummary)
     writing: float = 0.0
@@ -414,3 +458,4 @@ class Predictions:
             self.estimates.add(scored.estimates[scored.codes >= 0])
         self.reasons.update(scored.reasons)
         self.damage.update(scored.damage)
+        self.remarks.update(scored.remarks)

@@ -17,14 +17,22 @@ from featurepipe.errors import Interrupted, Message, Option, SourceError, TooMan
 from featurepipe.execution.dask import executor_on
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import allowance
-from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named
+from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named, remarked
 from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.images.findings import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
-from featurepipe.prediction.files import Predictions, Scored, checked_target, columns_for, predictions_file
+from featurepipe.prediction.files import (
+    Predictions,
+    Scored,
+    checked_target,
+    columns_for,
+    has_regions,
+    predictions_file,
+    with_regions,
+)
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.shards import SCORE, Prediction
 from featurepipe.progress import announcer, show
@@ -130,7 +138,7 @@ def predict(
             raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:
             run = partial(prediction.run, images, listing, stop, progress)
-            predictions = _write_all(run, listing["id"], prediction.bundle, target, stop, raw_ids=raw_ids)
+            predictions = _write_all(run, listing, prediction.bundle, target, stop, raw_ids=raw_ids)
     record = {
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
@@ -143,6 +151,7 @@ def predict(
         "started": started,
         "ended": records.now(),
         "damaged": kept_damaged(options.damaged, listing["id"], predictions.damage),
+        **remarked(predictions.remarks),
         **_describe(prediction, listing, predictions),
     }
     rejected, listed = len(predictions.reasons), listing.num_rows
@@ -163,7 +172,7 @@ def predict(
 
 def _write_all(
     run: Callable[[Callable[[Scored], None]], None],
-    ids: pa.ChunkedArray,
+    listing: pa.Table,
     bundle: Bundle,
     target: Path | None,
     stop: StopRequest,
@@ -171,15 +180,22 @@ def _write_all(
     raw_ids: bool,
 ) -> Predictions:
     """Writes and counts rows as they come, in the listing's order; the file appears when all are there."""
-    predictions, start = Predictions(), time.perf_counter()
+    predictions, start, ids = Predictions(), time.perf_counter(), listing["id"]
+    regions = target is not None and has_regions(listing)
     with ExitStack() as stack:
-        write = stack.enter_context(predictions_file(target, columns_for(bundle), raw_ids=raw_ids)) if target else None
+        write = None
+        if target is not None:
+            columns = columns_for(bundle)
+            write = stack.enter_context(predictions_file(target, columns, raw_ids=raw_ids, regions=regions))
 
         def take(rows: Scored) -> None:
             predictions.add(rows)
             if write is not None:
                 began = time.perf_counter()
-                write(rows.rows_of_file(ids, bundle))
+                batch = rows.rows_of_file(ids, bundle)
+                if regions:
+                    batch = with_regions(batch, listing["locator"].take(pa.array(rows.numbers)).to_pylist())
+                write(batch)
                 predictions.writing += time.perf_counter() - began
 
         run(take)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import neutralised_text
-from featurepipe.extraction.text import damaged_lines
+from featurepipe.extraction.text import damaged_lines, remark_lines
 from featurepipe.heads.bundle.bundle import interval_text, threshold_text
 from featurepipe.prediction.files import range_text
 from featurepipe.progress import duration
@@ -35,7 +35,7 @@ def text(record: Mapping[str, Any]) -> str:
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append("  ..." + (f" all in {record['file']}" if record["file"] else ""))
-    lines += damaged_lines(record)
+    lines += damaged_lines(record) + remark_lines(record)
     stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "score"))
     lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
     if record.get("cluster"):

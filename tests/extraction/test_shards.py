@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from featurepipe.extraction.shards import COLUMNS, Shard, ShardSizes, cut
 from featurepipe.images.listing import SCHEMA
+from featurepipe.images.regions import Box, region_locator
 
 
 def listing(count):
@@ -42,6 +43,16 @@ def test_every_row_is_in_one_shard_however_workers_come_and_go(count, workers, r
         places += range(piece.start, piece.start + piece.rows)
         sizes.note(piece.rows, piece.rows / rate)
     assert places == list(range(count))
+
+
+def test_regions_of_one_image_stay_in_one_shard_as_far_as_one_decode_serves():
+    locators = [
+        region_locator(name, Box(i, 0, 5, 5)) for name, n in ((b"a", 9), (b"b", 200), (b"c", 3)) for i in range(n)
+    ]
+    table = listing(212).set_column(5, SCHEMA.field("locator"), pa.array(locators, pa.binary()))
+    pieces = list(cut(table, np.arange(212), ShardSizes(first=8, most=8), itertools.repeat(1)))
+    assert [piece.rows for piece in pieces] == [9, *[8] * 17, 64, 3]
+    assert sum(piece.rows for piece in pieces[1:-1]) == 200
 
 
 def test_shards_take_as_long_as_they_should():
