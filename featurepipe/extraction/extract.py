@@ -57,6 +57,7 @@ def extract(
     box: str | None = None,
     box_unit: str = "pixels",
     box_margin: float = 0.0,
+    images: str | PathLike[str] | None = None,
     time_budget: float | None = None,
     stop: StopRequest | None = None,
     dry_run: bool = False,
@@ -100,6 +101,7 @@ def extract(
         box: the column of a manifest's boxes, or four as ``x,y,w,h``; ``none`` for whole images; by default ``box`` or ``bbox``.
         box_unit: ``pixels``, or ``share`` of the upright image's width and height.
         box_margin: added to each side of a box, as a share of its longer side.
+        images: folder, its URL, or archive with the images of a manifest or COCO file; by default beside it.
         time_budget: seconds after which to stop; what is left is for the next run.
         stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
             ``time_budget`` then.
@@ -144,15 +146,16 @@ def extract(
         box=box,
         box_unit=box_unit,
         box_margin=box_margin,
+        images=None if images is None else str(images),
         time_budget=time_budget,
     )
     stops = stopping(stop, options.time_budget)
     say = announcer(silent=silent)
     settle = partial(prepare, dataset=dataset, options=options, say=say)
-    with closing(opened(source, options)) as images, executor_on(cluster, say=say) as executor:
+    with closing(opened(source, options)) as found, executor_on(cluster, say=say) as executor:
         if dry_run:
             executor.check()
-            job = settle(images, existing_store(store), dry_run=True, executor=executor)
+            job = settle(found, existing_store(store), dry_run=True, executor=executor)
             return estimate(job, TIMED_SAMPLE, executor).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
         with target.lock(shared=True), stops as asked:
@@ -160,7 +163,7 @@ def extract(
             floor.check()
             with asked.at_once(before="the first image"):
                 executor.check(target.path)
-                job = settle(images, target, dry_run=False, executor=executor)
+                job = settle(found, target, dry_run=False, executor=executor)
             run = begin_run(target, job)
             with recorded(run):
                 with show(len(job.plan.todo), "extract", silent=silent) as progress:
@@ -176,6 +179,7 @@ def opened(source: Any, options: SourceOptions) -> Source:
         only_under=options.only_under,
         path_column=options.path_column,
         boxes=options.boxes,
+        images=options.images,
     )
 
 

@@ -150,6 +150,11 @@ class SourceOptions(OptionGroup):
         0.0, "added to each side of a box, as a share of its longer side (default: 0)", metavar="SHARE", check=_margin
     )
 
+    images: str | None = option(
+        None, "folder, its URL, or archive with the images that a manifest or COCO file names (default: beside the file)",
+        metavar="DIR|URL|ARCHIVE", check=not_empty, is_path=_anywhere,
+    )  # fmt: skip
+
     @property
     def boxes(self) -> Boxes:
         """How a source finds its boxes."""

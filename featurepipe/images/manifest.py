@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from typing import IO, Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -32,12 +33,12 @@ from featurepipe.annotations import (
     whole_numbers,
 )
 from featurepipe.display import counted
-from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unknown
+from featurepipe.errors import FeaturepipeError, Message, Option, Reject, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
-from featurepipe.images.regions import Box, Boxes, Region, region_locator, split_region, stamp
+from featurepipe.images.regions import Box, Boxes, Payload, Region, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
@@ -62,6 +63,10 @@ _NAMED_ALIKE: Final = {
 _Columns = dict[str, Any]  # a list each; a further column may be an Arrow array
 NO_BOX: Final = "none"
 _SIDES: Final = ("box 0", "box 1", "box 2", "box 3")
+_FAR_OUT: Final = 2
+"""Where no box in shares of its image ends, unless it is in pixels."""
+_MISSING: Final = b"\0missing "
+"""The beginning of the locator of an image that an archive lacks; the path follows."""
 LONGEST_VALUE: Final = 1000
 """Characters that a value of a further column may have: longer ones are texts about an image, and belong elsewhere."""
 _PROBED: Final = 64  # first rows of a batch
@@ -86,10 +91,17 @@ class ManifestSource(Source):
         path: A path or URL.
         path_column: The name of the column of paths; by default ``path``, ``file``, ``filename``, ``image`` and the like.
         boxes: Which columns are boxes, and of what unit and margin.
+
+    Attributes:
+        images: The folder that relative paths are relative to, or its URL; None for that of the manifest.
+        archive: The source that has the images instead, by their path in it; or None.
     """
 
     def __init__(self, path: str, path_column: str | None = None, boxes: Boxes = Boxes()) -> None:  # noqa: B008  # is frozen
         self.path_column, self.boxes = path_column, boxes
+        self.images: str | None = None
+        self.archive: Source | None = None
+        self._members: _Members | None = None
         self._taken: dict[str, str] = {}  # the column of each of ours that was there in the last scan
         self.path = path if is_url(path) else os.path.abspath(path)
         folder, _, file_name = self.path.rpartition("/")
@@ -105,6 +117,7 @@ class ManifestSource(Source):
             SourceError: The manifest cannot be read, or an id occurs twice.
         """
         findings, self._taken, further = Findings(), {}, _FurtherColumns()
+        self._list_members()
         kind = self.path.rpartition(".")[2]
         try:
             with _open(self.path) as file:
@@ -123,11 +136,14 @@ class ManifestSource(Source):
             table = _with_whole_numbers(table, findings)
         return findings.attach(check_unique(table, self.path))
 
-    def read(self, locator: bytes) -> bytes | Region:
+    def read(self, locator: bytes) -> Payload:
         """Reads one image; see :meth:`Source.read`."""
         image, box = split_region(locator)
         if box is not None:
             box.check()
+        if self.archive is not None:
+            content = _read_member(self.archive, image)
+            return content if box is None else Region(content, box)
         size, name = size_and_path(image)
         path = self._resolve(os.fsdecode(name))
         if self.only_under is not None:
@@ -151,22 +167,25 @@ class ManifestSource(Source):
                 labels = map(findings.label, columns["label"], repeat("line"), numbers)
             if "split" in columns:
                 splits = map(findings.split, columns["split"])
-            stats: Iterable[tuple[int, int]] = ()
+            stats: Iterable[tuple[int, int]] | None = None
             if "size" in columns and "mtime_ns" in columns:
                 stats = zip(map(_known, columns["size"]), map(_known, columns["mtime_ns"]), strict=True)
                 stats = map(self._unless_refused, paths, stats)
-            else:
-                stats = self._stats(paths)
             boxes = self._boxes(numbers, columns)
-            for path, id_, label, split, (size, mtime_ns), box in zip(
-                paths, ids, labels, splits, stats, nothing if boxes is None else boxes, strict=True
+            for path, id_, label, split, (image, size, mtime_ns), box in zip(
+                paths,
+                ids,
+                labels,
+                splits,
+                self._located(paths, stats),
+                nothing if boxes is None else boxes,
+                strict=True,
             ):
-                name, locator = printable(id_ or path), located(_encoded(path), size)
+                name = printable(id_ or path)
                 if box is None:
-                    yield name, label, split, size, mtime_ns, locator
+                    yield name, label, split, size, mtime_ns, image
                 else:
-                    name, locator = numbered(name, box), region_locator(locator, box)
-                    yield name, label, split, size, stamp(mtime_ns, box), locator
+                    yield numbered(name, box), label, split, size, stamp(mtime_ns, box), region_locator(image, box)
             if boxes is not None:
                 numbered.whole += sum(box is None for box in boxes)
         findings.notes += numbered.notes(self.boxes)
@@ -193,6 +212,19 @@ class ManifestSource(Source):
                     )
                 ) from None
         return boxes
+
+    def _list_members(self) -> None:
+        """Lists the archive that has the images, if there is one."""
+        self._members = None if self.archive is None else _Members(self.archive)
+
+    def _located(
+        self, paths: Sequence[str], stats: Iterable[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[bytes, int, int]]:
+        """The (locator, size, date) of the images at these paths; ``stats`` are sizes and dates, if they are known."""
+        if self._members is not None:
+            return map(self._members.located, paths)
+        stats = self._stats(paths) if stats is None else stats
+        return ((located(_encoded(path), size), size, date) for path, (size, date) in zip(paths, stats, strict=True))
 
     def _stats(self, paths: Iterable[str]) -> Iterator[tuple[int, int]]:
         """The sizes and dates of rows; of those that may not be read, nothing is asked."""
@@ -281,9 +313,46 @@ class ManifestSource(Source):
     def _resolve(self, path: str) -> str:
         if is_url(path) or path.startswith("/"):
             return path
-        scheme, separator, folder = self._folder.rpartition("://")
+        scheme, separator, folder = (self.images or self._folder).rpartition("://")
         # A URL is no file system: nothing there resolves "..".
         return f"{scheme}{separator}{posixpath.normpath(f'{folder}/{path}')}" if separator else f"{folder}/{path}"
+
+
+class _Members:
+    """The images in an archive by their path there, or by the end of it that no other has.
+
+    Args:
+        archive: The source; an id of it begins with the archive's name.
+    """
+
+    def __init__(self, archive: Source) -> None:
+        self._location, self._listing = archive.location, archive.scan()
+        self._rows: dict[str, int | None] = {}
+        for row, id_ in enumerate(self._listing["id"].to_pylist()):
+            rest = id_
+            while rest:
+                self._rows[rest] = None if rest in self._rows else row
+                rest = rest.partition("/")[2]
+
+    def located(self, path: str) -> tuple[bytes, int, int]:
+        """The (locator, size, date) of the image at a path; of one that is missing, a locator whose reading says so.
+
+        Raises:
+            SourceError: Several images have a path that ends so.
+        """
+        row = self._rows.get(name := printable(posixpath.normpath(path).lstrip("/")), -1)
+        if row is None:
+            raise SourceError(f"{self._location}: several images there end in {name!r}; name it with its folders")
+        if row < 0:
+            return _MISSING + _encoded(path), UNKNOWN, UNKNOWN
+        return tuple(self._listing[column][row].as_py() for column in ("locator", "size", "mtime_ns"))
+
+
+def _read_member(archive: Source, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+    if locator.startswith(_MISSING):
+        raise Reject(f"missing: no such image in {archive.location}")
+    payload = archive.read(locator)
+    return payload.image if isinstance(payload, Region) else payload
 
 
 class _NumberedBoxes:
@@ -292,12 +361,14 @@ class _NumberedBoxes:
     def __init__(self) -> None:
         self.whole = 0
         self._of: Counter[str] = Counter()
-        self._tiny = 0
+        self._tiny = self._large = 0
 
     def __call__(self, image: str, box: Box) -> str:
         """The id of the next box of an image."""
         self._of[image] += 1
-        self._tiny += box.unit == "pixels" and max(box.x + box.w, box.y + box.h) <= 1
+        end = max(box.x + box.w, box.y + box.h)
+        self._tiny += box.unit == "pixels" and end <= 1
+        self._large += box.unit == "share" and end > _FAR_OUT
         return f"{image}#{self._of[image]}"
 
     def notes(self, boxes: Boxes) -> list[str]:
@@ -312,6 +383,14 @@ class _NumberedBoxes:
         if self._tiny == total:
             said.append(
                 "every box ends within the first pixel: if they are shares of the image, ask for --box-unit share"
+            )
+        elif self._tiny:
+            said.append(
+                f"{counted(self._tiny, 'region')} within the first pixel: are some boxes shares, and others pixels?"
+            )
+        if self._large:
+            said.append(
+                f"{counted(self._large, 'region')} in shares of more than {_FAR_OUT}: pixels are --box-unit pixels, the default"
             )
         return said
 

@@ -43,6 +43,7 @@ def open_source(
     only_under: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     path_column: str | None = None,
     boxes: Boxes | None = None,
+    images: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Makes the source for whatever names images.
 
@@ -55,10 +56,11 @@ def open_source(
             below them are read, all others are rejects; see `OnlyUnder`. By default any.
         path_column: The column of a manifest that holds the paths; see `ManifestSource`.
         boxes: Where boxes are, their unit and margin; by default as `Boxes` says.
+        images: A folder, its URL, or archives with the images that a manifest or COCO file names; by default beside it.
 
     Raises:
         UsageError: Nothing can be read from such a thing; names the value and the choices. Or it is a URL that is not below
-            ``only_under``; or it is no manifest, and a ``path_column`` or ``boxes`` are given.
+            ``only_under``; or it is no manifest, and a ``path_column``, ``boxes`` or ``images`` are given.
         SourceError: The path does not exist.
     """
     source = _bounded(spec, array_readers or {}, only_under)
@@ -77,7 +79,30 @@ def open_source(
                 )
             )  # fmt: skip
         source.boxes = boxes
+    if images is not None:
+        _look_in(source, os.fspath(images))
     return source
+
+
+def _look_in(source: Source, images: str) -> None:
+    """Has a manifest's images looked for in a folder or archive."""
+    if not isinstance(source, ManifestSource) or isinstance(source, YoloSource):
+        raise UsageError(
+            Message(
+                Option("images"), f" is for manifests and COCO files, and {source.name} is neither: it has its images"
+            )
+        )
+    if is_url(images) and not images.lower().endswith(ARCHIVE_SUFFIXES):
+        source.images = images.rstrip("/")
+        return
+    path = images if is_url(images) else os.path.abspath(os.path.expanduser(images))
+    if os.path.isdir(path):
+        source.images = path
+        return
+    archive = _open(path, {})
+    if not isinstance(archive, ArchiveSource):
+        raise UsageError(Message(Option("images", images), " is neither a folder nor an archive"))
+    source.archive = archive
 
 
 def _bounded(
@@ -158,7 +183,7 @@ def _open_file(path: str, readers: Mapping[str, ArrayReader]) -> Source:
     if lower.endswith(ARCHIVE_SUFFIXES):
         return ArchiveSource([path], name, location)
     if lower.endswith((*MANIFEST_SUFFIXES, COCO_SUFFIX)):
-        return CocoSource(path) if lower.endswith(COCO_SUFFIX) else ManifestSource(path)
+        return CocoSource([path]) if lower.endswith(COCO_SUFFIX) else ManifestSource(path)
     if IDX_IMAGES.search(path):
         return ArraySource([(path, read_idx)], name, location)
     if lower.endswith(".npz"):
@@ -178,11 +203,14 @@ def _open_many(paths: Sequence[str], pattern: str) -> Source:
     name, location = _name_of(os.path.dirname(paths[0])), location_of(pattern)
     if all(path.lower().endswith(ARCHIVE_SUFFIXES) for path in paths):
         return ArchiveSource(paths, name, location)
+    if all(path.lower().endswith(COCO_SUFFIX) for path in paths):
+        return CocoSource(paths, pattern)
     if all(map(is_image_name, paths)):
         return MemorySource(list(paths), name=name, location=location)
     odd = next(path for path in paths if not path.lower().endswith(ARCHIVE_SUFFIXES))
     raise UsageError(
-        f"{pattern}: {odd!r} is no archive; a glob names archives ({' '.join(ARCHIVE_SUFFIXES)}) or images only"
+        f"{pattern}: {odd!r} is no archive; a glob names archives ({' '.join(ARCHIVE_SUFFIXES)}), COCO files "
+        f"({COCO_SUFFIX}) or images only"
     )
 
 

@@ -54,6 +54,7 @@ def predict(
     box: str | None = None,
     box_unit: str = "pixels",
     box_margin: float = 0.0,
+    images: str | PathLike[str] | None = None,
     trust_code: bool = False,
     cluster: Any = None,
     raw_ids: bool = False,
@@ -86,6 +87,7 @@ def predict(
         box: the column of a manifest's boxes, or four as ``x,y,w,h``; ``none`` for whole images; by default ``box`` or ``bbox``.
         box_unit: ``pixels``, or ``share`` of the upright image's width and height.
         box_margin: added to each side of a box, as a share of its longer side.
+        images: folder, its URL, or archive with the images of a manifest or COCO file; by default beside it.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.execution.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
@@ -118,6 +120,7 @@ def predict(
         box=box,
         box_unit=box_unit,
         box_margin=box_margin,
+        images=None if images is None else str(images),
         trust_code=trust_code,
     )
     # Refused before any work, as are wrong options.
@@ -129,21 +132,21 @@ def predict(
         with stop.at_once("the first image"):
             executor = stack.enter_context(executor_on(cluster, say=say))
             prediction = Prediction.of(executor, bundle, BundleOptions.of(options))
-            images = stack.enter_context(closing(opened(source, options)))
-            listing = images.scan().combine_chunks()
+            found = stack.enter_context(closing(opened(source, options)))
+            listing = found.scan().combine_chunks()
         summary = ListingSummary.of(listing)
-        for line in summary.lines(images.name, labels=False):
+        for line in summary.lines(found.name, labels=False):
             say(line)
         if not listing.num_rows:
-            raise SourceError(f"no images in {images.name}: nothing there has the suffix of an image. Check the path")
+            raise SourceError(f"no images in {found.name}: nothing there has the suffix of an image. Check the path")
         with show(listing.num_rows, "predict", silent=silent) as progress:
-            run = partial(prediction.run, images, listing, stop, progress)
+            run = partial(prediction.run, found, listing, stop, progress)
             predictions = _write_all(run, listing, prediction.bundle, target, stop, raw_ids=raw_ids)
     record = {
         "command": "predict",
         "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
-        "source": images.location,
-        **bounds_of(images),
+        "source": found.location,
+        **bounds_of(found),
         "options": as_asked(options),
         "listing": summary.as_dict(),
         "file": None if target is None else str(target),

@@ -45,6 +45,7 @@ def report(
     box: str | None = None,
     box_unit: str = "pixels",
     box_margin: float = 0.0,
+    images: str | os.PathLike[str] | None = None,
     document: Mapping[str, Any] | None = None,
     labels: Any = None,
     command: str | None = None,
@@ -66,6 +67,7 @@ def report(
         box: as in ``extract``.
         box_unit: as in ``extract``.
         box_margin: as in ``extract``.
+        images: as in ``extract``.
         document: what a comparison returned, to show that one instead of the dataset's last.
         labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
         command: how it was called, for the record.
@@ -101,7 +103,12 @@ def report(
     look = _Look(
         kept,
         SourceOptions(
-            only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin
+            only_under=places(only_under),
+            path_column=path_column,
+            box=box,
+            box_unit=box_unit,
+            box_margin=box_margin,
+            images=None if images is None else str(images),
         ),
         say,
     )

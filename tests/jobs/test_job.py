@@ -33,6 +33,7 @@ path_column = "photo"
 box = "x,y,w,h"
 box_unit = "share"
 box_margin = 0.25
+images = "pics"
 
 [[features]]
 backbone = "resnet50"
@@ -137,7 +138,7 @@ def test_all_that_can_be_said(read, tmp_path):
         "path": "s3://bucket/photos", "labels": tmp_path / "labels.csv", "retries": 3, "first_wait": 30.0,
         "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
             "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"), "path_column": "photo",
-            "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.25,
+            "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.25, "images": str(tmp_path / "pics"),
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
