@@ -18,9 +18,10 @@ from sklearn.svm import SVC
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.gram import refuse_non_finite
-from featurepipe.heads.label_calibration import choose_thresholds, fit_sigmoids
+from featurepipe.heads.label_calibration import LabelSigmoids, fit_sigmoids, label_thresholds
 from featurepipe.heads.neighbours import centroid_scores
 from featurepipe.heads.row_shards import concatenated, row_shards_of
+from featurepipe.heads.statistics.aims import Wish
 
 Floats = npt.NDArray[np.float64]
 _LEAST = float(np.log(np.finfo(np.float64).tiny))  # stands for the logarithm of a probability of zero
@@ -88,23 +89,37 @@ def _share_labels(blocks: Blocks, *, head: Any, memory: int | str | None) -> Flo
     return scores
 
 
-def calibrated_labels(scores: Floats, truth: Floats, names: Sequence[str]) -> dict[str, Any]:
-    """Sigmoids (`label_calibration.fit_sigmoids`) and thresholds of the largest F1 of several labels, as JSON values.
+def calibrated_labels(
+    scores: Floats,
+    truth: Floats,
+    names: Sequence[str],
+    wish: Wish,
+    *,
+    sigmoids: bool = True,
+    margin: bool = False,
+    groups: Any = None,
+) -> dict[str, Any]:
+    """Sigmoids (`label_calibration.fit_sigmoids`) and thresholds (`label_calibration.label_thresholds`) of several labels.
 
     Args:
         scores: (n, K), of images that the head was not trained on.
         truth: (n, K): 1 present, 0 absent, NaN unknown.
         names: Of the K labels.
+        wish: What each threshold is to reach.
+        sigmoids: Whether to fit any; without, scores stay as the head's log-odds.
+        margin: Whether the lower 95 % limit is to reach it.
+        groups: (n,) what images belong together; None if each is by itself.
 
     Returns:
-        ``slopes``, ``offsets``, ``thresholds`` (of scores), and ``uncalibrated``, the labels that lack images of a side.
+        JSON values: ``slopes``, ``offsets``, what ``label_thresholds`` returns, and ``uncalibrated``, the labels that have no
+        sigmoid, for lack of images of a side.
     """
-    sigmoids, thresholds = fit_sigmoids(scores, truth), choose_thresholds(scores, truth)
+    fitted = fit_sigmoids(scores, truth) if sigmoids else LabelSigmoids.of_heads_own(len(names))
     return {
-        "slopes": sigmoids.slopes.tolist(),
-        "offsets": sigmoids.offsets.tolist(),
-        "thresholds": thresholds.values.tolist(),
-        "uncalibrated": [str(name) for name, fitted in zip(names, sigmoids.fitted, strict=True) if not fitted],
+        "slopes": fitted.slopes.tolist(),
+        "offsets": fitted.offsets.tolist(),
+        **label_thresholds(scores, truth, names, fitted, wish, margin=margin, groups=groups),
+        "uncalibrated": [str(name) for name, has in zip(names, fitted.fitted, strict=True) if not has],
     }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
 from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.aims import Wish
+from featurepipe.heads.statistics.screening import choose_threshold, rates
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -61,6 +63,69 @@ def choose_thresholds(
     return LabelThresholds(values, reached)
 
 
+FEW = 5
+"""Validation images of a side below which a label's threshold is not chosen, but is where its probability is a half."""
+
+
+def label_thresholds(
+    scores: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    names: Sequence[str],
+    sigmoids: LabelSigmoids,
+    wish: Wish,
+    *,
+    margin: bool = False,
+    groups: Any = None,
+) -> dict[str, Any]:
+    """Chooses a threshold for each label on validation images, and says what it reaches there; unknown entries are left out.
+
+    Args:
+        scores: (n, K), of images that the head was not trained on.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        names: Of the K labels.
+        sigmoids: That make probabilities of the scores.
+        wish: What each is to reach; of f1 as ``choose_thresholds``, of others as ``screening.choose_threshold``.
+        margin: Whether the lower 95 % limit of a recall or precision is to reach it, and not the value alone.
+        groups: (n,) what images belong together, None for an image by itself; None if each is.
+
+    Returns:
+        JSON values: ``thresholds``, of scores, above which a label is predicted; ``rule`` and ``margin``; ``few``, the labels
+        with fewer than 5 images of a side, whose threshold is where the probability is a half; ``unreached``, those where the
+        wish cannot be met; and of each label, ``per_label``: ``label``, ``threshold``, ``reached``, ``reason`` (why not, else
+        empty), and what ``screening.rates`` says of the known images.
+    """
+    given, wanted = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    largest_f1 = choose_thresholds(given, wanted).values
+    found: list[dict[str, Any]] = []
+    few, unreached = [], []
+    for k, name in enumerate(map(str, names)):
+        known = ~np.isnan(wanted[:, k])
+        own, positive = given[known, k], wanted[known, k] == 1
+        members = None if groups is None else np.asarray(groups, dtype=object)[known]
+        threshold, reason = float(largest_f1[k]), ""
+        if min(int(positive.sum()), int((~positive).sum())) < FEW:
+            few.append(name)
+            threshold = sigmoids.half(k)
+            reason = f"{int(positive.sum())} validation images with it and {int((~positive).sum())} without are too few"
+        elif wish.aim != "f1":
+            choice = choose_threshold(own, positive, wish, margin=margin, groups=members)
+            threshold, reason = (
+                float(np.nextafter(choice.threshold, -np.inf)),
+                choice.reason,
+            )  # from which on, not above
+            unreached += [] if choice.reached else [name]
+        entry = {"label": name, "threshold": threshold, "reached": not reason, "reason": reason}
+        found.append(entry | (rates(own > threshold, positive, groups=members) if len(own) else {}))
+    return {
+        "thresholds": [entry["threshold"] for entry in found],
+        "rule": wish.text,
+        "margin": margin,
+        "few": few,
+        "unreached": unreached,
+        "per_label": found,
+    }
+
+
 def _threshold(scores: Floats, positive: Mask, aim: str, least: float) -> tuple[float, bool]:
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
@@ -94,6 +159,16 @@ class LabelSigmoids:
     offsets: Floats
     fitted: Mask
 
+    @classmethod
+    def of_heads_own(cls, labels: int) -> Self:
+        """Those of so many labels that leave scores as the log-odds that they may be."""
+        return cls(np.ones(labels), np.zeros(labels), np.zeros(labels, np.bool_))
+
+    def half(self, label: int) -> float:
+        """The score at which a label's probability is a half; 0 where no score makes it larger."""
+        slope, offset = float(self.slopes[label]), float(self.offsets[label])
+        return -offset / slope if slope > 0 else 0.0
+
     def probabilities(self, scores: npt.ArrayLike) -> Floats:
         """Returns (n, K) probabilities of (n, K) scores."""
         return np.asarray(expit(np.asarray(scores, np.float64) * self.slopes + self.offsets))
@@ -121,6 +196,32 @@ def fit_sigmoids(scores: npt.ArrayLike, truth: npt.ArrayLike) -> LabelSigmoids:
             slopes[k], offsets[k] = _sigmoid(given[rows, k], own)
             fitted[k] = True
     return LabelSigmoids(slopes, offsets, fitted)
+
+
+def label_calibration_errors(probabilities: npt.ArrayLike, truth: npt.ArrayLike, bins: int = 15) -> Floats:
+    """How far each label's probability is from how often it is present; unknown entries are left out.
+
+    The expected calibration error of Naeini et al. 2015 ("Obtaining well calibrated probabilities using Bayesian binning") of the
+    probability that the label is present: the mean over images of ``|share present - mean probability|`` of their bin.
+
+    Args:
+        probabilities: (n, K).
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        bins: Number of equal intervals of [0, 1], open below.
+
+    Returns:
+        (K,) from 0 (right in every bin) to 1; NaN where nothing is known.
+    """
+    given, wanted = np.asarray(probabilities, np.float64), np.asarray(truth, np.float64)
+    found = np.full(given.shape[1], np.nan)
+    for k in range(given.shape[1]):
+        known = ~np.isnan(wanted[:, k])
+        if known.any():
+            likely = given[known, k]
+            number = np.clip(np.ceil(likely * bins).astype(np.int64) - 1, 0, bins - 1)
+            gaps = np.bincount(number, wanted[known, k] - likely, minlength=bins)
+            found[k] = min(1.0, float(np.abs(gaps).sum()) / len(likely))
+    return found
 
 
 def _sigmoid(scores: Floats, positive: Mask) -> tuple[float, float]:

@@ -84,7 +84,8 @@ def predict_features(
         JSON values: ``bundle``, ``dataset``, ``snapshot``, ``file``, ``neutralised`` (cells of a CSV file that got an
         apostrophe), ``counts`` (images, predicted, rejected), ``labels`` (images by label; of several an image counts for
         each), ``numbers`` (of a bundle that predicts a number: their mean, least and greatest), ``threshold``
-        (of two classes, if the bundle has one), ``seconds``, ``images_per_second``.
+        (of two classes, if the bundle has one), ``target`` (of a bundle that predicts a number or several labels: what it is,
+        with the labels' thresholds), ``seconds``, ``images_per_second``.
 
     Raises:
         BundleError: the bundle cannot be used, or the store has no features of its feature space.
@@ -133,6 +134,7 @@ def predict_features(
         "labels": {name: int(count) for name, count in zip(model.classes, counts, strict=False) if count},
         **({"numbers": numbers.as_dict()} if model.target_type == CONTINUOUS else {}),
         **({} if model.threshold is None else {"threshold": model.threshold}),
+        **({} if model.target is None else {"target": model.target}),
         "seconds": round(seconds, 3),
         "images_per_second": round(predicted / seconds, 1),
     }

@@ -7,7 +7,8 @@ from typing import Any
 
 from featurepipe.display import neutralised_text
 from featurepipe.extraction.text import damaged_lines, remark_lines
-from featurepipe.heads.bundle.bundle import interval_text, threshold_text
+from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text, threshold_text
+from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.prediction.files import range_text
 from featurepipe.progress import duration
 
@@ -26,6 +27,8 @@ def text(record: Mapping[str, Any]) -> str:
         lines.append(shown + (", ..." if len(given) > _LABELS_SHOWN else ""))
     if record.get("threshold"):
         lines.append(f"threshold: {threshold_text(record['threshold'])}")
+    if (target := record.get("target") or {}).get("type") == MULTILABEL:
+        lines.append(f"labels: {labels_calibration_text(target['calibration'])}")
     if record.get("numbers"):
         interval = record["target"]["interval"]
         of = f"; {interval_text(interval)}" if interval else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from featurepipe.heads.calibration import (
     predicted_numbers,
     probabilities,
 )
+from featurepipe.heads.label_calibration import FEW
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.group_intervals import units_of
 from featurepipe.heads.statistics.regression import conformal_half_width, least_units
 from featurepipe.store.views import FeatureSet
@@ -152,13 +154,32 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
     }
 
 
-def calibrate_labels(task: Task, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any] | None:
+LARGEST_F1 = Wish.of("f1")
+"""What the threshold of each of several labels reaches where nothing else is asked for."""
+
+
+def calibrate_labels(
+    task: Task,
+    recipe: Recipe,
+    say: Callable[[str], None],
+    *,
+    wish: Wish = LARGEST_F1,
+    margin: bool = False,
+    sigmoids: bool = True,
+) -> dict[str, Any] | None:
     """Fits a sigmoid and chooses a threshold for each label on the validation rows, with a head fitted on the others.
 
+    Args:
+        task: what was settled.
+        recipe: of the head.
+        say: told of labels that lack images, or whose wish cannot be met.
+        wish: what each threshold is to reach.
+        margin: whether the lower 95 % limit is to reach it.
+        sigmoids: whether to fit sigmoids, too.
+
     Returns:
-        ``slopes``, ``offsets`` and ``thresholds``, one for each label in their order; ``images``; and ``uncalibrated``, the
-        labels for which there were no validation (or no other training) images of both sides: they keep slope 1, offset 0 and
-        threshold 0. None where there are no validation rows.
+        ``images``, and what `featurepipe.heads.calibration.calibrated_labels` returns. Labels for which there were no validation
+        (or no other training) images of both sides keep slope 1, offset 0 and threshold 0. None without validation rows.
     """
     rows = task.division.validation
     if not len(rows):
@@ -173,16 +194,38 @@ def calibrate_labels(task: Task, recipe: Recipe, say: Callable[[str], None]) -> 
     truth = np.full((len(rows), len(task.classes)), np.nan)
     padded = np.zeros(truth.shape)
     padded[:, learned], truth[:, learned] = scores, task.answers(rows)[:, learned]
-    found = calibrated_labels(padded, truth, task.classes)
-    if found["uncalibrated"]:
-        shown = ", ".join(found["uncalibrated"][:5])
+    groups = task.features.take(rows).groups
+    found = calibrated_labels(
+        padded,
+        truth,
+        task.classes,
+        wish,
+        sigmoids=sigmoids,
+        margin=margin,
+        groups=None if groups is None else list(groups),
+    )
+    if found["uncalibrated"] and sigmoids:
+        lacking = _named(found["uncalibrated"])
         say(
-            f"{len(found['uncalibrated'])} labels have no validation images of both sides, and are not calibrated: {shown}"
-            + (", ..." if len(found["uncalibrated"]) > 5 else "")
+            f"{len(found['uncalibrated'])} labels have no validation images of both sides, and are not calibrated: {lacking}"
+        )
+    if found["few"]:
+        say(
+            f"{len(found['few'])} labels have fewer than {FEW} validation images of a side, too few to choose a threshold by: "
+            f"theirs is a probability of 0.5: {_named(found['few'])}"
+        )
+    if found["unreached"]:
+        say(
+            f"WARNING: {len(found['unreached'])} labels do not reach {wish.text} on the validation images, and have the "
+            f"threshold that comes nearest: {_named(found['unreached'])}"
         )
     if len(rows) < ENOUGH:
         say(f"{len(rows):,} validation images are few to calibrate on: take probabilities and thresholds as rough")
     return {"images": len(rows), **found}
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)

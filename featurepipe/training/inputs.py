@@ -63,6 +63,8 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
     }
     if options.threshold is not None:
         settings["threshold"] = [options.threshold, options.positive, options.threshold_margin]
+    elif options.positive is not None:
+        settings["positive"] = options.positive
     if options.target is not None:
         settings["target"] = options.target
     if task.is_multilabel:

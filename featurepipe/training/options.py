@@ -98,11 +98,14 @@ class TrainOptions(RoleOptions):
     )
     threshold: str | None = option(
         None, "of two classes, choose on validation images from which probability on an image is labelled --positive: the "
-        "highest that reaches a recall, the one with the most recall that reaches a precision, or the least cost (of a miss : of "
-        "a false alarm)",
-        metavar="recall=SHARE|precision=SHARE|cost=N:N", check=_aim,
+        "highest that reaches a recall, the one with the most recall that reaches a precision, the least cost (of a miss : of "
+        "a false alarm), or the largest F1; of --multilabel, for each label (default there: f1)",
+        metavar="recall=SHARE|precision=SHARE|cost=N:N|f1", check=_aim,
     )  # fmt: skip
-    positive: str | None = option(None, "the class that a --threshold looks for", metavar="CLASS", check=is_text)
+    positive: str | None = option(
+        None, "the class that a --threshold looks for; of --multilabel, a label whose sensitivity, specificity and curves are "
+        "measured, too", metavar="CLASS", check=is_text,
+    )  # fmt: skip
     threshold_margin: bool = option(
         False, "let the lower 95 % limit of the recall or precision reach what --threshold wants, not the value alone"
     )
@@ -135,7 +138,7 @@ class TrainOptions(RoleOptions):
         threshold = Option("threshold", self.threshold)
         if self.threshold is None:
             for name in ("positive", "threshold_margin"):
-                if getattr(self, name):
+                if getattr(self, name) and not (name == "positive" and self.multilabel):
                     aim = Option("threshold", "recall=0.95")
                     raise UsageError(
                         Message(
@@ -143,17 +146,17 @@ class TrainOptions(RoleOptions):
                         )
                     )
             return
-        if self.positive is None:
+        if self.positive is None and not self.multilabel:
             raise UsageError(
                 Message(threshold, " needs the class that is looked for: name it with ", Option("positive"))
             )
-        if self.target is not None or self.multilabel:
-            other = Option("multilabel" if self.multilabel else "target")
+        if self.target is not None:
+            other = Option("target")
             raise UsageError(Message(threshold, " is about two classes, not about ", other, ": give one of them"))
-        if self.threshold_margin and Wish.of(self.threshold).aim == "cost":
-            raise UsageError(
-                Message(Option("threshold_margin", value=True), " is about a recall or precision; a cost has no margin")
-            )
+        if self.threshold_margin and not Wish.of(self.threshold).has_margin:
+            what = "a cost" if Wish.of(self.threshold).aim == "cost" else "the largest F1"
+            margin = Option("threshold_margin", value=True)
+            raise UsageError(Message(margin, f" is about a recall or precision; {what} has no margin"))
 
     @property
     def needs_validation(self) -> bool:

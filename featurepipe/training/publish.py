@@ -57,6 +57,7 @@ def publish(
     column: str | None,
     multilabel: Sequence[str],
     threshold: dict[str, Any] | None,
+    positive: str | None,
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -76,6 +77,7 @@ def publish(
         column: of the number that is learned; None for classes.
         multilabel: the columns of several labels that are learned; none for classes.
         threshold: of two classes, if one was chosen (`threshold.choose`).
+        positive: of several labels the one that is looked for, if there is one.
         seconds: that it all took.
         say: told what was written.
     """
@@ -105,7 +107,7 @@ def publish(
         metrics={},
         training=training,
         **_trained_on(task),
-        target=_target(task, column, multilabel, calibration),
+        target=_target(task, column, multilabel, calibration, positive),
         threshold=threshold,
     )
     test = _tested_numbers if task.is_numeric else _tested_labels if task.is_multilabel else _tested
@@ -246,13 +248,18 @@ def _trained_on(task: Task) -> dict[str, Any]:
 
 
 def _target(
-    task: Task, column: str | None, multilabel: Sequence[str], calibration: Calibration | dict[str, Any] | None
+    task: Task,
+    column: str | None,
+    multilabel: Sequence[str],
+    calibration: Calibration | dict[str, Any] | None,
+    positive: str | None,
 ) -> dict[str, Any] | None:
     """What the bundle says of its target; None for classes."""
     if task.is_numeric:
         return {"type": CONTINUOUS, "column": column, "interval": calibration}
     if task.is_multilabel:
-        return {"type": MULTILABEL, "columns": list(multilabel), "calibration": calibration}
+        looked_for = {} if positive is None else {"positive": positive}
+        return {"type": MULTILABEL, "columns": list(multilabel), **looked_for, "calibration": calibration}
     return None
 
 
@@ -262,14 +269,13 @@ def _tested_labels(bundle: Bundle, task: Task) -> dict[str, Any] | None:
     if not len(rows):
         return None
     tested = task.features.take(rows)
-    return label_table(
-        bundle.scores(task.rows(rows)),
-        task.answers(rows),
-        bundle.classes,
-        thresholds=bundle.thresholds,
-        groups=tested.groups,
-        seed=task.seed,
+    scores, truth = bundle.scores(task.rows(rows)), task.answers(rows)
+    found = label_table(
+        scores, truth, bundle.classes, thresholds=bundle.thresholds, groups=tested.groups, seed=task.seed
     )
+    if bundle.looked_for is not None:
+        found |= bundle.label_screening(bundle.looked_for, scores, truth, tested.groups, curves=False)
+    return found
 
 
 _FILES = frozenset({MANIFEST, HEAD, BOOSTER, SEEN, GROUPS, WEIGHTS})

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import table
-from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text, threshold_text
+from featurepipe.heads.bundle.bundle import (
+    interval_text,
+    label_thresholds_text,
+    labels_calibration_text,
+    threshold_text,
+)
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
@@ -39,6 +44,8 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines.append(interval_text(found["calibration"]) if found["calibration"] else "no prediction intervals")
     else:
         lines += _calibration_lines(found["calibration"])
+    if "multilabel" in found and found["calibration"]:
+        lines += [said] if (said := label_thresholds_text(found["calibration"])) else []
     if "threshold" in found:
         lines.append(threshold_text(found["threshold"]))
     lines += _test_lines(found)
@@ -120,7 +127,11 @@ def _test_lines(found: Mapping[str, Any]) -> list[str]:
         if seen
         else []
     )
-    screening = [screening_text(found["test"]["screening"])] if "screening" in found["test"] else []
+    screening = []
+    if "screening" in found["test"]:
+        looked_for = found["test"]["screening"]
+        screening = [f"looking for {looked_for['positive']}:"] if "multilabel" in found else []
+        screening.append(screening_text(looked_for))
     return [
         *warning,
         f"on the {found['test']['images']:,} test images{note}:",

@@ -1,4 +1,4 @@
-"""The threshold of two classes: whether one can be chosen, and which one, by validation rows alone."""
+"""The threshold of two classes: whether one can be chosen, and which one, by validation rows alone; of labels: whether."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from featurepipe.display import counted
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.group_intervals import units_of
@@ -24,8 +24,12 @@ def check_threshold(task: Task, options: TrainOptions) -> None:
     """Refuses a threshold that cannot be chosen, before anything is fitted.
 
     Raises:
-        UsageError: There are more than two classes, none of the name given, or no validation image of one of them.
+        UsageError: There are more than two classes, none of the name given, or no validation image of one of them; of several
+            labels none of the name given, or no validation image at all.
     """
+    if task.is_multilabel:
+        _check_labels(task, options)
+        return
     if options.threshold is None:
         return
     asked = Option("threshold", options.threshold)
@@ -50,6 +54,18 @@ def check_threshold(task: Task, options: TrainOptions) -> None:
                     "can be chosen; give more images of it, or leave ", asked, " out",
                 )
             )  # fmt: skip
+
+
+def _check_labels(task: Task, options: TrainOptions) -> None:
+    if options.positive is not None and options.positive not in task.classes:
+        raise unknown("label", options.positive, task.classes)
+    if options.threshold is not None and not len(task.division.validation):
+        raise UsageError(
+            Message(
+                "there is no validation image, so no threshold can be chosen; give more images, or leave ",
+                Option("threshold", options.threshold), " out",
+            )
+        )  # fmt: skip
 
 
 def choose(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.execution.dask import cluster_name, executor_on
+from featurepipe.heads.statistics.aims import Wish
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import columns_of
-from featurepipe.training.fit import calibrate, calibrate_labels, fit, held_out, prediction_interval
+from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
 from featurepipe.training.publish import bundle_target, publish, weights_copy
@@ -99,9 +100,12 @@ def train(
             90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.regression`).
         threshold: of two classes, choose on the validation rows from which probability on an image is labelled ``positive``:
             ``"recall=0.95"`` (the highest that reaches it), ``"precision=0.9"`` (the one with the most recall that reaches it),
-            or ``"cost=10:1"`` (the least cost, where a miss costs ten times what a false alarm does). The bundle keeps it, and
-            labels by it; without, the more probable class is the label.
-        positive: the class that a ``threshold`` looks for.
+            ``"cost=10:1"`` (the least cost, where a miss costs ten times what a false alarm does), or ``"f1"`` (the largest F1).
+            The bundle keeps it, and labels by it; without, the more probable class is the label. Of ``multilabel`` it is chosen
+            for each label, by default for the largest F1; that of a label with fewer than 5 validation images of a side is a
+            probability of a half.
+        positive: the class that a ``threshold`` looks for; of ``multilabel``, a label of which sensitivity, specificity, areas
+            and (in `featurepipe.evaluation.evaluate.evaluate`) curves and reliability are measured, too.
         threshold_margin: let the lower 95 % limit of the recall or precision reach what is wanted, not the value alone.
         min_class_size: classes with fewer images are refused.
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
@@ -191,10 +195,13 @@ def train(
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated: Any = None
         held = held_out(task, chosen) if task.targets is None and options.needs_validation else None
-        if calibration and held is not None:
+        if task.is_multilabel and options.needs_validation:
+            wish = LARGEST_F1 if threshold is None else Wish.of(threshold)
+            calibrated = calibrate_labels(task, chosen, say, wish=wish, margin=threshold_margin, sigmoids=calibration)
+        elif calibration and held is not None:
             calibrated = calibrate(held, say)
         elif calibration:
-            calibrated = (prediction_interval if task.is_numeric else calibrate_labels)(task, chosen, say)
+            calibrated = prediction_interval(task, chosen, say)
         cut = None
         if held is not None and threshold is not None:
             cut = choose(task, held, calibrated.temperature if calibrated else None, options, say)
@@ -203,7 +210,7 @@ def train(
         record = publish(
             folder, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
-            multilabel=options.multilabel or (), threshold=cut,
+            multilabel=options.multilabel or (), threshold=cut, positive=positive if task.is_multilabel else None,
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}

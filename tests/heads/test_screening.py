@@ -240,7 +240,7 @@ def test_thresholds_bear_scores_that_rounding_changes() -> None:
     "text", ["recall", "recall=0", "recall=1.2", "recall=nan", "cost=10", "cost=0:1", "f1=0.9", "precision=a"]
 )
 def test_a_wish_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"write recall=0\.95, precision=0\.9 or cost=10:1"):
+    with pytest.raises(UsageError, match=r"write recall=0\.95, precision=0\.9, cost=10:1"):
         Wish.of(text)
 
 

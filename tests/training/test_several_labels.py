@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +10,21 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text as evaluation_text
-from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle
-from featurepipe.heads.families import FAMILIES
+from featurepipe.heads.bundle.bundle import (
+    bundle_text,
+    describe_bundle,
+    labels_calibration_text,
+    read_bundle,
+    write_bundle,
+)
+from featurepipe.heads.families import FAMILIES, make_head
+from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.monitoring.drift import drift
 from featurepipe.prediction.from_store import predict_features
@@ -121,6 +130,142 @@ def test_labels_without_both_sides_among_validation_rows_are_named(found, run, c
     assert record["calibration"]["uncalibrated"] == ["soft"]
     assert record["calibration"]["slopes"][2] == 1
     assert "1 labels have no validation images of both sides, and are not calibrated: soft" in capsys.readouterr().err
+
+
+def validated(zoo, values, head="logistic", **params):
+    """What a head fitted on the training rows alone says of the validation rows: scores, and the labels."""
+    features = zoo.features()
+    x, split = features.read(np.float32), features.splits
+    train_rows, val = split == "train", split == "val"
+    train_rows &= ~np.isnan(values).all(axis=1)
+    val &= ~np.isnan(values).all(axis=1)
+    fitted = make_head(head, target_type="multilabel", **params).fit(x[train_rows], values[train_rows])
+    return fitted.decision_function(x[val]), values[val]
+
+
+@pytest.mark.parametrize("calibration", [True, False])
+def test_each_labels_threshold_is_the_highest_that_reaches_the_recall_on_validation_images(
+    found, run, tmp_path, calibration
+):
+    zoo, table, values = found
+    record = run(zoo, labels=table, threshold="recall=0.9", calibration=calibration)
+    scores, truth = validated(zoo, values)
+    kept = record["calibration"]
+    for k, entry in enumerate(kept["per_label"]):
+        known, have = ~np.isnan(truth[:, k]), truth[:, k] == 1
+        best = max(t for t in scores[:, k] if (scores[have, k] >= t).mean() >= 0.9)
+        above = scores[known, k] > kept["thresholds"][k]
+        assert (above == (scores[known, k] >= best)).all()
+        assert kept["thresholds"][k] == pytest.approx(best, abs=1e-4)
+        assert entry["sensitivity"]["value"] == recall_score(have[known], above)
+        assert entry["specificity"]["value"] == recall_score(~have[known], ~above)
+        assert entry["sensitivity"]["low"] < entry["sensitivity"]["value"] < entry["sensitivity"]["high"]
+    assert (kept["rule"], kept["margin"], kept["few"], kept["unreached"]) == ("recall=0.9", False, [], [])
+    assert kept["uncalibrated"] == ([] if calibration else NAMES)
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.target["calibration"] == kept
+    assert bundle.thresholds.tolist() == kept["thresholds"]
+    expected = bundle.scores(zoo.features()) > kept["thresholds"]
+    assert predict_features(bundle, zoo.store, silent=True)["labels"] == dict(
+        zip(NAMES, expected.sum(axis=0).tolist(), strict=True)
+    )
+    measured = evaluate(bundle, zoo.store, labels=table, silent=True)
+    assert [one["threshold"] for one in measured["metrics"]["per_label"]] == kept["thresholds"]
+    what = "a probability and a threshold" if calibration else "a threshold"
+    for said in (train_text(record), bundle_text(bundle), evaluation_text(measured)):
+        assert f"{what} (recall=0.9) for each label from 60 unseen images" in said
+    assert "false alarms" in train_text(record)
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_default_is_the_largest_f1_and_other_rules_are_taken(found, run, capsys):
+    zoo, table, values = found
+    plain = run(zoo, labels=table)["calibration"]
+    assert run(zoo, labels=table, threshold="f1")["calibration"] == plain
+    assert plain["rule"] == "f1"
+    scores, truth = validated(zoo, values)
+    for k, threshold in enumerate(plain["thresholds"]):
+        known = ~np.isnan(truth[:, k])
+        own, have = scores[known, k], truth[known, k]
+        best = max(f1_score(have, own >= t) for t in own)
+        assert f1_score(have, own > threshold) == best
+    costly = run(zoo, labels=table, threshold="cost=20:1")["calibration"]
+    for k, threshold in enumerate(costly["thresholds"]):
+        own, have = scores[~np.isnan(truth[:, k]), k], truth[~np.isnan(truth[:, k]), k] == 1
+        costs = [20 * (have & ~above).sum() + (~have & above).sum() for above in [own >= t for t in own]]
+        assert 20 * (have & (own <= threshold)).sum() + (~have & (own > threshold)).sum() == min(costs)
+    wanted = run(zoo, labels=table, threshold="precision>=0.99", threshold_margin=True, silent=False)["calibration"]
+    assert wanted["unreached"] == NAMES
+    assert "WARNING: 3 labels do not reach precision>=0.99 on the validation images" in capsys.readouterr().err
+    assert "WARNING: not reached for 3 (big, red, soft)" in labels_calibration_text(wanted)
+
+
+def test_labels_with_few_validation_images_fall_back_to_a_half(found, run, tmp_path, capsys):
+    zoo, table, values = found
+    have = np.flatnonzero((zoo.features().splits == "val") & (values[:, 2] == 1))
+    texts = np.array(table["soft"].to_pylist(), object)
+    texts[have[4:]] = ""
+    changed = table.set_column(3, "soft", pa.array(texts.tolist()))
+    kept = run(zoo, labels=changed, threshold="recall=0.9", silent=False)["calibration"]
+    assert kept["few"] == ["soft"]
+    assert kept["per_label"][2]["reason"].startswith("4 validation images with it and")
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.label_probabilities(bundle.thresholds[None])[0, 2] == pytest.approx(0.5)
+    said = capsys.readouterr().err
+    assert "1 labels have fewer than 5 validation images of a side" in said
+    assert "theirs is a probability of 0.5: soft" in said
+    assert "of 1 (soft) the threshold is a probability of 0.5" in bundle_text(bundle)
+
+
+def test_groups_widen_what_a_labels_threshold_reaches(found, run):
+    zoo, table, _ = found
+    alone = run(zoo, labels=table, threshold="recall=0.8", group="none")["calibration"]["per_label"]
+    grouped = run(zoo, labels=table, threshold="recall=0.8", group="patient")["calibration"]["per_label"]
+    for one, other in zip(alone, grouped, strict=True):
+        assert other["sensitivity"]["value"] == one["sensitivity"]["value"]
+    assert sum(one["sensitivity"]["low"] for one in grouped) < sum(one["sensitivity"]["low"] for one in alone)
+
+
+def test_a_label_that_is_looked_for_is_measured_as_a_class_is(found, run, tmp_path):
+    zoo, table, values = found
+    record = run(zoo, labels=table, positive="red", threshold="recall=0.9")
+    bundle, features = read_bundle(tmp_path / "bundle"), zoo.features()
+    assert bundle.looked_for == "red"
+    test = (features.splits == "test") & ~np.isnan(values[:, 1])
+    called = bundle.scores(features.take(test))[:, 1] > bundle.thresholds[1]
+    likely, have = bundle.probabilities(features.take(test))[:, 1], values[test, 1] == 1
+    screened = record["test"]["screening"]
+    assert (screened["positive"], screened["images"], screened["chosen"]) == ("red", int(test.sum()), True)
+    assert screened["sensitivity"]["value"] == recall_score(have, called)
+    assert screened["specificity"]["value"] == recall_score(~have, ~called)
+    assert screened["auc"]["value"] == pytest.approx(roc_auc_score(have, likely))
+    assert ((likely >= screened["threshold"]) == called).mean() > 0.99
+    assert "looking for red:" in train_text(record)
+    assert "looking for red:" in bundle_text(bundle)
+    with pytest.raises(UsageError, match="unknown label 'reed'; nearest: red"):
+        run(zoo, labels=table, positive="reed")
+    with pytest.raises(BundleError, match="it looks for 'blue', which is none of its labels"):
+        write_bundle(tmp_path / "wrong", replace(bundle, target={**bundle.target, "positive": "blue"}))
+
+
+def test_calibration_brings_each_labels_probability_nearer_to_how_often_it_is_present(zoo, run, tmp_path):
+    rows = [*zoo.images("train", 100), *zoo.images("val", 100), *zoo.images("test", 200)]
+    zoo.write(rows)
+    table, values = findings(rows, unknown=0.1)
+    run(zoo, labels=table, head="ridge", params={"alpha": 300.0})  # whose scores, between -1 and 1, are no log-odds
+    bundle, features = read_bundle(tmp_path / "bundle"), zoo.features()
+    test = features.splits == "test"
+    scores = bundle.scores(features.take(test))
+    before = label_calibration_errors(1 / (1 + np.exp(-scores)), values[test])
+    after = label_calibration_errors(bundle.label_probabilities(scores), values[test])
+    assert (after < 0.6 * before).all()
+    assert (before > 0.1).all()
+    k = 1
+    known = ~np.isnan(values[test, k])
+    likely, have = bundle.label_probabilities(scores)[known, k], values[test, k][known]
+    places = np.ceil(likely * 15).astype(int)
+    own = sum(abs((have - likely)[places == place].sum()) for place in range(1, 16)) / len(likely)
+    assert after[k] == pytest.approx(own)
 
 
 @pytest.mark.parametrize("name", FAMILIES["multilabel"])

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import counted, displayed
-from featurepipe.errors import BundleError
+from featurepipe.display import counted, displayed, table
+from featurepipe.errors import BundleError, unknown
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
     BOOSTER,
@@ -72,8 +72,9 @@ class Bundle:
         grouping: ``column`` (by which groups were named) and ``salt`` of the hashes; None without groups.
         target: What is predicted, if it is a number: ``type`` (``"continuous"``), ``column`` (its name), and ``interval``: None,
             or ``level`` and ``half_width`` of the prediction intervals and the ``images`` that gave it. If it is several labels
-            of each image: ``type`` (``"multilabel"``), ``columns`` (that they were learned from), and ``calibration``: None, or
-            (K,) ``slopes``, ``offsets`` and ``thresholds`` and the ``images`` that gave them. None for classes.
+            of each image: ``type`` (``"multilabel"``), ``columns`` (that they were learned from), ``positive`` (a label that is
+            looked for, if there is one), and ``calibration``: None, or (K,) ``slopes``, ``offsets`` and ``thresholds``, the
+            ``images`` that gave them, and how (``heads.calibration.calibrated_labels``). None for classes.
         threshold: Of two classes, from which probability (``value``) on an image is labelled ``positive`` (a class, and
             ``negative`` the other), and how that was chosen: ``wish``, ``margin``, ``reached``, ``reason``, ``images`` and
             ``rates``. None if the label is the more probable class.
@@ -183,6 +184,50 @@ class Bundle:
     def thresholds(self) -> npt.NDArray[np.float64]:
         """(K,) of several labels: scores above are predictions; 0 for a head that was not calibrated."""
         return self._of_labels("thresholds", 0.0)
+
+    @property
+    def looked_for(self) -> str | None:
+        """Of several labels the one that is looked for; None if there is none."""
+        return (self.target or {}).get("positive")
+
+    def label_screening(
+        self,
+        name: str,
+        scores: npt.NDArray[np.float64],
+        truth: npt.NDArray[np.floating[Any]],
+        groups: Any,
+        *,
+        curves: bool = True,
+    ) -> dict[str, Any]:
+        """Measures how one of several labels is found, on the images for which it is known.
+
+        Args:
+            name: Of the label.
+            scores: (n, K), see ``scores``.
+            truth: (n, K): 1 present, 0 absent, NaN unknown.
+            groups: (n,) what images belong together; None if each is by itself.
+            curves: Whether to give curves and reliability, too.
+
+        Returns:
+            ``screening``: what ``screening`` returns of classes, with ``label`` true, the threshold as a probability, and what is
+            called positive by the bundle's threshold of scores; empty where the label is known for no image.
+
+        Raises:
+            UsageError: The bundle has no such label.
+        """
+        if name not in self.classes:
+            raise unknown("label", name, self.classes, where="the bundle")
+        k = self.classes.index(name)
+        rows = np.flatnonzero(~np.isnan(truth[:, k]))
+        if not len(rows):
+            return {}
+        cut, members = self.thresholds, None if groups is None else np.asarray(groups, dtype=object)[rows]
+        found = screening_table(
+            self.label_probabilities(scores)[rows, k], truth[rows, k] == 1, scores[rows, k] > cut[k],
+            threshold=float(self.label_probabilities(cut[None])[0, k]), groups=members, curves=curves,
+        )  # fmt: skip
+        chosen = (self.target or {}).get("calibration") is not None
+        return {"screening": {"positive": name, "negative": f"not {name}", "label": True, "chosen": chosen, **found}}
 
     def _of_labels(self, name: str, without: float) -> npt.NDArray[np.float64]:
         found = (self.target or {}).get("calibration") or {}
@@ -523,6 +568,7 @@ def check_weights(path: Path) -> Path:
 
 
 _CLASSES_SHOWN = 8
+_LABELS_SHOWN = 30
 _SHORT = 40  # longer names are for --json
 
 
@@ -583,7 +629,8 @@ def bundle_text(bundle: Bundle) -> str:
     by_type = {CONTINUOUS: numbers_text, MULTILABEL: labels_text}
     measures = by_type.get(bundle.target_type, measures_text)(tested)
     if "screening" in tested:
-        measures = f"{measures}\n{screening_text(tested['screening'])}"
+        heading = f"looking for {tested['screening']['positive']}:\n" if bundle.looked_for else ""
+        measures = f"{measures}\n{heading}{screening_text(tested['screening'])}"
     return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures}"
 
 
@@ -593,9 +640,41 @@ def labels_calibration_text(calibration: Mapping[str, Any] | None) -> str:
         return "not calibrated"
     lacking = len(calibration["uncalibrated"])
     but = f", but for {lacking:,} of them" if lacking else ""
-    return (
-        f"a probability and a threshold (largest F1) for each label from {calibration['images']:,} unseen images{but}"
-    )
+    what = "a threshold" if lacking == len(calibration["thresholds"]) else "a probability and a threshold"
+    but = but if what != "a threshold" else ""
+    rule = calibration.get("rule", "f1")
+    rule = "largest F1" if rule == "f1" else f"{rule}{', by the lower 95 % limit' if calibration.get('margin') else ''}"
+    few, unreached = calibration.get("few", ()), calibration.get("unreached", ())
+    more = f"; of {_names(few)} the threshold is a probability of 0.5, for lack of such images" if few else ""
+    more += f"; WARNING: not reached for {_names(unreached)}" if unreached else ""
+    return f"{what} ({rule}) for each label from {calibration['images']:,} unseen images{but}{more}"
+
+
+def label_thresholds_text(calibration: Mapping[str, Any]) -> str:
+    """A table of what each label's threshold reaches on the validation images that chose it; empty for the largest F1."""
+    if calibration.get("rule", "f1") == "f1":
+        return ""
+    rows = [
+        [
+            entry["label"],
+            *(str(entry[name]) for name in ("true_positives", "false_negatives", "false_positives", "true_negatives")),
+            *(_bounded(entry[name]) for name in ("sensitivity", "specificity", "ppv")),
+            "" if entry["reached"] else "not reached",
+        ]
+        for entry in calibration["per_label"][:_LABELS_SHOWN]
+        if "sensitivity" in entry
+    ]
+    more = len(calibration["per_label"]) - _LABELS_SHOWN
+    titles = ["label", "found", "missed", "false alarms", "passed", "sensitivity", "specificity", "precision", ""]
+    return table(titles, rows) + (f"\nand {more:,} more labels" if more > 0 else "")
+
+
+def _bounded(rate: Mapping[str, Any]) -> str:
+    return "-" if rate["value"] is None else f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+
+
+def _names(names: Sequence[str]) -> str:
+    return f"{len(names):,} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def threshold_text(threshold: Mapping[str, Any]) -> str:

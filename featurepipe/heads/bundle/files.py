@@ -244,6 +244,9 @@ def _check_target(content: Mapping[str, Any], place: Path) -> None:
         raise BundleError(
             f"{place} is of a target that this version does not know ({target!r}); use the version that wrote it, or {_AGAIN}"
         )
+    looked_for = target.get("positive") if kind == MULTILABEL else None
+    if looked_for is not None and looked_for not in content["classes"]:
+        raise BundleError(f"{place} is damaged: it looks for {looked_for!r}, which is none of its labels; {_AGAIN}")
     calibration = target.get("calibration") if kind == MULTILABEL else None
     if calibration is not None and not _calibrates(calibration, len(content["classes"])):
         raise BundleError(f"{place} is damaged: its labels' calibration does not fit them; {_AGAIN}")

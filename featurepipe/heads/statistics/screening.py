@@ -347,7 +347,8 @@ def choose_threshold(
     - recall: the highest threshold whose recall is at least what is wanted;
     - precision: the threshold with the most recall whose precision is at least that;
     - cost: the threshold with the least ``cost of a miss * misses + cost of a false alarm * false alarms``; of equals the one
-      with the fewest misses.
+      with the fewest misses;
+    - f1: the threshold with the largest F1; of equals the highest.
 
     A threshold lies a millionth below a score, if no other score is nearer than twice that: the images' own scores may come
     out that much different elsewhere.
@@ -364,16 +365,19 @@ def choose_threshold(
         that of the largest precision or limit; ``reason`` says so.
 
     Raises:
-        UsageError: A side has no image, shapes do not fit, or a cost is to have a margin.
+        UsageError: A side has no image, shapes do not fit, or a cost or F1 is to have a margin.
     """
-    if margin and wish.aim == "cost":
-        raise UsageError("a cost has no margin: only a wanted recall or precision has one", option="threshold_margin")
+    if margin and not wish.has_margin:
+        what = "a cost" if wish.aim == "cost" else "the largest F1"
+        raise UsageError(f"{what} has no margin: only a wanted recall or precision has one", option="threshold_margin")
     images = _Images.of(scores, positive, groups)
     at, hits, alarms = images.cumulated(None)
     reached, reason = True, ""
     if wish.aim == "cost":
         costs = wish.least * (images.positives - hits) + alarms
         place = int(np.flatnonzero(costs <= costs.min() * (1 + 1e-12))[-1])
+    elif wish.aim == "f1":
+        place = int((2 * hits / (hits + alarms + images.positives)).argmax())
     else:
         at, hits, alarms = at[1:], hits[1:], alarms[1:]
         is_recall = wish.aim == "recall"
