@@ -48,6 +48,7 @@ def evaluate(
     group: str | None = None,
     target: str | None = None,
     multilabel: str | Sequence[str] | None = None,
+    positive: str | None = None,
     ignore_unknown_classes: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -69,6 +70,8 @@ def evaluate(
         target: Of a bundle that predicts a number, the column of the true one; by default the one that it was trained on.
         multilabel: Of a bundle that predicts several labels, the columns of the true ones; by default those that it was trained
             on. Labels that the bundle does not know are named, and left out; of those that are in no column nothing is known.
+        positive: The class of two, or the label of several, of which sensitivity, specificity, curves and reliability are
+            measured; by default the one that was looked for when the head was trained, else the second class, and no label.
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
@@ -83,9 +86,9 @@ def evaluate(
         (``featurepipe.heads.statistics.metrics.score_table``, and of two classes, unless ``bootstrap`` is 0, ``screening``, as
         ``Bundle.screening`` returns it; of numbers
         ``featurepipe.heads.statistics.regression.number_table``, of several labels
-        ``featurepipe.heads.statistics.multilabel.label_table``), ``leakage`` (``trained_on``, of images with groups
-        ``trained_groups`` (`leakage.of_trained_groups`), and ``leakage.report`` of the whole dataset), ``options`` as they were
-        asked for, ``seconds``.
+        ``featurepipe.heads.statistics.multilabel.label_table``, with ``screening`` of a label that is looked for), ``leakage``
+        (``trained_on``, of images with groups ``trained_groups`` (`leakage.of_trained_groups`), and ``leakage.report`` of the
+        whole dataset), ``options`` as they were asked for, ``seconds``.
 
     Raises:
         BundleError: The bundle cannot be used, or the store has no features of its feature space.
@@ -102,6 +105,7 @@ def evaluate(
         group=group,
         target=target,
         multilabel=columns_of(multilabel) or None,
+        positive=positive,
         ignore_unknown_classes=ignore_unknown_classes,
         bootstrap=bootstrap,
         seed=seed,
@@ -116,6 +120,7 @@ def evaluate(
                 Option("multilabel", ",".join(options.multilabel)), ": this bundle predicts one thing of each image"
             )
         )
+    model.check_positive(positive)
     if model.target_type == MULTILABEL and target is None:
         return _evaluate_labels(asked)
     if model.target_type == CONTINUOUS:
@@ -172,8 +177,8 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
         bootstrap=options.bootstrap,
         seed=options.seed,
     )
-    if len(model.classes) == 2 and options.bootstrap:
-        metrics["screening"] = model.screening(probabilities, chosen.codes, groups)
+    if (len(model.classes) == 2 and options.bootstrap) or options.positive is not None:
+        metrics["screening"] = model.screening(probabilities, chosen.codes, groups, positive=options.positive)
     return _record(
         asked, chosen.features, metrics,
         split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
@@ -257,6 +262,11 @@ def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
         bootstrap=options.bootstrap,
         seed=options.seed,
     )
+    looked_for = options.positive or (model.looked_for if options.bootstrap else None)
+    if looked_for is not None:
+        metrics |= model.label_screening(looked_for, scores, truth, chosen.groups)
+        if "screening" not in metrics:
+            asked.say(f"label {looked_for!r} is known for no image of {scope}, so nothing is measured of finding it")
     unknown = {label: int((given_truth[:, features.target_names.index(label)] == 1).sum()) for label in strange}
     return _record(
         asked, chosen, metrics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featurepipe.option_groups import at_least, option
+from featurepipe.option_groups import at_least, is_text, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RowOptions, SplitOption, columns_of
 
 
@@ -23,6 +23,11 @@ class EvaluateOptions(RowOptions, LabelsOption, SplitOption, DatasetOption):
     multilabel: tuple[str, ...] | None = option(
         None, "of a bundle that predicts several labels: columns of true ones (default: those of the training)",
         metavar="COLUMN,...", read=columns_of,
+    )  # fmt: skip
+    positive: str | None = option(
+        None, "the class of two, or the label of several, of which sensitivity, specificity, curves and reliability are measured "
+        "(default: the one that was looked for in training, else the second class, and no label)",
+        metavar="CLASS", check=is_text,
     )  # fmt: skip
     ignore_unknown_classes: bool = option(
         False, "leave out images of classes that the bundle does not know, instead of refusing"

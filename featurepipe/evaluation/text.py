@@ -26,7 +26,8 @@ def text(record: Mapping[str, Any]) -> str:
     metrics = record["metrics"]
     target = record["bundle"].get("target") or {}
     if target.get("type") == MULTILABEL:
-        return "\n\n".join([_heading(record), *_warnings(record), labels_text(metrics)])
+        screening = [said] if (said := _screening(metrics.get("screening"))) else []
+        return "\n\n".join([_heading(record), *_warnings(record), labels_text(metrics), *screening])
     if target:
         numeric = [_heading(record), *_warnings(record), numbers_text(metrics), _largest_errors(metrics)]
         return "\n\n".join(section for section in numeric if section)
@@ -208,11 +209,8 @@ def _largest_errors(metrics: Mapping[str, Any]) -> str:
 def _screening(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    how = (
-        "the bundle's threshold"
-        if found["chosen"]
-        else "the more probable class; featurepipe train --threshold chooses"
-    )
+    without = "a half" if found.get("label") else "the more probable class; featurepipe train --threshold chooses"
+    how = "the bundle's threshold" if found["chosen"] else without
     return (
         f"looking for {found['positive']} ({found['positives']:,} of {_images(found['images'])}), from a probability of "
         f"{found['threshold']:.6g} on ({how})\n{screening_text(found)}"

@@ -240,6 +240,19 @@ def test_a_label_that_is_looked_for_is_measured_as_a_class_is(found, run, tmp_pa
     assert screened["specificity"]["value"] == recall_score(~have, ~called)
     assert screened["auc"]["value"] == pytest.approx(roc_auc_score(have, likely))
     assert ((likely >= screened["threshold"]) == called).mean() > 0.99
+    measured = evaluate(bundle, zoo.store, labels=table, silent=True)
+    everything = measured["metrics"]["screening"]
+    assert {name: everything[name] for name in screened} == screened
+    assert {"roc", "precision_recall", "reliability"} == everything.keys() - screened.keys()
+    assert everything["roc"]["y"][-1] == 1
+    assert all(
+        low <= y <= high for low, y, high in zip(*(everything["roc"][n] for n in ("low", "y", "high")), strict=True)
+    )
+    assert f"looking for red ({have.sum()} of {test.sum()} images), from a probability of" in evaluation_text(measured)
+    other = evaluate(bundle, zoo.store, labels=table, positive="big", silent=True)["metrics"]["screening"]
+    assert (other["positive"], other["positives"]) == ("big", int((values[features.splits == "test", 0] == 1).sum()))
+    with pytest.raises(UsageError, match="unknown label 'reed' in the bundle; nearest: red"):
+        evaluate(bundle, zoo.store, labels=table, positive="reed", silent=True)
     assert "looking for red:" in train_text(record)
     assert "looking for red:" in bundle_text(bundle)
     with pytest.raises(UsageError, match="unknown label 'reed'; nearest: red"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
@@ -151,6 +151,36 @@ def test_without_a_threshold_an_evaluation_takes_the_more_probable_class(zoo, ru
     assert (found["positive"], found["threshold"], found["chosen"]) == ("dog", 0.5, False)
     assert found["sensitivity"]["value"] == recall_score(test.labels == "dog", bundle.predict(test) == "dog")
     assert "the more probable class; featurepipe train --threshold chooses" in evaluation_text(record)
+
+
+def test_either_class_can_be_looked_for_in_an_evaluation(zoo, run, tmp_path):
+    zoo.write(of_two_classes(zoo, "train", "val", "test"))
+    run(zoo, threshold="recall=0.9")
+    bundle = read_bundle(tmp_path / "bundle")
+    dogs, cats = (
+        evaluate(bundle, zoo.store, positive=name, silent=True)["metrics"]["screening"] for name in ("dog", "cat")
+    )
+    assert dogs == evaluate(bundle, zoo.store, silent=True)["metrics"]["screening"]
+    assert (cats["positive"], cats["negative"]) == ("cat", "dog")
+    assert cats["threshold"] == pytest.approx(1 - dogs["threshold"])
+    assert (cats["sensitivity"], cats["ppv"]) == (dogs["specificity"], dogs["npv"])
+    assert cats["auc"]["value"] == pytest.approx(dogs["auc"]["value"])
+    with pytest.raises(UsageError, match="unknown class 'cow' in the bundle; choices: cat, dog"):
+        evaluate(bundle, zoo.store, positive="cow", silent=True)
+    zoo.write([*zoo.images("train"), *zoo.images("test")])
+    run(zoo, positive=None)
+    with pytest.raises(UsageError, match=r"can be looked for; this bundle predicts 3 classes"):
+        evaluate(tmp_path / "bundle", zoo.store, positive="cat", silent=True)
+
+
+def test_the_largest_f1_is_a_wish_too(zoo, run):
+    zoo.write(of_two_classes(zoo, "train", "val"))
+    found = run(zoo, threshold="f1", calibration=False)["threshold"]
+    likely, dogs = held_out(zoo)
+    best = max(f1_score(dogs, likely >= t) for t in likely)
+    assert f1_score(dogs, likely >= found["value"]) == best
+    with pytest.raises(UsageError, match="the largest F1 has no margin"):
+        run(zoo, threshold="f1", threshold_margin=True)
 
 
 def test_a_bundle_keeps_its_threshold_and_older_readers_refuse_it(zoo, run, tmp_path):

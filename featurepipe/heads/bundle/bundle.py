@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from featurepipe.display import counted, displayed, table
-from featurepipe.errors import BundleError, unknown
+from featurepipe.errors import BundleError, Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
     BOOSTER,
@@ -190,6 +190,24 @@ class Bundle:
         """Of several labels the one that is looked for; None if there is none."""
         return (self.target or {}).get("positive")
 
+    def check_positive(self, name: str | None) -> None:
+        """Checks that a name is one of two classes, or one of several labels, so that it can be looked for.
+
+        Raises:
+            UsageError: It is not; names the choices.
+        """
+        if name is None:
+            return
+        if self.target_type == CONTINUOUS or (self.target is None and len(self.classes) != 2):
+            raise UsageError(
+                Message(
+                    Option("positive", name), ": one of two classes, or one of several labels, can be looked for; this bundle "
+                    f"predicts {self.target_text}",
+                )
+            )  # fmt: skip
+        if name not in self.classes:
+            raise unknown("label" if self.target else "class", name, self.classes, where="the bundle")
+
     def label_screening(
         self,
         name: str,
@@ -215,8 +233,7 @@ class Bundle:
         Raises:
             UsageError: The bundle has no such label.
         """
-        if name not in self.classes:
-            raise unknown("label", name, self.classes, where="the bundle")
+        self.check_positive(name)
         k = self.classes.index(name)
         rows = np.flatnonzero(~np.isnan(truth[:, k]))
         if not len(rows):
@@ -258,27 +275,35 @@ class Bundle:
         return np.where(probabilities[:, positive] >= self.threshold["value"], positive, 1 - positive)
 
     def screening(
-        self, probabilities: npt.NDArray[np.float64], codes: npt.NDArray[np.int64], groups: Any, *, curves: bool = True
+        self,
+        probabilities: npt.NDArray[np.float64],
+        codes: npt.NDArray[np.int64],
+        groups: Any,
+        *,
+        positive: str | None = None,
+        curves: bool = True,
     ) -> dict[str, Any]:
-        """Measures how a bundle of two classes finds one of them: the threshold's ``positive`` class, else the second.
+        """Measures how a bundle of two classes finds one of them.
 
         Args:
             probabilities: (n, 2).
             codes: (n,) positions of the true classes.
             groups: (n,) what images belong together; None if each is by itself.
+            positive: That class; by default the threshold's, else the second.
             curves: Whether to give curves and reliability, too.
 
         Returns:
             ``positive`` and ``negative`` (classes), ``chosen`` (whether the bundle has a threshold, which else is 0.5), and what
             ``heads.statistics.screening.screening_table`` returns.
         """
-        own = self.threshold or {"positive": self.classes[1], "value": HALF}
-        positive = self.classes.index(own["positive"])
+        own = self.threshold or {"positive": positive or self.classes[1], "value": HALF}
+        code = self.classes.index(own["positive"] if positive is None else positive)
+        value = own["value"] if self.classes[code] == own["positive"] else 1 - own["value"]
         found = screening_table(
-            probabilities[:, positive], codes == positive, self.codes(probabilities) == positive,
-            threshold=own["value"], groups=groups, curves=curves,
+            probabilities[:, code], codes == code, self.codes(probabilities) == code,
+            threshold=value, groups=groups, curves=curves,
         )  # fmt: skip
-        names = {"positive": self.classes[positive], "negative": self.classes[1 - positive]}
+        names = {"positive": self.classes[code], "negative": self.classes[1 - code]}
         return {**names, "chosen": self.threshold is not None, **found}
 
     def predict(self, X: Blocks | npt.ArrayLike) -> npt.NDArray[Any]:
