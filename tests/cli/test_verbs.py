@@ -131,7 +131,7 @@ def test_every_option_reaches_the_verb(case, verb, call):
 
 def test_evaluate_reads_a_store_that_exists(verb, call, store):
     called = verb(EVALUATE, {"measured": 1})
-    line = "--dataset d --split s --labels l.csv --label class --target age --multilabel a,b "
+    line = "--dataset d --split s --labels l.csv --label class --target age --multilabel a,b --positive a "
     line += "--ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
     answer = call("evaluate", "bundle", store.path, *line.split())
     assert json.loads(answer.out) == {"measured": 1}
@@ -140,7 +140,7 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     assert Path(opened.path) == store.path
     assert called.given == {
         "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None, "target": "age",
-        "multilabel": ("a", "b"), "ignore_unknown_classes": True,
+        "multilabel": ("a", "b"), "positive": "a", "ignore_unknown_classes": True,
         "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 
