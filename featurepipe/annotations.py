@@ -82,13 +82,21 @@ def plain_name(column: str) -> str:
 def column_named(wanted: str, columns: Sequence[str]) -> str | None:
     """The column of that name: exactly so, else without regard to case and blanks.
 
+    Raises:
+        UsageError: There is none exactly so, and several are without regard to that.
+
     Example:
         >>> column_named("label", ["path", " Label "]), column_named("label", ["path", "labels"])
         (' Label ', None)
     """
     if wanted in columns:
         return wanted
-    return next((column for column in columns if column.strip().lower() == wanted.lower()), None)
+    found = list(dict.fromkeys(column for column in columns if column.strip().lower() == wanted.lower()))
+    if len(found) > 1:
+        raise UsageError(
+            f"several columns may be {wanted!r}: {', '.join(map(repr, found))}; name the one meant exactly so"
+        )
+    return found[0] if found else None
 
 
 def path_column(columns: Sequence[str]) -> str | None:

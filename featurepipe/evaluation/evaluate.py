@@ -46,6 +46,7 @@ def evaluate(
     labels: Any = None,
     label: str | None = None,
     group: str | None = None,
+    split_column: str | None = None,
     target: str | None = None,
     multilabel: str | Sequence[str] | None = None,
     positive: str | None = None,
@@ -64,9 +65,13 @@ def evaluate(
         split: Which rows: a split's name, or ``all``. By default ``test`` if the dataset has that split, else the images
             that the head was not trained on, nor on others of their groups, else all.
         labels: A mapping or file to use instead of the dataset's labels, as in ``FeatureSet.with_labels``.
-        label: The column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
+        label: The column of the class, by default that of the training, or ``label``: of ``labels``, else of the manifest that
+            was extracted.
         group: The column of what belongs together, such as a patient: intervals are of so many independent groups, and groups
-            that are in several splits are named; by default ``group``, where there is one; ``none`` for no groups.
+            that are in several splits are named; by default that of the training, or ``group``, where there is one; ``none``
+            for no groups.
+        split_column: The column of the splits; by default that of the training, else the dataset's own splits; ``none`` for no
+            splits.
         target: Of a bundle that predicts a number, the column of the true one; by default the one that it was trained on.
         multilabel: Of a bundle that predicts several labels, the columns of the true ones; by default those that it was trained
             on. Labels that the bundle does not know are named, and left out; of those that are in no column nothing is known.
@@ -103,6 +108,7 @@ def evaluate(
         labels=labels,
         label=label,
         group=group,
+        split_column=split_column,
         target=target,
         multilabel=columns_of(multilabel) or None,
         positive=positive,
@@ -151,7 +157,12 @@ class _Asked:
 
     def with_roles(self, roles: RowOptions) -> _Asked:
         """The same, of features that have what the roles name: labels, numbers, groups."""
-        return replace(self, features=with_roles(self.store, self.features, self.options.labels, roles, self.say))
+        trained = self.model.training.get("roles")
+        found = with_roles(
+            self.store, self.features, self.options.labels, roles, self.say,
+            trained=trained if isinstance(trained, dict) else None,
+        )  # fmt: skip
+        return replace(self, features=found)
 
     def scored(self, chosen: FeatureSet, scope: str) -> AbstractContextManager[Blocks]:
         """The rows to score, where they are scored; says how many they are."""
@@ -190,7 +201,7 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
 def _evaluate_numbers(asked: _Asked) -> dict[str, Any]:
     """Scores a bundle that predicts a number; see ``evaluate``."""
     model, options = asked.model, asked.options
-    roles = RoleOptions(label=options.label, group=options.group, target=options.target or model.target_name or None)
+    roles = RoleOptions(**RowOptions.of(options).arguments(), target=options.target or model.target_name or None)
     if roles.target is None:
         raise UsageError(
             Message("the bundle's number has no name; name the column of the true one with ", Option("target"))
@@ -222,7 +233,7 @@ def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
     """Scores a bundle that predicts several labels; see ``evaluate``."""
     model, options = asked.model, asked.options
     columns = options.multilabel or tuple((model.target or {}).get("columns", ()))
-    roles = RoleOptions(label=options.label, group=options.group, multilabel=columns or None)
+    roles = RoleOptions(**RowOptions.of(options).arguments(), multilabel=columns or None)
     if not columns:
         raise UsageError(Message("name the columns of the true labels with ", Option("multilabel", "COLUMN,...")))
     asked = asked.with_roles(roles)

@@ -521,7 +521,13 @@ def _advice(ignored: Sequence[str], taken: Mapping[str, str]) -> list[str]:
     for ours, alike in _NAMED_ALIKE.items():
         meant = [name for name in ignored if plain_name(name) in alike]
         if ours not in taken and meant:
-            notes.append(f"there is no column {ours!r}: if it is {meant[0]!r}, call it {ours!r}")
+            option = Option("label" if ours == "label" else "split_column", meant[0])
+            notes.append(
+                Message(
+                    f"there is no column {ours!r}: if it is {meant[0]!r}, call it {ours!r}, or name it later with ",
+                    option,
+                )
+            )
     return notes
 
 

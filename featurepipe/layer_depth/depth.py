@@ -48,6 +48,7 @@ def depth(
     labels: Any = None,
     label: str | None = None,
     group: str | None = None,
+    split_column: str | None = None,
     extraction: Mapping[str, Any] | None = None,
     jobs: int | None = None,
     cluster: Any = None,
@@ -81,6 +82,8 @@ def depth(
         label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
             one; ``none`` for no groups.
+        split_column: the column of the splits, of ``labels``, else of the manifest; by default the dataset's own splits; ``none``
+            for no splits.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         jobs: measurements at once; by default one per CPU.
         cluster: where to extract and measure instead of here, as `featurepipe.execution.connect` takes it: the workers see
@@ -115,6 +118,7 @@ def depth(
         control=control,
         label=label,
         group=group,
+        split_column=split_column,
     )
     protocol = Protocol.of(options)
     if report is not None:

@@ -12,6 +12,7 @@ from featurepipe.option_groups import OptionGroup, by_commas, is_text, not_empty
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
 NO_GROUP = "none"
+NO_SPLIT = "none"
 
 
 def columns_of(given: Any) -> tuple[str, ...] | None:
@@ -75,7 +76,7 @@ class ExportOptions(SplitOption, SpaceOption, DatasetOption):
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(OptionGroup):
-    """What class and what group an image is of: columns of the labels file, else of the manifest that was extracted."""
+    """What class, group and split an image is of: columns of the labels file, else of the manifest that was extracted."""
 
     label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_text)
     group: str | None = option(
@@ -83,6 +84,10 @@ class RowOptions(OptionGroup):
         f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near auto "
         "--to FILE writes it",
         metavar="COLUMN|FILE", check=is_text, is_path=is_file_of_groups,
+    )  # fmt: skip
+    split_column: str | None = option(
+        None, f"column of the split (default: split of the manifest, or the folders; {NO_SPLIT}: no splits)",
+        metavar="COLUMN", check=is_text,
     )  # fmt: skip
 
 

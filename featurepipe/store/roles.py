@@ -1,4 +1,4 @@
-"""Roles of columns: which column of a labels file or a manifest holds classes, numbers, several labels, groups and weights.
+"""Roles of columns: which column of a labels file or a manifest holds classes, numbers, labels, groups, splits and weights.
 
 Columns join images by id when features are looked at, as labels do; nothing is computed again. They come from a labels file if
 one is given and has them, else from the manifest, whose further columns the snapshot has kept
@@ -8,21 +8,24 @@ one is given and has them, else from the manifest, whose further columns the sna
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import KEPT_COLUMN, column_named, names_in_doubt
+from featurepipe.annotations import KEPT_COLUMN, column_named, names_in_doubt, split_of
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.option_groups import declared
 from featurepipe.store.labels import ColumnTable, LabelSource, group_names, places_of, read_columns
-from featurepipe.store.options import GROUP, NO_GROUP, RoleOptions, RowOptions, is_file_of_groups
+from featurepipe.store.options import GROUP, NO_GROUP, NO_SPLIT, RoleOptions, RowOptions, is_file_of_groups
+from featurepipe.store.snapshots import REJECTED
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
@@ -33,8 +36,13 @@ NEAR = "near"
 _YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
 _NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
 _UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
+_NO_LABEL = "none"
 LABEL = "label"
 """The column of classes."""
+_NAMED = 6  # columns without a role that a message names
+_LISTED = 20  # columns that an error lists
+_NAMED_VALUES = 3
+_MOST_SPLITS = 50
 
 
 class _Column(NamedTuple):
@@ -62,13 +70,22 @@ class _Columns:
         self.kept = store.further_columns(self._dataset, snapshot)
         self.used: list[str] = []
 
+    def has(self, name: str) -> bool:
+        """Whether there is a column of that name, in any case."""
+        return column_named(name, [*(self.table.columns if self.table else ()), *self.kept]) is not None
+
     def find(self, name: str) -> _Column | None:
-        """The column of that name, in any case; None if there is none."""
+        """The column of that name, in any case; None if there is none.
+
+        Raises:
+            UsageError: Several are so called but for case and blanks.
+        """
         if self.table is not None and (found := column_named(name, list(self.table.columns))) is not None:
             self.used.append(found)
             texts = self.table.texts(found).take(places_of(self.features.table["id"], self.table))
             return _Column(found, _one(texts), self.table.name)
         if (found := column_named(name, self.kept)) is not None:
+            self.used.append(found)
             kept = self._store.snapshot(self._dataset, self._snapshot, columns=["id", KEPT_COLUMN + found])
             assert kept is not None  # noqa: S101 - features of it are open
             texts = kept[KEPT_COLUMN + found].take(pc.index_in(self.features.table["id"], value_set=_one(kept["id"])))
@@ -93,11 +110,56 @@ class _Columns:
             return found
         there = list(dict.fromkeys([*(self.table.columns if self.table else ()), *self.kept]))
         asked = Option(role, name)
+        lost = self._lost(name)
         if there:
-            raise UsageError(Message(asked, f": {unknown('column', name, there)}"))
-        none = f": dataset {self._dataset} was extracted without further columns. Give a file with this column and id or path: "
+            raise UsageError(Message(asked, f": unknown column {name!r}{lost}; there {_listed_columns(name, there)}"))
+        none = f": dataset {self._dataset} was extracted without further columns{lost}. Give a file with it and id or path: "
         more = "; or extract a manifest that has it, which computes nothing again"
         raise UsageError(Message(asked, none, Option("labels", "FILE.csv"), more))
+
+    def _lost(self, name: str) -> str:
+        """Why a column of the manifest was not kept, if the run that made the snapshot says so."""
+        ids = self._store.snapshot_ids(self._dataset)
+        run = next((run for run in self._store.runs() if run.get("run_id") == (self._snapshot or ids[-1])), {})
+        ignored = (run.get("listing") or {}).get("ignored") or ()
+        found = column_named(name, list(ignored))
+        return (
+            ""
+            if found is None
+            else (f" (the manifest has {found!r}, and it was not kept: it is there twice, or its values are too long)")
+        )
+
+    def unused(self) -> list[str]:
+        """What to say of columns that have no role, a line for the labels file and one for the manifest."""
+        own = [] if self.table is None else [name for name in self.table.columns if name not in self.used]
+        kept = [name for name in self.kept if name not in self.used and column_named(name, own) is None]
+        said = [f"{self.table.name}: ignored columns: {first_names(own, _NAMED)}"] if self.table and own else []
+        if kept:
+            said.append(
+                f"dataset {self._dataset}: columns of its manifest without a role here: {first_names(kept, _NAMED)}"
+            )
+        return said
+
+    def rejects(self, name: str) -> dict[str | None, int]:
+        """How many images could not be used, by the split that a column gives them."""
+        kept = column_named(name, self.kept)
+        own = None if self.table is None else column_named(name, list(self.table.columns))
+        further = [] if own or kept is None else [KEPT_COLUMN + kept]
+        every = self._store.snapshot(self._dataset, self._snapshot, columns=["id", "status", *further])
+        assert every is not None  # noqa: S101 - features of it are open
+        lost = every.filter(pc.equal(every["status"], REJECTED))
+        if own is not None and self.table is not None:
+            texts = self.table.texts(own).take(pc.index_in(lost["id"], value_set=self.table.ids))
+        else:
+            texts = lost[further[0]]
+        return dict(Counter(_splits_of(_one(texts)).to_pylist()))
+
+
+def _listed_columns(name: str, there: Sequence[str]) -> str:
+    """All columns, nearest to a name first."""
+    order = sorted(there, key=lambda other: -SequenceMatcher(None, name.lower(), other.lower()).ratio())
+    are = "is only" if len(there) == 1 else "are"
+    return f"{are} {first_names(order, _LISTED)}"
 
 
 def with_roles(
@@ -108,8 +170,9 @@ def with_roles(
     say: Callable[[str], None],
     *,
     snapshot: str | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> FeatureSet:
-    """Joins classes, numbers, several labels, groups and weights to features, and says what was found and what is not used.
+    """Joins classes, numbers, labels, groups, splits and weights to features, and says what was found and what is not used.
 
     Args:
         store: Where the features are.
@@ -118,13 +181,17 @@ def with_roles(
         roles: Which column is what.
         say: Told one line for each role, and one for columns that have none.
         snapshot: The run id of the features' snapshot; None for the current one.
+        trained: The columns that a bundle was trained with, by role: where no other is asked for they are taken, if they are
+            there.
 
     Raises:
         UsageError: There is no such column, or its values are none of the kind.
     """
-    roles = roles if isinstance(roles, RoleOptions) else RoleOptions(label=roles.label, group=roles.group)
     table = None if labels is None else read_columns(labels)
     columns = _Columns(store, features, table, snapshot)
+    roles = _as_trained(roles, columns, trained or {})
+    if roles.split_column is not None:
+        features = _with_splits(columns, features, roles.split_column, say)
     if not (roles.target or roles.multilabel):
         features = _with_classes(columns, features, roles, say)
     if roles.target:
@@ -134,15 +201,70 @@ def with_roles(
     if roles.multilabel:
         names, matrix, where = _several(columns, roles.multilabel)
         features = features.with_column("target", matrix, names=names)
-        say(f"several labels: {first_names(names)}, of {where}")
+        say(f"several labels: {first_names(names)}, of {where}{_unknown_text(columns, roles.multilabel, matrix)}")
     features = _with_group(columns, features, roles.group, say)
     if roles.weight:
         found = columns.get("weight", roles.weight)
         features = features.with_column("weight", _weights(found, features))
         say(f"weights: column {found.name} of {found.where}")
-    if table is not None and (unused := [name for name in table.columns if name not in columns.used]):
-        say(f"{table.name}: ignored columns: {first_names(unused)}")
+    for line in columns.unused():
+        say(line)
     return features
+
+
+def _as_trained(roles: RowOptions, columns: _Columns, trained: Mapping[str, Any]) -> RoleOptions:
+    """All roles, where those that are not asked for may be those of a training."""
+    full = {**dict.fromkeys(declared(RoleOptions)), **roles.arguments()}
+    asked = {name: full[name] for name in declared(RoleOptions)}
+    for name in ("label", "group", "split_column"):
+        column = trained.get(name)
+        if asked[name] is not None or column is None:
+            continue
+        if name == "label" and (asked["target"] or asked["multilabel"]):
+            continue
+        own = [] if columns.table is None else columns.table.columns
+        hidden = name == "label" and column_named(LABEL, own) is not None and column_named(column, own) is None
+        if column in (NO_GROUP, NO_SPLIT) or (columns.has(column) and not hidden):
+            asked[name] = column
+    return RoleOptions(**asked)
+
+
+def _with_splits(columns: _Columns, features: FeatureSet, asked: str, say: Callable[[str], None]) -> FeatureSet:
+    """The splits of a column, by their usual names; of rejects, too."""
+    if asked == NO_SPLIT:
+        if features.split_names():
+            say(f"splits of dataset {features.origin.dataset} are not taken: {', '.join(features.split_names())}")
+        nothing = pa.nulls(len(features), pa.string())
+        return replace(
+            features.with_column("split", nothing), rejects={None: features.rejected} if features.rejected else {}
+        )
+    found = columns.get("split_column", asked)
+    splits = _splits_of(found.texts)
+    counts = sorted(pc.value_counts(splits.drop_null()).to_pylist(), key=lambda one: (-one["counts"], one["values"]))
+    if not counts:
+        raise _wrong("split_column", found, "is empty for all images")
+    if len(counts) > _MOST_SPLITS:
+        some = first_names([repr(one["values"]) for one in counts])
+        raise _wrong(
+            "split_column", found, f"has {len(counts):,} different values, such as {some}: name a column of splits"
+        )
+    names = [one["values"] for one in counts]
+    renamed = sorted({(text, split_of(text)) for text in pc.unique(_trimmed(found.texts).drop_null()).to_pylist()})
+    said = [f"{one['values']} {one['counts']:,}" for one in counts]
+    said += [f"none {splits.null_count:,}"] if splits.null_count else []
+    taken = [f"{text} as {split}" for text, split in renamed if split not in (None, text)]
+    say(f"splits: column {found.name} of {found.where}: {', '.join(said)}{f' ({first_names(taken)})' if taken else ''}")
+    if not {"train", "test"} & set(names):
+        say(f"none of these splits is train, val or test: name the one to train on or to test with --split {names[0]}")
+    rejects = columns.rejects(asked) if features.rejected else {}
+    return replace(features.with_column("split", splits), rejects=rejects)
+
+
+def _splits_of(texts: pa.Array) -> pa.Array:
+    """The usual names of splits where texts stand for one, else the texts."""
+    encoded = _trimmed(texts).dictionary_encode()
+    names = pa.array([split_of(text) or text for text in encoded.dictionary.to_pylist()], pa.string())
+    return names.take(encoded.indices)
 
 
 def _with_classes(
@@ -153,9 +275,8 @@ def _with_classes(
 
     table, asked = columns.table, roles.label
     own = None if table is None else column_named(asked or "label", table.columns)
-    others = (
-        [] if table is None else [column_named(name or GROUP, table.columns) for name in (roles.group, roles.weight)]
-    )
+    roles_of_file = (GROUP, roles.group, roles.weight, roles.split_column)
+    others = [] if table is None else [column_named(name, table.columns) for name in roles_of_file if name]
     if table is not None and (own is not None or (asked is None and not any(others))):
         columns.used += [own] if own is not None else []
         return with_told_labels(features, replace(table.labels(asked), ignored=()), say)
@@ -210,19 +331,30 @@ def _of_file(path: str, features: FeatureSet) -> _Column:
     return _Column(column, near, table.name, is_numbered=True)
 
 
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
+
+
 def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:
     """(n,) float64, null where the column is empty."""
     texts = _trimmed(column.texts)
-    try:
-        values = pc.cast(texts, pa.float64())
-        bad = _first(pc.invert(pc.is_finite(values)))
-    except pa.ArrowInvalid:
-        bad = next(row for row, text in enumerate(texts.to_pylist()) if text is not None and not _is_number(text))
-    if bad is not None:
-        raise _wrong(
-            role, column, f"has {texts[bad].as_py()!r} for {_image(features, bad)}, which is no finite number; leave it empty "
-            "where the number is not known",
-        )  # fmt: skip
+    is_number = pc.match_substring_regex(texts, _NUMBER)
+    wrong = texts.filter(pc.invert(is_number))  # a text that is null is in neither
+    if len(wrong):
+        rows = np.flatnonzero(pc.fill_null(pc.invert(is_number), fill_value=False).to_numpy(zero_copy_only=False))
+        some = [f"{texts[row].as_py()!r} for {_image(features, row)}" for row in rows[:_NAMED_VALUES]]
+        more = f" and {len(rows) - _NAMED_VALUES:,} more" if len(rows) > _NAMED_VALUES else ""
+        comma = pc.all(pc.match_substring_regex(wrong, _DECIMAL_COMMA)).as_py()
+        what = "is no finite number" if len(rows) == 1 else "are no finite numbers"
+        hint = "write a decimal point" if comma else "leave it empty where it is not known"
+        ways: Sequence[str | Option] = (
+            ["; or learn classes from it with ", Option("label", column.name)] if role == "target" and not comma else []
+        )
+        raise _wrong(role, column, f"has {', '.join(some)}{more}, which {what}; {hint}", *ways)
+    values = pc.cast(texts, pa.float64())
+    row = _first(pc.invert(pc.is_finite(values)))
+    if row is not None:
+        raise _wrong(role, column, f"has {texts[row].as_py()!r} for {_image(features, row)}, which is no finite number")
     if values.null_count == len(values):
         raise _wrong(role, column, "is empty for all images")
     return values
@@ -234,6 +366,8 @@ def _weights(column: _Column, features: FeatureSet) -> pa.Array:
     if bad is not None:
         given = "no weight" if values[bad].as_py() is None else f"the weight {values[bad].as_py():g}"
         raise _wrong("weight", column, f"has {given} for {_image(features, bad)}; every image needs one from 0")
+    if len(values) and pc.max(values).as_py() == 0:
+        raise _wrong("weight", column, "is 0 for all images: none would count; give some of them more")
     return values
 
 
@@ -268,7 +402,7 @@ def _yes_or_no(column: _Column, features: FeatureSet) -> npt.NDArray[np.float32]
 
 
 def _listed(column: _Column, features: FeatureSet) -> tuple[list[str], npt.NDArray[np.float32]]:
-    """Labels separated by ``|`` or as JSON lists; an empty text is an image of which nothing is known, ``[]`` one without any."""
+    """Labels separated by ``|`` or as JSON lists; of an empty text nothing is known, ``[]`` and ``none`` are no label at all."""
     encoded = column.texts.dictionary_encode()
     texts = encoded.dictionary.to_pylist()
     lists = [_labels_in(text) for text in texts]
@@ -294,9 +428,31 @@ def _listed(column: _Column, features: FeatureSet) -> tuple[list[str], npt.NDArr
     return names, known[rows]
 
 
+def _unknown_text(columns: _Columns, names: Sequence[str], matrix: npt.NDArray[np.float32]) -> str:
+    """Says how much is not known, and how that would be negative instead."""
+    unknown = np.isnan(matrix)
+    rows, entries = int(unknown.all(axis=1).sum()), int(unknown.sum())
+    if not entries:
+        return ""
+    listed = len(names) == 1 and rows * matrix.shape[1] == entries
+    found = columns.find(names[0]) if listed else None
+    if found is not None and not _is_yes_or_no(found.texts):
+        return (
+            f"; {counted(rows, 'image')} without any: unknown, and left out, not negative; write [] or none where an image has "
+            "no label"
+        )
+    some = f"{entries:,} of {matrix.size:,} entries are empty"
+    whole = f", {counted(rows, 'image')} without any" if rows else ""
+    return (
+        f"; {some}{whole}: unknown, and left out label by label, not negative; write 0 where an image has not the label"
+    )
+
+
 def _labels_in(text: str) -> list[str] | None:
     """The labels in a text; None if it is no such list."""
     if not text.strip().startswith("["):
+        if text.strip().lower() == _NO_LABEL:
+            return []
         return [name.strip() for name in text.split("|") if name.strip()]
     try:
         found = json.loads(text)
@@ -313,8 +469,8 @@ def _refuse_two_forms(names: Sequence[str], column: _Column) -> None:
             raise _wrong("multilabel", column, f"has one label in two forms, {other!r} and {name!r}; write one of them")
 
 
-def _wrong(role: str, column: _Column, said: str) -> UsageError:
-    return UsageError(Message(Option(role, column.name), f": column {column.name} of {column.where} {said}"))
+def _wrong(role: str, column: _Column, said: str, *more: str | Option) -> UsageError:
+    return UsageError(Message(Option(role, column.name), f": column {column.name} of {column.where} {said}", *more))
 
 
 def _image(features: FeatureSet, row: int) -> str:
@@ -325,13 +481,6 @@ def _trimmed(texts: pa.Array) -> pa.Array:
     """Without blanks around; null where nothing is left."""
     texts = pc.utf8_trim_whitespace(texts)
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _first(condition: pa.Array) -> int | None:

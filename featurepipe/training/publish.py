@@ -58,6 +58,7 @@ def publish(
     multilabel: Sequence[str],
     threshold: dict[str, Any] | None,
     positive: str | None,
+    roles: Mapping[str, Any],
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def publish(
         multilabel: the columns of several labels that are learned; none for classes.
         threshold: of two classes, if one was chosen (`threshold.choose`).
         positive: of several labels the one that is looked for, if there is one.
+        roles: the columns that were asked for, by role.
         seconds: that it all took.
         say: told what was written.
     """
@@ -88,6 +90,7 @@ def publish(
         "params": dict(recipe.params),
         "seed": task.seed,
         "labels": labels,
+        **({"roles": dict(roles)} if roles else {}),
         "inputs": inputs.as_dict(),
         "search": search.as_dict() if search else None,
         "cluster": task.executor.describe_workers(),

@@ -143,8 +143,10 @@ def refuse_groups_across(features: FeatureSet, sides: Mapping[str, Positions]) -
             raise UsageError(
                 Message(
                     f"{counted(len(both), 'group')} of dataset {features.origin.dataset} {have} images in both splits, {one} and "
-                    f"{other}, such as {both[0]!r}: what is learned of it would be tested on it. Mend the splits, or leave them "
-                    "out of the manifest to have them made by group; or take every image for itself with ",
+                    f"{other}, such as {both[0]!r}: what is learned of it would be tested on it. Mend the splits; have new ones "
+                    "made by group with ",
+                    Option("split_column", "none"),
+                    "; or take every image for itself with ",
                     Option("group", "none"),
                 )
             )

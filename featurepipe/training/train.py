@@ -15,7 +15,7 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import columns_of
+from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
@@ -41,6 +41,7 @@ def train(
     labels: Any = None,
     label: str | None = None,
     group: str | None = None,
+    split_column: str | None = None,
     target: str | None = None,
     multilabel: str | Sequence[str] | None = None,
     weight: str | None = None,
@@ -83,6 +84,8 @@ def train(
         label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
             one; ``none`` for no groups.
+        split_column: the column of the splits, of ``labels``, else of the manifest; by default the dataset's own splits; ``none``
+            for no splits.
         target: the column of a number to estimate, instead of a class: of ``labels``, else of the manifest that was extracted.
             Images without one are left out; folds hold small and large numbers evenly.
         multilabel: the columns of several labels an image, instead of a class: one of texts such as ``red|round`` or of JSON
@@ -138,6 +141,7 @@ def train(
         or DEFAULT_HEADS["continuous" if target is not None else "multilabel" if multilabel else "multiclass"],
         label=label,
         group=group,
+        split_column=split_column,
         target=target,
         multilabel=columns_of(multilabel),
         weight=weight,
@@ -211,9 +215,17 @@ def train(
             folder, source, task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
             multilabel=options.multilabel or (), threshold=cut, positive=positive if task.is_multilabel else None,
+            roles=roles_asked(options),
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}
+
+
+def roles_asked(options: TrainOptions) -> dict[str, Any]:
+    """The columns that a training was asked to take, by role, which an evaluation takes as well; a file of groups is none."""
+    asked = as_asked(RoleOptions.of(options))
+    is_file = asked["group"] is not None and is_file_of_groups(asked["group"])
+    return {name: column for name, column in asked.items() if column and not (name == "group" and is_file)}
 
 
 def _name_of(labels: Any) -> str | None:

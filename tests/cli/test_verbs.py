@@ -47,13 +47,13 @@ CASES = {
     "train": (
         TRAIN,
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
-        "--label class --group patient --weight w --split s "
+        "--label class --group patient --split-column fold --weight w --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "labels": "l.csv", "label": "class", "group": "patient", "target": None, "multilabel": None,
+            "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
             "weight": "w", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
@@ -66,7 +66,8 @@ CASES = {
         "train kept --out bundle --target age --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "target": "age", "multilabel": None, "weight": None, "split": None,
+            "labels": None, "label": None, "group": None, "split_column": None,
+            "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
@@ -78,7 +79,7 @@ CASES = {
         "train kept --out bundle --multilabel red,round --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "target": None, "multilabel": ("red", "round"),
+            "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
             "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
@@ -107,6 +108,7 @@ CASES = {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
             "heads": ("knn", "ridge"), "folds": 3, "split": True, "seeds": 2, "pooling": ("gap", "avg2x2"),
             "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "label": None, "group": "none",
+            "split_column": None,
             "report": "page.html",
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
@@ -139,8 +141,8 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     assert isinstance(opened, FeatureStore)
     assert Path(opened.path) == store.path
     assert called.given == {
-        "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None, "target": "age",
-        "multilabel": ("a", "b"), "positive": "a", "ignore_unknown_classes": True,
+        "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None,
+        "split_column": None, "target": "age", "multilabel": ("a", "b"), "positive": "a", "ignore_unknown_classes": True,
         "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 

@@ -282,8 +282,8 @@ def test_columns_that_are_not_used_are_told(tmp_path):
     assert summary.further == ["image", "class", "Subset", "size", "ID"]
     assert summary.notes == [
         "paths are in column 'file'",
-        "there is no column 'label': if it is 'class', call it 'label'",
-        "there is no column 'split': if it is 'Subset', call it 'split'",
+        "there is no column 'label': if it is 'class', call it 'label', or name it later with --label class",
+        "there is no column 'split': if it is 'Subset', call it 'split', or name it later with --split-column Subset",
     ]
 
 

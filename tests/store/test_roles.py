@@ -56,6 +56,7 @@ def test_a_snapshot_keeps_the_columns_of_a_manifest_and_gives_them_roles(kept):
     assert said == [
         "numbers to estimate: column age of dataset d",
         "groups: column patient of dataset d, 2 groups (1 image without one, each for itself), each on one side of every split",
+        "dataset d: columns of its manifest without a role here: found",
     ]
     again = pickle.loads(pickle.dumps(features.take(np.array([3, 1]))))
     assert again.groups.tolist() == ["p", "q"]
@@ -64,7 +65,8 @@ def test_a_snapshot_keeps_the_columns_of_a_manifest_and_gives_them_roles(kept):
 
 def test_without_roles_nothing_changes_but_a_column_called_group_is_one(kept, rows):
     features, said = joined(kept)
-    assert (features.groups, features.targets, features.weights, said) == (None, None, None, [])
+    assert (features.groups, features.targets, features.weights) == (None, None, None)
+    assert said == ["dataset d: columns of its manifest without a role here: patient, age, found"]
     assert features.table.column_names == ["id", "label", "split"]
     table = kept.snapshot("d").append_column("column:Group", pa.array(["g", "g", "h", None]))
     kept.write_snapshot("d", kept.new_run_id(), table)
@@ -82,7 +84,9 @@ def test_a_labels_file_comes_first_and_what_is_not_used_of_it_is_named(kept, tmp
     assert features.groups.tolist() == ["1", "1", None, "2"]
     assert features.weights.tolist() == [0.5, 1, 0, 2]
     assert said[0] == "m.csv: 2 labels on 4 of 4 images"
-    assert said[-1] == "m.csv: ignored columns: note"
+    assert said[-2:] == [
+        "m.csv: ignored columns: note", "dataset d: columns of its manifest without a role here: age, found",
+    ]  # fmt: skip
 
 
 def test_a_file_of_groups_alone_leaves_the_classes(kept, tmp_path):
@@ -99,7 +103,11 @@ def test_several_labels_of_one_column(kept):
     np.testing.assert_array_equal(features.targets, [[1, 1], [0, 1], [np.nan, np.nan], [np.nan, np.nan]])
     assert features.targets.dtype == np.float32
     assert features.unlabelled == 2
-    assert said == ["several labels: red, round, of column found of dataset d"]
+    assert said == [
+        "several labels: red, round, of column found of dataset d; 2 images without any: unknown, and left out, not negative; "
+        "write [] or none where an image has no label",
+        "dataset d: columns of its manifest without a role here: patient, age",
+    ]
     assert features.take(slice(1, 3)).targets[0].tolist() == [0, 1]
 
 
@@ -126,7 +134,7 @@ def test_json_lists_and_columns_of_zeros_and_ones_are_several_labels(kept, tmp_p
         ),
         ("id,age\na1,inf\n", {"target": "age"}, "has 'inf' for image 'a1', which is no finite number"),
         ("id,age\na1,\n", {"target": "age"}, "column age of l.csv is empty for all images"),
-        ("id,age\na1,3\n", {"target": "aeg"}, "unknown column 'aeg'; nearest: age"),
+        ("id,age\na1,3\n", {"target": "aeg"}, "unknown column 'aeg'; there are age, patient, found"),
         (
             "id,age\na1,3\na1,4\n",
             {"target": "age"},
@@ -375,3 +383,145 @@ def test_verify_reads_further_columns(kept):
     data[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
     path.write_bytes(data)
     assert [problem.part for problem in verify_store(kept).problems] == [str(path.relative_to(kept.path))]
+
+
+def test_splits_of_any_column_by_their_usual_names(kept, tmp_path):
+    (tmp_path / "f.csv").write_text("id,label,Fold,split\na1,x,training,a\na2,y,TEST,b\nb1,x,extra,c\nb2,y,,d\n")
+    features, said = joined(kept, tmp_path / "f.csv", split_column="fold")
+    assert features.splits.tolist() == ["train", "test", "extra", None]
+    assert said[0] == "splits: column Fold of f.csv: extra 1, test 1, train 1, none 1 (TEST as test, training as train)"
+    assert "f.csv: ignored columns: split" in said
+    assert len(features.select(split="train")) == 1
+    none, said = joined(kept, split_column="none")
+    assert none.split_names() == []
+
+
+def test_splits_of_the_manifest_count_rejects_too(zoo, monkeypatch):
+    rows = [*zoo.images(None, 4), zoo.image("bad", "cat-bad", "cat", None, is_usable=False)]
+    zoo.write(rows)
+    table = zoo.store.snapshot("zoo").append_column(
+        "column:fold", pa.array(["train"] * 8 + ["Validation"] * 4 + ["test"])
+    )
+    zoo.store.write_snapshot("zoo", zoo.store.new_run_id(), table)
+    view = zoo.store.features("zoo", "a:gap")
+    features = with_roles(zoo.store, view, None, RoleOptions(split_column="fold"), print)
+    assert features.counts()["splits"] == {"train": 8, "val": 4}
+    assert (features.rejects, features.select(split="validation").rejected) == ({"test": 1}, 0)
+    many = pa.table({"id": [row.id for row in rows], "n": list(range(13))})
+    monkeypatch.setattr("featurepipe.store.roles._MOST_SPLITS", 10)
+    with pytest.raises(
+        UsageError, match="split_column='n': column n of the table has 12 different values, such as '0', '1'"
+    ):
+        with_roles(zoo.store, view, many, RoleOptions(split_column="n"), print)
+    again = with_roles(zoo.store, features, None, RoleOptions(split_column="none"), print)
+    assert (again.split_names(), again.rejects) == ([], {None: 1})
+
+
+def test_a_column_that_was_asked_for_in_training_is_taken_where_it_is_there(kept, tmp_path):
+    trained = {"label": "kind", "group": "patient", "split_column": "fold"}
+
+    def found(labels=None, **roles):
+        view = kept.features("d", "a:gap")
+        return with_roles(kept, view, labels, RoleOptions(**roles), lambda _: None, trained=trained)
+
+    assert found().groups.tolist() == ["p", "q", None, "p"]
+    assert found().labels.tolist() == ["a", "a", "b", "b"]
+    assert found(group="none").groups is None
+    (tmp_path / "k.csv").write_text("id,kind,label,fold\na1,k,l,train\na2,k,l,test\nb1,m,n,test\nb2,m,n,test\n")
+    features = found(tmp_path / "k.csv")
+    assert features.labels.tolist() == ["k", "k", "m", "m"]
+    assert features.splits.tolist() == ["train", "test", "test", "test"]
+    assert found(dict.fromkeys(NAMES, "z")).classes == ["z"]
+    assert found(tmp_path / "k.csv", label="label").classes == ["l", "n"]
+    assert found(tmp_path / "k.csv", target="age", group="none").targets[0] == 3
+
+
+def test_what_is_not_known_of_several_labels_is_counted_in_all_forms(kept, tmp_path):
+    def said_of(text, *columns):
+        (tmp_path / "t.csv").write_text(text)
+        features, said = joined(kept, tmp_path / "t.csv", multilabel=columns)
+        return features.targets.tolist(), next(line for line in said if line.startswith("several"))
+
+    unknown = [pytest.approx(np.nan, nan_ok=True)] * 2
+    rows, said = said_of("id,t\na1,x|y\na2,none\nb1,[]\nb2,\n", "t")
+    assert rows == [[1, 1], [0, 0], [0, 0], unknown]
+    assert said.endswith(
+        "; 1 image without any: unknown, and left out, not negative; write [] or none where an image has no label"
+    )
+    rows, said = said_of('id,t\na1,"[""x"", ""y""]"\na2,[]\nb1,"[""y""]"\nb2,\n', "t")
+    assert rows == [[1, 1], [0, 0], [0, 1], unknown]
+    assert "; 1 image without any: unknown" in said
+    rows, said = said_of("id,x,y\na1,1,0\na2,,1\nb1,,\nb2,0,0\n", "x", "y")
+    assert rows == [[1, 0], [unknown[0], 1], unknown, [0, 0]]
+    assert said.endswith(
+        "; 3 of 8 entries are empty, 1 image without any: unknown, and left out label by label, not negative; write 0 where an "
+        "image has not the label"
+    )
+    assert "unknown" not in said_of("id,x\na1,1\na2,0\nb1,1\nb2,0\n", "x")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "roles", "said"),
+    [
+        (
+            "id,age\na1,old\na2,3\nb1,n/a\nb2,?\n",
+            {"target": "age"},
+            "has 'old' for image 'a1', 'n/a' for image 'b1', '?' for image 'b2', which are no finite numbers; leave it empty "
+            "where it is not known; or learn classes from it with label='age'",
+        ),
+        (
+            'id,age\na1,"1,5"\na2,"2,5"\n',
+            {"target": "age"},
+            "'2,5' for image 'a2', which are no finite numbers; write a dec",
+        ),
+        ("id,age\na1,1_000\n", {"target": "age"}, "has '1_000' for image 'a1'"),
+        ("id,age\na1,1e999\n", {"target": "age"}, "has '1e999' for image 'a1'"),
+        ("id,label,w\na1,x,0\na2,x,0\nb1,y,0.0\nb2,y,0\n", {"weight": "w"}, "is 0 for all images"),
+        ("id,label,w\na1,x,nan\n", {"weight": "w"}, "has 'nan' for image 'a1'"),
+        ("id,label,Group,GROUP\na1,x,1,2\n", {}, "several columns may be 'group': 'Group', 'GROUP'"),
+        ("id,label,f\na1,x,\n", {"split_column": "f"}, "column f of l.csv is empty for all images"),
+        (
+            "id,label,f\na1,x,\n",
+            {"split_column": "folds"},
+            "unknown column 'folds'; there are found, f, label, patient, age",
+        ),
+    ],
+)
+def test_more_bad_roles(kept, tmp_path, text, roles, said):
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        joined(kept, tmp_path / "l.csv", **roles)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("role", "values", "more", "said"),
+    [
+        ("weight", [1, 2, 3], {}, "3 values of weight for 4 images"),
+        ("weight", [1, 2, 3, -1], {}, "the weight of row 3 is -1.0; every image needs a finite one from 0"),
+        ("weight", [1, 2, np.nan, 1], {}, "the weight of row 2 is None"),
+        ("weight", [0, 0, 0, 0], {}, "all weights are 0"),
+        ("weight", ["a", "b", "c", "d"], {}, "values of weight are numbers"),
+        ("target", [1, 2, np.inf, 1], {}, "the target of row 2 is inf"),
+        ("target", [[0, 1]] * 3 + [[0, 2]], {"names": ["x", "y"]}, "row 3 has 2 for 'y'"),
+        ("target", [[0, 1]] * 4, {}, "K distinct names"),
+        ("target", [[0, 1]] * 4, {"names": ["x", "x"]}, "K distinct names"),
+        ("group", [[0, 1]] * 4, {}, "several values of group for each image"),
+        ("label", ["a"] * 4, {}, "use with_labels"),
+        ("wieght", [1] * 4, {}, "unknown role 'wieght'; nearest: weight"),
+    ],
+)
+def test_columns_given_in_python_are_checked(kept, role, values, more, said):
+    with pytest.raises(UsageError, match=said):
+        kept.features("d", "a:gap").with_column(role, values, **more)
+
+
+def test_columns_given_in_python(kept):
+    view = kept.features("d", "a:gap")
+    assert view.with_column("group", [1.0, 2.0, np.nan, 1.0], column="patient").groups.tolist() == ["1", "2", None, "1"]
+    mixed = view.with_column("group", np.array([1, "b", None, ""], object), column="patient")
+    assert (mixed.groups.tolist(), mixed.take([0, 1]).group_column) == (["1", "b", None, None], "patient")
+    assert view.with_column("split", ["train", None, "test", ""]).split_names() == ["test", "train"]
+    both = view.with_column("target", [[1, 0], [0, np.nan], [True, True], [0, 1]], names=["x", "y"])
+    assert both.targets[:, 0].tolist() == [1, 0, 1, 0]
+    assert view.with_column("weight", pa.chunked_array([[1, 2], [3, 4]])).weights.tolist() == [1, 2, 3, 4]

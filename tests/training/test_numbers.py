@@ -224,8 +224,11 @@ def test_what_cannot_be_is_refused_by_name(dated, run, tmp_path):
     same = table.set_column(1, "age", pa.array(["7.5"] * len(table)))
     for options, message in (
         ({"labels": same}, r"all 180 training images have the number 7.5 in target='age'"),
-        ({"target": "patient"}, r"has 'p0' for image 'train/cat/0.png', which is no finite number"),
-        ({"target": "aeg"}, r"unknown column 'aeg'; nearest: age"),
+        (
+            {"target": "patient"},
+            r"'p0' for image 'train/cat/2.png' and 357 more, which are no finite numbers; leave it empty",
+        ),
+        ({"target": "aeg"}, r"unknown column 'aeg'; there are age, patient"),
         ({"head": "lda"}, r"head 'lda' learns multiclass targets, not continuous ones; heads that do: ridge"),
         ({"class_weight": "balanced"}, r"class_weight weighs classes, and a target is a number"),
         ({"min_class_size": 5}, r"min_class_size is about classes"),

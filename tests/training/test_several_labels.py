@@ -384,7 +384,7 @@ def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
         ({"target": "red"}, r"two kinds of target"),
         ({"label": "red"}, r"two kinds of target"),
         ({"head": "lda"}, r"head 'lda' learns multiclass targets, not multilabel ones; heads that do: logistic"),
-        ({"multilabel": ["big", "reed"]}, r"unknown column 'reed'; nearest: red"),
+        ({"multilabel": ["big", "reed"]}, r"unknown column 'reed'; there are red, patient, big, soft"),
         ({"nodes": "recommended"}, r"not been compared|compared for classes only"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -163,7 +163,7 @@ def _inputs(night: Night, table: DepthTable) -> str:
         night.dataset, node=run["columns"], backbone=run["fingerprint"], snapshot=run["run_id"]
     )
     labels = table.labels or night.job.source.labels
-    roles = RowOptions(label=table.label, group=table.group)
+    roles = RowOptions.of(table)
     joined = with_roles(night.store, features, labels, roles, lambda _: None, snapshot=run["run_id"])
     images = joined.select(labelled=True)
     splits, split = np.unique(images.splits.astype(str), return_inverse=True)
