@@ -93,6 +93,11 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(statement):
     assert loaded(statement) == "[]"
 
 
+def test_processes_that_fit_heads_load_no_torch():
+    """Each of them imports the module of the function that it is given; PyTorch would take 3 s and 200 MB in each."""
+    assert "torch" not in loaded("import featurepipe.layer_depth.measure, featurepipe.training.trials")
+
+
 def test_the_help_of_no_command_loads_anything_heavy():
     done = run("-c", EVERY_HELP.replace("HEAVY", repr(HEAVY)))
     assert done.returncode == 0, done.stderr

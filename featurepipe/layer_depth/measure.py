@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.errors import Interrupted, UsageError
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
-from featurepipe.features.session import alone_on_all_cores
 from featurepipe.heads.families import SMALL_VALUES
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.journal import Journal, key_of
@@ -343,11 +341,15 @@ class TimedForward:
 
 
 def _describe(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> tuple[str, dict[str, Any]]:
+    from featurepipe.features.session import alone_on_all_cores  # not above: processes that measure cells need no PyTorch
+
     with alone_on_all_cores(worker):
         return timing.key, timing.as_dict()
 
 
 def _measure(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> dict[str, Any]:
+    from featurepipe.features.session import alone_on_all_cores
+
     with alone_on_all_cores(worker):
         return timing.measure()
 
@@ -363,6 +365,8 @@ def least_disturbed(timing: TimedForward, journal: Journal) -> dict[str, Any]:
     Raises:
         DiskFull: no space is left to keep them.
     """
+    from featurepipe.backbones.timing import is_undisturbed
+
     known, now = journal.known(timing.key), time.time()
     if known is not None and (is_undisturbed(known) or 0 <= now - known.get("tried", 0.0) < AGAIN):
         return dict(known)
