@@ -341,7 +341,8 @@ class TimedForward:
 
 
 def _describe(_: None, timing: Timing, worker: Worker, _stop: Stop, _report: Report) -> tuple[str, dict[str, Any]]:
-    from featurepipe.features.session import alone_on_all_cores  # not above: processes that measure cells need no PyTorch
+    # Not above: processes that measure cells need no PyTorch.
+    from featurepipe.features.session import alone_on_all_cores
 
     with alone_on_all_cores(worker):
         return timing.key, timing.as_dict()
