@@ -44,6 +44,7 @@ class Findings:
         ignored_are: what the ignored things are.
         passed_over: files that are no images, by suffix; ``hidden`` ones, too.
         ignored: columns or arrays that are not used.
+        reasons: why some of the ignored are.
         further: columns of a manifest that are kept beside ours.
         unreadable: ids of folders that could not be listed.
         notes: what was guessed, and what seems odd.
@@ -52,6 +53,7 @@ class Findings:
     ignored_are: str = "columns"
     passed_over: Counter[str] = field(default_factory=Counter)
     ignored: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
     further: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -126,6 +128,7 @@ class Findings:
             "passed_over": dict(self.passed_over.most_common()),
             "ignored_are": self.ignored_are,
             "ignored": self.ignored,
+            "reasons": self.reasons,
             "further": self.further,
             "unreadable": self.unreadable,
             "notes": [*self.notes, *self._of_labels(), *self._of_splits()],
@@ -182,6 +185,7 @@ class ListingSummary:
         passed_over: files that are not listed, by suffix; ``hidden`` for those with a dot in front, and the like.
         ignored: columns of a manifest, or arrays, that are not used.
         ignored_are: which of these they are.
+        reasons: why some of them are, such as that two have one name.
         further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
         undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
@@ -199,6 +203,7 @@ class ListingSummary:
     ignored_are: str = "columns"
     further: Sequence[str] = ()
     undecodable: Sequence[str] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, listing: pa.Table) -> Self:
@@ -225,6 +230,7 @@ class ListingSummary:
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
             further=found.get("further", [])[:_KEPT],
+            reasons=dict(list(found.get("reasons", {}).items())[:_KEPT]),
             undecodable=_without_decoder(listing),
         )
 
@@ -242,6 +248,10 @@ class ListingSummary:
         first = [counted(self.images, "image"), *([self._labels(), self._splits()] if labels else [])]
         more = [*self._left_out(), *(self.notes if labels else ())]
         return [f"{name}: {', '.join(first)}", *([f"{name}: {'; '.join(more)}"] if more else [])]
+
+    def _ignored(self, name: str) -> str:
+        why = self.reasons.get(name)
+        return (name or "one without a name") + (f" ({why})" if why else "")
 
     def _labels(self) -> str:
         if not self.classes:
@@ -271,9 +281,7 @@ class ListingSummary:
                 convert += " (a manifest can name images without a suffix, as of DICOM)"
             found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
         if self.ignored:
-            found.append(
-                f"ignored {self.ignored_are}: {first_names([name or 'one without a name' for name in self.ignored], _SHOWN)}"
-            )
+            found.append(f"ignored {self.ignored_are}: {first_names(list(map(self._ignored, self.ignored)), _SHOWN)}")
         if self.further:
             found.append(f"further columns: {first_names(list(self.further), _SHOWN)}")
         if self.unreadable:

@@ -255,9 +255,11 @@ class ManifestSource(Source):
             if ("box" in used or "box 0" in used) and column_named("group", names) is None:
                 more["group"] = list(used["path"])  # regions of one image stay together, unless a column says otherwise
             further.take(len(numbers), more)
+            findings.reasons |= {name: _why_ignored(name, names) for name in names if name and name not in columns}
             yield numbers, used
         findings.further += further.kept()
         findings.ignored += [*ignored, *further.too_long]
+        findings.reasons |= dict.fromkeys(further.too_long, _TOO_LONG)
         findings.notes += _advice([*further.kept(), *further.too_long], self._taken)
 
     def _columns_of(self, names: Sequence[str]) -> dict[str, str]:
@@ -286,7 +288,8 @@ class ManifestSource(Source):
             )
         # A column that is named for two things is that of the paths.
         used = {ours: name for ours, name in found.items() if name is not None and (ours == "path" or name != path)}
-        if (twice := duplicate(names, list(used.values()))) is not None:
+        group = column_named("group", names)  # it is one of groups without being asked for, later
+        if (twice := duplicate(names, [*used.values(), *([group] if group else [])])) is not None:
             raise UsageError(f"{self.path}: column {twice!r} is there {names.count(twice)} times; leave one")
         self._taken |= used
         return used
@@ -477,6 +480,14 @@ class _FurtherColumns:
         for name in self.kept():
             listing = listing.append_column(KEPT_COLUMN + printable(name), pa.chunked_array(self._chunks[name]))
         return listing
+
+
+_TOO_LONG: Final = f"values of over {LONGEST_VALUE:,} characters"
+
+
+def _why_ignored(name: str, names: Sequence[str]) -> str:
+    count = names.count(name)
+    return f"there {count} times" if count > 1 else _TOO_LONG
 
 
 def _is_too_long(texts: pa.Array) -> bool:

@@ -72,7 +72,8 @@ class _Columns:
 
     def has(self, name: str) -> bool:
         """Whether there is a column of that name, in any case."""
-        return column_named(name, [*(self.table.columns if self.table else ()), *self.kept]) is not None
+        places = [*([self.table.columns] if self.table else []), self.kept]
+        return any(column_named(name, columns) is not None for columns in places)
 
     def find(self, name: str) -> _Column | None:
         """The column of that name, in any case; None if there is none.
@@ -121,18 +122,18 @@ class _Columns:
         """Why a column of the manifest was not kept, if the run that made the snapshot says so."""
         ids = self._store.snapshot_ids(self._dataset)
         run = next((run for run in self._store.runs() if run.get("run_id") == (self._snapshot or ids[-1])), {})
-        ignored = (run.get("listing") or {}).get("ignored") or ()
-        found = column_named(name, list(ignored))
-        return (
-            ""
-            if found is None
-            else (f" (the manifest has {found!r}, and it was not kept: it is there twice, or its values are too long)")
-        )
+        listing = run.get("listing") or {}
+        found = column_named(name, list(listing.get("ignored") or ()))
+        if found is None:
+            return ""
+        why = (listing.get("reasons") or {}).get(found, "it is there twice, or its values are too long")
+        return f" (the manifest has {found!r}, which was not kept: {why})"
 
     def unused(self) -> list[str]:
         """What to say of columns that have no role, a line for the labels file and one for the manifest."""
         own = [] if self.table is None else [name for name in self.table.columns if name not in self.used]
-        kept = [name for name in self.kept if name not in self.used and column_named(name, own) is None]
+        named = {name.strip().lower() for name in (*own, *self.used)}
+        kept = [name for name in self.kept if name.strip().lower() not in named]
         said = [f"{self.table.name}: ignored columns: {first_names(own, _NAMED)}"] if self.table and own else []
         if kept:
             said.append(

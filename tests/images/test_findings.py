@@ -287,6 +287,32 @@ def test_columns_that_are_not_used_are_told(tmp_path):
     ]
 
 
+def test_columns_that_are_not_kept_are_told_with_the_reason(tmp_path):
+    (tmp_path / "m.csv").write_text(f"path,age,report,age,label\na.png,1,{'word ' * 300},2,cat\nb.png,1,short,2,dog\n")
+    _, summary = told(open_source(tmp_path / "m.csv"))
+    assert summary.reasons == {"age": "there 2 times", "report": "values of over 1,000 characters"}
+    assert "ignored columns: age (there 2 times), report (values of over 1,000 characters)" in summary.lines("m")[1]
+    features = pa.array([[0.5] * 2000] * 3)
+    pyarrow.parquet.write_table(pa.table({"path": ["a", "b", "c"], "features": features}), tmp_path / "m.parquet")
+    _, summary = told(open_source(tmp_path / "m.parquet"))
+    assert (summary.ignored, summary.reasons) == (["features"], {"features": "values of over 1,000 characters"})
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("path,group,group", "column 'group' is there 2 times; leave one"),
+        ("path,Group,GROUP", "several columns may be 'group': 'Group', 'GROUP'"),
+        ("path,Label,LABEL", "several columns may be 'label': 'Label', 'LABEL'"),
+        ("path,split,split", "column 'split' is there 2 times; leave one"),
+    ],
+)
+def test_two_columns_that_may_be_one_role_are_refused(tmp_path, header, said):
+    (tmp_path / "m.csv").write_text(f"{header}\na.png,1,2\n")
+    with pytest.raises(UsageError, match=said):
+        open_source(tmp_path / "m.csv").scan()
+
+
 def test_a_path_column_of_ones_own(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"photo": "a.png", "path": "x", "label": 1}\n')
     assert list(told(open_source(tmp_path / "m.jsonl", path_column="photo"))[0]) == ["a.png"]
