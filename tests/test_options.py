@@ -59,7 +59,7 @@ OF_A_JOB = {"max_gone": "50%"}
 """Defaults that are others in a job file, where nobody watches."""
 WRONG = {"extract": {
     "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
-    "box": "", "box_unit": "inches", "box_margin": -1, "images": "",
+    "box": "", "box_unit": "inches", "box_margin": -1, "images": "", "frames": "last",
     "damaged": "repair", "device": "tpu", "batch_size": 0, "workers": 0, "precision": "fp8", "dtype": "f2", "decode": "tpu",
     "intensity": "bits=0", "nodes": (),
 }, "train": {
@@ -208,6 +208,7 @@ def test_a_record_keeps_what_was_asked_for(tmp_path):
         "decode": "cpu", "intensity": "bits=12", "device": "cpu", "batch_size": 2, "workers": 1, "max_rejects": 3,
         "max_gone": "20%", "min_free": "1kB", "time_budget": 5000.0, "retry_rejects": True, "damaged": "keep",
         "only_under": [str(tmp_path)], "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+        "frames": "first",
     }  # fmt: skip
     assert asked.keys() == declared(ExtractionOptions).keys()
     record = featurepipe.extract(pile, store, **{**asked, "only_under": tmp_path}, silent=True)

@@ -58,6 +58,7 @@ def extract(
     box_unit: str = "pixels",
     box_margin: float = 0.0,
     images: str | PathLike[str] | None = None,
+    frames: str = "first",
     time_budget: float | None = None,
     stop: StopRequest | None = None,
     dry_run: bool = False,
@@ -102,6 +103,7 @@ def extract(
         box_unit: ``pixels``, or ``share`` of the upright image's width and height.
         box_margin: added to each side of a box, as a share of its longer side.
         images: folder, its URL, or archive with the images of a manifest or COCO file; by default beside it.
+        frames: ``first`` of a DICOM file of several frames, or ``all``: items ``path#1``, ``path#2``, ..., one group.
         time_budget: seconds after which to stop; what is left is for the next run.
         stop: the caller's own request to stop, if it handles signals itself; it brings its own deadline, so give no
             ``time_budget`` then.
@@ -147,6 +149,7 @@ def extract(
         box_unit=box_unit,
         box_margin=box_margin,
         images=None if images is None else str(images),
+        frames=frames,
         time_budget=time_budget,
     )
     stops = stopping(stop, options.time_budget)
@@ -180,6 +183,7 @@ def opened(source: Any, options: SourceOptions) -> Source:
         path_column=options.path_column,
         boxes=options.boxes,
         images=options.images,
+        frames=options.frames,
     )
 
 

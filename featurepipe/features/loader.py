@@ -29,11 +29,16 @@ from featurepipe.images.listing import UNKNOWN
 from featurepipe.images.regions import (
     CLIPPED,
     LONGEST_SLICE,
+    Frame,
+    FramesFile,
     Payload,
     Region,
+    Whole,
     crop,
     is_of_one_image,
+    key_of_frame,
     key_of_region,
+    split_frame,
     split_region,
 )
 from featurepipe.threads import GivenUp, LoadingThreads
@@ -67,7 +72,8 @@ class Loaded:
         Bytes of another number than listed are perhaps not all of them, and are not remembered as a reject.
         """
         self.reason, self.missing = reason, ()
-        payload = payload.image if isinstance(payload, Region) else payload
+        payload = _image_of(payload)
+        payload = payload.file.content if isinstance(payload, Frame) else payload
         if isinstance(payload, bytes) and size not in (UNKNOWN, len(payload)):
             self.reason = f"{reason} (read {len(payload):,} bytes, listed with {size:,})"
             self.key = None
@@ -181,9 +187,6 @@ _TAKEN_ROWS = 128 * SLICE
 
 PATIENCE = 2.0
 """Seconds that the end of loading waits for threads to finish the image they are at."""
-
-Whole = bytes | np.ndarray
-"""An image as it was read, without a box."""
 
 Decoded = torch.Tensor | Kept | Reject
 Decoder = Callable[[Sequence[Whole], Claim], Iterable[Decoded]]
@@ -367,11 +370,16 @@ class Loader:
         """The whole image of each payload, decoded once for the regions of it that follow each other."""
         together = [list(group) for _, group in groupby(payloads, key=lambda payload: id(_image_of(payload)))]
         results = iter(self._decoder([_image_of(group[0]) for group in together], claim))
+        last_file: FramesFile | None = None
         for group in together:
             whole = next(results)
             for _ in group:
                 yield whole
             del whole  # not two decoded images at a time
+            if isinstance(image := _image_of(group[0]), Frame) and image.file is not last_file:
+                if last_file is not None:
+                    last_file.parsed = None
+                last_file = image.file
 
     def _prepared(self, found: Decoded, payload: Payload) -> Kept | Reject:
         """The image, or what a region is of it, resized and cropped."""
@@ -388,7 +396,7 @@ class Loader:
 
 
 class _ReadOnce:
-    """Reads images one after another, and the regions of one image that follow each other once.
+    """Reads images one after another, and the regions or frames of one file that follow each other once.
 
     Args:
         reader: of whole images.
@@ -396,22 +404,29 @@ class _ReadOnce:
 
     def __init__(self, reader: PatientReader) -> None:
         self._reader = reader
-        self._locator: bytes | None = None
+        self._file: bytes | None = None
         self._image: Whole = b""
         self._key = b""
+        self._frames = FramesFile(b"")
 
     def __call__(self, locator: bytes) -> tuple[Payload, bytes]:
         """What was read, and its key."""
         image, box = split_region(locator)
-        if box is None:
+        file, number = split_frame(image)
+        if box is None and number is None:
             payload = self._reader(locator)
             return payload, key_of(payload)
-        box.check()
-        if image != self._locator:
-            self._locator = None
-            self._image = _image_of(self._reader(image))
-            self._key, self._locator = key_of(self._image), image
-        return Region(self._image, box), key_of_region(self._key, box)
+        if box is not None:
+            box.check()
+        if file != self._file:
+            self._file = None
+            self._image = _image_of(self._reader(file))
+            self._key, self._file = key_of(self._image), file
+            self._frames = FramesFile(self._image if isinstance(self._image, bytes) else b"")
+        whole, key = self._image, self._key
+        if number is not None:
+            whole, key = Frame(self._frames, number), key_of_frame(key, number)
+        return (whole, key) if box is None else (Region(whole, box), key_of_region(key, box))
 
 
 def _image_of(payload: Payload) -> Whole:

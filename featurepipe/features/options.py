@@ -155,6 +155,11 @@ class SourceOptions(OptionGroup):
         metavar="DIR|URL|ARCHIVE", check=not_empty, is_path=_anywhere,
     )  # fmt: skip
 
+    frames: str = option(
+        "first", "of DICOM files of several frames: the first, or all, each an item of its own (default: first)",
+        choices=("first", "all"),
+    )  # fmt: skip
+
     @property
     def boxes(self) -> Boxes:
         """How a source finds its boxes."""

@@ -20,11 +20,14 @@ from featurepipe.images.dicom import is_dicom, read_dicom
 from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
-from featurepipe.images.regions import Payload, Region, crop
+from featurepipe.images.regions import Frame, FramesFile, Payload, Region, crop
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 
 Colour = Literal["rgb", "grey"]
 
+FIRST_IMAGE: Final = "the first (of HEIC and AVIF the primary) of several images in the file taken"
+Remark = Callable[[str], None]
+"""Is told what was left out of a file, or guessed."""
 Claim = Callable[[int], None]
 """Waits until so many bytes of memory may be used for decoding."""
 
@@ -175,7 +178,7 @@ def decode(
     colour: Colour = "rgb",
     intensity: Intensity = DECLARED,
     on_damage: Callable[[str], None] | None = None,
-    on_remark: Callable[[str], None] | None = None,
+    on_remark: Remark | None = None,
     claim: Claim | None = None,
 ) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
@@ -185,7 +188,8 @@ def decode(
 
     Args:
         payload: An encoded JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or DICOM, or pixels (H,W), (H,W,1), (H,W,3) or (H,W,4):
-            uint8, bool (True is white), or other numbers, for which ``intensity`` is asked; or a region of any of these.
+            uint8, bool (True is white), or other numbers, for which ``intensity`` is asked; a frame of a DICOM; or a region
+            of any of these.
         colour: ``"rgb"`` for three channels, ``"grey"`` for one.
         intensity: Which values are black and white in images of more than eight bits.
         on_damage: Told why some pixels of a JPEG are lost, which then is decoded as far as libjpeg can repair it; by
@@ -212,6 +216,10 @@ def decode(
             payload.image, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=on_remark, claim=claim
         )
         return crop(whole, payload.box.edges(whole.shape[2], whole.shape[1]))
+    if isinstance(payload, Frame):
+        check_bytes(len(payload.file.content))
+        with QUIET:
+            return _decode_dicom(payload, colour, intensity, claim, on_remark)
     if isinstance(payload, np.ndarray):
         return _to_tensor(_from_array(payload, intensity, claim), colour)
     if not payload:
@@ -225,7 +233,7 @@ def decode(
             return pixels
     with QUIET:
         decode_file = _decode_dicom if _known_plugin(payload) is None and is_dicom(payload) else _decode_pillow
-        return decode_file(payload, colour, intensity, claim)
+        return decode_file(payload, colour, intensity, claim, on_remark)
 
 
 def checked_jpeg(payload: bytes) -> JpegHeader:
@@ -317,8 +325,13 @@ def _from_array(array: np.ndarray[Any, Any], intensity: Intensity, claim: Claim)
     return scaled(samples_of_array(array), intensity)
 
 
-def _decode_dicom(payload: bytes, colour: Colour, intensity: Intensity, claim: Claim) -> torch.Tensor:
-    found = read_dicom(payload, intensity, claim, check_jpeg)
+def _decode_dicom(
+    payload: bytes | Frame, colour: Colour, intensity: Intensity, claim: Claim, on_remark: Remark | None
+) -> torch.Tensor:
+    file, number = (FramesFile(payload), None) if isinstance(payload, bytes) else payload
+    found = read_dicom(
+        file, number, intensity, claim=claim, check_jpeg=check_jpeg, remark=on_remark or (lambda _: None)
+    )
     return _to_tensor(Image.fromarray(found) if isinstance(found, np.ndarray) else scaled(found, intensity), colour)
 
 
@@ -338,7 +351,9 @@ def check_jpeg(payload: bytes) -> JpegHeader:
     return header
 
 
-def _decode_pillow(payload: bytes, colour: Colour, intensity: Intensity, claim: Claim) -> torch.Tensor:
+def _decode_pillow(
+    payload: bytes, colour: Colour, intensity: Intensity, claim: Claim, on_remark: Remark | None
+) -> torch.Tensor:
     plugin = _plugin_for(payload)
     _check_complete(payload, plugin)
     more = () if _known_plugin(payload) else (RuntimeError,)  # of libheif
@@ -349,7 +364,10 @@ def _decode_pillow(payload: bytes, colour: Colour, intensity: Intensity, claim: 
                 _check_runs(image, payload)
                 claim(image.width * image.height * (DEEP_BYTES if is_deep(image) else PILLOW_BYTES))
                 samples = load_samples(image, payload)
-                return _to_tensor(turned(image if samples is None else scaled(samples, intensity), image), colour)
+                found = _to_tensor(turned(image if samples is None else scaled(samples, intensity), image), colour)
+                if on_remark is not None and _has_more(image):
+                    on_remark(FIRST_IMAGE)
+                return found
         except Image.DecompressionBombError as error:
             raise Reject(f"bomb: {error}") from error
         except DAMAGE as error:
@@ -358,6 +376,14 @@ def _decode_pillow(payload: bytes, colour: Colour, intensity: Intensity, claim: 
                     f"unsupported: {tiff_in_words(payload)}; save it as PNG, or as TIFF in 8 or 16 bits"
                 ) from error
             raise
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether the file of an image that is decoded has further images, frames or pages."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # noqa: BLE001  # the image itself is fine, whatever follows it
+        return False
 
 
 def scaled(samples: Samples, intensity: Intensity) -> Image.Image:

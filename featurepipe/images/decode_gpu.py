@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -15,12 +13,11 @@ from featurepipe.images.damage import QUIET
 from featurepipe.images.decode import Claim, Colour, Kept, as_reject, checked_jpeg, jpeg_bytes, try_decode
 from featurepipe.images.intensity import DECLARED, Intensity
 from featurepipe.images.jpeg import JpegHeader, is_jpeg, looks_damaged
-
-Payload = bytes | np.ndarray[Any, Any]
+from featurepipe.images.regions import Whole
 
 
 def decode_batch(
-    payloads: Sequence[Payload],
+    payloads: Sequence[Whole],
     *,
     colour: Colour,
     device: str,
@@ -51,7 +48,11 @@ def decode_batch(
     if suited:
         if claim is not None:
             claim(sum(jpeg_bytes(header) for header in headers if header is not None))
-        data = [torch.frombuffer(bytearray(payloads[i]), dtype=torch.uint8) for i in suited]
+        data = [
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            for payload in map(payloads.__getitem__, suited)
+            if isinstance(payload, bytes)
+        ]
         try:
             with QUIET:
                 images = decode_jpeg(data, ImageReadMode.RGB, device=device)
@@ -64,7 +65,7 @@ def decode_batch(
         yield _moved(on_cpu(payload), device) if found is None else found
 
 
-def _header(payload: Payload) -> JpegHeader | None:
+def _header(payload: Whole) -> JpegHeader | None:
     """The header of a JPEG that nvJPEG decodes as the CPU route would, or None."""
     if not isinstance(payload, bytes) or not is_jpeg(payload):
         return None

@@ -22,7 +22,7 @@ import fsspec
 
 from featurepipe.display import without_password
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
-from featurepipe.images.budgets import check_bytes
+from featurepipe.images.budgets import FILE_BYTES, check_bytes
 from featurepipe.images.listing import UNKNOWN, printable
 
 _PASSING: Final = {
@@ -214,6 +214,22 @@ def read_file(path: str, listed: int = UNKNOWN, *, redirects: bool = True) -> by
         Reject: ``missing: ...``, ``unreadable: ...``, or ``budget: ...`` where it is larger than an image may be.
     """
     return _read_url(path, listed, redirects=redirects) if is_url(path) else _read_local(path)
+
+
+def read_head(path: str, size: int) -> bytes:
+    """The first bytes of a local image file, ``size`` at most; of a URL all of it is read.
+
+    Raises:
+        Reject: As `read_file`.
+    """
+    if is_url(path) or size > FILE_BYTES():
+        return read_file(path)[:size]
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as file:
+            return (file.read(size) or b"") if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise unreadable(error) from error
 
 
 def located(path: bytes, size: int) -> bytes:

@@ -36,6 +36,13 @@ _FORMATS: Final = frozenset({
 """Suffixes of images and films that somebody may expect to be read."""
 
 
+def with_note(table: pa.Table, note: str) -> pa.Table:
+    """A listing with one note more."""
+    found = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    found["notes"] = [note, *found.get("notes", [])]
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(found).encode()})
+
+
 @dataclass
 class Findings:
     """What a source notices while it lists; `attach` puts it into the metadata of the table.

@@ -27,6 +27,7 @@ from featurepipe.images.files import (
     open_anew,
     read_file,
     read_from,
+    read_head,
     size_and_path,
     stat_of,
 )
@@ -99,6 +100,13 @@ class FolderSource(Source):
             if not os.path.isdir(self.path):
                 raise SourceError(f"{self.path}: {unsearchable(self.path) or 'the folder has gone'}") from None
             raise
+
+    def head(self, locator: bytes, size: int) -> bytes:
+        """The first bytes of a file; see :meth:`Source.head`."""
+        path = os.path.join(self.path, os.fsdecode(locator))
+        if self.only_under is not None:
+            self.only_under.check(path)
+        return read_head(path, size)
 
 
 def _deciding(top: list[os.DirEntry[str]], root: _Directory, prefix: int) -> set[str]:

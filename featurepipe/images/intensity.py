@@ -73,6 +73,7 @@ class Samples:
         keyed: ``alpha`` follows from a value that stands for transparency (a PNG's tRNS).
         span: the least and the greatest value that the file can hold, where its bits alone do not tell (DICOM), or None.
         windowed: ``declared`` is a window, beyond which values are black and white (DICOM).
+        blank: bool (H, W), pixels that are none of the image's, which are shown black (DICOM's padding), or None.
     """
 
     values: Array
@@ -84,6 +85,7 @@ class Samples:
     keyed: bool = False
     span: tuple[float, float] | None = None
     windowed: bool = False
+    blank: Array | None = None
 
     @property
     def name(self) -> str:
@@ -132,7 +134,16 @@ def eight_bits(samples: Samples, intensity: Intensity) -> Array:
     if samples.values.dtype.kind == "f" and not np.isfinite(samples.values).all():
         raise Reject(f"unsupported: {samples.name} values that are no finite numbers (NaN or infinite)")
     scaled = _SCALES[intensity.kind](samples, intensity)
-    return np.invert(scaled) if samples.min_is_white else scaled
+    return finished(scaled, samples)
+
+
+def finished(scaled: Array, samples: Samples) -> Array:
+    """What is scaled to eight bits, inverted where the least value is white, and black where there is no image."""
+    if samples.min_is_white:
+        scaled = np.invert(scaled)
+    if samples.blank is not None:
+        scaled[samples.blank] = 0
+    return scaled
 
 
 def samples_of_array(array: Array) -> Samples:

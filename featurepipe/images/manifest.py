@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from typing import IO, Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -35,10 +34,10 @@ from featurepipe.annotations import (
 from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, Reject, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
-from featurepipe.images.files import is_url, located, location_of, read_file, size_and_path, stat_files
+from featurepipe.images.files import is_url, located, location_of, read_file, read_head, size_and_path, stat_files
 from featurepipe.images.findings import Findings
 from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
-from featurepipe.images.regions import Box, Boxes, Payload, Region, region_locator, split_region, stamp
+from featurepipe.images.regions import Box, Boxes, Payload, Region, Whole, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
@@ -150,6 +149,15 @@ class ManifestSource(Source):
             self.only_under.check(path)
         content = read_file(path, size, redirects=self.only_under is None)
         return content if box is None else Region(content, box)
+
+    def head(self, locator: bytes, size: int) -> bytes:
+        """The first bytes of an image; see :meth:`Source.head`."""
+        if self.archive is not None:
+            return super().head(locator, size)
+        path = self._resolve(os.fsdecode(size_and_path(locator)[1]))
+        if self.only_under is not None:
+            self.only_under.check(path)
+        return read_head(path, size)
 
     def _rows(self, batches: Iterable[tuple[Sequence[int], _Columns]], findings: Findings) -> Iterator[Row]:
         """The rows of batches, each with the numbers of its lines."""
@@ -351,7 +359,7 @@ class _Members:
         return tuple(self._listing[column][row].as_py() for column in ("locator", "size", "mtime_ns"))
 
 
-def _read_member(archive: Source, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+def _read_member(archive: Source, locator: bytes) -> Whole:
     if locator.startswith(_MISSING):
         raise Reject(f"missing: no such image in {archive.location}")
     payload = archive.read(locator)

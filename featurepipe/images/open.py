@@ -7,25 +7,37 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, cast
 
 import numpy as np
+import pyarrow as pa
 
+from featurepipe.annotations import KEPT_COLUMN
+from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unsearchable
 from featurepipe.images.annotated import CLASS_FILES, AnnotatedSource, CocoSource, YoloSource, is_yolo
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
+from featurepipe.images.dicom import DICOM_SUFFIXES, frames_in
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
+from featurepipe.images.findings import with_note
 from featurepipe.images.folder import FolderSource, RemoteFolderSource
-from featurepipe.images.listing import is_image_name
+from featurepipe.images.listing import SCHEMA, UNKNOWN, check_unique, is_image_name
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
-from featurepipe.images.regions import Boxes
+from featurepipe.images.regions import Boxes, Frame, FramesFile, Payload, file_of, frame_locator, split_frame
 from featurepipe.images.source import OnlyUnder, Source
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 COCO_SUFFIX: Final = ".json"
+FIRST, ALL = FRAMES = ("first", "all")
+_HEADER_BYTES: Final = (1 << 16, 1 << 22, sys.maxsize)
+"""What is read of a file, step by step, until its frames are known."""
+_HEADERS_AT_ONCE: Final = 8  # a share answers each only after a while
 HDF5_SUFFIXES: Final = (".h5", ".hdf5")
 _CHOICES: Final = (
     "a folder of images, a manifest (.csv .parquet .jsonl), boxes in COCO's .json or a YOLO folder, "
@@ -44,6 +56,7 @@ def open_source(
     path_column: str | None = None,
     boxes: Boxes | None = None,
     images: str | os.PathLike[str] | None = None,
+    frames: str = FIRST,
 ) -> Source:
     """Makes the source for whatever names images.
 
@@ -57,6 +70,7 @@ def open_source(
         path_column: The column of a manifest that holds the paths; see `ManifestSource`.
         boxes: Where boxes are, their unit and margin; by default as `Boxes` says.
         images: A folder, its URL, or archives with the images that a manifest or COCO file names; by default beside it.
+        frames: ``first`` of a DICOM file of several frames, or ``all``, each an image of its own; see `EachFrame`.
 
     Raises:
         UsageError: Nothing can be read from such a thing; names the value and the choices. Or it is a URL that is not below
@@ -81,7 +95,79 @@ def open_source(
         source.boxes = boxes
     if images is not None:
         _look_in(source, os.fspath(images))
-    return source
+    return EachFrame(source) if frames == ALL else source
+
+
+class EachFrame(Source):
+    """The images of a source, each frame of a DICOM file of several as an image of its own.
+
+    Frame n of a file is called ``path#n``, from 1; the frames of one file are a group. A file of one frame stays as it is. To
+    know how many there are, a listing reads the header of each file that may be DICOM by its name; where the source has no
+    part of a file to give, all of it. Regions stay those of the first frame.
+
+    Args:
+        source: The images.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.name, self.location, self.only_under = source.name, source.location, source.only_under
+
+    def scan(self) -> pa.Table:
+        """Lists the frames, file by file; reads headers."""
+        table = self._source.scan().combine_chunks()
+        ids, locators, sizes = (table[name].to_pylist() for name in ("id", "locator", "size"))
+        asked = [row for row, id_ in enumerate(ids) if _may_be_dicom(id_) and file_of(locators[row]) == locators[row]]
+        counts = np.ones(len(ids), np.int64)
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            counts[asked] = list(pool.map(self._count, [locators[row] for row in asked], [sizes[row] for row in asked]))
+        several = np.flatnonzero(counts > 1)
+        if not len(several):
+            return table
+        rows = np.repeat(np.arange(len(ids)), counts)
+        frames = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+        taken = table.take(pa.array(rows))
+        is_frame = (counts > 1)[rows]
+        names, places = taken["id"].to_pylist(), taken["locator"].to_pylist()
+        for place in np.flatnonzero(is_frame).tolist():
+            names[place] = f"{names[place]}#{frames[place]}"
+            places[place] = frame_locator(places[place], int(frames[place]))
+        for name, values in (("id", names), ("locator", places)):
+            at, field = table.column_names.index(name), SCHEMA.field(name)
+            taken = taken.set_column(at, field, pa.array(values, field.type))
+        group = f"{KEPT_COLUMN}group"
+        if group not in taken.column_names:
+            taken = taken.append_column(group, pa.array([ids[row] for row in rows.tolist()], pa.string()))
+        said = f"{counted(int(counts[several].sum()), 'frame')} of {counted(len(several), 'DICOM file')} of several"
+        return with_note(check_unique(taken, self.location), said)
+
+    def read(self, locator: bytes) -> Payload:
+        """Reads one image or frame; see :meth:`Source.read`."""
+        file, number = split_frame(locator)
+        payload = self._source.read(file)
+        return payload if number is None or not isinstance(payload, bytes) else Frame(FramesFile(payload), number)
+
+    def close(self) -> None:
+        """Releases what is held open."""
+        self._source.close()
+
+    def _count(self, locator: bytes, size: int) -> int:
+        """How many frames a file has; 1 if it cannot be read, which is told when it is to be."""
+        for part in _HEADER_BYTES:
+            try:
+                head = getattr(self._source, "head", partial(Source.head, self._source))(
+                    locator, part
+                )  # or a user's own
+            except FeaturepipeError:
+                return 1
+            whole = len(head) if len(head) < part or size == UNKNOWN else size
+            if (found := frames_in(head, whole)) is not None:
+                return found
+        return 1
+
+
+def _may_be_dicom(id_: str) -> bool:
+    return id_.lower().endswith(DICOM_SUFFIXES) or not is_image_name(id_)
 
 
 def _look_in(source: Source, images: str) -> None:

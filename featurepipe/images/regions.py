@@ -1,4 +1,4 @@
-"""Keys of images, and boxes in them: what a box means, how it travels in a locator, and the crop that it stands for.
+"""Keys of images, of boxes in them and of frames: what a box means, how both travel in locators, and the crop of a box.
 
 The semantics are in ``docs/decisions/regions.md``. A region is an item of its own: its key follows from the bytes of the file and
 the box, and its pixels are cut from the image as it is decoded and upright, before anything is resized.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
@@ -24,7 +24,9 @@ LEAST: Final = 0.99
 """Pixels that a side needs: one, less what shares lose that were written with six digits."""
 
 REGION_MARK: Final = b"\0box "  # no path has a NUL in it
+FRAME_MARK: Final = b"\0frame "
 _KEYED: Final = b"featurepipe region 1\n"
+_KEYED_FRAME: Final = b"featurepipe frame 1\n"
 _STAMPED: Final = (1 << 40) - 1
 """The bits of a time, about 18 minutes of nanoseconds, that hold what tells one box from another."""
 
@@ -32,7 +34,7 @@ _STAMPED: Final = (1 << 40) - 1
 CLIPPED: Final = "clipped to its image"
 """The remark on a region that reaches beyond its image."""
 LONGEST_SLICE: Final = 64
-"""Regions of one image that are loaded together: it is read and decoded once for all of them."""
+"""Regions of one image, or frames of one file, that are loaded together: it is read and decoded, or parsed, once for all."""
 
 
 class Edges(NamedTuple):
@@ -166,15 +168,50 @@ class Boxes:
         return Box(x, y, w, h, self.unit, self.margin)
 
 
+@dataclass(eq=False)
+class FramesFile:
+    """The bytes of a file of several frames, and what a decoder has parsed of it, so that it does so once for all frames."""
+
+    content: bytes = field(repr=False)
+    parsed: Any = field(default=None, repr=False)
+
+
+class Frame(NamedTuple):
+    """One frame of a file, counted from 1."""
+
+    file: FramesFile
+    number: int
+
+
+Whole = bytes | np.ndarray[Any, Any] | Frame
+"""An image without a box: an encoded file, pixels, or a frame of a file."""
+
+
 class Region(NamedTuple):
     """What a source reads of a region: the whole image, and the box in it."""
 
-    image: bytes | np.ndarray[Any, Any]
+    image: Whole
     box: Box
 
 
-Payload = bytes | np.ndarray[Any, Any] | Region
-"""What a source reads: an encoded file, pixels, or either of these with a box."""
+Payload = Whole | Region
+"""What a source reads: an image, or one with a box."""
+
+
+def frame_locator(file: bytes, number: int) -> bytes:
+    """The locator of a frame, from that of its file."""
+    return file + FRAME_MARK + str(number).encode()
+
+
+def split_frame(locator: bytes) -> tuple[bytes, int | None]:
+    """The locator of the file, and the number of a frame; None for a whole file.
+
+    Example:
+        >>> split_frame(frame_locator(b"a.dcm", 3)), split_frame(b"a.dcm")
+        ((b'a.dcm', 3), (b'a.dcm', None))
+    """
+    file, mark, number = locator.rpartition(FRAME_MARK)
+    return (file, int(number)) if mark and number.isdigit() else (locator, None)
 
 
 def region_locator(image: bytes, box: Box) -> bytes:
@@ -197,19 +234,25 @@ def split_region(locator: bytes) -> tuple[bytes, Box | None]:
 
 
 def is_of_one_image(locator: bytes, other: bytes) -> bool:
-    """Whether the first is that of a region, and the other that of its image or of another region of it."""
-    image, box = split_region(locator)
-    return box is not None and image == split_region(other)[0]
+    """Whether the first is that of a region or frame, and the other that of its file or of another region or frame of it."""
+    file = file_of(locator)
+    return file != locator and file == file_of(other)
+
+
+def file_of(locator: bytes) -> bytes:
+    """The locator of the file that a region or frame is in; of any other image its own."""
+    return split_frame(split_region(locator)[0])[0]
 
 
 def key_of(payload: Payload) -> bytes:
     r"""Computes the key of one image.
 
     Bytes: SHA-256 of the encoded file as it is. Arrays: SHA-256 of the ASCII line ``<dtype> <shape>\n`` (NumPy's
-    ``dtype.str`` and the extents joined by ``x``), followed by the array's bytes in C order. Regions: see `key_of_region`.
+    ``dtype.str`` and the extents joined by ``x``), followed by the array's bytes in C order. Regions and frames: see
+    `key_of_region` and `key_of_frame`.
 
     Args:
-        payload: An encoded file, an array of any shape and dtype, or a region of one of these.
+        payload: An encoded file, an array of any shape and dtype, a frame, or a region of one of these.
 
     Returns:
         32 bytes.
@@ -220,6 +263,8 @@ def key_of(payload: Payload) -> bytes:
     """
     if isinstance(payload, Region):
         return key_of_region(key_of(payload.image), payload.box)
+    if isinstance(payload, Frame):
+        return key_of_frame(key_of(payload.file.content), payload.number)
     if isinstance(payload, np.ndarray):
         header = f"{payload.dtype.str} {'x'.join(map(str, payload.shape))}\n"
         digest = hashlib.sha256(header.encode())
@@ -231,6 +276,11 @@ def key_of(payload: Payload) -> bytes:
 def key_of_region(image: bytes, box: Box) -> bytes:
     r"""The key of a region, 32 bytes: SHA-256 of ``featurepipe region 1\n``, the key of the whole image and the box's text."""
     return hashlib.sha256(_KEYED + image + box.text.encode()).digest()
+
+
+def key_of_frame(file: bytes, number: int) -> bytes:
+    r"""The key of a frame, 32 bytes: SHA-256 of ``featurepipe frame 1\n``, the key of the file and the number in decimal."""
+    return hashlib.sha256(_KEYED_FRAME + file + str(number).encode()).digest()
 
 
 def stamp(mtime_ns: int, box: Box) -> int:

@@ -111,6 +111,14 @@ class Source(Protocol):
         """
         ...
 
+    def head(self, locator: bytes, size: int) -> bytes:
+        """The first bytes of an encoded file, ``size`` at most; raises as `read`.
+
+        By default all of it is read; none are given of what is no encoded file.
+        """
+        payload = self.read(locator)
+        return payload[:size] if isinstance(payload, bytes) else b""
+
     def close(self) -> None:
         """Releases what this process holds open; the source can still be used, it opens again."""
         return

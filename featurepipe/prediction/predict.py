@@ -55,6 +55,7 @@ def predict(
     box_unit: str = "pixels",
     box_margin: float = 0.0,
     images: str | PathLike[str] | None = None,
+    frames: str = "first",
     trust_code: bool = False,
     cluster: Any = None,
     raw_ids: bool = False,
@@ -88,6 +89,7 @@ def predict(
         box_unit: ``pixels``, or ``share`` of the upright image's width and height.
         box_margin: added to each side of a box, as a share of its longer side.
         images: folder, its URL, or archive with the images of a manifest or COCO file; by default beside it.
+        frames: ``first`` of a DICOM file of several frames, or ``all``: items ``path#1``, ``path#2``, ..., one group.
         trust_code: whether a network ``package.module:factory`` may be loaded, which runs that module.
         cluster: where to predict instead of here, as `featurepipe.execution.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
@@ -121,6 +123,7 @@ def predict(
         box_unit=box_unit,
         box_margin=box_margin,
         images=None if images is None else str(images),
+        frames=frames,
         trust_code=trust_code,
     )
     # Refused before any work, as are wrong options.

@@ -46,6 +46,7 @@ def report(
     box_unit: str = "pixels",
     box_margin: float = 0.0,
     images: str | os.PathLike[str] | None = None,
+    frames: str = "first",
     document: Mapping[str, Any] | None = None,
     labels: Any = None,
     command: str | None = None,
@@ -68,6 +69,7 @@ def report(
         box_unit: as in ``extract``.
         box_margin: as in ``extract``.
         images: as in ``extract``.
+        frames: as in ``extract``.
         document: what a comparison returned, to show that one instead of the dataset's last.
         labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
         command: how it was called, for the record.
@@ -109,6 +111,7 @@ def report(
             box_unit=box_unit,
             box_margin=box_margin,
             images=None if images is None else str(images),
+            frames=frames,
         ),
         say,
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from featurepipe.images.intensity import parse_intensity
-from featurepipe.images.regions import Region
+from featurepipe.images.regions import Frame, Region
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureSet
@@ -183,13 +183,13 @@ def _upright(image: Any, side: int) -> Image.Image | None:
     """The image, turned as its EXIF says, on white, at most ``side`` wide and high, grey or RGB."""
     if image is None:
         return None
-    if isinstance(image, bytes | bytearray | memoryview | Region):
+    if isinstance(image, bytes | bytearray | memoryview | Region | Frame):
         # In here, for it imports torch. Not Image.open: that tries formats of which some start other programs.
         from featurepipe.images.decode import decode
 
         # To be looked at, each image by its own least and greatest value, whatever the intensity of the features.
         shown = decode(
-            image if isinstance(image, Region) else bytes(image),
+            image if isinstance(image, Region | Frame) else bytes(image),
             intensity=parse_intensity("minmax"),
             on_damage=lambda _: None,
         )

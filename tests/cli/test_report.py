@@ -21,7 +21,7 @@ def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
     assert called.given == {
         "target": "page.html", "bundle": "b", "dataset": "d", "split": "s", "source": "photos", "labels": "l.csv",
         "test_source": "others", "only_under": ["photos", "s3://a"], "path_column": "file",
-        "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+        "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
         "command": "featurepipe report kept", "silent": True,
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ CASES = {
         "extract photos --store kept --dataset d --backbone vgg16 --weights none --seed 3 --node a --node b:gmp "
         "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 "
         "--only-under /data --only-under s3://b --path-column photo --box x,y,w,h --box-unit share --box-margin 0.1 "
-        "--images pics "
+        "--images pics --frames all "
         "--max-gone 20% --min-free 20GB "
         "--retry-rejects --damaged keep --intensity bits=12 --time-budget 1h30m --dry-run --quiet",
         {
@@ -27,7 +27,7 @@ CASES = {
             "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
             "batch_size": "8", "workers": 2, "max_rejects": "3",
             "only_under": ["/data", "s3://b"], "path_column": "photo", "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.1,
-            "images": "pics",
+            "images": "pics", "frames": "all",
             "intensity": "bits=12", "max_gone": "20%", "min_free": "20GB",
             "retry_rejects": True, "damaged": "keep", "time_budget": 5400.0, "dry_run": True, "silent": True,
         },
@@ -39,7 +39,7 @@ CASES = {
             "source": "photos", "store": "kept", "dataset": None, "backbone": "resnet50", "weights": "DEFAULT", "seed": 0,
             "nodes": ("bottleneck",), "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
             "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
-            "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+            "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
             "intensity": "auto",
             "retry_rejects": False, "damaged": "reject", "time_budget": None, "dry_run": False, "silent": False,
         },
@@ -94,7 +94,7 @@ CASES = {
         {
             "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
             "workers": 1, "max_rejects": "5%", "damaged": "keep", "only_under": ["/data"], "path_column": None,
-            "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+            "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
             "trust_code": True, "raw_ids": True, "silent": True,
         },
     ),
@@ -113,7 +113,7 @@ CASES = {
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
                 "damaged": "keep", "only_under": None, "path_column": None, "intensity": "auto",
-                "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+                "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
             },
             "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
         },

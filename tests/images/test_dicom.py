@@ -1,15 +1,23 @@
 """DICOM files made here: their exact pixels by hand computation, or the reason of their reject."""
 
+import hashlib
 import io
+import pickle
 import struct
 import sys
+import types
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -22,11 +30,14 @@ from pydicom.uid import (
 )
 
 from featurepipe.errors import Reject, Unavailable
-from featurepipe.images import dicom
+from featurepipe.extraction.extract import extract
+from featurepipe.extraction.text import text
+from featurepipe.images import dicom, key_of
 from featurepipe.images.decode import decode, is_outdated, try_decode
 from featurepipe.images.findings import ListingSummary
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.images.open import open_source
+from featurepipe.images.regions import Frame, FramesFile
 
 NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 RAMP = np.linspace(0, 4095, 24).astype(np.uint16).reshape(4, 6)
@@ -178,7 +189,11 @@ def test_a_window_of_width_1_is_a_threshold():
             {"WindowWidth": 0, "VOILUTFunction": "LINEAR_EXACT"},
             "intensity: the file's window has width 0, where LINEAR_EXACT",
         ),
-        ({"WindowWidth": 100, "VOILUTFunction": "SIGMOID"}, "intensity: the file's window is of function 'SIGMOID'"),
+        (
+            {"WindowWidth": 100, "VOILUTFunction": "GAMMA"},
+            "intensity: the file's window is of function 'GAMMA'; known are",
+        ),
+        ({"WindowWidth": 0, "VOILUTFunction": "SIGMOID"}, "intensity: the file's window has width 0, where SIGMOID"),
         ({"WindowWidth": 100, "RescaleSlope": 0}, "corrupt: a rescale slope of 0"),
     ],
 )
@@ -186,6 +201,193 @@ def test_windows_that_mean_nothing(elements, says):
     said = reason(dicom_of(RAMP, bits=12, WindowCenter=40, **elements))
     assert said.startswith(says)
     assert "--intensity window=LO:HI" in said or "slope" in said
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("rescale", [{}, {"RescaleSlope": 2, "RescaleIntercept": -1000}])
+@pytest.mark.parametrize("width", [1.5, 400, 100_000])
+def test_windows_are_those_of_pydicom(function, rescale, width):
+    made = dataset(RAMP, bits=12, WindowCenter=300, WindowWidth=width, VOILUTFunction=function, **rescale)
+    with np.errstate(over="ignore"):
+        theirs = apply_windowing(apply_modality_lut(RAMP, made), made)
+    low, high = (np.array([0, 4095]) * rescale.get("RescaleSlope", 1) + rescale.get("RescaleIntercept", 0)).tolist()
+    np.testing.assert_allclose(grey(file_of(made)), (theirs - low) * 255 / (high - low), atol=0.5001)
+
+
+def test_lookup_tables_are_those_of_pydicom():
+    """Of 16 bits: of eight pydicom wraps 12-bit indices, and knows none of 12; see `test_lookup_tables`."""
+    entries = np.linspace(0, 65535, 300).astype(np.uint16)[::-1]
+    table = item(LUTDescriptor=[300, 1000, 16], LUTData=entries.tolist())
+    table["LUTData"].VR = table["LUTDescriptor"].VR = "US"
+    made = dataset(RAMP, bits=12, VOILUTSequence=[table])
+    np.testing.assert_array_equal(grey(file_of(made)), apply_voi_lut(RAMP, made) >> 8)
+    made = dataset(RAMP, bits=12, ModalityLUTSequence=[table], WindowCenter=32768, WindowWidth=20000)
+    theirs = apply_windowing(apply_modality_lut(RAMP, made), made).astype(np.float64)
+    np.testing.assert_allclose(grey(file_of(made)), theirs * 255 / 65535, atol=0.5001)
+
+
+def remarks_of(payload):
+    told = []
+    decode(payload, on_remark=told.append)
+    return told
+
+
+def test_what_is_left_out_of_a_file_is_told():
+    frames = np.stack([RAMP, RAMP[::-1]])
+    several = dicom_of(frames, frames=2, bits=12, WindowCenter=[2000, 50], WindowWidth=[1001, 2])
+    assert remarks_of(several) == [dicom.FIRST_FRAME, dicom.FIRST_WINDOW]
+    found = try_decode(several, colour="grey")
+    assert (found.damage, found.remarks) == ("", (dicom.FIRST_FRAME, dicom.FIRST_WINDOW))
+    assert remarks_of(dicom_of(RAMP, bits=12, WindowCenter=[2000], WindowWidth=[1001])) == []
+    assert isinstance(try_decode(dicom_of(RAMP, bits=12), colour="grey"), torch.Tensor)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_stretches_no_range(photometric):
+    values = RAMP.astype(np.int16) // 16  # a sixteenth of 12 bits, and so refused
+    values[0, :3] = -2000
+    elements = {"photometric": photometric, "PixelPaddingValue": -2000}
+    assert reason(dicom_of(values, **elements)).startswith("intensity: ")
+    least, most = values[values > -2000].min(), values.max()
+    scaled = np.rint((values.astype(float) - least) * 255 / (most - least)).clip(0, 255)
+    expected = np.where(values == -2000, 0, scaled if photometric == "MONOCHROME2" else 255 - scaled)
+    np.testing.assert_array_equal(grey(dicom_of(values, **elements), "minmax"), expected)
+    windowed = grey(dicom_of(values, WindowCenter=100, WindowWidth=50, **elements))
+    assert (windowed[0, :3] == 0).all()
+    assert (windowed[0, 3] == 255) == (photometric == "MONOCHROME1")
+    made = dataset(values.view(np.uint16), **elements | {"PixelPaddingValue": 63536})  # the same bits
+    assert (grey(file_of(made), "minmax") == 0).sum() == 3 + 1
+    eight = np.array([[5, 200, 7], [255, 9, 254]], np.uint8)
+    ranged = dicom_of(eight, photometric=photometric, PixelPaddingValue=255, PixelPaddingRangeLimit=254)
+    kept = eight if photometric == "MONOCHROME2" else 255 - eight
+    np.testing.assert_array_equal(grey(ranged), np.where(eight >= 254, 0, kept))
+    nothing = dicom_of(np.full((4, 6), 7, np.uint16), PixelPaddingValue=7)
+    assert reason(nothing) == "empty: every pixel has the padding value"
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_files_without_preamble(explicit):
+    made = dataset(RAMP, bits=12, syntax=ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian)
+    made.ImageType = ["ORIGINAL", "PRIMARY"]
+    buffer = io.BytesIO()
+    dcmwrite(buffer, made, implicit_vr=not explicit, little_endian=True, enforce_file_format=False)
+    bare = buffer.getvalue()[len(buffer.getvalue()) - len(buffer.getvalue().partition(b"\x08\0\x08\0")[2]) - 4 :]
+    assert bare[:4] == b"\x08\0\x08\0"
+    np.testing.assert_array_equal(grey(bare), RAMP >> 4)
+    for end in range(20, len(bare) - 2, 11):
+        assert isinstance(try_decode(bare[:end], colour="grey"), Reject)
+    whole = file_of(made)
+    np.testing.assert_array_equal(grey(whole[128 + 4 :]), RAMP >> 4)  # with the group of the file's own facts
+
+
+def test_compression_is_decoded_by_a_plug_in_that_is_installed(monkeypatch):
+    """As pylibjpeg or gdcm would, a function gives the bytes of the frame."""
+    plug_in = types.ModuleType("featurepipe_plug_in")
+    plug_in.is_available = lambda uid: True
+    plug_in.frame = lambda source, runner: bytearray((RAMP >> 4).astype(np.uint8).tobytes())
+    monkeypatch.setitem(sys.modules, "featurepipe_plug_in", plug_in)
+    payload = compressed((RAMP >> 4).astype(np.uint8), b"\xff\xd8\xff\xc3", JPEGLosslessSV1)
+    assert "python-gdcm" in str(try_decode(payload, colour="rgb"))
+    decoder = get_decoder(JPEGLosslessSV1)
+    decoder.add_plugin("fake", ("featurepipe_plug_in", "frame"))
+    try:
+        np.testing.assert_array_equal(grey(payload), RAMP >> 4)
+    finally:
+        decoder.remove_plugin("fake")
+
+
+FRAMES = np.stack([RAMP, RAMP[::-1], 4095 - RAMP])
+
+
+def frames_source(folder, **options):
+    folder.mkdir(exist_ok=True)
+    groups = [item(FrameVOILUTSequence=[item(WindowCenter=c, WindowWidth=400)]) for c in (1000, 2000, 3000)]
+    (folder / "cine.dcm").write_bytes(dicom_of(FRAMES, frames=3, bits=12, PerFrameFunctionalGroupsSequence=groups))
+    (folder / "one.dcm").write_bytes(dicom_of(RAMP, bits=12))
+    (folder / "plain.png").write_bytes(encoded(RGB, "PNG"))
+    return open_source(folder, **options)
+
+
+def test_each_frame_is_an_image_of_its_own(tmp_path):
+    source = pickle.loads(pickle.dumps(frames_source(tmp_path / "pile", frames="all")))
+    table = source.scan()
+    assert table["id"].to_pylist() == ["cine.dcm#1", "cine.dcm#2", "cine.dcm#3", "one.dcm", "plain.png"]
+    assert table["column:group"].to_pylist() == ["cine.dcm"] * 3 + ["one.dcm", "plain.png"]
+    assert "3 frames of 1 DICOM file of several" in ListingSummary.of(table).notes
+    content = (tmp_path / "pile" / "cine.dcm").read_bytes()
+    for place, centre in enumerate((1000, 2000, 3000)):
+        payload = source.read(table["locator"][place].as_py())
+        np.testing.assert_array_equal(grey(payload), by_window(FRAMES[place], centre, 400))
+        told = []
+        decode(payload, on_remark=told.append)
+        assert told == []
+        digest = hashlib.sha256(content).digest() + str(place + 1).encode()
+        assert key_of(payload) == hashlib.sha256(b"featurepipe frame 1\n" + digest).digest()
+    assert source.read(table["locator"][3].as_py()) == (tmp_path / "pile" / "one.dcm").read_bytes()
+    assert open_source(tmp_path / "pile", frames="first").scan()["id"].to_pylist()[0] == "cine.dcm"
+    with pytest.raises(Reject, match="missing: frame 4 of 3"):
+        decode(Frame(FramesFile(content), 4))
+    with zipfile.ZipFile(tmp_path / "pile.zip", "w") as archive:
+        archive.write(tmp_path / "pile" / "cine.dcm", "a/cine.dcm")
+    zipped = open_source(tmp_path / "pile.zip", frames="all")
+    assert zipped.scan()["id"].to_pylist() == [f"pile.zip/a/cine.dcm#{n}" for n in (1, 2, 3)]
+    assert key_of(zipped.read(zipped.scan()["locator"][1].as_py())) == key_of(source.read(table["locator"][1].as_py()))
+
+
+def test_frames_are_read_and_parsed_once_and_extracted(tmp_path, monkeypatch):
+    frames_source(tmp_path / "pile")
+    parsed, parse = [], dicom._parsed
+    monkeypatch.setattr(dicom, "_parsed", lambda payload, claim: parsed.append(payload) or parse(payload, claim))
+    options = {"backbone": "lenet5", "weights": "none", "nodes": ["c3"], "silent": True, "precision": "fp32"}
+    record = extract(tmp_path / "pile", tmp_path / "store", frames="all", **options)
+    assert (record["counts"]["computed"], record["options"]["frames"], record["remarks"]) == (5, "all", {})
+    assert len(parsed) == 2
+    parsed.clear()
+    record = extract(tmp_path / "pile", tmp_path / "first", **options)
+    assert (record["counts"]["computed"], record["remarks"]) == (3, {dicom.FIRST_FRAME: 1})
+    assert f"{dicom.FIRST_FRAME}: 1 image" in text(record)
+    assert len(parsed) == 2
+    again = extract(tmp_path / "pile", tmp_path / "store", frames="all", **options)
+    assert again["counts"]["read"] == 0
+
+
+@pytest.mark.parametrize(("frames", "listed"), [(3, 3), (4, 1), (2**31 - 1, 1), (0, 1), (-5, 1)])
+def test_frames_that_cannot_be_there_are_not_listed(tmp_path, frames, listed):
+    (tmp_path / "a.dcm").write_bytes(
+        changed(dataset(FRAMES.repeat(20, 1).repeat(20, 2), frames=3, bits=12), NumberOfFrames=frames)
+    )
+    source = open_source(tmp_path, frames="all")
+    table = source.scan()
+    assert table.num_rows == listed
+    assert isinstance(try_decode(source.read(table["locator"][0].as_py()), colour="rgb"), Reject) == (listed == 1)
+
+
+def test_frames_beyond_the_budget_are_bombs(monkeypatch):
+    monkeypatch.setenv("FEATUREPIPE_MAX_PIXELS", "23")
+    payload = dicom_of(FRAMES, frames=3, bits=12)
+    for image in (payload, Frame(FramesFile(payload), 2)):
+        assert reason(image) == "bomb: 6x4 pixels, more than 23, the limit of FEATUREPIPE_MAX_PIXELS"
+    monkeypatch.setenv("FEATUREPIPE_MAX_FILE_BYTES", "100")
+    assert reason(Frame(FramesFile(payload), 2)).startswith("budget: ")
+
+
+def test_frames_of_compressed_files_and_headers_beyond_the_first_bytes(tmp_path):
+    made = dataset(np.stack([SMOOTH, SMOOTH[::-1]]), syntax=JPEGBaseline8Bit, frames=2)
+    jpegs = [encoded(pixels, "JPEG", quality=95) for pixels in (SMOOTH, SMOOTH[::-1])]
+    made.PixelData = encapsulate(jpegs)
+    made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
+    made.add_new((0x0009, 0x0010), "LO", "MINE")
+    made.add_new((0x0009, 0x1001), "OB", bytes(70_000))  # before the number of frames
+    (tmp_path / "a.dcm").write_bytes(file_of(made))
+    deflated = dataset(FRAMES, syntax=DeflatedExplicitVRLittleEndian, frames=3, bits=12)
+    (tmp_path / "b.dcm").write_bytes(file_of(deflated))
+    source = open_source(tmp_path, frames="all")
+    table = source.scan()
+    assert table["id"].to_pylist() == ["a.dcm#1", "a.dcm#2", "b.dcm#1", "b.dcm#2", "b.dcm#3"]
+    for place, jpeg in enumerate(jpegs):
+        payload = source.read(table["locator"][place].as_py())
+        np.testing.assert_array_equal(grey(payload), decode(jpeg, colour="grey").numpy()[0])
+    np.testing.assert_array_equal(grey(source.read(table["locator"][4].as_py())), FRAMES[2] >> 4)
 
 
 def test_lookup_tables():

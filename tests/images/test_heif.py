@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
-from pillow_heif import from_pillow
+from pillow_heif import HeifFile, from_pillow, open_heif
 
 from featurepipe import doctor
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images import heif
-from featurepipe.images.decode import decode, try_decode
+from featurepipe.images.decode import FIRST_IMAGE, decode, try_decode
 from featurepipe.images.findings import ListingSummary
 from featurepipe.images.open import open_source
 
@@ -65,6 +65,51 @@ def test_transparency_is_composited_on_white(make):
     alpha = np.kron([[255, 0, 255], [0, 255, 0]], np.ones((32, 32))).astype(np.uint8)
     expected = np.where(alpha[..., None] == 255, RGB, 255)
     assert distance(make(np.dstack([RGB, alpha])), expected) <= 6
+
+
+def several_heic(primary):
+    images = [Image.fromarray(RGB // n) for n in (1, 2, 4)]
+    found = from_pillow(images[0])
+    for image in images[1:]:
+        found.add_from_pillow(image)
+    buffer = io.BytesIO()
+    found.save(buffer, quality=-1, chroma=444, primary_index=primary)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("primary", [0, 2])
+def test_of_several_images_the_primary_is_taken_and_that_is_told(primary):
+    told = []
+    assert distance(several_heic(primary), RGB // (1, 2, 4)[primary]) <= 4
+    decode(several_heic(primary), on_remark=told.append)
+    assert told == [FIRST_IMAGE]
+    decode(heic(), on_remark=told.append)
+    assert told == [FIRST_IMAGE]
+
+
+@pytest.mark.parametrize("format_", ["AVIF", "GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_first_is_taken_and_that_is_told(format_):
+    buffer = io.BytesIO()
+    others = [Image.fromarray(RGB // 2), Image.fromarray(RGB // 3)]
+    Image.fromarray(RGB).save(buffer, format_, save_all=True, append_images=others)
+    one, told = io.BytesIO(), []
+    Image.fromarray(RGB).save(one, format_)
+    decode(one.getvalue(), on_remark=told.append)
+    assert told == []
+    decode(buffer.getvalue(), on_remark=told.append)
+    assert told == [FIRST_IMAGE]
+    found = try_decode(buffer.getvalue(), colour="rgb")
+    assert (found.damage, found.remarks, found.pixels.shape) == ("", (FIRST_IMAGE,), (3, 64, 96))
+
+
+def test_ten_bits_become_their_upper_eight():
+    ramp = np.linspace(0, 1023, 64 * 64).astype(np.uint16).reshape(64, 64)
+    values = np.stack([ramp] * 3, axis=-1) << 6  # of 16 bits, as the library takes them
+    file, buffer = HeifFile(), io.BytesIO()
+    file.add_frombytes("RGB;16", (64, 64), values.tobytes())
+    file.save(buffer, quality=-1, chroma=444)
+    assert open_heif(io.BytesIO(buffer.getvalue()), convert_hdr_to_8bit=False).info["bit_depth"] > 8
+    assert distance(buffer.getvalue(), np.stack([ramp >> 2] * 3, axis=-1).astype(int)) <= 2
 
 
 @pytest.mark.parametrize("make", [heic, avif])

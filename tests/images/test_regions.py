@@ -252,6 +252,26 @@ def test_shares_taken_for_pixels_are_asked_about(tmp_path):
     assert "--box-unit share" in notes
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_crops_stay_where_the_image_is(device):
+    """As on the GPU route, where a file is decoded on the device."""
+    source = open_source({"a": np.zeros((60, 80, 3), np.uint8)})
+    listing = source.scan()
+    whole = listing["locator"][0].as_py()
+    boxes = [region_locator(whole, Box(i, 0, 20, 10)) for i in range(3)]
+    table = listing.take(pa.array([0] * 3)).set_column(5, "locator", pa.array(boxes, pa.binary()))
+    decoded = []
+
+    def decoder(payloads, claim):
+        decoded.extend(payloads)
+        return [torch.zeros((3, 60, 80), dtype=torch.uint8, device=device) for _ in payloads]
+
+    loader = Loader(source, lambda _: ("all",), decoder, lambda image: image, clock=StageSeconds(), workers=1, window=8)
+    loaded = [image for images in loader.load(table, np.arange(3)) for image in images]
+    assert len(decoded) == 1
+    assert [(image.pixels.device.type, tuple(image.pixels.shape)) for image in loaded] == [(device, (3, 10, 20))] * 3
+
+
 def test_crops_are_laid_out_as_decoded_files_are():
     whole = decode(png())
     assert decode(Region(png(), Box(1, 1, 9, 9))).permute(1, 2, 0).is_contiguous()

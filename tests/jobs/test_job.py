@@ -34,6 +34,7 @@ box = "x,y,w,h"
 box_unit = "share"
 box_margin = 0.25
 images = "pics"
+frames = "all"
 
 [[features]]
 backbone = "resnet50"
@@ -139,6 +140,7 @@ def test_all_that_can_be_said(read, tmp_path):
         "longest_wait": 5400.0, "moved_from": ("/mnt/photos",),
             "only_under": (str(tmp_path / "photos"), "s3://bucket/photos"), "path_column": "photo",
             "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.25, "images": str(tmp_path / "pics"),
+            "frames": "all",
     }  # fmt: skip
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")

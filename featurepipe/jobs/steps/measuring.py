@@ -134,7 +134,8 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
             report(
                 night.store, table.report, document=document, labels=labels, silent=night.silent,
                 source=images.path, only_under=images.only_under, path_column=images.path_column,
-                box=images.box, box_unit=images.box_unit, box_margin=images.box_margin, images=images.images,
+                box=images.box, box_unit=images.box_unit, box_margin=images.box_margin,
+                images=images.images, frames=images.frames,
             )  # fmt: skip
         best = document["recommended"]
         return {
