@@ -116,6 +116,11 @@ def test_images_of_ones_own(own: Path, cli: Callable, launcher) -> None:
     ):
         finished = launcher.start(fence("docs/python.md", heading, "python"), cwd=own).wait()
         assert (finished.code, finished.out) == (0, printed), finished.err
+    groups = fence("docs/python.md", "Groups, several labels, numbers", "python")
+    quick = groups.replace('"efficientnet_lite0"', '"lenet5", weights="none"')
+    finished = launcher.start(quick, cwd=own).wait()
+    assert finished.code == 0, finished.err
+    assert [line.split()[0] for line in finished.out.splitlines()] == ["numbers", "labels"]
 
 
 def test_examples_of_tables_can_be_read(tmp_path: Path, cli: Callable) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featurepipe.store.identity import differences as differences
     from featurepipe.store.identity import fingerprint as fingerprint
     from featurepipe.store.index import KeyIndex as KeyIndex
+    from featurepipe.store.roles import join_roles as join_roles
     from featurepipe.store.space import ColumnInfo as ColumnInfo
     from featurepipe.store.space import Space as Space
     from featurepipe.store.verify import Problem as Problem
@@ -45,6 +46,7 @@ _HOMES = {
     "export": "arrays",
     "fingerprint": "identity",
     "gc_store": "gc",
+    "join_roles": "roles",
     "open_arrays": "arrays",
     "verify_store": "verify",
 }

@@ -23,8 +23,9 @@ from featurepipe.annotations import KEPT_COLUMN, column_named, names_in_doubt, s
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
+from featurepipe.progress import announcer
 from featurepipe.store.labels import ColumnTable, LabelSource, group_names, places_of, read_columns
-from featurepipe.store.options import GROUP, NO_GROUP, NO_SPLIT, RoleOptions, RowOptions, is_file_of_groups
+from featurepipe.store.options import GROUP, NO_GROUP, NO_SPLIT, RoleOptions, RowOptions, columns_of, is_file_of_groups
 from featurepipe.store.snapshots import REJECTED
 
 if TYPE_CHECKING:
@@ -211,6 +212,52 @@ def with_roles(
     for line in columns.unused():
         say(line)
     return features
+
+
+def join_roles(
+    features: FeatureSet,
+    labels: LabelSource | None = None,
+    *,
+    label: str | None = None,
+    group: str | None = None,
+    split_column: str | None = None,
+    target: str | None = None,
+    multilabel: str | Sequence[str] | None = None,
+    weight: str | None = None,
+    snapshot: str | None = None,
+    silent: bool = False,
+) -> FeatureSet:
+    """Returns features with what columns say of their images, as `featurepipe.train` takes it; nothing is computed again.
+
+    Args:
+        features: Of a store; n images.
+        labels: A mapping, table or file by id, as ``FeatureSet.with_labels`` takes it; columns that it lacks are those of the
+            manifest that was extracted.
+        label: The column of the class, by default ``label``.
+        group: The column of what belongs together, such as a patient, or a file of groups; by default ``group``, where there is
+            one; ``none`` for no groups.
+        split_column: The column of the splits; ``none`` for no splits.
+        target: The column of a number; then ``targets`` is (n,) float64, NaN where it is not known.
+        multilabel: The columns of several labels; then ``targets`` is (n, K) of 1, 0 and NaN, and ``target_names`` names them.
+        weight: The column of how much each image counts.
+        snapshot: The run id of the snapshot that the features are of; by default the current one.
+        silent: Say nothing of what was found, and of columns that are not used, on standard error.
+
+    Raises:
+        UsageError: There is no such column, or its values are none of the kind.
+    """
+    from featurepipe.store.feature_store import FeatureStore
+
+    roles = RoleOptions(
+        label=label,
+        group=group,
+        split_column=split_column,
+        target=target,
+        multilabel=columns_of(multilabel),
+        weight=weight,
+    )
+    store = FeatureStore(features.origin.store, create=False)
+    return with_roles(store, features, labels, roles, announcer(silent=silent), snapshot=snapshot)
 
 
 def _as_trained(roles: RowOptions, columns: _Columns, trained: Mapping[str, Any]) -> RoleOptions:

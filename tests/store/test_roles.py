@@ -525,3 +525,17 @@ def test_columns_given_in_python(kept):
     both = view.with_column("target", [[1, 0], [0, np.nan], [True, True], [0, 1]], names=["x", "y"])
     assert both.targets[:, 0].tolist() == [1, 0, 1, 0]
     assert view.with_column("weight", pa.chunked_array([[1, 2], [3, 4]])).weights.tolist() == [1, 2, 3, 4]
+
+
+def test_roles_are_joined_in_python(kept, tmp_path, capsys):
+    from featurepipe.store import join_roles
+
+    (tmp_path / "l.csv").write_text("id,x,y,w,fold\na1,1,0,2,train\na2,0,1,1,test\nb1,1,1,1,test\nb2,0,,3,train\n")
+    view = kept.features("d", "a:gap")
+    found = join_roles(view, tmp_path / "l.csv", multilabel="x,y", group="patient", split_column="fold", weight="w")
+    np.testing.assert_array_equal(found.targets, [[1, 0], [0, 1], [1, 1], [0, np.nan]])
+    assert (found.target_names, found.groups.tolist()) == (("x", "y"), ["p", "q", None, "p"])
+    assert (found.weights.tolist(), found.splits.tolist()) == ([2, 1, 1, 3], ["train", "test", "test", "train"])
+    assert "columns of its manifest without a role here: age, found" in capsys.readouterr().err
+    assert join_roles(view, target="age", silent=True).targets[1] == 4.5
+    assert capsys.readouterr().err == ""
