@@ -185,6 +185,7 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
         ids=chosen.features.ids,
         groups=groups,
         predicted=called,
+        ordered=model.ordered,
         bootstrap=options.bootstrap,
         seed=options.seed,
     )

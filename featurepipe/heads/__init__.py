@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear.multilabel import MultilabelLogisticRegression as MultilabelLogisticRegression
     from featurepipe.heads.linear.multilabel import MultilabelRidge as MultilabelRidge
     from featurepipe.heads.linear.multilabel import fit_label_path as fit_label_path
+    from featurepipe.heads.linear.ordinal import OrdinalLogisticRegression as OrdinalLogisticRegression
     from featurepipe.heads.linear.ridge import BlockRidge as BlockRidge
     from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
     from featurepipe.heads.linear.svr import BlockLinearSVR as BlockLinearSVR
@@ -78,6 +79,7 @@ _HOMES = {
     "MultilabelNeighbours": "multilabel",
     "MultilabelRidge": "linear.multilabel",
     "MultilabelTrees": "multilabel",
+    "OrdinalLogisticRegression": "linear.ordinal",
     "bundle_text": "bundle.bundle",
     "check_bundle_target": "bundle.files",
     "class_scores": "calibration",

@@ -275,6 +275,18 @@ _MULTILABEL = (
         search_rows=20_000,
     ),
 )
+_ORDINAL = (
+    HeadFamily(
+        "logistic",
+        "logistic regression with an L2 penalty of each step between ordered classes",
+        _ours("linear.ordinal", "OrdinalLogisticRegression"),
+        _ours("linear.ordinal", "OrdinalLogisticRegression"),
+        _grid(C=_DECADES),
+        bytes_per_value=12,
+        linear=True,
+        probabilities=True,
+    ),
+)
 SMALL_VALUES = 20_000_000
 """Values (rows times columns) up to which scikit-learn's own solvers take seconds; above, ours reach the same optimum sooner."""
 
@@ -293,9 +305,14 @@ HEADS: Mapping[str, HeadFamily] = _by_name(_MULTICLASS)
 """The families for one class an image."""
 
 FAMILIES: Mapping[str, Mapping[str, HeadFamily]] = MappingProxyType(
-    {"multiclass": HEADS, "multilabel": _by_name(_MULTILABEL), "continuous": _by_name(_CONTINUOUS)}
+    {
+        "multiclass": HEADS,
+        "multilabel": _by_name(_MULTILABEL),
+        "continuous": _by_name(_CONTINUOUS),
+        "ordinal": _by_name(_ORDINAL),
+    }
 )
-"""The families by the type of their target, in scikit-learn's words: one class an image, several labels, or one number."""
+"""The families by the type of their target: one class an image, several labels, one number, or one class of an order."""
 
 
 def families_for(target_type: str) -> Mapping[str, HeadFamily]:
@@ -345,7 +362,7 @@ def make_head(
     Args:
         name: One of the families of the target type, ``FAMILIES[target_type]``.
         target_type: ``"multiclass"``: one class an image; ``"multilabel"``: several labels an image, present, absent or unknown;
-            ``"continuous"``: one number an image, in any unit.
+            ``"continuous"``: one number an image, in any unit; ``"ordinal"``: one class of an order (its parameter ``order``).
         scale: Standardise features first; by default for every family but xgboost, whose trees do not see the scale.
         pca: Project onto so many principal components (a whole number), or onto as many as explain this share of the variance
             (below 1); None for none.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from sklearn.base import is_regressor
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -16,8 +18,10 @@ from featurepipe.backbones.nodes import freeze, frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.errors import UsageError
 from featurepipe.heads.families import families_for
-from featurepipe.heads.linear.linear_map import linear_map
+from featurepipe.heads.linear.ordinal import LEAST
 from featurepipe.prediction.ready import ReadyBundle
+
+Floats = npt.NDArray[np.float64]
 
 
 class TorchClassifier(nn.Module):
@@ -27,7 +31,8 @@ class TorchClassifier(nn.Module):
     (``backbone.preprocessing.resize_crop``, or the resizing of ``weights.transforms()``): uint8, which is normalised here, or
     floats, which are taken to be normalised already. The output is float32 (N, K), in the order of ``classes``: the head's
     decision values; ``softmax(logits / temperature)`` are the bundle's probabilities. Of a bundle that predicts a number it is
-    that number, (N, 1), without classes.
+    that number, (N, 1), without classes. Of ordered classes the logits are log-probabilities, made of the steps between them
+    (``featurepipe.heads.linear.ordinal``).
 
     Everything is float32 whatever the bundle's precision; where its features are stored as float16, they are rounded here
     as well. Brought to another dtype (``.to(torch.bfloat16)``, ``.half()``), the network computes in it, while normalisation,
@@ -54,6 +59,7 @@ class TorchClassifier(nn.Module):
         classes: Sequence[str],
         temperature: float = 1.0,
         half: bool = False,
+        ordered: bool = False,
     ) -> None:
         super().__init__()
         self.classes, self.temperature = list(classes), temperature
@@ -61,7 +67,7 @@ class TorchClassifier(nn.Module):
         graph = backbone.graph(nodes)
         self.network = HookedNetwork(frozen_copy(backbone.module), nodes) if graph is None else frozen_copy(graph)
         self._columns = [(column.node, column.pooling, backbone.channel_axis(column.node)) for column in columns]
-        self._half = half
+        self._half, self._ordered = half, ordered
         preprocessing = backbone.preprocessing
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         self.register_buffer("factor", preprocessing.scale / std)
@@ -77,9 +83,10 @@ class TorchClassifier(nn.Module):
         if images.dtype == torch.uint8:
             images = torch.addcmul(self.offset, images.float(), self.factor)
         exact = torch.promote_types(torch.float32, self.head.weight.dtype)
-        return nn.functional.linear(
+        found = nn.functional.linear(
             self.features(images).to(exact), self.head.weight.to(exact), self.head.bias.to(exact)
         )
+        return _of_steps(found) if self._ordered else found
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -117,6 +124,17 @@ class TorchClassifier(nn.Module):
         return torch.where(torch.isfinite(rounded), rounded, features)
 
 
+def _of_steps(scores: Tensor) -> Tensor:
+    """Log-probabilities (N, K) of ordered classes from the (N, K - 1) scores of the steps between them."""
+    steps = nn.functional.pad(torch.cummin(scores, dim=1).values, (1, 0), value=torch.inf)
+    steps = nn.functional.pad(steps, (0, 1), value=-torch.inf)
+    upper, lower = steps[:, :-1], steps[:, 1:]
+    # sigmoid(upper) - sigmoid(lower), without the loss of digits where both are near 1
+    apart = torch.sigmoid(upper) * torch.sigmoid(-lower) * -torch.expm1(lower - upper)
+    found = apart.clamp(min=LEAST)
+    return torch.log(found / found.sum(dim=1, keepdim=True))
+
+
 def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
     """The module of a bundle with a linear head.
 
@@ -140,4 +158,70 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
         classes=bundle.classes,
         temperature=bundle.temperature or 1.0,
         half=bundle.space["dtype"] == "float16",
+        ordered=bundle.ordered,
     )
+
+
+def linear_map(head: Any) -> tuple[Floats, Floats]:
+    """Returns the affine map whose outputs are the head's decision values.
+
+    For two classes its rows give minus and plus half the margin, so that the softmax of the outputs is what the head's
+    probabilities are, and ``class_scores`` up to a constant for each image. For centroids it is ``x . c - |c|^2 / 2``. Of a
+    regressor the only row gives the number.
+
+    Args:
+        head: A fitted linear head, or a pipeline that scales and projects before one.
+
+    Returns:
+        weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``; (1, D) and (1,) for a number;
+        (K - 1, D) and (K - 1,) for the steps between ordered classes.
+
+    Raises:
+        UsageError: The head, or a step before it, is no affine map.
+    """
+    steps = [step for _, step in getattr(head, "steps", [("head", head)]) if step not in (None, "passthrough")]
+    weight, bias = _last(steps[-1])
+    for step in reversed(steps[:-1]):
+        matrix, centre = _step(step)
+        weight = weight * matrix if matrix.ndim == 1 else weight @ matrix
+        bias = bias - weight @ centre
+    return weight, bias
+
+
+def _last(head: Any) -> tuple[Floats, Floats]:
+    classes = getattr(head, "classes_", ())
+    if hasattr(head, "centroids_"):
+        weight = np.asarray(head.centroids_, np.float64)
+        bias = -0.5 * np.einsum("kd,kd->k", weight, weight)
+    elif hasattr(head, "coef_") and hasattr(head, "intercept_"):
+        weight = np.atleast_2d(np.asarray(head.coef_, np.float64))
+        bias = np.broadcast_to(np.asarray(head.intercept_, np.float64), len(weight)).copy()
+    else:
+        weight, bias = np.empty((0, 0)), np.empty(0)
+    if hasattr(head, "step_scores"):
+        return weight, bias
+    if not hasattr(head, "classes_") and is_regressor(head) and len(weight) == 1:
+        return weight, bias
+    if len(classes) == 2 and len(weight) == 1:
+        return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
+    if len(weight) != len(classes) or not len(classes):
+        raise UsageError(
+            f"{type(head).__name__} is no fitted linear head; linear are: logistic, linear-svm, ridge, lda, centroid"
+        )
+    return weight, bias
+
+
+def _step(step: Any) -> tuple[Floats, Floats]:
+    """What a fitted step does to x: ``(x - centre) @ matrix.T``; a matrix (D,) stands for a diagonal."""
+    width = getattr(step, "n_features_in_", 0)
+    if hasattr(step, "components_") and hasattr(step, "explained_variance_"):
+        matrix = np.asarray(step.components_, np.float64)
+        if step.whiten:
+            spread = np.sqrt(np.asarray(step.explained_variance_, np.float64))
+            matrix = matrix / np.maximum(spread, np.finfo(spread.dtype).eps)[:, None]
+        return matrix, np.asarray(step.mean_, np.float64)
+    if hasattr(step, "scale_") and hasattr(step, "var_"):
+        scale = np.ones(width) if step.scale_ is None else np.asarray(step.scale_, np.float64)
+        centre = np.zeros(width) if step.mean_ is None or not step.with_mean else np.asarray(step.mean_, np.float64)
+        return 1 / scale, centre
+    raise UsageError(f"{type(step).__name__} cannot be folded into a linear map: only scaling and PCA can")

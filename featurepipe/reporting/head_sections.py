@@ -100,6 +100,7 @@ _MEASURES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
+    "quadratic_kappa": "quadratic weighted kappa",
     "auc": "AUC, one against the rest",
     "top_5": "true class among the first five",
     "log_loss": "log loss",

@@ -10,7 +10,7 @@ from typing import Any
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.option_groups import at_least, is_bytes, is_number, is_text, not_empty, option
+from featurepipe.option_groups import at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import RoleOptions
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
@@ -62,8 +62,26 @@ def _aim(given: Any) -> str | None:
     return None
 
 
+def order_of(given: Any) -> tuple[str, ...] | None:
+    """Classes in their order, the lowest first: one text such as ``low<mid<high`` or ``low,mid,high``, or several texts.
+
+    Example:
+        >>> order_of("low < mid < high")
+        ('low', 'mid', 'high')
+    """
+    if isinstance(given, str):
+        return by_commas(given.replace("<", ",") if "<" in given else given)
+    return None if given is None else tuple(given)
+
+
+def _order(given: Any) -> str | None:
+    if not isinstance(given, tuple) or not all(isinstance(name, str) for name in given):
+        return "must be texts, such as low<mid<high"
+    return None if len(set(given)) == len(given) >= 2 else "must name two classes or more, each once, the lowest first"
+
+
 MIN_CLASS_SIZE = 2
-DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge"}
+DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge", "ordinal": "logistic"}
 """The head by type of target, where none is named."""
 
 
@@ -81,6 +99,10 @@ class TrainOptions(RoleOptions):
         None, f"kind of head (default: {DEFAULT_HEADS['multiclass']}; for a --target {DEFAULT_HEADS['continuous']}, or "
         f"{', '.join(name for name in FAMILIES['continuous'] if name != DEFAULT_HEADS['continuous'])})",
         metavar="|".join(ALL_HEADS), check=known_head,
+    )  # fmt: skip
+    ordered: tuple[str, ...] | None = option(
+        None, "the classes are in this order, the lowest first (low<mid<high is read, too): the head learns each step between "
+        "them, and parameters are searched by quadratic weighted kappa", metavar="LOW,...,HIGH", check=_order, read=order_of,
     )  # fmt: skip
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
     tune: bool = option(False, "search the head's parameters on the val split, or on 5 folds")
@@ -122,6 +144,9 @@ class TrainOptions(RoleOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_threshold()
+        if self.ordered is not None and (self.target is not None or self.multilabel):
+            other = Option("multilabel" if self.multilabel else "target")
+            raise UsageError(Message(Option("ordered"), " and ", other, " are two kinds of target; give one of them"))
         if self.target is None:
             return
         if self.class_weight is not None:
@@ -168,4 +193,6 @@ class TrainOptions(RoleOptions):
         """A key of `featurepipe.heads.families.FAMILIES`."""
         if self.multilabel:
             return "multilabel"
+        if self.ordered is not None:
+            return "ordinal"
         return "multiclass" if self.target is None else "continuous"

@@ -112,6 +112,7 @@ def publish(
         **_trained_on(task),
         target=_target(task, column, multilabel, calibration, positive),
         threshold=threshold,
+        ordered=task.is_ordered,
     )
     test = _tested_numbers if task.is_numeric else _tested_labels if task.is_multilabel else _tested
     tested = test(bundle, task)
@@ -211,7 +212,7 @@ def _tested(bundle: Bundle, task: Task, *, bootstrap: int = 1000) -> dict[str, A
     called = bundle.codes(probabilities)
     found = score_table(
         probabilities, truth, bundle.classes, ids=tested.ids, groups=tested.groups, predicted=called, bootstrap=bootstrap,
-        seed=task.seed,
+        seed=task.seed, ordered=bundle.ordered,
     )  # fmt: skip
     if bundle.threshold is not None and bootstrap:
         found["screening"] = bundle.screening(probabilities, truth, tested.groups, curves=False)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.display import counted
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.display import counted, first_names
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import refuse_weights
 from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
@@ -53,7 +53,7 @@ def settle(
     dataset = dataset or store.only_dataset()
     nodes: str | Sequence[str] = options.nodes
     comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
-    if comparison is not None and options.target_type != "multiclass":
+    if comparison is not None and options.target_type not in ("multiclass", "ordinal"):
         kind = (
             Option("target", options.target)
             if options.target
@@ -87,7 +87,9 @@ def settle(
     )
     classes: tuple[str, ...] = ()
     if targets is None:
-        classes = _learnable(features, division, options.min_class_size)
+        classes = _in_order(
+            _learnable(features, division, options.min_class_size), features.classes, options.ordered, say
+        )
     elif options.multilabel:
         kept = _learnable_labels(targets[division.final], features.target_names, options.min_class_size, recipe, say)
         targets, classes = targets[:, kept], tuple(features.target_names[place] for place in kept)
@@ -104,6 +106,7 @@ def settle(
         unlabelled=found.unlabelled,
         seed=recipe.seed,
         targets=targets,
+        is_ordered=options.ordered is not None,
     )
     say(f"{task.features.origin.dataset}: {_counted(task)}")
     if features.groups is not None and not (len(division.test) or features.split_names()):
@@ -193,6 +196,33 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
             )
         )
     return tuple(classes)
+
+
+def _in_order(
+    learned: tuple[str, ...], known: Sequence[str], order: Sequence[str] | None, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The classes to learn in the order that was given, if one was.
+
+    Raises:
+        UsageError: The order and the images' classes are not the same.
+    """
+    if order is None:
+        return learned
+    for name in order:
+        if name not in known:
+            raise unknown("class", name, known, where=f"the order {' < '.join(order)}")
+    lacking = [name for name in known if name not in order]
+    if lacking:
+        raise UsageError(
+            Message(
+                f"the order {' < '.join(order)} leaves out classes that images have: {first_names(lacking)}; name all in ",
+                Option("ordered"), ", or take their labels away",
+            )
+        )  # fmt: skip
+    unlearned = [name for name in order if name not in learned]
+    if unlearned:
+        say(f"no training image is of {', '.join(unlearned)}: the head learns the order of the others")
+    return tuple(name for name in order if name in learned)
 
 
 def _learnable_labels(

@@ -91,6 +91,7 @@ class Task:
         seed: of all draws.
         executor: does what can be done elsewhere.
         targets: (n,) numbers to learn, or (n, K) labels: 1 present, 0 absent, NaN unknown; None for classes.
+        is_ordered: whether the classes are in an order, the lowest first.
     """
 
     features: FeatureSet
@@ -102,6 +103,7 @@ class Task:
     seed: int
     executor: Executor = field(default_factory=LocalExecutor)
     targets: npt.NDArray[Any] | None = None
+    is_ordered: bool = False
 
     @property
     def is_numeric(self) -> bool:
@@ -165,7 +167,8 @@ class Task:
     def _learned(self) -> dict[str, Any]:
         rows = self.division.final
         if self.targets is None:
-            return {"classes": class_counts(self.codes[rows], self.classes)}
+            counts = class_counts(self.codes[rows], self.classes)
+            return {"classes": counts, **({"ordered": list(self.classes)} if self.is_ordered else {})}
         if self.is_multilabel:
             return {"classes": {}, "multilabel": counts_of_labels(self.targets[rows], self.classes)}
         return {"classes": {}, "target": spread_of(self.targets[rows])}

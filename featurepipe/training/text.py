@@ -19,7 +19,12 @@ from featurepipe.heads.statistics.screening import screening_text
 from featurepipe.progress import spoken
 
 _CLASSES_SHOWN = 10
-_MEASURES = {"rmse": "RMSE", "map": "mean average precision", "accuracy": "accuracy"}
+_MEASURES = {
+    "rmse": "RMSE",
+    "map": "mean average precision",
+    "accuracy": "accuracy",
+    "quadratic_kappa": "quadratic weighted kappa",
+}
 
 
 def cost_text(found: Mapping[str, Any]) -> str:
@@ -70,13 +75,14 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
         if "target" in found
         else _labels(found["multilabel"])
         if "multilabel" in found
-        else f"{len(classes):,} classes: {shown}{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
+        else f"{len(classes):,} {'ordered ' if 'ordered' in found else ''}classes: {shown}"
+        f"{', ...' if len(classes) > _CLASSES_SHOWN else ''}",
         found["split"],
     ]
 
 
 def _trials(trials: list[Mapping[str, Any]]) -> str:
-    measure = next(name for name in ("rmse", "map", "accuracy") if all(name in trial for trial in trials))
+    measure = next(name for name in _MEASURES if all(name in trial for trial in trials))
     rows = [
         [
             ", ".join(f"{k}={v}" for k, v in trial["params"].items()),

@@ -18,7 +18,7 @@ from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components
+from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components, order_of
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -35,6 +35,7 @@ def train(
     dataset: str | None = None,
     nodes: str | Sequence[str] = "bottleneck",
     head: str | None = None,
+    ordered: str | Sequence[str] | None = None,
     out: str | PathLike[str],
     backbone: str | None = None,
     snapshot: str | None = None,
@@ -77,6 +78,9 @@ def train(
         dataset: a dataset in it; may be left out if there is only one.
         nodes: the column, or several to put side by side; ``recommended`` for the one that `featurepipe.depth` recommends.
         head: a name of `featurepipe.heads.families.FAMILIES`, by default ``logistic``, or ``ridge`` for a ``target``.
+        ordered: the classes in their order, the lowest first, as names or as ``"low<mid<high"``: the head is then a logistic
+            regression of each step between them (`featurepipe.heads.linear.ordinal`), parameters are searched by quadratic
+            weighted kappa, and that is measured.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         backbone: as in `FeatureStore.features`, where the store holds several.
         snapshot: run id of an older snapshot of the dataset; by default the current one.
@@ -135,10 +139,11 @@ def train(
         ClusterError: there is no such cluster, none of its workers can be used, or too many of them were lost.
     """
     start = time.perf_counter()
+    kind = "continuous" if target is not None else "multilabel" if multilabel else "multiclass"
     options = TrainOptions(
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
-        head=head
-        or DEFAULT_HEADS["continuous" if target is not None else "multilabel" if multilabel else "multiclass"],
+        head=head or DEFAULT_HEADS["ordinal" if ordered is not None else kind],
+        ordered=order_of(ordered),
         label=label,
         group=group,
         split_column=split_column,
@@ -163,7 +168,10 @@ def train(
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     if cluster is not None:
         source = FeatureStore(source.path.absolute(), create=False)  # workers have other working folders
-    recipe = Recipe(str(options.head), dict(params or {}), options.pca, class_weight, seed, options.target_type)
+    order = {} if options.ordered is None else {"order": list(options.ordered)}
+    recipe = Recipe(
+        str(options.head), {**order, **(params or {})}, options.pca, class_weight, seed, options.target_type
+    )
     task = settle(
         source,
         dataset,

@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline
 
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
+from featurepipe.heads.statistics.regression import quadratic_kappa
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
@@ -38,10 +39,12 @@ class Trial:
 
     Attributes:
         params: of the final estimator.
-        accuracy: mean over the folds; of numbers the root mean squared error, of several labels the mean average precision.
+        accuracy: mean over the folds; of numbers the root mean squared error, of several labels the mean average precision, of
+            ordered classes the quadratic weighted kappa.
         folds: the same on each fold's validation rows.
         learned: parameters that the fit itself found, such as the number of trees.
-        measure: ``accuracy``; ``rmse`` where numbers are learned; ``map``, the mean average precision, of several labels.
+        measure: ``accuracy``; ``rmse`` where numbers are learned; ``map``, the mean average precision, of several labels;
+            ``quadratic_kappa`` of ordered classes.
     """
 
     params: Mapping[str, Any]
@@ -124,6 +127,7 @@ def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapp
     """Whether one pass should serve all fits. Small ones are sooner fitted each by itself, if the workers of a cluster can."""
     if (
         task.targets is not None
+        or task.is_ordered
         or task.cost.solver != "blocks"
         or recipe.head not in SHARED_PASSES
         or set(grid) != {"C"}
@@ -226,6 +230,7 @@ def _each_by_itself(
         how = f"each by itself, {jobs} at a time"
     each = len(folds)
     measure = "rmse" if task.is_numeric else "map" if task.is_multilabel else "accuracy"
+    measure = "quadratic_kappa" if task.is_ordered else measure
     return [_trial(params, results[i * each : (i + 1) * each], measure) for i, params in enumerate(points)], how
 
 
@@ -280,7 +285,16 @@ def _plain(head: BaseEstimator, data: Any, train: Array, check: Array) -> tuple[
         if answers.ndim == 2:
             return _mean_average_precision(head, (features, answers), weights, others, truth), {}
         head.fit(features, answers, **weighted(head, weights))
-    return _quality(head.predict(others), truth), {}
+    order = getattr(steps_of(head)[-1][1], "order", None)
+    return _quality(head.predict(others), truth) if order is None else _kappa(head.predict(others), truth, order), {}
+
+
+def _kappa(predicted: Array, truth: Array, order: Sequence[str]) -> float:
+    """The quadratic weighted kappa of ordered classes; 0 where one class is true and predicted throughout, which says nothing."""
+    places = {name: place for place, name in enumerate(order)}
+    codes = [np.array([places[name] for name in names.tolist()]) for names in (truth, predicted)]
+    found = quadratic_kappa(codes[0], codes[1], len(order))
+    return 0.0 if np.isnan(found) else found
 
 
 def _mean_average_precision(

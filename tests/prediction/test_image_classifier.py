@@ -182,6 +182,23 @@ def test_softmax_of_the_logits_over_the_temperature_is_the_probability(exact_alb
     assert module.classes == list(bundle.classes)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_module_of_ordered_classes_gives_their_probabilities(exact_album, classes):
+    values = exact_album.features().read(np.float32)
+    sums = values @ np.random.default_rng(0).standard_normal(values.shape[1])
+    order = ["low", "mid", "high"][:classes]
+    labels = np.array(order)[np.searchsorted(np.quantile(sums, [0.4, 0.7][: classes - 1]), sums)]
+    head = make_head("logistic", target_type="ordinal", order=order).fit(values, labels)
+    bundle = replace(exact_album.bundle(), head=head, classes=tuple(order), ordered=True, temperature=2.0)
+    logits = torch.from_numpy(logits_of(bundle, exact_album.paths()))
+    found = torch.softmax(logits / 2.0, dim=1).numpy()
+    np.testing.assert_allclose(found, bundle.probabilities(exact_album.features()), rtol=2e-3, atol=1e-5)
+    assert (
+        list(ImageClassifier.load(bundle).predict(exact_album.paths()))
+        == bundle.predict(exact_album.features()).tolist()
+    )
+
+
 def test_the_module_takes_normalised_floats_as_well(exact_album):
     module = ImageClassifier.load(exact_album.bundle()).to_torch()
     preprocessing = load_backbone("lenet5", "none").preprocessing

@@ -35,6 +35,7 @@ OURS = (
     "featurepipe.heads.linear.multilabel.MultilabelLinearSVC",
     "featurepipe.heads.linear.multilabel.MultilabelLogisticRegression",
     "featurepipe.heads.linear.multilabel.MultilabelRidge",
+    "featurepipe.heads.linear.ordinal.OrdinalLogisticRegression",
     "featurepipe.heads.multilabel.MultilabelNeighbours",
     "featurepipe.heads.multilabel.MultilabelTrees",
     "featurepipe.heads.neighbours.BlockNeighbours",

@@ -78,6 +78,7 @@ class Bundle:
         threshold: Of two classes, from which probability (``value``) on an image is labelled ``positive`` (a class, and
             ``negative`` the other), and how that was chosen: ``wish``, ``margin``, ``reached``, ``reason``, ``images`` and
             ``rates``. None if the label is the more probable class.
+        ordered: Whether the classes are in an order, the lowest first.
         weights_file: The backbone's own weights inside the bundle, if it has them. Set by ``read_bundle``.
         software: Versions it was written with. Set by ``read_bundle``.
     """
@@ -98,6 +99,7 @@ class Bundle:
     grouping: dict[str, Any] | None = None
     target: dict[str, Any] | None = None
     threshold: dict[str, Any] | None = None
+    ordered: bool = False
     weights_file: Path | None = None
     software: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -462,6 +464,8 @@ def plain_record(bundle: Bundle) -> dict[str, Any]:
         record["target"] = plain(bundle.target, "target")
     if bundle.grouping is not None:
         record["grouping"] = plain(bundle.grouping, "grouping")
+    if bundle.ordered:
+        record["ordered"] = True
     if bundle.threshold is not None:
         record["threshold"] = plain(bundle.threshold, "threshold")
     return {
@@ -610,6 +614,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "classes",
         "target",
         "threshold",
+        "ordered",
         "temperature",
     )
     found = {name: getattr(bundle, name) for name in (*names, "metrics", "training", "software")}
@@ -641,7 +646,9 @@ def bundle_text(bundle: Bundle) -> str:
         "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
         "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
         "labels": f"{len(bundle.classes):,}: {_classes(bundle.classes)}" if bundle.target_type == MULTILABEL else "",
-        "classes": "" if bundle.target else f"{len(bundle.classes):,}: {_classes(bundle.classes)}",
+        "classes": ""
+        if bundle.target
+        else f"{len(bundle.classes):,}: {_classes(bundle.classes, ordered=bundle.ordered)}",
         "target": _target(bundle),
         "threshold": threshold_text(bundle.threshold) if bundle.threshold else "",
         "trained": _training(bundle),
@@ -737,9 +744,9 @@ def _space(bundle: Bundle) -> str:
     return ", ".join([*known, f"space {bundle.fingerprint[:12]}"])
 
 
-def _classes(classes: tuple[str, ...]) -> str:
+def _classes(classes: tuple[str, ...], *, ordered: bool = False) -> str:
     names = [name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..." for name in classes[:_CLASSES_SHOWN]]
-    return ", ".join([*names, "..."] if len(classes) > len(names) else names)
+    return (" < " if ordered else ", ").join([*names, "..."] if len(classes) > len(names) else names)
 
 
 def _training(bundle: Bundle) -> str:

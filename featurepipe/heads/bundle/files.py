@@ -235,7 +235,9 @@ def _check_entries(content: Mapping[str, Any], place: Path) -> None:
 
 
 def _check_target(content: Mapping[str, Any], place: Path) -> None:
-    """Checks what a bundle says of the number or the labels that it predicts, if it says so."""
+    """Checks what a bundle says of the number, the labels or the order of classes that it predicts, if it says so."""
+    if content.get("ordered", True) is not True or ("ordered" in content and content.get("target") is not None):
+        raise BundleError(f"{place} is damaged: 'ordered' is true, and of classes, where it is there; {_AGAIN}")
     target: Any = content.get("target")
     kind = target.get("type") if isinstance(target, dict) else target
     if target is not None and (

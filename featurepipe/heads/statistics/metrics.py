@@ -13,6 +13,7 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
 from featurepipe.heads.statistics.group_intervals import GroupSums, units_of
+from featurepipe.heads.statistics.regression import kappa_limits, quadratic_kappa
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -35,6 +36,7 @@ def score_table(
     ids: Ids = None,
     groups: Groups = None,
     predicted: npt.ArrayLike | None = None,
+    ordered: bool = False,
     top: Sequence[int] = (5,),
     bootstrap: int = 1000,
     seed: int = 0,
@@ -57,6 +59,8 @@ def score_table(
             independent groups (``heads.statistics.group_intervals``). None if each image is by itself.
         predicted: (n,) positions of the classes that are predicted, where that is not the most probable one, as with a threshold.
             Log-loss, AUC, calibration error and top-k accuracies are of the probabilities whatever is predicted.
+        ordered: Whether ``classes`` are in an order, the lowest first: then ``quadratic_kappa`` is measured, too, Cohen's kappa
+            with quadratic weights, scikit-learn's ``cohen_kappa_score(weights="quadratic")`` (`heads.statistics.regression`).
         top: Which top-k accuracies to give.
         bootstrap: Draws behind the interval of the calibration error; 0 for no intervals at all.
         seed: Of the draws.
@@ -101,6 +105,7 @@ def score_table(
     if bootstrap and one_group:
         for name in values:
             table[name].setdefault("reason", "no interval: all images are of one group, which tells nothing of others")
+    table |= {"quadratic_kappa": _kappa(images, groups, draws=bootstrap, seed=seed)} if ordered else {}
     confusion = images.confusion()
     table["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": intervals.LEVEL}
     table["untested"] = [name for name, count in zip(names, images.support, strict=True) if not count]
@@ -214,6 +219,21 @@ def _limits_of_groups(
     return limits
 
 
+def _kappa(images: _Images, groups: Groups, *, draws: int, seed: int) -> dict[str, Any]:
+    """The quadratic weighted kappa of ordered classes."""
+    value = quadratic_kappa(images.codes, images.predicted, images.classes)
+    units = None if groups is None else units_of(groups, len(images.codes))
+    limits = (
+        kappa_limits(images.codes, images.predicted, images.classes, units=units, draws=draws, seed=seed)
+        if draws
+        else None
+    )
+    found = _with_interval(value, limits)
+    if np.isnan(value):
+        return found | {"reason": "one and the same class is true and predicted throughout"}
+    return found | ({"reason": "no interval: there are too few images, or groups"} if draws and limits is None else {})
+
+
 def _checked(
     probabilities: npt.ArrayLike, codes: npt.ArrayLike, classes: Sequence[str], ids: Ids
 ) -> tuple[Probabilities, Codes]:
@@ -314,6 +334,7 @@ _TITLES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
+    "quadratic_kappa": "quadratic weighted kappa",
     "auc": "AUC, one vs rest",
     "log_loss": "log-loss",
     "ece": "calibration error",

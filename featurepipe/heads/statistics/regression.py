@@ -17,6 +17,7 @@ from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
 
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
 _LEAST_UNITS = 5  # images or groups below which resampling says nothing
+_PSEUDO = 2  # images (or groups) that agree by chance, beside those resampled for a kappa
 _MOST_GRADES = 30  # whole numbers in a row that may be grades of a scale
 
 Floats = npt.NDArray[np.float64]
@@ -118,6 +119,64 @@ def quadratic_kappa(truth: Codes, predicted: Codes, grades: int, weights: Floats
     squares = np.subtract.outer(np.arange(grades), np.arange(grades)) ** 2
     expected = float((squares * chance).sum())
     return max(-1.0, 1 - float((squares * counts).sum()) / expected) if expected else float("nan")
+
+
+def kappa_limits(
+    truth: Codes, predicted: Codes, grades: int, *, units: Codes | None = None, draws: int, seed: int
+) -> Limits | None:
+    """The 95 % interval of the quadratic weighted kappa, from resampled images, or whole groups where these are given.
+
+    Two pseudo-images (or groups of average size) that agree by chance alone are resampled with the others, as Agresti & Coull
+    1998 add two successes and two failures: a test set without a mistake does not become certain. Levels are expanded for few
+    units, as those of ``number_table``. Quantiles are taken as they are and about the value, whichever reach further.
+
+    Args:
+        truth: (n,) grades from 0 to ``grades - 1``.
+        predicted: (n,) the same.
+        grades: How many there are.
+        units: (n,) number of each image's group; None if each image is by itself.
+        draws: How many resamples.
+        seed: Of the draws.
+
+    Returns:
+        None where the kappa has no value, or there are fewer than 5 images (or groups).
+    """
+    value, cells = quadratic_kappa(truth, predicted, grades), truth * grades + predicted
+    count = len(truth) if units is None else int(units.max()) + 1
+    if np.isnan(value) or count < _LEAST_UNITS:
+        return None
+    whole = np.bincount(cells, minlength=grades**2).astype(np.float64)
+    pairs = whole.reshape(grades, grades)
+    chance = (np.outer(pairs.sum(axis=1), pairs.sum(axis=0)) / len(truth)).reshape(-1)
+    rng = np.random.default_rng(seed)
+    share = count / (count + _PSEUDO)
+    if units is None:
+        drawn = rng.multinomial(count, share * (whole + _PSEUDO * chance / count) / count, size=draws).astype(
+            np.float64
+        )
+    else:
+        drawn = np.empty((draws, grades**2))
+        for number in range(draws):
+            times = np.bincount(rng.integers(count + _PSEUDO, size=count), minlength=count + _PSEUDO)
+            drawn[number] = np.bincount(cells, times[units], grades**2) + times[count:].sum() * chance / count
+    kappas = _kappas(drawn, grades)
+    kappas = kappas[np.isfinite(kappas)]
+    if not len(kappas):
+        return None
+    tail = float(ndtr(np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - LEVEL) / 2)))
+    low, high = (float(end) for end in np.quantile(kappas, (tail, 1 - tail)))
+    moved = value - float(_kappas((share * (whole + _PSEUDO * chance / count))[None], grades)[0])
+    return max(-1.0, min(low, low + moved, value)), min(1.0, max(high, high + moved, value))
+
+
+def _kappas(counts: Floats, grades: int) -> Floats:
+    """The quadratic weighted kappa of each of (m, grades ** 2) counts of true and predicted grades."""
+    tables = counts.reshape(-1, grades, grades)
+    squares = np.subtract.outer(np.arange(grades), np.arange(grades)) ** 2
+    chance = tables.sum(axis=2)[:, :, None] * tables.sum(axis=1)[:, None] / tables.sum(axis=(1, 2))[:, None, None]
+    expected = (squares * chance).sum(axis=(1, 2))
+    found = (squares * tables).sum(axis=(1, 2))
+    return np.asarray(1 - np.divide(found, expected, out=np.full(len(tables), np.nan), where=expected > 0))
 
 
 def _measures(guesses: Floats, truth: Floats) -> dict[str, Measure]:
