@@ -47,13 +47,13 @@ CASES = {
     "train": (
         TRAIN,
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
-        "--label class --group patient --split-column fold --weight w --split s "
+        "--label class --ordered low<high --group patient --split-column fold --weight w --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
+            "ordered": ("low", "high"), "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
             "weight": "w", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
@@ -66,7 +66,7 @@ CASES = {
         "train kept --out bundle --target age --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "split_column": None,
+            "ordered": None, "labels": None, "label": None, "group": None, "split_column": None,
             "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
@@ -79,7 +79,7 @@ CASES = {
         "train kept --out bundle --multilabel red,round --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
+            "ordered": None, "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
             "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
