@@ -53,7 +53,8 @@ CASES = {
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
-            "ordered": ("low", "high"), "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
+            "ordered": ("low", "high"),
+            "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
             "weight": "w", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
@@ -66,7 +67,8 @@ CASES = {
         "train kept --out bundle --target age --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "ordered": None, "labels": None, "label": None, "group": None, "split_column": None,
+            "ordered": None,
+            "labels": None, "label": None, "group": None, "split_column": None,
             "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
@@ -79,7 +81,8 @@ CASES = {
         "train kept --out bundle --multilabel red,round --quiet",
         {
             "store": "kept", "dataset": None, "nodes": ("bottleneck",), "backbone": None, "head": None, "out": "bundle",
-            "ordered": None, "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
+            "ordered": None,
+            "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
             "weight": None, "split": None,
             "params": {}, "tune": False,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
