@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
     from featurepipe.heads.families import make_head
+    from featurepipe.images.regions import region
     from featurepipe.jobs.run import run_job
     from featurepipe.layer_depth.depth import depth
     from featurepipe.monitoring.drift import drift
@@ -39,6 +40,7 @@ __all__ = [
     "load_backbone",
     "make_head",
     "predict",
+    "region",
     "report",
     "run_job",
     "train",
@@ -56,6 +58,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "make_head": "heads.families",
     "predict": "prediction.predict",
+    "region": "images.regions",
     "report": "reporting.from_store",
     "run_job": "jobs.run",
     "train": "training.train",

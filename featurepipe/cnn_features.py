@@ -32,7 +32,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     Images are a list, array, Series or one-column DataFrame of paths (or URLs), a list of PIL images, or arrays: a list
     of (H, W) and (H, W, 3), or one array (N, H, W) or (N, H, W, 3), of uint8 or of other numbers for which ``intensity`` is
-    asked.
+    asked. For boxes in images, a list of `featurepipe.region` of any of these.
 
     With a store, features are looked up by the images' content, and only those that are missing are computed and kept: a
     grid search over heads extracts once, and images that ``featurepipe extract`` has seen cost no forward. To know its

@@ -24,6 +24,7 @@ from featurepipe.backbones.engine import Engine
 from featurepipe.cnn_features import NAME, CNNFeatures
 from featurepipe.errors import UsageError
 from featurepipe.extraction.extract import extract
+from featurepipe.images.regions import region
 from featurepipe.store import FeatureStore, compact_store, gc_store
 
 COUNT = 24
@@ -74,6 +75,44 @@ def computed(store):
 
 
 # Values
+
+
+def test_regions_are_items_of_a_list(paths, tmp_path):
+    boxes = [(0, 0, 20, 20), (10, 5, 30, 30), (0, 0, 20, 20)]
+    regions = [region(paths[0], box) for box in boxes] + [region(pixels(1), (0.5, 0, 0.5, 1), unit="share"), paths[2]]
+    crops = [pixels(0)[:20, :20], pixels(0)[5:35, 10:40], pixels(0)[:20, :20], pixels(1)[:, 20:], pixels(2)]
+    expected = CNNFeatures(**LENET).fit_transform(crops)
+    np.testing.assert_allclose(CNNFeatures(**LENET).fit_transform(regions), expected, rtol=1e-5, atol=1e-6)
+    kept = CNNFeatures(**LENET, store=tmp_path / "store", precision="fp32", dtype="float32").fit(regions)
+    np.testing.assert_allclose(kept.transform(regions), expected, rtol=1e-5, atol=1e-6)
+    kept.transform(regions)
+    assert computed(tmp_path / "store") == [4]  # two are the same box
+    manifest = tmp_path / "boxes.csv"
+    manifest.write_text("path,box\n" + "".join(f"{paths[0]},{' '.join(map(str, box))}\n" for box in boxes))
+    options = {"backbone": "lenet5", "weights": "none", "silent": True}
+    assert extract(manifest, tmp_path / "store", **options)["counts"]["computed"] == 0
+    assert extract(regions, tmp_path / "store", dataset="list", **options)["counts"]["computed"] == 0
+    ids = FeatureStore(tmp_path / "store").snapshot("list")["id"].to_pylist()
+    assert ids == [f"{paths[0]}#1", f"{paths[0]}#2", f"{paths[0]}#3", "000003", paths[2]]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (((1, 2, 3),), "box .1, 2, 3. is not four numbers"), (("abcd",), "is not four numbers"), ((None,), "is not four numbers"),
+    (((1, 2, 3, 4), "inches"), "unknown unit 'inches' of a box; choices: pixels, share"),
+    (((1, 2, 3, 4), "pixels", -1), "margin=-1: give a share"),
+])  # fmt: skip
+def test_regions_that_are_none(arguments, said):
+    box, *others = arguments
+    with pytest.raises(UsageError, match=said):
+        region("a.png", box, **dict(zip(("unit", "margin"), others, strict=False)))
+
+
+def test_a_region_without_pixels_is_named(paths):
+    wrong = [paths[1], region(paths[0], (50, 0, 5, 5))]
+    with pytest.raises(
+        UsageError, match=r"image 1 \(.*00.png#50.0 0.0 5.0 5.0 pixels 0.0\) cannot be used: box: .*outside"
+    ):
+        CNNFeatures(**LENET).fit_transform(wrong)
 
 
 def test_values_are_those_of_extract_and_the_store(folder, paths, expected, tmp_path):

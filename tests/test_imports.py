@@ -55,6 +55,7 @@ def test_the_public_surface_is_what_it_was():
         "load_backbone",
         "make_head",
         "predict",
+        "region",
         "report",
         "run_job",
         "train",

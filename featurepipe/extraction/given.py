@@ -19,10 +19,11 @@ from featurepipe.images import MemorySource
 from featurepipe.images.files import is_url
 from featurepipe.images.listing import printable
 from featurepipe.images.memory import Item, is_pillow
+from featurepipe.images.regions import Region
 
 _CHOICES = (
     "give a list, array, Series or one-column DataFrame of paths, a list of PIL images or of arrays (H, W) or (H, W, 3) of "
-    "pixels, best uint8, or one such array (N, H, W) or (N, H, W, 3)"
+    "pixels, best uint8, or one such array (N, H, W) or (N, H, W, 3); or a list of featurepipe.region(image, box)"
 )
 _CHANNELS = (1, 3, 4)
 _NAMED = 5
@@ -125,6 +126,9 @@ def _items_of_array(images: np.ndarray) -> Sequence[Any]:
 
 
 def _id_of(position: int, item: Any) -> str:
+    if isinstance(item, Region):
+        id_ = _id_of(position, item.image)
+        return id_ if id_.startswith("#") else f"{id_}#{item.box.text}"
     if isinstance(item, str | os.PathLike):
         path = os.fspath(item)
         if isinstance(path, bytes):

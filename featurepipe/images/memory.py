@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, Union
 
 import numpy as np
@@ -18,6 +19,7 @@ from featurepipe.images.files import read_file, stat_file
 from featurepipe.images.findings import Findings
 from featurepipe.images.intensity import SPARSE
 from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.regions import Payload, Region, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 
 if TYPE_CHECKING:
@@ -99,14 +101,15 @@ def _check_filled(image: Image) -> None:
         )
 
 
-Item = Union[bytes, str, os.PathLike[str], np.ndarray[Any, Any], "Image"]
+Item = Union[bytes, str, os.PathLike[str], np.ndarray[Any, Any], "Image", Region]
 
 
 class MemorySource(Source):
     """Images from a mapping id -> item, a sequence of items, or one array of all pixels.
 
-    An item is the bytes of an encoded file, an array of pixels, a PIL image, or a path or URL. In a sequence a path is
-    its own id; anything else is numbered. A PIL image is read as the array of its pixels, and keyed by them.
+    An item is the bytes of an encoded file, an array of pixels, a PIL image, or a path or URL; or a region of one of these. In a
+    sequence a path is its own id, the regions of one are ``path#1``, ``path#2``, ...; anything else is numbered. A PIL image is
+    read as the array of its pixels, and keyed by them.
 
     Args:
         images: The images; an array is (N,H,W) or (N,H,W,C), one image per row.
@@ -131,7 +134,7 @@ class MemorySource(Source):
         if isinstance(images, np.ndarray) and images.ndim not in (3, 4):
             raise UsageError(f"an array of shape {images.shape} holds no images; give (N, H, W) or (N, H, W, C)")
         self._items: Any = list(images.values()) if isinstance(images, Mapping) else images
-        ids = list(images) if isinstance(images, Mapping) else map(_id_of, range(len(images)), self._items)
+        ids = list(images) if isinstance(images, Mapping) else list(_ids_of(self._items))
         self._ids = [_name(id_) for id_ in ids]
         self._labels = _labels_of(labels, self._ids)
         self._unmatched = len(set(map(_name, labels)).difference(self._ids)) if isinstance(labels, Mapping) else 0
@@ -145,9 +148,15 @@ class MemorySource(Source):
             findings.notes.append(f"{counted(self._unmatched, 'label')} of ids that are no images, ignored")
         return findings.attach(table)
 
-    def read(self, locator: bytes) -> bytes | np.ndarray[Any, Any]:
+    def read(self, locator: bytes) -> Payload:
         """Reads one image; see :meth:`Source.read`."""
-        item = self._items[int.from_bytes(locator, "little")]
+        place, box = split_region(locator)
+        item = self._items[int.from_bytes(place, "little")]
+        image: Any = item.image if isinstance(item, Region) else item
+        found = self._read(image)
+        return found if box is None else Region(found, box)
+
+    def _read(self, item: Any) -> bytes | np.ndarray[Any, Any]:
         if is_pillow(item):
             return self._pillow.get()(item)
         if isinstance(item, str | os.PathLike):
@@ -159,9 +168,16 @@ class MemorySource(Source):
         return stored
 
     def _rows(self, findings: Findings) -> Iterator[Row]:
+        first: dict[object, int] = {}  # the place of each image, so that its regions have one locator before the box
         for index, (id_, label, item) in enumerate(zip(self._ids, self._labels, self._items, strict=True)):
-            size, mtime_ns = self._stat(item)
-            yield id_, findings.label(label, "image", id_), None, size, mtime_ns, index.to_bytes(8, "little")
+            label_ = findings.label(label, "image", id_)
+            if isinstance(item, Region):
+                image: Any = item.image
+                size, mtime_ns = self._stat(image)
+                place = first.setdefault(_same(image), index).to_bytes(8, "little")
+                yield id_, label_, None, size, stamp(mtime_ns, item.box), region_locator(place, item.box)
+            else:
+                yield id_, label_, None, *self._stat(item), index.to_bytes(8, "little")
 
     def _stat(self, item: Item) -> tuple[int, int]:
         if isinstance(item, str | os.PathLike) and self.only_under is not None:
@@ -170,8 +186,21 @@ class MemorySource(Source):
         return _stat_item(item)
 
 
-def _id_of(index: int, item: Item) -> str:
-    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"{index:06d}"
+def _ids_of(items: Iterable[Item]) -> Iterator[str]:
+    """The ids of a sequence's items."""
+    regions = Counter[str]()
+    for index, item in enumerate(items):
+        image = item.image if isinstance(item, Region) else item
+        id_ = os.fspath(image) if isinstance(image, str | os.PathLike) else f"{index:06d}"
+        if isinstance(item, Region) and isinstance(image, str | os.PathLike):
+            regions[id_] += 1
+            id_ = f"{id_}#{regions[id_]}"
+        yield id_
+
+
+def _same(image: Item) -> object:
+    """What is equal for regions of one image: its path, or else which object it is."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
 
 
 def _labels_of(labels: Mapping[str, object] | Sequence[object] | None, ids: Sequence[str]) -> Sequence[object]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
 
-from featurepipe.errors import Reject
+from featurepipe.errors import Reject, UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing needs none
     import torch
@@ -188,10 +189,41 @@ Whole = bytes | np.ndarray[Any, Any] | Frame
 
 
 class Region(NamedTuple):
-    """What a source reads of a region: the whole image, and the box in it."""
+    """What a source reads of a region: the whole image, and the box in it; of a user, the image may be a path or of Pillow."""
 
     image: Whole
     box: Box
+
+
+def region(image: Any, box: Sequence[float], *, unit: str = "pixels", margin: float = 0.0) -> Region:
+    """One box of an image, for a list of images: of `CNNFeatures`, `ImageClassifier` or `extract`.
+
+    Consecutive regions of one path, or of one object, are read and decoded once.
+
+    Args:
+        image: A path or URL, a PIL image, an array of pixels, or the bytes of a file.
+        box: x, y, width and height, from the outer corner of the upright image's first pixel.
+        unit: ``pixels``, or ``share`` of the image's width and height.
+        margin: What is added on each side, as a share of the box's longer side.
+
+    Raises:
+        UsageError: The box is not four numbers, the unit is unknown, or the margin is negative.
+
+    Example:
+        >>> region("photo.jpg", (10, 20, 30, 40)).box.text
+        '10.0 20.0 30.0 40.0 pixels 0.0'
+    """
+    if unit not in UNITS:
+        raise UsageError(f"unknown unit {unit!r} of a box; choices: {', '.join(UNITS)}")
+    if not 0 <= margin < math.inf:
+        raise UsageError(f"margin={margin!r}: give a share of the box's longer side from 0")
+    try:
+        found = Boxes(None, "share" if unit == "share" else "pixels", float(margin)).box(tuple(box))
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None:
+        raise UsageError(f"box {box!r:.100} is not four numbers; give (x, y, width, height)")
+    return Region(image, found)
 
 
 Payload = Whole | Region

@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import io
+import json
 import pickle
 import tarfile
 import threading
+import zipfile
 
 import boto3
 import fsspec
@@ -16,6 +18,7 @@ from werkzeug.serving import make_server
 
 from featurepipe.errors import Reject, SourceError, Unavailable
 from featurepipe.images import open_source
+from featurepipe.images.regions import Box, Region
 
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 DENIED = b"<Error><Code>InvalidAccessKeyId</Code><Message>The key does not exist in our records.</Message></Error>"
@@ -101,6 +104,35 @@ def tar(members):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def test_boxes_of_images_there(bucket, server, tmp_path):
+    files = {f"train2017/{name}.png": name.encode() * 9 for name in "ab"}
+    for name, content in files.items():
+        bucket(name, content)
+    document = {
+        "images": [{"id": n, "file_name": f"{name}.png"} for n, name in enumerate("ab")],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": n, "category_id": 1, "bbox": [n, 2, 3, 4]} for n in (1, 0, 1)],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    bucket("annotations/instances_train2017.json", (tmp_path / "boxes.json").read_bytes())
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    bucket("images.zip", archive.getvalue())
+    (tmp_path / "boxes.csv").write_text("path,box\na.png,0 2 3 4\nb.png,1 2 3 4\nb.png,1 2 3 4\n")
+    for spec, images in (
+        ("s3://pile/annotations/instances_train2017.json", None), (tmp_path / "boxes.json", "s3://pile/train2017"),
+        (tmp_path / "boxes.json", "s3://pile/images.zip"), (tmp_path / "boxes.csv", "s3://pile/train2017/"),
+    ):  # fmt: skip
+        with pickle.loads(pickle.dumps(open_source(spec, images=images))) as source:
+            assert contents(source) == {
+                "a.png#1": Region(b"a" * 9, Box(0, 2, 3, 4)), "b.png#1": Region(b"b" * 9, Box(1, 2, 3, 4)),
+                "b.png#2": Region(b"b" * 9, Box(1, 2, 3, 4)),
+            }  # fmt: skip
+            assert source.scan()["size"].to_pylist() == [9, 9, 9]
 
 
 def contents(source):
