@@ -54,7 +54,7 @@ class Option:
 Spelling: TypeAlias = Callable[[Option], str]
 """How a front end writes an option."""
 
-_ON_COMMAND_LINE = {"nodes": "node", "params": "set"}  # given once for each, there
+_ON_COMMAND_LINE = {"nodes": "node", "columns": "node", "params": "set"}  # given once for each, there
 
 
 def on_command_line(option: Option) -> str:

@@ -35,6 +35,7 @@ class Declaration:
         metavar: What its values look like on the command line; by default the choices, or ``N`` for a number.
         check: What its values must be, besides of their type.
         read: Makes the value of what people write, as ``"1h30m"`` is a number of seconds; None if that is the value.
+        repeated: Whether the command line takes it several times, and ``read`` gets a tuple of texts.
         recorded: What a record keeps of a value, where that is not the value; None if it is.
         is_path: Whether a text is a path, which a job file gives relative to its own folder; None if none is.
         name: Its name in Python.
@@ -47,6 +48,7 @@ class Declaration:
     metavar: str = ""
     check: Check | None = None
     read: Callable[[Any], Any] | None = None
+    repeated: bool = False
     recorded: Callable[[Any], Any] | None = None
     is_path: Callable[[str], bool] | None = None
     name: str = ""
@@ -142,6 +144,11 @@ def _plain(value: Any) -> Any:
     if is_number(value):
         return int(value)  # NumPy's, too
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def file_or_kind(given: Any) -> str:
+    """What a record says of what may be a file or an object of Python, which may be as long as the dataset."""
+    return os.fspath(given) if isinstance(given, str | os.PathLike) else f"given as a {type(given).__name__}"
 
 
 def by_commas(text: str) -> tuple[str, ...]:

@@ -9,28 +9,29 @@ from featurepipe.cli.options import (
     Commands,
     add_cluster,
     add_command,
-    add_dataset,
     add_json,
-    add_labels,
-    add_last,
     add_options,
     add_quiet,
     add_store,
-    add_trust_code,
     cluster,
+    counted,
     existing_store,
+    given,
     options,
 )
 from featurepipe.cli.output import say, show, this_command
-from featurepipe.errors import Option, UsageError, on_command_line
+from featurepipe.errors import UsageError
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
-from featurepipe.layer_depth.options import DepthOptions
-from featurepipe.option_groups import declared
+from featurepipe.layer_depth.options import AnsweredOptions, ComparedOptions, DepthOptions
+from featurepipe.reporting.options import FindingsOptions, NightsOptions
+from featurepipe.store.options import TrustOption
 
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
 """Options of extraction that `featurepipe.depth` passes on."""
 NOT_OF_DEPTH = ("dtype", "decode")
+DEPTH_GROUPS = (ComparedOptions, DepthOptions, AnsweredOptions)
+"""Options of `featurepipe.depth` itself, in the order of the help; consent to code follows those of extraction."""
 
 
 def add_depth(commands: Commands) -> None:
@@ -42,19 +43,9 @@ def add_depth(commands: Commands) -> None:
     )  # fmt: skip
     option = command.add_argument
     option("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, compared as it is")
-    option("--store", metavar="DIR", help="where features of SOURCE go (default: features)")
-    option("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
-    option("--backbone", metavar="NAME", help="see featurepipe backbones (default: resnet50, or what STORE holds)")
-    option("--weights", default="DEFAULT", metavar="NAME|none|FILE", help="of the network, as for featurepipe extract")
-    option("--node", action="append", dest="nodes", metavar="auto|NODE[:POOLING]",
-           help="may be repeated; auto: the network's stages and its bottleneck (default: auto)")  # fmt: skip
-    add_options(command, DepthOptions)
-    option("--test-source", metavar="SOURCE",
-           help="images of the same classes from elsewhere, which heads are tested on, too")  # fmt: skip
-    add_labels(command, of="source")
-    option("--report", metavar="FILE.html", help="write the page: curves, tables, a map of the images, mistakes")
+    add_options(command, *DEPTH_GROUPS)
     add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH)
-    add_trust_code(command, "store")
+    add_options(command, TrustOption)
     option("--dry-run", action="store_true",
            help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
     add_cluster(command)
@@ -69,35 +60,15 @@ def run_depth(args: Namespace) -> int:
 
     result = depth(
         args.source,
-        args.store,
-        dataset=args.dataset,
-        backbone=args.backbone,
-        weights=args.weights,
-        nodes=args.nodes or "auto",
-        **options(args, DepthOptions),
-        test_source=args.test_source,
-        labels=args.labels,
+        **options(args, *DEPTH_GROUPS, TrustOption),
         extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH),
-        trust_code=args.trust_code,
         command=this_command(),
-        report=args.report,
         dry_run=args.dry_run,
         silent=args.quiet,
         **cluster(args),
     )
     show(args, result, plan_text if args.dry_run else text)
     return int(result.get("provenance", {}).get("exit_code", 0))
-
-
-NIGHTS = 30
-OF_NIGHTS = {"last": NIGHTS, "job": None}
-"""Options that only a page of nights takes, with their defaults."""
-OF_FINDINGS = {
-    **dict.fromkeys(("bundle", "dataset", "split", "source", "test_source")),
-    **{name: one.default for name, one in declared(SourceOptions).items()},
-    "labels": None,
-}
-"""Options that only a page of a comparison or a bundle takes, with their defaults."""
 
 
 def add_report(commands: Commands) -> None:
@@ -110,19 +81,9 @@ def add_report(commands: Commands) -> None:
     )
     option = command.add_argument
     add_store(command)
-    option("--bundle", metavar="BUNDLE",
-           help="report on this bundle, evaluated on the dataset, instead of the last comparison")  # fmt: skip
-    add_dataset(command)
-    option("--split", metavar="NAME", help="of the bundle's evaluation, as for featurepipe evaluate")
-    option("--source", metavar="SOURCE", help="the images, for thumbnails (default: where they were extracted from)")
-    option("--test-source", metavar="SOURCE", help="the same of the other source that a comparison was tested on")
-    add_options(command, SourceOptions)
-    option("--labels", metavar="FILE", help="the labels that were compared with, if they were not the dataset's")
+    add_options(command, FindingsOptions)
     option("--nights", action="store_true", help="the trend of the last runs instead: images, time, drift, rejects")
-    add_last(command, "nights", NIGHTS)
-    option(
-        "--job", metavar="NAME", help="of these nights, or a dataset that has no job (default: the one that ran last)"
-    )
+    add_options(command, NightsOptions, types={"last": counted})
     option("--to", required=True, metavar="FILE.html", help="the page to write")
     add_quiet(command)
 
@@ -136,16 +97,14 @@ def run_report(args: Namespace) -> int:
 
 def _check(args: Namespace) -> None:
     """Refuses options of the other kind of page, which would be passed over in silence."""
-    others = OF_FINDINGS if args.nights else OF_NIGHTS
-    given = [on_command_line(Option(name)) for name, default in others.items() if getattr(args, name) != default]
-    if given:
-        raise UsageError(f"{', '.join(given)}: {'not' if args.nights else 'only'} together with --nights")
+    if others := given(args, FindingsOptions if args.nights else NightsOptions):
+        raise UsageError(f"{', '.join(others)}: {'not' if args.nights else 'only'} together with --nights")
 
 
 def _nights(args: Namespace) -> Path:
     from featurepipe.reporting.nights import nights_report
 
-    return nights_report(existing_store(args), args.to, last=args.last, job=args.job, silent=args.quiet)
+    return nights_report(existing_store(args), args.to, **options(args, NightsOptions), silent=args.quiet)
 
 
 def _findings(args: Namespace) -> Path:
@@ -154,13 +113,7 @@ def _findings(args: Namespace) -> Path:
     return report(
         existing_store(args),
         args.to,
-        bundle=args.bundle,
-        dataset=args.dataset,
-        split=args.split,
-        source=args.source,
-        test_source=args.test_source,
-        labels=args.labels,
         command=this_command(),
         silent=args.quiet,
-        **options(args, SourceOptions),
+        **options(args, FindingsOptions),
     )

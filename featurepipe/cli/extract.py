@@ -16,9 +16,16 @@ from featurepipe.cli.options import (
 )
 from featurepipe.cli.output import show
 from featurepipe.extraction.limits import Limits
-from featurepipe.features.options import MachineOptions, NetworkOptions, RejectOptions, SettingOptions, SourceOptions
+from featurepipe.features.options import (
+    MachineOptions,
+    NetworkOptions,
+    RejectOptions,
+    SettingOptions,
+    SourceNameOption,
+    SourceOptions,
+)
 
-GROUPS = (NetworkOptions, SettingOptions, MachineOptions, SourceOptions, RejectOptions, Limits)
+GROUPS = (SourceNameOption, NetworkOptions, SettingOptions, MachineOptions, SourceOptions, RejectOptions, Limits)
 """All options of `featurepipe.extract`, in the order of the help."""
 
 
@@ -32,7 +39,6 @@ def add(commands: Commands) -> None:
     option("source", metavar="SOURCE",
            help="folder, .csv/.parquet/.jsonl manifest, .tar/.zip, IDX, .npz or .h5 arrays, or an fsspec URL")  # fmt: skip
     option("--store", required=True, metavar="DIR", help="the feature store; made when it does not exist")
-    option("--dataset", metavar="NAME", help="name of the source in the store (default: the source's own name)")
     add_options(command, *GROUPS)
     option("--dry-run", action="store_true",
            help="say what is new, how long it will take and how many bytes it needs; change nothing")  # fmt: skip
@@ -49,7 +55,6 @@ def run(args: Namespace) -> int:
     result = extract(
         args.source,
         args.store,
-        dataset=args.dataset,
         **options(args, *GROUPS),
         **cluster(args),
         dry_run=args.dry_run,

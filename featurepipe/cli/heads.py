@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import Any
 
 from featurepipe.cli.options import (
     Commands,
     add_cluster,
     add_command,
-    add_dataset,
     add_json,
-    add_labels,
     add_options,
     add_quiet,
-    add_raw_ids,
-    add_space,
     add_store,
-    add_trust_code,
     cluster,
     existing_store,
     options,
 )
 from featurepipe.cli.output import show
-from featurepipe.errors import UsageError
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import SourceOptions
-from featurepipe.prediction.options import BundleOptions
-from featurepipe.training.options import TrainOptions, value_of
+from featurepipe.option_groups import declared
+from featurepipe.prediction.options import BundleOptions, RawIdsOption
+from featurepipe.store.options import DatasetOption, SpaceOption
+from featurepipe.training.options import TrainOptions
 
-PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit)
-"""Options of `featurepipe.predict` about images and the network, in the order of the help."""
+PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit, RawIdsOption)
+"""All options of `featurepipe.predict`, in the order of the help."""
 
 
 def add_train(commands: Commands) -> None:
@@ -44,17 +38,10 @@ def add_train(commands: Commands) -> None:
     )  # fmt: skip
     option = command.add_argument
     add_store(command)
-    add_dataset(command)
-    add_space(command)
+    add_options(command, DatasetOption, SpaceOption)
     option("--out", required=True, metavar="BUNDLE",
            help="folder to write; an older bundle there is replaced at the very end")  # fmt: skip
-    add_labels(command)
-    add_options(command, TrainOptions)
-    option("--set", action="append", default=[], dest="params", metavar="NAME=VALUE",
-           help="a parameter of the head, such as C=0.1; may be repeated")  # fmt: skip
-    option("--weights", metavar="FILE",
-           help="the backbone's weights file, if it has one of your own: a copy goes into the bundle")  # fmt: skip
-    add_trust_code(command, "store")
+    add_options(command, TrainOptions, leave_out={*declared(DatasetOption), *declared(SpaceOption)})
     add_cluster(command)
     option("--dry-run", action="store_true", help="say which images, how much memory and how long; write nothing")
     add_quiet(command)
@@ -68,31 +55,14 @@ def run_train(args: Namespace) -> int:
 
     result = train(
         args.store,
-        dataset=args.dataset,
         out=args.out,
-        backbone=args.backbone,
-        labels=args.labels,
-        params=_parameters(args.params),
         **options(args, TrainOptions),
-        weights=args.weights,
-        trust_code=args.trust_code,
         dry_run=args.dry_run,
         silent=args.quiet,
         **cluster(args),
     )
     show(args, result, cost_text if args.dry_run else train_text)
     return 0
-
-
-def _parameters(settings: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as keyword arguments."""
-    found = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not name or not equals:
-            raise UsageError(f"--set {setting!r} is no NAME=VALUE; write for instance --set C=0.1")
-        found[name] = value_of(value)
-    return found
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -140,7 +110,6 @@ def add_predict(commands: Commands) -> None:
     option("source", metavar="SOURCE", help="as for featurepipe extract")
     option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
     add_options(command, *PREDICT_GROUPS)
-    add_raw_ids(command)
     add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
@@ -157,7 +126,6 @@ def run_predict(args: Namespace) -> int:
         args.to,
         **options(args, *PREDICT_GROUPS),
         **cluster(args),
-        raw_ids=args.raw_ids,
         silent=args.quiet,
     )
     show(args, result, text)

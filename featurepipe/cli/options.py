@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Collection, Sequence
-from types import NoneType
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType, NoneType
 from typing import Any, TypeAlias
 
 from featurepipe.errors import Option, on_command_line
@@ -35,24 +35,13 @@ def add_quiet(command: ArgumentParser, what: str = "messages on the way") -> Non
     command.add_argument("--quiet", action="store_true", help=f"no {what}")
 
 
-def add_raw_ids(command: ArgumentParser) -> None:
-    """``--raw-ids`` of a command that writes CSV files."""
-    command.add_argument(
-        "--raw-ids", action="store_true",
-        help="leave text in .csv as it is; by default what a spreadsheet would run as a formula gets an apostrophe",
-    )  # fmt: skip
-
-
-def add_trust_code(command: ArgumentParser, named_by: str) -> None:
-    """``--trust-code``: consent to code that a file of someone else may name."""
-    command.add_argument(
-        "--trust-code", action="store_true",
-        help=f"let a {named_by} of a package.module:factory network run that module",
-    )  # fmt: skip
-
-
-def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> None:
-    """Declares the options of groups, as the groups say them."""
+def add_options(
+    command: ArgumentParser,
+    *groups: type[OptionGroup],
+    leave_out: Collection[str] = (),
+    types: Mapping[str, Callable[[str], Any]] = MappingProxyType({}),
+) -> None:
+    """Declares the options of groups, as the groups say them; ``types`` are argparse's of some, where a number is too little."""
     for one in _of(groups, leave_out):
         say: dict[str, Any] = {"dest": one.name, "help": one.help.replace("%", "%%")}
         metavar = one.metavar or "|".join(one.choices)
@@ -61,10 +50,11 @@ def add_options(command: ArgumentParser, *groups: type[OptionGroup], leave_out: 
             flag, say["help"], say["action"] = f"--no-{flag[2:]}", f"do not {say['help']}", "store_false"
         elif one.default is False:
             say["action"] = "store_true"
-        elif tuple in one.types and one.read is None:
+        elif one.repeated or (tuple in one.types and one.read is None):
             say |= {"action": "append", "metavar": metavar}
         elif one.read is None and one.types <= {int, float, NoneType}:
-            say |= {"type": float if float in one.types else int, "metavar": metavar or "N", "default": one.default}
+            kind = types.get(one.name, float if float in one.types else int)
+            say |= {"type": kind, "metavar": metavar or "N", "default": one.default}
         else:
             say |= {"metavar": metavar, "default": None if one.read else one.default}
         command.add_argument(flag, **say)
@@ -79,8 +69,14 @@ def options(args: Namespace, *groups: type[OptionGroup], leave_out: Collection[s
     return {one.name: _value(one, getattr(args, one.name)) for one in _of(groups, leave_out)}
 
 
+def given(args: Namespace, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> list[str]:
+    """The options of groups that are not their defaults, as the command line spells them."""
+    asked = options(args, *groups, leave_out=leave_out)
+    return [on_command_line(Option(one.name)) for one in _of(groups, leave_out) if asked[one.name] != one.default]
+
+
 def _value(one: Declaration, given: Any) -> Any:
-    return one.default if given is None else one.read_from(given)
+    return one.default if given is None else one.read_from(tuple(given) if one.repeated else given)
 
 
 def _of(groups: Sequence[type[OptionGroup]], leave_out: Collection[str]) -> list[Declaration]:
@@ -110,36 +106,11 @@ def add_store(command: ArgumentParser) -> None:
     command.add_argument("store", metavar="STORE", help="the folder of features that featurepipe extract --store wrote")
 
 
-def add_last(command: ArgumentParser, what: str, number: int) -> None:
-    """``--last``: how many of the newest."""
-    command.add_argument(
-        "--last", type=counted, default=number, metavar="N", help=f"how many {what}, the newest (default: %(default)s)"
-    )
-
-
 def counted(text: str) -> int:
     """A number from 1, as argparse's ``type``."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no number from 1")
     return int(text)
-
-
-def add_dataset(command: ArgumentParser) -> None:
-    """``--dataset`` of a store that exists."""
-    command.add_argument("--dataset", metavar="NAME", help="default: the store's only dataset")
-
-
-def add_space(command: ArgumentParser, when: str = ", where the store holds several") -> None:
-    """``--backbone`` of features that exist."""
-    command.add_argument("--backbone", metavar="NAME", help=f"a backbone, a space's name or fingerprint{when}")
-
-
-def add_labels(command: ArgumentParser, of: str = "dataset") -> None:
-    """``--labels`` of one's own."""
-    command.add_argument(
-        "--labels", metavar="FILE",
-        help=f"labels to use instead of the {of}'s: .csv, .parquet or .jsonl with id and label",
-    )  # fmt: skip
 
 
 def existing_store(args: Namespace) -> Any:

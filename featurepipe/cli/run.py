@@ -12,10 +12,10 @@ from featurepipe.cli.options import (
     add_cluster,
     add_command,
     add_json,
-    add_last,
     add_quiet,
     add_store,
     cluster,
+    counted,
     existing_store,
 )
 from featurepipe.cli.output import show
@@ -56,7 +56,9 @@ def add(commands: Commands) -> None:
     )
     add_store(command)
     command.add_argument("run_id", nargs="?", metavar="RUN-ID", help="all of one run: an id, its beginning, or `last`")
-    add_last(command, "runs", 30)
+    command.add_argument(
+        "--last", type=counted, default=30, metavar="N", help="how many runs, the newest (default: %(default)s)"
+    )
     command.add_argument("--job", metavar="NAME", help="only runs of this job")
     command.add_argument(
         "--rejects", action="store_true", help="the images that cannot be used now, why, and since which run"

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featurepipe import summary
-from featurepipe.cli.options import Commands, add_command, add_dataset, add_json, add_space, add_store, existing_store
+from featurepipe.cli.options import Commands, add_command, add_json, add_options, add_store, existing_store, options
 from featurepipe.cli.output import show
 from featurepipe.display import displayed_values, size
+from featurepipe.store.options import DryRunOption, ExportOptions, GcOptions
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
+
+
+UPKEEP = {"compact": DryRunOption, "gc": GcOptions}
 
 
 def add(commands: Commands) -> None:
@@ -27,12 +31,8 @@ def add(commands: Commands) -> None:
     ):  # fmt: skip
         command = add_command(commands, name, run, purpose)
         add_store(command)
-        if name in ("compact", "gc"):
-            command.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
-        if name == "gc":
-            command.add_argument(
-                "--keep-snapshots", type=int, metavar="N", help="keep the last N of each dataset (default: all)"
-            )
+        if name in UPKEEP:
+            add_options(command, UPKEEP[name])
         add_json(command)
     _add_export(commands)
 
@@ -45,9 +45,7 @@ def _add_export(commands: Commands) -> None:
     add_store(command)
     option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
     option("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
-    add_dataset(command)
-    add_space(command, "; default: the only one with that column")
-    option("--split", metavar="NAME", help="only this split")
+    add_options(command, ExportOptions)
     add_json(command)
 
 
@@ -90,7 +88,7 @@ def gc(args: Namespace) -> int:
     """Runs ``featurepipe gc``."""
     from featurepipe.store import gc_store
 
-    report = gc_store(existing_store(args), dry_run=args.dry_run, keep_snapshots=args.keep_snapshots)
+    report = gc_store(existing_store(args), **options(args, GcOptions))
     show(args, asdict(report), lambda _: summary.gc_text(report, dry_run=args.dry_run))
     return 0
 
@@ -101,11 +99,12 @@ def export(args: Namespace) -> int:
     from featurepipe.store.locks import starts_again
 
     store = existing_store(args)
-    dataset = args.dataset or store.only_dataset()
+    asked = options(args, ExportOptions)
+    dataset = asked.pop("dataset") or store.only_dataset()
 
     @starts_again
     def written() -> tuple[FeatureSet, Path]:
-        features = store.features(dataset, node=args.node, backbone=args.backbone, split=args.split)
+        features = store.features(dataset, node=args.node, **asked)
         return features, write(features, Path(args.to))
 
     features, path = written()

@@ -71,6 +71,15 @@ def _anywhere(_: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceNameOption(OptionGroup):
+    """What a source is called in a store."""
+
+    dataset: str | None = option(
+        None, "name of the source in the store (default: the source's own name)", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkOptions(OptionGroup):
     """Which network, and what is kept of it."""
 

@@ -25,10 +25,12 @@ from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.limits import Limits, seconds_at_most
 from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
 from featurepipe.layer_depth.options import ComparisonOptions
-from featurepipe.monitoring.options import DriftOptions
+from featurepipe.monitoring.options import ColumnsOption, ShiftOptions
 from featurepipe.option_groups import declared
+from featurepipe.prediction.options import RawIdsOption
+from featurepipe.reporting.options import LastOption
 from featurepipe.store.runs import is_run_id
-from featurepipe.training.options import TrainOptions
+from featurepipe.training.options import FitOptions
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
@@ -147,6 +149,8 @@ class BaseTable(BaseModel, frozen=True):
         if one is None:
             return given
         value = listed(given) if tuple in one.types else one.read_from(given)
+        if tuple in one.types and not isinstance(value, tuple):
+            return value  # pydantic says that it must be an array
         if one.choices and value is not None and value not in one.choices:
             if isinstance(value, str):
                 raise unknown("value", value, one.choices)
@@ -198,7 +202,7 @@ class LimitsTable(BaseTable, DamageOptions, Limits, frozen=True):
     """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 
-class TrainTable(BaseTable, TrainOptions, frozen=True):
+class TrainTable(BaseTable, FitOptions, frozen=True):
     """``[[train]]``: a head to train; see `featurepipe train`."""
 
     out: JobPath
@@ -209,11 +213,9 @@ class TrainTable(BaseTable, TrainOptions, frozen=True):
     """The network, where several `[[features]]` have the column."""
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Of the final estimator, such as `{ C = 0.1 }`."""
 
 
-class PredictTable(BaseTable, frozen=True):
+class PredictTable(BaseTable, RawIdsOption, frozen=True):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
     bundle: JobPath
@@ -222,21 +224,17 @@ class PredictTable(BaseTable, frozen=True):
     """The file, `.parquet`, `.csv` or `.jsonl`; `{date}`, `{run}` and `{job}` are replaced."""
     images: Literal["new", "all"] = "new"
     """This run's new images, or all."""
-    raw_ids: bool = False
-    """Leave text of a `.csv` as it is; else what a spreadsheet would run as a formula gets an apostrophe."""
 
     def file(self, *, date: str, run: str, job: str) -> Path:
         """The file of one night."""
         return Path(self.to.format(date=date, run=run, job=job))
 
 
-class DriftTable(BaseTable, DriftOptions, frozen=True):
+class DriftTable(BaseTable, ShiftOptions, ColumnsOption, frozen=True):
     """``[drift]``: whether this run's images are like those of before."""
 
     reference: Reference = "previous"
     """`previous`, the last snapshot that passed the test; `first`; or the run id of a snapshot or of a run of a job."""
-    columns: Annotated[Names, Field(min_length=1)] | None = None
-    """The columns to compare; by default all."""
     bundle: JobPath | None = None
     """A bundle whose predicted classes are compared, too."""
 
@@ -267,13 +265,11 @@ class KeepTable(BaseTable, frozen=True):
     """Nights of the job whose run records stay; records of other jobs, and of what was done by hand, always do."""
 
 
-class ReportTable(BaseTable, frozen=True):
+class ReportTable(BaseTable, LastOption, frozen=True):
     """``[report]``: the page of the last runs."""
 
     to: JobPath
     """The HTML file."""
-    last: int = Field(default=30, ge=1)
-    """Nights that it shows."""
 
 
 class MetricsTable(BaseTable, frozen=True):

@@ -56,7 +56,7 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
                 target_type=head.target_type,
                 pca=head.pca,
                 class_weight=head.class_weight,
-                **head.params,
+                **(head.params or {}),
             )
         except UsageError as error:
             yield f"train[{place}].params", None, _in_keys(error, "train")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.features.options import SourceNameOption
 from featurepipe.heads.families import HEADS
-from featurepipe.option_groups import at_least, by_commas, option
-from featurepipe.store.options import RowOptions
+from featurepipe.option_groups import OptionGroup, at_least, by_commas, file_or_kind, option
+from featurepipe.store.options import LabelsOption, RowOptions
 
 MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
@@ -47,3 +48,47 @@ class DepthOptions(ComparisonOptions):
         None, "such as gap,avg2x2 (default: the finest average grid within --max-width)", metavar="LIST", read=by_commas
     )
     control: str | None = option(None, "measure the same network with random weights as well", choices=("random",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOption(OptionGroup):
+    """Where features are kept."""
+
+    store: Any = option(None, "where features of SOURCE go (default: features)", metavar="DIR", recorded=file_or_kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(SourceNameOption, StoreOption):
+    """Whose layers are compared."""
+
+    backbone: str | None = option(
+        None, "see featurepipe backbones (default: resnet50, or what STORE holds)", metavar="NAME"
+    )
+    weights: str = option("DEFAULT", "of the network, as for featurepipe extract", metavar="NAME|none|FILE")
+    nodes: tuple[str, ...] = option(
+        ("auto",), "may be repeated; auto: the network's stages and its bottleneck (default: auto)",
+        metavar="auto|NODE[:POOLING]",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSourceOption(OptionGroup):
+    """What heads are tested on besides."""
+
+    test_source: Any = option(
+        None, "images of the same classes from elsewhere, which heads are tested on, too",
+        metavar="SOURCE", recorded=file_or_kind,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredOptions(LabelsOption, OtherSourceOption):
+    """What is true of the images, what heads are tested on besides, and where the page goes."""
+
+    labels: Any = option(
+        None, "labels to use instead of the source's: .csv, .parquet or .jsonl with id and label",
+        metavar="FILE", recorded=file_or_kind,
+    )  # fmt: skip
+    report: str | None = option(
+        None, "write the page: curves, tables, a map of the images, mistakes", metavar="FILE.html"
+    )

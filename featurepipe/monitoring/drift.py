@@ -99,12 +99,22 @@ def drift(
         StoreError: The new images have none of the columns.
     """
     started = time.monotonic()
-    options = DriftOptions(reference=reference, warn=warn, fail=fail, seed=seed)
+    options = DriftOptions(
+        dataset=dataset,
+        columns=None if columns is None else tuple(columns),
+        backbone=backbone,
+        reference=reference,
+        snapshot=snapshot,
+        bundle=bundle,
+        warn=warn,
+        fail=fail,
+        seed=seed,
+    )
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     question = _Question(
         source,
         dataset or source.only_dataset(),
-        columns,
+        options.columns,
         backbone,
         _refuse_numbers(read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle),
         Thresholds(warn, fail),

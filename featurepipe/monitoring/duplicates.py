@@ -22,6 +22,8 @@ from featurepipe.display import neutralised, neutralised_text
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation.leakage import numbered, on_several_sides
 from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
+from featurepipe.monitoring.options import DuplicatesOptions
+from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.atomic import atomic_file
@@ -79,7 +81,8 @@ def duplicates(
         list of ``kind``, ``across_splits``, ``label_conflict`` and ``images`` (``id``, ``split``, ``label``, ``key``, and in a
         near group ``distance``, to the nearest other image of the group). ``exact`` has ``copies``, the images that are one
         too many; ``near`` has ``distance``, ``column``, ``space``, ``pairs``, ``search`` (``exact`` or ``approximate``) and
-        ``recall``. ``file``; ``warnings``; ``seconds``.
+        ``recall``. ``file``; ``options`` as they were asked for; ``warnings``;
+        ``seconds``.
 
     Raises:
         UsageError: A dataset, column or space is unknown; ``near`` cannot be, or joins millions of pairs; faiss is not
@@ -87,6 +90,7 @@ def duplicates(
         StoreError: Features of some images are missing.
     """
     started = time.monotonic()
+    options = DuplicatesOptions(dataset=dataset, node=node, backbone=backbone, near=near, to=to, raw_ids=raw_ids)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     target = None if to is None else checked_file(to)
@@ -116,6 +120,7 @@ def duplicates(
     return {
         **found,
         "file": None if target is None else str(target),
+        "options": as_asked(options),
         "seconds": round(time.monotonic() - started, 3),
     }
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from featurepipe.option_groups import OptionGroup, at_least, is_number, option
+from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, is_number, not_empty, option
+from featurepipe.prediction.options import RawIdsOption
+from featurepipe.store.options import DatasetOption, SpaceOption
 
 
 def _p_value(given: Any) -> str | None:
@@ -15,7 +18,16 @@ def _p_value(given: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftOptions(OptionGroup):
+class ColumnsOption(OptionGroup):
+    """Which columns are compared."""
+
+    columns: tuple[str, ...] | None = option(
+        None, "a column as featurepipe info lists it; may be repeated (default: all)", metavar="COLUMN", check=not_empty
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftOptions(OptionGroup):
     """What new images are compared with, and which difference matters."""
 
     reference: str = option(
@@ -28,3 +40,48 @@ class DriftOptions(OptionGroup):
         None, "fail, with exit code 1, below this p-value (default: never)", metavar="P", check=_p_value
     )
     seed: int = option(0, "of what is drawn (default: 0)", check=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftOptions(ShiftOptions, SpaceOption, ColumnsOption, DatasetOption):
+    """All options of `featurepipe.drift`."""
+
+    snapshot: str | None = option(
+        None, "the snapshot whose images are tested (default: the current one)", metavar="RUN-ID"
+    )
+    bundle: Any = option(
+        None, "compare the classes that this bundle predicts as well", metavar="BUNDLE", recorded=file_or_kind
+    )
+
+
+def _distance(given: Any) -> Any:
+    """A number; what is none may be ``auto``, and else the search refuses it and says why."""
+    try:
+        return float(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOption(OptionGroup):
+    """Which column is compared."""
+
+    node: str = option("bottleneck", "whose distances count (default: bottleneck)", metavar="COLUMN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsOptions(OptionGroup):
+    """Which groups of images are found, and where they are written."""
+
+    near: float | str | None = option(
+        None, "list images nearly alike, too: their features' cosine distance is at most so much",
+        metavar="auto|DISTANCE", read=_distance,
+    )  # fmt: skip
+    to: str | PathLike[str] | None = option(
+        None, "write all groups, one image a line: .csv, .jsonl or .parquet", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesOptions(RawIdsOption, GroupsOptions, SpaceOption, NodeOption, DatasetOption):
+    """What `featurepipe.duplicates` compares, and what becomes of it."""

@@ -190,11 +190,9 @@ def columns_to_compare(
         Each feature space with its columns.
 
     Raises:
-        UsageError: A space or column is unknown, or none was named.
+        UsageError: A space or column is unknown.
         StoreError: The store has no features.
     """
-    if wanted is not None and not wanted:
-        raise UsageError("columns=[] names no column; name one or several, or None for all")
     spaces = store.spaces() if backbone is None else [store.space(backbone, dataset=dataset)]
     if not spaces:
         raise StoreError(f"{store.path} holds no features yet; compute some with: featurepipe extract")

@@ -9,7 +9,7 @@ from typing import Self
 
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SourceOptions
-from featurepipe.option_groups import option
+from featurepipe.option_groups import OptionGroup, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +28,14 @@ class BundleOptions(DamageOptions, MachineOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RejectLimit, SourceOptions, BundleOptions):
-    """All options of `featurepipe.predict` that say how images are read and computed."""
+class RawIdsOption(OptionGroup):
+    """How text is written into CSV files, which spreadsheets open."""
+
+    raw_ids: bool = option(
+        False, "leave text in .csv as it is; by default what a spreadsheet would run as a formula gets an apostrophe"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(RawIdsOption, RejectLimit, SourceOptions, BundleOptions):
+    """All options of `featurepipe.predict`."""

@@ -125,6 +125,7 @@ def predict(
         images=None if images is None else str(images),
         frames=frames,
         trust_code=trust_code,
+        raw_ids=raw_ids,
     )
     # Refused before any work, as are wrong options.
     target = None if to is None else checked_target(to, spared=[bundle, source])

@@ -22,6 +22,7 @@ from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
 from featurepipe.reporting.images import ReadImage, mapped
+from featurepipe.reporting.options import FindingsOptions
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
@@ -81,6 +82,21 @@ def report(
     Raises:
         UsageError: the dataset is unknown, no comparison was made of it, or the folder of ``target`` does not exist.
     """
+    options = FindingsOptions(
+        bundle=bundle,
+        dataset=dataset,
+        split=split,
+        source=source,
+        test_source=test_source,
+        only_under=places(only_under),
+        path_column=path_column,
+        box=box,
+        box_unit=box_unit,
+        box_margin=box_margin,
+        images=None if images is None else str(images),
+        frames=frames,
+        labels=labels,
+    )
     check_target(target)
     say = announcer(silent=silent)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
@@ -102,19 +118,7 @@ def report(
     else:
         shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
-    look = _Look(
-        kept,
-        SourceOptions(
-            only_under=places(only_under),
-            path_column=path_column,
-            box=box,
-            box_unit=box_unit,
-            box_margin=box_margin,
-            images=None if images is None else str(images),
-            frames=frames,
-        ),
-        say,
-    )
+    look = _Look(kept, options, say)
     read = look.pictures(name, snapshot, source, Option("source"))
     there = _pictures_elsewhere(look, shown, test_source)
     try:

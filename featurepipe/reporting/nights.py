@@ -11,6 +11,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.monitoring.standing_warnings import standing, told
 from featurepipe.records import host, is_success, now, versions
 from featurepipe.reporting.night_outcomes import next_steps, to_come, unknown_end
+from featurepipe.reporting.options import NIGHTS, NightsOptions
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
 
@@ -35,7 +36,7 @@ def nights_report(
     store: FeatureStore | str | os.PathLike[str],
     to: str | os.PathLike[str],
     *,
-    last: int = 30,
+    last: int = NIGHTS,
     job: str | None = None,
     current: Record | None = None,
     silent: bool = False,
@@ -63,7 +64,7 @@ def nights_report(
 
 
 def nights_document(
-    store: FeatureStore, *, last: int = 30, job: str | None = None, current: Record | None = None
+    store: FeatureStore, *, last: int = NIGHTS, job: str | None = None, current: Record | None = None
 ) -> dict[str, Any]:
     """Gathers what the last runs of a job did from their records; no feature is read.
 
@@ -84,13 +85,12 @@ def nights_document(
     Raises:
         UsageError: nothing has run yet, the job is unknown, or ``last`` is not positive.
     """
-    if last < 1:
-        raise UsageError(f"last={last}: at least 1 night; 30 is usual")
+    options = NightsOptions(last=last, job=job)
     records = store.runs() if current is None else _with(current, store.runs())
     series = _series(records)
-    name = _chosen(series, job, store)
+    name = _chosen(series, options.job, store)
     extractions = {record["run_id"]: record for record in records if record.get("command") == "extract"}
-    nights = [_night(record, extractions) for record in series[name][-last:]]
+    nights = [_night(record, extractions) for record in series[name][-options.last :]]
     successes = [record for record in series[name] if is_success(record)]
     newest, made = series[name][-1], now()
     warnings = standing(records, job=name) if "job" in newest else []

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from featurepipe.errors import CorruptPart, StoreError, UsageError
+from featurepipe.errors import CorruptPart, StoreError
 from featurepipe.store.atomic import is_temporary
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
 from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys, keys_from_arrow
+from featurepipe.store.options import GcOptions
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
 from featurepipe.store.runs import checked_run_id
 from featurepipe.store.space import Space
@@ -87,14 +88,13 @@ def gc_store(
         StoreLocked: Someone is writing into the store.
         StoreError: A snapshot cannot be read, so nobody knows what it needs; nothing is removed.
     """
-    if keep_snapshots is not None and keep_snapshots < 1:
-        raise UsageError(f"keep_snapshots must be at least 1, not {keep_snapshots}: the current snapshot always stays")
+    options = GcOptions(dry_run=dry_run, keep_snapshots=keep_snapshots)
     report = GcReport()
     store.check_exists()
     with store.lock(shared=False):
         refuse_strangers(store.path)  # what it names may be needed, or is not ours to remove
         datasets = store.datasets() if dataset is None else [dataset]
-        old = [path for name in datasets for path in _old_snapshots(store, name, keep_snapshots, spared)]
+        old = [path for name in datasets for path in _old_snapshots(store, name, options.keep_snapshots, spared)]
         needed = _needed_keys(store, set(old))
         report.snapshots_removed = len(old)
         dead = sorted(

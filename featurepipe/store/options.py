@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import OptionGroup, by_commas, is_text, not_empty, option
+from featurepipe.option_groups import OptionGroup, by_commas, file_or_kind, is_number, is_text, not_empty, option
 
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
@@ -27,9 +27,13 @@ def is_file_of_groups(given: str) -> bool:
     return given.lower().endswith((".csv", ".parquet", ".jsonl"))
 
 
-def labels_text(given: Any) -> str:
-    """What a record says of labels: the file, or that they came in another way, which may be as long as the dataset."""
-    return os.fspath(given) if isinstance(given, str | os.PathLike) else f"given as a {type(given).__name__}"
+def _keeps_the_current(given: Any) -> str | None:
+    if is_number(given) and given < 1:
+        raise UsageError(
+            f"keep_snapshots must be at least 1, not {given}: the current snapshot always stays",
+            option="keep_snapshots",
+        )
+    return None if is_number(given) else "must be a whole number"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,33 @@ class LabelsOption(OptionGroup):
 
     labels: Any = option(
         None, "labels to use instead of the dataset's: .csv, .parquet or .jsonl with id and label",
-        metavar="FILE", recorded=labels_text,
+        metavar="FILE", recorded=file_or_kind,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustOption(OptionGroup):
+    """Consent to code that a store names; in Python also the names of the networks whose code may run."""
+
+    trust_code: bool | Collection[str] = option(
+        False, "let a store of a package.module:factory network run that module"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunOption(OptionGroup):
+    """Whether a store stays as it is."""
+
+    dry_run: bool = option(False, "say what would be done; change nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcOptions(DryRunOption):
+    """What `featurepipe.store.gc_store` removes."""
+
+    keep_snapshots: int | None = option(
+        None, "keep the last N of each dataset (default: all)", check=_keeps_the_current
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

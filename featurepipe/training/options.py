@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.option_groups import at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
-from featurepipe.store.options import RoleOptions
+from featurepipe.option_groups import OptionGroup, at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
+from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
 """The heads for any type of target."""
@@ -80,13 +82,30 @@ def _order(given: Any) -> str | None:
     return None if len(set(given)) == len(given) >= 2 else "must name two classes or more, each once, the lowest first"
 
 
+def parameters(given: Any) -> Any:
+    """Texts ``NAME=VALUE`` as keyword arguments; anything else as it is."""
+    if not isinstance(given, tuple):
+        return given
+    found = {}
+    for setting in given:
+        name, equals, value = setting.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--set {setting!r} is no NAME=VALUE; write for instance --set C=0.1")
+        found[name] = value_of(value)
+    return found
+
+
+def _table(given: Any) -> str | None:
+    return None if isinstance(given, Mapping) else "must be a table"
+
+
 MIN_CLASS_SIZE = 2
 DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge", "ordinal": "logistic"}
 """The head by type of target, where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RoleOptions):
+class FitOptions(RoleOptions):
     """What head is fitted to which columns, and how."""
 
     nodes: tuple[str, ...] = option(
@@ -140,6 +159,10 @@ class TrainOptions(RoleOptions):
     )  # fmt: skip
     jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1, 1024))
     seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))
+    params: Mapping[str, Any] | None = option(
+        None, "a parameter of the head, such as C=0.1; may be repeated", metavar="NAME=VALUE", repeated=True,
+        check=_table, read=parameters,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,3 +219,17 @@ class TrainOptions(RoleOptions):
         if self.ordered is not None:
             return "ordinal"
         return "multiclass" if self.target is None else "continuous"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOption(OptionGroup):
+    """The network's weights, of which a bundle takes a copy; in Python also a file for each feature space."""
+
+    weights: str | PathLike[str] | Mapping[str, str] | None = option(
+        None, "the backbone's weights file, if it has one of your own: a copy goes into the bundle", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrustOption, WeightsOption, FitOptions, LabelsOption, SpaceOption, DatasetOption):
+    """All options of `featurepipe.train`: what is learned from what, and how."""

@@ -34,13 +34,10 @@ if TYPE_CHECKING:
 
 def settle(
     store: FeatureStore,
-    dataset: str | None,
     recipe: Recipe,
     options: TrainOptions,
     *,
-    backbone: str | None,
     snapshot: str | None = None,
-    labels: Any,
     cluster: str | None = None,
     say: Callable[[str], None],
 ) -> Task:
@@ -50,7 +47,7 @@ def settle(
         UsageError: an argument is wrong, or the labels cannot be learned from.
     """
     _check(recipe)
-    dataset = dataset or store.only_dataset()
+    dataset, backbone = options.dataset or store.only_dataset(), options.backbone
     nodes: str | Sequence[str] = options.nodes
     comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
     if comparison is not None and options.target_type not in ("multiclass", "ordinal"):
@@ -70,7 +67,7 @@ def settle(
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     if options.weight is not None and not recipe.family.weights:
         raise refuse_weights(recipe.head, "weight", recipe.target_type)
-    found = with_roles(store, found, labels, RoleOptions.of(options), say, snapshot=snapshot)
+    found = with_roles(store, found, options.labels, RoleOptions.of(options), say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     targets: npt.NDArray[Any] | None = None
     if options.target is not None:
@@ -96,7 +93,7 @@ def settle(
     else:
         _check_numbers(targets[division.final], division, str(options.target))
     if comparison is not None:
-        check_same_task(comparison, classes, labels, say)
+        check_same_task(comparison, classes, options.labels, say)
     task = Task(
         features=features,
         classes=classes,

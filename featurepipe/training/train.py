@@ -141,6 +141,9 @@ def train(
     start = time.perf_counter()
     kind = "continuous" if target is not None else "multilabel" if multilabel else "multiclass"
     options = TrainOptions(
+        dataset=dataset,
+        backbone=backbone,
+        labels=labels,
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
         head=head or DEFAULT_HEADS["ordinal" if ordered is not None else kind],
         ordered=order_of(ordered),
@@ -162,6 +165,9 @@ def train(
         memory=memory,
         jobs=jobs,
         seed=seed,
+        params=params,
+        weights=weights,
+        trust_code=trust_code,
     )
     say = announcer(silent=silent)
     folder = bundle_target(out)
@@ -172,17 +178,7 @@ def train(
     recipe = Recipe(
         str(options.head), {**order, **(params or {})}, options.pca, class_weight, seed, options.target_type
     )
-    task = settle(
-        source,
-        dataset,
-        recipe,
-        options,
-        backbone=backbone,
-        snapshot=snapshot,
-        labels=labels,
-        cluster=cluster_name(cluster),
-        say=say,
-    )
+    task = settle(source, recipe, options, snapshot=snapshot, cluster=cluster_name(cluster), say=say)
     check_threshold(task, options)
     inputs = inputs_of(task, recipe, options)
     asked = {"why": why_train(folder, inputs)} if if_changed else {}

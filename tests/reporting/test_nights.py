@@ -111,7 +111,7 @@ def test_a_job_is_named_or_the_one_that_ran_last(recorded, night_records):
     assert len(nights_document(store, job="nightly")["nights"]) == 3
     with pytest.raises(UsageError, match=r"unknown job 'nightli'.*nearest: nightly.*featurepipe runs"):
         nights_document(store, job="nightli")
-    with pytest.raises(UsageError, match="last=0: at least 1 night"):
+    with pytest.raises(UsageError, match="last 0 must be at least 1"):
         nights_document(store, last=0)
 
 

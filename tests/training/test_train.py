@@ -149,8 +149,7 @@ def test_shared_passes_find_what_single_fits_find(split_zoo, run, monkeypatch):
     assert "in shared passes" in record["search"]["how"]
     recipe = Recipe("logistic", {})
     task = settle(
-        split_zoo.store, None, recipe, TrainOptions(nodes=tuple(NODES), calibration=False, tune=True),
-        backbone=None, labels=None, say=announcer(silent=True),
+        split_zoo.store, recipe, TrainOptions(nodes=tuple(NODES), calibration=False, tune=True), say=announcer(silent=True)
     )  # fmt: skip
     x, y = task.features.numpy()
     for trial in record["search"]["trials"]:

@@ -34,7 +34,6 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
             out=table.out,
             backbone=table.backbone,
             labels=table.labels or night.job.source.labels,
-            params=table.params,
             **table.arguments(),
             weights=_own_weights(night),
             trust_code=night.job.networks,
@@ -108,7 +107,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
     found = predict_features(
         bundle, night.store, file, dataset=night.dataset, snapshot=snapshot, rows=rows, spared=spared,
-        silent=night.silent, cluster=night.executor(), raw_ids=table.raw_ids,
+        silent=night.silent, cluster=night.executor(), **table.arguments(),
     )  # fmt: skip
     counts = found["counts"]
     unusable = f" ({counts['rejected']:,} more could not be used)" if counts["rejected"] else ""

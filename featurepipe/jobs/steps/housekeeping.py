@@ -114,7 +114,7 @@ def report(night: Night, table: ReportTable) -> dict[str, Any]:
 
     table.to.parent.mkdir(parents=True, exist_ok=True)
     page = nights_report(
-        night.store, table.to, last=table.last, job=night.job.name, current=night.record, silent=night.silent
+        night.store, table.to, **table.arguments(), job=night.job.name, current=night.record, silent=night.silent
     )
     return {"file": str(page), "text": page.name}
 

@@ -60,7 +60,6 @@ def _tested(
     found = run(
         night.store,
         dataset=night.dataset,
-        columns=table.columns,
         snapshot=snapshot,
         bundle=table.bundle,
         **{**table.arguments(), "reference": reference},
