@@ -55,6 +55,15 @@ TELLING_SECONDS = 5.0
 """Shorter runs are mostly set-up, and their shares say nothing."""
 
 
+MOST_WAITING = 0.2
+"""Share of its time that a process may wait for a core while a network is timed."""
+
+
+def is_undisturbed(measured: Mapping[str, Any]) -> bool:
+    """Whether times of a network are worth keeping: on a busy machine they tell about the others."""
+    return bool(measured["waited"] <= MOST_WAITING)
+
+
 def verdict(seconds: Mapping[str, float], wall: float, *, device: str) -> Message:
     """One line that says what a run waited for and what would help.
 

@@ -31,7 +31,7 @@ from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 
 SERVER = textwrap.dedent("""
-    import json, os, signal, sys, threading, traceback
+    import gc, json, os, signal, sys, threading, traceback
     import tqdm
 
     # Its usual lock is one for all processes that come of this one, and stays taken when one is killed that has it.
@@ -42,10 +42,14 @@ SERVER = textwrap.dedent("""
     from featurepipe.backbones import load_backbone
     import featurepipe.extraction.extract, featurepipe.layer_depth.depth
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.arrays
+    import featurepipe.training.train, featurepipe.prediction.predict, featurepipe.evaluation.evaluate
+    import featurepipe.heads.bundle.bundle, featurepipe.jobs.run, featurepipe.reporting.page
+    import skops.io, sklearn.linear_model, scipy.stats, bokeh.embed, bokeh.plotting, dask.array  # seconds of each command
     import distributed.cli.dask_scheduler, distributed.cli.dask_worker
 
     torch.set_num_threads(1)
     load_backbone("lenet5", "none").columns(["c3"])  # what tracing loads
+    gc.freeze()  # else the first collection in a fork would copy all pages of these modules
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,8 +17,6 @@ from featurepipe.errors import UsageError, unknown
 LEAST_ROUNDS = 3
 MOST_BYTES = 2 * 2**30
 """Of weights, in the copies of the network that take turns."""
-MOST_WAITING = 0.2
-"""Share of its time that a process may wait for a core while it is timed."""
 
 _IN_A_ROW = 4  # batches on CUDA, where one is copied while another is computed
 
@@ -130,8 +127,3 @@ def _computed_and_waited() -> tuple[float, float]:
             continue  # the thread has ended
         seconds = [total + int(count) / 1e9 for total, count in zip(seconds, counts, strict=True)]
     return seconds[0], seconds[1]
-
-
-def is_undisturbed(measured: Mapping[str, Any]) -> bool:
-    """Whether times are worth keeping: on a busy machine they tell about the others."""
-    return bool(measured["waited"] <= MOST_WAITING)

@@ -19,7 +19,7 @@ from featurepipe.heads.families import SMALL_VALUES
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.layer_depth.probes import Cell, Scores, measure_fold, scores_again
-from featurepipe.records import host, versions
+from featurepipe.records import host, is_undisturbed, versions
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -366,8 +366,6 @@ def least_disturbed(timing: TimedForward, journal: Journal) -> dict[str, Any]:
     Raises:
         DiskFull: no space is left to keep them.
     """
-    from featurepipe.backbones.timing import is_undisturbed
-
     known, now = journal.known(timing.key), time.time()
     if known is not None and (is_undisturbed(known) or 0 <= now - known.get("tried", 0.0) < AGAIN):
         return dict(known)

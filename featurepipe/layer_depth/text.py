@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.backbones.timing import is_undisturbed
 from featurepipe.display import share, size, table
 from featurepipe.extraction.text import damaged_lines
 from featurepipe.progress import duration
+from featurepipe.records import is_undisturbed
 
 _LINE = 100
 

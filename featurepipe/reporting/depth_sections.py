@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.backbones.timing import is_undisturbed
+from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import (
     Block,
     Figures,
