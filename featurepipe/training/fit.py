@@ -124,9 +124,13 @@ def threads_for(shape: tuple[int, int]) -> AbstractContextManager[Any]:
 def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Measures on the validation rows how wide prediction intervals must be, with a head fitted on the others.
 
+    Split conformal prediction (`featurepipe.heads.statistics.regression.conformal_half_width`). Its guarantee is that of the head
+    that it was measured with. Where the validation rows were set aside from the training rows, the last fit has them back, and
+    makes another head: then the level is approximate, as ``refitted`` says.
+
     Returns:
-        ``level``, ``half_width`` in the target's unit, and the ``images`` (and ``groups``) that gave it; None where there are
-        too few.
+        ``level``, ``half_width`` in the target's unit, the ``images`` (and ``groups``) that gave it, and ``refitted``; None where
+        there are too few.
     """
     rows = task.division.validation
     groups = task.features.take(rows).groups
@@ -151,6 +155,7 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
         "half_width": half_width,
         "images": len(rows),
         **({} if groups is None else {"groups": units}),
+        "refitted": task.division.is_carved,
     }
 
 

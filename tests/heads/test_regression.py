@@ -173,3 +173,21 @@ def test_log_me_of_numbers_is_the_maximum_of_the_dense_evidence(images, width):
     assert log_me_of_numbers(features, rng.permutation(target)) < found
     with pytest.raises(UsageError, match="one and the same number"):
         log_me_of_numbers(features, np.ones(images))
+
+
+def test_intervals_hold_as_often_as_they_say_and_about_so_after_another_fit_with_their_images():
+    rng = np.random.default_rng(0)
+    held = {False: [], True: []}
+    for _ in range(300):
+        x = rng.standard_normal((60 + 29 + 40, 12))
+        y = x @ np.arange(12) + 4 * rng.standard_t(4, len(x))
+        new = slice(89, None)
+        ends = {False: 60, True: 89}
+        fits = {
+            again: np.linalg.solve(x[:end].T @ x[:end] + np.eye(12), x[:end].T @ y[:end]) for again, end in ends.items()
+        }
+        half = conformal_half_width(x[60:89] @ fits[False], y[60:89], level=0.9)
+        for again, coefficients in fits.items():
+            held[again].append(np.mean(np.abs(y[new] - x[new] @ coefficients) <= half))
+    assert np.mean(held[False]) == pytest.approx(0.9, abs=0.015)
+    assert 0.9 <= np.mean(held[True]) < 0.95

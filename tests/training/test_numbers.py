@@ -95,6 +95,7 @@ def test_the_interval_is_from_validation_rows_the_head_had_not_seen(dated, run, 
         "level": 0.9,
         "half_width": pytest.approx(residuals[55 - 1], rel=1e-6),
         "images": 60,
+        "refitted": False,
     }
     assert bundle.target == {"type": "continuous", "column": "age", "interval": record["calibration"]}
     assert record["test"]["coverage"]["value"] == pytest.approx(0.9, abs=0.1)

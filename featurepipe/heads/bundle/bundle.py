@@ -728,9 +728,11 @@ def _rate(name: str, rates: Mapping[str, Any]) -> str:
 
 def interval_text(interval: Mapping[str, Any]) -> str:
     """Says how wide prediction intervals are, and what of."""
+    about = "about " if interval.get("refitted") else ""
+    again = ", which the head was fitted on afterwards" if about else ""
     return (
-        f"{100 * interval['level']:g} % of new numbers are within {interval['half_width']:.4g} of the prediction "
-        f"(from {interval['images']:,} unseen images)"
+        f"{about}{100 * interval['level']:g} % of new numbers are within {interval['half_width']:.4g} of the prediction "
+        f"(from {interval['images']:,} unseen images{again})"
     )
 
 

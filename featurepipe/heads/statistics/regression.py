@@ -344,6 +344,9 @@ def conformal_half_width(
     probability, for any head and any n (Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world"; Lei et al.
     2018, "Distribution-free predictive inference for regression"). The width is the same for every image.
 
+    That holds for predictions of the head whose residuals were taken. A head that is fitted again on these images as well is
+    another one: its intervals hold the number about as often, which no theorem says.
+
     Of grouped images each group counts as one, its images sharing its weight ("pooled" intervals of Dunn, Wasserman & Ramdas
     2022, "Distribution-free prediction sets for two-layer hierarchical models"), so that the interval is for an image of a new
     group.
