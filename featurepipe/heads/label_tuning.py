@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,28 +11,17 @@ import numpy.typing as npt
 from sklearn.base import clone
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, as_blocks, is_blocks
-from featurepipe.heads.families import ROUGH
+from featurepipe.heads.blocks import is_blocks
+from featurepipe.heads.families import ROUGH, VOC07
 from featurepipe.heads.label_matrix import labels_given
 from featurepipe.heads.linear.multilabel import MultilabelLinearClassifier, MultilabelLinearSVC, fit_label_path
+from featurepipe.heads.preprocessing import UnitRows
 from featurepipe.heads.row_shards import remote_row_shards
 from featurepipe.heads.sampling import SomeRows
 from featurepipe.heads.statistics.multilabel import average_precisions
 
 Floats = npt.NDArray[np.float64]
 Estimator = TypeVar("Estimator", bound=MultilabelLinearClassifier)
-_NORM = 1e-5  # added to a row's length
-
-VOC07 = MappingProxyType(
-    {
-        "Cs": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
-        "class_weight": MappingProxyType({0: 1.0, 1: 2.0}),
-        "folds": 3,
-    }
-)
-"""How frozen features are compared on PASCAL VOC 2007 (VISSL, ``voc07/eval_resnet_8gpu_transfer_voc07_svm``; Goyal et al. 2019,
-"Scaling and benchmarking self-supervised visual representation learning"): linear SVMs with squared hinge, positives weighing
-twice, on rows of length 1, with the C of each label that has the best mean average precision in three folds."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +102,12 @@ def voc07_head(X: Any, y: Any = None, *, folds: Sequence[tuple[Any, Any]], **par
         folds: Positions to train on and to measure on; the protocol has three.
         **params: Of ``MultilabelLinearSVC``.
     """
-    head = MultilabelLinearSVC(class_weight=dict(VOC07["class_weight"]), **params)  # type: ignore[call-overload]
+    head = MultilabelLinearSVC(class_weight=dict(VOC07["class_weight"]), **params)
     features = unit_rows(X)
-    tuned = tune_labels(head, features, y, Cs=VOC07["Cs"], folds=folds)  # type: ignore[arg-type]
+    tuned = tune_labels(head, features, y, Cs=VOC07["Cs"], folds=folds)
     return head.set_params(C=tuned.C).fit(features, y)  # type: ignore[no-any-return]
 
 
 def unit_rows(features: Any) -> Any:
     """Features whose rows are divided by their Euclidean lengths (plus 1e-5): an array, or ``Blocks`` of ``Blocks``."""
-    if is_blocks(features):
-        blocks: Blocks = as_blocks(features)
-        return MappedBlocks(blocks, _unit, blocks.shape[1])
-    return _unit(np.asarray(features))
-
-
-def _unit(block: Array) -> Array:
-    return np.asarray(block / (np.linalg.norm(block, axis=1, keepdims=True) + np.asarray(_NORM, block.dtype)))
+    return UnitRows().fit(features).transform(features)

@@ -93,6 +93,45 @@ class _Standardise:
         return centred
 
 
+_LENGTH = 1e-5  # added to a row's length
+
+
+class UnitRows(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Divides each row by its Euclidean length plus 1e-5, of arrays and, as they are read, of ``Blocks``.
+
+    Attributes:
+        n_features_in_: D.
+    """
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Learns the width alone.
+
+        Args:
+            X: (n, D) array or ``Blocks``.
+            y: Ignored.
+        """
+        del y
+        if is_blocks(X):
+            self.n_features_in_ = X.shape[1]
+        else:
+            validate_data(self, X)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Returns (n, D) features: of ``Blocks`` a view that divides what is read, of an array an array."""
+        check_is_fitted(self)
+        width = self.n_features_in_
+        if not is_blocks(X):
+            return _unit(validate_data(self, X, reset=False, dtype=[np.float64, np.float32]))
+        if X.shape[1] != width:
+            raise UsageError(f"X has {X.shape[1]} features, but {type(self).__name__} is expecting {width} features")
+        return MappedBlocks(X, _unit, width)
+
+
+def _unit(block: Array) -> Array:
+    return np.asarray(block / (np.linalg.norm(block, axis=1, keepdims=True) + np.asarray(_LENGTH, block.dtype)))
+
+
 class BlockPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Principal component analysis of arrays or ``Blocks``, exactly: the eigenvectors of the covariance matrix.
 

@@ -18,7 +18,7 @@ from featurepipe.jobs.job import REFERENCES, FeaturesTable, Job
 from featurepipe.jobs.validation import Problem, keys_of, told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.store import FeatureStore
-from featurepipe.training.options import DEFAULT_HEADS
+from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD
 
 
 def check_networks(job: Job, *, first: bool = False) -> None:
@@ -52,7 +52,7 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
     for place, head in enumerate(job.train):
         try:
             make_head(
-                head.head or DEFAULT_HEADS[head.target_type],
+                head.head or (PROTOCOL_HEAD if head.protocol else DEFAULT_HEADS[head.target_type]),
                 target_type=head.target_type,
                 pca=head.pca,
                 class_weight=head.class_weight,

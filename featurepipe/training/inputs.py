@@ -65,6 +65,8 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         settings["threshold"] = [options.threshold, options.positive, options.threshold_margin]
     elif options.positive is not None:
         settings["positive"] = options.positive
+    if options.protocol is not None:
+        settings["protocol"] = options.protocol
     if options.ordered is not None:
         settings["ordered"] = list(options.ordered)
     if options.target is not None:

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.heads.families import FAMILIES
+from featurepipe.heads.families import FAMILIES, PROTOCOLS
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.option_groups import OptionGroup, at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
@@ -102,6 +102,8 @@ def _table(given: Any) -> str | None:
 MIN_CLASS_SIZE = 2
 DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge", "ordinal": "logistic"}
 """The head by type of target, where none is named."""
+PROTOCOL_HEAD = "linear-svm"
+"""The head of the protocols."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,11 @@ class FitOptions(RoleOptions):
     )  # fmt: skip
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
     tune: bool = option(False, "search the head's parameters on the val split, or on 5 folds")
+    protocol: str | None = option(
+        None, "how several labels are learned in published comparisons of features; voc07: linear SVMs on rows of length 1, "
+        "present labels weighing twice, the C of each label by its average precision in 3 folds (VISSL, PASCAL VOC 2007)",
+        choices=tuple(PROTOCOLS),
+    )  # fmt: skip
     pca: int | float | None = option(
         None, "principal components to keep: a number, or a share of the variance such as 0.95",
         metavar="N|SHARE", check=_components, read=components,
@@ -170,6 +177,7 @@ class FitOptions(RoleOptions):
         if self.ordered is not None and (self.target is not None or self.multilabel):
             other = Option("multilabel" if self.multilabel else "target")
             raise UsageError(Message(Option("ordered"), " and ", other, " are two kinds of target; give one of them"))
+        self._check_protocol()
         if self.target is None:
             return
         if self.class_weight is not None:
@@ -205,6 +213,24 @@ class FitOptions(RoleOptions):
             what = "a cost" if Wish.of(self.threshold).aim == "cost" else "the largest F1"
             margin = Option("threshold_margin", value=True)
             raise UsageError(Message(margin, f" is about a recall or precision; {what} has no margin"))
+
+    def _check_protocol(self) -> None:
+        if self.protocol is None:
+            return
+        protocol = Option("protocol", self.protocol)
+        if not self.multilabel:
+            raise UsageError(
+                Message(protocol, " learns several labels: name their columns with ", Option("multilabel"))
+            )
+        if self.head not in (None, PROTOCOL_HEAD):
+            raise UsageError(
+                Message(protocol, f" is of head {PROTOCOL_HEAD}: leave ", Option("head", self.head), " out")
+            )
+        for name in ("pca", "class_weight"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    Message(protocol, " says it otherwise: leave ", Option(name, getattr(self, name)), " out")
+                )
 
     @property
     def needs_validation(self) -> bool:

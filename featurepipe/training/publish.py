@@ -88,6 +88,7 @@ def publish(
         **task.as_dict(),
         "head": recipe.head,
         "params": dict(recipe.params),
+        **({} if recipe.protocol is None else {"protocol": recipe.protocol}),
         "seed": task.seed,
         "labels": labels,
         **({"roles": dict(roles)} if roles else {}),

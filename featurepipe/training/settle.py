@@ -113,7 +113,7 @@ def settle(
 
 def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str], None]) -> Task:
     """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
-    tries = grid_size(recipe) * len(task.folds()) if options.tune else 0
+    tries = grid_size(recipe) * len(task.folds(recipe.folds)) if options.tune else 0
     if task.cost.cluster is None:
         say("estimating the time from small fits")
         task = replace(task, cost=_timed(task, recipe, fits=1 + options.needs_validation, tries=tries))

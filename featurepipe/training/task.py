@@ -14,7 +14,7 @@ from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.heads.families import HeadFamily, family_for, make_head
+from featurepipe.heads.families import PROTOCOLS, HeadFamily, family_for, make_head
 from featurepipe.training.cost import Cost
 from featurepipe.training.splits import Division, Fold, class_counts, folds_of
 
@@ -36,6 +36,8 @@ class Recipe:
         pca: components, or share of the variance, to keep; None for no PCA.
         class_weight: ``balanced`` or None.
         seed: of the estimator.
+        protocol: a key of `featurepipe.heads.families.PROTOCOLS`, which says what is searched, how rows are scaled and weigh;
+            None for none.
     """
 
     head: str
@@ -44,6 +46,17 @@ class Recipe:
     class_weight: str | None = None
     seed: int = 0
     target_type: str = "multiclass"
+    protocol: str | None = None
+
+    @property
+    def grid(self) -> Mapping[str, Sequence[Any]]:
+        """What a search varies."""
+        return self.family.grid if self.protocol is None else {"C": PROTOCOLS[self.protocol]["Cs"]}
+
+    @property
+    def folds(self) -> int | None:
+        """Of a search, where a protocol says how many."""
+        return None if self.protocol is None else int(PROTOCOLS[self.protocol]["folds"])
 
     @property
     def family(self) -> HeadFamily:
@@ -56,10 +69,12 @@ class Recipe:
 
     def options(self, memory: int | None) -> dict[str, Any]:
         """What `make_head` takes besides the name and the final estimator's parameters."""
+        weights = self.class_weight if self.protocol is None else dict(PROTOCOLS[self.protocol]["class_weight"])
         return {
             "target_type": self.target_type,
+            "scale": None if self.protocol is None else "rows",
             "pca": self.pca,
-            "class_weight": self.class_weight,
+            "class_weight": weights,
             "random_state": self.seed,
             "memory": memory,
         }
@@ -129,13 +144,17 @@ class Task:
         rows: FeatureSet | SpreadFeatures = chosen if self.cost.cluster is None else self.executor.rows(chosen)
         return rows
 
-    def folds(self) -> Sequence[Fold]:
-        """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key."""
+    def folds(self, count: int | None = None) -> Sequence[Fold]:
+        """(training, validation) positions for a search: the dataset's own validation split, or folds by class and key.
+
+        Args:
+            count: folds to make of the training rows whatever the splits are; None to take a validation split, or 5.
+        """
         division = self.division
-        if len(division.validation) and not division.is_carved:
+        if count is None and len(division.validation) and not division.is_carved:
             folds: Sequence[Fold] = [(division.train, division.validation)]
         else:
-            folds = folds_of(self.features, self.codes, division.final, folds=FOLDS, seed=self.seed)
+            folds = folds_of(self.features, self.codes, division.final, folds=count or FOLDS, seed=self.seed)
         usable = [(train, check[np.isin(self.codes[check], self.codes[train])]) for train, check in folds]
         if self.is_multilabel:
             usable = list(folds)  # of each label those folds count that have both sides of it

@@ -35,9 +35,10 @@ def cost_text(found: Mapping[str, Any]) -> str:
 def train_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe train`` prints."""
     params = ", ".join(f"{name}={value}" for name, value in found["params"].items())
+    protocol = f"; protocol {found['protocol']}" if "protocol" in found else ""
     lines = [
         found["split"],
-        f"{found['head']} ({params or 'default parameters'}), {spoken(found['seconds'])} in all",
+        f"{found['head']} ({params or 'default parameters'}{protocol}), {spoken(found['seconds'])} in all",
     ]
     if found["cluster"]:
         lines.append(_cluster(found["cluster"]))

@@ -18,7 +18,7 @@ from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
-from featurepipe.training.options import DEFAULT_HEADS, TrainOptions, components, order_of
+from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of
 from featurepipe.training.publish import bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
@@ -51,6 +51,7 @@ def train(
     pca: float | None = None,
     class_weight: str | None = None,
     tune: bool = False,
+    protocol: str | None = None,
     calibration: bool = True,
     threshold: str | None = None,
     positive: str | None = None,
@@ -103,6 +104,8 @@ def train(
         pca: components (a number) or share of the variance to keep.
         class_weight: ``balanced`` to weigh classes equally.
         tune: search the family's grid.
+        protocol: how ``multilabel`` is learned in published comparisons of features, which says head, search and weights:
+            ``"voc07"``, `featurepipe.heads.families.VOC07`; its folds are of the training rows, also with a split ``val``.
         calibration: fit a temperature on validation rows; of a ``target``, measure there how wide intervals must be to hold
             90 % of new numbers (split conformal prediction, `featurepipe.heads.statistics.regression`).
         threshold: of two classes, choose on the validation rows from which probability on an image is labelled ``positive``:
@@ -145,7 +148,8 @@ def train(
         backbone=backbone,
         labels=labels,
         nodes=(nodes,) if isinstance(nodes, str) else tuple(nodes),
-        head=head or DEFAULT_HEADS["ordinal" if ordered is not None else kind],
+        head=head or (PROTOCOL_HEAD if protocol else DEFAULT_HEADS["ordinal" if ordered is not None else kind]),
+        protocol=protocol,
         ordered=order_of(ordered),
         label=label,
         group=group,
@@ -154,7 +158,7 @@ def train(
         multilabel=columns_of(multilabel),
         weight=weight,
         split=split,
-        tune=tune,
+        tune=tune or protocol is not None,
         pca=components(pca),
         class_weight=class_weight,
         calibration=calibration,
@@ -176,7 +180,7 @@ def train(
         source = FeatureStore(source.path.absolute(), create=False)  # workers have other working folders
     order = {} if options.ordered is None else {"order": list(options.ordered)}
     recipe = Recipe(
-        str(options.head), {**order, **(params or {})}, options.pca, class_weight, seed, options.target_type
+        str(options.head), {**order, **(params or {})}, options.pca, class_weight, seed, options.target_type, protocol
     )
     task = settle(source, recipe, options, snapshot=snapshot, cluster=cluster_name(cluster), say=say)
     check_threshold(task, options)
@@ -191,7 +195,7 @@ def train(
         return {**task.as_dict(), **asked}
     space = source.space(task.features.space_fingerprint)
     file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
-    elsewhere = tune or task.cost.cluster is not None
+    elsewhere = options.tune or task.cost.cluster is not None
     trusted = trust_code or backbone == space.backbone  # which the user has named
     with (
         weights_copy(space, file, trust_code=trusted) as own_weights,
@@ -199,7 +203,7 @@ def train(
     ):
         executor.check(source.path)
         task = replace(task, executor=executor)
-        found = search(task, recipe, jobs=jobs, say=say) if tune else None
+        found = search(task, recipe, jobs=jobs, say=say) if options.tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated: Any = None
         held = held_out(task, chosen) if task.targets is None and options.needs_validation else None

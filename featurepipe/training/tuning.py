@@ -106,7 +106,7 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
 
 
 def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
-    folds = _thinned(task.folds(), recipe.family.search_rows, task.seed)
+    folds = _thinned(task.folds(recipe.folds), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
     each: Mapping[str, Sequence[float]] = {}
     if task.is_multilabel and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
@@ -144,7 +144,7 @@ def grid_size(recipe: Recipe) -> int:
 
 
 def _open_parameters(recipe: Recipe) -> dict[str, Sequence[Any]]:
-    return {name: values for name, values in recipe.family.grid.items() if name not in recipe.params}
+    return {name: values for name, values in recipe.grid.items() if name not in recipe.params}
 
 
 def _thinned(folds: Sequence[Fold], most: int | None, seed: int) -> list[Fold]:

@@ -48,7 +48,8 @@ CASES = {
         TRAIN,
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
         "--label class --ordered low<high --group patient --split-column fold --weight w --split s "
-        "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --pca 0.9 --class-weight balanced "
+        "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --protocol voc07 "
+        "--pca 0.9 --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
@@ -56,7 +57,8 @@ CASES = {
             "ordered": ("low", "high"),
             "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
             "weight": "w", "split": "s",
-            "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True, "pca": 0.9,
+            "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True,
+            "protocol": "voc07", "pca": 0.9,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
             "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
@@ -70,7 +72,7 @@ CASES = {
             "ordered": None,
             "labels": None, "label": None, "group": None, "split_column": None,
             "target": "age", "multilabel": None, "weight": None, "split": None,
-            "params": None, "tune": False,
+            "params": None, "tune": False, "protocol": None,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
@@ -84,7 +86,7 @@ CASES = {
             "ordered": None,
             "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
             "weight": None, "split": None,
-            "params": None, "tune": False,
+            "params": None, "tune": False, "protocol": None,
             "pca": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,

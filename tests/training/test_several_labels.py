@@ -25,6 +25,8 @@ from featurepipe.heads.bundle.bundle import (
 )
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_calibration import label_calibration_errors
+from featurepipe.heads.label_tuning import VOC07, unit_rows, voc07_head
+from featurepipe.heads.sampling import fold_numbers
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.monitoring.drift import drift
 from featurepipe.prediction.from_store import predict_features
@@ -301,6 +303,35 @@ def test_every_family_is_tuned_kept_and_read_again(found, run, tmp_path, name):
         assert bundle.head.steps[-1][1].best_iteration_ + 1 == record["params"]["n_estimators"]
     else:
         assert record["search"]["best"] == max(trials, key=lambda trial: trial["map"])["params"]
+
+
+def test_the_voc07_protocol_is_a_preset(found, run, tmp_path, monkeypatch):
+    zoo, table, values = found
+    record = run(zoo, labels=table, protocol="voc07")
+    assert (record["head"], record["protocol"]) == ("linear-svm", "voc07")
+    assert len(record["search"]["trials"]) == len(VOC07["Cs"]) == 11
+    assert "3 folds of" in record["search"]["how"]
+    features, bundle = zoo.features(), read_bundle(tmp_path / "bundle")
+    rows = np.flatnonzero((features.splits == "train") & ~np.isnan(values).all(axis=1))
+    x = features.read(np.float32)
+    number = fold_numbers(features.keys64[rows], rarest_labels(values.astype(np.float32))[rows], folds=3, seed=0)
+    folds = [(np.flatnonzero(number != fold), np.flatnonzero(number == fold)) for fold in range(3)]
+    own = voc07_head(x[rows], values[rows], folds=folds, label_names=NAMES)
+    assert record["params"]["C"] == own.C.tolist()
+    np.testing.assert_allclose(bundle.scores(features), own.decision_function(unit_rows(x)), atol=2e-3)
+    assert "protocol voc07" in train_text(record)
+    monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
+    streamed = run(zoo, labels=table, protocol="voc07")
+    assert streamed["cost"]["solver"] == "blocks"
+    assert streamed["params"]["C"] == record["params"]["C"]
+    np.testing.assert_allclose(read_bundle(tmp_path / "bundle").scores(features), bundle.scores(features), atol=5e-3)
+    for options, message in (
+        ({"multilabel": None}, "learns several labels: name their columns with multilabel"),
+        ({"head": "logistic"}, "is of head linear-svm: leave head='logistic' out"),
+        ({"pca": 2}, "says it otherwise: leave pca=2 out"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(zoo, **{"labels": table, "protocol": "voc07", **options})
 
 
 def test_blocks_give_what_memory_gives(found, run, tmp_path, monkeypatch):

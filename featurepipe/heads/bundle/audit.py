@@ -44,6 +44,7 @@ OURS = (
     "featurepipe.heads.linear.ridge.BlockRidge",
     "featurepipe.heads.linear.ridge.BlockRidgeClassifier",
     "featurepipe.heads.preprocessing.BlockScaler",
+    "featurepipe.heads.preprocessing.UnitRows",
     "featurepipe.heads.weighted.KNeighborsClassifier",
     "featurepipe.heads.weighted.KNeighborsRegressor",
     "featurepipe.heads.weighted.LinearDiscriminantAnalysis",

@@ -104,9 +104,8 @@ def test_the_list_of_our_types_is_that_of_our_families():
     families = [family for kind in FAMILIES.values() for family in kind.values()]
     places = [place for family in families for place in (family.in_memory, family.blocks)]
     ours = {f"{place.module}.{place.name}" for place in places if place.module.startswith("featurepipe.")}
-    assert ours | {"featurepipe.heads.preprocessing.BlockScaler", "featurepipe.heads.preprocessing.BlockPCA"} == set(
-        OURS
-    )
+    steps = {f"featurepipe.heads.preprocessing.{name}" for name in ("BlockPCA", "BlockScaler", "UnitRows")}
+    assert ours | steps == set(OURS)
 
 
 def test_every_field_comes_back(bundle, folder):
