@@ -21,6 +21,9 @@ from pydantic_core import ErrorDetails
 from featurepipe.errors import Message, Option, Spelling, UsageError, on_command_line, unknown
 from featurepipe.heads.bundle.files import MANIFEST, existing_folder
 from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is_name
+from featurepipe.layer_depth.options import ComparisonOptions
+from featurepipe.option_groups import OptionGroup, declared
+from featurepipe.training.options import TrainOptions
 
 _MUST_BE = {
     "string_type": "must be text",
@@ -252,6 +255,23 @@ def _train_columns(job: Job) -> Iterator[Problem]:
             yield from _known_network(job, f"train[{place}]", table.backbone)
 
 
+def _settings_together(job: Job) -> Iterator[Problem]:
+    """What options of one table say of each other, such as two kinds of target."""
+    tables: list[tuple[str, BaseTable, type[OptionGroup]]] = [
+        (f"train[{place}]", table, TrainOptions) for place, table in enumerate(job.train)
+    ]
+    tables += [("depth", job.depth, ComparisonOptions)] if job.depth else []
+    for key, table, group in tables:
+        try:
+            group(**{name: getattr(table, name) for name in declared(group)})
+        except UsageError as error:
+            yield key, None, "\n".join(error.spelled(_key_alone))
+
+
+def _key_alone(option: Option) -> str:
+    return option.name if option.value is None else f"{option.name} = {json.dumps(option.value, default=str)}"
+
+
 def _depth_network(job: Job) -> Iterator[Problem]:
     if job.depth and job.depth.backbone is not None:
         yield from _known_network(job, "depth", job.depth.backbone)
@@ -334,6 +354,7 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_same_network_twice, frozenset({"features"})),
     (_decoding, frozenset({"features", "machine"})),
     (_train_columns, frozenset({"features", "train"})),
+    (_settings_together, frozenset({"train", "depth"})),
     (_drift_columns, frozenset({"features", "drift"})),
     (_depth_network, frozenset({"features", "depth"})),
     (_depth_columns, frozenset({"features", "depth"})),

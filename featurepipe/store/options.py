@@ -12,6 +12,8 @@ from featurepipe.option_groups import OptionGroup, by_commas, file_or_kind, is_n
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
 NO_GROUP = "none"
+LABEL = "label"
+"""The column of classes."""
 NO_SPLIT = "none"
 
 
@@ -25,6 +27,11 @@ def columns_of(given: Any) -> tuple[str, ...] | None:
 def is_file_of_groups(given: str) -> bool:
     """Whether what is given as groups is a file of its own, not a column."""
     return given.lower().endswith((".csv", ".parquet", ".jsonl"))
+
+
+def is_column(given: Any) -> str | None:
+    """The check of a column's name."""
+    return None if isinstance(given, str) and given.strip() else "must be the name of a column"
 
 
 def _keeps_the_current(given: Any) -> str | None:
@@ -107,17 +114,28 @@ class ExportOptions(SplitOption, SpaceOption, DatasetOption):
 class RowOptions(OptionGroup):
     """What class, group and split an image is of: columns of the labels file, else of the manifest that was extracted."""
 
-    label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_text)
+    label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_column)
     group: str | None = option(
         None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
         f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near auto "
         "--to FILE writes it",
-        metavar="COLUMN|FILE", check=is_text, is_path=is_file_of_groups,
+        metavar="COLUMN|FILE", check=is_column, is_path=is_file_of_groups,
     )  # fmt: skip
     split_column: str | None = option(
         None, f"column of the split (default: split of the manifest, or the folders; {NO_SPLIT}: no splits)",
-        metavar="COLUMN", check=is_text,
+        metavar="COLUMN", check=is_column,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        other = getattr(self, "target", None) or getattr(self, "multilabel", None)  # of larger groups of options
+        if self.group is not None and self.group == (self.label or LABEL) and not other:
+            raise UsageError(
+                Message(
+                    Option("group", self.group), " is the column of the classes: each would be one group, and no class could "
+                    "be both learned and tested; name another column, or leave it out",
+                )
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +144,7 @@ class RoleOptions(RowOptions):
 
     target: str | None = option(
         None, "column of a number to estimate, instead of classes: regression, with prediction intervals",
-        metavar="COLUMN", check=is_text,
+        metavar="COLUMN", check=is_column,
     )  # fmt: skip
     multilabel: tuple[str, ...] | None = option(
         None, "several labels an image, instead of one class: a column of texts such as red|round, or of JSON lists; or a column "
@@ -135,7 +153,7 @@ class RoleOptions(RowOptions):
     )  # fmt: skip
     weight: str | None = option(
         None, "column of how much each image counts while a head is fitted, from 0 (measures count all alike)",
-        metavar="COLUMN", check=is_text,
+        metavar="COLUMN", check=is_column,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

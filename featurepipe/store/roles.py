@@ -25,7 +25,16 @@ from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
 from featurepipe.store.labels import ColumnTable, LabelSource, group_names, places_of, read_columns
-from featurepipe.store.options import GROUP, NO_GROUP, NO_SPLIT, RoleOptions, RowOptions, columns_of, is_file_of_groups
+from featurepipe.store.options import (
+    GROUP,
+    LABEL,
+    NO_GROUP,
+    NO_SPLIT,
+    RoleOptions,
+    RowOptions,
+    columns_of,
+    is_file_of_groups,
+)
 from featurepipe.store.snapshots import REJECTED
 
 if TYPE_CHECKING:
@@ -38,8 +47,6 @@ _YES = frozenset({"1", "1.0", "true", "yes", "y", "t"})
 _NO = frozenset({"0", "0.0", "false", "no", "n", "f"})
 _UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "na", "none", "null", "unknown", "?"})
 _NO_LABEL = "none"
-LABEL = "label"
-"""The column of classes."""
 _NAMED = 6  # columns without a role that a message names
 _LISTED = 20  # columns that an error lists
 _NAMED_VALUES = 3

@@ -243,6 +243,8 @@ def test_what_cannot_be_read(problems, tmp_path):
                                                   "always"),
         ('[[train]]\nout = "b"\ntune = "yes"', "train[0].tune = 'yes': must be true or false"),
         ('[[train]]\nout = "b"\nparams = 3', "train[0].params = 3: must be a table"),
+        ('[[train]]\nout = "b"\nlabel = "a"\ntarget = "b"', "train[0]: label and target are two kinds of target"),
+        ('[depth]\nlabel = "a"\nsplit_column = 3', "depth.split_column = 3: must be the name of a column"),
         ('[[train]]\nout = "b"\nnodes = []', "train[0].nodes = []: must not be empty"),
         ('[[train]]\nout = ""', "train[0].out = '': must not be empty"),
         ('[[train]]\nout = "~nouser/x"', "train[0].out = '~nouser/x': this machine has no home folder for '~nouser'; write"),

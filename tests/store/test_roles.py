@@ -165,6 +165,22 @@ def test_two_kinds_of_target_are_refused():
         RoleOptions(target="age", multilabel=("found",))
 
 
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        ({"label": ""}, "label '' must be the name of a column"),
+        ({"split_column": 3}, "split_column 3 must be the name of a column"),
+        ({"multilabel": ()}, r"multilabel \(\) must not be empty"),
+        ({"label": "kind", "group": "kind"}, "group='kind' is the column of the classes"),
+        ({"group": "label"}, "group='label' is the column of the classes"),
+    ],
+)
+def test_names_that_are_none_are_refused(roles, said):
+    assert RoleOptions(group="label", target="age").group == "label"
+    with pytest.raises(UsageError, match=said):
+        RoleOptions(**roles)
+
+
 def test_a_dataset_without_further_columns_says_where_to_get_them(store, space, rows):
     rows.write(store, space, NAMES)
     rows.snapshot(store, "d", NAMES)
