@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import OptionGroup, by_commas, file_or_kind, is_number, is_text, not_empty, option
+from featurepipe.option_groups import OptionGroup, by_commas, file_or_kind, is_number, not_empty, option
 
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
