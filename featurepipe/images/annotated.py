@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import posixpath
+import re
 from abc import abstractmethod
 from array import array
 from collections import Counter
@@ -44,6 +45,7 @@ CLASS_FILES: Final = (
 )
 _LONGEST_LABELS: Final = 64_000_000
 _CHUNK: Final = 1 << 20
+_BLANKS: Final = re.compile(r"[ \t\n\r]*")
 _LONGEST_ENTRY: Final = 64_000_000
 """Characters of one entry of a COCO file; what is held of the file at a time."""
 _LOOKED_FOR: Final = 8
@@ -481,10 +483,9 @@ class _JsonScanner:
     def peek(self) -> str:
         """The next character that is no blank; empty at the end."""
         while True:
-            while self._at < len(self._text):
-                if not self._text[self._at].isspace():
-                    return self._text[self._at]
-                self._at += 1
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # matches nothing, too
+            if self._at < len(self._text):
+                return self._text[self._at]
             if self._ended:
                 return ""
             self._read_on()

@@ -1,11 +1,15 @@
 """Boxes on workers: the features of a local run to the bit, their rejects and counts, and predictions with the boxes."""
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import pyarrow.csv
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from featurepipe.extraction import compute
 from featurepipe.extraction.extract import extract
@@ -74,3 +78,38 @@ def test_boxes_on_workers_are_those_of_a_local_run(boxes, dask_executor, tmp_pat
     assert found["here"]["box"].to_pylist()[1] == "3.0 2.0 41.0 40.0"
     again = extract(tmp_path / "here.csv", tmp_path / "again", dry_run=True, **options)  # the file is such a manifest
     assert again["listed"] == 36
+
+
+def test_frames_and_boxes_in_an_archive_on_workers(dask_executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=2, most=2))
+    frames = np.random.default_rng(1).integers(0, 256, (3, 60, 80), dtype=np.uint8)
+    made = Dataset()
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    made.SOPClassUID, made.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3.4"
+    made.Rows, made.Columns, made.NumberOfFrames, made.SamplesPerPixel = 60, 80, 3, 1
+    made.PhotometricInterpretation, made.PixelRepresentation = "MONOCHROME2", 0
+    made.BitsAllocated, made.BitsStored, made.HighBit = 8, 8, 7
+    made.PixelData = frames.tobytes()
+    made["PixelData"].VR = "OB"
+    cine, picture = io.BytesIO(), io.BytesIO()
+    made.save_as(cine, enforce_file_format=True)
+    Image.fromarray(frames[0]).save(picture, "PNG")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("all/cine.dcm", cine.getvalue())
+        archive.writestr("all/a.png", picture.getvalue())
+    manifest = tmp_path / "boxes.csv"
+    manifest.write_text("path,box\ncine.dcm,\na.png,0 0 80 60\na.png,5 5 30 30\n")
+    options = {
+        "backbone": "lenet5", "weights": "none", "nodes": ["c3:flatten"], "precision": "fp32", "batch_size": 1, "silent": True,
+        "images": tmp_path / "images.zip", "frames": "all", "dataset": "boxes",
+    }  # fmt: skip
+    alone = extract(manifest, tmp_path / "here", **options)
+    together = extract(manifest, tmp_path / "there", cluster=dask_executor, **options)
+    for name in ("counts", "remarks", "clipped"):
+        assert together[name] == alone[name], name
+    assert (alone["counts"]["computed"], together["cluster"]["slices"]) == (5, 2)
+    here, there = features(tmp_path / "here"), features(tmp_path / "there")
+    assert list(here) == ["cine.dcm#1", "cine.dcm#2", "cine.dcm#3", "a.png#1", "a.png#2"]
+    for name, values in here.items():
+        np.testing.assert_array_equal(values, there[name])
