@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 from featurepipe.annotations import is_missing
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 BLOCK_BYTES = 16 << 20  # larger blocks gain nothing, smaller ones cost matrix products their speed
 _CHUNK = 1 << 16  # values converted at once: they stay in the core's cache
 _EXPONENT = np.int16(0x7C00)  # of a float16
@@ -201,6 +206,92 @@ def iterate(
             coming = reader.submit(read, number + 1)
             yield place, block
             del block
+
+
+class RowThreads:
+    """Works on pieces of rows in as many threads as matrix products may use, each of which then uses one.
+
+    Threads that share one product wait for each other at its end; where other processes have a core for a while, that takes
+    most of the time. Threads that take whole pieces wait for nobody, and whatever NumPy does beside the products is done in
+    parallel, too. Use as a context manager.
+
+    Args:
+        wanted: Whether it pays; without, everything is done in the caller's thread.
+    """
+
+    def __init__(self, *, wanted: bool) -> None:
+        self.count = blas_threads() if wanted else 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self.count > 1:
+            _alone.enter()
+            self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="rows")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            _alone.leave()
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yields items with their results in the order of the items, which are taken as threads become free."""
+        if self._pool is None:
+            for item in items:
+                yield item, work(item)
+            return
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            waiting.append((item, self._pool.submit(work, item)))
+            if len(waiting) > self.count + 1:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
+
+    def each(self, work: Callable[[Item], object], items: Sequence[Item]) -> None:
+        """Works on all items, and returns when that is done."""
+        if self._pool is None or len(items) == 1:
+            for item in items:
+                work(item)
+            return
+        for done in [self._pool.submit(work, item) for item in items]:
+            done.result()
+
+
+def blas_threads() -> int:
+    """How many threads a matrix product may use here and now; 1 where nothing tells."""
+    return max((int(library.num_threads) for library in _blas().lib_controllers), default=1)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")  # looking for libraries takes milliseconds
+
+
+class _OneThreadEach:
+    """Keeps matrix products to one thread while anybody wants that: the number is the whole process's."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limit: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = _blas().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()
+
+
+_alone = _OneThreadEach()
 
 
 def read_as(source: Blocks, dtype: npt.DTypeLike, rows: Array | slice | None = None) -> Array:

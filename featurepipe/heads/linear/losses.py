@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
-from scipy.special import expit
+
+from featurepipe.heads.blocks import RowThreads
 
 Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.integer[Any]]
@@ -37,7 +38,7 @@ class Loss(Protocol):
         Args:
             scores: (P, K, m); overwritten by the weighted derivatives by the scores.
             codes: (m,) class number of each row; or for losses of two classes (L, m), whether each of L labels is positive.
-            weights: (P, m) weight of each row in each problem.
+            weights: (P, m) weight of each row in each problem, or (1, m) where all have the same.
             targets: (P,) which class, or which label, is the positive one, for losses of two classes.
 
         Returns:
@@ -104,19 +105,29 @@ class BinomialLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        score, positive = scores[:, 0], _positive(codes, targets)
-        losses = np.logaddexp(0, np.where(positive, -score, score))
+        against = _sign(codes, targets, scores.dtype)
+        np.negative(against, out=against)
+        amiss = scores[:, 0] * against  # minus the margin
+        odds = np.exp(-np.abs(amiss))  # at most 1: nothing overflows
+        losses = np.log1p(odds)
+        losses += np.maximum(amiss, 0)
         values: Array = np.einsum("pm,pm->p", losses, weights, dtype=np.float64)
-        scores[:, 0] = weights * (expit(score) - positive)
+        odds += 1
+        np.minimum(amiss, 0, out=amiss)
+        np.exp(amiss, out=amiss)
+        amiss /= odds
+        amiss *= against
+        np.multiply(amiss, weights, out=scores[:, 0])
         return values
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
-        return np.asarray(expit(scores) * expit(-scores) * weights)
+        odds = np.exp(-np.abs(scores))
+        return np.asarray(odds / np.square(1 + odds) * weights)
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
         """See ``Loss``."""
-        changes *= expit(scores) * expit(-scores) * weights[:, None, :]
+        changes *= self.curvature(scores, codes, weights[:, None, :], 0)
 
     def start(self, class_weights: Array) -> Array:
         """See ``Loss``; the logarithm of the odds."""
@@ -130,21 +141,22 @@ class SquaredHingeLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        sign = np.where(_positive(codes, targets), 1, -1).astype(scores.dtype)
+        sign = _sign(codes, targets, scores.dtype)
         short = np.maximum(1 - sign * scores[:, 0], 0)
         weighted = short * weights
         values: Array = np.einsum("pm,pm->p", short, weighted, dtype=np.float64)
-        scores[:, 0] = -2 * sign * weighted
+        weighted *= -2
+        np.multiply(weighted, sign, out=scores[:, 0])
         return values
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:
         """See ``Loss``; 2 for rows inside the margin, else 0 (the generalised second derivative)."""
-        sign = np.where(_positive(codes, np.array([target]))[0], 1, -1)
+        sign = _sign(codes, np.array([target]), scores.dtype)[0]
         return np.asarray((sign * scores < 1) * (2 * weights))
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:
         """See ``Loss``."""
-        sign = np.where(_positive(codes, targets), 1, -1)
+        sign = _sign(codes, targets, scores.dtype)
         changes *= (sign[:, None, :] * scores < 1) * (2 * weights[:, None, :])
 
     def start(self, class_weights: Array) -> Array:  # noqa: ARG002
@@ -152,9 +164,12 @@ class SquaredHingeLoss:
         return np.zeros(1)
 
 
-def _positive(codes: Codes, targets: Codes) -> npt.NDArray[np.bool_]:
-    """Returns (P, m): whether each row is of the problem's class, or has its label where codes are (L, m)."""
-    return np.asarray(codes == targets[:, None] if codes.ndim == 1 else codes[targets] > 0)
+def _sign(codes: Codes, targets: Codes, dtype: np.dtype[Any]) -> Array:
+    """Returns (P, m): 1 for rows of the problem's class, or that have its label where codes are (L, m); -1 for others."""
+    signs = (codes == targets[:, None] if codes.ndim == 1 else codes[targets] > 0).astype(dtype)
+    signs *= 2
+    signs -= 1
+    return np.asarray(signs)
 
 
 def _softmax(scores: Array) -> Array:
@@ -190,23 +205,21 @@ class Measured:
         self._intercept, self._share = intercept, share
         self._waiting: list[list[Array]] = [[] for _ in range(count)]
 
-    def add(self, block: Array, curvature: Array) -> None:
-        """Adds the rows of a block (m, D), weighted by ``curvature`` (K, m)."""
-        for number, amounts in enumerate(curvature):
-            rows, weights = _choose(amounts, self._share)
-            chosen = np.empty((len(rows), self.sums.shape[-1]), block.dtype)
-            chosen[:, : block.shape[1]] = block[rows] - self._mean
-            if self._intercept:
-                chosen[:, -1] = 1
-            chosen *= np.sqrt(weights)[:, None].astype(block.dtype)
-            self._waiting[number].append(chosen)
-            if self.sums.ndim == 2 or sum(map(len, self._waiting[number])) >= self.sums.shape[-1]:
-                self._multiply(number)
-
-    def finish(self) -> Array:
-        """Returns the sums, (K, size, size) or (K, size)."""
-        for number in range(len(self.sums)):
+    def add(self, number: int, block: Array, curvature: Array) -> None:
+        """Adds the rows of a block (m, D) to one of the sums, weighted by ``curvature`` (m,); other threads may add to others."""
+        rows, weights = _choose(curvature, self._share)
+        chosen = np.empty((len(rows), self.sums.shape[-1]), block.dtype)
+        chosen[:, : block.shape[1]] = block[rows] - self._mean
+        if self._intercept:
+            chosen[:, -1] = 1
+        chosen *= np.sqrt(weights)[:, None].astype(block.dtype)
+        self._waiting[number].append(chosen)
+        if self.sums.ndim == 2 or sum(map(len, self._waiting[number])) >= self.sums.shape[-1]:
             self._multiply(number)
+
+    def finish(self, threads: RowThreads) -> Array:
+        """Returns the sums, (K, size, size) or (K, size)."""
+        threads.each(self._multiply, range(len(self.sums)))
         return self.sums
 
     def _multiply(self, number: int) -> None:

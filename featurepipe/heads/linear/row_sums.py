@@ -7,17 +7,32 @@ that are added up. Penalties and preconditioners are not of the rows: ``heads.pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.blocks import Array, Blocks, iterate
+from featurepipe.heads.blocks import Array, Blocks, RowThreads, iterate
 from featurepipe.heads.linear.losses import Loss, Measured, RotatedDiagonals
 
 Codes = npt.NDArray[np.integer[Any]]
+Piece = tuple[slice, Array]
+
+_PIECE_ROWS = 1024  # at least, so that their sums take little time beside their products
+_PIECE_FLOPS = 1 << 27  # some milliseconds: more than it takes to hand a piece to a thread
+_WORTH_FLOPS = 1 << 29  # of a pass that threads are started for
+_PARTIAL_BYTES = 32 << 20  # that the sums of pieces may take while they wait to be added
+
+
+def _pieces(blocks: Blocks, *, rows: int, dtype: np.dtype[Any], columns: int) -> Iterator[Piece]:
+    """Cuts blocks of rows into pieces: what one thread works on at a time."""
+    piece = max(_PIECE_ROWS, _PIECE_FLOPS // (4 * columns * blocks.shape[1]))
+    for place, block in iterate(blocks, rows=rows, dtype=dtype):
+        for start in range(0, len(block), piece):
+            part = block[start : start + piece]
+            yield slice(place.start + start, place.start + start + len(part)), part
 
 
 @dataclass(frozen=True)
@@ -73,12 +88,6 @@ class Sums:
         vars(self).update(state)
         self.curvature = [None if one is None else _whole(one) for one in self.curvature]
 
-    def add(self, derivatives: Array, block: Array) -> None:
-        """Adds derivatives by the scores (P, K, m) of a block (m, D)."""
-        flat = derivatives.reshape(len(self.totals), -1)
-        self.products += flat @ block
-        self.totals += flat.sum(axis=1, dtype=np.float64)
-
 
 def _half(sums: Array) -> Array:
     """Of (K, size, size) symmetric matrices the lower triangles (K, size * (size + 1) / 2, 1); of diagonals all."""
@@ -123,6 +132,28 @@ class Order:
         width = self.at.coefficients.shape[1]
         return Sums(np.zeros(problems), np.zeros((columns, width)), np.zeros(columns), curvature)
 
+    def _weights(self, weights: Array, rows: slice) -> Array:
+        """(P, m) weights of some rows, or (1, m) where all problems have the same."""
+        folds = self.folds[:1] if (self.folds == self.folds[0]).all() else self.folds
+        return np.asarray(weights[folds, rows])
+
+    def _threads(self, blocks: Blocks) -> RowThreads:
+        """Threads for pieces, where there is enough to do and the sums of several fit beside each other."""
+        columns, width = self.at.coefficients.shape
+        threads = RowThreads(wanted=4 * blocks.shape[0] * columns * width >= _WORTH_FLOPS)
+        if (threads.count + 2) * columns * width * self.dtype.itemsize > _PARTIAL_BYTES:
+            return RowThreads(wanted=False)
+        return threads
+
+    def _pieces(self, blocks: Blocks) -> Iterator[Piece]:
+        return _pieces(blocks, rows=self.rows, dtype=self.dtype, columns=len(self.at.coefficients))
+
+
+def _products(derivatives: Array, block: Array) -> tuple[Array, Array]:
+    """Derivatives by the scores (P, K, m) times the rows of a block (m, D), and their sums: (P * K, D) and (P * K,)."""
+    flat = derivatives.reshape(-1, len(block))
+    return flat @ block, flat.sum(axis=1, dtype=np.float64)
+
 
 @dataclass(frozen=True)
 class Values(Order):
@@ -142,25 +173,41 @@ class Values(Order):
         together = self.together(len(asked)) if self.together is not None and asked else None
         measured = [None if measure is None or together else measure() for measure in self.measures]
         sums = self._nothing([])
-        for place, block in iterate(blocks, rows=self.rows, dtype=self.dtype):
-            scores, own, classes = self.at.scores(block), weights[self.folds, place], codes[..., place]
 
-            def amounts(number: int, scores: Array = scores, own: Array = own, classes: Codes = classes) -> Array:
-                return self.loss.curvature(scores[number], classes, own[number], self.targets[number])
+        def piece_of(piece: Piece) -> tuple[Array, Array, Array, list[Array]]:
+            rows, block = piece
+            scores, own, classes = self.at.scores(block), self._weights(weights, rows), codes[..., rows]
+            amounts = [
+                self.loss.curvature(scores[number], classes, own[number % len(own)], self.targets[number])
+                for number in asked
+            ]
+            losses = self.loss.residuals(scores, classes, own, self.targets)
+            return losses, *_products(scores, block), amounts
 
-            if together is not None:
-                together.add(block, np.concatenate([amounts(number) for number in asked]))
-            for number, into in enumerate(measured):
-                if into is not None:
-                    found = amounts(number)
-                    into.add(block, found if len(into.sums) > 1 else found.mean(axis=0, keepdims=True))
-            sums.losses += self.loss.residuals(scores, classes, own, self.targets)
-            sums.add(scores, block)
-        sums.curvature = [None if into is None else into.finish() for into in measured]
+        with self._threads(blocks) as threads:
+            for (_, block), (losses, products, totals, amounts) in threads.map(piece_of, self._pieces(blocks)):
+                sums.losses += losses
+                sums.products += products
+                sums.totals += totals
+                if together is not None:
+                    together.add(block, np.concatenate(amounts))
+                else:
+                    _measure(threads, [measured[number] for number in asked], block, amounts)
+            sums.curvature = [None if into is None else into.finish(threads) for into in measured]
         if together is not None:
             for number, found in zip(asked, together.finish(), strict=True):
                 sums.curvature[number] = found
         return sums
+
+
+def _measure(threads: RowThreads, measured: list[Measured | None], block: Array, amounts: list[Array]) -> None:
+    """Adds the rows of a block to each problem's curvature."""
+    jobs = []
+    for into, found in zip(measured, amounts, strict=True):
+        if into is not None:
+            rows = found if len(into.sums) > 1 else found.mean(axis=0, keepdims=True)
+            jobs += [(into, number, row) for number, row in enumerate(rows)]
+    threads.each(lambda job: job[0].add(job[1], block, job[2]), jobs)
 
 
 @dataclass(frozen=True)
@@ -176,8 +223,15 @@ class Products(Order):
     def __call__(self, blocks: Blocks, codes: Codes, weights: Array) -> Sums:
         """Sums over a share; see ``Values``."""
         sums = self._nothing([None] * self.at.shape[0])
-        for place, block in iterate(blocks, rows=self.rows, dtype=self.dtype):
+
+        def piece_of(piece: Piece) -> tuple[Array, Array]:
+            rows, block = piece
             scores, changes = self.at.scores(block), self.towards.scores(block)
-            self.loss.bend(scores, changes, codes[..., place], weights[self.folds, place], self.targets)
-            sums.add(changes, block)
+            self.loss.bend(scores, changes, codes[..., rows], self._weights(weights, rows), self.targets)
+            return _products(changes, block)
+
+        with self._threads(blocks) as threads:
+            for _, (products, totals) in threads.map(piece_of, self._pieces(blocks)):
+                sums.products += products
+                sums.totals += totals
         return sums
