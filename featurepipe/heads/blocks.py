@@ -225,7 +225,7 @@ class RowThreads:
 
     def __enter__(self) -> Self:
         if self.count > 1:
-            _alone.enter()
+            one_blas_thread.__enter__()
             self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="rows")
         return self
 
@@ -233,7 +233,7 @@ class RowThreads:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-            _alone.leave()
+            one_blas_thread.__exit__()
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yields items with their results in the order of the items, which are taken as threads become free."""
@@ -271,27 +271,29 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")  # looking for libraries takes milliseconds
 
 
-class _OneThreadEach:
-    """Keeps matrix products to one thread while anybody wants that: the number is the whole process's."""
+class _OneBlasThread:
+    """A context in which products take one thread each; it may be entered again, since the number is the whole process's.
 
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._limit: Any = None
+    For products of some milliseconds, for which threads would wait for each other more than they work.
+    """
 
-    def enter(self) -> None:
+    _lock, _inside = threading.Lock(), 0
+    _limit: Any = None
+
+    def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
                 self._limit = _blas().limit(limits=1, user_api="blas")
             self._inside += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
                 self._limit.restore_original_limits()
 
 
-_alone = _OneThreadEach()
+one_blas_thread = _OneBlasThread()
 
 
 def read_as(source: Blocks, dtype: npt.DTypeLike, rows: Array | slice | None = None) -> Array:

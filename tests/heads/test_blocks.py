@@ -6,12 +6,16 @@ import threading
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import UsageError
+from featurepipe.heads import blocks
 from featurepipe.heads.blocks import (
     ArrayBlocks,
     MappedBlocks,
+    RowThreads,
     as_blocks,
+    blas_threads,
     is_blocks,
     iterate,
     labels_of,
@@ -118,3 +122,56 @@ def test_every_float16_there_is_becomes_the_same_float32():
     np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
     np.testing.assert_array_equal(widened(halves[::-1]), halves[::-1].astype(np.float32))  # with infinities and NaN
     assert widened(np.empty((0, 3), np.float16)).shape == (0, 3)
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """Three threads, whatever machine or environment the tests have."""
+    monkeypatch.setattr(blocks, "blas_threads", lambda: 3)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_give_results_in_order_and_take_few_items_ahead():
+    taken = []
+
+    def items():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    names = set()
+
+    def work(number):
+        names.add(threading.current_thread().name)
+        return number**2
+
+    with RowThreads(wanted=True) as threads:
+        for done, (number, square) in enumerate(threads.map(work, items())):
+            assert (number, square) == (done, done**2)
+            assert len(taken) <= done + 3 + 2
+        found = []
+        threads.each(found.append, range(5))
+    assert sorted(found) == list(range(5))
+    assert all(name.startswith("rows") for name in names)
+    with RowThreads(wanted=False) as threads:
+        assert list(threads.map(work, range(3))) == [(0, 0), (1, 1), (2, 4)]
+    assert threading.current_thread().name in names
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_products_take_one_thread_while_any_rows_are_worked_on_and_what_they_had_after_that():
+    with threadpool_limits(2, user_api="blas"):
+        outer, inner = RowThreads(wanted=True), RowThreads(wanted=True)
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__()  # another thread of the process may end first
+        assert blas_threads() == 1
+        inner.__exit__()
+        assert blas_threads() == 2
+
+        def fail(number):
+            raise ValueError(number)
+
+        with pytest.raises(ValueError, match="0"), RowThreads(wanted=True) as threads:
+            list(threads.map(fail, range(9)))
+        assert blas_threads() == 2

@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
+from scipy.special import expit
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -16,11 +18,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import UsageError
+from featurepipe.heads import blocks as heads_blocks
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_matrix import label_matrix, labels_given
-from featurepipe.heads.linear import multilabel
+from featurepipe.heads.linear import losses, multilabel, row_sums
 from featurepipe.heads.linear.multilabel import (
     MultilabelLinearSVC,
     MultilabelLogisticRegression,
@@ -133,6 +137,87 @@ def test_fewer_rows_than_values_are_learned_in_their_own_span(kind, wrap, monkey
     whole = kind(C=0.05).fit(X, Y)
     np.testing.assert_allclose(head.coef_, whole.coef_, atol=1e-3)
     np.testing.assert_allclose(head.intercept_, whole.intercept_, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
+def test_threads_change_no_bit(kind, monkeypatch):
+    """Pieces are cut, and their sums added, in one order, however many threads there are."""
+    X, _, some, _ = made(np.float32)
+    monkeypatch.setitem(multilabel.prepare.__globals__, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(row_sums, "_PIECE_ROWS", 64)
+    monkeypatch.setattr(row_sums, "_PIECE_FLOPS", 0)
+    monkeypatch.setattr(row_sums, "_WORTH_FLOPS", 0)
+    found = []
+    with threadpool_limits(1, user_api="blas"):
+        for count in (1, 3):
+            monkeypatch.setattr(heads_blocks, "blas_threads", lambda count=count: count)
+            found.append(kind(C=0.1).fit(X, some))
+    np.testing.assert_array_equal(found[0].coef_, found[1].coef_)
+    np.testing.assert_array_equal(found[0].intercept_, found[1].intercept_)
+
+
+def test_logistic_losses_are_exact_far_from_the_boundary():
+    scores = np.array([-300, -40, -1, 0, 1e-3, 2, 40, 300])
+    codes, weights = np.stack([np.zeros(8), np.ones(8)]).astype(np.int8), np.linspace(0.5, 2, 8)[None]
+    for dtype, close in ((np.float64, 1e-14), (np.float32, 1e-6)):
+        both = np.stack([scores, scores]).astype(dtype)[:, None]
+        bent = losses.BinomialLoss().curvature(both[0], codes, weights[0].astype(dtype), 0)
+        values = losses.BinomialLoss().residuals(both, codes, weights.astype(dtype), np.array([0, 1]))
+        signed = np.stack([scores, -scores]).astype(dtype).astype(np.float64)
+        np.testing.assert_allclose(values, (np.logaddexp(0, signed) * weights).sum(axis=1), rtol=close)
+        pulls = expit(signed) * np.array([[1], [-1]]) * weights
+        np.testing.assert_allclose(both[:, 0], pulls, rtol=10 * close, atol=1e-44)
+        np.testing.assert_allclose(
+            bent[0], expit(signed[0]) * expit(-signed[0]) * weights[0], rtol=10 * close, atol=1e-44
+        )
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("pull", [0.0, 0.3])
+def test_the_preconditioner_in_the_shared_basis_is_exact_along_coefficients_and_intercept(intercept, pull):
+    rng = np.random.default_rng(0)
+    rows, width, C = 4000, 6, 0.7
+    X = rng.standard_normal((rows, width)) * np.linspace(0.3, 2, width)
+    ones = np.column_stack([X, np.ones(rows)]) if intercept else X
+    point = np.append(rng.standard_normal(width) * 0.7, -3.0)[: width + intercept]  # a rare label
+    scores = ones @ point
+    weights = expit(scores) * expit(-scores)
+    penalty = losses.Penalty(
+        np.append(np.ones(width), 0)[: width + intercept], rng.standard_normal(width + intercept), pull
+    )
+    exact = C * (ones.T * weights) @ ones + np.diag(penalty.ridge) + pull * np.outer(penalty.lever, penalty.lever)
+
+    def solver(at):
+        sums = losses.RotatedDiagonals(1, np.zeros(width), np.eye(width), centre=False, intercept=intercept, share=1.0)
+        for place in np.array_split(np.arange(rows), 7):
+            moments = sums.moments(weights[None, place], (ones @ at)[None, place])
+            sums.add(X[place], weights[None, place], moments)
+        return losses.SubspacePreconditioner(sums.finish()[0], C, penalty, at[None])
+
+    found = np.linalg.inv(np.vstack([solver(point)(row[None]) for row in np.eye(len(point))]))
+    np.testing.assert_allclose(found, found.T, rtol=1e-9, atol=1e-9)
+    plane = np.eye(len(point))[:, [0, -1]].copy()
+    plane[:width, 0] = point[:width]
+    plane[width:, 0] = 0
+    plane = plane[:, : 1 + intercept]
+    np.testing.assert_allclose(plane.T @ found @ plane, plane.T @ exact @ plane, rtol=1e-9)
+    ratios = scipy.linalg.eigvalsh(exact, found)
+    plain = scipy.linalg.eigvalsh(exact, np.diag(np.diagonal(exact)))
+    assert ratios[0] > 0
+    assert ratios[-1] / ratios[0] < plain[-1] / plain[0]
+    start = np.zeros(width + intercept)  # where there are no coefficients, the intercept's own
+    assert np.isfinite(solver(start)(exact[:1])).all()
+
+
+def test_rows_are_measured_however_few_of_a_block_are_chosen():
+    rng = np.random.default_rng(0)
+    X, amounts = rng.standard_normal((40_000, 3)) * [1, 2, 3], rng.uniform(0, 2, (1, 40_000))
+    sums = losses.RotatedDiagonals(1, np.zeros(3), np.eye(3), centre=False, intercept=True, share=0.01)
+    for place in np.array_split(np.arange(40_000), 2000):  # 20 rows each, of which a fifth of one is chosen
+        sums.add(X[place], amounts[:, place], sums.moments(amounts[:, place], amounts[:, place]))
+    [found] = sums.finish()
+    np.testing.assert_allclose(found[0, :3], 40_000 * np.array([1, 4, 9]), rtol=0.2)
+    np.testing.assert_allclose(found[0, 3:5], amounts.sum(), rtol=1e-9)
 
 
 def test_without_an_intercept():

@@ -65,6 +65,25 @@ def test_curvature_is_asked_for_at_the_start_and_ever_more_rarely():
     assert set(kinds) == {"shared", "each", ""}
 
 
+def test_curvature_measured_near_the_minimum_is_believed_further_on():
+    rng = np.random.default_rng(0)
+    features, signs = rng.standard_normal((200, 5)) + rng.standard_normal((200, 1)), rng.choice([-1, 1], 200)
+
+    def logistic(request):
+        margins = signs * (features @ request.point)
+        value = np.logaddexp(0, -margins).sum() + request.point @ request.point / 2
+        weights = expit(margins) * expit(-margins)
+        rough = 1 / (weights @ features**2 + 1)
+        gradient = request.point - features.T @ (signs * expit(-margins))
+        return Evaluation(value, gradient, (lambda vector: rough * vector) if request.curvature else None)
+
+    careful, asked = solo(logistic, np.zeros(5), tolerance=1e-9, refresh=1)
+    trusting, fewer = solo(logistic, np.zeros(5), tolerance=1e-9, refresh=1, trusted=0.1)
+    assert trusting.converged
+    assert len(fewer) < len(asked)
+    np.testing.assert_allclose(trusting.point, careful.point, atol=1e-4)
+
+
 def test_problems_are_asked_together_and_drop_out_as_they_finish():
     objectives = [quadratic(np.ones(3), np.ones(3) * k) for k in range(4)]
     alive = []

@@ -14,7 +14,7 @@ from scipy.special import expit
 from sklearn.base import clone
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, iterate
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, iterate, one_blas_thread
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import Floats, linear_scores
 from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, per_label
@@ -39,6 +39,7 @@ Estimator = TypeVar("Estimator", bound="MultilabelLinearClassifier")
 _OWN_FROM = 6  # rows, as a multiple of D * D over rows: from there passes cost more than a matrix for each problem
 _APPROACH = 60  # iterations in the shared basis before a loss with kinks goes on with matrices of its own
 _ROW_SPACE_BYTES = 512 << 20  # what fewer rows than values may take while they are turned
+_OFTEN_TOGETHER = (1, 2.0, 1e-3)  # refresh, growth and trust in the shared basis, where curvature costs little
 _HISTORY = 24  # vectors of a point's size that an optimiser and its passes hold, 8 bytes a value
 
 
@@ -282,12 +283,12 @@ class _Batch:
         step, found = max(1, self.allowed // each), []
         for first in range(0, len(optima), step):
             chunk, chosen = optima[first : first + step], numbers[first : first + step]
-            starts = [_turned(one.point, basis) for one in chunk]
+            starts = _turned([one.point for one in chunk], basis)
             solved = self._run(lbfgs, self.prepared, chosen, starts, [most - one.iterations for one in chunk], basis)
-            back = None if basis is None else basis.T
+            points = _turned([one.point for one in solved], None if basis is None else basis.T)
             found += [
-                replace(one, point=_turned(one.point, back), iterations=one.iterations + before.iterations)
-                for one, before in zip(solved, chunk, strict=True)
+                replace(one, point=point, iterations=one.iterations + before.iterations)
+                for one, point, before in zip(solved, points, chunk, strict=True)
             ]
         return found
 
@@ -313,18 +314,19 @@ class _Batch:
             memory=self.estimator.memory,
             basis=basis,
         )
-        often = (loss.refresh, loss.growth) if basis is None else (BinomialLoss.refresh, BinomialLoss.growth)
+        often = (loss.refresh, loss.growth) if basis is None else _OFTEN_TOGETHER
         settings = [OptimiserSettings(self.estimator.tol / SAFETY, most, *often) for most in iterations]
         return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
 
 
-def _turned(point: Array, basis: Array | None) -> Array:
-    """The coefficients of a point in a basis of its directions; the intercept as it is."""
+def _turned(points: Sequence[Array], basis: Array | None) -> list[Array]:
+    """The coefficients of points in a basis of its directions; intercepts as they are."""
     if basis is None:
-        return point
-    turned = point.copy()
-    turned[:, : len(basis)] = point[:, : len(basis)] @ basis
-    return turned
+        return list(points)
+    turned = np.concatenate(points)
+    with one_blas_thread:
+        turned[:, : len(basis)] = turned[:, : len(basis)] @ basis
+    return list(turned[:, None])
 
 
 class MultilabelLogisticRegression(MultilabelLinearClassifier):
@@ -337,8 +339,9 @@ class MultilabelLogisticRegression(MultilabelLinearClassifier):
     Method: L-BFGS (Liu & Nocedal 1989, "On the limited memory BFGS method for large scale optimization") for all labels at
     once, which share every pass over the features. Features are turned to their principal directions, in which each label's
     second derivative ``C * sum_i(p_i (1 - p_i) x_i x_i') + I`` is nearly diagonal; its diagonal, measured for all labels
-    together on rows sampled in proportion to their curvature, is the preconditioner. Fewer rows than values are put in a basis
-    of their own span first, which holds all solutions. Where there are many more rows than
+    together on rows sampled in proportion to their curvature, is the preconditioner, made exact in the plane of the
+    coefficients and the intercept (``SubspacePreconditioner``). Fewer rows than values are put in a basis of their own span
+    first, which holds all solutions. Where there are many more rows than
     values squared, and above 4,096 values a row, it is as in ``BlockLogisticRegression``.
 
     Args:

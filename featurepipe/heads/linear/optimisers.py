@@ -93,12 +93,15 @@ class OptimiserSettings:
         max_iterations: Stops unsatisfied after as many.
         refresh: Iterations until the curvature is measured again.
         growth: Factor by which that number grows each time.
+        trusted: Curvature is believed further on, too, if it was measured where the estimate was at most this fraction of the
+            objective: from there to the optimum it hardly changes.
     """
 
     tolerance: float
     max_iterations: int
     refresh: int = 5
     growth: float = 1.5
+    trusted: float = 0.0
 
 
 def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
@@ -109,7 +112,7 @@ def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """
     point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
     at = yield Evaluate(point, "shared")
-    first, precondition, age, interval = at.value, at.precondition, 0, settings.refresh
+    first, precondition, age, interval, near = at.value, at.precondition, 0, settings.refresh, False
     for iteration in range(settings.max_iterations):
         direction = -pairs.apply(at.gradient, precondition)
         slope = _dot(at.gradient, direction)
@@ -117,7 +120,8 @@ def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
             return Optimum(point, iteration, converged=True)
         goal = settings.tolerance * max(min(abs(at.value), first - at.value), 1e-3 * abs(at.value))
         satisfied = satisfied + 1 if -slope / 2 <= goal else 0
-        if satisfied and age == 0:
+        near = -slope / 2 <= settings.trusted * goal / settings.tolerance if age == 0 else near
+        if satisfied and (age == 0 or near):
             return Optimum(point, iteration, converged=True)
         measure = age + 1 >= interval or satisfied == 2
         # where the last step was short, the next one hardly is 1

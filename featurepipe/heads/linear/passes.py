@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, rows_per_block, working_dtype
+from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, one_blas_thread, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.linear.losses import (
@@ -22,6 +23,7 @@ from featurepipe.heads.linear.losses import (
     Measured,
     Penalty,
     RotatedDiagonals,
+    SubspacePreconditioner,
     share_of,
 )
 from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
@@ -35,6 +37,8 @@ _CENTRE_FROM = 30  # |mean| / deviation from which float32 products of uncentred
 _SMALL_BYTES = 32 << 20  # features that take no more as float64 are computed in it, whatever they are
 _ROWS_PER_DIRECTION = 8  # that principal directions are found from
 _ROWS_OF_DIAGONALS = 2048  # that diagonals are measured on: to a few hundredths, which a preconditioner does not feel
+_ALONE_WIDTH = 2048  # up to which the principal directions take one thread a few seconds
+_ALONE_VALUES = 1 << 18  # of points that are rotated
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -187,7 +191,7 @@ class Passes:
         """What makes scores of blocks at these points, in the dtype of the features."""
         dtype, width = self.prepared.dtype, len(self.prepared.mean)
         posed = points[:, :, :width].reshape(-1, width)
-        coefficients = (posed if self.basis is None else posed @ self.basis.T).astype(dtype)
+        coefficients = (posed if self.basis is None else _rotated(posed, self.basis.T)).astype(dtype)
         bias = points[:, :, width].ravel() if self.intercept else np.zeros(len(coefficients))
         if not self.prepared.centred:
             bias = bias - coefficients.astype(np.float64) @ self.prepared.mean
@@ -199,7 +203,7 @@ class Passes:
         if not self.prepared.centred:
             by_coefficient = by_coefficient - sums.totals[:, None] * self.prepared.mean
         if self.basis is not None:
-            by_coefficient = by_coefficient @ self.basis
+            by_coefficient = _rotated(by_coefficient, self.basis)
         gradients = np.column_stack([by_coefficient, sums.totals]) if self.intercept else by_coefficient
         return gradients.reshape(len(requests), *requests[0].point.shape)
 
@@ -210,7 +214,7 @@ class Passes:
         penalty = self._penalise(problem, point, gradient)
         value = problem.C * value + penalty
         return Evaluation(
-            float(value), gradient, None if curvature is None else self._preconditioner(problem, curvature)
+            float(value), gradient, None if curvature is None else self._preconditioner(problem, point, curvature)
         )
 
     def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
@@ -230,12 +234,14 @@ class Passes:
             gradient -= gradient.mean(axis=0)
         return float(penalty)
 
-    def _preconditioner(self, problem: FitProblem, curvature: Array) -> Precondition:
+    def _preconditioner(self, problem: FitProblem, point: Array, curvature: Array) -> Precondition:
         """The inverse of curvature and penalty."""
         mean = self._mean
         penalty = Penalty(np.ones(len(mean)), mean, 0.0)
         if self.intercept:
             penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
+        if self.basis is not None:
+            return SubspacePreconditioner(curvature, problem.C, penalty, point)
         kind = DiagonalPreconditioner if curvature.ndim == 2 else CholeskyPreconditioner
         solve: Precondition = kind(
             np.require(curvature, requirements="W"), problem.C, penalty
@@ -287,7 +293,14 @@ def principal_basis(prepared: Prepared, memory: int | str | None = None) -> Arra
     scatter = prepared.shares.reduce(
         partial(_scatter, step=step, centre=centre, dtype=prepared.dtype, memory=memory, width=width)
     )
-    return np.asarray(scipy.linalg.eigh(scatter, overwrite_a=True, check_finite=False)[1])
+    with one_blas_thread if width <= _ALONE_WIDTH else nullcontext():
+        return np.asarray(scipy.linalg.eigh(scatter, overwrite_a=True, check_finite=False)[1])
+
+
+def _rotated(points: Array, basis: Array) -> Array:
+    """Points in a basis, in one thread where that takes milliseconds."""
+    with one_blas_thread if len(points) * len(basis) <= _ALONE_VALUES else nullcontext():
+        return np.asarray(points @ basis)
 
 
 def _scatter(

@@ -174,29 +174,30 @@ class Values(Order):
         measured = [None if measure is None or together else measure() for measure in self.measures]
         sums = self._nothing([])
 
-        def piece_of(piece: Piece) -> tuple[Array, Array, Array, list[Array]]:
+        def piece_of(piece: Piece) -> tuple[Array, Array, Array, list[Array], Array | None]:
             rows, block = piece
             scores, own, classes = self.at.scores(block), self._weights(weights, rows), codes[..., rows]
             amounts = [
                 self.loss.curvature(scores[number], classes, own[number % len(own)], self.targets[number])
                 for number in asked
             ]
+            moments = None if together is None else together.moments(np.concatenate(amounts), scores[asked, 0])
             losses = self.loss.residuals(scores, classes, own, self.targets)
-            return losses, *_products(scores, block), amounts
+            return losses, *_products(scores, block), amounts, moments
 
         with self._threads(blocks) as threads:
-            for (_, block), (losses, products, totals, amounts) in threads.map(piece_of, self._pieces(blocks)):
+            for (_, block), found in threads.map(piece_of, self._pieces(blocks)):
+                losses, products, totals, amounts, moments = found
                 sums.losses += losses
                 sums.products += products
                 sums.totals += totals
-                if together is not None:
-                    together.add(block, np.concatenate(amounts))
+                if together is not None and moments is not None:
+                    together.add(block, np.concatenate(amounts), moments)
                 else:
                     _measure(threads, [measured[number] for number in asked], block, amounts)
             sums.curvature = [None if into is None else into.finish(threads) for into in measured]
-        if together is not None:
-            for number, found in zip(asked, together.finish(), strict=True):
-                sums.curvature[number] = found
+            for number, diagonal in zip(asked, together.finish() if together else [], strict=together is not None):
+                sums.curvature[number] = diagonal
         return sums
 
 
