@@ -252,6 +252,22 @@ def handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Threads that begin in the block, and their processes, take no SIGINT and SIGTERM.
+
+    A terminal and systemd send those to all processes; this one hears them, and calls the work back with what it has.
+    """
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # when it starts, it lets those signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _pass_on(request: StopRequest, before: Mapping[signal.Signals, _Handler]) -> None:
     """Tells the program's own handler of the signal that it has not heard, as that of a block around ours."""
     number = request.signal_number

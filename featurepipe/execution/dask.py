@@ -7,7 +7,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -126,50 +126,40 @@ def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[D
         )
     if isinstance(spec, DaskExecutor):
         yield spec
-    elif isinstance(spec, Client):
-        if spec.status == "closed":
-            raise ClusterError("the Client is closed; give one that is open, or its scheduler's address")
-        with _executor(spec, say, ClusterTable(kind="local")) as executor:
-            yield executor
-    elif hasattr(spec, "scheduler_address"):
-        with (
-            _quiet(),
-            _client({"address": spec}) as client,
-            _executor(client, say, ClusterTable(kind="local")) as executor,
-        ):
-            yield executor
-    else:
-        table = read_spec(spec)
-        with _quiet(), opened(table) as where, _client(where) as client, _executor(client, say, table) as executor:
-            yield executor
-
-
-@contextmanager
-def _executor(client: Client, say: Callable[[str], None], table: ClusterTable) -> Iterator[DaskExecutor]:
-    executor = DaskExecutor(client, say=say, patience=table.patience, most=table.most)
-    try:
-        yield executor
-    finally:
-        executor.close()
+        return
+    table = ClusterTable(kind="local")
+    with ExitStack() as stack:
+        if isinstance(spec, Client):
+            client = spec
+            if client.status == "closed":
+                raise ClusterError("the Client is closed; give one that is open, or its scheduler's address")
+        else:
+            stack.enter_context(_quiet())
+            where = {"address": spec}
+            if not hasattr(spec, "scheduler_address"):
+                table = read_spec(spec)
+                where = stack.enter_context(opened(table))
+            client = stack.enter_context(_client(where))
+        executor = DaskExecutor(client, say=say, patience=table.patience, most=table.most)
+        yield stack.enter_context(closing(executor))
 
 
 @contextmanager
 def _client(where: dict[str, Any]) -> Iterator[Client]:
     from distributed import Client
 
+    at = " ".join(map(str, where.values()))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Mismatched versions")  # we look at versions ourselves
             client = Client(**where, timeout=CONNECT_SECONDS)
     except TypeError as error:  # Dask's, when it was told of no certificate
-        at = " ".join(str(part) for part in where.values())
         raise ClusterError(
             f"{at} takes certificates, and none is set here: Dask reads them from its configuration "
             "(distributed.comm.tls.ca-file, .client.cert, .client.key), or from DASK_DISTRIBUTED__COMM__TLS__CA_FILE and so on; "
             "see SECURITY.md"
         ) from error
     except (OSError, ValueError, TimeoutError) as error:
-        at = " ".join(str(part) for part in where.values())
         raise ClusterError(
             f"no scheduler answers at {at} ({in_a_line(error)}); is it running? Start one with: dask scheduler, "
             "and workers with: dask worker ADDRESS"

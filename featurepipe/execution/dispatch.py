@@ -11,7 +11,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from featurepipe.errors import ClusterError
-from featurepipe.execution.executor import Arrived, BoundedFlow, MapOptions, TaskResult
+from featurepipe.execution.executor import (
+    LOOK_SECONDS,
+    RETURN_SECONDS,
+    Arrived,
+    BoundedFlow,
+    MapOptions,
+    TaskResult,
+    told,
+)
 from featurepipe.execution.worker import Attempt, ask_to_stop
 from featurepipe.execution.worker_pool import WorkerPool
 
@@ -22,14 +30,8 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 R = TypeVar("R")
 
-LOOK_SECONDS = 0.5
-"""How often workers are counted and a stop is asked about while no answer comes."""
-
 STRAGGLING = 3.0
 """At the end, a task that takes so many times the usual is begun a second time."""
-
-RETURN_SECONDS = 10.0
-"""How long tasks that are no longer wanted may take to come back with what they have."""
 
 RESULT_SECONDS = 10.0
 """How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
@@ -216,18 +218,8 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
 
     def _answer(self, pending: _Pending[S], future: Future[TaskResult[R]]) -> TaskResult[R] | None:
         """What an attempt has come to; None if its worker has just died, and Dask makes it again."""
-        from distributed import CancelledError, KilledWorker
-
         try:
-            return future.result(timeout=RESULT_SECONDS)
-        except CancelledError as error:
-            raise self.pool.scheduler.lost() from error  # by Dask, as soon as the connection breaks
-        except KilledWorker as error:
-            raise ClusterError(
-                f"every worker that began {told(pending.shard)} died of it, {error.allowed_failures + 1} in all, the last "
-                f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. "
-                "See the workers' logs; what was committed stands"
-            ) from error
+            return self.pool.result(future, told(pending.shard), RESULT_SECONDS)
         except OSError as error:
             if future.status == "error":
                 raise  # the work's own
@@ -283,9 +275,3 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
             time.sleep(0.05)
         for future in futures:
             future.cancel()
-
-
-def told(task: object) -> str:
-    """A task in a message."""
-    text = str(task)
-    return text if len(text) <= 200 else f"{text[:200]}..."

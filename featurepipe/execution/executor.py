@@ -39,7 +39,7 @@ class Worker:
     threads: int = 1
     memory: int = 0
     is_local: bool = True
-    alone: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
+    alone: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, compare=False)
 
     def signed(self, line: str) -> str:
         """A line for the user that says which worker it comes from; lines of this process stay as they are."""
@@ -222,17 +222,17 @@ class Executor(ABC):
     def refuse(self, address: str, why: str) -> None:
         """Uses a worker no longer, and says so."""
 
-    @abstractmethod
     def rows(self, features: Any) -> Any:
         """Features where heads learn from them: as they are, or spread over the workers."""
+        return features
 
-    @abstractmethod
     def describe(self) -> dict[str, Any] | None:
-        """The scheduler and the refused workers, for a record; None for this process."""
+        """The scheduler and the refused workers, for a record; None for this process, of which a record says it by itself."""
+        return None
 
-    @abstractmethod
     def describe_workers(self) -> dict[str, Any] | None:
         """The scheduler, and how many workers, threads and hosts there are, for a bundle; None for this process."""
+        return None
 
 
 def _without_errors(results: Iterable[Arrived[S, R]], report: Report) -> Iterator[Arrived[S, R]]:
@@ -256,6 +256,12 @@ def in_order(results: Iterable[Arrived[S, R]]) -> Iterator[Arrived[S, R]]:
             yield waiting.pop(following)
             following += 1
 
+
+LOOK_SECONDS = 0.5
+"""How often workers are counted and a stop is asked about while no answer comes."""
+
+RETURN_SECONDS = 10.0
+"""How long tasks that are no longer wanted may take to come back with what they have."""
 
 P = TypeVar("P")
 
@@ -320,3 +326,9 @@ class BoundedFlow(ABC, Generic[S, P, R]):
         if lookahead is None or not self.pending:
             return False
         return self.count - min(self.pending) >= lookahead * self.usable()
+
+
+def told(task: object) -> str:
+    """A task in a message."""
+    text = str(task)
+    return text if len(text) <= 200 else f"{text[:200]}..."

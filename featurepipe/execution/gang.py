@@ -13,11 +13,10 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurepipe.errors import ClusterError, FeaturepipeError
-from featurepipe.execution.dispatch import RETURN_SECONDS
-from featurepipe.execution.executor import Report, Stop, TaskResult, Worker
+from featurepipe.execution.executor import RETURN_SECONDS, Report, Stop, TaskResult, Worker
 from featurepipe.execution.worker import Attempt, ask_to_stop
 from featurepipe.heads.row_shards import Rank
 
@@ -45,13 +44,6 @@ _NEXT = (
 )
 
 
-class HasRows(Protocol):
-    """Rows that workers keep, such as `featurepipe.execution.row_shards.WorkerRowShards`."""
-
-    def whole(self) -> Placement:
-        """Where the rows are now."""
-
-
 class _Failed(Exception):
     """The work has to begin again; says why."""
 
@@ -72,9 +64,18 @@ class _Gang:
 
 
 def gang_run(
-    pool: WorkerPool, work: Callable[..., R], rendezvous: Callable[[str, int], Any], sets: Sequence[HasRows]
+    pool: WorkerPool,
+    work: Callable[..., R],
+    rendezvous: Callable[[str, int], Any],
+    sets: Sequence[Callable[[], Placement]],
 ) -> list[R]:
     """Has all workers that have a shard work at the same time; see `featurepipe.heads.row_shards.RowShards.gang_run`.
+
+    Args:
+        pool: whose workers.
+        work: what each does.
+        rendezvous: where they meet.
+        sets: for each set of rows, tells where it is now.
 
     Raises:
         ClusterError: Workers were lost again and again, or the scheduler is.
@@ -93,12 +94,12 @@ def gang_run(
                 pool.say(f"{failure}; those that are left begin this again")
 
 
-def _gang(pool: WorkerPool, work: Callable[..., Any], sets: Sequence[HasRows]) -> _Gang:
+def _gang(pool: WorkerPool, work: Callable[..., Any], sets: Sequence[Callable[[], Placement]]) -> _Gang:
     """Those who are there now, each with the shards that it was given, and with those of workers that are gone."""
     pool.wait_for_workers()
     there, kept = pool.addresses(), dict[str, Kept]()
-    for number, shards in enumerate(sets):
-        placed = shards.whole()
+    for number, whole in enumerate(sets):
+        placed = whole()
         for place, shard in enumerate(placed.places):
             worker = shard.worker if shard.worker in there else there[place % len(there)]
             kept.setdefault(worker, [[] for _ in sets])[number].append((placed.changes, *shard.kept))

@@ -10,13 +10,11 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +35,7 @@ from pydantic_core import ErrorDetails
 from featurepipe.display import without_password
 from featurepipe.errors import ClusterError, UsageError, unknown
 from featurepipe.execution.worker import gpu_names
-from featurepipe.interrupt import handlers_kept
+from featurepipe.interrupt import handlers_kept, signals_held
 from featurepipe.sizes import seconds_of
 
 KINDS = ("local", "ssh", "slurm", "pbs", "kubernetes")
@@ -321,7 +319,7 @@ def local(table: ClusterTable) -> Any:
             return {name: _with_gpu(worker, gpus, int(name)) for name, worker in spec.items()}
 
     start: Any = OnThisMachine
-    with _signals_for_us_alone():
+    with signals_held():
         cluster = start(n_workers=0, processes=True, **given | table.options)
     scale(cluster, table.model_copy(update={} if table.is_adaptive else {"workers": most}))
     return cluster
@@ -334,20 +332,6 @@ def _refuse_to_start_from_a_worker() -> None:
             "a script that has processes started imports itself in each of them; put what it does under: "
             'if __name__ == "__main__":'
         )
-
-
-@contextmanager
-def _signals_for_us_alone() -> Iterator[None]:
-    """Threads that begin in the block, and their processes, take no SIGINT and SIGTERM.
-
-    A terminal and systemd send those to all processes; we hear them, and call the tasks back with what they have.
-    """
-    resource_tracker.ensure_running()  # when it starts, it lets those signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_gpu(worker: dict[str, Any], gpus: list[str], number: int) -> dict[str, Any]:
@@ -383,18 +367,17 @@ def ssh(table: ClusterTable) -> Any:
 
 def slurm(table: ClusterTable) -> Any:
     """A job for each worker, through dask-jobqueue."""
-    cluster_class = _imported("dask_jobqueue", "SLURMCluster", table)
-    return _queued(cluster_class, table, "sbatch", {"job_extra_directives": ["--gres=gpu:1"]})
+    return _queued("SLURMCluster", table, "sbatch", {"job_extra_directives": ["--gres=gpu:1"]})
 
 
 def pbs(table: ClusterTable) -> Any:
     """A job for each worker, through dask-jobqueue."""
-    cluster_class = _imported("dask_jobqueue", "PBSCluster", table)
     cores, memory = table.options.get("cores"), table.options.get("memory")
-    return _queued(cluster_class, table, "qsub", {"resource_spec": f"select=1:ncpus={cores}:ngpus=1:mem={memory}"})
+    return _queued("PBSCluster", table, "qsub", {"resource_spec": f"select=1:ncpus={cores}:ngpus=1:mem={memory}"})
 
 
-def _queued(cluster_class: Any, table: ClusterTable, command: str, for_a_gpu: Mapping[str, Any]) -> Any:
+def _queued(name: str, table: ClusterTable, command: str, for_a_gpu: Mapping[str, Any]) -> Any:
+    cluster_class = _imported("dask_jobqueue", name, table)
     if not shutil.which(command):
         raise OSError(f"{command} is not on this machine; start this where jobs are submitted")
     cluster = cluster_class(**queue_options(table, for_a_gpu))
@@ -404,13 +387,12 @@ def _queued(cluster_class: Any, table: ClusterTable, command: str, for_a_gpu: Ma
 
 def queue_options(table: ClusterTable, for_a_gpu: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for dask-jobqueue: one process a job, which thereby has the job's GPU for itself."""
-    given = {"processes": 1, "scheduler_options": ANY_PORT, "silence_logs": QUIET}
-    if table.gpus:
-        given |= for_a_gpu
-        if "job_extra_directives" in table.options:
-            extra = [*table.options["job_extra_directives"], *for_a_gpu.get("job_extra_directives", [])]
-            return given | table.options | {"job_extra_directives": extra}
-    return given | table.options
+    for_a_gpu = for_a_gpu if table.gpus else {}
+    given = {"processes": 1, "scheduler_options": ANY_PORT, "silence_logs": QUIET, **for_a_gpu, **table.options}
+    if "job_extra_directives" in for_a_gpu:
+        users = table.options.get("job_extra_directives", [])
+        given["job_extra_directives"] = [*users, *for_a_gpu["job_extra_directives"]]
+    return given
 
 
 def kubernetes(table: ClusterTable) -> Any:

@@ -6,7 +6,6 @@ import mmap
 import os
 import pickle
 import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -22,9 +21,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from featurepipe.errors import ClusterError, DiskFull, FeaturepipeError, WorkerRefused
-from featurepipe.execution.dispatch import LOOK_SECONDS, RETURN_SECONDS, told
+from featurepipe.errors import ClusterError, DiskFull, FeaturepipeError
 from featurepipe.execution.executor import (
+    LOOK_SECONDS,
+    RETURN_SECONDS,
     Arrived,
     BoundedFlow,
     Executor,
@@ -33,8 +33,10 @@ from featurepipe.execution.executor import (
     TaskResult,
     Worker,
     WorkerFacts,
+    told,
 )
-from featurepipe.execution.worker import gpu_names, installed, pickled
+from featurepipe.execution.worker import gpu_names, installed, pickled, unpickled
+from featurepipe.interrupt import signals_held
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -47,6 +49,8 @@ SHARED_BYTES = 1 << 20
 
 ALIGNMENT = 64
 """Bytes to whose multiples shared arrays are aligned, as NumPy's own are for vector instructions."""
+
+A_PROCESS = "a process of this machine"
 
 PARENT_SECONDS = 0.2
 """Seconds between looks of a process whether the one that started it is still there."""
@@ -104,18 +108,6 @@ class LocalExecutor(Executor):
         """
         raise RuntimeError(f"the only worker, {address}, cannot be refused: {why}")
 
-    def rows(self, features: Any) -> Any:
-        """The features as they are."""
-        return features
-
-    def describe(self) -> None:
-        """Nothing: a record says by itself where it was made."""
-        return
-
-    def describe_workers(self) -> None:
-        """Nothing, as `describe`."""
-        return
-
 
 class ProcessExecutor(LocalExecutor):
     """Maps functions in processes of this machine, which end with each `map` and with this process.
@@ -149,14 +141,11 @@ class ProcessExecutor(LocalExecutor):
     @contextmanager
     def _pool(self, shared: _Shared) -> Iterator[ProcessPool]:
         """Processes, started as they are needed and ended with the block, whatever they do."""
-        from multiprocessing import resource_tracker
-
         from joblib.externals.loky import ProcessPoolExecutor
 
-        resource_tracker.ensure_running()  # started later, it would let signals through that `_signals_held` holds back
         threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         given = os.getpid(), shared.folder
-        pool = ProcessPoolExecutor(self.processes, initializer=_begin_process, initargs=given, env=threads)
+        pool = ProcessPoolExecutor(self.processes, initializer=end_with, initargs=given, env=threads)
         try:
             yield pool
         finally:
@@ -202,10 +191,7 @@ class _Shared:
         with (Path(self.folder) / "context").open("rb") as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         pickle_, *arrays = (content[start:stop] for start, stop in self.ends)
-        try:
-            return pickle.loads(pickle_, buffers=arrays)  # noqa: S301  # of our parent
-        except (ImportError, AttributeError) as error:
-            raise WorkerRefused(f"a process of this machine lacks what the work needs: {error}") from error
+        return unpickled(pickle_, arrays, who=A_PROCESS)
 
 
 @contextmanager
@@ -288,7 +274,7 @@ class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"], R], Generic[S, R])
 
     def begin(self, number: int, shard: S) -> None:
         task = pickled((self.function, shard))
-        with self._reporting_the_killed(shard), _signals_held():  # it may start processes
+        with self._reporting_the_killed(shard), signals_held():  # it may start processes
             self.pending[number] = shard, self.pool.submit(_attempt, task, self.shared, self.executor.threads)
 
     def _take(self, number: int) -> Arrived[S, R]:
@@ -327,7 +313,7 @@ def _attempt(task: bytes, shared: _Shared, threads: int) -> TaskResult[Any]:
     start, worker = time.perf_counter(), Worker(name, threads, is_local=False)
     try:
         context = _opened(shared)
-        function, shard = _loaded(task)
+        function, shard = unpickled(task, who=A_PROCESS)
         value = function(context, shard, worker, shared.stopped, reported.append)
     except FeaturepipeError as error:
         return TaskResult(name, error=error, reported=reported)
@@ -338,35 +324,6 @@ def _attempt(task: bytes, shared: _Shared, threads: int) -> TaskResult[Any]:
 def _opened(shared: _Shared) -> Any:
     """The context, of which a process has one object."""
     return shared.context()
-
-
-def _loaded(task: bytes) -> tuple[Function[Any], Any]:
-    try:
-        function, shard = pickle.loads(task)  # noqa: S301  # of our parent
-    except (ImportError, AttributeError) as error:
-        raise WorkerRefused(f"a process of this machine lacks what the work needs: {error}") from error
-    return function, shard
-
-
-_KEPT_FROM_PROCESSES = (signal.SIGINT, signal.SIGTERM)
-"""Signals that a terminal and a service manager send to all processes of a program."""
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Holds signals back while the block runs; processes that it starts inherit that, and keep it until `_begin_process`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _KEPT_FROM_PROCESSES)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_process(parent: int, folder: str) -> None:
-    """Called in each process when it starts."""
-    for number in _KEPT_FROM_PROCESSES:
-        signal.signal(number, signal.SIG_IGN)
-    end_with(parent, folder)
 
 
 def end_with(parent: int, folder: str = "") -> None:

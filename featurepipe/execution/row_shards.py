@@ -61,11 +61,6 @@ class WorkerRowShards:
         return self._placed.places
 
     @property
-    def changes(self) -> tuple[Change, ...]:
-        """What is done to features as they are read."""
-        return self._placed.changes
-
-    @property
     def memory(self) -> int | None:
         """Bytes that a work may take at a worker, beside the features; None where workers have no limit."""
         return self._placed.memory
@@ -139,7 +134,7 @@ class WorkerRowShards:
         self, work: Callable[..., Any], rendezvous: Callable[[str, int], Any], *others: WorkerRowShards
     ) -> list[Any]:
         """Has all workers work at the same time; see `featurepipe.execution.gang`."""
-        return gang_run(self.pool, work, rendezvous, [self, *others])
+        return gang_run(self.pool, work, rendezvous, [rows.whole for rows in (self, *others)])
 
     def _until_done(self, attempt: Callable[[], Any]) -> Any:
         for _ in range(_TRIES):
@@ -163,36 +158,25 @@ class WorkerRowShards:
         order: Any = dumps(work)
         if len(order) > _LARGE_BYTES:
             order = self._submit(self.places[0], same, order)
-        return [self._submit(place, ask, order, self.changes, *place.kept) for place in self.places]
+        return [self._submit(place, ask, order, self._placed.changes, *place.kept) for place in self.places]
 
     def _submit(self, place: PlacedShard | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return submitted(self.pool, place.worker if place else None, function, *arguments)
 
     def _result(self, future: Future[Any]) -> Any:
         """Waits for an answer for as long as there is a cluster."""
-        from distributed import CancelledError, KilledWorker
-
-        try:
-            self._wait(future)
-            return future.result()
-        except CancelledError as error:
-            raise ClusterError(
-                "the scheduler of the cluster is gone, and what its workers kept of the features with it; start it again, "
-                "then give the same command again"
-            ) from error
-        except KilledWorker as error:
-            raise ClusterError(
-                f"a shard of the features ended {error.allowed_failures + 1} workers, the last {error.last_worker.address}: "
-                "it needs more memory than they have. Use more workers, or give them more memory; see their logs"
-            ) from error
+        self._wait(future)
+        return self.pool.result(future, "a shard of the features")
 
     def _wait(self, future: Future[Any]) -> None:
-        from distributed import wait
+        from distributed import CancelledError, wait
 
         alone_since, idle = time.monotonic(), 0
         while not future.done():
             try:
                 wait(future, timeout=_LOOK_SECONDS)
+            except CancelledError:
+                return  # as its result will say
             except TimeoutError:
                 if self.pool.addresses():
                     alone_since = time.monotonic()

@@ -9,9 +9,8 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from featurepipe.errors import FeaturepipeError, UsageError, WorkerRefused
-from featurepipe.execution.executor import Function, Stop, TaskResult, Worker
+from featurepipe.execution.executor import Function, TaskResult, Worker
 
 R = TypeVar("R")
 
@@ -67,13 +66,11 @@ class Requirements:
         versions: (package, version) pairs of the client.
         token: a file that every worker must see, or None.
         secret: what is in that file.
-        source: a path that must exist, or None.
     """
 
     versions: tuple[tuple[str, str], ...]
     token: str | None = None
     secret: str = ""
-    source: str | None = None
 
     def refusal(self) -> str:
         """Why this process is not fit; empty if it is."""
@@ -82,12 +79,9 @@ class Requirements:
             digits = DIGITS.get(name)
             if digits and _start(mine.get(name, ""), digits) != _start(theirs, digits):
                 return f"it has {name} {mine.get(name, '(not installed)')}, the client has {theirs}"
-        if self.token and (why := self._unseen()):
-            return why
-        return "" if self.source is None or Path(self.source).exists() else f"it does not see the source {self.source}"
-
-    def _unseen(self) -> str:
-        token = Path(self.token or "")
+        if not self.token:
+            return ""
+        token = Path(self.token)
         try:
             seen = token.read_text()
         except OSError as error:
@@ -126,6 +120,18 @@ def pickled(context: Any, buffers: Callable[[pickle.PickleBuffer], object] | Non
     return content
 
 
+def unpickled(content: bytes | memoryview, buffers: Sequence[memoryview] = (), *, who: str = "it") -> Any:
+    """What was `pickled` by the client, or parent, of this process, who runs what it likes here.
+
+    Raises:
+        WorkerRefused: its code is not there.
+    """
+    try:
+        return pickle.loads(content, buffers=buffers)  # noqa: S301  # see above
+    except (ImportError, AttributeError) as error:
+        raise WorkerRefused(f"{who} lacks what the work needs: {error}") from error
+
+
 @dataclass(frozen=True)
 class Carried:
     """A context on its way to workers: pickled, and known by what it holds.
@@ -154,7 +160,7 @@ class Carried:
             entry = _CONTEXTS.pop(self.digest, None)
             if entry is None:
                 closing = _evicted()
-                entry = _OpenContext(self._loaded())
+                entry = _OpenContext(unpickled(self._bytes()))
             _CONTEXTS[self.digest] = entry  # as the one used last
             entry.users += 1
         for context in closing:
@@ -165,12 +171,6 @@ class Carried:
         finally:
             with _OPENING:
                 entry.users -= 1
-
-    def _loaded(self) -> Any:
-        try:
-            return pickle.loads(self._bytes())  # noqa: S301  # of our client, as its digest shows, which runs what it likes here
-        except (ImportError, AttributeError) as error:
-            raise WorkerRefused(f"it lacks what the work needs: {error}") from error
 
     def _bytes(self) -> bytes:
         if self.file is None:
@@ -228,42 +228,32 @@ class Attempt(Generic[R]):
         from distributed import get_worker
 
         address = str(get_worker().address)
-        if self.flow in _STOPPED:
+        if self._stopped():
             return TaskResult(address, begun=False)
         if why := _refusal(self.requirements):
             return TaskResult(address, refused=why)
-        start, before, reported = time.perf_counter(), _FLOW.set(self.flow), list[Any]()
+        start, reported = time.perf_counter(), list[Any]()
         try:
             with nullcontext() if self.context is None else self.context.opened() as context:
-                value = self.function(context, shard, this_worker(), stop_of_task(), reported.append)
+                value = self.function(context, shard, this_worker(), self._stopped, reported.append)
         except WorkerRefused as error:
             return TaskResult(address, refused=error.message)
         except FeaturepipeError as error:
             return TaskResult(address, error=error, reported=reported)
-        finally:
-            _FLOW.reset(before)
         return TaskResult(address, time.perf_counter() - start, value, reported=reported)
 
+    def _stopped(self) -> bool:
+        """Whether the client wants the flow's tasks back; good in any thread of this process."""
+        return self.flow in _STOPPED
 
-_FLOW: ContextVar[str] = ContextVar("flow", default="")
+
 _STOPPED: set[str] = set()  # of this process: Dask reaches a task that runs only by way of its process
-_ALONE = threading.Lock()
+_ALONE = threading.Lock()  # Dask's workers may have several threads, each with a task of its own
 
 
 def ask_to_stop(flow: str) -> None:
     """Run in a worker's process: tells the tasks of a flow to come back with what they have."""
     _STOPPED.add(flow)
-
-
-def stop_of_task() -> Stop:
-    """Called by a task in its own thread: a function, good in any thread, that tells whether the client wants it back.
-
-    Example:
-        >>> stop_of_task()()
-        False
-    """
-    flow = _FLOW.get()
-    return lambda: flow in _STOPPED
 
 
 def this_worker() -> Worker:
@@ -272,14 +262,4 @@ def this_worker() -> Worker:
 
     worker = get_worker()
     limit = int(worker.memory_manager.memory_limit or 0)
-    return Worker(str(worker.name), int(worker.state.nthreads), limit, is_local=False, alone=one_at_a_time)
-
-
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """While the block runs, no other thread of this process is in such a block: for a network, which a process has once.
-
-    Dask's workers may have several threads, each with a task of its own.
-    """
-    with _ALONE:
-        yield
+    return Worker(str(worker.name), int(worker.state.nthreads), limit, is_local=False, alone=lambda: _ALONE)

@@ -222,6 +222,31 @@ class WorkerPool:
             time.sleep(0.1)
         wanted.release()
 
+    def result(self, future: Future[R], what: str, timeout: float | None = None) -> R:
+        """What a task has come to.
+
+        Args:
+            future: of the task.
+            what: names it, should it kill its workers.
+            timeout: seconds to wait for the result of a task that is done.
+
+        Raises:
+            ClusterError: the scheduler is gone, or the task killed its workers.
+            Exception: the task's own, or `TimeoutError`.
+        """
+        from distributed import CancelledError, KilledWorker
+
+        try:
+            return future.result(timeout=timeout)
+        except CancelledError as error:
+            raise self.scheduler.lost() from error  # by Dask, as soon as the connection breaks
+        except KilledWorker as error:
+            raise ClusterError(
+                f"every worker that began {what} died of it, {error.allowed_failures + 1} in all, the last "
+                f"{error.last_worker.address}: it needs more memory than they have, or something in it crashes them. Use more "
+                "workers, or give them more memory; see their logs; what was committed stands"
+            ) from error
+
     def no_worker(self, left: str = "") -> ClusterError:
         """The error for a pool without workers.
 
@@ -243,14 +268,13 @@ class WorkerPool:
         answers = self.each(facts, (address for address in known if address not in self.refused))
         return [_facts(address, known[address], said) for address, said in answers.items() if isinstance(said, dict)]
 
-    def check(self, store: str | PathLike[str] | None = None, source: str | PathLike[str] | None = None) -> list[str]:
+    def check(self, store: str | PathLike[str] | None = None) -> list[str]:
         """Looks at every worker that is there, and refuses by name those that are not fit.
 
         Workers that come later are looked at when they begin their first task.
 
         Args:
             store: a folder that every worker must see; a small file is kept there until the pool is closed.
-            source: a path that must exist for every worker; URLs are not looked at.
 
         Returns:
             The addresses of the workers that may be used.
@@ -263,7 +287,6 @@ class WorkerPool:
         self.requirements = (
             self._show(Path(store)) if store is not None else replace(self.requirements, token=None, secret="")
         )
-        self.requirements = replace(self.requirements, source=_local(source))
         self.wait_for_workers()
         for address, said in self.each(self.requirements.refusal, self.addresses()).items():
             if said:
@@ -397,12 +420,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed there"
     return f"it gave no answer ({type(error).__name__}: {error})"
-
-
-def _local(source: str | PathLike[str] | None) -> str | None:
-    """A source as a path that can be looked for; None for URLs and patterns."""
-    text = str(source) if source is not None else ""
-    return str(Path(text).absolute()) if text and "://" not in text and not set("*?[") & set(text) else None
 
 
 def _facts(address: str, known: dict[str, Any], said: dict[str, Any]) -> WorkerFacts:

@@ -135,7 +135,7 @@ def failing(rank, shares, *, who, error):
 
 def test_each_worker_has_a_seat_and_its_shares(dask_executor):
     shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
-    answers = gang_run(dask_executor, seated, Rendezvous, [shares])
+    answers = gang_run(dask_executor, seated, Rendezvous, [shares.whole])
     assert [answer[0] for answer in answers] == [0, 1]
     assert all(answer[1:5] == (2, 1, {"host": "127.0.0.1", "count": 2}, [(15, 4)]) for answer in answers)
     assert {answer[5] for answer in answers} == {worker.pid for worker in dask_executor.workers()}
@@ -144,12 +144,12 @@ def test_each_worker_has_a_seat_and_its_shares(dask_executor):
 def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(dask_executor, said):
     shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
     with pytest.raises(UsageError, match="no good"):
-        gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares])
+        gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares.whole])
     assert not said
     with pytest.raises(
         ClusterError, match=r"failed \(OSError: broken wire\), for the 3th time. Workers .* see their logs"
     ):
-        gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares])
+        gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares.whole])
     assert len(said) == TRIES - 1
     assert said[0].endswith("failed (OSError: broken wire); those that are left begin this again")
 

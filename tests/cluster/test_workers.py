@@ -1,7 +1,6 @@
 """Who the workers are, which are refused, and why."""
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,16 +161,6 @@ def test_another_folder_at_the_stores_path_is_refused(
 def test_a_store_that_cannot_be_written_is_an_error(dask_executor: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot write into the store .*nowhere: No such file"):
         dask_executor.check(tmp_path / "nowhere")
-
-
-def test_a_source_that_workers_do_not_see(dask_executor: DaskExecutor, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    assert len(dask_executor.check(source=tmp_path / "images")) == 2
-    assert len(dask_executor.check(source="s3://bucket/images")) == 2
-    assert len(dask_executor.check(source=str(tmp_path / "*.tar"))) == 2
-    shutil.rmtree(tmp_path / "images")
-    with pytest.raises(ClusterError, match=r"does not see the source .*images"):
-        dask_executor.check(source=tmp_path / "images")
 
 
 def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, said: list[str]) -> None:
