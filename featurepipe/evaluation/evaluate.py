@@ -271,6 +271,8 @@ def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
         model.classes,
         thresholds=model.thresholds,
         groups=chosen.groups,
+        ids=chosen.ids,
+        probabilities=model.label_probabilities(scores),
         bootstrap=options.bootstrap,
         seed=options.seed,
     )

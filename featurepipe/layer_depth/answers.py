@@ -1,4 +1,8 @@
-"""From cells to answers: accuracies with intervals, differences, the recommended column, whether columns side by side help."""
+"""From cells to answers: measures with intervals, differences, the recommended column, whether columns side by side help.
+
+A measure is the accuracy, the mean average precision of several labels, or R2 of a number
+(`featurepipe.layer_depth.probes.MEASURES`); entries of the document call it by its name.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.statistics.comparison import (
+    ACCURACY,
     AccuracyEstimate,
     Difference,
     cheapest_within_one_se,
@@ -32,20 +37,25 @@ SURE = 0.05
 
 
 def estimate(study: Study, series: Series, tested_on: str = SOURCE) -> AccuracyEstimate:
-    """Accuracy with its interval: over folds, or over images where there is one split or another source."""
+    """The measure with its interval: over folds, or over images where there is one split or another source."""
+    measure = study.measure
     if tested_on == SHIFTED:
-        return over_images(*_by_image_elsewhere(study, series))
+        return over_images(*_by_image_elsewhere(study, series), measure=measure)
     if study.protocol.folds:
-        found = over_folds([cell.accuracy for cell in series.cells], study.test_share)
-        return _wider(found, over_images(*_by_image(study, series)))
-    return over_images(np.stack([cell.correct for cell in series.cells]), _keys_of_test(study))
+        found = over_folds([cell.value for cell in series.cells], study.test_share, measure=measure)
+        return _wider(found, over_images(*_by_image(study, series), measure=measure))
+    return over_images(np.stack([cell.contributions for cell in series.cells]), _keys_of_test(study), measure=measure)
 
 
 def _wider(one: AccuracyEstimate, other: AccuracyEstimate) -> AccuracyEstimate:
     """The first, but with the interval of the second if that is wider: folds that happen to agree are no certainty."""
     if one.se is None or (other.se is not None and other.high - other.low > one.high - one.low):  # type: ignore[operator]
+        low, high = other.low, other.high
         return replace(
-            other, value=one.value, low=min(other.low or 0.0, one.value), high=max(other.high or 1.0, one.value)
+            other,
+            value=one.value,
+            low=None if low is None else min(low, one.value),
+            high=None if high is None else max(high, one.value),
         )
     return one
 
@@ -57,40 +67,58 @@ def _less_sure(one: Difference, other: Difference) -> Difference:
 
 
 def _by_image(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
-    """How often each tested image was right, the mean over seeds, and what tells groups of images, or else images, apart."""
+    """What each tested image adds, the mean over seeds, and what tells groups of images, or else images, apart.
+
+    Where it is right or wrong, that is how often it was right.
+    """
     right, times = np.zeros(len(study.images)), np.zeros(len(study.images))
     for fold, cell in zip(study.folds, series.cells, strict=True):
-        right[fold.test] += cell.correct
+        right[fold.test] += cell.contributions
         times[fold.test] += 1
     tested = times > 0
     return right[tested] / times[tested], study.units[tested]
 
 
 def _by_image_elsewhere(study: Study, series: Series) -> tuple[npt.NDArray[np.float64], Any]:
-    """Whether each image of the other source was right, a row for each head, and the images' keys.
+    """What each image of the other source adds, a row for each head, and what tells groups of them, or else them, apart.
 
     Where some heads have learned from an image's twin there is a row for each seed instead: the mean over its other heads.
     """
     there = _there(study)
     right = np.stack([cell.shifted for cell in series.cells]).astype(np.float64)  # type: ignore[misc]
     if there.unseen.all():
-        return right, there.images.keys64
+        return right, there.images.units()
     seeds = np.array([fold.seed for fold in study.folds])
-    rows = [
-        (right * there.unseen)[seeds == seed].sum(0) / there.unseen[seeds == seed].sum(0) for seed in np.unique(seeds)
-    ]
-    return np.stack(rows), there.images.keys64
+    mean = _mean_hits if study.measure == ACCURACY else _mean_contributions
+    rows = [mean(right[seeds == seed], there.unseen[seeds == seed]) for seed in np.unique(seeds)]
+    return np.stack(rows), there.images.units()
+
+
+def _mean_hits(right: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """(m,) how often each image was right by the heads that count for it."""
+    return np.asarray((right * counted).sum(0) / counted.sum(0))
+
+
+def _mean_contributions(values: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """(m,) contributions to the mean of several heads' measures, each of the images that count for it; see `Cell`."""
+    defined = [(row[own], own) for row, own in zip(values, counted, strict=True) if own.any()]
+    defined = [(row, own) for row, own in defined if np.isfinite(row).all()]
+    found = np.full(values.shape[1], np.mean([row.mean() for row, _ in defined]))
+    for row, own in defined:
+        found[own] += (row - row.mean()) * len(found) / (len(row) * len(defined))
+    return found
 
 
 def difference(study: Study, one: Series, other: Series) -> Difference:
-    """By how much ``one`` is more accurate than ``other``, paired by fold or by image."""
+    """By how much ``one`` is better than ``other``, paired by fold or by image."""
+    measure = study.measure
     if study.protocol.folds:
-        first, second = ([cell.accuracy for cell in series.cells] for series in (one, other))
-        over_cells = difference_over_folds(first, second, study.test_share)
+        first, second = ([cell.value for cell in series.cells] for series in (one, other))
+        over_cells = difference_over_folds(first, second, study.test_share, measure=measure)
         (hits, keys), (others, _) = _by_image(study, one), _by_image(study, other)
-        return _less_sure(over_cells, difference_over_images(hits, others, keys))
-    first_hits, second_hits = (np.stack([cell.correct for cell in series.cells]) for series in (one, other))
-    return difference_over_images(first_hits, second_hits, _keys_of_test(study))
+        return _less_sure(over_cells, difference_over_images(hits, others, keys, measure=measure))
+    first_hits, second_hits = (np.stack([cell.contributions for cell in series.cells]) for series in (one, other))
+    return difference_over_images(first_hits, second_hits, _keys_of_test(study), measure=measure)
 
 
 def results(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:
@@ -109,15 +137,20 @@ def _result(study: Study, series: Series, tested_on: str) -> dict[str, Any]:
         "head": series.head,
         "network": series.network,
         "tested_on": tested_on,
-        "accuracy": found.value,
-        "low": found.low,
-        "high": found.high,
-        "se": found.se,
+        **_measured(study, found),
         "cells": _accuracies(study, series, tested_on),
         "params": [dict(cell.params) for cell in series.cells],
-        "train_accuracy": float(np.mean([cell.train_accuracy for cell in series.cells])),
+        f"train_{study.measure}": float(np.mean([cell.train_value for cell in series.cells])),
+        **(_besides(series) if tested_on == SOURCE else {}),
         "seconds": round(sum(cell.seconds for cell in series.cells), 2),
     }
+
+
+def _besides(series: Series) -> dict[str, float]:
+    """Further measures, the mean over cells."""
+    names = dict.fromkeys(name for cell in series.cells for name in cell.besides)
+    each = {name: [cell.besides[name] for cell in series.cells if name in cell.besides] for name in names}
+    return {name: float(np.mean(values)) for name, values in each.items()}
 
 
 @dataclass(frozen=True)
@@ -126,7 +159,7 @@ class Recommendation:
 
     Attributes:
         chosen: what to use.
-        best: the most accurate.
+        best: the best.
         estimate: of the chosen one.
         best_estimate: of the best one.
     """
@@ -175,14 +208,15 @@ def elsewhere(study: Study, found: Recommendation, measured: Sequence[Series]) -
         "dataset": study.elsewhere.dataset,
         "images": len(study.elsewhere.rows),
         "of_equal_id": study.elsewhere.twins,
-        **_accuracy(there[found.chosen.columns[0]]),
+        **({"of_equal_group": study.elsewhere.grouped} if study.elsewhere.grouped else {}),
+        **_measured(study, there[found.chosen.columns[0]]),
         "best": best,
-        "best_accuracy": there[best].value,
+        f"best_{study.measure}": there[best].value,
     }
 
 
-def _accuracy(found: AccuracyEstimate) -> dict[str, float | None]:
-    return {"accuracy": found.value, "low": found.low, "high": found.high, "se": found.se}
+def _measured(study: Study, found: AccuracyEstimate) -> dict[str, float | None]:
+    return {study.measure: found.value, "low": found.low, "high": found.high, "se": found.se}
 
 
 def differences(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]]:
@@ -217,11 +251,18 @@ def concatenations(study: Study, joined: Sequence[Series], best: Series) -> list
     found = []
     for series in joined:
         between = difference(study, series, best)
-        found.append({
-            "columns": list(series.columns), "head": series.head, "accuracy": (one := estimate(study, series)).value,
-            "low": one.low, "high": one.high, "se": one.se, "against": best.columns[0], "difference": between.value,
-            "low_difference": between.low, "high_difference": between.high, "p": between.p,
-        })  # fmt: skip
+        found.append(
+            {
+                "columns": list(series.columns),
+                "head": series.head,
+                **_measured(study, estimate(study, series)),
+                "against": best.columns[0],
+                "difference": between.value,
+                "low_difference": between.low,
+                "high_difference": between.high,
+                "p": between.p,
+            }
+        )
     return found
 
 
@@ -247,9 +288,10 @@ def _between(found: Difference) -> dict[str, float | None]:
 def _accuracies(study: Study, series: Series, tested_on: str) -> list[float]:
     """Of each cell; elsewhere on the images whose twin it has not seen, if there are any."""
     if tested_on == SOURCE:
-        return [cell.accuracy for cell in series.cells]
+        return [cell.value for cell in series.cells]
     pairs = zip(series.cells, _there(study).unseen, strict=True)
-    return [float(cell.shifted[unseen].mean()) for cell, unseen in pairs if cell.shifted is not None and unseen.any()]
+    found = [cell.shifted[unseen] for cell, unseen in pairs if cell.shifted is not None and unseen.any()]
+    return [float(shifted.mean()) for shifted in found if np.isfinite(shifted).all()]
 
 
 def _there(study: Study) -> Elsewhere:

@@ -25,7 +25,7 @@ from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import RowOptions
+from featurepipe.store.options import RoleOptions, columns_of
 
 
 @starts_again
@@ -37,7 +37,7 @@ def depth(
     backbone: str | None = None,
     weights: str = "DEFAULT",
     nodes: str | Sequence[str] = "auto",
-    heads: str | Sequence[str] = ("logistic",),
+    heads: str | Sequence[str] | None = None,
     folds: int = 5,
     split: bool = False,
     pooling: Sequence[str] | None = None,
@@ -49,6 +49,9 @@ def depth(
     label: str | None = None,
     group: str | None = None,
     split_column: str | None = None,
+    target: str | None = None,
+    multilabel: str | Sequence[str] | None = None,
+    weight: str | None = None,
     extraction: Mapping[str, Any] | None = None,
     jobs: int | None = None,
     cluster: Any = None,
@@ -58,7 +61,7 @@ def depth(
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
-    """Measures how well the layers of a network tell a dataset's classes apart, and recommends one.
+    """Measures how well the layers of a network tell a dataset's classes apart (or its labels or numbers), and recommends one.
 
     All columns come from one pass over the images and stay in the store, so that a second call extracts nothing; what has
     been measured is kept as well, so that a call that was stopped goes on.
@@ -70,20 +73,25 @@ def depth(
         backbone: the network, by default ``resnet50``, or the one of the store.
         weights: of the network, as in ``extract``.
         nodes: ``auto`` for the network's stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
-        heads: families to measure with, such as ``logistic``, ``linear-svm``, ``xgboost``, ``knn``.
+        heads: families to measure with, such as ``logistic``, ``linear-svm``, ``xgboost``, ``knn``; by default ``logistic``, of
+            a number ``ridge``.
         folds: of the cross-validation.
         split: test on the dataset's split ``test`` instead, trained on ``train``.
         pooling: poolings of nodes named without one; None for the finest average grid within ``max_width`` values.
         max_width: values per image that a column may have.
         seeds: how often the cross-validation is repeated, with new folds.
         control: ``random`` to measure the same network with random weights as well.
-        test_source: images of the same classes from elsewhere, which all heads are tested on, too.
+        test_source: images of the same classes from elsewhere, which all heads are tested on, too; numbers, labels and groups
+            are those of its own manifest, in columns of the same names, numbers and labels else those of ``labels``, by id.
         labels: a CSV or mapping to use instead of the source's labels.
         label: the column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
         group: the column of what stays on one side of every split, such as a patient; by default ``group``, where there is
             one; ``none`` for no groups.
         split_column: the column of the splits, of ``labels``, else of the manifest; by default the dataset's own splits; ``none``
             for no splits.
+        target: the column of a number to estimate, instead of classes; the measure is R2.
+        multilabel: the columns of several labels, as in ``train``; the measure is the mean average precision.
+        weight: the column of how much each image counts while heads are fitted; measures count all alike.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         jobs: measurements at once; by default one per CPU.
         cluster: where to extract and measure instead of here, as `featurepipe.execution.connect` takes it: the workers see
@@ -98,8 +106,10 @@ def depth(
     Returns:
         JSON values: ``columns``, ``results``, ``differences``, ``recommended``, ``concatenations``, ``similarity``,
         ``transferability``, ``details``, ``details_shifted``, ``timing``, ``provenance``, with ``report`` also the ``map``,
-        ``weights_note`` (what was ignored or guessed of a file of weights), ``damaged`` (the images of the sources that were
-        kept all the same), and what they were measured on. Kept in the store as well.
+        ``target_type``, ``measure`` (``accuracy``, ``map`` or ``r2``: the key under which entries of ``results`` and others have
+        it; beside it ``macro_f1``, or ``rmse`` and ``mae``), ``weights_note`` (what was ignored or guessed of a file of weights),
+        ``damaged`` (the images of the sources that were kept all the same), and what they were measured on. Kept in the store as
+        well.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.
@@ -108,7 +118,7 @@ def depth(
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
     options = DepthOptions(
-        heads=by_commas(heads) if isinstance(heads, str) else tuple(heads),
+        heads=None if heads is None else by_commas(heads) if isinstance(heads, str) else tuple(heads),
         folds=folds,
         split=split,
         seeds=seeds,
@@ -119,6 +129,9 @@ def depth(
         label=label,
         group=group,
         split_column=split_column,
+        target=target,
+        multilabel=columns_of(multilabel),
+        weight=weight,
     )
     protocol = Protocol.of(options)
     if report is not None:
@@ -138,9 +151,9 @@ def depth(
         study = settle(
             found.store, found.dataset, found.columns, protocol,
             spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
-            roles=RowOptions.of(options), say=say,
+            roles=RoleOptions.of(options), say=say,
         )  # fmt: skip
-        say(f"{len(study.images):,} images of {len(study.classes)} classes, {len(study.columns)} columns")
+        say(f"{study.what}, {len(study.columns)} columns")
         journal = Journal(found.store.depth_journal(found.dataset))
         run = partial(measure, journal=journal, jobs=jobs, executor=executor)
         with clock.stage("measure"):

@@ -10,9 +10,12 @@ import numpy as np
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.calibration import fit_temperature, probabilities
+from featurepipe.heads.label_calibration import fit_sigmoids
 from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.multilabel import label_table
+from featurepipe.heads.statistics.regression import number_table
 from featurepipe.heads.statistics.similarity import linear_cka
-from featurepipe.heads.statistics.transferability import transfer_scores
+from featurepipe.heads.statistics.transferability import log_me_of_labels, log_me_of_numbers, transfer_scores
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.measure import Series, TimedForward, least_disturbed, scores_of
 from featurepipe.layer_depth.study import PRETRAINED
@@ -47,6 +50,8 @@ def details(study: Study, series: Series, executor: Executor | None = None) -> d
         ``{"details", "details_shifted"}``, each with column, head and metrics, which also say whether probabilities are
         ``calibrated``; the second is None without another source.
     """
+    if study.images.targets is not None:
+        return _details_of_targets(study, series, executor or LocalExecutor())
     data, there = study.data(PRETRAINED, series.columns), study.elsewhere
     scores = np.empty((len(study.images), len(study.classes)))
     shifted = np.empty((0 if there is None else len(there.rows), len(study.classes)))
@@ -64,15 +69,58 @@ def details(study: Study, series: Series, executor: Executor | None = None) -> d
         metrics = {**score_table(likely, codes, list(study.classes), ids=ids), "calibrated": calibrated}
         return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
 
-    own, temperature = _calibrated(scores, data.codes, tests)
+    own, temperature = _calibrated(scores, data.truth, tests)
     calibrated = len(tests) > 1
     there_likely = probabilities(shifted, temperature)
     return {
-        "details": table(own[tested], data.codes[tested], study.images.ids[tested], calibrated=calibrated),
+        "details": table(own[tested], data.truth[tested], study.images.ids[tested], calibrated=calibrated),
         "details_shifted": None
         if there is None
-        else table(there_likely, data.shifted_codes, there.images.ids, calibrated=calibrated),
+        else table(there_likely, data.shifted_truth, there.images.ids, calibrated=calibrated),
     }
+
+
+def _details_of_targets(study: Study, series: Series, executor: Executor) -> dict[str, Any]:
+    """The same of several labels or numbers, with ``label_table`` or ``number_table``."""
+    data, there = study.data(PRETRAINED, series.columns), study.elsewhere
+    scores = np.full(data.truth.shape, np.nan)
+    shifted = np.full(data.shifted_truth.shape, np.nan)
+    testers = np.empty(0, np.int64) if there is None else there.testers(study.folds)
+    first = [number for number, fold in enumerate(study.folds) if fold.seed == study.folds[0].seed]
+    for number, found in scores_of(executor, study, series, first):
+        scores[study.folds[number].test] = found.test
+        if found.shifted is not None:
+            shifted[testers == number] = found.shifted[testers == number]
+    tests = [study.folds[number].test for number in first]
+    tested = np.concatenate(tests)
+    calibrated = len(tests) > 1
+    if data.truth.ndim == 2:
+        scores, shifted = _likely_labels(scores, shifted, data.truth, tests)
+
+    def table(said: Any, truth: Any, images: Any) -> dict[str, Any]:
+        if data.truth.ndim == 2:
+            metrics = {
+                **label_table(said, truth, list(study.classes), thresholds=0.5, groups=images.groups, ids=images.ids),
+                "calibrated": calibrated,
+            }
+        else:
+            metrics = number_table(said, truth, ids=images.ids, groups=images.groups)
+        return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
+
+    return {
+        "details": table(scores[tested], data.truth[tested], study.images.take(tested)),
+        "details_shifted": None if there is None else table(shifted, data.shifted_truth, there.images),
+    }
+
+
+def _likely_labels(scores: Any, shifted: Any, truth: Any, tests: Sequence[Any]) -> tuple[Any, Any]:
+    """Probabilities of labels by sigmoids that are fitted across folds, as `_calibrated` does; a single fold's are not fitted."""
+    likely, every = np.zeros(scores.shape), np.concatenate(list(tests))
+    for number, test in enumerate(tests):
+        others = np.concatenate([rows for other, rows in enumerate(tests) if other != number] or [test[:0]])
+        likely[test] = fit_sigmoids(scores[others], truth[others]).probabilities(scores[test])
+    fitted = fit_sigmoids(scores[every], truth[every]) if len(tests) > 1 else fit_sigmoids(scores[:0], truth[:0])
+    return likely, fitted.probabilities(shifted) if len(shifted) else shifted
 
 
 def _calibrated(scores: Any, codes: Any, tests: Sequence[Any]) -> tuple[Any, float]:
@@ -126,16 +174,39 @@ def similarity(study: Study) -> dict[str, Any]:
 
 def transferability(study: Study) -> dict[str, Any]:
     """Scores of every column that need no fitting."""
+    if study.images.targets is not None:
+        return _transferability_of_targets(study)
     scores = {}
     for column in study.columns:
         data = study.data(PRETRAINED, [column.column])
-        scores[column.column] = transfer_scores(data.features, data.codes, len(study.classes), rows=SCORED_IMAGES)
+        scores[column.column] = transfer_scores(data.features, data.truth, len(study.classes), rows=SCORED_IMAGES)
     return {
         "method": "LogME",
         "source": "You et al. 2021, with the fixed point of You et al. 2022; H-score: Bao et al. 2019, Ibrahim et al. 2021",
         "images": min(SCORED_IMAGES, len(study.images)),
         "scores": {column: found.log_me for column, found in scores.items()},
         "h_scores": {column: found.h_score for column, found in scores.items()},
+    }
+
+
+def _transferability_of_targets(study: Study) -> dict[str, Any]:
+    """LogME of several labels or numbers."""
+    scores = {}
+    for column in study.columns:
+        data = study.data(PRETRAINED, [column.column])
+        of_targets = log_me_of_labels if data.truth.ndim == 2 else log_me_of_numbers
+        scores[column.column] = of_targets(data.features, data.truth, rows=SCORED_IMAGES)
+    form = (
+        "the mean over the labels, each on the images that know it"
+        if study.truth.ndim == 2
+        else "the form for regression, of standardised numbers"
+    )
+    return {
+        "method": "LogME",
+        "source": f"You et al. 2021, with the fixed point of You et al. 2022: {form}",
+        "images": min(SCORED_IMAGES, len(study.images)),
+        "scores": scores,
+        "left_out": "H-score compares the means of classes, which these images have not",
     }
 
 
@@ -201,11 +272,14 @@ def document(
         "test_dataset": there.dataset if there else None,
         "settings": found.settings(study.protocol),
         "labels": labels_name,
+        "target_type": study.protocol.target_type,
+        "measure": study.measure,
         "classes": list(study.classes),
         "images": len(study.images),
         "counts": {
             "shifted": len(there.rows) if there else 0,
             "shifted_of_equal_id": there.twins if there else 0,
+            **({"shifted_of_equal_group": there.grouped} if there and there.grouped else {}),
             **study.left_out,
         },
         "damaged": found.damaged,
@@ -218,7 +292,7 @@ def document(
         ),
         "differences": between,
         "recommended": {
-            **_recommended(recommended, columns),
+            **_recommended(study, recommended, columns),
             "not_told_apart": answers.not_told_apart(recommended, between),
             "elsewhere": answers.elsewhere(study, recommended, measured),
         },
@@ -234,25 +308,28 @@ def document(
     return whole
 
 
+_BEST = {"accuracy": "most accurate", "map": "one with the best mAP", "r2": "one with the best R2"}
+
+
 def parts_of(*, with_map: bool) -> int:
     """How many parts of a description take long: times, likeness, scores without fitting, every image, and the map."""
     return 5 if with_map else 4
 
 
-def _recommended(found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _recommended(study: Study, found: answers.Recommendation, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     (column,) = (column for column in columns if column["column"] == found.chosen.columns[0])
     return {
         "column": found.chosen.columns[0],
         "node": column["node"],
         "head": found.chosen.head,
-        "accuracy": found.estimate.value,
+        study.measure: found.estimate.value,
         "low": found.estimate.low,
         "high": found.estimate.high,
         "se": found.estimate.se,
         "best": found.best.columns[0],
         "best_head": found.best.head,
-        "best_accuracy": found.best_estimate.value,
-        "rule": "the cheapest column within one standard error of the most accurate (Breiman et al. 1984)",
+        f"best_{study.measure}": found.best_estimate.value,
+        "rule": f"the cheapest column within one standard error of the {_BEST[study.measure]} (Breiman et al. 1984)",
         **{name: column[name] for name in ("width", "bytes_per_image", "ms_per_image", "saved")},
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ class Fold:
         choose: rows that parameters are compared on; both together are the rows of the last fit.
         test: rows that the accuracy is measured on.
         others: further divisions of the same rows into ``fit`` and ``choose``; an accuracy is compared over all that choose.
+        counted: (m,) which images of the other source its heads may be tested on; None where there is none.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class Fold:
     choose: Positions
     test: Positions
     others: tuple[tuple[Positions, Positions], ...] = ()
+    counted: npt.NDArray[np.bool_] | None = None
 
     @property
     def choices(self) -> tuple[tuple[Positions, Positions], ...]:
@@ -85,10 +87,16 @@ def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: i
     return found
 
 
-def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
+def own_split(features: FeatureSet, codes: Codes, *, seeds: int, classes: bool = True) -> list[Fold]:
     """The dataset's own splits: fitted on ``train``, tested on ``test``; ``val`` chooses, else a part of ``train`` by seed.
 
     Training images that are copies of test images take no part, nor do test images of classes that no training image has.
+
+    Args:
+        features: n labelled rows.
+        codes: (n,) class numbers, or others by which rows are dealt evenly.
+        seeds: how many times a part of ``train`` is set aside.
+        classes: whether the numbers are classes to be told apart.
 
     Raises:
         UsageError: the dataset has no split ``train`` or ``test``, or one of them is too small.
@@ -110,7 +118,8 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int) -> list[Fold]:
     keys = features.keys64
     train = train[~np.isin(keys[train], keys[test])]
     val = val[~np.isin(keys[val], keys[np.union1d(train, test)])]
-    test = test[np.isin(codes[test], codes[np.union1d(train, val)])]
+    if classes:
+        test = test[np.isin(codes[test], codes[np.union1d(train, val)])]
     if not len(val):
         return [_fold(features, codes, train, test, seed, 0, 0) for seed in range(seeds)]
     return [_checked(Fold(seed, 0, train, val, test), codes) for seed in range(seeds)]
@@ -139,22 +148,25 @@ def _checked(fold: Fold, codes: Codes) -> Fold:
 
 
 LEFT_OUT = ("shifted_of_other_classes", "shifted_in_both", "shifted_twins_that_train")
-"""Why images of the other source take no part: of no class here; the same image is here; its twin trains every head."""
+"""Why images of the other source take no part: of no class here, or without a known label or number; the same image is here; its
+twin, or images of its group, train every head."""
 
 
 @dataclass(frozen=True)
 class Elsewhere:
     """The images of another source that are tested.
 
-    An image's *twin* is the image of the same id and class among those that are compared on, such as the same emoji in
-    another style. A head that has learned from it knows more than it would of a stranger, so that it does not count.
+    An image's *twin* is the image of the same id (and class) among those that are compared on, such as the same emoji in
+    another style. A head that has learned from it knows more than it would of a stranger, so that it does not count. The same
+    holds of images of its group, if both sources have a group of that name.
 
     Attributes:
         dataset: their name in the store.
         rows: (m,) positions in that dataset.
         images: those images, as a view of the first column.
-        unseen: (folds, m) whether a fold's head has not learned from the image's twin; for each seed there is one.
+        unseen: (folds, m) whether a fold's head has not learned from the image's twin or group; for each seed there is one.
         twins: how many have a twin.
+        grouped: how many are of a group that is here, too.
         left_out: images that take no part, and why.
     """
 
@@ -163,6 +175,7 @@ class Elsewhere:
     images: FeatureSet
     unseen: npt.NDArray[np.bool_]
     twins: int
+    grouped: int
     left_out: Mapping[str, int]
 
     def testers(self, folds: Sequence[Fold]) -> Positions:
@@ -181,7 +194,7 @@ def settle_elsewhere(
 
     Args:
         dataset: the other source's name.
-        others: its images.
+        others: its images; with targets if those here have them, in the same columns.
         here: name of the dataset that is compared on.
         images: its images.
         classes: their classes.
@@ -190,23 +203,34 @@ def settle_elsewhere(
     Raises:
         UsageError: no image is left.
     """
-    known = others.codes(classes) >= 0
+    if images.targets is None:
+        known, wanted = others.codes(classes) >= 0, f"is of a class of {here}"
+    else:
+        known, wanted = others.mask(labelled=True), "has a label or number that is known"
     same = known & np.isin(others.keys64, images.keys64)
     rows = np.flatnonzero(known & ~same)
     if not len(rows):
         raise UsageError(
-            f"none of the {len(others):,} images of {dataset} is of a class of {here} without being in it; there: "
-            f"{', '.join(others.classes[:5]) or 'no label'}; here: {', '.join(classes[:5])}"
+            f"none of the {len(others):,} images of {dataset} {wanted} without being in it; there: "
+            f"{', '.join(others.classes[:5]) or 'no label'}; here: {', '.join(images.classes[:5]) or 'no label'}"
         )
-    twins = _twins(others.take(rows), images)
-    unseen = np.stack([~np.isin(twins, fold.train) for fold in folds])
+    found = others.take(rows)
+    twins, shared = _twins(found, images), _shared_groups(found, images)
+    learned = [{int(code) for code in np.unique(shared.here[fold.train]) if code >= 0} for fold in folds]
+    unseen = np.stack(
+        [
+            ~np.isin(twins, fold.train) & ~np.isin(shared.there, sorted(names))
+            for fold, names in zip(folds, learned, strict=True)
+        ]
+    )
     seeds = np.array([fold.seed for fold in folds])
     tested = np.all([unseen[seeds == seed].any(axis=0) for seed in np.unique(seeds)], axis=0)
     if not tested.any():
+        of = "id, or the group," if (shared.there >= 0).any() else "id"
         raise UsageError(
             Message(
-                f"all {len(rows):,} images of {dataset} have the id of an image of {here} that every head learns from; compare "
-                "by cross-validation (leave ",
+                f"all {len(rows):,} images of {dataset} have the {of} of an image of {here} that every head learns "
+                "from; compare by cross-validation (leave ",
                 Option("split"),
                 " out), where each is tested by heads that do not",
             )
@@ -214,15 +238,36 @@ def settle_elsewhere(
     return Elsewhere(
         dataset,
         rows[tested],
-        others.take(rows[tested]),
+        found.take(tested),
         unseen[:, tested],
         int((twins[tested] >= 0).sum()),
+        int((shared.there[tested] >= 0).sum()),
         dict(zip(LEFT_OUT, (int(those.sum()) for those in (~known, same, ~tested)), strict=True)),
     )
 
 
 def _twins(others: FeatureSet, images: FeatureSet) -> Positions:
     """For each image of the other source the position of its twin, -1 where it has none."""
+    if images.targets is not None:
+        of_id = {name: place for place, name in enumerate(images.ids)}
+        return np.array([of_id.get(name, -1) for name in others.ids], np.int64)
     places = {pair: place for place, pair in enumerate(zip(images.ids, images.labels, strict=True))}
     found = [places.get(pair, -1) for pair in zip(others.ids, others.labels, strict=True)]
     return np.array(found, np.int64)
+
+
+class _SharedGroups(NamedTuple):
+    """Numbers of the groups that both sources have, -1 for images of no such group: of the images here, and of those there."""
+
+    here: Positions
+    there: Positions
+
+
+def _shared_groups(others: FeatureSet, images: FeatureSet) -> _SharedGroups:
+    own, theirs = images.groups, others.groups
+    if own is None or theirs is None:
+        return _SharedGroups(np.full(len(images), -1), np.full(len(others), -1))
+    both = sorted({name for name in own if name is not None} & set(theirs))
+    number = {name: place for place, name in enumerate(both)}
+    here, there = (np.array([number.get(name, -1) for name in names], np.int64) for names in (own, theirs))
+    return _SharedGroups(here, there)

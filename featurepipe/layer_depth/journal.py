@@ -16,8 +16,6 @@ from featurepipe.layer_depth.probes import Cell
 from featurepipe.store.atomic import append_lines, parsed_object, reporting_full_disk
 from featurepipe.store.inside import made_folder, read_lines
 
-Bits = npt.NDArray[np.bool_]
-
 
 def key_of(**settings: Any) -> str:
     """A name for a measurement: equal settings, equal name."""
@@ -104,10 +102,11 @@ def _entry(key: str, cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "fold": cell.fold,
         "params": dict(cell.params),
-        "correct": _packed(cell.correct),
+        "correct": _packed(cell.contributions),
         "shifted": None if cell.shifted is None else _packed(cell.shifted),
-        "train_accuracy": cell.train_accuracy,
+        "train_accuracy": cell.train_value,
         "seconds": round(cell.seconds, 3),
+        **({"besides": dict(cell.besides)} if cell.besides else {}),
     }
 
 
@@ -138,17 +137,29 @@ def _cell(entry: Mapping[str, Any]) -> Cell:
         None if shifted is None else _unpacked(shifted),
         entry["train_accuracy"],
         entry["seconds"],
+        {str(name): float(value) for name, value in entry.get("besides", {}).items()},
     )
 
 
-def _packed(bits: Bits) -> list[Any]:
-    """A count and eight images a byte."""
-    return [len(bits), base64.b64encode(np.packbits(bits).tobytes()).decode()]
+_NUMBERS = "<f8"
 
 
-def _unpacked(packed: list[Any]) -> Bits:
-    count, text = packed
-    packed_bits = np.frombuffer(base64.b64decode(text), np.uint8)
+def _packed(values: npt.NDArray[Any]) -> list[Any]:
+    """A count and eight images a byte; of contributions that are numbers besides that they are, each in eight bytes."""
+    if values.dtype == np.bool_:
+        return [len(values), base64.b64encode(np.packbits(values).tobytes()).decode()]
+    return [len(values), base64.b64encode(values.astype(_NUMBERS).tobytes()).decode(), _NUMBERS]
+
+
+def _unpacked(packed: list[Any]) -> npt.NDArray[Any]:
+    count, text, *kind = packed
+    raw = base64.b64decode(text)
+    if kind:
+        numbers = np.frombuffer(raw, _NUMBERS).astype(np.float64)
+        if kind != [_NUMBERS] or len(numbers) != count:
+            raise ValueError(f"{count} numbers in {len(raw)} bytes of {kind[0]}")
+        return numbers
+    packed_bits = np.frombuffer(raw, np.uint8)
     if not 0 <= count <= 8 * len(packed_bits):
         raise ValueError(f"{count} bits in {len(packed_bits)} bytes")
     return np.unpackbits(packed_bits, count=count).astype(bool)

@@ -123,7 +123,7 @@ class Scoring:
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = np.empty(0, np.bool_)
-        cells = [replace(cell, correct=nothing, shifted=None) for cell in self.series.cells]
+        cells = [replace(cell, contributions=nothing, shifted=None) for cell in self.series.cells]
         return {"measuring": self.measuring, "series": replace(self.series, cells=cells)}
 
 

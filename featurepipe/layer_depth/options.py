@@ -7,18 +7,22 @@ from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.features.options import SourceNameOption
-from featurepipe.heads.families import HEADS
+from featurepipe.heads.families import FAMILIES, family_for, refuse_weights
 from featurepipe.option_groups import OptionGroup, at_least, by_commas, file_or_kind, option
-from featurepipe.store.options import LabelsOption, RowOptions
+from featurepipe.store.options import LabelsOption, RoleOptions
 
 MAX_WIDTH = 9000
 """Values per image that columns are brought to: about VISSL's (Goyal et al. 2019)."""
 
 
+_TARGET_TYPES = ("multiclass", "multilabel", "continuous")
+_EVERY_HEAD = tuple(dict.fromkeys(name for kind in _TARGET_TYPES for name in FAMILIES[kind]))
+
+
 def _heads(given: Any) -> str | None:
     for head in given:
-        if head not in HEADS:
-            raise unknown("head", str(head), HEADS, see="featurepipe depth --help")
+        if head not in _EVERY_HEAD:
+            raise unknown("head", str(head), _EVERY_HEAD, see="featurepipe depth --help")
     if not given or len(set(given)) < len(given):
         good = Option("heads", "logistic,knn")
         raise UsageError(Message(Option("heads", ",".join(given)), ": name each head once, such as ", good))
@@ -26,11 +30,11 @@ def _heads(given: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(RowOptions):
-    """How layers are compared."""
+class ComparisonOptions(RoleOptions):
+    """How layers are compared, and for what: classes, several labels or a number."""
 
-    heads: tuple[str, ...] = option(
-        ("logistic",), f"of {', '.join(HEADS)}; separated by commas (default: logistic)",
+    heads: tuple[str, ...] | None = option(
+        None, f"of {', '.join(_EVERY_HEAD)}; separated by commas (default: logistic; of a number ridge)",
         metavar="LIST", check=_heads, read=by_commas,
     )  # fmt: skip
     folds: int = option(5, "of the cross-validation (default: 5)", check=at_least(2))
@@ -38,6 +42,23 @@ class ComparisonOptions(RowOptions):
     seeds: int = option(3, "how often the cross-validation is repeated, with new folds (default: 3)", check=at_least(1))
     max_width: int = option(MAX_WIDTH, f"values per image of a column (default: {MAX_WIDTH})", check=at_least(1))
     jobs: int | None = option(None, "measurements at once (default: one per CPU)", check=at_least(1, 1024))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for head in self.heads or ():
+            family = family_for(head, self.target_type)
+            if self.weight is not None and not family.weights:
+                raise refuse_weights(head, "weight", self.target_type)
+
+    @property
+    def target_type(self) -> str:
+        """What is learned of an image, a key of `featurepipe.heads.families.FAMILIES`."""
+        return "continuous" if self.target is not None else "multilabel" if self.multilabel else "multiclass"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The heads to measure with."""
+        return self.heads or (("ridge",) if self.target_type == "continuous" else ("logistic",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.annotations import check_classes
+from featurepipe.annotations import check_classes, column_named
+from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, StoreError, UsageError
 from featurepipe.heads.families import SHARED_PASSES
 from featurepipe.layer_depth.folds import (
@@ -25,11 +27,12 @@ from featurepipe.layer_depth.folds import (
 )
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.options import ComparisonOptions
-from featurepipe.layer_depth.probes import RULE, Data
+from featurepipe.layer_depth.probes import MEASURES, RULE, Data, Measure
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
-from featurepipe.store.options import RowOptions
+from featurepipe.store.options import NO_GROUP, RoleOptions, is_file_of_groups
 from featurepipe.store.roles import with_roles
+from featurepipe.training.splits import quantile_bins, rarest_labels
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone, Column
@@ -153,8 +156,20 @@ Codes = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 
 PRETRAINED, RANDOM = "pretrained", "random"
+LEAST_OF_A_SIDE = 2
+"""Images that must have a label, and that must not, for it to be compared: one to learn from and one to test on."""
 PROTOCOL_VERSION = 5
 """Goes up when the same settings would measure something else."""
+
+
+_MEASURED = {
+    "multiclass": "",
+    "multilabel": (
+        " The measure is the mean average precision (the area under the interpolated curve, as in PASCAL VOC 2012) over the "
+        "labels that the tested images have on both sides; unknown labels are left out."
+    ),
+    "continuous": " The measure is R2 on each part that is tested.",
+}
 
 
 @dataclass(frozen=True)
@@ -165,16 +180,23 @@ class Protocol:
         heads: families, in the order of the answer; the first one's curve decides.
         folds: of the cross-validation; None for the dataset's own splits.
         seeds: how often the cross-validation is repeated, with new folds.
+        target_type: of what is learned, a key of `featurepipe.layer_depth.probes.MEASURES`.
     """
 
     heads: Sequence[str]
     folds: int | None
     seeds: int
+    target_type: str = "multiclass"
 
     @classmethod
     def of(cls, options: ComparisonOptions) -> Self:
         """As asked for."""
-        return cls(options.heads, None if options.split else options.folds, options.seeds)
+        return cls(options.families, None if options.split else options.folds, options.seeds, options.target_type)
+
+    @property
+    def measure(self) -> Measure:
+        """What heads are compared by."""
+        return MEASURES[self.target_type]
 
     @property
     def text(self) -> str:
@@ -186,6 +208,7 @@ class Protocol:
         )
         if set(self.heads) & set(SHARED_PASSES):
             fitted += f" {RULE}"
+        fitted += _MEASURED[self.target_type]
         if self.folds is not None:
             return (
                 f"{self.folds}-fold cross-validation, {_times(self.seeds)}, on the images outside the split test, if there is "
@@ -208,7 +231,7 @@ class Study:
         spaces: fingerprint of the feature space of each network: pretrained, and random if there is a control.
         columns: in execution order.
         protocol: how to measure.
-        classes: names, sorted.
+        classes: names, sorted; those of several labels; none where a number is estimated.
         folds: who trains and who is tested, as positions among the labelled images.
         rows: positions of the labelled images in the dataset.
         images: those images, as a view of the first column.
@@ -232,15 +255,30 @@ class Study:
     def data(self, network: str, columns: Sequence[str]) -> Data:
         """The features of some columns side by side, of the pretrained network or of the control."""
         features = self._view(self.dataset, network, columns).take(self.rows)
+        kind, weights = self.protocol.target_type, self.images.weights
         if self.elsewhere is None:
-            return Data(features, self.codes, None, np.empty(0, np.int64))
+            return Data(features, self.truth, None, np.empty(0, np.int64), kind, weights)
         shifted = self._view(self.elsewhere.dataset, network, columns).take(self.elsewhere.rows)
-        return Data(features, self.codes, shifted, shifted.codes(self.classes))
+        return Data(features, self.truth, shifted, self.truth_of(self.elsewhere.images), kind, weights)
 
     @property
-    def codes(self) -> Codes:
-        """(n,) class of each labelled image."""
-        return self.images.codes(self.classes)
+    def truth(self) -> npt.NDArray[Any]:
+        """(n,) class of each labelled image, (n,) numbers, or (n, K) labels: 1 present, 0 absent, NaN unknown."""
+        return self.truth_of(self.images)
+
+    def truth_of(self, images: FeatureSet) -> npt.NDArray[Any]:
+        """The same of some images of either source."""
+        return images.codes(self.classes) if images.targets is None else images.targets
+
+    @property
+    def what(self) -> str:
+        """How many images, and of what."""
+        return what_of(len(self.images), self.classes, self.protocol.target_type)
+
+    @property
+    def measure(self) -> str:
+        """Name of what heads are compared by."""
+        return self.protocol.measure.name
 
     @property
     def networks(self) -> Sequence[str]:
@@ -311,7 +349,7 @@ def settle(
     spaces: Mapping[str, str],
     shifted_dataset: str | None,
     labels: Any,
-    roles: RowOptions | None = None,
+    roles: RoleOptions | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Study:
     """Settles images and folds.
@@ -324,7 +362,7 @@ def settle(
         spaces: fingerprint of the feature space of each network.
         shifted_dataset: images of another source, or None.
         labels: labels to use instead of the dataset's, or None.
-        roles: which column is the class, and which the group.
+        roles: which column is what.
         say: told what the labels label, and what of them is not used.
 
     Raises:
@@ -336,51 +374,176 @@ def settle(
     def view(name: str) -> FeatureSet:
         return store.features(name, columns[0].column, spaces[PRETRAINED], snapshot=snapshots[name])
 
-    every = with_roles(store, view(dataset), labels, roles or RowOptions(), say, snapshot=snapshots[dataset])
+    roles = roles or RoleOptions()
+    every = with_roles(store, view(dataset), labels, roles, say, snapshot=snapshots[dataset])
     usable = every.mask(labelled=True)
     kept_away = np.zeros(len(every), np.bool_)
     if protocol.folds is not None:  # what a later test is made on must not have chosen the column
         kept_away = usable & (every.splits == "test")
     rows = np.flatnonzero(usable & ~kept_away)
-    images = every.take(rows)
+    images, codes, classes = _learnable(every.take(rows), say)
+    known = images.mask(labelled=True)  # of the labels that are left
+    rows, images, codes = rows[known], images.take(known), codes[known]
+    folds = (
+        cross_validation(images, codes, folds=protocol.folds, seeds=protocol.seeds)
+        if protocol.folds is not None
+        else own_split(images, codes, seeds=protocol.seeds, classes=images.targets is None)
+    )
+    elsewhere = None
+    if shifted_dataset is not None:
+        there = _with_roles_elsewhere(
+            store, view(shifted_dataset), labels, roles, images, snapshots[shifted_dataset], say
+        )
+        elsewhere = settle_elsewhere(shifted_dataset, there, dataset, images, classes, folds)
+        folds = [replace(fold, counted=unseen) for fold, unseen in zip(folds, elsewhere.unseen, strict=True)]
+    left_out = {
+        "unlabelled": every.unlabelled + int((~known).sum()),
+        "rejected": every.rejected,
+        "kept_for_the_test": int(kept_away.sum()),
+        "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
+        **({"labels": len(every.target_names) - len(classes)} if images.target_names else {}),
+        **(elsewhere.left_out if elsewhere else dict.fromkeys(LEFT_OUT, 0)),
+    }
+    study = Study(
+        store, dataset, elsewhere, spaces, columns, protocol, classes, folds, rows, images, left_out, snapshots
+    )
+    if images.targets is not None:
+        _check_measurable(study, say)
+    return study
+
+
+def _learnable(images: FeatureSet, say: Callable[[str], None]) -> tuple[FeatureSet, Codes, Sequence[str]]:
+    """The images with the targets that can be learned, codes by which they are dealt evenly, and the names of what is told apart.
+
+    Raises:
+        UsageError: There is one class, no number that differs from another, or no label with images of both sides.
+    """
+    dataset, count = images.origin.dataset, f"{len(images):,}"
+    if images.target_names:
+        truth = np.asarray(images.targets, np.float32)
+        least = np.minimum((truth == 1).sum(axis=0), (truth == 0).sum(axis=0))
+        names = [name for name, few in zip(images.target_names, least, strict=True) if few >= LEAST_OF_A_SIDE]
+        left = [name for name in images.target_names if name not in names]
+        if left:
+            some = f"fewer than {LEAST_OF_A_SIDE} images with them, or without: {first_names(left)}"
+            say(f"{counted(len(left), 'label')} of {len(images.target_names):,} left out, {some}")
+        if not names:
+            raise UsageError(
+                f"none of the {len(images.target_names):,} labels of dataset {dataset} has {LEAST_OF_A_SIDE} images that have "
+                f"it and {LEAST_OF_A_SIDE} that do not; give more images, or check the columns"
+            )
+        kept = truth[:, [images.target_names.index(name) for name in names]]
+        return images.with_column("target", kept, names=names), rarest_labels(kept), names
+    if images.targets is not None:
+        numbers = np.asarray(images.targets, np.float64)
+        if not len(numbers) or numbers.min() == numbers.max():
+            what = f"all the same, {numbers[0]:g}" if len(numbers) else "none"
+            raise UsageError(
+                f"the {count} numbers of dataset {dataset} are {what}; check the column, or give more images"
+            )
+        return images, quantile_bins(numbers), ()
     classes = images.classes
     if len(classes) < 2:
         raise UsageError(
             Message(
-                f"dataset {dataset} has {len(images):,} labelled images of {len(classes)} classes; which layer tells classes "
+                f"dataset {dataset} has {count} labelled images of {len(classes)} classes; which layer tells classes "
                 "apart can be said of two or more. Put images into folders named by class, or give ",
                 Option("labels", "FILE.csv"),
             )
         )
     check_classes(classes, len(images), say)
-    codes = images.codes(classes)
-    folds = (
-        cross_validation(images, codes, folds=protocol.folds, seeds=protocol.seeds)
-        if protocol.folds is not None
-        else own_split(images, codes, seeds=protocol.seeds)
-    )
-    elsewhere = (
-        settle_elsewhere(shifted_dataset, view(shifted_dataset), dataset, images, classes, folds)
-        if shifted_dataset is not None
-        else None
-    )
-    left_out = {
-        "unlabelled": every.unlabelled,
-        "rejected": every.rejected,
-        "kept_for_the_test": int(kept_away.sum()),
-        "in_no_fold": len(images) - len(np.union1d(folds[0].train, folds[0].test)),
-        **(elsewhere.left_out if elsewhere else dict.fromkeys(LEFT_OUT, 0)),
-    }
-    return Study(
-        store, dataset, elsewhere, spaces, columns, protocol, classes, folds, rows, images, left_out, snapshots
-    )
+    return images, images.codes(classes), classes
+
+
+def _with_roles_elsewhere(
+    store: FeatureStore,
+    found: FeatureSet,
+    labels: Any,
+    roles: RoleOptions,
+    images: FeatureSet,
+    snapshot: str,
+    say: Callable[[str], None],
+) -> FeatureSet:
+    """Images of the other source with the same roles: of its manifest's columns, targets also of the labels file, by id.
+
+    A class whose column it lacks is its own label. A group whose column it lacks it has not.
+    """
+    dataset = found.origin.dataset
+    kept = store.further_columns(dataset, snapshot)
+    label = roles.label if roles.label is None or column_named(roles.label, kept) else None
+    if label != roles.label:
+        say(f"dataset {dataset} has no column {roles.label}: its own labels are taken")
+    group = roles.group
+    if group is not None and group != NO_GROUP and not is_file_of_groups(group) and not column_named(group, kept):
+        say(f"dataset {dataset} has no column {group}: its images are each for themselves")
+        group = NO_GROUP
+    asked = RoleOptions(label=label, group=group, target=roles.target, multilabel=roles.multilabel)
+    wanted = [roles.target] if roles.target else list(roles.multilabel or ())
+    own = all(column_named(name, kept) or name.lower() == "label" for name in wanted)
+    found = with_roles(store, found, None if own else labels, asked, say, snapshot=snapshot)
+    if not roles.multilabel:
+        return found
+    given = np.asarray(found.targets, np.float32)
+    truth = np.full((len(found), len(images.target_names)), np.nan, np.float32)
+    for place, name in enumerate(images.target_names):
+        if name in found.target_names:
+            truth[:, place] = given[:, found.target_names.index(name)]
+    others = sorted(set(found.target_names) - set(images.target_names))
+    if others:
+        say(f"labels of {dataset} that are not compared: {first_names(others)}")
+    return found.with_column("target", truth, names=images.target_names)
+
+
+def _check_measurable(study: Study, say: Callable[[str], None]) -> None:
+    """Sees that there is something to measure in every part that is tested, and says how many labels lack a side in some.
+
+    Raises:
+        UsageError: There is a fold without.
+    """
+    contributions, truth = study.protocol.measure.contributions, study.truth
+    for fold in study.folds:
+        for rows, what in ((fold.test, "tested"), (fold.choose, "set aside to choose by"), (fold.fit, "learned from")):
+            if np.isnan(contributions(np.zeros(truth[rows].shape), truth[rows])).any():
+                raise UsageError(
+                    Message(
+                        f"the {len(rows):,} images that are {what} in a fold have no label on both sides, or one and the same "
+                        "number; give more images or fewer ",
+                        Option("folds"),
+                    )
+                )
+    there = study.elsewhere
+    if (
+        there is not None
+        and np.isnan(contributions(np.zeros(study.truth_of(there.images).shape), study.truth_of(there.images))).any()
+    ):
+        raise UsageError(f"the images of {there.dataset} have no label on both sides, or one and the same number")
+    if truth.ndim == 2:
+        lacking = {
+            name
+            for fold in study.folds
+            for name, column in zip(study.classes, truth[fold.test].T, strict=True)
+            if not ((column == 1).any() and (column == 0).any())
+        }
+        if lacking:
+            say(
+                f"{counted(len(lacking), 'label')} lack images of a side in some folds, and do not count there: "
+                f"{first_names(sorted(lacking))}"
+            )
 
 
 def _digest(images: FeatureSet) -> str:
     """Tells sets of labelled, split images apart."""
     columns = [images.labels, images.splits, *([] if images.groups is None else [images.groups])]
     parts = (images.keys.tobytes(), *("\0".join(map(str, column)).encode() for column in columns))
-    return hashlib.sha256(b"\1".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    roles = [] if images.targets is None else [json.dumps(images.target_names).encode(), images.targets.tobytes()]
+    roles += [] if images.weights is None else [b"weights", images.weights.tobytes()]
+    return hashlib.sha256(b"\1".join(hashlib.sha256(part).digest() for part in (*parts, *roles))).hexdigest()
+
+
+def what_of(images: int, classes: Sequence[str], target_type: str) -> str:
+    """How many images, and of what."""
+    kind = {"multiclass": f"of {len(classes)} classes", "multilabel": f"with {counted(len(classes), 'label')}"}
+    return f"{images:,} images {kind.get(target_type, 'with a number')}"
 
 
 def _times(seeds: int) -> str:

@@ -9,14 +9,19 @@ from typing import Any
 
 from featurepipe.display import share, size, table
 from featurepipe.extraction.text import damaged_lines
+from featurepipe.layer_depth.study import what_of
+from featurepipe.option_groups import declared
 from featurepipe.progress import duration
 from featurepipe.records import is_undisturbed
+from featurepipe.reporting.blocks import BESIDES, measure_of, with_values
+from featurepipe.store.options import RoleOptions
 
 _LINE = 100
 
 
 def text(found: Mapping[str, Any]) -> str:
     """The answer, the table of columns, and what it rests on."""
+    found = with_values(found)
     return "\n\n".join([_answer(found), _columns(found), *_side_by_side(found), *_scores(found), _provenance(found)])
 
 
@@ -36,12 +41,12 @@ def plan_text(found: Mapping[str, Any]) -> str:
 
 
 def _answer(found: Mapping[str, Any]) -> str:
-    chosen = found["recommended"]
-    best = "the most accurate as well"
+    chosen, measure = found["recommended"], measure_of(found)
+    best = f"the {measure.best} as well"
     if (chosen["column"], chosen["head"]) != (chosen["best"], chosen["best_head"]):
-        best = f"the most accurate is {chosen['best']} with {chosen['best_head']}, {chosen['best_accuracy']:.4f}"
+        best = f"the {measure.best} is {chosen['best']} with {chosen['best_head']}, {chosen['best_value']:.4f}"
     return (
-        f"recommended: {_named(chosen['column'], found)} with {chosen['head']}, accuracy {_interval(chosen)}; {best}\n"
+        f"recommended: {_named(chosen['column'], found)} with {chosen['head']}, {measure.word} {_interval(chosen)}; {best}\n"
         f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
         f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
@@ -73,7 +78,7 @@ def _elsewhere(found: Mapping[str, Any] | None) -> str:
     )
     return (
         f"on {found['dataset']}: {_interval(found)}; {found['images']:,} images, each tested by {heads}; best there is "
-        f"{found['best']}, {found['best_accuracy']:.4f}"
+        f"{found['best']}, {found['best_value']:.4f}"
     )
 
 
@@ -89,6 +94,11 @@ def _command(found: Mapping[str, Any]) -> str:
     ]
     words += ["--head", found["recommended"]["head"], "--tune"]
     words += ["--labels", "FILE"] if found.get("labels") else []
+    asked = found["provenance"].get("options") or {}
+    for name in declared(RoleOptions):
+        value = asked.get(name)
+        if value:
+            words += [f"--{name}", value if isinstance(value, str) else ",".join(value)]
     return shlex.join([*words, "--out", "BUNDLE"])
 
 
@@ -96,12 +106,16 @@ def _columns(found: Mapping[str, Any]) -> str:
     """One line a column: what it costs, its accuracy with each head, of the control and on the other source."""
     series = list(dict.fromkeys((r["head"], r["network"], r["tested_on"]) for r in found["results"]))
     by_place = {(r["column"], r["head"], r["network"], r["tested_on"]): r for r in found["results"]}
+    besides = [
+        (name, head) for name in BESIDES for head in dict.fromkeys(r["head"] for r in found["results"] if name in r)
+    ]
     header = [
         "column",
         "width",
         "forward",
         "ms",
         *(_series_title(*one, found["test_dataset"]) for one in series),
+        *(f"{BESIDES[name]} {head}" for name, head in besides),
         "LogME",
     ]
     rows = []
@@ -112,13 +126,15 @@ def _columns(found: Mapping[str, Any]) -> str:
         rows.append([
             called + mark, column["width"], share(column["cost"]), _number(column["ms_per_image"], 2),
             *(_interval(by_place[name, *one]) if (name, *one) in by_place else "-" for one in series),
+            *(_number(by_place[name, head, "pretrained", "source"].get(more), 3) for more, head in besides),
             _number(found["transferability"]["scores"].get(name), 3),
         ])  # fmt: skip
     how = found["settings"]
     tested = f"{how['folds']} folds" if how["folds"] else "the split test"
     title = (
-        f"{found['backbone']['name']} on {found['dataset']}: {found['images']:,} images of {len(found['classes'])} classes, "
-        f"{tested}, {_seeds(how['seeds'])}; accuracy with its 95 % interval"
+        f"{found['backbone']['name']} on {found['dataset']}: "
+        f"{what_of(found['images'], found['classes'], found.get('target_type', 'multiclass'))}, "
+        f"{tested}, {_seeds(how['seeds'])}; {measure_of(found).word} with its 95 % interval"
     )
     return f"{title}\n{table(header, rows)}"
 
@@ -142,13 +158,16 @@ def _side_by_side(found: Mapping[str, Any]) -> Sequence[str]:
         return []
     against = found["concatenations"][0]
     title = f"side by side, {against['head']}, against {against['against']} alone"
-    return [f"{title}\n{table(['columns', 'accuracy', 'difference', '95 % interval'], rows)}"]
+    return [f"{title}\n{table(['columns', measure_of(found).word, 'difference', '95 % interval'], rows)}"]
 
 
 def _scores(found: Mapping[str, Any]) -> Sequence[str]:
     known = {head: rank["spearman"] for head, rank in found["transferability"]["correlations"].items()}
     told = [f"{rho:+.2f} with {head}" for head, rho in known.items() if rho is not None]
-    return [f"rank correlation of LogME, which fits no head, with accuracy: {', '.join(told)}"] if told else []
+    word = measure_of(found).word
+    said = [f"rank correlation of LogME, which fits no head, with {word}: {', '.join(told)}"] if told else []
+    left_out = found["transferability"].get("left_out")
+    return [*said, *([f"left out: {left_out}"] if left_out else [])]
 
 
 def _provenance(found: Mapping[str, Any]) -> str:
@@ -156,7 +175,7 @@ def _provenance(found: Mapping[str, Any]) -> str:
     left_out = [
         f"{count:,} {name.replace('_', ' ')}"
         for name, count in found["counts"].items()
-        if count and name not in ("shifted", "shifted_of_equal_id")
+        if count and name not in ("shifted", "shifted_of_equal_id", "shifted_of_equal_group")
     ]
     more = f"; left out: {', '.join(left_out)}" if left_out else ""
     return "\n".join([textwrap.fill(found["protocol"], _LINE), f"{seconds}{more}", *damaged_lines(found)])
@@ -164,8 +183,8 @@ def _provenance(found: Mapping[str, Any]) -> str:
 
 def _interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
-        return f"{found['accuracy']:.4f}"
-    return f"{found['accuracy']:.4f} ({found['low']:.3f} to {found['high']:.3f})"
+        return f"{found['value']:.4f}"
+    return f"{found['value']:.4f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def _range(found: Mapping[str, Any]) -> str:

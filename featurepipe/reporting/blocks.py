@@ -123,6 +123,87 @@ def bounded(value: Any, low: Any, high: Any) -> TableCell:
     return TableCell(percent(value), finite(value), interval(low, high))
 
 
+@dataclass(frozen=True)
+class MeasureStyle:
+    """What heads were compared by, and how its values are written.
+
+    Attributes:
+        name: as documents have it.
+        word: in a sentence.
+        title: as a heading.
+        is_share: written as per cent; else as a number.
+        best: what the one with the greatest value is called.
+    """
+
+    name: str
+    word: str
+    title: str
+    is_share: bool
+    best: str
+
+    def text(self, value: Any, digits: int = 1) -> str:
+        """A value; ``digits`` as of per cent."""
+        return percent(value, digits) if self.is_share else plain(value, digits + 2)
+
+    def interval(self, low: Any, high: Any) -> str:
+        """Bounds of a value, or nothing where one is missing."""
+        if self.is_share:
+            return interval(low, high)
+        return "" if finite(low) is None or finite(high) is None else f"{plain(low)} to {plain(high)}"
+
+    def cell(self, value: Any, low: Any = None, high: Any = None) -> TableCell:
+        """A value with its interval."""
+        return TableCell(self.text(value), finite(value), self.interval(low, high))
+
+    def difference(self, value: Any) -> str:
+        """A difference of two values, with its sign: of shares in percentage points."""
+        if self.is_share:
+            return points(value)
+        number = finite(value)
+        return DASH if number is None else f"{number:+.3f}".replace("-", _MINUS)
+
+    def difference_interval(self, low: Any, high: Any) -> str:
+        """Bounds of a difference, or nothing where one is missing."""
+        if finite(low) is None or finite(high) is None:
+            return ""
+        return f"{self.difference(low)} to {self.difference(high)}"
+
+
+MEASURES: Mapping[str, MeasureStyle] = {
+    "accuracy": MeasureStyle("accuracy", "accuracy", "Accuracy", is_share=True, best="most accurate"),
+    "map": MeasureStyle("map", "mAP", "Mean average precision", is_share=True, best="best"),
+    "r2": MeasureStyle("r2", "R2", "R2", is_share=False, best="best"),
+}
+
+
+BESIDES = {"macro_f1": "Macro F1", "rmse": "RMSE", "mae": "MAE"}
+"""What may be measured beside, and its name in tables."""
+
+
+def measure_of(part: Mapping[str, Any]) -> MeasureStyle:
+    """What a comparison of layers, or an entry of one as `with_values` makes it, measures."""
+    return MEASURES[part.get("measure", "accuracy")]
+
+
+def with_values(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A comparison of layers whose entries call what they measure ``value``, whatever it is, and say what under ``measure``."""
+    name = measure_of(document).name
+    names = {name: "value", f"train_{name}": "train_value", f"best_{name}": "best_value"}
+
+    def renamed(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {"measure": name, **{names.get(key, key): value for key, value in entry.items()}}
+
+    found = dict(document)
+    for part in ("results", "concatenations"):
+        if part in found:
+            found[part] = [renamed(entry) for entry in found[part] or []]
+    if found.get("recommended"):
+        found["recommended"] = renamed(found["recommended"])
+        if found["recommended"].get("elsewhere"):
+            found["recommended"]["elsewhere"] = renamed(found["recommended"]["elsewhere"])
+    return found
+
+
 def shortened(text: str, most: int) -> str:
     """A text cut in the middle so that it has at most ``most`` characters: names differ at both ends.
 

@@ -9,15 +9,16 @@ from typing import Any
 from bokeh.models import ColumnDataSource, DataRange1d
 
 from featurepipe.reporting.blocks import (
+    BESIDES,
     Exhibit,
     Key,
+    MeasureStyle,
     Panel,
     Table,
     TableCell,
-    bounded,
     count,
     finite,
-    interval,
+    measure_of,
     milliseconds,
     percent,
     plain,
@@ -32,14 +33,16 @@ _PANELS = {"source": "Same data", "shifted": "Shifted data"}
 _RING = Style(INK, "circle", None, filled=False)
 _APART = 0.07  # between the heads' points of one node, whose intervals would cover one another
 
-LINES = (("head", "head"), ("accuracy", "accuracy"), ("95\u00a0% interval", "interval"), ("measured", "cells"))
-"""What every tooltip of a measured accuracy says, and the column of the data that has it."""
+
+def lines(measure: MeasureStyle) -> list[tuple[str, str]]:
+    """What every tooltip of a measured value says, and the column of the data that has it."""
+    return [("head", "head"), (measure.word, "said"), ("95\u00a0% interval", "interval"), ("measured", "cells")]
 
 
 def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     """One line for each head with 95 % intervals, dashed for random weights; shifted data have a panel of their own."""
     columns = [str(column["column"]) for column in document.get("columns") or []]
-    results = [row for row in document.get("results") or [] if row["column"] in columns and finite(row.get("accuracy"))]
+    results = [row for row in document.get("results") or [] if row["column"] in columns and finite(row.get("value"))]
     if not results:
         return None
     heads = list(dict.fromkeys(str(row["head"]) for row in results))
@@ -60,7 +63,7 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     best = recommended(document, results)
     ring = [] if best is None else [draw_ring(panels[0].plot, paint, best, _places(columns, heads, best["head"]))]
     return Exhibit(
-        "Accuracy over depth",
+        f"{measure_of(document).title} over depth",
         _depth_summary(columns, results, heads),
         tuple(panels),
         (*keys, *ring_key(ring)),
@@ -71,7 +74,7 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
 
 def is_main(row: Mapping[str, Any]) -> bool:
     """Whether a result is one of the network as given, on the data it was asked about."""
-    measured = finite(row.get("accuracy")) is not None
+    measured = finite(row.get("value")) is not None
     return measured and row.get("network") == "pretrained" and row.get("tested_on", "source") == "source"
 
 
@@ -97,7 +100,8 @@ def _depth_panel(
     plot = blank(paint, height=430, y_range=y_range)
     name_places(plot.xaxis[0], columns, slanted=True)
     plot.x_range.range_padding = 0.06
-    label_axis(plot.yaxis[0], "accuracy", shares=True)
+    measure = measure_of(rows[0])
+    label_axis(plot.yaxis[0], measure.word, shares=measure.is_share)
     plot.xgrid[0].visible = False
     markers = []
     for (head, network), ids in drawn.items():
@@ -107,7 +111,7 @@ def _depth_panel(
             renderers, points = draw_series(plot, paint, source, head_style(heads, head, network))
             ids.extend(renderer.id for renderer in renderers)
             markers.append(points)
-    hover(plot, markers, [*LINES, ("on its training images", "train"), ("parameters", "params")], title="name")
+    hover(plot, markers, [*lines(measure), ("on its training images", "train"), ("parameters", "params")], title="name")
     return plot
 
 
@@ -123,14 +127,14 @@ def series_source(rows: Results, places: Mapping[str, float]) -> ColumnDataSourc
     return ColumnDataSource(
         {
             "x": [places[row["column"]] for row in ordered],
-            "y": [finite(row["accuracy"]) for row in ordered],
-            "low": [_or(row.get("low"), row["accuracy"]) for row in ordered],
-            "high": [_or(row.get("high"), row["accuracy"]) for row in ordered],
+            "y": [finite(row["value"]) for row in ordered],
+            "low": [_or(row.get("low"), row["value"]) for row in ordered],
+            "high": [_or(row.get("high"), row["value"]) for row in ordered],
             "name": [str(row["column"]) for row in ordered],
             "head": [f"{row['head']}{_NETWORKS[row['network']]}" for row in ordered],
-            "accuracy": [percent(row["accuracy"], 2) for row in ordered],
-            "interval": [interval(row.get("low"), row.get("high")) for row in ordered],
-            "train": [percent(row.get("train_accuracy"), 2) for row in ordered],
+            "said": [measure_of(row).text(row["value"], 2) for row in ordered],
+            "interval": [measure_of(row).interval(row.get("low"), row.get("high")) for row in ordered],
+            "train": [measure_of(row).text(row.get("train_value"), 2) for row in ordered],
             "cells": [f"{len(row.get('cells') or [])} times" for row in ordered],
             "params": [_chosen(row.get("params")) for row in ordered],
         }
@@ -170,14 +174,14 @@ def ring_key(rings: Sequence[Any]) -> list[Key]:
 
 def _depth_summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:
     """The course of each head's curve in words."""
-    words = []
+    words, measure = [], measure_of(results[0])
     for head in heads:
-        own = {row["column"]: row["accuracy"] for row in results if row["head"] == head and is_main(row)}
+        own = {row["column"]: row["value"] for row in results if row["head"] == head and is_main(row)}
         if own:
             ordered = [name for name in columns if name in own]
             top = max(ordered, key=lambda name: own[name])
             places = dict.fromkeys([ordered[0], top, ordered[-1]])  # the best may be the first or the last
-            course = (f"{'at most ' if name == top else ''}{percent(own[name])} at {name}" for name in places)
+            course = (f"{'at most ' if name == top else ''}{measure.text(own[name])} at {name}" for name in places)
             words.append(f"{head}: {', '.join(course)}.")
     for about, rows in (
         ("With random weights", [row for row in results if row["network"] == "random"]),
@@ -187,29 +191,44 @@ def _depth_summary(columns: Sequence[str], results: Results, heads: Sequence[str
         ),
     ):
         if rows:
-            top_row = max(rows, key=lambda row: row["accuracy"])
-            words.append(f"{about} at most {percent(top_row['accuracy'])}, {top_row['head']} at {top_row['column']}.")
+            top_row = max(rows, key=lambda row: row["value"])
+            words.append(f"{about} at most {percent(top_row['value'])}, {top_row['head']} at {top_row['column']}.")
     return " ".join(words)
 
 
 def _table(columns: Sequence[str], results: Results) -> Table:
+    measure = measure_of(results[0])
     ordered = sorted(results, key=lambda row: columns.index(row["column"]))
+    besides = [name for name in BESIDES if any(name in row for row in results)]
     rows = tuple(
         (
             TableCell(str(row["column"]), columns.index(row["column"])),
             TableCell(str(row["head"])),
             TableCell(str(row["network"])),
             TableCell(str(row.get("tested_on", "source"))),
-            bounded(row["accuracy"], row.get("low"), row.get("high")),
-            TableCell(percent(row.get("train_accuracy")), finite(row.get("train_accuracy"))),
+            measure.cell(row["value"], row.get("low"), row.get("high")),
+            measure.cell(row.get("train_value")),
+            *(TableCell(plain(row.get(name)), finite(row.get(name))) for name in besides),
             TableCell(count(len(row.get("cells") or [])), len(row.get("cells") or [])),
             TableCell(_chosen(row.get("params"))),
             TableCell(milliseconds(row.get("seconds")), finite(row.get("seconds"))),
         )
         for row in ordered
     )
-    header = ("Node", "Head", "Weights", "Tested on", "Accuracy", "Training", "Measured", "Parameters", "Seconds")
-    return Table("Every measured accuracy, with its 95\u00a0% interval", header, rows)
+    more = (BESIDES[name] for name in besides)
+    header = (
+        "Node",
+        "Head",
+        "Weights",
+        "Tested on",
+        measure.title,
+        "Training",
+        *more,
+        "Measured",
+        "Parameters",
+        "Seconds",
+    )
+    return Table(f"Every measured {measure.word}, with its 95\u00a0% interval", header, rows)
 
 
 _COSTS = {"cost": "Share of the operations", "ms_per_image": "Milliseconds per image"}
@@ -236,7 +255,7 @@ def cost_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
         Key(head, replace(head_style(heads, head, "pretrained"), dash=None), tuple(ids)) for head, ids in drawn.items()
     ]
     return Exhibit(
-        "Accuracy over cost",
+        f"{measure_of(document).title} over cost",
         _cost_summary(results, heads, document.get("columns") or []),
         tuple(panels),
         (*keys, *ring_key(rings)),
@@ -255,7 +274,8 @@ def _cost_panel(
 ) -> Any:
     plot = blank(paint, height=400)
     label_axis(plot.xaxis[0], title.lower(), shares=title == _COSTS["cost"])
-    label_axis(plot.yaxis[0], "accuracy", shares=True)
+    measure = measure_of(rows[0])
+    label_axis(plot.yaxis[0], measure.word, shares=measure.is_share)
     markers = []
     for head in heads:
         own = [row for row in rows if row["head"] == head]
@@ -264,7 +284,7 @@ def _cost_panel(
         renderers, points = draw_series(plot, paint, source, head_style(heads, head, "pretrained"))
         drawn[head].extend(renderer.id for renderer in renderers)
         markers.append(points)
-    hover(plot, markers, [*LINES, (title.lower(), "cost")], title="name")
+    hover(plot, markers, [*lines(measure), (title.lower(), "cost")], title="name")
     return plot
 
 
@@ -276,7 +296,7 @@ def _costs_spoken(title: str, rows: Results, costs: Mapping[str, float]) -> str:
     """Every point in words."""
     ordered = sorted(rows, key=lambda row: costs[row["column"]])
     points = (
-        f"{row['column']}, {row['head']}: {percent(row['accuracy'])} at {_said(title, costs[row['column']])}"
+        f"{row['column']}, {row['head']}: {measure_of(row).text(row['value'])} at {_said(title, costs[row['column']])}"
         for row in ordered
     )
     return f"{title}. {'; '.join(points)}."
@@ -290,10 +310,10 @@ def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapp
         own = [row for row in results if row["head"] == head]
         half = [row for row in own if (costs.get(row["column"]) or 1.0) <= 0.5]
         if half:
-            cheap, top = (max(rows, key=lambda row: row["accuracy"]) for rows in (half, own))
+            cheap, top = (max(rows, key=lambda row: row["value"]) for rows in (half, own))
             words.append(
-                f"{head}: {percent(cheap['accuracy'])} with half of the operations or less ({cheap['column']}), "
-                f"{percent(top['accuracy'])} at most ({top['column']})."
+                f"{head}: {measure_of(cheap).text(cheap['value'])} with half of the operations or less ({cheap['column']}), "
+                f"{measure_of(top).text(top['value'])} at most ({top['column']})."
             )
     return " ".join(words) or "The cheaper of two equally accurate nodes lies to the left."
 
@@ -309,18 +329,19 @@ def score_scatter(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     heads = list(dict.fromkeys(str(row["head"]) for row in rows))
     plot = blank(paint, y_range=DataRange1d(range_padding=0.2))  # room for a number above the uppermost point
     label_axis(plot.xaxis[0], method)
-    label_axis(plot.yaxis[0], "accuracy", shares=True)
+    measure = measure_of(document)
+    label_axis(plot.yaxis[0], measure.word, shares=measure.is_share)
     keys, renderers = [], []
     for head in heads:
         own = [row for row in rows if row["head"] == head]
         points = draw_points(plot, paint, _score_source(own, scores), head_style(heads, head, "pretrained"), size=11)
         keys.append(Key(head, replace(head_style(heads, head, "pretrained"), dash=None), (points.id,)))
         renderers.append(points)
-    hover(plot, renderers, [("head", "head"), (method, "score"), ("accuracy", "accuracy")], title="name")
+    hover(plot, renderers, [("head", "head"), (method, "score"), (measure.word, "said")], title="name")
     numbers = _number_nodes(plot, paint, document, rows, scores)
     return Exhibit(
-        f"{method} against measured accuracy",
-        _rank_words(method, heads, found.get("correlations") or {}),
+        f"{method} against measured {measure.word}",
+        _rank_words(method, measure, heads, found.get("correlations") or {}),
         (Panel(method, plot, spoken=_scores_spoken(method, rows, scores)),),
         tuple(keys),
         _score_table(method, heads, rows, scores, found.get("correlations") or {}),
@@ -333,7 +354,7 @@ def _number_nodes(
 ) -> str:
     """Writes each node's number above the best of its points, and returns what the numbers mean."""
     names = [name for name in (str(node["column"]) for node in document.get("columns") or []) if name in scores]
-    tops = {name: max((row["accuracy"] for row in rows if row["column"] == name), default=None) for name in names}
+    tops = {name: max((row["value"] for row in rows if row["column"] == name), default=None) for name in names}
     shown = {name: number for number, name in enumerate(names, start=1) if tops[name] is not None}
     source = ColumnDataSource(
         {
@@ -360,7 +381,8 @@ def _scores_spoken(method: str, rows: Results, scores: Mapping[str, float]) -> s
     """Every point in words."""
     ordered = sorted(rows, key=lambda row: scores[row["column"]])
     points = (
-        f"{row['column']}, {row['head']}: {method} {plain(scores[row['column']])}, accuracy {percent(row['accuracy'])}"
+        f"{row['column']}, {row['head']}: {method} {plain(scores[row['column']])}, "
+        f"{measure_of(row).word} {measure_of(row).text(row['value'])}"
         for row in ordered
     )
     return f"{'; '.join(points)}."
@@ -370,44 +392,45 @@ def _score_source(rows: Results, scores: Mapping[str, float]) -> ColumnDataSourc
     return ColumnDataSource(
         {
             "x": [scores[row["column"]] for row in rows],
-            "y": [row["accuracy"] for row in rows],
+            "y": [row["value"] for row in rows],
             "name": [str(row["column"]) for row in rows],
             "head": [str(row["head"]) for row in rows],
             "score": [plain(scores[row["column"]]) for row in rows],
-            "accuracy": [percent(row["accuracy"], 2) for row in rows],
+            "said": [measure_of(row).text(row["value"], 2) for row in rows],
         }
     )
 
 
-def _rank_words(method: str, heads: Sequence[str], correlations: Mapping[str, Any]) -> str:
+def _rank_words(method: str, measure: MeasureStyle, heads: Sequence[str], correlations: Mapping[str, Any]) -> str:
     words = [
         f"{head}: Spearman {plain(correlations[head].get('spearman'), 2)}, Kendall {plain(correlations[head].get('kendall'), 2)}"
         for head in heads
         if correlations.get(head)
     ]
-    tail = f" Rank correlation with the measured accuracy: {'; '.join(words)}." if words else ""
+    tail = f" Rank correlation with the measured {measure.word}: {'; '.join(words)}." if words else ""
     return f"{method} is computed from features and labels, without fitting a head.{tail}"
 
 
 def _score_table(
     method: str, heads: Sequence[str], rows: Results, scores: Mapping[str, float], correlations: Mapping[str, Any]
 ) -> Table:
-    accuracy = {(row["column"], row["head"]): row["accuracy"] for row in rows}
+    measure = measure_of(rows[0])
+    values = {(row["column"], row["head"]): row["value"] for row in rows}
     body = [
         (
             TableCell(str(name)),
             TableCell(plain(scores[name]), scores[name]),
-            *(TableCell(percent(accuracy.get((name, head))), finite(accuracy.get((name, head)))) for head in heads),
+            *(measure.cell(values.get((name, head))) for head in heads),
         )
         for name in scores
     ]
-    for measure in ("spearman", "kendall") if correlations else ():
-        values = [(correlations.get(head) or {}).get(measure) for head in heads]
+    for kind in ("spearman", "kendall") if correlations else ():
+        ranks = [(correlations.get(head) or {}).get(kind) for head in heads]
         body.append(
             (
-                TableCell(f"rank correlation ({measure})"),
+                TableCell(f"rank correlation ({kind})"),
                 TableCell(""),
-                *(TableCell(plain(value), None) for value in values),
+                *(TableCell(plain(value), None) for value in ranks),
             )
         )
-    return Table(f"{method} and accuracy of each node", ("Node", method, *heads), tuple(body), sortable=False)
+    return Table(f"{method} and {measure.word} of each node", ("Node", method, *heads), tuple(body), sortable=False)

@@ -7,23 +7,22 @@ from typing import Any
 
 from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import (
+    DASH,
     Block,
     Figures,
+    MeasureStyle,
     Prose,
     Section,
     Table,
     TableCell,
     amount,
-    bounded,
     count,
     finite,
-    interval,
+    measure_of,
     metrics_elsewhere,
     milliseconds,
     percent,
     plain,
-    points,
-    points_interval,
 )
 from featurepipe.reporting.charts import similarity_map
 from featurepipe.reporting.curves import cost_curves, depth_curves, score_scatter
@@ -36,8 +35,8 @@ Column = tuple[str, Callable[[Document], TableCell]]
 """A column's name, and its cell for an entry of the document's ``columns``."""
 
 _NODES = (
-    "Nodes in the order in which the network computes them, with 95\u00a0% intervals; differences are to the head's most "
-    "accurate node, in percentage points, on the same folds"
+    "Nodes in the order in which the network computes them, with 95\u00a0% intervals; differences are to the head's {} "
+    "node{}, on the same folds"
 )
 _COST: Sequence[Column] = (
     ("share of cost", lambda node: TableCell(percent(node.get("cost"), 0), finite(node.get("cost")))),
@@ -49,49 +48,50 @@ _COST: Sequence[Column] = (
 
 def node_table(document: Document) -> Table | None:
     """How each head does on each node, then what the node costs, then what that compares with."""
-    results = _by_kind(document)
+    results, measure = _by_kind(document), measure_of(document)
     scored = document.get("transferability") or {}
     scores = scored.get("scores") or {}
     differences = {(row["head"], row["a"]): row for row in document.get("differences") or []}
     heads = _heads(results, "pretrained", "source")
     groups = {
-        "Accuracy": _accuracies(results, "pretrained", "source"),
+        measure.title: _accuracies(results, "pretrained", "source"),
         "Cost": _COST,
         "Without fitting": [(str(scored.get("method") or "score"), _score(scores))] if scores else [],
-        "Difference to best": [(head, _difference(differences, head)) for head in heads] if differences else [],
-        "Accuracy, random weights": _accuracies(results, "random", "source"),
+        "Difference to best": [(head, _difference(differences, head, measure)) for head in heads]
+        if differences
+        else [],
+        f"{measure.title}, random weights": _accuracies(results, "random", "source"),
     }
-    return _by_node(document, _NODES, groups)
+    return _by_node(document, _NODES.format(measure.best, ", in percentage points" if measure.is_share else ""), groups)
 
 
 def elsewhere_table(document: Document) -> Table | None:
     """How each head does on the other source with the features of each node, and what it loses there."""
-    results = _by_kind(document)
+    results, measure = _by_kind(document), measure_of(document)
     heads = _heads(results, "pretrained", "shifted")
     if not heads:
         return None
     groups = {
-        "Accuracy there": _accuracies(results, "pretrained", "shifted"),
-        "Difference to here": [(head, _loss(results, head)) for head in heads],
-        "Accuracy there, random weights": _accuracies(results, "random", "shifted"),
+        f"{measure.title} there": _accuracies(results, "pretrained", "shifted"),
+        "Difference to here": [(head, _loss(results, head, measure)) for head in heads],
+        f"{measure.title} there, random weights": _accuracies(results, "random", "shifted"),
     }
     where = document.get("test_dataset") or "the other source"
-    return _by_node(
-        document, f"Each node on {where}, with 95\u00a0% intervals; differences are percentage points", groups
-    )
+    unit = "; differences are percentage points" if measure.is_share else ""
+    return _by_node(document, f"Each node on {where}, with 95\u00a0% intervals{unit}", groups)
 
 
 def joined_table(document: Document) -> Table | None:
     """Whether features of several nodes side by side help."""
-    found = document.get("concatenations") or []
+    found, measure = document.get("concatenations") or [], measure_of(document)
     rows = tuple(
         (
             TableCell(" + ".join(map(str, row["columns"]))),
-            bounded(row.get("accuracy"), row.get("low"), row.get("high")),
+            measure.cell(row.get("value"), row.get("low"), row.get("high")),
             TableCell(
-                points(row.get("difference")),
+                measure.difference(row.get("difference")),
                 finite(row.get("difference")),
-                points_interval(row.get("low_difference"), row.get("high_difference")),
+                measure.difference_interval(row.get("low_difference"), row.get("high_difference")),
             ),
             TableCell(_verdict(row)),
             TableCell(str(row["head"])),
@@ -99,7 +99,8 @@ def joined_table(document: Document) -> Table | None:
         )
         for row in found
     )
-    header = ("Nodes", "Accuracy", "Difference (points)", "Does it help?", "Head", "Against")
+    unit = " (points)" if measure.is_share else ""
+    header = ("Nodes", measure.title, f"Difference{unit}", "Does it help?", "Head", "Against")
     return Table("Features of several nodes joined, against the best of one", header, rows) if rows else None
 
 
@@ -138,28 +139,30 @@ def _accuracies(results: Results, network: str, tested_on: str) -> list[Column]:
 
 
 def _measured(row: Document | None) -> TableCell:
-    return bounded(*(row.get(name) for name in ("accuracy", "low", "high"))) if row else TableCell(percent(None))
+    return measure_of(row).cell(*(row.get(name) for name in ("value", "low", "high"))) if row else TableCell(DASH)
 
 
 def _score(scores: Document) -> Callable[[Document], TableCell]:
     return lambda node: TableCell(plain(scores.get(node["column"])), finite(scores.get(node["column"])))
 
 
-def _difference(differences: Mapping[tuple[str, str], Document], head: str) -> Callable[[Document], TableCell]:
+def _difference(
+    differences: Mapping[tuple[str, str], Document], head: str, measure: MeasureStyle
+) -> Callable[[Document], TableCell]:
     def cell(node: Document) -> TableCell:
         row = differences.get((head, node["column"])) or {}
-        bounds = points_interval(row.get("low"), row.get("high"))
-        return TableCell(points(row.get("difference")), finite(row.get("difference")), bounds)
+        bounds = measure.difference_interval(row.get("low"), row.get("high"))
+        return TableCell(measure.difference(row.get("difference")), finite(row.get("difference")), bounds)
 
     return cell
 
 
-def _loss(results: Results, head: str) -> Callable[[Document], TableCell]:
+def _loss(results: Results, head: str, measure: MeasureStyle) -> Callable[[Document], TableCell]:
     def cell(node: Document) -> TableCell:
         kinds = [results.get((node["column"], head, "pretrained", tested_on)) for tested_on in ("shifted", "source")]
-        there, here = (finite((row or {}).get("accuracy")) for row in kinds)
+        there, here = (finite((row or {}).get("value")) for row in kinds)
         change = None if there is None or here is None else there - here
-        return TableCell(points(change), change)
+        return TableCell(measure.difference(change), change)
 
     return cell
 
@@ -167,7 +170,7 @@ def _loss(results: Results, head: str) -> Callable[[Document], TableCell]:
 def _verdict(row: Document) -> str:
     low, high = finite(row.get("low_difference")), finite(row.get("high_difference"))
     if low is None or high is None:
-        return points(None)
+        return DASH
     return "yes" if low > 0 else "no, it harms" if high < 0 else "no difference shown"
 
 
@@ -181,7 +184,11 @@ def depth_sections(document: Document, paint: Paint) -> list[Section]:
     """What the document has, in the order in which one reads it."""
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
         ("answer", "Answer", _answer(document)),
-        ("curves", "Accuracy over depth", (depth_curves(document, paint), cost_curves(document, paint))),
+        (
+            "curves",
+            f"{measure_of(document).title} over depth",
+            (depth_curves(document, paint), cost_curves(document, paint)),
+        ),
         ("nodes", "All nodes", (node_table(document),)),
         ("joined", "Nodes side by side", (joined_table(document),)),
         ("similarity", "Similarity of nodes", (similarity_map(document, paint),)),
@@ -207,15 +214,17 @@ def _answer(document: Document) -> list[Block]:
     best = document.get("recommended") or {}
     if not best.get("column"):
         return []
-    over = _over(document.get("settings") or {})
-    sentence = (
-        f"Take {best['column']} with a {best.get('head', 'linear')} head: {percent(best.get('accuracy'))} accuracy"
-        f"{_in_brackets(best, over)}."
+    over, measure = _over(document.get("settings") or {}), measure_of(document)
+    reached = (
+        f"{measure.text(best.get('value'))} {measure.word}"
+        if measure.is_share
+        else f"{measure.word} {measure.text(best.get('value'))}"
     )
+    sentence = f"Take {best['column']} with a {best.get('head', 'linear')} head: {reached}{_in_brackets(best, over)}."
     against = _against_best(best)
     rule = f"Rule: {best['rule']}." if best.get("rule") else ""
     figures = (
-        ("Accuracy", percent(best.get("accuracy")), _bounds(best, over)),
+        (measure.title, measure.text(best.get("value")), _bounds(best, over)),
         ("Operations saved", percent(best.get("saved"), 0), "by stopping the network there"),
         ("Time", f"{milliseconds(best.get('ms_per_image'))} ms", f"per image{_where_timed(document.get('timing'))}"),
         ("Width", count(best.get("width")), f"values, {amount(best.get('bytes_per_image'))} per image"),
@@ -246,11 +255,13 @@ def _elsewhere(there: Document | None) -> str:
     """How the recommended node does on the other source."""
     if not there:
         return ""
-    same = there.get("of_equal_id")
+    same, measure = there.get("of_equal_id"), measure_of(there)
+    said = measure.text(there.get("value"))
+    reached = f"{said} right" if measure.name == "accuracy" else f"{measure.word} {said}"
     unseen = f", {count(same)} of them only by those that have not seen the image of equal id" if same else ""
     return (
-        f"On {there['dataset']} it has {percent(there.get('accuracy'))} right{_in_brackets(there, 'over images')}; the best "
-        f"node there is {there['best']} with {percent(there.get('best_accuracy'))}. "
+        f"On {there['dataset']} it has {reached}{_in_brackets(there, 'over images')}; the best "
+        f"node there is {there['best']} with {measure.text(there.get('best_value'))}. "
         f"{count(there.get('images'))} images were tested, each by every fold's head{unseen}."
     )
 
@@ -262,7 +273,7 @@ def _in_brackets(best: Document, over: str) -> str:
 
 def _bounds(best: Document, over: str) -> str:
     """An interval, and over what."""
-    bounds = interval(best.get("low"), best.get("high"))
+    bounds = measure_of(best).interval(best.get("low"), best.get("high"))
     return f"{bounds} {over}" if bounds else ""
 
 
@@ -276,9 +287,9 @@ def _what_of(document: Document) -> str:
     if not both or not (document.get("settings") or {}).get("folds"):
         return ""
     return (
-        "The interval above is how far the accuracy may move with other images to learn from and to test on, which folds and "
-        "seeds tell (or images, where those tell of more); the one under Measures is for one round of folds, the heads as they "
-        "were fitted, and other test images alone."
+        f"The interval above is how far the {measure_of(document).word} may move with other images to learn from and to "
+        "test on, which folds and seeds tell (or images, where those tell of more); the one under Measures is for one round "
+        "of folds, the heads as they were fitted, and other test images alone."
     )
 
 
@@ -287,7 +298,8 @@ def _against_best(best: Document) -> str:
     cost = f"Stopping the network there saves {percent(saved, 0)} of its operations. " if saved else ""
     if best.get("best") in {None, best["column"]}:
         return f"{cost}No node did better."
-    return f"{cost}The most accurate node, {best['best']}, reaches {percent(best.get('best_accuracy'))}."
+    measure = measure_of(best)
+    return f"{cost}The {measure.best} node, {best['best']}, reaches {measure.text(best.get('best_value'))}."
 
 
 def _bottleneck(document: Document) -> str:
@@ -297,12 +309,22 @@ def _bottleneck(document: Document) -> str:
     return f"{node} is the network's bottleneck." if node not in {None, "bottleneck"} else ""
 
 
+def _images_of(document: Document) -> str:
+    images, classes = count(document.get("images")), document.get("classes") or []
+    if document.get("target_type") == "continuous":
+        column = ((document.get("provenance") or {}).get("options") or {}).get("target")
+        return f"{images} images with a number{f' ({column})' if column else ''}"
+    if document.get("target_type") == "multilabel":
+        return f"{images} images with {count(len(classes))} labels"
+    return f"{images} images of {count(len(classes))} classes"
+
+
 def _asked(document: Document) -> str:
     settings, backbone = document.get("settings") or {}, document.get("backbone") or {}
     heads = ", ".join(map(str, settings.get("heads") or []))
     kept = (document.get("damaged") or {}).get("kept")
     parts = [
-        f"{count(document.get('images'))} images of {count(len(document.get('classes') or []))} classes",
+        _images_of(document),
         f"{count(len(document.get('columns') or []))} nodes of {backbone.get('name', 'the network')}"
         + (f" with weights {backbone['weights']}" if backbone.get("weights") else ""),
         f"heads {heads}" if heads else "",

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from featurepipe.display import displayed, displayed_values
-from featurepipe.reporting.blocks import DASH, Exhibit, Section, finite
+from featurepipe.reporting.blocks import DASH, Exhibit, Section, finite, with_values
 from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
 from featurepipe.reporting.head_sections import (
     bundle_column,
@@ -56,7 +56,7 @@ def compose(
         elsewhere: Thumbnails of the mistakes on the other source.
     """
     paint = Paint()
-    document, metrics, projection = map(displayed_values, (document, metrics, projection))
+    document, metrics, projection = map(displayed_values, (with_values(document), metrics, projection))
     small, large, elsewhere = (_by_shown_id(pictures) for pictures in (small, large, elsewhere))
     if document["kind"] == "nights":
         return render(nights_title(document), night_sections(document, paint), paint, _footer(document))

@@ -49,19 +49,7 @@ def settle(
     _check(recipe)
     dataset, backbone = options.dataset or store.only_dataset(), options.backbone
     nodes: str | Sequence[str] = options.nodes
-    comparison = last_comparison(store, dataset, backbone, say) if asks_for_it(nodes) else None
-    if comparison is not None and options.target_type not in ("multiclass", "ordinal"):
-        kind = (
-            Option("target", options.target)
-            if options.target
-            else Option("multilabel", ",".join(options.multilabel or ()))
-        )
-        raise UsageError(
-            Message(
-                "layers are compared for classes only, so none is recommended for a ", kind,
-                "; name a column, as featurepipe info lists them, with ", Option("nodes"),
-            )
-        )  # fmt: skip
+    comparison = last_comparison(store, dataset, backbone, say, options) if asks_for_it(nodes) else None
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
@@ -92,7 +80,7 @@ def settle(
         targets, classes = targets[:, kept], tuple(features.target_names[place] for place in kept)
     else:
         _check_numbers(targets[division.final], division, str(options.target))
-    if comparison is not None:
+    if comparison is not None and not options.target:
         check_same_task(comparison, classes, options.labels, say)
     task = Task(
         features=features,
@@ -318,18 +306,28 @@ def asks_for_it(nodes: str | Sequence[str]) -> bool:
     return nodes in (RECOMMENDED, [RECOMMENDED], (RECOMMENDED,))
 
 
-def last_comparison(store: FeatureStore, dataset: str, backbone: str | None, say: Callable[[str], None]) -> Any:
-    """The document of the last comparison of a dataset's layers, of any network or of ``backbone``.
+def last_comparison(
+    store: FeatureStore, dataset: str, backbone: str | None, say: Callable[[str], None], options: TrainOptions
+) -> Any:
+    """The document of the last comparison of a dataset's layers for what is learned, of any network or of ``backbone``.
 
     Raises:
-        UsageError: they have not been compared.
+        UsageError: they have not been compared for it.
     """
-    documents = store.depth_documents(dataset)
+    target, kind = options.target, "multiclass" if options.target_type == "ordinal" else options.target_type
+    every = store.depth_documents(dataset)
+    documents = [document for document in every if document.get("target_type", "multiclass") == kind]
+    if target is not None:
+        documents = [document for document in documents if _asked(document).get("target") == target]
     if backbone is not None:
         spaces = {store.space(backbone, dataset=dataset).fingerprint}
         documents = [document for document in documents if document["space"]["fingerprint"] in spaces]
     if not documents:
         of = f" of {backbone}" if backbone else ""
+        if every:
+            of += {"multiclass": " for classes", "multilabel": " for several labels"}.get(
+                kind, f" for the number {target}"
+            )
         raise UsageError(
             Message(
                 f"the layers{of} have not been compared on dataset {dataset}, so none is recommended; run: featurepipe depth "
@@ -338,11 +336,18 @@ def last_comparison(store: FeatureStore, dataset: str, backbone: str | None, say
             )
         )
     found, own = documents[-1]["recommended"], _with_labels_of(documents[-1])
+    value = found[documents[-1].get("measure", "accuracy")]
     say(
-        f"recommended on {documents[-1]['provenance']['when'][:10]}{own}: {found['column']} (there {found['accuracy']:.4f}: "
+        f"recommended on {documents[-1]['provenance']['when'][:10]}{own}: {found['column']} (there {value:.4f}: "
         f"{found['head']}, its parameters chosen in each fold)"
     )
     return documents[-1]
+
+
+def _asked(comparison: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a comparison that were given."""
+    found: Mapping[str, Any] = comparison["provenance"].get("options") or {}
+    return found
 
 
 def check_same_task(

@@ -13,6 +13,7 @@ from PIL import Image
 from featurepipe.layer_depth.probes import Data
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, Protocol, Study, settle
 from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.options import RoleOptions
 from featurepipe.store.snapshots import SCHEMA
 
 FIELDS = {"dtype": "float32", "net": "made-up", "precision": "fp32"}
@@ -87,6 +88,9 @@ class Album:
         shifted: str | None = None,
         labels: Any = None,
         spaces: dict[str, str] | None = None,
+        target_type: str = "multiclass",
+        say: Callable[[str], None] | None = None,
+        **roles: Any,
     ) -> Study:
         """A comparison of columns given as (name, share of the forward, width)."""
         found = [
@@ -94,8 +98,9 @@ class Album:
             for depth, (column, cost, width) in enumerate(columns)
         ]
         return settle(
-            self.store, name, found, Protocol(tuple(heads), folds, seeds),
-            spaces=spaces or {PRETRAINED: fingerprint}, shifted_dataset=shifted, labels=labels,
+            self.store, name, found, Protocol(tuple(heads), folds, seeds, target_type),
+            spaces=spaces or {PRETRAINED: fingerprint}, shifted_dataset=shifted, labels=labels, roles=RoleOptions(**roles),
+            say=say,
         )  # fmt: skip
 
 

@@ -79,13 +79,13 @@ def test_in_memory_and_in_blocks_the_same_values_are_fitted(head, monkeypatch):
     fold = Fold(0, 0, np.arange(80), np.arange(80, 880), np.arange(880, 980))
     asked = []
 
-    def spy(strengths, accuracies_of, images):
+    def spy(strengths, accuracies_of, images, *more):
         def kept(some):
             found = accuracies_of(some)
             asked.append((tuple(some), found))
             return found
 
-        return climb(strengths, kept, images)
+        return climb(strengths, kept, images, *more)
 
     monkeypatch.setattr(probes, "climb", spy)
     (inside,) = measure_fold(data, fold, [head])

@@ -137,7 +137,7 @@ def test_details_elsewhere_are_of_those_heads(study, ids):
     wrong = {given.elsewhere.images.ids[place] for place in range(12) if not right[place]}
     assert {one["id"] for one in there["metrics"]["mistakes"]["most_confident"]} == wrong
     own = found["details"]["metrics"]
-    assert own["accuracy"]["value"] == pytest.approx(np.concatenate([cell.correct for cell in cells]).mean())
+    assert own["accuracy"]["value"] == pytest.approx(np.concatenate([cell.contributions for cell in cells]).mean())
 
 
 def test_without_another_source_there_are_no_details_of_it(album):

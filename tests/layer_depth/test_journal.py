@@ -39,9 +39,9 @@ def same(one, other):
     assert one is not None
     assert other is not None
     assert (one.head, one.seed, one.fold, one.params) == (other.head, other.seed, other.fold, other.params)
-    assert (one.train_accuracy, one.seconds) == (other.train_accuracy, other.seconds)
-    np.testing.assert_array_equal(one.correct, other.correct)
-    assert one.correct.dtype == other.correct.dtype == bool
+    assert (one.train_value, one.seconds) == (other.train_value, other.seconds)
+    np.testing.assert_array_equal(one.contributions, other.contributions)
+    assert one.contributions.dtype == other.contributions.dtype == bool
     assert (one.shifted is None) == (other.shifted is None)
     if one.shifted is not None:
         np.testing.assert_array_equal(one.shifted, other.shifted)
@@ -128,7 +128,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path, launcher):
         for fold in range(1000 * number, 1000 * number + 60):
             expected = np.random.default_rng(fold).random(20_000) < 0.5
             for head in ("knn", "ridge"):
-                np.testing.assert_array_equal(found.get("key", head, 0, fold).correct, expected)
+                np.testing.assert_array_equal(found.get("key", head, 0, fold).contributions, expected)
     assert all(json.loads(line) for line in path.read_text().splitlines() if line)
 
 
@@ -145,7 +145,7 @@ def test_kill_at_random_moments_loses_no_line_that_was_written(tmp_path, launche
         assert process.wait().code == -signal.SIGKILL
         found, last = Journal(path), first
         while found.get("key", "knn", 0, last) is not None:
-            assert len(found.get("key", "knn", 0, last).correct) == 20_000
+            assert len(found.get("key", "knn", 0, last).contributions) == 20_000
             last += 1
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         folds = [json.loads(line)["fold"] for line in lines if line.endswith(b"}")]

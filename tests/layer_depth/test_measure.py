@@ -82,7 +82,7 @@ def check_same(one, other):
     for first, second in zip(one, other, strict=True):
         assert [(c.seed, c.fold, c.params) for c in first.cells] == [(c.seed, c.fold, c.params) for c in second.cells]
         for a, b in zip(first.cells, second.cells, strict=True):
-            np.testing.assert_array_equal(a.correct, b.correct)
+            np.testing.assert_array_equal(a.contributions, b.contributions)
 
 
 def test_each_series_has_a_cell_a_fold_in_order(study, counted):
@@ -94,7 +94,7 @@ def test_each_series_has_a_cell_a_fold_in_order(study, counted):
     for series in found:
         assert [(cell.seed, cell.fold) for cell in series.cells] == [(s, f) for s in range(2) for f in range(3)]
         assert {cell.head for cell in series.cells} == {series.head}
-        assert [len(cell.correct) for cell in series.cells] == [len(fold.test) for fold in given.folds]
+        assert [len(cell.contributions) for cell in series.cells] == [len(fold.test) for fold in given.folds]
     assert counted.advanced == 2 * 2 * 6
     assert len(counted.calls) == 2 * 6  # all heads of a column and fold at once
 
@@ -213,7 +213,9 @@ def test_another_space_is_measured_anew(study, counted, album):
     found = counted(both, sets)
     assert len(counted.calls) == ANEW
     check_same(one, found[:2])
-    assert [cell.correct.tolist() for cell in found[2].cells] != [cell.correct.tolist() for cell in found[0].cells]
+    assert [cell.contributions.tolist() for cell in found[2].cells] != [
+        cell.contributions.tolist() for cell in found[0].cells
+    ]
 
 
 def test_another_source_to_test_on_is_measured_anew(study, counted, album):
@@ -262,7 +264,7 @@ def test_copies_and_strangers_of_the_other_source_take_no_part(album, study):
         "shifted_in_both": 2, "shifted_twins_that_train": 0,
     }  # fmt: skip
     data = given.data(PRETRAINED, ["b:gap"])
-    assert [given.classes[code] for code in data.shifted_codes] == ["emu", "cat", "cat", "dog", "emu", "cat"]
+    assert [given.classes[code] for code in data.shifted_truth] == ["emu", "cat", "cat", "dog", "emu", "cat"]
     np.testing.assert_array_equal(data.shifted.read(), features(3, 10)["b:gap"][given.elsewhere.rows])
 
 
@@ -274,7 +276,7 @@ def test_data_are_the_labelled_rows_in_order(album):
     rows = [row for row, label in enumerate(labels) if label]
     values = features(count=12)
     np.testing.assert_array_equal(data.features.read(), np.hstack([values["b:gap"], values["a:gap"]])[rows])
-    assert [given.classes[code] for code in data.codes] == [labels[row] for row in rows]
+    assert [given.classes[code] for code in data.truth] == [labels[row] for row in rows]
     assert given.test_share == pytest.approx(1)
 
 

@@ -64,12 +64,12 @@ def test_in_the_span_of_the_rows_everything_comes_out_the_same(head, monkeypatch
     (plain,) = measure_fold(given, cut, [head])
     plain_scores, _, _ = scores_again(given, cut, plain)
     assert turned.params == plain.params
-    np.testing.assert_array_equal(turned.correct, plain.correct)
+    np.testing.assert_array_equal(turned.contributions, plain.contributions)
     np.testing.assert_array_equal(turned.shifted, plain.shifted)
-    assert turned.train_accuracy == plain.train_accuracy
+    assert turned.train_value == plain.train_value
     np.testing.assert_allclose(turned_scores, plain_scores, atol=0.02 * np.abs(plain_scores).max())
-    np.testing.assert_array_equal(codes[cut.test] == classes[turned_scores.argmax(axis=1)], turned.correct)
-    assert 0.4 < plain.accuracy < 1  # neither chance nor perfect: a change of features would show
+    np.testing.assert_array_equal(codes[cut.test] == classes[turned_scores.argmax(axis=1)], turned.contributions)
+    assert 0.4 < plain.value < 1  # neither chance nor perfect: a change of features would show
 
 
 @pytest.mark.parametrize("weights", ["uniform", "distance"])
@@ -85,7 +85,7 @@ def test_each_vote_of_neighbours_is_the_same(neighbours, weights, monkeypatch):
     turned_scores, _, _ = scores_again(given, cut, turned)
     monkeypatch.setattr(probes, "TURNABLE", ())
     (plain,) = measure_fold(given, cut, ["knn"])
-    np.testing.assert_array_equal(turned.correct, plain.correct)
+    np.testing.assert_array_equal(turned.contributions, plain.contributions)
     np.testing.assert_allclose(turned_scores, scores_again(given, cut, plain)[0], rtol=1e-4)
 
 
@@ -104,13 +104,13 @@ def test_in_blocks_the_same_is_chosen_and_predicted(head, monkeypatch):
     monkeypatch.setattr(probes, "SMALL_VALUES", 1000)
     (blocks,) = measure_fold(given, cut, [head])
     assert blocks.params == inside.params
-    assert (blocks.correct == inside.correct).mean() > 0.99
+    assert (blocks.contributions == inside.contributions).mean() > 0.99
     assert (blocks.shifted == inside.shifted).mean() > 0.97
-    assert blocks.accuracy == pytest.approx(inside.accuracy, abs=0.01)
-    assert blocks.train_accuracy == pytest.approx(inside.train_accuracy, abs=0.01)
-    assert 0.6 < inside.accuracy < 0.97
+    assert blocks.value == pytest.approx(inside.value, abs=0.01)
+    assert blocks.train_value == pytest.approx(inside.train_value, abs=0.01)
+    assert 0.6 < inside.value < 0.97
     blocks_scores, classes, blocks_shifted = scores_again(given, cut, blocks)
-    np.testing.assert_array_equal(codes[cut.test] == classes[blocks_scores.argmax(axis=1)], blocks.correct)
+    np.testing.assert_array_equal(codes[cut.test] == classes[blocks_scores.argmax(axis=1)], blocks.contributions)
     np.testing.assert_allclose(blocks_scores, inside_scores, atol=0.05 * np.abs(inside_scores).max())
     np.testing.assert_array_equal(other[1] == classes[blocks_shifted.argmax(axis=1)], blocks.shifted)
     np.testing.assert_array_equal(other[1] == classes[inside_shifted.argmax(axis=1)], inside.shifted)
@@ -131,9 +131,9 @@ def test_it_is_scikit_learns_head_on_standardised_training_rows():
     chosen = max(strengths, key=lambda strength: right(strength, cut.fit, cut.choose).mean())  # of equals the first
     assert cell.params == {"C": chosen}
     assert chosen > strengths[0]
-    np.testing.assert_array_equal(cell.correct, right(chosen, cut.train, cut.test))
-    assert cell.train_accuracy == right(chosen, cut.train, cut.train).mean()
-    assert cell.accuracy == cell.correct.mean()
+    np.testing.assert_array_equal(cell.contributions, right(chosen, cut.train, cut.test))
+    assert cell.train_value == right(chosen, cut.train, cut.train).mean()
+    assert cell.value == cell.contributions.mean()
     assert (cell.head, cell.seed, cell.fold) == ("logistic", 0, 0)
 
 
@@ -155,9 +155,9 @@ def test_test_rows_influence_nothing(width, blocks, monkeypatch):
     changed[80:] = changed[80:] * 1000 - 7e4
     wrong[80:] = (wrong[80:] + 1) % 3
     for one, after in zip(before, measure_fold(data(changed, wrong, other), cut, heads), strict=True):
-        assert (one.head, one.params, one.train_accuracy) == (after.head, after.params, after.train_accuracy)
+        assert (one.head, one.params, one.train_value) == (after.head, after.params, after.train_value)
         np.testing.assert_array_equal(one.shifted, after.shifted)  # so the fitted head is the same, and its scale
-        assert one.correct.tolist() != after.correct.tolist()
+        assert one.contributions.tolist() != after.contributions.tolist()
 
 
 def test_what_chooses_is_not_fitted_while_it_chooses():
@@ -169,8 +169,8 @@ def test_what_chooses_is_not_fitted_while_it_chooses():
     (misled,) = measure_fold(data(values, flipped), fold(60, 20, 120), ["knn"])
     assert honest.params == {"n_neighbors": 1, "weights": "uniform"}  # all equal: the first
     assert misled.params == {"n_neighbors": 1, "weights": "uniform"}  # all wrong: the first, no neighbour is itself
-    assert honest.accuracy == 1.0
-    assert misled.train_accuracy == 1.0  # the last fit is on both
+    assert honest.value == 1.0
+    assert misled.train_value == 1.0  # the last fit is on both
 
 
 def test_neighbours_are_never_more_than_rows():
@@ -193,9 +193,9 @@ def test_trees_are_as_many_as_stopping_early_chose():
     assert cell.params["n_estimators"] == best + 1 < probes.TREES["n_estimators"]
     del settings["early_stopping_rounds"]
     last = BoostedTrees(**{**settings, "n_estimators": best + 1}).fit(x[cut.train], codes[cut.train])
-    np.testing.assert_array_equal(cell.correct, last.predict(x[cut.test]) == codes[cut.test])
+    np.testing.assert_array_equal(cell.contributions, last.predict(x[cut.test]) == codes[cut.test])
     scores, classes, _ = scores_again(given, cut, cell)
-    np.testing.assert_array_equal(classes[scores.argmax(axis=1)] == codes[cut.test], cell.correct)
+    np.testing.assert_array_equal(classes[scores.argmax(axis=1)] == codes[cut.test], cell.contributions)
 
 
 def test_images_of_the_other_source_are_tested_with_the_same_head_and_scale():
@@ -204,7 +204,7 @@ def test_images_of_the_other_source_are_tested_with_the_same_head_and_scale():
     other = values[cut.test], codes[cut.test]
     cells = measure_fold(data(values, codes, other), cut, HEADS)
     for cell in cells:
-        np.testing.assert_array_equal(cell.shifted, cell.correct)
+        np.testing.assert_array_equal(cell.shifted, cell.contributions)
     assert [cell.head for cell in cells] == HEADS
     assert measure_fold(data(values, codes), cut, ["knn"])[0].shifted is None
 
@@ -214,7 +214,7 @@ def test_classes_that_a_fold_does_not_learn_are_never_right():
     codes = np.where(np.arange(90) == 70, 3, codes)  # a class that only the test has
     given, cut = data(values, codes), fold(40, 20, 30)
     (cell,) = measure_fold(given, cut, ["centroid"])
-    assert not cell.correct[10]
+    assert not cell.contributions[10]
     assert scores_again(given, cut, cell)[1].tolist() == [0, 1, 2]
 
 
@@ -222,5 +222,5 @@ def test_features_that_are_constant_are_no_obstacle():
     values, codes = made_up(120, 10)
     values[:, :7] = 3.0
     for cell in measure_fold(data(values, codes), fold(50, 20, 50), HEADS):
-        assert 0 <= cell.accuracy <= 1
-        assert np.isfinite(cell.train_accuracy)
+        assert 0 <= cell.value <= 1
+        assert np.isfinite(cell.train_value)

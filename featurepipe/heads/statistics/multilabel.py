@@ -38,8 +38,11 @@ def label_table(
     *,
     thresholds: float | npt.ArrayLike = 0.0,
     groups: npt.ArrayLike | None = None,
+    ids: Sequence[str] | npt.NDArray[Any] | None = None,
+    probabilities: npt.ArrayLike | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    mistakes: int = 20,
 ) -> dict[str, Any]:
     """Scores several labels of each image, with 95 % intervals; entries that are unknown are left out label by label.
 
@@ -67,14 +70,20 @@ def label_table(
         names: Of the K labels.
         thresholds: One, or (K,): scores above are predictions.
         groups: (n,) of whatever kind: images with equal values belong together; a missing one is a group of its own.
+        ids: (n,) names of the images; by default their positions.
+        probabilities: (n, K) that the scores stand for, by which mistakes are ranked; by default ``scores``, where these lie
+            within 0 and 1, else mistakes are ranked by how far their scores are from the thresholds.
         bootstrap: Resamples; 0 for no intervals.
         seed: Of the resamples.
+        mistakes: How many of the most confident mistakes to list, at most three of one label while others have some.
 
     Returns:
         JSON values: ``images``, ``groups`` (their number, or null), ``known`` (entries), ``map``, ``map_11_point``, ``auc``,
         ``macro_f1`` and ``micro_f1``, each ``{"value", "low", "high"}`` with a ``"reason"`` where one is null; ``per_label``
         with ``label``, ``positive``, ``negative``, ``unknown``, ``predicted`` (known images above the threshold),
-        ``threshold``, ``precision``, ``recall`` and the measures; ``unmeasured``; ``bootstrap``.
+        ``threshold``, ``precision``, ``recall`` and the measures; ``unmeasured``; ``bootstrap``; ``mistakes`` (``count``, and
+        ``most_confident``: ``id``, ``label``, whether it is ``present`` and ``predicted``, and the ``probability`` of what was
+        predicted, or null); ``curves``, precision over recall of the labels with the worst, middle and best ``ap``.
 
     Raises:
         UsageError: There is no image, shapes do not fit, a score is not finite, or a label neither 0, 1 nor NaN.
@@ -104,6 +113,77 @@ def label_table(
         entry["threshold"] = float(threshold)
     found["unmeasured"] = [str(name) for name, lacks in zip(names, unmeasured, strict=True) if lacks]
     found["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": LEVEL}
+    if ids is not None and len(ids) != len(given):
+        raise UsageError(f"there are {len(given)} images, but {len(ids)} ids")
+    likely = None if probabilities is None else np.asarray(probabilities, np.float64)
+    if likely is None and given.min() >= 0 and given.max() <= 1:
+        likely = given
+    distance = np.abs(given - _thresholds(thresholds, len(names))) if likely is None else None
+    found["mistakes"] = _mistakes(labels, likely, distance, names, ids, mistakes)
+    found["curves"] = _curves_of(labels, names, values["label_ap"])
+    return found
+
+
+_OF_ONE_LABEL = 3  # mistakes that are listed before those of other labels
+_CURVES, _POINTS = 6, 100  # labels whose curves are kept, and points of each at most
+
+
+def _mistakes(
+    labels: _Labels, likely: Floats | None, distance: Floats | None, names: Sequence[str], ids: Any, most: int
+) -> dict[str, Any]:
+    """The mistakes that were made with the greatest confidence."""
+    rows, places = np.nonzero(labels.known & (labels.above != labels.positive))
+    said = labels.above[rows, places]
+    if likely is None:
+        sure = np.asarray(distance)[rows, places]
+    else:
+        sure = np.where(said, likely[rows, places], 1 - likely[rows, places])
+    order = np.argsort(-sure, kind="stable")
+    taken = np.zeros(len(names), np.int64)
+    first: list[int] = []
+    later: list[int] = []
+    for number in order:
+        place = places[number]
+        taken[place] += 1
+        (first if taken[place] <= _OF_ONE_LABEL else later).append(int(number))
+        if len(first) >= most:
+            break
+    shown = sorted((first + later)[:most], key=lambda number: -sure[number])
+    return {
+        "count": len(rows),
+        "most_confident": [
+            {
+                "id": str(rows[number] if ids is None else ids[rows[number]]),
+                "label": str(names[places[number]]),
+                "present": not bool(said[number]),
+                "predicted": bool(said[number]),
+                "probability": None if likely is None else float(sure[number]),
+            }
+            for number in shown
+        ],
+    }
+
+
+def _curves_of(labels: _Labels, names: Sequence[str], precisions: Floats) -> list[dict[str, Any]]:
+    """Precision over recall of some labels, spread over their average precisions, the worst first."""
+    known = np.flatnonzero(~np.isnan(precisions))
+    order = known[np.argsort(precisions[known], kind="stable")]
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(_CURVES, len(order))).round().astype(np.int64))]
+    found = []
+    for k in chosen:
+        rows = np.flatnonzero(labels.known[:, k])
+        (hits,), (misses,) = _Curve(labels.scores[rows, k], labels.positive[rows, k]).counts(np.ones((1, len(rows))))
+        some = np.unique(np.linspace(0, len(hits) - 1, min(_POINTS, len(hits))).round().astype(np.int64))
+        found.append(
+            {
+                "label": str(names[k]),
+                "ap": float(precisions[k]),
+                "positive": int(hits[-1]),
+                "images": len(rows),
+                "recall": (hits / hits[-1])[some].tolist(),
+                "precision": (hits / (hits + misses))[some].tolist(),
+            }
+        )
     return found
 
 
@@ -132,6 +212,57 @@ def average_precisions(scores: npt.ArrayLike, truth: npt.ArrayLike, *, points_11
             curve = _Curve(given[rows, k], own)
             found[k] = rule(*curve.counts(np.ones((1, len(own)))))[0]
     return found
+
+
+def map_contributions(scores: npt.ArrayLike, truth: npt.ArrayLike) -> Floats:
+    """Each image's contribution to the mean average precision; their mean is it.
+
+    The influence function of the measure (see ``featurepipe.heads.statistics.comparison``): with p_m the best precision at or
+    below a positive image's threshold, reached at threshold m, the AP of P positives is ``sum(p_m) / P``, and the derivative by
+    the weight of an image of score s is ``(positive * (p_m - AP) + sum((positive - p_m) / n_m)) / P``, the sum over the positives
+    whose m lies at or below s; n_m is the number of images down to it. An image of which a label is unknown has no influence on
+    its AP.
+
+    Args:
+        scores: (n, K), the higher the more likely.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+
+    Returns:
+        (n,) float64; NaN if no label has known images of both sides.
+    """
+    given, wanted = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+    total, values = np.zeros(len(given)), []
+    for k in range(given.shape[1]):
+        rows = np.flatnonzero(~np.isnan(wanted[:, k]))
+        own = wanted[rows, k] == 1
+        if own.any() and not own.all():
+            value, slopes = _area_and_slopes(_Curve(given[rows, k], own))
+            values.append(value)
+            total[rows] += slopes
+    if not values:
+        return np.full(len(given), np.nan)
+    return np.asarray(np.mean(values) + len(given) * total / len(values))
+
+
+def _area_and_slopes(curve: _Curve) -> tuple[float, Floats]:
+    """The area under one interpolated curve, and its derivatives by the weights of the images, in their own order."""
+    (hits,), (misses,) = curve.counts(np.ones((1, len(curve.order))))
+    down = hits + misses
+    best = _best_precision(hits[None], misses[None])[0]
+    thresholds = np.arange(len(down))
+    reached = np.where(hits / down >= best, thresholds, len(down))
+    reached = np.minimum.accumulate(reached[::-1])[::-1]  # where the best precision at or below is reached
+    gained = np.diff(hits, prepend=0.0)
+    area = float(gained @ best) / float(hits[-1])
+    times = np.bincount(reached, gained, len(down)) / down
+    above = np.cumsum(times[::-1])[::-1]
+    above_precise = np.cumsum((times * best)[::-1])[::-1]
+    at = np.searchsorted(curve.ends, np.arange(len(curve.order)))  # of each image in the curve's order its threshold
+    slopes = np.empty(len(curve.order))
+    slopes[curve.order] = (curve.positive * (best[at] - area) + curve.positive * above[at] - above_precise[at]) / hits[
+        -1
+    ]
+    return area, slopes
 
 
 def interpolated_area(hits: Floats, misses: Floats) -> Floats:

@@ -18,6 +18,7 @@ from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
 _LEAST_UNITS = 5  # images or groups below which resampling says nothing
 _PSEUDO = 2  # images (or groups) that agree by chance, beside those resampled for a kappa
+_PLOTTED = 1_000  # images of a plot
 _MOST_GRADES = 30  # whole numbers in a row that may be grades of a scale
 
 Floats = npt.NDArray[np.float64]
@@ -62,7 +63,8 @@ def number_table(
         JSON values: ``images`` and ``groups`` (their number, or null); ``mae``, ``rmse``, ``r2``, ``spearman``, where it applies
         ``quadratic_kappa``, and with ``half_width`` ``coverage`` (the share of true numbers inside the prediction interval),
         each ``{"value", "low", "high"}`` with a ``"reason"`` where one is null; ``target`` (``mean``, ``deviation``,
-        ``least``, ``greatest`` true number); ``bootstrap``; ``mistakes``, the largest errors.
+        ``least``, ``greatest`` true number); ``half_width``, as given; ``bootstrap``; ``mistakes``, the largest errors;
+        ``sample``, ``true`` and ``predicted`` numbers of at most 1,000 images, drawn at random, to plot.
 
     Raises:
         UsageError: There is no image, shapes do not fit, or a value is not finite.
@@ -94,7 +96,12 @@ def number_table(
         "greatest": float(numbers.max()),
     }
     found["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": LEVEL}
+    found["half_width"] = half_width
     found["mistakes"] = _mistakes(guesses, numbers, ids, mistakes)
+    chosen = np.arange(len(numbers))
+    if len(chosen) > _PLOTTED:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, _PLOTTED, replace=False))
+    found["sample"] = {"true": numbers[chosen].tolist(), "predicted": guesses[chosen].tolist()}
     return found
 
 
@@ -177,6 +184,27 @@ def _kappas(counts: Floats, grades: int) -> Floats:
     expected = (squares * chance).sum(axis=(1, 2))
     found = (squares * tables).sum(axis=(1, 2))
     return np.asarray(1 - np.divide(found, expected, out=np.full(len(tables), np.nan), where=expected > 0))
+
+
+def r2_contributions(predicted: npt.ArrayLike, truth: npt.ArrayLike) -> Floats:
+    """Each image's contribution to R2, scikit-learn's ``r2_score``; their mean is it.
+
+    ``R2 = 1 - sum(e^2) / sum(d^2)`` with errors e and distances d from the mean of the true numbers; the influence function of
+    this ratio (see ``featurepipe.heads.statistics.comparison``) makes ``R2 + ((1 - R2) d^2 - e^2) / mean(d^2)`` of an image.
+
+    Args:
+        predicted: (n,) numbers.
+        truth: (n,) numbers.
+
+    Returns:
+        (n,) float64; NaN where all true numbers are the same.
+    """
+    guesses, numbers = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
+    if not len(numbers) or _constant(numbers):
+        return np.full(len(numbers), np.nan)
+    errors, distances = (guesses - numbers) ** 2, (numbers - numbers.mean()) ** 2
+    value = 1 - errors.sum() / distances.sum()
+    return np.asarray(value + ((1 - value) * distances - errors) / distances.mean())
 
 
 def _measures(guesses: Floats, truth: Floats) -> dict[str, Measure]:

@@ -227,6 +227,58 @@ def log_me_of_numbers(
     return _max_evidence(blocks.shape[0], sigma, projected, (numbers**2).sum(axis=1))
 
 
+def log_me_of_labels(
+    X: Blocks | Array,
+    truth: npt.ArrayLike,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> float:
+    """Computes LogME for several labels: the mean over labels of the evidence of their 0/1 column, on the images that know it.
+
+    Where every image has one label and all are known, it is ``log_me`` of classes. Labels that are known of the same images share
+    a decomposition; of P such sets of images each is bounded to ``rows / P**(1/3)`` of them (500 at least), so that the time does
+    not grow with P.
+
+    Args:
+        X: (n, D) features, array or ``Blocks``; read as in ``log_me``.
+        truth: (n, K): 1 present, 0 absent, NaN unknown.
+        rows: Use at most so many images, drawn by ``seed``.
+        seed: Of the draw.
+        memory: What the blocks alive at one time may take (bytes or "512MB").
+
+    Returns:
+        In nats per image; comparable between features of the same images and labels.
+
+    Raises:
+        UsageError: There is no row of labels for each image, or no label with known images of both sides.
+        ValueError: A feature is NaN or infinite.
+    """
+    blocks, wanted = as_blocks(X), np.asarray(truth, np.float64)
+    if wanted.ndim != 2 or len(wanted) != blocks.shape[0]:
+        raise UsageError(f"labels must be ({blocks.shape[0]}, K), these have shape {wanted.shape}")
+    known, positive = ~np.isnan(wanted), wanted == 1
+    both = positive.any(axis=0) & (known & ~positive).any(axis=0)
+    if not both.any():
+        raise UsageError("no label has known images of both sides; which features suit it cannot be said")
+    sets, number = np.unique(known[:, both], axis=1, return_inverse=True)
+    most = None if rows is None else max(min(rows, _LEAST_KNOWN), int(rows / sets.shape[1] ** (1 / 3)))
+    found: list[float] = []
+    for place, inside in enumerate(sets.T):
+        images = np.flatnonzero(inside)
+        some = sampled_positions(len(images), most, seed)
+        images = images if some is None else images[some]
+        own = positive[np.ix_(images, np.flatnonzero(both)[number.reshape(-1) == place])].T.astype(np.float64)
+        sigma, projected = _spectrum_of_numbers(SomeRows(blocks, images), own, memory)
+        counts = own.sum(axis=1)
+        found += [_max_evidence(len(images), sigma, projected[[k]], counts[[k]]) for k in range(len(own)) if counts[k]]
+    return float(np.mean(found))
+
+
+_LEAST_KNOWN = 500  # images that know a label, from which its evidence is computed
+
+
 def _spectrum_of_numbers(blocks: Blocks, targets: Floats, memory: int | str | None) -> tuple[Floats, Floats]:
     """(r,) squared singular values of the features, and (T, r) squared projections of (T, n) targets on their vectors."""
     images, width = blocks.shape

@@ -16,7 +16,7 @@ from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
 from featurepipe.monitoring.standing_warnings import is_gone, told
-from featurepipe.store.options import RowOptions
+from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 
 
@@ -136,13 +136,14 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
                 box=images.box, box_unit=images.box_unit, box_margin=images.box_margin,
                 images=images.images, frames=images.frames,
             )  # fmt: skip
-        best = document["recommended"]
+        best, measure = document["recommended"], document["measure"]
+        reached = f"{best[measure]:.4f} right" if measure == "accuracy" else f"{measure} {best[measure]:.4f}"
         return {
             "inputs": inputs,
-            "recommended": {name: best[name] for name in ("column", "head", "accuracy", "low", "high")},
+            "recommended": {name: best[name] for name in ("column", "head", measure, "low", "high")},
             "images": document["images"],
             "report": None if table.report is None else str(table.report),
-            "text": f"recommended: {best['column']}, {best['head']} {best['accuracy']:.4f} right",
+            "text": f"recommended: {best['column']}, {best['head']} {reached}",
         }
 
     return within_time(night.stop.deadline, work, "the comparison goes on the next night")
@@ -163,13 +164,24 @@ def _inputs(night: Night, table: DepthTable) -> str:
         night.dataset, node=run["columns"], backbone=run["fingerprint"], snapshot=run["run_id"]
     )
     labels = table.labels or night.job.source.labels
-    roles = RowOptions.of(table)
+    roles = RoleOptions.of(table)
     joined = with_roles(night.store, features, labels, roles, lambda _: None, snapshot=run["run_id"])
     images = joined.select(labelled=True)
     splits, split = np.unique(images.splits.astype(str), return_inverse=True)
     unset = {name for name, value in roles.arguments().items() if value is None}  # of version 1
     settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report", *unset})
+    settings["heads"] = list(table.families)
     columns = sorted(night.store.space(run["fingerprint"]).columns())
     groups = [] if images.groups is None else [hashlib.sha256("\0".join(map(str, images.groups)).encode()).hexdigest()]
-    found = [digest_of(images, split), *groups, splits.tolist(), run["fingerprint"], columns, settings]
+    weights = [] if images.weights is None else [hashlib.sha256(images.weights.astype("<f8")).hexdigest()]
+    found = [
+        digest_of(images, split, images.targets),
+        *groups,
+        *weights,
+        *images.target_names,
+        splits.tolist(),
+        run["fingerprint"],
+        columns,
+        settings,
+    ]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
