@@ -234,6 +234,7 @@ def _tested_numbers(bundle: Bundle, task: Task) -> dict[str, Any] | None:
         ids=tested.ids,
         groups=tested.groups,
         seed=task.seed,
+        plots=False,
     )
 
 
@@ -276,7 +277,15 @@ def _tested_labels(bundle: Bundle, task: Task) -> dict[str, Any] | None:
     tested = task.features.take(rows)
     scores, truth = bundle.scores(task.rows(rows)), task.answers(rows)
     found = label_table(
-        scores, truth, bundle.classes, thresholds=bundle.thresholds, groups=tested.groups, seed=task.seed
+        scores,
+        truth,
+        bundle.classes,
+        thresholds=bundle.thresholds,
+        groups=tested.groups,
+        ids=tested.ids,
+        probabilities=bundle.label_probabilities(scores),
+        seed=task.seed,
+        plots=False,
     )
     if bundle.looked_for is not None:
         found |= bundle.label_screening(bundle.looked_for, scores, truth, tested.groups, curves=False)

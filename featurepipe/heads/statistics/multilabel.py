@@ -43,6 +43,7 @@ def label_table(
     bootstrap: int = 1000,
     seed: int = 0,
     mistakes: int = 20,
+    plots: bool = True,
 ) -> dict[str, Any]:
     """Scores several labels of each image, with 95 % intervals; entries that are unknown are left out label by label.
 
@@ -76,6 +77,7 @@ def label_table(
         bootstrap: Resamples; 0 for no intervals.
         seed: Of the resamples.
         mistakes: How many of the most confident mistakes to list, at most three of one label while others have some.
+        plots: Whether to give ``curves``, too.
 
     Returns:
         JSON values: ``images``, ``groups`` (their number, or null), ``known`` (entries), ``map``, ``map_11_point``, ``auc``,
@@ -120,7 +122,8 @@ def label_table(
         likely = given
     distance = np.abs(given - _thresholds(thresholds, len(names))) if likely is None else None
     found["mistakes"] = _mistakes(labels, likely, distance, names, ids, mistakes)
-    found["curves"] = _curves_of(labels, names, values["label_ap"])
+    if plots:
+        found["curves"] = _curves_of(labels, names, values["label_ap"])
     return found
 
 

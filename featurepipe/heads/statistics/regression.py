@@ -36,6 +36,7 @@ def number_table(
     bootstrap: int = 1000,
     seed: int = 0,
     mistakes: int = 20,
+    plots: bool = True,
 ) -> dict[str, Any]:
     """Scores predicted numbers against true ones, with 95 % intervals.
 
@@ -58,6 +59,7 @@ def number_table(
         bootstrap: Resamples; 0 for no intervals.
         seed: Of the resamples.
         mistakes: How many of the largest errors to list.
+        plots: Whether to give ``sample``, too.
 
     Returns:
         JSON values: ``images`` and ``groups`` (their number, or null); ``mae``, ``rmse``, ``r2``, ``spearman``, where it applies
@@ -98,6 +100,8 @@ def number_table(
     found["bootstrap"] = {"resamples": bootstrap, "seed": seed, "level": LEVEL}
     found["half_width"] = half_width
     found["mistakes"] = _mistakes(guesses, numbers, ids, mistakes)
+    if not plots:
+        return found
     chosen = np.arange(len(numbers))
     if len(chosen) > _PLOTTED:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, _PLOTTED, replace=False))
