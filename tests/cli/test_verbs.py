@@ -105,10 +105,10 @@ CASES = {
     ),
     "depth": (
         DEPTH,
-        "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads logistic,ridge --folds 3 --split "
-        "--seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others --labels l.csv --group none "
-        "--multilabel a,b --weight w --report page.html --precision fp32 --device cpu --batch-size 4 --workers 1 --max-rejects 0 --damaged keep --jobs 1 "
-        "--trust-code --quiet",
+        "depth photos --store kept --dataset d --backbone vgg16 --weights none --node a --heads logistic,ridge "
+        "--folds 3 --split --seeds 2 --pooling gap,avg2x2 --max-width 500 --control random --test-source others "
+        "--labels l.csv --group none --multilabel a,b --weight w --report page.html --precision fp32 --device cpu "
+        "--batch-size 4 --workers 1 --max-rejects 0 --damaged keep --jobs 1 --trust-code --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
             "heads": ("logistic", "ridge"), "folds": 3, "split": True, "seeds": 2, "pooling": ("gap", "avg2x2"),

@@ -327,7 +327,7 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
 
     def fake(store, **options):
         asked.append(options)
-        return {"recommended": best, "images": 84}
+        return {"recommended": best, "measure": "accuracy", "images": 84}
 
     monkeypatch.setattr("featurepipe.layer_depth.depth.depth", fake)
     pages = []
