@@ -27,6 +27,13 @@ def known_head(given: Any) -> str | None:
     return None
 
 
+def known_protocol(given: Any) -> str | None:
+    """The check of a protocol's name."""
+    if given not in PROTOCOLS:
+        raise unknown("protocol", str(given), PROTOCOLS)
+    return None
+
+
 def value_of(text: str) -> Any:
     """A number, true, false or null as JSON has them, else the text itself."""
     try:
@@ -130,7 +137,7 @@ class FitOptions(RoleOptions):
     protocol: str | None = option(
         None, "how several labels are learned in published comparisons of features; voc07: linear SVMs on rows of length 1, "
         "present labels weighing twice, the C of each label by its average precision in 3 folds (VISSL, PASCAL VOC 2007)",
-        choices=tuple(PROTOCOLS),
+        metavar="|".join(PROTOCOLS), check=known_protocol,
     )  # fmt: skip
     pca: int | float | None = option(
         None, "principal components to keep: a number, or a share of the variance such as 0.95",
