@@ -263,7 +263,7 @@ def _settings_together(job: Job) -> Iterator[Problem]:
     tables += [("depth", job.depth, ComparisonOptions)] if job.depth else []
     for key, table, group in tables:
         try:
-            group(**{name: getattr(table, name) for name in declared(group)})
+            group(**{name: getattr(table, name) for name in declared(group) if hasattr(table, name)})
         except UsageError as error:
             yield key, None, "\n".join(error.spelled(_key_alone))
 
