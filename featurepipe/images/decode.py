@@ -16,7 +16,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, check_bytes, check_pixels
 from featurepipe.images.damage import DAMAGE, QUIET, damage_as_reject, first_line, says_truncated
-from featurepipe.images.dicom import is_dicom, read_dicom
+from featurepipe.images.dicom import has_prefix, is_dicom, read_dicom
 from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
@@ -232,7 +232,10 @@ def decode(
         if pixels is not None:
             return pixels
     with QUIET:
-        decode_file = _decode_dicom if _known_plugin(payload) is None and is_dicom(payload) else _decode_pillow
+        plugin = _known_plugin(payload)
+        # A DICOM's preamble may begin as TIFF does (PS3.10, 7.1), of which there often is no more than that.
+        has_other = plugin is not None and not (plugin is TiffImagePlugin.TiffImageFile and has_prefix(payload))
+        decode_file = _decode_dicom if not has_other and is_dicom(payload) else _decode_pillow
         return decode_file(payload, colour, intensity, claim, on_remark)
 
 

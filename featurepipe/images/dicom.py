@@ -50,9 +50,11 @@ _SIZE_TAGS: Final = (0x00280008, 0x00280010, 0x00280011, 0x00280002, 0x00280004,
 _LEAST_FRAME: Final = 64
 """Bytes of a compressed frame, at least: the header of run lengths alone has so many."""
 _BARE: Final = re.compile(
-    rb"(\x02\0\0\0|\x08\0[\0-\x18]\0)(UL\x04\0|\x04\0\0\0|(CS|UI|SH|DA)[\x02-\x40]\0|[\x02-\x40]\0\0\0)", re.DOTALL
+    rb"(\x02\0\0\0|\x08\0[\0-\x18]\0)(UL\x04\0|\x04\0\0\0|(CS|UI|SH|DA)[\x02-\x40]\0|[\x02-\x40]\0\0\0)"
+    rb"|\0\x08\0[\0-\x18](UL\0\x04|(CS|UI|SH|DA)\0[\x02-\x40])",
+    re.DOTALL,
 )
-"""Group 2 or 8 with one of its first elements, in little endian, explicit or implicit; no other format begins so."""
+"""Group 2 or 8 with one of its first elements, in any encoding; no other format begins so."""
 _CHUNK: Final = 1 << 18
 # What is parsed of a file; the rest, of which there may be a great deal, is stepped over.
 _TAGS: Final = [

@@ -8,8 +8,10 @@ import sys
 import types
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -226,9 +228,9 @@ def test_lookup_tables_are_those_of_pydicom():
     np.testing.assert_allclose(grey(file_of(made)), theirs * 255 / 65535, atol=0.5001)
 
 
-def remarks_of(payload):
+def remarks_of(payload, intensity="declared"):
     told = []
-    decode(payload, on_remark=told.append)
+    decode(payload, intensity=parse_intensity(intensity), on_remark=told.append)
     return told
 
 
@@ -278,6 +280,41 @@ def test_files_without_preamble(explicit):
         assert isinstance(try_decode(bare[:end], colour="grey"), Reject)
     whole = file_of(made)
     np.testing.assert_array_equal(grey(whole[128 + 4 :]), RAMP >> 4)  # with the group of the file's own facts
+
+
+def test_a_preamble_may_be_that_of_a_tiff():
+    payload = dicom_of(RAMP, bits=12)
+    for magic in (b"II*\0", b"MM\0*"):
+        np.testing.assert_array_equal(grey(magic + b"\x54\0\0\0" + payload[8:]), RAMP >> 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "remarks"),
+    [
+        ("CT_small.dcm", []),
+        ("MR_small_bigendian.dcm", []),
+        ("MR_small_RLE.dcm", []),
+        ("rtdose.dcm", [dicom.FIRST_FRAME]),
+    ],
+)
+def test_files_of_scanners(name, remarks):
+    """Those that pydicom ships for its own tests, against its own pipeline."""
+    path = Path(pydicom.__file__).parent / "data" / "test_files" / name
+    made = pydicom.dcmread(path)
+    values = made.pixel_array[0] if remarks else made.pixel_array
+    theirs = apply_modality_lut(values, made).astype(np.float64)
+    if "WindowCenter" in made:
+        theirs = apply_windowing(theirs, made)
+    low, high = (theirs.min(), theirs.max()) if "WindowCenter" not in made else _range_of(made)
+    intensity = "declared" if "WindowCenter" in made else "minmax"
+    np.testing.assert_allclose(grey(path.read_bytes(), intensity), (theirs - low) * 255 / (high - low), atol=0.51)
+    assert remarks_of(path.read_bytes(), intensity) == remarks
+
+
+def _range_of(made):
+    bits = int(made.BitsStored)
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if made.PixelRepresentation else (0, 2**bits - 1)
+    return sorted(float(made.get("RescaleSlope", 1)) * end + float(made.get("RescaleIntercept", 0)) for end in ends)
 
 
 def test_compression_is_decoded_by_a_plug_in_that_is_installed(monkeypatch):
