@@ -97,6 +97,10 @@ def _dataset_text(dataset: Mapping[str, Any]) -> str:
         lines.append(f"  {copies:,} of them {copy}")
     if dataset["rejects"]:
         lines.append(f"  {dataset['rejects']:,} more could not be used")
+    if dataset.get("columns"):
+        lines.append(
+            f"  columns  {', '.join(dataset['columns'])} (of the manifest; roles such as --label and --group name them)"
+        )
     if dataset["splits"]:
         lines.append("  splits   " + ", ".join(f"{name} {count:,}" for name, count in dataset["splits"].items()))
     if dataset["labels"]:

@@ -31,7 +31,7 @@ from featurepipe.features.options import (
     SourceNameOption,
     SourceOptions,
 )
-from featurepipe.store.options import DryRunOption, ExportOptions, GcOptions
+from featurepipe.store.options import DryRunOption, ExportOptions, GcOptions, RoleOptions
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -111,7 +111,7 @@ def _add_export(commands: Commands) -> None:
     option = command.add_argument
     add_store(command)
     option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
-    option("--to", required=True, metavar="FILE", help="X, y, ids, classes; .h5, .npz or .parquet")
+    option("--to", required=True, metavar="FILE", help="X, y, ids, classes, and roles; .h5, .npz or .parquet")
     add_options(command, ExportOptions)
     add_json(command)
 
@@ -162,16 +162,21 @@ def gc(args: Namespace) -> int:
 
 def export(args: Namespace) -> int:
     """Runs ``featurepipe export``."""
+    from featurepipe.progress import announcer
     from featurepipe.store import export as write
     from featurepipe.store.locks import starts_again
+    from featurepipe.store.roles import with_roles
 
     store = existing_store(args)
-    asked = options(args, ExportOptions)
-    dataset = asked.pop("dataset") or store.only_dataset()
+    asked = ExportOptions(**options(args, ExportOptions))
+    dataset = asked.dataset or store.only_dataset()
+    speak = announcer()
 
     @starts_again
     def written() -> tuple[FeatureSet, Path]:
-        features = store.features(dataset, node=args.node, **asked)
+        features = store.features(dataset, node=args.node, backbone=asked.backbone)
+        features = with_roles(store, features, asked.labels, RoleOptions.of(asked), speak)
+        features = features if asked.split is None else features.select(split=asked.split)
         return features, write(features, Path(args.to))
 
     features, path = written()

@@ -30,6 +30,8 @@ from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labels import LabelledImages
 from featurepipe.store.locks import starts_again
+from featurepipe.store.options import NO_GROUP, RowOptions, SideOptions
+from featurepipe.store.roles import with_roles
 from featurepipe.store.snapshots import OK
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ def duplicates(
     node: str = "bottleneck",
     backbone: str | None = None,
     near: float | str | None = None,
+    labels: Any = None,
+    label: str | None = None,
+    split_column: str | None = None,
     limit: int | None = LIMIT,
     to: str | os.PathLike[str] | None = None,
     raw_ids: bool = False,
@@ -68,6 +73,9 @@ def duplicates(
         node: The column whose distances count.
         backbone: Of which network, space or fingerprint.
         near: Cosine distance within which images are nearly alike, or ``auto``; None looks for copies alone.
+        labels: A mapping or file to use instead of the dataset's labels, as in ``FeatureSet.with_labels``.
+        label: The column of the class, by default ``label``: of ``labels``, else of the manifest that was extracted.
+        split_column: The column of the splits; by default the dataset's own splits.
         limit: The most groups of a kind to list; groups across splits are listed however many they are. None for all.
         to: A ``.csv``, ``.jsonl`` or ``.parquet`` file for all groups; see ``write_groups``.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
@@ -90,12 +98,20 @@ def duplicates(
         StoreError: Features of some images are missing.
     """
     started = time.monotonic()
-    options = DuplicatesOptions(dataset=dataset, node=node, backbone=backbone, near=near, to=to, raw_ids=raw_ids)
+    options = DuplicatesOptions(
+        dataset=dataset, node=node, backbone=backbone, near=near, to=to, raw_ids=raw_ids,
+        labels=labels, label=label, split_column=split_column,
+    )  # fmt: skip
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = dataset or source.only_dataset()
     target = None if to is None else checked_file(to)
     wanted = None if near is None else checked_near(near)
     snapshot, images = _images(source, name)
+    sides = SideOptions.of(options)
+    if labels is not None or any(sides.arguments().values()):
+        roles = RowOptions(**sides.arguments(), group=NO_GROUP)
+        view = source.features(name, node=node, backbone=backbone, snapshot=snapshot)
+        images = with_roles(source, view, labels, roles, announcer(silent=silent), snapshot=snapshot)
     _, first, image = np.unique(images.keys64, return_index=True, return_inverse=True)
     exact = Groups.of(EXACT_COPIES, images, image.astype(np.int64))
     found: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, is_number, not_empty, option
 from featurepipe.prediction.options import RawIdsOption
-from featurepipe.store.options import DatasetOption, SpaceOption
+from featurepipe.store.options import DatasetOption, LabelsOption, SideOptions, SpaceOption
 
 
 def _p_value(given: Any) -> str | None:
@@ -83,5 +83,5 @@ class GroupsOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuplicatesOptions(RawIdsOption, GroupsOptions, SpaceOption, NodeOption, DatasetOption):
+class DuplicatesOptions(SideOptions, LabelsOption, RawIdsOption, GroupsOptions, SpaceOption, NodeOption, DatasetOption):
     """What `featurepipe.duplicates` compares, and what becomes of it."""

@@ -50,6 +50,9 @@ def report(
     frames: str = "first",
     document: Mapping[str, Any] | None = None,
     labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
+    split_column: str | None = None,
     command: str | None = None,
     silent: bool = False,
 ) -> Path:
@@ -72,7 +75,11 @@ def report(
         images: as in ``extract``.
         frames: as in ``extract``.
         document: what a comparison returned, to show that one instead of the dataset's last.
-        labels: a CSV or mapping with the labels that the comparison was made with, where they were not the dataset's.
+        labels: a CSV or mapping with the labels that the comparison was made with, or the bundle is to be tested with, where they
+            are not the dataset's.
+        label: the column of the class that a bundle is tested with, as in ``evaluate``; a comparison knows its own.
+        group: the column of groups that a bundle is tested with, as in ``evaluate``.
+        split_column: the column of splits that a bundle is tested with, as in ``evaluate``.
         command: how it was called, for the record.
         silent: say nothing on the way.
 
@@ -96,27 +103,27 @@ def report(
         images=None if images is None else str(images),
         frames=frames,
         labels=labels,
+        label=label,
+        group=group,
+        split_column=split_column,
     )
     check_target(target)
     say = announcer(silent=silent)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     name = str(document["dataset"]) if document else dataset or kept.only_dataset()
     if bundle is None:
-        if split is not None:
-            raise UsageError(
-                Message(
-                    Option("split", split),
-                    " is for the page of a bundle; name one with ",
-                    Option("bundle"),
-                    ", or leave ",
-                    Option("split"),
-                    " out",
-                )
-            )
+        for one, value in {"split": split, **RowOptions.of(options).arguments()}.items():
+            if value is not None:
+                raise UsageError(
+                    Message(
+                        Option(one, value), " is for the page of a bundle; name one with ", Option("bundle"), ", or leave ",
+                        Option(one), " out",
+                    )
+                )  # fmt: skip
         shown = document or _last_document(kept, name)
         features, snapshot = _mapped(kept, shown, labels, say), str(shown["provenance"]["snapshot"])
     else:
-        shown, features = _bundle(kept, name, bundle, split, command, silent=silent)
+        shown, features = _bundle(kept, name, bundle, options, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
     look = _Look(kept, options, say)
     read = look.pictures(name, snapshot, source, Option("source"))
@@ -182,7 +189,7 @@ def _bundle(
     store: FeatureStore,
     dataset: str,
     path: str | os.PathLike[str],
-    split: str | None,
+    options: FindingsOptions,
     command: str | None,
     *,
     silent: bool,
@@ -196,7 +203,9 @@ def _bundle(
             f"the bundle {os.fspath(path)} predicts {bundle.target_text}, of which there is no page yet; "
             "featurepipe evaluate says how good it is, and featurepipe info what it is"
         )
-    found = evaluate(bundle, store, dataset=dataset, split=split, silent=silent)
+    roles = RowOptions.of(options)
+    asked = {"labels": options.labels, **roles.arguments()}
+    found = evaluate(bundle, store, dataset=dataset, split=options.split, **asked, silent=silent)
     document = {
         "kind": "bundle",
         "version": 1,
@@ -208,6 +217,9 @@ def _bundle(
         },
     }  # fmt: skip
     view = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint)
+    trained = bundle.training.get("roles")
+    known = trained if isinstance(trained, dict) else None
+    view = with_roles(store, view, options.labels, roles, lambda _: None, trained=known)  # evaluate has said it all
     return document, _features(view.select(split=found["split"]) if found["split"] else view)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from featurepipe.features.options import SourceOptions
 from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, option
-from featurepipe.store.options import DatasetOption, LabelsOption, SplitOption
+from featurepipe.store.options import DatasetOption, LabelsOption, RowOptions, SplitOption
 
 NIGHTS = 30
 
@@ -36,13 +36,15 @@ class PicturesOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindingsOptions(LabelsOption, SourceOptions, PicturesOptions, SplitOption, DatasetOption, ShownOption):
+class FindingsOptions(
+    RowOptions, LabelsOption, SourceOptions, PicturesOptions, SplitOption, DatasetOption, ShownOption
+):
     """All options of a page of a comparison or a bundle, `featurepipe.report`."""
 
     split: str | None = option(None, "of the bundle's evaluation, as for featurepipe evaluate", metavar="NAME")
     labels: Any = option(
         None,
-        "the labels that were compared with, if they were not the dataset's",
+        "the labels that were compared with, or that the bundle is tested with, if they are not the dataset's",
         metavar="FILE",
         recorded=file_or_kind,
     )

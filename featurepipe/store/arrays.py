@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import relocated
 from featurepipe.store.commit import ArraySpec, PartArray, write_arrays
 from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.labels import ROLES
 from featurepipe.store.locks import starts_again
 from featurepipe.store.views import FeatureSet
 
@@ -122,9 +123,12 @@ def export(feature_set: FeatureSet, to: str | Path) -> Path:
     """Writes features as one plain file, whole or not at all.
 
     ``.h5`` and ``.npz`` hold ``X`` (n, D) in the stored dtype, ``ids`` (n,), ``splits`` (n,), empty text where there is
-    none, and, if any image is labelled, ``y`` (n,) int64 with numbers into ``classes``, -1 where there is no label.
-    ``.parquet`` holds ``id``, ``label``, ``split`` and ``features`` (a list of fixed length). HDF5 and parquet are
-    written in bounded memory. The checksum of every part concerned is compared before anything is written.
+    none, and, if any image is labelled, ``y`` (n,) int64 with numbers into ``classes``, -1 where there is no label. Of
+    features with roles, ``groups`` (n,), empty text where there is none, ``weights`` (n,) float64, and as ``y`` numbers (n,)
+    float64 or several labels (n, K) float32 with 1, 0 and NaN, named by ``classes``.
+    ``.parquet`` holds ``id``, ``label``, ``split``, the roles as ``group``, ``weight`` and ``target`` (its field has the names of
+    several labels), and ``features`` (a list of fixed length). HDF5 and parquet are written in bounded memory. The checksum of
+    every part concerned is compared before anything is written.
 
     Args:
         feature_set: What to write.
@@ -172,8 +176,20 @@ def _write(feature_set: FeatureSet, path: Path, write: Callable[[FeatureSet, IO[
         write(feature_set, file)
 
 
-def _splits(features: FeatureSet) -> list[str]:
-    return [split or "" for split in features.splits]
+def _roles(features: FeatureSet) -> Iterator[tuple[str, list[str] | npt.NDArray[Any]]]:
+    """What there is of images beside their ids, a value a row: texts, or numbers."""
+    yield "splits", [split or "" for split in features.splits]
+    if features.groups is not None:
+        yield "groups", [group or "" for group in features.groups]
+    if features.weights is not None:
+        yield "weights", features.weights
+    if features.targets is not None:
+        yield "y", features.targets
+        if features.target_names:
+            yield "classes", list(features.target_names)
+    elif features.classes:
+        yield "y", features.codes()
+        yield "classes", features.classes
 
 
 def _encoded(texts: list[str]) -> npt.NDArray[np.bytes_]:
@@ -186,10 +202,8 @@ def _write_hdf5(features: FeatureSet, file: IO[bytes]) -> None:
     arrays = [
         PartArray(ArraySpec("X", stored, features.shape), (x for x, _ in features.blocks(_BLOCK_ROWS, stored))),
         _whole("ids", _encoded(list(features.ids))),
-        _whole("splits", _encoded(_splits(features))),
+        *(_whole(name, _encoded(values) if isinstance(values, list) else values) for name, values in _roles(features)),
     ]
-    if features.classes:
-        arrays += [_whole("y", features.codes()), _whole("classes", _encoded(features.classes))]
     header: dict[str, str | int] = {"column": features.column, "space": features.space_fingerprint}
     write_arrays(file.fileno(), header, arrays)
 
@@ -202,18 +216,20 @@ def _write_npz(features: FeatureSet, file: IO[bytes]) -> None:
     arrays: dict[str, npt.NDArray[Any]] = {
         "X": features.read(),
         "ids": np.array(list(features.ids), dtype=np.str_),
-        "splits": np.array(_splits(features), dtype=np.str_),
     }
-    if features.classes:
-        arrays |= {"y": features.codes(), "classes": np.array(features.classes, dtype=np.str_)}
+    for name, values in _roles(features):
+        arrays[name] = np.array(values, dtype=np.str_) if isinstance(values, list) else values
     np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write_parquet(features: FeatureSet, file: IO[bytes]) -> None:
     values = pa.from_numpy_dtype(features.dtype)
     text = pa.string()
+    roles = [
+        features.table.schema.field(name) for name in ROLES if name in features.table.column_names and name != "split"
+    ]
     schema = pa.schema(
-        [("id", text), ("label", text), ("split", text), ("features", pa.list_(values, features.shape[1]))],
+        [("id", text), ("label", text), ("split", text), *roles, ("features", pa.list_(values, features.shape[1]))],
         metadata={"column": features.column, "space": features.space_fingerprint},
     )
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
@@ -222,4 +238,5 @@ def _write_parquet(features: FeatureSet, file: IO[bytes]) -> None:
             flat = pa.array(block.read().reshape(-1))
             lists = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
             columns = [pa.array(texts, text) for texts in (block.ids, block.labels, block.splits)]
+            columns += [block.table[role.name].combine_chunks() for role in roles]
             writer.write_table(pa.table([*columns, lists], schema=schema))

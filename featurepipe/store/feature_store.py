@@ -377,6 +377,7 @@ def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
         "rejects": pc.sum(pc.equal(table["status"], REJECTED)).as_py() or 0,
         "labels": _counts(usable["label"]),
         "splits": _counts(usable["split"]),
+        "columns": store.further_columns(name),
         "bytes": pc.sum(table["size"]).as_py() or 0,
     }
 

@@ -102,28 +102,25 @@ class GcOptions(DryRunOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(SplitOption, SpaceOption, DatasetOption):
-    """Which features `featurepipe export` writes."""
+class SideOptions(OptionGroup):
+    """What class and split an image is of: columns of the labels file, else of the manifest that was extracted."""
 
-    backbone: str | None = option(
-        None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
-    )
+    label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_column)
+    split_column: str | None = option(
+        None, f"column of the split (default: split of the manifest, or the folders; {NO_SPLIT}: no splits)",
+        metavar="COLUMN", check=is_column,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOptions(OptionGroup):
-    """What class, group and split an image is of: columns of the labels file, else of the manifest that was extracted."""
+class RowOptions(SideOptions):
+    """What class, split and group an image is of; columns as those of `SideOptions`."""
 
-    label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_column)
     group: str | None = option(
         None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
         f"{NO_GROUP}: every image for itself); or a file with id and group, as featurepipe duplicates --near auto "
         "--to FILE writes it",
         metavar="COLUMN|FILE", check=is_column, is_path=is_file_of_groups,
-    )  # fmt: skip
-    split_column: str | None = option(
-        None, f"column of the split (default: split of the manifest, or the folders; {NO_SPLIT}: no splits)",
-        metavar="COLUMN", check=is_column,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -162,3 +159,12 @@ class RoleOptions(RowOptions):
         if len(kinds) > 1:
             first, other = (Option(name) for name in kinds[:2])
             raise UsageError(Message(first, " and ", other, " are two kinds of target; give one of them"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(RoleOptions, LabelsOption, SplitOption, SpaceOption, DatasetOption):
+    """Which features `featurepipe export` writes, and what of their images."""
+
+    backbone: str | None = option(
+        None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
+    )

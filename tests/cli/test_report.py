@@ -13,7 +13,7 @@ def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
     called = verb(REPORT, Path("page.html"))
     line = (
         "--bundle b --dataset d --split s --source photos --test-source others --labels l.csv --only-under photos "
-        "--only-under s3://a --path-column file --to page.html --quiet"
+        "--only-under s3://a --path-column file --label kind --group patient --split-column fold --to page.html --quiet"
     )
     answer = call("report", store.path, *line.split())
     assert (answer.code, answer.out) == (0, "page.html\n")
@@ -22,6 +22,7 @@ def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
         "target": "page.html", "bundle": "b", "dataset": "d", "split": "s", "source": "photos", "labels": "l.csv",
         "test_source": "others", "only_under": ["photos", "s3://a"], "path_column": "file",
         "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
+        "label": "kind", "group": "patient", "split_column": "fold",
         "command": "featurepipe report kept", "silent": True,
     }  # fmt: skip
 
