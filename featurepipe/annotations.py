@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from featurepipe.display import first_names
 from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
@@ -364,8 +365,7 @@ def names_in_doubt(classes: Sequence[str], one: str = "class", more: str = "clas
         key = number if number is not None else plain if len(plain) == 1 else plain.casefold()
         alike.setdefault(key, []).append(name)
     if several := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
-        rest = f" and {len(several) - _NAMED:,} more" if len(several) > _NAMED else ""
-        notes.append(f"taken as {more} of their own, though they look alike: {', '.join(several[:_NAMED])}{rest}")
+        notes.append(f"taken as {more} of their own, though they look alike: {first_names(several, _NAMED)}")
     return notes
 
 

@@ -135,15 +135,21 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"
 
 
-def first_names(names: Sequence[object], most: int = 3) -> str:
+def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:
     """The first names, and how many more there are.
+
+    Args:
+        names: All of them.
+        most: How many are shown.
+        apart: What stands between two.
+        what: What they are, behind the number of the others.
 
     Example:
         >>> first_names(["a", "b", "c", "d"]), first_names(["a", "b"])
         ('a, b, c and 1 more', 'a, b')
     """
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    more = f" and {len(names) - most:,} more{what and f' {what}'}" if len(names) > most else ""
+    return apart.join(map(str, names[:most])) + more
 
 
 _FORMULA = r"^(\s*[=+\-@＝＋－＠]|[\t\r\n])"

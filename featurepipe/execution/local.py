@@ -21,6 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from featurepipe.display import first_names
 from featurepipe.errors import ClusterError, DiskFull, FeaturepipeError
 from featurepipe.execution.executor import (
     LOOK_SECONDS,
@@ -290,7 +291,7 @@ class _Flow(BoundedFlow[S, tuple[S, "Future[TaskResult[R]]"], R], Generic[S, R])
             yield
         except BrokenExecutor as error:
             begun = [told(shard) for _, (shard, _) in sorted(self.pending.items())] or [told(shard)]
-            some = ", ".join(begun[:4]) + (f" and {len(begun) - 4} more" if len(begun) > 4 else "")
+            some = first_names(begun, 4)
             self.pending.clear()
             raise ClusterError(
                 f"a process of this machine was killed, or crashed, while {some} had been begun: the system ends processes when "

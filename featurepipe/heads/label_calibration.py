@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from featurepipe.display import first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.screening import choose_threshold, rates
@@ -259,5 +260,4 @@ def unreached_text(names: Sequence[str], thresholds: LabelThresholds, what: str)
     lacking: list[Any] = [str(name) for name, fine in zip(names, thresholds.reached, strict=True) if not fine]
     if not lacking:
         return None
-    more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
-    return f"{len(lacking)} labels do not reach {what} on the validation images: {', '.join(lacking[:10])}{more}"
+    return f"{len(lacking)} labels do not reach {what} on the validation images: {first_names(lacking, 10)}"

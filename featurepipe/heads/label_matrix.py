@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 
+from featurepipe.display import first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks
 from featurepipe.heads.inputs import Floats, checked_features, sample_weights
@@ -235,7 +236,7 @@ def _refuse_or_say(names: Array, some: Array, every: Array, one_sided: str, *, l
         f"{f' of {all_} known' if all_ else ''})"
         for name, positive, all_ in zip(names.tolist(), some.tolist(), every.tolist(), strict=True)
     ]
-    shown = ", ".join(told[:_SHOWN]) + (f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
+    shown = first_names(told, _SHOWN)
     if one_sided == "error" or not left:
         also = "" if left else " No label is left."
         raise UsageError(

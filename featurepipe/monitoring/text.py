@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import share, table
+from featurepipe.display import first_names, share, table
 
 _IDS = 5
 _COLUMNS = 3
@@ -59,10 +59,9 @@ def _group(group: Mapping[str, Any]) -> str:
         mark for name, mark in (("across_splits", "ACROSS SPLITS"), ("label_conflict", "LABELS DIFFER")) if group[name]
     ]
     sides = ["split"] * group["across_splits"] + ["label"] * group["label_conflict"]
-    named = [_image(image, sides) for image in _each_side_first(images, sides)[:_IMAGES]]
-    more = f" and {len(images) - _IMAGES:,} more" if len(images) > _IMAGES else ""
+    named = [_image(image, sides) for image in _each_side_first(images, sides)]
     sign = " = " if group["kind"] == "exact" else " ~ "
-    return f"{', '.join(marks)}{': ' if marks else ''}{sign.join(named)}{more}"
+    return f"{', '.join(marks)}{': ' if marks else ''}{first_names(named, _IMAGES, apart=sign)}"
 
 
 def _each_side_first(images: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[Mapping[str, Any]]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurepipe.display import first_names
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.heads.blocks import Blocks
@@ -263,8 +264,7 @@ def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dat
 
 
 def _differing(bundle: Bundle, space: Space) -> str:
-    names = differences(bundle.space, space.fields)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more fields" if len(names) > 4 else "")
+    return first_names(differences(bundle.space, space.fields), 4, what="fields")
 
 
 def _command(bundle: Bundle, store: FeatureStore, dataset: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from featurepipe.annotations import KEPT_COLUMN
+from featurepipe.display import first_names
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
 from featurepipe.store.atomic import is_temporary, read_json, sync_folder
 from featurepipe.store.choice import usable_keys
@@ -227,8 +228,7 @@ def _check_rejects(path: Path) -> None:
     """Reads rejects as ``extract`` does; lines that are no JSON may have been torn by a kill, and are no damage."""
     wrong = [f"line {number}: {fault}" for number, fault, torn in faulty_lines(path) if not torn]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise StoreError(f"lines that are passed over: {'; '.join(wrong[:3])}{more}; remove them, or let them be")
+        raise StoreError(f"lines that are passed over: {first_names(wrong, apart='; ')}; remove them, or let them be")
 
 
 def _check_space(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from threadpoolctl import threadpool_limits
 
+from featurepipe.display import first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import (
     calibrated_labels,
@@ -210,27 +211,23 @@ def calibrate_labels(
         groups=None if groups is None else list(groups),
     )
     if found["uncalibrated"] and sigmoids:
-        lacking = _named(found["uncalibrated"])
+        lacking = first_names(found["uncalibrated"], 5)
         say(
             f"{len(found['uncalibrated'])} labels have no validation images of both sides, and are not calibrated: {lacking}"
         )
     if found["few"]:
         say(
             f"{len(found['few'])} labels have fewer than {FEW} validation images of a side, too few to choose a threshold by: "
-            f"theirs is a probability of 0.5: {_named(found['few'])}"
+            f"theirs is a probability of 0.5: {first_names(found['few'], 5)}"
         )
     if found["unreached"]:
         say(
             f"WARNING: {len(found['unreached'])} labels do not reach {wish.text} on the validation images, and have the "
-            f"threshold that comes nearest: {_named(found['unreached'])}"
+            f"threshold that comes nearest: {first_names(found['unreached'], 5)}"
         )
     if len(rows) < ENOUGH:
         say(f"{len(rows):,} validation images are few to calibrate on: take probabilities and thresholds as rough")
     return {"images": len(rows), **found}
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)

@@ -389,7 +389,7 @@ def check_same_task(
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return first_names([repr(name) for name in names])
 
 
 def _with_labels_of(comparison: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from featurepipe.display import counted
+from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.statistics.aims import Wish
@@ -33,7 +33,7 @@ def check_threshold(task: Task, options: TrainOptions) -> None:
     if options.threshold is None:
         return
     asked = Option("threshold", options.threshold)
-    names = ", ".join(task.classes[:_NAMED]) + (", ..." if len(task.classes) > _NAMED else "")
+    names = first_names(task.classes, _NAMED)
     if len(task.classes) != 2:
         raise UsageError(
             Message(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import counted, displayed, table
+from featurepipe.display import counted, displayed, first_names, table
 from featurepipe.errors import BundleError, Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
@@ -122,7 +122,7 @@ class Bundle:
     def target_text(self) -> str:
         """What is predicted, in words."""
         if self.target_type == MULTILABEL:
-            return f"several labels ({', '.join(self.classes[:3])}{', ...' if len(self.classes) > 3 else ''})"
+            return f"several labels ({first_names(self.classes)})"
         return f"a number ({self.target_name})" if self.target_type == CONTINUOUS else f"{len(self.classes)} classes"
 
     @property
@@ -706,7 +706,7 @@ def _bounded(rate: Mapping[str, Any]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    return f"{len(names):,} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    return f"{len(names):,} ({first_names(names, 5)})"
 
 
 def threshold_text(threshold: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.display import table
+from featurepipe.display import first_names, table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import group_intervals, intervals
 from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
@@ -367,5 +367,4 @@ def measures_text(metrics: Mapping[str, Any]) -> str:
 
 def untested_text(classes: Sequence[str]) -> str:
     """Names the classes of which no image was scored."""
-    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    return f"classes without a test image, about which the scores say nothing: {', '.join(classes[:10])}{more}"
+    return f"classes without a test image, about which the scores say nothing: {first_names(classes, 10)}"
