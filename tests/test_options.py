@@ -133,6 +133,23 @@ def test_the_command_line_and_the_function_have_every_option(command):
         assert one.default in (default, (default,)), name
 
 
+OF_THE_COMMAND = {
+    *("help", "json", "quiet", "dry_run", "scheduler", "cluster"),  # what is printed, and where work runs
+    *("source", "store", "bundle", "backbone", "job", "run_id"),  # what is worked on, named without a flag
+    *("out", "to", "node"),  # required: what is written, and what of
+    *("nights", "accept", "rejects", "log_format", "folder", "last", "dataset"),  # another thing to do; `runs`, `run`, `demo`
+}
+"""Arguments that a command may declare itself; each other one is an option of a group."""
+
+
+def test_every_argument_is_declared_in_a_group():
+    declared_somewhere = {name for group in groups() for name in declared(group)}
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command in commands.choices:
+        for dest in arguments(command):
+            assert dest in OF_THE_COMMAND | declared_somewhere, f"{command}: {dest} is declared in no group"
+
+
 @each_command
 def test_without_arguments_the_command_line_asks_for_the_defaults(command):
     _, group = FUNCTIONS[command]
