@@ -137,7 +137,15 @@ OF_THE_COMMAND = {
     *("help", "json", "quiet", "dry_run", "scheduler", "cluster"),  # what is printed, and where work runs
     *("source", "store", "bundle", "backbone", "job", "run_id"),  # what is worked on, named without a flag
     *("out", "to", "node"),  # required: what is written, and what of
-    *("nights", "accept", "rejects", "log_format", "folder", "last", "dataset"),  # another thing to do; `runs`, `run`, `demo`
+    *(
+        "nights",
+        "accept",
+        "rejects",
+        "log_format",
+        "folder",
+        "last",
+        "dataset",
+    ),  # another thing to do; `runs`, `run`, `demo`
 }
 """Arguments that a command may declare itself; each other one is an option of a group."""
 

@@ -7,24 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.backbones import Backbone
 from featurepipe.errors import Reject, SourceError, Unavailable
 from featurepipe.features.reading import PatientReader
-from featurepipe.features.settings import Machine
 from featurepipe.images import Source, key_of
 from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Budget, BudgetLease, check_bytes
-from featurepipe.images.decode import Claim, Kept, as_reject, try_decode
-from featurepipe.images.intensity import parse_intensity
+from featurepipe.images.decode import Claim, Kept, as_reject
 from featurepipe.images.listing import UNKNOWN
 from featurepipe.images.regions import (
     CLIPPED,
@@ -455,82 +451,3 @@ def _note(image: Loaded, found: Kept | Reject, payload: Payload, size: int) -> N
         image.refuse(str(found), payload, size)
     else:
         image.pixels, image.damage, image.remarks = found.pixels, found.damage or None, found.remarks
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How bytes become pixels.
-
-    Attributes:
-        route: ``cpu``, or ``gpu`` for JPEGs.
-        intensity: which values are black and white in images of more than eight bits.
-        keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
-    """
-
-    route: str
-    intensity: str
-    keep_damaged: bool = False
-
-
-def decoder_for(decoding: Decoding, colour: Literal["rgb", "grey"], device: str) -> Decoder:
-    """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else.
-
-    Raises:
-        UsageError: the intensity is unknown.
-    """
-    scale, keep_damaged = parse_intensity(decoding.intensity), decoding.keep_damaged
-    if decoding.route == "gpu":
-        from featurepipe.images.decode_gpu import decode_batch
-
-        return lambda payloads, claim: decode_batch(
-            payloads, colour=colour, device=device, intensity=scale, keep_damaged=keep_damaged, claim=claim
-        )
-    return lambda payloads, claim: (
-        try_decode(payload, colour=colour, intensity=scale, keep_damaged=keep_damaged, claim=claim)
-        for payload in payloads
-    )
-
-
-def loader_for(
-    source: Source,
-    missing: Callable[[bytes], tuple[str, ...] | Reject],
-    backbone: Backbone,
-    machine: Machine,
-    decoding: Decoding,
-    clock: StageSeconds,
-) -> Loader:
-    """A loader of what a backbone wants, with a window of four batches."""
-    preprocessing = backbone.preprocessing
-    return Loader(
-        source,
-        missing,
-        decoder_for(decoding, preprocessing.colour, machine.device),
-        preprocessing.resize_crop,
-        clock=clock,
-        workers=machine.workers,
-        window=4 * machine.batch_size,
-    )
-
-
-def load_sample(
-    source: Source,
-    listing: pa.Table,
-    backbone: Backbone,
-    machine: Machine,
-    rows: np.ndarray,
-    images: int,
-    intensity: str,
-) -> torch.Tensor:
-    """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
-    found: list[torch.Tensor] = []
-    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
-    with closing(loader.load(listing, rows[: 4 * images])) as batches:
-        for batch in batches:
-            found += [image.pixels for image in batch if image.pixels is not None]
-            if len(found) >= images:
-                break
-    return (
-        torch.stack(found[:images])
-        if found
-        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
-    )

@@ -9,11 +9,11 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,12 @@ from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS, Engine, choose_precision
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.features.loader import Decoding, Loader, StageSeconds, load_sample, loader_for
+from featurepipe.features.loader import Decoder, Loader, StageSeconds
 from featurepipe.features.options import AUTO, DamageOptions, MachineOptions, Options
 from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
-from featurepipe.images.decode import DECODING
+from featurepipe.images.decode import DECODING, try_decode
+from featurepipe.images.intensity import parse_intensity
 from featurepipe.store import differences
 from featurepipe.store.identity import canonical_json
 
@@ -363,3 +364,82 @@ def keep_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_KEPT)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How bytes become pixels.
+
+    Attributes:
+        route: ``cpu``, or ``gpu`` for JPEGs.
+        intensity: which values are black and white in images of more than eight bits.
+        keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
+    """
+
+    route: str
+    intensity: str
+    keep_damaged: bool = False
+
+
+def decoder_for(decoding: Decoding, colour: Literal["rgb", "grey"], device: str) -> Decoder:
+    """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else.
+
+    Raises:
+        UsageError: the intensity is unknown.
+    """
+    scale, keep_damaged = parse_intensity(decoding.intensity), decoding.keep_damaged
+    if decoding.route == "gpu":
+        from featurepipe.images.decode_gpu import decode_batch
+
+        return lambda payloads, claim: decode_batch(
+            payloads, colour=colour, device=device, intensity=scale, keep_damaged=keep_damaged, claim=claim
+        )
+    return lambda payloads, claim: (
+        try_decode(payload, colour=colour, intensity=scale, keep_damaged=keep_damaged, claim=claim)
+        for payload in payloads
+    )
+
+
+def loader_for(
+    source: Source,
+    missing: Callable[[bytes], tuple[str, ...] | Reject],
+    backbone: Backbone,
+    machine: Machine,
+    decoding: Decoding,
+    clock: StageSeconds,
+) -> Loader:
+    """A loader of what a backbone wants, with a window of four batches."""
+    preprocessing = backbone.preprocessing
+    return Loader(
+        source,
+        missing,
+        decoder_for(decoding, preprocessing.colour, machine.device),
+        preprocessing.resize_crop,
+        clock=clock,
+        workers=machine.workers,
+        window=4 * machine.batch_size,
+    )
+
+
+def load_sample(
+    source: Source,
+    listing: pa.Table,
+    backbone: Backbone,
+    machine: Machine,
+    rows: np.ndarray,
+    images: int,
+    intensity: str,
+) -> torch.Tensor:
+    """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
+    found: list[torch.Tensor] = []
+    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
+    with closing(loader.load(listing, rows[: 4 * images])) as batches:
+        for batch in batches:
+            found += [image.pixels for image in batch if image.pixels is not None]
+            if len(found) >= images:
+                break
+    return (
+        torch.stack(found[:images])
+        if found
+        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    )

@@ -101,11 +101,11 @@ class Run:
 
     def __init__(self, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from featurepipe.backbones.engine import Engine
-        from featurepipe.features import loader as stream
+        from featurepipe.features import session
 
         self.path = store
         self.reads = self.decodes = self.forwards = 0
-        decode, submit = stream.try_decode, Engine.submit
+        decode, submit = session.try_decode, Engine.submit
 
         def counting_decode(payload: Any, **options: Any) -> Any:
             self.decodes += 1
@@ -115,7 +115,7 @@ class Run:
             self.forwards += len(batch)
             return submit(engine, batch)
 
-        monkeypatch.setattr(stream, "try_decode", counting_decode)
+        monkeypatch.setattr(session, "try_decode", counting_decode)
         monkeypatch.setattr(Engine, "submit", counting_submit)
 
     @property

@@ -19,6 +19,7 @@ from PIL import Image
 from featurepipe.errors import Reject, UsageError
 from featurepipe.features import loader as stream
 from featurepipe.features.loader import Loader, StageSeconds
+from featurepipe.features.session import Decoding, decoder_for
 from featurepipe.images import open_source
 from featurepipe.images.budgets import ALL, DecodeMemory, check_budgets
 from featurepipe.images.decode import decode
@@ -37,7 +38,7 @@ def noise(seed, side=16):
 def loaded(payloads, decoder=None, prepare=lambda pixels: pixels, stop=bool, workers=2):
     """Loads some encoded images; gives the images by their number."""
     source = open_source({f"{i:03d}": payload for i, payload in enumerate(payloads)})
-    decoder = decoder or stream.decoder_for(stream.Decoding("cpu", "declared"), "rgb", "cpu")
+    decoder = decoder or decoder_for(Decoding("cpu", "declared"), "rgb", "cpu")
     loader = Loader(source, lambda _: ("all",), decoder, prepare, clock=StageSeconds(), workers=workers, window=8)
     listing = source.scan().combine_chunks()
     return [image for images in loader.load(listing, np.arange(len(payloads)), stop) for image in images]
@@ -49,7 +50,7 @@ def test_a_file_beyond_its_budget_is_not_read(monkeypatch, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(noise(0)))
     source = open_source(tmp_path)
     loader = Loader(
-        source, lambda _: ("all",), stream.decoder_for(stream.Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels: pixels,
+        source, lambda _: ("all",), decoder_for(Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels: pixels,
         clock=StageSeconds(), workers=1, window=8,
     )  # fmt: skip
     listing = source.scan().combine_chunks()
@@ -232,9 +233,9 @@ STUCK = """
 import sys, time
 from pathlib import Path
 from featurepipe.cli import main
-from featurepipe.features import loader as stream
+from featurepipe.features import session
 
-real = stream.try_decode
+real = session.try_decode
 
 def stuck(payload, **options):
     if payload.endswith(b"stuck"):
@@ -242,7 +243,7 @@ def stuck(payload, **options):
         time.sleep(1_000)  # in C, where no exception arrives
     return real(payload, **options)
 
-stream.try_decode = stuck
+session.try_decode = stuck
 sys.exit(main(["extract", "pile", "--store", "store", "--backbone", "lenet5", "--weights", "none", "--precision", "fp32",
                "--workers", "2"]))
 """

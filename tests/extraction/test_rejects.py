@@ -211,9 +211,9 @@ def test_a_source_without_images_is_an_error(album, run):
 @pytest.fixture
 def late_decoder(monkeypatch):
     """A decoder that cannot read files that start with ``new``, until its ``learn()`` was called."""
-    from featurepipe.features import loader as stream
+    from featurepipe.features import session
 
-    decode = stream.try_decode
+    decode = session.try_decode
     known = []
 
     def decoder(payload, **options):
@@ -223,7 +223,7 @@ def late_decoder(monkeypatch):
             payload = payload[3:]
         return decode(payload, **options)
 
-    monkeypatch.setattr(stream, "try_decode", decoder)
+    monkeypatch.setattr(session, "try_decode", decoder)
     return SimpleNamespace(learn=lambda: known.append(1))
 
 

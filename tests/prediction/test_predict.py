@@ -353,10 +353,10 @@ def test_an_interrupt_leaves_no_file_and_an_old_one_stays(album, tmp_path):
 STUCK = """
     import sys, time
     from pathlib import Path
-    from featurepipe.features import loader
+    from featurepipe.features import session
     from featurepipe.cli import main
 
-    real, bundle, images, target = loader.try_decode, *sys.argv[1:]
+    real, bundle, images, target = session.try_decode, *sys.argv[1:]
 
     def stuck(payload, **options):
         if payload.endswith(b"stuck"):
@@ -364,7 +364,7 @@ STUCK = """
             time.sleep(1_000)  # in C, where no exception arrives
         return real(payload, **options)
 
-    loader.try_decode = stuck
+    session.try_decode = stuck
     sys.exit(main(["predict", bundle, images, "--to", target, "--workers", "2", "--batch-size", "4", "--quiet"]))
 """
 
