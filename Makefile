@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow test-all lint bench clean
+.PHONY: demo test test-slow test-all lint lint-style lint-types lint-imports lint-structure bench clean
 .DEFAULT_GOAL := test
 
 # editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
@@ -12,17 +12,28 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featurepipe needs Python >= 3.11; choose one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), with PyTorch: minutes, and no output until it is done"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true   # as pip would, but on all cores; some packages have files of Python 2
 	@touch $@
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/featurepipe demo --out demo-output
 
+# The types take as long as all else, so they are checked beside it; with GNU make >= 4 each step's output stays together.
 lint: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-types lint-style lint-imports lint-structure
+
+lint-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types:
 	$(BIN)/mypy
+
+lint-imports:
 	$(BIN)/lint-imports --no-cache
+
+lint-structure:
 	$(BIN)/python tools/measure_structure.py --check
 
 # Two processes on two cores: more threads would wait for each other.

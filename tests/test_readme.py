@@ -5,10 +5,9 @@ import gzip
 import json
 import re
 import shlex
+import signal
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 from featurepipe.backbones.pooling import POOLINGS
 from featurepipe.cli import build_parser
 from featurepipe.store.labels import read_labels
-from tests.conftest import MAIN
+from tests.conftest import DASK, MAIN
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", *(f"docs/{name}.md" for name in (
@@ -206,12 +205,10 @@ def test_three_terminals(checkout: Path, cli: Callable, launcher) -> None:
     lines = [fence(page, heading, "sh", number).replace("8786", port) for number in range(3)]
     background = [*shlex.split(lines[0]), "--port", port, "--no-dashboard"], shlex.split(lines[1])
     with ExitStack() as ended:
-        for words in background:
-            with (checkout / f"{words[1]}.log").open("wb") as log:
-                command = [sys.executable, "-P", "-m", f"distributed.cli.dask_{words[1]}", *words[2:]]
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=checkout)
+        for _, role, *options in background:
+            process = launcher.start(DASK.format(role=role), options, checkout, seconds=0)
             ended.callback(process.wait)
-            ended.callback(process.terminate)
+            ended.callback(process.send, signal.SIGTERM)
         outputs = []
         for line in lines[2].splitlines():
             finished = cli(*shlex.split(line)[1:], cwd=checkout)

@@ -45,7 +45,7 @@ def test_what_is_written_to_a_closed_descriptor_gets_into_no_file_of_ours(tmp_pa
 
 def test_a_full_disk_behind_standard_output_is_one_line_and_a_failure(launcher):
     is_full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
-    done = launcher.start(is_full + MAIN, ["backbones"]).wait()
+    done = launcher.start(is_full + MAIN, ["nodes", "resnet50"]).wait()
     assert done.code == 1
     assert done.err.splitlines() == ["featurepipe: [Errno 28] No space left on device"]
 

@@ -1,6 +1,5 @@
 """The commands of SECURITY.md: certificates, a cluster that lets in nobody without one, permissions, what a manifest may name."""
 
-import os
 import re
 import shutil
 import socket
@@ -18,8 +17,10 @@ from featurepipe.errors import ClusterError
 from featurepipe.execution import connect
 from featurepipe.extraction.extract import extract
 from featurepipe.store import FeatureStore
+from tests.conftest import MAIN
 
 PAGE = Path(__file__).parents[2] / "SECURITY.md"
+SMALL = ("--backbone", "lenet5", "--weights", "none")
 FORMS = {"backbone": "lenet5", "weights": "none", "precision": "fp32", "silent": True}
 
 
@@ -97,24 +98,23 @@ def test_a_cluster_on_this_machine_uses_tls_where_its_table_says_so(images, tmp_
     assert FeatureStore(tmp_path / "features").runs()[0]["counts"]["computed"] == 6
 
 
-def test_a_store_is_as_private_as_the_umask_says(images, tmp_path):
-    shell(block("umask"), tmp_path)
+def test_a_store_is_as_private_as_the_umask_says(images, tmp_path, launcher):
+    umask, extraction = block("umask").splitlines()
+    code = f"import os; os.umask(0o{umask.split()[1]}); {MAIN}"
+    done = launcher.start(code, [*extraction.split()[1:], *SMALL], tmp_path).wait()
+    assert done.code == 0, done.err[-2000:]
     made = [tmp_path / "features", *(tmp_path / "features").rglob("*")]
     assert len(made) > 8
     assert all(not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO) for path in made)
 
 
-def test_a_manifest_is_held_to_a_folder(images, tmp_path):
+def test_a_manifest_is_held_to_a_folder(images, tmp_path, cli):
     Image.new("L", (28, 28)).save(tmp_path / "private.png")
     (images / "link.png").symlink_to(tmp_path / "private.png")
     rows = ["path", *(f"images/{n}.png" for n in range(6)), "private.png", "images/link.png"]
     (tmp_path / "list.csv").write_text("\n".join(rows) + "\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "featurepipe", *block("--only-under").split()[1:], "--backbone", "lenet5", "--weights", "none",
-         "--max-rejects", "2"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr[-2000:]
+    done = cli(*block("--only-under").split()[1:], *SMALL, "--max-rejects", "2", cwd=tmp_path)
+    assert done.code == 3, done.err[-2000:]
     reasons = {r["id"]: r["reason"] for r in FeatureStore(tmp_path / "features").runs()[-1]["rejects"]}
     assert len(reasons) == 2
     assert all("--only-under" in reason for reason in reasons.values())

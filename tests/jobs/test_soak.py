@@ -216,6 +216,8 @@ class Machines:
 
     def __init__(self, job: Path) -> None:
         self._job = job
+        self.usual = 2.5
+        """Seconds that the last undisturbed night took, so that a disturbed one is met at any moment of it."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
             [
@@ -224,6 +226,11 @@ class Machines:
                 "featurepipe.jobs.run",
                 "featurepipe.extraction.extract",
                 "featurepipe.training.train",
+                "featurepipe.prediction.predict",
+                "featurepipe.heads.bundle.bundle",
+                "skops.io",
+                "sklearn.neighbors",
+                "prometheus_client",
             ]
         )
 
@@ -233,8 +240,11 @@ class Machines:
         return process
 
     def undisturbed(self, trouble: str = "") -> int:
+        begun = time.monotonic()
         process = self.start(trouble)
         process.join(LONGEST + 60)
+        if not trouble:
+            self.usual = time.monotonic() - begun
         return int(process.exitcode)
 
 
@@ -291,7 +301,7 @@ def run_night(machines: Machines, trouble: str, rng: random.Random) -> set[int]:
         return codes
     if trouble in ("kill", "term"):
         process = machines.start()
-        time.sleep(rng.uniform(0, 2.5))
+        time.sleep(rng.uniform(0, machines.usual))
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.kill(process.pid, signal.SIGKILL if trouble == "kill" else signal.SIGTERM)
         asked = time.monotonic()
