@@ -18,6 +18,7 @@ from featurepipe.features.loader import Loader, StageSeconds
 from featurepipe.features.options import SourceOptions
 from featurepipe.images import key_of, open_source
 from featurepipe.images.decode import decode, try_decode
+from featurepipe.images.findings import ListingSummary
 from featurepipe.images.regions import Box, Boxes, Region, region_locator, split_region, stamp
 from featurepipe.store import FeatureStore
 
@@ -245,8 +246,6 @@ def test_boxes_are_refused_where_there_are_none(tmp_path):
 
 
 def test_shares_taken_for_pixels_are_asked_about(tmp_path):
-    from featurepipe.images.findings import ListingSummary
-
     notes = "; ".join(ListingSummary.of(open_source(manifest(tmp_path, [[0.1, 0.1, 0.5, 0.5], None])).scan()).notes)
     assert "1 region of 1 image, by boxes in pixels; 1 row without a box, each its whole image" in notes
     assert "--box-unit share" in notes
@@ -270,6 +269,21 @@ def test_crops_stay_where_the_image_is(device):
     loaded = [image for images in loader.load(table, np.arange(3)) for image in images]
     assert len(decoded) == 1
     assert [(image.pixels.device.type, tuple(image.pixels.shape)) for image in loaded] == [(device, (3, 10, 20))] * 3
+
+
+def test_mixed_units_are_asked_about_and_each_box_is_what_it_says(tmp_path):
+    path = manifest(tmp_path, [[10, 10, 30, 30], [0.1, 0.1, 0.5, 0.5]])
+    notes = "; ".join(ListingSummary.of(open_source(path).scan()).notes)
+    assert "1 region within the first pixel: are some boxes shares, and others pixels?" in notes
+    record = run(tmp_path / "pixels", path, max_rejects=1)
+    assert (record["counts"]["computed"], record["reject_reasons"]) == (1, {"box": 1})
+    source = open_source(
+        manifest(tmp_path, [[10, 10, 30, 30], [0.5, 0.5, 1.4, 0.5], [-0.1, 0, 0.2, 1]]), boxes=Boxes(unit="share")
+    )
+    notes = "; ".join(ListingSummary.of(source.scan()).notes)
+    assert "1 region in shares of more than 2: pixels are --box-unit pixels" in notes
+    record = run(tmp_path / "shares", source.path, box_unit="share", max_rejects=1)
+    assert (record["counts"]["computed"], record["reject_reasons"], record["clipped"]) == (2, {"box": 1}, 2)
 
 
 def test_crops_are_laid_out_as_decoded_files_are():
