@@ -19,6 +19,7 @@ from featurepipe.backbones.engine import Engine
 from featurepipe.errors import BundleError, Interrupted, SourceError, TooManyRejects, UsageError
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.bundle.bundle import write_bundle
+from featurepipe.images.regions import region
 from featurepipe.prediction import files
 from featurepipe.prediction.image_classifier import ImageClassifier
 from featurepipe.prediction.predict import predict
@@ -443,3 +444,35 @@ def test_predictions_never_replace_what_they_are_made_from(album, written, tmp_p
         with pytest.raises(UsageError, match="would replace what they are made from"):
             predict(bundle, manifest, target, silent=True)
     assert manifest.read_text() == before
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_boxes_are_written_beside_their_ids(album, written, tmp_path, suffix):
+    name = album.features().ids[0]
+    manifest = tmp_path / "boxes.jsonl"
+    boxes = [[0, 0, 44, 36], None, [30, 20, 30, 30], [3, 3, 0, 5], [60, 0, 5, 5]]
+    manifest.write_text("".join(json.dumps({"path": name, "box": box}) + "\n" for box in boxes))
+    to, bundle = tmp_path / f"p{suffix}", written()
+    record = predict(bundle, manifest, to, images=album.root, max_rejects=2, **OPTIONS)
+    assert (record["counts"], record["clipped"]) == ({"listed": 5, "predicted": 3, "rejected": 2}, 1)
+    assert (record["reject_reasons"], record["remarks"]) == ({"box": 2}, {})
+    assert "clipped to their images: 1 region" in text(record)
+    if suffix == ".jsonl":
+        rows = [json.loads(line) for line in to.read_text(encoding="utf-8").splitlines()]
+        assert list(rows[0]) == ["id", "image", "box", "label", "confidence", "reason", "probabilities"]
+    elif suffix == ".csv":
+        with to.open(encoding="utf-8", newline="") as file:
+            rows = [{key: value or None for key, value in row.items()} for row in csv.DictReader(file)]
+    else:
+        rows = pq.read_table(to).to_pylist()
+    assert [(row["id"], row["image"], row["box"]) for row in rows] == [
+        (f"{name}#1", name, "0.0 0.0 44.0 36.0"), (name, name, None), (f"{name}#2", name, "30.0 20.0 30.0 30.0"),
+        (f"{name}#3", name, "3.0 3.0 0.0 5.0"), (f"{name}#4", name, "60.0 0.0 5.0 5.0"),
+    ]  # fmt: skip
+    assert rows[0]["label"] == rows[1]["label"]  # all of the image
+    assert [row["reason"] is None for row in rows] == [True, True, True, False, False]
+    assert rows[3]["reason"].startswith("box: 3 3 0 5 (pixels) has a width or height of 0")
+    found = ImageClassifier.load(bundle).predict(
+        [region(album.root / name, boxes[0]), region(album.root / name, boxes[2])]
+    )
+    assert list(found) == [rows[0]["label"], rows[2]["label"]]
