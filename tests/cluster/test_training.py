@@ -18,6 +18,7 @@ from featurepipe.execution import connect
 from featurepipe.execution.dask import cluster_name
 from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.prediction.from_store import predict_features
 from featurepipe.training import trials, tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
@@ -73,6 +74,56 @@ def test_numbers_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, t
     assert there["calibration"]["half_width"] == pytest.approx(here["calibration"]["half_width"], abs=2 * apart)
     measured = evaluate(tmp_path / "there", zoo.store, labels=ages, cluster=cluster_address, bootstrap=50, silent=True)
     assert measured["metrics"]["mae"]["value"] == pytest.approx(there["test"]["mae"]["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("head", "tune"), [("logistic", True), ("knn", False), ("xgboost", False)])
+def test_several_labels_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, tune):
+    rows = [*zoo.images("train", 80), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write(rows)
+    scores = np.array([row.features() for row in rows]) @ [[1, -1, 0.5], [0.5, 1, -1], [-1, 0.2, 1]]
+    scores += 0.5 * np.random.default_rng(0).standard_normal(scores.shape)
+    texts = [
+        ["" if i % 7 == k else str(int(value > 0.2 * k)) for i, value in enumerate(scores[:, k])] for k in range(3)
+    ]
+    table = pa.table({"id": [row.id for row in rows], "big": texts[0], "red": texts[1], "soft": texts[2]})
+    params = {"n_estimators": 10, "colsample_bytree": 1.0} if head == "xgboost" else {}
+    options = {"head": head, "tune": tune, "params": params, "labels": table, "multilabel": ("big", "red", "soft")}
+    here, there, one, other = pair(**options, threshold="recall=0.9")
+    assert (there["cost"]["cluster"] is not None) == (head != "knn")
+    assert there["params"] == here["params"]
+    features = zoo.features().select(split="test")
+    expected, found = one.scores(features), other.scores(features)
+    if head == "xgboost":  # quantiles are joined from those of the workers
+        assert np.mean((found > 0) == (expected > 0)) > 0.9
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-2 * expected.std())
+        assert there["test"]["map"]["value"] == pytest.approx(here["test"]["map"]["value"], abs=1e-3)
+        np.testing.assert_allclose(other.thresholds, one.thresholds, atol=2e-2 * expected.std())
+    told = {"labels": table, "bootstrap": 50, "silent": True}
+    measured, spread = (evaluate(tmp_path / "there", zoo.store, **told, cluster=at) for at in (None, cluster_address))
+    assert spread["metrics"]["map"]["value"] == pytest.approx(measured["metrics"]["map"]["value"], rel=1e-6)
+    predicted, elsewhere = (
+        predict_features(tmp_path / "there", zoo.store, cluster=at, silent=True)["labels"]
+        for at in (None, cluster_address)
+    )
+    assert elsewhere == predicted
+
+
+def test_ordered_classes_come_out_the_same(zoo, pair, cluster_address, tmp_path):
+    rows = [*zoo.images("train", 80), *zoo.images("test", 40)]
+    zoo.write(rows)
+    hidden = np.array([row.features() for row in rows]) @ [1, -1, 0.5]
+    hidden += 0.4 * np.random.default_rng(0).standard_normal(len(rows))
+    order = ["low", "mid", "high"]
+    names = np.array(order)[np.searchsorted(np.quantile(hidden, [0.4, 0.8]), hidden)]
+    table = pa.table({"id": [row.id for row in rows], "label": names.tolist()})
+    here, there, one, other = pair(ordered=order, labels=table)
+    assert there["cost"]["cluster"] is not None
+    np.testing.assert_allclose(other.probabilities(zoo.features()), one.probabilities(zoo.features()), atol=5e-3)
+    kappa = here["test"]["quadratic_kappa"]["value"]
+    assert there["test"]["quadratic_kappa"]["value"] == pytest.approx(kappa, abs=0.02)
+    measured = evaluate(tmp_path / "there", zoo.store, labels=table, cluster=cluster_address, bootstrap=50, silent=True)
+    assert measured["metrics"]["quadratic_kappa"]["value"] > 0.6
 
 
 def test_trees_differ_as_little_as_between_two_seeds(zoo, pair, tmp_path):
