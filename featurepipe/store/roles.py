@@ -8,6 +8,7 @@ one is given and has them, else from the manifest, whose further columns the sna
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import KEPT_COLUMN, column_named, names_in_doubt, split_of
+from featurepipe.annotations import KEPT_COLUMN, column_named, duplicate, names_in_doubt, several_names, split_of
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
@@ -339,7 +340,8 @@ def _with_classes(
         return features
     found = columns.get("label", asked)
     features = features.with_labels(pa.table({"id": features.table["id"], "label": found.texts}))
-    say(f"classes: column {found.name} of {found.where}, {counted(len(features.classes), 'label')}")
+    said = [counted(len(features.classes), "label"), *names_in_doubt(features.classes)]
+    say(f"classes: column {found.name} of {found.where}, {'; '.join(said)}")
     return features
 
 
@@ -387,6 +389,7 @@ def _of_file(path: str, features: FeatureSet) -> _Column:
 
 
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_THOUSANDS = r"^[+-]?[0-9]{1,3},[0-9]{3}$"
 _DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
 
 
@@ -402,6 +405,8 @@ def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:
         comma = pc.all(pc.match_substring_regex(wrong, _DECIMAL_COMMA)).as_py()
         what = "is no finite number" if len(rows) == 1 else "are no finite numbers"
         hint = "write a decimal point" if comma else "leave it empty where it is not known"
+        if comma and pc.all(pc.match_substring_regex(wrong, _THOUSANDS)).as_py():
+            hint = "write no separator of thousands, or a decimal point: either may be meant"
         ways: Sequence[str | Option] = (
             ["; or learn classes from it with ", Option("label", column.name)] if role == "target" and not comma else []
         )
@@ -429,6 +434,10 @@ def _weights(column: _Column, features: FeatureSet) -> pa.Array:
 def _several(columns: _Columns, names: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32], str]:
     """Names of labels, (n, K) with 1 for yes, 0 for no and NaN for unknown, and where they are from."""
     found = [columns.get("multilabel", name) for name in names]
+    if (twice := duplicate([column.name for column in found], [column.name for column in found])) is not None:
+        raise UsageError(
+            Message(Option("multilabel", ",".join(names)), f": column {twice} is named twice; name each once")
+        )
     where = first_names(list(dict.fromkeys(f"column {column.name} of {column.where}" for column in found)))
     if len(found) == 1 and not _is_yes_or_no(found[0].texts):
         return (*_listed(found[0], columns.features), where)
@@ -469,8 +478,15 @@ def _listed(column: _Column, features: FeatureSet) -> tuple[list[str], npt.NDArr
         )
     names = sorted({name for labels in lists for name in labels or ()})
     if not names:
-        raise _wrong("multilabel", column, "is empty for all images")
+        what = "has no label for any image" if any(text.strip() for text in texts) else "is empty for all images"
+        raise _wrong("multilabel", column, what)
     _refuse_two_forms(names, column)
+    if not any(text.strip().startswith("[") for text in texts) and several_names(names) is not None:
+        some = first_names([repr(name) for name in names if any(mark in name for mark in ";,")])
+        raise _wrong(
+            "multilabel", column, f"has labels such as {some}, which look like several; write them as red|round, or, if that is "
+            'one label, as JSON lists: ["red, round"]',
+        )  # fmt: skip
     places = {name: place for place, name in enumerate(names)}
     known = np.full(
         (len(lists) + 1, len(names)), np.nan, np.float32
@@ -519,7 +535,7 @@ def _labels_in(text: str) -> list[str] | None:
 def _refuse_two_forms(names: Sequence[str], column: _Column) -> None:
     forms: dict[str, str] = {}
     for name in names:
-        other = forms.setdefault(name.casefold(), name)
+        other = forms.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), name)
         if other != name:
             raise _wrong("multilabel", column, f"has one label in two forms, {other!r} and {name!r}; write one of them")
 

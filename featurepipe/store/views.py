@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import split_asked
+from featurepipe.annotations import names_in_doubt, split_asked
 from featurepipe.display import counted
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
@@ -318,7 +318,7 @@ def with_told_labels(features: FeatureSet, labels: LabelSource, say: Callable[[s
     found = features.with_labels(table)
     labelled = len(found) - found.unlabelled
     parts = [f"{counted(len(found.classes), 'label')} on {labelled:,} of {counted(len(found), 'image')}"]
-    parts += table.told()
+    parts += [*table.told(), *names_in_doubt(found.classes)]
     if found.unmatched:
         parts.append(f"{counted(found.unmatched, 'id')} not among the images")
     say(f"{table.name}: {'; '.join(parts)}")

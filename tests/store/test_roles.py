@@ -490,6 +490,11 @@ def test_what_is_not_known_of_several_labels_is_counted_in_all_forms(kept, tmp_p
             {"target": "age"},
             "'2,5' for image 'a2', which are no finite numbers; write a dec",
         ),
+        ('id,age\na1,"1,500"\n', {"target": "age"}, "write no separator of thousands, or a decimal point"),
+        ("id,t\na1,red;big\na2,big\n", {"multilabel": ("t",)}, "has labels such as 'red;big', which look like several"),
+        ("id,t\na1,caf\u00e9\na2,cafe\u0301\n", {"multilabel": ("t",)}, "has one label in two forms"),
+        ("id,t\na1,none\na2,[]\n", {"multilabel": ("t",)}, "has no label for any image"),
+        ("id,x\na1,1\na2,0\n", {"multilabel": ("x", "X")}, "column x is named twice; name each once"),
         ("id,age\na1,1_000\n", {"target": "age"}, "has '1_000' for image 'a1'"),
         ("id,age\na1,1e999\n", {"target": "age"}, "has '1e999' for image 'a1'"),
         ("id,label,w\na1,x,0\na2,x,0\nb1,y,0.0\nb2,y,0\n", {"weight": "w"}, "is 0 for all images"),
@@ -555,3 +560,14 @@ def test_roles_are_joined_in_python(kept, tmp_path, capsys):
     assert "columns of its manifest without a role here: age, found" in capsys.readouterr().err
     assert join_roles(view, target="age", silent=True).targets[1] == 4.5
     assert capsys.readouterr().err == ""
+
+
+def test_classes_that_look_alike_are_named(kept, tmp_path):
+    (tmp_path / "l.csv").write_text("id,label,kind\na1,Cat,x\na2,cat,X y\nb1,NA,x y\nb2,dog,x\n")
+    _, said = joined(kept, tmp_path / "l.csv")
+    assert said[0] == (
+        "l.csv: 4 labels on 4 of 4 images; taken as a class: 'NA'; leave the label empty where there is none; taken as classes "
+        "of their own, though they look alike: 'Cat' and 'cat'"
+    )
+    (tmp_path / "j.csv").write_text('id,t\na1,"[""a, b""]"\na2,"[""a"", ""b""]"\nb1,[]\n')
+    assert joined(kept, tmp_path / "j.csv", multilabel=("t",))[0].target_names == ("a", "a, b", "b")
