@@ -119,7 +119,8 @@ def _add_export(commands: Commands) -> None:
 def info(args: Namespace) -> int:
     """Runs ``featurepipe info``, on a store or a bundle."""
     if (Path(args.store) / "bundle.json").is_file():
-        from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle
+        from featurepipe.heads.bundle.bundle import read_bundle
+        from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 
         bundle = read_bundle(args.store)
         show(args, describe_bundle(bundle), lambda _: bundle_text(bundle))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from featurepipe.display import share, table
-from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text
 from featurepipe.heads.bundle.files import MULTILABEL
+from featurepipe.heads.bundle.text import interval_text, labels_calibration_text
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text

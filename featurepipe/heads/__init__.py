@@ -8,11 +8,11 @@ from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.heads.bundle.bundle import Bundle as Bundle
-    from featurepipe.heads.bundle.bundle import bundle_text as bundle_text
-    from featurepipe.heads.bundle.bundle import describe_bundle as describe_bundle
     from featurepipe.heads.bundle.bundle import read_bundle as read_bundle
     from featurepipe.heads.bundle.bundle import write_bundle as write_bundle
     from featurepipe.heads.bundle.files import check_bundle_target as check_bundle_target
+    from featurepipe.heads.bundle.text import bundle_text as bundle_text
+    from featurepipe.heads.bundle.text import describe_bundle as describe_bundle
     from featurepipe.heads.calibration import class_scores as class_scores
     from featurepipe.heads.calibration import expected_calibration_error as expected_calibration_error
     from featurepipe.heads.calibration import fit_temperature as fit_temperature
@@ -80,11 +80,11 @@ _HOMES = {
     "MultilabelRidge": "linear.multilabel",
     "MultilabelTrees": "multilabel",
     "OrdinalLogisticRegression": "linear.ordinal",
-    "bundle_text": "bundle.bundle",
+    "bundle_text": "bundle.text",
     "check_bundle_target": "bundle.files",
     "class_scores": "calibration",
     "conformal_half_width": "statistics.regression",
-    "describe_bundle": "bundle.bundle",
+    "describe_bundle": "bundle.text",
     "expected_calibration_error": "calibration",
     "fit_label_path": "linear.multilabel",
     "fit_path": "linear.classifiers",

@@ -7,8 +7,8 @@ from typing import Any
 
 from featurepipe.display import neutralised_text
 from featurepipe.extraction.text import damaged_lines, remark_lines
-from featurepipe.heads.bundle.bundle import interval_text, labels_calibration_text, threshold_text
 from featurepipe.heads.bundle.files import MULTILABEL
+from featurepipe.heads.bundle.text import interval_text, labels_calibration_text, threshold_text
 from featurepipe.prediction.files import range_text
 from featurepipe.progress import duration
 

@@ -195,7 +195,8 @@ def _bundle(
     silent: bool,
 ) -> tuple[Mapping[str, Any], Features]:
     from featurepipe.evaluation.evaluate import evaluate
-    from featurepipe.heads.bundle.bundle import describe_bundle, read_bundle
+    from featurepipe.heads.bundle.bundle import read_bundle
+    from featurepipe.heads.bundle.text import describe_bundle
 
     bundle = read_bundle(path)
     if bundle.target_type != "multiclass":

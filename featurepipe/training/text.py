@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import table
-from featurepipe.heads.bundle.bundle import (
-    interval_text,
-    label_thresholds_text,
-    labels_calibration_text,
-    threshold_text,
-)
+from featurepipe.heads.bundle.text import interval_text, label_thresholds_text, labels_calibration_text, threshold_text
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text

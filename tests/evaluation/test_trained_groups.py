@@ -10,7 +10,8 @@ import pytest
 from featurepipe.errors import BundleError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text
-from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle, write_bundle
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 from featurepipe.training.train import train
 
 

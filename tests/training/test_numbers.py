@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from featurepipe.errors import UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text as evaluation_text
-from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle
+from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 from featurepipe.heads.families import FAMILIES
 from featurepipe.monitoring.drift import drift
 from featurepipe.prediction.from_store import predict_features

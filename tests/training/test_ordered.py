@@ -11,8 +11,9 @@ from sklearn.metrics import cohen_kappa_score
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text as evaluation_text
-from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle, write_bundle
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.files import read_manifest
+from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 from featurepipe.heads.families import make_head
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.training.options import order_of

@@ -16,13 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text as evaluation_text
-from featurepipe.heads.bundle.bundle import (
-    bundle_text,
-    describe_bundle,
-    labels_calibration_text,
-    read_bundle,
-    write_bundle,
-)
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.text import bundle_text, describe_bundle, labels_calibration_text
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.label_tuning import VOC07, unit_rows, voc07_head

@@ -16,7 +16,8 @@ from sklearn.svm import SVC, LinearSVC
 from featurepipe.errors import BundleError
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.bundle.audit import OURS
-from featurepipe.heads.bundle.bundle import bundle_text, describe_bundle, read_bundle, write_bundle
+from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
+from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 from featurepipe.heads.families import FAMILIES, HEADS, make_head
 
 OTHERS = {  # estimators that are not ours, as a user may put into a bundle
