@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from sklearn.base import is_regressor
+from torch import Tensor, nn
+from typing_extensions import override
 
-from featurepipe.errors import BundleError
+from featurepipe.backbones import Backbone, Column
+from featurepipe.backbones.engine import HookedNetwork
+from featurepipe.backbones.nodes import freeze, frozen_copy
+from featurepipe.backbones.pooling import pool
+from featurepipe.errors import BundleError, UsageError
 from featurepipe.extraction.given import images_given
 from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
+from featurepipe.heads.families import families_for
+from featurepipe.heads.linear.ordinal import LEAST
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 
 if TYPE_CHECKING:
     from featurepipe.features.stream import FeatureBatch
-    from featurepipe.prediction.torch_module import TorchClassifier
 
 
 class ImageClassifier:
@@ -153,6 +162,210 @@ class ImageClassifier:
         Raises:
             UsageError: The head is not linear.
         """
-        from featurepipe.prediction.torch_module import torch_classifier
-
         return torch_classifier(self._ready)
+
+
+Floats = npt.NDArray[np.float64]
+
+
+class TorchClassifier(nn.Module):
+    """Maps images to the logits of a linear head.
+
+    The input is a batch (N, C, h, w) of images that are resized and cropped as the network's weights want it
+    (``backbone.preprocessing.resize_crop``, or the resizing of ``weights.transforms()``): uint8, which is normalised here, or
+    floats, which are taken to be normalised already. The output is float32 (N, K), in the order of ``classes``: the head's
+    decision values; ``softmax(logits / temperature)`` are the bundle's probabilities. Of a bundle that predicts a number it is
+    that number, (N, 1), without classes. Of ordered classes the logits are log-probabilities, made of the steps between them
+    (``featurepipe.heads.linear.ordinal``).
+
+    Everything is float32 whatever the bundle's precision; where its features are stored as float16, they are rounded here
+    as well. Brought to another dtype (``.to(torch.bfloat16)``, ``.half()``), the network computes in it, while normalisation,
+    pooling and head stay in float32 (float64 after ``.double()``), the head with rounded weights. The network is frozen and
+    stays in eval mode under ``.train()``; the head's weights may be trained.
+
+    Attributes:
+        classes: Class names; none where a number is predicted.
+        temperature: What the bundle divides logits by before the softmax.
+        network: From images to the activations of the nodes.
+        head: The linear layer, with scaling and PCA folded in.
+    """
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        columns: Sequence[Column],
+        weight: np.ndarray,
+        bias: np.ndarray,
+        *,
+        classes: Sequence[str],
+        temperature: float = 1.0,
+        half: bool = False,
+        ordered: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classes, self.temperature = list(classes), temperature
+        nodes = list(dict.fromkeys(column.node for column in columns))
+        graph = backbone.graph(nodes)
+        self.network = HookedNetwork(frozen_copy(backbone.module), nodes) if graph is None else frozen_copy(graph)
+        self._columns = [(column.node, column.pooling, backbone.channel_axis(column.node)) for column in columns]
+        self._half, self._ordered = half, ordered
+        preprocessing = backbone.preprocessing
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        self.register_buffer("factor", preprocessing.scale / std)
+        self.register_buffer("offset", -mean / std)
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(weight))
+            self.head.bias.copy_(torch.from_numpy(bias))
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K), or numbers (N, 1), of images (N, C, h, w)."""
+        if images.dtype == torch.uint8:
+            images = torch.addcmul(self.offset, images.float(), self.factor)
+        exact = torch.promote_types(torch.float32, self.head.weight.dtype)
+        found = nn.functional.linear(
+            self.features(images).to(exact), self.head.weight.to(exact), self.head.bias.to(exact)
+        )
+        return _of_steps(found) if self._ordered else found
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Sets the head's mode; the network, which is frozen, stays in eval mode."""
+        super().train(mode)
+        freeze(self.network)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves everything, but keeps the normalisation's numbers exact: they are no weights, and 8 bits are too few."""
+        exact = self.factor, self.offset
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factor, self.offset = (
+            values.to(moved.device) for values, moved in zip(exact, (self.factor, self.offset), strict=True)
+        )
+        return self
+
+    def _network_dtype(self) -> torch.dtype:
+        parameters = (value.dtype for value in self.network.parameters() if value.is_floating_point())
+        return next(parameters, torch.float32)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The columns side by side, (N, D), of normalised images."""
+        if any(
+            layer.training for layer in self.network.modules()
+        ):  # a copy, or someone's train() on the network itself
+            freeze(self.network)
+        outputs = self.network(images.to(self._network_dtype()))
+        vectors = [pool(outputs[node], pooling, channel_axis=axis).flatten(1) for node, pooling, axis in self._columns]
+        features = torch.cat(vectors, dim=1)
+        if not self._half:
+            return features
+        rounded = features.half().float()
+        return torch.where(torch.isfinite(rounded), rounded, features)
+
+
+def _of_steps(scores: Tensor) -> Tensor:
+    """Log-probabilities (N, K) of ordered classes from the (N, K - 1) scores of the steps between them."""
+    steps = nn.functional.pad(torch.cummin(scores, dim=1).values, (1, 0), value=torch.inf)
+    steps = nn.functional.pad(steps, (0, 1), value=-torch.inf)
+    upper, lower = steps[:, :-1], steps[:, 1:]
+    # sigmoid(upper) - sigmoid(lower), without the loss of digits where both are near 1
+    apart = torch.sigmoid(upper) * torch.sigmoid(-lower) * -torch.expm1(lower - upper)
+    found = apart.clamp(min=LEAST)
+    return torch.log(found / found.sum(dim=1, keepdim=True))
+
+
+def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
+    """The module of a bundle with a linear head.
+
+    Raises:
+        UsageError: The head is not linear; names those that are.
+    """
+    bundle = ready.bundle
+    families = families_for(bundle.target_type)
+    family = families.get(bundle.family)
+    if family is not None and not family.linear:
+        linear = ", ".join(name for name, other in families.items() if other.linear)
+        raise UsageError(
+            f"a {bundle.family} head is no linear layer, so there is no module of it; linear are: {linear}"
+        )
+    weight, bias = linear_map(bundle.head)
+    return TorchClassifier(
+        ready.backbone,
+        ready.session.columns,
+        weight,
+        bias,
+        classes=bundle.classes,
+        temperature=bundle.temperature or 1.0,
+        half=bundle.space["dtype"] == "float16",
+        ordered=bundle.ordered,
+    )
+
+
+def linear_map(head: Any) -> tuple[Floats, Floats]:
+    """Returns the affine map whose outputs are the head's decision values.
+
+    For two classes its rows give minus and plus half the margin, so that the softmax of the outputs is what the head's
+    probabilities are, and ``class_scores`` up to a constant for each image. For centroids it is ``x . c - |c|^2 / 2``. Of a
+    regressor the only row gives the number.
+
+    Args:
+        head: A fitted linear head, or a pipeline that scales and projects before one.
+
+    Returns:
+        weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``; (1, D) and (1,) for a number;
+        (K - 1, D) and (K - 1,) for the steps between ordered classes.
+
+    Raises:
+        UsageError: The head, or a step before it, is no affine map.
+    """
+    steps = [step for _, step in getattr(head, "steps", [("head", head)]) if step not in (None, "passthrough")]
+    weight, bias = _last(steps[-1])
+    for step in reversed(steps[:-1]):
+        matrix, centre = _step(step)
+        weight = weight * matrix if matrix.ndim == 1 else weight @ matrix
+        bias = bias - weight @ centre
+    return weight, bias
+
+
+def _last(head: Any) -> tuple[Floats, Floats]:
+    classes = getattr(head, "classes_", ())
+    if hasattr(head, "centroids_"):
+        weight = np.asarray(head.centroids_, np.float64)
+        bias = -0.5 * np.einsum("kd,kd->k", weight, weight)
+    elif hasattr(head, "coef_") and hasattr(head, "intercept_"):
+        weight = np.atleast_2d(np.asarray(head.coef_, np.float64))
+        bias = np.broadcast_to(np.asarray(head.intercept_, np.float64), len(weight)).copy()
+    else:
+        weight, bias = np.empty((0, 0)), np.empty(0)
+    if hasattr(head, "step_scores"):
+        return weight, bias
+    if not hasattr(head, "classes_") and is_regressor(head) and len(weight) == 1:
+        return weight, bias
+    if len(classes) == 2 and len(weight) == 1:
+        return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
+    if len(weight) != len(classes) or not len(classes):
+        raise UsageError(
+            f"{type(head).__name__} is no fitted linear head; linear are: logistic, linear-svm, ridge, lda, centroid"
+        )
+    return weight, bias
+
+
+def _step(step: Any) -> tuple[Floats, Floats]:
+    """What a fitted step does to x: ``(x - centre) @ matrix.T``; a matrix (D,) stands for a diagonal."""
+    width = getattr(step, "n_features_in_", 0)
+    if hasattr(step, "components_") and hasattr(step, "explained_variance_"):
+        matrix = np.asarray(step.components_, np.float64)
+        if step.whiten:
+            spread = np.sqrt(np.asarray(step.explained_variance_, np.float64))
+            matrix = matrix / np.maximum(spread, np.finfo(spread.dtype).eps)[:, None]
+        return matrix, np.asarray(step.mean_, np.float64)
+    if hasattr(step, "scale_") and hasattr(step, "var_"):
+        scale = np.ones(width) if step.scale_ is None else np.asarray(step.scale_, np.float64)
+        centre = np.zeros(width) if step.mean_ is None or not step.with_mean else np.asarray(step.mean_, np.float64)
+        return 1 / scale, centre
+    raise UsageError(f"{type(step).__name__} cannot be folded into a linear map: only scaling and PCA can")

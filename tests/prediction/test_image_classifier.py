@@ -20,8 +20,7 @@ from featurepipe.extraction.extract import extract
 from featurepipe.heads.calibration import class_scores
 from featurepipe.heads.families import HEADS, make_head
 from featurepipe.images.decode import decode, decoding_fields
-from featurepipe.prediction.image_classifier import ImageClassifier
-from featurepipe.prediction.torch_module import TorchClassifier
+from featurepipe.prediction.image_classifier import ImageClassifier, TorchClassifier
 from featurepipe.store import FeatureStore
 
 
