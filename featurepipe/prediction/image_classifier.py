@@ -1,4 +1,4 @@
-"""A bundle as one object: images in, labels and probabilities out."""
+"""A bundle as one object, images in, labels and probabilities out; its network and linear head as one PyTorch module."""
 
 from __future__ import annotations
 
