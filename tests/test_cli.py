@@ -160,12 +160,6 @@ def test_backbones_and_nodes(cli):
     assert re.search(r"^c3\.1 +16x10x10 +16 ", text.out, re.MULTILINE)
 
 
-def test_doctor(cli, tmp_path):
-    found = cli("doctor", "--store", tmp_path, "--json")
-    assert found.code in (0, 1)
-    assert isinstance(one_document(found), dict)
-
-
 MISTAKES = {
     "backbone": (
         ["extract", "IMAGES", "--store", "NEW", "--backbone", "resnet5"],

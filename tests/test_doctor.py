@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import featurepipe.backbones
 from featurepipe import doctor
 from featurepipe.cli import main
 from featurepipe.doctor import OK, PROBLEM, WARNING, Check, Report
+from tests.conftest import Finished
 
 
 @pytest.fixture
@@ -204,5 +206,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_weights_of_the_real_catalogue() -> None:
-    assert "efficientnet_lite0" in doctor.weights().found
+def test_the_real_catalogue_in_one_document(cli: Callable[..., Finished], tmp_path: Path) -> None:
+    found = cli("doctor", "--store", tmp_path, "--json")
+    assert found.code in (0, 1), found.err
+    assert "Traceback" not in found.err
+    (weights,) = (check for check in found.json()["checks"] if check["name"] == "weights")
+    assert "efficientnet_lite0" in weights["found"]
