@@ -77,6 +77,8 @@ def open_source(
             ``only_under``; or it is no manifest, and a ``path_column``, ``boxes`` or ``images`` are given.
         SourceError: The path does not exist.
     """
+    if frames not in FRAMES:
+        raise UsageError(Message("unknown ", Option("frames", frames), f"; choices: {', '.join(FRAMES)}"))
     source = _bounded(spec, array_readers or {}, only_under)
     if path_column is not None:
         if not isinstance(source, ManifestSource) or isinstance(source, AnnotatedSource):

@@ -31,7 +31,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from featurepipe.errors import Reject, Unavailable
+from featurepipe.errors import Reject, Unavailable, UsageError
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.text import text
 from featurepipe.images import dicom, key_of
@@ -362,6 +362,8 @@ def test_each_frame_is_an_image_of_its_own(tmp_path):
         assert key_of(payload) == hashlib.sha256(b"featurepipe frame 1\n" + digest).digest()
     assert source.read(table["locator"][3].as_py()) == (tmp_path / "pile" / "one.dcm").read_bytes()
     assert open_source(tmp_path / "pile", frames="first").scan()["id"].to_pylist()[0] == "cine.dcm"
+    with pytest.raises(UsageError, match="unknown frames='last'; choices: first, all"):
+        open_source(tmp_path / "pile", frames="last")
     with pytest.raises(Reject, match="missing: frame 4 of 3"):
         decode(Frame(FramesFile(content), 4))
     with zipfile.ZipFile(tmp_path / "pile.zip", "w") as archive:
