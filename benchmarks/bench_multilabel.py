@@ -5,9 +5,9 @@
 ``MultilabelLogisticRegression`` fits all labels in shared passes; ``OneVsRestClassifier(LogisticRegression())`` fits one after
 another (lbfgs, tol and max_iter as given) on the same float32 features, standardised and in memory. Both run in turns in one run,
 each time in a fresh process: ours on all labels, then theirs on the next part of them; ``times_faster`` is the sum of theirs over
-the mean of ours, which the load of the machine changes little. Every label's objective is worked out in float64: a fit of
-scikit-learn counts only if its objective is the same (within 1e-5) or worse than ours. At its own tol of 1e-4 it stops up to some
-thousandths above the optimum; ``--tol 1e-5`` brings it closer, and takes it longer.
+the mean of ours, which the load of the machine changes little; seconds of the processor stand beside. Every label's objective is
+worked out in float64: a fit of scikit-learn counts only if its objective is the same (within 1e-5) or worse than ours. At its own
+tol of 1e-4 it stops up to some thousandths above the optimum; ``--tol 1e-5`` brings it closer, and takes it longer.
 
 Features come from a store of ``featurepipe extract`` (``--store``), else they are made up: correlated, half of them zero where a
 network's rectifier makes them so. Labels are made up always: noisy linear functions of the features, 2 to 50 % positive.
@@ -59,11 +59,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "their_tol": args.tol,
         "turns": args.turns,
         "load_before": load_before,
+        "load_after": os.getloadavg(),
+        "beside": args.beside,
         "our_seconds": round(our_seconds, 2),
         "our_seconds_each": [round(found["seconds"], 2) for found in ours],
         "our_passes": ours[0]["passes"],
         "our_iterations": [int(min(ours[0]["iterations"])), int(max(ours[0]["iterations"]))],
         "their_seconds": round(their_seconds, 2),
+        "our_cpu_seconds": round(float(np.mean([found["cpu_seconds"] for found in ours])), 2),
+        "their_cpu_seconds": round(sum(found["cpu_seconds"] for found in theirs), 2),
         "their_iterations": [min(one["iterations"][0] for one in theirs), max(one["iterations"][1] for one in theirs)],
         "times_faster": round(their_seconds / our_seconds, 2),
         "their_gaps": {"least": float(gaps.min()), "median": float(np.median(gaps)), "most": float(gaps.max())},
@@ -104,11 +108,12 @@ def fit_ours(folder: Path, C: float) -> dict[str, Any]:
 
     features, labels = np.load(folder / "features.npy"), np.load(folder / "labels.npy")
     counts = count_passes(passes.Passes)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     head = MultilabelLogisticRegression(C=C).fit(features, labels)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "passes": len(counts),
         "iterations": head.n_iter_,
         "objectives": objectives(head.coef_, head.intercept_, features, labels, C),
@@ -125,14 +130,15 @@ def fit_theirs(folder: Path, part: np.ndarray, C: float, tol: float, max_iter: i
     features, labels = np.load(folder / "features.npy"), np.load(folder / "labels.npy")[:, part]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         model = OneVsRestClassifier(LogisticRegression(C=C, tol=tol, max_iter=max_iter)).fit(features, labels)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     coefficients = np.concatenate([one.coef_ for one in model.estimators_])
     intercepts = np.concatenate([one.intercept_ for one in model.estimators_])
     iterations = [int(one.n_iter_[0]) for one in model.estimators_]
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "iterations": [min(iterations), max(iterations)],
         "objectives": objectives(coefficients, intercepts, features, labels, C),
         "predictions": np.asarray(model.predict(features), np.int8),
@@ -163,6 +169,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tol", type=float, default=1e-4, help="of scikit-learn's fits (its default)")
     parser.add_argument("--max-iter", type=int, default=10_000, help="of scikit-learn's fits")
     parser.add_argument("--turns", type=int, default=2, help="how often both take turns")
+    parser.add_argument("--beside", help="what else the machine did meanwhile, for the record")
     parser.add_argument("--dir", help="a folder with room for the features (default: the system's temporary folder)")
 
 

@@ -189,7 +189,8 @@ def _solve_group(
             intercept_penalty=objective.intercept_penalty,
             memory=estimator.memory,
         )
-        settings = [OptimiserSettings(estimator.tol / SAFETY, most, loss.refresh, loss.growth) for most in iterations]
+        often = loss.refresh, loss.growth, loss.trusted
+        settings = [OptimiserSettings(estimator.tol / SAFETY, most, *often) for most in iterations]
         return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]

@@ -25,11 +25,13 @@ class Loss(Protocol):
     Attributes:
         refresh: Iterations after which its curvature is measured anew.
         growth: Factor by which that number grows each time.
+        trusted: How near the optimum curvature is believed further on; see ``OptimiserSettings``.
         redundant: Whether adding the same to all columns changes nothing; then the best columns sum to zero.
     """
 
     refresh: int
     growth: float
+    trusted: float
     redundant: bool
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
@@ -66,7 +68,7 @@ class Loss(Protocol):
 class SoftmaxLoss:
     """Minus the logarithm of the softmax probability of the row's class; K columns are K classes."""
 
-    refresh, growth, redundant = 5, 1.5, True
+    refresh, growth, trusted, redundant = 5, 1.5, 1e-3, True
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:  # noqa: ARG002
         """See ``Loss``."""
@@ -101,7 +103,7 @@ class SoftmaxLoss:
 class BinomialLoss:
     """The logistic loss of one column: the class ``target`` against the other, or the label ``target``."""
 
-    refresh, growth, redundant = 5, 1.5, False
+    refresh, growth, trusted, redundant = 5, 1.5, 1e-3, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
@@ -137,7 +139,7 @@ class BinomialLoss:
 class SquaredHingeLoss:
     """The squared hinge ``max(0, 1 - sign * score) ** 2`` of one column: a class against all others, or a label."""
 
-    refresh, growth, redundant = 2, 1.0, False
+    refresh, growth, trusted, redundant = 2, 1.0, 0.0, False
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""

@@ -314,7 +314,7 @@ class _Batch:
             memory=self.estimator.memory,
             basis=basis,
         )
-        often = (loss.refresh, loss.growth) if basis is None else _OFTEN_TOGETHER
+        often = (loss.refresh, loss.growth, loss.trusted) if basis is None else _OFTEN_TOGETHER
         settings = [OptimiserSettings(self.estimator.tol / SAFETY, most, *often) for most in iterations]
         return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
 
