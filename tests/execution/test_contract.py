@@ -129,6 +129,7 @@ def test_every_shard_comes_once_with_its_result(executor: Executor, kind: Kind) 
     assert list(executor.map(square, [])) == []
     assert executor.once(square, 7) == 49
     assert executor.expected() == executor.count() == len(executor.workers()) == kind.workers
+    assert {worker.memory_limit for worker in executor.workers()} == {3 << 30 if kind is DASK else 0}
 
 
 def test_results_and_reports_come_in_order(executor: Executor, kind: Kind, tmp_path: Path) -> None:
@@ -438,6 +439,18 @@ def test_a_context_whose_code_is_missing_is_refused(
             list(executor.map(square, [1], context=only_here.Thing()))
     finally:
         del sys.modules["only_here"]
+
+
+@ELSEWHERE
+def test_a_context_of_a_class_that_another_version_lacks_is_refused(
+    executor: Executor, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featurepipe.sizes
+
+    thing = type("Thing", (), {"__module__": "featurepipe.sizes"})
+    monkeypatch.setattr(featurepipe.sizes, "Thing", thing, raising=False)
+    with pytest.raises(ClusterError if kind is DASK else WorkerRefused, match=r"lacks what the work needs: .*Thing"):
+        list(executor.map(square, [1], context=thing()))
 
 
 @ON_DASK
