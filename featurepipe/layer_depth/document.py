@@ -21,7 +21,7 @@ from featurepipe.layer_depth.measure import Series, TimedForward, least_disturbe
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.progress import Progress
 from featurepipe.records import host, now, versions
-from featurepipe.reporting.images import mapped
+from featurepipe.reporting.images import mapped, shown_names
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.journal import Journal
@@ -149,7 +149,7 @@ def placed(study: Study, series: Series) -> dict[str, Any]:
     from featurepipe.reporting.images import project
 
     features, images = mapped(study.data(PRETRAINED, series.columns).features), mapped(study.images)
-    found = project(list(images.ids), features.read(np.float32), list(images.labels))
+    found = project(list(images.ids), features.read(np.float32), shown_names(images))
     return {**found.as_dict(), "total": len(study.images)}
 
 

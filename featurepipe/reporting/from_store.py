@@ -21,13 +21,13 @@ from featurepipe.images.source import OnlyUnder
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
-from featurepipe.reporting.images import ReadImage, mapped
+from featurepipe.reporting.images import ReadImage, mapped, shown_names
 from featurepipe.reporting.options import FindingsOptions
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import NO_GROUP, RowOptions
+from featurepipe.store.options import NO_GROUP, RoleOptions, RowOptions, columns_of
 from featurepipe.store.roles import with_roles
 
 
@@ -175,9 +175,12 @@ def _mapped(
     except FeaturepipeError as error:
         say(f"the features that were compared are gone ({error}): the page has no map")
         return None
-    label = (document["provenance"].get("options") or {}).get("label")
-    if labels is not None or (label is not None and not document.get("labels")):
-        roles = RowOptions(label=label, group=NO_GROUP)
+    asked = document["provenance"].get("options") or {}
+    named = {name: asked.get(name) for name in ("label", "target", "multilabel")}
+    if labels is not None or (any(named.values()) and not document.get("labels")):
+        roles = RoleOptions(
+            label=named["label"], target=named["target"], multilabel=columns_of(named["multilabel"]), group=NO_GROUP
+        )
         return _features(with_roles(store, view, labels, roles, lambda _: None, snapshot=snapshot))
     if document.get("labels"):
         say(f"compared with the labels of {document['labels']}: the map shows no classes; give them with --labels")
@@ -199,12 +202,7 @@ def _bundle(
     from featurepipe.heads.bundle.text import describe_bundle
 
     bundle = read_bundle(path)
-    if bundle.target_type != "multiclass":
-        raise UsageError(
-            f"the bundle {os.fspath(path)} predicts {bundle.target_text}, of which there is no page yet; "
-            "featurepipe evaluate says how good it is, and featurepipe info what it is"
-        )
-    roles = RowOptions.of(options)
+    roles: RowOptions = RowOptions.of(options)
     asked = {"labels": options.labels, **roles.arguments()}
     found = evaluate(bundle, store, dataset=dataset, split=options.split, **asked, silent=silent)
     document = {
@@ -220,6 +218,10 @@ def _bundle(
     view = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint)
     trained = bundle.training.get("roles")
     known = trained if isinstance(trained, dict) else None
+    target = bundle.target or {}
+    if bundle.target_name or target.get("columns"):
+        multilabel = columns_of(target.get("columns")) or None
+        roles = RoleOptions(**roles.arguments(), target=bundle.target_name or None, multilabel=multilabel)
     view = with_roles(store, view, options.labels, roles, lambda _: None, trained=known)  # evaluate has said it all
     return document, _features(view.select(split=found["split"]) if found["split"] else view)
 
@@ -227,7 +229,7 @@ def _bundle(
 def _features(view: FeatureSet) -> Features:
     """As many rows as the map shows."""
     some = mapped(view)
-    return Features(list(some.ids), some.read(np.float32), list(some.labels), len(view))
+    return Features(list(some.ids), some.read(np.float32), shown_names(some), len(view))
 
 
 def _pictures_elsewhere(look: _Look, document: Mapping[str, Any], source: Any) -> ReadImage | None:

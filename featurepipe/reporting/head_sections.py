@@ -9,6 +9,8 @@ from typing import Any
 
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
+from featurepipe.heads.statistics.multilabel import TITLES as LABEL_TITLES
+from featurepipe.heads.statistics.regression import TITLES as NUMBER_TITLES
 from featurepipe.reporting.blocks import (
     Block,
     Exhibit,
@@ -32,6 +34,7 @@ from featurepipe.reporting.blocks import (
 from featurepipe.reporting.charts import Figure, blank, confusion_map, hover
 from featurepipe.reporting.images import BLANK, Projection
 from featurepipe.reporting.palette import OTHERS, Paint, Style, series
+from featurepipe.reporting.screening_sections import number_plots, precision_curves
 
 Document = Mapping[str, Any]
 
@@ -56,6 +59,8 @@ def bundle_sections(document: Document) -> list[Section]:
 def _answer(document: Document) -> Section | None:
     bundle, evaluation = document.get("bundle") or {}, document.get("evaluation") or {}
     metrics = evaluation.get("metrics") or {}
+    if "map" in metrics or "r2" in metrics:
+        return _answer_of_targets(bundle, evaluation, metrics)
     accuracy = metrics.get("accuracy") or {}
     if finite(accuracy.get("value")) is None:
         return None
@@ -75,6 +80,45 @@ def _answer(document: Document) -> Section | None:
     return Section("answer", "Answer", [Prose((sentence,)), Figures(figures)])
 
 
+def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document) -> Section:
+    """How good several labels, or a number, are predicted."""
+    scope = f" ({evaluation['scope']})" if evaluation.get("scope") else ""
+    images = count(metrics.get("images"))
+    if "map" in metrics:
+        measured = len(metrics["per_label"]) - len(metrics["unmeasured"])
+        reached = _said(metrics["map"])
+        sentence = f"Over {count(measured)} labels its mean average precision is {reached} on {images} images{scope}."
+        shown = [("map", "Mean average precision"), ("auc", "AUC"), ("macro_f1", "Macro F1"), ("micro_f1", "Micro F1")]
+        figures = [(title, percent(metrics[name]["value"]), _bounds_of(metrics[name])) for name, title in shown]
+    else:
+        sentence = (
+            f"Its predictions are off by {plain(metrics['mae']['value'])} on average ({images} images{scope}); they explain "
+            f"{_said(metrics['r2'])} of the variance."
+        )
+        shown = [("mae", "Mean absolute error"), ("rmse", "RMSE"), ("r2", "R2"), ("spearman", "Spearman's correlation")]
+        figures = [(title, plain(metrics[name]["value"]), _plain_bounds(metrics[name])) for name, title in shown]
+        if "coverage" in metrics:
+            width = f", predicted \N{PLUS-MINUS SIGN} {plain(metrics.get('half_width'))}"
+            figures.append(
+                (
+                    "True numbers in the interval",
+                    percent(metrics["coverage"]["value"]),
+                    f"{_bounds_of(metrics['coverage'])}{width}",
+                )
+            )
+    figures.append(("Trained on", count(bundle.get("seen")), "images"))
+    return Section("answer", "Answer", [Prose((sentence,)), Figures(tuple(figures))])
+
+
+def _said(found: Document) -> str:
+    bounds = _bounds_of(found)
+    return percent(found.get("value")) + (f" (95\u00a0% interval {bounds})" if bounds else "")
+
+
+def _bounds_of(found: Document) -> str:
+    return interval(found.get("low"), found.get("high"))
+
+
 def _leaks(document: Document) -> Section | None:
     leakage = (document.get("evaluation") or {}).get("leakage") or {}
     trained, splits = leakage.get("trained_on") or {}, leakage.get("across_splits") or {}
@@ -83,10 +127,13 @@ def _leaks(document: Document) -> Section | None:
         return None
     lines = []
     if trained.get("images"):
-        lines.append(
-            f"{count(trained['images'])} of these images ({percent(trained.get('share'))}) were trained on; without them the "
-            f"accuracy is {percent(trained.get('accuracy_without'))}."
+        without = (
+            f"; without them the accuracy is {percent(trained['accuracy_without'])}"
+            if "accuracy_without" in trained
+            else ""
         )
+        share = percent(trained.get("share"))
+        lines.append(f"{count(trained['images'])} of these images ({share}) were trained on{without}.")
     if splits.get("images"):
         lines.append(f"{count(splits['images'])} images lie in more than one split.")
     if labels.get("images"):
@@ -115,7 +162,12 @@ def details(metrics: Document, column: str, head: str, paint: Paint) -> Section 
 
 
 def errors(metrics: Document, paint: Paint) -> list[Block]:
-    """The confusion matrix, then the measures and the classes, which may stand side by side."""
+    """The confusion matrix, then the measures and the classes, which may stand side by side; or those of labels or numbers."""
+    if "map" in metrics:
+        of_labels = [precision_curves(metrics, paint), _measures_of(metrics, LABEL_TITLES), _labels(metrics)]
+        return [block for block in of_labels if block]
+    if "r2" in metrics:
+        return [*number_plots(metrics, paint), _measures_of(metrics, NUMBER_TITLES)]
     blocks: list[Block | None] = [confusion_map(metrics, paint), _measures(metrics), _classes(metrics)]
     return [block for block in blocks if block]
 
@@ -130,14 +182,18 @@ def map_of_images(
 
 
 def mistakes(metrics: Document, images: Mapping[str, str]) -> Section | None:
-    """The images that were named wrongly with the greatest confidence."""
+    """The images that were named wrongly with the greatest confidence, or whose numbers are the furthest off."""
     blocks = worst(metrics, images)
-    return Section("mistakes", "Most confident mistakes", blocks) if blocks else None
+    title = "Largest errors" if "r2" in metrics else "Most confident mistakes"
+    return Section("mistakes", title, blocks) if blocks else None
 
 
 def worst(metrics: Document, images: Mapping[str, str]) -> list[Block]:
     """Those images, and how many of how many they are."""
     found = metrics.get("mistakes") or {}
+    if isinstance(found, list):
+        words = "The images whose predictions are the furthest off. Some may be errors of the numbers rather than of the head."
+        return [Prose((words,)), Gallery(tuple(_off(mistake, images) for mistake in found))] if found else []
     shown = found.get("most_confident") or []
     total = found.get("count")
     words = f"The {len(shown)} most confident of {count(total)} mistakes." if finite(total) else ""
@@ -155,7 +211,26 @@ def provenance(document: Document, facts: Document) -> Section | None:
     return Section("provenance", "How this was measured", blocks) if blocks else None
 
 
+def _off(mistake: Document, images: Mapping[str, str]) -> Picture:
+    """An image whose number was predicted wrongly."""
+    id_, true, predicted = str(mistake.get("id", "")), *(plain(mistake.get(name)) for name in ("true", "predicted"))
+    alt = f"Image {id_}: {true}, predicted {predicted}"
+    return Picture(images.get(id_), alt, id_, (f"is {true}", f"predicted {predicted}"))
+
+
+def _finding(mistake: Document, images: Mapping[str, str]) -> Picture:
+    """An image in which a label was found that is not there, or was missed."""
+    id_, label = str(mistake.get("id", "")), str(mistake["label"])
+    sure = "" if mistake.get("probability") is None else f", {percent(mistake['probability'])}"
+    said = (
+        (f"has no {label}", f"said to have it{sure}") if mistake.get("predicted") else (f"has {label}", f"missed{sure}")
+    )
+    return Picture(images.get(id_), f"Image {id_}: {said[0]}, {said[1]}", id_, said)
+
+
 def _picture(mistake: Document, images: Mapping[str, str]) -> Picture:
+    if "label" in mistake:
+        return _finding(mistake, images)
     id_, true, predicted = (str(mistake.get(name, "")) for name in ("id", "true", "predicted"))
     sure = percent(mistake.get("probability"))
     alt = f"Image {id_}: {true}, taken for {predicted} with probability {sure}"
@@ -182,6 +257,44 @@ def _measures(metrics: Document) -> Table | None:
     return Table(
         f"Measures{images}", ("Measure", "Value", "95\u00a0% interval over test images"), tuple(rows), sortable=False
     )
+
+
+def _measures_of(metrics: Document, titles: Mapping[str, str]) -> Table:
+    """Measures of labels or numbers, with their intervals over test images."""
+    rows = []
+    for name, words in titles.items():
+        found = metrics.get(name)
+        if found:
+            is_share = titles is LABEL_TITLES or name == "coverage"
+            value, bounds = (
+                (percent(found["value"]), _bounds_of(found))
+                if is_share
+                else (plain(found["value"]), _plain_bounds(found))
+            )
+            cell = TableCell(bounds or str(found.get("reason", "")))
+            rows.append((TableCell(words), TableCell(value, finite(found["value"])), cell))
+    of = f", {count(metrics['groups'])} groups" if metrics.get("groups") else ""
+    caption = f"Measures on {count(metrics.get('images'))} images{of}"
+    over = "groups" if metrics.get("groups") else "test images"
+    return Table(caption, ("Measure", "Value", f"95\u00a0% interval over {over}"), tuple(rows), sortable=False)
+
+
+def _labels(metrics: Document) -> Table:
+    """A row for each label, those of the lowest average precision first."""
+    entries = sorted(
+        metrics["per_label"], key=lambda one: (one["ap"]["value"] is None, one["ap"]["value"], one["label"])
+    )
+    rows = []
+    for one in entries:
+        scores = (bounded(one[name]["value"], one[name]["low"], one[name]["high"]) for name in ("ap", "auc", "f1"))
+        shares = (TableCell(percent(one.get(name)), finite(one.get(name))) for name in ("precision", "recall"))
+        counts = (TableCell(count(one[name]), one[name]) for name in ("positive", "negative", "unknown"))
+        threshold = TableCell(plain(one.get("threshold")), finite(one.get("threshold")))
+        rows.append((TableCell(str(one["label"])), *scores, *shares, *counts, threshold))
+    header = ("Label", "AP", "AUC", "F1", "Precision", "Recall", "With", "Without", "Unknown", "Threshold")
+    left = len(metrics["unmeasured"])
+    without = f"; {count(left)} lack test images of a side and are not measured" if left else ""
+    return Table(f"Each label, with 95\u00a0% intervals{without}", header, tuple(rows))
 
 
 def _plain_bounds(found: Document) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from featurepipe.images.regions import Frame, Region
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureSet
+    from featurepipe.store.labels import LabelledImages
 
 
 POINTS = 2000
@@ -98,6 +100,25 @@ def project(
         places,
         kept,
     )
+
+
+_RANGES = 5  # of numbers, told apart by colour
+
+
+def shown_names(images: LabelledImages) -> list[str | None]:
+    """What tells images apart on a map: the class, the labels that an image has, or one of five ranges of its number."""
+    targets = images.targets
+    if targets is None:
+        return list(images.labels)
+    if images.target_names:
+        names = np.array(images.target_names, object)
+        return [" + ".join(names[row == 1]) or "none" for row in targets]
+    known = targets[~np.isnan(targets)]
+    edges = np.unique(np.quantile(known, np.linspace(0, 1, _RANGES + 1))) if len(known) else np.zeros(1)
+    places = np.clip(np.searchsorted(edges, targets, side="right") - 1, 0, max(0, len(edges) - 2))
+    texts = [f"{place + 1}: {one:.4g} to {other:.4g}" for place, (one, other) in enumerate(pairwise(edges))]
+    texts = texts or [f"{edges[0]:.4g}"]
+    return [None if np.isnan(value) else texts[place] for value, place in zip(targets, places, strict=True)]
 
 
 def _principal(sample: Array) -> tuple[Array, float]:

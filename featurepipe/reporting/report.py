@@ -95,8 +95,10 @@ def write_report(
 
 
 def _mistaken(metrics: Mapping[str, Any]) -> list[str]:
-    """Ids of the mistakes to show."""
-    return [str(mistake.get("id")) for mistake in (metrics.get("mistakes") or {}).get("most_confident") or []]
+    """Ids of the mistakes to show; of numbers the largest errors."""
+    found = metrics.get("mistakes") or {}
+    shown = found if isinstance(found, list) else found.get("most_confident") or []
+    return list(dict.fromkeys(str(mistake.get("id")) for mistake in shown))
 
 
 def check_target(target: str | os.PathLike[str]) -> None:

@@ -1,8 +1,13 @@
-"""The section about one class that is looked for: rates at the threshold, curves with their bands, the reliability diagram."""
+"""How well something is found or estimated, as plots: one class that is looked for, several labels, a number.
+
+Of one class: rates at the threshold, curves with their bands, the reliability diagram; of several labels the precision-recall
+curves of some; of a number predictions and residuals.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bokeh.models import ColumnDataSource, Range1d
@@ -25,7 +30,7 @@ from featurepipe.reporting.blocks import (
     plain,
 )
 from featurepipe.reporting.charts import Figure, blank, draw_points, draw_series, hover, label_axis
-from featurepipe.reporting.palette import ACCENT, INK, QUIET, Paint, Style
+from featurepipe.reporting.palette import ACCENT, INK, QUIET, Paint, Style, series
 
 Document = Mapping[str, Any]
 
@@ -281,3 +286,121 @@ def _reliability(found: Document, name: str, paint: Paint) -> Exhibit | None:
         Table("Bins", header, rows, sortable=False),
         note="The dotted line is the threshold." if threshold is not None else "",
     )
+
+
+def precision_curves(metrics: Document, paint: Paint) -> Exhibit | None:
+    """Precision over recall of some labels, those of the worst, middle and best average precision."""
+    curves = metrics.get("curves") or []
+    if not curves:
+        return None
+    plot, keys, points = _square(paint, ("recall", "precision")), [], []
+    for place, curve in enumerate(curves):
+        style = series(place)
+        source = ColumnDataSource(
+            {
+                "x": curve["recall"],
+                "y": curve["precision"],
+                "label": [str(curve["label"])] * len(curve["recall"]),
+                "recall": [percent(value) for value in curve["recall"]],
+                "precision": [percent(value) for value in curve["precision"]],
+            }
+        )
+        line = plot.line("x", "y", source=source, line_width=2)
+        _quiet(paint, line, line_color=style.colour)
+        some = ColumnDataSource({name: values[:: max(1, len(values) // 8)] for name, values in source.data.items()})
+        marks = draw_points(plot, paint, some, style, size=9)
+        touched = plot.scatter("x", "y", source=source, size=14, fill_alpha=0, line_alpha=0)
+        touched.nonselection_glyph = touched.muted_glyph = None
+        points.append(touched)
+        said = f"{curve['label']}, AP {percent(curve['ap'])}"
+        keys.append(Key(said, style, (line.id, marks.id, touched.id)))
+    hover(plot, points, [("recall", "recall"), ("precision", "precision")], title="label")
+    words = "; ".join(
+        f"{curve['label']}: average precision {percent(curve['ap'])}, {count(curve['positive'])} of {count(curve['images'])} "
+        "images have it"
+        for curve in curves
+    )
+    measured = len(metrics.get("per_label") or []) - len(metrics.get("unmeasured") or [])
+    which = (
+        "all labels"
+        if len(curves) == measured
+        else f"{len(curves)} of {count(measured)} labels, from the worst to the best"
+    )
+    rows = tuple(
+        (
+            TableCell(str(curve["label"])),
+            *(_precision_at(curve, recall) for recall in _RECALLS),
+        )
+        for curve in curves
+    )
+    header = ("Label", *(f"at recall {percent(recall, 0)}" for recall in _RECALLS))
+    return Exhibit(
+        f"Precision over recall of {which}",
+        f"{words}.",
+        (Panel("Precision over recall", plot, "square"),),
+        tuple(keys),
+        Table("Best precision of each label", header, rows, sortable=False),
+        note="A threshold for each label picks a point of its curve.",
+    )
+
+
+_RECALLS = (0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def _precision_at(curve: Document, recall: float) -> TableCell:
+    """The best precision with at least a recall."""
+    pairs = zip(curve["recall"], curve["precision"], strict=True)
+    best = max((precision for reached, precision in pairs if reached >= recall - 1e-12), default=None)
+    return TableCell(percent(best), best)
+
+
+_DOTS = Style(ACCENT, "circle", None, filled=False)
+_BOUNDS = Style(QUIET, None, "dashed")
+
+
+def number_plots(metrics: Document, paint: Paint) -> list[Block]:
+    """Predicted against true numbers, and what is left of each, with the limits of the prediction intervals."""
+    sample = metrics.get("sample") or {}
+    true, predicted = sample.get("true") or [], sample.get("predicted") or []
+    if not true:
+        return []
+    rest = [guess - number for guess, number in zip(predicted, true, strict=True)]
+    low, high = min(true), max(true)
+    half = finite(metrics.get("half_width"))
+    words = {"true": [plain(value) for value in true], "predicted": [plain(value) for value in predicted]}
+    words["rest"] = [plain(value) for value in rest]
+    panels: list[Panel] = []
+    dots: list[str] = []
+    ideals: list[str] = []
+    bounds: list[str] = []
+    for title, x, y, slope, axes in (
+        ("Predicted against true", true, predicted, 1.0, ("true number", "predicted number")),
+        ("Residuals", predicted, rest, 0.0, ("predicted number", "predicted less true")),
+    ):
+        plot = blank(paint, height=_HEIGHT)
+        for axis, text in zip((plot.xaxis[0], plot.yaxis[0]), axes, strict=True):
+            label_axis(axis, text)
+        left, right = (low, high) if slope else (min(predicted), max(predicted))
+        for offset in (0.0, *([-half, half] if half is not None else [])):
+            ends = ColumnDataSource({"x": [left, right], "y": [slope * left + offset, slope * right + offset]})
+            line = plot.line("x", "y", source=ends, line_width=1.5, line_dash="dashed" if offset else "solid")
+            _quiet(paint, line, line_color=QUIET)
+            (bounds if offset else ideals).append(line.id)
+        marks = draw_points(plot, paint, ColumnDataSource({"x": x, "y": y, **words}), _DOTS, size=7)
+        hover(plot, [marks], [("true", "true"), ("predicted", "predicted"), ("difference", "rest")], title="predicted")
+        dots.append(marks.id)
+        panels.append(Panel(title, plot, "square", f"{title} of {count(len(true))} images."))
+    keys = [Key("images", _DOTS, tuple(dots)), Key("right", replace(_BOUNDS, dash="solid"), tuple(ideals))]
+    keys += [Key("limits of the prediction interval", _BOUNDS, tuple(bounds))] if bounds else []
+    total = metrics.get("images") or len(true)
+    drawn = (
+        f"All {count(total)} images"
+        if total == len(true)
+        else f"{count(len(true))} of {count(total)} images, drawn at random"
+    )
+    mean = sum(rest) / len(rest)
+    summary = f"{drawn}. On average predictions are {plain(abs(mean))} too {'high' if mean > 0 else 'low'}."
+    inside = metrics.get("coverage")
+    if inside:
+        summary += f" {percent(inside.get('value'))} of all true numbers lie within the limits."
+    return [Exhibit("Predicted and true numbers", summary, tuple(panels), tuple(keys))]

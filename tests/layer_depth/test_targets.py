@@ -404,9 +404,7 @@ def test_heads_must_learn_what_is_asked():
     assert ComparisonOptions(target="age").families == ("ridge",)
     assert ComparisonOptions(multilabel=("a",)).families == ("logistic",)
     assert ComparisonOptions().families == ("logistic",)
-    with pytest.raises(
-        UsageError, match="head 'logistic' learns multiclass and multilabel targets, not continuous ones"
-    ):
+    with pytest.raises(UsageError, match=r"head 'logistic' learns multiclass.* targets, not continuous ones"):
         ComparisonOptions(target="age", heads=("logistic",))
     with pytest.raises(UsageError, match="two kinds of target"):
         ComparisonOptions(target="age", multilabel=("a",))

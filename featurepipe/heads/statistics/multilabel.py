@@ -176,7 +176,8 @@ def _curves_of(labels: _Labels, names: Sequence[str], precisions: Floats) -> lis
     for k in chosen:
         rows = np.flatnonzero(labels.known[:, k])
         (hits,), (misses,) = _Curve(labels.scores[rows, k], labels.positive[rows, k]).counts(np.ones((1, len(rows))))
-        some = np.unique(np.linspace(0, len(hits) - 1, min(_POINTS, len(hits))).round().astype(np.int64))
+        last = int((hits == hits[-1]).argmax())  # below, precision only falls
+        some = np.unique(np.linspace(0, last, min(_POINTS, last + 1)).round().astype(np.int64))
         found.append(
             {
                 "label": str(names[k]),
