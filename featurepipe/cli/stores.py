@@ -175,8 +175,8 @@ def export(args: Namespace) -> int:
 
     @starts_again
     def written() -> tuple[FeatureSet, Path]:
-        features = store.features(dataset, node=args.node, backbone=asked.backbone)
-        features = with_roles(store, features, asked.labels, RoleOptions.of(asked), speak)
+        features = store.features(dataset, node=args.node, backbone=asked.backbone, snapshot=asked.snapshot)
+        features = with_roles(store, features, asked.labels, RoleOptions.of(asked), speak, snapshot=asked.snapshot)
         features = features if asked.split is None else features.select(split=asked.split)
         return features, write(features, Path(args.to))
 

@@ -165,6 +165,9 @@ class RoleOptions(RowOptions):
 class ExportOptions(RoleOptions, LabelsOption, SplitOption, SpaceOption, DatasetOption):
     """Which features `featurepipe export` writes, and what of their images."""
 
+    snapshot: str | None = option(
+        None, "the snapshot whose images are written, or the run of a job (default: the current one)", metavar="RUN-ID"
+    )
     backbone: str | None = option(
         None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
     )

@@ -93,6 +93,34 @@ def test_roles_are_exported(scans, tmp_path):
     assert table["target"][2].as_py() == [1, 0]
 
 
+def test_an_earlier_snapshot_is_exported(scans, tmp_path, monkeypatch, capsys):
+    from featurepipe.cli import main
+
+    zoo, columns = scans
+    first = zoo.store.snapshot_ids("zoo")[-1]
+    zoo.write(zoo.images("test", 2))
+    line = [
+        "export",
+        str(zoo.store.path),
+        "--node",
+        "b:gap",
+        "--to",
+        str(tmp_path / "e.npz"),
+        "--target",
+        "age",
+        "--group",
+        "patient",
+    ]
+    assert main([*line, "--split-column", "fold", "--split", "train", "--snapshot", first]) == 0
+    assert "72 x 2 float32" in capsys.readouterr().out
+    with np.load(tmp_path / "e.npz") as arrays:
+        rows = [n for n, fold in enumerate(columns["fold"]) if fold == "training"]
+        assert arrays["groups"].tolist() == [columns["patient"][n] for n in rows]
+        assert arrays["y"].tolist() == [float(columns["age"][n]) for n in rows]
+    assert main(line) == 2
+    assert "dataset zoo was extracted without further columns" in capsys.readouterr().err
+
+
 def test_copies_are_compared_across_a_column_of_splits(scans):
     zoo, _ = scans
     rows = [zoo.image(f"{n}", f"cat-{n // 2}", None, None) for n in range(6)]
