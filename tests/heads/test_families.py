@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sklearn.svm import LinearSVC
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import class_scores, probabilities
-from featurepipe.heads.families import HEADS, HeadFamily, make_head, refuse_weights
+from featurepipe.heads.families import FAMILIES, HEADS, HeadFamily, make_head, refuse_weights
 from featurepipe.prediction.image_classifier import linear_map
 
 QUICK = {"xgboost": {"n_estimators": 30, "max_depth": 3, "n_jobs": 1}}
@@ -224,3 +225,17 @@ def test_a_pipeline_is_scikit_learns():
     assert isinstance(make_head("logistic"), Pipeline)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         __import__("featurepipe.heads").heads.nothing  # noqa: B018
+
+
+def test_the_table_of_heads_says_what_the_families_do():
+    page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text().partition("## Which head learns what")[2]
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    aims = {"one": "multiclass", "several": "multilabel", "a": "continuous", "ordered": "ordinal"}
+    told = {
+        (name.strip("`"), aims[aim.split()[0]]): (streamed[:2] != "no", module) for name, aim, streamed, module in found
+    }
+    assert told == {
+        (name, kind): (family.out_of_core, "yes" if family.linear else "no")
+        for kind, families in FAMILIES.items()
+        for name, family in families.items()
+    }
