@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featurepipe.reporting.from_store import report
     from featurepipe.store import FeatureStore
     from featurepipe.training.train import train
+    from featurepipe.tuning.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "duplicates",
     "evaluate",
     "extract",
+    "finetune",
     "load_backbone",
     "make_head",
     "predict",
@@ -55,6 +57,7 @@ _HOMES = {
     "duplicates": "monitoring.duplicates",
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",
+    "finetune": "tuning.finetune",
     "load_backbone": "backbones",
     "make_head": "heads.families",
     "predict": "prediction.predict",

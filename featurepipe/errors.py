@@ -54,7 +54,12 @@ class Option:
 Spelling: TypeAlias = Callable[[Option], str]
 """How a front end writes an option."""
 
-_ON_COMMAND_LINE = {"nodes": "node", "columns": "node", "params": "set"}  # given once for each, there
+_ON_COMMAND_LINE = {
+    "nodes": "node",
+    "columns": "node",
+    "params": "set",
+    "from_node": "from",
+}  # for each; a word of Python
 
 
 def on_command_line(option: Option) -> str:

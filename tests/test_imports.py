@@ -52,6 +52,7 @@ def test_the_public_surface_is_what_it_was():
         "duplicates",
         "evaluate",
         "extract",
+        "finetune",
         "load_backbone",
         "make_head",
         "predict",

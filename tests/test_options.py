@@ -32,11 +32,13 @@ from featurepipe.reporting.options import FindingsOptions
 from featurepipe.store.gc import gc_store
 from featurepipe.store.options import GcOptions
 from featurepipe.training.options import TrainOptions
+from featurepipe.tuning.options import TuneOptions
 
 FUNCTIONS = {
     "extract": (featurepipe.extract, ExtractionOptions),
     "predict": (featurepipe.predict, PredictOptions),
     "train": (featurepipe.train, TrainOptions),
+    "finetune": (featurepipe.finetune, TuneOptions),
     "evaluate": (featurepipe.evaluate, EvaluateOptions),
     "depth": (featurepipe.depth, DepthOptions),
     "drift": (featurepipe.drift, DriftOptions),
@@ -48,6 +50,7 @@ LINES = {
     "extract": "extract x --store y",
     "predict": "predict b x --to y.csv",
     "train": "train y --out b",
+    "finetune": "finetune y --out b",
     "evaluate": "evaluate b y",
     "depth": "depth x",
     "drift": "drift y",

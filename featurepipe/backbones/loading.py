@@ -29,7 +29,7 @@ BOTTLENECK = "bottleneck"
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 
 
-def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Backbone:
+def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0, like: str | None = None) -> Backbone:
     """Finds a backbone by name; its weights are read when they are first needed.
 
     Args:
@@ -39,6 +39,8 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
             path of a checkpoint (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) that holds the network's tensors up
             to the nodes that are asked for; see ``Backbone.weights_note``.
         seed: Seed of the random control.
+        like: The name of the pretrained weights from which those of the checkpoint were tuned: images are preprocessed as
+            these expect them. By default as the best of them do.
 
     Raises:
         UsageError: The name or the weights are unknown, the file does not fit the network, the seed is out of range, or
@@ -51,7 +53,7 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Back
     with about("backbone"):
         family = _family(name)
     with about("weights"):
-        return Backbone(name, family, weights, seed=seed)
+        return Backbone(name, family, weights, seed=seed, like=like)
 
 
 def weights_at_hand(name: str, weights: str = "DEFAULT") -> bool:
@@ -98,7 +100,7 @@ class Backbone:
         seed: The random control's seed, else None.
     """
 
-    def __init__(self, name: str, family: Family, weights_name: str, *, seed: int = 0) -> None:
+    def __init__(self, name: str, family: Family, weights_name: str, *, seed: int = 0, like: str | None = None) -> None:
         self.name = name
         self.architecture = family.architecture
         self.is_random = weights_name == "none"
@@ -106,6 +108,7 @@ class Backbone:
         self._seed = seed  # a user's factory may draw random numbers, too, and must draw the same ones every night
         self._family = family
         self._resolved: str | None = None
+        self._like = None if like is None else family.resolve(like)
         self._file: Path | None = None
         if self.is_random:
             self.weights = f"random (seed {seed})"
@@ -124,7 +127,7 @@ class Backbone:
     def preprocessing(self) -> Preprocessing:
         """What the weights expect images to look like."""
         with _seeded(self._seed):
-            return self._family.preprocessing(self._resolved)
+            return self._family.preprocessing(self._resolved or self._like)
 
     @cached_property
     def module(self) -> nn.Module:
@@ -292,7 +295,7 @@ class Backbone:
 
     def _new_skeleton(self) -> nn.Module:
         with _seeded(self._seed):
-            return self._family.skeleton(self._resolved)
+            return self._family.skeleton(self._resolved or self._like)
 
     @cached_property
     def _hooked(self) -> measure.HookedRun:

@@ -64,6 +64,29 @@ class Trace:
         extractor = fx.GraphModule(self.module, graph, type(self.module).__name__)
         return freeze(extractor)
 
+    def above(self, node: str, out: str) -> fx.GraphModule | None:
+        """Returns a module that maps the output of ``node`` to that of ``out``; None if ``out`` needs more from below.
+
+        Raises:
+            KeyError: A name is not in the network.
+        """
+        copies: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.graph_copy(self.graph, copies)
+        by_name = {name: copies[found] for found, name in self.names.items() if found in copies}
+        cut = by_name[node]
+        graph.output(by_name[out])
+        _without_inplace(graph)
+        with graph.inserting_before(cut):
+            given = graph.placeholder("activations")
+        cut.replace_all_uses_with(given)
+        _remove_unused(graph)
+        for image in [found for found in graph.nodes if found.op == "placeholder" and found is not given]:
+            if image.users:
+                return None
+            graph.erase_node(image)
+        return fx.GraphModule(self.module, graph, type(self.module).__name__)
+
 
 def trace(module: nn.Module) -> Trace | None:
     """Traces a network in eval mode; None if ``torch.fx`` cannot (its control flow depends on values, for instance)."""

@@ -24,6 +24,7 @@ from featurepipe.option_groups import declared
 from featurepipe.prediction.options import BundleOptions, RawIdsOption
 from featurepipe.store.options import DatasetOption, SpaceOption
 from featurepipe.training.options import TrainOptions
+from featurepipe.tuning.options import TuneOptions
 
 PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit, RawIdsOption)
 """All options of `featurepipe.predict`, in the order of the help."""
@@ -62,6 +63,40 @@ def run_train(args: Namespace) -> int:
         **cluster(args),
     )
     show(args, result, cost_text if args.dry_run else train_text)
+    return 0
+
+
+def add_finetune(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands, "finetune", run_finetune, "tune the layers above a node to your images, from activations that the store holds",
+        epilog="Extract the activations first: featurepipe extract SOURCE --store STORE --node NODE:map. An exact head on the "
+        "frozen bottleneck comes first, then the layers are tuned with it at small rates; validation images decide when to stop, "
+        "and how much of the tuned weights is kept. A run that was stopped or killed goes on when called again.",
+    )  # fmt: skip
+    add_store(command)
+    add_options(command, DatasetOption, SpaceOption)
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="BUNDLE",
+        help="folder to write; an older bundle there is replaced at the very end",
+    )
+    add_options(command, TuneOptions, leave_out={*declared(DatasetOption), *declared(SpaceOption)})
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what would be tuned on which images; write nothing"
+    )
+    add_quiet(command)
+    add_json(command)
+
+
+def run_finetune(args: Namespace) -> int:
+    """Runs the command."""
+    from featurepipe.tuning.finetune import finetune
+    from featurepipe.tuning.text import dry_text, finetune_text
+
+    result = finetune(args.store, out=args.out, **options(args, TuneOptions), dry_run=args.dry_run, silent=args.quiet)
+    show(args, result, dry_text if args.dry_run else finetune_text)
     return 0
 
 

@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     in_order = (
-        demo.add_demo, demo.add_networks, stores.add_extract, stores.add, heads.add_train, heads.add_evaluate, heads.add_predict,
-        depth.add_depth, depth.add_report, run.add, monitoring.add, demo.add_doctor,
+        demo.add_demo, demo.add_networks, stores.add_extract, stores.add, heads.add_train, heads.add_finetune,
+        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_report, run.add, monitoring.add, demo.add_doctor,
     )  # fmt: skip
     for add in in_order:
         add(cast("Commands", commands))  # a parser of ours is one of argparse's

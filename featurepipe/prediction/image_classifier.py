@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import is_regressor
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,6 +22,7 @@ from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.heads.families import families_for
+from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.heads.linear.ordinal import LEAST
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
@@ -304,68 +304,3 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
         half=bundle.space["dtype"] == "float16",
         ordered=bundle.ordered,
     )
-
-
-def linear_map(head: Any) -> tuple[Floats, Floats]:
-    """Returns the affine map whose outputs are the head's decision values.
-
-    For two classes its rows give minus and plus half the margin, so that the softmax of the outputs is what the head's
-    probabilities are, and ``class_scores`` up to a constant for each image. For centroids it is ``x . c - |c|^2 / 2``. Of a
-    regressor the only row gives the number.
-
-    Args:
-        head: A fitted linear head, or a pipeline that scales and projects before one.
-
-    Returns:
-        weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``; (1, D) and (1,) for a number;
-        (K - 1, D) and (K - 1,) for the steps between ordered classes.
-
-    Raises:
-        UsageError: The head, or a step before it, is no affine map.
-    """
-    steps = [step for _, step in getattr(head, "steps", [("head", head)]) if step not in (None, "passthrough")]
-    weight, bias = _last(steps[-1])
-    for step in reversed(steps[:-1]):
-        matrix, centre = _step(step)
-        weight = weight * matrix if matrix.ndim == 1 else weight @ matrix
-        bias = bias - weight @ centre
-    return weight, bias
-
-
-def _last(head: Any) -> tuple[Floats, Floats]:
-    classes = getattr(head, "classes_", ())
-    if hasattr(head, "centroids_"):
-        weight = np.asarray(head.centroids_, np.float64)
-        bias = -0.5 * np.einsum("kd,kd->k", weight, weight)
-    elif hasattr(head, "coef_") and hasattr(head, "intercept_"):
-        weight = np.atleast_2d(np.asarray(head.coef_, np.float64))
-        bias = np.broadcast_to(np.asarray(head.intercept_, np.float64), len(weight)).copy()
-    else:
-        weight, bias = np.empty((0, 0)), np.empty(0)
-    if hasattr(head, "step_scores"):
-        return weight, bias
-    if not hasattr(head, "classes_") and is_regressor(head) and len(weight) == 1:
-        return weight, bias
-    if len(classes) == 2 and len(weight) == 1:
-        return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
-    if len(weight) != len(classes) or not len(classes):
-        raise UsageError(
-            f"{type(head).__name__} is no fitted linear head; linear are: logistic, linear-svm, ridge, lda, centroid"
-        )
-    return weight, bias
-
-
-def _step(step: Any) -> tuple[Floats, Floats]:
-    """What a fitted step does to x: ``(x - centre) @ matrix.T``; a matrix (D,) stands for a diagonal."""
-    width = getattr(step, "n_features_in_", 0)
-    if hasattr(step, "components_") and hasattr(step, "explained_variance_"):
-        matrix = np.asarray(step.components_, np.float64)
-        if step.whiten:
-            spread = np.sqrt(np.asarray(step.explained_variance_, np.float64))
-            matrix = matrix / np.maximum(spread, np.finfo(spread.dtype).eps)[:, None]
-        return matrix, np.asarray(step.mean_, np.float64)
-    if hasattr(step, "scale_") and hasattr(step, "var_"):
-        scale = np.ones(width) if step.scale_ is None else np.asarray(step.scale_, np.float64)
-        centre = np.zeros(width) if step.mean_ is None or not step.with_mean else np.asarray(step.mean_, np.float64)
-        return 1 / scale, centre
-    raise UsageError(f"{type(step).__name__} cannot be folded into a linear map: only scaling and PCA can")

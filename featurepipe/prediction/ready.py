@@ -125,7 +125,12 @@ def make_ready(
     except UsageError as error:
         raise BundleError(f"the bundle's features have an {error}; use the version that it was trained with") from error
     machine = settle_machine(options, settings.decode)
-    backbone = load_backbone(found.backbone["name"], _weights(found, options.weights), seed=found.backbone["seed"])
+    backbone = load_backbone(
+        found.backbone["name"],
+        _weights(found, options.weights),
+        seed=found.backbone["seed"],
+        like=found.backbone.get("like"),
+    )
     fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
     changed = differences(found.space, fields)
     if changed:

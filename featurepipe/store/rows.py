@@ -449,3 +449,56 @@ class WideRows:
             part.read(out=out[:, start : start + part.width])
             start += part.width
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """n rows of features that lie in memory, not in a store; has what ``WideRows`` has.
+
+    Attributes:
+        columns: Names of the columns, in the order of the feature vector.
+        values: (m, D), which may be filled later.
+        positions: (n,) row in ``values`` of each row.
+    """
+
+    columns: tuple[str, ...]
+    values: Array
+    positions: Array
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def width(self) -> int:
+        """Values a row."""
+        return int(self.values.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return len(self), self.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of the values."""
+        return self.values.dtype
+
+    def row_bytes(self, dtype: npt.DTypeLike) -> int:
+        """Memory that reading takes a row: the result and the row's number."""
+        return self.width * np.dtype(dtype).itemsize + _NUMBERS_BYTES
+
+    def take(self, positions: Array | slice) -> ArrayRows:
+        """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
+        return ArrayRows(self.columns, self.values, self.positions[positions])
+
+    def check(self) -> None:
+        """Does nothing: there is no file that could be damaged."""
+
+    def part_starts(self) -> npt.NDArray[np.int64]:
+        """None: all rows lie in one place."""
+        return np.zeros(0, np.int64)
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Copies rows, by default all, (m, D)."""
+        chosen = self.positions if rows is None else self.positions[rows]
+        return self.values[chosen].astype(self.dtype if dtype is None else dtype, copy=False)

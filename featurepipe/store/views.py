@@ -24,7 +24,7 @@ from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
 from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels, role_column
-from featurepipe.store.rows import WideRows
+from featurepipe.store.rows import ArrayRows, WideRows
 
 Labels = npt.NDArray[Any] | None
 Positions = npt.NDArray[Any] | slice
@@ -50,7 +50,7 @@ class FeatureSet(LabelledImages):
         map_shape: What to reshape a row to, (C, H, W), if the pooling is ``map``; else None.
     """
 
-    rows: WideRows
+    rows: WideRows | ArrayRows
     origin: Origin
     rejects: Mapping[str | None, int] = field(default_factory=dict)
     unmatched: int = 0
@@ -123,6 +123,8 @@ class FeatureSet(LabelledImages):
         if twice:
             raise UsageError(f"column {twice[0]} would be in the feature vector twice; name each column once")
         check_rows((self.table, self.keys), (other.table, other.keys))
+        if isinstance(self.rows, ArrayRows) or isinstance(other.rows, ArrayRows):
+            raise UsageError("features that lie in memory alone stand beside no others; store them first")
         return replace(self, rows=WideRows(self.rows.parts + other.rows.parts), map_shape=None)
 
     def with_labels(self, labels: LabelSource) -> FeatureSet:
@@ -376,7 +378,7 @@ def _listed(counts: dict[str, int]) -> str:
 CHUNK_BYTES = 64 << 20
 
 
-def features_array(rows: WideRows, step: int, dtype: npt.DTypeLike) -> Any:
+def features_array(rows: WideRows | ArrayRows, step: int, dtype: npt.DTypeLike) -> Any:
     """Builds a (n, D) ``dask.array`` of chunks of ``step`` rows; each task opens what it reads."""
     import dask.array as da
     from dask.highlevelgraph import HighLevelGraph
@@ -400,14 +402,17 @@ def labels_array(labels: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
     return da.from_array(labels, chunks=(chunks,), name=name)  # type: ignore[no-untyped-call]
 
 
-def read_rows(rows: WideRows, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def read_rows(rows: WideRows | ArrayRows, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """One chunk's task."""
     return rows.read(dtype)
 
 
-def _token(rows: WideRows, step: int, dtype: str) -> str:
+def _token(rows: WideRows | ArrayRows, step: int, dtype: str) -> str:
     """Names the same rows of the same files alike, so that Dask shares what two arrays have in common."""
     digest = hashlib.sha256(f"{rows.columns} {step} {dtype}".encode())
+    if isinstance(rows, ArrayRows):
+        digest.update(rows.read())
+        return digest.hexdigest()[:32]
     for part in rows.parts:
         digest.update(repr([(piece.path, piece.offset) for piece in part.parts]).encode())
         digest.update(np.ascontiguousarray(part.part))

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from featurepipe.heads.statistics.metrics import score_table, untested_text
 from featurepipe.heads.statistics.multilabel import label_table, unmeasured_text
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.records import now
-from featurepipe.store import FeatureStore, Space
+from featurepipe.store import Space
 from featurepipe.training.fit import Calibration
 from featurepipe.training.inputs import Inputs
 from featurepipe.training.task import Recipe, Task
@@ -42,9 +42,29 @@ LONG = ("confusion", "confused", "mistakes")
 """Parts of the metrics that ``featurepipe evaluate`` gives anew and a bundle need not carry."""
 
 
+@dataclass(frozen=True)
+class Network:
+    """What a bundle says of the network that makes its features.
+
+    Attributes:
+        backbone: how to load it again; see `featurepipe.heads.bundle.bundle.Bundle`.
+        fields: of the feature space.
+        fingerprint: of the feature space.
+    """
+
+    backbone: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, space: Space) -> Network:
+        """That of a feature space of the store."""
+        return cls(_backbone(space), space.fields, space.fingerprint)
+
+
 def publish(
     target: Path,
-    store: FeatureStore,
+    network: Network,
     task: Task,
     recipe: Recipe,
     head: BaseEstimator,
@@ -61,12 +81,13 @@ def publish(
     roles: Mapping[str, Any],
     seconds: float,
     say: Callable[[str], None],
+    tuning: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tests the head on the test rows, writes the bundle, and returns what was done as JSON values.
 
     Args:
         target: the bundle's folder.
-        store: with the features.
+        network: that makes the features.
         task: what was settled.
         recipe: of the head.
         head: fitted on all rows that may train.
@@ -82,8 +103,8 @@ def publish(
         roles: the columns that were asked for, by role.
         seconds: that it all took.
         say: told what was written.
+        tuning: how the network itself was tuned, if it was.
     """
-    space = next(space for space in store.spaces() if space.fingerprint == task.features.space_fingerprint)
     training = {
         **task.as_dict(),
         "head": recipe.head,
@@ -97,11 +118,12 @@ def publish(
         "cluster": task.executor.describe_workers(),
         "when": now(),
         "seconds": round(seconds, 2),
+        **({} if tuning is None else {"tuning": dict(tuning)}),
     }
     bundle = Bundle(
-        backbone=_backbone(space),
-        space=dict(space.fields),
-        fingerprint=space.fingerprint,
+        backbone=dict(network.backbone),
+        space=dict(network.fields),
+        fingerprint=network.fingerprint,
         columns=task.features.columns,
         family=recipe.head,
         params=dict(recipe.params),

@@ -53,6 +53,27 @@ def settle(
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
+    task = settle_rows(store, found, recipe, options, snapshot=snapshot, cluster=cluster, say=say)
+    if comparison is not None and not options.target:
+        check_same_task(comparison, task.classes, options.labels, say)
+    return task
+
+
+def settle_rows(
+    store: FeatureStore,
+    found: FeatureSet,
+    recipe: Recipe,
+    options: TrainOptions,
+    *,
+    snapshot: str | None = None,
+    cluster: str | None = None,
+    say: Callable[[str], None],
+) -> Task:
+    """Settles which rows of a feature set are learned from, what they should give, and how; see `settle`.
+
+    Raises:
+        UsageError: an argument is wrong, or the labels cannot be learned from.
+    """
     if options.weight is not None and not recipe.family.weights:
         raise refuse_weights(recipe.head, "weight", recipe.target_type)
     found = with_roles(store, found, options.labels, RoleOptions.of(options), say, snapshot=snapshot)
@@ -80,8 +101,6 @@ def settle(
         targets, classes = targets[:, kept], tuple(features.target_names[place] for place in kept)
     else:
         _check_numbers(targets[division.final], division, str(options.target))
-    if comparison is not None and not options.target:
-        check_same_task(comparison, classes, options.labels, say)
     task = Task(
         features=features,
         classes=classes,

@@ -49,7 +49,7 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines += [said] if (said := label_thresholds_text(found["calibration"])) else []
     if "threshold" in found:
         lines.append(threshold_text(found["threshold"]))
-    lines += _test_lines(found)
+    lines += tested_lines(found)
     lines.append(f"bundle {found['bundle']}")
     return "\n".join(lines)
 
@@ -115,7 +115,8 @@ def _calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
     return [f"{line}; on the test images {found['test_ece_before']:.4f} before, {found['test_ece_after']:.4f} after"]
 
 
-def _test_lines(found: Mapping[str, Any]) -> list[str]:
+def tested_lines(found: Mapping[str, Any]) -> list[str]:
+    """How good a bundle was on its test images."""
     left_out = found["test_left_out"]
     if not found["test"] and left_out:
         return [f"none of the {left_out:,} labelled test images is of a class that was trained on: accuracy is unknown"]

@@ -19,7 +19,7 @@ from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
 from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of
-from featurepipe.training.publish import bundle_target, publish, weights_copy
+from featurepipe.training.publish import Network, bundle_target, publish, weights_copy
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
 from featurepipe.training.threshold import check_threshold, choose
@@ -220,7 +220,7 @@ def train(
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
         record = publish(
-            folder, source, task, chosen, fitted, inputs=inputs,
+            folder, Network.of(space), task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
             multilabel=options.multilabel or (), threshold=cut, positive=positive if task.is_multilabel else None,
             roles=roles_asked(options),
@@ -229,7 +229,7 @@ def train(
     return {**record, "options": as_asked(options), **asked}
 
 
-def roles_asked(options: TrainOptions) -> dict[str, Any]:
+def roles_asked(options: RoleOptions) -> dict[str, Any]:
     """The columns that a training was asked to take, by role, which an evaluation takes as well; a file of groups is none."""
     asked = as_asked(RoleOptions.of(options))
     is_file = asked["group"] is not None and is_file_of_groups(asked["group"])

@@ -23,7 +23,7 @@ from sklearn.svm import LinearSVC
 from featurepipe.errors import UsageError
 from featurepipe.heads.calibration import class_scores, probabilities
 from featurepipe.heads.families import FAMILIES, HEADS, HeadFamily, make_head, refuse_weights
-from featurepipe.prediction.image_classifier import linear_map
+from featurepipe.heads.linear.linear_map import linear_map
 
 QUICK = {"xgboost": {"n_estimators": 30, "max_depth": 3, "n_jobs": 1}}
 LINEAR = [name for name, family in HEADS.items() if family.linear]

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featurepipe.extraction.extract import extract
 from featurepipe.heads.bundle.bundle import Bundle, write_bundle
-from featurepipe.prediction.image_classifier import linear_map
+from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.store import FeatureStore
 
 CLASSES = ("day", "night, late", "ümlaut")

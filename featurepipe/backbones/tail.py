@@ -1,0 +1,136 @@
+"""The part of a network above a node, which goes from stored activations to the bottleneck and can be trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx, nn
+
+from featurepipe.backbones import nodes
+from featurepipe.backbones.pooling import pool
+from featurepipe.errors import Message, Option, UsageError
+
+if TYPE_CHECKING:
+    from featurepipe.backbones.loading import Backbone
+
+
+class Tail(nn.Module):
+    """Maps stored activations of a node to features of the bottleneck.
+
+    The weights are a copy of the network's, under its names, and take gradients; BatchNorm keeps its statistics and dropout
+    is off, as in the frozen network, so that at the start the features are the network's own.
+
+    Attributes:
+        node: The node whose activations go in.
+        column: The column that holds them, ``node:map`` or ``node:flatten``.
+        bottleneck: The column that comes out, ``node:pooling``.
+        width: Values of one feature vector that comes out.
+
+    Args:
+        backbone: The network.
+        node: Where to cut it.
+
+    Raises:
+        UsageError: The node is unknown; the network cannot be traced, or cut there since something beside the node leads from
+            below to above it; or no weights lie above it. Names nodes where it can be cut.
+    """
+
+    def __init__(self, backbone: Backbone, node: str) -> None:
+        super().__init__()
+        info = backbone.node(node)
+        self.node = info.name
+        is_map = len(info.shape) == 3
+        self.column = f"{node}:{'map' if is_map else 'flatten'}"
+        self._shape, self._axis = tuple(info.shape), info.channel_axis if is_map else None
+        (found,) = backbone.columns([])
+        self.bottleneck = str(found)
+        self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)
+        (self.width,) = backbone.feature_shape(found)
+        self.network = trainable(_cut(backbone, self.node, found.node, asked=node))
+        if not any(True for _ in self.network.parameters()):
+            raise UsageError(
+                Message(
+                    Option("from_node", node), f" leaves no weights to tune above it; {_choices(backbone, found.node)}"
+                )
+            )
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """Features (N, D) of activations (N, C * H * W) as the store has them, in float32."""
+        if self._axis is None:
+            activations = stored.reshape(len(stored), *self._shape)
+        else:  # the store has channels first, however the network orders its axes
+            channels_first = list(self._shape)
+            channels_first.insert(0, channels_first.pop(self._axis - 1))
+            activations = stored.reshape(len(stored), *channels_first).movedim(1, self._axis)
+        outputs = self.network(activations.float())
+        return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)
+
+    def blocks(self) -> dict[str, list[str]]:
+        """Names of the trainable parameters by block, from the lowest to the highest: what learns at one rate."""
+        found: dict[str, list[str]] = {}
+        for name, _ in self.network.named_parameters():
+            found.setdefault(block_of(name), []).append(name)
+        return found
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """Returns a copy in eval mode whose weights take gradients."""
+    copied = copy.deepcopy(network)
+    copied.eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(True)  # noqa: FBT003
+    return copied
+
+
+def block_of(name: str) -> str:
+    """The block of a parameter: its name up to the first number, or without the layer and the parameter itself.
+
+    Example:
+        >>> block_of("layer4.1.conv2.weight"), block_of("features.28.bias"), block_of("head.conv.weight")
+        ('layer4.1', 'features.28', 'head')
+    """
+    parts = name.split(".")[:-1]
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    if number is not None:
+        return ".".join(parts[: number + 1])
+    return ".".join(parts[:-1] or parts)
+
+
+def _cut(backbone: Backbone, node: str, out: str, *, asked: str) -> fx.GraphModule:
+    found = nodes.trace(backbone.module) if backbone.traceable else None
+    if found is None:
+        raise UsageError(
+            f"{backbone.name} cannot be traced by torch.fx, so it cannot be cut into a frozen part and a tail; tune it from "
+            "the images, or take a backbone of torchvision"
+        )
+    order = list(found.names.values())
+    if order.index(node) >= order.index(out):
+        raise UsageError(
+            Message(Option("from_node", asked), f" lies at or above the bottleneck {out}; {_choices(backbone, out)}")
+        )
+    graph = found.above(node, out)
+    if graph is None:
+        raise UsageError(
+            Message(
+                f"{backbone.name} cannot be cut at ", Option("from_node", asked), ": what lies above it takes more from below "
+                f"than this node, a skip around it for instance; {_choices(backbone, out)}",
+            )
+        )  # fmt: skip
+    return graph
+
+
+def cuts(backbone: Backbone) -> list[str]:
+    """The stages of a network at which it can be cut, from the lowest to the highest; none for one that cannot be traced."""
+    found = nodes.trace(backbone.module) if backbone.traceable else None
+    if found is None:
+        return []
+    out = backbone.node(backbone.bottleneck).name
+    stages = [name for name in backbone.stages() if name != backbone.bottleneck]
+    above = {name: found.above(backbone.node(name).name, out) for name in stages}
+    return [name for name, graph in above.items() if graph is not None and any(True for _ in graph.parameters())]
+
+
+def _choices(backbone: Backbone, out: str) -> str:
+    usable = cuts(backbone)
+    return f"it can be cut at {', '.join(usable)}" if usable else f"it cannot be cut below {out}"

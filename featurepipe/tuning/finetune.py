@@ -1,0 +1,514 @@
+"""Tunes the layers above a node from stored activations: an exact head first, then the layers, then a mix of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featurepipe.backbones import Backbone, load_backbone
+from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.backbones.user_code import check_trusted
+from featurepipe.display import size
+from featurepipe.errors import Message, Option, UsageError
+from featurepipe.features.settings import Settings
+from featurepipe.heads.calibration import calibrated_labels
+from featurepipe.heads.linear.linear_map import head_of_map, linear_map
+from featurepipe.heads.statistics.regression import conformal_half_width, least_units
+from featurepipe.interrupt import StopRequest, stop_on_signals
+from featurepipe.option_groups import as_asked, declared
+from featurepipe.progress import announcer, show
+from featurepipe.sizes import bytes_of
+from featurepipe.store import FeatureStore, Space, fingerprint
+from featurepipe.store.choice import choose_space
+from featurepipe.store.locks import starts_again
+from featurepipe.store.options import LabelsOption, RoleOptions, columns_of
+from featurepipe.store.rows import ArrayRows
+from featurepipe.store.views import FeatureSet
+from featurepipe.training.cost import available_memory
+from featurepipe.training.fit import INTERVAL_LEVEL, LARGEST_F1, HeldOut, calibrate, fit
+from featurepipe.training.inputs import Inputs, digest_of
+from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
+from featurepipe.training.publish import Network, bundle_target, publish
+from featurepipe.training.settle import settle_rows
+from featurepipe.training.task import Recipe, Task
+from featurepipe.training.train import roles_asked
+from featurepipe.training.tuning import search
+from featurepipe.tuning.loop import Model, Rows, State, Tuning, TuningCheckpoint, identity_of, score_rows, tune
+from featurepipe.tuning.objective import TuningObjective
+from featurepipe.tuning.options import TuneOptions
+
+_WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory"}
+"""Options that say where things are, not what comes out."""
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the tuned weights that are tried on the validation images; the rest is the frozen network's."""
+
+
+@starts_again
+def finetune(
+    store: FeatureStore | str | PathLike[str],
+    *,
+    from_node: str | None = None,
+    out: str | PathLike[str],
+    dataset: str | None = None,
+    backbone: str | None = None,
+    snapshot: str | None = None,
+    labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
+    target: str | None = None,
+    multilabel: str | tuple[str, ...] | None = None,
+    weight: str | None = None,
+    split_column: str | None = None,
+    split: str | None = None,
+    epochs: int = 10,
+    rate: float = 3e-4,
+    lowest_rate: float = 0.1,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    batch_size: int = 64,
+    patience: int = 3,
+    seeds: int = 1,
+    interpolate: bool = True,
+    min_class_size: int = 2,
+    memory: int | str | None = None,
+    seed: int = 0,
+    weights: str | PathLike[str] | None = None,
+    trust_code: bool | Collection[str] = False,
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Tunes the layers above a node to a dataset's images, and writes a bundle with the tuned network.
+
+    The activations at the node come from the store (column ``NODE:map``), so an epoch computes only what lies above it. The head
+    is fitted first, exactly, on the frozen bottleneck; then it and the layers are tuned together at small rates, lower layers at
+    lower ones, so that features are not distorted by a random head (LP-FT; Kumar et al., "Fine-Tuning can Distort Pretrained
+    Features and Underperform Out-of-Distribution", ICLR 2022). BatchNorm keeps its statistics. Last, tuned and frozen weights
+    are mixed in the share that is best on the validation images (WiSE-FT; Wortsman et al., "Robust fine-tuning of zero-shot
+    models", CVPR 2022), 0 among them: what comes out is never worse there than the frozen network.
+
+    Rows are divided as `featurepipe.train` divides them; where the dataset has no split ``val``, validation images are set aside
+    from the training images and are not learned from. Checkpoints beside the bundle (``OUT.tuning``) are written at least once a
+    minute; the same call goes on from there after a kill.
+
+    Args:
+        store: the feature store or its path.
+        from_node: where to cut the network; its activations must be in the store. Left out, the error names the choices.
+        out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
+        dataset: a dataset in it; may be left out if there is only one.
+        backbone: as in `FeatureStore.features`, where the store holds several.
+        snapshot: run id of an older snapshot of the dataset; by default the current one.
+        labels: as in `featurepipe.train`, like all further columns.
+        label: the column of the class.
+        group: the column of what stays on one side of every split.
+        target: the column of a number to estimate.
+        multilabel: the columns of several labels.
+        weight: the column of how much each image counts in the loss.
+        split_column: the column of the split.
+        split: the split to train on, by default ``train``.
+        epochs: passes over the training images.
+        rate: learning rate of the head and the highest block.
+        lowest_rate: that of the lowest tuned block, as a share of ``rate``.
+        weight_decay: of AdamW.
+        warmup: share of the steps in which rates rise.
+        batch_size: images a step.
+        patience: epochs without a better validation score after which to stop.
+        seeds: how often to tune, in other orders; the best on validation is kept.
+        interpolate: mix tuned and frozen weights; else it is all of one or of the other.
+        min_class_size: classes with fewer images are refused.
+        memory: what activations may take; above it they are read from the store step by step.
+        seed: of draws.
+        weights: the backbone's weights file, where the features are of one of your own.
+        trust_code: as in `featurepipe.train`.
+        dry_run: say what would be tuned on what; write nothing.
+        silent: say nothing on the way.
+
+    Returns:
+        What was done, as plain JSON values: what `featurepipe.train` gives, and ``tuning``.
+
+    Raises:
+        UsageError: an argument is wrong, the network cannot be cut there, the labels cannot be learned from, or nothing was
+            learned before the loss became infinite.
+        StoreError: activations are missing.
+        BundleError: the target is a folder of something else.
+        Interrupted: a signal came; the next call goes on.
+    """
+    start = time.perf_counter()
+    options = TuneOptions(
+        from_node=from_node, dataset=dataset, backbone=backbone, labels=labels, weights=weights,
+        trust_code=trust_code, label=label, group=group, target=target, multilabel=columns_of(multilabel), weight=weight,
+        split_column=split_column, split=split, epochs=epochs,
+        rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
+        seeds=seeds, interpolate=interpolate, min_class_size=min_class_size, memory=memory, seed=seed,
+    )  # fmt: skip
+    say = announcer(silent=silent)
+    folder = bundle_target(out)
+    source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    work = _prepared(source, options, snapshot=snapshot, say=say)
+    say(work.text)
+    if dry_run:
+        return {**work.task.as_dict(), "tuning": work.about()}
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        head_weight, head_bias = work.exact_head(say)
+        model = Model(work.tail, *work.objective.to_scores(head_weight, head_bias))
+        frozen = model.weights()
+        runs = _tuned(work, model, frozen, options, folder, stop, silent=silent)
+        best = max(runs, key=lambda run: run.score)
+        mixes = _mixes(work, model, frozen, best.best, MIXES if options.interpolate else MIXES[:: len(MIXES) - 1])
+        share = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
+        model.adopt(_mixed(frozen, best.best, share))
+        for line in _mix_lines(mixes, share, work.objective.measure):
+            say(line)
+        about = {**work.about(), **_history(runs, best), "mixes": {f"{k:g}": v for k, v in mixes.items()}, "mix": share}
+        with TemporaryDirectory() as scratch:
+            file = _weights_file(work.backbone, work.tail, Path(scratch))
+            record = _published(work, model, options, folder, file, about, seconds=time.perf_counter() - start, say=say)
+    for number in range(options.seeds):
+        _checkpoint(folder, number, "").remove()
+    return {**record, "options": as_asked(options)}
+
+
+@dataclass
+class _Work:
+    """What is tuned on what.
+
+    Attributes:
+        space: The feature space of the activations.
+        backbone: The network.
+        tail: Its layers above the cut.
+        maps: The activations of the task's rows.
+        task: The rows, with bottleneck features that `features_of` fills in.
+        recipe: Of the exact head.
+        objective: What is learned.
+        in_memory: Whether the activations are read once.
+    """
+
+    space: Space
+    backbone: Backbone
+    tail: Tail
+    maps: FeatureSet
+    task: Task
+    recipe: Recipe
+    objective: TuningObjective
+    in_memory: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the activations that train and validate."""
+        rows = len(self.task.division.train) + len(self.task.division.validation)
+        return rows * self.maps.shape[1] * self.maps.dtype.itemsize
+
+    @property
+    def text(self) -> str:
+        """What is tuned on what."""
+        parameters = sum(value.numel() for value in self.tail.parameters())
+        how = "read once" if self.in_memory else "read from the store in every epoch"
+        blocks = list(self.tail.blocks())
+        return (
+            f"tuning {self.backbone.name} above {self.tail.node}: {parameters:,} weights in {len(blocks)} blocks ({blocks[0]} to "
+            f"{blocks[-1]}) on {len(self.task.division.train):,} images, {len(self.task.division.validation):,} to choose by; "
+            f"activations of {size(self.bytes)}, {how}"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "from": self.tail.node,
+            "backbone": dict(self.backbone.description()),
+            "blocks": list(self.tail.blocks()),
+            "parameters": sum(value.numel() for value in self.tail.parameters()),
+            "activations": self.bytes,
+            "measure": self.objective.measure,
+        }
+
+    @property
+    def examples(self) -> Activations:
+        """The activations by row."""
+        if not hasattr(self, "_examples"):
+            rows = np.union1d(self.task.division.train, self.task.division.validation)
+            self._examples = Activations.of(self.maps, rows, in_memory=self.in_memory)
+        return self._examples
+
+    def exact_head(self, say: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The head on the frozen bottleneck, its penalty chosen on the validation rows, as an affine map."""
+        division = self.task.division
+        self.fill(self.tail, np.union1d(division.train, division.validation))
+        self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say).params)
+        return linear_map(fit(self.task, self.recipe, division.train, say))
+
+    def fill(self, body: torch.nn.Module, rows: Rows) -> None:
+        """Computes bottleneck features of some rows of the task."""
+        held = self.task.features.rows
+        assert isinstance(held, ArrayRows)  # noqa: S101 - made by `_prepared`
+        examples = self.examples if np.isin(rows, self.examples.rows).all() else Activations(self.maps, None, rows)
+        held.values[held.positions[rows]] = score_rows(body, examples, rows)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Stored activations by row of the task.
+
+    Attributes:
+        maps: (n, W).
+        held: (m, W) those of ``rows``, in memory; None to read them from the store.
+        rows: (m,) positions, ascending.
+    """
+
+    maps: FeatureSet
+    held: npt.NDArray[Any] | None
+    rows: Rows
+
+    @classmethod
+    def of(cls, maps: FeatureSet, rows: Rows, *, in_memory: bool) -> Activations:
+        """Those of some rows, read once if they shall stay in memory."""
+        return cls(maps, maps.read(rows=rows) if in_memory else None, rows)
+
+    def read(self, rows: Rows) -> Tensor:
+        """Activations (m, W), float32."""
+        if self.held is None:
+            return torch.from_numpy(self.maps.read(np.float32, rows=rows))
+        return torch.from_numpy(self.held[np.searchsorted(self.rows, rows)]).float()
+
+
+def _prepared(source: FeatureStore, options: TuneOptions, *, snapshot: str | None, say: Any) -> _Work:
+    dataset = options.dataset or source.only_dataset()
+    space = choose_space(source, options.backbone, dataset)
+    network = _network(space, options)
+    if options.from_node is None:
+        usable = ", ".join(cuts(network)) or "no node: torch.fx cannot trace it"
+        raise UsageError(
+            Message(f"say where to cut {network.name}, with ", Option("from_node"), f"; it can be cut at {usable}")
+        )
+    tail = Tail(network, options.from_node)
+    maps = source.features(dataset, node=tail.column, backbone=space.fingerprint, snapshot=snapshot)
+    bottleneck = replace(
+        maps,
+        rows=ArrayRows((tail.bottleneck,), np.zeros((len(maps), tail.width), np.float32), np.arange(len(maps))),
+        map_shape=None,
+    )
+    target_type = "multilabel" if options.multilabel else "continuous" if options.target is not None else "multiclass"
+    training = TrainOptions(
+        **RoleOptions.of(options).arguments(),
+        labels=options.labels,
+        head=DEFAULT_HEADS[target_type],
+        split=options.split,
+        min_class_size=options.min_class_size,
+        memory=options.memory,
+        seed=options.seed,
+    )
+    recipe = Recipe(DEFAULT_HEADS[target_type], {}, seed=options.seed, target_type=target_type)
+    task = settle_rows(source, bottleneck, recipe, training, snapshot=snapshot, say=say)
+    division = replace(task.division, is_carved=False)  # the layers do not get their validation images back
+    task = replace(task, division=division)
+    _check_validation(task)
+    rows = task.features.rows
+    assert isinstance(rows, ArrayRows)  # noqa: S101 - made above
+    chosen = maps.take(rows.positions)
+    answers = task.codes if task.targets is None else task.targets
+    objective = TuningObjective.of(target_type, answers, task.weights(np.arange(len(task.features))), division.train)
+    need = (len(division.train) + len(division.validation)) * maps.shape[1] * maps.dtype.itemsize
+    allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
+    return _Work(space, network, tail, chosen, task, recipe, objective, in_memory=need <= allowed)
+
+
+def _network(space: Space, options: TuneOptions) -> Backbone:
+    """The network of a feature space.
+
+    Raises:
+        UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
+    """
+    check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
+    description = space.notes.get("backbone", {})
+    label = str(description.get("weights", "DEFAULT"))
+    if description.get("random"):
+        asked = "none"
+    elif label.startswith("file:"):
+        if options.weights is None:
+            raise UsageError(
+                Message(f"the features are of weights of your own ({label}); give them: ", Option("weights", "FILE"))
+            )
+        asked = str(options.weights)
+    else:
+        asked = label
+    network = load_backbone(space.backbone, asked, seed=description.get("seed") or 0)
+    if network.weights_sha256 != space.fields["weights_sha256"]:
+        raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
+    return network
+
+
+def _check_validation(task: Task) -> None:
+    division = task.division
+    if len(division.validation) and (task.targets is not None or len(np.unique(task.codes[division.validation])) > 1):
+        return
+    raise UsageError(
+        f"{len(division.train) + len(division.validation):,} training images are too few to set validation images aside, which "
+        "decide when to stop; give more images, or a split val"
+    )
+
+
+def _tuned(
+    work: _Work, model: Model, frozen: State, options: TuneOptions, folder: Path, stop: StopRequest, *, silent: bool
+) -> list[Tuning]:
+    """One run of the loop for each seed."""
+    division, blocks = work.task.division, work.tail.blocks()
+    steps = -(-len(division.train) // options.batch_size) * options.epochs
+    facts = {
+        "space": work.space.fingerprint,
+        "from": work.tail.node,
+        "rows": _inputs(work, options).as_dict(),
+        "torch": torch.__version__,
+    }
+    runs = []
+    for number in range(options.seeds):
+        what = "tuning" if options.seeds == 1 else f"tuning {number + 1} of {options.seeds}"
+        model.adopt(frozen)
+        with show(steps, what, unit="steps", silent=silent) as progress:
+            runs.append(
+                tune(
+                    model,
+                    work.examples,
+                    work.objective,
+                    division.train,
+                    division.validation,
+                    options,
+                    blocks=blocks,
+                    seed=options.seed + number,
+                    checkpoint=_checkpoint(folder, number, identity_of({**facts, "run": number})),
+                    stop=stop,
+                    progress=progress,
+                )
+            )
+            progress.say(f"{what} ended: {runs[-1].ended}; best after epoch {runs[-1].epoch}")
+    return runs
+
+
+def _checkpoint(folder: Path, number: int, identity: str) -> TuningCheckpoint:
+    return TuningCheckpoint(folder.with_name(f"{folder.name}.tuning") / f"run-{number}.pt", identity)
+
+
+def _mixed(frozen: State, tuned: Mapping[str, Tensor], share: float) -> State:
+    """Weights between the frozen (0) and the tuned ones (1)."""
+    if share in (0.0, 1.0):
+        return dict(tuned if share else frozen)
+    return {name: torch.lerp(value, tuned[name], share) for name, value in frozen.items()}
+
+
+def _mixes(
+    work: _Work, model: Model, frozen: State, tuned: Mapping[str, Tensor], shares: Sequence[float]
+) -> dict[float, float]:
+    """The validation score by share of the tuned weights."""
+    rows, found = work.task.division.validation, {}
+    for share in shares:
+        model.adopt(_mixed(frozen, tuned, share))
+        found[share] = work.objective.score(score_rows(model, work.examples, rows), rows)
+    return found
+
+
+def _mix_lines(mixes: Mapping[float, float], share: float, measure: str) -> list[str]:
+    shown = ", ".join(f"{mix:.0%} {score:.4f}" for mix, score in mixes.items())
+    return [f"validation {measure} by share of the tuned weights: {shown}; kept: {share:.0%}"]
+
+
+def _history(runs: list[Tuning], best: Tuning) -> dict[str, Any]:
+    entries = [
+        {"history": run.history, "best_epoch": run.epoch, "score": run.score, "ended": run.ended} for run in runs
+    ]
+    return {"runs": entries, "kept_run": runs.index(best)}
+
+
+def _weights_file(backbone: Backbone, tail: Tail, folder: Path) -> Path:
+    """All weights of the network with the tuned ones in place, as a .safetensors file."""
+    from safetensors.torch import save_file
+
+    state = {name: value.clone() for name, value in backbone.state().items()}
+    for name, value in tail.network.named_parameters():
+        state[name] = value.detach().to(state[name].dtype)
+    path = folder / "tuned.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def _inputs(work: _Work, options: TuneOptions) -> Inputs:
+    """What decides the outcome, in the form of a trained head's."""
+    division, task = work.task.division, work.task
+    rows = np.union1d(division.train, division.validation)
+    images = task.features.take(rows)
+    targets = None if task.targets is None else task.targets[rows]
+    return Inputs(
+        fingerprint=work.space.fingerprint,
+        columns=(work.tail.column,),
+        rows=digest_of(images, np.isin(rows, division.validation), targets),
+        images=len(rows),
+        settings={name: value for name, value in as_asked(options).items() if name not in _WHERE},
+    )
+
+
+def _published(
+    work: _Work, model: Model, options: TuneOptions, folder: Path, file: Path, about: dict[str, Any], *,
+    seconds: float, say: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Tests the tuned network, writes the bundle, and returns what was done."""
+    like = None if work.backbone.is_random or work.backbone.weights.startswith("file:") else work.backbone.weights
+    tuned = load_backbone(work.backbone.name, str(file), like=like)
+    settings = Settings.of_space(work.space.fields, why="as the activations")
+    fields = {**tuned.identity(), **settings.fields(), "numerics": NUMERICS}
+    network = Network(
+        {
+            "name": tuned.name,
+            "weights": "file",
+            "seed": 0,
+            **({} if like is None else {"like": like}),
+            "description": tuned.description(),
+        },
+        fields,
+        fingerprint(fields),
+    )
+    division = work.task.division
+    work.fill(model.body, np.union1d(division.validation, division.test))
+    origin = replace(work.task.features.origin, fields=fields, fingerprint=network.fingerprint)
+    task = replace(work.task, features=replace(work.task.features, origin=origin))
+    weight, bias = work.objective.to_target(
+        model.head.weight.detach().double().numpy(), model.head.bias.detach().double().numpy()
+    )
+    head = head_of_map(work.objective.target_type, task.classes, weight, bias)
+    return publish(
+        folder, network, task, work.recipe, head, inputs=_inputs(work, options), search=None,
+        calibration=_calibration(task, weight, bias, say), weights=file, labels=_name_of(options.labels),
+        column=options.target, multilabel=options.multilabel or (), threshold=None, positive=None,
+        roles=roles_asked(options), seconds=seconds, say=say, tuning=about,
+    )  # fmt: skip
+
+
+def _calibration(task: Task, weight: npt.NDArray[Any], bias: npt.NDArray[Any], say: Any) -> Any:
+    """What makes probabilities or intervals of scores, from the validation images, which also chose when to stop."""
+    rows = task.division.validation
+    scores = task.features.read(np.float64, rows=rows) @ weight.T + bias
+    if task.is_multilabel:
+        return {"images": len(rows), **calibrated_labels(scores, task.answers(rows), task.classes, LARGEST_F1)}
+    if not task.is_numeric:
+        return calibrate(HeldOut(rows, task.codes[rows], scores, task.classes), say)
+    groups = task.features.take(rows).groups
+    units = len(rows) if groups is None else len(set(groups.tolist()))
+    if units < least_units(INTERVAL_LEVEL):
+        say("too few validation images for prediction intervals: there are none")
+        return None
+    half_width = conformal_half_width(scores[:, 0], task.answers(rows), level=INTERVAL_LEVEL, groups=groups)
+    return {"level": INTERVAL_LEVEL, "half_width": half_width, "images": len(rows)}
+
+
+def _name_of(labels: Any) -> str | None:
+    if labels is None:
+        return None
+    return Path(labels).name if isinstance(labels, str | PathLike) else f"given as a {type(labels).__name__}"

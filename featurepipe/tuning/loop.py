@@ -1,0 +1,406 @@
+"""The loop that tunes: AdamW with warm-up and cosine decay, early stopping, and checkpoints from which a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from featurepipe.errors import Interrupted, Message, Option, UsageError
+from featurepipe.interrupt import StopRequest
+from featurepipe.progress import Progress
+from featurepipe.store.atomic import atomic_file
+from featurepipe.tuning.objective import TuningObjective
+from featurepipe.tuning.options import TuneOptions
+
+Rows = npt.NDArray[np.int64]
+State = dict[str, Tensor]
+
+SAVE_SECONDS = 30.0
+"""How long after a checkpoint the next one is due."""
+SAVE_SHARE = 0.1
+"""Checkpoints of large networks are written less often, so that they take at most this share of the time ..."""
+MOST_SECONDS = 55.0
+"""... but a kill never costs more than a minute."""
+SCORED = 256
+"""Images that are scored at once."""
+
+
+class Examples(Protocol):
+    """The inputs of a model by row."""
+
+    def read(self, rows: Rows) -> Tensor:
+        """The inputs of some rows, (m, ...) float32."""
+        ...
+
+
+class Model(nn.Module):
+    """A body that makes features (N, D), and a linear head (K, D) on them.
+
+    Args:
+        body: What makes features, such as `featurepipe.backbones.tail.Tail`.
+        weight: (K, D), of the head.
+        bias: (K,).
+    """
+
+    def __init__(self, body: nn.Module, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(np.asarray(weight, np.float32)))
+            self.head.bias.copy_(torch.from_numpy(np.asarray(bias, np.float32)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores (N, K)."""
+        scores: Tensor = self.head(self.body(inputs))
+        return scores
+
+    def weights(self) -> State:
+        """A copy of all parameters that learn, by name."""
+        return {name: value.detach().clone() for name, value in self.named_parameters() if value.requires_grad}
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes parameters over."""
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+
+
+@dataclass
+class Tuning:
+    """What a run of the loop leaves.
+
+    Attributes:
+        best: The tuned parameters that scored best on the validation images; the start is none of them.
+        score: What they scored.
+        epoch: After which epoch that was; 0 before the first has ended.
+        history: An entry for each epoch: ``epoch``, ``train_loss``, ``loss`` and ``score`` on the validation images, ``seconds``.
+        ended: Why it ended, in words.
+    """
+
+    best: State
+    score: float
+    epoch: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
+
+
+class TuningCheckpoint:
+    """Where a run is written down while it goes on.
+
+    Args:
+        path: The file.
+        identity: Of all that decides the outcome; a file of another identity is not gone on from.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self._last, self._cost = time.monotonic(), 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last one was written long enough ago."""
+        pause = min(MOST_SECONDS, max(SAVE_SECONDS, self._cost / SAVE_SHARE))
+        return time.monotonic() - self._last >= pause
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Writes a checkpoint in place of the one before, whole or not at all."""
+        start = time.monotonic()
+        buffer = io.BytesIO()
+        torch.save({"identity": self.identity, **content}, buffer)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path) as file:
+            file.write(buffer.getbuffer())
+        self._last = time.monotonic()
+        self._cost = self._last - start
+
+    def read(self) -> dict[str, Any] | None:
+        """The content; None if there is none, it is of another run, or it cannot be read."""
+        if not self.path.is_file():
+            return None
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception:  # noqa: BLE001 - torch raises whatever a damaged file leads to, and a new start is always right
+            return None
+        return content if isinstance(content, dict) and content.get("identity") == self.identity else None
+
+    def remove(self) -> None:
+        """Removes the file, and its folder."""
+        self.path.unlink(missing_ok=True)
+        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+
+def identity_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a run's outcome, given as JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tune(
+    model: Model,
+    examples: Examples,
+    objective: TuningObjective,
+    train: Rows,
+    validation: Rows,
+    options: TuneOptions,
+    *,
+    blocks: Mapping[str, list[str]],
+    seed: int,
+    checkpoint: TuningCheckpoint,
+    stop: StopRequest,
+    progress: Progress,
+) -> Tuning:
+    """Tunes a model's parameters on the training rows, and leaves it with those that scored best on the validation rows.
+
+    AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019); rates rise from 0 during the warm-up, then
+    fall to 0 as a cosine does. The lower a block, the smaller its rate. The same seed on the same machine with the same number
+    of threads gives the same parameters, whether or not a run was killed in between.
+
+    Args:
+        model: At its start, which is scored as epoch 0.
+        examples: What goes in.
+        objective: What is learned.
+        train: Positions of the rows to learn from.
+        validation: Positions of the rows that choose.
+        options: Rates, epochs, and so on.
+        blocks: Names of the body's parameters by block, from the lowest; as in ``model.body.network``.
+        seed: Of the order of images.
+        checkpoint: Where the run is written down.
+        stop: Whether to stop.
+        progress: Told of steps.
+
+    Raises:
+        Interrupted: A stop was asked for; the checkpoint has all that was done.
+        UsageError: The loss is not finite at the start, or became so before anything got better.
+    """
+    run = _Run(model, examples, objective, train, validation, options, blocks, seed)
+    before = checkpoint.read()
+    if before is None:
+        run.begin()
+    else:
+        run.restore(before)
+        progress.say(f"going on from a checkpoint: epoch {run.epoch + 1}, step {run.step + 1}")
+        progress.advance(run.epoch * run.steps + run.step)
+    while not run.is_over:
+        order = run.order()
+        for inputs, rows in _ahead(examples, order, options.batch_size, run.step):
+            if stop():
+                checkpoint.write(run.content())
+                done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
+                raise Interrupted(
+                    f"stopped by {stop.name or 'the end of its time'} in {done}; run it again to go on from there",
+                    stop.signal_number or 2,
+                )
+            loss = run.learn(inputs, rows)
+            if not math.isfinite(loss):
+                break
+            progress.advance(1, f"loss {run.mean_loss:.4f}")
+            if checkpoint.is_due:
+                checkpoint.write(run.content())
+        progress.say(run.end_epoch())
+        checkpoint.write(run.content())
+    model.adopt(run.found.best)
+    return run.found
+
+
+class _Run:
+    """A run and where it is."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Examples,
+        objective: TuningObjective,
+        train: Rows,
+        validation: Rows,
+        options: TuneOptions,
+        blocks: Mapping[str, list[str]],
+        seed: int,
+    ) -> None:
+        self.model, self.examples, self.objective, self.options = model, examples, objective, options
+        self.train, self.validation, self.seed = train, validation, seed
+        self.steps = -(-len(train) // options.batch_size)
+        self.epoch = self.step = 0
+        self.found = Tuning({}, -math.inf, 0)
+        self._loss, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
+        self._best_loss, self._diverged = math.inf, False
+        self._groups = _parameter_groups(model, blocks, options)
+        self.optimiser = torch.optim.AdamW(self._groups, lr=options.rate, weight_decay=options.weight_decay)
+        self._shares = [group["share"] for group in self.optimiser.param_groups]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has come to its end."""
+        return bool(self.found.ended)
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the steps of this epoch."""
+        return self._loss / max(self.step, 1)
+
+    def begin(self) -> None:
+        """Scores the start."""
+        loss, score = self._validate()
+        if not (math.isfinite(loss) and math.isfinite(score)):
+            raise UsageError(
+                f"the loss of the network as it is, on the validation images, is {loss}: its activations or its head hold values "
+                "that are not finite; look at the weights, and verify the store (featurepipe verify STORE)"
+            )
+        self._take(loss, score, train_loss=None)
+
+    def order(self) -> Rows:
+        """The training rows in the order of this epoch."""
+        return self.train[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))]
+
+    def learn(self, inputs: Tensor, rows: Rows) -> float:
+        """Makes a step; returns its loss, and changes nothing where that is not finite."""
+        factor = _schedule(
+            self.epoch * self.steps + self.step, self.options.epochs * self.steps, warmup=self.options.warmup
+        )
+        for group, share in zip(self.optimiser.param_groups, self._shares, strict=True):
+            group["lr"] = self.options.rate * share * factor
+        loss = self.objective.loss(self.model(inputs), rows)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self._diverged = True
+            return value
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self._loss += value
+        self.step += 1
+        return value
+
+    def end_epoch(self) -> str:
+        """Scores, decides whether to go on, and says how it is."""
+        if self._diverged:
+            return self._end_diverged()
+        loss, score = self._validate()
+        if not (math.isfinite(loss) and math.isfinite(score)):
+            return self._end_diverged()
+        text = self._take(loss, score, train_loss=self.mean_loss)
+        self.epoch, self.step, self._loss = self.epoch + 1, 0, 0.0
+        if self.epoch >= self.options.epochs:
+            self.found.ended = f"all {self.options.epochs} epochs"
+        elif self.epoch - self.found.epoch >= self.options.patience:
+            self.found.ended = f"no better for {self.options.patience} epochs"
+        return text
+
+    def content(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        return {
+            "model": self.model.weights(),
+            "optimiser": self.optimiser.state_dict(),
+            "place": [self.epoch, self.step, self._loss, self._best_loss, self._elapsed()],
+            "best": self.found.best,
+            "found": [self.found.score, self.found.epoch, self.found.ended],
+            "history": json.dumps(self.found.history),
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Goes on from what `content` gave."""
+        self.model.adopt(content["model"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.epoch, self.step, self._loss, self._best_loss, self._seconds = content["place"]
+        score, epoch, ended = content["found"]
+        self.found = Tuning(dict(content["best"]), score, epoch, json.loads(content["history"]), ended)
+
+    def _validate(self) -> tuple[float, float]:
+        scores = score_rows(self.model, self.examples, self.validation)
+        return self.objective.mean_loss(scores, self.validation), self.objective.score(scores, self.validation)
+
+    def _take(self, loss: float, score: float, *, train_loss: float | None) -> str:
+        number = 0 if train_loss is None else self.epoch + 1
+        entry = {"epoch": number, "train_loss": train_loss, "loss": loss, "score": score, "seconds": self._elapsed()}
+        self.found.history.append(entry)
+        better = number > 0 and (score, -loss) > (self.found.score, -self._best_loss)
+        if better:
+            self.found.best, self.found.score, self.found.epoch = self.model.weights(), score, number
+            self._best_loss = loss
+        name = self.objective.measure
+        if train_loss is None:
+            return f"before tuning: validation {name} {score:.4f}, loss {loss:.4f}"
+        return (
+            f"epoch {number} of {self.options.epochs}: loss {train_loss:.4f}, validation loss {loss:.4f}, {name} {score:.4f}"
+            + (" (best)" if better else "")
+        )
+
+    def _end_diverged(self) -> str:
+        lower = Option("rate", f"{self.options.rate / 10:g}")
+        said = f"the loss became infinite or not a number in epoch {self.epoch + 1}, step {self.step + 1}"
+        if self.found.epoch == 0:
+            raise UsageError(Message(f"{said}, before the first one ended; try ", lower))
+        self.found.ended = f"{said}; kept is epoch {self.found.epoch}"
+        return str(Message(f"{self.found.ended}. To go further: ", lower))
+
+    def _elapsed(self) -> float:
+        return round(self._seconds + time.perf_counter() - self._start, 3)
+
+
+def _schedule(step: int, steps: int, *, warmup: float) -> float:
+    """The factor of all rates at a step, from 0 to 1.
+
+    Example:
+        >>> [round(_schedule(step, 10, warmup=0.2), 3) for step in (0, 1, 2, 6, 9)]
+        [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _parameter_groups(model: Model, blocks: Mapping[str, list[str]], options: TuneOptions) -> list[dict[str, Any]]:
+    """Parameters by rate and decay: blocks on a geometric scale from the lowest rate to that of the head; vectors never decay."""
+    parameters = dict(model.body.named_parameters())
+    parameters = {name.removeprefix("network."): value for name, value in parameters.items() if value.requires_grad}
+    levels = [options.lowest_rate ** (1 - place / max(1, len(blocks) - 1)) for place in range(len(blocks))]
+    if len(blocks) == 1:
+        levels = [1.0]
+    ranked = [
+        (share, [parameters[name] for name in names]) for share, names in zip(levels, blocks.values(), strict=True)
+    ]
+    ranked.append((1.0, list(model.head.parameters())))
+    groups = []
+    for share, values in ranked:
+        for decays in (True, False):
+            chosen = [value for value in values if (value.ndim > 1) == decays]
+            if chosen:
+                decay = {} if decays else {"weight_decay": 0.0}
+                groups.append({"params": chosen, "share": share, **decay})
+    return groups
+
+
+def _ahead(examples: Examples, order: Rows, size: int, first: int) -> Iterator[tuple[Tensor, Rows]]:
+    """Batches of an epoch from step ``first`` on, each read while the one before is learned from."""
+    parts = [order[start : start + size] for start in range(first * size, len(order), size)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(examples.read, parts[0]) if parts else None
+        for place, rows in enumerate(parts):
+            if waiting is None:
+                return
+            inputs = waiting.result()
+            waiting = pool.submit(examples.read, parts[place + 1]) if place + 1 < len(parts) else None
+            yield inputs, rows
+
+
+def score_rows(model: nn.Module, examples: Examples, rows: Rows) -> npt.NDArray[np.float32]:
+    """What a model, or its body, gives for some rows, (m, K), without gradients."""
+    parts = [rows[start : start + SCORED] for start in range(0, len(rows), SCORED)]
+    with torch.inference_mode():
+        found = [model(examples.read(part)).numpy() for part in parts]
+    return np.concatenate(found) if found else np.zeros((0, 0), np.float32)

@@ -1,0 +1,81 @@
+"""The options of tuning a network's tail; imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from os import PathLike
+from typing import Any
+
+from featurepipe.option_groups import at_least, is_bytes, is_number, not_empty, option
+from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
+
+
+def _positive(given: Any) -> str | None:
+    return (
+        None if is_number(given, Real) and math.isfinite(given) and given > 0 else "must be a positive, finite number"
+    )
+
+
+def _share(given: Any) -> str | None:
+    return None if is_number(given, Real) and 0 < given <= 1 else "must be a share above 0 and at most 1"
+
+
+def _from_zero(given: Any) -> str | None:
+    return None if is_number(given, Real) and math.isfinite(given) and given >= 0 else "must be a number from 0"
+
+
+def _memory(given: Any) -> str | None:
+    return None if is_bytes(given, (int, float)) else "is no amount of memory; give bytes or text such as '2GB'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOption):
+    """What is tuned on which images, and how."""
+
+    from_node: str | None = option(
+        None,
+        "where to cut the network: what lies above is tuned, what lies below stays as it is",
+        metavar="NODE",
+        check=not_empty,
+    )
+
+    epochs: int = option(10, "passes over the training images (default: 10)", check=at_least(1, 10_000))
+    rate: float = option(
+        3e-4, "learning rate of the head and the highest block, after the warm-up (default: 0.0003)",
+        metavar="RATE", check=_positive,
+    )  # fmt: skip
+    lowest_rate: float = option(
+        0.1, "learning rate of the lowest tuned block as a share of --rate, geometric between (default: 0.1)",
+        metavar="SHARE", check=_share,
+    )  # fmt: skip
+    weight_decay: float = option(
+        0.01, "decay of weights by AdamW; none of biases and of BatchNorm (default: 0.01)", metavar="DECAY", check=_from_zero
+    )  # fmt: skip
+    warmup: float = option(
+        0.1, "share of all steps in which rates rise from 0, before they fall as a cosine does (default: 0.1)",
+        metavar="SHARE", check=_share,
+    )  # fmt: skip
+    batch_size: int = option(64, "images a step (default: 64)", check=at_least(1, 65_536))
+    patience: int = option(
+        3, "epochs without a better score on the validation images after which to stop (default: 3)", check=at_least(1)
+    )
+    seeds: int = option(
+        1, "how often to tune, each time with images in another order; the best on validation is kept (default: 1)",
+        check=at_least(1, 100),
+    )  # fmt: skip
+    interpolate: bool = option(
+        True, "mix tuned and frozen weights in the share that is best on the validation images (WiSE-FT)"
+    )
+    split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
+    min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
+    memory: int | float | str | None = option(
+        None, "what activations may take in memory, such as 4GB; above it they are read from the store step by step (default: "
+        "half of the free)",
+        metavar="AMOUNT", check=_memory,
+    )  # fmt: skip
+    seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
+    weights: str | PathLike[str] | None = option(
+        None, "the backbone's weights file, where the features are of one of your own", metavar="FILE"
+    )

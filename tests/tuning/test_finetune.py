@@ -1,0 +1,247 @@
+"""Tuning the layers above a node: equal to the network at the start, better at the end, and the same after a kill."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import featurepipe as fp
+from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.errors import BundleError, Interrupted, UsageError
+from featurepipe.heads.bundle.bundle import read_bundle
+from featurepipe.interrupt import StopRequest
+from featurepipe.tuning import loop
+from featurepipe.tuning.finetune import finetune
+from featurepipe.tuning.objective import TuningObjective
+
+CUT = "s2"
+FAST: dict[str, Any] = {"epochs": 3, "rate": 3e-3, "silent": True}
+
+
+@pytest.fixture(scope="module")
+def piles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of scikit-learn in folders of their classes, and a table of what else is known of them."""
+    folder = tmp_path_factory.mktemp("digits")
+    found = load_digits()
+    lines = ["id,label,value,tags,writer"]
+    for number, (pixels, digit) in enumerate(zip(found.images[:500], found.target[:500].tolist(), strict=True)):
+        path = folder / "piles" / str(digit) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).resize((32, 32)).save(path)
+        tags = "|".join(["odd"] * (digit % 2) + ["large"] * int(digit > 4)) or "[]"
+        lines.append(f"{digit}/{number}.png,{digit},{digit * 2.5},{tags},w{number // 10}")
+    (folder / "table.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(piles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Activations and bottleneck of a LeNet-5 that was not trained."""
+    path = tmp_path_factory.mktemp("features") / "store"
+    fp.extract(
+        piles / "piles",
+        path,
+        dataset="digits",
+        backbone="lenet5",
+        weights="none",
+        nodes=[f"{CUT}:map", "bottleneck"],
+        silent=True,
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [
+        ("lenet5", "s2"),
+        ("resnet18", "layer3"),
+        ("swin_t", "features.5"),
+    ],
+)
+def test_the_tail_of_stored_activations_gives_the_networks_own_features(name, node) -> None:
+    backbone = fp.load_backbone(name, "none")
+    tail = Tail(backbone, node)
+    (stored,) = backbone.columns([tail.column])
+    (out,) = backbone.columns([])
+    images = torch.randn(2, *backbone.preprocessing.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = backbone.graph([stored.node, out.node])(images)
+        vectors = fp.backbones.pool(
+            found[stored.node], stored.pooling, channel_axis=backbone.channel_axis(stored.node)
+        ).flatten(1)
+        wanted = fp.backbones.pool(found[out.node], out.pooling, channel_axis=backbone.channel_axis(out.node)).flatten(
+            1
+        )
+        assert torch.allclose(tail(vectors), wanted, atol=1e-5)
+    assert any(parameter.requires_grad for parameter in tail.parameters())
+    assert not any(parameter.requires_grad for parameter in backbone.module.parameters())
+
+
+def test_places_where_a_network_cannot_be_cut_are_refused_with_those_where_it_can() -> None:
+    backbone = fp.load_backbone("resnet18", "none")
+    assert cuts(backbone) == ["layer1", "layer2", "layer3"]
+    with pytest.raises(UsageError, match=r"a skip around it.*it can be cut at layer1, layer2, layer3"):
+        Tail(backbone, "layer3.1.conv1")
+    with pytest.raises(UsageError, match=r"at or above the bottleneck flatten.*layer1, layer2, layer3"):
+        Tail(backbone, "flatten")
+    with pytest.raises(UsageError, match="leaves no weights to tune above it"):
+        Tail(backbone, "layer4")
+    with pytest.raises(UsageError, match="unknown node 'layer9'"):
+        Tail(backbone, "layer9")
+
+
+def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_other(piles, store, tmp_path) -> None:
+    frozen = fp.train(store, out=tmp_path / "frozen", tune=True, silent=True)
+    tuned = finetune(store, from_node=CUT, out=tmp_path / "tuned", **{**FAST, "epochs": 12})
+    before, after = (found["test"]["accuracy"]["value"] for found in (frozen, tuned))
+    history = tuned["tuning"]["runs"][0]["history"]
+    assert min(entry["loss"] for entry in history[1:]) < history[0]["loss"]
+    assert after >= before
+    assert tuned["tuning"]["mix"] > 0
+    bundle = read_bundle(tmp_path / "tuned")
+    assert bundle.training["tuning"]["from"] == CUT
+    assert not (tmp_path / "tuned.tuning").exists()
+    # on images: what the tuned features said of the test images
+    answers = fp.predict(tmp_path / "tuned", piles / "piles", to=tmp_path / "p.csv", silent=True)
+    assert answers["counts"]["predicted"] == 500
+    with (tmp_path / "p.csv").open(newline="") as file:
+        evaluated = list(csv.reader(file))[1:]
+    right = {row[0]: row[1] == row[0].split("/")[0] for row in evaluated}
+    assert np.mean(list(right.values())) >= after - 0.03
+    # only the layers above the cut have changed
+    fresh = fp.load_backbone("lenet5", "none").state()
+    from safetensors.torch import load_file
+
+    held = load_file(bundle.weights_file)
+    changed = {name for name, value in held.items() if not torch.equal(value, fresh[name])}
+    assert changed == {name for name in held if name.startswith(("c3.", "c5.", "f6."))}
+    # features of the frozen network are refused
+    with pytest.raises(BundleError, match="differs in weights_sha256"):
+        fp.evaluate(tmp_path / "tuned", store, silent=True)
+    # the tuned columns are a feature space like any other, on which the same head is as good
+    fp.extract(
+        piles / "piles",
+        tmp_path / "own",
+        dataset="digits",
+        backbone="lenet5",
+        weights=str(bundle.weights_file),
+        precision=bundle.space["precision"],
+        silent=True,
+    )
+    again = fp.evaluate(tmp_path / "tuned", tmp_path / "own", silent=True)
+    assert again["metrics"]["accuracy"]["value"] >= after - 0.05
+    module = fp.ImageClassifier.load(tmp_path / "tuned").to_torch()
+    pictures = [np.asarray(Image.open(path)) for path in sorted((piles / "piles").rglob("*.png"))[:8]]
+    logits = module(torch.from_numpy(np.stack(pictures))[:, None])
+    names = [bundle.classes[code] for code in logits.argmax(1)]
+    by_id = {row[0]: row[1] for row in evaluated}
+    assert names == [by_id[f"{path.parent.name}/{path.name}"] for path in sorted((piles / "piles").rglob("*.png"))[:8]]
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_path, monkeypatch) -> None:
+    whole = finetune(store, from_node=CUT, out=tmp_path / "whole", **FAST)
+    done: list[int] = []
+
+    def learn(run: Any, *args: Any, original: Callable[..., float] = loop._Run.learn) -> float:
+        done.append(1)
+        if len(done) > steps:
+            raise KeyboardInterrupt  # as a kill does, it leaves the last checkpoint alone
+        return original(run, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "learn", learn)
+        patched.setattr(loop, "SAVE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)
+    assert (tmp_path / "parts.tuning" / "run-0.pt").is_file()
+    assert not (tmp_path / "parts").exists()
+    again = finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)
+    scores = [[entry["score"] for entry in found["tuning"]["runs"][0]["history"]] for found in (whole, again)]
+    assert scores[0] == scores[1]
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "parts.tuning").exists()
+
+
+def test_a_stop_keeps_what_was_done_and_other_options_begin_anew(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(StopRequest, "__call__", lambda request: True)
+    with pytest.raises(Interrupted, match="run it again to go on from there"):
+        finetune(store, from_node=CUT, out=tmp_path / "b", **FAST)
+    monkeypatch.undo()
+    assert (tmp_path / "b.tuning" / "run-0.pt").is_file()
+    found = finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "epochs": 1, "rate": 1e-3})
+    assert [entry["epoch"] for entry in found["tuning"]["runs"][0]["history"]] == [0, 1]
+
+
+def test_activations_read_step_by_step_give_the_same_weights(store, tmp_path) -> None:
+    for name, memory in (("held", "1GB"), ("streamed", "500KB")):
+        finetune(store, from_node=CUT, out=tmp_path / name, memory=memory, **{**FAST, "epochs": 1})
+    held, streamed = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("held", "streamed"))
+    assert held == streamed
+
+
+def test_numbers_and_several_labels_are_tuned_too(piles, store, tmp_path) -> None:
+    table = piles / "table.csv"
+    number = finetune(
+        store,
+        from_node=CUT,
+        out=tmp_path / "number",
+        labels=table,
+        target="value",
+        group="writer",
+        **{**FAST, "epochs": 8},
+    )
+    assert number["tuning"]["measure"] == "R2"
+    history = number["tuning"]["runs"][0]["history"]
+    assert max(entry["score"] for entry in history[1:]) > history[0]["score"] + 0.05
+    assert number["test"]["r2"]["value"] > 0.5
+    labels = finetune(store, from_node=CUT, out=tmp_path / "labels", labels=table, multilabel="tags", **FAST)
+    assert labels["tuning"]["measure"] == "mAP"
+    assert labels["test"]["map"]["value"] > 0.9
+    bundle = read_bundle(tmp_path / "labels")
+    assert bundle.classes == ("large", "odd")
+    assert bundle.target_type == "multilabel"
+
+
+def test_a_loss_that_is_no_number_names_a_lower_rate(store, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"not a number in epoch 1.*rate="):
+        finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30})
+
+
+def test_missing_activations_name_the_command_that_makes_them(store, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"unknown column 'c1:map'.*featurepipe extract"):
+        finetune(store, from_node="c1", out=tmp_path / "b", **FAST)
+
+
+def test_a_dry_run_writes_nothing(store, tmp_path, cli) -> None:
+    finished = cli("finetune", store, "--from", CUT, "--out", tmp_path / "b", "--dry-run")
+    assert finished.code == 0
+    assert "lenet5 above s2: 60,700 weights in 3 blocks" in finished.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losses_are_those_of_torch_and_unknown_labels_do_not_count() -> None:
+    scores = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+    truth = np.array([[1.0, np.nan], [0.0, 1.0]])
+    own = TuningObjective("multilabel", truth).loss(scores, np.array([0, 1]))
+    each = torch.nn.functional.binary_cross_entropy_with_logits
+    first = each(scores[0, :1], torch.ones(1))
+    second = each(scores[1], torch.tensor([0.0, 1.0]))
+    assert own.item() == pytest.approx(((first + second) / 2).item())
+    weighted = TuningObjective("multiclass", np.array([1, 0]), np.array([3.0, 1.0])).loss(scores, np.array([0, 1]))
+    losses = torch.nn.functional.cross_entropy(scores, torch.tensor([1, 0]), reduction="none")
+    assert weighted.item() == pytest.approx(((3 * losses[0] + losses[1]) / 4).item())
+    numbers = TuningObjective.of("continuous", np.array([1.0, 3.0, 5.0]), None, np.array([0, 2]))
+    assert (numbers.centre, numbers.scale) == (3.0, 2.0)
+    weight, bias = numbers.to_target(*numbers.to_scores(np.array([[4.0]]), np.array([7.0])))
+    assert (weight.item(), bias.item()) == (4.0, 7.0)
+    assert numbers.score(np.array([[-1.0], [0.0], [1.0]], np.float32), np.array([0, 1, 2])) == pytest.approx(1.0)
