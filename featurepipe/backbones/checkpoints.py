@@ -1,4 +1,4 @@
-"""Checkpoints: finding a network's tensors in whatever a training script has saved.
+"""Checkpoints: finding a network's tensors in what ``weights.read_file`` has read of a training script's file.
 
 A frozen network needs the tensors up to the deepest node whose features are asked for, so a file with another head, with
 none, or with tensors of its own beside them is as good as the network's own state dict. Where in the file the tensors are,

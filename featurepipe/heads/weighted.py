@@ -1,4 +1,4 @@
-"""scikit-learn's own estimators under this package's rules for labels, targets and weights.
+"""scikit-learn's own estimators, the in-memory half of many heads, under our rules for labels, targets and weights.
 
 A missing label (None, NaN) is refused by ``blocks.labels_of``, as in every head: scikit-learn compares it with the others and
 raises a bare TypeError, or takes the NaN of a list of texts for a class. Weights of rows and classes follow

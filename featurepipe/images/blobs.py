@@ -1,4 +1,4 @@
-"""Random access to the bytes of one file, whatever it is: local, compressed, or behind a URL."""
+"""Random access to the bytes of one file, whatever it is: local, compressed, or behind a URL; blob stores: ``files.py``."""
 
 from __future__ import annotations
 

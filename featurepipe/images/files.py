@@ -350,5 +350,5 @@ def is_passing(error: Exception) -> bool:
     if type(error).__module__ == "builtins" or isinstance(error, FeaturepipeError):
         return False
     # What the libraries of file systems raise has the server's answer, unless there was none.
-    status = next((getattr(error, name) for name in ("status", "code") if hasattr(error, name)), None)
+    status = next((getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name)), None)
     return not isinstance(error, ValueError) if status is None else status in _BUSY

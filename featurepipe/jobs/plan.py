@@ -1,4 +1,4 @@
-"""What a run of a job would do: ``featurepipe run JOB.toml --dry-run``."""
+"""The extractions of a job's run, one for each feature space; and what a run would do (``--dry-run``)."""
 
 from __future__ import annotations
 

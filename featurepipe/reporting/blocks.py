@@ -217,7 +217,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table of scores (``heads.metrics.score_table``) of the recommended column, or of the bundle."""
+    """The table of scores (``heads.statistics.metrics.score_table``) of the recommended column, or of the bundle."""
     part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
     found: Mapping[str, Any] = (part or {}).get("metrics") or {}
     return found

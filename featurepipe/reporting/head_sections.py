@@ -127,19 +127,28 @@ def _leaks(document: Document) -> Section | None:
         return None
     lines = []
     if trained.get("images"):
-        without = (
-            f"; without them the accuracy is {percent(trained['accuracy_without'])}"
-            if "accuracy_without" in trained
-            else ""
-        )
         share = percent(trained.get("share"))
-        lines.append(f"{count(trained['images'])} of these images ({share}) were trained on{without}.")
+        lines.append(f"{count(trained['images'])} of these images ({share}) were trained on{_without(trained)}.")
+    groups, across = leakage.get("trained_groups") or {}, leakage.get("groups_across_splits") or {}
+    if groups.get("images"):
+        lines.append(
+            f"{count(groups['images'])} of these images ({percent(groups.get('share'))}) are of {count(groups['groups'])} groups of "
+            f"which other images were trained on{_without(groups)}."
+        )
     if splits.get("images"):
         lines.append(f"{count(splits['images'])} images lie in more than one split.")
+    if across.get("groups"):
+        lines.append(f"{count(across['groups'])} groups have images in more than one split.")
     if labels.get("images"):
         lines.append(f"{count(labels['images'])} images carry different labels in different rows.")
     clean = "None of these images was trained on, none lies in two splits, none carries two labels."
     return Section("leaks", "Leaks", [Prose(tuple(lines) or (clean,))])
+
+
+def _without(leak: Document) -> str:
+    """What the accuracy is without the images concerned, if that is known."""
+    found = leak.get("accuracy_without")
+    return "" if found is None else f"; without them the accuracy is {percent(found)}"
 
 
 _SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "top_5", "ece")

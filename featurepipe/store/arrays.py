@@ -1,4 +1,4 @@
-"""Image arrays in anyone's HDF5 file, sliced lazily and safely."""
+"""Plain array files: those of others in HDF5, sliced lazily and safely, and features exported as .h5, .npz or .parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picklable view of the features of a dataset's images, one column or several, with labels joined by id.
+"""``FeatureSet``: the features of a dataset's images, one column or several, with labels joined by id; picklable.
 
 A task of ``FeatureSet.dask`` is about 2 KB where its rows lie in the order of the store, since they are sent as runs; rows in
 any other order take 8 bytes each and column on top. It reads its chunk by itself, wherever Dask puts it, and raises

@@ -26,6 +26,12 @@ class GcsError(Exception):
         self.code = code
 
 
+class AzureError(Exception):
+    def __init__(self, status_code):
+        super().__init__("no")
+        self.status_code = status_code
+
+
 def answered(status):
     return aiohttp.ClientResponseError(SimpleNamespace(real_url="http://x"), (), status=status, message="no")
 
@@ -48,6 +54,8 @@ def answered(status):
         (aiohttp.ClientPayloadError("not all of it"), True),
         (GcsError(502), True),
         (GcsError(403), False),
+        (AzureError(503), True),
+        (AzureError(403), False),
         (answered(403), False),
         (answered(401), False),
         (aiohttp.InvalidURL("x"), False),

@@ -137,3 +137,17 @@ def test_a_comparison_is_drawn_by_what_it_measures():
     table = exhibit.table
     assert dict(zip(table.header, cells(table)[0], strict=True))["R2"] == "\N{MINUS SIGN}0.500"
     assert dict(zip(table.header, cells(table)[0], strict=True))["RMSE"] == "2.500"
+
+
+def test_leaks_of_groups_are_on_the_page(tmp_path):
+    found = document(numbers()[2])
+    found["evaluation"]["leakage"] |= {
+        "trained_groups": {"images": 80, "share": 0.25, "groups": 4, "accuracy_without": 0.5},
+        "groups_across_splits": {"groups": 3, "examples": []},
+    }
+    page = write_report(found, tmp_path / "page.html", silent=True).read_text(encoding="utf-8")
+    assert (
+        "80 of these images (25.0\u00a0%) are of 4 groups of which other images were trained on; without them" in page
+    )
+    assert "3 groups have images in more than one split." in page
+    assert "None of these images was trained on" not in page
