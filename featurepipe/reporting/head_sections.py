@@ -131,9 +131,10 @@ def _leaks(document: Document) -> Section | None:
         lines.append(f"{count(trained['images'])} of these images ({share}) were trained on{_without(trained)}.")
     groups, across = leakage.get("trained_groups") or {}, leakage.get("groups_across_splits") or {}
     if groups.get("images"):
+        share = percent(groups.get("share"))
         lines.append(
-            f"{count(groups['images'])} of these images ({percent(groups.get('share'))}) are of {count(groups['groups'])} groups of "
-            f"which other images were trained on{_without(groups)}."
+            f"{count(groups['images'])} of these images ({share}) are of {count(groups['groups'])} groups of which other "
+            f"images were trained on{_without(groups)}."
         )
     if splits.get("images"):
         lines.append(f"{count(splits['images'])} images lie in more than one split.")

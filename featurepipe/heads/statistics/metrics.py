@@ -47,8 +47,8 @@ def score_table(
     The values are those of scikit-learn's ``accuracy_score``, ``balanced_accuracy_score``, ``f1_score`` (macro, over
     the classes that are true or predicted anywhere), ``log_loss``, ``roc_auc_score`` (one against the rest, mean over
     the classes that have images) and ``top_k_accuracy_score``, and the expected calibration error of Guo et al.
-    (2017) over 15 equal bins. Intervals are those of ``heads.statistics.intervals``: for images like these, also where there are few, and
-    where all are right.
+    (2017) over 15 equal bins. Intervals are those of ``statistics.intervals``: for images like these, also where there are few,
+    and where all are right.
 
     Args:
         probabilities: (n, K), of each class; the largest (the first of equals) is what is predicted.
