@@ -236,7 +236,7 @@ class DriftTable(BaseTable, ShiftOptions, ColumnsOption, frozen=True):
     reference: Reference = "previous"
     """`previous`, the last snapshot that passed the test; `first`; or the run id of a snapshot or of a run of a job."""
     bundle: JobPath | None = None
-    """A bundle whose predicted classes are compared, too."""
+    """A bundle whose predictions (classes, labels or a number) are compared, too."""
 
 
 class DepthTable(BaseTable, ComparisonOptions, frozen=True):

@@ -12,14 +12,12 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from featurepipe.display import displayed
 from featurepipe.errors import UsageError
-from featurepipe.monitoring.standing_warnings import standing
+from featurepipe.monitoring.standing_warnings import prediction_tests, standing
 from featurepipe.records import is_success
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
-CLASSES = "predicted classes"
-"""What the shift of predicted classes is called among the columns."""
 STATUSES = ("done", "out of time", "interrupted", "failed")
 
 
@@ -125,13 +123,13 @@ def _ended(run: Mapping[str, Any]) -> float:
 
 
 def _drift(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """P-value and effect of each column, and of predicted classes, if the step drift came to test them."""
+    """P-value and effect of each column, and of a bundle's predictions, if the step drift came to test them."""
     results = [entry.get("result") or {} for entry in record["steps"] if entry["step"] == "drift"]
     tests = [test for result in results for test in result.get("columns") or ()]
     several = len({test.get("space") for test in tests}) > 1
     names = [f"{test.get('space')}/{test['column']}" if several else test["column"] for test in tests]
     p_values = {name: test["adjusted"] for name, test in zip(names, tests, strict=True)}
     effects = {name: test["effect"] for name, test in zip(names, tests, strict=True) if test["effect"] is not None}
-    for classes in (result["classes"] for result in results if result.get("classes")):
-        p_values[CLASSES], effects[CLASSES] = classes["adjusted"], classes["total_variation"]
+    for name, test, effect in (one for result in results for one in prediction_tests(result)):
+        p_values[name], effects[name] = test["adjusted"], effect
     return p_values, effects

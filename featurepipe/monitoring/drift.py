@@ -1,4 +1,4 @@
-"""Whether today's images are like those of before, by their features and by the classes that a bundle gives them."""
+"""Whether today's images are like those of before, by their features and by what a bundle predicts of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.display import counted
-from featurepipe.errors import BundleError, Message, Option, StoreError, UsageError
+from featurepipe.errors import BundleError, StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.heads.statistics.two_sample import class_shift, two_sample
+from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
+from featurepipe.heads.statistics.two_sample import class_shift, label_shift, number_shift, two_sample
 from featurepipe.monitoring.options import DriftOptions
 from featurepipe.monitoring.samples import (
     PREVIOUS,
@@ -25,7 +26,7 @@ from featurepipe.monitoring.samples import (
     sides,
     snapshot_of_run,
 )
-from featurepipe.monitoring.standing_warnings import DRIFT, TOO_FEW, Thresholds, holm
+from featurepipe.monitoring.standing_warnings import DRIFT, PREDICTIONS, TOO_FEW, Thresholds, holm
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore, Space
@@ -66,8 +67,9 @@ def drift(
 ) -> dict[str, Any]:
     """Tests whether the images that are new since a reference snapshot are like those of that snapshot.
 
-    Every column is tested by `featurepipe.heads.statistics.two_sample.two_sample` on up to 1,024 images a side, the predicted
-    classes by ``class_shift`` beside it on up to 20,000. Copies of one image count once. P-values are adjusted
+    Every column is tested by `featurepipe.heads.statistics.two_sample.two_sample` on up to 1,024 images a side, what a bundle
+    predicts by ``class_shift`` (classes), ``label_shift`` (several labels) or ``number_shift`` (a number) beside it, on up to
+    20,000; ordered classes are classes. Copies of one image count once. P-values are adjusted
     for the number of tests, so that a night without drift is warned of with a probability of ``warn`` at most; that is so
     for images that come independently of each other, not for frames of one film.
 
@@ -78,7 +80,7 @@ def drift(
         backbone: Of which network, space or fingerprint; by default every space.
         reference: ``previous`` (the snapshot before), ``first``, or a run id; a job's stands for its last extraction.
         snapshot: Run id of the snapshot that is tested, likewise; by default the current one.
-        bundle: A bundle or its folder, whose predicted classes are compared, too.
+        bundle: A bundle or its folder, whose predictions are compared, too.
         warn: Adjusted p-value below which the verdict is ``warning``.
         fail: Adjusted p-value below which the verdict is ``drift``; by default never.
         seed: Of what is drawn.
@@ -88,8 +90,14 @@ def drift(
         JSON values. ``dataset``; ``reference`` and ``snapshot`` (run ids; the first is null if there is none); ``images``
         (``reference`` and ``new``: distinct ones); ``columns``, each with ``column``, ``space``, ``p_value``, ``adjusted``,
         ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side), ``farthest`` and
-        ``typical`` (ids of new images); ``classes`` (null without a bundle) with ``p_value``, ``adjusted``,
-        ``total_variation``, ``by_chance``, ``compared`` and ``classes`` (shares, those that changed most first);
+        ``typical`` (ids of new images); ``classes``, ``labels`` and ``numbers``, of which the one that the bundle predicts is
+        not null, each with ``space``, ``columns``, ``p_value``, ``adjusted`` and ``compared``. ``classes`` has
+        ``total_variation``, ``by_chance`` and ``classes`` (shares, those that changed most first); ``labels`` has ``effect``
+        (the greatest change of a rate), ``tested`` and ``constant`` (how many labels were, and how many both sides have on no
+        image or on all) and ``labels``: of the 100 of the least p-values ``label``, ``p_value``, ``adjusted``
+        (Benjamini-Hochberg, over the labels), and the rates ``reference``, ``new`` and their difference ``change``, with
+        ``value``, ``low`` and ``high``; ``numbers`` has ``target`` (its name), ``ks``, ``wasserstein``, ``effect`` (the same in
+        standard deviations of the reference), ``change`` (of the mean, with an interval) and ``quantiles`` of both sides;
         ``thresholds``; ``options`` as they were asked for; ``verdict`` (``no drift``, ``warning``, ``drift`` or ``too few
         images``); ``exit_code`` (1 for ``drift``, else 0); ``warnings``; ``seconds``.
 
@@ -116,7 +124,7 @@ def drift(
         dataset or source.only_dataset(),
         options.columns,
         backbone,
-        _refuse_numbers(read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle),
+        read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle,
         Thresholds(warn, fail),
         seed,
         announcer(silent=silent),
@@ -161,7 +169,7 @@ def _untested(reference: int, new: int, why: str) -> dict[str, Any]:
     return {
         "images": {"reference": reference, "new": new},
         "columns": [],
-        "classes": None,
+        **dict.fromkeys(PREDICTIONS),
         "verdict": TOO_FEW,
         "exit_code": 0,
         "warnings": [why],
@@ -187,7 +195,8 @@ def _tested(question: _Question, before: Side, new: Side) -> dict[str, Any]:
     verdict = question.thresholds.verdict(adjusted)
     return {
         "columns": [test for test, pair in zip(tests, ready, strict=True) if pair.bundle is None],
-        "classes": next((test for test, pair in zip(tests, ready, strict=True) if pair.bundle is not None), None),
+        **dict.fromkeys(PREDICTIONS),
+        **{pair.predictions: test for test, pair in zip(tests, ready, strict=True) if pair.bundle is not None},
         "verdict": verdict,
         "exit_code": int(verdict == DRIFT),
         "warnings": warnings,
@@ -203,6 +212,9 @@ LEAST = 10
 """Images of a side below which nothing is tested."""
 
 _CLASSES = 20  # listed at most
+_LABELS = 100  # likewise
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PREDICTIONS = {MULTILABEL: "labels", CONTINUOUS: "numbers"}
 
 
 @dataclass(frozen=True)
@@ -212,16 +224,21 @@ class Pair:
     Attributes:
         reference: Of at least ``LEAST`` images of the reference.
         new: Of at least ``LEAST`` new images.
-        bundle: Whose classes are compared; None where the features are.
+        bundle: Whose predictions are compared; None where the features are.
     """
 
     reference: FeatureSet
     new: FeatureSet
     bundle: Bundle | None = None
 
+    @property
+    def predictions(self) -> str:
+        """What the bundle predicts: ``classes``, ``labels`` or ``numbers``; empty without a bundle."""
+        return "" if self.bundle is None else _PREDICTIONS.get(self.bundle.target_type, "classes")
+
     def __str__(self) -> str:
         what = f"{' + '.join(self.new.columns)} of {self.new.origin.space}"
-        return what if self.bundle is None else f"classes predicted from {what}"
+        return what if self.bundle is None else f"{self.predictions} predicted from {what}"
 
 
 def column_pairs(
@@ -266,10 +283,15 @@ def bundle_pair(store: FeatureStore, bundle: Bundle, dataset: str, reference: Si
 
 
 def compare(pair: Pair, permutations: int, seed: int) -> dict[str, Any]:
-    """Tests one column, or a bundle's classes; JSON values as in ``drift``, without ``adjusted``."""
+    """Tests one column, or a bundle's predictions; JSON values as in ``drift``, without ``adjusted``."""
     if pair.bundle is None:
         return _compare_features(pair, permutations, seed)
-    return _compare_classes(pair, pair.bundle, permutations, seed)
+    about = {"space": pair.new.origin.space, "columns": list(pair.bundle.columns)}
+    if pair.predictions == "labels":
+        return about | _compare_labels(pair, pair.bundle)
+    if pair.predictions == "numbers":
+        return about | _compare_numbers(pair, pair.bundle)
+    return about | _compare_classes(pair, pair.bundle, permutations, seed)
 
 
 def _compare_features(pair: Pair, permutations: int, seed: int) -> dict[str, Any]:
@@ -287,23 +309,6 @@ def _compare_features(pair: Pair, permutations: int, seed: int) -> dict[str, Any
     }
 
 
-def _refuse_numbers(bundle: Bundle | None) -> Bundle | None:
-    """Passes on a bundle that predicts classes, the only ones whose predictions are compared.
-
-    Raises:
-        UsageError: It predicts a number.
-    """
-    if bundle is not None and bundle.target_type != "multiclass":
-        raise UsageError(
-            Message(
-                f"the bundle predicts {bundle.target_text}, and drift compares predicted classes only; leave ",
-                Option("bundle"),
-                " out: the features are compared without it",
-            )
-        )
-    return bundle
-
-
 def _codes(bundle: Bundle, side: Any) -> npt.NDArray[np.int64]:
     """(n,) the labels that the bundle gives, as positions of classes."""
     if bundle.threshold is None:
@@ -318,8 +323,6 @@ def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -
     shares = before / before.sum(), after / after.sum()
     order = np.argsort(-np.abs(shares[1] - shares[0]), kind="stable")[:_CLASSES]
     return {
-        "space": pair.new.origin.space,
-        "columns": list(bundle.columns),
         "p_value": found.p_value,
         "total_variation": found.total_variation,
         "by_chance": found.by_chance,
@@ -330,6 +333,57 @@ def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -
             if before[k] + after[k]
         ],
     }
+
+
+def _compare_labels(pair: Pair, bundle: Bundle) -> dict[str, Any]:
+    images = (len(pair.reference), len(pair.new))
+    before, after = (bundle.predict(side).sum(axis=0) for side in (pair.reference, pair.new))
+    found = label_shift(before, after, images)
+    change = found.new - found.reference
+    tested = np.flatnonzero(~np.isnan(found.p_values))
+    order = tested[np.lexsort((-np.abs(change[tested]), found.p_values[tested]))]
+    return {
+        "p_value": found.p_value,
+        "effect": float(np.abs(change).max()),
+        "compared": dict(zip(("reference", "new"), images, strict=True)),
+        "tested": len(tested),
+        "constant": len(change) - len(tested),
+        "labels": [
+            {
+                "label": bundle.classes[k],
+                "p_value": float(found.p_values[k]),
+                "adjusted": float(found.adjusted[k]),
+                "reference": _estimate(found.reference[k], found.reference_limits[k]),
+                "new": _estimate(found.new[k], found.new_limits[k]),
+                "change": _estimate(change[k], found.change_limits[k]),
+            }
+            for k in order[:_LABELS]
+        ],
+    }
+
+
+def _compare_numbers(pair: Pair, bundle: Bundle) -> dict[str, Any]:
+    before, after = (bundle.numbers(side) for side in (pair.reference, pair.new))
+    found = number_shift(before, after)
+    return {
+        "target": bundle.target_name,
+        "p_value": found.p_value,
+        "effect": found.effect,
+        "ks": found.ks,
+        "wasserstein": found.wasserstein,
+        "change": _estimate(found.change, found.change_limits),
+        "compared": {"reference": len(before), "new": len(after)},
+        "quantiles": [
+            {"quantile": quantile, "reference": float(old), "new": float(new)}
+            for quantile, old, new in zip(
+                _QUANTILES, np.quantile(before, _QUANTILES), np.quantile(after, _QUANTILES), strict=True
+            )
+        ],
+    }
+
+
+def _estimate(value: float, limits: tuple[float, float]) -> dict[str, float]:
+    return {"value": float(value), "low": limits[0], "high": limits[1]}
 
 
 def _looked_up(group: Columns, names: Sequence[str], dataset: str, reference: Side, new: Side) -> Pair:

@@ -50,7 +50,10 @@ class DriftOptions(ShiftOptions, SpaceOption, ColumnsOption, DatasetOption):
         None, "the snapshot whose images are tested (default: the current one)", metavar="RUN-ID"
     )
     bundle: Any = option(
-        None, "compare the classes that this bundle predicts as well", metavar="BUNDLE", recorded=file_or_kind
+        None,
+        "compare what this bundle predicts (classes, labels or a number) as well",
+        metavar="BUNDLE",
+        recorded=file_or_kind,
     )
 
 

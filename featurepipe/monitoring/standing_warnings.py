@@ -86,6 +86,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 Run = Mapping[str, Any]
 LAST = "last"
+
+PREDICTIONS = {
+    "classes": ("predicted classes", "total_variation"),
+    "labels": ("predicted labels", "effect"),
+    "numbers": ("predicted numbers", "effect"),
+}
+"""Entries of what ``drift`` returns that compare predictions: how people read of each, and its field for the effect."""
+
+
+def prediction_tests(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], float]]:
+    """The tests of predictions among what ``drift`` found: name, entry and effect of each; none without a bundle."""
+    return [
+        (name, test, float(test[effect])) for key, (name, effect) in PREDICTIONS.items() if (test := found.get(key))
+    ]
+
+
 _NAMED = ("previous", "first")
 
 

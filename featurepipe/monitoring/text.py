@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from featurepipe.display import first_names, share, table
+from featurepipe.monitoring.standing_warnings import prediction_tests
 
 _IDS = 5
 _COLUMNS = 3
 _CLASSES = 5
+_LABELS = 10
 _GROUPS = 20
 _IMAGES = 6
 
 
 def drift_text(found: Mapping[str, Any]) -> str:
     """Sums up what `featurepipe.monitoring.drift.drift` returns: the verdict, the numbers, the images behind them."""
-    sections = [_verdict(found), _columns(found["columns"]), *_images(found), _classes(found["classes"])]
+    sections = [_verdict(found), _columns(found["columns"]), *_images(found), *_predictions(found)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -92,8 +94,7 @@ def _are(count: int, one: str, several: str) -> str:
 def _verdict(found: Mapping[str, Any]) -> str:
     images, limits = found["images"], found["thresholds"]
     lines = [f"{found['dataset']}: {found['verdict']}"]
-    if found["columns"] or found["classes"]:
-        tests = [*found["columns"], *([found["classes"]] if found["classes"] else [])]
+    if tests := [*found["columns"], *(test for _, test, _ in prediction_tests(found))]:
         least = min(test["adjusted"] for test in tests)
         fails = f", drift below {limits['fail']:g}" if limits["fail"] is not None else ""
         lines = [
@@ -135,18 +136,78 @@ def _images(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _classes(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
+def _predictions(found: Mapping[str, Any]) -> list[str]:
+    kinds = {"classes": _classes, "labels": _labels, "numbers": _numbers}
+    return [
+        f"predicted {kind}: p-value {_p(test['p_value'])}, adjusted {_p(test['adjusted'])}; {text(test)}"
+        for kind, text in kinds.items()
+        if (test := found.get(kind))
+    ]
+
+
+def _classes(found: Mapping[str, Any]) -> str:
     rows = [
         [one["class"], share(one["reference"]), share(one["new"]), f"{100 * (one['new'] - one['reference']):+.1f}"]
         for one in found["classes"][:_CLASSES]
     ]
     return (
-        f"predicted classes: p-value {_p(found['p_value'])}, adjusted {_p(found['adjusted'])}; "
         f"{share(found['total_variation'])} of the images moved to another class, by chance alone it is "
         f"{share(found['by_chance'])}\n{table(['class', 'reference', 'new', 'points'], rows)}"
     )
+
+
+def _labels(found: Mapping[str, Any]) -> str:
+    """The labels of the least p-values: rates with 95 % intervals, and what is not shown."""
+    shown = found["labels"][:_LABELS]
+    rows = [
+        [
+            one["label"],
+            _with_limits(one["reference"], share),
+            _with_limits(one["new"], share),
+            _with_limits(one["change"], _points),
+            _p(one["adjusted"]),
+        ]
+        for one in shown
+    ]
+    lines = [f"a rate changed by {share(found['effect'])} at most"]
+    if rows:
+        lines.append(table(["label", "reference", "new", "points", "adjusted"], rows))
+        lines.append("rates with 95 % intervals; adjusted over the labels (Benjamini-Hochberg)")
+    if found["tested"] > len(shown):
+        lines.append(
+            f"{found['tested'] - len(shown):,} more labels of greater p-values are not shown; --json lists 100 labels"
+        )
+    if found["constant"]:
+        constant = found["constant"]
+        lines.append(
+            f"{constant:,} {_are(constant, 'label is', 'labels are')} predicted for no image, or for all, on both sides"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(found: Mapping[str, Any]) -> str:
+    rows = [[f"{one['quantile']:.0%}", _number(one["reference"]), _number(one["new"])] for one in found["quantiles"]]
+    return (
+        f"the mean of {found['target']} changed by {_with_limits(found['change'], _signed)}, KS distance {found['ks']:.2f}, "
+        f"Wasserstein distance {_number(found['wasserstein'])} ({found['effect']:.2f} standard deviations of the reference)\n"
+        f"{table(['quantile', 'reference', 'new'], rows)}"
+    )
+
+
+def _with_limits(found: Mapping[str, float], text: Callable[[float], str]) -> str:
+    return f"{text(found['value'])} ({text(found['low'])} to {text(found['high'])})"
+
+
+def _points(part: float) -> str:
+    return f"{100 * part:+.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def _p(value: float) -> str:

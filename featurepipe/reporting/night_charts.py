@@ -280,7 +280,8 @@ def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
         tuple(Key(name, styles[name], tuple(ids)) for name, ids in drawn.items()),
         _drift_table(nights),
         note="A small p-value says that the new images are not like those of before; the effect says how far they are from them, "
-        f"in spreads of the images of before, or the share of images that moved to another class.{_limit_words(limits)}",
+        "in spreads of the images of before, the share of images that moved to another class, the greatest change of a label's "
+        f"rate, or how far predicted numbers moved, in their spreads.{_limit_words(limits)}",
     )
 
 
@@ -397,12 +398,19 @@ def _drift_table(nights: Sequence[Night]) -> Table:
             TableCell(_p(test.get("p")), finite(test.get("p"))),
             TableCell(plain(test.get("effect")), finite(test.get("effect"))),
             TableCell(str(night["drift"]["verdict"])),
-            TableCell(", ".join(map(str, test.get("farthest") or ())) or DASH),
+            TableCell(", ".join(map(str, test.get("farthest") or test.get("moved") or ())) or DASH),
         )
         for place, night in reversed(list(enumerate(nights)))
         for test in (night.get("drift") or {}).get("tests") or ()
     )
-    header = ("Night", "Column", "Adjusted p-value", "Effect", "Verdict of the night", "Farthest from those of before")
+    header = (
+        "Night",
+        "Column",
+        "Adjusted p-value",
+        "Effect",
+        "Verdict of the night",
+        "Images farthest from those of before, or labels that moved",
+    )
     return Table("Every test, newest first", header, rows)
 
 

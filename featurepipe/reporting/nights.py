@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from featurepipe.display import share
 from featurepipe.errors import UsageError, unknown
-from featurepipe.monitoring.standing_warnings import standing, told
+from featurepipe.monitoring.standing_warnings import prediction_tests, standing, told
 from featurepipe.records import host, is_success, now, versions
 from featurepipe.reporting.night_outcomes import next_steps, to_come, unknown_end
 from featurepipe.reporting.options import NIGHTS, NightsOptions
@@ -210,7 +211,7 @@ def _stages(seconds: Record) -> dict[str, float]:
 
 
 def _drift(record: Record) -> dict[str, Any] | None:
-    """The tests of the step drift: adjusted p-value and effect of each column, and of the predicted classes."""
+    """The tests of the step drift: adjusted p-value and effect of each column, and of a bundle's predictions."""
     results = [step.get("result") or {} for step in record.get("steps") or () if step["step"] == "drift"]
     found = next((result for result in results if result.get("verdict")), None)
     if found is None:
@@ -218,12 +219,11 @@ def _drift(record: Record) -> dict[str, Any] | None:
     tests = found.get("columns") or []
     several = len({test.get("space") for test in tests}) > 1
     named = [(f"{test.get('space')}/{test['column']}" if several else test["column"], test) for test in tests]
-    classes = found.get("classes")
-    shift = (
-        [{"name": "predicted classes", "p": classes["adjusted"], "effect": classes["total_variation"]}]
-        if classes
-        else []
-    )
+    limit = (found.get("thresholds") or {}).get("warn") or 0.0
+    shift = [
+        {"name": name, "p": test["adjusted"], "effect": effect, "moved": _moved(test, limit)}
+        for name, test, effect in prediction_tests(found)
+    ]
     return {
         "verdict": found["verdict"],
         "reference": found.get("reference"),
@@ -235,6 +235,12 @@ def _drift(record: Record) -> dict[str, Any] | None:
             *shift,
         ],
     }  # fmt: skip
+
+
+def _moved(test: Record, limit: float) -> list[str]:
+    """The labels whose rates moved most, of those whose adjusted p-values are below the limit."""
+    moved = [one for one in test.get("labels") or () if one["adjusted"] < limit]
+    return [f"{one['label']} {share(one['reference']['value'])} to {share(one['new']['value'])}" for one in moved[:5]]
 
 
 def _classes(record: Record) -> dict[str, dict[str, int]]:

@@ -110,6 +110,26 @@ class _ClassesTest(_Document):
     total_variation: float
 
 
+class _Estimate(_Document):
+    value: float
+
+
+class _PredictionsTest(_Document):
+    adjusted: float
+    effect: float
+
+
+class _LabelTest(_Document):
+    label: str
+    adjusted: float
+    reference: _Estimate
+    new: _Estimate
+
+
+class _LabelsTest(_PredictionsTest):
+    labels: list[_LabelTest] = []
+
+
 class _DriftResult(_Result):
     verdict: Text = None
     reference: Text = None
@@ -117,6 +137,8 @@ class _DriftResult(_Result):
     thresholds: dict[str, float | None] | None = None
     columns: list[_DriftTest] | None = None
     classes: _ClassesTest | None = None
+    labels: _LabelsTest | None = None
+    numbers: _PredictionsTest | None = None
 
 
 _RESULTS: dict[str, type[_Result]] = {"drift": _DriftResult, "extract": _CountedResult, "predict": _CountedResult}

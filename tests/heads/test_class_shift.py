@@ -1,11 +1,11 @@
-"""Predicted-class shift: exact levels for small counts, and effects that say how much chance alone would give."""
+"""Shifts of predicted classes, labels and numbers: levels that hold for small counts, planted changes, intervals."""
 
 import numpy as np
 import pytest
-from scipy.stats import binom, fisher_exact
+from scipy.stats import binom, fisher_exact, ks_2samp, ttest_ind, wasserstein_distance
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.two_sample import class_shift
+from featurepipe.heads.statistics.two_sample import class_shift, label_shift, number_shift
 
 
 def test_p_value_is_fishers_for_two_classes_of_equal_sides():
@@ -53,3 +53,110 @@ def test_one_class_alone_is_no_shift():
 def test_counts_that_cannot_be_compared_are_refused(before, new):
     with pytest.raises(UsageError, match="same classes"):
         class_shift(before, new)
+
+
+def test_each_label_has_fishers_p_value_and_the_whole_the_one_of_simes():
+    before, new, images = np.array([30, 0, 200, 90, 4]), np.array([8, 0, 50, 1, 9]), (200, 50)
+    found = label_shift(before, new, images)
+    tested = [0, 3, 4]  # the second label is on no image, the third on all: neither can differ
+    expected = np.array([fisher_exact([[before[k], 200 - before[k]], [new[k], 50 - new[k]]]).pvalue for k in tested])
+    np.testing.assert_allclose(found.p_values[tested], expected)
+    assert np.isnan(found.p_values[[1, 2]]).all()
+    order = np.argsort(expected)
+    scaled = expected[order] * 3 / np.array([1, 2, 3])
+    assert found.p_value == pytest.approx(scaled.min())
+    np.testing.assert_allclose(found.adjusted[tested][order], np.minimum.accumulate(scaled[::-1])[::-1])
+    assert found.new.tolist() == [0.16, 0, 1, 0.02, 0.18]
+    for k, limits in enumerate(found.change_limits):
+        assert limits[0] <= found.new[k] - found.reference[k] <= limits[1]
+
+
+def test_a_planted_change_of_one_label_of_many_is_found_and_named():
+    rng = np.random.default_rng(3)
+    rates = np.full(40, 0.2)
+    before = rng.binomial(1000, rates)
+    rates[17] = 0.4
+    found = label_shift(before, rng.binomial(100, rates), (1000, 100))
+    assert found.p_value == np.nanmin(found.adjusted) < 0.01
+    assert np.flatnonzero(found.adjusted < 0.01).tolist() == [17]
+    low, high = found.change_limits[17]
+    assert 0 < low < 0.2 < high
+
+
+def test_false_alarms_of_several_labels_that_go_together_are_at_most_as_many_as_the_level_says():
+    rng = np.random.default_rng(0)
+    cuts = rng.normal(0.8, 0.5, size=8)
+
+    def counts(images):
+        latent = 0.7 * rng.normal(size=(images, 1)) + 0.7 * rng.normal(size=(images, 8))
+        return (latent > cuts).sum(axis=0)
+
+    p_values = np.array([label_shift(counts(300), counts(60), (300, 60)).p_value for _ in range(300)])
+    for level in (0.05, 0.2):
+        assert (p_values <= level).sum() <= binom.ppf(0.9995, 300, level)
+    assert (p_values <= 0.2).any()
+
+
+def test_intervals_of_the_change_of_a_rate_hold_their_level():
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(300):
+        (low, high), *_ = label_shift([rng.binomial(200, 0.1)], [rng.binomial(40, 0.25)], (200, 40)).change_limits
+        inside.append(low <= 0.15 <= high)
+    assert sum(inside) >= binom.ppf(0.0005, 300, 0.95)
+
+
+def test_labels_that_cannot_differ_are_no_shift():
+    found = label_shift([0, 10], [0, 4], (10, 4))
+    assert found.p_value == 1.0
+    assert np.isnan(found.adjusted).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "images"), [([1], [1, 2], (5, 5)), ([6], [1], (5, 5)), ([-1], [1], (5, 5)), ([0], [0], (5, 0))]
+)
+def test_labels_that_cannot_be_compared_are_refused(before, new, images):
+    with pytest.raises(UsageError, match="label"):
+        label_shift(before, new, images)
+
+
+def test_numbers_have_scipys_distances_and_welchs_interval():
+    rng = np.random.default_rng(2)
+    before, new = rng.normal(50, 10, 400), rng.normal(62, 14, 70)
+    found = number_shift(before, new)
+    assert (found.ks, found.p_value) == pytest.approx(tuple(ks_2samp(before, new, method="exact")))
+    assert found.wasserstein == pytest.approx(wasserstein_distance(before, new))
+    assert found.effect == pytest.approx(found.wasserstein / before.std(ddof=1))
+    limits = ttest_ind(new, before, equal_var=False).confidence_interval(0.95)
+    assert found.change_limits == pytest.approx((limits.low, limits.high))
+    assert found.p_value < 0.01
+
+
+def test_false_alarms_of_numbers_are_as_many_as_the_level_says():
+    rng = np.random.default_rng(4)
+    p_values = np.array([number_shift(rng.gamma(2, size=200), rng.gamma(2, size=30)).p_value for _ in range(400)])
+    for level in (0.05, 0.2):
+        assert binom.ppf(0.0005, 400, 0.8 * level) <= (p_values <= level).sum() <= binom.ppf(0.9995, 400, level)
+
+
+def test_many_numbers_are_tested_by_the_asymptotic_distribution():
+    rng = np.random.default_rng(5)
+    before, new = rng.normal(size=3000), rng.normal(size=2000)
+    assert number_shift(before, new).p_value == pytest.approx(ks_2samp(before, new, method="asymp").pvalue)
+    assert 0 < number_shift(before, new + 9).p_value < 1e-300
+
+
+def test_equal_numbers_are_no_shift_and_a_constant_reference_has_an_effect():
+    found = number_shift([3.0] * 20, [3.0] * 10)
+    assert (found.p_value, found.effect, found.change_limits) == (1.0, 0.0, (0.0, 0.0))
+    moved = number_shift([3.0] * 20, [4.0] * 10)
+    assert moved.p_value < 1e-6
+    assert moved.effect == pytest.approx(1 / np.std([3.0] * 20 + [4.0] * 10))
+
+
+@pytest.mark.parametrize(
+    ("before", "new"), [([1.0, np.nan], [1.0, 2.0]), ([1.0], [1.0, 2.0]), ([1.0, np.inf], [1.0, 2.0])]
+)
+def test_numbers_that_cannot_be_compared_are_refused(before, new):
+    with pytest.raises(UsageError, match="numbers"):
+        number_shift(before, new)

@@ -168,3 +168,11 @@ def test_bytes_count_every_file_once(tmp_path):
     (tmp_path / "a" / "round").symlink_to("..")
     assert bytes_in(tmp_path) == 8
     assert bytes_in(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_drift_of_predicted_labels_and_numbers_has_figures_of_its_own(store, tmp_path, kind):
+    drift = {"columns": [], "classes": None, kind: {"adjusted": 0.02, "effect": 0.3}}
+    found = figures(write_metrics(tmp_path / "one.prom", record(steps=[{"step": "drift", "result": drift}]), store))
+    assert found["drift_p_value"] == {f"predicted {kind}": 0.02}
+    assert found["drift_effect"] == {f"predicted {kind}": 0.3}

@@ -81,6 +81,28 @@ def test_columns_of_several_spaces_are_told_apart(recorded, night_records):
     assert drift["tests"][1]["effect"] is None
 
 
+def test_drift_of_predicted_labels_and_numbers_is_told_with_the_labels_that_moved(
+    recorded, night_records, tmp_path, parsed
+):
+    records = night_records(3)
+    result = next(step for step in records[-1]["steps"] if step["step"] == "drift")["result"]
+    rates = {"reference": {"value": 0.1, "low": 0, "high": 1}, "new": {"value": 0.25, "low": 0, "high": 1}}
+    labels = [{"label": name, "adjusted": p, **rates} for name, p in (("red", 0.001), ("big", 0.2))]
+    result["classes"] = None
+    result["labels"] = {"adjusted": 0.002, "effect": 0.15, "labels": labels}
+    result["numbers"] = {"adjusted": 0.3, "effect": 0.05}
+    store = recorded(records)
+    tests = nights_document(store)["nights"][-1]["drift"]["tests"]
+    assert tests[2:] == [
+        {"name": "predicted labels", "p": 0.002, "effect": 0.15, "moved": ["red 10.0 % to 25.0 %"]},
+        {"name": "predicted numbers", "p": 0.3, "effect": 0.05, "moved": []},
+    ]
+    page = parsed(nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8"))
+    row = next(row for row in page.cells if row[1:2] == ["predicted labels"])
+    assert row[2:4] == ["0.002", "0.150"]
+    assert row[-1].replace("\u00a0", " ") == "red 10.0 % to 25.0 %"
+
+
 def test_a_night_that_ended_badly_says_why(store):
     nights = nights_document(store)["nights"]
     assert {k: (night["status"], night["reasons"]) for k, night in enumerate(nights) if night["reasons"]} == {

@@ -37,6 +37,13 @@ def read(folder, document, kind):
         ("drift", {"columns": [{"column": "c3:gap"}]}, "steps.0.result.columns.0.adjusted"),
         ("drift", {"columns": ["c3:gap"]}, "steps.0.result.columns.0"),
         ("drift", {"classes": {"adjusted": 1}}, "steps.0.result.classes.total_variation"),
+        ("drift", {"labels": {"adjusted": 1}}, "steps.0.result.labels.effect"),
+        (
+            "drift",
+            {"labels": {"adjusted": 1, "effect": 0, "labels": [{"label": "red"}]}},
+            "steps.0.result.labels.labels.0.adjusted",
+        ),
+        ("drift", {"numbers": {"adjusted": "1", "effect": 0}}, "steps.0.result.numbers.adjusted"),
         ("drift", {"thresholds": {"warn": []}}, "steps.0.result.thresholds.warn"),
         ("drift", {"reference": 7}, "steps.0.result.reference"),
     ],

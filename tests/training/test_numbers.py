@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import ks_2samp, wasserstein_distance
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, r2_score
 from sklearn.pipeline import make_pipeline
@@ -18,6 +19,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.heads.bundle.text import bundle_text, describe_bundle
 from featurepipe.heads.families import FAMILIES
 from featurepipe.monitoring.drift import drift
+from featurepipe.monitoring.text import drift_text
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.reporting.from_store import report
 from featurepipe.training.splits import BINS, quantile_bins
@@ -244,10 +246,6 @@ def test_what_cannot_be_is_refused_by_name(dated, run, tmp_path):
     run(zoo, labels=table)
     page = report(zoo.store, tmp_path / "page.html", bundle=tmp_path / "bundle", labels=table, silent=True)
     assert "Its predictions are off by" in page.read_text(encoding="utf-8")
-    with pytest.raises(
-        UsageError, match=r"the bundle predicts a number \(age\), and drift compares predicted classes only"
-    ):
-        drift(zoo.store, bundle=tmp_path / "bundle", silent=True)
 
 
 def test_training_again_is_for_changed_numbers_only(dated, run):
@@ -278,3 +276,29 @@ def test_evaluate_counts_the_rejects_of_what_it_scores(dated, run, tmp_path):
         for split in ("test", "train", "all")
     ]
     assert counts == [0, 1, 1]
+
+
+def test_drift_compares_predicted_numbers(dated, run, tmp_path):
+    zoo, table, _ = dated
+    run(zoo, labels=table)
+    bundle = read_bundle(tmp_path / "bundle")
+    rows = [*zoo.images("train", 60), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write([*rows, *zoo.images("same", 20)])
+    calm = drift(zoo.store, bundle=bundle, silent=True)
+    assert (calm["verdict"], calm["classes"], calm["labels"]) == ("no drift", None, None)
+    zoo.write([*rows, *(image for image in zoo.images("new", 40) if image.label == "emu")])
+    shifted = drift(zoo.store, bundle=bundle, reference="first", silent=True)
+    numbers, features = shifted["numbers"], zoo.features()
+    new = np.array([name.startswith("new") for name in features.ids])
+    before, after = (bundle.numbers(features.take(side)) for side in (~new, new))
+    assert (numbers["target"], numbers["compared"]) == ("age", {"reference": len(before), "new": 40})
+    assert numbers["ks"] == pytest.approx(ks_2samp(before, after).statistic)
+    assert numbers["wasserstein"] == pytest.approx(wasserstein_distance(before, after))
+    assert numbers["change"]["value"] == pytest.approx(after.mean() - before.mean())
+    assert numbers["change"]["low"] < numbers["change"]["value"] < numbers["change"]["high"]
+    middle = numbers["quantiles"][2]
+    assert (middle["reference"], middle["new"]) == pytest.approx((np.median(before), np.median(after)))
+    assert numbers["adjusted"] < 0.01
+    assert shifted["verdict"] == "warning"
+    json.dumps(shifted, allow_nan=False)
+    assert "the mean of age changed by" in drift_text(shifted)

@@ -24,6 +24,8 @@ from featurepipe.heads.label_tuning import VOC07, unit_rows, voc07_head
 from featurepipe.heads.sampling import fold_numbers
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.monitoring.drift import drift
+from featurepipe.monitoring.standing_warnings import holm
+from featurepipe.monitoring.text import drift_text
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.reporting.from_store import report
 from featurepipe.training.splits import rarest_labels
@@ -423,10 +425,6 @@ def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
         bundle.numbers(zoo.features())
     page = report(zoo.store, tmp_path / "page.html", bundle=tmp_path / "bundle", labels=table, silent=True)
     assert "Over 3 labels its mean average precision is" in page.read_text(encoding="utf-8")
-    with pytest.raises(
-        UsageError, match=r"predicts several labels \(big, red, soft\), and drift compares predicted classes"
-    ):
-        drift(zoo.store, bundle=tmp_path / "bundle", silent=True)
 
 
 def test_training_again_is_for_changed_labels_only(found, run):
@@ -450,3 +448,36 @@ def test_no_scaling_warns(found, run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(zoo, labels=table, head="ridge")
+
+
+def test_drift_compares_the_rate_of_each_predicted_label(found, run, tmp_path):
+    zoo, table, _ = found
+    run(zoo, labels=table)
+    bundle = read_bundle(tmp_path / "bundle")
+    rows = [*zoo.images("train", 60), *zoo.images("val", 20), *zoo.images("test", 40)]
+    zoo.write([*rows, *zoo.images("same", 20)])
+    calm = drift(zoo.store, bundle=bundle, silent=True)
+    assert (calm["verdict"], calm["classes"], calm["numbers"]) == ("no drift", None, None)
+    assert "no drift" in drift_text(calm)
+    zoo.write([*rows, *(image for image in zoo.images("new", 40) if image.label == "emu")])
+    shifted = drift(zoo.store, bundle=bundle, reference="first", fail=0.001, silent=True)
+    assert (shifted["verdict"], shifted["exit_code"]) == ("drift", 1)
+    labels, features = shifted["labels"], zoo.features()
+    new = np.array([name.startswith("new") for name in features.ids])
+    rates = [bundle.predict(features.take(side)).mean(axis=0) for side in (~new, new)]
+    assert labels["compared"] == {"reference": int((~new).sum()), "new": 40}
+    assert (labels["tested"], labels["constant"]) == (3, 0)
+    for one in labels["labels"]:
+        k = NAMES.index(one["label"])
+        assert (one["reference"]["value"], one["new"]["value"]) == pytest.approx((rates[0][k], rates[1][k]))
+        assert one["new"]["low"] <= one["new"]["value"] <= one["new"]["high"]
+        assert one["change"]["low"] <= rates[1][k] - rates[0][k] <= one["change"]["high"]
+    assert labels["effect"] == pytest.approx(np.abs(rates[1] - rates[0]).max())
+    assert labels["p_value"] == pytest.approx(labels["labels"][0]["adjusted"])
+    p_values = [test["p_value"] for test in (*shifted["columns"], labels)]
+    assert labels["adjusted"] == pytest.approx(holm(p_values)[-1])
+    json.dumps(shifted, allow_nan=False)
+    text = drift_text(shifted)
+    assert "predicted labels: p-value" in text
+    assert "Benjamini-Hochberg" in text
+    assert all(name in text for name in NAMES)

@@ -1,4 +1,4 @@
-"""Two-sample tests by permutation: whether two sets of features, or of predicted classes, are of one distribution."""
+"""Two-sample tests: whether two sets of features, or of predicted classes, labels or numbers, are of one distribution."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
+from scipy.stats import false_discovery_control, fisher_exact, ks_2samp, wasserstein_distance
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
 from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.heads.statistics.auc import one_vs_rest
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
 
 _STOP = 100  # draws at least as extreme as the data after which the p-value is known to a tenth of itself
 _BATCH = 500
@@ -362,3 +365,172 @@ def _total_variation(new: Counts, totals: Counts) -> Floats:
     shares = [side / side.sum(axis=1, keepdims=True) for side in (reference, new)]
     variation: Floats = np.abs(shares[0] - shares[1]).sum(axis=1) / 2
     return variation
+
+
+@dataclass(frozen=True)
+class LabelShift:
+    """How the rates of several labels compare.
+
+    Attributes:
+        p_value: Of the hypothesis that no label's rate has changed (Simes).
+        p_values: (K,) Fisher's exact p-value of each label; NaN where both sides have it on no image, or on all.
+        adjusted: (K,) the same after Benjamini & Hochberg, so that of the labels below q a share of q at most is unchanged,
+            on average; the least of them is ``p_value``.
+        reference: (K,) rates of the reference, 0 to 1.
+        new: (K,) rates of the new images.
+        reference_limits: K intervals of ``reference``.
+        new_limits: K intervals of ``new``.
+        change_limits: K intervals of ``new - reference``.
+    """
+
+    p_value: float
+    p_values: Floats
+    adjusted: Floats
+    reference: Floats
+    new: Floats
+    reference_limits: list[Limits]
+    new_limits: list[Limits]
+    change_limits: list[Limits]
+
+
+def label_shift(reference: npt.ArrayLike, new: npt.ArrayLike, images: tuple[int, int]) -> LabelShift:
+    """Tests whether each of several labels is as frequent among new images as in the reference, and all of them together.
+
+    A label's test is Fisher's exact one, two-sided, whose level holds for any counts. Over the labels the rates of false
+    discoveries are those of Benjamini & Hochberg 1995 ("Controlling the False Discovery Rate"), and the p-value of the whole
+    is that of Simes 1986 ("An Improved Bonferroni Procedure for Multiple Tests of Significance"), the least of
+    ``K * p_(i) / i``. Both hold for labels that are independent or depend on each other positively, and in practice for
+    others. A label that no image has, or all have, on both sides cannot differ, and is not one of the K tests: given how many
+    images have it in all, that is known before the test, so that leaving it out changes no level.
+
+    Rates have Clopper & Pearson's intervals; that of their difference is made of both (Newcombe 1998, "Interval estimation
+    for the difference between independent proportions", method 10, with exact limits). Each holds 95 % by itself.
+
+    Args:
+        reference: (K,) images of the reference with each label.
+        new: (K,) the same of the new images.
+        images: How many images the reference has, and how many are new.
+
+    Raises:
+        UsageError: The counts are not of the same labels, a side has no image, or a count is none of its images.
+
+    Example:
+        >>> found = label_shift([50, 10], [50, 40], (100, 100))
+        >>> found.adjusted.round(4).tolist(), round(found.p_value, 4)
+        ([1.0, 0.0], 0.0)
+    """
+    both = [np.asarray(side, np.int64) for side in (reference, new)]
+    if both[0].shape != both[1].shape or both[0].ndim != 1 or min(images) < 1:
+        raise UsageError(
+            f"label counts must be of the same labels and of an image or more, not {reference!r} and {new!r} of {images}"
+        )
+    if any(len(side) and (side.min() < 0 or side.max() > count) for side, count in zip(both, images, strict=True)):
+        raise UsageError(f"a label is on 0 images at least and on {images} at most, not {reference!r} and {new!r}")
+    total = both[0] + both[1]
+    varied = np.flatnonzero((total > 0) & (total < sum(images)))
+    p_values, adjusted = np.full((2, len(total)), np.nan)
+    p_values[varied] = [
+        fisher_exact([[side[k], count - side[k]] for side, count in zip(both, images, strict=True)]).pvalue
+        for k in varied
+    ]
+    p_values = np.clip(p_values, _LEAST, 1.0)  # far from the reference a p-value is less than any float
+    adjusted[varied] = false_discovery_control(p_values[varied]) if len(varied) else []
+    rates = [side / count for side, count in zip(both, images, strict=True)]
+    limits = [[proportion(float(rate), count) for rate in side] for side, count in zip(rates, images, strict=True)]
+    return LabelShift(
+        p_value=float(adjusted[varied].min()) if len(varied) else 1.0,
+        p_values=p_values,
+        adjusted=adjusted,
+        reference=rates[0],
+        new=rates[1],
+        reference_limits=limits[0],
+        new_limits=limits[1],
+        change_limits=[_difference(*pair) for pair in zip(*rates, *limits, strict=True)],
+    )
+
+
+_LEAST = float(np.finfo(np.float64).tiny)
+
+
+def _difference(reference: float, new: float, reference_limits: Limits, new_limits: Limits) -> Limits:
+    """The interval of ``new - reference``: distances that each alone would make are squared and added."""
+    below = np.hypot(new - new_limits[0], reference_limits[1] - reference)
+    above = np.hypot(new_limits[1] - new, reference - reference_limits[0])
+    change = new - reference
+    return max(-1.0, float(change - below)), min(1.0, float(change + above))
+
+
+_EXACT = (
+    1_000_000  # pairs of rows up to which the KS statistic's exact distribution takes less than a tenth of a second
+)
+
+
+@dataclass(frozen=True)
+class NumberShift:
+    """How two sets of predicted numbers compare.
+
+    Attributes:
+        p_value: Of the two-sample Kolmogorov-Smirnov test.
+        ks: Its statistic, the greatest distance between both empirical distribution functions, 0 to 1.
+        wasserstein: The mean way that a prediction would have to move for both distributions to be equal, in the number's
+            unit.
+        effect: The same in standard deviations of the reference; of both sides together where the reference has none.
+        change: The difference of the means, new less reference, in the number's unit.
+        change_limits: Its interval (Welch 1947), which holds 95 % where the means are about normally distributed.
+    """
+
+    p_value: float
+    ks: float
+    wasserstein: float
+    effect: float
+    change: float
+    change_limits: Limits
+
+
+def number_shift(reference: npt.ArrayLike, new: npt.ArrayLike) -> NumberShift:
+    """Tests whether two sets of predicted numbers could be samples of one distribution, and says how far they lie apart.
+
+    The p-value of the Kolmogorov-Smirnov test is exact up to a million pairs of rows and asymptotic beyond. Where predictions
+    are equal to each other, as a nearest neighbour's often are, it is too large rather than too small.
+
+    Args:
+        reference: (n,) numbers.
+        new: (m,) numbers.
+
+    Raises:
+        UsageError: A side has fewer than 2 numbers, or one is NaN or infinite.
+
+    Example:
+        >>> found = number_shift(range(100), range(50, 150))
+        >>> found.ks, found.wasserstein, found.change, found.p_value < 1e-9
+        (0.5, 50.0, 50.0, True)
+    """
+    sides = [np.asarray(side, np.float64) for side in (reference, new)]
+    if any(side.ndim != 1 or len(side) < 2 for side in sides):
+        raise UsageError(
+            f"numbers are compared from 2 each; these have the shapes {sides[0].shape} and {sides[1].shape}"
+        )
+    unusable = [int((~np.isfinite(side)).sum()) for side in sides]
+    if any(unusable):
+        raise UsageError(
+            f"{unusable[0]:,} of {len(sides[0]):,} numbers of the reference and {unusable[1]:,} of {len(sides[1]):,} new ones "
+            "are NaN or infinite; compare finite ones"
+        )
+    few = len(sides[0]) * len(sides[1]) <= _EXACT
+    tested = ks_2samp(*sides, method="exact" if few else "asymp")
+    moved = float(wasserstein_distance(*sides))
+    spread = float(sides[0].std(ddof=1)) or float(np.concatenate(sides).std())
+    change = float(sides[1].mean() - sides[0].mean())
+    parts = [float(side.var(ddof=1)) / len(side) for side in sides]
+    reach = 0.0
+    if sum(parts):
+        freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
+        reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * sum(parts) ** 0.5
+    return NumberShift(
+        p_value=float(np.clip(tested.pvalue, _LEAST, 1.0)),
+        ks=float(tested.statistic),
+        wasserstein=moved,
+        effect=moved / spread if moved else 0.0,
+        change=change,
+        change_limits=(change - reach, change + reach),
+    )

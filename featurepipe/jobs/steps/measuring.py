@@ -15,7 +15,7 @@ from featurepipe.jobs.job import DepthTable, DriftTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
-from featurepipe.monitoring.standing_warnings import is_gone, told
+from featurepipe.monitoring.standing_warnings import is_gone, prediction_tests, told
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 
@@ -95,8 +95,7 @@ def _accept(night: Night) -> str:
 def _least(found: Mapping[str, Any]) -> str:
     """The test that differs most, as text."""
     tests = [(test["adjusted"], test["column"], test["effect"]) for test in found["columns"]]
-    if found["classes"]:
-        tests.append((found["classes"]["adjusted"], "predicted classes", found["classes"]["total_variation"]))
+    tests += [(test["adjusted"], name, effect) for name, test, effect in prediction_tests(found)]
     value, name, effect = min(tests)
     return f"{name} differs most (p = {value:.2g}, effect {effect:.3f})"
 
