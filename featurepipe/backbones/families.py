@@ -54,6 +54,10 @@ class Family(ABC):
     def preprocessing(self, name: str | None) -> Preprocessing:
         """Returns what the weights expect; without a name what the default weights expect."""
 
+    def classes(self, name: str) -> Sequence[str]:  # noqa: ARG002 - of subclasses
+        """Returns the names of the classes that pretrained weights tell apart, by output; empty where none are known."""
+        return ()
+
     def try_forward(self, module: nn.Module, images: Tensor) -> Any:
         """Runs a network on images (N, C, H, W); a family whose networks may fail says so in words."""
         with torch.inference_mode():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
 from featurepipe.backbones.families import RANDOM, Family, resolve
+from featurepipe.backbones.from_torchvision import imagenet_classes
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
 from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unknown
@@ -136,6 +137,18 @@ class Timm(Family):
     def preprocessing(self, name: str | None) -> Preprocessing:
         config = self._timm.get_pretrained_cfg(self._full_name(name or self._tag))
         return preprocessing.from_timm(self._timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
+
+    @override
+    def classes(self, name: str) -> Sequence[str]:
+        from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+        config = self._timm.get_pretrained_cfg(self._full_name(name)).to_dict()
+        if config.get("label_names"):
+            return tuple(config["label_names"])
+        subset = infer_imagenet_subset(config)
+        if subset in (None, "imagenet-1k"):
+            return imagenet_classes() if subset else ()
+        return tuple(ImageNetInfo(subset).label_descriptions(as_dict=False))
 
     def _full_name(self, tag: str | None) -> str:
         return f"{self.model}.{tag}" if tag else self.model

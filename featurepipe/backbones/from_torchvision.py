@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torchvision
@@ -21,6 +22,12 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 def classification_names() -> list[str]:
     """Returns the names of all classification models of the installed torchvision."""
     return list(list_models(module=torchvision.models))
+
+
+def imagenet_classes() -> Sequence[str]:
+    """Returns the names of ImageNet's 1,000 classes in the usual order, no two of them the same."""
+    names: Sequence[str] = get_model_weights("resnet50").DEFAULT.meta["categories"]
+    return names
 
 
 class Torchvision(Family):
@@ -62,6 +69,10 @@ class Torchvision(Family):
     @override
     def preprocessing(self, name: str | None) -> Preprocessing:
         return preprocessing.from_weights(self._preset(name).transforms())
+
+    @override
+    def classes(self, name: str) -> Sequence[str]:
+        return self._weights[name].meta["categories"] or ()  # VGG16's IMAGENET1K_FEATURES have no classifier
 
     def _preset(self, name: str | None) -> Any:
         return self._weights[name] if name else self._weights.DEFAULT

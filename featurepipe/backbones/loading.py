@@ -162,6 +162,11 @@ class Backbone:
         """Where in the weights file the tensors were found, and what is ignored or missing; empty if all is as usual."""
         return "" if self._checkpoint is None else self._checkpoint.note
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that pretrained weights tell apart, in the order of the outputs; empty if none are known."""
+        return () if self._resolved is None else tuple(self._family.classes(self._resolved))
+
     @cached_property
     def bottleneck(self) -> str:
         """Name of the node whose output feeds the final classifier."""

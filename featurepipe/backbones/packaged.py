@@ -18,12 +18,13 @@ from typing_extensions import override
 
 from featurepipe.backbones import weights
 from featurepipe.backbones.families import RANDOM, SEE, Family, resolve
+from featurepipe.backbones.from_torchvision import imagenet_classes
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
 from featurepipe.errors import Message, Option, UsageError, WeightsNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -272,6 +273,10 @@ class EfficientNetLite(Family):
             return package_file(self.name).is_file()
         except WeightsNotFound:
             return False
+
+    @override
+    def classes(self, name: str) -> Sequence[str]:
+        return imagenet_classes()
 
     @override
     def preprocessing(self, name: str | None) -> Preprocessing:

@@ -6,12 +6,14 @@ from argparse import Namespace
 
 from featurepipe.cli.options import (
     Commands,
+    InPlaceOfBundle,
     add_cluster,
     add_command,
     add_json,
     add_options,
     add_quiet,
     add_store,
+    bundle_and,
     cluster,
     existing_store,
     options,
@@ -21,12 +23,12 @@ from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import SourceOptions
 from featurepipe.option_groups import declared
-from featurepipe.prediction.options import BundleOptions, RawIdsOption
+from featurepipe.prediction.options import BundleOptions, OwnClassesOption, RawIdsOption, TopOption
 from featurepipe.store.options import DatasetOption, SpaceOption
 from featurepipe.training.options import TrainOptions
 from featurepipe.tuning.options import TuneOptions
 
-PREDICT_GROUPS = (BundleOptions, SourceOptions, RejectLimit, RawIdsOption)
+PREDICT_GROUPS = (OwnClassesOption, BundleOptions, SourceOptions, RejectLimit, TopOption, RawIdsOption)
 """All options of `featurepipe.predict`, in the order of the help."""
 
 
@@ -136,15 +138,16 @@ def add_predict(commands: Commands) -> None:
     command = add_command(
         commands, "predict", run_predict,
         "label the images of a source with a bundle: id, label, one probability per class",
-        epilog="BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One that "
+        epilog="With --backbone NAME a pretrained network labels them with its own classes: give SOURCE alone. "
+        "BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One that "
         "was trained on a --target gives id, predicted, and low and high, the limits of its prediction interval; on "
         "--multilabel id, labels, and one probability per label.",
     )  # fmt: skip
     option = command.add_argument
-    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")
+    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote; left out with --backbone")
     option("source", metavar="SOURCE", help="as for featurepipe extract")
     option("--to", required=True, metavar="FILE", help=".csv, .jsonl or .parquet")
-    add_options(command, *PREDICT_GROUPS)
+    add_options(command, *PREDICT_GROUPS, actions={"backbone": InPlaceOfBundle})
     add_cluster(command)
     add_quiet(command, "progress")
     add_json(command)
@@ -155,9 +158,10 @@ def run_predict(args: Namespace) -> int:
     from featurepipe.prediction.predict import predict
     from featurepipe.prediction.text import text
 
+    bundle, source = bundle_and(args, "source")
     result = predict(
-        args.bundle,
-        args.source,
+        bundle,
+        source,
         args.to,
         **options(args, *PREDICT_GROUPS),
         **cluster(args),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, NoneType
 from typing import Any, TypeAlias
 
-from featurepipe.errors import Option, on_command_line
+from featurepipe.errors import Message, Option, UsageError, on_command_line
 from featurepipe.option_groups import Declaration, OptionGroup, declared
 
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
@@ -21,6 +21,39 @@ def add_command(
     command: ArgumentParser = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
     command.set_defaults(run=run)
     return command
+
+
+class InPlaceOfBundle(argparse.Action):
+    """An option that stands in place of BUNDLE, the first of two arguments without a flag: one is then enough.
+
+    argparse cannot leave out the first of two, so the second becomes optional, and `bundle_and` puts it where it belongs.
+    """
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, _flag: str | None = None) -> None:
+        """Keeps the value, and makes the second argument optional."""
+        setattr(namespace, self.dest, values)
+        second = parser._get_positional_actions()[1]  # noqa: SLF001 - there is no public way
+        second.nargs, second.required = "?", False
+
+
+def bundle_and(args: Namespace, second: str) -> tuple[str | None, str]:
+    """BUNDLE and the argument after it; without a bundle where `InPlaceOfBundle` was given.
+
+    Raises:
+        UsageError: A bundle is there as well.
+    """
+    last = getattr(args, second)
+    if args.backbone is None:
+        return args.bundle, last
+    if last is not None:
+        raise UsageError(
+            Message(
+                f"{args.bundle} and {last}: with ",
+                Option("backbone", args.backbone),
+                f" give {second.upper()} alone, and no BUNDLE",
+            )
+        )
+    return None, args.bundle
 
 
 def add_json(command: ArgumentParser) -> None:
@@ -40,8 +73,12 @@ def add_options(
     *groups: type[OptionGroup],
     leave_out: Collection[str] = (),
     types: Mapping[str, Callable[[str], Any]] = MappingProxyType({}),
+    actions: Mapping[str, type[argparse.Action]] = MappingProxyType({}),
 ) -> None:
-    """Declares the options of groups, as the groups say them; ``types`` are argparse's of some, where a number is too little."""
+    """Declares the options of groups, as the groups say them.
+
+    ``types`` are argparse's of some, where a number is too little; ``actions`` those of some that do more than keep a value.
+    """
     for one in _of(groups, leave_out):
         say: dict[str, Any] = {"dest": one.name, "help": one.help.replace("%", "%%")}
         metavar = one.metavar or "|".join(one.choices)
@@ -57,6 +94,7 @@ def add_options(
             say |= {"type": kind, "metavar": metavar or "N", "default": one.default}
         else:
             say |= {"metavar": metavar, "default": None if one.read else one.default}
+        say |= {"action": actions[one.name]} if one.name in actions else {}
         command.add_argument(flag, **say)
 
 

@@ -218,7 +218,7 @@ def prepare(
     columns = _columns(backbone, spaces, options.nodes)
     session = Session.of(backbone, columns, machine, options, loaded=loaded)
     settings = resolve(
-        asked, [_held(space, columns) for space in spaces], _precision(executor, session, source, listing)
+        asked, [_held(space, columns) for space in spaces], precision_on(executor, session, source, listing)
     )
     session = replace(session, settings=settings)
     if settings.decode == "gpu" and machine.device == "cpu":
@@ -261,8 +261,8 @@ def prepare(
     )
 
 
-def _precision(executor: Executor, session: Session, source: Source, listing: pa.Table) -> MeasurePrecision:
-    """What compares precisions on the first images, when asked to, where images will be computed."""
+def precision_on(executor: Executor, session: Session, source: Source, listing: pa.Table) -> MeasurePrecision:
+    """Returns what compares precisions on the first images of a listing, where images will be computed."""
     sample = Sample(listing, np.arange(listing.num_rows), SAMPLE)
 
     def measure(tried: str | None, intensity: str) -> tuple[str, str]:

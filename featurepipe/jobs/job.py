@@ -27,7 +27,7 @@ from featurepipe.features.options import DamageOptions, MachineOptions, NetworkO
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.monitoring.options import ColumnsOption, ShiftOptions
 from featurepipe.option_groups import declared
-from featurepipe.prediction.options import RawIdsOption
+from featurepipe.prediction.options import RawIdsOption, TopOption
 from featurepipe.reporting.options import LastOption
 from featurepipe.store.runs import is_run_id
 from featurepipe.training.options import FitOptions
@@ -215,7 +215,7 @@ class TrainTable(BaseTable, FitOptions, frozen=True):
     """A CSV with the columns id and label; by default that of `[source]`."""
 
 
-class PredictTable(BaseTable, RawIdsOption, frozen=True):
+class PredictTable(BaseTable, RawIdsOption, TopOption, frozen=True):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
     bundle: JobPath

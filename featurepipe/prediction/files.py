@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from featurepipe.display import neutralised
-from featurepipe.errors import UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MANIFEST, MULTILABEL
 from featurepipe.images.regions import REGION_MARK, split_region
@@ -119,8 +119,83 @@ bundle without one; ``reason``, why there is no prediction.
 """
 
 
-def columns_for(bundle: Bundle) -> Sequence[str] | pa.Schema:
-    """What ``predictions_file`` takes for a bundle: its classes, or the columns of numbers or of several labels."""
+def check_top(top: int | None, bundle: Bundle) -> None:
+    """Checks how many classes of each image are asked for.
+
+    Raises:
+        UsageError: The bundle has fewer, or predicts no classes.
+    """
+    if top is None:
+        return
+    if bundle.target is not None:
+        raise UsageError(
+            Message(Option("top", top), f": this bundle predicts {bundle.target_text}, not one class of several")
+        )
+    if top > len(bundle.classes):
+        raise UsageError(Message(Option("top", top), f" is more than the {len(bundle.classes)} classes that there are"))
+
+
+def top_schema(top: int) -> pa.Schema:
+    """The columns of a file of the ``top`` most probable classes.
+
+    The first four are those of `schema_of`; then ``label_2`` and ``confidence_2`` for the second class, and so on.
+    """
+    further = [
+        field
+        for place in range(2, top + 1)
+        for field in (pa.field(f"label_{place}", pa.string()), pa.field(f"confidence_{place}", pa.float32()))
+    ]
+    return pa.schema([*schema_of(()), *further])
+
+
+def classes_batch(
+    ids: pa.Array,
+    probabilities: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.integer[Any]],
+    reasons: pa.Array,
+    classes: Sequence[str],
+    top: int | None = None,
+) -> pa.RecordBatch:
+    """Rows of a file of predicted classes.
+
+    Args:
+        ids: (n,) ids.
+        probabilities: (n, K), NaN for images that could not be used.
+        codes: (n,) the label of each, -1 for those.
+        reasons: (n,) why they could not be used, or null.
+        classes: K names.
+        top: how many classes of each image to give, the label and then the most probable others; None for a column for each.
+    """
+    empty, names = codes < 0, pa.array(classes, pa.string())
+    facts = [
+        ids,
+        names.take(pa.array(codes, mask=empty)),
+        pa.array(of_label(probabilities, codes), mask=empty),
+        reasons,
+    ]
+    if top is None:
+        columns = [pa.array(np.ascontiguousarray(column), mask=empty) for column in probabilities.T]
+        return pa.RecordBatch.from_arrays([*facts, *columns], schema=schema_of(classes))
+    ranks = np.where(np.isnan(probabilities), 0, -probabilities)
+    np.put_along_axis(
+        ranks, np.maximum(codes, 0)[:, None], -np.inf, axis=1
+    )  # by a threshold it may be the less probable one
+    order = np.argsort(ranks, axis=1, kind="stable")[:, 1:top]
+    further = [
+        column
+        for place in order.T
+        for column in (
+            names.take(pa.array(place, mask=empty)),
+            pa.array(of_label(probabilities, place), mask=empty),
+        )
+    ]
+    return pa.RecordBatch.from_arrays([*facts, *further], schema=top_schema(top))
+
+
+def columns_for(bundle: Bundle, top: int | None = None) -> Sequence[str] | pa.Schema:
+    """What ``predictions_file`` takes for a bundle: its classes, or the columns of numbers, several labels or top classes."""
+    if top is not None:
+        return top_schema(top)
     if bundle.target_type == MULTILABEL:
         return labels_schema(bundle.classes)
     return NUMBERS if bundle.target_type == CONTINUOUS else bundle.classes
@@ -278,7 +353,7 @@ def predictions_file(
             yield Writer(lambda batch: writer.write_batch(batch if exact else _rounded(batch)), neutralise=not raw_ids)
         else:
             names = None if isinstance(classes, pa.Schema) else classes
-            yield Writer(lambda batch: _write_lines(file, batch if names is None else _rounded(batch), names))
+            yield Writer(lambda batch: _write_lines(file, batch if exact else _rounded(batch), names))
 
 
 def _write_lines(file: IO[bytes], batch: pa.RecordBatch, classes: Sequence[str] | None) -> None:
@@ -401,23 +476,15 @@ class Scored:
         remarks = sum((Counter(batch.remarks) for batch in group), Counter[str]())
         return cls(numbers + first, codes, probabilities, reasons, damage, estimates, having, remarks)
 
-    def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle) -> pa.RecordBatch:
+    def rows_of_file(self, ids: pa.ChunkedArray, bundle: Bundle, top: int | None = None) -> pa.RecordBatch:
         """The rows as a file of the bundle's predictions has them; ``ids`` are those of the whole listing."""
-        classes, empty = bundle.classes, self.codes < 0
         own = ids.take(pa.array(self.numbers)).combine_chunks()
         reasons = pa.array([self.reasons.get(int(number)) for number in self.numbers], pa.string())
         if self.estimates is not None and self.having is not None:
             return labels_batch(own, self.estimates, reasons, bundle)
         if self.estimates is not None:
             return numbers_batch(own, self.estimates, reasons, bundle.half_width)
-        columns = [
-            own,
-            pa.array(classes, pa.string()).take(pa.array(self.codes, mask=empty)),
-            pa.array(of_label(self.probabilities, self.codes), mask=empty),
-            reasons,
-            *(pa.array(np.ascontiguousarray(column), mask=empty) for column in self.probabilities.T),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=schema_of(classes))
+        return classes_batch(own, self.probabilities, self.codes, reasons, bundle.classes, top)
 
 
 @dataclass

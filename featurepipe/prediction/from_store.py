@@ -24,13 +24,13 @@ from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.images.intensity import intensity_of
 from featurepipe.prediction.files import (
     NumberSummary,
+    check_top,
     checked_target,
+    classes_batch,
     columns_for,
     labels_batch,
     numbers_batch,
-    of_label,
     predictions_file,
-    schema_of,
 )
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, Space, differences
@@ -61,6 +61,7 @@ def predict_features(
     spared: Sequence[Any] = (),
     cluster: Any = None,
     raw_ids: bool = False,
+    top: int | None = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts the images of a dataset's snapshot from their stored features, in blocks of bounded memory.
@@ -79,6 +80,7 @@ def predict_features(
         spared: further files that must not be replaced, such as the source of the images.
         cluster: where to score instead of here, as `featurepipe.execution.connect` takes it; the file is written here.
         raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+        top: write the most probable classes of each image, so many, in place of a column for each class.
         silent: show no progress.
 
     Returns:
@@ -97,6 +99,7 @@ def predict_features(
     start = time.perf_counter()
     model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    check_top(top, model)
     target = None if to is None else _checked_target(to, source, [bundle, *spared])
     name = dataset or source.only_dataset()
     run_id = snapshot or next(reversed(source.snapshot_ids(name)), None)  # another run may write one meanwhile
@@ -108,7 +111,9 @@ def predict_features(
     with ExitStack() as stack:
         there = stack.enter_context(features_at(cluster, features, source, announcer(silent=silent)))
         images = _Images(snapshot_rows, there)
-        write = stack.enter_context(predictions_file(target, columns_for(model), raw_ids=raw_ids)) if target else None
+        write = (
+            stack.enter_context(predictions_file(target, columns_for(model, top), raw_ids=raw_ids)) if target else None
+        )
         progress = stack.enter_context(show(len(chosen), "predict", silent=silent))
         for block in _blocks(chosen, model):
             if model.target_type == MULTILABEL:
@@ -118,7 +123,7 @@ def predict_features(
                 if model.target_type == CONTINUOUS:
                     codes, batch = images.estimated(block, model, numbers)
                 else:
-                    codes, batch = images.scored(block, model)
+                    codes, batch = images.scored(block, model, top)
                 counts += np.bincount(codes[codes >= 0], minlength=len(counts))
                 predicted += int((codes >= 0).sum())
             if write is not None:
@@ -153,7 +158,9 @@ class _Images:
     def __len__(self) -> int:
         return len(self._place)
 
-    def scored(self, rows: npt.NDArray[np.int64], bundle: Bundle) -> tuple[npt.NDArray[np.int64], pa.RecordBatch]:
+    def scored(
+        self, rows: npt.NDArray[np.int64], bundle: Bundle, top: int | None
+    ) -> tuple[npt.NDArray[np.int64], pa.RecordBatch]:
         """The class of each row (-1 without features), and the rows of the file."""
         place = self._place[rows]
         usable = place >= 0
@@ -164,14 +171,7 @@ class _Images:
             probabilities[usable] = exact
             codes[usable] = bundle.codes(exact)
         ids, reasons = (self._facts[name].take(rows).combine_chunks() for name in ("id", "reason"))
-        columns = [
-            ids,
-            pa.array(bundle.classes, pa.string()).take(pa.array(codes, mask=~usable)),
-            pa.array(of_label(probabilities, codes), mask=~usable),
-            reasons,
-            *(pa.array(np.ascontiguousarray(column), mask=~usable) for column in probabilities.T),
-        ]
-        return codes, pa.RecordBatch.from_arrays(columns, schema=schema_of(bundle.classes))
+        return codes, classes_batch(ids, probabilities, codes, reasons, bundle.classes, top)
 
     def estimated(
         self, rows: npt.NDArray[np.int64], bundle: Bundle, summary: NumberSummary

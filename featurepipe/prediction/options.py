@@ -9,7 +9,7 @@ from typing import Self
 
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SourceOptions
-from featurepipe.option_groups import OptionGroup, option
+from featurepipe.option_groups import OptionGroup, at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,10 @@ class BundleOptions(DamageOptions, MachineOptions):
     """How to read images for a bundle, and run its network."""
 
     weights: str | PathLike[str] | None = option(
-        None, "the backbone's weights file, where it was your own and the bundle has no copy", metavar="FILE"
+        None,
+        "the backbone's weights file, where it was your own and the bundle has no copy; of --backbone the name of pretrained "
+        "weights (default: the best)",
+        metavar="FILE|NAME",
     )
     trust_code: bool = option(False, "let a bundle of a package.module:factory network run that module")
 
@@ -37,5 +40,25 @@ class RawIdsOption(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RawIdsOption, RejectLimit, SourceOptions, BundleOptions):
+class TopOption(OptionGroup):
+    """How many classes of each image a file of predictions has."""
+
+    top: int | None = option(
+        None, "write the N most probable classes of each image (label, confidence, label_2, confidence_2, ...) and no column for "
+        "each class (default with --backbone: 5)",
+        check=at_least(1),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClassesOption(OptionGroup):
+    """A network as it is, in place of a bundle."""
+
+    backbone: str | None = option(
+        None, "in place of BUNDLE: a pretrained network with its own classifier and classes", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(TopOption, RawIdsOption, RejectLimit, SourceOptions, BundleOptions, OwnClassesOption):
     """All options of `featurepipe.predict`."""

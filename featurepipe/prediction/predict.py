@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurepipe import records
-from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects
+from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import allowance
@@ -27,6 +27,7 @@ from featurepipe.option_groups import as_asked
 from featurepipe.prediction.files import (
     Predictions,
     Scored,
+    check_top,
     checked_target,
     columns_for,
     has_regions,
@@ -34,15 +35,17 @@ from featurepipe.prediction.files import (
     with_regions,
 )
 from featurepipe.prediction.options import BundleOptions, PredictOptions
+from featurepipe.prediction.own_classes import TOP, OwnClassifier
 from featurepipe.prediction.shards import SCORE, Prediction
 from featurepipe.progress import announcer, show
 
 
 def predict(
-    bundle: Bundle | str | PathLike[str],
-    source: Any,
+    bundle: Bundle | str | PathLike[str] | None = None,
+    source: Any = None,
     to: str | PathLike[str] | None = None,
     *,
+    backbone: str | None = None,
     weights: str | PathLike[str] | None = None,
     device: str = AUTO,
     batch_size: int | str = AUTO,
@@ -59,6 +62,7 @@ def predict(
     trust_code: bool = False,
     cluster: Any = None,
     raw_ids: bool = False,
+    top: int | None = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Predicts every image of a source, and writes one row for each, in the order of the listing.
@@ -68,14 +72,18 @@ def predict(
     ``p(<class>)`` for each class; in ``.jsonl`` the probabilities are one object by class. Of a bundle that predicts a number
     they are ``id``, ``predicted``, ``low`` and ``high`` (the limits of its prediction interval), and ``reason``; of one that
     predicts several labels ``id``, ``labels`` (those above their thresholds, as ``red|round``), ``reason`` and ``p(<label>)``.
+    With ``top`` the classes' columns are ``label_2``, ``confidence_2`` and so on, of the classes that are next in probability.
     An image that cannot be used has
     a row as well: its reason, and nothing else. The file appears when it is complete, and replaces an older one.
 
     Args:
-        bundle: what ``featurepipe train`` wrote, or its folder.
+        bundle: what ``featurepipe train`` wrote, or its folder; None with ``backbone``.
         source: anything `featurepipe.images.open_source` takes: a folder, a manifest, an archive, arrays, a URL.
         to: the file to write, ``.csv``, ``.jsonl`` or ``.parquet``; None only counts.
-        weights: the network's weights, if they are a file that is not in the bundle.
+        backbone: in place of a bundle, a pretrained network that labels images with its own classes
+            (`featurepipe.prediction.own_classes`).
+        weights: the network's weights, if they are a file that is not in the bundle; of ``backbone`` the name of pretrained
+            weights, by default the best.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
@@ -94,6 +102,8 @@ def predict(
         cluster: where to predict instead of here, as `featurepipe.execution.connect` takes it: the workers see the bundle and
             the source under the same paths, and this process writes the file.
         raw_ids: whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+        top: how many classes of each image to write, the most probable first, in place of a column for each class; by default
+            5 with ``backbone``, else None, which is all.
         silent: show no progress and say nothing.
 
     Returns:
@@ -104,13 +114,14 @@ def predict(
         ``exit_code`` is 3 if there were rejects.
 
     Raises:
-        UsageError: an argument is wrong.
+        UsageError: an argument is wrong, or ``backbone`` has no classes of its own.
         BundleError: the bundle cannot be used, or the network gives other features here.
         SourceError: the source cannot be listed, or holds no image.
         TooManyRejects: more images were unusable than ``max_rejects``; the file is there, with all others predicted.
         Interrupted: SIGINT or SIGTERM; no file is left.
     """
     options = PredictOptions(
+        backbone=backbone,
         weights=weights,
         device=device,
         batch_size=batch_size,
@@ -126,7 +137,12 @@ def predict(
         frames=frames,
         trust_code=trust_code,
         raw_ids=raw_ids,
+        top=top,
     )
+    if (bundle is None) == (backbone is None) or source is None:
+        raise UsageError(
+            Message("give the images and either a bundle or a network as it is, with ", Option("backbone", "NAME"))
+        )
     # Refused before any work, as are wrong options.
     target = None if to is None else checked_target(to, spared=[bundle, source])
     started = records.now()
@@ -135,7 +151,10 @@ def predict(
         stop = stack.enter_context(stop_on_signals())
         with stop.at_once("the first image"):
             executor = stack.enter_context(executor_on(cluster, say=say))
-            prediction = Prediction.of(executor, bundle, BundleOptions.of(options))
+            if bundle is not None:
+                model: Prediction | OwnClassifier = Prediction.of(executor, bundle, BundleOptions.of(options))
+            else:
+                model = OwnClassifier.of(str(backbone), options)
             found = stack.enter_context(closing(opened(source, options)))
             listing = found.scan().combine_chunks()
         summary = ListingSummary.of(listing)
@@ -143,12 +162,19 @@ def predict(
             say(line)
         if not listing.num_rows:
             raise SourceError(f"no images in {found.name}: nothing there has the suffix of an image. Check the path")
+        with stop.at_once("the first image"):
+            own = isinstance(model, OwnClassifier)
+            prediction = (
+                model.prediction(executor, found, listing, options, say) if isinstance(model, OwnClassifier) else model
+            )
+        top = options.top or (min(TOP, len(prediction.bundle.classes)) if own else None)
+        check_top(top, prediction.bundle)
         with show(listing.num_rows, "predict", silent=silent) as progress:
             run = partial(prediction.run, found, listing, stop, progress)
-            predictions = _write_all(run, listing, prediction.bundle, target, stop, raw_ids=raw_ids)
+            predictions = _write_all(run, listing, prediction.bundle, target, stop, raw_ids=raw_ids, top=top)
     record = {
         "command": "predict",
-        "bundle": bundle.family if isinstance(bundle, Bundle) else str(bundle),
+        "bundle": None if bundle is None else bundle.family if isinstance(bundle, Bundle) else str(bundle),
         "source": found.location,
         **bounds_of(found),
         "options": as_asked(options),
@@ -159,7 +185,8 @@ def predict(
         "ended": records.now(),
         "damaged": kept_damaged(options.damaged, listing["id"], predictions.damage),
         **remarked(predictions.remarks),
-        **_describe(prediction, listing, predictions),
+        **_describe(prediction, listing, predictions, own=own),
+        **({} if top is None else {"top": top}),
     }
     rejected, listed = len(predictions.reasons), listing.num_rows
     if rejected > allowance(options.max_rejects, listed):
@@ -185,6 +212,7 @@ def _write_all(
     stop: StopRequest,
     *,
     raw_ids: bool,
+    top: int | None,
 ) -> Predictions:
     """Writes and counts rows as they come, in the listing's order; the file appears when all are there."""
     predictions, start, ids = Predictions(), time.perf_counter(), listing["id"]
@@ -192,14 +220,14 @@ def _write_all(
     with ExitStack() as stack:
         write = None
         if target is not None:
-            columns = columns_for(bundle)
+            columns = columns_for(bundle, top)
             write = stack.enter_context(predictions_file(target, columns, raw_ids=raw_ids, regions=regions))
 
         def take(rows: Scored) -> None:
             predictions.add(rows)
             if write is not None:
                 began = time.perf_counter()
-                batch = rows.rows_of_file(ids, bundle)
+                batch = rows.rows_of_file(ids, bundle, top)
                 if regions:
                     batch = with_regions(batch, listing["locator"].take(pa.array(rows.numbers)).to_pylist())
                 write(batch)
@@ -214,7 +242,7 @@ def _write_all(
     return predictions
 
 
-def _describe(prediction: Prediction, listing: pa.Table, predictions: Predictions) -> dict[str, Any]:
+def _describe(prediction: Prediction, listing: pa.Table, predictions: Predictions, *, own: bool) -> dict[str, Any]:
     bundle, facts = prediction.bundle, prediction.facts(predictions.wall)
     scoring = facts["seconds"].get(SCORE, 0.0) + predictions.writing
     seconds = {**facts["seconds"], SCORE: scoring, "wall": predictions.wall}
@@ -223,6 +251,7 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
         "weights_note": prediction.weights_note,
         "fingerprint": bundle.fingerprint,
         "columns": list(bundle.columns),
+        "precision": bundle.space["precision"],
         "family": bundle.family,
         "classes": list(bundle.classes),
         "temperature": bundle.temperature,
@@ -233,7 +262,11 @@ def _describe(prediction: Prediction, listing: pa.Table, predictions: Prediction
             "predicted": predictions.predicted,
             "rejected": len(predictions.reasons),
         },
-        "labels": {name: predictions.labels[code] for code, name in enumerate(bundle.classes)},
+        "labels": {
+            name: predictions.labels[code]
+            for code, name in enumerate(bundle.classes)
+            if predictions.labels[code] or not own
+        },
         **({} if bundle.target is None else {"target": bundle.target}),
         **({"numbers": predictions.estimates.as_dict()} if bundle.target_type == CONTINUOUS else {}),
         "rejects": named(listing["id"], predictions.reasons)[:SHOWN_REJECTS],

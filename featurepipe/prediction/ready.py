@@ -104,12 +104,15 @@ class ReadyBundle:
 def make_ready(
     bundle: Bundle | str | PathLike[str],
     options: BundleOptions = _BY_DEFAULT,
+    *,
+    loaded: Backbone | None = None,
 ) -> ReadyBundle:
     """Loads a bundle's network and checks that its features will be those that the head was trained on.
 
     Args:
         bundle: the bundle or its folder.
         options: how to run the network.
+        loaded: the network, if this process has it already.
 
     Raises:
         BundleError: the bundle is damaged; its weights are needed; it names a module and its code is not trusted; or this
@@ -125,7 +128,7 @@ def make_ready(
     except UsageError as error:
         raise BundleError(f"the bundle's features have an {error}; use the version that it was trained with") from error
     machine = settle_machine(options, settings.decode)
-    backbone = load_backbone(
+    backbone = loaded or load_backbone(
         found.backbone["name"],
         _weights(found, options.weights),
         seed=found.backbone["seed"],

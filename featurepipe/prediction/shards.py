@@ -18,6 +18,7 @@ import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from featurepipe import records
+from featurepipe.backbones import Backbone
 from featurepipe.errors import FeaturepipeError, UsageError, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.extraction.compute import check_source, located, source_seen_by
@@ -69,15 +70,15 @@ class PredictionContext:
     """What all shards of a prediction have in common.
 
     Attributes:
-        bundle: the bundle's folder.
-        digest: of that bundle, see `digest_of`.
+        bundle: the bundle's folder, or a bundle that travels; see `Prediction.of`.
+        digest: of the bundle in that folder, see `digest_of`.
         options: how to run its network; ``workers`` is None for as many threads as a worker may use.
         source: the images.
         probes: locators of images from all over the source that the client can read; None for the listing's own.
         here: what this process has ready; does not travel.
     """
 
-    bundle: str
+    bundle: str | Bundle
     digest: str
     options: BundleOptions
     source: Source = field(repr=False)
@@ -94,8 +95,7 @@ class PredictionContext:
 
     def refusal(self) -> str:
         """Why this process cannot predict, as far as that is quickly told; empty if nothing speaks against it."""
-        digest = digest_of(self.bundle)
-        if digest != self.digest:
+        if isinstance(self.bundle, str) and (digest := digest_of(self.bundle)) != self.digest:
             there = "another bundle is at" if digest else "it does not see the bundle"
             return f"{there} {self.bundle}"
         said = ""
@@ -212,26 +212,41 @@ class Prediction:
     """
 
     def __init__(
-        self, executor: Executor, bundle: Bundle, ready: ReadyBundle | None, folder: str, options: BundleOptions
+        self, executor: Executor, bundle: Bundle, ready: ReadyBundle | None, there: str | Bundle, options: BundleOptions
     ) -> None:
         self.bundle = bundle
         self.weights_note = ""
-        self._executor, self._ready, self._folder, self._options = executor, ready, folder, options
+        self._executor, self._ready, self._there, self._options = executor, ready, there, options
         self._clock = StageSeconds()
         self._machine: Machine | None = None if ready is None else ready.session.machine
         self._totals: dict[tuple[str, str, int], WorkerTotals] = {}
 
     @classmethod
-    def of(cls, executor: Executor, bundle: Bundle | str | PathLike[str], options: BundleOptions) -> Self:
+    def of(
+        cls,
+        executor: Executor,
+        bundle: Bundle | str | PathLike[str],
+        options: BundleOptions,
+        *,
+        loaded: Backbone | None = None,
+    ) -> Self:
         """Reads the bundle; where this process predicts, loads its network, too.
+
+        Args:
+            executor: who predicts.
+            bundle: the bundle or its folder.
+            options: how to read images, and run the network.
+            loaded: the bundle's network, if the bundle was made of it here: such a bundle travels to workers.
 
         Raises:
             BundleError: the bundle cannot be used, or the network gives other features.
             UsageError: others are to predict, and the bundle is not in a folder.
         """
         if executor.is_local:
-            ready = make_ready(bundle, options)
+            ready = make_ready(bundle, options, loaded=loaded)
             return cls(executor, ready.bundle, ready, "", options)
+        if isinstance(bundle, Bundle) and loaded is not None:
+            return cls(executor, bundle, None, bundle, options.in_full())
         if not isinstance(bundle, str | PathLike):
             raise UsageError(
                 "on a cluster each worker reads the bundle for itself, so give its folder, under a path that all workers see; "
@@ -300,7 +315,8 @@ class Prediction:
         self._machine = settle_machine_for(executor, self._options, str(self.bundle.space["decode"]))
         options = replace(self._options, device=self._machine.device, batch_size=self._machine.batch_size)
         probes = readable(images, listing["locator"])
-        context = PredictionContext(self._folder, digest_of(self._folder), options, images, probes)
+        digest = digest_of(self._there) if isinstance(self._there, str) else ""
+        context = PredictionContext(self._there, digest, options, images, probes)
         executor.require(partial(PredictionContext.refusal, context))
         sizes = WholeBatches(self._machine.batch_size, most=ANSWER_BYTES // (4 * len(self.bundle.classes) + 64))
         return context, cut(listing, np.arange(listing.num_rows), sizes, iter(executor.expected, -1)), sizes

@@ -95,12 +95,22 @@ CASES = {
     "predict": (
         PREDICT,
         "predict bundle photos --to p.csv --weights w.pt --device cpu --batch-size 4 --workers 1 --max-rejects 5% "
-        "--damaged keep --only-under /data --trust-code --raw-ids --quiet",
+        "--damaged keep --only-under /data --trust-code --raw-ids --top 3 --quiet",
         {
-            "bundle": "bundle", "source": "photos", "to": "p.csv", "weights": "w.pt", "device": "cpu", "batch_size": "4",
-            "workers": 1, "max_rejects": "5%", "damaged": "keep", "only_under": ["/data"], "path_column": None,
-            "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
+            "bundle": "bundle", "source": "photos", "to": "p.csv", "backbone": None, "top": 3, "weights": "w.pt",
+            "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "5%", "damaged": "keep", "only_under": ["/data"],
+            "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
             "trust_code": True, "raw_ids": True, "silent": True,
+        },
+    ),
+    "predict as it is": (
+        PREDICT,
+        "predict photos --to p.csv --backbone vgg16",
+        {
+            "bundle": None, "source": "photos", "to": "p.csv", "backbone": "vgg16", "top": None, "weights": None,
+            "device": "auto", "batch_size": "auto", "workers": None, "max_rejects": "1%", "damaged": "reject", "only_under": None,
+            "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
+            "trust_code": False, "raw_ids": False, "silent": False,
         },
     ),
     "depth": (
