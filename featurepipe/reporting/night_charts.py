@@ -286,11 +286,14 @@ def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
 
 
 def class_trend(nights: Sequence[Night], bundle: str, paint: Paint) -> Exhibit | None:
-    """Shares of the classes that a bundle predicted, of each night's predicted images."""
+    """Shares of the classes, or of each of several labels, that a bundle predicted, of each night's predicted images."""
     counts = {k: night["classes"][bundle] for k, night in enumerate(nights) if (night.get("classes") or {}).get(bundle)}
     if not counts:
         return None
-    totals = {place: sum(found.values()) for place, found in counts.items()}
+    totals = {  # not the sum of the counts, in which an image of several labels is several times
+        place: (nights[place].get("predicted") or {}).get(bundle) or sum(found.values())
+        for place, found in counts.items()
+    }
     shares = {
         name: {place: found.get(name, 0) / totals[place] for place, found in counts.items()}
         for name, _ in sum((Counter(found) for found in counts.values()), Counter()).most_common()

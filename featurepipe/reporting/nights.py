@@ -80,7 +80,7 @@ def nights_document(
     Returns:
         JSON values: ``kind`` "nights", ``version``, ``name`` and ``is_job``, ``others`` (what else ran in the store),
         ``nights`` (oldest first: when and how each ended and why, counts, changes, seconds of steps and stages, rejects,
-        drift, predicted classes), ``last_success``, ``drift_warnings`` (those that stand, see
+        drift, predicted classes and images), ``last_success``, ``drift_warnings`` (those that stand, see
         `featurepipe.monitoring.standing_warnings`), ``next_steps``, ``provenance``.
 
     Raises:
@@ -164,6 +164,7 @@ def _night(record: Record, extractions: Mapping[str, Record]) -> dict[str, Any]:
         "rejects": first.get("rejects") or [],
         "drift": _drift(record),
         "classes": _classes(record),
+        "predicted": _predicted(record),
         "versions": record.get("versions") or {},
     }
 
@@ -244,10 +245,20 @@ def _moved(test: Record, limit: float) -> list[str]:
 
 
 def _classes(record: Record) -> dict[str, dict[str, int]]:
-    """Images by the class that was predicted, for each bundle that predicted."""
+    """Images by the class or label that was predicted, for each bundle that predicted; an image may have several labels."""
     found = {}
     for step in record.get("steps") or ():
         labels = (step.get("result") or {}).get("labels") if step["step"] == "predict" else None
         if labels:
             found[str(step.get("name") or "bundle")] = dict(labels)
+    return found
+
+
+def _predicted(record: Record) -> dict[str, int]:
+    """How many images each bundle of several labels predicted; of classes the counts sum to it."""
+    found = {}
+    for step in record.get("steps") or ():
+        result = (step.get("result") or {}) if step["step"] == "predict" else {}
+        if (result.get("target") or {}).get("type") == "multilabel":
+            found[str(step.get("name") or "bundle")] = int((result.get("counts") or {}).get("predicted", 0))
     return found

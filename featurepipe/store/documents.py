@@ -96,6 +96,10 @@ class _CountedResult(_Result):
     labels: Counts = {}
 
 
+class _PredictResult(_CountedResult):
+    target: dict[str, Any] | None = None
+
+
 class _DriftTest(_Document):
     column: str
     adjusted: float
@@ -141,7 +145,7 @@ class _DriftResult(_Result):
     numbers: _PredictionsTest | None = None
 
 
-_RESULTS: dict[str, type[_Result]] = {"drift": _DriftResult, "extract": _CountedResult, "predict": _CountedResult}
+_RESULTS: dict[str, type[_Result]] = {"drift": _DriftResult, "extract": _CountedResult, "predict": _PredictResult}
 
 
 class _Step(_Document):

@@ -187,3 +187,51 @@ def test_the_page_of_nights_has_this_run(classed):
     assert "nightly" in page
     assert "went well" in page
     assert "no record of how it ended" not in page  # which is what the store still says
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "target"])
+def test_labels_and_numbers_are_trained_predicted_and_compared(pile, kind):
+    """A job whose heads predict several labels, or a number; drift then tests what they predict of new images."""
+    pile.fill(48)
+    rng = np.random.default_rng(0)
+    rows = [f"{k:03d}.png,{rng.integers(2)},{rng.integers(2)},{rng.normal():.3f}" for k in range(100)]
+    (pile.folder / "labels.csv").write_text("\n".join(["id,red,big,age", *rows]))
+    role = 'multilabel = ["red", "big"]' if kind == "multilabel" else 'target = "age"'
+    pile.job(f"""
+[[train]]
+out = "bundles/head"
+labels = "labels.csv"
+{role}
+[[predict]]
+bundle = "bundles/head"
+to = "predictions/{{run}}.parquet"
+[drift]
+bundle = "bundles/head"
+[depth]
+folds = 2
+seeds = 1
+jobs = 1
+labels = "labels.csv"
+{role}
+[report]
+to = "nights.html"
+[metrics]
+prometheus = "featurepipe.prom"
+""")
+    first = pile.run()
+    assert first["exit_code"] == 0, first["steps"]
+    depth = by_step(first)["depth"]["result"]
+    measure = "map" if kind == "multilabel" else "r2"
+    assert depth["text"].endswith(f"{measure} {depth['recommended'][measure]:.4f}")
+    pile.fill(20, first=100)
+    second = pile.run()
+    assert second["exit_code"] in (0, 3), second["steps"]
+    steps = by_step(second)
+    assert steps["depth"]["status"] == "skipped"  # no new image has a label
+    found = steps["drift"]["result"]
+    name = "labels" if kind == "multilabel" else "numbers"
+    assert found[name]["compared"] == {"reference": 48, "new": 20}
+    assert found["classes"] is None
+    figures = (pile.folder / "featurepipe.prom").read_text()
+    assert f'featurepipe_drift_p_value{{column="predicted {name}",job="nightly"}} {found[name]["adjusted"]}' in figures
+    assert f"predicted {name}" in (pile.folder / "nights.html").read_text()

@@ -81,6 +81,18 @@ def test_columns_of_several_spaces_are_told_apart(recorded, night_records):
     assert drift["tests"][1]["effect"] is None
 
 
+def test_rates_of_several_labels_are_of_the_images_predicted(recorded, night_records, tmp_path, parsed):
+    records = night_records(3)
+    result = next(step for step in records[-1]["steps"] if step["step"] == "predict")["result"]
+    images = result["counts"]["predicted"]
+    result["target"] = {"type": "multilabel"}
+    result["labels"] = {"red": images // 2, "big": images, "soft": images // 4}
+    page = parsed(nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8"))
+    rates = {row[0]: row[1].replace("\u00a0", " ") for row in page.cells if row[0] in result["labels"]}
+    assert rates["big"] == "100.0 %"
+    assert rates["red"] == f"{100 * (images // 2) / images:.1f} %"
+
+
 def test_drift_of_predicted_labels_and_numbers_is_told_with_the_labels_that_moved(
     recorded, night_records, tmp_path, parsed
 ):

@@ -31,6 +31,7 @@ def read(folder, document, kind):
         ("extract", {"counts": {"computed": "3"}}, "steps.0.result.counts.computed"),
         ("extract", {"counts": [3]}, "steps.0.result.counts"),
         ("predict", {"labels": {"cat": None}}, "steps.0.result.labels.cat"),
+        ("predict", {"target": "age"}, "steps.0.result.target"),
         ("train", {"text": 4}, "steps.0.result.text"),
         ("gc", {"warnings": "none"}, "steps.0.result.warnings"),
         ("drift", {"columns": [DRIFT | {"adjusted": "low"}]}, "steps.0.result.columns.0.adjusted"),
