@@ -34,7 +34,7 @@ from featurepipe.images.budgets import check_budgets
 from featurepipe.images.findings import ListingSummary, is_told, unreadable_folders
 from featurepipe.images.listing import SCHEMA, UNKNOWN, is_image_name
 from featurepipe.store import FeatureStore, Space, differences
-from featurepipe.store.runs import checked_dataset
+from featurepipe.store.documents import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
 
 LONGEST_NAME = 100

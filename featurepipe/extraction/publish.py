@@ -23,8 +23,8 @@ from featurepipe.images.regions import CLIPPED
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked
 from featurepipe.store import FeatureStore
+from featurepipe.store.documents import PUBLISHING
 from featurepipe.store.keys import KEY_BYTES
-from featurepipe.store.runs import PUBLISHING
 from featurepipe.store.snapshots import OK
 
 SHOWN_REJECTS = 20

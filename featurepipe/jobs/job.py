@@ -29,7 +29,7 @@ from featurepipe.monitoring.options import ColumnsOption, ShiftOptions
 from featurepipe.option_groups import declared
 from featurepipe.prediction.options import RawIdsOption, TopOption
 from featurepipe.reporting.options import LastOption
-from featurepipe.store.runs import is_run_id
+from featurepipe.store.documents import is_run_id
 from featurepipe.training.options import FitOptions
 
 PLACEHOLDERS = ("date", "run", "job")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from featurepipe import __version__
 from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unsearchable
-from featurepipe.store import runs, snapshots
+from featurepipe.store import documents, snapshots
 from featurepipe.store.atomic import is_temporary, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
@@ -267,7 +267,7 @@ class FeatureStore:
 
     def new_run_id(self) -> str:
         """Makes a run id that sorts after every one in the store, even if the clock was set back."""
-        return runs.next_run_id(self._run_names())
+        return documents.next_run_id(self._run_names())
 
     def _run_names(self) -> Iterator[str]:
         folders = (
@@ -282,11 +282,13 @@ class FeatureStore:
 
     def write_run(self, record: dict[str, Any]) -> Path:
         """Writes the record of a run, named by its ``run_id``, atomically."""
-        return runs.write_run(self._made("runs"), record)
+        return documents.write_run(self._made("runs"), record)
 
     def runs(self) -> list[dict[str, Any]]:
         """Reads the records of all runs, oldest first."""
-        return [runs.settled(record, self.path / "snapshots") for record in runs.read_runs(self.path / "runs")]
+        return [
+            documents.settled(record, self.path / "snapshots") for record in documents.read_runs(self.path / "runs")
+        ]
 
     def _records(self) -> Iterator[dict[str, Any]]:
         yield from self.runs()  # read when the first is asked for
@@ -295,15 +297,15 @@ class FeatureStore:
 
     def depth_journal(self, dataset: str) -> Path:
         """Where comparisons of a dataset's layers keep what they have measured; may not be there yet."""
-        return runs.depth_journal(self.path / "depth", dataset)
+        return documents.depth_journal(self.path / "depth", dataset)
 
     def write_depth(self, document: Mapping[str, Any]) -> Path:
         """Writes what a comparison of layers found, atomically; it is the dataset's newest from then on."""
-        return runs.write_depth(self._made("depth"), document, self.new_run_id())
+        return documents.write_depth(self._made("depth"), document, self.new_run_id())
 
     def depth_documents(self, dataset: str) -> list[dict[str, Any]]:
         """Reads what comparisons of a dataset's layers found, oldest first."""
-        return runs.read_depths(self.path / "depth", dataset)
+        return documents.read_depths(self.path / "depth", dataset)
 
     def lock(self, shared: bool) -> AbstractContextManager[None]:
         """Holds the store's lock: shared by those that add, alone by those that rewrite.

@@ -15,12 +15,12 @@ import numpy as np
 from featurepipe.errors import CorruptPart, StoreError
 from featurepipe.store.atomic import is_temporary
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
+from featurepipe.store.documents import checked_run_id
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
 from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys, keys_from_arrow
 from featurepipe.store.options import GcOptions
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
-from featurepipe.store.runs import checked_run_id
 from featurepipe.store.space import Space
 
 SHOWN_SECONDS = 24 * 3600.0

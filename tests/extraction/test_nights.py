@@ -10,7 +10,7 @@ import pytest
 
 from featurepipe.errors import TooManyRejects
 from featurepipe.extraction.changes import KINDS
-from featurepipe.store import runs, verify_store
+from featurepipe.store import documents, verify_store
 
 NO_IMAGE = b"\x89PNG no more"
 
@@ -191,7 +191,7 @@ def test_a_clock_set_back_changes_nothing(album, run, night, monkeypatch, tmp_pa
     album.fill(4)
     night()
     first = run.store.runs()[0]["run_id"]
-    monkeypatch.setattr(runs, "datetime", EarlierClock)
+    monkeypatch.setattr(documents, "datetime", EarlierClock)
     monkeypatch.setattr("featurepipe.records.datetime", EarlierClock)
     album.add("new.png", 50)
     (album.root / "000.png").unlink()

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from featurepipe.errors import StoreError, UsageError
-from featurepipe.store import FeatureStore, runs
+from featurepipe.store import FeatureStore, documents
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_newest_is_last_though_the_clock_was_set_back(store, monkeypatch):
         def now(cls, tz=None):
             return datetime(2020, 1, 1, tzinfo=UTC)
 
-    monkeypatch.setattr(runs, "datetime", Earlier)
+    monkeypatch.setattr(documents, "datetime", Earlier)
     store.write_depth(document(number=1))
     assert numbers(store) == [0, 1]
 

@@ -6,8 +6,7 @@ import pytest
 
 from featurepipe.cli import main
 from featurepipe.errors import StoreError
-from featurepipe.store.documents import DepthDocument, RunDocument, read_document
-from featurepipe.store.runs import read_runs, write_run
+from featurepipe.store.documents import DepthDocument, RunDocument, read_document, read_runs, write_run
 
 DRIFT = {"column": "c3:gap", "adjusted": 0.5, "effect": 0.1}
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurepipe.errors import DiskFull, StoreError, UsageError
-from featurepipe.store import known_files, runs
+from featurepipe.store import documents, known_files
 from featurepipe.store.snapshots import SCHEMA
 
 REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "truncated: at byte 3", "run_id": "r"}
@@ -186,8 +186,8 @@ def test_run_ids_grow_even_if_the_clock_was_set_back(store, space, rows, trace):
 
 def test_foreign_names_do_not_disturb_run_ids():
     names = ["zzz.json", "99999999T999999999999.json", "", "99999999T999999999999Z-00000000.json"]
-    assert runs.next_run_id(names) < "3"
-    assert runs.next_run_id([*names, "29990101T000000000001Z-00000000.json"])[:22] == "29990101T000000000002Z"
+    assert documents.next_run_id(names) < "3"
+    assert documents.next_run_id([*names, "29990101T000000000001Z-00000000.json"])[:22] == "29990101T000000000002Z"
 
 
 def test_run_records_are_replaced_whole(store):
