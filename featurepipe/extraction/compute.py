@@ -38,7 +38,7 @@ from featurepipe.images import Source
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import FeatureStore, PartWriter, Space
-from featurepipe.store.known_files import KNOWN_FILES, known_files
+from featurepipe.store.keys import KNOWN_FILES, known_files
 from featurepipe.store.parts import PartInfo
 from featurepipe.store.writer import DEFAULT_PART_BYTES
 

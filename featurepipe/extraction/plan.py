@@ -16,8 +16,7 @@ from featurepipe.errors import Reject
 from featurepipe.features.options import RejectOptions
 from featurepipe.images.decode import is_outdated, is_repaired
 from featurepipe.store import Space
-from featurepipe.store.index import KeyIndex
-from featurepipe.store.keys import KEY_BYTES, keys_from_arrow
+from featurepipe.store.keys import KEY_BYTES, KeyIndex, keys_from_arrow
 from featurepipe.store.parts import PartInfo
 
 

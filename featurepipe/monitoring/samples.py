@@ -22,7 +22,7 @@ from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:
     from featurepipe.store.feature_store import FeatureStore
-    from featurepipe.store.index import KeyIndex
+    from featurepipe.store.keys import KeyIndex
     from featurepipe.store.space import Space
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featurepipe.store.gc import gc_store as gc_store
     from featurepipe.store.identity import differences as differences
     from featurepipe.store.identity import fingerprint as fingerprint
-    from featurepipe.store.index import KeyIndex as KeyIndex
+    from featurepipe.store.keys import KeyIndex as KeyIndex
     from featurepipe.store.roles import join_roles as join_roles
     from featurepipe.store.space import ColumnInfo as ColumnInfo
     from featurepipe.store.space import Space as Space
@@ -34,7 +34,7 @@ _HOMES = {
     "FeatureSet": "views",
     "FeatureStore": "feature_store",
     "GcReport": "gc",
-    "KeyIndex": "index",
+    "KeyIndex": "keys",
     "LazyArray": "arrays",
     "PartWriter": "writer",
     "Problem": "verify",

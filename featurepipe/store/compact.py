@@ -15,9 +15,8 @@ import numpy.typing as npt
 from featurepipe.store.atomic import sync_folder
 from featurepipe.store.commit import ArraySpec, PartArray, part_bytes, write_part
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.index import KeyIndex
 from featurepipe.store.inside import refuse_strangers
-from featurepipe.store.keys import as_keys
+from featurepipe.store.keys import KeyIndex, as_keys
 from featurepipe.store.parts import PartInfo, damaged_arrays, is_feature, read_array, read_blocks
 from featurepipe.store.space import Space
 

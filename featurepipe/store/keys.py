@@ -1,16 +1,24 @@
-"""Keys of images: the SHA-256 of each as a row of 32 bytes, never a Python object a row, and lookup among many."""
+"""Keys of images, and what a space knows by them, derived from its parts: which columns, which files, and which were rejected."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import CorruptPart, UsageError
+from featurepipe.store.atomic import append_lines
+from featurepipe.store.documents import REJECT_LINE, first_fault
+from featurepipe.store.inside import read_lines
+from featurepipe.store.parts import PartInfo, read_array, read_ids
 
 Keys = npt.NDArray[np.uint8]
 KEY_BYTES = 32
@@ -120,3 +128,268 @@ def prefixes_of(keys: Keys) -> npt.NDArray[np.uint64]:
 
 def _words(keys: Keys) -> npt.NDArray[np.uint64]:
     return as_keys(keys).view(np.uint64).reshape(-1, KEY_BYTES // 8)
+
+
+OnDamage = Callable[[PartInfo, CorruptPart], None]
+_Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The rows of all parts that have the same of the columns asked for."""
+
+    sorted_keys: SortedKeys
+    numbers: _Rows
+    starts: _Rows
+
+    def find(self, keys: Keys) -> tuple[_Rows, _Rows]:
+        """Returns for each key the number of its part and the row there, of the first committed copy; -1 without one."""
+        found = self.sorted_keys.find(keys)
+        part, row = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
+        at = np.flatnonzero(found >= 0)
+        place = np.searchsorted(self.starts, found[at], side="right") - 1
+        part[at], row[at] = self.numbers[place], found[at] - self.starts[place]
+        return part, row
+
+
+class KeyIndex:
+    """Keys that have all of some columns, and where each column of a key lies.
+
+    Holds 44 bytes a row, and 60 while it is built.
+
+    Args:
+        columns: The columns asked for; none means any part counts, whatever its columns.
+        parts: The parts, the first committed first.
+        on_damage: Told of each part whose keys are damaged, and which is taken to hold nothing.
+
+    Attributes:
+        columns: The columns asked for.
+        parts: The parts that have any of them.
+
+    Raises:
+        CorruptPart: The keys of a part are damaged, and there is no ``on_damage``.
+    """
+
+    def __init__(
+        self, columns: Iterable[str] = (), parts: Iterable[PartInfo] = (), on_damage: OnDamage | None = None
+    ) -> None:
+        self.columns = tuple(dict.fromkeys(columns))
+        self.parts: list[PartInfo] = []
+        numbers: dict[frozenset[str], list[int]] = {}
+        for part in parts:
+            held = frozenset(self.columns).intersection(part.columns)
+            if held or not self.columns:
+                numbers.setdefault(held, []).append(len(self.parts))
+                self.parts.append(part)
+        self._groups = {held: self._group(alike, on_damage) for held, alike in numbers.items()}
+
+    def _group(self, numbers: Sequence[int], on_damage: OnDamage | None) -> _Group:
+        # One array made for all of them at once: gathered and joined, keys would be in memory twice.
+        keys = np.empty((sum(self.parts[number].rows for number in numbers), KEY_BYTES), np.uint8)
+        starts, stop = [], 0
+        for part in (self.parts[number] for number in numbers):
+            starts.append(stop)
+            try:
+                keys[stop : stop + part.rows] = read_array(part, "key")
+            except CorruptPart as error:
+                if on_damage is None:
+                    raise
+                on_damage(part, error)
+            else:
+                stop += part.rows
+        return _Group(SortedKeys.of_keys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
+
+    def __len__(self) -> int:
+        """Rows held, copies included."""
+        return sum(len(group.sorted_keys.keys) for group in self._groups.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the index, in bytes."""
+        return sum(group.sorted_keys.nbytes for group in self._groups.values())
+
+    def contains(self, keys: npt.NDArray[Any] | Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Tells for each key of (n, 32) uint8 whether all columns are there, in one part or in several."""
+        wanted = as_keys(keys)
+        result = np.ones(len(wanted), np.bool_)
+        for columns in [frozenset([column]) for column in self.columns] or [frozenset[str]()]:
+            held = np.zeros(len(wanted), np.bool_)
+            for group in self._with(columns):
+                held |= group.sorted_keys.contains(wanted)
+            result &= held
+        return result
+
+    def locate(
+        self, keys: npt.NDArray[Any] | Sequence[bytes], column: str | None = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Finds the row of each key.
+
+        Args:
+            keys: (n, 32) uint8.
+            column: Which column's row; ``None`` asks for a row that has all of this index's columns.
+
+        Returns:
+            Number of the part in ``self.parts``, row in that part, and whether the key was found (else both are -1).
+
+        Raises:
+            UsageError: ``column`` is not one of this index's.
+        """
+        if column is not None and column not in self.columns:
+            raise UsageError(f"this index was built for {list(self.columns)}, not for {column!r}")
+        return self.search(as_keys(keys), frozenset(self.columns if column is None else [column]))
+
+    def search(
+        self, keys: Keys, wanted: frozenset[str]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Finds for each key the first committed row that has all ``wanted`` columns; returns as ``locate``."""
+        part, row = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
+        for group in self._with(wanted):
+            number, place = group.find(keys)
+            first = (number >= 0) & ((part < 0) | (number < part))  # the first committed copy wins
+            part[first], row[first] = number[first], place[first]
+        return part, row, part >= 0
+
+    def _with(self, columns: frozenset[str]) -> list[_Group]:
+        return [group for held, group in self._groups.items() if columns <= held]
+
+
+KNOWN_FILES = pa.schema([("id", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("key", pa.binary(32))])
+_ROWS_AT_ONCE = 1 << 18
+
+
+def known_files(
+    parts: Sequence[PartInfo],
+    rejects: pa.Table,
+    ids: pa.ChunkedArray | None,
+    on_damage: Callable[[PartInfo, CorruptPart], None],
+) -> pa.Table:
+    """Lists files; see ``Space.known_files``.
+
+    Args:
+        parts: Where to look, the first committed first.
+        rejects: Also known, and later than all parts.
+        ids: Only files with one of these ids; None for all.
+        on_damage: Told of each part that is damaged, and whose files then are not known.
+    """
+    found = [KNOWN_FILES.empty_table()]
+    waiting: list[pa.Table] = []
+    for table in _of_parts(parts, on_damage):
+        waiting.append(table)
+        if sum(map(len, waiting)) >= max(_ROWS_AT_ONCE, 0 if ids is None else len(ids)):
+            found.append(_chosen(waiting, ids))
+            waiting = []
+    rejected = rejects.select(KNOWN_FILES.names).filter(rejects["key"].is_valid())
+    return _last_of_each(pa.concat_tables([*found, _chosen([*waiting, rejected], ids)]))
+
+
+def _of_parts(parts: Sequence[PartInfo], on_damage: Callable[[PartInfo, CorruptPart], None]) -> Iterator[pa.Table]:
+    for part in parts:
+        try:
+            yield pa.table(
+                [
+                    read_ids(part),
+                    pa.array(read_array(part, "size")),
+                    pa.array(read_array(part, "mtime_ns")),
+                    keys_to_arrow(read_array(part, "key")),
+                ],
+                schema=KNOWN_FILES,
+            )
+        except CorruptPart as error:
+            on_damage(part, error)
+
+
+def _chosen(tables: Sequence[pa.Table], ids: pa.ChunkedArray | None) -> pa.Table:
+    """The rows with one of the ids; of many tables at once, since each look-up starts by hashing all the ids."""
+    table = pa.concat_tables(tables)
+    return table if ids is None else table.filter(pc.is_in(table["id"], value_set=ids))
+
+
+def _last_of_each(files: pa.Table) -> pa.Table:
+    numbered = files.append_column("row", pa.array(np.arange(len(files))))
+    last = numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])
+    return files.take(last["row_max"].sort())
+
+
+REJECTS = pa.schema(
+    [
+        ("key", pa.binary(32)),
+        ("id", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("reason", pa.string()),
+        ("run_id", pa.string()),
+    ]
+)
+
+
+def append_rejects(path: Path, rows: Iterable[Mapping[str, Any]], *, dataset: str = "") -> None:
+    """Appends rejects as whole lines, synced.
+
+    Args:
+        path: ``rejects.jsonl`` of a space.
+        rows: ``key`` (32 bytes, or None if the image could not be read), ``id``, ``size``, ``mtime_ns``, ``reason``,
+            ``run_id``.
+        dataset: Name of the dataset they belong to.
+
+    Raises:
+        DiskFull: No space is left.
+        StoreError: The file is a link.
+    """
+    lines = "".join(_line(row, dataset) for row in rows).encode("ascii")
+    if lines:
+        append_lines(path, lines)
+
+
+def _line(row: Mapping[str, Any], dataset: str) -> str:
+    key = row.get("key")
+    record = {
+        "key": None if key is None else bytes(key).hex(),
+        "id": row["id"],
+        "size": int(row["size"]),
+        "mtime_ns": int(row["mtime_ns"]),
+        "reason": row["reason"].encode("utf-8", "replace").decode("utf-8"),  # file names may hide in it
+        "run_id": row["run_id"],
+        "dataset": dataset,
+    }
+    return json.dumps(record) + "\n"
+
+
+def read_rejects(path: Path, *, dataset: str | None = None, first: bool = False) -> pa.Table:
+    """Reads rejects, the latest of each (id, key); lines that are no rejects, torn by a kill or otherwise, are passed over.
+
+    Args:
+        path: ``rejects.jsonl``; may be missing.
+        dataset: Only those of this dataset.
+        first: The first of each (id, key) instead, whose run is the one that found it.
+    """
+    latest: dict[tuple[str, bytes | None], dict[str, Any]] = {}
+    for record in _records(path):
+        if dataset is None or record.get("dataset", "") == dataset:
+            place = (record["id"], record["key"])
+            if first and place in latest:
+                continue
+            latest.pop(place, None)
+            latest[place] = record
+    return pa.Table.from_pylist(list(latest.values()), schema=REJECTS)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines that are rejects; others are passed over, see `faulty_lines`."""
+    parse = REJECT_LINE.validate_json
+    for _, line in read_lines(path):
+        try:
+            record: Any = parse(line)
+        except ValidationError:
+            continue
+        record["key"] = None if record["key"] is None else bytes.fromhex(record["key"])
+        yield record
+
+
+def faulty_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Yields the number of each line that readers pass over, what is wrong with it, and whether a kill may have torn it."""
+    for number, line in read_lines(path):
+        try:
+            REJECT_LINE.validate_json(line)
+        except ValidationError as error:
+            fault = first_fault(error)
+            yield number, fault, fault.startswith("Invalid JSON")

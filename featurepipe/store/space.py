@@ -21,9 +21,8 @@ from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.atomic import sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, checked_dataset, checked_run_id, read_document
 from featurepipe.store.identity import canonical_json, fingerprint
-from featurepipe.store.index import KeyIndex
 from featurepipe.store.inside import checked_folder, is_folder, listed
-from featurepipe.store.known_files import KNOWN_FILES, append_rejects, known_files, read_rejects
+from featurepipe.store.keys import KNOWN_FILES, KeyIndex, append_rejects, known_files, read_rejects
 from featurepipe.store.locks import locked
 from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix

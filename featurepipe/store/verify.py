@@ -22,8 +22,7 @@ from featurepipe.store.documents import is_dataset, is_run_id
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.identity import fingerprint
 from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
-from featurepipe.store.keys import Keys
-from featurepipe.store.known_files import faulty_lines
+from featurepipe.store.keys import Keys, faulty_lines
 from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
 from featurepipe.store.space import Space
 

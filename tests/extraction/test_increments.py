@@ -44,7 +44,7 @@ def test_ten_new_images_cost_ten(filled, run):
 @pytest.fixture
 def looked(monkeypatch):
     """Numbers of rows of the parts whose files were looked through."""
-    from featurepipe.store import known_files
+    from featurepipe.store import keys as known_files
 
     found, read = [], known_files.read_ids
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurepipe.errors import DiskFull, StoreError, UsageError
-from featurepipe.store import documents, known_files
+from featurepipe.store import documents, keys
 from featurepipe.store.snapshots import SCHEMA
 
 REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "truncated: at byte 3", "run_id": "r"}
@@ -268,7 +268,7 @@ def test_known_files_of_some_ids_are_those_of_all(store, space, rows, monkeypatc
     expected = [row for row in everything if row["id"] in wanted]
     assert sorted(row["id"] for row in expected) == ["07", "07", "21", "21", "39"]
     for at_once in (1, 12, 1000):
-        monkeypatch.setattr(known_files, "_ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(keys, "_ROWS_AT_ONCE", at_once)
         assert space.known_files(dataset="d", ids=pa.chunked_array([wanted])).to_pylist() == expected
     assert len(space.known_files(dataset="d", ids=pa.chunked_array([[]], pa.string()))) == 0
 
