@@ -30,7 +30,7 @@ from featurepipe.images import Source
 from featurepipe.images.decode import DECODING, try_decode
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.store import differences
-from featurepipe.store.identity import canonical_json
+from featurepipe.store.space import canonical_json
 
 SAMPLE = 16
 """Images on which precisions are compared."""

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store import snapshots
 from featurepipe.store.choice import require_snapshot, usable_keys
-from featurepipe.store.identity import Origin
 from featurepipe.store.labels import LabelledImages
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
+from featurepipe.store.space import Origin
 from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from featurepipe.store.feature_store import describe as describe
     from featurepipe.store.gc import GcReport as GcReport
     from featurepipe.store.gc import gc_store as gc_store
-    from featurepipe.store.identity import differences as differences
-    from featurepipe.store.identity import fingerprint as fingerprint
     from featurepipe.store.keys import KeyIndex as KeyIndex
     from featurepipe.store.roles import join_roles as join_roles
     from featurepipe.store.space import ColumnInfo as ColumnInfo
     from featurepipe.store.space import Space as Space
+    from featurepipe.store.space import differences as differences
+    from featurepipe.store.space import fingerprint as fingerprint
     from featurepipe.store.verify import Problem as Problem
     from featurepipe.store.verify import VerifyReport as VerifyReport
     from featurepipe.store.verify import verify_store as verify_store
@@ -42,9 +42,9 @@ _HOMES = {
     "VerifyReport": "verify",
     "compact_store": "compact",
     "describe": "feature_store",
-    "differences": "identity",
+    "differences": "space",
     "export": "arrays",
-    "fingerprint": "identity",
+    "fingerprint": "space",
     "gc_store": "gc",
     "join_roles": "roles",
     "open_arrays": "arrays",
@@ -57,7 +57,7 @@ former_modules(
     __name__,
     {
         "labelled_images": "labels",
-        "origin": "identity",
+        "origin": "space",
         "part_files": "rows",
         "wide_rows": "rows",
     },

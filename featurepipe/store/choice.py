@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 
 from featurepipe.display import counted
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
-from featurepipe.store.identity import Origin, differences
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labels import unknown_split
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
-from featurepipe.store.space import Space, extract_command
+from featurepipe.store.space import Origin, Space, differences, extract_command
 from featurepipe.store.views import FeatureSet
 
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken

@@ -20,11 +20,10 @@ from featurepipe.store.atomic import is_temporary, read_json, sync_folder
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.documents import is_dataset, is_run_id
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.identity import fingerprint
 from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
 from featurepipe.store.keys import Keys, faulty_lines
 from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
-from featurepipe.store.space import Space
+from featurepipe.store.space import Space, fingerprint
 
 _OURS = (
     "store.json",

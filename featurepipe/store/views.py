@@ -22,9 +22,9 @@ from featurepipe.annotations import names_in_doubt, split_asked
 from featurepipe.display import counted
 from featurepipe.errors import UsageError
 from featurepipe.sizes import bytes_of
-from featurepipe.store.identity import Origin, check_rows, check_spaces
 from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels, role_column
 from featurepipe.store.rows import ArrayRows, WideRows
+from featurepipe.store.space import Origin, check_rows, check_spaces
 
 Labels = npt.NDArray[Any] | None
 Positions = npt.NDArray[Any] | slice
