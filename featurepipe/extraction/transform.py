@@ -32,7 +32,7 @@ from featurepipe.images import Source
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, announcer, show
 from featurepipe.store import FeatureStore, differences
-from featurepipe.store.inside import checked_folder
+from featurepipe.store.atomic import checked_folder
 from featurepipe.store.locks import locked
 from featurepipe.store.rows import ColumnRows
 

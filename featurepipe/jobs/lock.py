@@ -28,7 +28,7 @@ from featurepipe import records
 from featurepipe.errors import Interrupted, StoreError, StoreLocked
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
-from featurepipe.store.inside import entries, made_folder, open_file, read_file
+from featurepipe.store.atomic import entries, made_folder, open_file, read_file
 from featurepipe.store.locks import NO_LOCKS, sign_lock
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.layer_depth.probes import Cell
-from featurepipe.store.atomic import append_lines, parsed_object, reporting_full_disk
-from featurepipe.store.inside import made_folder, read_lines
+from featurepipe.store.atomic import append_lines, made_folder, parsed_object, read_lines, reporting_full_disk
 
 
 def key_of(**settings: Any) -> str:

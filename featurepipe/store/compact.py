@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.store.atomic import sync_folder
+from featurepipe.store.atomic import refuse_strangers, sync_folder
 from featurepipe.store.commit import ArraySpec, PartArray, part_bytes, write_part
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.inside import refuse_strangers
 from featurepipe.store.keys import KeyIndex, as_keys
 from featurepipe.store.parts import PartInfo, damaged_arrays, is_feature, read_array, read_blocks
 from featurepipe.store.space import Space

@@ -27,8 +27,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # which pydantic asks for before Python 3.12
 
 from featurepipe.errors import StoreError, UsageError
-from featurepipe.store.atomic import read_json, write_json
-from featurepipe.store.inside import checked_folder, is_file, is_folder, listed, made_folder
+from featurepipe.store.atomic import checked_folder, is_file, is_folder, listed, made_folder, read_json, write_json
 
 _MOST = 2**63 - 1
 

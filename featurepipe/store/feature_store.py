@@ -19,10 +19,9 @@ import pyarrow.compute as pc
 from featurepipe import __version__
 from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unsearchable
 from featurepipe.store import documents, snapshots
-from featurepipe.store.atomic import is_temporary, write_json
+from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder, strangers, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
-from featurepipe.store.inside import is_file, listed, made_folder, strangers
 from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import store_lock
 from featurepipe.store.parts import Headers

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from featurepipe.errors import CorruptPart, StoreError
-from featurepipe.store.atomic import is_temporary
+from featurepipe.store.atomic import checked_folder, entries, is_temporary, listed, refuse_strangers, walked
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.documents import checked_run_id
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.inside import checked_folder, entries, listed, refuse_strangers, walked
 from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys, keys_from_arrow
 from featurepipe.store.options import GcOptions
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part

@@ -15,9 +15,8 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from featurepipe.errors import CorruptPart, UsageError
-from featurepipe.store.atomic import append_lines
+from featurepipe.store.atomic import append_lines, read_lines
 from featurepipe.store.documents import REJECT_LINE, first_fault
-from featurepipe.store.inside import read_lines
 from featurepipe.store.parts import PartInfo, read_array, read_ids
 
 Keys = npt.NDArray[np.uint8]

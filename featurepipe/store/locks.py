@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UnknownSnapshot, UsageError
 from featurepipe.progress import announcer
-from featurepipe.store.inside import has_other_names, open_file
+from featurepipe.store.atomic import has_other_names, open_file
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems without locks answer to ``flock``."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 from h5py import h5a, h5d, h5f, h5g, h5l, h5o, h5p
 
 from featurepipe.errors import CorruptPart, StoreError, StoreMoved
-from featurepipe.store.inside import entries, kind_of, open_file
+from featurepipe.store.atomic import entries, kind_of, open_file
 
 PART_VERSION = 1
 FEATURES = "features/"

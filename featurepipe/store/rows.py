@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import CorruptPart, StoreError, StoreMoved
-from featurepipe.store.inside import open_file
+from featurepipe.store.atomic import open_file
 from featurepipe.store.parts import PartInfo, fault_of
 
 _BLOCK = 1 << 15  # values at once: their indices and the table stay in the processor's second cache

@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
-from featurepipe.store.atomic import atomic_file
+from featurepipe.store.atomic import atomic_file, checked_folder, listed, made_folder, open_file
 from featurepipe.store.documents import checked_dataset, is_dataset, is_run_id
-from featurepipe.store.inside import checked_folder, listed, made_folder, open_file
 
 OK, REJECTED = "ok", "rejected"
 SCHEMA = pa.schema(

@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
-from featurepipe.store.atomic import sync_folder, write_json
+from featurepipe.store.atomic import checked_folder, is_folder, listed, sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, checked_dataset, checked_run_id, read_document
-from featurepipe.store.inside import checked_folder, is_folder, listed
 from featurepipe.store.keys import KNOWN_FILES, KeyIndex, Keys, append_rejects, known_files, read_rejects
 from featurepipe.store.locks import locked
 from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part

@@ -16,11 +16,10 @@ import numpy as np
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.display import first_names
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
-from featurepipe.store.atomic import is_temporary, read_json, sync_folder
+from featurepipe.store.atomic import entries, is_file, is_temporary, listed, made_folder, read_json, sync_folder, walked
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.documents import is_dataset, is_run_id
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.inside import entries, is_file, listed, made_folder, walked
 from featurepipe.store.keys import Keys, faulty_lines
 from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
 from featurepipe.store.space import Space, fingerprint

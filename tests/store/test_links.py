@@ -12,9 +12,8 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.lock import Lease, job_lock
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.store import FeatureStore, compact_store, describe, export, gc_store, verify_store
-from featurepipe.store.atomic import append_lines
+from featurepipe.store.atomic import MOST_OF_LINES, append_lines, listed, open_file, read_file, read_lines
 from featurepipe.store.gc import remove_runs
-from featurepipe.store.inside import MOST_OF_LINES, listed, open_file, read_file, read_lines
 from featurepipe.store.parts import read_part
 
 FIELDS = {"dtype": "float16", "net": "tiny"}
