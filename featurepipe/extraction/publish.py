@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from featurepipe import records
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import FeaturepipeError, Interrupted, Message, Option, StoreError, TooManyRejects
-from featurepipe.extraction.changes import count_changes
 from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, allowance
+from featurepipe.extraction.plan import count_changes
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.images import Source
 from featurepipe.images.regions import CLIPPED

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurepipe.extraction.changes import KINDS, count_changes, kinds_of
+from featurepipe.extraction.plan import KINDS, count_changes, kinds_of
 from featurepipe.store.snapshots import SCHEMA
 
 FIELDS = ("id", "key", "label", "split", "size", "mtime_ns", "status")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import TooManyRejects
-from featurepipe.extraction.changes import KINDS
+from featurepipe.extraction.plan import KINDS
 from featurepipe.store import documents, verify_store
 
 NO_IMAGE = b"\x89PNG no more"
