@@ -15,11 +15,22 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import JPEG_SCANS, MEMORY, check_bytes, check_pixels
-from featurepipe.images.damage import DAMAGE, QUIET, damage_as_reject, first_line, says_truncated
+from featurepipe.images.damage import (
+    DAMAGE,
+    QUIET,
+    JpegHeader,
+    count_scans,
+    damage_as_reject,
+    first_line,
+    is_jpeg,
+    lost_pixels,
+    read_jpeg_header,
+    says_truncated,
+    without_strays,
+)
 from featurepipe.images.dicom import has_prefix, is_dicom, read_dicom
 from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
-from featurepipe.images.jpeg import JpegHeader, count_scans, is_jpeg, lost_pixels, read_jpeg_header, without_strays
 from featurepipe.images.regions import Frame, FramesFile, Payload, Region, crop
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
 

@@ -9,10 +9,9 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
-from featurepipe.images.damage import QUIET
+from featurepipe.images.damage import QUIET, JpegHeader, is_jpeg, looks_damaged
 from featurepipe.images.decode import Claim, Colour, Kept, as_reject, checked_jpeg, jpeg_bytes, try_decode
 from featurepipe.images.intensity import DECLARED, Intensity
-from featurepipe.images.jpeg import JpegHeader, is_jpeg, looks_damaged
 from featurepipe.images.regions import Whole
 
 

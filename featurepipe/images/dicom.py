@@ -19,9 +19,8 @@ import numpy as np
 
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images.budgets import FILE_BYTES, check_pixels
-from featurepipe.images.damage import QUIET, damage_as_reject
+from featurepipe.images.damage import QUIET, JpegHeader, damage_as_reject, is_jpeg
 from featurepipe.images.intensity import Array, Intensity, Samples, finished
-from featurepipe.images.jpeg import JpegHeader, is_jpeg
 from featurepipe.images.regions import FramesFile
 
 DICOM_SUFFIXES: Final = (".dcm", ".dicom")

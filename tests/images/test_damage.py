@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from featurepipe.errors import Reject
+from featurepipe.images.damage import STRAY_BYTES, STRAY_PROGRESSIVE, count_scans, read_jpeg_header, segments
 from featurepipe.images.decode import REPAIRED, decode, try_decode
-from featurepipe.images.jpeg import STRAY_BYTES, STRAY_PROGRESSIVE, count_scans, read_jpeg_header, segments
 
 PHOTOS = [photo[:240, :320] for photo in load_sample_images().images]
 KINDS = {
