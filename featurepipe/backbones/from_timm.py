@@ -11,8 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
-from featurepipe.backbones.families import RANDOM, Family, resolve
-from featurepipe.backbones.from_torchvision import imagenet_classes
+from featurepipe.backbones.families import RANDOM, Family, imagenet_classes, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
 from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unknown

@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from featurepipe.backbones import checkpoints, measure, nodes, weights
 from featurepipe.backbones.checkpoints import Checkpoint
-from featurepipe.backbones.families import SEE, Family
-from featurepipe.backbones.from_torchvision import Torchvision, classification_names
+from featurepipe.backbones.families import SEE, Family, Torchvision, classification_names
 from featurepipe.backbones.measure import NodeInfo
 from featurepipe.backbones.nodes import Trace
 from featurepipe.backbones.packaged import LITE, EfficientNetLite, LeNet

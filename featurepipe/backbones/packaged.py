@@ -17,8 +17,7 @@ from torch import nn
 from typing_extensions import override
 
 from featurepipe.backbones import weights
-from featurepipe.backbones.families import RANDOM, SEE, Family, resolve
-from featurepipe.backbones.from_torchvision import imagenet_classes
+from featurepipe.backbones.families import RANDOM, SEE, Family, imagenet_classes, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
 from featurepipe.errors import Message, Option, UsageError, WeightsNotFound

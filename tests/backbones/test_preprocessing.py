@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms._presets import ImageClassification
 
 from featurepipe.backbones import Preprocessing, load_backbone
-from featurepipe.backbones.from_torchvision import classification_names
+from featurepipe.backbones.families import classification_names
 from featurepipe.backbones.preprocessing import from_timm, from_value, from_weights
 from featurepipe.errors import UsageError
 

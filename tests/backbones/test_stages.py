@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from featurepipe.backbones import Backbone, Column, NodeInfo, bounded_pooling, load_backbone, pool
-from featurepipe.backbones.from_torchvision import classification_names
+from featurepipe.backbones.families import classification_names
 from featurepipe.backbones.measure import measure_trace, run_hooked
 from featurepipe.backbones.nodes import bottleneck, freeze, trace
 from featurepipe.backbones.pooling import pooled_shape

@@ -15,7 +15,7 @@ from torchvision.models import get_model
 
 import featurepipe
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.from_torchvision import Torchvision
+from featurepipe.backbones.families import Torchvision
 from featurepipe.cli import main
 from featurepipe.errors import UsageError
 from featurepipe.prediction.from_store import predict_features
