@@ -68,8 +68,10 @@ def run_job(
         with stop_on_signals(StopRequest.after(job.limits.time_budget)) as stop, _only_run(store, job, stop) as held:
             stop.say = log.warn
             with stop.at_once(before="anything was done"):
-                from featurepipe.jobs.plan import Extractions  # load torch, which takes a while
-                from featurepipe.jobs.preflight import check_networks
+                from featurepipe.jobs.plan import (
+                    Extractions,  # load torch, which takes a while
+                    check_networks,
+                )
 
                 check_networks(job)
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")

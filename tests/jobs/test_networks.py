@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.jobs.preflight import check_networks
+from featurepipe.jobs.plan import check_networks
 from featurepipe.jobs.validation import read_job
 from featurepipe.store import FeatureStore
 
