@@ -45,8 +45,17 @@ from featurepipe.training.settle import settle_rows
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.train import roles_asked
 from featurepipe.training.tuning import search
-from featurepipe.tuning.loop import Model, Rows, State, Tuning, TuningCheckpoint, identity_of, score_rows, tune
-from featurepipe.tuning.objective import TuningObjective
+from featurepipe.tuning.loop import (
+    Model,
+    Rows,
+    State,
+    Tuning,
+    TuningCheckpoint,
+    TuningObjective,
+    identity_of,
+    score_rows,
+    tune,
+)
 from featurepipe.tuning.options import TuneOptions
 
 _WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory"}

@@ -20,7 +20,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import StopRequest
 from featurepipe.tuning import loop
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.objective import TuningObjective
+from featurepipe.tuning.loop import TuningObjective
 
 CUT = "s2"
 FAST: dict[str, Any] = {"epochs": 3, "rate": 3e-3, "silent": True}
