@@ -27,7 +27,7 @@ from featurepipe.heads.calibration import (
 )
 from featurepipe.heads.label_calibration import FEW
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.heads.statistics.group_intervals import units_of
+from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.heads.statistics.regression import conformal_half_width, least_units
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.task import Recipe, Task, weighted

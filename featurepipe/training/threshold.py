@@ -9,7 +9,7 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.calibration import probabilities
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.heads.statistics.group_intervals import units_of
+from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.training.fit import HeldOut
 from featurepipe.training.options import TrainOptions

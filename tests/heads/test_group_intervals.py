@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.group_intervals import units_of
+from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.heads.statistics.metrics import score_table
 
 GROUPS, EACH, SETS = 30, 5, 120

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.group_intervals import units_of
+from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.heads.statistics.regression import (
     conformal_half_width,
     least_units,

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from featurepipe.display import first_names, table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics import group_intervals, intervals
-from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
-from featurepipe.heads.statistics.group_intervals import GroupSums, units_of
+from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics import intervals as group_intervals
+from featurepipe.heads.statistics.intervals import GroupSums, OneVsRest, one_vs_rest, units_of
 from featurepipe.heads.statistics.regression import kappa_limits, quadratic_kappa
 
 BINS = 15

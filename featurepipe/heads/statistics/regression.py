@@ -12,8 +12,7 @@ from scipy.special import ndtr, stdtrit
 
 from featurepipe.display import table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.group_intervals import units_of
-from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of
 
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
 _LEAST_UNITS = 5  # images or groups below which resampling says nothing

@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from featurepipe.display import table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics import group_intervals, intervals
+from featurepipe.heads.statistics import intervals
+from featurepipe.heads.statistics import intervals as group_intervals
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.heads.statistics.auc import OneVsRest, one_vs_rest
-from featurepipe.heads.statistics.group_intervals import units_of
-from featurepipe.heads.statistics.intervals import Limits
+from featurepipe.heads.statistics.intervals import Limits, OneVsRest, one_vs_rest, units_of
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

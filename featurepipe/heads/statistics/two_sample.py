@@ -13,8 +13,7 @@ from scipy.stats import false_discovery_control, fisher_exact, ks_2samp, wassers
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
 from featurepipe.heads.gram import refuse_non_finite
-from featurepipe.heads.statistics.auc import one_vs_rest
-from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, one_vs_rest, proportion
 
 _STOP = 100  # draws at least as extreme as the data after which the p-value is known to a tenth of itself
 _BATCH = 500
