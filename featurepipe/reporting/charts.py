@@ -22,8 +22,24 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from featurepipe.reporting.blocks import Exhibit, Panel, Table, TableCell, count, finite, percent, plain, shortened
-from featurepipe.reporting.palette import INK, QUIET, RULE, Paint, Style, on_shade, shade
+from featurepipe.reporting.blocks import (
+    INK,
+    QUIET,
+    RULE,
+    Exhibit,
+    Paint,
+    Panel,
+    Style,
+    Table,
+    TableCell,
+    count,
+    finite,
+    on_shade,
+    percent,
+    plain,
+    shade,
+    shortened,
+)
 
 Figure = Any
 """A ``bokeh.plotting.figure``, whose annotations do not know all that its properties accept."""

@@ -10,10 +10,13 @@ from bokeh.models import ColumnDataSource, DataRange1d
 
 from featurepipe.reporting.blocks import (
     BESIDES,
+    INK,
     Exhibit,
     Key,
     MeasureStyle,
+    Paint,
     Panel,
+    Style,
     Table,
     TableCell,
     count,
@@ -22,9 +25,9 @@ from featurepipe.reporting.blocks import (
     milliseconds,
     percent,
     plain,
+    series,
 )
 from featurepipe.reporting.charts import blank, draw_points, draw_series, hover, label_axis, name_places
-from featurepipe.reporting.palette import INK, Paint, Style, series
 
 Results = Sequence[Mapping[str, Any]]
 

@@ -11,6 +11,7 @@ from featurepipe.reporting.blocks import (
     Block,
     Figures,
     MeasureStyle,
+    Paint,
     Prose,
     Section,
     Table,
@@ -27,7 +28,6 @@ from featurepipe.reporting.blocks import (
 from featurepipe.reporting.charts import similarity_map
 from featurepipe.reporting.curves import cost_curves, depth_curves, score_scatter
 from featurepipe.reporting.head_sections import errors, worst
-from featurepipe.reporting.palette import Paint
 
 Document = Mapping[str, Any]
 Results = Mapping[tuple[str, str, str, str], Document]

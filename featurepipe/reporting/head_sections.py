@@ -12,16 +12,19 @@ from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 from featurepipe.heads.statistics.multilabel import TITLES as LABEL_TITLES
 from featurepipe.heads.statistics.regression import TITLES as NUMBER_TITLES
 from featurepipe.reporting.blocks import (
+    OTHERS,
     Block,
     Exhibit,
     Facts,
     Figures,
     Gallery,
     Key,
+    Paint,
     Panel,
     Picture,
     Prose,
     Section,
+    Style,
     Table,
     TableCell,
     bounded,
@@ -30,10 +33,10 @@ from featurepipe.reporting.blocks import (
     interval,
     percent,
     plain,
+    series,
 )
 from featurepipe.reporting.charts import Figure, blank, confusion_map, hover
 from featurepipe.reporting.images import BLANK, Projection
-from featurepipe.reporting.palette import OTHERS, Paint, Style, series
 from featurepipe.reporting.screening_sections import number_plots, precision_curves
 
 Document = Mapping[str, Any]

@@ -13,9 +13,14 @@ from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, PlainText, 
 from featurepipe.progress import spoken
 from featurepipe.reporting.blocks import (
     DASH,
+    INK,
+    QUIET,
+    SERIES,
     Exhibit,
     Key,
+    Paint,
     Panel,
+    Style,
     Table,
     TableCell,
     amount,
@@ -23,10 +28,10 @@ from featurepipe.reporting.blocks import (
     finite,
     percent,
     plain,
+    series,
 )
 from featurepipe.reporting.charts import blank, draw_bars, draw_line, draw_points, hover, label_axis
 from featurepipe.reporting.night_outcomes import Night, is_good
-from featurepipe.reporting.palette import INK, QUIET, SERIES, Paint, Style, series
 
 _HEIGHT = 150
 _STRIP_TICKS = 2

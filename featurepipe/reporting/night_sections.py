@@ -12,6 +12,7 @@ from featurepipe.reporting.blocks import (
     Block,
     Facts,
     Figures,
+    Paint,
     Prose,
     Section,
     Steps,
@@ -33,7 +34,6 @@ from featurepipe.reporting.night_charts import (
     strip_exhibit,
 )
 from featurepipe.reporting.night_outcomes import Night, ending, is_good, signed
-from featurepipe.reporting.palette import Paint
 
 _STAGES = {
     "scan": "listing the source",

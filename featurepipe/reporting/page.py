@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from featurepipe.display import displayed, displayed_values
-from featurepipe.reporting.blocks import DASH, Exhibit, Section, finite, with_values
+from featurepipe.reporting.blocks import DASH, Exhibit, Paint, Section, Style, finite, with_values
 from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
 from featurepipe.reporting.head_sections import (
     bundle_column,
@@ -28,7 +28,6 @@ from featurepipe.reporting.head_sections import (
 )
 from featurepipe.reporting.images import Projection
 from featurepipe.reporting.night_sections import night_sections, nights_title
-from featurepipe.reporting.palette import Paint, Style
 from featurepipe.reporting.screening_sections import screening
 
 Document = Mapping[str, Any]

@@ -13,13 +13,18 @@ from typing import Any
 from bokeh.models import ColumnDataSource, Range1d
 
 from featurepipe.reporting.blocks import (
+    ACCENT,
+    INK,
+    QUIET,
     Block,
     Exhibit,
     Figures,
     Key,
+    Paint,
     Panel,
     Prose,
     Section,
+    Style,
     Table,
     TableCell,
     bounded,
@@ -28,9 +33,9 @@ from featurepipe.reporting.blocks import (
     interval,
     percent,
     plain,
+    series,
 )
 from featurepipe.reporting.charts import Figure, blank, draw_points, draw_series, hover, label_axis
-from featurepipe.reporting.palette import ACCENT, INK, QUIET, Paint, Style, series
 
 Document = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featurepipe.reporting.blocks import ACCENT, INK, OTHERS, QUIET, SERIES, contrast, on_shade, series, shade
 from featurepipe.reporting.images import bounded_thumbnails, project, thumbnail, thumbnails
-from featurepipe.reporting.palette import ACCENT, INK, OTHERS, QUIET, SERIES, contrast, on_shade, series, shade
 
 PAGES = {"light": ("#ffffff", "#f4f6f8", "#e7f2fb"), "dark": ("#15181d", "#20252c", "#18324a")}
 
