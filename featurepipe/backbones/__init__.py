@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from featurepipe.backbones.engine import node_times
     from featurepipe.backbones.loading import (
         Backbone,
         BackboneInfo,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from featurepipe.backbones.pooling import Column, parse_column, pool
     from featurepipe.backbones.preprocessing import Preprocessing
     from featurepipe.backbones.stages import bounded_pooling
-    from featurepipe.backbones.timing import node_times
 
 __all__ = [
     "Backbone",
@@ -49,7 +49,7 @@ _HOMES = {
     "bounded_pooling": "stages",
     "list_backbones": "loading",
     "load_backbone": "loading",
-    "node_times": "timing",
+    "node_times": "engine",
     "parse_column": "pooling",
     "pool": "pooling",
     "timm_models": "loading",

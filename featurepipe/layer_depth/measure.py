@@ -303,7 +303,7 @@ class Timing:
         Returns:
             ``{"milliseconds": {node: time}, "waited": share}``, see ``NodeTimes``.
         """
-        from featurepipe.backbones.timing import node_times
+        from featurepipe.backbones.engine import node_times
 
         return asdict(
             node_times(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from featurepipe.backbones import load_backbone, node_times, timing
-from featurepipe.backbones.engine import Engine
-from featurepipe.backbones.timing import NodeTimes
+from featurepipe.backbones import engine as timing
+from featurepipe.backbones import load_backbone, node_times
+from featurepipe.backbones.engine import Engine, NodeTimes
 from featurepipe.errors import UsageError
 
 
