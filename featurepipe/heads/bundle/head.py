@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import BundleError
-from featurepipe.heads.bundle.audit import FORMER, OURS, audit, check_bounds
+from featurepipe.heads.bundle.audit import (
+    FORMER,
+    OURS,
+    ForgedTrees,
+    audit,
+    check_bounds,
+    check_trees,
+    join_trees,
+    split_trees,
+)
 from featurepipe.heads.bundle.files import BOOSTER, HEAD
-from featurepipe.heads.bundle.trees import ForgedTrees, check_trees, join_trees, split_trees
 
 # What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
 _SENSELESS = (

@@ -18,9 +18,9 @@ from sklearn.svm import SVC
 
 from featurepipe.errors import BundleError
 from featurepipe.heads.bundle import head as bundle_head
+from featurepipe.heads.bundle.audit import ForgedTrees, check_trees, join_trees, split_trees
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.files import read_manifest
-from featurepipe.heads.bundle.trees import ForgedTrees, check_trees, join_trees, split_trees
 from featurepipe.heads.multilabel import MultilabelTrees
 from featurepipe.heads.neighbours import BlockNeighbours
 from featurepipe.heads.trees.boosted import BoostedTrees
