@@ -17,9 +17,8 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
-from featurepipe.training.inputs import inputs_of, why_train
 from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of
-from featurepipe.training.publish import Network, bundle_target, publish, weights_copy
+from featurepipe.training.publish import Network, bundle_target, inputs_of, publish, weights_copy, why_train
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
 from featurepipe.training.threshold import check_threshold, choose

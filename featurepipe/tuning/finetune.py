@@ -38,9 +38,8 @@ from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
 from featurepipe.training.fit import INTERVAL_LEVEL, LARGEST_F1, HeldOut, calibrate, fit
-from featurepipe.training.inputs import Inputs, digest_of
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
-from featurepipe.training.publish import Network, bundle_target, publish
+from featurepipe.training.publish import Inputs, Network, bundle_target, digest_of, publish
 from featurepipe.training.settle import settle_rows
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.train import roles_asked

@@ -154,7 +154,7 @@ def _is_shown(table: DepthTable) -> bool:
 
 def _inputs(night: Night, table: DepthTable) -> str:
     """A digest of all that decides what a comparison finds: labelled images, columns, settings."""
-    from featurepipe.training.inputs import digest_of
+    from featurepipe.training.publish import digest_of
 
     run = extraction_of(night, table.backbone)
     if run is None:
