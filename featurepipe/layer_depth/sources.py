@@ -252,7 +252,7 @@ def _settled(record: Mapping[str, Any]) -> dict[str, str]:
 def _held(wanted: Wanted, machine: Machine) -> Extracted:
     """A comparison of what a store has."""
     from featurepipe.backbones import load_backbone
-    from featurepipe.backbones.user_code import check_trusted
+    from featurepipe.backbones.from_user import check_trusted
 
     if wanted.store is not None or wanted.options.control or wanted.test_source is not None:
         raise UsageError(

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS
-from featurepipe.backbones.user_code import check_trusted
+from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.features.loader import StageSeconds

@@ -319,7 +319,7 @@ def weights_copy(
     from safetensors.torch import save_file
 
     from featurepipe.backbones import load_backbone
-    from featurepipe.backbones.user_code import check_trusted
+    from featurepipe.backbones.from_user import check_trusted
 
     check_trusted(space.backbone, trust_code, named_by="the store")
     found = load_backbone(space.backbone, str(weights))

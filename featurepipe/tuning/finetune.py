@@ -18,8 +18,8 @@ from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.backbones.user_code import check_trusted
 from featurepipe.display import size
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.settings import Settings
