@@ -61,7 +61,7 @@ def test_a_scheduler_that_is_too_busy_for_a_while_is_waited_for(
     processes: Any, own_executor: DaskExecutor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featurepipe.execution.worker_pool.BUSY_SECONDS", 1.0)
-    monkeypatch.setattr("featurepipe.execution.dispatch.RESULT_SECONDS", 0.5)
+    monkeypatch.setattr("featurepipe.execution.dask.RESULT_SECONDS", 0.5)
     goes_on = threading.Timer(5, processes.scheduler.send, [signal.SIGCONT])
 
     def work(_context, n: int, _worker, stop, _report) -> int:

@@ -12,7 +12,8 @@ import pytest
 
 import featurepipe.execution.worker as at_worker
 from featurepipe.errors import ClusterError, StoreError, UsageError
-from featurepipe.execution import DaskExecutor, connect, dispatch
+from featurepipe.execution import DaskExecutor, connect
+from featurepipe.execution import dask as dispatch
 from featurepipe.store import FeatureStore
 from featurepipe.store.gc import gc_store
 

@@ -629,7 +629,7 @@ def test_a_straggler_is_begun_again_only_if_it_can_be_called_back(
         time.sleep(1.5)  # three looks at what is late
         (tmp_path / "long").touch()
 
-    monkeypatch.setattr("featurepipe.execution.dispatch.STRAGGLING", 0.2)
+    monkeypatch.setattr("featurepipe.execution.dask.STRAGGLING", 0.2)
     releases = threading.Thread(target=release)
     releases.start()
     once = executor.map(

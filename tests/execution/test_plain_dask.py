@@ -21,7 +21,8 @@ from distributed import Client, KilledWorker, LocalCluster, as_completed, wait
 from distributed.deploy.adaptive import Adaptive
 
 from featurepipe.errors import ClusterError, SourceError, WorkerRefused
-from featurepipe.execution import DaskExecutor, connect, dispatch, row_shards, spread
+from featurepipe.execution import DaskExecutor, connect, row_shards, spread
+from featurepipe.execution import dask as dispatch
 from featurepipe.execution.launchers import _one_task_a_worker
 from tests.conftest import Processes, travelling
 from tests.execution.test_contract import SECONDS, Context, mark, marks, wait_for
