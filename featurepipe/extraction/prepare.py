@@ -31,8 +31,7 @@ from featurepipe.features.session import (
 from featurepipe.features.settings import SETTINGS, Held, MeasurePrecision, Settings, resolve
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
-from featurepipe.images.findings import ListingSummary, is_told, unreadable_folders
-from featurepipe.images.listing import SCHEMA, UNKNOWN, is_image_name
+from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.documents import checked_dataset
 from featurepipe.store.space import KNOWN_FILES

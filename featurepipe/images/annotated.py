@@ -25,8 +25,7 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, SourceError, UsageError
 from featurepipe.images.blobs import Blob, reading
 from featurepipe.images.files import exists
-from featurepipe.images.findings import Findings
-from featurepipe.images.listing import BATCH_ROWS, Row, check_unique, is_image_name, printable, table_of
+from featurepipe.images.listing import BATCH_ROWS, Findings, Row, check_unique, is_image_name, printable, table_of
 from featurepipe.images.manifest import ManifestSource
 from featurepipe.images.regions import Box, Boxes, region_locator, stamp
 

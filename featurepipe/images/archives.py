@@ -22,10 +22,12 @@ from featurepipe.errors import Reject, SourceError
 from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip, reading
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
-from featurepipe.images.findings import HIDDEN, OUTSIDE, Findings
 from featurepipe.images.listing import (
+    HIDDEN,
+    OUTSIDE,
     SCHEMA,
     UNKNOWN,
+    Findings,
     FolderLabels,
     Row,
     check_unique,

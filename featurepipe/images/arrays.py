@@ -26,8 +26,7 @@ from featurepipe.errors import FeaturepipeError, Reject, SourceError, UsageError
 from featurepipe.images.archives import LARGEST_RATIO
 from featurepipe.images.blobs import Blob, PerProcess, gunzip, reading
 from featurepipe.images.files import exists, identity_of, stat_file, unreadable
-from featurepipe.images.findings import Findings
-from featurepipe.images.listing import Row, check_unique, printable, table_of
+from featurepipe.images.listing import Findings, Row, check_unique, printable, table_of
 from featurepipe.images.source import Source
 
 _IMAGES: Final = {"x", "images", "image", "data"}

@@ -31,10 +31,11 @@ from featurepipe.images.files import (
     size_and_path,
     stat_of,
 )
-from featurepipe.images.findings import HIDDEN, Findings
 from featurepipe.images.listing import (
+    HIDDEN,
     IMAGE_SUFFIXES,
     UNKNOWN,
+    Findings,
     FolderLabels,
     Row,
     check_unique,

@@ -1,19 +1,23 @@
-"""Listings as Arrow tables, one row per image: and what names say of class and split."""
+"""Listings as Arrow tables, one row per image; what names say of class and split, and what was found, ignored and guessed."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Final
+from typing import Any, Final, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import split_of
+from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
+from featurepipe.display import counted, first_names
 from featurepipe.errors import SourceError
-from featurepipe.images.dicom import DICOM_SUFFIXES
-from featurepipe.images.heif import AVIF_SUFFIXES, HEIF_SUFFIXES
+from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
+from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
 
 SCHEMA = pa.schema(
     [
@@ -153,3 +157,316 @@ class FolderLabels:
         split = split_of(folders[0]) if self.has_splits and folders else None
         classes = folders[1:] if split else folders
         return (classes[0] if classes else None), split
+
+
+HIDDEN: Final = "hidden"
+UNNAMED: Final = frozenset({"no suffix", "numbered"})
+OUTSIDE: Final = "names that lead out of the archive (..)"
+
+_METADATA: Final = b"featurepipe.listing"
+_TOLD: Final = b"featurepipe.told"
+_ORDER: Final = {"train": 0, "val": 1, "test": 2}
+_SHOWN = 6
+_KEPT = 100
+"""Suffixes, columns and folders that a summary names."""
+_REMEMBERED: Final = 10_000  # texts of labels, so that each class is looked at once, and not each image of it
+_FORMATS: Final = frozenset({
+    ".jxl", ".jp2", ".j2k", ".nii", ".mha", ".nrrd", ".cr2", ".cr3", ".nef", ".arw",
+    ".dng", ".orf", ".rw2", ".raf", ".raw", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
+    ".svs", ".ndpi", ".czi", ".lif", ".nd2", ".vsi", ".mp4", ".avi", ".mov", ".mkv", ".webm",
+})  # fmt: skip
+"""Suffixes of images and films that somebody may expect to be read."""
+
+
+def with_note(table: pa.Table, note: str) -> pa.Table:
+    """A listing with one note more."""
+    found = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    found["notes"] = [note, *found.get("notes", [])]
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(found).encode()})
+
+
+@dataclass
+class Findings:
+    """What a source notices while it lists; `attach` puts it into the metadata of the table.
+
+    Attributes:
+        ignored_are: what the ignored things are.
+        passed_over: files that are no images, by suffix; ``hidden`` ones, too.
+        ignored: columns or arrays that are not used.
+        reasons: why some of the ignored are.
+        further: columns of a manifest that are kept beside ours.
+        unreadable: ids of folders that could not be listed.
+        notes: what was guessed, and what seems odd.
+    """
+
+    ignored_are: str = "columns"
+    passed_over: Counter[str] = field(default_factory=Counter)
+    ignored: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    further: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _classes: dict[str, str] = field(default_factory=dict)
+    _wrong_labels: dict[str, list[Any]] = field(default_factory=dict)
+    _splits: dict[str, str | None] = field(default_factory=dict)
+    _unused: Counter[str] = field(default_factory=Counter)
+
+    def pass_over(self, name: str) -> None:
+        """Counts a file that is not listed, by the suffix of its name."""
+        suffix = name if name in (HIDDEN, OUTSIDE) else suffix_of(name)
+        self.passed_over[suffix if suffix in self.passed_over or len(self.passed_over) < _KEPT else "other"] += 1
+
+    def label(self, value: Any, where: str, number: object = "") -> str | None:
+        """The class that a label stands for, or None; counts what is no label.
+
+        Args:
+            value: What was given.
+            where: What it was given for, such as ``"line"``; with ``number``, that of the first is named.
+            number: Of this one.
+        """
+        if isinstance(value, str) and value in self._classes:
+            return self._classes[value]
+        text, wrong = label_text(value)
+        if wrong:
+            self._wrong_labels.setdefault(wrong, [0, f"{where} {number}".strip()])[0] += 1
+        if text is None:
+            return None
+        name = printable(text)
+        if isinstance(value, str) and len(self._classes) < _REMEMBERED:
+            self._classes[value] = name
+        return name
+
+    def split(self, value: Any) -> str | None:
+        """The split that a text in a column stands for; one that is none of ours is kept as it is, and said."""
+        if isinstance(value, str) and self._splits.get(value) is not None:
+            return self._splits[value]
+        text, _ = label_text(value)
+        if text is None:
+            return None
+        if text not in self._splits:
+            self._splits[text] = split_of(text)
+        return self._splits[text] or printable(text)
+
+    def in_folders(self, folders: Sequence[str], split: str | None, images: int = 1) -> None:
+        """Counts images in folders that are named like splits, and are not taken as such."""
+        for name in folders[1 if split else 0 :]:
+            if split_of(name):
+                self._unused[name] += images
+
+    def split_folders(self, labels: FolderLabels) -> None:
+        """Notes which folders are splits by another name, or are not, and why."""
+        if labels.has_splits:
+            others = {name: split_of(name) for name in sorted(labels.top_level) if name not in {"train", "val", "test"}}
+            if others:
+                self.notes.append(
+                    "taken as splits: " + ", ".join(f"{name}/ as {split}" for name, split in others.items())
+                )
+        if self._unused:
+            order = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
+            named = ", ".join(f"{printable(name)}/ ({counted(n, 'image')})" for name, n in order[:_SHOWN])
+            beside = [] if labels.has_splits else sorted(name for name in labels.top_level if not split_of(name))
+            why = f"; others at the top: {first_names([f'{name}/' for name in beside], _SHOWN)}" if beside else ""
+            self.notes.append(
+                f"named like splits, and not taken as such: {named}: only folders at the top are splits, and only if all there "
+                f"that hold images are{why}"
+            )
+
+    def attach(self, table: pa.Table) -> pa.Table:
+        """The table with these findings in its metadata."""
+        found = {
+            "passed_over": dict(self.passed_over.most_common()),
+            "ignored_are": self.ignored_are,
+            "ignored": self.ignored,
+            "reasons": self.reasons,
+            "further": self.further,
+            "unreadable": self.unreadable,
+            "notes": [*self.notes, *self._of_labels(), *self._of_splits()],
+        }
+        kept = {**(table.schema.metadata or {}), _METADATA: json.dumps(found).encode()}
+        return table.replace_schema_metadata(kept)
+
+    def _of_labels(self) -> list[str]:
+        return [
+            f"{counted(count, 'label')} {'is' if count == 1 else 'are'} {wrong} (first: {where}), taken as missing"
+            for wrong, (count, where) in self._wrong_labels.items()
+        ]
+
+    def _of_splits(self) -> list[str]:
+        renamed = [f"{name} as {split}" for name, split in self._splits.items() if split not in (None, name)]
+        kept = [repr(name) for name, split in self._splits.items() if split is None]
+        taken = [f"splits are taken: {first_names(renamed, _SHOWN)}"] if renamed else []
+        return taken + (
+            [f"splits that are neither train, val nor test are kept as they are: {first_names(kept, _SHOWN)}"]
+            if kept
+            else []
+        )
+
+
+def told(listing: pa.Table) -> pa.Table:
+    """The same table, marked as one whose summary has been told, so that nobody else tells it again."""
+    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), _TOLD: b""})
+
+
+def is_told(listing: pa.Table) -> bool:
+    """Whether `told` has marked the table."""
+    return _TOLD in (listing.schema.metadata or {})
+
+
+def unreadable_folders(listing: pa.Table) -> list[str]:
+    """Ids of the folders that could not be listed, which are entries of the listing themselves."""
+    return list(_found(listing).get("unreadable", ()))
+
+
+def _found(listing: pa.Table) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((listing.schema.metadata or {}).get(_METADATA, b"{}"))
+    return found
+
+
+@dataclass(frozen=True)
+class ListingSummary:
+    """What a listing holds, what was ignored, and what was guessed.
+
+    Attributes:
+        images: how many are listed.
+        labelled: how many of them have a label.
+        classes: how many different labels there are.
+        splits: images by split; those without one are not counted.
+        passed_over: files that are not listed, by suffix; ``hidden`` for those with a dot in front, and the like.
+        ignored: columns of a manifest, or arrays, that are not used.
+        ignored_are: which of these they are.
+        reasons: why some of them are, such as that two have one name.
+        further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
+        undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
+        unreadable: folders that could not be read; each is a reject, as are the images that were there before.
+        notes: guesses, and what seems odd.
+    """
+
+    images: int
+    labelled: int
+    classes: int
+    splits: Mapping[str, int]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    ignored_are: str = "columns"
+    further: Sequence[str] = ()
+    undecodable: Sequence[str] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, listing: pa.Table) -> Self:
+        """Counts, with what the source has left in the table's metadata; a source of a user's own may leave nothing."""
+        found = _found(listing)
+        labels = pc.unique(listing["label"].drop_null()).to_pylist()
+        splits = pc.value_counts(listing["split"].drop_null()).to_pylist()
+        splits.sort(key=lambda item: (_ORDER.get(item["values"], len(_ORDER)), item["values"]))
+        several = several_names(labels)
+        notes = [
+            *found.get("notes", ()),
+            *_only_tested(listing),
+            *([several] if several else []),
+            *names_in_doubt(labels),
+        ]
+        return cls(
+            images=listing.num_rows,
+            labelled=listing.num_rows - listing["label"].null_count,
+            classes=len(labels),
+            splits={item["values"]: item["counts"] for item in splits},
+            passed_over=found.get("passed_over", {}),
+            ignored=found.get("ignored", [])[:_KEPT],
+            unreadable=found.get("unreadable", [])[:_KEPT],
+            notes=notes,
+            ignored_are=found.get("ignored_are", "columns"),
+            further=found.get("further", [])[:_KEPT],
+            reasons=dict(list(found.get("reasons", {}).items())[:_KEPT]),
+            undecodable=_without_decoder(listing),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def lines(self, name: str, *, labels: bool = True) -> list[str]:
+        """What to tell of it: the counts, and where there is any, what was passed over and guessed.
+
+        Args:
+            name: What to call the source.
+            labels: Whether its labels and splits matter.
+        """
+        first = [counted(self.images, "image"), *([self._labels(), self._splits()] if labels else [])]
+        more = [*self._left_out(), *(self.notes if labels else ())]
+        return [f"{name}: {', '.join(first)}", *([f"{name}: {'; '.join(more)}"] if more else [])]
+
+    def _ignored(self, name: str) -> str:
+        why = self.reasons.get(name)
+        return (name or "one without a name") + (f" ({why})" if why else "")
+
+    def _labels(self) -> str:
+        if not self.classes:
+            return "no labels"
+        return counted(self.classes, "label") + (
+            f" on {self.labelled:,} of them" if self.labelled < self.images else ""
+        )
+
+    def _splits(self) -> str:
+        if not self.splits:
+            return "no splits"
+        without = self.images - sum(self.splits.values())
+        named = [f"{split} {count:,}" for split, count in self.splits.items()] + (
+            [f"none {without:,}"] if without else []
+        )
+        return f"{'splits' if len(self.splits) > 1 else 'split'} {', '.join(named)}"
+
+    def _left_out(self) -> list[str]:
+        files = {suffix: count for suffix, count in self.passed_over.items() if suffix != HIDDEN}
+        found = list(self.undecodable)
+        if files:
+            # Those that somebody may take for images first.
+            order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
+            named = first_names([f"{suffix} {files[suffix]:,}" for suffix in order], _SHOWN)
+            convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
+            if UNNAMED & files.keys():
+                convert += " (a manifest can name images without a suffix, as of DICOM)"
+            found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
+        if self.ignored:
+            found.append(f"ignored {self.ignored_are}: {first_names(list(map(self._ignored, self.ignored)), _SHOWN)}")
+        if self.further:
+            found.append(f"further columns: {first_names(list(self.further), _SHOWN)}")
+        if self.unreadable:
+            found.append(f"cannot be read: {first_names([f'{folder}/' for folder in self.unreadable], _SHOWN)}")
+        return found
+
+
+def _without_decoder(listing: pa.Table) -> list[str]:
+    """Says once, before the first reject, how many files need a decoder that is not installed, by their suffixes."""
+    kinds = (
+        (DICOM_SUFFIXES, "DICOM", has_pydicom, DICOM_STEP),
+        (HEIF_SUFFIXES, "HEIC", heic_reader, HEIC_STEP),
+        (AVIF_SUFFIXES, "AVIF", avif_reader, AVIF_STEP),
+    )
+    found = []
+    for suffixes, name, decoder, step in kinds:
+        pattern = rf"(?i)\.({'|'.join(suffix[1:] for suffix in suffixes)})$"
+        count = pc.sum(pc.match_substring_regex(listing["id"], pattern)).as_py()
+        if count and not decoder():
+            found.append(f"{counted(count, f'{name} file')} cannot be decoded here: {step}")
+    return found
+
+
+def _only_tested(listing: pa.Table) -> list[str]:
+    """Says which labels the split train lacks: a folder ``test/unknown/`` is no class that can be learned."""
+    pairs = (
+        listing.select(["split", "label"])
+        .group_by(["split", "label"], use_threads=False)
+        .aggregate([([], "count_all")])
+    )
+    rows = [row for row in pairs.to_pylist() if row["split"] is not None and row["label"] is not None]
+    trained = {row["label"] for row in rows if row["split"] == "train"}
+    strange = [row for row in rows if row["label"] not in trained]
+    if not trained or not strange:
+        return []
+    named = first_names(
+        [f"{row['label']} ({row['split']}, {counted(row['count_all'], 'image')})" for row in strange], _SHOWN
+    )
+    return [f"labels that split train lacks: {named}"]

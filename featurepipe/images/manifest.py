@@ -35,8 +35,7 @@ from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, Reject, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, read_head, size_and_path, stat_files
-from featurepipe.images.findings import Findings
-from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Findings, Row, check_unique, printable, table_of
 from featurepipe.images.regions import Box, Boxes, Payload, Region, Whole, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 

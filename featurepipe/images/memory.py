@@ -16,9 +16,8 @@ from featurepipe.display import counted
 from featurepipe.errors import Reject, UsageError
 from featurepipe.images.blobs import PerProcess
 from featurepipe.images.files import read_file, stat_file
-from featurepipe.images.findings import Findings
 from featurepipe.images.intensity import SPARSE
-from featurepipe.images.listing import UNKNOWN, Row, check_unique, printable, table_of
+from featurepipe.images.listing import UNKNOWN, Findings, Row, check_unique, printable, table_of
 from featurepipe.images.regions import Payload, Region, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 

@@ -24,9 +24,8 @@ from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
 from featurepipe.images.dicom import DICOM_SUFFIXES, frames_in
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
-from featurepipe.images.findings import with_note
 from featurepipe.images.folder import FolderSource, RemoteFolderSource
-from featurepipe.images.listing import SCHEMA, UNKNOWN, check_unique, is_image_name
+from featurepipe.images.listing import SCHEMA, UNKNOWN, check_unique, is_image_name, with_note
 from featurepipe.images.manifest import MANIFEST_SUFFIXES, ManifestSource
 from featurepipe.images.memory import Item, MemorySource
 from featurepipe.images.regions import Boxes, Frame, FramesFile, Payload, file_of, frame_locator, split_frame

@@ -20,7 +20,7 @@ from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.extract import existing_store, extract
 from featurepipe.extraction.prepare import dataset_name
 from featurepipe.heads.families import make_head
-from featurepipe.images.findings import ListingSummary
+from featurepipe.images.listing import ListingSummary
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import (
     REFERENCES,

@@ -18,8 +18,7 @@ from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import ALL
 from featurepipe.images import Source
-from featurepipe.images.findings import told
-from featurepipe.images.listing import SCHEMA
+from featurepipe.images.listing import SCHEMA, told
 from featurepipe.images.regions import Payload
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs.job import Job

@@ -21,7 +21,7 @@ from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, ke
 from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS
-from featurepipe.images.findings import ListingSummary
+from featurepipe.images.listing import ListingSummary
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.files import (

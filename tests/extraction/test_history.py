@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from featurepipe.extraction.prepare import History
-from featurepipe.images.findings import Findings
-from featurepipe.images.listing import SCHEMA, UNKNOWN
+from featurepipe.images.listing import SCHEMA, UNKNOWN, Findings
 
 DENIED = "unreadable: Permission denied"
 

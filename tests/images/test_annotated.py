@@ -13,7 +13,7 @@ from PIL import Image
 
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.images import open_source
-from featurepipe.images.findings import ListingSummary
+from featurepipe.images.listing import ListingSummary
 from featurepipe.images.regions import Box, Boxes, Region, split_region
 
 COCO = {

@@ -36,8 +36,8 @@ from featurepipe.extraction.extract import extract
 from featurepipe.extraction.text import text
 from featurepipe.images import dicom, key_of
 from featurepipe.images.decode import decode, is_outdated, try_decode
-from featurepipe.images.findings import ListingSummary
 from featurepipe.images.intensity import parse_intensity
+from featurepipe.images.listing import ListingSummary
 from featurepipe.images.open import open_source
 from featurepipe.images.regions import Frame, FramesFile
 

@@ -16,8 +16,7 @@ import pytest
 from featurepipe.annotations import split_of
 from featurepipe.errors import Reject, SourceError, UsageError
 from featurepipe.images import MemorySource, open_source
-from featurepipe.images.findings import ListingSummary
-from featurepipe.images.listing import table_of
+from featurepipe.images.listing import ListingSummary, table_of
 
 
 def told(source):

@@ -12,7 +12,7 @@ from featurepipe import doctor
 from featurepipe.errors import Reject, Unavailable
 from featurepipe.images import heif
 from featurepipe.images.decode import FIRST_IMAGE, decode, try_decode
-from featurepipe.images.findings import ListingSummary
+from featurepipe.images.listing import ListingSummary
 from featurepipe.images.open import open_source
 
 pytestmark = pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")

@@ -18,7 +18,7 @@ from featurepipe.features.loader import Loader, StageSeconds
 from featurepipe.features.options import SourceOptions
 from featurepipe.images import key_of, open_source
 from featurepipe.images.decode import decode, try_decode
-from featurepipe.images.findings import ListingSummary
+from featurepipe.images.listing import ListingSummary
 from featurepipe.images.regions import Box, Boxes, Region, region_locator, split_region, stamp
 from featurepipe.store import FeatureStore
 
