@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         timm_models,
         weights_at_hand,
     )
-    from featurepipe.backbones.measure import NodeInfo
+    from featurepipe.backbones.nodes import NodeInfo
     from featurepipe.backbones.pooling import Column, parse_column, pool
     from featurepipe.backbones.preprocessing import Preprocessing
     from featurepipe.backbones.stages import bounded_pooling
@@ -44,7 +44,7 @@ _HOMES = {
     "Backbone": "loading",
     "BackboneInfo": "loading",
     "Column": "pooling",
-    "NodeInfo": "measure",
+    "NodeInfo": "nodes",
     "Preprocessing": "preprocessing",
     "bounded_pooling": "stages",
     "list_backbones": "loading",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from featurepipe.backbones import checkpoints, measure, nodes, weights
+from featurepipe.backbones import checkpoints, nodes, weights
+from featurepipe.backbones import nodes as measure
 from featurepipe.backbones.checkpoints import Checkpoint
 from featurepipe.backbones.families import SEE, Family, Torchvision, classification_names
-from featurepipe.backbones.measure import NodeInfo
-from featurepipe.backbones.nodes import Trace
+from featurepipe.backbones.nodes import NodeInfo, Trace
 from featurepipe.backbones.packaged import LITE, EfficientNetLite, LeNet
 from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from featurepipe.backbones.measure import NodeInfo
+from featurepipe.backbones.nodes import NodeInfo
 from featurepipe.errors import UsageError
 
 FEWEST, MOST = 3, 12  # stages before the bottleneck

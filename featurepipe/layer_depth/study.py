@@ -36,7 +36,7 @@ from featurepipe.training.splits import quantile_bins, rarest_labels
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone, Column
-    from featurepipe.backbones.measure import NodeInfo
+    from featurepipe.backbones.nodes import NodeInfo
     from featurepipe.store import FeatureSet, Space
 
 

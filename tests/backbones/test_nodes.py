@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.measure import _channel_axis, measure_trace, run_hooked
-from featurepipe.backbones.nodes import bottleneck, trace
+from featurepipe.backbones.nodes import _channel_axis, bottleneck, measure_trace, run_hooked, trace
 
 
 def test_lenets_nodes_by_hand() -> None:

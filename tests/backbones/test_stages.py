@@ -12,8 +12,7 @@ from torch import nn
 
 from featurepipe.backbones import Backbone, Column, NodeInfo, bounded_pooling, load_backbone, pool
 from featurepipe.backbones.families import classification_names
-from featurepipe.backbones.measure import measure_trace, run_hooked
-from featurepipe.backbones.nodes import bottleneck, freeze, trace
+from featurepipe.backbones.nodes import bottleneck, freeze, measure_trace, run_hooked, trace
 from featurepipe.backbones.pooling import pooled_shape
 from featurepipe.backbones.stages import stages
 from featurepipe.errors import UsageError
