@@ -223,7 +223,7 @@ def publish(
         labels: where the labels were from.
         column: of the number that is learned; None for classes.
         multilabel: the columns of several labels that are learned; none for classes.
-        threshold: of two classes, if one was chosen (`threshold.choose`).
+        threshold: of two classes, if one was chosen (`fit.fit_threshold`).
         positive: of several labels the one that is looked for, if there is one.
         roles: the columns that were asked for, by role.
         seconds: that it all took.

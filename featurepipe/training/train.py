@@ -16,12 +16,20 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
-from featurepipe.training.fit import LARGEST_F1, calibrate, calibrate_labels, fit, held_out, prediction_interval
+from featurepipe.training.fit import (
+    LARGEST_F1,
+    calibrate,
+    calibrate_labels,
+    check_threshold,
+    fit,
+    fit_threshold,
+    held_out,
+    prediction_interval,
+)
 from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of
 from featurepipe.training.publish import Network, bundle_target, inputs_of, publish, weights_copy, why_train
 from featurepipe.training.settle import settle, timed
 from featurepipe.training.task import Recipe
-from featurepipe.training.threshold import check_threshold, choose
 from featurepipe.training.tuning import search
 
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
@@ -215,7 +223,7 @@ def train(
             calibrated = prediction_interval(task, chosen, say)
         cut = None
         if held is not None and threshold is not None:
-            cut = choose(task, held, calibrated.temperature if calibrated else None, options, say)
+            cut = fit_threshold(task, held, calibrated.temperature if calibrated else None, options, say)
         fitted = fit(task, chosen, task.division.final, say)
         seconds = time.perf_counter() - start
         record = publish(
