@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear.multilabel import MultilabelRidge as MultilabelRidge
     from featurepipe.heads.linear.multilabel import fit_label_path as fit_label_path
     from featurepipe.heads.linear.ordinal import OrdinalLogisticRegression as OrdinalLogisticRegression
+    from featurepipe.heads.linear.ridge import BlockLinearSVR as BlockLinearSVR
     from featurepipe.heads.linear.ridge import BlockRidge as BlockRidge
     from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
-    from featurepipe.heads.linear.svr import BlockLinearSVR as BlockLinearSVR
     from featurepipe.heads.multilabel import MultilabelNeighbours as MultilabelNeighbours
     from featurepipe.heads.multilabel import MultilabelTrees as MultilabelTrees
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
@@ -61,7 +61,7 @@ _HOMES = {
     "BlockCentroid": "neighbours",
     "BlockKernelRidge": "kernel_ridge",
     "BlockLinearSVC": "linear.classifiers",
-    "BlockLinearSVR": "linear.svr",
+    "BlockLinearSVR": "linear.ridge",
     "BlockLogisticRegression": "linear.classifiers",
     "BlockPCA": "preprocessing",
     "BlockScaler": "preprocessing",
@@ -110,6 +110,7 @@ former_modules(
     {
         "boosted": "trees.boosted",
         "lda": "linear.lda",
+        "linear.svr": "linear.ridge",
         "linear_svc": "linear.classifiers",
         "logistic": "linear.classifiers",
         "pca": "preprocessing",

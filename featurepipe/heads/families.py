@@ -182,8 +182,8 @@ _CONTINUOUS = (
     HeadFamily(
         "linear-svm",
         "linear support vector regression: squared errors beyond a tenth of a deviation",
-        _place("featurepipe.heads.linear.svr", "BlockLinearSVR", tol=1e-3),
-        _place("featurepipe.heads.linear.svr", "BlockLinearSVR", tol=1e-3),
+        _place("featurepipe.heads.linear.ridge", "BlockLinearSVR", tol=1e-3),
+        _place("featurepipe.heads.linear.ridge", "BlockLinearSVR", tol=1e-3),
         _grid(C=_DECADES),
         bytes_per_value=16,
         linear=True,

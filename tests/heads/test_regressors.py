@@ -22,8 +22,7 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.gram import gram_of
 from featurepipe.heads.kernel_ridge import BlockKernelRidge
-from featurepipe.heads.linear.ridge import BlockRidge
-from featurepipe.heads.linear.svr import BlockLinearSVR
+from featurepipe.heads.linear.ridge import BlockLinearSVR, BlockRidge
 from featurepipe.heads.neighbours import BlockNeighboursRegressor
 from featurepipe.heads.trees.boosted import BoostedRegressor, BoostedTrees
 

@@ -34,7 +34,7 @@ OURS = (
     "featurepipe.heads.linear.classifiers.BlockLinearSVC",
     "featurepipe.heads.linear.classifiers.BlockLogisticRegression",
     "featurepipe.heads.neighbours.BlockCentroid",
-    "featurepipe.heads.linear.svr.BlockLinearSVR",
+    "featurepipe.heads.linear.ridge.BlockLinearSVR",
     "featurepipe.heads.linear.multilabel.MultilabelLinearSVC",
     "featurepipe.heads.linear.multilabel.MultilabelLogisticRegression",
     "featurepipe.heads.linear.multilabel.MultilabelRidge",
@@ -59,6 +59,7 @@ OURS = (
 FORMER = (
     "featurepipe.heads.boosted.BoostedTrees",
     "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
+    "featurepipe.heads.linear.svr.BlockLinearSVR",
     "featurepipe.heads.linear_svc.BlockLinearSVC",
     "featurepipe.heads.logistic.BlockLogisticRegression",
     "featurepipe.heads.pca.BlockPCA",
