@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from featurepipe.heads.families import HeadFamily as HeadFamily
     from featurepipe.heads.families import make_head as make_head
     from featurepipe.heads.kernel import RBFSVM as RBFSVM
-    from featurepipe.heads.kernel_ridge import BlockKernelRidge as BlockKernelRidge
+    from featurepipe.heads.kernel import BlockKernelRidge as BlockKernelRidge
     from featurepipe.heads.linear.classifiers import BlockLinearSVC as BlockLinearSVC
     from featurepipe.heads.linear.classifiers import BlockLogisticRegression as BlockLogisticRegression
     from featurepipe.heads.linear.classifiers import fit_path as fit_path
@@ -59,7 +59,7 @@ _HOMES = {
     "HEADS": "families",
     "RBFSVM": "kernel",
     "BlockCentroid": "neighbours",
-    "BlockKernelRidge": "kernel_ridge",
+    "BlockKernelRidge": "kernel",
     "BlockLinearSVC": "linear.classifiers",
     "BlockLinearSVR": "linear.ridge",
     "BlockLogisticRegression": "linear.classifiers",
@@ -109,6 +109,7 @@ former_modules(
     __name__,
     {
         "boosted": "trees.boosted",
+        "kernel_ridge": "kernel",
         "lda": "linear.lda",
         "linear.svr": "linear.ridge",
         "linear_svc": "linear.classifiers",

@@ -29,7 +29,7 @@ OURS = (
     "featurepipe.heads.trees.boosted.BoostedRegressor",
     "featurepipe.heads.trees.boosted.BoostedTrees",
     "featurepipe.heads.kernel.RBFSVM",
-    "featurepipe.heads.kernel_ridge.BlockKernelRidge",
+    "featurepipe.heads.kernel.BlockKernelRidge",
     "featurepipe.heads.linear.lda.BlockLinearDiscriminantAnalysis",
     "featurepipe.heads.linear.classifiers.BlockLinearSVC",
     "featurepipe.heads.linear.classifiers.BlockLogisticRegression",
@@ -58,6 +58,7 @@ OURS = (
 )
 FORMER = (
     "featurepipe.heads.boosted.BoostedTrees",
+    "featurepipe.heads.kernel_ridge.BlockKernelRidge",
     "featurepipe.heads.lda.BlockLinearDiscriminantAnalysis",
     "featurepipe.heads.linear.svr.BlockLinearSVR",
     "featurepipe.heads.linear_svc.BlockLinearSVC",
