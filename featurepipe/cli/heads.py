@@ -94,8 +94,8 @@ def add_finetune(commands: Commands) -> None:
 
 def run_finetune(args: Namespace) -> int:
     """Runs the command."""
+    from featurepipe.training.text import dry_text, finetune_text
     from featurepipe.tuning.finetune import finetune
-    from featurepipe.tuning.text import dry_text, finetune_text
 
     result = finetune(args.store, out=args.out, **options(args, TuneOptions), dry_run=args.dry_run, silent=args.quiet)
     show(args, result, dry_text if args.dry_run else finetune_text)
