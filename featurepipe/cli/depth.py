@@ -1,4 +1,4 @@
-"""``featurepipe depth`` and ``featurepipe report``: which layer transfers best, and the pages that show what was found."""
+"""``featurepipe depth`` and ``report``, ``drift`` and ``duplicates``: what features show of layers and images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from featurepipe.errors import UsageError
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
 from featurepipe.layer_depth.options import AnsweredOptions, ComparedOptions, DepthOptions
+from featurepipe.monitoring.options import DriftOptions, DuplicatesOptions
+from featurepipe.option_groups import declared
 from featurepipe.reporting.options import FindingsOptions, NightsOptions
-from featurepipe.store.options import TrustOption
+from featurepipe.store.options import DatasetOption, TrustOption
 
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
 """Options of extraction that `featurepipe.depth` passes on."""
@@ -117,3 +119,75 @@ def _findings(args: Namespace) -> Path:
         silent=args.quiet,
         **options(args, FindingsOptions),
     )
+
+
+def add_monitoring(commands: Commands) -> None:
+    """Declares both commands."""
+    _add_drift(commands)
+    _add_duplicates(commands)
+
+
+def _add_drift(commands: Commands) -> None:
+    command = add_command(commands, "drift", drift, "whether the new images are like those of an earlier snapshot")
+    option = command.add_argument
+    add_store(command)
+    add_options(command, DriftOptions)
+    option(
+        "--accept",
+        metavar="RUN-ID|last",
+        help="accept the images that this run of a job warned of, so that its next run may compare with them; tests nothing",
+    )
+    add_quiet(command)
+    add_json(command)
+
+
+def _add_duplicates(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "duplicates",
+        duplicates,
+        "copies, near copies, and those on both sides of a split",
+    )
+    add_store(command)
+    add_options(command, DuplicatesOptions)
+    add_quiet(command)
+    add_json(command)
+
+
+def drift(args: Namespace) -> int:
+    """Runs ``featurepipe drift``; drift beyond ``--fail`` is a failure."""
+    if args.accept is not None:
+        return _accept(args)
+    from featurepipe.monitoring.drift import drift as test
+    from featurepipe.monitoring.text import drift_text
+
+    found = test(
+        existing_store(args),
+        **options(args, DriftOptions),
+        silent=args.quiet,
+    )
+    show(args, found, drift_text)
+    return int(found.get("exit_code", 0))
+
+
+def _accept(args: Namespace) -> int:
+    from featurepipe.monitoring.standing_warnings import accept_drift, accepted_text
+
+    if tests := given(args, DriftOptions, leave_out=declared(DatasetOption)):
+        raise UsageError(f"--accept tests nothing: leave {', '.join(tests)} out")
+    show(args, accept_drift(existing_store(args), args.accept, dataset=args.dataset), accepted_text)
+    return 0
+
+
+def duplicates(args: Namespace) -> int:
+    """Runs ``featurepipe duplicates``."""
+    from featurepipe.monitoring.duplicates import duplicates as find
+    from featurepipe.monitoring.text import duplicates_text
+
+    found = find(
+        existing_store(args),
+        **options(args, DuplicatesOptions),
+        silent=args.quiet,
+    )
+    show(args, found, duplicates_text)
+    return 0

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from featurepipe import __version__
-from featurepipe.cli import demo, depth, heads, monitoring, run, stores
+from featurepipe.cli import demo, depth, heads, run, stores
 from featurepipe.display import displayed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     in_order = (
         demo.add_demo, demo.add_networks, stores.add_extract, stores.add, heads.add_train, heads.add_finetune,
-        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_report, run.add, monitoring.add, demo.add_doctor,
+        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_report, run.add, depth.add_monitoring, demo.add_doctor,
     )  # fmt: skip
     for add in in_order:
         add(cast("Commands", commands))  # a parser of ours is one of argparse's
