@@ -19,7 +19,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         homes: for each name the module in it that has it.
 
     Example:
-        >>> load, names = lazy_names("featurepipe", {"bytes_of": "sizes"})
+        >>> load, names = lazy_names("featurepipe", {"bytes_of": "display"})
         >>> load("bytes_of")("2 KiB")
         2048
     """
@@ -43,7 +43,7 @@ def former_modules(package: str, homes: Mapping[str, str]) -> None:
         homes: For each module that is gone, the one in the package that has its classes now.
 
     Example:
-        >>> former_modules("featurepipe", {"lengths": "sizes"})
+        >>> former_modules("featurepipe", {"lengths": "display"})
         >>> importlib.import_module("featurepipe.lengths").bytes_of("2 KiB")
         2048
     """

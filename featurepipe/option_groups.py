@@ -17,8 +17,8 @@ from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Self, Union, cast, get_args, get_origin, get_type_hints
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.sizes import bytes_of
 
 _KEY = "declaration"
 Check = Callable[[Any], str | None]

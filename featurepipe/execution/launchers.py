@@ -32,11 +32,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from featurepipe.display import without_password
+from featurepipe.display import seconds_of, without_password
 from featurepipe.errors import ClusterError, UsageError, unknown
 from featurepipe.execution.worker import gpu_names
 from featurepipe.interrupt import handlers_kept, signals_held
-from featurepipe.sizes import seconds_of
 
 KINDS = ("local", "ssh", "slurm", "pbs", "kubernetes")
 SCHEMES = ("tcp", "tls", "ucx", "ws", "wss")

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from dask.sizeof import sizeof
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import WorkerRefused
 from featurepipe.execution.worker import Requirements
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, MappedBlocks, in_memory
-from featurepipe.sizes import bytes_of
 
 if TYPE_CHECKING:
     from distributed import Future

@@ -10,11 +10,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import size
+from featurepipe.display import bytes_of, seconds_of, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.features.options import Options, SourceOptions
 from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
-from featurepipe.sizes import bytes_of, seconds_of
 
 ALL = "100%"
 """The share that puts up with a source that lists nothing."""

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from featurepipe.annotations import is_missing
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
-from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")

@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from sklearn.utils import check_random_state
 from threadpoolctl import threadpool_limits
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, MappedBlocks, iterate, working_dtype
 from featurepipe.heads.inputs import (
@@ -35,7 +36,6 @@ from featurepipe.heads.inputs import (
 from featurepipe.heads.neighbours import rows_kept
 from featurepipe.heads.row_shards import remote_row_shards, row_shards_of
 from featurepipe.heads.sampling import SomeRows
-from featurepipe.sizes import bytes_of
 
 KERNEL_BYTES = 64 << 20
 """Of kernel values at one time, if no memory is given."""

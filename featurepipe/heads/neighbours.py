@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate, targets_of, working_dtype
 from featurepipe.heads.inputs import (
@@ -23,7 +24,6 @@ from featurepipe.heads.inputs import (
     training_data,
 )
 from featurepipe.heads.row_shards import row_shards_of
-from featurepipe.sizes import bytes_of
 
 
 class BlockNeighbours(KNeighborsClassifier):  # type: ignore[misc]

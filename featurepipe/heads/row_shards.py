@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.display import bytes_of
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, as_blocks, in_memory
-from featurepipe.sizes import bytes_of
 
 Change = Callable[[Blocks], Blocks]
 Work = Callable[..., Any]

@@ -12,8 +12,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from featurepipe.display import bytes_of, seconds_of
 from featurepipe.errors import Reject, UsageError
-from featurepipe.sizes import bytes_of, seconds_of
 
 
 class Budget(NamedTuple):

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import names_in_doubt, split_asked
-from featurepipe.display import counted
+from featurepipe.display import bytes_of, counted
 from featurepipe.errors import UsageError
-from featurepipe.sizes import bytes_of
 from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels, role_column
 from featurepipe.store.rows import ArrayRows, WideRows
 from featurepipe.store.space import Origin, check_rows, check_spaces

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.display import counted, first_names
+from featurepipe.display import bytes_of, counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import refuse_weights
-from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles

@@ -20,7 +20,7 @@ from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.display import size
+from featurepipe.display import bytes_of, size
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.settings import Settings
 from featurepipe.heads.calibration import calibrated_labels
@@ -29,7 +29,6 @@ from featurepipe.heads.statistics.regression import conformal_half_width, least_
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.progress import announcer, show
-from featurepipe.sizes import bytes_of
 from featurepipe.store import FeatureStore, Space, fingerprint
 from featurepipe.store.choice import choose_space
 from featurepipe.store.locks import starts_again

@@ -445,10 +445,10 @@ def test_a_context_whose_code_is_missing_is_refused(
 def test_a_context_of_a_class_that_another_version_lacks_is_refused(
     executor: Executor, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import featurepipe.sizes
+    import featurepipe.display
 
-    thing = type("Thing", (), {"__module__": "featurepipe.sizes"})
-    monkeypatch.setattr(featurepipe.sizes, "Thing", thing, raising=False)
+    thing = type("Thing", (), {"__module__": "featurepipe.display"})
+    monkeypatch.setattr(featurepipe.display, "Thing", thing, raising=False)
     with pytest.raises(ClusterError if kind is DASK else WorkerRefused, match=r"lacks what the work needs: .*Thing"):
         list(executor.map(square, [1], context=thing()))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads import blocks
 from featurepipe.heads.blocks import (
@@ -23,7 +24,6 @@ from featurepipe.heads.blocks import (
     widened,
     working_dtype,
 )
-from featurepipe.sizes import bytes_of
 
 
 class Recorded(ArrayBlocks):

@@ -13,6 +13,7 @@ import scipy.linalg
 from scipy.special import expit
 from sklearn.base import clone
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, iterate, one_blas_thread
 from featurepipe.heads.gram import moments_of
@@ -32,7 +33,6 @@ from featurepipe.heads.linear.passes import (
 )
 from featurepipe.heads.linear.ridge import solve_normal
 from featurepipe.heads.row_shards import concatenated, row_shards_of
-from featurepipe.sizes import bytes_of
 
 Estimator = TypeVar("Estimator", bound="MultilabelLinearClassifier")
 

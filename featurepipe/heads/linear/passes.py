@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from featurepipe.display import bytes_of
 from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, one_blas_thread, rows_per_block, working_dtype
 from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
@@ -29,7 +30,6 @@ from featurepipe.heads.linear.losses import (
 from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
 from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
 from featurepipe.heads.row_shards import RowShards, row_shards_of
-from featurepipe.sizes import bytes_of
 
 Array = npt.NDArray[Any]
 

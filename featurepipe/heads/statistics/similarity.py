@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate, read_as, working_dtype
 from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.heads.sampling import SomeRows, sampled_positions
-from featurepipe.sizes import bytes_of
 
 Floats = npt.NDArray[np.float64]
 
