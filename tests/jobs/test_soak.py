@@ -202,7 +202,7 @@ def a_night(job: Path, trouble: str, host: str) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) - timedelta(days=3)
 
-    clocks = [mock.patch(f"featurepipe.{name}.datetime", Past) for name in ("store.runs", "records")]
+    clocks = [mock.patch(f"featurepipe.{name}.datetime", Past) for name in ("store.documents", "records")]
     with mock.patch("socket.gethostname", return_value=host):
         for clock in clocks if trouble == "clock" else ():
             clock.start()

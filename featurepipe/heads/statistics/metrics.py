@@ -56,7 +56,7 @@ def score_table(
         classes: Their K names.
         ids: (n,) names of the images; by default their positions.
         groups: (n,) what images belong together, such as a patient's, None for an image by itself; intervals are then of so many
-            independent groups (``heads.statistics.group_intervals``). None if each image is by itself.
+            independent groups (``heads.statistics.intervals``). None if each image is by itself.
         predicted: (n,) positions of the classes that are predicted, where that is not the most probable one, as with a threshold.
             Log-loss, AUC, calibration error and top-k accuracies are of the probabilities whatever is predicted.
         ordered: Whether ``classes`` are in an order, the lowest first: then ``quadratic_kappa`` is measured, too, Cohen's kappa

@@ -2,7 +2,7 @@
 
 Scores are probabilities, or anything that is higher the more likely the class; an image is called positive where its score is
 at least the threshold. Where images come in groups, such as patients, each share is as certain as that of so many independent
-images as its variance over whole groups is worth (``heads.statistics.group_intervals``); else limits are exact binomial ones.
+images as its variance over whole groups is worth (``heads.statistics.intervals``); else limits are exact binomial ones.
 """
 
 from __future__ import annotations
