@@ -107,11 +107,13 @@ def add_evaluate(commands: Commands) -> None:
     command = add_command(
         commands, "evaluate", run_evaluate,
         "metrics of a bundle on cached features, each with its confidence interval; leaks between splits",
+        epilog="With --backbone NAME a pretrained network is measured as it is, its own classes against your labels: give STORE "
+        "alone, with features of its bottleneck.",
     )  # fmt: skip
     option = command.add_argument
-    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote")
+    option("bundle", metavar="BUNDLE", help="the folder that featurepipe train --out wrote; left out with --backbone")
     add_store(command)
-    add_options(command, EvaluateOptions)
+    add_options(command, EvaluateOptions, actions={"backbone": InPlaceOfBundle})
     add_cluster(command)
     add_quiet(command)
     add_json(command)
@@ -122,8 +124,9 @@ def run_evaluate(args: Namespace) -> int:
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.evaluation.text import text
 
+    bundle, args.store = bundle_and(args, "store")
     result = evaluate(
-        args.bundle,
+        bundle,
         existing_store(args),
         **options(args, EvaluateOptions),
         silent=args.quiet,

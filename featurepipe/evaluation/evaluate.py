@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.from_store import features_at, features_for
+from featurepipe.prediction.own_classes import AS_IT_IS, LabelsOfClasses, stored_classifier
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 
 @starts_again
 def evaluate(
-    bundle: Bundle | str | os.PathLike[str],
-    store: FeatureStore | str | os.PathLike[str],
+    bundle: Bundle | str | os.PathLike[str] | None = None,
+    store: FeatureStore | str | os.PathLike[str] | None = None,
     *,
+    backbone: str | None = None,
     dataset: str | None = None,
     split: str | None = None,
     labels: Any = None,
@@ -51,6 +54,9 @@ def evaluate(
     multilabel: str | Sequence[str] | None = None,
     positive: str | None = None,
     ignore_unknown_classes: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    mapping: str | os.PathLike[str] | Mapping[str, str] | None = None,
+    among_labels: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
     cluster: Any = None,
@@ -59,8 +65,10 @@ def evaluate(
     """Scores a bundle on the cached features of a dataset; features are read block by block.
 
     Args:
-        bundle: The bundle or its folder.
+        bundle: The bundle or its folder; None with ``backbone``.
         store: The feature store or its path.
+        backbone: In place of a bundle, a pretrained network with its own classifier and classes, of whose bottleneck the store
+            has features. Labels are matched with classes by name, whatever the case and with ``_`` or ``-`` for spaces.
         dataset: Name of the dataset; by default the store's only one.
         split: Which rows: a split's name, or ``all``. By default ``test`` if the dataset has that split, else the images
             that the head was not trained on, nor on others of their groups, else all.
@@ -78,6 +86,10 @@ def evaluate(
         positive: The class of two, or the label of several, of which sensitivity, specificity, curves and reliability are
             measured; by default the one that was looked for when the head was trained, else the second class, and no label.
         ignore_unknown_classes: Leave out images whose label the bundle does not know, instead of refusing.
+        weights: Of ``backbone`` the name of pretrained weights, by default the best.
+        mapping: Of ``backbone``, labels by class, or a CSV file with the columns ``class`` and ``label``, in place of matching
+            by name. The probabilities of several classes of one label add up.
+        among_labels: Leave classes without a label out of the choice, instead of counting them as wrong answers.
         bootstrap: Resamples behind each 95 % interval; 0 for no intervals.
         seed: Of the resamples.
         cluster: Where to score instead of here, as `featurepipe.execution.connect` takes it: workers read the features, and
@@ -93,7 +105,10 @@ def evaluate(
         ``featurepipe.heads.statistics.regression.number_table``, of several labels
         ``featurepipe.heads.statistics.multilabel.label_table``, with ``screening`` of a label that is looked for), ``leakage``
         (``trained_on``, of images with groups ``trained_groups`` (`leakage.of_trained_groups`), and ``leakage.report`` of the
-        whole dataset), ``options`` as they were asked for, ``seconds``.
+        whole dataset), with ``backbone`` ``own_classes``
+        (``matched``, classes by label; ``unmatched`` labels; how many
+        ``classes`` have no label; ``answers``, how many images got which of them), ``options`` as they were asked for,
+        ``seconds``.
 
     Raises:
         BundleError: The bundle cannot be used, or the store has no features of its feature space.
@@ -103,6 +118,10 @@ def evaluate(
     """
     started = time.monotonic()
     options = EvaluateOptions(
+        backbone=backbone,
+        weights=weights,
+        mapping=mapping,
+        among_labels=among_labels,
         dataset=dataset,
         split=split,
         labels=labels,
@@ -116,8 +135,16 @@ def evaluate(
         bootstrap=bootstrap,
         seed=seed,
     )
-    model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    if store is None or (bundle is None) == (backbone is None):
+        raise UsageError(
+            Message("give the store and either a bundle or a network as it is, with ", Option("backbone", "NAME"))
+        )
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    if bundle is None:
+        _, model = stored_classifier(source, dataset or source.only_dataset(), str(backbone), weights)
+    else:
+        _check_only_own(options)
+        model = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     features = features_for(model, source, dataset or source.only_dataset())
     asked = _Asked(model, bundle, source, features, options, cluster, started, announcer(silent=silent))
     if options.multilabel and model.target_type != MULTILABEL:
@@ -139,7 +166,18 @@ def evaluate(
                 Option("label" if model.target_type != MULTILABEL else "multilabel"),
             )
         )
-    return _evaluate_classes(asked)
+    return _evaluate_classes(asked) if bundle is not None else _evaluate_own(asked)
+
+
+def _check_only_own(options: EvaluateOptions) -> None:
+    """Refuses with a bundle what says something of a network as it is."""
+    for name in ("weights", "mapping", "among_labels"):
+        if value := getattr(options, name):
+            raise UsageError(
+                Message(
+                    Option(name, value), " is of a network as it is: ", Option("backbone", "NAME"), ", not of a bundle"
+                )
+            )
 
 
 @dataclass(frozen=True)
@@ -147,7 +185,7 @@ class _Asked:
     """What is asked, of which bundle and which store; ``features`` are those of the whole dataset."""
 
     model: Bundle
-    given: Bundle | str | os.PathLike[str]
+    given: Bundle | str | os.PathLike[str] | None
     store: FeatureStore
     features: FeatureSet
     options: EvaluateOptions
@@ -197,6 +235,58 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
         groups=None if groups is None else len({name for name in groups if name is not None}),
         leaks=_leaks(asked, chosen.features, called == chosen.codes),
     )  # fmt: skip
+
+
+def _evaluate_own(asked: _Asked) -> dict[str, Any]:
+    """Scores a network's own classes against the user's labels; see ``evaluate``."""
+    model, options = asked.model, asked.options
+    asked = asked.with_roles(RowOptions.of(options))
+    there = [str(label) for label in asked.features.classes]
+    means = (
+        LabelsOfClasses.by_name(model.classes, there)
+        if options.mapping is None
+        else LabelsOfClasses.given(options.mapping, model.classes)
+    )
+    matched = {label: means.classes_of(label, model.classes) for label in means.labels if label in there}
+    unmatched = [label for label in there if label not in matched]
+    name = model.backbone["name"]
+    if not matched:
+        what = f"is a class of {name}" if options.mapping is None else "is in the mapping"
+        raise UsageError(
+            Message(
+                f"none of the labels ({first_names(there, _NAMED)}) {what}; say which classes mean them in a file with the ",
+                "columns class and label: ",
+                Option("mapping", "FILE.csv"),
+            )
+        )
+    known = replace(model, classes=means.labels)
+    chosen = choose_rows(known, asked.features, options.split, ignore_unknown_classes=options.ignore_unknown_classes)
+    with asked.scored(chosen.features, chosen.scope) as scored:
+        scores = model.scores(scored)
+    probabilities, called = means.probabilities(scores, among_labels=options.among_labels)
+    further = (WITHOUT_LABEL,) if probabilities.shape[1] > len(means.labels) else ()
+    metrics = score_table(
+        probabilities, chosen.codes, (*means.labels, *further),
+        ids=chosen.features.ids, groups=chosen.features.groups, predicted=called, bootstrap=options.bootstrap, seed=options.seed,
+    )  # fmt: skip
+    strange = np.flatnonzero(called == len(means.labels))
+    answers = Counter(model.classes[k] for k in np.where(means.places < 0, scores[strange], -np.inf).argmax(axis=1))
+    groups = chosen.features.groups
+    record = _record(
+        asked, chosen.features, metrics,
+        split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
+        groups=None if groups is None else len({name for name in groups if name is not None}),
+        leaks=_leaks(asked, chosen.features, called == chosen.codes),
+    )  # fmt: skip
+    own = {
+        "matched": matched,
+        "unmatched": unmatched,
+        "without_images": [label for label in means.labels if label not in there],
+        "classes": int((means.places < 0).sum()),
+        "among_labels": options.among_labels,
+        "answers": dict(answers.most_common()),
+    }
+    return {**record, "own_classes": own}
 
 
 def _evaluate_numbers(asked: _Asked) -> dict[str, Any]:
@@ -333,9 +423,9 @@ def _leaks(asked: _Asked, scored: FeatureSet, correct: npt.NDArray[np.bool_] | N
     return found if groups is None else {**found, "trained_groups": groups}
 
 
-def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, Any]:
+def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str] | None) -> dict[str, Any]:
     return {
-        "path": None if isinstance(given, Bundle) else os.fspath(given),
+        "path": None if given is None or isinstance(given, Bundle) else os.fspath(given),
         "head": bundle.family,
         "backbone": bundle.backbone["name"],
         "columns": list(bundle.columns),
@@ -348,6 +438,8 @@ def _about(bundle: Bundle, given: Bundle | str | os.PathLike[str]) -> dict[str, 
 
 
 DEFAULT_SPLIT, EVERY_SPLIT = "test", "all"
+WITHOUT_LABEL = "(a class without a label)"
+"""What measures call all of a network's own classes that mean none of the user's labels."""
 _NAMED = 10
 
 
@@ -449,6 +541,15 @@ def _unknown_text(bundle: Bundle, unknown: dict[str, int], scope: str, *, some_k
     named = first_names([f"{label!r} ({count:,})" for label, count in unknown.items()], _NAMED)
     known = first_names([repr(str(name)) for name in bundle.classes], _NAMED)
     leave = ("leave these images out with ", Option("ignore_unknown_classes", value=True), ", ") if some_known else ()
+    if bundle.training.get(AS_IT_IS):
+        return Message(
+            f"in {scope}, {sum(unknown.values()):,} have labels that mean no class of {bundle.backbone['name']}: {named}. Say "
+            "which classes mean them in a file with the columns class and label (",
+            Option("mapping", "FILE.csv"),
+            "), ",
+            *leave,
+            "or train a head: featurepipe train",
+        )
     own = bundle.training.get("labels")
     hint = f" (the bundle was trained with labels of its own: {own})" if own else ""
     return Message(

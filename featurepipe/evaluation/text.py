@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import share, table
+from featurepipe.display import first_names, share, table
 from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.heads.bundle.text import interval_text, labels_calibration_text
 from featurepipe.heads.statistics.metrics import measures_text
@@ -33,6 +33,7 @@ def text(record: Mapping[str, Any]) -> str:
         return "\n\n".join(section for section in numeric if section)
     sections = [
         _heading(record),
+        _own_classes(record.get("own_classes")),
         *_warnings(record),
         measures_text(metrics),
         _screening(metrics.get("screening")),
@@ -67,6 +68,27 @@ def _heading(record: Mapping[str, Any]) -> str:
         f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
         f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {what}"
     )
+
+
+def _own_classes(found: Mapping[str, Any] | None) -> str:
+    """Of a network as it is: which labels are classes, and how often another class was the answer."""
+    if found is None:
+        return ""
+    labels, several = len(found["matched"]) + len(found["unmatched"]), found["classes"]
+    lines = [f"{len(found['matched'])} of {labels} labels are classes of the network"]
+    if found["unmatched"]:
+        lines[0] += f"; not: {first_names(found['unmatched'], _ROWS)}"
+    if found["without_images"]:
+        lines.append(f"labels of the mapping that no image has: {first_names(found['without_images'], _ROWS)}")
+    if found["among_labels"]:
+        lines.append(f"the other {several:,} classes are left out of the choice")
+    elif found["answers"]:
+        named = [f"{name} ({count:,})" for name, count in found["answers"].items()]
+        count = sum(found["answers"].values())
+        lines.append(
+            f"{_images(count)} got one of the {several:,} classes without a label, a wrong answer: {first_names(named, _ROWS)}"
+        )
+    return "\n".join(lines)
 
 
 def _warnings(record: Mapping[str, Any]) -> list[str]:

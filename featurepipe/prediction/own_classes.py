@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from torch import nn
 
+from featurepipe.annotations import plain_name, read_csv
 from featurepipe.backbones import Backbone, Column, load_backbone
 from featurepipe.backbones.engine import NUMERICS, Engine
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.display import first_names
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
-from featurepipe.extraction.prepare import precision_on
+from featurepipe.extraction.prepare import History, held_spaces, precision_on
 from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import Session, settle_machine_for
 from featurepipe.features.settings import SETTINGS, resolve
@@ -27,8 +33,10 @@ from featurepipe.heads.linear.linear_map import head_of_map
 from featurepipe.images import Source
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.shards import Prediction
-from featurepipe.store import fingerprint
+from featurepipe.store import FeatureStore, fingerprint
 
+AS_IT_IS = "as_it_is"
+"""What a bundle's ``training`` says of a head that is a network's own classifier."""
 TOP = 5
 """Classes of each image that are written by default."""
 PROBES = 3
@@ -104,7 +112,7 @@ class OwnClassifier:
             classes=self.classes,
             temperature=None,
             metrics={},
-            training={},
+            training={AS_IT_IS: True},
             seen=np.empty(0, np.uint64),
         )
 
@@ -194,3 +202,158 @@ def _agree(found: Floats, expected: Floats) -> bool:
         np.abs(np.exp(ours) - np.exp(theirs)).max() <= LARGEST_DIFFERENCE
         and np.abs(ours - theirs).max() <= 10 * LARGEST_DIFFERENCE * spread
     )
+
+
+@dataclass(frozen=True)
+class LabelsOfClasses:
+    """Which of the user's labels each of a network's classes means.
+
+    Attributes:
+        labels: L labels, sorted.
+        places: (K,) int64, the position in ``labels`` of each class; -1 for classes that mean none.
+    """
+
+    labels: tuple[str, ...]
+    places: npt.NDArray[np.int64]
+
+    @classmethod
+    def by_name(cls, classes: Sequence[str], labels: Sequence[str]) -> LabelsOfClasses:
+        """Matches names, whatever their case, with ``_`` or ``-`` for spaces; labels that match no class are left out.
+
+        A label that several classes are called (`told_apart`) means all of them.
+
+        Raises:
+            UsageError: Two labels match one class.
+        """
+        there, found = _numbers_by_name(classes), dict[int, str]()
+        for label in labels:
+            for number in there.get(_folded(label), ()):
+                if number in found:
+                    raise UsageError(
+                        Message(
+                            f"the labels {found[number]!r} and {label!r} both match the class {classes[number]!r}; say which "
+                            "means what in a file with the columns class and label: ",
+                            Option("mapping", "FILE.csv"),
+                        )
+                    )
+                found[number] = label
+        return cls._of(found, len(classes))
+
+    @classmethod
+    def given(cls, mapping: str | PathLike[str] | Mapping[str, str], classes: Sequence[str]) -> LabelsOfClasses:
+        """Takes labels by class from a mapping, or a CSV file with the columns ``class`` and ``label``.
+
+        Raises:
+            UsageError: The file cannot be read, a class is unknown, or it has two labels.
+        """
+        there, found = _numbers_by_name(classes), dict[int, str]()
+        for name, label in mapping.items() if isinstance(mapping, Mapping) else _pairs(Path(mapping)):
+            numbers = there.get(_folded(name))
+            if numbers is None:
+                raise unknown("class", name, classes, where="the network's own")
+            for number in numbers:
+                if found.setdefault(number, label) != label:
+                    raise UsageError(
+                        f"the mapping gives the class {classes[number]!r} two labels, {found[number]!r} and {label!r}",
+                        option="mapping",
+                    )
+        return cls._of(found, len(classes))
+
+    @classmethod
+    def _of(cls, found: Mapping[int, str], classes: int) -> LabelsOfClasses:
+        labels = tuple(sorted(set(found.values())))
+        return cls(labels, np.array([labels.index(found[k]) if k in found else -1 for k in range(classes)], np.int64))
+
+    def classes_of(self, label: str, classes: Sequence[str]) -> list[str]:
+        """The names of the classes that mean a label."""
+        return [classes[int(number)] for number in np.flatnonzero(self.places == self.labels.index(label))]
+
+    def probabilities(self, scores: Floats, *, among_labels: bool) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """Adds up the probabilities of the classes that mean a label.
+
+        Args:
+            scores: (n, K) logits or log-probabilities of the classes.
+            among_labels: Whether classes that mean no label count as impossible.
+
+        Returns:
+            (n, L) probabilities of the labels, or (n, L + 1) with that of all classes without a label as the last; and (n,)
+            answers: the most probable of the labels and of the single classes without one, which are all called L.
+        """
+        has = self.places >= 0
+        if among_labels or has.all():
+            summed = self._summed(softmax(scores[:, has], axis=1), has)
+            return summed, summed.argmax(axis=1)
+        single = softmax(scores, axis=1)
+        summed, others = self._summed(single[:, has], has), single[:, ~has]
+        answers = np.where(others.max(axis=1) > summed.max(axis=1), len(self.labels), summed.argmax(axis=1))
+        return np.column_stack([summed, others.sum(axis=1)]), answers
+
+    def _summed(self, values: Floats, has: npt.NDArray[np.bool_]) -> Floats:
+        return np.asarray(values @ np.eye(len(self.labels))[self.places[has]])
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").split()).casefold()
+
+
+def _numbers_by_name(classes: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of the classes called so, with and without the number that tells them apart."""
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(classes):
+        for one in {_folded(name), _folded(name.removesuffix(f" ({number})"))}:
+            found.setdefault(one, []).append(number)
+    return found
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    """Class and label of each row that has a label."""
+    try:
+        with path.open("rb") as file:
+            table = read_csv(file, ("class", "label"))
+            names, rows = [plain_name(name) for name in table.names], list(table.rows)
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the mapping {path}: {error}", option="mapping") from error
+    if not {"class", "label"} <= set(names):
+        raise UsageError(
+            f"{path} has the columns {', '.join(table.names)}; a mapping has class and label", option="mapping"
+        )
+    pairs = []
+    for line, fields in rows:
+        name, label = fields[names.index("class")], fields[names.index("label")]
+        if name is None:
+            raise UsageError(f"{path}: line {line} names no class", option="mapping")
+        if label is not None:
+            pairs.append((name, label))
+    return pairs
+
+
+def stored_classifier(
+    store: FeatureStore, dataset: str, name: str, weights: str | PathLike[str] | None
+) -> tuple[OwnClassifier, Bundle]:
+    """Takes the classifier out of a network, for the features that a store holds of its bottleneck.
+
+    Raises:
+        UsageError: As `OwnClassifier.of`; or the store holds no such features, and the command that computes them.
+    """
+    own = OwnClassifier.of_network(load_backbone(name, str(weights or "DEFAULT")))
+    spaces = held_spaces(store, own.backbone, History.of(store, dataset))
+    space = next((space for space in spaces if str(own.column) in space.columns()), None)
+    if space is None:
+        asked = [] if weights is None else ["--weights", str(weights)]
+        words = [
+            "featurepipe",
+            "extract",
+            "SOURCE",
+            "--store",
+            str(store.path),
+            "--dataset",
+            dataset,
+            "--backbone",
+            name,
+        ]
+        held = first_names([one.name for one in store.spaces()]) or "no features"
+        raise UsageError(
+            f"{store.path} has no features of the bottleneck ({own.column}) of {name} with the weights {own.backbone.weights}; "
+            f"it has {held}. Compute them with: {shlex.join([*words, *asked, '--node', 'bottleneck'])}"
+        )
+    return own, own.bundle(space.fields)

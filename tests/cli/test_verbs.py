@@ -149,7 +149,7 @@ def test_every_option_reaches_the_verb(case, verb, call):
 def test_evaluate_reads_a_store_that_exists(verb, call, store):
     called = verb(EVALUATE, {"measured": 1})
     line = "--dataset d --split s --labels l.csv --label class --target age --multilabel a,b --positive a "
-    line += "--ignore-unknown-classes --bootstrap 50 --seed 2 --quiet --json"
+    line += "--ignore-unknown-classes --among-labels --mapping m.csv --weights w --bootstrap 50 --seed 2 --quiet --json"
     answer = call("evaluate", "bundle", store.path, *line.split())
     assert json.loads(answer.out) == {"measured": 1}
     opened = called.given.pop("store")
@@ -158,7 +158,7 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     assert called.given == {
         "bundle": "bundle", "dataset": "d", "split": "s", "labels": "l.csv", "label": "class", "group": None,
         "split_column": None, "target": "age", "multilabel": ("a", "b"), "positive": "a", "ignore_unknown_classes": True,
-        "bootstrap": 50, "seed": 2, "silent": True,
+        "backbone": None, "weights": "w", "mapping": "m.csv", "among_labels": True, "bootstrap": 50, "seed": 2, "silent": True,
     }  # fmt: skip
 
 
