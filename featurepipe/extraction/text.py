@@ -55,7 +55,7 @@ def damaged_lines(record: Mapping[str, Any]) -> list[str]:
 
 def remark_lines(record: Mapping[str, Any]) -> list[str]:
     """What a record says, with counts, of how images were decoded; no line where there is nothing to say."""
-    clipped = [f"clipped to their images: {counted(record['clipped'], 'region')}"] * bool(record.get("clipped"))
+    clipped = [f"clipped to their images: {counted(count, 'region')}" for count in (record.get("clipped"),) if count]
     return [*clipped, *(f"{remark}: {counted(count, 'image')}" for remark, count in record.get("remarks", {}).items())]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.families import NoValues
+from featurepipe.backbones.packaged import LITE, EfficientNetLiteNetwork
 
 # name: (bottleneck, classifier in front of which the reference looks, options of the reference, inner modules)
 NETWORKS = {
@@ -106,7 +107,7 @@ def test_efficientnet_lite0_equals_a_plain_forward_with_hooks(lite0, photos) -> 
         torch.stack([lite0.preprocessing.resize_crop(photo) for photo in photos[:2]])
     )
     inner = ["blocks.0", "blocks.4.depthwise.conv", "head"]
-    reference = type(lite0.module)()
+    reference = EfficientNetLiteNetwork(LITE["efficientnet_lite0"])
     reference.load_state_dict(lite0.module.state_dict())
     expected = forward_with_hooks(reference.eval(), images, "classifier", inner)
     kept = lite0.graph([lite0.bottleneck, *inner])(images)

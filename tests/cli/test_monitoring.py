@@ -49,6 +49,7 @@ def test_options_of_duplicates_reach_the_verb(verb, call, store):
     assert called.given.pop("store").path == store.path
     assert called.given == {
         "dataset": "d", "node": "a", "backbone": "vgg16", "near": 0.03, "to": "pairs.csv", "raw_ids": True, "silent": True,
+        "label": None, "labels": None, "split_column": None,
     }  # fmt: skip
 
 

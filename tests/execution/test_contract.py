@@ -430,15 +430,15 @@ def test_an_error_while_the_context_is_pickled_comes_as_it_is(executor: Executor
 def test_a_context_whose_code_is_missing_is_refused(
     executor: Executor, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "only_here.py").write_text("class Thing: pass")
+    (tmp_path / "only_at_the_client.py").write_text("class Thing: pass")
     with monkeypatch.context() as path:
         path.syspath_prepend(tmp_path)
-        import only_here
+        import only_at_the_client
     try:
-        with pytest.raises(ClusterError, match=r"lacks what the work needs: .*only_here"):
-            list(executor.map(square, [1], context=only_here.Thing()))
+        with pytest.raises(ClusterError, match=r"lacks what the work needs: .*only_at_the_client"):
+            list(executor.map(square, [1], context=only_at_the_client.Thing()))
     finally:
-        del sys.modules["only_here"]
+        del sys.modules["only_at_the_client"]
 
 
 @ELSEWHERE

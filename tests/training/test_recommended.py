@@ -68,7 +68,7 @@ def test_without_a_comparison_the_message_says_how_to_make_one(split_zoo, tmp_pa
     split_zoo.write([*split_zoo.images("train", 30), *split_zoo.images("test", 10)], fields=OTHER)
     (other,) = {s.fingerprint for s in split_zoo.store.spaces()} - {split_zoo.store.spaces()[0].fingerprint}
     recommend(split_zoo.store, "zoo", "a:gap", split_zoo.store.spaces()[0].fingerprint)
-    with pytest.raises(UsageError, match=f"the layers of {other} have not been compared on dataset zoo"):
+    with pytest.raises(UsageError, match=f"the layers of {other} for classes have not been compared on dataset zoo"):
         train(split_zoo.store, nodes="recommended", backbone=other, out=tmp_path / "bundle", silent=True)
     with pytest.raises(UsageError, match="unknown column 'recommended'"):  # it is a column, not one of several
         train(split_zoo.store, nodes=["recommended", "a:gap"], backbone=other, out=tmp_path / "bundle", silent=True)
