@@ -5,6 +5,7 @@ import shutil
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -74,6 +75,40 @@ def test_all_numbers_are_those_of_a_local_comparison(pictures, local, dask_execu
     assert all(column["ms_per_image"] > 0 for column in answer["columns"])
     assert answer["provenance"]["exit_code"] == 0
     assert len(answer["provenance"]["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [
+        ("multilabel", {"multilabel": ["left", "even"], "heads": ["logistic"]}),
+        ("continuous", {"target": "age", "heads": ["ridge"]}),
+    ],
+)
+def test_several_labels_and_numbers_of_groups_are_those_of_a_local_comparison(
+    local, dask_executor, tmp_path, kind, roles
+):
+    ids = [f"{'left' if number % 2 else 'upper'}/{number:03d}.png" for number in range(48)]
+    labels = pa.table(
+        {
+            "id": ids,
+            "left": ["" if number < 4 else str(number % 2) for number in range(48)],  # unknown of the first
+            "even": [str(int(number % 3 == 0)) for number in range(48)],
+            "age": [str(number % 2 + number / 100) for number in range(48)],
+            "group": [f"g{number // 2}" for number in range(48)],
+        }
+    )
+    same = (
+        {name: OPTIONS[name] for name in ("dataset", "nodes", "folds", "silent")}
+        | roles
+        | {"labels": labels, "seeds": 1}
+    )
+    answers = []
+    for name, options in (("here", {"jobs": 1}), ("there", {"cluster": dask_executor})):
+        shutil.copytree(local[1], tmp_path / name)
+        answers.append(depth(FeatureStore(tmp_path / name), **options, **same))
+    here, there = answers
+    assert here["target_type"] == kind
+    assert numbers(there) == numbers(here)
 
 
 @pytest.mark.slow

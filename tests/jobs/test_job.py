@@ -256,6 +256,10 @@ def test_what_cannot_be_read(problems, tmp_path):
         ('[drift]\nreference = "yesterday"', "drift.reference = 'yesterday': unknown reference 'yesterday'; choices: previous, "
                                              "first; or the run id of a snapshot, such as 2026"),
         ("[drift]\ncolumns = []", "drift.columns = []: must not be empty"),
+        ('nodes = ["layer3", "bottleneck"]\n[depth]\ntarget = "age"\nmultilabel = ["a"]',
+         "depth: target and multilabel are two kinds of target"),
+        ('nodes = ["layer3", "bottleneck"]\n[depth]\ntarget = "age"\nheads = ["logistic"]',
+         "depth: head 'logistic' learns multiclass and multilabel"),
         ('[depth]\nheads = ["logistic", "tree"]', "depth.heads = ['logistic', 'tree']: unknown head 'tree'; choices: "),
     ],
 )  # fmt: skip
