@@ -192,8 +192,8 @@ _CONTINUOUS = (
     HeadFamily(
         "kernel-ridge",
         "least squares in the space of a Gaussian kernel, exact, up to 20,000 rows",
-        _ours("kernel_ridge", "BlockKernelRidge"),
-        _ours("kernel_ridge", "BlockKernelRidge"),
+        _ours("kernel", "BlockKernelRidge"),
+        _ours("kernel", "BlockKernelRidge"),
         _grid(alpha=(0.01, 0.1, 1.0, 10.0), gamma_factor=(0.1, 0.3, 1.0, 3.0)),
         bytes_per_value=16,
         out_of_core=False,
