@@ -18,8 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import ClusterError, UsageError
-from featurepipe.execution.gang import gang_run
-from featurepipe.execution.row_shard import Change, PlacedShard, Placement, ask, begin, keep, packed, same, unpacked
+from featurepipe.execution.row_shard import (
+    Change,
+    PlacedShard,
+    Placement,
+    ask,
+    begin,
+    gang_run,
+    keep,
+    packed,
+    same,
+    unpacked,
+)
 from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
 from featurepipe.store.views import FeatureSet
 
@@ -133,7 +143,7 @@ class WorkerRowShards:
     def gang_run(
         self, work: Callable[..., Any], rendezvous: Callable[[str, int], Any], *others: WorkerRowShards
     ) -> list[Any]:
-        """Has all workers work at the same time; see `featurepipe.execution.gang`."""
+        """Has all workers work at the same time; see `featurepipe.execution.row_shard`."""
         return gang_run(self.pool, work, rendezvous, [rows.whole for rows in (self, *others)])
 
     def _until_done(self, attempt: Callable[[], Any]) -> Any:

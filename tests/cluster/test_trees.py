@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.execution import connect, spread
-from featurepipe.execution.gang import TRIES, gang_run
+from featurepipe.execution.row_shard import TRIES, gang_run
 from featurepipe.heads import BoostedTrees, make_head
 from featurepipe.training.train import train
 
