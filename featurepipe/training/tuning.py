@@ -185,7 +185,7 @@ def _c_for_each_label(
     task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float]
 ) -> tuple[list[Trial], Mapping[str, Sequence[float]]]:
     """Trials of one C for all labels, and the C of each label with the best average precision on the folds."""
-    from featurepipe.heads.label_tuning import tune_labels
+    from featurepipe.heads.multilabel import tune_labels
 
     rows, folds = _pool(folds, parts=2)
     blocks = task.cost.solver == "blocks"

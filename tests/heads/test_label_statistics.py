@@ -11,8 +11,8 @@ from sklearn.svm import LinearSVC
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.label_calibration import choose_thresholds, fit_sigmoids, unreached_text
-from featurepipe.heads.label_tuning import VOC07, tune_labels, unit_rows, voc07_head
 from featurepipe.heads.linear.multilabel import MultilabelLinearSVC, MultilabelLogisticRegression
+from featurepipe.heads.multilabel import VOC07, tune_labels, unit_rows, voc07_head
 from featurepipe.heads.statistics.multilabel import average_precisions, label_table, labels_text
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.heads.statistics.similarity import linear_cka

@@ -20,7 +20,7 @@ from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.text import bundle_text, describe_bundle, labels_calibration_text
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_calibration import label_calibration_errors
-from featurepipe.heads.label_tuning import VOC07, unit_rows, voc07_head
+from featurepipe.heads.multilabel import VOC07, unit_rows, voc07_head
 from featurepipe.heads.sampling import fold_numbers
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.monitoring.drift import drift
