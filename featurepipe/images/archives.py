@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from featurepipe.display import counted
 from featurepipe.errors import Reject, SourceError
-from featurepipe.images.blobs import Blob, FailedRead, ShortRead, gunzip, reading
+from featurepipe.images.blobs import BLOCK, Blob, FailedRead, ShortRead, TarHeader, gunzip, headers, reading
 from featurepipe.images.budgets import check_bytes
 from featurepipe.images.files import unreadable
 from featurepipe.images.listing import (
@@ -37,7 +37,6 @@ from featurepipe.images.listing import (
     table_of,
 )
 from featurepipe.images.source import Source
-from featurepipe.images.tar_headers import BLOCK, TarHeader, headers
 
 LABEL_SUFFIXES: Final = (".cls", ".json")
 
