@@ -149,6 +149,10 @@ class ManifestSource(Source):
         content = read_file(path, size, redirects=self.only_under is None)
         return content if box is None else Region(content, box)
 
+    def written_path(self, locator: bytes) -> str | None:
+        """The path as the manifest has it, of an image's locator without a box; None where an archive has the image."""
+        return None if self.archive is not None else printable(os.fsdecode(size_and_path(locator)[1]))
+
     def head(self, locator: bytes, size: int) -> bytes:
         """The first bytes of an image; see :meth:`Source.head`."""
         if self.archive is not None:

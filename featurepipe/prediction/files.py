@@ -76,7 +76,8 @@ def schema_of(classes: Sequence[str]) -> pa.Schema:
 REGION_FIELDS = (pa.field("image", pa.string()), pa.field("box", pa.string()))
 """The further columns of a file of predictions of regions, after the id.
 
-``image``, the id of the whole image; ``box``, ``x y w h`` in the unit in which it was given, empty for a whole image.
+``image``, the path of the whole image as a manifest has it, of other sources its id; ``box``, ``x y w h`` in the unit in which
+it was given, empty for a whole image.
 """
 
 
@@ -87,11 +88,18 @@ def has_regions(listing: pa.Table) -> bool:
     return any(split_region(locator)[1] is not None for locator in marked.to_pylist())
 
 
-def with_regions(batch: pa.RecordBatch, locators: Sequence[bytes]) -> pa.RecordBatch:
-    """Rows of a file of predictions with `REGION_FIELDS`."""
-    boxes = [split_region(locator)[1] for locator in locators]
+def with_regions(
+    batch: pa.RecordBatch, locators: Sequence[bytes], path_of: Callable[[bytes], str | None] | None = None
+) -> pa.RecordBatch:
+    """Rows of a file of predictions with `REGION_FIELDS`; ``path_of`` an image's locator is its path, or None for the id."""
+    found = [split_region(locator) for locator in locators]
+    boxes = [box for _, box in found]
     ids = batch.column("id").to_pylist()
-    images = [id_ if box is None else id_.rpartition("#")[0] for id_, box in zip(ids, boxes, strict=True)]
+    paths = [None if path_of is None else path_of(image) for image, _ in found]
+    images = [
+        path or (id_ if box is None else id_.rpartition("#")[0])
+        for id_, box, path in zip(ids, boxes, paths, strict=True)
+    ]
     texts = [None if box is None else " ".join(box.text.split(" ")[:4]) for box in boxes]
     columns = [pa.array(images, pa.string()), pa.array(texts, pa.string())]
     return pa.RecordBatch.from_arrays(

@@ -22,6 +22,7 @@ from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.images.listing import ListingSummary
+from featurepipe.images.manifest import ManifestSource
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.files import (
@@ -171,7 +172,11 @@ def predict(
         check_top(top, prediction.bundle)
         with show(listing.num_rows, "predict", silent=silent) as progress:
             run = partial(prediction.run, found, listing, stop, progress)
-            predictions = _write_all(run, listing, prediction.bundle, target, stop, raw_ids=raw_ids, top=top)
+            # ids of a manifest's own may differ from its paths, and the written file is to be a manifest again
+            path_of = found.written_path if type(found) is ManifestSource else None
+            predictions = _write_all(
+                run, listing, prediction.bundle, target, stop, raw_ids=raw_ids, top=top, path_of=path_of
+            )
     record = {
         "command": "predict",
         "bundle": None if bundle is None else bundle.family if isinstance(bundle, Bundle) else str(bundle),
@@ -213,6 +218,7 @@ def _write_all(
     *,
     raw_ids: bool,
     top: int | None,
+    path_of: Callable[[bytes], str | None] | None,
 ) -> Predictions:
     """Writes and counts rows as they come, in the listing's order; the file appears when all are there."""
     predictions, start, ids = Predictions(), time.perf_counter(), listing["id"]
@@ -229,7 +235,7 @@ def _write_all(
                 began = time.perf_counter()
                 batch = rows.rows_of_file(ids, bundle, top)
                 if regions:
-                    batch = with_regions(batch, listing["locator"].take(pa.array(rows.numbers)).to_pylist())
+                    batch = with_regions(batch, listing["locator"].take(pa.array(rows.numbers)).to_pylist(), path_of)
                 write(batch)
                 predictions.writing += time.perf_counter() - began
 

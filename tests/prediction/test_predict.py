@@ -476,3 +476,16 @@ def test_boxes_are_written_beside_their_ids(album, written, tmp_path, suffix):
         [region(album.root / name, boxes[0]), region(album.root / name, boxes[2])]
     )
     assert list(found) == [rows[0]["label"], rows[2]["label"]]
+
+
+def test_a_file_of_boxes_is_a_manifest_again_where_ids_are_not_paths(album, written, tmp_path):
+    name, bundle = album.features().ids[0], written()
+    manifest = tmp_path / "boxes.csv"
+    manifest.write_text(f"id,path,box\nanimal,{name},0 0 44 36\nother,{name},\n")
+    for night in range(3):
+        to = tmp_path / f"p{night}.csv"
+        record = predict(bundle, manifest, to, images=album.root, **OPTIONS)
+        assert record["counts"] == {"listed": 2, "predicted": 2, "rejected": 0}
+        with to.open(encoding="utf-8", newline="") as file:
+            assert [row["image"] for row in csv.DictReader(file)] == [name, name]
+        manifest = to
