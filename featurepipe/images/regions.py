@@ -121,7 +121,9 @@ class Box:
         scale = (float(width), float(height)) if self.unit == "share" else (1.0, 1.0)
         x, y, w, h = self.x * scale[0], self.y * scale[1], self.w * scale[0], self.h * scale[1]
         if w < LEAST or h < LEAST:
-            raise Reject(f"box: {self} is {w:g} x {h:g} pixels, less than one, of an image of {width} x {height}")
+            may_be_shares = self.unit == "pixels" and max(self.x + self.w, self.y + self.h) <= 1
+            hint = "; for shares of the image give box_unit 'share'" if may_be_shares else ""
+            raise Reject(f"box: {self} is {w:g} x {h:g} pixels, less than one, of an image of {width} x {height}{hint}")
         for start, size, limit in ((x, w, width), (y, h, height)):
             if min(start + size, limit) - max(start, 0.0) < LEAST:
                 raise Reject(f"box: {self} lies outside the image of {width} x {height} pixels")

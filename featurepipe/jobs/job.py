@@ -148,7 +148,8 @@ class BaseTable(BaseModel, frozen=True):
         one = declared(cls).get(info.field_name or "")
         if one is None:
             return given
-        value = listed(given) if tuple in one.types else one.read_from(given)
+        reads = isinstance(given, str) and one.read is not None and not one.repeated  # as the command line does
+        value = listed(given) if tuple in one.types and not reads else one.read_from(given)
         if tuple in one.types and not isinstance(value, tuple):
             return value  # pydantic says that it must be an array
         if one.choices and value is not None and value not in one.choices:

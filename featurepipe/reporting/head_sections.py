@@ -77,10 +77,19 @@ def _answer(document: Document) -> Section | None:
     figures = (
         ("Accuracy", percent(accuracy["value"]), bounds),
         ("Balanced accuracy", percent(balanced.get("value")), interval(balanced.get("low"), balanced.get("high"))),
+        *_kappa_figure(metrics.get("quadratic_kappa")),
         ("Classes", count(len(bundle.get("classes") or [])), ""),
-        ("Trained on", count(bundle.get("seen")), "images"),
+        ("Trained and calibrated on", count(bundle.get("seen")), "different images"),
     )
     return Section("answer", "Answer", [Prose((sentence,)), Figures(figures)])
+
+
+def _kappa_figure(kappa: Document | None) -> list[tuple[str, str, str]]:
+    """The measure of ordered classes, if they are."""
+    if not kappa:
+        return []
+    bounds = ", ".join(plain(kappa[name]) for name in ("low", "high") if kappa.get(name) is not None)
+    return [("Weighted kappa", plain(kappa["value"]), f"95\u00a0% interval {bounds}" if bounds else "")]
 
 
 def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document) -> Section:
@@ -109,7 +118,7 @@ def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document
                     f"{_bounds_of(metrics['coverage'])}{width}",
                 )
             )
-    figures.append(("Trained on", count(bundle.get("seen")), "images"))
+    figures.append(("Trained and calibrated on", count(bundle.get("seen")), "different images"))
     return Section("answer", "Answer", [Prose((sentence,)), Figures(tuple(figures))])
 
 

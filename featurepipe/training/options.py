@@ -209,13 +209,13 @@ class FitOptions(RoleOptions):
                         )
                     )
             return
+        if self.target is not None:
+            other = Option("target")
+            raise UsageError(Message(threshold, " is about two classes, not about ", other, ": give one of them"))
         if self.positive is None and not self.multilabel:
             raise UsageError(
                 Message(threshold, " needs the class that is looked for: name it with ", Option("positive"))
             )
-        if self.target is not None:
-            other = Option("target")
-            raise UsageError(Message(threshold, " is about two classes, not about ", other, ": give one of them"))
         if self.threshold_margin and not Wish.of(self.threshold).has_margin:
             what = "a cost" if Wish.of(self.threshold).aim == "cost" else "the largest F1"
             margin = Option("threshold_margin", value=True)

@@ -191,6 +191,16 @@ def test_braces_in_the_folder_are_no_placeholders(tmp_path):
     assert predict.file(date="d", run="r", job="j") == folder / "r.csv"
 
 
+def test_columns_and_orders_are_read_as_on_the_command_line(tmp_path):
+    lines = (
+        '[[train]]\nout = "b"\nmultilabel = "nodule, line"\n[[train]]\nout = "c"\nordered = "mild<moderate<severe"\n'
+    )
+    (tmp_path / "job.toml").write_text(LEAST + lines)
+    labels, grades = read_job(tmp_path / "job.toml").train
+    assert labels.multilabel == ("nodule", "line")
+    assert grades.ordered == ("mild", "moderate", "severe")
+
+
 @pytest.mark.parametrize("name", ["nightly.toml", "layer_depth.toml", "train_heads.toml"])
 def test_the_jobs_to_copy_can_be_read(name):
     read_job(Path(__file__).parents[2] / "pipelines" / name)
