@@ -56,6 +56,7 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 former_modules(
     __name__,
     {
+        "identity": "space",
         "labelled_images": "labels",
         "origin": "space",
         "part_files": "rows",

@@ -256,6 +256,7 @@ def test_pickles_name_the_modules_of_before(wide, expected):
     for name, now, before in (
         ("WideRows", "rows", "wide_rows"),
         ("PartColumn", "rows", "part_files"),
+        ("Origin", "space", "identity"),
         ("Origin", "identity", "origin"),
     ):
         assert f"cfeaturepipe.store.{now}\n{name}\n".encode() in content
