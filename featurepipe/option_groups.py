@@ -192,6 +192,12 @@ def is_bytes(value: Any, kind: Any = Real) -> bool:
         return False
 
 
+def is_memory(value: Any) -> str | None:
+    """The check of an amount of memory."""
+    right = is_bytes(value, (int, float))
+    return None if right else "is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
+
+
 def is_text(value: Any) -> str | None:
     """The check of a text."""
     return None if isinstance(value, str) else "must be text"

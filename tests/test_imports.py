@@ -95,6 +95,10 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(statement):
     assert loaded(statement) == "[]"
 
 
+def test_evaluating_stored_features_loads_no_torch():
+    assert "torch" not in loaded("import featurepipe.evaluation.evaluate")
+
+
 def test_processes_that_fit_heads_load_no_torch():
     """Each of them imports the module of the function that it is given; PyTorch would take 3 s and 200 MB in each."""
     assert "torch" not in loaded("import featurepipe.layer_depth.measure, featurepipe.training.trials")

@@ -20,13 +20,11 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
-from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
+from featurepipe.heads.bundle.files import AS_IT_IS, CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import score_table
-from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.from_store import features_at, features_for
-from featurepipe.prediction.own_classes import AS_IT_IS, LabelsOfClasses, stored_classifier
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
@@ -141,6 +139,8 @@ def evaluate(
         )
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
     if bundle is None:
+        from featurepipe.prediction.own_classes import stored_classifier  # a bundle is evaluated without loading torch
+
         _, model = stored_classifier(source, dataset or source.only_dataset(), str(backbone), weights)
     else:
         _check_only_own(options)
@@ -229,16 +229,13 @@ def _evaluate_classes(asked: _Asked) -> dict[str, Any]:
     )
     if (len(model.classes) == 2 and options.bootstrap) or options.positive is not None:
         metrics["screening"] = model.screening(probabilities, chosen.codes, groups, positive=options.positive)
-    return _record(
-        asked, chosen.features, metrics,
-        split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
-        groups=None if groups is None else len({name for name in groups if name is not None}),
-        leaks=_leaks(asked, chosen.features, called == chosen.codes),
-    )  # fmt: skip
+    return _record_of_classes(asked, chosen, metrics, called)
 
 
 def _evaluate_own(asked: _Asked) -> dict[str, Any]:
     """Scores a network's own classes against the user's labels; see ``evaluate``."""
+    from featurepipe.prediction.own_classes import LabelsOfClasses
+
     model, options = asked.model, asked.options
     asked = asked.with_roles(RowOptions.of(options))
     there = [str(label) for label in asked.features.classes]
@@ -271,13 +268,6 @@ def _evaluate_own(asked: _Asked) -> dict[str, Any]:
     )  # fmt: skip
     strange = np.flatnonzero(called == len(means.labels))
     answers = Counter(model.classes[k] for k in np.where(means.places < 0, scores[strange], -np.inf).argmax(axis=1))
-    groups = chosen.features.groups
-    record = _record(
-        asked, chosen.features, metrics,
-        split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
-        groups=None if groups is None else len({name for name in groups if name is not None}),
-        leaks=_leaks(asked, chosen.features, called == chosen.codes),
-    )  # fmt: skip
     own = {
         "matched": matched,
         "unmatched": unmatched,
@@ -286,7 +276,20 @@ def _evaluate_own(asked: _Asked) -> dict[str, Any]:
         "among_labels": options.among_labels,
         "answers": dict(answers.most_common()),
     }
-    return {**record, "own_classes": own}
+    return {**_record_of_classes(asked, chosen, metrics, called), "own_classes": own}
+
+
+def _record_of_classes(
+    asked: _Asked, chosen: Chosen, metrics: dict[str, Any], called: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """The record of an evaluation of classes; ``called`` are the positions of the answers among the classes."""
+    groups = chosen.features.groups
+    return _record(
+        asked, chosen.features, metrics,
+        split=chosen.split, scope=chosen.scope, images=chosen.images, unlabelled=chosen.unlabelled, unknown=chosen.unknown,
+        groups=None if groups is None else len({name for name in groups if name is not None}),
+        leaks=_leaks(asked, chosen.features, called == chosen.codes),
+    )  # fmt: skip
 
 
 def _evaluate_numbers(asked: _Asked) -> dict[str, Any]:
@@ -355,16 +358,8 @@ def _evaluate_labels(asked: _Asked) -> dict[str, Any]:
     chosen, truth = candidates.take(rows), truth[rows]
     with asked.scored(chosen, scope) as scored:
         scores = model.scores(scored)
-    metrics = label_table(
-        scores,
-        truth,
-        model.classes,
-        thresholds=model.thresholds,
-        groups=chosen.groups,
-        ids=chosen.ids,
-        probabilities=model.label_probabilities(scores),
-        bootstrap=options.bootstrap,
-        seed=options.seed,
+    metrics = model.label_measures(
+        scores, truth, chosen.groups, chosen.ids, bootstrap=options.bootstrap, seed=options.seed
     )
     looked_for = options.positive or (model.looked_for if options.bootstrap else None)
     if looked_for is not None:

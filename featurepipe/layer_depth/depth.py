@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from featurepipe.execution.dask import executor_on
@@ -26,6 +25,7 @@ from featurepipe.reporting.report import check_target
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
+from featurepipe.training.settle import compared_labels
 
 
 @starts_again
@@ -166,7 +166,7 @@ def depth(
             answer = document(
                 study, found, journal, measured, joined, recommended,
                 timing=TimedForward(executor, found.timing()), executor=executor,
-                labels_name=_name_of(labels), with_map=report is not None, say=say, progress=progress,
+                labels_name=compared_labels(labels), with_map=report is not None, say=say, progress=progress,
             )  # fmt: skip
     answer["provenance"] = {**provenance(study, found, clock.seconds, command), "options": as_asked(options)}
     found.store.write_depth(answer)
@@ -200,13 +200,6 @@ def _measure_joined(
     alone = study.with_heads([head])
     with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
         return run(alone, [(PRETRAINED, columns) for columns in sets], progress=progress)
-
-
-def _name_of(labels: Any) -> str | None:
-    """What the record says of labels of the user's own."""
-    if labels is None:
-        return None
-    return Path(labels).name if isinstance(labels, str | PathLike) else type(labels).__name__
 
 
 def _measurements(found: Extracted, protocol: Protocol) -> int:

@@ -51,11 +51,6 @@ class ComparisonOptions(RoleOptions):
                 raise refuse_weights(head, "weight", self.target_type)
 
     @property
-    def target_type(self) -> str:
-        """What is learned of an image, a key of `featurepipe.heads.families.FAMILIES`."""
-        return "continuous" if self.target is not None else "multilabel" if self.multilabel else "multiclass"
-
-    @property
     def families(self) -> tuple[str, ...]:
         """The heads to measure with."""
         return self.heads or (("ridge",) if self.target_type == "continuous" else ("logistic",))

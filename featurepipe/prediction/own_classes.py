@@ -29,14 +29,13 @@ from featurepipe.features.options import AUTO, Options
 from featurepipe.features.session import Session, settle_machine_for
 from featurepipe.features.settings import SETTINGS, resolve
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.heads.bundle.files import AS_IT_IS
 from featurepipe.heads.linear.linear_map import head_of_map
 from featurepipe.images import Source
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.shards import Prediction
 from featurepipe.store import FeatureStore, fingerprint
 
-AS_IT_IS = "as_it_is"
-"""What a bundle's ``training`` says of a head that is a network's own classifier."""
 TOP = 5
 """Classes of each image that are written by default."""
 PROBES = 3

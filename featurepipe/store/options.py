@@ -160,6 +160,11 @@ class RoleOptions(RowOptions):
             first, other = (Option(name) for name in kinds[:2])
             raise UsageError(Message(first, " and ", other, " are two kinds of target; give one of them"))
 
+    @property
+    def target_type(self) -> str:
+        """What is learned of an image, a key of `featurepipe.heads.families.FAMILIES`."""
+        return "continuous" if self.target is not None else "multilabel" if self.multilabel else "multiclass"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(RoleOptions, LabelsOption, SplitOption, SpaceOption, DatasetOption):

@@ -136,6 +136,27 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
         ``level``, ``half_width`` in the target's unit, the ``images`` (and ``groups``) that gave it, and ``refitted``; None where
         there are too few.
     """
+
+    def predicted() -> Array:
+        head = fit(task, recipe, task.division.train)
+        with refusals(recipe.head):
+            return predicted_numbers(head, task.rows(task.division.validation))
+
+    return interval_of(task, predicted, refitted=task.division.is_carved, say=say)
+
+
+def interval_of(
+    task: Task, predict: Callable[[], Array], *, refitted: bool, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Prediction intervals from the validation rows; see `prediction_interval`.
+
+    Args:
+        task: what was settled.
+        predict: gives the (m,) predictions of the validation rows, by a head that has not learned from them; not called where
+            there are too few.
+        refitted: whether the bundle's head has learned from them.
+        say: told where they are few.
+    """
     rows = task.division.validation
     groups = task.features.take(rows).groups
     units = len(rows) if groups is None else len(np.unique(units_of(groups, len(rows))))
@@ -146,10 +167,7 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
             "give more images, or more of them in a split val"
         )
         return None
-    head = fit(task, recipe, task.division.train)
-    with refusals(recipe.head):
-        predicted = predicted_numbers(head, task.rows(rows))
-    half_width = conformal_half_width(predicted, task.answers(rows), level=INTERVAL_LEVEL, groups=groups)
+    half_width = conformal_half_width(predict(), task.answers(rows), level=INTERVAL_LEVEL, groups=groups)
     if units < ENOUGH:
         say(
             f"{units:,} {what} are few for prediction intervals: their share of true numbers varies around {INTERVAL_LEVEL:g}"
@@ -159,7 +177,7 @@ def prediction_interval(task: Task, recipe: Recipe, say: Callable[[str], None]) 
         "half_width": half_width,
         "images": len(rows),
         **({} if groups is None else {"groups": units}),
-        "refitted": task.division.is_carved,
+        "refitted": refitted,
     }
 
 
@@ -203,9 +221,24 @@ def calibrate_labels(
     truth = np.full((len(rows), len(task.classes)), np.nan)
     padded = np.zeros(truth.shape)
     padded[:, learned], truth[:, learned] = scores, task.answers(rows)[:, learned]
+    return labels_calibrated(task, padded, truth, say, wish=wish, margin=margin, sigmoids=sigmoids)
+
+
+def labels_calibrated(
+    task: Task,
+    scores: Array,
+    truth: Array,
+    say: Callable[[str], None],
+    *,
+    wish: Wish = LARGEST_F1,
+    margin: bool = False,
+    sigmoids: bool = True,
+) -> dict[str, Any]:
+    """Calibrates each label by the scores (m, K) and labels (m, K) of the validation rows; see `calibrate_labels`."""
+    rows = task.division.validation
     groups = task.features.take(rows).groups
     found = calibrated_labels(
-        padded,
+        scores,
         truth,
         task.classes,
         wish,

@@ -12,7 +12,7 @@ from typing import Any
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES, PROTOCOLS
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.option_groups import OptionGroup, at_least, by_commas, is_bytes, is_number, is_text, not_empty, option
+from featurepipe.option_groups import OptionGroup, at_least, by_commas, is_memory, is_number, is_text, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
@@ -54,14 +54,6 @@ def components(given: Any) -> Any:
     """A number of components, or a share of the variance, that may be written as text; a whole number also as a float."""
     value = value_of(given) if isinstance(given, str) else given
     return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
-
-
-def _memory(given: Any) -> str | None:
-    return (
-        None
-        if is_bytes(given, (int, float))
-        else "is no amount of memory; give bytes or text such as '512MB', '2GB', '1.5GiB'"
-    )
 
 
 def _aim(given: Any) -> str | None:
@@ -169,7 +161,7 @@ class FitOptions(RoleOptions):
     )
     memory: int | float | str | None = option(
         None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",
-        metavar="AMOUNT", check=_memory,
+        metavar="AMOUNT", check=is_memory,
     )  # fmt: skip
     jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1, 1024))
     seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))
@@ -246,12 +238,9 @@ class FitOptions(RoleOptions):
 
     @property
     def target_type(self) -> str:
-        """A key of `featurepipe.heads.families.FAMILIES`."""
-        if self.multilabel:
-            return "multilabel"
-        if self.ordered is not None:
-            return "ordinal"
-        return "multiclass" if self.target is None else "continuous"
+        """What is learned of an image, a key of `featurepipe.heads.families.FAMILIES`; classes may be in an order."""
+        found = super().target_type
+        return "ordinal" if self.ordered is not None and found == "multiclass" else found
 
 
 @dataclass(frozen=True, kw_only=True)

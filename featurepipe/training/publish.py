@@ -31,7 +31,7 @@ from featurepipe.heads.bundle.files import (
     check_bundle_target,
 )
 from featurepipe.heads.statistics.metrics import score_table, untested_text
-from featurepipe.heads.statistics.multilabel import label_table, unmeasured_text
+from featurepipe.heads.statistics.multilabel import unmeasured_text
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.records import now
 from featurepipe.store import Space
@@ -423,17 +423,7 @@ def _tested_labels(bundle: Bundle, task: Task) -> dict[str, Any] | None:
         return None
     tested = task.features.take(rows)
     scores, truth = bundle.scores(task.rows(rows)), task.answers(rows)
-    found = label_table(
-        scores,
-        truth,
-        bundle.classes,
-        thresholds=bundle.thresholds,
-        groups=tested.groups,
-        ids=tested.ids,
-        probabilities=bundle.label_probabilities(scores),
-        seed=task.seed,
-        plots=False,
-    )
+    found = bundle.label_measures(scores, truth, tested.groups, tested.ids, seed=task.seed, plots=False)
     if bundle.looked_for is not None:
         found |= bundle.label_screening(bundle.looked_for, scores, truth, tested.groups, curves=False)
     return found

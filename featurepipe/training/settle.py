@@ -398,7 +398,7 @@ def check_same_task(
     ) if names]  # fmt: skip
     if differ:
         say(f"the recommendation is of other classes: {', '.join(differ)}; if that matters, {again}")
-    own = _name_of(labels)
+    own = compared_labels(labels)
     if own != comparison.get("labels"):
         say(
             f"the recommendation was made with the labels of {comparison.get('labels') or 'the dataset'}, not of "
@@ -414,8 +414,8 @@ def _with_labels_of(comparison: Mapping[str, Any]) -> str:
     return f" with the labels of {comparison['labels']}" if comparison.get("labels") else ""
 
 
-def _name_of(labels: Any) -> str | None:
-    """As the comparison's document has it."""
+def compared_labels(labels: Any) -> str | None:
+    """What the document of a comparison of layers says of labels of the user's own."""
     if labels is None:
         return None
     return Path(labels).name if isinstance(labels, str | PathLike) else type(labels).__name__

@@ -170,7 +170,7 @@ def finetune_text(found: Mapping[str, Any]) -> str:
         f"{_tuned(tuning)}, {spoken(found['seconds'])} in all",
         f"ended after {len(run['history']) - 1} epochs{several}: {run['ended']}",
         _epochs(run["history"], tuning["measure"]),
-        _mixes(tuning),
+        mix_text({float(share): score for share, score in tuning["mixes"].items()}, tuning["mix"], tuning["measure"]),
         *tested_lines(found),
         f"bundle {found['bundle']}",
     ]
@@ -198,12 +198,12 @@ def _epochs(history: list[Mapping[str, Any]], measure: str) -> str:
     return table(["epoch", "loss", "validation loss", f"validation {measure}"], rows)
 
 
-def _mixes(tuning: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{float(share):.0%} {score:.4f}" for share, score in tuning["mixes"].items())
-    if not tuning["mix"]:
+def mix_text(mixes: Mapping[float, float], mix: float, measure: str) -> str:
+    """Which share of the tuned weights is kept, and how good each was on the validation images."""
+    shown = ", ".join(f"{share:.0%} {score:.4f}" for share, score in mixes.items())
+    if not mix:
         return (
-            f"kept: the frozen network, which is best on the validation images ({tuning['measure']} by share of the tuned "
-            f"weights: {shown}); tuning gained nothing there"
+            f"kept: the frozen network, which is best on the validation images ({measure} by share of the tuned weights: "
+            f"{shown}); tuning gained nothing there"
         )
-    measure, mix = tuning["measure"], tuning["mix"]
     return f"kept: {mix:.0%} of the tuned weights (validation {measure} by share of the tuned weights: {shown})"

@@ -228,7 +228,7 @@ def train(
         seconds = time.perf_counter() - start
         record = publish(
             folder, Network.of(space), task, chosen, fitted, inputs=inputs,
-            search=found, calibration=calibrated, weights=own_weights, labels=_name_of(labels), column=target,
+            search=found, calibration=calibrated, weights=own_weights, labels=labels_name(labels), column=target,
             multilabel=options.multilabel or (), threshold=cut, positive=positive if task.is_multilabel else None,
             roles=roles_asked(options),
             seconds=seconds, say=say,
@@ -243,7 +243,7 @@ def roles_asked(options: RoleOptions) -> dict[str, Any]:
     return {name: column for name, column in asked.items() if column and not (name == "group" and is_file)}
 
 
-def _name_of(labels: Any) -> str | None:
+def labels_name(labels: Any) -> str | None:
     """What a bundle may say of the labels it was trained with: a file's name, not where it is."""
     if labels is None:
         return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +24,7 @@ from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.display import bytes_of, size
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.settings import Settings
-from featurepipe.heads.calibration import calibrated_labels
 from featurepipe.heads.linear.linear_map import head_of_map, linear_map
-from featurepipe.heads.statistics.regression import conformal_half_width, least_units
 from featurepipe.interrupt import StopRequest, stop_on_signals
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.progress import announcer, show
@@ -36,12 +35,13 @@ from featurepipe.store.options import LabelsOption, RoleOptions, columns_of
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.training.fit import INTERVAL_LEVEL, LARGEST_F1, HeldOut, calibrate, fit
+from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
 from featurepipe.training.publish import Inputs, Network, bundle_target, digest_of, publish
 from featurepipe.training.settle import settle_rows
 from featurepipe.training.task import Recipe, Task
-from featurepipe.training.train import roles_asked
+from featurepipe.training.text import mix_text
+from featurepipe.training.train import labels_name, roles_asked
 from featurepipe.training.tuning import search
 from featurepipe.tuning.loop import (
     Model,
@@ -50,6 +50,7 @@ from featurepipe.tuning.loop import (
     Tuning,
     TuningCheckpoint,
     TuningObjective,
+    TuningRun,
     identity_of,
     score_rows,
     tune,
@@ -176,8 +177,7 @@ def finetune(
         mixes = _mixes(work, model, frozen, best.best, MIXES if options.interpolate else MIXES[:: len(MIXES) - 1])
         share = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
         model.adopt(_mixed(frozen, best.best, share))
-        for line in _mix_lines(mixes, share, work.objective.measure):
-            say(line)
+        say(mix_text(mixes, share, work.objective.measure))
         about = {**work.about(), **_history(runs, best), "mixes": {f"{k:g}": v for k, v in mixes.items()}, "mix": share}
         with TemporaryDirectory() as scratch:
             file = _weights_file(work.backbone, work.tail, Path(scratch))
@@ -240,13 +240,11 @@ class _Work:
             "measure": self.objective.measure,
         }
 
-    @property
+    @cached_property
     def examples(self) -> Activations:
         """The activations by row."""
-        if not hasattr(self, "_examples"):
-            rows = np.union1d(self.task.division.train, self.task.division.validation)
-            self._examples = Activations.of(self.maps, rows, in_memory=self.in_memory)
-        return self._examples
+        rows = np.union1d(self.task.division.train, self.task.division.validation)
+        return Activations(self.maps, self.maps.read(rows=rows) if self.in_memory else None, rows)
 
     def exact_head(self, say: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The head on the frozen bottleneck, its penalty chosen on the validation rows, as an affine map."""
@@ -277,11 +275,6 @@ class Activations:
     held: npt.NDArray[Any] | None
     rows: Rows
 
-    @classmethod
-    def of(cls, maps: FeatureSet, rows: Rows, *, in_memory: bool) -> Activations:
-        """Those of some rows, read once if they shall stay in memory."""
-        return cls(maps, maps.read(rows=rows) if in_memory else None, rows)
-
     def read(self, rows: Rows) -> Tensor:
         """Activations (m, W), float32."""
         if self.held is None:
@@ -305,7 +298,7 @@ def _prepared(source: FeatureStore, options: TuneOptions, *, snapshot: str | Non
         rows=ArrayRows((tail.bottleneck,), np.zeros((len(maps), tail.width), np.float32), np.arange(len(maps))),
         map_shape=None,
     )
-    target_type = "multilabel" if options.multilabel else "continuous" if options.target is not None else "multiclass"
+    target_type = options.target_type
     training = TrainOptions(
         **RoleOptions.of(options).arguments(),
         labels=options.labels,
@@ -337,19 +330,14 @@ def _network(space: Space, options: TuneOptions) -> Backbone:
         UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
     """
     check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
-    description = space.notes.get("backbone", {})
-    label = str(description.get("weights", "DEFAULT"))
-    if description.get("random"):
-        asked = "none"
-    elif label.startswith("file:"):
-        if options.weights is None:
-            raise UsageError(
-                Message(f"the features are of weights of your own ({label}); give them: ", Option("weights", "FILE"))
-            )
-        asked = str(options.weights)
-    else:
-        asked = label
-    network = load_backbone(space.backbone, asked, seed=description.get("seed") or 0)
+    known = Network.of(space).backbone
+    asked = str(options.weights or known["weights"])
+    if asked == "file":
+        label = known["description"]["weights"]
+        raise UsageError(
+            Message(f"the features are of weights of your own ({label}); give them: ", Option("weights", "FILE"))
+        )
+    network = load_backbone(known["name"], asked, seed=known["seed"])
     if network.weights_sha256 != space.fields["weights_sha256"]:
         raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
     return network
@@ -370,7 +358,6 @@ def _tuned(
 ) -> list[Tuning]:
     """One run of the loop for each seed."""
     division, blocks = work.task.division, work.tail.blocks()
-    steps = -(-len(division.train) // options.batch_size) * options.epochs
     facts = {
         "space": work.space.fingerprint,
         "from": work.tail.node,
@@ -380,23 +367,20 @@ def _tuned(
     runs = []
     for number in range(options.seeds):
         what = "tuning" if options.seeds == 1 else f"tuning {number + 1} of {options.seeds}"
+        identity = identity_of({**facts, "run": number})
         model.adopt(frozen)
-        with show(steps, what, unit="steps", silent=silent) as progress:
-            runs.append(
-                tune(
-                    model,
-                    work.examples,
-                    work.objective,
-                    division.train,
-                    division.validation,
-                    options,
-                    blocks=blocks,
-                    seed=options.seed + number,
-                    checkpoint=_checkpoint(folder, number, identity_of({**facts, "run": number})),
-                    stop=stop,
-                    progress=progress,
-                )
-            )
+        run = TuningRun(
+            model,
+            work.examples,
+            work.objective,
+            division.train,
+            division.validation,
+            options,
+            blocks,
+            options.seed + number,
+        )
+        with show(run.steps * options.epochs, what, unit="steps", silent=silent) as progress:
+            runs.append(tune(run, checkpoint=_checkpoint(folder, number, identity), stop=stop, progress=progress))
             progress.say(f"{what} ended: {runs[-1].ended}; best after epoch {runs[-1].epoch}")
     return runs
 
@@ -421,11 +405,6 @@ def _mixes(
         model.adopt(_mixed(frozen, tuned, share))
         found[share] = work.objective.score(score_rows(model, work.examples, rows), rows)
     return found
-
-
-def _mix_lines(mixes: Mapping[float, float], share: float, measure: str) -> list[str]:
-    shown = ", ".join(f"{mix:.0%} {score:.4f}" for mix, score in mixes.items())
-    return [f"validation {measure} by share of the tuned weights: {shown}; kept: {share:.0%}"]
 
 
 def _history(runs: list[Tuning], best: Tuning) -> dict[str, Any]:
@@ -492,7 +471,7 @@ def _published(
     head = head_of_map(work.objective.target_type, task.classes, weight, bias)
     return publish(
         folder, network, task, work.recipe, head, inputs=_inputs(work, options), search=None,
-        calibration=_calibration(task, weight, bias, say), weights=file, labels=_name_of(options.labels),
+        calibration=_calibration(task, weight, bias, say), weights=file, labels=labels_name(options.labels),
         column=options.target, multilabel=options.multilabel or (), threshold=None, positive=None,
         roles=roles_asked(options), seconds=seconds, say=say, tuning=about,
     )  # fmt: skip
@@ -503,19 +482,7 @@ def _calibration(task: Task, weight: npt.NDArray[Any], bias: npt.NDArray[Any], s
     rows = task.division.validation
     scores = task.features.read(np.float64, rows=rows) @ weight.T + bias
     if task.is_multilabel:
-        return {"images": len(rows), **calibrated_labels(scores, task.answers(rows), task.classes, LARGEST_F1)}
+        return labels_calibrated(task, scores, task.answers(rows), say)
     if not task.is_numeric:
         return calibrate(HeldOut(rows, task.codes[rows], scores, task.classes), say)
-    groups = task.features.take(rows).groups
-    units = len(rows) if groups is None else len(set(groups.tolist()))
-    if units < least_units(INTERVAL_LEVEL):
-        say("too few validation images for prediction intervals: there are none")
-        return None
-    half_width = conformal_half_width(scores[:, 0], task.answers(rows), level=INTERVAL_LEVEL, groups=groups)
-    return {"level": INTERVAL_LEVEL, "half_width": half_width, "images": len(rows)}
-
-
-def _name_of(labels: Any) -> str | None:
-    if labels is None:
-        return None
-    return Path(labels).name if isinstance(labels, str | PathLike) else f"given as a {type(labels).__name__}"
+    return interval_of(task, lambda: scores[:, 0], refitted=False, say=say)

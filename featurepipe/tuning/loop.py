@@ -234,20 +234,7 @@ def identity_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def tune(
-    model: Model,
-    examples: Examples,
-    objective: TuningObjective,
-    train: Rows,
-    validation: Rows,
-    options: TuneOptions,
-    *,
-    blocks: Mapping[str, list[str]],
-    seed: int,
-    checkpoint: TuningCheckpoint,
-    stop: StopRequest,
-    progress: Progress,
-) -> Tuning:
+def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, progress: Progress) -> Tuning:
     """Tunes a model's parameters on the training rows, and leaves it with those that scored best on the validation rows.
 
     AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019); rates rise from 0 during the warm-up, then
@@ -255,14 +242,7 @@ def tune(
     of threads gives the same parameters, whether or not a run was killed in between.
 
     Args:
-        model: At its start, which is scored as epoch 0.
-        examples: What goes in.
-        objective: What is learned.
-        train: Positions of the rows to learn from.
-        validation: Positions of the rows that choose.
-        options: Rates, epochs, and so on.
-        blocks: Names of the body's parameters by block, from the lowest; as in ``model.body.network``.
-        seed: Of the order of images.
+        run: At its start; the model as it is there is scored as epoch 0.
         checkpoint: Where the run is written down.
         stop: Whether to stop.
         progress: Told of steps.
@@ -271,7 +251,7 @@ def tune(
         Interrupted: A stop was asked for; the checkpoint has all that was done.
         UsageError: The loss is not finite at the start, or became so before anything got better.
     """
-    run = _Run(model, examples, objective, train, validation, options, blocks, seed)
+    options = run.options
     before = checkpoint.read()
     if before is None:
         run.begin()
@@ -281,7 +261,7 @@ def tune(
         progress.advance(run.epoch * run.steps + run.step)
     while not run.is_over:
         order = run.order()
-        for inputs, rows in _ahead(examples, order, options.batch_size, run.step):
+        for inputs, rows in _ahead(run.examples, order, options.batch_size, run.step):
             if stop():
                 checkpoint.write(run.content())
                 done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
@@ -297,34 +277,51 @@ def tune(
                 checkpoint.write(run.content())
         progress.say(run.end_epoch())
         checkpoint.write(run.content())
-    model.adopt(run.found.best)
+    run.model.adopt(run.found.best)
     return run.found
 
 
-class _Run:
-    """A run and where it is."""
+@dataclass
+class TuningRun:
+    """A run of the loop, and where it is.
 
-    def __init__(
-        self,
-        model: Model,
-        examples: Examples,
-        objective: TuningObjective,
-        train: Rows,
-        validation: Rows,
-        options: TuneOptions,
-        blocks: Mapping[str, list[str]],
-        seed: int,
-    ) -> None:
-        self.model, self.examples, self.objective, self.options = model, examples, objective, options
-        self.train, self.validation, self.seed = train, validation, seed
-        self.steps = -(-len(train) // options.batch_size)
-        self.epoch = self.step = 0
-        self.found = Tuning({}, -math.inf, 0)
+    Attributes:
+        model: What is tuned.
+        examples: What goes in.
+        objective: What is learned.
+        train: Positions of the rows to learn from.
+        validation: Positions of the rows that choose.
+        options: Rates, epochs, and so on.
+        blocks: Names of the body's parameters by block, from the lowest; as in ``model.body.network``.
+        seed: Of the order of images.
+        found: The best so far.
+        epoch: Epochs that have ended.
+        step: Steps of this epoch that were made.
+    """
+
+    model: Model
+    examples: Examples
+    objective: TuningObjective
+    train: Rows
+    validation: Rows
+    options: TuneOptions
+    blocks: Mapping[str, list[str]]
+    seed: int
+    found: Tuning = field(default_factory=lambda: Tuning({}, -math.inf, 0))
+    epoch: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
         self._loss, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
         self._best_loss, self._diverged = math.inf, False
-        self._groups = _parameter_groups(model, blocks, options)
-        self.optimiser = torch.optim.AdamW(self._groups, lr=options.rate, weight_decay=options.weight_decay)
+        groups = _parameter_groups(self.model, self.blocks, self.options)
+        self.optimiser = torch.optim.AdamW(groups, lr=self.options.rate, weight_decay=self.options.weight_decay)
         self._shares = [group["share"] for group in self.optimiser.param_groups]
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-len(self.train) // self.options.batch_size)
 
     @property
     def is_over(self) -> bool:

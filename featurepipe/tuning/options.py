@@ -8,7 +8,7 @@ from numbers import Real
 from os import PathLike
 from typing import Any
 
-from featurepipe.option_groups import at_least, is_bytes, is_number, not_empty, option
+from featurepipe.option_groups import at_least, is_memory, is_number, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 
@@ -24,10 +24,6 @@ def _share(given: Any) -> str | None:
 
 def _from_zero(given: Any) -> str | None:
     return None if is_number(given, Real) and math.isfinite(given) and given >= 0 else "must be a number from 0"
-
-
-def _memory(given: Any) -> str | None:
-    return None if is_bytes(given, (int, float)) else "is no amount of memory; give bytes or text such as '2GB'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +69,7 @@ class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
     memory: int | float | str | None = option(
         None, "what activations may take in memory, such as 4GB; above it they are read from the store step by step (default: "
         "half of the free)",
-        metavar="AMOUNT", check=_memory,
+        metavar="AMOUNT", check=is_memory,
     )  # fmt: skip
     seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
     weights: str | PathLike[str] | None = option(

@@ -151,14 +151,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_pa
     whole = finetune(store, from_node=CUT, out=tmp_path / "whole", **FAST)
     done: list[int] = []
 
-    def learn(run: Any, *args: Any, original: Callable[..., float] = loop._Run.learn) -> float:
+    def learn(run: Any, *args: Any, original: Callable[..., float] = loop.TuningRun.learn) -> float:
         done.append(1)
         if len(done) > steps:
             raise KeyboardInterrupt  # as a kill does, it leaves the last checkpoint alone
         return original(run, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "learn", learn)
+        patched.setattr(loop.TuningRun, "learn", learn)
         patched.setattr(loop, "SAVE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)

@@ -43,6 +43,7 @@ from featurepipe.heads.bundle.files import (
 )
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
 from featurepipe.heads.calibration import class_scores, label_scores, predicted_numbers, probabilities
+from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.screening import HALF, screening_table
 
 
@@ -206,6 +207,23 @@ class Bundle:
             )  # fmt: skip
         if name not in self.classes:
             raise unknown("label" if self.target else "class", name, self.classes, where="the bundle")
+
+    def label_measures(
+        self, scores: npt.NDArray[np.float64], truth: npt.NDArray[np.floating[Any]], groups: Any, ids: Any, **more: Any
+    ) -> dict[str, Any]:
+        """Measures how several labels are found, at the bundle's thresholds; `heads.statistics.multilabel.label_table`.
+
+        Args:
+            scores: (n, K), see ``scores``.
+            truth: (n, K): 1 present, 0 absent, NaN unknown.
+            groups: (n,) what images belong together; None if each is by itself.
+            ids: (n,) of the images.
+            more: Further arguments of ``label_table``.
+        """
+        return label_table(
+            scores, truth, self.classes, thresholds=self.thresholds, groups=groups, ids=ids,
+            probabilities=self.label_probabilities(scores), **more,
+        )  # fmt: skip
 
     def label_screening(
         self,

@@ -40,6 +40,9 @@ CONTINUOUS = "continuous"
 MULTILABEL = "multilabel"
 """The type of target of a bundle that predicts several labels of each image."""
 
+AS_IT_IS = "as_it_is"
+"""What a bundle's ``training`` says of a head that is a network's own classifier."""
+
 ENTRIES: dict[str, type | tuple[type, ...]] = {
     "backbone": dict,
     "classes": list,
