@@ -77,11 +77,6 @@ def interval(low: Any, high: Any) -> str:
     return f"{100 * low:.1f} to {percent(high)}"
 
 
-def points_interval(low: Any, high: Any) -> str:
-    """Bounds of a difference in percentage points, or nothing where one is missing."""
-    return "" if finite(low) is None or finite(high) is None else f"{points(low)} to {points(high)}"
-
-
 def plain(value: Any, digits: int = 3) -> str:
     """A number with so many decimals.
 
