@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
@@ -26,6 +27,7 @@ class Tail(nn.Module):
         column: The column that holds them, ``node:map`` or ``node:flatten``.
         bottleneck: The column that comes out, ``node:pooling``.
         width: Values of one feature vector that comes out.
+        stored_width: Values of one image that go in.
 
     Args:
         backbone: The network.
@@ -43,6 +45,7 @@ class Tail(nn.Module):
         is_map = len(info.shape) == 3
         self.column = f"{node}:{'map' if is_map else 'flatten'}"
         self._shape, self._axis = tuple(info.shape), info.channel_axis if is_map else None
+        self.stored_width = math.prod(self._shape)
         (found,) = backbone.columns([])
         self.bottleneck = str(found)
         self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)

@@ -26,7 +26,7 @@ from featurepipe.option_groups import declared
 from featurepipe.prediction.options import BundleOptions, OwnClassesOption, RawIdsOption, TopOption
 from featurepipe.store.options import DatasetOption, SpaceOption
 from featurepipe.training.options import TrainOptions
-from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.options import EXTRACTION_GROUPS, NOT_OF_TUNING, TuneOptions
 
 PREDICT_GROUPS = (OwnClassesOption, BundleOptions, SourceOptions, RejectLimit, TopOption, RawIdsOption)
 """All options of `featurepipe.predict`, in the order of the help."""
@@ -71,23 +71,26 @@ def run_train(args: Namespace) -> int:
 def add_finetune(commands: Commands) -> None:
     """Declares the command."""
     command = add_command(
-        commands, "finetune", run_finetune, "tune the layers above a node to your images, from activations that the store holds",
-        epilog="Extract the activations first: featurepipe extract SOURCE --store STORE --node NODE:map. An exact head on the "
-        "frozen bottleneck comes first, then the layers are tuned with it at small rates; validation images decide when to stop, "
-        "and how much of the tuned weights is kept. A run that was stopped or killed goes on when called again.",
+        commands, "finetune", run_finetune,
+        "tune the layers above a node to your images, from activations that are kept in a store",
+        epilog="Images are extracted first, once: their activations at the node (column NODE:map) and the bottleneck go into a "
+        "store. An exact head on the frozen bottleneck comes first, then the layers are tuned with it at small rates; validation "
+        "images decide when to stop, and how much of the tuned weights is kept. A run that was stopped or killed goes on when "
+        "called again.",
     )  # fmt: skip
-    add_store(command)
-    add_options(command, DatasetOption, SpaceOption)
-    command.add_argument(
-        "--out",
-        required=True,
-        metavar="BUNDLE",
-        help="folder to write; an older bundle there is replaced at the very end",
+    option = command.add_argument
+    option(
+        "source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store with their activations"
     )
-    add_options(command, TuneOptions, leave_out={*declared(DatasetOption), *declared(SpaceOption)})
-    command.add_argument(
-        "--dry-run", action="store_true", help="say what would be tuned on which images; write nothing"
-    )
+    option("--out", required=True, metavar="BUNDLE",
+           help="folder to write; an older bundle there is replaced at the very end")  # fmt: skip
+    option("--store", metavar="DIR",
+           help="where activations of images go; what is there is not computed again (default: BUNDLE.features)")  # fmt: skip
+    add_options(command, TuneOptions)
+    add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_TUNING)
+    add_cluster(command)
+    option("--dry-run", action="store_true",
+           help="say what would be extracted and tuned, how large that is and how long it takes; write nothing")  # fmt: skip
     add_quiet(command)
     add_json(command)
 
@@ -97,7 +100,16 @@ def run_finetune(args: Namespace) -> int:
     from featurepipe.training.text import dry_text, finetune_text
     from featurepipe.tuning.finetune import finetune
 
-    result = finetune(args.store, out=args.out, **options(args, TuneOptions), dry_run=args.dry_run, silent=args.quiet)
+    result = finetune(
+        args.source,
+        args.store,
+        out=args.out,
+        **options(args, TuneOptions),
+        extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_TUNING),
+        dry_run=args.dry_run,
+        silent=args.quiet,
+        **cluster(args),
+    )
     show(args, result, dry_text if args.dry_run else finetune_text)
     return 0
 

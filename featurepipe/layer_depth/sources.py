@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Message, Option, UsageError
@@ -30,6 +28,7 @@ from featurepipe.layer_depth.study import (
 from featurepipe.option_groups import declared
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
+from featurepipe.store.feature_store import is_store
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
@@ -195,13 +194,6 @@ def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
             )
         return _held(wanted, machine)
     return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)
-
-
-def is_store(source: Any) -> bool:
-    """Whether a source is a feature store."""
-    if isinstance(source, FeatureStore):
-        return True
-    return isinstance(source, str | os.PathLike) and (Path(source) / "store.json").is_file()
 
 
 def _computed(

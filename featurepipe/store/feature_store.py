@@ -33,6 +33,13 @@ STORE_VERSION = 1
 _EMPTY_NOTES: Mapping[str, Any] = {}
 
 
+def is_store(given: Any) -> bool:
+    """Whether what a command is given is a feature store, not images."""
+    if isinstance(given, FeatureStore):
+        return True
+    return isinstance(given, str | os.PathLike) and (Path(given) / "store.json").is_file()
+
+
 class FeatureStore:
     """A folder of features that were computed once; see ``FORMAT.md`` beside this file.
 

@@ -149,15 +149,18 @@ def tested_lines(found: Mapping[str, Any]) -> list[str]:
 
 def dry_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe finetune --dry-run`` prints."""
-    counts = found["counts"]
-    return "\n".join(
-        [
+    tuning = found["tuning"]
+    if "extraction" in found:
+        each = spoken(tuning["seconds_per_1000_images"])
+        lines = [found["extraction"]["text"], f"{_tuned(tuning)}; an epoch takes about {each} for each 1,000 images"]
+    else:
+        counts = found["counts"]
+        lines = [
             f"{found['dataset']}: {counts['train']:,} images to learn from, {counts['validation']:,} to choose by, "
             f"{counts['test']:,} to test; {found['split']}",
-            _tuned(found["tuning"]),
-            "dry run: nothing was written",
+            f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_epoch'])}",
         ]
-    )
+    return "\n".join([*lines, "dry run: nothing was written"])
 
 
 def finetune_text(found: Mapping[str, Any]) -> str:

@@ -20,9 +20,10 @@ from torch import Tensor
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.from_user import check_trusted
-from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.backbones.tail import Tail
 from featurepipe.display import bytes_of, size
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.execution.dask import executor_on
 from featurepipe.features.settings import Settings
 from featurepipe.heads.linear.linear_map import head_of_map, linear_map
 from featurepipe.interrupt import StopRequest, stop_on_signals
@@ -43,6 +44,15 @@ from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
 from featurepipe.training.train import labels_name, roles_asked
 from featurepipe.training.tuning import search
+from featurepipe.tuning.activations import (
+    Activations,
+    ExtractionOutlook,
+    StoredActivations,
+    cut_of,
+    described,
+    step_seconds,
+    stored_activations,
+)
 from featurepipe.tuning.loop import (
     Model,
     Rows,
@@ -65,7 +75,8 @@ MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @starts_again
 def finetune(
-    store: FeatureStore | str | PathLike[str],
+    source: Any,
+    store: FeatureStore | str | PathLike[str] | None = None,
     *,
     from_node: str | None = None,
     out: str | PathLike[str],
@@ -94,28 +105,33 @@ def finetune(
     seed: int = 0,
     weights: str | PathLike[str] | None = None,
     trust_code: bool | Collection[str] = False,
+    extraction: Mapping[str, Any] | None = None,
+    cluster: Any = None,
     dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Tunes the layers above a node to a dataset's images, and writes a bundle with the tuned network.
 
-    The activations at the node come from the store (column ``NODE:map``), so an epoch computes only what lies above it. The head
-    is fitted first, exactly, on the frozen bottleneck; then it and the layers are tuned together at small rates, lower layers at
-    lower ones, so that features are not distorted by a random head (LP-FT; Kumar et al., "Fine-Tuning can Distort Pretrained
-    Features and Underperform Out-of-Distribution", ICLR 2022). BatchNorm keeps its statistics. Last, tuned and frozen weights
-    are mixed in the share that is best on the validation images (WiSE-FT; Wortsman et al., "Robust fine-tuning of zero-shot
-    models", CVPR 2022), 0 among them: what comes out is never worse there than the frozen network.
+    The activations at the node come from a store (column ``NODE:map``), so an epoch computes only what lies above it; those of
+    images that are given instead are extracted into one first, once, with the bottleneck. The head is fitted first, exactly, on
+    the frozen bottleneck; then it and the layers are tuned together at small rates, lower layers at lower ones, so that features
+    are not distorted by a random head (LP-FT; Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", ICLR 2022). BatchNorm keeps its statistics. Last, tuned and frozen weights are mixed in the share that
+    is best on the validation images (WiSE-FT; Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022), 0 among
+    them: what comes out is never worse there than the frozen network.
 
     Rows are divided as `featurepipe.train` divides them; where the dataset has no split ``val``, validation images are set aside
     from the training images and are not learned from. Checkpoints beside the bundle (``OUT.tuning``) are written at least once a
     minute; the same call goes on from there after a kill.
 
     Args:
-        store: the feature store or its path.
+        source: a feature store or its path, which has the activations; or images, anything ``extract`` takes.
+        store: where the activations of images go, by default ``OUT.features`` beside the bundle; what is there is not computed
+            again. How much space they take is said before, and refused where the disk has less.
         from_node: where to cut the network; its activations must be in the store. Left out, the error names the choices.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
-        dataset: a dataset in it; may be left out if there is only one.
-        backbone: as in `FeatureStore.features`, where the store holds several.
+        dataset: a dataset in the store, which may be left out if there is only one; or what to call the images there.
+        backbone: as in `FeatureStore.features`, where the store holds several; of images the network, by default ``resnet50``.
         snapshot: run id of an older snapshot of the dataset; by default the current one.
         labels: as in `featurepipe.train`, like all further columns.
         label: the column of the class.
@@ -137,18 +153,22 @@ def finetune(
         min_class_size: classes with fewer images are refused.
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
-        weights: the backbone's weights file, where the features are of one of your own.
+        weights: the backbone's weights file, where the features are of one of your own; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
-        dry_run: say what would be tuned on what; write nothing.
+        extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
+        cluster: where to extract instead of here, as `featurepipe.execution.connect` takes it.
+        dry_run: say what would be extracted and tuned, how large that is and how long it takes; write nothing.
         silent: say nothing on the way.
 
     Returns:
-        What was done, as plain JSON values: what `featurepipe.train` gives, and ``tuning``.
+        What was done, as plain JSON values: what `featurepipe.train` gives, and ``tuning``. With ``dry_run`` what would be:
+        ``extraction`` and ``tuning`` where images are yet to be extracted.
 
     Raises:
         UsageError: an argument is wrong, the network cannot be cut there, the labels cannot be learned from, or nothing was
             learned before the loss became infinite.
-        StoreError: activations are missing.
+        StoreError: activations are missing; or as ``extract`` raises.
+        DiskFull: the activations of the images do not fit on the disk.
         BundleError: the target is a folder of something else.
         Interrupted: a signal came; the next call goes on.
     """
@@ -162,11 +182,17 @@ def finetune(
     )  # fmt: skip
     say = announcer(silent=silent)
     folder = bundle_target(out)
-    source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    work = _prepared(source, options, snapshot=snapshot, say=say)
+    with executor_on(None if dry_run else cluster, say=say) as executor:
+        stored = stored_activations(
+            source, store, options, extraction or {},
+            beside=folder, executor=executor, dry_run=dry_run, silent=silent, say=say,
+        )  # fmt: skip
+    if isinstance(stored, ExtractionOutlook):
+        return stored.as_dict(options)
+    work = _prepared(stored, options, snapshot=snapshot, say=say)
     say(work.text)
     if dry_run:
-        return {**work.task.as_dict(), "tuning": work.about()}
+        return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}}
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         head_weight, head_bias = work.exact_head(say)
@@ -178,13 +204,14 @@ def finetune(
         share = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
         model.adopt(_mixed(frozen, best.best, share))
         say(mix_text(mixes, share, work.objective.measure))
-        about = {**work.about(), **_history(runs, best), "mixes": {f"{k:g}": v for k, v in mixes.items()}, "mix": share}
+        scores = {f"{mix:g}": score for mix, score in mixes.items()}
+        about = {**work.about(), **_history(runs, best), "mixes": scores, "mix": share}
         with TemporaryDirectory() as scratch:
             file = _weights_file(work.backbone, work.tail, Path(scratch))
             record = _published(work, model, options, folder, file, about, seconds=time.perf_counter() - start, say=say)
     for number in range(options.seeds):
         _checkpoint(folder, number, "").remove()
-    return {**record, "options": as_asked(options)}
+    return {**record, **stored.about(), "options": as_asked(options)}
 
 
 @dataclass
@@ -200,6 +227,7 @@ class _Work:
         recipe: Of the exact head.
         objective: What is learned.
         in_memory: Whether the activations are read once.
+        batch_size: Images a step.
     """
 
     space: Space
@@ -210,6 +238,7 @@ class _Work:
     recipe: Recipe
     objective: TuningObjective
     in_memory: bool
+    batch_size: int
 
     @property
     def bytes(self) -> int:
@@ -232,13 +261,16 @@ class _Work:
     def about(self) -> dict[str, Any]:
         """The same as JSON values."""
         return {
-            "from": self.tail.node,
-            "backbone": dict(self.backbone.description()),
-            "blocks": list(self.tail.blocks()),
-            "parameters": sum(value.numel() for value in self.tail.parameters()),
+            **described(self.backbone, self.tail),
             "activations": self.bytes,
             "measure": self.objective.measure,
         }
+
+    def epoch_seconds(self) -> float:
+        """How long an epoch takes, from a few steps; validation, which takes no gradients, counts a third."""
+        division = self.task.division
+        images = len(division.train) + len(division.validation) / 3
+        return images / self.batch_size * step_seconds(self.tail, self.batch_size)
 
     @cached_property
     def examples(self) -> Activations:
@@ -261,37 +293,13 @@ class _Work:
         held.values[held.positions[rows]] = score_rows(body, examples, rows)
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Stored activations by row of the task.
-
-    Attributes:
-        maps: (n, W).
-        held: (m, W) those of ``rows``, in memory; None to read them from the store.
-        rows: (m,) positions, ascending.
-    """
-
-    maps: FeatureSet
-    held: npt.NDArray[Any] | None
-    rows: Rows
-
-    def read(self, rows: Rows) -> Tensor:
-        """Activations (m, W), float32."""
-        if self.held is None:
-            return torch.from_numpy(self.maps.read(np.float32, rows=rows))
-        return torch.from_numpy(self.held[np.searchsorted(self.rows, rows)]).float()
-
-
-def _prepared(source: FeatureStore, options: TuneOptions, *, snapshot: str | None, say: Any) -> _Work:
-    dataset = options.dataset or source.only_dataset()
-    space = choose_space(source, options.backbone, dataset)
+def _prepared(stored: StoredActivations, options: TuneOptions, *, snapshot: str | None, say: Any) -> _Work:
+    source = stored.store
+    dataset = stored.dataset or source.only_dataset()
+    space = choose_space(source, stored.space, dataset)
     network = _network(space, options)
-    if options.from_node is None:
-        usable = ", ".join(cuts(network)) or "no node: torch.fx cannot trace it"
-        raise UsageError(
-            Message(f"say where to cut {network.name}, with ", Option("from_node"), f"; it can be cut at {usable}")
-        )
-    tail = Tail(network, options.from_node)
+    tail = Tail(network, cut_of(options, network))
+    stored.check_column(space, dataset, tail.column)
     maps = source.features(dataset, node=tail.column, backbone=space.fingerprint, snapshot=snapshot)
     bottleneck = replace(
         maps,
@@ -320,7 +328,7 @@ def _prepared(source: FeatureStore, options: TuneOptions, *, snapshot: str | Non
     objective = TuningObjective.of(target_type, answers, task.weights(np.arange(len(task.features))), division.train)
     need = (len(division.train) + len(division.validation)) * maps.shape[1] * maps.dtype.itemsize
     allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
-    return _Work(space, network, tail, chosen, task, recipe, objective, in_memory=need <= allowed)
+    return _Work(space, network, tail, chosen, task, recipe, objective, need <= allowed, options.batch_size)
 
 
 def _network(space: Space, options: TuneOptions) -> Backbone:

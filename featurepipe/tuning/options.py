@@ -8,8 +8,15 @@ from numbers import Real
 from os import PathLike
 from typing import Any
 
+from featurepipe.extraction.limits import RejectLimit
+from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
 from featurepipe.option_groups import at_least, is_memory, is_number, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
+
+EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
+"""Options of extraction that `featurepipe.finetune` passes on."""
+NOT_OF_TUNING = ("batch_size",)
+"""Of these, what has another meaning in a tuning."""
 
 
 def _positive(given: Any) -> str | None:
@@ -37,6 +44,15 @@ class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         check=not_empty,
     )
 
+    dataset: str | None = option(
+        None, "which of the store's datasets; of images, their name there (default: the store's only one; the source's name)",
+        metavar="NAME",
+    )  # fmt: skip
+    backbone: str | None = option(
+        None, "of a store a backbone, a space's name or fingerprint, where it holds several; of images see featurepipe backbones "
+        "(default: resnet50)",
+        metavar="NAME",
+    )  # fmt: skip
     epochs: int = option(10, "passes over the training images (default: 10)", check=at_least(1, 10_000))
     rate: float = option(
         3e-4, "learning rate of the head and the highest block, after the warm-up (default: 0.0003)",
@@ -73,5 +89,6 @@ class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
     )  # fmt: skip
     seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
     weights: str | PathLike[str] | None = option(
-        None, "the backbone's weights file, where the features are of one of your own", metavar="FILE"
-    )
+        None, "the backbone's weights file, where the features are of one of your own; of images as for featurepipe extract",
+        metavar="NAME|none|FILE",
+    )  # fmt: skip

@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 
 import featurepipe as fp
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.errors import BundleError, Interrupted, UsageError
+from featurepipe.errors import BundleError, DiskFull, Interrupted, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import StopRequest
-from featurepipe.tuning import loop
+from featurepipe.tuning import activations, loop
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.loop import TuningObjective
 
@@ -217,9 +217,37 @@ def test_a_loss_that_is_no_number_names_a_lower_rate(store, tmp_path) -> None:
         finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30})
 
 
-def test_missing_activations_name_the_command_that_makes_them(store, tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"unknown column 'c1:map'.*featurepipe extract"):
+def test_missing_activations_name_the_command_that_makes_them(piles, store, tmp_path) -> None:
+    with pytest.raises(UsageError) as found:
         finetune(store, from_node="c1", out=tmp_path / "b", **FAST)
+    assert str(found.value).endswith(
+        f"has no c1:map, the activations that are tuned from; there are activations at s2. Add them with: featurepipe extract "
+        f"{piles / 'piles'} --store {store} --dataset digits --backbone lenet5 --weights none --seed 0 --node c1:map"
+    )
+
+
+def test_images_are_extracted_once_and_tuned_as_from_a_store(piles, store, tmp_path, cli, monkeypatch) -> None:
+    asked: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "from_node": CUT, "out": tmp_path / "b"}
+    planned = finetune(piles / "piles", **asked, dry_run=True, silent=True)
+    assert list(tmp_path.iterdir()) == []
+    assert planned["extraction"]["bytes"] == 500 * 2 * (6 * 14 * 14 + 84)
+    assert planned["tuning"]["seconds_per_1000_images"] > 0
+    with monkeypatch.context() as full:
+        full.setattr(activations.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 700_000}))
+        with pytest.raises(DiskFull, match=r"take 1\.3 MB, and 700\.0 kB are free.*store='DIR'.*or cut at s4"):
+            finetune(piles / "piles", **asked, silent=True)
+    assert list(tmp_path.iterdir()) == []
+    found = finetune(piles / "piles", **asked, **FAST)
+    assert found["extraction"]["counts"]["computed"] == 500
+    wanted = finetune(store, from_node=CUT, out=tmp_path / "other", **FAST)
+    assert found["tuning"]["runs"][0]["history"][-1]["loss"] == wanted["tuning"]["runs"][0]["history"][-1]["loss"]
+    again = cli(
+        "finetune", piles / "piles", "--backbone", "lenet5", "--weights", "none", "--from", CUT, "--out", tmp_path / "b",
+        "--store", tmp_path / "b.features", "--dry-run",
+    )  # fmt: skip
+    assert "360 images to learn from, 40 to choose by, 100 to test" in again.out
+    with pytest.raises(UsageError, match="no image is read: leave store, damaged out"):
+        finetune(store, tmp_path / "x", from_node=CUT, out=tmp_path / "b", extraction={"damaged": "keep"}, silent=True)
 
 
 def test_a_dry_run_writes_nothing(store, tmp_path, cli) -> None:
