@@ -16,7 +16,33 @@ if TYPE_CHECKING:
     from featurepipe.backbones.loading import Backbone
 
 
-class Tail(nn.Module):
+class TunedLayers(nn.Module):
+    """Layers of a network up to its bottleneck, with weights of their own that take gradients.
+
+    Attributes:
+        node: Where they begin.
+        bottleneck: The column that comes out, ``node:pooling``.
+        width: Values of one feature vector that comes out.
+        input_shape: Of what goes in for one image.
+        network: The layers; parameters have the names that they have in the backbone.
+    """
+
+    node: str
+    bottleneck: str
+    width: int
+    input_shape: tuple[int, ...]
+    network: nn.Module
+
+    def blocks(self) -> dict[str, list[str]]:
+        """Names of the trainable parameters by block, from the lowest to the highest: what learns at one rate."""
+        found: dict[str, list[str]] = {}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                found.setdefault(block_of(name), []).append(name)
+        return found
+
+
+class Tail(TunedLayers):
     """Maps stored activations of a node to features of the bottleneck.
 
     The weights are a copy of the network's, under its names, and take gradients; BatchNorm keeps its statistics and dropout
@@ -25,9 +51,6 @@ class Tail(nn.Module):
     Attributes:
         node: The node whose activations go in.
         column: The column that holds them, ``node:map`` or ``node:flatten``.
-        bottleneck: The column that comes out, ``node:pooling``.
-        width: Values of one feature vector that comes out.
-        stored_width: Values of one image that go in.
 
     Args:
         backbone: The network.
@@ -45,7 +68,7 @@ class Tail(nn.Module):
         is_map = len(info.shape) == 3
         self.column = f"{node}:{'map' if is_map else 'flatten'}"
         self._shape, self._axis = tuple(info.shape), info.channel_axis if is_map else None
-        self.stored_width = math.prod(self._shape)
+        self.input_shape = (math.prod(self._shape),)
         (found,) = backbone.columns([])
         self.bottleneck = str(found)
         self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)
@@ -68,13 +91,6 @@ class Tail(nn.Module):
             activations = stored.reshape(len(stored), *channels_first).movedim(1, self._axis)
         outputs = self.network(activations.float())
         return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)
-
-    def blocks(self) -> dict[str, list[str]]:
-        """Names of the trainable parameters by block, from the lowest to the highest: what learns at one rate."""
-        found: dict[str, list[str]] = {}
-        for name, _ in self.network.named_parameters():
-            found.setdefault(block_of(name), []).append(name)
-        return found
 
 
 def trainable(network: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
-from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.backbones.tail import Tail, TunedLayers, cuts
 from featurepipe.display import size
 from featurepipe.errors import DiskFull, Message, Option, UsageError
 from featurepipe.execution.executor import Executor
@@ -187,25 +187,25 @@ class ExtractionOutlook:
         }
 
 
-def described(backbone: Backbone, tail: Tail) -> dict[str, Any]:
+def described(backbone: Backbone, layers: TunedLayers) -> dict[str, Any]:
     """What is tuned, as JSON values."""
     return {
-        "from": tail.node,
+        "from": layers.node,
         "backbone": dict(backbone.description()),
-        "blocks": list(tail.blocks()),
-        "parameters": sum(value.numel() for value in tail.parameters()),
+        "blocks": list(layers.blocks()),
+        "parameters": sum(value.numel() for value in layers.parameters() if value.requires_grad),
     }
 
 
-def step_seconds(tail: Tail, batch_size: int) -> float:
-    """How long a step takes that learns from one batch, measured on noise; the tail's weights stay."""
-    inputs = torch.randn(batch_size, tail.stored_width, generator=torch.Generator().manual_seed(0))
+def step_seconds(layers: TunedLayers, batch_size: int) -> float:
+    """How long a step takes that learns from one batch, measured on noise; the weights stay."""
+    inputs = torch.randn(batch_size, *layers.input_shape, generator=torch.Generator().manual_seed(0))
     fastest = math.inf
     for _ in range(_TIMED_STEPS):
         start = time.perf_counter()
-        tail(inputs).square().mean().backward()
+        layers(inputs).square().mean().backward()
         fastest = min(fastest, time.perf_counter() - start)
-    tail.zero_grad(set_to_none=True)
+    layers.zero_grad(set_to_none=True)
     return fastest
 
 
