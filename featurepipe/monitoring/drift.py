@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from featurepipe.display import counted
 from featurepipe.errors import BundleError, StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
-from featurepipe.heads.statistics.two_sample import class_shift, label_shift, number_shift, two_sample
+from featurepipe.heads.statistics.prediction_shift import class_shift, label_shift, number_shift
+from featurepipe.heads.statistics.two_sample import two_sample
 from featurepipe.monitoring.options import DriftOptions
 from featurepipe.monitoring.samples import (
     PREVIOUS,
@@ -32,8 +34,11 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore, Space
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
+from featurepipe.store.options import NO_GROUP
 from featurepipe.store.space import extract_command
 from featurepipe.store.views import FeatureSet
+
+Units = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class _Question:
     backbone: str | None
     bundle: Bundle | None
     thresholds: Thresholds
+    group: str | None
     seed: int
     say: Callable[[str], None]
 
@@ -62,6 +68,7 @@ def drift(
     bundle: Bundle | str | os.PathLike[str] | None = None,
     warn: float = 0.01,
     fail: float | None = None,
+    group: str | None = None,
     seed: int = 0,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -69,9 +76,10 @@ def drift(
 
     Every column is tested by `featurepipe.heads.statistics.two_sample.two_sample` on up to 1,024 images a side, what a bundle
     predicts by ``class_shift`` (classes), ``label_shift`` (several labels) or ``number_shift`` (a number) beside it, on up to
-    20,000; ordered classes are classes. Copies of one image count once. P-values are adjusted
-    for the number of tests, so that a night without drift is warned of with a probability of ``warn`` at most; that is so
-    for images that come independently of each other, not for frames of one film.
+    20,000; ordered classes are classes. Copies of one image count once. P-values are adjusted for the number of tests, so
+    that a night without drift is warned of with a probability of ``warn`` at most; that is so for images that come
+    independently of each other. Images that do not, such as views of one patient or frames of one film, need groups: whole ones
+    are then dealt to both sides, and a new patient with many images is one new patient.
 
     Args:
         store: The feature store or its path.
@@ -83,12 +91,15 @@ def drift(
         bundle: A bundle or its folder, whose predictions are compared, too.
         warn: Adjusted p-value below which the verdict is ``warning``.
         fail: Adjusted p-value below which the verdict is ``drift``; by default never.
+        group: The manifest's column of what belongs together, or a file with ``id`` and ``group``; by default ``group``, where
+            there is one; ``none`` to compare each image for itself.
         seed: Of what is drawn.
         silent: Say nothing on standard error.
 
     Returns:
         JSON values. ``dataset``; ``reference`` and ``snapshot`` (run ids; the first is null if there is none); ``images``
-        (``reference`` and ``new``: distinct ones); ``columns``, each with ``column``, ``space``, ``p_value``, ``adjusted``,
+        (``reference`` and ``new``: distinct ones); ``groups`` (``column``, and how many of the ``reference`` and ``new`` are
+        compared; null without groups); ``columns``, each with ``column``, ``space``, ``p_value``, ``adjusted``,
         ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side), ``farthest`` and
         ``typical`` (ids of new images); ``classes``, ``labels`` and ``numbers``, of which the one that the bundle predicts is
         not null, each with ``space``, ``columns``, ``p_value``, ``adjusted`` and ``compared``. ``classes`` has
@@ -116,6 +127,7 @@ def drift(
         bundle=bundle,
         warn=warn,
         fail=fail,
+        group=group,
         seed=seed,
     )
     source = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
@@ -126,6 +138,7 @@ def drift(
         backbone,
         read_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle,
         Thresholds(warn, fail),
+        group,
         seed,
         announcer(silent=silent),
     )
@@ -156,18 +169,48 @@ def _answer(question: _Question, snapshot: str, reference: str | None) -> dict[s
     if reference is None:
         why = f"{snapshot} is the first snapshot of {question.dataset}: there is nothing to compare it with yet"
         return _untested(0, 0, why)
-    before, new = sides(question.store, question.dataset, snapshot, reference, question.seed)
+    before, new = sides(question.store, question.dataset, snapshot, reference, group=question.group, seed=question.seed)
     if min(before.count, new.count) < LEAST:
         found = f"{counted(new.count, 'image')} {'is' if new.count == 1 else 'are'} new since {reference}"
         why = f"{found}, which has {before.count:,}: {LEAST} of each are needed"
         return _untested(before.count, new.count, why)
-    question.say(f"{question.dataset}: {counted(new.count, 'new image')} against {before.count:,} of {reference}")
-    return {"images": {"reference": before.count, "new": new.count}, **_tested(question, before, new)}
+    name = before.group or new.group
+    groups = {"column": name, "reference": before.groups, "new": new.groups} if name else None
+    if groups is not None and min(before.groups, new.groups) < _LEAST_GROUPS:
+        why = (
+            f"the {counted(new.count, 'new image')} are of {counted(new.groups, 'group')} ({name}), those of {reference} of "
+            f"{before.groups:,}: {_LEAST_GROUPS} of each are needed; --group {NO_GROUP} compares each image for itself"
+        )
+        return _untested(before.count, new.count, why, groups)
+    in_groups = f", {new.groups:,} groups ({name}) against {before.groups:,}" if groups else ""
+    question.say(
+        f"{question.dataset}: {counted(new.count, 'new image')} against {before.count:,} of {reference}{in_groups}"
+    )
+    tested = _tested(question, before, new)
+    tested["warnings"] += _doubts_of_groups(
+        before, new, len(tested["columns"]) + (question.bundle is not None), question
+    )
+    return {"images": {"reference": before.count, "new": new.count}, "groups": groups, **tested}
 
 
-def _untested(reference: int, new: int, why: str) -> dict[str, Any]:
+def _doubts_of_groups(before: Side, new: Side, tests: int, question: _Question) -> Iterator[str]:
+    """What to say where groups are missing on a side, or so few that no p-value can be small."""
+    if bool(before.group) != bool(new.group):
+        has, lacks = ("new images", "reference") if new.group else ("images of the reference", "new images")
+        yield f"the {has} have groups (column {before.group or new.group}); the {lacks} have none, and each counts for itself"
+    if before.group or new.group:
+        deals = comb(before.groups + new.groups, new.groups)
+        if deals < tests / question.thresholds.warn:
+            yield (
+                f"{counted(new.groups, 'group')} and {before.groups:,} can be dealt in {deals:,} ways: no adjusted p-value is "
+                f"below {tests / deals:.2g}, so that nothing is warned of at {question.thresholds.warn:g}"
+            )
+
+
+def _untested(reference: int, new: int, why: str, groups: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return {
         "images": {"reference": reference, "new": new},
+        "groups": groups,
         "columns": [],
         **dict.fromkeys(PREDICTIONS),
         "verdict": TOO_FEW,
@@ -210,6 +253,7 @@ def _no_features(question: _Question, count: int) -> str:
 
 LEAST = 10
 """Images of a side below which nothing is tested."""
+_LEAST_GROUPS = 2
 
 _CLASSES = 20  # listed at most
 _LABELS = 100  # likewise
@@ -230,6 +274,14 @@ class Pair:
     reference: FeatureSet
     new: FeatureSet
     bundle: Bundle | None = None
+
+    @property
+    def groups(self) -> tuple[Units, Units] | None:
+        """What belongs together, (n,) of the reference and (m,) new; None without groups."""
+        if self.reference.groups is None and self.new.groups is None:
+            return None
+        first, second = (np.unique(side.units(), return_inverse=True)[1] for side in (self.reference, self.new))
+        return first, second
 
     @property
     def predictions(self) -> str:
@@ -288,14 +340,14 @@ def compare(pair: Pair, permutations: int, seed: int) -> dict[str, Any]:
         return _compare_features(pair, permutations, seed)
     about = {"space": pair.new.origin.space, "columns": list(pair.bundle.columns)}
     if pair.predictions == "labels":
-        return about | _compare_labels(pair, pair.bundle)
+        return about | _compare_labels(pair, pair.bundle, permutations, seed)
     if pair.predictions == "numbers":
-        return about | _compare_numbers(pair, pair.bundle)
+        return about | _compare_numbers(pair, pair.bundle, permutations, seed)
     return about | _compare_classes(pair, pair.bundle, permutations, seed)
 
 
 def _compare_features(pair: Pair, permutations: int, seed: int) -> dict[str, Any]:
-    found = two_sample(pair.reference, pair.new, permutations=permutations, seed=seed)
+    found = two_sample(pair.reference, pair.new, permutations=permutations, seed=seed, groups=pair.groups)
     ids = pair.new.ids
     return {
         "column": pair.new.column,
@@ -318,8 +370,9 @@ def _codes(bundle: Bundle, side: Any) -> npt.NDArray[np.int64]:
 
 def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -> dict[str, Any]:
     width = len(bundle.classes)
-    before, after = (np.bincount(_codes(bundle, side), minlength=width) for side in (pair.reference, pair.new))
-    found = class_shift(before, after, permutations=permutations, seed=seed)
+    said = [np.eye(width, dtype=np.int64)[_codes(bundle, side)] for side in (pair.reference, pair.new)]
+    before, after = (side.sum(axis=0) for side in said)
+    found = class_shift(*_by_group(pair, said), permutations=permutations, seed=seed)
     shares = before / before.sum(), after / after.sum()
     order = np.argsort(-np.abs(shares[1] - shares[0]), kind="stable")[:_CLASSES]
     return {
@@ -335,10 +388,24 @@ def _compare_classes(pair: Pair, bundle: Bundle, permutations: int, seed: int) -
     }
 
 
-def _compare_labels(pair: Pair, bundle: Bundle) -> dict[str, Any]:
+def _by_group(pair: Pair, values: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """Sums of the (n, K) and (m, K) values of both sides; (G, K) by group where there are groups, else (K,) of all."""
+    if pair.groups is None:
+        return [side.sum(axis=0) for side in values]
+    found = []
+    for units, side in zip(pair.groups, values, strict=True):
+        sums = np.zeros((int(units.max()) + 1, side.shape[1]), np.int64)
+        np.add.at(sums, units, side)
+        found.append(sums)
+    return found
+
+
+def _compare_labels(pair: Pair, bundle: Bundle, permutations: int, seed: int) -> dict[str, Any]:
     images = (len(pair.reference), len(pair.new))
-    before, after = (bundle.predict(side).sum(axis=0) for side in (pair.reference, pair.new))
-    found = label_shift(before, after, images)
+    said = [np.asarray(bundle.predict(side)).astype(np.int64) for side in (pair.reference, pair.new)]
+    sizes = _by_group(pair, [np.ones((count, 1), np.int64) for count in images])
+    (before, after), (first, second) = _by_group(pair, said), (size[..., 0] for size in sizes)
+    found = label_shift(before, after, (first, second), permutations=permutations, seed=seed)
     change = found.new - found.reference
     tested = np.flatnonzero(~np.isnan(found.p_values))
     order = tested[np.lexsort((-np.abs(change[tested]), found.p_values[tested]))]
@@ -362,9 +429,9 @@ def _compare_labels(pair: Pair, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _compare_numbers(pair: Pair, bundle: Bundle) -> dict[str, Any]:
+def _compare_numbers(pair: Pair, bundle: Bundle, permutations: int, seed: int) -> dict[str, Any]:
     before, after = (bundle.numbers(side) for side in (pair.reference, pair.new))
-    found = number_shift(before, after)
+    found = number_shift(before, after, groups=pair.groups, permutations=permutations, seed=seed)
     return {
         "target": bundle.target_name,
         "p_value": found.p_value,
@@ -397,4 +464,6 @@ def _enough(found: Pair, reference: Side, new: Side) -> Pair | str:
         if len(features) < LEAST:
             asked = len(side.images.keys)
             return f"{found}: not compared, since {len(features):,} of {asked:,} of the {which} images have them"
+        if found.groups is not None and len(np.unique(features.units())) < _LEAST_GROUPS:
+            return f"{found}: not compared, since the {which} images that have them are of one group"
     return found

@@ -8,7 +8,16 @@ from typing import Any
 
 from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, is_number, not_empty, option
 from featurepipe.prediction.options import RawIdsOption
-from featurepipe.store.options import DatasetOption, LabelsOption, SideOptions, SpaceOption
+from featurepipe.store.options import (
+    GROUP,
+    NO_GROUP,
+    DatasetOption,
+    LabelsOption,
+    SideOptions,
+    SpaceOption,
+    is_column,
+    is_file_of_groups,
+)
 
 
 def _p_value(given: Any) -> str | None:
@@ -39,6 +48,11 @@ class ShiftOptions(OptionGroup):
     fail: float | None = option(
         None, "fail, with exit code 1, below this p-value (default: never)", metavar="P", check=_p_value
     )
+    group: str | None = option(
+        None, f"column of what belongs together, such as a patient, or a file with id and group: whole groups are compared "
+        f"(default: {GROUP} of the manifest, if there is one; {NO_GROUP}: every image for itself)",
+        metavar="COLUMN|FILE", check=is_column, is_path=is_file_of_groups,
+    )  # fmt: skip
     seed: int = option(0, "of what is drawn (default: 0)", check=at_least(0))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store import snapshots
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labels import LabelledImages
+from featurepipe.store.roles import with_groups
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Origin
@@ -37,12 +38,19 @@ class Side:
     """Images that are compared, each once, however many copies there are.
 
     Attributes:
-        images: At most ``MOST`` of them, drawn at random.
+        images: At most ``MOST`` of them, drawn at random, with groups where there are any.
         count: Of all.
+        group: What the groups are called; empty where there are none.
     """
 
     images: LabelledImages
     count: int
+    group: str = ""
+
+    @property
+    def groups(self) -> int:
+        """How many groups the images are of; an image without one is a group of its own."""
+        return len(np.unique(self.images.units()))
 
 
 def snapshot_of_run(store: FeatureStore, dataset: str, run_id: str) -> str:
@@ -90,7 +98,9 @@ def reference_snapshot(store: FeatureStore, dataset: str, snapshot: str, referen
     return reference
 
 
-def sides(store: FeatureStore, dataset: str, snapshot: str, reference: str, seed: int) -> tuple[Side, Side]:
+def sides(
+    store: FeatureStore, dataset: str, snapshot: str, reference: str, *, group: str | None = None, seed: int = 0
+) -> tuple[Side, Side]:
     """Draws images of the reference, and images of a snapshot that the reference lacks.
 
     Images are told by the first 8 bytes of their SHA-256, which match by chance for any two of a million images with a
@@ -101,15 +111,26 @@ def sides(store: FeatureStore, dataset: str, snapshot: str, reference: str, seed
         dataset: Its name.
         snapshot: Run id of the snapshot whose images are tested.
         reference: Run id of the earlier one.
+        group: The column or file of groups; None for ``group``, if there is one, ``none`` for no groups.
         seed: Of the draws.
 
     Returns:
         The reference and what is new.
+
+    Raises:
+        UsageError: The column or file of groups is not there, or empty.
     """
     rng = np.random.default_rng(seed)
     before, seen = _drawn(require_snapshot(store, dataset, reference), None, rng)
     new, _ = _drawn(require_snapshot(store, dataset, snapshot), seen, rng)
-    return before, new
+    found = []
+    for side, run_id in ((before, reference), (new, snapshot)):
+        if not side.count:
+            found.append(side)
+            continue
+        images, name = with_groups(store, side.images, group, dataset=dataset, snapshot=run_id)
+        found.append(replace(side, images=images, group=name))
+    return found[0], found[1]
 
 
 def distinct_rows(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

@@ -101,6 +101,9 @@ def _verdict(found: Mapping[str, Any]) -> str:
             f"{lines[0]} (least adjusted p-value {_p(least)}; a warning below {limits['warn']:g}{fails})",
             f"{images['new']:,} images new since {found['reference']}, which has {images['reference']:,}",
         ]
+        if groups := found["groups"]:
+            counts = f"{groups['new']:,} new against {groups['reference']:,} of the reference"
+            lines.append(f"compared by groups ({groups['column']}): {counts}")
     return "\n".join([*lines, *found["warnings"]])
 
 

@@ -25,7 +25,7 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
-from featurepipe.store.labels import ColumnTable, LabelSource, group_names, places_of, read_columns
+from featurepipe.store.labels import ColumnTable, LabelledImages, LabelSource, group_names, places_of, read_columns
 from featurepipe.store.options import (
     GROUP,
     LABEL,
@@ -72,10 +72,16 @@ class _Columns:
     """The columns that roles can be of, joined to rows by id when they are asked for."""
 
     def __init__(
-        self, store: FeatureStore, features: FeatureSet, table: ColumnTable | None, snapshot: str | None
+        self,
+        store: FeatureStore,
+        features: LabelledImages,
+        table: ColumnTable | None,
+        snapshot: str | None,
+        *,
+        dataset: str,
     ) -> None:
         self.features, self.table = features, table
-        self._store, self._dataset, self._snapshot = store, features.origin.dataset, snapshot
+        self._store, self._dataset, self._snapshot = store, dataset, snapshot
         self.kept = store.further_columns(self._dataset, snapshot)
         self.used: list[str] = []
 
@@ -107,7 +113,7 @@ class _Columns:
     @property
     def has_labels(self) -> bool:
         """Whether the features have labels of the dataset's own."""
-        return bool(self.features.table["label"].null_count < len(self.features))
+        return bool(self.features.table["label"].null_count < len(self.features.table))
 
     def get(self, role: str, name: str) -> _Column:
         """The column of that name.
@@ -198,7 +204,7 @@ def with_roles(
         UsageError: There is no such column, or its values are none of the kind.
     """
     table = None if labels is None else read_columns(labels)
-    columns = _Columns(store, features, table, snapshot)
+    columns = _Columns(store, features, table, snapshot, dataset=features.origin.dataset)
     roles = _as_trained(roles, columns, trained or {})
     if roles.split_column is not None:
         features = _with_splits(columns, features, roles.split_column, say)
@@ -346,31 +352,68 @@ def _with_classes(
 
 
 def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say: Callable[[str], None]) -> FeatureSet:
-    if asked == NO_GROUP:
+    found = _groups(columns, asked)
+    if found is None:
         return features
+    column, texts = found
+    names = pc.unique(texts.drop_null()).to_pylist()
+    if not names:
+        say(
+            f"column {column.name} of {column.where} is empty for all images: there are no groups, each image is for itself"
+        )
+        return features
+    alone = f" ({counted(texts.null_count, 'image')} without one, each for itself)" if texts.null_count else ""
+    said = [f"{counted(len(names), 'group')}{alone}, each on one side of every split"]
+    said += names_in_doubt(names, "group", "groups")
+    say(f"groups: column {column.name} of {column.where}, {'; '.join(said)}")
+    return features.with_column("group", texts, column=column.stable)
+
+
+def _groups(columns: _Columns, asked: str | None) -> tuple[_Column, pa.Array] | None:
+    """The column or file of groups, and (n,) their names, null for an image for itself; None if there are to be none.
+
+    Raises:
+        UsageError: What is asked for is not there, or empty for all images.
+    """
+    if asked == NO_GROUP:
+        return None
     if asked is not None and is_file_of_groups(asked):
-        found: _Column | None = _of_file(asked, features)
+        found: _Column | None = _of_file(asked, columns.features)
     else:
         found = columns.find(GROUP) if asked is None else columns.get("group", asked)
     if found is None:
-        return features
+        return None
     texts = group_names(found.texts)
-    names = pc.unique(texts.drop_null()).to_pylist()
-    alone = f" ({counted(texts.null_count, 'image')} without one, each for itself)" if texts.null_count else ""
-    if not names and asked is None:
-        say(
-            f"column {found.name} of {found.where} is empty for all images: there are no groups, each image is for itself"
-        )
-        return features
-    if not names:
+    if asked is not None and texts.null_count == len(texts):
         raise _wrong("group", found, "is empty for all images")
-    said = [f"{counted(len(names), 'group')}{alone}, each on one side of every split"]
-    said += names_in_doubt(names, "group", "groups")
-    say(f"groups: column {found.name} of {found.where}, {'; '.join(said)}")
-    return features.with_column("group", texts, column=found.stable)
+    return found, texts
 
 
-def _of_file(path: str, features: FeatureSet) -> _Column:
+def with_groups(
+    store: FeatureStore, images: LabelledImages, group: str | None, *, dataset: str, snapshot: str
+) -> tuple[LabelledImages, str]:
+    """Joins groups to images of a snapshot that need have no features.
+
+    Args:
+        store: Where the snapshot is.
+        images: Some of its images.
+        group: The column or file of groups; None for ``group``, if there is one, ``none`` for no groups.
+        dataset: The dataset's name.
+        snapshot: The snapshot's run id.
+
+    Returns:
+        The images, and what their groups are called; empty where they have none.
+
+    Raises:
+        UsageError: What is asked for is not there, or empty for all images.
+    """
+    found = _groups(_Columns(store, images, None, snapshot, dataset=dataset), group)
+    if found is None or found[1].null_count == len(images.table):
+        return images, ""
+    return replace(images, table=images.table.append_column(GROUP, found[1])), found[0].name
+
+
+def _of_file(path: str, features: LabelledImages) -> _Column:
     """The groups in a file of groups; of one that `featurepipe.duplicates` wrote the near copies, since exact ones are known."""
     table = read_columns(path)
     column = column_named(GROUP, table.columns)
@@ -393,7 +436,7 @@ _THOUSANDS = r"^[+-]?[0-9]{1,3},[0-9]{3}$"
 _DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
 
 
-def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:
+def _numbers(role: str, column: _Column, features: LabelledImages) -> pa.Array:
     """(n,) float64, null where the column is empty."""
     texts = _trimmed(column.texts)
     is_number = pc.match_substring_regex(texts, _NUMBER)
@@ -420,7 +463,7 @@ def _numbers(role: str, column: _Column, features: FeatureSet) -> pa.Array:
     return values
 
 
-def _weights(column: _Column, features: FeatureSet) -> pa.Array:
+def _weights(column: _Column, features: LabelledImages) -> pa.Array:
     values = _numbers("weight", column, features)
     bad = _first(pc.or_kleene(values.is_null(), pc.less(values, 0)))
     if bad is not None:
@@ -450,7 +493,7 @@ def _is_yes_or_no(texts: pa.Array) -> bool:
     return distinct <= _YES | _NO | _UNKNOWN and bool(distinct & (_YES | _NO))
 
 
-def _yes_or_no(column: _Column, features: FeatureSet) -> npt.NDArray[np.float32]:
+def _yes_or_no(column: _Column, features: LabelledImages) -> npt.NDArray[np.float32]:
     encoded = pc.fill_null(column.texts, "").dictionary_encode()
     values = np.empty(len(encoded.dictionary), np.float32)
     for place, text in enumerate(encoded.dictionary.to_pylist()):
@@ -465,7 +508,7 @@ def _yes_or_no(column: _Column, features: FeatureSet) -> npt.NDArray[np.float32]
     return np.asarray(values[encoded.indices.to_numpy()])
 
 
-def _listed(column: _Column, features: FeatureSet) -> tuple[list[str], npt.NDArray[np.float32]]:
+def _listed(column: _Column, features: LabelledImages) -> tuple[list[str], npt.NDArray[np.float32]]:
     """Labels separated by ``|`` or as JSON lists; of an empty text nothing is known, ``[]`` and ``none`` are no label at all."""
     encoded = column.texts.dictionary_encode()
     texts = encoded.dictionary.to_pylist()
@@ -544,7 +587,7 @@ def _wrong(role: str, column: _Column, said: str, *more: str | Option) -> UsageE
     return UsageError(Message(Option(role, column.name), f": column {column.name} of {column.where} {said}", *more))
 
 
-def _image(features: FeatureSet, row: int) -> str:
+def _image(features: LabelledImages, row: int) -> str:
     return f"image {features.table['id'][row].as_py()!r}"
 
 

@@ -53,7 +53,7 @@ def test_false_alarms_are_as_many_as_the_level_says_for_few_rows(reference, new,
 
 
 def test_false_alarms_are_as_many_as_the_level_says_for_many_rows_that_change_sides_in_groups(monkeypatch):
-    monkeypatch.setattr(module, "_GROUPS", 48)  # as with 1,024 rows in 256 groups, but faster
+    monkeypatch.setattr(module, "_UNITS", 48)  # as with 1,024 rows in 256 groups, but faster
     rng = np.random.default_rng(7)
     sides = Endless(rng, 100_000, 20), Endless(rng, 100_000, 20)
     assert_level_held([two_sample(*sides, rows=192, permutations=499, seed=seed).p_value for seed in range(80)])
@@ -193,8 +193,8 @@ def test_a_few_new_rows_are_all_compared_and_groups_leave_few_out():
 
 def test_a_matrix_of_deals_is_none_where_all_rows_lie_equally_far_apart():
     alike = np.full((12, 12), 0.3, np.float32) + 0.7 * np.eye(12, dtype=np.float32)
-    assert module._deal_matrix(alike, 1) is None
-    assert module._deal_matrix(alike, 3) is None
+    assert module._deal_matrix(alike) is None
+    assert module._deal_matrix(module._unit_means(alike, 3)) is None
 
 
 def test_a_p_value_ends_early_where_it_is_not_small_and_keeps_its_value():
@@ -221,3 +221,48 @@ def test_unusable_sets_are_refused_by_name():
         two_sample(rows, rows, rows=1)
     with pytest.raises(ValueError, match="NaN"):
         two_sample(rows, rows * np.nan)
+
+
+def patients(rng, count, size, width, between=1.0):
+    """Rows of patients that differ from each other, 1 to 2 * size - 1 of each, and whose they are."""
+    sizes = rng.integers(1, 2 * size, count)
+    codes = np.repeat(np.arange(count), sizes)
+    return (between * rng.normal(size=(count, width))[codes] + rng.normal(size=(len(codes), width))), codes
+
+
+def test_false_alarms_of_groups_are_as_many_as_the_level_says_where_rows_by_themselves_give_many(monkeypatch):
+    monkeypatch.setattr(module, "_UNITS", 16)  # so that groups change sides in pairs, some rows of each
+    rng = np.random.default_rng(11)
+    whole, alone = [], []
+    for seed in range(150):
+        (before, old), (after, new) = patients(rng, 40, 6, 5), patients(rng, 12, 6, 5)
+        options = {"rows": 100, "permutations": 299, "seed": seed}
+        whole.append(two_sample(before, after, groups=(old, new), **options).p_value)
+        alone.append(two_sample(before, after, **options).p_value)
+    assert_level_held(whole)
+    assert np.mean(np.array(alone) < 0.05) > 0.3
+
+
+def test_a_shift_of_all_new_groups_is_found_and_a_large_group_counts_once():
+    rng = np.random.default_rng(12)
+    (before, old), (after, new) = patients(rng, 60, 4, 6, 0.3), patients(rng, 20, 4, 6, 0.3)
+    assert two_sample(before, after + 1.2, groups=(old, new)).p_value < 0.001
+    odd, whose = np.concatenate([after, 8 + rng.normal(size=(200, 6))]), np.concatenate([new, np.full(200, 99)])
+    found, rows = two_sample(before, odd, groups=(old, whose)), two_sample(before, odd)
+    assert rows.p_value < 0.001 < found.p_value
+    assert found.effect < rows.effect / 2
+    assert found.farthest[0] >= len(after)
+
+
+def test_groups_of_one_row_each_compare_as_rows_do():
+    rng = np.random.default_rng(13)
+    before, after = rng.normal(size=(80, 4)), rng.normal(0.4, 1, size=(30, 4))
+    rows = two_sample(before, after)
+    found = two_sample(before, after, groups=(np.arange(80), [None] * 30))
+    assert (found.effect, found.reference, len(found.new)) == (pytest.approx(rows.effect), 80, 30)
+    assert found.p_value == pytest.approx(rows.p_value, rel=0.5)
+
+
+def test_one_group_of_a_side_cannot_be_compared():
+    with pytest.raises(UsageError, match="2 groups each; these have 10 and 1"):
+        two_sample(np.eye(10), np.eye(10), groups=(range(10), [0] * 10))

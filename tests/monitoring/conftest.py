@@ -26,9 +26,17 @@ class Pile:
         self.store = FeatureStore(path)
         self.images: dict[str, dict[str, Any]] = {}
 
-    def add(self, content: str, *, name: str = "", label: str | None = None, split: str | None = None) -> None:
+    def add(
+        self,
+        content: str,
+        *,
+        name: str = "",
+        label: str | None = None,
+        split: str | None = None,
+        group: str | None = None,
+    ) -> None:
         """Adds an image; its id is its content unless told otherwise."""
-        self.images[name or content] = {"content": content, "label": label, "split": split}
+        self.images[name or content] = {"content": content, "label": label, "split": split, "group": group}
 
     def night(self, features: dict[str, dict[str, np.ndarray]] | None = None, fields: dict[str, Any] = FIELDS) -> str:
         """Writes features (column, content, values) that come with this night, and a snapshot; its run id."""
@@ -54,12 +62,17 @@ class Pile:
             "status": ["rejected" if row["content"].startswith("broken") else "ok" for row in rows],
             "reason": [None] * len(rows),
         }
-        self.store.write_snapshot("pile", run_id, pa.table(table, schema=SCHEMA))
+        made = pa.table(table, schema=SCHEMA)
+        if any(row["group"] for row in rows):
+            made = made.append_column("column:patient", pa.array([row["group"] for row in rows], pa.string()))
+        self.store.write_snapshot("pile", run_id, made)
 
-    def add_rows(self, names: Sequence[str], values: np.ndarray) -> dict[str, np.ndarray]:
+    def add_rows(
+        self, names: Sequence[str], values: np.ndarray, groups: Sequence[str | None] = ()
+    ) -> dict[str, np.ndarray]:
         """Adds images; what ``night`` takes for one column."""
-        for name in names:
-            self.add(name)
+        for name, group in zip(names, groups or [None] * len(names), strict=True):
+            self.add(name, group=group)
         return dict(zip(names, values, strict=True))
 
 

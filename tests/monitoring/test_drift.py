@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from featurepipe.errors import BundleError, StoreError, UsageError
 from featurepipe.monitoring.drift import drift
 from featurepipe.monitoring.standing_warnings import Thresholds, holm
 from featurepipe.monitoring.text import drift_text
+from featurepipe.training.train import train
 
 
 def names(start, count, kind="image"):
@@ -274,3 +276,89 @@ def test_a_threshold_next_to_nothing_is_refused():
 
     with pytest.raises(UsageError, match=r"would take inf permutations; thresholds of 4e-06 and more"):
         Thresholds(1e-320, None).permutations(2)
+
+
+@pytest.fixture
+def patients(pile, rng):
+    """40 patients of 5 images, and a second night of 10 patients, one of which has 50 images unlike all others."""
+
+    def views(start, sizes):
+        codes = np.repeat(np.arange(start, start + len(sizes)), sizes)
+        levels = rng.normal(size=(len(sizes), 8))[codes - start]
+        return codes, levels + 0.3 * rng.normal(size=(len(codes), 8))
+
+    old, before = views(0, [5] * 40)
+    pile.night({"b:gap": pile.add_rows(names(0, len(old)), before, [f"p{code}" for code in old])})
+    new, after = views(100, [5] * 9 + [50])
+    after[new == 109] += 4
+    pile.night({"b:gap": pile.add_rows(names(500, len(new)), after, [f"p{code}" for code in new])})
+    return pile
+
+
+def test_a_new_patient_with_many_images_is_one_patient(patients):
+    pile = patients
+    found = drift(pile.store, group="patient", silent=True)
+    assert found["groups"] == {"column": "patient", "reference": 40, "new": 10}
+    assert (found["verdict"], found["warnings"], found["options"]["group"]) == ("no drift", [], "patient")
+    assert "compared by groups (patient): 10 new against 40 of the reference" in drift_text(found)
+    by_image = drift(pile.store, silent=True)
+    assert (by_image["verdict"], by_image["groups"]) == ("warning", None)
+    assert by_image["columns"][0]["farthest"][0] == found["columns"][0]["farthest"][0]
+    with pytest.raises(UsageError, match="unknown column 'patent'; there is only patient"):
+        drift(pile.store, group="patent", silent=True)
+
+
+def test_groups_that_are_few_are_said_to_be_and_one_of_a_side_is_not_tested(pile, rng):
+    groups = [f"p{row // 20}" for row in range(60)]
+    pile.night({"b:gap": pile.add_rows(names(0, 60), rng.normal(size=(60, 8)), groups)})
+    pile.night({"b:gap": pile.add_rows(names(60, 30), rng.normal(size=(30, 8)), ["p7"] * 15 + ["p8"] * 15)})
+    found = drift(pile.store, group="patient", silent=True)
+    assert found["verdict"] == "no drift"
+    assert found["warnings"] == [
+        "2 groups and 3 can be dealt in 10 ways: no adjusted p-value is below 0.1, so that nothing is warned of at 0.01"
+    ]
+    pile.night({"b:gap": pile.add_rows(names(90, 30), rng.normal(size=(30, 8)), ["p9"] * 30)})
+    found = drift(pile.store, group="patient", silent=True)
+    assert (found["verdict"], found["columns"], found["groups"]["new"]) == ("too few images", [], 1)
+    assert found["warnings"][0].startswith("the 30 new images are of 1 group (patient), those of ")
+    assert drift(pile.store, group="none", silent=True)["groups"] is None
+
+
+def test_groups_that_one_side_lacks_are_refused(pile, rng):
+    pile.night({"b:gap": pile.add_rows(names(0, 60), rng.normal(size=(60, 8)))})
+    for row in list(pile.images):
+        pile.images[row]["group"] = None
+    groups = [f"p{row // 3}" for row in range(30)]
+    pile.night({"b:gap": pile.add_rows(names(60, 30), rng.normal(size=(30, 8)), groups)})
+    with pytest.raises(UsageError, match="extracted without further columns"):
+        drift(pile.store, group="patient", silent=True)
+
+
+def test_groups_come_from_a_file_for_both_sides(patients, tmp_path):
+    pile = patients
+    lines = [f"{name},{row['group']}" for name, row in pile.images.items()]
+    (tmp_path / "groups.csv").write_text("\n".join(["id,group", *lines]))
+    found = drift(pile.store, group=str(tmp_path / "groups.csv"), silent=True)
+    assert found["groups"] == {"column": "group", "reference": 40, "new": 10}
+    assert found["columns"] == drift(pile.store, group="patient", silent=True)["columns"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
+def test_what_a_bundle_predicts_of_groups_is_dealt_by_groups(patients, kind, tmp_path):
+    pile = patients
+    features = pile.store.features("pile", node="b:gap")
+    values = np.asarray(features.read())
+    columns = {
+        "classes": {"label": np.where(values[:, 0] > 1, "high", "low")},
+        "labels": {name: (values[:, k] > 1).astype(int) for k, name in enumerate("abc")},
+        "numbers": {"y": values[:, 0]},
+    }[kind]
+    roles = {"classes": {}, "labels": {"multilabel": "a,b,c"}, "numbers": {"target": "y"}}[kind]
+    labels = pa.table({"id": list(features.ids), **columns})
+    made = tmp_path / "bundle"
+    train(pile.store, out=made, nodes="b:gap", head="ridge", labels=labels, **roles, silent=True)
+    whole = drift(pile.store, group="patient", bundle=made, columns=["b:gap"], silent=True)
+    alone = drift(pile.store, bundle=made, columns=["b:gap"], silent=True)
+    assert alone[kind]["p_value"] < 0.001 < whole[kind]["p_value"]
+    assert whole[kind]["compared"] == alone[kind]["compared"] == {"reference": 200, "new": 95}
+    assert f"predicted {kind}" in drift_text(whole)

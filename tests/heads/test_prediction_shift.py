@@ -1,11 +1,14 @@
 """Shifts of predicted classes, labels and numbers: levels that hold for small counts, planted changes, intervals."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy.stats import binom, fisher_exact, ks_2samp, ttest_ind, wasserstein_distance
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.two_sample import class_shift, label_shift, number_shift
+from featurepipe.heads.statistics import prediction_shift as module
+from featurepipe.heads.statistics.prediction_shift import class_shift, label_shift, number_shift
 
 
 def test_p_value_is_fishers_for_two_classes_of_equal_sides():
@@ -139,11 +142,105 @@ def test_false_alarms_of_numbers_are_as_many_as_the_level_says():
         assert binom.ppf(0.0005, 400, 0.8 * level) <= (p_values <= level).sum() <= binom.ppf(0.9995, 400, level)
 
 
-def test_many_numbers_are_tested_by_the_asymptotic_distribution():
+def test_p_value_of_many_numbers_is_as_exact_as_that_of_few():
     rng = np.random.default_rng(5)
     before, new = rng.normal(size=3000), rng.normal(size=2000)
-    assert number_shift(before, new).p_value == pytest.approx(ks_2samp(before, new, method="asymp").pvalue)
+    assert number_shift(before, new).p_value == pytest.approx(ks_2samp(before, new, method="exact").pvalue)
     assert 0 < number_shift(before, new + 9).p_value < 1e-300
+
+
+def test_states_of_no_weight_are_left_out_and_count_as_reached(monkeypatch):
+    rng = np.random.default_rng(6)
+    before, new = rng.normal(size=900), rng.normal(0.1, 1, size=700).round(1)
+    exact = number_shift(before, new).p_value
+    monkeypatch.setattr(module, "_WIDE", 32)
+    found = number_shift(before, new).p_value
+    assert exact <= found == pytest.approx(exact, rel=1e-9)
+
+
+def test_p_value_of_equal_numbers_is_the_share_of_all_deals():
+    before, new = [0, 0, 1, 1, 1, 2], [1, 2, 2, 2]
+    numbers = np.array(before + new)
+    deals = [list(deal) for deal in combinations(range(10), 4)]
+    distances = [ks_2samp(np.delete(numbers, deal), numbers[deal]).statistic for deal in deals]
+    seen = ks_2samp(before, new).statistic
+    expected = np.mean(np.array(distances) >= seen - 1e-12)
+    found = number_shift(before, new)
+    assert (found.p_value, found.ks) == (pytest.approx(expected), pytest.approx(seen))
+    assert found.p_value < ks_2samp(before, new, method="exact").pvalue  # which takes them to be in the worst order
+
+
+def test_false_alarms_of_equal_numbers_are_as_many_as_the_level_says():
+    rng = np.random.default_rng(7)
+    p_values = np.array([
+        number_shift(rng.poisson(2, size=300), rng.poisson(2, size=60)).p_value for _ in range(300)
+    ])  # fmt: skip
+    reachable = np.mean([p_values <= level for level in (0.1, 0.2)], axis=1)
+    assert binom.ppf(0.0005, 300, 0.07) <= 300 * reachable[0] <= binom.ppf(0.9995, 300, 0.1)
+    assert binom.ppf(0.0005, 300, 0.15) <= 300 * reachable[1] <= binom.ppf(0.9995, 300, 0.2)
+
+
+def groups_of(rng, count, size=6):
+    """Which group each of some rows is of, and what each group adds to them."""
+    codes = np.repeat(np.arange(count), rng.integers(1, 2 * size, count))
+    return codes, rng.normal(size=count)[codes]
+
+
+def tables(codes, said, width):
+    """(G, width) counts of each group."""
+    counts = np.zeros((codes.max() + 1, width), np.int64)
+    np.add.at(counts, (codes, said), 1)
+    return counts
+
+
+def test_false_alarms_of_groups_are_as_many_as_the_level_says_where_images_by_themselves_give_many():
+    rng = np.random.default_rng(8)
+    found = {"class": [], "label": [], "number": []}
+    alone = []
+    for seed in range(150):
+        (old, before), (new, after) = groups_of(rng, 40), groups_of(rng, 10)
+        values = [levels + 0.5 * rng.normal(size=len(levels)) for levels in (before, after)]
+        codes = [np.digitize(value, [-1, 0, 1]) for value in values]
+        counts = [tables(*one, 4) for one in zip((old, new), codes, strict=True)]
+        sizes = (counts[0].sum(axis=1), counts[1].sum(axis=1))
+        options = {"permutations": 299, "seed": seed}
+        found["class"].append(class_shift(*counts, **options).p_value)
+        found["label"].append(label_shift(*counts, sizes, **options).p_values[1])
+        found["number"].append(number_shift(*values, groups=(old, new), **options).p_value)
+        alone.append(number_shift(*values).p_value)
+    for name, p_values in found.items():
+        for level in (0.05, 0.2):
+            alarms = np.sum(np.array(p_values) <= level)
+            assert binom.ppf(0.0005, 150, level) <= alarms <= binom.ppf(0.9995, 150, level), (name, level)
+    assert np.mean(np.array(alone) < 0.05) > 0.3
+
+
+def test_a_new_group_of_many_images_is_no_shift_and_one_of_all_groups_is():
+    rng = np.random.default_rng(9)
+    old, new = np.repeat(np.arange(60), 3), np.concatenate([np.repeat(np.arange(15), 3), np.full(50, 15)])
+    before, after = rng.normal(size=180), np.concatenate([rng.normal(size=45), np.full(50, 2.0)])
+    assert number_shift(before, after).p_value < 1e-9
+    assert number_shift(before, after, groups=(old, new)).p_value > 0.01
+    assert number_shift(before, after + 2, groups=(old, new)).p_value < 0.001
+    counts = [tables(old, (before > 1).astype(int), 2), tables(new, (after > 1).astype(int), 2)]
+    sizes = (np.bincount(old), np.bincount(new))
+    assert class_shift(counts[0].sum(axis=0), counts[1].sum(axis=0)).p_value < 0.001
+    assert class_shift(*counts).p_value > 0.01
+    by_group, by_image = (
+        label_shift(*counts, sizes),
+        label_shift(counts[0].sum(axis=0), counts[1].sum(axis=0), (180, 95)),
+    )
+    assert by_group.p_value > 0.01
+    assert np.array_equal(by_group.new, by_image.new)
+    assert np.ptp(by_group.new_limits[1]) > 2 * np.ptp(by_image.new_limits[1])
+    assert np.ptp(number_shift(before, after, groups=(old, new)).change_limits) > 2 * np.ptp(
+        number_shift(before, after).change_limits
+    )
+
+
+def test_one_group_of_a_side_cannot_be_compared():
+    with pytest.raises(UsageError, match="2 groups"):
+        number_shift([1, 2, 3], [1, 2, 3], groups=([1, 2, 3], [1, 1, 1]))
 
 
 def test_equal_numbers_are_no_shift_and_a_constant_reference_has_an_effect():
