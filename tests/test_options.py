@@ -61,6 +61,7 @@ LINES = {
 TABLES = {
     "extract": ("source", "features", "machine", "limits"),
     "train": ("train",),
+    "finetune": ("finetune",),
     "depth": ("depth",),
     "drift": ("drift",),
 }
@@ -70,6 +71,7 @@ OF_THE_JOB = {"dataset", "trust_code", "snapshot"}
 NOT_IN_A_JOB = {
     "extract": {"retry_rejects"},
     "train": OF_THE_JOB | {"weights"},
+    "finetune": OF_THE_JOB | {"weights"},
     "depth": {"pooling", "control"},
     "drift": OF_THE_JOB | {"backbone"},
 }
@@ -85,7 +87,8 @@ WRONG = {"extract": {
 }, "train": {
     "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
     "seed": -1, "threshold": "recall=2", "params": 5,
-}, "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
+}, "finetune": {"from_node": "", "epochs": 0, "rate": 0, "lowest_rate": 2, "warmup": 0, "patience": 0, "seeds": 0},
+"depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
 "drift": {"warn": 1, "fail": 0, "seed": -1, "columns": ()}}  # fmt: skip
 each_command = pytest.mark.parametrize("command", FUNCTIONS)
 each_step = pytest.mark.parametrize("step", TABLES)
@@ -114,9 +117,9 @@ def table_of(name, step="extract"):
 def given_in(table, name, text, folder):
     """A job file that says one thing."""
     lines = {"source": ['path = "p"'], "features": []}
-    lines |= {"train": ['out = "b"']} if table == "train" else {}
+    lines |= {table: ['out = "b"']} if table in ("train", "finetune") else {}
     lines.setdefault(table, []).append(f"{name} = {text}")
-    heads = {"features": "[[features]]", "train": "[[train]]"}
+    heads = {name: f"[[{name}]]" for name in ("features", "train", "finetune")}
     body = "".join("\n".join([heads.get(one, f"[{one}]"), *lines[one], ""]) for one in lines)
     file = folder / "job.toml"
     file.write_text(f'store = "s"\n{body}')
@@ -225,7 +228,7 @@ def test_every_front_end_refuses_the_same_and_names_the_option(step, name, tmp_p
     text = "[]" if value == () else str(value) if isinstance(value, int) else f'"{value}"'
     with pytest.raises(UsageError) as of_job:
         read_job(given_in(table, name, text, tmp_path))
-    assert f"{table}{'[0]' * (table in ('features', 'train'))}.{name} = " in str(of_job.value)
+    assert f"{table}{'[0]' * (table in ('features', 'train', 'finetune'))}.{name} = " in str(of_job.value)
     if name == "time_budget":  # Python takes seconds, and no text
         return
     with pytest.raises(UsageError) as of_python:

@@ -31,6 +31,7 @@ from featurepipe.prediction.options import RawIdsOption, TopOption
 from featurepipe.reporting.options import LastOption
 from featurepipe.store.documents import is_run_id
 from featurepipe.training.options import FitOptions
+from featurepipe.tuning.options import LoopOptions
 
 PLACEHOLDERS = ("date", "run", "job")
 """What the name of a file of predictions may hold in braces."""
@@ -216,6 +217,19 @@ class TrainTable(BaseTable, FitOptions, frozen=True):
     """A CSV with the columns id and label; by default that of `[source]`."""
 
 
+class FinetuneTable(BaseTable, LoopOptions, frozen=True):
+    """``[[finetune]]``: layers to tune from stored activations; see `featurepipe finetune`."""
+
+    out: JobPath
+    """Folder of the bundle; the last one is replaced once the new one is complete."""
+    when: Literal["labels changed", "always"] = "labels changed"
+    """Every night, or only when what it learns from is not what the bundle was tuned on."""
+    backbone: str | None = None
+    """The network, where several `[[features]]` have the activations."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+
+
 class PredictTable(BaseTable, RawIdsOption, TopOption, frozen=True):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
@@ -301,6 +315,8 @@ class Job(BaseTable, frozen=True):
     """What a night may cost, and what makes it fail."""
     train: Annotated[tuple[TrainTable, ...], BeforeValidator(listed)] = ()
     """Heads to train."""
+    finetune: Annotated[tuple[FinetuneTable, ...], BeforeValidator(listed)] = ()
+    """Networks whose layers above a node are tuned."""
     predict: Annotated[tuple[PredictTable, ...], BeforeValidator(listed)] = ()
     """Bundles whose predictions are written down."""
     drift: DriftTable | None = None
@@ -321,6 +337,12 @@ class Job(BaseTable, frozen=True):
     def file(self) -> Path | None:
         """Where the job was read from, for messages; None for one that was made without a file."""
         return self._file
+
+    @property
+    def bundles(self) -> dict[str, Path]:
+        """The folders of the bundles that the job makes, by the keys that name them."""
+        trained = {f"train[{place}].out": table.out for place, table in enumerate(self.train)}
+        return {**trained, **{f"finetune[{place}].out": table.out for place, table in enumerate(self.finetune)}}
 
     @property
     def networks(self) -> frozenset[str]:

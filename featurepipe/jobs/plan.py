@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.backbones import load_backbone
+from featurepipe.backbones.tail import Tail
 from featurepipe.errors import FeaturepipeError, SourceError, UsageError, WeightsNotFound, unknown
 from featurepipe.execution.dask import ExecutorWhenNeeded, cluster_name, in_this_process
 from featurepipe.execution.launchers import ClusterTable
@@ -28,6 +29,7 @@ from featurepipe.jobs.job import (
     DepthTable,
     DriftTable,
     FeaturesTable,
+    FinetuneTable,
     Job,
     KeepTable,
     PredictTable,
@@ -110,7 +112,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
 def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
     """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
     match table:
-        case TrainTable():
+        case TrainTable() | FinetuneTable():
             return _of_training(table)
         case PredictTable():
             file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
@@ -134,7 +136,7 @@ def _upkeep(table: BaseTable) -> str:
 
 def _roles_asked(job: Job) -> set[str]:
     """The names of columns that heads and comparisons take, such as that of the groups."""
-    tables = [*job.train, *([] if job.depth is None else [job.depth])]
+    tables = [*job.train, *job.finetune, *([] if job.depth is None else [job.depth])]
     found = {GROUP}
     for table in tables:
         for name in declared(RoleOptions):
@@ -143,7 +145,7 @@ def _roles_asked(job: Job) -> set[str]:
     return found - {NO_GROUP}
 
 
-def _of_training(table: TrainTable) -> tuple[bool | None, str]:
+def _of_training(table: TrainTable | FinetuneTable) -> tuple[bool | None, str]:
     if table.when == "always":
         return True, "always"
     if not table.out.exists():
@@ -309,6 +311,23 @@ def named_problems(job: Job, *, skip: int = 0) -> Iterator[Problem]:
             )
         except UsageError as error:
             yield f"train[{place}].params", None, _in_keys(error, "train")
+    for place, tuned in enumerate(job.finetune):
+        try:
+            _check_cut(job, tuned)
+        except UsageError as error:
+            yield f"finetune[{place}].from_node", None, _in_keys(error, "finetune")
+
+
+def _check_cut(job: Job, table: FinetuneTable) -> None:
+    """Refuses a node at which the network of the activations cannot be cut.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    columns = {f"{table.from_node}:{pooling}" for pooling in ("map", "flatten")}
+    for features in job.features:
+        if table.from_node is not None and not columns.isdisjoint(features.nodes):
+            Tail(load_backbone(features.backbone, features.weights, seed=features.seed), table.from_node)
 
 
 def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> UsageError | WeightsNotFound:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
 
-OF_THIS_RUN = frozenset({"train", "predict", "drift", "depth"})
+OF_THIS_RUN = frozenset({"train", "finetune", "predict", "drift", "depth"})
 """Steps that make no sense unless all features of this run's images are there."""
 OF_ONE_DATASET = OF_THIS_RUN | {"keep"}
 """Steps that make no sense, and may do harm, unless the dataset's name is known."""
@@ -51,6 +51,8 @@ def steps_of(job: Job) -> Iterator[Step]:
     """The steps of a job, in the order in which they run."""
     for train in job.train:
         yield Step("train", train.out.name, train)
+    for finetune in job.finetune:
+        yield Step("finetune", finetune.out.name, finetune)
     for predict in job.predict:
         yield Step("predict", predict.bundle.name, predict)
     for name in ("drift", "depth", "compact", "keep", "report", "metrics"):

@@ -24,6 +24,7 @@ from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.option_groups import OptionGroup, declared
 from featurepipe.training.options import TrainOptions
+from featurepipe.tuning.options import LoopOptions
 
 _MUST_BE = {
     "string_type": "must be text",
@@ -182,7 +183,7 @@ def _decoding(job: Job) -> Iterator[Problem]:
 
 def _same_target_twice(job: Job) -> Iterator[Problem]:
     targets = [
-        *((f"train[{place}].out", table.out) for place, table in enumerate(job.train)),
+        *job.bundles.items(),
         *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(job.predict)),
         *((("depth.report", job.depth.report),) if job.depth and job.depth.report else ()),
         *((("report.to", job.report.to),) if job.report else ()),
@@ -200,10 +201,10 @@ def _bundle_places(job: Job) -> Iterator[Problem]:
     folders = {"store": job.store}
     if "://" not in job.source.path:
         folders["source.path"] = Path(job.source.path)
-    for place, table in enumerate(job.train):
+    for place, out in job.bundles.items():
         for key, folder in folders.items():
-            if table.out.is_relative_to(folder) or folder.is_relative_to(table.out):
-                yield f"train[{place}].out", table.out, f"a bundle has a folder of its own, apart from {key}, {folder}"
+            if out.is_relative_to(folder) or folder.is_relative_to(out):
+                yield place, out, f"a bundle has a folder of its own, apart from {key}, {folder}"
 
 
 def _suffixes(job: Job) -> Iterator[Problem]:
@@ -225,14 +226,14 @@ def _predictions(job: Job) -> Iterator[Problem]:
 
 
 def _bundles(job: Job) -> Iterator[Problem]:
-    trained = {table.out for table in job.train}
+    trained = set(job.bundles.values())
     wanted = [(f"predict[{place}].bundle", table.bundle) for place, table in enumerate(job.predict)]
     if job.drift and job.drift.bundle:
         wanted.append(("drift.bundle", job.drift.bundle))
     for key, bundle in wanted:
         if bundle not in trained and not (existing_folder(bundle) / MANIFEST).is_file():
             outs = ", ".join(map(str, sorted(trained))) or "nothing"
-            yield key, bundle, f"no bundle is there, and no [[train]] makes it ([[train]] makes {outs})"
+            yield key, bundle, f"no bundle is there, and no [[train]] or [[finetune]] makes it (they make {outs})"
 
 
 def _thresholds(job: Job) -> Iterator[Problem]:
@@ -255,11 +256,26 @@ def _train_columns(job: Job) -> Iterator[Problem]:
             yield from _known_network(job, f"train[{place}]", table.backbone)
 
 
+def _tuned_columns(job: Job) -> Iterator[Problem]:
+    for place, table in enumerate(job.finetune):
+        if table.from_node is None:
+            yield (
+                f"finetune[{place}].from_node",
+                None,
+                'is missing: a node whose activations [[features]] has, as "NODE:map"',
+            )
+            continue
+        columns = [f"{table.from_node}:{pooling}" for pooling in ("map", "flatten")]
+        held = [column for column in columns if _with_columns(job, [column])] or columns[:1]
+        yield from _columns_of_one_network(job, f"finetune[{place}]", held[:1], table.backbone, key="from_node")
+
+
 def _settings_together(job: Job) -> Iterator[Problem]:
     """What options of one table say of each other, such as two kinds of target."""
     tables: list[tuple[str, BaseTable, type[OptionGroup]]] = [
         (f"train[{place}]", table, TrainOptions) for place, table in enumerate(job.train)
     ]
+    tables += [(f"finetune[{place}]", table, LoopOptions) for place, table in enumerate(job.finetune)]
     tables += [("depth", job.depth, ComparisonOptions)] if job.depth else []
     for key, table, group in tables:
         try:
@@ -296,33 +312,35 @@ def _known_network(job: Job, table: str, backbone: str) -> Iterator[Problem]:
         yield f"{table}.backbone", backbone, str(unknown("network", backbone, names, where="[[features]]"))
 
 
-def _columns_of_one_network(job: Job, table: str, nodes: Sequence[str], backbone: str | None) -> Iterator[Problem]:
+def _columns_of_one_network(
+    job: Job, table: str, nodes: Sequence[str], backbone: str | None, *, key: str = "nodes"
+) -> Iterator[Problem]:
     for node in nodes:
         if not _with_columns(job, [node]):
-            yield f"{table}.nodes", node, _not_computed(job, node)
+            yield f"{table}.{key}", node, _not_computed(job, node)
             return
     holders = _with_columns(job, nodes)
     if not holders:
-        yield f"{table}.nodes", list(nodes), "no one network of [[features]] has all of these columns"
+        yield f"{table}.{key}", list(nodes), "no one network of [[features]] has all of these columns"
     elif backbone is None and len(holders) > 1:
         yield f"{table}.backbone", None, f"is missing: which network? choices: {_networks(holders)}"
     elif backbone is not None:
         yield from _known_network(job, table, backbone)
-        yield from _columns_of(job, table, nodes, backbone)
+        yield from _columns_of(job, f"{table}.{key}", nodes, backbone)
 
 
-def _columns_of(job: Job, table: str, nodes: Sequence[str], backbone: str) -> Iterator[Problem]:
+def _columns_of(job: Job, key: str, nodes: Sequence[str], backbone: str) -> Iterator[Problem]:
     """Whether the network that a table names has its columns, and is one."""
     own = [features for features in job.features if _means(backbone, features)]
     holders = [features for features in _with_columns(job, nodes) if features in own]
     if own and not holders:
         choices = ", ".join(dict.fromkeys(node for features in own for node in features.nodes))
-        yield f"{table}.nodes", list(nodes), f"[[features]] has not all of these of {backbone}; choices: {choices}"
+        yield key, list(nodes), f"[[features]] has not all of these of {backbone}; choices: {choices}"
     if len(holders) > 1 and backbone == holders[0].backbone:
         message = (
             "several [[features]] are of this network; name the feature space, as `featurepipe info STORE` lists them"
         )
-        yield f"{table}.backbone", backbone, message
+        yield f"{key.rpartition('.')[0]}.backbone", backbone, message
 
 
 def _with_columns(job: Job, columns: Sequence[str]) -> list[FeaturesTable]:
@@ -354,16 +372,17 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_same_network_twice, frozenset({"features"})),
     (_decoding, frozenset({"features", "machine"})),
     (_train_columns, frozenset({"features", "train"})),
-    (_settings_together, frozenset({"train", "depth"})),
+    (_tuned_columns, frozenset({"features", "finetune"})),
+    (_settings_together, frozenset({"train", "finetune", "depth"})),
     (_drift_columns, frozenset({"features", "drift"})),
     (_depth_network, frozenset({"features", "depth"})),
     (_depth_columns, frozenset({"features", "depth"})),
-    (_bundles, frozenset({"train", "predict", "drift"})),
+    (_bundles, frozenset({"train", "finetune", "predict", "drift"})),
     (_thresholds, frozenset({"drift"})),
     (_predictions, frozenset({"predict"})),
     (_suffixes, frozenset({"report", "depth", "metrics"})),
-    (_bundle_places, frozenset({"store", "source", "train"})),
-    (_same_target_twice, frozenset({"train", "predict", "depth", "report", "metrics"})),
+    (_bundle_places, frozenset({"store", "source", "train", "finetune"})),
+    (_same_target_twice, frozenset({"train", "finetune", "predict", "depth", "report", "metrics"})),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
 

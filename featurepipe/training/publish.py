@@ -54,6 +54,7 @@ class Inputs:
         rows: SHA-256 of the images that train or validate, each with its label and its part.
         images: how many those are.
         settings: the head's and the search's, as JSON values.
+        is_tuned: whether the bundle has another space and other columns than these, its network being tuned from them.
     """
 
     fingerprint: str
@@ -61,10 +62,12 @@ class Inputs:
     rows: str
     images: int
     settings: Mapping[str, Any]
+    is_tuned: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What a bundle keeps of it, under ``training.inputs``; the space and the columns are entries of its own."""
-        return {"rows": self.rows, "images": self.images, "settings": dict(self.settings)}
+        """What a bundle keeps of it, under ``training.inputs``; the space and the columns are entries of its own, if the same."""
+        own = {"space": self.fingerprint, "columns": list(self.columns)} if self.is_tuned else {}
+        return {"rows": self.rows, "images": self.images, "settings": dict(self.settings), **own}
 
 
 def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
@@ -94,21 +97,35 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         settings["target"] = options.target
     if task.is_multilabel:
         settings["multilabel"] = list(task.classes)
-    rows = np.union1d(task.division.final, task.division.validation)
-    if (weights := task.weights(rows)) is not None:
-        order = np.lexsort((weights, task.features.keys64[rows]))
-        settings["weight"] = hashlib.sha256(np.ascontiguousarray(weights[order], "<f8")).hexdigest()
     return Inputs(
         fingerprint=task.features.space_fingerprint,
         columns=task.features.columns,
-        rows=digest_of(
-            task.features.take(rows),
-            np.isin(rows, task.division.validation),
-            None if task.targets is None else task.targets[rows],
-        ),
-        images=len(rows),
-        settings=json.loads(json.dumps(settings, default=dict)),  # as it will come back from a file
+        settings=json.loads(
+            json.dumps({**settings, **weights_learned(task)}, default=dict)
+        ),  # as it will come back from a file
+        **rows_learned(task),
     )
+
+
+def rows_learned(task: Task) -> dict[str, Any]:
+    """The fields ``rows`` and ``images`` of `Inputs`."""
+    rows = _learned(task)
+    targets = None if task.targets is None else task.targets[rows]
+    digest = digest_of(task.features.take(rows), np.isin(rows, task.division.validation), targets)
+    return {"rows": digest, "images": len(rows)}
+
+
+def weights_learned(task: Task) -> dict[str, str]:
+    """The setting ``weight`` of `Inputs`: a digest of the weights of the rows; nothing where all weigh alike."""
+    rows = _learned(task)
+    if (weights := task.weights(rows)) is None:
+        return {}
+    order = np.lexsort((weights, task.features.keys64[rows]))
+    return {"weight": hashlib.sha256(np.ascontiguousarray(weights[order], "<f8")).hexdigest()}
+
+
+def _learned(task: Task) -> npt.NDArray[Any]:
+    return np.union1d(task.division.final, task.division.validation)
 
 
 def digest_of(images: LabelledImages, part: npt.NDArray[Any], targets: npt.NDArray[Any] | None = None) -> str:
@@ -150,10 +167,11 @@ def why_train(target: Path, inputs: Inputs) -> list[str]:
 
 def _differences(bundle: Bundle, known: Mapping[str, Any], inputs: Inputs) -> list[str]:
     found = []
-    if bundle.fingerprint != inputs.fingerprint:
-        found.append(f"features of another space: {inputs.fingerprint[:12]}, before {bundle.fingerprint[:12]}")
-    if bundle.columns != inputs.columns:
-        found.append(f"other columns: {' + '.join(inputs.columns)}, before {' + '.join(bundle.columns)}")
+    space, columns = known.get("space", bundle.fingerprint), tuple(known.get("columns", bundle.columns))
+    if space != inputs.fingerprint:
+        found.append(f"features of another space: {inputs.fingerprint[:12]}, before {space[:12]}")
+    if columns != inputs.columns:
+        found.append(f"other columns: {' + '.join(inputs.columns)}, before {' + '.join(columns)}")
     before = dict(known["settings"])
     changed = sorted(name for name in {*before, *inputs.settings} if before.get(name) != inputs.settings.get(name))
     if changed:

@@ -245,6 +245,10 @@ def stored_activations(
     target = beside.with_name(f"{beside.name}.features") if store is None else store
     name = options.backbone or DEFAULT_BACKBONE
     weights = "DEFAULT" if options.weights is None else str(options.weights)
+    if isinstance(options.weights, Mapping):
+        raise UsageError(
+            "several files of weights are for feature spaces of a store; give the one of the images' network"
+        )
     backbone = load_backbone(name, weights)
     tail = Tail(backbone, cut_of(options, backbone))
     arguments = {

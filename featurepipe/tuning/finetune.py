@@ -27,7 +27,8 @@ from featurepipe.store.options import columns_of
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.training.publish import Network, bundle_target
+from featurepipe.training.publish import Network, bundle_target, why_train
+from featurepipe.training.train import UNCHANGED
 from featurepipe.tuning.activations import (
     Activations,
     ExtractionOutlook,
@@ -72,9 +73,10 @@ def finetune(
     min_class_size: int = 2,
     memory: int | str | None = None,
     seed: int = 0,
-    weights: str | PathLike[str] | None = None,
+    weights: str | PathLike[str] | Mapping[str, str] | None = None,
     trust_code: bool | Collection[str] = False,
     extraction: Mapping[str, Any] | None = None,
+    if_changed: bool = False,
     cluster: Any = None,
     dry_run: bool = False,
     silent: bool = False,
@@ -122,16 +124,19 @@ def finetune(
         min_class_size: classes with fewer images are refused.
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
-        weights: the backbone's weights file, where the features are of one of your own; of images as in ``extract``.
+        weights: the backbone's weights file, where the features are of one of your own, or a mapping of such files by the
+            fingerprint of the feature space; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
+        if_changed: tune only if what is learned from is not what the bundle at ``out`` was tuned on: rows, labels or settings.
         cluster: where to extract instead of here, as `featurepipe.execution.connect` takes it.
         dry_run: say what would be extracted and tuned, how large that is and how long it takes; write nothing.
         silent: say nothing on the way.
 
     Returns:
         What was done, as plain JSON values: what `featurepipe.train` gives, and ``tuning``. With ``dry_run`` what would be:
-        ``extraction`` and ``tuning`` where images are yet to be extracted.
+        ``extraction`` and ``tuning`` where images are yet to be extracted. With ``if_changed`` also ``why``; if nothing
+        changed, ``bundle`` and ``skipped``.
 
     Raises:
         UsageError: an argument is wrong, the network cannot be cut there, the labels cannot be learned from, or nothing was
@@ -159,12 +164,18 @@ def finetune(
     if isinstance(stored, ExtractionOutlook):
         return stored.as_dict(options)
     work = _prepared(stored, options, snapshot=snapshot, say=say)
+    inputs = work.inputs()
+    asked = {"why": why_train(folder, inputs)} if if_changed else {}
+    if asked == {"why": []}:
+        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images), **stored.about()}
+    for reason in asked.get("why", []):
+        say(f"{folder.name} is tuned: {reason}")
     say(work.text)
     if dry_run:
-        return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}}
+        return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}, **asked}
     with stop_on_signals() as stop:
         record = tune_and_publish(work, folder, stop, start=start, silent=silent, say=say)
-    return {**record, **stored.about(), "options": as_asked(options)}
+    return {**record, **stored.about(), "options": as_asked(options), **asked}
 
 
 @dataclass
@@ -250,7 +261,8 @@ def network_of(space: Space, options: TuneOptions) -> Backbone:
     """
     check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
     known = Network.of(space).backbone
-    asked = str(options.weights or known["weights"])
+    given = options.weights.get(space.fingerprint) if isinstance(options.weights, Mapping) else options.weights
+    asked = str(given or known["weights"])
     if asked == "file":
         label = known["description"]["weights"]
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
@@ -34,8 +35,8 @@ def _from_zero(given: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOption):
-    """What is tuned on which images, and how."""
+class LoopOptions(RoleOptions):
+    """Which layers are tuned, for what, and how."""
 
     from_node: str | None = option(
         None,
@@ -44,15 +45,6 @@ class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         check=not_empty,
     )
 
-    dataset: str | None = option(
-        None, "which of the store's datasets; of images, their name there (default: the store's only one; the source's name)",
-        metavar="NAME",
-    )  # fmt: skip
-    backbone: str | None = option(
-        None, "of a store a backbone, a space's name or fingerprint, where it holds several; of images see featurepipe backbones "
-        "(default: resnet50)",
-        metavar="NAME",
-    )  # fmt: skip
     epochs: int = option(10, "passes over the training images (default: 10)", check=at_least(1, 10_000))
     rate: float = option(
         3e-4, "learning rate of the head and the highest block, after the warm-up (default: 0.0003)",
@@ -88,7 +80,22 @@ class TuneOptions(RoleOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         metavar="AMOUNT", check=is_memory,
     )  # fmt: skip
     seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
-    weights: str | PathLike[str] | None = option(
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOption):
+    """All options of `featurepipe.finetune` but those of extraction."""
+
+    dataset: str | None = option(
+        None, "which of the store's datasets; of images, their name there (default: the store's only one; the source's name)",
+        metavar="NAME",
+    )  # fmt: skip
+    backbone: str | None = option(
+        None, "of a store a backbone, a space's name or fingerprint, where it holds several; of images see featurepipe backbones "
+        "(default: resnet50)",
+        metavar="NAME",
+    )  # fmt: skip
+    weights: str | PathLike[str] | Mapping[str, str] | None = option(
         None, "the backbone's weights file, where the features are of one of your own; of images as for featurepipe extract",
         metavar="NAME|none|FILE",
     )  # fmt: skip

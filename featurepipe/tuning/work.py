@@ -30,7 +30,7 @@ from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
-from featurepipe.training.publish import Inputs, Network, digest_of, publish
+from featurepipe.training.publish import Inputs, Network, publish, rows_learned, weights_learned
 from featurepipe.training.settle import settle_rows
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
@@ -112,17 +112,13 @@ class TuningWork(ABC):
 
     def inputs(self) -> Inputs:
         """What decides the outcome, in the form of a trained head's."""
-        rows, task = self.learned_from, self.task
+        settings = {name: value for name, value in as_asked(self.options).items() if name not in _WHERE}
         return Inputs(
             fingerprint=self.space.fingerprint,
             columns=(self.column,),
-            rows=digest_of(
-                task.features.take(rows),
-                np.isin(rows, task.division.validation),
-                None if task.targets is None else task.targets[rows],
-            ),
-            images=len(rows),
-            settings={name: value for name, value in as_asked(self.options).items() if name not in _WHERE},
+            settings={**settings, **weights_learned(self.task)},
+            is_tuned=True,
+            **rows_learned(self.task),
         )
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from featurepipe.errors import UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.jobs.text import summary_text
 from featurepipe.prediction.predict import predict
@@ -102,6 +103,41 @@ def test_night_after_night_with_every_step(classed):
     assert len(pile.records()) == 2
     json.dumps(third)
     assert len(summary_text(third).splitlines()) < 24
+
+
+TUNED = """
+[[finetune]]
+out = "bundles/tuned"
+from_node = "s2"
+epochs = 2
+rate = 0.003
+"""
+
+
+def test_layers_are_tuned_when_what_they_learn_from_has_changed(pile):
+    pile.fill(24, folder="day/")
+    pile.fill(24, first=100, folder="night/")
+    text = pile.job(TUNED).read_text()
+    with pytest.raises(
+        UsageError, match=r"finetune\[0\]\.from_node = 's2:map': unknown column 's2:map' in \[\[features\]\]"
+    ):
+        pile.run()
+    pile.file.write_text(text.replace('nodes = ["c3", "bottleneck"]', 'nodes = ["s2:map"]'))
+    plan = pile.run(dry_run=True)
+    assert plan["steps"][0] == {"step": "finetune", "name": "tuned", "runs": True, "why": "there is no bundle yet"}
+    first = by_step(pile.run())["finetune tuned"]
+    assert first["status"] == "done", first
+    assert first["result"]["from"] == "s2"
+    assert "of 2 classes; 0." in first["result"]["text"]
+    assert read_bundle(pile.folder / "bundles" / "tuned").training["tuning"]["from"] == "s2"
+    again = by_step(pile.run())["finetune tuned"]
+    assert again["status"] == "skipped"
+    assert again["result"]["skipped"].startswith(
+        "the 38 images that it learns from, their labels and its settings are those"
+    )
+    pile.file.write_text(pile.file.read_text().replace("epochs = 2", "epochs = 1"))
+    other = by_step(pile.run())["finetune tuned"]["result"]
+    assert other["why"] == ["other settings: epochs"]
 
 
 def test_a_failed_night_has_figures_too_and_the_next_one_makes_up_for_it(classed):

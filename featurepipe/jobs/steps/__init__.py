@@ -4,8 +4,8 @@ Each result has a ``text``, the line that the summary shows; ``skipped`` says wh
 people should look at. A step that fails raises.
 """
 
-from featurepipe.jobs.steps.heads import predict, train
+from featurepipe.jobs.steps.heads import finetune, predict, train
 from featurepipe.jobs.steps.housekeeping import compact, keep, metrics, report
 from featurepipe.jobs.steps.measuring import depth, drift
 
-__all__ = ["compact", "depth", "drift", "keep", "metrics", "predict", "report", "train"]
+__all__ = ["compact", "depth", "drift", "finetune", "keep", "metrics", "predict", "report", "train"]

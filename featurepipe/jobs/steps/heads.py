@@ -1,4 +1,4 @@
-"""Train a head and predict with it: the images of this run, and which of them are new."""
+"""Train a head, tune layers, and predict with what came of it: the images of this run, and which of them are new."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.display import counted, neutralised_text
-from featurepipe.jobs.job import PredictTable, TrainTable
+from featurepipe.jobs.job import FinetuneTable, PredictTable, TrainTable
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.history import last_result
 
@@ -44,6 +44,40 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
 
     found = within_time(night.stop.deadline, work, "the older bundle stays, and the next night trains")
     return found if "skipped" in found else _told(found)
+
+
+def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
+    """Tunes layers, if what they learn from is not what the bundle was tuned on, or always; see `train`.
+
+    A tuning that the end of the night breaks off goes on from its last checkpoint in the next run.
+    """
+    from featurepipe.tuning.finetune import finetune as run
+
+    def work() -> dict[str, Any]:
+        return run(
+            night.store,
+            dataset=night.dataset,
+            snapshot=snapshot_of(night, table.backbone),
+            out=table.out,
+            backbone=table.backbone,
+            labels=table.labels or night.job.source.labels,
+            **table.arguments(),
+            weights=_own_weights(night),
+            trust_code=night.job.networks,
+            if_changed=table.when == "labels changed",
+            silent=night.silent,
+            cluster=night.executor(),
+        )
+
+    late = "the older bundle stays, and the next night goes on from the last checkpoint"
+    found = within_time(night.stop.deadline, work, late)
+    if "skipped" in found:
+        return found
+    told, tuning = _told(found), found["tuning"]
+    how = (
+        f"{tuning['mix']:.0%} of the weights tuned above {tuning['from']}" if tuning["mix"] else "tuning gained nothing"
+    )
+    return {**told, "from": tuning["from"], "mix": tuning["mix"], "text": f"{told['text']}; {how}"}
 
 
 def _own_weights(night: Night) -> dict[str, str]:
