@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featurepipe.reporting.from_store import report
     from featurepipe.store import FeatureStore
     from featurepipe.training.train import train
+    from featurepipe.transfer_routes.routes import routes
     from featurepipe.tuning.finetune import finetune
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "predict",
     "region",
     "report",
+    "routes",
     "run_job",
     "train",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "predict": "prediction.predict",
     "region": "images.regions",
     "report": "reporting.from_store",
+    "routes": "transfer_routes.routes",
     "run_job": "jobs.run",
     "train": "training.train",
 }

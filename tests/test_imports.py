@@ -58,6 +58,7 @@ def test_the_public_surface_is_what_it_was():
         "predict",
         "region",
         "report",
+        "routes",
         "run_job",
         "train",
     ]

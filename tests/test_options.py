@@ -32,6 +32,7 @@ from featurepipe.reporting.options import FindingsOptions
 from featurepipe.store.gc import gc_store
 from featurepipe.store.options import GcOptions
 from featurepipe.training.options import TrainOptions
+from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.tuning.options import TuneOptions
 
 FUNCTIONS = {
@@ -41,6 +42,7 @@ FUNCTIONS = {
     "finetune": (featurepipe.finetune, TuneOptions),
     "evaluate": (featurepipe.evaluate, EvaluateOptions),
     "depth": (featurepipe.depth, DepthOptions),
+    "routes": (featurepipe.routes, RoutesOptions),
     "drift": (featurepipe.drift, DriftOptions),
     "duplicates": (featurepipe.duplicates, DuplicatesOptions),
     "report": (report, FindingsOptions),
@@ -53,6 +55,7 @@ LINES = {
     "finetune": "finetune y --out b",
     "evaluate": "evaluate b y",
     "depth": "depth x",
+    "routes": "routes x",
     "drift": "drift y",
     "duplicates": "duplicates y",
     "report": "report y --to z",

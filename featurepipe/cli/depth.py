@@ -1,4 +1,4 @@
-"""``featurepipe depth`` and ``report``, ``drift`` and ``duplicates``: what features show of layers and images."""
+"""``featurepipe depth``, ``routes`` and ``report``, ``drift`` and ``duplicates``: what features show of layers and images."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from featurepipe.monitoring.options import DriftOptions, DuplicatesOptions
 from featurepipe.option_groups import declared
 from featurepipe.reporting.options import FindingsOptions, NightsOptions
 from featurepipe.store.options import DatasetOption, TrustOption
+from featurepipe.transfer_routes.options import RoutesOptions, RoutesSourceOptions
 
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
 """Options of extraction that `featurepipe.depth` passes on."""
 NOT_OF_DEPTH = ("dtype", "decode")
+NOT_OF_ROUTES = (*NOT_OF_DEPTH, "batch_size")  # of tuning; images in a forward are as many as suit the device
 DEPTH_GROUPS = (ComparedOptions, DepthOptions, AnsweredOptions)
 """Options of `featurepipe.depth` itself, in the order of the help; consent to code follows those of extraction."""
 
@@ -64,6 +66,46 @@ def run_depth(args: Namespace) -> int:
         args.source,
         **options(args, *DEPTH_GROUPS, TrustOption),
         extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH),
+        command=this_command(),
+        dry_run=args.dry_run,
+        silent=args.quiet,
+        **cluster(args),
+    )
+    show(args, result, plan_text if args.dry_run else text)
+    return int(result.get("provenance", {}).get("exit_code", 0))
+
+
+ROUTES_GROUPS = (RoutesSourceOptions, RoutesOptions)
+"""Options of `featurepipe.routes` itself, in the order of the help."""
+
+
+def add_routes(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands, "routes", run_routes, "use a network as it is, freeze it, or tune it: every route measured alike",
+        epilog="Features and activations stay in the store, and what has been measured is kept as well. Stopped at any moment, "
+        "the same command goes on. featurepipe train and featurepipe finetune take the route that is recommended.",
+    )  # fmt: skip
+    option = command.add_argument
+    option("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, used as it is")
+    add_options(command, *ROUTES_GROUPS, types={"rate": float})
+    add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_ROUTES)
+    add_options(command, TrustOption)
+    option("--dry-run", action="store_true", help="say what would be extracted and measured, and how long that takes")
+    add_cluster(command)
+    add_quiet(command, "progress")
+    add_json(command)
+
+
+def run_routes(args: Namespace) -> int:
+    """Runs the command."""
+    from featurepipe.transfer_routes.answers import plan_text, text
+    from featurepipe.transfer_routes.routes import routes
+
+    result = routes(
+        args.source,
+        **options(args, *ROUTES_GROUPS, TrustOption),
+        extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_ROUTES),
         command=this_command(),
         dry_run=args.dry_run,
         silent=args.quiet,

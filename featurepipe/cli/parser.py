@@ -39,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     in_order = (
         demo.add_demo, demo.add_networks, stores.add_extract, stores.add, heads.add_train, heads.add_finetune,
-        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_report, run.add, depth.add_monitoring, demo.add_doctor,
+        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_routes, depth.add_report, run.add,
+        depth.add_monitoring, demo.add_doctor,
     )  # fmt: skip
     for add in in_order:
         add(cast("Commands", commands))  # a parser of ours is one of argparse's

@@ -225,7 +225,9 @@ def differences(study: Study, measured: Sequence[Series]) -> list[dict[str, Any]
     for head in study.protocol.heads:
         own, best = of_head(measured, head), best_of(study, measured, head)
         others = [(series.columns[0], difference(study, series, best)) for series in own if series is not best]
-        found += _holm([{"head": head, "a": a, "b": best.columns[0], **_between(between)} for a, between in others])
+        found += with_adjusted_p(
+            [{"head": head, "a": a, "b": best.columns[0], **_between(between)} for a, between in others]
+        )
     return found
 
 
@@ -300,7 +302,7 @@ def _there(study: Study) -> Elsewhere:
     return study.elsewhere
 
 
-def _holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_adjusted_p(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds p values adjusted for the number of comparisons (Holm 1979)."""
     known = sorted((one for one in found if one["p"] is not None), key=lambda one: one["p"])
     floor = 0.0

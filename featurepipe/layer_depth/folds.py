@@ -128,11 +128,31 @@ def own_split(features: FeatureSet, codes: Codes, *, seeds: int, classes: bool =
 def _fold(
     features: FeatureSet, codes: Codes, train: Positions, test: Positions, seed: int, number: int, draw: int
 ) -> Fold:
+    return _checked(with_choices(features, codes, train, test, seed, number, draw), codes)
+
+
+def with_choices(
+    features: FeatureSet, codes: Codes, train: Positions, test: Positions, seed: int, number: int, draw: int
+) -> Fold:
+    """Sets images aside to choose by: a fifth of those that train, by class, copies and groups together; several in turn if few.
+
+    Args:
+        features: n rows.
+        codes: (n,) class numbers, or others by which rows are dealt evenly.
+        train: rows to divide.
+        test: rows that take no part.
+        seed: of the fold.
+        number: of the fold.
+        draw: tells draws of one seed apart.
+
+    Returns:
+        The fold; its ``fit`` or ``choose`` may be empty, where the rows are too few.
+    """
     fold_of = dealt(features, codes, train, folds=CHOOSING, seed=1000 * (seed + 1) + draw)
     parts = min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, int((fold_of == 0).sum()))))
     (fit, choose), *others = ((train[fold_of != part], train[fold_of == part]) for part in range(parts))
     usable = tuple((rest, part) for rest, part in others if len(part) and len(np.unique(codes[rest])) > 1)
-    return _checked(Fold(seed, number, fit, choose, test, usable), codes)
+    return Fold(seed, number, fit, choose, test, usable)
 
 
 def _checked(fold: Fold, codes: Codes) -> Fold:

@@ -51,6 +51,8 @@ class Wanted:
     silent: bool
     options: DepthOptions
     trust_code: bool | Collection[str] = False
+    further: Sequence[str] = ()
+    """Columns that are extracted in the same pass and not compared, such as maps."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,11 @@ def _computed(
     store = target if isinstance(target, FeatureStore) else FeatureStore(target)
     say(f"{name}: {', '.join(column.column for column in columns)}")
 
+    names = list(dict.fromkeys([*(column.column for column in columns), *wanted.further]))
+
     def run(source: Any, dataset: str | None, weights: str) -> dict[str, Any]:
         return extract(
-            source, store, dataset=dataset, backbone=name, weights=weights, nodes=[column.column for column in columns],
+            source, store, dataset=dataset, backbone=name, weights=weights, nodes=names,
             dry_run=dry_run, silent=wanted.silent, **extraction,
         )  # fmt: skip
 

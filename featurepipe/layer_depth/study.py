@@ -381,7 +381,7 @@ def settle(
     if protocol.folds is not None:  # what a later test is made on must not have chosen the column
         kept_away = usable & (every.splits == "test")
     rows = np.flatnonzero(usable & ~kept_away)
-    images, codes, classes = _learnable(every.take(rows), say)
+    images, codes, classes = learnable(every.take(rows), say)
     known = images.mask(labelled=True)  # of the labels that are left
     rows, images, codes = rows[known], images.take(known), codes[known]
     folds = (
@@ -391,7 +391,7 @@ def settle(
     )
     elsewhere = None
     if shifted_dataset is not None:
-        there = _with_roles_elsewhere(
+        there = with_roles_elsewhere(
             store, view(shifted_dataset), labels, roles, images, snapshots[shifted_dataset], say
         )
         elsewhere = settle_elsewhere(shifted_dataset, there, dataset, images, classes, folds)
@@ -412,7 +412,7 @@ def settle(
     return study
 
 
-def _learnable(images: FeatureSet, say: Callable[[str], None]) -> tuple[FeatureSet, Codes, Sequence[str]]:
+def learnable(images: FeatureSet, say: Callable[[str], None]) -> tuple[FeatureSet, Codes, Sequence[str]]:
     """The images with the targets that can be learned, codes by which they are dealt evenly, and the names of what is told apart.
 
     Raises:
@@ -455,7 +455,7 @@ def _learnable(images: FeatureSet, say: Callable[[str], None]) -> tuple[FeatureS
     return images, images.codes(classes), classes
 
 
-def _with_roles_elsewhere(
+def with_roles_elsewhere(
     store: FeatureStore,
     found: FeatureSet,
     labels: Any,

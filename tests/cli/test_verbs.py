@@ -12,6 +12,7 @@ TRAIN = "featurepipe.training.train:train"
 EVALUATE = "featurepipe.evaluation.evaluate:evaluate"
 PREDICT = "featurepipe.prediction.predict:predict"
 DEPTH = "featurepipe.layer_depth.depth:depth"
+ROUTES = "featurepipe.transfer_routes.routes:routes"
 
 CASES = {
     "extract": (
@@ -131,6 +132,26 @@ CASES = {
                 "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
             },
             "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
+        },
+    ),
+    "routes": (
+        ROUTES,
+        "routes photos --store kept --dataset d --backbone vgg16 --node a --routes node,tail --sizes 5,all --seeds 2 --cuts b,c "
+        "--max-width 500 --test-images 90 --epochs 4 --rate 0.001 --batch-size 8 --mapping m.csv --budget 30min --test-source "
+        "others --labels l.csv --group none --multilabel a,b --weight w --report page.html --precision fp32 --device cpu "
+        "--workers 1 --max-rejects 0 --quiet",
+        {
+            "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "DEFAULT", "nodes": ["a"],
+            "routes": ("node", "tail"), "sizes": (5, "all"), "seeds": 2, "cuts": ("b", "c"), "max_width": 500,
+            "test_images": 90, "epochs": 4, "rate": 0.001, "batch_size": 8, "mapping": "m.csv", "budget": 1800.0,
+            "test_source": "others", "labels": "l.csv", "label": None, "group": "none", "split_column": None, "target": None,
+            "multilabel": ("a", "b"), "weight": "w", "report": "page.html",
+            "extraction": {
+                "precision": "fp32", "device": "cpu", "workers": 1, "max_rejects": "0", "damaged": "reject", "only_under": None,
+                "path_column": None, "intensity": "auto", "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
+                "frames": "first",
+            },
+            "trust_code": False, "dry_run": False, "silent": True,
         },
     ),
 }  # fmt: skip

@@ -1,0 +1,137 @@
+"""The options of comparing routes; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from featurepipe.errors import UsageError, unknown
+from featurepipe.extraction.limits import seconds_at_most
+from featurepipe.layer_depth.options import OtherSourceOption, StoreOption
+from featurepipe.option_groups import at_least, by_commas, file_or_kind, not_empty, option
+from featurepipe.store.options import LabelsOption, RoleOptions
+from featurepipe.tuning.options import TuneOptions
+
+AS_IT_IS, BOTTLENECK, NODE, TAIL = "as-it-is", "bottleneck", "node", "tail"
+ROUTES = {
+    AS_IT_IS: "the network's own classes, where their names are those of the labels",
+    BOTTLENECK: "all layers frozen, an exact head on the bottleneck",
+    NODE: "all layers frozen, an exact head on the best of a few nodes",
+    TAIL: "the layers above a cut tuned, from stored activations",
+}
+"""The kinds of routes and what each is, from the cheapest to the dearest."""
+ALL = "all"
+"""In place of a size: every training image."""
+AUTO = "auto"
+MAX_WIDTH = 2500
+"""Values per image of a frozen node: many heads are fitted to choose one."""
+
+
+def sizes_of(text: str) -> tuple[int | str, ...]:
+    """Numbers of images per class, separated by commas, and ``all``.
+
+    Example:
+        >>> sizes_of("5, 20,all")
+        (5, 20, 'all')
+    """
+    return tuple(int(word) if word.isdecimal() else word for word in by_commas(text))
+
+
+def _sizes(given: Any) -> str | None:
+    numbers = [size for size in given if size != ALL]
+    if not given or any(isinstance(size, bool) or not isinstance(size, int) or size < 2 for size in numbers):
+        return (
+            "must be numbers of images per class, each at least 2 (one of them is set aside to choose by), and all, "
+            "such as 5,20,100,all"
+        )
+    return "names a size twice" if len(set(given)) < len(given) else None
+
+
+def _routes(given: Any) -> str | None:
+    for route in given:
+        if route not in ROUTES:
+            raise unknown("route", str(route), ROUTES, see="featurepipe routes --help")
+    return "must name each route once, and at least one" if not given or len(set(given)) < len(given) else None
+
+
+_TUNING = ("epochs", "rate", "batch_size")
+_DEFAULTS = TuneOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesOptions(RoleOptions):
+    """Which routes are compared, at which sizes, and how long that may take."""
+
+    routes: tuple[str, ...] | None = option(
+        None, f"of {', '.join(ROUTES)}; separated by commas (default: all of them)",
+        metavar="LIST", check=_routes, read=by_commas,
+    )  # fmt: skip
+    sizes: tuple[int | str, ...] = option(
+        (5, 20, 100, ALL), "training images per class, and all of them (default: 5,20,100,all)",
+        metavar="LIST", check=_sizes, read=sizes_of,
+    )  # fmt: skip
+    seeds: int = option(3, "how often training images are drawn for each size (default: 3)", check=at_least(1, 100))
+    cuts: tuple[str, ...] = option(
+        (AUTO,), "nodes above which layers are tuned, separated by commas; auto: one at about two thirds of the network's "
+        "operations (default: auto)",
+        metavar="auto|LIST", check=not_empty, read=by_commas,
+    )  # fmt: skip
+    max_width: int = option(MAX_WIDTH, f"values per image of a frozen node (default: {MAX_WIDTH})", check=at_least(1))
+    test_images: int | None = option(
+        None, "test on so many of the test images, drawn by class (default: all)", check=at_least(2)
+    )
+    epochs: int = option(
+        _DEFAULTS.epochs, f"of tuning at most (default: {_DEFAULTS.epochs})", check=at_least(1, 10_000)
+    )
+    rate: float = option(
+        _DEFAULTS.rate, f"of tuning, the learning rate of the head and the highest block (default: {_DEFAULTS.rate:g})",
+        metavar="RATE",
+    )  # fmt: skip
+    batch_size: int = option(
+        _DEFAULTS.batch_size, f"of tuning, images a step (default: {_DEFAULTS.batch_size})", check=at_least(1, 65_536)
+    )
+    mapping: Any = option(
+        None, "which label each of the network's own classes means: .csv with class and label (default: by name)",
+        metavar="FILE", recorded=file_or_kind,
+    )  # fmt: skip
+    budget: float | None = option(
+        None, "measure for so long at most, such as 30min; the cheapest and most telling first, and the rest is named "
+        "(default: no limit)",
+        metavar="TIME", read=seconds_at_most,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.budget <= 0:
+            raise UsageError(f"a budget of {self.budget:g} s leaves no time to measure", option="budget")
+        _ = self.tuning("")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of routes to compare, from the cheapest to the dearest."""
+        return tuple(route for route in ROUTES if self.routes is None or route in self.routes)
+
+    def tuning(self, cut: str) -> TuneOptions:
+        """How the layers above a cut are tuned.
+
+        Raises:
+            UsageError: A rate or another number makes no sense.
+        """
+        own = {name: getattr(self, name) for name in _TUNING}
+        return TuneOptions(from_node=cut or None, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesSourceOptions(LabelsOption, OtherSourceOption, StoreOption):
+    """What is true of the images, what routes are tested on besides, where features and the page go."""
+
+    dataset: str | None = option(None, "its name in the store (default: the source's own)", metavar="NAME")
+    backbone: str | None = option(
+        None, "see featurepipe backbones (default: resnet50, or what STORE holds)", metavar="NAME"
+    )
+    weights: str = option("DEFAULT", "of the network, as for featurepipe extract", metavar="NAME|FILE")
+    nodes: tuple[str, ...] = option(
+        (AUTO,), "frozen nodes to compare, may be repeated; auto: some of the network's stages (default: auto)",
+        metavar="auto|NODE[:POOLING]",
+    )  # fmt: skip
+    report: str | None = option(None, "write the page: curves, tables, the 2 x 2 picture", metavar="FILE.html")

@@ -1,0 +1,397 @@
+"""Use a network as it is, freeze it, or tune it? Every route measured alike on the user's own images, and one recommended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurepipe.backbones import Backbone, load_backbone
+from featurepipe.backbones.from_user import check_trusted
+from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
+from featurepipe.execution.dask import executor_on
+from featurepipe.features.session import NetworkName, identity_of
+from featurepipe.layer_depth.document import provenance
+from featurepipe.layer_depth.journal import Journal
+from featurepipe.layer_depth.measure import TimedForward, least_disturbed
+from featurepipe.layer_depth.options import DepthOptions
+from featurepipe.layer_depth.sources import DEFAULT_BACKBONE, Extracted, Wanted, extracted
+from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
+from featurepipe.option_groups import as_asked, declared
+from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
+from featurepipe.progress import announcer, show
+from featurepipe.reporting.report import check_target, write_report
+from featurepipe.store import FeatureStore
+from featurepipe.store.choice import choose_space
+from featurepipe.store.feature_store import is_store
+from featurepipe.store.locks import starts_again
+from featurepipe.store.options import RoleOptions, columns_of
+from featurepipe.store.space import canonical_json
+from featurepipe.training.settle import compared_labels
+from featurepipe.transfer_routes import answers
+from featurepipe.transfer_routes.measure import Route, RoutesContext, TrialTimes, measure_routes, measured, trials_of
+from featurepipe.transfer_routes.options import AS_IT_IS, AUTO, BOTTLENECK, NODE, TAIL, RoutesOptions
+from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
+from featurepipe.tuning.finetune import network_of
+from featurepipe.tuning.options import TuneOptions
+
+FROZEN_AT = (0.4, 0.65, 0.85)
+"""Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
+CUT_AT = 0.65
+"""Share of the network's operations at about which it is cut: what lies below is computed once."""
+
+
+@starts_again
+def routes(
+    source: Any,
+    store: FeatureStore | str | PathLike[str] | None = None,
+    *,
+    dataset: str | None = None,
+    backbone: str | None = None,
+    weights: str = "DEFAULT",
+    nodes: str | Sequence[str] = AUTO,
+    routes: str | Sequence[str] | None = None,
+    sizes: Sequence[int | str] = (5, 20, 100, "all"),
+    seeds: int = 3,
+    cuts: str | Sequence[str] = AUTO,
+    max_width: int = 2500,
+    test_images: int | None = None,
+    epochs: int = 10,
+    rate: float = 3e-4,
+    batch_size: int = 64,
+    mapping: Any = None,
+    budget: float | str | None = None,
+    test_source: Any = None,
+    labels: Any = None,
+    label: str | None = None,
+    group: str | None = None,
+    split_column: str | None = None,
+    target: str | None = None,
+    multilabel: str | Sequence[str] | None = None,
+    weight: str | None = None,
+    extraction: Mapping[str, Any] | None = None,
+    cluster: Any = None,
+    command: str | None = None,
+    report: str | PathLike[str] | None = None,
+    trust_code: bool | Collection[str] = False,
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Measures which route to take from a pretrained network to a dataset's classes (or labels or numbers), and recommends one.
+
+    Routes are: the network as it is, where its own classes are the labels; one layer frozen, with an exact head on the
+    bottleneck or on the best of a few nodes; and the layers above a cut tuned. Each is measured at several numbers of training
+    images, drawn several times, on the same test images. Features and activations stay in the store, and so does what has been
+    measured: a call that was stopped goes on.
+
+    Args:
+        source: images, anything ``extract`` takes; or a feature store, of which the columns that it has are used.
+        store: where features go, by default ``features``; not with a store as the source.
+        dataset: its name in the store; by default the source's own.
+        backbone: the network, by default ``resnet50``, or the one of the store.
+        weights: of the network, as in ``extract``; of a store's network only a file of one's own.
+        nodes: frozen nodes to compare: ``auto`` for the bottleneck and some stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
+        routes: which, names of `featurepipe.transfer_routes.options.ROUTES`; by default all.
+        sizes: training images per class, and ``all``: what there is. Of several labels an image counts for its rarest; of
+            numbers, a size is of each tenth of them.
+        seeds: how often training images are drawn for each size.
+        cuts: nodes above which layers are tuned; ``auto`` for one at about two thirds of the network's operations.
+        max_width: values per image that a frozen node may have.
+        test_images: how many of the test images to test on, drawn by class; None for all.
+        epochs: of tuning, at most.
+        rate: of tuning, as in `featurepipe.finetune`.
+        batch_size: of tuning.
+        mapping: which label each of the network's own classes means, as in ``evaluate``; by default those of the same name.
+        budget: seconds, or text such as ``"30min"``, that may be spent; what tells most for its time is measured first.
+        test_source: images of the same classes from elsewhere, which all routes are tested on, too.
+        labels: a CSV or mapping to use instead of the source's labels.
+        label: the column of the class, as in `featurepipe.depth`, like the next three.
+        group: the column of what stays on one side of every split.
+        split_column: the column of the splits.
+        target: the column of a number to estimate, instead of classes; the measure is R2.
+        multilabel: the columns of several labels, as in ``train``; the measure is the mean average precision.
+        weight: the column of how much each image counts while heads are fitted and layers tuned.
+        extraction: further arguments of ``extract``, such as ``{"device": "cuda"}``.
+        cluster: where to extract and measure instead of here, as in `featurepipe.depth`.
+        command: how it was called, for the record.
+        report: an HTML file to write, the page of what was found.
+        trust_code: as in `featurepipe.depth`.
+        dry_run: say what would be extracted and measured, and how long it takes; write nothing.
+        silent: say nothing on the way.
+
+    Returns:
+        JSON values: ``results`` (one for each route, size and source of test images), ``differences``, ``recommended`` (with
+        ``by_size`` and ``changes``), ``sizes``, ``not_tried``, ``protocol``, ``timing``, ``provenance``, and what was compared.
+
+    Raises:
+        UsageError: an argument is wrong, there are too few images, or no route can be taken.
+        StoreError: features are missing.
+        DiskFull: there is too little space for the activations.
+        ClusterError: there is no such cluster, or none of its workers can be used.
+        Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
+    """
+    start, clock = time.monotonic(), dict[str, float]()
+    options = _options(
+        routes=routes, sizes=sizes, seeds=seeds, cuts=cuts, max_width=max_width, test_images=test_images, epochs=epochs,
+        rate=rate, batch_size=batch_size, mapping=mapping, budget=budget, label=label, group=group, split_column=split_column,
+        target=target, multilabel=columns_of(multilabel), weight=weight,
+    )  # fmt: skip
+    if report is not None:
+        check_target(report)  # before hours of work, not after
+    say = announcer(silent=silent)
+    layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
+    wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
+    with executor_on(None if dry_run else cluster, say=say) as executor:
+        plan = _planned(wanted, options)
+        found = extracted(plan.wanted, {**(extraction or {}), "cluster": executor}, dry_run=dry_run, say=say)
+        clock["extract"] = time.monotonic() - start
+        if dry_run:
+            return {"kind": "routes plan", **found.plan()}
+        study = settle_routes(found, options, labels, say)
+        context, ways = _context(found, study, plan, options, trust_code)
+        say(
+            f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
+        )
+        journal = Journal(found.store.depth_journal(found.dataset))
+        timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
+        times = least_disturbed(timing, journal)
+        outlook, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
+        with show(len(trials), "measure", silent=silent, unit="measurements") as progress:
+            untried = measure_routes(
+                context, trials, journal, outlook,
+                until=None if options.budget is None else start + options.budget, executor=executor, progress=progress,
+            )  # fmt: skip
+        clock["measure"] = time.monotonic() - start - clock["extract"]
+    known = measured(context, ways, journal)
+    if not known:
+        raise UsageError(
+            Message(
+                f"in {options.budget:g} s not one measurement can be made: the shortest takes about "
+                f"{min(one.seconds for one in untried):.0f} s; allow more with ", Option("budget"),
+            )
+        )  # fmt: skip
+    costs = {
+        (one.route.name, one.size): answers.costs_of(study, one, times["milliseconds"], plan.bottleneck)
+        for one in known
+    }
+    between = answers.differences(study, known)
+    answer = {
+        "kind": "routes",
+        "version": 1,
+        "dataset": study.every.dataset,
+        "backbone": found.backbone_record,
+        "weights_note": found.weights_note,
+        "space": {"name": found.space_name, "fingerprint": study.every.spaces[PRETRAINED]},
+        "test_dataset": found.shifted_dataset,
+        "labels": compared_labels(labels),
+        "target_type": options.target_type,
+        "measure": study.every.measure,
+        "classes": list(study.every.classes),
+        "images": len(study.every.images),
+        "counts": {
+            "test": len(study.test),
+            "train": len(study.pool),
+            "shifted": 0 if study.every.elsewhere is None else len(study.every.elsewhere.rows),
+            **study.every.left_out,
+        },
+        "per": study.per,
+        "protocol": study.text,
+        "timing": {**timing.as_dict(), "waited": times["waited"]},
+        "columns": [column.as_dict() for column in found.columns],
+        "cuts": dict(plan.cuts),
+        "sizes": [size.as_dict() for size in study.sizes],
+        "results": answers.results(study, known, costs),
+        "differences": between,
+        "recommended": answers.recommended(study, known, costs, between),
+        "not_tried": answers.not_tried(untried, plan.unable),
+        "damaged": found.damaged,
+    }
+    answer["provenance"] = {**provenance(study.every, found, clock, command), "options": as_asked(options)}
+    if report is not None:
+        write_report(answer, report, silent=silent)
+    return answer
+
+
+def _options(**asked: Any) -> RoutesOptions:
+    """The options of the function's arguments, where texts may stand for several values."""
+    readers = {name: one for name, one in declared(RoutesOptions).items() if one.read is not None}
+    for name, value in asked.items():
+        if name in readers and isinstance(value, str):
+            asked[name] = readers[name].read_from(value)
+        elif isinstance(value, list):
+            asked[name] = tuple(value)
+    return RoutesOptions(**asked)
+
+
+@dataclass
+class _Plan:
+    """What is read of the network.
+
+    Attributes:
+        wanted: what is asked for, with the nodes and activations.
+        bottleneck: the column of the bottleneck.
+        cuts: the column of the activations at each cut.
+        unable: routes that cannot be taken, and why.
+    """
+
+    wanted: Wanted
+    bottleneck: str
+    cuts: dict[str, str]
+    unable: dict[str, str]
+
+    def refuse(self, kind: str, why: str, options: RoutesOptions) -> None:
+        """Leaves a route out, and keeps why; one that was asked for by name is an error.
+
+        Raises:
+            UsageError: It was.
+        """
+        if options.routes is not None:
+            raise UsageError(Message(f"the route {kind} cannot be taken: {why}. Leave it out of ", Option("routes")))
+        self.unable[kind] = why
+
+
+def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
+    """Which columns of which nodes are read, of a store those that it has."""
+    held: Mapping[str, Any] | None = None
+    if is_store(wanted.source):
+        kept = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
+        space = choose_space(kept, wanted.backbone, wanted.dataset or kept.only_dataset())
+        if wanted.backbone != space.backbone:
+            check_trusted(space.backbone, wanted.trust_code, named_by="the store")
+        network, held = load_backbone(space.backbone, "none"), space.columns()
+        every: Sequence[str] = columns_of_space(network, space, options.max_width)
+    else:
+        network, every = load_backbone(wanted.backbone or DEFAULT_BACKBONE, wanted.weights), [AUTO]
+    (bottleneck,) = map(str, network.columns(["bottleneck"]))
+    plan = _Plan(wanted, bottleneck, {}, {})
+    if held is not None and bottleneck not in held:
+        raise UsageError(
+            f"{kept.path} has no {bottleneck}, the bottleneck of {network.name}, which every route reads; it has "
+            f"{', '.join(held)}. Give the images as the source, and the store with --store"
+        )
+    asked = [wanted.nodes] if isinstance(wanted.nodes, str) else list(wanted.nodes)
+    some = choose_columns(network, every if asked == [AUTO] else asked, None, options.max_width)
+    if asked == [AUTO]:
+        some = _few(some)
+    names = list(dict.fromkeys([*(column.column for column in some), bottleneck]))
+    if TAIL in options.kinds:
+        _plan_cuts(plan, network, options, held)
+    plan.wanted = replace(wanted, nodes=names, further=list(plan.cuts.values()))
+    return plan
+
+
+def _few(columns: Sequence[DepthColumn]) -> list[DepthColumn]:
+    """The columns nearest to some shares of the network's operations."""
+    near = [min(columns, key=lambda column: abs(column.cost - share)) for share in FROZEN_AT]
+    return [column for column in columns if column in near]
+
+
+def _plan_cuts(plan: _Plan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
+    if options.cuts != (AUTO,):
+        for node in options.cuts:
+            plan.cuts[node] = _tail_at(network, node).column
+    else:
+        usable = cuts(network)
+        if not usable:
+            plan.refuse(TAIL, f"{network.name} cannot be traced by torch.fx, so that it cannot be cut", options)
+            return
+        columns = {node: _tail_at(network, node).column for node in usable}
+        there = [node for node in usable if held is None or columns[node] in held] or usable
+        node = min(there, key=lambda name: abs(network.node(name).cost - CUT_AT))
+        plan.cuts[node] = columns[node]
+    missing = [] if held is None else [column for column in plan.cuts.values() if column not in held]
+    if missing:
+        plan.cuts.clear()
+        why = f"the store has no activations {', '.join(missing)}; give the images as the source, and the store with --store"
+        plan.refuse(TAIL, why, options)
+
+
+def _tail_at(network: Backbone, node: str) -> Tail:
+    try:
+        return Tail(network, node)
+    except UsageError as error:
+        message = error.message
+        parts = [
+            Option("cuts", p.value) if isinstance(p, Option) and p.name == "from_node" else p for p in message.parts
+        ]
+        raise UsageError(Message(*parts)) from error
+
+
+def _nodes(found: Extracted, plan: _Plan) -> tuple[str, ...]:
+    """Nodes up to which the forward is timed."""
+    nodes = [*(column.node for column in found.columns), plan.bottleneck.partition(":")[0], *plan.cuts]
+    return tuple(dict.fromkeys(nodes))
+
+
+def _context(
+    found: Extracted, study: RoutesStudy, plan: _Plan, options: RoutesOptions, trust_code: bool | Collection[str]
+) -> tuple[RoutesContext, list[Route]]:
+    """What trials have in common, and the routes that can be taken."""
+    kinds = [kind for kind in options.kinds if kind not in plan.unable]
+    network, name, places = found.backbone, None, None
+    if {AS_IT_IS, TAIL} & set(kinds):
+        try:
+            network, name = _with_weights(found, plan, trust_code)
+        except UsageError as error:
+            for kind in {AS_IT_IS, TAIL} & set(kinds):
+                plan.refuse(kind, str(error), options)
+                kinds.remove(kind)
+    if AS_IT_IS in kinds:
+        places, why = _places(network, study, options)
+        if places is None:
+            plan.refuse(AS_IT_IS, why, options)
+            kinds.remove(AS_IT_IS)
+    columns = tuple(column.column for column in found.columns)
+    ways = {
+        AS_IT_IS: [Route(AS_IT_IS, (plan.bottleneck,))],
+        BOTTLENECK: [Route(BOTTLENECK, (plan.bottleneck,))],
+        NODE: [Route(NODE, columns)],
+        TAIL: [Route(TAIL, (column,), cut) for cut, column in plan.cuts.items()],
+    }
+    context = RoutesContext(study, options, name, plan.bottleneck, places)
+    return context, [way for kind in kinds for way in ways[kind]]
+
+
+def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[str]) -> tuple[Backbone, NetworkName]:
+    """The network with the weights that made the features, and how other processes load it."""
+    asked = found.wanted.weights
+    if found.is_held:
+        space = found.store.space(found.spaces[PRETRAINED])
+        own = None if asked == "DEFAULT" else asked
+        network = network_of(space, TuneOptions(weights=own, trust_code=trust_code, backbone=plan.wanted.backbone))
+        asked = own or str(found.backbone_record["weights"])
+    else:
+        network = found.backbone
+    weights = str(Path(asked).absolute()) if Path(asked).is_file() else asked
+    seed = int(found.backbone_record["seed"] or 0)
+    return network, NetworkName(network.name, weights, seed, canonical_json(identity_of(network)))
+
+
+def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str]:
+    """Which label each of the network's own classes means, (K,) with -1 for none; or None, and why."""
+    if options.target_type != "multiclass":
+        return None, "the network's own classes exclude one another, and are neither numbers nor several labels"
+    try:
+        own = OwnClassifier.of_network(network)
+    except FeaturepipeError as error:
+        return None, str(error)
+    labels = list(map(str, study.every.classes))
+    matched = (
+        LabelsOfClasses.by_name(own.classes, labels)
+        if options.mapping is None
+        else LabelsOfClasses.given(options.mapping, own.classes)
+    )
+    known = [label in labels for label in matched.labels]
+    if not any(known):
+        return None, (
+            f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
+            f"{network.name} was trained on; a mapping of its classes to labels can be given (mapping)"
+        )
+    number = np.array([labels.index(label) if label in labels else -1 for label in matched.labels] + [-1], np.int64)
+    return number[matched.places], ""

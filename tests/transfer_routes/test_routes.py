@@ -1,0 +1,214 @@
+"""From pictures to a recommended route: the whole verb, in Python and on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import featurepipe as fp
+from featurepipe.cli import main
+from featurepipe.errors import UsageError
+from featurepipe.layer_depth.measure import Timing
+from featurepipe.store import FeatureStore
+from featurepipe.transfer_routes import measure
+from featurepipe.transfer_routes.answers import text
+from featurepipe.transfer_routes.options import RoutesOptions
+from featurepipe.transfer_routes.study import _ranked
+
+NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
+FAST: dict[str, Any] = {"sizes": (5, "all"), "seeds": 2, "epochs": 2, "rate": 3e-3, "silent": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_timing() -> Iterator[None]:
+    """Timing each node takes a second or more and is tested with the backbones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Timing,
+            "measure",
+            lambda timing: {"milliseconds": {n: 1.0 + k for k, n in enumerate(timing.nodes)}, "waited": 0.0},
+        )
+        yield
+
+
+def draw(folder: Path, *, start: int = 0, count: int = 200, invert: bool = False) -> Path:
+    """Digits of scikit-learn in folders of their classes, and a table of what else is known of them."""
+    found, lines = load_digits(), ["id,label,value,tags,writer"]
+    for number in range(start, start + count):
+        digit = int(found.target[number])
+        path = folder / "piles" / str(digit) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (found.images[number] * 15).astype(np.uint8)
+        Image.fromarray(255 - pixels if invert else pixels).resize((32, 32)).save(path)
+        tags = "|".join(["odd"] * (digit % 2) + ["large"] * int(digit > 4)) or "[]"
+        lines.append(f"{digit}/{number}.png,{digit},{digit * 2.5},{tags},w{number // 5}")
+    (folder / "table.csv").write_text("\n".join(lines))
+    return folder / "piles"
+
+
+@pytest.fixture(scope="module")
+def piles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def answer(piles: Path) -> dict[str, Any]:
+    return fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **FAST)
+
+
+def test_every_route_is_measured_at_every_size_on_the_same_images(answer: dict[str, Any]) -> None:
+    found = {(row["route"], row["size"]): row for row in answer["results"]}
+    assert set(found) == {(route, size) for route in ("bottleneck", "node", "tail from s2") for size in (5, "all")}
+    assert all(len(row["cells"]) == 2 and 0 < row["accuracy"] < 1 and row["seconds"] > 0 for row in found.values())
+    assert found["bottleneck", "all"]["accuracy"] > found["bottleneck", 5]["accuracy"] > 0.3
+    assert answer["counts"]["test"] + answer["counts"]["train"] == 200
+    assert found["node", "all"]["params"][0]["node"] in ("s4:gap", "f6.1:gap")
+    assert [row["mix"] for row in found["tail from s2", "all"]["params"]]  # what came of the tuned weights is said
+    (why,) = [one["why"] for one in answer["not_tried"]]
+    assert "no class names of its own" in why
+
+
+def test_the_recommended_route_is_the_cheapest_within_one_standard_error(answer: dict[str, Any]) -> None:
+    rows = {row["route"]: row for row in answer["results"] if row["size"] == "all"}
+    best = max(rows.values(), key=lambda row: row["accuracy"])
+    near = [row for row in rows.values() if row["accuracy"] >= best["accuracy"] - best["se"]]
+    chosen = answer["recommended"]
+    assert chosen["best"] == best["route"]
+    assert chosen["route"] == min(near, key=lambda row: row["seconds"])["route"]
+    assert [one["size"]["size"] for one in chosen["by_size"]] == [5, "all"]
+    apart = {(row["size"], row["a"]): row["difference"] for row in answer["differences"]}
+    for (size, route), value in apart.items():
+        pair = {row["route"]: row["accuracy"] for row in answer["results"] if row["size"] == size}
+        assert value == pytest.approx(pair[route] - max(pair.values()))
+
+
+def test_a_second_call_measures_nothing_and_says_the_same(
+    answer: dict[str, Any], piles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_MEASURES", {})  # any measurement fails
+    again = fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **FAST)
+    assert again["results"] == answer["results"]
+    held = fp.routes(piles.parent / "store", routes="bottleneck", nodes=NETWORK["nodes"], **FAST)
+    assert held["results"] == [row for row in answer["results"] if row["route"] == "bottleneck"]
+
+
+def test_a_budget_measures_what_tells_most_first_and_names_the_rest(answer: dict[str, Any], piles: Path) -> None:
+    with pytest.raises(UsageError, match="not one measurement"):
+        fp.routes(piles, piles.parent / "other", dataset="digits", budget=1e-6, **NETWORK, **FAST)
+    del answer
+    some = fp.routes(piles, piles.parent / "store", dataset="digits", budget=1e-6, **NETWORK, **{**FAST, "seeds": 3})
+    rest = {(one["route"], one["size"]): one for one in some["not_tried"] if "size" in one}
+    assert len(rest) == 6
+    assert all(one["draws"] == 1 and one["seconds"] > 0 for one in rest.values())
+    assert {len(row["cells"]) for row in some["results"]} == {2}  # what was measured before
+
+
+def test_the_command_prints_what_the_function_returns(
+    answer: dict[str, Any], piles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "routes",
+        str(piles),
+        "--store",
+        str(piles.parent / "store"),
+        "--dataset",
+        "digits",
+        "--backbone",
+        "lenet5",
+    ]
+    words += ["--weights", "none", "--cuts", "s2", "--node", "s4:gap", "--node", "bottleneck", "--sizes", "5,all"]
+    words += ["--seeds", "2", "--epochs", "2", "--rate", "3e-3", "--quiet"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == answer["results"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.split("\n\n")[:-1] == text(answer).split("\n\n")[:-1]
+    assert "recommended with all (16 a class)" in printed
+    assert "not tried: as-it-is" in printed
+
+
+@pytest.mark.parametrize(("kind", "measure_name"), [({"target": "value"}, "r2"), ({"multilabel": "tags"}, "map")])
+def test_numbers_and_several_labels_take_every_route_but_the_network_as_it_is(
+    piles: Path, kind: dict[str, str], measure_name: str, answer: dict[str, Any]
+) -> None:
+    del answer  # whose store is used
+    found = fp.routes(
+        piles, piles.parent / "store", dataset="digits", labels=piles.parent / "table.csv", group="writer", **kind,
+        **NETWORK, **{**FAST, "seeds": 1, "sizes": ("all",)},
+    )  # fmt: skip
+    values = {row["route"]: row[measure_name] for row in found["results"]}
+    assert set(values) == {"bottleneck", "node", "tail from s2"}
+    assert min(values.values()) > (0.3 if measure_name == "map" else -1)
+    assert "exclude one another" in found["not_tried"][0]["why"]
+
+
+def test_draws_have_as_many_of_each_class_in_whole_groups_and_hold_smaller_ones(
+    piles: Path, answer: dict[str, Any]
+) -> None:
+    del answer
+    view = FeatureStore(piles.parent / "store").features("digits", node="s4:gap")
+    codes, rows = view.codes(view.classes), np.arange(len(view))
+    small, large = (_ranked(view, codes, rows, seed=3, per_class=size) for size in (5, 10))
+    assert np.bincount(codes[small]).tolist() == [5] * 10
+    assert set(small) < set(large)
+    other = _ranked(view, codes, rows, seed=4, per_class=5)
+    assert set(other) != set(small)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"routes": "tial"}, "unknown route 'tial'; nearest: tail"),
+        ({"sizes": (1,)}, "at least 2"),
+        ({"sizes": "5,many"}, "images per class"),
+        ({"budget": "soon"}, "no duration"),
+        ({"cuts": "c99"}, "unknown node 'c99'"),
+        ({"cuts": "f6.1"}, "cuts='f6.1' lies at or above the bottleneck"),
+        ({"routes": "as-it-is"}, "the route as-it-is cannot be taken"),
+        ({"rate": -1.0}, "rate"),
+    ],
+)
+def test_what_cannot_be_done_is_said(piles: Path, answer: dict[str, Any], given: dict[str, Any], said: str) -> None:
+    del answer
+    with pytest.raises(UsageError, match=said):
+        fp.routes(piles, piles.parent / "store", dataset="digits", **{**NETWORK, **FAST, **given})
+
+
+def test_another_source_of_other_classes_is_refused(piles: Path, tmp_path: Path, answer: dict[str, Any]) -> None:
+    del answer
+    draw(tmp_path, start=300, count=5)
+    for folder in (tmp_path / "piles").iterdir():
+        folder.rename(folder.with_name(f"x{folder.name}"))
+    with pytest.raises(UsageError, match="is of a class of digits"):
+        fp.routes(piles, piles.parent / "store", dataset="digits", test_source=tmp_path / "piles", **NETWORK, **FAST)
+
+
+def test_another_source_is_tested_by_every_route(piles: Path, tmp_path: Path, answer: dict[str, Any]) -> None:
+    del answer
+    other = draw(tmp_path / "inverted", start=300, count=60, invert=True)
+    found = fp.routes(
+        piles, piles.parent / "store", dataset="digits", test_source=other, **NETWORK, **{**FAST, "sizes": ("all",), "seeds": 1},
+    )  # fmt: skip
+    there = {row["route"]: row["accuracy"] for row in found["results"] if row["tested_on"] == "shifted"}
+    assert set(there) == {"bottleneck", "node", "tail from s2"}
+    assert found["recommended"]["elsewhere"]["accuracy"] == there[found["recommended"]["route"]]
+    assert found["counts"]["shifted"] == 60
+
+
+def test_too_few_images_to_choose_by_are_named(tmp_path: Path) -> None:
+    folder = draw(tmp_path, count=12)
+    with pytest.raises(UsageError, match="give more images"):
+        fp.routes(folder, tmp_path / "store", **NETWORK, **FAST)
+
+
+def test_options_say_what_is_wrong() -> None:
+    assert RoutesOptions().kinds == ("as-it-is", "bottleneck", "node", "tail")
+    with pytest.raises(UsageError, match="names a size twice"):
+        RoutesOptions(sizes=(5, 5))
