@@ -184,10 +184,12 @@ class TailWork(TuningWork):
 
     Attributes:
         maps: The activations of the task's rows.
-        in_memory: Whether they are read once.
+        bottleneck: The frozen network's features of these rows; None where the store lacks some.
+        in_memory: Whether the activations are read once.
     """
 
     maps: FeatureSet
+    bottleneck: FeatureSet | None
     in_memory: bool
 
     @property
@@ -218,7 +220,19 @@ class TailWork(TuningWork):
             **described(self.backbone, self.body),
             "activations": self.bytes,
             "measure": self.objective.measure,
+            "tested": f"from activations stored in {self.maps.dtype}, in {self.space.fields['precision']} as the bundle computes",
         }
+
+    def fill_frozen(self, rows: Rows) -> None:
+        """Reads the bottleneck features that the store holds, else computes them from the activations."""
+        if self.bottleneck is None:
+            super().fill_frozen(rows)
+        else:
+            self.set_features(rows, self.bottleneck.read(np.float32, rows=rows))
+
+    def fill_tuned(self, body: Any, rows: Rows) -> None:
+        """Computes bottleneck features in the precision in which the bundle computes them from images."""
+        self.fill(body.as_engine(self.space.fields["precision"]), rows)
 
     def epoch_seconds(self) -> float:
         """How long an epoch takes, from a few steps; validation, which takes no gradients, counts a third."""
@@ -248,9 +262,14 @@ def _prepared(stored: StoredActivations, options: TuneOptions, *, snapshot: str 
     rows = task.features.rows
     assert isinstance(rows, ArrayRows)  # noqa: S101 - made by `settled`
     chosen = maps.take(rows.positions)
+    held = space.columns().keys() >= {tail.bottleneck} and space.index([tail.bottleneck]).contains(maps.keys).all()
+    frozen = (
+        source.features(dataset, node=tail.bottleneck, backbone=space.fingerprint, snapshot=snapshot) if held else None
+    )
+    frozen = None if frozen is None else frozen.take(rows.positions)
     need = (len(task.division.train) + len(task.division.validation)) * maps.shape[1] * maps.dtype.itemsize
     allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
-    return TailWork(space, network, tail, task, recipe, objective, options, chosen, need <= allowed)
+    return TailWork(space, network, tail, task, recipe, objective, options, chosen, frozen, need <= allowed)
 
 
 def network_of(space: Space, options: TuneOptions) -> Backbone:

@@ -95,15 +95,27 @@ class TuningWork(ABC):
     def exact_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The head on the frozen bottleneck, its penalty chosen on the validation rows, as an affine map."""
         division = self.task.division
-        self.fill(self.body, np.union1d(division.train, division.validation))
+        self.fill_frozen(self.learned_from)
         self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say).params)
         return linear_map(fit(self.task, self.recipe, division.train, say))
 
     def fill(self, body: torch.nn.Module, rows: Rows) -> None:
         """Computes bottleneck features of some rows of the task."""
+        self.set_features(rows, score_rows(body, self.examples_of(rows), rows))
+
+    def set_features(self, rows: Rows, values: npt.NDArray[np.float32]) -> None:
+        """Sets the bottleneck features of some rows of the task."""
         held = self.task.features.rows
         assert isinstance(held, ArrayRows)  # noqa: S101 - made by `settled`
-        held.values[held.positions[rows]] = score_rows(body, self.examples_of(rows), rows)
+        held.values[held.positions[rows]] = values
+
+    def fill_frozen(self, rows: Rows) -> None:
+        """Sets the bottleneck features of the frozen network."""
+        self.fill(self.body, rows)
+
+    def fill_tuned(self, body: Any, rows: Rows) -> None:
+        """Sets the bottleneck features that the bundle's network gives, as nearly as what is at hand allows."""
+        self.fill(body, rows)
 
     @property
     def learned_from(self) -> Rows:
@@ -305,7 +317,7 @@ def _published(
         fingerprint(fields),
     )
     division = work.task.division
-    work.fill(model.body, np.union1d(division.validation, division.test))
+    work.fill_tuned(model.body, np.union1d(division.validation, division.test))
     origin = replace(work.task.features.origin, fields=fields, fingerprint=network.fingerprint)
     task = replace(work.task, features=replace(work.task.features, origin=origin))
     weight, bias = work.objective.to_target(

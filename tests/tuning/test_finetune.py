@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import featurepipe as fp
+from featurepipe.backbones.engine import Engine, worst_cosine
 from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.errors import BundleError, DiskFull, Interrupted, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
@@ -83,6 +84,20 @@ def test_the_tail_of_stored_activations_gives_the_networks_own_features(name, no
         assert torch.allclose(tail(vectors), wanted, atol=1e-5)
     assert any(parameter.requires_grad for parameter in tail.parameters())
     assert not any(parameter.requires_grad for parameter in backbone.module.parameters())
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 1 - 1e-6), ("bf16", 0.9995)])
+def test_a_tail_computes_as_the_engine_does_in_each_precision(precision, least) -> None:
+    backbone = fp.load_backbone("resnet18", "none")
+    tail = Tail(backbone, "layer3")
+    columns = backbone.columns([tail.column, "bottleneck"])
+    images = torch.randint(0, 256, (2, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    found = Engine(backbone, columns, precision=precision)(images)
+    with torch.inference_mode():
+        own = tail.as_engine(precision)(torch.from_numpy(found[tail.column]))
+    assert worst_cosine(own.numpy(), found[tail.bottleneck]) >= least
+    assert tail.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in tail.parameters())
 
 
 def test_places_where_a_network_cannot_be_cut_are_refused_with_those_where_it_can() -> None:
