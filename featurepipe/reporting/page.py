@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+import bokeh.document
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -88,6 +89,10 @@ def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -
     scripts: list[str] = []
     divs: dict[str, str] = {}
     if plots:
+        together = bokeh.document.Document()
+        with together.models.freeze():  # else Bokeh walks through all plots again for each one that is added
+            for plot in plots.values():
+                together.add_root(plot)
         start, divs = components(plots, wrap_script=False)
         library = Resources(mode="inline", components=["bokeh"], log_level="warn")
         scripts = [*library.js_raw, start]
