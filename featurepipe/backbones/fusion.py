@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _ADDITIONS = (operator.add, torch.add)
@@ -65,7 +64,7 @@ def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -
         batch_size: the usual number of images in a batch; others still work.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
-        ShapeProp(network).propagate(mode.from_tensor(image))
+        _NotesShapes(network).run(mode.from_tensor(image))
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         conv = _module(modules, node, nn.Conv2d)
@@ -73,7 +72,7 @@ def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -
             continue
         activation = _following_activation(modules, node)
         attribute = ("none", [], "") if activation is None else _activation(modules, activation)
-        shape = [batch_size, *node.args[0].meta["tensor_meta"].shape[1:]]
+        shape = [batch_size, *node.args[0].meta["shape"][1:]]
         fused = FusedConv(conv, shape, attribute or ("none", [], ""))
         node.target = _unique(network, str(node.target), fused)
         if activation is not None:
@@ -83,6 +82,16 @@ def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -
     network.graph.lint()
     network.delete_all_unused_submodules()
     network.recompile()
+
+
+class _NotesShapes(fx.Interpreter):
+    """Runs a graph and notes each tensor's shape at its node; ``ShapeProp`` would copy the whole network first."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
 
 
 class FusedConv(nn.Module):
@@ -217,8 +226,7 @@ def _module(modules: dict[str, nn.Module], node: fx.Node, kind: type[nn.Module])
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else None
+    return node.meta.get("shape")
 
 
 def _replace(network: fx.GraphModule, name: str, module: nn.Module) -> None:
