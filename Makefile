@@ -37,7 +37,8 @@ lint-structure:
 	$(BIN)/python tools/measure_structure.py --check
 
 # Two processes on two cores: more threads would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
+# Each takes half of the list and then from the other's, so that what a module prepares is mostly prepared once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30
 
 test: lint
 	$(PYTEST) -m 'not slow'
