@@ -27,8 +27,12 @@ from sklearn.linear_model import LogisticRegression
 
 from featurepipe.execution import DaskExecutor
 from featurepipe.heads.bundle.bundle import Bundle
+from featurepipe.layer_depth import measure
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
+
+NODE_SECONDS = 0.01
+"""How long a comparison of layers times each node here: each forward of a few, and not a second of them."""
 
 SERVER = textwrap.dedent("""
     import gc, json, os, signal, sys, threading, traceback
@@ -40,7 +44,7 @@ SERVER = textwrap.dedent("""
     import torch
     import featurepipe.cli, featurepipe.demo
     from featurepipe.backbones import load_backbone
-    import featurepipe.extraction.extract, featurepipe.layer_depth.depth
+    import featurepipe.extraction.extract, featurepipe.layer_depth.depth, featurepipe.layer_depth.measure
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.arrays
     import featurepipe.training.train, featurepipe.prediction.predict, featurepipe.evaluation.evaluate
     import featurepipe.heads.bundle.bundle, featurepipe.jobs.run, featurepipe.reporting.page
@@ -48,6 +52,7 @@ SERVER = textwrap.dedent("""
     import distributed.cli.dask_scheduler, distributed.cli.dask_worker
 
     torch.set_num_threads(1)
+    featurepipe.layer_depth.measure.NODE_SECONDS = NODE_TIME
     load_backbone("lenet5", "none").columns(["c3"])  # what tracing loads
     gc.freeze()  # else the first collection in a fork would copy all pages of these modules
     print("ready", flush=True)
@@ -82,7 +87,7 @@ SERVER = textwrap.dedent("""
             except OSError:  # a test that fills the disk: what Python could not say does not change how it ends
                 pass
         os._exit(code)
-""")
+""").replace("NODE_TIME", str(NODE_SECONDS))
 ROOT = Path(__file__).parent.parent
 DASK = f"""
     import ctypes, signal, sys
@@ -94,6 +99,12 @@ DASK = f"""
     main()
 """
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_timing() -> None:
+    """Nodes are timed as long as it takes to see that they are; `tests/backbones/test_timing.py` tests the times."""
+    measure.NODE_SECONDS = NODE_SECONDS
 
 
 @pytest.fixture(autouse=True)

@@ -255,6 +255,9 @@ FEW = 4
 """Images in a forward on a CPU: slow networks take long for more, and the time of one hardly changes."""
 
 
+NODE_SECONDS = 1.0
+"""About how long each node is timed."""
+
 AGAIN = 3600.0
 """Seconds after which times of a busy machine are measured again."""
 
@@ -312,6 +315,7 @@ class Timing:
                 precision=self.precision,
                 device=self.device,
                 batch=self.batch,
+                seconds=NODE_SECONDS,
             )
         )
 
