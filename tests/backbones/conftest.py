@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -26,6 +27,12 @@ def photos() -> list[torch.Tensor]:
         china[:, :, 400:],
     ]
     return [china, flower, *cuts]
+
+
+@functools.cache
+def backbone_of(name: str) -> Backbone:
+    """A network without weights, for tests that ask for its nodes: finding them takes up to a second, which is done once."""
+    return load_backbone(name, "none")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch
 
 from featurepipe.backbones import Column, load_backbone
 from featurepipe.errors import UsageError
+from tests.backbones.conftest import backbone_of
 
 
 def test_random_controls_are_reproducible_by_seed_and_leave_torchs_generator_alone() -> None:
@@ -38,7 +39,7 @@ def test_a_random_torchvision_network_is_what_torchvision_makes_of_the_seed() ->
 
 
 def test_columns() -> None:
-    backbone = load_backbone("resnet50", "none")
+    backbone = backbone_of("resnet50")
     assert backbone.columns(["layer4", "bottleneck", "layer1.0.relu_2:max2x2", "layer4:gap", "layer1.0:map"]) == [
         Column("layer4", "gap"),
         Column("flatten", "gap"),
@@ -63,7 +64,7 @@ def test_columns() -> None:
 )
 def test_columns_that_are_wrong(requested: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_backbone("resnet50", "none").columns([requested])
+        backbone_of("resnet50").columns([requested])
     assert message in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.nodes import _channel_axis, bottleneck, measure_trace, run_hooked, trace
+from tests.backbones.conftest import backbone_of
 
 
 def test_lenets_nodes_by_hand() -> None:
@@ -44,7 +45,7 @@ def test_lenets_nodes_by_hand() -> None:
 
 
 def test_resnet50s_stages_are_blocks_that_end_at_the_last_relu() -> None:
-    backbone = load_backbone("resnet50", "none")
+    backbone = backbone_of("resnet50")
     info = backbone.node("layer4")
     assert info.name == "layer4.2.relu_2"
     assert info.blocks == ("layer4", "layer4.2")
@@ -79,7 +80,7 @@ def test_torchvisions_own_names_are_all_known() -> None:
     ],
 )
 def test_the_channel_axis_is_found(name: str, node: str, axis: int, width: int) -> None:
-    backbone = load_backbone(name)
+    backbone = backbone_of(name)
     info = backbone.node(node)
     assert backbone.channel_axis(node) == axis
     assert info.width == width
@@ -128,7 +129,7 @@ def test_the_axis_that_stays_as_it_is(shape: tuple[int, ...], larger: tuple[int,
 
 def test_values_without_one_row_per_image_are_no_nodes() -> None:
     """Swin's attention works on windows, several to an image."""
-    shapes = {info.name: info.shape for info in load_backbone("swin_t").nodes()}
+    shapes = {info.name: info.shape for info in backbone_of("swin_t").nodes()}
     assert all(len(shape) in (1, 2, 3) for shape in shapes.values())
     assert not any(name.endswith("attn.softmax") for name in shapes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import numpy as np
@@ -10,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from featurepipe.backbones import Backbone, Column, NodeInfo, bounded_pooling, load_backbone, pool
+from featurepipe.backbones import Column, NodeInfo, bounded_pooling, load_backbone, pool
 from featurepipe.backbones.families import classification_names
 from featurepipe.backbones.nodes import bottleneck, freeze, measure_trace, run_hooked, trace
 from featurepipe.backbones.pooling import pooled_shape
 from featurepipe.backbones.stages import stages
 from featurepipe.errors import UsageError
+from tests.backbones.conftest import backbone_of
 
 STAGES = {
     "alexnet": ["features.2", "features.5", "features.12", "classifier.3", "classifier.5"],
@@ -41,11 +41,6 @@ STAGES = {
     # The last fire module is the classifier's input, so it is listed once, as the bottleneck.
     "squeezenet1_1": [*(f"features.{i}" for i in (3, 4, 6, 7, 9, 10, 11)), "classifier.0"],
 }
-
-
-@functools.cache
-def backbone_of(name: str) -> Backbone:
-    return load_backbone(name, "none")
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import textwrap
 
@@ -323,7 +322,13 @@ def test_a_network_that_does_not_say_what_it_expects(own_code) -> None:
         _ = load_backbone("my_networks:make_nothing").module
 
 
-def test_the_current_folder_is_importable_for_console_scripts_too(own_code) -> None:
-    code = "from featurepipe.backbones import load_backbone; print(load_backbone('my_networks:make').bottleneck)"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=own_code, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "mean", done.stderr
+def test_the_current_folder_is_importable_for_console_scripts_too(own_code, launcher) -> None:
+    """Their `sys.path` names the folder that they lie in, and not the current one."""
+    code = """
+        import sys
+        sys.path[:] = [folder for folder in sys.path if folder]
+        from featurepipe.backbones import load_backbone
+        print(load_backbone("my_networks:make").bottleneck)
+    """
+    done = launcher.start(code, cwd=own_code).wait()
+    assert done.out == "mean\n", done.err
