@@ -1,5 +1,6 @@
 """What a worker elsewhere does with a shard, without a cluster: features, statuses, second attempts, refusals."""
 
+import inspect
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ from featurepipe.extraction.compute import ExtractionContext, compute_shard, par
 from featurepipe.extraction.shards import COMPUTED, KNOWN, REJECTED, UNTOUCHED, Shard
 from featurepipe.features import session as session_module
 from featurepipe.features.options import Options, RejectOptions
-from featurepipe.features.session import Session, load_network
+from featurepipe.features.session import Session, keep_memory, load_network
 from featurepipe.features.settings import Machine, Settings
 from featurepipe.images import open_source
 
@@ -250,10 +251,6 @@ def test_parts_are_small_where_memory_is(memory, part):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_memory_is_kept_between_batches_though_dask_gives_it_back():
     code = """
-        import resource
-        import numpy as np
-        from featurepipe.features.session import keep_memory
-
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(50):
@@ -265,10 +262,12 @@ def test_memory_is_kept_between_batches_though_dask_gives_it_back():
         faults()
         print(before, faults())
     """
+    names = ("TRIM_VARIABLE", "M_MMAP_THRESHOLD", "M_TRIM_THRESHOLD", "LARGEST_KEPT")
+    values = [f"{name} = {getattr(session_module, name)!r}" for name in names]
+    imports = "import ctypes, os, platform, resource, numpy as np"  # and no PyTorch, which takes seconds
+    code = "\n".join([imports, *values, inspect.getsource(keep_memory), textwrap.dedent(code)])
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}  # as Dask's nanny sets it
-    said = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=True
-    )
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     before, after = map(int, said.stdout.split())
     assert before >= 50 * 4  # 8 MiB are four huge pages, or 2,048 small ones
     assert after < before / 10

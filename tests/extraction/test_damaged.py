@@ -34,9 +34,9 @@ def told(record):
     return counts["computed"], counts["known"], counts["rejected"], counts["read"], named(record["damaged"]["images"])
 
 
-@pytest.mark.parametrize("cluster", [None, pytest.param("local:1", marks=pytest.mark.slow)])
-def test_what_is_damaged_is_rejected_or_kept_and_listed(pile, run, cluster):
-    there = {} if cluster is None else {"cluster": cluster}
+@pytest.mark.parametrize("cluster", [False, True])
+def test_what_is_damaged_is_rejected_or_kept_and_listed(pile, run, cluster, request):
+    there = {"cluster": request.getfixturevalue("dask_executor")} if cluster else {}
     record = run(pile, max_rejects=2, **there)
     assert told(record) == (8, 0, 2, 10, ())
     assert named(record["rejects"]) == DAMAGED
