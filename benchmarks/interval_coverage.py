@@ -1,7 +1,8 @@
-"""How often the intervals of ``score_table`` hold the truth: ``python -m benchmarks.interval_coverage [--draws N] [--to FILE]``.
+"""How often intervals hold the truth: ``python -m benchmarks.interval_coverage [--of KIND] [--draws N] [--to FILE]``.
 
-Test sets are drawn from classifiers whose true scores are known from 200,000 images of the same kind: from nearly guessing to
-nearly always right, calibrated and overconfident, with one to 250 images a class, as many of each class or as they come.
+Of classes (``score_table``), numbers (``number_table``) or several labels (``label_table``). Test sets are drawn from heads whose
+true scores are known from 200,000 images of the same kind. Classifiers guess nearly always or are nearly always right, calibrated
+and overconfident, with one to 250 images a class, as many of each class or as they come.
 Prints a table of the share of test sets whose interval holds the truth; 95 % is nominal, 90 % the least that we accept.
 """
 
@@ -9,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import norm
 
 from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.heads.statistics.multilabel import label_table
+from featurepipe.heads.statistics.regression import number_table
 
 MEASURES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "log_loss", "ece")
 SETTINGS = [  # classes, images a class, balanced
@@ -23,6 +28,7 @@ SETTINGS = [  # classes, images a class, balanced
 ]  # fmt: skip
 KINDS = {"hard": (1.0, 1.0), "usual": (3.0, 1.0), "easy, overconfident": (6.0, 2.0)}  # strength, inverse temperature
 _TRUTH = 200_000
+_RESAMPLES = 400
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
@@ -57,7 +63,7 @@ def coverage(
         n = classes * per_class
         codes = np.repeat(np.arange(classes), per_class) if balanced else rng.integers(0, classes, n)
         likely = probabilities(rng, codes, classes, strength, sharpness)
-        table = score_table(likely, codes, names, bootstrap=400, seed=draw, mistakes=0)
+        table = score_table(likely, codes, names, bootstrap=_RESAMPLES, seed=draw, mistakes=0)
         for name in MEASURES:
             low, high = table[name]["low"], table[name]["high"]
             if low is not None:
@@ -79,13 +85,109 @@ def rows(draws: int) -> list[str]:
     return lines
 
 
+NUMBER_MEASURES = ("mae", "rmse", "r2", "spearman", "quadratic_kappa")
+NUMBER_SIZES = (10, 30, 100)
+NOISES = {"R2 0.3": (1.53, 0), "R2 0.9": (0.33, 0), "R2 0.9, heavy tails": (0.19, 3)}  # deviation, degrees of freedom
+_GRADES = 4  # either side of 0
+
+
+def numbers(rng: np.random.Generator, count: int, noise: str) -> tuple[Array, Array]:
+    """Predictions and true numbers of so many images."""
+    deviation, freedom = NOISES[noise]
+    true = rng.normal(size=count)
+    off = rng.standard_t(freedom, count) if freedom else rng.normal(size=count)
+    return np.asarray(true + deviation * off), true
+
+
+def coverage_of_numbers(count: int, noise: str, *, draws: int, seed: int = 0) -> dict[str, float | None]:
+    """As ``coverage``, for regression; the kappa is that of the numbers as grades, from -4 to 4 at intervals of a half."""
+
+    def table(predicted: Array, true: Array, resamples: int, number: int) -> dict[str, dict[str, float]]:
+        grades = np.clip(np.rint(2 * true), -_GRADES, _GRADES), np.clip(np.rint(2 * predicted), -_GRADES, _GRADES)
+        options = {"bootstrap": resamples, "seed": number, "mistakes": 0, "plots": False}
+        found = number_table(predicted, true, **options)
+        return {**found, "quadratic_kappa": number_table(grades[1], grades[0], **options)["quadratic_kappa"]}
+
+    rng = np.random.default_rng(seed)
+    whole = table(*numbers(rng, _TRUTH, noise), 0, 0)
+    return _held(whole, NUMBER_MEASURES, (table(*numbers(rng, count, noise), _RESAMPLES, k) for k in range(draws)))
+
+
+LABEL_MEASURES = ("map", "map_11_point", "auc", "macro_f1", "micro_f1")
+LABEL_SIZES = (60, 200)
+STRENGTHS = {"hard": 1.0, "usual": 2.5, "easy": 5.0}
+PREVALENCE = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def several_labels(rng: np.random.Generator, count: int, strength: float) -> tuple[Array, Array]:
+    """Scores, whose threshold is 0, and true labels (n, 5) of so many images; the labels go together."""
+    common = rng.normal(size=(count, 1))
+    true = (0.5 * common + rng.normal(size=(count, len(PREVALENCE))) * 0.75**0.5) < norm.ppf(PREVALENCE)
+    odds = np.log(np.divide(PREVALENCE, np.subtract(1, PREVALENCE)))
+    return strength * (true - 0.5) + rng.normal(size=true.shape) + odds / strength, true.astype(np.float64)
+
+
+def coverage_of_labels(count: int, kind: str, *, draws: int, seed: int = 0) -> dict[str, float | None]:
+    """As ``coverage``, for five labels that 10 to 50 % of the images have.
+
+    The 11-point rule takes the precision at full recall, which falls without end as images are added: what its intervals should
+    hold is the mean of test sets of the same size.
+    """
+    rng, names = np.random.default_rng(seed), [str(k) for k in range(len(PREVALENCE))]
+
+    def table(count: int, resamples: int, number: int) -> dict[str, dict[str, float]]:
+        scores, true = several_labels(rng, count, STRENGTHS[kind])
+        return label_table(scores, true, names, bootstrap=resamples, seed=number, mistakes=0, plots=False)
+
+    whole = table(_TRUTH, 0, 0)
+    tables = [table(count, _RESAMPLES, k) for k in range(draws)]
+    whole["map_11_point"] = {"value": float(np.mean([one["map_11_point"]["value"] for one in tables]))}
+    return _held(whole, LABEL_MEASURES, tables)
+
+
+def _held(
+    whole: Mapping[str, Mapping[str, float]],
+    measures: Sequence[str],
+    tables: Iterable[Mapping[str, Mapping[str, float | None]]],
+) -> dict[str, float | None]:
+    """The share of tables whose interval holds the value of the whole, for each measure."""
+    held: dict[str, list[bool]] = {name: [] for name in measures}
+    for table in tables:
+        for name in measures:
+            low, high = table[name]["low"], table[name]["high"]
+            if low is not None and high is not None:
+                held[name].append(low - 1e-9 <= whole[name]["value"] <= high + 1e-9)
+    return {name: float(np.mean(found)) if found else None for name, found in held.items()}
+
+
+def rows_of(kind: str, draws: int) -> list[str]:
+    """The table of numbers or several labels in Markdown."""
+    title, measures, sizes, kinds, covered = {
+        "numbers": ("noise", NUMBER_MEASURES, NUMBER_SIZES, tuple(NOISES), coverage_of_numbers),
+        "labels": ("scores", LABEL_MEASURES, LABEL_SIZES, tuple(STRENGTHS), coverage_of_labels),
+    }[kind]
+    lines = [f"| images | {title} | {' | '.join(name.replace('_', ' ') for name in measures)} |"]
+    lines.append("|---" * (2 + len(measures)) + "|")
+    for count in sizes:
+        for one in kinds:
+            found = covered(count, one, draws=draws)
+            cells = ["none" if value is None else f"{100 * value:.0f}" for value in found.values()]
+            lines.append(f"| {count} | {one} | {' | '.join(cells)} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
 def main() -> None:
     """Prints the table, or writes it to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--of", choices=["classes", "numbers", "labels"], default="classes", help="(default: %(default)s)"
+    )
     parser.add_argument("--draws", type=int, default=300, help="test sets for each row (default: %(default)s)")
     parser.add_argument("--to", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
-    text = "\n".join(rows(arguments.draws)) + "\n"
+    lines = rows(arguments.draws) if arguments.of == "classes" else rows_of(arguments.of, arguments.draws)
+    text = "\n".join(lines) + "\n"
     if arguments.to:
         arguments.to.write_text(text)
     else:

@@ -125,15 +125,18 @@ def share(part: float) -> str:
     return f"{100 * part:.1f} %"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun.
+def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
+    """A number with its noun, and with a verb if its two forms are given.
 
     Example:
         >>> counted(1, "part"), counted(2000, "part"), counted(3, "row that no snapshot needs")
         ('1 part', '2,000 parts', '3 rows that no snapshot needs')
+        >>> counted(1, "label", "has", "have"), counted(2, "label", "has", "have")
+        ('1 label has', '2 labels have')
     """
     first, space, rest = noun.partition(" that ")
-    return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}"
+    verb = one if number == 1 else several
+    return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}{verb and f' {verb}'}"
 
 
 def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:

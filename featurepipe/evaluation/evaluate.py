@@ -405,6 +405,7 @@ def _record(
         },
         "metrics": metrics,
         "leakage": {**leaks, **leakage.report(asked.features)},
+        **({"unused_columns": unused} if (unused := asked.features.unused_columns) else {}),
         "options": as_asked(asked.options),
         "seconds": round(time.monotonic() - asked.started, 3),
     }

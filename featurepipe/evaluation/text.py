@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import first_names, share, table
+from featurepipe.display import counted, first_names, share, table
 from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.heads.bundle.text import interval_text, labels_calibration_text
 from featurepipe.heads.statistics.metrics import measures_text
@@ -60,7 +60,7 @@ def _heading(record: Mapping[str, Any]) -> str:
     what = f"{bundle['classes']} classes, {calibrated}"
     target = bundle.get("target") or {}
     if target.get("type") == MULTILABEL:
-        what = f"{bundle['classes']} labels, {labels_calibration_text(target['calibration'])}"
+        what = f"{counted(bundle['classes'], 'label')}, {labels_calibration_text(target['calibration'])}"
     elif target:
         interval = bundle["target"].get("interval")
         what = f"the number {bundle['target']['column']}, {interval_text(interval) if interval else 'no prediction intervals'}"
@@ -75,7 +75,7 @@ def _own_classes(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     labels, several = len(found["matched"]) + len(found["unmatched"]), found["classes"]
-    lines = [f"{len(found['matched'])} of {labels} labels are classes of the network"]
+    lines = [f"{len(found['matched'])} of {counted(labels, 'label')} are classes of the network"]
     if found["unmatched"]:
         lines[0] += f"; not: {first_names(found['unmatched'], _ROWS)}"
     if found["without_images"]:

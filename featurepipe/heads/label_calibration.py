@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import first_names
+from featurepipe.display import counted, first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.aims import Wish
+from featurepipe.heads.statistics.intervals import calibration_error
 from featurepipe.heads.statistics.screening import choose_threshold, rates
 
 Floats = npt.NDArray[np.float64]
@@ -199,8 +200,16 @@ def fit_sigmoids(scores: npt.ArrayLike, truth: npt.ArrayLike) -> LabelSigmoids:
     return LabelSigmoids(slopes, offsets, fitted)
 
 
-def label_calibration_errors(probabilities: npt.ArrayLike, truth: npt.ArrayLike, bins: int = 15) -> Floats:
-    """How far each label's probability is from how often it is present; unknown entries are left out.
+def label_calibration_errors(
+    probabilities: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    *,
+    in_groups: bool = False,
+    bins: int = 15,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """How far each label's probability is from how often it is present, with 95 % intervals; unknown entries are left out.
 
     The expected calibration error of Naeini et al. 2015 ("Obtaining well calibrated probabilities using Bayesian binning") of the
     probability that the label is present: the mean over images of ``|share present - mean probability|`` of their bin.
@@ -208,20 +217,33 @@ def label_calibration_errors(probabilities: npt.ArrayLike, truth: npt.ArrayLike,
     Args:
         probabilities: (n, K).
         truth: (n, K): 1 present, 0 absent, NaN unknown.
+        in_groups: Whether images come in groups, for which no interval is known that holds.
         bins: Number of equal intervals of [0, 1], open below.
+        draws: Behind each interval (`heads.statistics.intervals.calibration_error`); 0 for none.
+        seed: Of the draws.
 
     Returns:
-        (K,) from 0 (right in every bin) to 1; NaN where nothing is known.
+        K times ``value``, from 0 (right in every bin) to 1, null where nothing is known, ``low`` and ``high``, with a ``reason``
+        where one is null.
     """
     given, wanted = np.asarray(probabilities, np.float64), np.asarray(truth, np.float64)
-    found = np.full(given.shape[1], np.nan)
+    found: list[dict[str, Any]] = []
     for k in range(given.shape[1]):
         known = ~np.isnan(wanted[:, k])
-        if known.any():
-            likely = given[known, k]
-            number = np.clip(np.ceil(likely * bins).astype(np.int64) - 1, 0, bins - 1)
-            gaps = np.bincount(number, wanted[known, k] - likely, minlength=bins)
-            found[k] = min(1.0, float(np.abs(gaps).sum()) / len(likely))
+        entry: dict[str, Any] = {"value": None, "low": None, "high": None}
+        found.append(entry)
+        if not known.any():
+            entry["reason"] = "nothing is known of any image"
+            continue
+        likely, own = given[known, k], wanted[known, k]
+        number = np.clip(np.ceil(likely * bins).astype(np.int64) - 1, 0, bins - 1)
+        gaps = np.bincount(number, likely - own, bins).astype(np.float64)
+        entry["value"] = min(1.0, float(np.abs(gaps).sum()) / len(likely))
+        if in_groups:
+            entry["reason"] = "no interval: none is known that holds for groups"
+        elif draws:
+            hits, counts = np.bincount(number, own, bins).astype(np.int64), np.bincount(number, minlength=bins)
+            entry["low"], entry["high"] = calibration_error(gaps, hits, counts, draws=draws, seed=seed)
     return found
 
 
@@ -260,4 +282,4 @@ def unreached_text(names: Sequence[str], thresholds: LabelThresholds, what: str)
     lacking: list[Any] = [str(name) for name, fine in zip(names, thresholds.reached, strict=True) if not fine]
     if not lacking:
         return None
-    return f"{len(lacking)} labels do not reach {what} on the validation images: {first_names(lacking, 10)}"
+    return f"{counted(len(lacking), 'label', 'does', 'do')} not reach {what} on the validation images: {first_names(lacking, 10)}"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 
-from featurepipe.display import first_names
+from featurepipe.display import counted, first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks
 from featurepipe.heads.inputs import Floats, checked_features, sample_weights
@@ -240,10 +240,12 @@ def _refuse_or_say(names: Array, some: Array, every: Array, one_sided: str, *, l
     if one_sided == "error" or not left:
         also = "" if left else " No label is left."
         raise UsageError(
-            f"{len(told)} labels have rows of one side only: {shown}. A head learns a label from rows that have it and rows "
-            f"that do not; add such rows, or leave these labels out with one_sided='drop'.{also}"
+            f"{counted(len(told), 'label', 'has', 'have')} rows of one side only: {shown}. A head learns a label from rows that "
+            f"have it and rows that do not; add such rows, or leave these labels out with one_sided='drop'.{also}"
         )
-    warnings.warn(f"left out {len(told)} labels that have rows of one side only: {shown}", UserWarning, stacklevel=5)
+    warnings.warn(
+        f"left out {counted(len(told), 'label')} with rows of one side only: {shown}", UserWarning, stacklevel=5
+    )
 
 
 def per_label(name: str, value: Any, kept: npt.NDArray[np.bool_], *, least: float | None = None) -> Floats:

@@ -182,7 +182,7 @@ def _answer(question: _Question, snapshot: str, reference: str | None) -> dict[s
             f"{before.groups:,}: {_LEAST_GROUPS} of each are needed; --group {NO_GROUP} compares each image for itself"
         )
         return _untested(before.count, new.count, why, groups)
-    in_groups = f", {new.groups:,} groups ({name}) against {before.groups:,}" if groups else ""
+    in_groups = f", {counted(new.groups, 'group')} ({name}) against {before.groups:,}" if groups else ""
     question.say(
         f"{question.dataset}: {counted(new.count, 'new image')} against {before.count:,} of {reference}{in_groups}"
     )

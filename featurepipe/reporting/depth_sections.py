@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from featurepipe.display import counted
 from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import (
     DASH,
@@ -315,7 +316,7 @@ def _images_of(document: Document) -> str:
         column = ((document.get("provenance") or {}).get("options") or {}).get("target")
         return f"{images} images with a number{f' ({column})' if column else ''}"
     if document.get("target_type") == "multilabel":
-        return f"{images} images with {count(len(classes))} labels"
+        return f"{images} images with {counted(len(classes), 'label')}"
     return f"{images} images of {count(len(classes))} classes"
 
 

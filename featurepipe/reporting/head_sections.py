@@ -9,6 +9,7 @@ from typing import Any
 
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
+from featurepipe.display import counted
 from featurepipe.heads.statistics.multilabel import TITLES as LABEL_TITLES
 from featurepipe.heads.statistics.regression import TITLES as NUMBER_TITLES
 from featurepipe.reporting.blocks import (
@@ -99,7 +100,9 @@ def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document
     if "map" in metrics:
         measured = len(metrics["per_label"]) - len(metrics["unmeasured"])
         reached = _said(metrics["map"])
-        sentence = f"Over {count(measured)} labels its mean average precision is {reached} on {images} images{scope}."
+        sentence = (
+            f"Over {counted(measured, 'label')} its mean average precision is {reached} on {images} images{scope}."
+        )
         shown = [("map", "Mean average precision"), ("auc", "AUC"), ("macro_f1", "Macro F1"), ("micro_f1", "Micro F1")]
         figures = [(title, percent(metrics[name]["value"]), _bounds_of(metrics[name])) for name, title in shown]
     else:
@@ -145,13 +148,13 @@ def _leaks(document: Document) -> Section | None:
     if groups.get("images"):
         share = percent(groups.get("share"))
         lines.append(
-            f"{count(groups['images'])} of these images ({share}) are of {count(groups['groups'])} groups of which other "
+            f"{count(groups['images'])} of these images ({share}) are of {counted(groups['groups'], 'group')} of which other "
             f"images were trained on{_without(groups)}."
         )
     if splits.get("images"):
         lines.append(f"{count(splits['images'])} images lie in more than one split.")
     if across.get("groups"):
-        lines.append(f"{count(across['groups'])} groups have images in more than one split.")
+        lines.append(f"{counted(across['groups'], 'group', 'has', 'have')} images in more than one split.")
     if labels.get("images"):
         lines.append(f"{count(labels['images'])} images carry different labels in different rows.")
     clean = "None of these images was trained on, none lies in two splits, none carries two labels."
@@ -308,12 +311,25 @@ def _labels(metrics: Document) -> Table:
     )
     rows = []
     for one in entries:
-        scores = (bounded(one[name]["value"], one[name]["low"], one[name]["high"]) for name in ("ap", "auc", "f1"))
+        found = (one.get(name) or {} for name in ("ap", "auc", "f1", "ece"))  # bundles of before have no last one
+        scores = (bounded(score.get("value"), score.get("low"), score.get("high")) for score in found)
         shares = (TableCell(percent(one.get(name)), finite(one.get(name))) for name in ("precision", "recall"))
         counts = (TableCell(count(one[name]), one[name]) for name in ("positive", "negative", "unknown"))
         threshold = TableCell(plain(one.get("threshold")), finite(one.get("threshold")))
         rows.append((TableCell(str(one["label"])), *scores, *shares, *counts, threshold))
-    header = ("Label", "AP", "AUC", "F1", "Precision", "Recall", "With", "Without", "Unknown", "Threshold")
+    header = (
+        "Label",
+        "AP",
+        "AUC",
+        "F1",
+        "Calibration error",
+        "Precision",
+        "Recall",
+        "With",
+        "Without",
+        "Unknown",
+        "Threshold",
+    )
     left = len(metrics["unmeasured"])
     without = f"; {count(left)} lack test images of a side and are not measured" if left else ""
     return Table(f"Each label, with 95\u00a0% intervals{without}", header, tuple(rows))

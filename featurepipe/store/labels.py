@@ -36,6 +36,8 @@ from featurepipe.store.keys import Keys, count_distinct
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
 _EXACT = 2.0**53  # whole floats below it are whole numbers
 _NEEDED = ("id", "label", *PATHS)
+UNUSED = b"unused columns"
+"""Metadata of a view's table: JSON of `LabelledImages.unused_columns`."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,12 @@ class LabelledImages:
         if "target" not in self.table.column_names:
             return ()
         return tuple(json.loads((self.table.schema.field("target").metadata or {}).get(b"names", b"[]")))
+
+    @property
+    def unused_columns(self) -> dict[str, list[str]]:
+        """Columns without a role, of the ``labels`` file and of the ``manifest``, if roles were joined; without empty lists."""
+        found: dict[str, list[str]] = json.loads((self.table.schema.metadata or {}).get(UNUSED, b"{}"))
+        return found
 
     @property
     def classes(self) -> list[str]:

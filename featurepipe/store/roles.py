@@ -25,7 +25,15 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
-from featurepipe.store.labels import ColumnTable, LabelledImages, LabelSource, group_names, places_of, read_columns
+from featurepipe.store.labels import (
+    UNUSED,
+    ColumnTable,
+    LabelledImages,
+    LabelSource,
+    group_names,
+    places_of,
+    read_columns,
+)
 from featurepipe.store.options import (
     GROUP,
     LABEL,
@@ -144,16 +152,22 @@ class _Columns:
         why = (listing.get("reasons") or {}).get(found, "it is there twice, or its values are too long")
         return f" (the manifest has {found!r}, which was not kept: {why})"
 
-    def unused(self) -> list[str]:
-        """What to say of columns that have no role, a line for the labels file and one for the manifest."""
+    def unused(self) -> dict[str, list[str]]:
+        """Columns that have no role, of the labels file and of the manifest."""
         own = [] if self.table is None else [name for name in self.table.columns if name not in self.used]
         named = {name.strip().lower() for name in (*own, *self.used)}
         kept = [name for name in self.kept if name.strip().lower() not in named]
-        said = [f"{self.table.name}: ignored columns: {first_names(own, _NAMED)}"] if self.table and own else []
-        if kept:
-            said.append(
-                f"dataset {self._dataset}: columns of its manifest without a role here: {first_names(kept, _NAMED)}"
-            )
+        return {where: names for where, names in (("labels", own), ("manifest", kept)) if names}
+
+    def unused_text(self) -> list[str]:
+        """What to say of them, a line for each."""
+        found = self.unused()
+        said = []
+        if "labels" in found and self.table is not None:
+            said.append(f"{self.table.name}: ignored columns: {first_names(found['labels'], _NAMED)}")
+        if "manifest" in found:
+            names = first_names(found["manifest"], _NAMED)
+            said.append(f"dataset {self._dataset}: columns of its manifest without a role here: {names}")
         return said
 
     def rejects(self, name: str) -> dict[str | None, int]:
@@ -223,9 +237,10 @@ def with_roles(
         found = columns.get("weight", roles.weight)
         features = features.with_column("weight", _weights(found, features))
         say(f"weights: column {found.name} of {found.where}")
-    for line in columns.unused():
+    for line in columns.unused_text():
         say(line)
-    return features
+    metadata = {**(features.table.schema.metadata or {}), UNUSED: json.dumps(columns.unused())}
+    return replace(features, table=features.table.replace_schema_metadata(metadata))
 
 
 def join_roles(

@@ -248,18 +248,18 @@ def labels_calibrated(
     )
     if found["uncalibrated"] and sigmoids:
         lacking = first_names(found["uncalibrated"], 5)
-        say(
-            f"{len(found['uncalibrated'])} labels have no validation images of both sides, and are not calibrated: {lacking}"
-        )
+        lack = counted(len(found["uncalibrated"]), "label", "has", "have")
+        say(f"{lack} no validation images of both sides, and no calibration: {lacking}")
     if found["few"]:
+        have = counted(len(found["few"]), "label", "has", "have")
         say(
-            f"{len(found['few'])} labels have fewer than {FEW} validation images of a side, too few to choose a threshold by: "
-            f"theirs is a probability of 0.5: {first_names(found['few'], 5)}"
+            f"{have} fewer than {FEW} validation images of a side, too few to choose a threshold by: theirs is a probability of "
+            f"0.5: {first_names(found['few'], 5)}"
         )
     if found["unreached"]:
         say(
-            f"WARNING: {len(found['unreached'])} labels do not reach {wish.text} on the validation images, and have the "
-            f"threshold that comes nearest: {first_names(found['unreached'], 5)}"
+            f"WARNING: {counted(len(found['unreached']), 'label', 'does', 'do')} not reach {wish.text} on the validation images; "
+            f"the nearest threshold is taken: {first_names(found['unreached'], 5)}"
         )
     if len(rows) < ENOUGH:
         say(f"{len(rows):,} validation images are few to calibrate on: take probabilities and thresholds as rough")

@@ -256,6 +256,7 @@ def publish(
         "seed": task.seed,
         "labels": labels,
         **({"roles": dict(roles)} if roles else {}),
+        **({"unused_columns": unused} if (unused := task.features.unused_columns) else {}),
         "inputs": inputs.as_dict(),
         "search": search.as_dict() if search else None,
         "cluster": task.executor.describe_workers(),

@@ -243,7 +243,8 @@ def _learnable_labels(
         return list(range(len(names)))
     place = int(few[0])
     have, lack = (f"{int(count):,}" for count in counts[:, place])
-    what = f"{len(few)} of {len(names)} labels have fewer than {least} training images on one side"
+    have = "has" if len(few) == 1 else "have"
+    what = f"{len(few)} of {counted(len(names), 'label')} {have} fewer than {least} training images on one side"
     example = f"such as {names[place]!r}: {have} have it, {lack} have it not"
     if recipe.params.get("one_sided") != "drop" or len(few) == len(names):
         allowed = int(counts.min(axis=0)[few].min())
@@ -306,7 +307,7 @@ def _one_per_class(task: Task) -> npt.NDArray[np.int64]:
 def _counted(task: Task) -> str:
     counts = task.counts()
     what = "with a number" if task.is_numeric else f"of {len(task.classes)} classes"
-    what = f"with {len(task.classes)} labels" if task.is_multilabel else what
+    what = f"with {counted(len(task.classes), 'label')}" if task.is_multilabel else what
     parts = [f"{counted(counts['train'], 'image')} {what} to train on"]
     parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]

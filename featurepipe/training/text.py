@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.display import size, table
+from featurepipe.display import counted, size, table
 from featurepipe.heads.bundle.text import interval_text, label_thresholds_text, labels_calibration_text, threshold_text
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
@@ -93,7 +93,7 @@ def _labels(found: Mapping[str, Mapping[str, int]]) -> str:
     shown = ", ".join(f"{name} ({counts['positive']:,})" for name, counts in list(found.items())[:_CLASSES_SHOWN])
     unknown = sum(counts["unknown"] for counts in found.values())
     more = ", ..." if len(found) > _CLASSES_SHOWN else ""
-    return f"{len(found):,} labels: {shown}{more}" + (f"; {unknown:,} entries unknown" if unknown else "")
+    return f"{counted(len(found), 'label')}: {shown}{more}" + (f"; {unknown:,} entries unknown" if unknown else "")
 
 
 def _target(found: Mapping[str, float]) -> str:
@@ -137,7 +137,7 @@ def tested_lines(found: Mapping[str, Any]) -> list[str]:
         screening.append(screening_text(looked_for))
     return [
         *warning,
-        f"on the {found['test']['images']:,} test images{note}:",
+        f"on the {counted(found['test']['images'], 'test image')}{note}:",
         numbers_text(found["test"])
         if "target" in found
         else labels_text(found["test"])

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -31,6 +33,7 @@ from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.predict import predict
 from featurepipe.prediction.shards import PredictionContext, WholeBatches, digest_of, predict_shard
 from featurepipe.store import FeatureStore
+from featurepipe.training.train import train
 
 COUNT = 150
 BATCH = 8
@@ -361,6 +364,36 @@ def test_sigterm_ends_the_command_without_a_file(album, launcher, cluster_addres
     ended = process.wait()
     assert "Interrupted 143 stopped by SIGTERM" in ended.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("role", "values"),
+    [
+        ({"target": "brightness"}, [f"{60 * (number % 3) + 0.1 * number:.1f}" for number in range(COUNT)]),
+        ({"multilabel": "kinds"}, [("a|odd", "b", "none")[number % 3] for number in range(COUNT)]),
+    ],
+)
+def test_numbers_and_several_labels_are_those_of_one_process(album, dask_executor, tmp_path, role, values):
+    ids = [f"{'abc'[number % 3]}/{number:03d}.png" for number in range(COUNT)]
+    labels = pa.table({"id": ids, next(iter(role.values())): values})
+    made = {"out": tmp_path / "bundle", "head": "ridge", "labels": labels, "silent": True}
+    train(album.store, **made, **role)
+    files = {}
+    for name, where in {"here": {}, "there": {"cluster": dask_executor}}.items():
+        options = {"max_rejects": 2, "batch_size": BATCH, "workers": 1, "silent": True, **where}
+        from_images = predict(tmp_path / "bundle", album.root, tmp_path / f"{name}.csv", **options)
+        stored = predict_features(
+            tmp_path / "bundle", album.store, tmp_path / f"{name}-stored.csv", dataset="album", silent=True, **where
+        )
+        assert from_images["counts"]["predicted"] == stored["counts"]["predicted"] == COUNT - 1
+        files[name] = [pa.csv.read_csv(tmp_path / f"{name}{kind}.csv") for kind in ("", "-stored")]
+    for here, there in zip(*files.values(), strict=True):
+        assert here.schema.equals(there.schema)
+        for name in here.column_names:
+            if pa.types.is_floating(here[name].type):
+                np.testing.assert_allclose(there[name].to_numpy(), here[name].to_numpy(), rtol=1e-5)
+            else:
+                assert there[name].equals(here[name])
 
 
 # From stored features

@@ -119,6 +119,18 @@ def test_a_label_of_one_side_is_not_measured_and_is_named():
     assert "mean average precision: none, no label has" in labels_text(nothing)
 
 
+def test_the_table_of_labels_says_why_an_interval_is_missing_once_for_all_labels_that_lack_it():
+    scores, truth = made(60)
+    truth[:, 1:] = 0
+    truth[:3, 1:] = 1
+    text = labels_text(label_table(scores, truth, NAMES, bootstrap=50))
+    assert f"AP, AUC and F1 of {NAMES[1]}, {NAMES[2]}: no interval: fewer than 5 images of a side" in text.splitlines()
+    truth[:3] = np.nan
+    text = labels_text(label_table(scores, truth, NAMES, bootstrap=50))
+    assert f"labels without test images of both sides, not measured: {NAMES[1]}, {NAMES[2]}" in text.splitlines()
+    assert "no interval" not in text
+
+
 def test_intervals_hold_the_value_and_widen_with_groups():
     scores, truth = made(300)
     copies = np.repeat(np.arange(300), 4)
@@ -194,7 +206,7 @@ def test_thresholds_by_hand():
     best = choose_thresholds(-scores, truth, aim="precision", at_least=0.9)
     assert (best.reached[0], best.values[0] < -9) == (False, True)
     assert unreached_text(["cat"], best, "a precision of 0.9") == (
-        "1 labels do not reach a precision of 0.9 on the validation images: cat"
+        "1 label does not reach a precision of 0.9 on the validation images: cat"
     )
     lone = choose_thresholds(scores, np.ones((7, 1)))
     assert (lone.values[0], lone.reached[0]) == (0, False)

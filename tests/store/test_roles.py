@@ -68,6 +68,8 @@ def test_without_roles_nothing_changes_but_a_column_called_group_is_one(kept, ro
     assert (features.groups, features.targets, features.weights) == (None, None, None)
     assert said == ["dataset d: columns of its manifest without a role here: patient, age, found"]
     assert features.table.column_names == ["id", "label", "split"]
+    assert features.unused_columns == {"manifest": ["patient", "age", "found"]}
+    assert pickle.loads(pickle.dumps(features.select(labelled=True))).unused_columns == features.unused_columns
     table = kept.snapshot("d").append_column("column:Group", pa.array(["g", "g", "h", None]))
     kept.write_snapshot("d", kept.new_run_id(), table)
     features, said = joined(kept)

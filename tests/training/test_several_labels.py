@@ -128,7 +128,7 @@ def test_labels_without_both_sides_among_validation_rows_are_named(found, run, c
     record = run(zoo, labels=changed, silent=False)
     assert record["calibration"]["uncalibrated"] == ["soft"]
     assert record["calibration"]["slopes"][2] == 1
-    assert "1 labels have no validation images of both sides, and are not calibrated: soft" in capsys.readouterr().err
+    assert "1 label has no validation images of both sides, and no calibration: soft" in capsys.readouterr().err
 
 
 def validated(zoo, values, head="logistic", **params):
@@ -211,7 +211,7 @@ def test_labels_with_few_validation_images_fall_back_to_a_half(found, run, tmp_p
     bundle = read_bundle(tmp_path / "bundle")
     assert bundle.label_probabilities(bundle.thresholds[None])[0, 2] == pytest.approx(0.5)
     said = capsys.readouterr().err
-    assert "1 labels have fewer than 5 validation images of a side" in said
+    assert "1 label has fewer than 5 validation images of a side" in said
     assert "theirs is a probability of 0.5: soft" in said
     assert "of 1 (soft) the threshold is a probability of 0.5" in bundle_text(bundle)
 
@@ -268,8 +268,9 @@ def test_calibration_brings_each_labels_probability_nearer_to_how_often_it_is_pr
     bundle, features = read_bundle(tmp_path / "bundle"), zoo.features()
     test = features.splits == "test"
     scores = bundle.scores(features.take(test))
-    before = label_calibration_errors(1 / (1 + np.exp(-scores)), values[test])
-    after = label_calibration_errors(bundle.label_probabilities(scores), values[test])
+    likely = 1 / (1 + np.exp(-scores)), bundle.label_probabilities(scores)
+    found = [label_calibration_errors(one, values[test], draws=200) for one in likely]
+    before, after = (np.array([entry["value"] for entry in one]) for one in found)
     assert (after < 0.6 * before).all()
     assert (before > 0.1).all()
     k = 1
@@ -278,6 +279,12 @@ def test_calibration_brings_each_labels_probability_nearer_to_how_often_it_is_pr
     places = np.ceil(likely * 15).astype(int)
     own = sum(abs((have - likely)[places == place].sum()) for place in range(1, 16)) / len(likely)
     assert after[k] == pytest.approx(own)
+    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in found[1])
+    metrics = evaluate(bundle, zoo.store, labels=table, split="test", silent=True)
+    assert metrics["metrics"]["per_label"][k]["ece"]["value"] == pytest.approx(own)
+    assert "calibration error" in evaluation_text(metrics)
+    alone = label_calibration_errors(bundle.label_probabilities(scores), values[test], in_groups=True)[0]
+    assert (alone["low"], alone["reason"]) == (None, "no interval: none is known that holds for groups")
 
 
 @pytest.mark.parametrize("name", FAMILIES["multilabel"])
@@ -408,7 +415,7 @@ def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
     zoo, table, _ = found
     rare = table.set_column(2, "red", pa.array(["1" if place == 3 else "0" for place in range(len(table))]))
     for options, message in (
-        ({"labels": rare}, r"1 of 3 labels have fewer than 2 training images on one side, such as 'red': 1 have it"),
+        ({"labels": rare}, r"1 of 3 labels has fewer than 2 training images on one side, such as 'red': 1 have it"),
         ({"target": "red"}, r"two kinds of target"),
         ({"label": "red"}, r"two kinds of target"),
         ({"head": "lda"}, r"head 'lda' learns multiclass targets, not multilabel ones; heads that do: logistic"),

@@ -43,6 +43,7 @@ from featurepipe.heads.bundle.files import (
 )
 from featurepipe.heads.bundle.head import check_head, head_files, load_head
 from featurepipe.heads.calibration import class_scores, label_scores, predicted_numbers, probabilities
+from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.screening import HALF, screening_table
 
@@ -213,6 +214,8 @@ class Bundle:
     ) -> dict[str, Any]:
         """Measures how several labels are found, at the bundle's thresholds; `heads.statistics.multilabel.label_table`.
 
+        Beside its measures each label has ``ece``, see `heads.label_calibration.label_calibration_errors`.
+
         Args:
             scores: (n, K), see ``scores``.
             truth: (n, K): 1 present, 0 absent, NaN unknown.
@@ -220,10 +223,24 @@ class Bundle:
             ids: (n,) of the images.
             more: Further arguments of ``label_table``.
         """
-        return label_table(
-            scores, truth, self.classes, thresholds=self.thresholds, groups=groups, ids=ids,
-            probabilities=self.label_probabilities(scores), **more,
-        )  # fmt: skip
+        likely = self.label_probabilities(scores)
+        found = label_table(
+            scores,
+            truth,
+            self.classes,
+            thresholds=self.thresholds,
+            groups=groups,
+            ids=ids,
+            probabilities=likely,
+            **more,
+        )
+        resampled = found["bootstrap"]
+        errors = label_calibration_errors(
+            likely, truth, in_groups=groups is not None, draws=resampled["resamples"], seed=resampled["seed"]
+        )
+        for entry, error in zip(found["per_label"], errors, strict=True):
+            entry["ece"] = error
+        return found
 
     def label_screening(
         self,

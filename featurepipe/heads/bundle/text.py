@@ -82,7 +82,7 @@ def bundle_text(bundle: Bundle) -> str:
     if "screening" in tested:
         heading = f"looking for {tested['screening']['positive']}:\n" if bundle.looked_for else ""
         measures = f"{measures}\n{heading}{screening_text(tested['screening'])}"
-    return f"{text}\non the {tested['images']:,} test images when it was trained:\n{measures}"
+    return f"{text}\non the {counted(tested['images'], 'test image')} when it was trained:\n{measures}"
 
 
 def labels_calibration_text(calibration: Mapping[str, Any] | None) -> str:
@@ -117,7 +117,7 @@ def label_thresholds_text(calibration: Mapping[str, Any]) -> str:
     ]
     more = len(calibration["per_label"]) - _LABELS_SHOWN
     titles = ["label", "found", "missed", "false alarms", "passed", "sensitivity", "specificity", "precision", ""]
-    return table(titles, rows) + (f"\nand {more:,} more labels" if more > 0 else "")
+    return table(titles, rows) + (f"\nand {more:,} more {'label' if more == 1 else 'labels'}" if more > 0 else "")
 
 
 def _bounded(rate: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit, stdtrit
 
-from featurepipe.display import table
+from featurepipe.display import first_names, table
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of
 
@@ -553,25 +553,48 @@ def labels_text(metrics: Mapping[str, Any], most: int = 30) -> str:
     interval = "95 % interval" if any(row[2] for row in rows) else ""
     measured = [entry for entry in metrics["per_label"] if entry["ap"]["value"] is not None]
     measured.sort(key=lambda entry: entry["ap"]["value"])
+    titles = {"ap": "AP", "auc": "AUC", "f1": "F1"}
+    if all("ece" in entry for entry in measured):
+        titles["ece"] = "calibration error"
     each = [
         [entry["label"], str(entry["positive"]), str(entry["negative"]), str(entry["unknown"])]
-        + [_shown(entry[name]) for name in ("ap", "auc", "f1")]
+        + [_shown(entry[name]) for name in titles]
         for entry in measured[:most]
     ]
     parts = [table(["measure", "value", interval], rows), *reasons]
     if each:
-        parts += ["", table(["label", "with", "without", "unknown", "AP", "AUC", "F1"], each)]
+        parts += ["", table(["label", "with", "without", "unknown", *titles.values()], each)]
     if len(measured) > most:
-        parts.append(f"and {len(measured) - most} more labels")
+        more = len(measured) - most
+        parts.append(f"and {more} more {'label' if more == 1 else 'labels'}")
+    parts += _reasons_text(measured[:most], titles)
     if metrics["unmeasured"]:
         parts.append(unmeasured_text(metrics["unmeasured"]))
     return "\n".join(parts)
 
 
+def _reasons_text(entries: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """Why intervals are missing: a line for each reason, with the measures and labels that it holds for."""
+    lacking: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for entry in entries:
+        found = {name: entry[name]["reason"] for name in titles if entry[name].get("reason")}
+        for reason in dict.fromkeys(found.values()):
+            names = tuple(titles[name] for name in found if found[name] == reason)
+            lacking.setdefault((reason, names), []).append(entry["label"])
+    return [
+        f"{' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)} of "
+        f"{'all these labels' if len(labels) == len(entries) > 1 else first_names(labels, _NAMED)}: {reason}"
+        for (reason, names), labels in lacking.items()
+    ]
+
+
+_NAMED = 10
+
+
 def unmeasured_text(names: Sequence[str]) -> str:
     """Names the labels that no measure says anything about."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"labels without test images of both sides, not measured: {', '.join(names[:10])}{more}"
+    labels = "label" if len(names) == 1 else "labels"
+    return f"{labels} without test images of both sides, not measured: {first_names(names, _NAMED)}"
 
 
 def _shown(entry: Mapping[str, Any]) -> str:

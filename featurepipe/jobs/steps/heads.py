@@ -93,7 +93,7 @@ def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
     names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds")
     what = "with a number" if "target" in found else f"of {len(found['classes']):,} classes"
-    what = f"with {len(found['multilabel']):,} labels" if "multilabel" in found else what
+    what = f"with {counted(len(found['multilabel']), 'label')}" if "multilabel" in found else what
     images = f"{counted(found['counts']['train'], 'image')} {what}"
     told = {name: found[name] for name in names if name in found}
     if not found["test"]:
