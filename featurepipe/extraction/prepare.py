@@ -232,7 +232,9 @@ def prepare(
     space = next((space for space in spaces if not differences(space.fields, fields)), None)
     why_new = None if space is not None else _why_new(spaces, fields, backbone)
     if store is not None and not dry_run:
-        space = store.open_space(fields, backbone=backbone.name, notes=_notes(backbone, settings) if why_new else {})
+        space = store.open_space(
+            fields, backbone=backbone.name, notes=space_notes(backbone, settings) if why_new else {}
+        )
         _note_map_shapes(space, backbone, columns)
     if why_new:
         say(why_new)
@@ -360,7 +362,8 @@ def _note_map_shapes(space: Space, backbone: Backbone, columns: Sequence[Column]
         space.update_notes({"map_shapes": {**known, **new}})
 
 
-def _notes(backbone: Backbone, settings: Settings) -> dict[str, Any]:
+def space_notes(backbone: Backbone, settings: Settings) -> dict[str, Any]:
+    """What a new feature space says of itself beside its fields."""
     return {
         "backbone": backbone.description(),
         "aliases": {"bottleneck": backbone.bottleneck},

@@ -230,8 +230,11 @@ def _bundles(job: Job) -> Iterator[Problem]:
     wanted = [(f"predict[{place}].bundle", table.bundle) for place, table in enumerate(job.predict)]
     if job.drift and job.drift.bundle:
         wanted.append(("drift.bundle", job.drift.bundle))
+    lacking = {table.out for table in job.finetune if not table.store_features}
     for key, bundle in wanted:
-        if bundle not in trained and not (existing_folder(bundle) / MANIFEST).is_file():
+        if bundle in lacking:
+            yield key, bundle, "needs the tuned features: store_features = true in its [[finetune]]"
+        elif bundle not in trained and not (existing_folder(bundle) / MANIFEST).is_file():
             outs = ", ".join(map(str, sorted(trained))) or "nothing"
             yield key, bundle, f"no bundle is there, and no [[train]] or [[finetune]] makes it (they make {outs})"
 

@@ -21,6 +21,8 @@ from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Origin, Space, differences, extract_command
 from featurepipe.store.views import FeatureSet
 
+TUNED_FROM = "tuned_from"
+"""The note of a feature space of a tuned network: the fingerprint of the space whose activations it was tuned from."""
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken
 
 
@@ -69,7 +71,7 @@ def choose_space(store: StoreContents, wanted: str | None, dataset: str | None) 
         keys = usable_keys(require_snapshot(store, dataset))
         fitting = [space for space in fitting if space.index().contains(keys).any()] or fitting
     if len(fitting) > 1 and (wanted is None or wanted in {space.backbone for space in fitting}):
-        fitting = _only_trained(fitting)
+        fitting = _only_trained(_without_tuned(fitting))
     if len(fitting) > 1:
         raise UsageError(_ambiguous(wanted, fitting))
     return fitting[0]
@@ -88,6 +90,11 @@ def _fitting(spaces: list[Space], wanted: str | None) -> list[Space]:
     if named or len(wanted) < _PREFIX:
         return named
     return [space for space in spaces if space.fingerprint.startswith(wanted.lower())]
+
+
+def _without_tuned(spaces: list[Space]) -> list[Space]:
+    """Leaves out spaces of networks that were tuned from another space of the store, which are asked for by their own name."""
+    return [space for space in spaces if TUNED_FROM not in space.notes] or spaces
 
 
 def _only_trained(spaces: list[Space]) -> list[Space]:

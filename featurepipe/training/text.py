@@ -175,6 +175,7 @@ def finetune_text(found: Mapping[str, Any]) -> str:
         _epochs(run["history"], tuning["measure"]),
         mix_text({float(share): score for share, score in tuning["mixes"].items()}, tuning["mix"], tuning["measure"]),
         *tested_lines(found),
+        *([found["stored_features"]["text"]] if "stored_features" in found else []),
         f"bundle {found['bundle']}",
     ]
     return "\n".join(lines)

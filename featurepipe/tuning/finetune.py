@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail
 from featurepipe.display import bytes_of, size
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.errors import Interrupted, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
+from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
@@ -38,6 +40,7 @@ from featurepipe.tuning.activations import (
     step_seconds,
     stored_activations,
 )
+from featurepipe.tuning.activations import store_features as keep_features
 from featurepipe.tuning.loop import Rows
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import TuningWork, settled, tune_and_publish
@@ -73,6 +76,7 @@ def finetune(
     min_class_size: int = 2,
     memory: int | str | None = None,
     seed: int = 0,
+    store_features: bool = False,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
     trust_code: bool | Collection[str] = False,
     extraction: Mapping[str, Any] | None = None,
@@ -124,6 +128,10 @@ def finetune(
         min_class_size: classes with fewer images are refused.
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
+        store_features: at the end, keep the tuned network's bottleneck of all images of the dataset in the store, computed from
+            the activations: a feature space of its own, that of ``extract`` with the bundle's weights, so that heads, ``depth``,
+            ``drift`` and ``evaluate`` work on it. Images that have it already are passed over, also where nothing is tuned since
+            nothing changed.
         weights: the backbone's weights file, where the features are of one of your own, or a mapping of such files by the
             fingerprint of the feature space; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
@@ -153,6 +161,7 @@ def finetune(
         split_column=split_column, split=split, epochs=epochs,
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
         seeds=seeds, interpolate=interpolate, min_class_size=min_class_size, memory=memory, seed=seed,
+        store_features=store_features,
     )  # fmt: skip
     say = announcer(silent=silent)
     folder = bundle_target(out)
@@ -167,7 +176,8 @@ def finetune(
     inputs = work.inputs()
     asked = {"why": why_train(folder, inputs)} if if_changed else {}
     if asked == {"why": []}:
-        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images), **stored.about()}
+        kept = {} if dry_run else _stored_features(work, stored.store, folder, snapshot, say)
+        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images), **stored.about(), **kept}
     for reason in asked.get("why", []):
         say(f"{folder.name} is tuned: {reason}")
     say(work.text)
@@ -175,7 +185,26 @@ def finetune(
         return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}, **asked}
     with stop_on_signals() as stop:
         record = tune_and_publish(work, folder, stop, start=start, silent=silent, say=say)
-    return {**record, **stored.about(), "options": as_asked(options), **asked}
+    kept = _stored_features(work, stored.store, folder, snapshot, say)
+    return {**record, **stored.about(), **kept, "options": as_asked(options), **asked}
+
+
+def _stored_features(
+    work: TailWork, store: FeatureStore, folder: Path, snapshot: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Stores the tuned features, if that was asked for; returns what was done."""
+    if not work.options.store_features:
+        return {}
+    with stop_on_signals() as stop:
+        found = keep_features(store, read_bundle(folder), work.every, snapshot, stop)
+        say(found.text)
+        if stop():
+            raise Interrupted(
+                f"stopped by {stop.name} while tuned features were stored ({found.images:,} images are); the bundle is complete, "
+                "and the same command goes on",
+                stop.signal_number or 2,
+            )
+    return found.about()
 
 
 @dataclass
@@ -183,11 +212,13 @@ class TailWork(TuningWork):
     """The layers above a node, tuned from stored activations.
 
     Attributes:
-        maps: The activations of the task's rows.
+        every: The activations of all images of the dataset.
+        maps: Those of the task's rows.
         bottleneck: The frozen network's features of these rows; None where the store lacks some.
         in_memory: Whether the activations are read once.
     """
 
+    every: FeatureSet
     maps: FeatureSet
     bottleneck: FeatureSet | None
     in_memory: bool
@@ -269,7 +300,7 @@ def _prepared(stored: StoredActivations, options: TuneOptions, *, snapshot: str 
     frozen = None if frozen is None else frozen.take(rows.positions)
     need = (len(task.division.train) + len(task.division.validation)) * maps.shape[1] * maps.dtype.itemsize
     allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
-    return TailWork(space, network, tail, task, recipe, objective, options, chosen, frozen, need <= allowed)
+    return TailWork(space, network, tail, task, recipe, objective, options, maps, chosen, frozen, need <= allowed)
 
 
 def network_of(space: Space, options: TuneOptions) -> Backbone:

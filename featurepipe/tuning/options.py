@@ -80,6 +80,9 @@ class LoopOptions(RoleOptions):
         metavar="AMOUNT", check=is_memory,
     )  # fmt: skip
     seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
+    store_features: bool = option(
+        False, "at the end, keep the tuned network's features of all images in the store, computed from the activations"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ from featurepipe.tuning.loop import (
 )
 from featurepipe.tuning.options import TuneOptions
 
-_WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory"}
+_WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory", "store_features"}
 """Options that say where things are, not what comes out."""
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the tuned weights that are tried on the validation images; the rest is the frozen network's."""

@@ -111,6 +111,10 @@ out = "bundles/tuned"
 from_node = "s2"
 epochs = 2
 rate = 0.003
+store_features = true
+[[predict]]
+bundle = "bundles/tuned"
+to = "predictions/{run}.parquet"
 """
 
 
@@ -123,14 +127,27 @@ def test_layers_are_tuned_when_what_they_learn_from_has_changed(pile):
     ):
         pile.run()
     pile.file.write_text(text.replace('nodes = ["c3", "bottleneck"]', 'nodes = ["s2:map"]'))
+    sound = pile.file.read_text()
+    pile.file.write_text(sound.replace("store_features = true", ""))
+    with pytest.raises(
+        UsageError, match=r"predict\[0\]\.bundle = .*needs the tuned features: store_features = true in"
+    ):
+        pile.run()
+    pile.file.write_text(sound)
     plan = pile.run(dry_run=True)
     assert plan["steps"][0] == {"step": "finetune", "name": "tuned", "runs": True, "why": "there is no bundle yet"}
-    first = by_step(pile.run())["finetune tuned"]
+    steps = by_step(pile.run())
+    first = steps["finetune tuned"]
     assert first["status"] == "done", first
+    assert steps["predict tuned"]["result"]["counts"]["predicted"] == 48
     assert first["result"]["from"] == "s2"
     assert "of 2 classes; 0." in first["result"]["text"]
     assert read_bundle(pile.folder / "bundles" / "tuned").training["tuning"]["from"] == "s2"
-    again = by_step(pile.run())["finetune tuned"]
+    (pile.root / "unknown").mkdir()
+    pile.add("outside.png", 500)  # which has no label, so that nothing that is learned from changes
+    steps = by_step(pile.run())
+    assert steps["predict tuned"]["result"]["counts"]["predicted"] == 1
+    again = steps["finetune tuned"]
     assert again["status"] == "skipped"
     assert again["result"]["skipped"].startswith(
         "the 38 images that it learns from, their labels and its settings are those"

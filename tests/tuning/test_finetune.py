@@ -265,6 +265,32 @@ def test_images_are_extracted_once_and_tuned_as_from_a_store(piles, store, tmp_p
         finetune(store, tmp_path / "x", from_node=CUT, out=tmp_path / "b", extraction={"damaged": "keep"}, silent=True)
 
 
+def test_tuned_features_are_kept_as_extract_would_give_them(piles, tmp_path) -> None:
+    path = tmp_path / "store"
+    extracting: dict[str, Any] = {"dataset": "digits", "backbone": "lenet5", "precision": "fp32", "silent": True}
+    fp.extract(piles / "piles", path, weights="none", nodes=[f"{CUT}:map", "bottleneck"], **extracting)
+    asked: dict[str, Any] = {"from_node": CUT, "out": tmp_path / "b", **FAST, "epochs": 8, "store_features": True}
+    found = finetune(path, **asked)
+    assert found["tuning"]["mix"] > 0
+    kept = found["stored_features"]
+    assert (kept["images"], kept["known"]) == (500, 0)
+    bundle = read_bundle(tmp_path / "b")
+    store = fp.FeatureStore(path)
+    own = store.features("digits", backbone=bundle.fingerprint).read(np.float32)
+    measured = fp.evaluate(tmp_path / "b", path, silent=True)["metrics"]["accuracy"]["value"]
+    assert measured == found["test"]["accuracy"]["value"]
+    assert store.space("lenet5").fingerprint != bundle.fingerprint  # a tuned space is asked for by its own name
+    again = finetune(path, **{**asked, "if_changed": True})
+    assert "skipped" in again
+    assert (again["stored_features"]["images"], again["stored_features"]["known"]) == (0, 500)
+    fp.extract(piles / "piles", tmp_path / "other", weights=str(bundle.weights_file), **extracting)
+    other = fp.FeatureStore(tmp_path / "other")
+    assert other.spaces()[0].fingerprint == bundle.fingerprint
+    wanted = other.features("digits").read(np.float32)
+    assert 1 - worst_cosine(own, wanted) <= kept["tolerance"]
+    assert fp.extract(piles / "piles", path, weights=str(bundle.weights_file), **extracting)["counts"]["computed"] == 0
+
+
 def test_a_dry_run_writes_nothing(store, tmp_path, cli) -> None:
     finished = cli("finetune", store, "--from", CUT, "--out", tmp_path / "b", "--dry-run")
     assert finished.code == 0

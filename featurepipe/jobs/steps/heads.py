@@ -72,7 +72,7 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
     late = "the older bundle stays, and the next night goes on from the last checkpoint"
     found = within_time(night.stop.deadline, work, late)
     if "skipped" in found:
-        return found
+        return {name: value for name, value in found.items() if name != "stored_features"}
     told, tuning = _told(found), found["tuning"]
     how = (
         f"{tuning['mix']:.0%} of the weights tuned above {tuning['from']}" if tuning["mix"] else "tuning gained nothing"
