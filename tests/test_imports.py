@@ -75,11 +75,12 @@ def test_public_names_are_what_they_say():
         assert callable(found)
 
 
-def test_verbs_stay_functions_whatever_was_imported_before():
+def test_verbs_stay_functions_whatever_was_imported_before(launcher):
     verbs = [name for name in featurepipe.__all__ if name.islower() and not name.startswith("_")]
     imports = ", ".join(sorted({f"featurepipe.{featurepipe._HOMES[verb]}" for verb in verbs}))
     code = f"import {imports}, featurepipe as fp; print([v for v in {verbs} if not callable(getattr(fp, v))])"
-    assert run("-W", "error", "-c", code).stdout == "[]\n"
+    done = launcher.start(code).wait()
+    assert (done.out, done.err) == ("[]\n", "")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ NETWORK = [
     "--max-width",
     300,
 ]
+QUICK = ("centroid",)
+"""Heads for tests that are not about heads: nothing is searched for."""
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 SLOW = """
     import sys, time
@@ -207,9 +209,10 @@ def test_the_second_call_computes_nothing_and_finds_the_same(run, pictures, spie
 
 def test_a_reject_is_in_the_exit_code_and_the_protocol_is_left_to_the_answer(run, pictures, capsys):
     source = pictures()
-    assert run(source)["provenance"]["exit_code"] == 0
+    assert run(source, heads=QUICK)["provenance"]["exit_code"] == 0
     (source / "left" / "broken.png").write_bytes(b"no picture")
-    found = run(source, silent=False, extraction={"precision": "fp32", "dtype": "float32", "max_rejects": "50%"})
+    some = {"precision": "fp32", "dtype": "float32", "max_rejects": "50%"}
+    found = run(source, silent=False, heads=QUICK, extraction=some)
     assert found["provenance"]["exit_code"] == 3
     told = capsys.readouterr().err
     assert "24 images of 2 classes, 3 columns" in told
@@ -276,19 +279,19 @@ def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypat
         spy(name)
     monkeypatch.setattr(Timing, "measure", measure)
     source = pictures()
-    first = run(source, report=tmp_path / "page.html")
+    first = run(source, heads=QUICK, report=tmp_path / "page.html")
     assert (sorted(found), len(times)) == (sorted(FINDERS), 1)
-    again = run(source, report=tmp_path / "page.html")
+    again = run(source, heads=QUICK, report=tmp_path / "page.html")
     assert (sorted(found), len(times)) == (sorted(FINDERS), 1)
     for name in ("columns", "similarity", "transferability", "details", "details_shifted", "map", "timing"):
         assert again[name] == first[name]
     assert all(column["ms_per_image"] == 8.0 for column in again["columns"])
     found.clear()
-    run(source, folds=3)
+    run(source, heads=QUICK, folds=3)
     assert found == ["details"]  # the others know no folds
     found.clear()
     (source / "left" / "000.png").rename(source / "left" / "000a.png")
-    renamed = run(source, report=tmp_path / "page.html")
+    renamed = run(source, heads=QUICK, report=tmp_path / "page.html")
     assert sorted(found) == ["details", "placed"]  # these name images; their order is the same
     assert "left/000a.png" in renamed["map"]["ids"]
     assert len(times) == 1
@@ -296,10 +299,10 @@ def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypat
 
 def test_new_images_are_measured_anew_but_only_they_are_extracted(run, pictures, spies):
     source = pictures()
-    run(source)
+    run(source, heads=QUICK)
     spies.forwards, spies.measured = 0, []
     (source / "left" / "more.png").write_bytes((source / "upper" / "000.png").read_bytes())  # a copy with another label
-    assert run(source)["images"] == 25
+    assert run(source, heads=QUICK)["images"] == 25
     assert spies.forwards == 0
     assert spies.measured
 
@@ -336,15 +339,15 @@ def test_a_dry_run_compares_precisions_once(run, pictures, trained, monkeypatch)
 
 def test_a_store_is_compared_as_it_is(run, pictures, tmp_path, spies):
     source = pictures()
-    run(source)
+    run(source, heads=QUICK)
     spies.forwards, spies.measured = 0, []
     for given in (tmp_path / "store", FeatureStore(tmp_path / "store")):
-        found = run(given, store=None, backbone=None, nodes="auto", report=tmp_path / "page.html")
+        found = run(given, store=None, backbone=None, nodes="auto", heads=QUICK, report=tmp_path / "page.html")
         assert [column["column"] for column in found["columns"]] == COLUMNS
         assert spies.forwards == 0
         assert spies.measured == []
         assert found["provenance"]["runs"] == []
-    fewer = run(tmp_path / "store", store=None, backbone="lenet5", nodes=["f6", "s4:avg4x4"])
+    fewer = run(tmp_path / "store", store=None, backbone="lenet5", nodes=["f6", "s4:avg4x4"], heads=QUICK)
     assert [column["column"] for column in fewer["columns"]] == COLUMNS[1:]
     for more in (
         {"store": tmp_path / "other"},
@@ -385,7 +388,7 @@ def test_a_source_of_the_same_name_replaces_nothing(run, pictures, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     first = pictures()
     other = pictures("elsewhere/halves", count=5, start=500)
-    run(first)
+    run(first, heads=QUICK)
     with pytest.raises(UsageError, match=r"both sources would be dataset 'halves'; .* dataset='halves-source'"):
         run(first, test_source=other)
     assert len(FeatureStore(tmp_path / "store").features("halves", node="c1:avg7x7")) == 24
@@ -394,7 +397,7 @@ def test_a_source_of_the_same_name_replaces_nothing(run, pictures, tmp_path):
 def test_a_comparison_belongs_to_its_store(run, pictures, tmp_path):
     from featurepipe.store.verify import verify_store
 
-    run(pictures())
+    run(pictures(), heads=QUICK)
     assert verify_store(FeatureStore(tmp_path / "store")).leftovers == []
 
 
@@ -403,7 +406,7 @@ def test_the_own_split_is_used_where_asked_for(run, pictures, tmp_path):
     for name, count, start in (("train", 12, 0), ("test", 4, 100)):
         pictures(f"split/{name}", count=count, start=start)
     (root / "train" / "left" / "copy.png").write_bytes((root / "test" / "left" / "100.png").read_bytes())
-    found = run(root, split=True, seeds=2)
+    found = run(root, split=True, seeds=2, heads=QUICK)
     assert found["settings"]["folds"] is None
     assert found["settings"]["split"] is True
     assert found["counts"]["in_no_fold"] == 1  # the copy
@@ -416,7 +419,7 @@ def test_given_labels_are_used_instead(run, pictures):
     source = pictures(count=8)
     labels = {f"{kind}/{n:03d}.png": f"{kind}-{n % 2}" for kind in ("left", "upper") for n in range(8)}
     labels.pop("left/000.png")
-    found = run(source, labels=labels)
+    found = run(source, labels=labels, heads=QUICK)
     assert found["classes"] == ["left-0", "left-1", "upper-0", "upper-1"]
     assert (found["images"], found["counts"]["unlabelled"]) == (15, 1)
 
@@ -519,7 +522,7 @@ def test_what_is_a_store_is_told_by_its_file(tmp_path):
 
 
 def test_the_document_holds_the_map_that_its_page_shows(run, pictures, tmp_path):
-    found = run(pictures(), report=tmp_path / "page.html")
+    found = run(pictures(), heads=QUICK, report=tmp_path / "page.html")
     places = found["map"]["places"]
     assert set(places) == {"PCA", "t-SNE"}
     assert len(found["map"]["ids"]) == len(places["PCA"]) == len(places["t-SNE"]) == found["map"]["total"] == 24
@@ -528,14 +531,14 @@ def test_the_document_holds_the_map_that_its_page_shows(run, pictures, tmp_path)
     again = report(tmp_path / "store", tmp_path / "again.html", silent=True)
     assert all(id_ in again.read_text(encoding="utf-8") for id_ in found["map"]["ids"])
     assert FeatureStore(tmp_path / "store").depth_documents("halves")[-1]["map"] == found["map"]
-    assert "map" not in run(pictures("others", start=50))
+    assert "map" not in run(pictures("others", start=50), heads=QUICK)
 
 
 def test_the_page_keeps_to_where_images_may_lie(run, pictures, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("featurepipe.layer_depth.depth.write_page", lambda *given, **options: asked.append(options))
     source, other = pictures(), pictures("away", count=3, start=500)
-    run(source, test_source=other, report=tmp_path / "p.html", extraction={"only_under": [source, other]})
+    run(source, test_source=other, report=tmp_path / "p.html", heads=QUICK, extraction={"only_under": [source, other]})
     (options,) = asked
     assert (options["source"], options["test_source"]) == (source, other)
     assert options["only_under"] == [source, other]
