@@ -69,7 +69,7 @@ def test_a_cluster_grows_with_its_work_and_shrinks_again(monkeypatch: pytest.Mon
         with closing(dask_executor.map(work, range(2000))) as answers:  # enough for the slowest start
             while len(pids) < 3:
                 pids.add(next(answers)[1])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while dask_executor.addresses():
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -101,7 +101,7 @@ def test_slurm_jobs_are_submitted_and_their_workers_used(commands: Path, tmp_pat
         assert len(dask_executor.check(tmp_path)) == 1
         assert list(dask_executor.map(lambda _c, n, *_: n + 1, [3])) == [(3, 4)]
         (worker,) = dask_executor.workers()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{worker.pid}").exists():
         assert time.monotonic() < deadline, "the job was not cancelled"
         time.sleep(0.1)
@@ -303,7 +303,7 @@ async def serve():
 children = []
 loop = asyncio.new_event_loop()
 threading.Thread(target=loop.run_forever, daemon=True).start()
-port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
+port = asyncio.run_coroutine_threadsafe(serve(), loop).result(60)
 options = {
     "connect_options": {"port": port, "known_hosts": None, "username": "x"},
     "scheduler_options": {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},

@@ -44,7 +44,7 @@ def test_a_signal_to_all_processes_calls_the_tasks_back(number: int, tmp_path: P
             assert time.monotonic() < deadline, (tmp_path / "err").read_text()
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
     lines = (tmp_path / "out").read_text().splitlines()

@@ -172,7 +172,7 @@ def test_a_time_budget_ends_the_night_cleanly_and_the_next_one_goes_on(album, ru
         started = time.monotonic()
         nights.append(run(slow(album, each=0.05), time_budget=0.6, **options))
         if nights[-1]["status"] != "done":
-            assert time.monotonic() - started < 8
+            assert time.monotonic() - started < 60
             assert run.store.datasets() == []
             assert nights[-1]["exit_code"] == 0
             assert nights[-1]["changes"] is None

@@ -55,7 +55,7 @@ def lock(store, *, kind="flock", interval=0.2, missed=5, job="nightly", **option
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.005)
@@ -109,7 +109,7 @@ def test_a_killed_holder_makes_way(hold, store, kind):
         assert process.wait().code == -signal.SIGKILL
     started = time.monotonic()
     with lock(store, kind=kind, interval=60):  # a process of this machine that is dead need not be watched
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 40
 
 
 @pytest.mark.parametrize("kind", ["flock", "ENOSYS"])
@@ -216,7 +216,7 @@ def test_a_suspended_holder_learns_that_it_lost(store):
     lost = threading.Event()
     with lock(store, kind="ENOLCK", on_lost=lost.set) as held:
         elsewhere(store, 2)  # another host took over while we were suspended
-        assert lost.wait(10)
+        assert lost.wait(60)
         assert held.lost
     assert lease_numbers(store) == [1, 2]
     assert json.loads((store.path / "jobs/nightly.lease.2").read_bytes())["host"] == "other"  # and stays its
@@ -238,7 +238,7 @@ def test_watching_can_be_stopped(store):
     with pytest.raises(Interrupted) as caught, lock(store, kind="ENOLCK", interval=60, stop=stop):
         pass
     assert caught.value.exit_code == 143
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 40
 
 
 def test_a_holder_that_cannot_write_for_a_while_goes_on(store, monkeypatch):

@@ -425,7 +425,7 @@ def test_a_signal_during_an_extraction(launcher, pile, number, code):
     process.send(number)
     started = time.monotonic()
     ended = process.wait()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert (ended.code, ended.out) == (code, "interrupted\n")
     (record,) = pile.records()
     assert (record["status"], record["exit_code"]) == ("interrupted", code)

@@ -137,7 +137,7 @@ def test_kill_at_random_moments_loses_no_line_that_was_written(tmp_path, launche
     path, rng, first, amid = tmp_path / "journal.jsonl", random.Random(0), 0, 0
     for _ in range(5):
         process = launcher.start(WRITER, [path, first, 5000])
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while "ready" not in process.err() and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.15))

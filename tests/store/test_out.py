@@ -186,7 +186,7 @@ assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
 
 def test_a_handle_is_never_shared_over_a_fork(images):
     path, _ = images
-    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=120)
 
 
 def test_arrays_whose_values_lie_in_other_files_are_refused(images, tmp_path):

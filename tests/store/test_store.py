@@ -169,7 +169,7 @@ def test_racing_processes_make_one_store_and_one_space(tmp_path):
     processes = [context.Process(target=open_the_same_space, args=(tmp_path / "s", barrier, notes)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert len({notes.get(timeout=30) for _ in processes}) == 1  # the first one's notes stay
+    assert len({notes.get(timeout=120) for _ in processes}) == 1  # the first one's notes stay
     for process in processes:
         process.join()
         assert process.exitcode == 0
