@@ -66,7 +66,7 @@ class Tail(TunedLayers):
 
     def __init__(self, backbone: Backbone, node: str) -> None:
         super().__init__()
-        info = backbone.node(node)
+        info = backbone.node(backbone.bottleneck if node == "bottleneck" else node)
         self.node = info.name
         is_map = len(info.shape) == 3
         self.column = f"{node}:{'map' if is_map else 'flatten'}"

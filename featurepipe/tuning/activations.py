@@ -22,7 +22,7 @@ from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import BATCH_TOLERANCE, worst_cosine
 from featurepipe.backbones.tail import Tail, TunedLayers, cuts
 from featurepipe.display import size
-from featurepipe.errors import DiskFull, Message, Option, UsageError
+from featurepipe.errors import DiskFull, Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
 from featurepipe.extraction.extract import ITEM_BYTES, extract
 from featurepipe.extraction.prepare import space_notes
@@ -250,6 +250,7 @@ def stored_activations(
         _refuse_of_images(source, store, extraction)
         found = source if isinstance(source, FeatureStore) else FeatureStore(source, create=False)
         return StoredActivations(found, options.dataset, options.backbone)
+    _refuse_unknown(extraction)
     target = beside.with_name(f"{beside.name}.features") if store is None else store
     name = options.backbone or DEFAULT_BACKBONE
     weights = "DEFAULT" if options.weights is None else str(options.weights)
@@ -393,6 +394,18 @@ def cut_of(options: TuneOptions, network: Backbone) -> str:
     raise UsageError(
         Message(f"say where to cut {network.name}, with ", Option("from_node"), f"; it can be cut at {usable}")
     )
+
+
+def _refuse_unknown(extraction: Mapping[str, Any]) -> None:
+    """Refuses what is no option of extraction, or what `finetune` has an option of its own for.
+
+    Raises:
+        UsageError: There is such a thing; names the choices.
+    """
+    choices = [name for group in EXTRACTION_GROUPS for name in declared(group)]
+    for name in extraction:
+        if name not in choices:
+            raise unknown("argument", name, choices, where="extraction")
 
 
 def _refuse_of_images(source: Any, store: Any, extraction: Mapping[str, Any]) -> None:

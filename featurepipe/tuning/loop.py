@@ -421,7 +421,7 @@ class TuningRun:
         )
 
     def _end_diverged(self) -> str:
-        lower = Option("rate", f"{self.options.rate / 10:g}")
+        lower = Option("rate", f"{min(self.options.rate / 10, 1e-3):g}")
         said = f"the loss became infinite or not a number in epoch {self.epoch + 1}, step {self.step + 1}"
         if self.found.epoch == 0:
             raise UsageError(Message(f"{said}, before the first one ended; try ", lower))

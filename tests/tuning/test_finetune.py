@@ -105,8 +105,9 @@ def test_places_where_a_network_cannot_be_cut_are_refused_with_those_where_it_ca
     assert cuts(backbone) == ["layer1", "layer2", "layer3"]
     with pytest.raises(UsageError, match=r"a skip around it.*it can be cut at layer1, layer2, layer3"):
         Tail(backbone, "layer3.1.conv1")
-    with pytest.raises(UsageError, match=r"at or above the bottleneck flatten.*layer1, layer2, layer3"):
-        Tail(backbone, "flatten")
+    for name in ("flatten", "bottleneck"):
+        with pytest.raises(UsageError, match=r"at or above the bottleneck flatten.*layer1, layer2, layer3"):
+            Tail(backbone, name)
     with pytest.raises(UsageError, match="leaves no weights to tune above it"):
         Tail(backbone, "layer4")
     with pytest.raises(UsageError, match="unknown node 'layer9'"):
@@ -228,7 +229,7 @@ def test_numbers_and_several_labels_are_tuned_too(piles, store, tmp_path) -> Non
 
 
 def test_a_loss_that_is_no_number_names_a_lower_rate(store, tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"not a number in epoch 1.*rate="):
+    with pytest.raises(UsageError, match=r"not a number in epoch 1.*rate='0\.001'"):
         finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30})
 
 
@@ -261,6 +262,8 @@ def test_images_are_extracted_once_and_tuned_as_from_a_store(piles, store, tmp_p
         "--store", tmp_path / "b.features", "--dry-run",
     )  # fmt: skip
     assert "360 images to learn from, 40 to choose by, 100 to test" in again.out
+    with pytest.raises(UsageError, match="unknown argument 'nodes' in extraction"):
+        finetune(piles / "piles", **asked, extraction={"nodes": "c1"}, silent=True)
     with pytest.raises(UsageError, match="no image is read: leave store, damaged out"):
         finetune(store, tmp_path / "x", from_node=CUT, out=tmp_path / "b", extraction={"damaged": "keep"}, silent=True)
 
