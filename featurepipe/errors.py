@@ -31,7 +31,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,6 +286,17 @@ def about(option: str) -> Iterator[None]:
         raise
 
 
+def nearest(value: str, names: Sequence[str]) -> list[str]:
+    """Up to three names that look most like a value, or hold it.
+
+    Example:
+        >>> nearest("--stroe", ["--store", "--node"])
+        ['--store']
+    """
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+    return near + [name for name in names if len(value) >= 3 and value in name and name not in near][: 3 - len(near)]
+
+
 def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", see: str = "") -> UsageError:
     """Builds the error for a name that is not among ``choices``: the value, the nearest ones, where to look.
 
@@ -294,8 +305,7 @@ def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", s
         "unknown node 'layer5' in resnet50; nearest: layer4, layer3. See: featurepipe nodes resnet50"
     """
     names = list(choices)
-    near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
-    near += [name for name in names if len(value) >= 3 and value in name and name not in near][: 3 - len(near)]
+    near = nearest(value, names)
     hint = (
         f"nearest: {', '.join(near)}"
         if near

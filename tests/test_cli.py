@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from featurepipe.cli import build_parser, main
+from featurepipe.cli.parser import COMMANDS as COMMANDS_BY_JOB
 from tests.conftest import MAIN
 
 COMMANDS = ("demo", "backbones", "nodes", "extract", "info", "verify", "compact", "gc", "export", "doctor")
@@ -61,6 +62,35 @@ def test_every_command_exists_and_has_help(capsys):
 def test_every_command_has_its_function():
     for name, parser in parsers().items():
         assert callable(parser.get_default("run")), name
+
+
+def test_the_help_lists_every_command_once_under_its_job(capsys):
+    assert main([]) == 2
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out.partition("commands:")[2], re.MULTILINE)
+    assert listed == [name for commands in COMMANDS_BY_JOB.values() for name in commands] == list(parsers())
+    assert {name: parser.description for name, parser in parsers().items()} == {
+        name: summary for commands in COMMANDS_BY_JOB.values() for name, (_, summary) in commands.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["info", "STORE", "--jsno"],
+            "featurepipe info: error: unrecognized arguments: --jsno; nearest to --jsno: --json",
+        ),
+        (["info", "STORE", "--qqqqqqqq"], "unrecognized arguments: --qqqqqqqq\n"),
+        (["extract", "DIR", "--stroe=x"], "required: --store; nearest to --stroe: --store"),
+        (["exprt"], "featurepipe: error: unknown command 'exprt'; nearest: export"),
+        (["--vresion"], "featurepipe: error: unrecognized arguments: --vresion; nearest to --vresion: --version"),
+    ],
+)
+def test_what_is_misspelt_is_told_with_what_is_nearest(capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_no_command_prints_help_and_is_wrong_usage(capsys):
@@ -216,9 +246,13 @@ MISTAKES = {
         2,
         "there is no folder not/there",
     ),
-    "option": (["extract", "IMAGES", "--store", "NEW", "--batchsize"], 2, "unrecognized arguments"),
+    "option": (
+        ["extract", "IMAGES", "--store", "NEW", "--batchsize"],
+        2,
+        "unrecognized arguments: --batchsize; nearest to --batchsize: --batch-size",
+    ),
     "missing": (["extract", "IMAGES"], 2, "--store"),
-    "command": (["extrakt"], 2, "invalid choice: 'extrakt'"),
+    "command": (["extrakt"], 2, "unknown command 'extrakt'; nearest: extract"),
     "factory": (
         ["extract", "IMAGES", "--store", "NEW", "--backbone", "nowhere.net:make"],
         2,

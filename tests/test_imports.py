@@ -114,6 +114,29 @@ def test_the_help_of_no_command_loads_anything_heavy():
     assert [line for line in lines if not line.endswith(" True []")] == []
 
 
+OF_THE_COMMAND_LINE = {"featurepipe.cli.options", "featurepipe.cli.output", "featurepipe.cli.parser"}
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "options"),
+    [
+        (["--help"], None, set()),
+        (["info", "--help"], "stores", {"featurepipe.store.options"}),
+        (["verify", "nowhere"], "stores", {"featurepipe.store.options"}),
+        (["runs", "--help"], "run", set()),
+        (["nodes", "--help"], "demo", set()),
+    ],
+)
+def test_a_command_loads_no_module_of_another(words, module, options):
+    code = f"import sys; from featurepipe.cli import main\ntry:\n    main({words})\nexcept SystemExit: pass\nprint(*sys.modules)"
+    names = run("-c", code).stdout.split()
+    assert {name for name in names if name.startswith("featurepipe.cli.")} - OF_THE_COMMAND_LINE == (
+        {f"featurepipe.cli.{module}"} if module else set()
+    )
+    if "nowhere" not in words:
+        assert {name for name in names if name.endswith(".options")} - {"featurepipe.cli.options"} == options
+
+
 def test_the_check_above_can_fail():
     assert loaded("import h5py") == "['h5py']"
 

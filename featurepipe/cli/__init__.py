@@ -22,7 +22,7 @@ from featurepipe.cli.output import (
     tracebacks_shown_safely,
     warnings_shown_safely,
 )
-from featurepipe.cli.parser import build_parser
+from featurepipe.cli.parser import build_parser, parse
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError, on_command_line, unsearchable
 from featurepipe.interrupt import ends_on_ctrl_c
@@ -33,10 +33,8 @@ __all__ = ["build_parser", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: errors become words and a code."""
     open_standard_streams()
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args is None:
         return 2
     args.stdout = sys.stdout
     return _guarded(args)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featurepipe.cli.options import Commands, add_command, add_json
+from featurepipe.cli.options import add_json, define
 from featurepipe.cli.output import say, show
 from featurepipe.display import share, table
 
 
-def add_demo(commands: Commands) -> None:
+def add_demo(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(commands, "demo", demo, "the main job on 2,000 bundled images, offline, ending in a picture")
+    define(command, demo)
     command.add_argument(
         "--out", dest="folder", default="featurepipe-demo", metavar="DIR",
         help="where to put store and picture (default: %(default)s)",
@@ -31,11 +31,9 @@ def demo(args: Namespace) -> int:
     return 0
 
 
-def add_doctor(commands: Commands) -> None:
+def add_doctor(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "doctor", doctor, "check versions, devices, bf16, threads, disk, and which weights are at hand"
-    )
+    define(command, doctor)
     command.add_argument("--store", metavar="DIR", help="a folder to check for space and writability (default: here)")
     add_json(command)
 
@@ -49,18 +47,19 @@ def doctor(args: Namespace) -> int:
     return 0 if report.healthy else 1
 
 
-def add_networks(commands: Commands) -> None:
-    """Declares both commands."""
-    add_json(
-        add_command(
-            commands, "backbones", backbones,
-            "list the networks: input size, parameters, bottleneck width, weights at hand",
-            epilog="timm/NAME and package.module:factory are backbones too; featurepipe nodes BACKBONE shows one of them",
-        )
-    )  # fmt: skip
-    command = add_command(
-        commands, "nodes", nodes, "list a network's nodes in execution order: shape, width after gap, share of the cost"
+def add_backbones(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(
+        command,
+        backbones,
+        epilog="timm/NAME and package.module:factory are backbones too; featurepipe nodes BACKBONE shows one of them",
     )
+    add_json(command)
+
+
+def add_nodes(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, nodes)
     command.add_argument(
         "backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory"
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from featurepipe.cli.options import (
-    Commands,
     add_cluster,
-    add_command,
     add_json,
     add_options,
     add_quiet,
     add_store,
     cluster,
     counted,
+    define,
     existing_store,
     given,
     options,
@@ -38,10 +37,10 @@ DEPTH_GROUPS = (ComparedOptions, DepthOptions, AnsweredOptions)
 """Options of `featurepipe.depth` itself, in the order of the help; consent to code follows those of extraction."""
 
 
-def add_depth(commands: Commands) -> None:
+def add_depth(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "depth", run_depth, "which layer of a network transfers best: every stage measured alike, with intervals",
+    define(
+        command, run_depth,
         epilog="All columns come from one pass over the images and stay in the store; what has been measured is kept as well. "
         "Stopped at any moment, the same command goes on. featurepipe train --node recommended uses the answer.",
     )  # fmt: skip
@@ -79,10 +78,10 @@ ROUTES_GROUPS = (RoutesSourceOptions, RoutesOptions)
 """Options of `featurepipe.routes` itself, in the order of the help."""
 
 
-def add_routes(commands: Commands) -> None:
+def add_routes(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "routes", run_routes, "use a network as it is, freeze it, or tune it: every route measured alike",
+    define(
+        command, run_routes,
         epilog="Features and activations stay in the store, and what has been measured is kept as well. Stopped at any moment, "
         "the same command goes on. featurepipe train and featurepipe finetune take the route that is recommended.",
     )  # fmt: skip
@@ -115,14 +114,9 @@ def run_routes(args: Namespace) -> int:
     return int(result.get("provenance", {}).get("exit_code", 0))
 
 
-def add_report(commands: Commands) -> None:
+def add_report(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands,
-        "report",
-        run_report,
-        "one HTML page of what a comparison of layers, or the test of a bundle, found; or of the last runs",
-    )
+    define(command, run_report)
     option = command.add_argument
     add_store(command)
     add_options(command, FindingsOptions)
@@ -163,14 +157,9 @@ def _findings(args: Namespace) -> Path:
     )
 
 
-def add_monitoring(commands: Commands) -> None:
-    """Declares both commands."""
-    _add_drift(commands)
-    _add_duplicates(commands)
-
-
-def _add_drift(commands: Commands) -> None:
-    command = add_command(commands, "drift", drift, "whether the new images are like those of an earlier snapshot")
+def add_drift(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, drift)
     option = command.add_argument
     add_store(command)
     add_options(command, DriftOptions)
@@ -183,13 +172,9 @@ def _add_drift(commands: Commands) -> None:
     add_json(command)
 
 
-def _add_duplicates(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "duplicates",
-        duplicates,
-        "copies, near copies, and those on both sides of a split",
-    )
+def add_duplicates(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, duplicates)
     add_store(command)
     add_options(command, DuplicatesOptions)
     add_quiet(command)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from featurepipe.cli.options import (
-    Commands,
     InPlaceOfBundle,
     add_cluster,
-    add_command,
     add_json,
     add_options,
     add_quiet,
     add_store,
     bundle_and,
     cluster,
+    define,
     existing_store,
     options,
 )
@@ -32,10 +31,10 @@ PREDICT_GROUPS = (OwnClassesOption, BundleOptions, SourceOptions, RejectLimit, T
 """All options of `featurepipe.predict`, in the order of the help."""
 
 
-def add_train(commands: Commands) -> None:
+def add_train(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "train", run_train, "fit a head on cached features and keep it in a bundle that predicts on images",
+    define(
+        command, run_train,
         epilog="The dataset's splits train, val and test are taken as they are. What is missing is set aside by class, and by "
         "key, so that copies of one image, and images of one --group, never land on both sides. The test images choose nothing.",
     )  # fmt: skip
@@ -68,11 +67,10 @@ def run_train(args: Namespace) -> int:
     return 0
 
 
-def add_finetune(commands: Commands) -> None:
+def add_finetune(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "finetune", run_finetune,
-        "tune the layers above a node to your images, from activations that are kept in a store",
+    define(
+        command, run_finetune,
         epilog="Images are extracted first, once: their activations at the node (column NODE:map) and the bottleneck go into a "
         "store. An exact head on the frozen bottleneck comes first, then the layers are tuned with it at small rates; validation "
         "images decide when to stop, and how much of the tuned weights is kept. A run that was stopped or killed goes on when "
@@ -114,11 +112,10 @@ def run_finetune(args: Namespace) -> int:
     return 0
 
 
-def add_evaluate(commands: Commands) -> None:
+def add_evaluate(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "evaluate", run_evaluate,
-        "metrics of a bundle on cached features, each with its confidence interval; leaks between splits",
+    define(
+        command, run_evaluate,
         epilog="With --backbone NAME a pretrained network is measured as it is, its own classes against your labels: give STORE "
         "alone, with features of its bottleneck.",
     )  # fmt: skip
@@ -148,11 +145,10 @@ def run_evaluate(args: Namespace) -> int:
     return 0
 
 
-def add_predict(commands: Commands) -> None:
+def add_predict(command: ArgumentParser) -> None:
     """Declares the command."""
-    command = add_command(
-        commands, "predict", run_predict,
-        "label the images of a source with a bundle: id, label, one probability per class",
+    define(
+        command, run_predict,
         epilog="With --backbone NAME a pretrained network labels them with its own classes: give SOURCE alone. "
         "BUNDLE decides backbone, weights, preprocessing and precision; see exit codes in featurepipe --help. One that "
         "was trained on a --target gives id, predicted, and low and high, the limits of its prediction interval; on "

@@ -14,13 +14,16 @@ from featurepipe.option_groups import Declaration, OptionGroup, declared
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
 
 
-def add_command(
-    commands: Commands, name: str, run: Callable[[Namespace], int], summary: str, *, epilog: str | None = None
-) -> ArgumentParser:
-    """Declares a command: ``run`` gets its parsed arguments and returns the exit code."""
-    command: ArgumentParser = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
-    command.set_defaults(run=run)
+def add_command(commands: Commands, name: str, summary: str) -> ArgumentParser:
+    """A command without options yet; ``add_NAME`` of its module declares them."""
+    command: ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     return command
+
+
+def define(command: ArgumentParser, run: Callable[[Namespace], int], epilog: str | None = None) -> None:
+    """Says what a command does: ``run`` gets its parsed arguments and returns the exit code."""
+    command.set_defaults(run=run)
+    command.epilog = epilog
 
 
 class InPlaceOfBundle(argparse.Action):

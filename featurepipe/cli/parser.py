@@ -1,16 +1,59 @@
-"""The parser of all commands, in the order in which people meet them."""
+"""The parser of all commands, grouped by the job that people do with them; the module of a command is imported for it alone."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn, cast
+import shutil
+import textwrap
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from featurepipe import __version__
-from featurepipe.cli import demo, depth, heads, run, stores
+from featurepipe.cli.options import add_command
 from featurepipe.display import displayed
+from featurepipe.errors import nearest, unknown
 
 if TYPE_CHECKING:
     from featurepipe.cli.options import Commands
+
+COMMANDS = {
+    "first steps": {
+        "demo": ("demo", "the main job on 2,000 bundled images, offline, ending in a picture"),
+        "doctor": ("demo", "check versions, devices, bf16, threads, disk, and which weights are at hand"),
+        "backbones": ("demo", "list the networks: input size, parameters, bottleneck width, weights at hand"),
+        "nodes": ("demo", "list a network's nodes in execution order: shape, width after gap, share of the cost"),
+    },
+    "features": {
+        "extract": ("extract", "compute the features that the store lacks for the images of a source"),
+        "export": ("stores", "write one column's features to one plain HDF5, .npz or .parquet file"),
+        "duplicates": ("depth", "copies, near copies, and those on both sides of a split"),
+    },
+    "heads": {
+        "train": ("heads", "fit a head on cached features and keep it in a bundle that predicts on images"),
+        "finetune": ("heads", "tune the layers above a node to your images, from activations that are kept in a store"),
+        "evaluate": ("heads", "metrics of a bundle on cached features, each with its confidence interval; leaks between splits"),
+        "predict": ("heads", "label the images of a source with a bundle: id, label, one probability per class"),
+    },
+    "layers and routes": {
+        "depth": ("depth", "which layer of a network transfers best: every stage measured alike, with intervals"),
+        "routes": ("depth", "use a network as it is, freeze it, or tune it: every route measured alike at several numbers of "
+                   "images"),
+        "report": ("depth", "one HTML page of what a comparison of layers, or the test of a bundle, found; or of the last runs"),
+    },
+    "nights": {
+        "run": ("run", "one night of a job: what is new, then heads, predictions, drift, upkeep, report"),
+        "runs": ("run", "the last runs of a store: when, of which job, how they ended; or one run, or its rejects"),
+        "drift": ("depth", "whether the new images are like those of an earlier snapshot"),
+    },
+    "the store": {
+        "info": ("stores", "what a store holds: spaces, columns, datasets, runs; or what a bundle is"),
+        "verify": ("stores", "recompute every checksum; damaged parts are named and set aside, and extract computes them anew"),
+        "compact": ("stores", "merge small parts and drop duplicate rows"),
+        "gc": ("stores", "remove what no snapshot needs, and what killed runs left behind"),
+    },
+}  # fmt: skip
+"""Of each job its commands, in the order of the help: name, module of `featurepipe.cli` that has ``add_NAME``, what it does."""
 
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
@@ -21,27 +64,81 @@ EXIT_CODES = """exit codes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows what was typed without obeying it."""
+    """Names the nearest of what was misspelt, and shows what was typed without obeying it."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what a command does not know itself, so that its options are shown, not the list of commands."""
+        self._words = list(args or ())
+        found, others = super().parse_known_args(args, namespace)
+        if others and self.get_default("run"):
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found, others
 
     def error(self, message: str) -> NoReturn:
-        super().error(displayed(message))
+        super().error(displayed(message + self._hint()))
+
+    def _hint(self) -> str:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        flags = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        strange = [flag for flag in flags if not any(name.startswith(flag) for name in known)]
+        near = {flag: nearest(flag[2:], [name[2:] for name in known]) for flag in strange}
+        return "".join(f"; nearest to {flag}: --{names[0]}" for flag, names in near.items() if names)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command; a parsed command's ``run`` is the function that runs it."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of every command; a parsed command's ``run`` is the function that runs it.
+
+    Args:
+        command: The only one whose options are declared, so that no other's module is imported; by default all have them.
+    """
     parser = _Parser(
         prog="featurepipe",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
         description="A frozen ConvNet as a fixed feature extractor: images in, HDF5 features out, once and never twice.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    in_order = (
-        demo.add_demo, demo.add_networks, stores.add_extract, stores.add, heads.add_train, heads.add_finetune,
-        heads.add_evaluate, heads.add_predict, depth.add_depth, depth.add_routes, depth.add_report, run.add,
-        depth.add_monitoring, demo.add_doctor,
-    )  # fmt: skip
-    for add in in_order:
-        add(cast("Commands", commands))  # a parser of ours is one of argparse's
+    commands = parser.add_subparsers(
+        title="commands", description=_overview(), metavar="COMMAND", prog=parser.prog, help=argparse.SUPPRESS
+    )
+    for name, (module, summary) in _every().items():
+        one = add_command(cast("Commands", commands), name, summary)  # a parser of ours is one of argparse's
+        if command in (None, name):
+            getattr(import_module(f"featurepipe.cli.{module}"), f"add_{name}")(one)
     return parser
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace | None:
+    """The arguments of the command that words ask for; prints the help and returns None if they ask for none.
+
+    Raises:
+        SystemExit: With code 2, they are wrong; with 0, they ask for help or the version.
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    parser = build_parser(command)
+    if command and command == words[0] and command not in _every():
+        parser.error(str(unknown("command", command, _every(), see="featurepipe --help")))
+    args = parser.parse_args(words)
+    if hasattr(args, "run"):
+        return args
+    parser.print_help()
+    return None
+
+
+def _every() -> dict[str, tuple[str, str]]:
+    return {name: told for of_job in COMMANDS.values() for name, told in of_job.items()}
+
+
+def _overview() -> str:
+    """The commands under the job that each is for, as the help shows them."""
+    width = max(map(len, _every())) + 4
+    lines: list[str] = []
+    for job, of_job in COMMANDS.items():
+        lines.append(f"{job}:")
+        for name, (_, summary) in of_job.items():
+            told = textwrap.wrap(summary, max(shutil.get_terminal_size().columns - width - 4, 20))
+            lines += [f"{f'  {name}':{width}}{told[0]}", *(" " * width + more for more in told[1:])]
+    return "\n".join(lines)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.cli.options import (
-    Commands,
     add_cluster,
-    add_command,
     add_json,
     add_quiet,
     add_store,
     cluster,
     counted,
+    define,
     existing_store,
 )
 from featurepipe.cli.output import show
 from featurepipe.display import displayed, displayed_values
 from featurepipe.errors import UsageError, unknown
-from featurepipe.summary import whole_runs
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
@@ -29,10 +27,10 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 
-def add(commands: Commands) -> None:
-    """Declares both commands."""
-    command = add_command(
-        commands, "run", run, "one night of a job: what is new, then heads, predictions, drift, upkeep, report",
+def add_run(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(
+        command, run,
         epilog="Schedule it, for every night say: it goes on where the last run stopped, and a second run of the same job "
         "ends at once with exit code 75. pipelines/ has jobs to copy. See exit codes in featurepipe --help.",
     )  # fmt: skip
@@ -45,15 +43,16 @@ def add(commands: Commands) -> None:
     add_cluster(command)
     add_quiet(command)
     add_json(command)
-    command = add_command(
-        commands,
-        "runs",
-        runs,
-        "the last runs of a store: when, of which job, how they ended; or one run, or its rejects",
+
+
+def add_runs(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(
+        command, runs,
         epilog="A run whose process is gone without a word shows as killed. With --json each run has standing_warnings: the "
         "drift warnings of the store (with --job, of that job) that nobody has accepted and whose images are not gone, the same "
         "in each.",
-    )
+    )  # fmt: skip
     add_store(command)
     command.add_argument("run_id", nargs="?", metavar="RUN-ID", help="all of one run: an id, its beginning, or `last`")
     command.add_argument(
@@ -89,6 +88,7 @@ def runs(args: Namespace) -> int:
     """Runs ``featurepipe runs``."""
     from featurepipe.jobs.lock import runs_with_ends
     from featurepipe.jobs.text import runs_text
+    from featurepipe.summary import whole_runs
 
     store = existing_store(args)
     if args.rejects:
