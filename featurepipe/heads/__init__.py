@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from featurepipe.heads.linear.lda import BlockLinearDiscriminantAnalysis as BlockLinearDiscriminantAnalysis
     from featurepipe.heads.linear.multilabel import MultilabelLinearSVC as MultilabelLinearSVC
     from featurepipe.heads.linear.multilabel import MultilabelLogisticRegression as MultilabelLogisticRegression
-    from featurepipe.heads.linear.multilabel import MultilabelRidge as MultilabelRidge
     from featurepipe.heads.linear.multilabel import fit_label_path as fit_label_path
     from featurepipe.heads.linear.ordinal import OrdinalLogisticRegression as OrdinalLogisticRegression
     from featurepipe.heads.linear.ridge import BlockLinearSVR as BlockLinearSVR
     from featurepipe.heads.linear.ridge import BlockRidge as BlockRidge
     from featurepipe.heads.linear.ridge import BlockRidgeClassifier as BlockRidgeClassifier
+    from featurepipe.heads.linear.ridge import MultilabelRidge as MultilabelRidge
     from featurepipe.heads.multilabel import MultilabelNeighbours as MultilabelNeighbours
     from featurepipe.heads.multilabel import MultilabelTrees as MultilabelTrees
     from featurepipe.heads.neighbours import BlockCentroid as BlockCentroid
@@ -77,7 +77,7 @@ _HOMES = {
     "MultilabelLinearSVC": "linear.multilabel",
     "MultilabelLogisticRegression": "linear.multilabel",
     "MultilabelNeighbours": "multilabel",
-    "MultilabelRidge": "linear.multilabel",
+    "MultilabelRidge": "linear.ridge",
     "MultilabelTrees": "multilabel",
     "OrdinalLogisticRegression": "linear.ordinal",
     "bundle_text": "bundle.text",

@@ -245,8 +245,8 @@ _MULTILABEL = (
     HeadFamily(
         "ridge",
         "least squares on +1 and -1 with an L2 penalty, one label against the rest",
-        _ours("linear.multilabel", "MultilabelRidge"),
-        _ours("linear.multilabel", "MultilabelRidge"),
+        _ours("linear.ridge", "MultilabelRidge"),
+        _ours("linear.ridge", "MultilabelRidge"),
         _grid(alpha=tuple(10.0**power for power in range(-2, 6))),
         bytes_per_value=16,
         linear=True,

@@ -1,10 +1,9 @@
-"""Logistic regression, linear SVM and ridge for several labels a row, one against the rest, in shared passes."""
+"""Logistic regression and linear SVM for several labels a row, one against the rest, in shared passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -15,8 +14,7 @@ from sklearn.base import clone
 
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, iterate, one_blas_thread
-from featurepipe.heads.gram import moments_of
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, one_blas_thread
 from featurepipe.heads.inputs import Floats, linear_scores
 from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, per_label
 from featurepipe.heads.linear.classifiers import SAFETY, Method, Objective, finished, start_point, warn_unconverged
@@ -31,7 +29,7 @@ from featurepipe.heads.linear.passes import (
     prepare,
     principal_basis,
 )
-from featurepipe.heads.linear.ridge import solve_normal
+from featurepipe.heads.linear.ridge import MultilabelRidge  # noqa: F401 - older bundles and pickles name it here
 from featurepipe.heads.row_shards import concatenated, row_shards_of
 
 Estimator = TypeVar("Estimator", bound="MultilabelLinearClassifier")
@@ -462,135 +460,3 @@ class MultilabelLinearSVC(MultilabelLinearClassifier):
             raise UsageError(f"intercept_scaling={self.intercept_scaling!r} must be positive")
         penalty = self.intercept_scaling**-2 if self.penalise_intercept else 0.0
         return Objective(SquaredHingeLoss(), one_vs_rest=True, intercept_penalty=penalty)
-
-
-class MultilabelRidge(MultilabelClassifier):
-    """Least squares on +1 and -1 with an L2 penalty for several labels of each row, exact, from arrays or ``Blocks``.
-
-    Minimises for each label k ``sum_i(w_i * (f_k(x_i) - s_ik)^2) + alpha_k * |w_k|^2`` over the rows where the label is known,
-    where s is 1 for rows that have it and -1 for others; the intercept is free. Labels that are known for the same rows share
-    one scatter; that of others is the scatter of all rows less that of the unknown ones, or the sum over the known ones,
-    whichever are fewer. All are summed in the same pass, or in as many as ``memory`` asks for. Where nothing is unknown the
-    result is that of scikit-learn's ``RidgeClassifier`` to rounding.
-
-    Args:
-        alpha: Strength of the penalty, >= 0: a number, or (K,) one for each label.
-        class_weight: None, "balanced" (for each label, rows that have it weigh as much as those that do not), or a dict of
-            factors for 0 and 1.
-        label_names: (K,); by default the columns of a data frame, those of the features, or numbers from 0.
-        one_sided: What to do with a label that every known row has, or none: "error", or "drop" to leave it out with a
-            warning.
-        memory: What blocks, and the 8 * D * D bytes of each scatter, may take (bytes or "512MB"); one scatter always.
-
-    Attributes:
-        classes_: (K,) names of the labels.
-        coef_: (K, D) float64.
-        intercept_: (K,).
-        dropped_labels_: Names of the labels left out.
-        n_features_in_: D.
-    """
-
-    def __init__(
-        self,
-        alpha: Any = 1.0,
-        *,
-        class_weight: Any = None,
-        label_names: Sequence[str] | None = None,
-        one_sided: str = "error",
-        memory: int | str | None = None,
-    ) -> None:
-        self.alpha = alpha
-        self.class_weight = class_weight
-        self.label_names = label_names
-        self.one_sided = one_sided
-        self.memory = memory
-
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Fits all labels.
-
-        Args:
-            X: (n, D) array or ``Blocks``.
-            y: (n, K) labels: 1 present, 0 absent, NaN unknown; None takes those of a ``FeatureSet``.
-            sample_weight: (n,) or one number.
-
-        Raises:
-            UsageError: Features or labels that cannot be learned from, or a negative alpha.
-        """
-        data = self._learn(X, y, sample_weight)
-        alphas = per_label("alpha", self.alpha, data.kept, least=0.0)
-        weights = data.row_weights(self.class_weight)
-        patterns, pattern = np.unique(weights, axis=0, return_inverse=True)
-        pattern = np.broadcast_to(pattern.reshape(-1), len(data.names))
-        mean = moments_of(data.blocks, memory=self.memory).mean
-        signs = np.where(data.positive > 0, 1, -1).astype(np.int8)
-        width = len(mean)
-        allowed = curvature_bytes(None if self.memory is None else bytes_of(self.memory))
-        step = max(1, allowed // (8 * (width + 1) ** 2) - 1)
-        self.coef_, self.intercept_ = np.zeros((len(data.names), width)), np.zeros(len(data.names))
-        for first in range(0, len(patterns), step):
-            chosen = patterns[first : first + step]
-            members = [np.flatnonzero(pattern == first + number) for number in range(len(chosen))]
-            shards = row_shards_of(data.blocks).beside(chosen, signs)
-            sums = shards.reduce(partial(_normal_sums, members=members, mean=mean, memory=self.memory))
-            for scatter, labels, moments in zip(sums.scatters, members, sums.moments, strict=True):
-                for label, moment in zip(labels, moments, strict=True):
-                    self._place(int(label), scatter, moment, float(alphas[label]), mean)
-        return self
-
-    def _place(self, label: int, scatter: Floats, moment: Floats, alpha: float, mean: Floats) -> None:
-        """Solves a label's normal equations, posed about ``mean``, with a one appended to each row."""
-        weight, own = scatter[-1, -1], scatter[-1, :-1] / scatter[-1, -1]
-        within = scatter[:-1, :-1] - weight * np.outer(own, own)
-        self.coef_[label] = solve_normal(within, alpha, (moment[:-1] - own * moment[-1])[None])[0]
-        self.intercept_[label] = moment[-1] / weight - self.coef_[label] @ (mean + own)
-
-    def decision_function(self, X: Any) -> Floats:
-        """Returns the (n, K) fitted targets, positive where the label is predicted; X is an array or ``Blocks``."""
-        scores = linear_scores(self, X, memory=self.memory, dtype=np.float64)
-        return np.asarray(scores.reshape(-1, len(self.classes_)))
-
-
-@dataclass
-class _NormalSums:
-    """Of each pattern of row weights the scatter (D + 1, D + 1), and (L, D + 1) moments of its L labels."""
-
-    scatters: list[Floats]
-    moments: list[Floats]
-
-    def __add__(self, other: _NormalSums) -> _NormalSums:
-        return _NormalSums(
-            [mine + theirs for mine, theirs in zip(self.scatters, other.scatters, strict=True)],
-            [mine + theirs for mine, theirs in zip(self.moments, other.moments, strict=True)],
-        )
-
-
-def _normal_sums(
-    blocks: Blocks,
-    weights: Floats,
-    signs: npt.NDArray[np.int8],
-    *,
-    members: Sequence[npt.NDArray[np.int64]],
-    mean: Floats,
-    memory: int | str | None,
-) -> _NormalSums:
-    """Sums over a shard's rows, about ``mean``; (P, m) weights and (K, m) signs."""
-    size = blocks.shape[1] + 1
-    scatters = [np.zeros((size, size)) for _ in weights]
-    moments = [np.zeros((len(labels), size)) for labels in members]
-    for place, block in iterate(blocks, memory=memory, dtype=np.float64):
-        rows = np.ones((len(block), size))
-        rows[:, :-1] = block - mean
-        everything: Floats | None = None
-        for number, labels in enumerate(members):
-            own = weights[number, place]
-            moments[number] += (own * signs[labels, place]) @ rows
-            level = own.max(initial=0.0)
-            others = np.flatnonzero(own != level)
-            if len(others) < np.count_nonzero(own):  # fewer differ from the common weight than there are
-                everything = rows.T @ rows if everything is None else everything
-                few, factors = rows[others], own[others] - level
-                scatters[number] += level * everything + few.T @ (factors[:, None] * few)
-            else:
-                used = np.flatnonzero(own)
-                scatters[number] += rows[used].T @ (own[used, None] * rows[used])
-    return _NormalSums(scatters, moments)
