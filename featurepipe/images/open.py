@@ -19,9 +19,10 @@ import pyarrow as pa
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unsearchable
-from featurepipe.images.annotated import CLASS_FILES, AnnotatedSource, CocoSource, YoloSource, is_yolo
+from featurepipe.images.annotated import CLASS_FILES, AnnotatedSource, YoloSource, is_yolo
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
+from featurepipe.images.coco import CocoSource
 from featurepipe.images.dicom import DICOM_SUFFIXES, frames_in
 from featurepipe.images.files import is_chain, is_url, location_of, open_anew, url_in
 from featurepipe.images.folder import FolderSource, RemoteFolderSource
