@@ -28,7 +28,7 @@ from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import require_snapshot, usable_keys
-from featurepipe.store.labels import LabelledImages
+from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import NO_GROUP, RowOptions, SideOptions
 from featurepipe.store.roles import with_roles

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from featurepipe.errors import StoreError, UsageError, unknown
 from featurepipe.store import snapshots
 from featurepipe.store.choice import require_snapshot, usable_keys
-from featurepipe.store.labels import LabelledImages
+from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.roles import with_groups
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK

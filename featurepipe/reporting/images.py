@@ -18,7 +18,7 @@ from featurepipe.images.regions import Frame, Region
 
 if TYPE_CHECKING:
     from featurepipe.store import FeatureSet
-    from featurepipe.store.labels import LabelledImages
+    from featurepipe.store.labelled_images import LabelledImages
 
 
 POINTS = 2000

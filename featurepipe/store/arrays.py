@@ -20,7 +20,7 @@ from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import relocated
 from featurepipe.store.commit import ArraySpec, PartArray, write_arrays
 from featurepipe.store.feature_store import FeatureStore
-from featurepipe.store.labels import ROLES
+from featurepipe.store.labelled_images import ROLES
 from featurepipe.store.locks import starts_again
 from featurepipe.store.views import FeatureSet
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from featurepipe.display import counted
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.keys import Keys, keys_from_arrow
-from featurepipe.store.labels import unknown_split
+from featurepipe.store.labelled_images import unknown_split
 from featurepipe.store.rows import ColumnRows, WideRows
 from featurepipe.store.snapshots import OK
 from featurepipe.store.space import Origin, Space, differences, extract_command

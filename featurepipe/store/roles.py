@@ -25,15 +25,8 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
-from featurepipe.store.labels import (
-    UNUSED,
-    ColumnTable,
-    LabelledImages,
-    LabelSource,
-    group_names,
-    places_of,
-    read_columns,
-)
+from featurepipe.store.labelled_images import UNUSED, LabelledImages, group_names
+from featurepipe.store.labels import ColumnTable, LabelSource, places_of, read_columns
 from featurepipe.store.options import (
     GROUP,
     LABEL,

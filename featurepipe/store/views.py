@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from featurepipe.annotations import names_in_doubt, split_asked
 from featurepipe.display import bytes_of, counted
 from featurepipe.errors import UsageError
-from featurepipe.store.labels import LabelledImages, LabelSource, join_labels, read_labels, role_column
+from featurepipe.store.labelled_images import LabelledImages, role_column
+from featurepipe.store.labels import LabelSource, join_labels, read_labels
 from featurepipe.store.rows import ArrayRows, WideRows
 from featurepipe.store.space import Origin, check_rows, check_spaces
 

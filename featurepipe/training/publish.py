@@ -40,7 +40,7 @@ from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import Search
 
 if TYPE_CHECKING:
-    from featurepipe.store.labels import LabelledImages
+    from featurepipe.store.labelled_images import LabelledImages
     from featurepipe.training.options import TrainOptions
 
 
