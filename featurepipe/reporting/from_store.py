@@ -268,7 +268,7 @@ class _Look:
             option: by which people name the source.
         """
         without = Message(": the page has no pictures; name them with ", option)
-        location = source if source is not None else _last_source(self.store, dataset)
+        location = source if source is not None else last_source(self.store, dataset)
         if location is None:
             self.say(Message("no run says where the images are", without))
             return None
@@ -323,6 +323,7 @@ class _Look:
             )
 
 
-def _last_source(store: FeatureStore, dataset: str) -> str | None:
+def last_source(store: FeatureStore, dataset: str) -> str | None:
+    """Where a dataset was last extracted from, as its run says; None if none does."""
     known = [run["source"] for run in store.runs() if run.get("dataset") == dataset and run.get("source")]
     return str(known[-1]) if known else None

@@ -29,6 +29,7 @@ from featurepipe.reporting.head_sections import (
 )
 from featurepipe.reporting.images import Projection
 from featurepipe.reporting.night_sections import night_sections, nights_title
+from featurepipe.reporting.route_sections import route_facts, route_sections, routes_title
 from featurepipe.reporting.screening_sections import screening
 
 Document = Mapping[str, Any]
@@ -60,6 +61,9 @@ def compose(
     small, large, elsewhere = (_by_shown_id(pictures) for pictures in (small, large, elsewhere))
     if document["kind"] == "nights":
         return render(nights_title(document), night_sections(document, paint), paint, _footer(document))
+    if document["kind"] == "routes":
+        found = [*route_sections(document, paint), provenance(document, route_facts(document))]
+        return render(routes_title(document), [section for section in found if section], paint, _footer(document))
     depth = document["kind"] == "depth"
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)

@@ -13,7 +13,7 @@ from featurepipe.progress import announcer
 from featurepipe.reporting.images import ReadImage, bounded_thumbnails, thumbnails
 from featurepipe.store.atomic import atomic_file
 
-KINDS = ("depth", "bundle", "nights")
+KINDS = ("depth", "routes", "bundle", "nights")
 VERSION = 1
 
 _MAP_CHARACTERS = (
@@ -52,9 +52,9 @@ def write_report(
     Parts of the page are left out where the document lacks what they show.
 
     Args:
-        document: What ``featurepipe depth --json`` gives, what ``nights_document`` does, or of a trained bundle ``kind``
-            "bundle", ``version`` 1, ``bundle`` (from ``describe_bundle``), ``evaluation`` (from ``evaluate``) and
-            ``provenance``.
+        document: What ``featurepipe depth --json`` or ``featurepipe routes --json`` gives, what ``nights_document`` does, or of a
+            trained bundle ``kind`` "bundle", ``version`` 1, ``bundle`` (from ``describe_bundle``), ``evaluation`` (from
+            ``evaluate``) and ``provenance``.
         target: The file; one that is there is replaced once the new one is complete.
         images: Gives the image of an id as encoded bytes, array (H, W), (H, W, C) or (C, H, W), or PIL image; None
             where it is not at hand. Without it the page has no pictures.

@@ -16,6 +16,7 @@ from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
+from featurepipe.execution.executor import Executor
 from featurepipe.features.session import NetworkName, identity_of
 from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
@@ -26,6 +27,7 @@ from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_column
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
 from featurepipe.progress import announcer, show
+from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
@@ -37,6 +39,7 @@ from featurepipe.training.settle import compared_labels
 from featurepipe.transfer_routes import answers
 from featurepipe.transfer_routes.measure import Route, RoutesContext, TrialTimes, measure_routes, measured, trials_of
 from featurepipe.transfer_routes.options import AS_IT_IS, AUTO, BOTTLENECK, NODE, TAIL, RoutesOptions
+from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
 from featurepipe.tuning.finetune import network_of
 from featurepipe.tuning.options import TuneOptions
@@ -159,6 +162,8 @@ def routes(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
         journal = Journal(found.store.depth_journal(found.dataset))
+        alike = _similarity(found, plan, extraction or {}, trust_code, journal, executor)
+        clock["compare"] = time.monotonic() - start - clock["extract"]
         timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
         times = least_disturbed(timing, journal)
         outlook, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
@@ -167,7 +172,7 @@ def routes(
                 context, trials, journal, outlook,
                 until=None if options.budget is None else start + options.budget, executor=executor, progress=progress,
             )  # fmt: skip
-        clock["measure"] = time.monotonic() - start - clock["extract"]
+        clock["measure"] = time.monotonic() - start - clock["extract"] - clock["compare"]
     known = measured(context, ways, journal)
     if not known:
         raise UsageError(
@@ -203,6 +208,7 @@ def routes(
         "per": study.per,
         "protocol": study.text,
         "timing": {**timing.as_dict(), "waited": times["waited"]},
+        "similarity": alike,
         "columns": [column.as_dict() for column in found.columns],
         "cuts": dict(plan.cuts),
         "sizes": [size.as_dict() for size in study.sizes],
@@ -371,6 +377,29 @@ def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[s
     weights = str(Path(asked).absolute()) if Path(asked).is_file() else asked
     seed = int(found.backbone_record["seed"] or 0)
     return network, NetworkName(network.name, weights, seed, canonical_json(identity_of(network)))
+
+
+def _similarity(
+    found: Extracted,
+    plan: _Plan,
+    extraction: Mapping[str, Any],
+    trust_code: bool | Collection[str],
+    journal: Journal,
+    executor: Executor,
+) -> dict[str, Any]:
+    """How far the images are from what the network was trained on; of a store's dataset they are read where they came from."""
+    source = last_source(found.store, found.dataset) if found.is_held else found.wanted.source
+    if source is None:
+        return {"relative": None, "why": "no run says where the images are; give them as the source"}
+    try:
+        network, name = _with_weights(found, plan, trust_code)
+    except UsageError as error:
+        return {"relative": None, "why": str(error)}
+    space = found.store.space(found.spaces[PRETRAINED])
+    return similarity(
+        source, network, found.machine, space.fields, extraction, weights=name.weights, seed=name.seed,
+        snapshot=found.store.snapshot_ids(found.dataset)[-1], journal=journal, executor=executor,
+    )  # fmt: skip
 
 
 def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str]:

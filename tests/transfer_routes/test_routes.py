@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import featurepipe as fp
+from featurepipe.backbones import load_backbone
 from featurepipe.cli import main
 from featurepipe.errors import UsageError
 from featurepipe.layer_depth.measure import Timing
+from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
-from featurepipe.transfer_routes import measure
+from featurepipe.transfer_routes import measure, similarity
 from featurepipe.transfer_routes.answers import text
 from featurepipe.transfer_routes.options import RoutesOptions
+from featurepipe.transfer_routes.similarity import layer_distances
 from featurepipe.transfer_routes.study import _ranked
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
@@ -206,6 +210,50 @@ def test_too_few_images_to_choose_by_are_named(tmp_path: Path) -> None:
     folder = draw(tmp_path, count=12)
     with pytest.raises(UsageError, match="give more images"):
         fp.routes(folder, tmp_path / "store", **NETWORK, **FAST)
+
+
+def test_the_page_says_what_was_found(answer: dict[str, Any], tmp_path: Path) -> None:
+    apart = {
+        "distance": 0.4,
+        "noise": 0.8,
+        "relative": 0.5,
+        "layers": {"a": 0.3, "b": 0.5},
+        "noise_layers": {"a": 0.9, "b": 0.7},
+    }
+    alike = {**apart, "images": 9, "confidence": 0.25, "method": "of <layers>", "different": 0.5}
+    page = write_report({**answer, "similarity": alike}, tmp_path / "page.html", silent=True).read_text()
+    best = answer["recommended"]
+    assert f"With all (16 a class) take {best['route']}" in page
+    assert "hard: linear heads on several layers" in page  # what the lecture says of few and different images
+    assert "of &lt;layers&gt;" in page
+    assert "has no class names of its own" in page
+    without = write_report(answer, tmp_path / "page.html", silent=True).read_text()
+    assert "the weights are random: the network was trained on nothing" in without
+
+
+def test_the_distance_of_a_layer_is_that_of_its_statistics() -> None:
+    layer = torch.nn.BatchNorm2d(2).eval()
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.tensor([1.0, 0.0]))
+        layer.running_var.copy_(torch.tensor([4.0, 1.0]))
+    images = torch.stack([torch.tensor([[[5.0, 1.0]], [[1.0, -1.0]]]), torch.tensor([[[5.0, 1.0]], [[1.0, -1.0]]])])
+    found, _ = layer_distances(torch.nn.Sequential(layer), [images[:1], images[1:]])
+    # means 3 and 0, deviations 2 and 1: only the first mean is off, by one deviation
+    assert found == {"0": pytest.approx((0.5 * 4 / (4 + 1e-5)) ** 0.5)}
+
+
+def test_noise_is_as_far_as_noise_and_networks_without_statistics_say_so() -> None:
+    network = load_backbone("efficientnet_lite0")
+    noise = torch.randint(0, 256, (4, *network.preprocessing.input_shape), generator=torch.Generator().manual_seed(1))
+    grey = torch.full((2, *network.preprocessing.input_shape), 128, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, "NOISE", 4)
+        far, near = (similarity.distance_of(network, images.to(torch.uint8)) for images in (noise, grey))
+    assert far["relative"] == pytest.approx(1, abs=0.02)
+    assert len(far["layers"]) == 49
+    assert 0 < far["confidence"] < 1
+    assert near["distance"] != far["distance"]
+    assert similarity.distance_of(load_backbone("lenet5", "none"), grey[:, :1, :32, :32])["relative"] is None
 
 
 def test_options_say_what_is_wrong() -> None:
