@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,14 +36,6 @@ METHOD = (
     'over layers (after Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation", '
     "where it tells how much accuracy a network loses); 0 is the training images themselves, 1 uniform noise"
 )
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and deviation of each channel of a layer's inputs, (C,) float64."""
-
-    mean: Tensor
-    deviation: Tensor
 
 
 def layer_distances(network: nn.Module, batches: Sequence[Tensor]) -> tuple[dict[str, float], Tensor]:
