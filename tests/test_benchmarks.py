@@ -15,6 +15,20 @@ SMALL = ["--backbone", "resnet18", "--precision", "fp32"]
 ARGUMENTS = {
     "bench_extract": SMALL,
     "bench_targets": ["--backbone", "lenet5", "--weights", "none", "--node", "bottleneck"],
+    "bench_routes": [
+        "--backbone",
+        "lenet5",
+        "--weights",
+        "none",
+        "--cut",
+        "s2",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--images",
+        "12",
+    ],
     "bench_cluster": SMALL,
     "layer_depth": [*SMALL, "--weights", "none"],
 }
@@ -62,6 +76,7 @@ FORKED = f"""
         ("bench_extract", {"results"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
         ("bench_targets", {"results"}),
+        ("bench_routes", {"table", "tasks", "rank_correlations"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
         ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),
@@ -85,6 +100,9 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures, lau
         ]
         assert list(result["results"]) == kinds
         assert result["results"]["number, by group"]["held out"]["r2"]["value"] > 0.3  # noise of three brightnesses
+    elif name == "bench_routes":
+        assert {row["tested_on"] for row in result["table"]} == {"source", "shifted"}
+        assert [task["task"] for task in result["tasks"]] == ["a", "b", "digits"]
     elif name == "bench_extract":
         assert result["results"][0]["worst_cosine"] >= 0.9999
     elif name == "layer_depth":
