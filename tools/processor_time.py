@@ -1,9 +1,10 @@
 """Where the processor time of the tests goes: ``python -m pytest -p tools.processor_time --processor-time=FOLDER ...``.
 
-Wall time depends on what else the machine does, processor time hardly does. As a plugin of pytest this module writes, for each
-test process (of pytest-xdist, too), the processor time of each module's import, of each fixture and of each test without its
-fixtures. The time of the processes that a test starts is counted with it, also of those that outlive it. As a script
-(``python tools/processor_time.py FOLDER``) it adds the files up: in all, by kind, by test file, by function, by test.
+Wall time depends on what else the machine does; processor time does so less, by up to a half where the cores are shared by many.
+As a plugin of pytest this module writes, for each test process (of pytest-xdist, too), the processor time of each module's
+import, of each fixture and of each test without its fixtures. The time of the processes that a test starts is counted with it,
+also of those that outlive it. As a script (``python tools/processor_time.py FOLDER``) it adds the files up: in all, by kind, by
+test file, by function, by test.
 """
 
 from __future__ import annotations
