@@ -145,11 +145,14 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(bundle, tmp_path):
     found = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as writer:
         assert writer.stdout.readline() == "ready\n"
-        for way in ["exchange", "renames"] * 15:
+        for number in range(300):  # 30 where the machine is quick; later kills leave slow ones more time
+            if number >= 30 and set(found) == {1.0, 2.0}:
+                break
+            way = ("exchange", "renames")[number % 2]
             writer.stdin.write(f"{way}\n")
             writer.stdin.flush()
             child = int(writer.stdout.readline())
-            time.sleep(generator.uniform(0.02, 0.25))
+            time.sleep(generator.uniform(0.02, 0.25) * (1 + number // 30))
             os.kill(child, signal.SIGKILL)
             assert writer.stdout.readline() == "ended\n"
             assert target.exists() or way == "renames"
