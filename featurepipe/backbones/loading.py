@@ -39,7 +39,7 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0, like: s
             to the nodes that are asked for; see ``Backbone.weights_note``.
         seed: Seed of the random control.
         like: The name of the pretrained weights from which those of the checkpoint were tuned: images are preprocessed as
-            these expect them. By default as the best of them do.
+            these expect them. By default those that a file which ``featurepipe finetune`` wrote names, else the best of them.
 
     Raises:
         UsageError: The name or the weights are unknown, the file does not fit the network, the seed is out of range, or
@@ -107,17 +107,20 @@ class Backbone:
         self._seed = seed  # a user's factory may draw random numbers, too, and must draw the same ones every night
         self._family = family
         self._resolved: str | None = None
-        self._like = None if like is None else family.resolve(like)
         self._file: Path | None = None
         if self.is_random:
             self.weights = f"random (seed {seed})"
         elif is_file_name(weights_name):
             self._file = Path(weights_name)
             self.weights = f"file:{self._file.name}"
-            _ = self._checkpoint  # read now, so that a wrong file is told at once
+            tuned_from = weights.tuned_from(self._file)
+            like = like or (tuned_from if tuned_from in family.choices() else None)  # else it is of another network
         else:
             self._resolved = family.resolve(weights_name)
             self.weights = self._resolved
+        self._like = None if like is None else family.resolve(like)
+        if self._file is not None:
+            _ = self._checkpoint  # read now, so that a wrong file is told at once
 
     def __repr__(self) -> str:
         return f"Backbone({self.architecture}, weights={self.weights})"
@@ -155,6 +158,11 @@ class Backbone:
     def state(self) -> StateDict:
         """Returns the tensors that the weights hold for the network, by its names; what ``weights_sha256`` is the hash of."""
         return dict(self._random_module.state_dict() if self.is_random else self._state)
+
+    @property
+    def like(self) -> str | None:
+        """The name of the pretrained weights as which images are preprocessed; None for the architecture's own way."""
+        return self._resolved or self._like
 
     @property
     def weights_note(self) -> str:
@@ -345,7 +353,7 @@ class Backbone:
         if self._checkpoint is None or not self._checkpoint.missing:
             return
         for name in names:
-            missing = sorted(self._checkpoint.missing.intersection(self._needed(self.node(name).name)))
+            missing = sorted(self._checkpoint.missing.intersection(self.needed(self.node(name).name)))
             if missing:
                 raise UsageError(
                     f"weights {self.weights!r} do not fit {self.name}: {self._checkpoint.wrong}; node {name} needs "
@@ -353,8 +361,8 @@ class Backbone:
                     "package.module:factory"
                 )
 
-    def _needed(self, node: str) -> set[str]:
-        """The names of the tensors from which a node's output is computed."""
+    def needed(self, node: str) -> set[str]:
+        """Returns the names of the tensors from which a node's output is computed."""
         found, names = self._trace_of_skeleton, list(self._skeleton.state_dict())
         if found is not None:
             return nodes.tensors_below(found, node, names)

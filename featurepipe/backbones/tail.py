@@ -1,13 +1,17 @@
-"""The part of a network above a node, which goes from stored activations to the bottleneck and can be trained."""
+"""Layers of a network that can be trained: those above a node, from stored activations, or all, from images."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featurepipe.backbones import fusion, nodes
 from featurepipe.backbones.engine import DTYPES
@@ -42,6 +46,15 @@ class TunedLayers(nn.Module):
             if parameter.requires_grad:
                 found.setdefault(block_of(name), []).append(name)
         return found
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What BatchNorm learns beside its parameters, by name; nothing where it keeps its statistics."""
+        return {}
+
+    @contextmanager
+    def learning(self, draw: tuple[int, ...]) -> Iterator[None]:  # noqa: ARG002 - of subclasses
+        """While the block runs, a step is made; ``draw`` is what random changes, as those of dropout, follow from."""
+        yield
 
 
 class Tail(TunedLayers):
@@ -108,6 +121,76 @@ class Tail(TunedLayers):
         copied.dtype = DTYPES[precision]
         copied.network.to(dtype=copied.dtype)
         return copied
+
+
+FROZEN, TRAINED = STATISTICS = ("frozen", "train")
+"""What becomes of BatchNorm's statistics."""
+
+
+class Trunk(TunedLayers):
+    """Maps images to features of the bottleneck: all of a network but its classifier.
+
+    The weights are a copy of the network's, under its names, and take gradients. From pretrained weights dropout is off, and
+    BatchNorm keeps its statistics unless they are to be trained; a network with random weights learns as networks do, with
+    both. Stochastic depth, which a traced graph does not have, is always off.
+
+    Args:
+        backbone: The network.
+        statistics: ``frozen`` or ``train``; by default as said.
+    """
+
+    def __init__(self, backbone: Backbone, statistics: str | None = None) -> None:
+        super().__init__()
+        (found,) = backbone.columns([])
+        self.node, self.bottleneck = "images", str(found)
+        self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)
+        (self.width,) = backbone.feature_shape(found)
+        self._preprocessing = backbone.preprocessing
+        self.input_shape = self._preprocessing.input_shape
+        graph = backbone.graph([found.node])
+        self.network = trainable(backbone.module if graph is None else graph)
+        self._kept: Tensor | None = None
+        if graph is None:
+            self.network.get_submodule(found.node).register_forward_hook(self._keep)
+        needed = backbone.needed(found.node)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name in needed)
+        self.network.to(memory_format=torch.channels_last)  # convolutions on a CPU take 0.7 of the time so
+        self._is_random = backbone.is_random
+        self.batch_norm = statistics or (TRAINED if backbone.is_random else FROZEN)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (N, D) of images as they are loaded, uint8 (N, C, h, w)."""
+        inputs = self._preprocessing.normalise(images).contiguous(memory_format=torch.channels_last)
+        outputs = self.network(inputs)
+        outputs = outputs[self._out] if self._kept is None else self._kept
+        self._kept = None
+        return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What BatchNorm learns beside its parameters, by name; nothing where it keeps its statistics."""
+        if self.batch_norm == FROZEN:
+            return {}
+        norms = {name: layer for name, layer in self.network.named_modules() if isinstance(layer, _BatchNorm)}
+        return {f"{at}.{name}": value for at, layer in norms.items() for name, value in layer.named_buffers()}
+
+    @contextmanager
+    def learning(self, draw: tuple[int, ...]) -> Iterator[None]:
+        """While the block runs, a step is made: BatchNorm and dropout are as they are asked for."""
+        if self.batch_norm == FROZEN and not self._is_random:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0]))
+            for layer in self.network.modules():
+                layer.training = self.batch_norm == TRAINED if isinstance(layer, _BatchNorm) else self._is_random
+            try:
+                yield
+            finally:
+                self.network.eval()
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._kept = output
 
 
 def trainable(network: nn.Module) -> nn.Module:

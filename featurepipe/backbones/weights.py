@@ -310,6 +310,24 @@ def read_checkpoint(path: Path) -> Any:
     return read_file(path)
 
 
+LIKE = "featurepipe.like"
+"""Metadata of a .safetensors file: the pretrained weights from which those in it were tuned."""
+
+
+def tuned_from(path: Path) -> str | None:
+    """The name of the pretrained weights from which those of a file were tuned, if it says so."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError):  # which reading the weights will tell
+        return None
+    return metadata.get(LIKE)
+
+
 def unwrap(content: Any, origin: str) -> StateDict:
     """Finds the state dict in what a weights file holds.
 

@@ -222,7 +222,7 @@ class Loader:
         source: where the bytes are.
         missing: tells for a key which columns are to be computed, and None when the key is to be rejected again.
         decoder: turns payloads into uint8 images (C, H, W), or the `Reject` that says why not, in their order.
-        prepare: resizes and crops one decoded image, uint8 (C, H, W) to uint8 (C, h, w).
+        prepare: resizes and crops one decoded image of a row of the listing, uint8 (C, H, W) to uint8 (C, h, w).
         clock: where the stages' time is added up.
         workers: threads; they spend their time in code that releases the interpreter's lock.
         window: how many images may be loaded but not yet taken.
@@ -236,7 +236,7 @@ class Loader:
         source: Source,
         missing: Callable[[bytes], tuple[str, ...] | Reject],
         decoder: Decoder,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
+        prepare: Callable[[torch.Tensor, int], torch.Tensor],
         *,
         clock: StageSeconds,
         workers: int,
@@ -357,7 +357,7 @@ class Loader:
             results = self._decoded(payloads, claim)
             for place, payload in zip(places, payloads, strict=True):
                 task.step(place, DECODE_SECONDS)
-                found = self._prepared(next(results), payload)
+                found = self._prepared(next(results), payload, task.images[place].row)
                 with task.settle():
                     task.decoded += 1
                     _note(task.images[place], found, payload, task.sizes[place])
@@ -377,7 +377,7 @@ class Loader:
                     last_file.parsed = None
                 last_file = image.file
 
-    def _prepared(self, found: Decoded, payload: Payload) -> Kept | Reject:
+    def _prepared(self, found: Decoded, payload: Payload, row: int) -> Kept | Reject:
         """The image, or what a region is of it, resized and cropped."""
         if isinstance(found, Reject):
             return found
@@ -386,7 +386,7 @@ class Loader:
             if isinstance(payload, Region):
                 edges = payload.box.edges(pixels.shape[2], pixels.shape[1])
                 pixels, remarks = crop(pixels, edges), (*remarks, *[CLIPPED] * edges.clipped)
-            return Kept(self._prepare(pixels), damage, remarks)
+            return Kept(self._prepare(pixels, row), damage, remarks)
         except Exception as error:  # noqa: BLE001  # such as too little memory: one image's trouble is not that of the run
             return as_reject(error)
 

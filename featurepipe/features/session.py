@@ -414,7 +414,7 @@ def loader_for(
         source,
         missing,
         decoder_for(decoding, preprocessing.colour, machine.device),
-        preprocessing.resize_crop,
+        lambda pixels, _row: preprocessing.resize_crop(pixels),
         clock=clock,
         workers=machine.workers,
         window=4 * machine.batch_size,

@@ -167,13 +167,14 @@ def finetune_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe finetune`` prints."""
     tuning = found["tuning"]
     run = tuning["runs"][tuning["kept_run"]]
+    mixes = {float(share): score for share, score in tuning["mixes"].items()}
     several = f" (the best of {len(tuning['runs'])} runs)" if len(tuning["runs"]) > 1 else ""
     lines = [
         found["split"],
         f"{_tuned(tuning)}, {spoken(found['seconds'])} in all",
         f"ended after {len(run['history']) - 1} epochs{several}: {run['ended']}",
-        _epochs(run["history"], tuning["measure"]),
-        mix_text({float(share): score for share, score in tuning["mixes"].items()}, tuning["mix"], tuning["measure"]),
+        _epochs(run["history"], tuning["measure"], "random" if tuning.get("scratch") else "frozen"),
+        *([] if tuning.get("scratch") else [mix_text(mixes, tuning["mix"], tuning["measure"])]),
         *tested_lines(found),
         *([found["stored_features"]["text"]] if "stored_features" in found else []),
         f"bundle {found['bundle']}",
@@ -183,16 +184,22 @@ def finetune_text(found: Mapping[str, Any]) -> str:
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
     blocks = tuning["blocks"]
+    if "augmentation" in tuning:
+        return (
+            f"all of {tuning['backbone']['name']}, {'from scratch' if tuning['scratch'] else 'from pretrained weights'}: "
+            f"{tuning['parameters']:,} weights in {len(blocks)} blocks, from images ({tuning['augmentation']['text']}; BatchNorm "
+            f"{tuning['batch_norm']}, {tuning['mixed_precision']} on {tuning['device']})"
+        )
     return (
         f"{tuning['backbone']['name']} above {tuning['from']}: {tuning['parameters']:,} weights in {len(blocks)} blocks, from "
         f"activations of {size(tuning['activations'])}"
     )
 
 
-def _epochs(history: list[Mapping[str, Any]], measure: str) -> str:
+def _epochs(history: list[Mapping[str, Any]], measure: str, start: str) -> str:
     rows = [
         [
-            str(entry["epoch"]) if entry["epoch"] else "frozen",
+            str(entry["epoch"]) if entry["epoch"] else start,
             "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}",
             f"{entry['loss']:.4f}",
             f"{entry['score']:.4f}",

@@ -251,19 +251,21 @@ def _tail(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
     torch.manual_seed(trial.seed)
     model = Model(tail, *objective.to_scores(*_exact_head(frozen_data, study, fold)))
     frozen = model.weights()
-    run = TuningRun(model, examples, objective, fold.fit, fold.choose, options, tail.blocks(), trial.seed)
+    run = TuningRun(
+        model, examples, objective, fold.fit, fold.choose, options.schedule(len(fold.fit)), tail.blocks(), trial.seed
+    )
     with TemporaryDirectory() as scratch, show(0, "", silent=True) as progress:
         checkpoint = TuningCheckpoint(Path(scratch) / "run.pt", trial.key)
         tuned = tune(run, checkpoint=checkpoint, stop=StopRequest(), progress=progress)
     scores: dict[float, float] = {}
     for share in MIXES:
         model.adopt(mixed(frozen, tuned.best, share))
-        scores[share] = objective.score(score_rows(model, examples, fold.choose), fold.choose)
+        scores[share] = objective.score(*score_rows(model, examples, fold.choose))
     share = max(scores, key=lambda mix: (scores[mix], -mix))
     model.adopt(mixed(frozen, tuned.best, share))
 
     def answers(of: Any, some: Array) -> Array:
-        found = np.asarray(score_rows(model, of, some), np.float64)
+        found = np.asarray(score_rows(model, of, some)[0], np.float64)
         if kind == "multiclass":
             return np.asarray(found.argmax(axis=1))
         return found if kind == "multilabel" else found[:, 0] * objective.scale + objective.centre

@@ -55,7 +55,7 @@ def _routes(given: Any) -> str | None:
 
 
 _TUNING = ("epochs", "rate", "batch_size")
-_DEFAULTS = TuneOptions()
+_DEFAULTS = TuneOptions().schedule(1)
 
 
 @dataclass(frozen=True, kw_only=True)

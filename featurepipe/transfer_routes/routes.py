@@ -41,8 +41,8 @@ from featurepipe.transfer_routes.measure import Route, RoutesContext, TrialTimes
 from featurepipe.transfer_routes.options import AS_IT_IS, AUTO, BOTTLENECK, NODE, TAIL, RoutesOptions
 from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
-from featurepipe.tuning.finetune import network_of
 from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.work import network_of
 
 FROZEN_AT = (0.4, 0.65, 0.85)
 """Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""

@@ -6,11 +6,12 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,12 +59,29 @@ class Activations:
     maps: FeatureSet
     held: npt.NDArray[Any] | None
     rows: Rows
+    scored: ClassVar[int] = 256
+
+    def batches(self, parts: Sequence[Rows], draw: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Rows]]:  # noqa: ARG002
+        """Activations of each part of the rows, which nothing changes at random."""
+        return _ahead(self.read, parts)
 
     def read(self, rows: Rows) -> Tensor:
         """Activations (m, W), float32."""
         if self.held is None:
             return torch.from_numpy(self.maps.read(np.float32, rows=rows))
         return torch.from_numpy(self.held[np.searchsorted(self.rows, rows)]).float()
+
+
+def _ahead(read: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> Iterator[tuple[Tensor, Rows]]:
+    """Parts of some rows as ``read`` gives them, each read while the one before is learned from."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(read, parts[0]) if parts else None
+        for place, rows in enumerate(parts):
+            if waiting is None:
+                return
+            inputs = waiting.result()
+            waiting = pool.submit(read, parts[place + 1]) if place + 1 < len(parts) else None
+            yield inputs, rows
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,8 @@ class ExtractionOutlook:
 
     def as_dict(self, options: TuneOptions) -> dict[str, Any]:
         """JSON values, with the time of an epoch from a few steps on noise."""
-        step = step_seconds(self.tail, options.batch_size)
+        batch_size = options.schedule(self.estimate["listed"]).batch_size
+        step = step_seconds(self.tail, batch_size)
         return {
             "dry_run": True,
             "store": str(self.store),
@@ -190,7 +209,7 @@ class ExtractionOutlook:
             "tuning": {
                 **described(self.backbone, self.tail),
                 "activations": self.need,
-                "seconds_per_1000_images": 1000 / options.batch_size * step,
+                "seconds_per_1000_images": 1000 / batch_size * step,
             },
         }
 

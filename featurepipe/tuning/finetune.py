@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.backbones import Backbone, load_backbone
-from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail
 from featurepipe.display import bytes_of, size
 from featurepipe.errors import Interrupted, Message, Option, UsageError
@@ -22,28 +20,27 @@ from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
-from featurepipe.store import FeatureStore, Space
+from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import columns_of
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.training.publish import Network, bundle_target, why_train
-from featurepipe.training.train import UNCHANGED
+from featurepipe.training.publish import bundle_target
 from featurepipe.tuning.activations import (
     Activations,
     ExtractionOutlook,
     StoredActivations,
     cut_of,
     described,
-    step_seconds,
     stored_activations,
 )
 from featurepipe.tuning.activations import store_features as keep_features
+from featurepipe.tuning.from_images import finetune_images
 from featurepipe.tuning.loop import Rows
-from featurepipe.tuning.options import TuneOptions
-from featurepipe.tuning.work import TuningWork, settled, tune_and_publish
+from featurepipe.tuning.options import OF_IMAGES, TuneOptions
+from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 
 @starts_again
@@ -64,13 +61,16 @@ def finetune(
     weight: str | None = None,
     split_column: str | None = None,
     split: str | None = None,
-    epochs: int = 10,
-    rate: float = 3e-4,
-    lowest_rate: float = 0.1,
-    weight_decay: float = 0.01,
+    epochs: int | None = None,
+    rate: float | None = None,
+    lowest_rate: float | None = None,
+    weight_decay: float | None = None,
     warmup: float = 0.1,
-    batch_size: int = 64,
-    patience: int = 3,
+    batch_size: int | None = None,
+    patience: int | None = None,
+    augment: str | None = None,
+    batch_norm: str | None = None,
+    mixed_precision: str | None = None,
     seeds: int = 1,
     interpolate: bool = True,
     min_class_size: int = 2,
@@ -79,6 +79,7 @@ def finetune(
     store_features: bool = False,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
     trust_code: bool | Collection[str] = False,
+    ids: Collection[str] | None = None,
     extraction: Mapping[str, Any] | None = None,
     if_changed: bool = False,
     cluster: Any = None,
@@ -120,6 +121,10 @@ def finetune(
         rate: learning rate of the head and the highest block.
         lowest_rate: that of the lowest tuned block, as a share of ``rate``.
         weight_decay: of AdamW.
+        augment: with ``from_node="images"``, random changes of training images: ``crop`` (by default), ``flip``, ``crop,flip`` or
+            ``none``; flips are wrong for text and digits.
+        batch_norm: with ``from_node="images"``, statistics of BatchNorm: ``frozen``, or ``train`` (by default from scratch).
+        mixed_precision: with ``from_node="images"``, ``fp32`` or ``bf16``; by default bf16 on CUDA.
         warmup: share of the steps in which rates rise.
         batch_size: images a step.
         patience: epochs without a better validation score after which to stop.
@@ -135,6 +140,7 @@ def finetune(
         weights: the backbone's weights file, where the features are of one of your own, or a mapping of such files by the
             fingerprint of the feature space; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
+        ids: only these images, as if the dataset had no others.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         if_changed: tune only if what is learned from is not what the bundle at ``out`` was tuned on: rows, labels or settings.
         cluster: where to extract instead of here, as `featurepipe.execution.connect` takes it.
@@ -160,11 +166,19 @@ def finetune(
         trust_code=trust_code, label=label, group=group, target=target, multilabel=columns_of(multilabel), weight=weight,
         split_column=split_column, split=split, epochs=epochs,
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
+        augment=augment, batch_norm=batch_norm, mixed_precision=mixed_precision,
         seeds=seeds, interpolate=interpolate, min_class_size=min_class_size, memory=memory, seed=seed,
         store_features=store_features,
     )  # fmt: skip
     say = announcer(silent=silent)
     folder = bundle_target(out)
+    if options.is_from_images:
+        found = finetune_images(
+            source, store, options, extraction or {}, snapshot=snapshot, ids=ids, folder=folder, cluster=cluster,
+            if_changed=if_changed, dry_run=dry_run, silent=silent, say=say, start=start,
+        )  # fmt: skip
+        return {**found, "options": as_asked(options)} if "tuning" in found and not dry_run else found
+    refuse_of_images(options)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         stored = stored_activations(
             source, store, options, extraction or {},
@@ -172,14 +186,11 @@ def finetune(
         )  # fmt: skip
     if isinstance(stored, ExtractionOutlook):
         return stored.as_dict(options)
-    work = _prepared(stored, options, snapshot=snapshot, say=say)
-    inputs = work.inputs()
-    asked = {"why": why_train(folder, inputs)} if if_changed else {}
+    work = _prepared(stored, options, snapshot=snapshot, ids=ids, say=say)
+    asked = {"why": why_tune(work, folder, say)} if if_changed else {}
     if asked == {"why": []}:
         kept = {} if dry_run else _stored_features(work, stored.store, folder, snapshot, say)
-        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images), **stored.about(), **kept}
-    for reason in asked.get("why", []):
-        say(f"{folder.name} is tuned: {reason}")
+        return {**unchanged(work, folder), **stored.about(), **kept}
     say(work.text)
     if dry_run:
         return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}, **asked}
@@ -254,22 +265,16 @@ class TailWork(TuningWork):
             "tested": f"from activations stored in {self.maps.dtype}, in {self.space.fields['precision']} as the bundle computes",
         }
 
-    def fill_frozen(self, rows: Rows) -> None:
+    def fill_frozen(self, rows: Rows) -> Rows:
         """Reads the bottleneck features that the store holds, else computes them from the activations."""
         if self.bottleneck is None:
-            super().fill_frozen(rows)
-        else:
-            self.set_features(rows, self.bottleneck.read(np.float32, rows=rows))
+            return super().fill_frozen(rows)
+        self.set_features(rows, self.bottleneck.read(np.float32, rows=rows))
+        return rows[:0]
 
-    def fill_tuned(self, body: Any, rows: Rows) -> None:
+    def fill_tuned(self, body: Any, rows: Rows) -> Rows:
         """Computes bottleneck features in the precision in which the bundle computes them from images."""
-        self.fill(body.as_engine(self.space.fields["precision"]), rows)
-
-    def epoch_seconds(self) -> float:
-        """How long an epoch takes, from a few steps; validation, which takes no gradients, counts a third."""
-        division = self.task.division
-        images = len(division.train) + len(division.validation) / 3
-        return images / self.options.batch_size * step_seconds(self.body, self.options.batch_size)
+        return self.fill(body.as_engine(self.space.fields["precision"]), rows)
 
     @cached_property
     def _learned(self) -> Activations:
@@ -281,44 +286,43 @@ class TailWork(TuningWork):
         return self._learned if np.isin(rows, self._learned.rows).all() else Activations(self.maps, None, rows)
 
 
-def _prepared(stored: StoredActivations, options: TuneOptions, *, snapshot: str | None, say: Any) -> TailWork:
+def _prepared(
+    stored: StoredActivations, options: TuneOptions, *, snapshot: str | None, ids: Collection[str] | None, say: Any
+) -> TailWork:
     source = stored.store
     dataset = stored.dataset or source.only_dataset()
     space = choose_space(source, stored.space, dataset)
     network = network_of(space, options)
     tail = Tail(network, cut_of(options, network))
     stored.check_column(space, dataset, tail.column)
-    maps = source.features(dataset, node=tail.column, backbone=space.fingerprint, snapshot=snapshot)
+    maps = chosen(source.features(dataset, node=tail.column, backbone=space.fingerprint, snapshot=snapshot), ids)
     task, recipe, objective = settled(source, maps, tail, options, snapshot=snapshot, say=say)
     rows = task.features.rows
     assert isinstance(rows, ArrayRows)  # noqa: S101 - made by `settled`
-    chosen = maps.take(rows.positions)
+    tuned = maps.take(rows.positions)
     held = space.columns().keys() >= {tail.bottleneck} and space.index([tail.bottleneck]).contains(maps.keys).all()
-    frozen = (
-        source.features(dataset, node=tail.bottleneck, backbone=space.fingerprint, snapshot=snapshot) if held else None
-    )
-    frozen = None if frozen is None else frozen.take(rows.positions)
+    frozen = None
+    if held:
+        stored_bottleneck = source.features(
+            dataset, node=tail.bottleneck, backbone=space.fingerprint, snapshot=snapshot
+        )
+        frozen = chosen(stored_bottleneck, ids).take(rows.positions)
     need = (len(task.division.train) + len(task.division.validation)) * maps.shape[1] * maps.dtype.itemsize
     allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
-    return TailWork(space, network, tail, task, recipe, objective, options, maps, chosen, frozen, need <= allowed)
+    return TailWork(space, network, tail, task, recipe, objective, options, maps, tuned, frozen, need <= allowed)
 
 
-def network_of(space: Space, options: TuneOptions) -> Backbone:
-    """The network of a feature space.
+def refuse_of_images(options: TuneOptions) -> None:
+    """Refuses what only images can be learned from with.
 
     Raises:
-        UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
+        UsageError: Such an option is given.
     """
-    check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
-    known = Network.of(space).backbone
-    given = options.weights.get(space.fingerprint) if isinstance(options.weights, Mapping) else options.weights
-    asked = str(given or known["weights"])
-    if asked == "file":
-        label = known["description"]["weights"]
+    given = [name for name in OF_IMAGES if getattr(options, name) is not None]
+    if given:
         raise UsageError(
-            Message(f"the features are of weights of your own ({label}); give them: ", Option("weights", "FILE"))
-        )
-    network = load_backbone(known["name"], asked, seed=known["seed"])
-    if network.weights_sha256 != space.fields["weights_sha256"]:
-        raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
-    return network
+            Message(
+                Option(given[0], str(getattr(options, given[0]))), " is of images, not of stored activations: leave "
+                "it out, or tune all layers with ", Option("from_node", "images"),
+            )
+        )  # fmt: skip

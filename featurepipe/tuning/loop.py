@@ -7,11 +7,10 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurepipe.backbones.tail import TunedLayers
 from featurepipe.errors import Interrupted, Message, Option, UsageError
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress
 from featurepipe.store.atomic import atomic_file
-from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.options import Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -81,6 +84,10 @@ class TuningObjective:
         weights = torch.from_numpy(self.weights[rows]).to(each)
         return (each * weights).sum() / weights.sum().clamp(min=1e-12)
 
+    def mass(self, rows: Rows) -> float:
+        """How much some rows count together."""
+        return float(len(rows)) if self.weights is None else float(self.weights[rows].sum())
+
     def mean_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """The mean loss of scores without gradients; all rows count alike."""
         return float(self._each(torch.from_numpy(scores), rows).mean())
@@ -101,7 +108,8 @@ class TuningObjective:
     def _each(self, scores: Tensor, rows: Rows) -> Tensor:
         answers = self.answers[rows]
         if self.target_type == "multiclass":
-            return functional.cross_entropy(scores, torch.from_numpy(answers.astype(np.int64)), reduction="none")
+            classes = torch.from_numpy(answers.astype(np.int64)).to(scores.device)
+            return functional.cross_entropy(scores, classes, reduction="none")
         if self.target_type == "multilabel":
             known = torch.from_numpy(~np.isnan(answers)).to(scores)
             truth = torch.from_numpy(np.nan_to_num(answers)).to(scores)
@@ -118,28 +126,40 @@ SAVE_SHARE = 0.1
 """Checkpoints of large networks are written less often, so that they take at most this share of the time ..."""
 MOST_SECONDS = 55.0
 """... but a kill never costs more than a minute."""
-SCORED = 256
-"""Images that are scored at once."""
 
 
 class Examples(Protocol):
     """The inputs of a model by row."""
 
-    def read(self, rows: Rows) -> Tensor:
-        """The inputs of some rows, (m, ...) float32."""
+    @property
+    def scored(self) -> int:
+        """How many are scored at once."""
         ...
+
+    def batches(self, parts: Sequence[Rows], draw: Draw | None = None) -> Iterator[tuple[Tensor, Rows]]:
+        """The inputs (m, ...) of each part of the rows in turn, and the rows that could be read of it.
+
+        Args:
+            parts: Rows, one array for each batch.
+            draw: What random changes of the inputs follow from, beside the row; None for the inputs as they are.
+        """
+        ...
+
+
+Draw = tuple[int, int]
+"""The seed of a run, and the epoch."""
 
 
 class Model(nn.Module):
     """A body that makes features (N, D), and a linear head (K, D) on them.
 
     Args:
-        body: What makes features, such as `featurepipe.backbones.tail.Tail`.
+        body: What makes features.
         weight: (K, D), of the head.
         bias: (K,).
     """
 
-    def __init__(self, body: nn.Module, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> None:
+    def __init__(self, body: TunedLayers, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> None:
         super().__init__()
         self.body = body
         self.head = nn.Linear(weight.shape[1], weight.shape[0])
@@ -153,12 +173,14 @@ class Model(nn.Module):
         return scores
 
     def weights(self) -> State:
-        """A copy of all parameters that learn, by name."""
-        return {name: value.detach().clone() for name, value in self.named_parameters() if value.requires_grad}
+        """A copy of all that learns, by name: parameters, and statistics of BatchNorm where they are trained."""
+        learns: State = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        learns |= {f"body.network.{name}": value for name, value in self.body.statistics().items()}
+        return {name: value.detach().clone() for name, value in learns.items()}
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes parameters over."""
-        own = dict(self.named_parameters())
+        """Takes over what `weights` gave."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         with torch.no_grad():
             for name, value in weights.items():
                 own[name].copy_(value)
@@ -260,10 +282,9 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
         progress.say(f"going on from a checkpoint: epoch {run.epoch + 1}, step {run.step + 1}")
         progress.advance(run.epoch * run.steps + run.step)
     while not run.is_over:
-        order = run.order()
-        for inputs, rows in _ahead(run.examples, order, options.batch_size, run.step):
-            if stop():
-                checkpoint.write(run.content())
+        for inputs, rows in run.batches():
+            if run.any_rank(stop()):
+                run.write(checkpoint)
                 done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
                 raise Interrupted(
                     f"stopped by {stop.name or 'the end of its time'} in {done}; run it again to go on from there",
@@ -274,9 +295,9 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
                 break
             progress.advance(1, f"loss {run.mean_loss:.4f}")
             if checkpoint.is_due:
-                checkpoint.write(run.content())
+                run.write(checkpoint)
         progress.say(run.end_epoch())
-        checkpoint.write(run.content())
+        run.write(checkpoint)
     run.model.adopt(run.found.best)
     return run.found
 
@@ -291,12 +312,13 @@ class TuningRun:
         objective: What is learned.
         train: Positions of the rows to learn from.
         validation: Positions of the rows that choose.
-        options: Rates, epochs, and so on.
+        options: Rates, epochs, and so on, settled.
         blocks: Names of the body's parameters by block, from the lowest; as in ``model.body.network``.
         seed: Of the order of images.
         found: The best so far.
         epoch: Epochs that have ended.
         step: Steps of this epoch that were made.
+        fabric: Lightning's, which says on which devices and in which precision; None for this process in float32.
     """
 
     model: Model
@@ -304,12 +326,13 @@ class TuningRun:
     objective: TuningObjective
     train: Rows
     validation: Rows
-    options: TuneOptions
+    options: Schedule
     blocks: Mapping[str, list[str]]
     seed: int
     found: Tuning = field(default_factory=lambda: Tuning({}, -math.inf, 0))
     epoch: int = 0
     step: int = 0
+    fabric: Fabric | None = None
 
     def __post_init__(self) -> None:
         self._loss, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
@@ -317,6 +340,25 @@ class TuningRun:
         groups = _parameter_groups(self.model, self.blocks, self.options)
         self.optimiser = torch.optim.AdamW(groups, lr=self.options.rate, weight_decay=self.options.weight_decay)
         self._shares = [group["share"] for group in self.optimiser.param_groups]
+        self._forward: nn.Module = self.model
+        if self.fabric is not None:
+            self._forward, self.optimiser = self.fabric.setup(self.model, self.optimiser)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """The number of this process, and how many learn together."""
+        return (0, 1) if self.fabric is None else (self.fabric.global_rank, self.fabric.world_size)
+
+    def any_rank(self, happened: bool) -> bool:
+        """Whether something happened in any of the processes, which must do the same."""
+        if self.fabric is None or self.fabric.world_size == 1:
+            return happened
+        return bool(_reduced(self.fabric, torch.tensor(float(happened)), "sum"))
+
+    def write(self, checkpoint: TuningCheckpoint) -> None:
+        """Writes a checkpoint, in one of the processes."""
+        if self._ranks[0] == 0:
+            checkpoint.write(self.content())
 
     @property
     def steps(self) -> int:
@@ -343,28 +385,48 @@ class TuningRun:
             )
         self._take(loss, score, train_loss=None)
 
-    def order(self) -> Rows:
-        """The training rows in the order of this epoch."""
-        return self.train[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))]
+    def batches(self) -> Iterator[tuple[Tensor, Rows]]:
+        """What is left of this epoch, step by step: the inputs and rows of this process, of rows in a new order."""
+        order = self.train[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))]
+        size, (rank, ranks) = self.options.batch_size, self._ranks
+        self._parts = [order[start : start + size] for start in range(0, len(order), size)]
+        own = [part[rank::ranks] if len(part) > rank else part[:1] for part in self._parts[self.step :]]
+        yield from self.examples.batches(own, (self.seed, self.epoch))
 
     def learn(self, inputs: Tensor, rows: Rows) -> float:
         """Makes a step; returns its loss, and changes nothing where that is not finite."""
+        if self.any_rank(not len(rows)):  # none of them could be read
+            self.step += 1
+            return self.mean_loss
         factor = _schedule(
             self.epoch * self.steps + self.step, self.options.epochs * self.steps, warmup=self.options.warmup
         )
         for group, share in zip(self.optimiser.param_groups, self._shares, strict=True):
             group["lr"] = self.options.rate * share * factor
-        loss = self.objective.loss(self.model(inputs), rows)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            self._diverged = True
-            return value
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        device = next(self.model.parameters()).device
+        with self.model.body.learning((self.seed, self.epoch, self.step)):
+            loss = self.objective.loss(self._forward(inputs.to(device)), rows)
+            value = float(loss.detach())
+            if self.any_rank(not math.isfinite(value)):
+                self._diverged = True
+                return math.nan
+            self.optimiser.zero_grad(set_to_none=True)
+            if self.fabric is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                self.fabric.backward(loss * self._share(rows))
         self.optimiser.step()
         self._loss += value
         self.step += 1
         return value
+
+    def _share(self, rows: Rows) -> float:
+        """By how much the mean loss of this process counts more than those of the others, of which the mean is taken."""
+        rank, ranks = self._ranks
+        part = self._parts[self.step]
+        if ranks == 1:
+            return 1.0
+        return ranks * self.objective.mass(rows) / max(self.objective.mass(part), 1e-12) if len(part) > rank else 0.0
 
     def end_epoch(self) -> str:
         """Scores, decides whether to go on, and says how it is."""
@@ -401,8 +463,11 @@ class TuningRun:
         self.found = Tuning(dict(content["best"]), score, epoch, json.loads(content["history"]), ended)
 
     def _validate(self) -> tuple[float, float]:
-        scores = score_rows(self.model, self.examples, self.validation)
-        return self.objective.mean_loss(scores, self.validation), self.objective.score(scores, self.validation)
+        rank, ranks = self._ranks
+        scores, rows = score_rows(self.model, self.examples, self.validation[rank::ranks])
+        if self.fabric is not None and ranks > 1:
+            scores, rows = _gathered(self.fabric, self.validation, scores, rows)
+        return self.objective.mean_loss(scores, rows), self.objective.score(scores, rows)
 
     def _take(self, loss: float, score: float, *, train_loss: float | None) -> str:
         number = 0 if train_loss is None else self.epoch + 1
@@ -445,7 +510,7 @@ def _schedule(step: int, steps: int, *, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _parameter_groups(model: Model, blocks: Mapping[str, list[str]], options: TuneOptions) -> list[dict[str, Any]]:
+def _parameter_groups(model: Model, blocks: Mapping[str, list[str]], options: Schedule) -> list[dict[str, Any]]:
     """Parameters by rate and decay: blocks on a geometric scale from the lowest rate to that of the head; vectors never decay."""
     parameters = dict(model.body.named_parameters())
     parameters = {name.removeprefix("network."): value for name, value in parameters.items() if value.requires_grad}
@@ -466,22 +531,37 @@ def _parameter_groups(model: Model, blocks: Mapping[str, list[str]], options: Tu
     return groups
 
 
-def _ahead(examples: Examples, order: Rows, size: int, first: int) -> Iterator[tuple[Tensor, Rows]]:
-    """Batches of an epoch from step ``first`` on, each read while the one before is learned from."""
-    parts = [order[start : start + size] for start in range(first * size, len(order), size)]
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(examples.read, parts[0]) if parts else None
-        for place, rows in enumerate(parts):
-            if waiting is None:
-                return
-            inputs = waiting.result()
-            waiting = pool.submit(examples.read, parts[place + 1]) if place + 1 < len(parts) else None
-            yield inputs, rows
-
-
-def score_rows(model: nn.Module, examples: Examples, rows: Rows) -> npt.NDArray[np.float32]:
-    """What a model, or its body, gives for some rows, (m, K), without gradients."""
-    parts = [rows[start : start + SCORED] for start in range(0, len(rows), SCORED)]
+def score_rows(model: nn.Module, examples: Examples, rows: Rows) -> tuple[npt.NDArray[np.float32], Rows]:
+    """What a model, or its body, gives for some rows, (m, K), without gradients; and which of them could be read, (m,)."""
+    parts = [rows[start : start + examples.scored] for start in range(0, len(rows), examples.scored)]
+    device = next(model.parameters()).device
+    found, read = [], []
     with torch.inference_mode():
-        found = [model(examples.read(part)).numpy() for part in parts]
-    return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+        for inputs, part in examples.batches(parts):
+            if len(part):
+                found.append(model(inputs.to(device)).float().cpu().numpy())
+                read.append(part)
+    if not found:
+        return np.zeros((0, 1), np.float32), rows[:0]
+    return np.concatenate(found), np.concatenate(read)
+
+
+def _gathered(
+    fabric: Fabric, rows: Rows, scores: npt.NDArray[np.float32], read: Rows
+) -> tuple[npt.NDArray[np.float32], Rows]:
+    """The scores of all processes, in the order of ``rows``: the same, to the bit, in each."""
+    width = int(_reduced(fabric, torch.tensor(float(scores.shape[1])), "max"))
+    every = torch.zeros(len(rows), width + 1)
+    place = torch.from_numpy(np.flatnonzero(np.isin(rows, read)))  # a process has its rows in their order
+    every[place, 0] = 1.0
+    every[place, 1:] = torch.from_numpy(scores)
+    every = _reduced(fabric, every, "sum")
+    known = every[:, 0].numpy() > 0
+    return every[:, 1:].numpy()[known], rows[known]
+
+
+def _reduced(fabric: Fabric, value: Tensor, how: str) -> Tensor:
+    """A value of all processes put together."""
+    found = fabric.all_reduce(value, reduce_op=how)
+    assert isinstance(found, Tensor)  # noqa: S101 - as what is given
+    return found.cpu()

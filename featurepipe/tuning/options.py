@@ -14,6 +14,9 @@ from featurepipe.features.options import DamageOptions, MachineOptions, SettingO
 from featurepipe.option_groups import at_least, is_memory, is_number, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
+AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
+OF_IMAGES = ("augment", "batch_norm", "mixed_precision")
+"""Options that say how images are learned from, of no use where activations are."""
 EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
 """Options of extraction that `featurepipe.finetune` passes on."""
 NOT_OF_TUNING = ("batch_size",)
@@ -34,43 +37,82 @@ def _from_zero(given: Any) -> str | None:
     return None if is_number(given, Real) and math.isfinite(given) and given >= 0 else "must be a number from 0"
 
 
+IMAGES = "images"
+"""In place of a node: all layers are tuned, from the images."""
+SCRATCH_STEPS = 2_000
+"""A network that starts with random weights makes at least so many steps, within 60 to 300 epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Rates and lengths of a tuning; the fields are options of `TuneOptions`, with the defaults settled."""
+
+    epochs: int
+    rate: float
+    lowest_rate: float
+    weight_decay: float
+    warmup: float
+    batch_size: int
+    patience: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions(RoleOptions):
     """Which layers are tuned, for what, and how."""
 
     from_node: str | None = option(
         None,
-        "where to cut the network: what lies above is tuned, what lies below stays as it is",
-        metavar="NODE",
+        "where to cut the network: what lies above is tuned, what lies below stays as it is; images: all is tuned, from the "
+        "images themselves",
+        metavar="NODE|images",
         check=not_empty,
     )
 
-    epochs: int = option(10, "passes over the training images (default: 10)", check=at_least(1, 10_000))
-    rate: float = option(
-        3e-4, "learning rate of the head and the highest block, after the warm-up (default: 0.0003)",
+    epochs: int | None = option(
+        None, "passes over the training images (default: 10; from scratch 60, or up to 300 of few images)",
+        check=at_least(1, 10_000),
+    )  # fmt: skip
+    rate: float | None = option(
+        None, "learning rate of the head and the highest block, after the warm-up (default: 0.0003; from scratch 0.001)",
         metavar="RATE", check=_positive,
     )  # fmt: skip
-    lowest_rate: float = option(
-        0.1, "learning rate of the lowest tuned block as a share of --rate, geometric between (default: 0.1)",
+    lowest_rate: float | None = option(
+        None, "learning rate of the lowest tuned block as a share of --rate, geometric between (default: 0.1; from scratch 1)",
         metavar="SHARE", check=_share,
     )  # fmt: skip
-    weight_decay: float = option(
-        0.01, "decay of weights by AdamW; none of biases and of BatchNorm (default: 0.01)", metavar="DECAY", check=_from_zero
+    weight_decay: float | None = option(
+        None, "decay of weights by AdamW; none of biases and of BatchNorm (default: 0.01; from scratch 0.05)",
+        metavar="DECAY", check=_from_zero,
     )  # fmt: skip
     warmup: float = option(
         0.1, "share of all steps in which rates rise from 0, before they fall as a cosine does (default: 0.1)",
         metavar="SHARE", check=_share,
     )  # fmt: skip
-    batch_size: int = option(64, "images a step (default: 64)", check=at_least(1, 65_536))
-    patience: int = option(
-        3, "epochs without a better score on the validation images after which to stop (default: 3)", check=at_least(1)
-    )
+    batch_size: int | None = option(None, "images a step (default: 64; from images 32)", check=at_least(1, 65_536))
+    patience: int | None = option(
+        None, "epochs without a better score on the validation images after which to stop (default: 3; from scratch a quarter)",
+        check=at_least(1),
+    )  # fmt: skip
+    augment: str | None = option(
+        None, "random changes of images in training, with --from images: crop, a part of 35 to 100 % of the image; flip, "
+        "left-right, which is wrong for text and digits (default: crop)",
+        metavar="none|crop|flip|crop,flip", choices=AUGMENTATIONS,
+    )  # fmt: skip
+    batch_norm: str | None = option(
+        None, "statistics of BatchNorm, with --from images: frozen, or train (default: frozen; from scratch train)",
+        choices=("frozen", "train"),
+    )  # fmt: skip
+    mixed_precision: str | None = option(
+        None, "arithmetic of training, with --from images: fp32, or bf16 where that is safe (default: bf16 on CUDA, else fp32)",
+        choices=("fp32", "bf16"),
+    )  # fmt: skip
     seeds: int = option(
         1, "how often to tune, each time with images in another order; the best on validation is kept (default: 1)",
         check=at_least(1, 100),
     )  # fmt: skip
     interpolate: bool = option(
-        True, "mix tuned and frozen weights in the share that is best on the validation images (WiSE-FT)"
+        True,
+        "mix tuned and frozen weights in the share that is best on the validation images (WiSE-FT; not from scratch)",
     )
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
     min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
@@ -102,3 +144,28 @@ class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         None, "the backbone's weights file, where the features are of one of your own; of images as for featurepipe extract",
         metavar="NAME|none|FILE",
     )  # fmt: skip
+
+    @property
+    def is_from_images(self) -> bool:
+        """Whether all layers are tuned, from the images themselves."""
+        return self.from_node == IMAGES
+
+    def schedule(self, images: int, *, is_scratch: bool = False) -> Schedule:
+        """Settles what was left to us.
+
+        Args:
+            images: That are learned from.
+            is_scratch: Whether the network starts with random weights.
+        """
+        size = self.batch_size or (32 if self.is_from_images else 64)
+        steps = -(-images // size)
+        epochs = self.epochs or (min(300, max(60, -(-SCRATCH_STEPS // steps))) if is_scratch else 10)
+        return Schedule(
+            epochs=epochs,
+            rate=self.rate or (1e-3 if is_scratch else 3e-4),
+            lowest_rate=self.lowest_rate or (1.0 if is_scratch else 0.1),
+            weight_decay=self.weight_decay if self.weight_decay is not None else 0.05 if is_scratch else 0.01,
+            warmup=self.warmup,
+            batch_size=size,
+            patience=self.patience or (max(10, epochs // 4) if is_scratch else 3),
+        )

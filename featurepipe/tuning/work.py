@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import TunedLayers
-from featurepipe.errors import UsageError
+from featurepipe.backbones.weights import LIKE
+from featurepipe.display import counted
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.settings import Settings
 from featurepipe.heads.linear.linear_map import head_of_map, linear_map
 from featurepipe.interrupt import StopRequest
@@ -30,12 +35,13 @@ from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
-from featurepipe.training.publish import Inputs, Network, publish, rows_learned, weights_learned
+from featurepipe.training.publish import Inputs, Network, publish, rows_learned, weights_learned, why_train
 from featurepipe.training.settle import settle_rows
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
-from featurepipe.training.train import labels_name, roles_asked
+from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.training.tuning import search
+from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import (
     Examples,
     Model,
@@ -49,7 +55,10 @@ from featurepipe.tuning.loop import (
     score_rows,
     tune,
 )
-from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.options import Schedule, TuneOptions
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory", "store_features"}
 """Options that say where things are, not what comes out."""
@@ -80,6 +89,11 @@ class TuningWork(ABC):
     options: TuneOptions
 
     @property
+    def fabric(self) -> Fabric | None:
+        """On which devices, and in which precision; None for this process in float32."""
+        return None
+
+    @property
     @abstractmethod
     def column(self) -> str:
         """What goes in, as a bundle's record of its inputs names it."""
@@ -95,13 +109,16 @@ class TuningWork(ABC):
     def exact_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The head on the frozen bottleneck, its penalty chosen on the validation rows, as an affine map."""
         division = self.task.division
-        self.fill_frozen(self.learned_from)
+        self.leave_out(self.fill_frozen(self.learned_from), say)
+        division = self.task.division
         self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say).params)
         return linear_map(fit(self.task, self.recipe, division.train, say))
 
-    def fill(self, body: torch.nn.Module, rows: Rows) -> None:
-        """Computes bottleneck features of some rows of the task."""
-        self.set_features(rows, score_rows(body, self.examples_of(rows), rows))
+    def fill(self, body: torch.nn.Module, rows: Rows) -> Rows:
+        """Computes bottleneck features of some rows of the task; returns those that could not be read."""
+        values, read = score_rows(body, self.examples_of(rows), rows)
+        self.set_features(read, values)
+        return np.setdiff1d(rows, read)
 
     def set_features(self, rows: Rows, values: npt.NDArray[np.float32]) -> None:
         """Sets the bottleneck features of some rows of the task."""
@@ -109,13 +126,54 @@ class TuningWork(ABC):
         assert isinstance(held, ArrayRows)  # noqa: S101 - made by `settled`
         held.values[held.positions[rows]] = values
 
-    def fill_frozen(self, rows: Rows) -> None:
-        """Sets the bottleneck features of the frozen network."""
-        self.fill(self.body, rows)
+    def fill_frozen(self, rows: Rows) -> Rows:
+        """Sets the bottleneck features of the frozen network; returns rows that could not be read."""
+        return self.fill(self.body, rows)
 
-    def fill_tuned(self, body: Any, rows: Rows) -> None:
-        """Sets the bottleneck features that the bundle's network gives, as nearly as what is at hand allows."""
-        self.fill(body, rows)
+    def fill_tuned(self, body: Any, rows: Rows) -> Rows:
+        """Sets the features that the bundle's network gives, as nearly as what is at hand allows; returns unreadable rows."""
+        return self.fill(body, rows)
+
+    def leave_out(self, lost: Rows, say: Callable[[str], None]) -> None:
+        """Takes rows that cannot be read out of the division.
+
+        Raises:
+            UsageError: None is left to learn from.
+        """
+        if not len(lost):
+            return
+        before = self.task.division
+        left = replace(
+            before,
+            train=np.setdiff1d(before.train, lost),
+            validation=np.setdiff1d(before.validation, lost),
+            test=np.setdiff1d(before.test, lost),
+        )
+        self.task = replace(self.task, division=left)
+        first = self.task.features.take(lost[:1]).ids[0]
+        say(f"left out: {counted(len(lost), 'image')} that cannot be read now, such as {first!r}")
+        check_validation(self.task)
+
+    @property
+    def settings(self) -> Settings:
+        """How the bundle computes its features from images."""
+        return Settings.of_space(self.space.fields, why="as in the store")
+
+    @property
+    def schedule(self) -> Schedule:
+        """Rates and lengths."""
+        return self.options.schedule(len(self.task.division.train), is_scratch=self.is_scratch)
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether the network has learned nothing before."""
+        return self.options.is_from_images and self.backbone.is_random
+
+    def epoch_seconds(self) -> float:
+        """How long an epoch takes, from a few steps on noise; validation, which takes no gradients, counts a third."""
+        division, size = self.task.division, self.schedule.batch_size
+        images = len(division.train) + len(division.validation) / 3
+        return images / size * step_seconds(self.body, size)
 
     @property
     def learned_from(self) -> Rows:
@@ -169,14 +227,34 @@ def settled(
     task = settle_rows(store, bottleneck, recipe, training, snapshot=snapshot, say=say)
     division = replace(task.division, is_carved=False)  # the layers do not get their validation images back
     task = replace(task, division=division)
-    _check_validation(task)
+    check_validation(task)
     answers = task.codes if task.targets is None else task.targets
     weights = task.weights(np.arange(len(task.features)))
     return task, recipe, TuningObjective.of(target_type, answers, weights, division.train)
 
 
+def why_tune(work: TuningWork, folder: Path, say: Callable[[str], None]) -> list[str]:
+    """Says why a tuning could give another bundle than the one that is there; nothing if it could not."""
+    found = why_train(folder, work.inputs())
+    for reason in found:
+        say(f"{folder.name} is tuned: {reason}")
+    return found
+
+
+def unchanged(work: TuningWork, folder: Path) -> dict[str, Any]:
+    """What is returned where nothing has changed."""
+    return {"bundle": str(folder), "skipped": UNCHANGED.format(images=work.inputs().images)}
+
+
 def tune_and_publish(
-    work: TuningWork, folder: Path, stop: StopRequest, *, start: float, silent: bool, say: Callable[[str], None]
+    work: TuningWork,
+    folder: Path,
+    stop: StopRequest,
+    *,
+    start: float,
+    silent: bool,
+    say: Callable[[str], None],
+    share: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Fits the head, tunes, mixes, and writes the bundle; returns what was done.
 
@@ -187,22 +265,28 @@ def tune_and_publish(
         start: When all began, as `time.perf_counter` told.
         silent: Show no progress.
         say: Told what happens.
+        share: Given the head, as weight and bias, before anything is learned: other processes learn from there, too.
 
     Raises:
         Interrupted: A stop was asked for; the next call goes on.
         UsageError: Nothing was learned before the loss became infinite.
     """
     options = work.options
-    model = Model(work.body, *work.objective.to_scores(*work.exact_head(say)))
+    head = work.objective.to_scores(*work.exact_head(say))
+    if share is not None:
+        share(head)
+    model = Model(work.body, *head)
     frozen = model.weights()
-    runs = _tuned(work, model, frozen, folder, stop, silent=silent)
+    runs = tuned_runs(work, model, frozen, folder, stop, silent=silent)
     best = max(runs, key=lambda run: run.score)
-    mixes = _mixes(work, model, frozen, best.best, MIXES if options.interpolate else MIXES[:: len(MIXES) - 1])
-    share = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
-    model.adopt(mixed(frozen, best.best, share))
-    say(mix_text(mixes, share, work.objective.measure))
+    shares = MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
+    mixes = _mixes(work, model, frozen, best.best, MIXES[-1:] if work.is_scratch else shares)
+    kept = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
+    model.adopt(mixed(frozen, best.best, kept))
+    if not work.is_scratch:
+        say(mix_text(mixes, kept, work.objective.measure))
     scores = {f"{mix:g}": score for mix, score in mixes.items()}
-    about = {**work.about(), **_history(runs, best), "mixes": scores, "mix": share}
+    about = {**work.about(), "schedule": asdict(work.schedule), **_history(runs, best), "mixes": scores, "mix": kept}
     with TemporaryDirectory() as scratch:
         file = _weights_file(work.backbone, work.body, Path(scratch))
         record = _published(work, model, folder, file, about, seconds=time.perf_counter() - start, say=say)
@@ -211,7 +295,52 @@ def tune_and_publish(
     return record
 
 
-def _check_validation(task: Task) -> None:
+def network_of(space: Space, options: TuneOptions) -> Backbone:
+    """The network of a feature space.
+
+    Raises:
+        UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
+    """
+    check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
+    known = Network.of(space).backbone
+    given = options.weights.get(space.fingerprint) if isinstance(options.weights, Mapping) else options.weights
+    asked = str(given or known["weights"])
+    if asked == "file":
+        label = known["description"]["weights"]
+        raise UsageError(
+            Message(f"the features are of weights of your own ({label}); give them: ", Option("weights", "FILE"))
+        )
+    network = load_backbone(known["name"], asked, seed=known["seed"])
+    if network.weights_sha256 != space.fields["weights_sha256"]:
+        raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
+    return network
+
+
+def chosen(found: FeatureSet, ids: Collection[str] | None) -> FeatureSet:
+    """The rows of some images; all without ids.
+
+    Raises:
+        UsageError: An id is none of the dataset's.
+    """
+    if ids is None:
+        return found
+    wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
+    known = found.table["id"]
+    strangers = wanted.filter(pc.invert(pc.is_in(wanted, value_set=known.combine_chunks())))
+    if len(strangers):
+        raise UsageError(
+            f"{counted(len(strangers), 'id')} of ids {'is' if len(strangers) == 1 else 'are'} of no image of "
+            f"{found.origin.dataset}, such as {strangers[0].as_py()!r}"
+        )
+    return found.take(np.asarray(pc.is_in(known, value_set=wanted)))
+
+
+def check_validation(task: Task) -> None:
+    """Refuses a task without images to validate on.
+
+    Raises:
+        UsageError: There are none, or of one class only.
+    """
     division = task.division
     if len(division.validation) and (task.targets is not None or len(np.unique(task.codes[division.validation])) > 1):
         return
@@ -221,7 +350,7 @@ def _check_validation(task: Task) -> None:
     )
 
 
-def _tuned(
+def tuned_runs(
     work: TuningWork, model: Model, frozen: State, folder: Path, stop: StopRequest, *, silent: bool
 ) -> list[Tuning]:
     """One run of the loop for each seed."""
@@ -229,8 +358,10 @@ def _tuned(
     examples = work.examples_of(work.learned_from)
     facts = {
         "space": work.space.fingerprint,
+        "weights": work.backbone.weights_sha256,
         "from": work.body.node,
         "rows": work.inputs().as_dict(),
+        "schedule": asdict(work.schedule),
         "torch": torch.__version__,
     }
     runs = []
@@ -244,11 +375,12 @@ def _tuned(
             work.objective,
             division.train,
             division.validation,
-            options,
+            work.schedule,
             blocks,
             options.seed + number,
+            fabric=work.fabric,
         )
-        with show(run.steps * options.epochs, what, unit="steps", silent=silent) as progress:
+        with show(run.steps * work.schedule.epochs, what, unit="steps", silent=silent) as progress:
             runs.append(tune(run, checkpoint=_checkpoint(folder, number, identity), stop=stop, progress=progress))
             progress.say(f"{what} ended: {runs[-1].ended}; best after epoch {runs[-1].epoch}")
     return runs
@@ -262,7 +394,10 @@ def mixed(frozen: State, tuned: Mapping[str, Tensor], share: float) -> State:
     """Weights between the frozen (0) and the tuned ones (1)."""
     if share in (0.0, 1.0):
         return dict(tuned if share else frozen)
-    return {name: torch.lerp(value, tuned[name], share) for name, value in frozen.items()}
+    return {
+        name: torch.lerp(value, tuned[name], share) if value.is_floating_point() else tuned[name]
+        for name, value in frozen.items()
+    }
 
 
 def _mixes(
@@ -273,7 +408,8 @@ def _mixes(
     examples = work.examples_of(rows)
     for share in shares:
         model.adopt(mixed(frozen, tuned, share))
-        found[share] = work.objective.score(score_rows(model, examples, rows), rows)
+        scores, read = score_rows(model, examples, rows)
+        found[share] = work.objective.score(scores, read)
     return found
 
 
@@ -289,10 +425,12 @@ def _weights_file(backbone: Backbone, body: TunedLayers, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     state = {name: value.clone() for name, value in backbone.state().items()}
-    for name, value in body.network.named_parameters():
-        state[name] = value.detach().to(state[name].dtype)
+    learned = {name: value for name, value in body.network.named_parameters() if value.requires_grad}
+    for name, value in {**learned, **body.statistics()}.items():
+        state[name] = value.detach().cpu().to(state.get(name, value).dtype)
     path = folder / "tuned.safetensors"
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    metadata = {} if backbone.like is None else {LIKE: backbone.like}
+    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
     return path
 
 
@@ -301,10 +439,9 @@ def _published(
 ) -> dict[str, Any]:  # fmt: skip
     """Tests the tuned network, writes the bundle, and returns what was done."""
     options = work.options
-    like = None if work.backbone.is_random or work.backbone.weights.startswith("file:") else work.backbone.weights
+    like = work.backbone.like
     tuned = load_backbone(work.backbone.name, str(file), like=like)
-    settings = Settings.of_space(work.space.fields, why="as in the store")
-    fields = {**tuned.identity(), **settings.fields(), "numerics": NUMERICS}
+    fields = {**tuned.identity(), **work.settings.fields(), "numerics": NUMERICS}
     network = Network(
         {
             "name": tuned.name,
@@ -317,11 +454,11 @@ def _published(
         fingerprint(fields),
     )
     division = work.task.division
-    work.fill_tuned(model.body, np.union1d(division.validation, division.test))
+    work.leave_out(work.fill_tuned(model.body, np.union1d(division.validation, division.test)), say)
     origin = replace(work.task.features.origin, fields=fields, fingerprint=network.fingerprint)
     task = replace(work.task, features=replace(work.task.features, origin=origin))
     weight, bias = work.objective.to_target(
-        model.head.weight.detach().double().numpy(), model.head.bias.detach().double().numpy()
+        model.head.weight.detach().cpu().double().numpy(), model.head.bias.detach().cpu().double().numpy()
     )
     head = head_of_map(work.objective.target_type, task.classes, weight, bias)
     return publish(

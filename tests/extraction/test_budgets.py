@@ -35,7 +35,7 @@ def noise(seed, side=16):
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
 
 
-def loaded(payloads, decoder=None, prepare=lambda pixels: pixels, stop=bool, workers=2):
+def loaded(payloads, decoder=None, prepare=lambda pixels, _row: pixels, stop=bool, workers=2):
     """Loads some encoded images; gives the images by their number."""
     source = open_source({f"{i:03d}": payload for i, payload in enumerate(payloads)})
     decoder = decoder or decoder_for(Decoding("cpu", "declared"), "rgb", "cpu")
@@ -50,7 +50,7 @@ def test_a_file_beyond_its_budget_is_not_read(monkeypatch, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(noise(0)))
     source = open_source(tmp_path)
     loader = Loader(
-        source, lambda _: ("all",), decoder_for(Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels: pixels,
+        source, lambda _: ("all",), decoder_for(Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels, _row: pixels,
         clock=StageSeconds(), workers=1, window=8,
     )  # fmt: skip
     listing = source.scan().combine_chunks()
@@ -103,7 +103,7 @@ def test_every_exception_at_one_image_is_a_reject(monkeypatch, place, error):
 
         return call
 
-    prepare = lambda pixels: pixels  # noqa: E731
+    prepare = lambda pixels, _row: pixels  # noqa: E731
     if place == "read":
         monkeypatch.setattr(stream, "key_of", failing(stream.key_of, lambda payload: payload == payloads[3]))
     elif place == "decode":
@@ -112,7 +112,7 @@ def test_every_exception_at_one_image_is_a_reject(monkeypatch, place, error):
         payloads = [payload + bytes(i) for i, payload in enumerate(payloads)]
     else:
         third = torch.from_numpy(noise(3)).permute(2, 0, 1)
-        prepare = failing(prepare, lambda pixels: torch.equal(pixels, third))
+        prepare = failing(prepare, lambda pixels, _row: torch.equal(pixels, third))
     found = loaded(payloads, prepare=prepare)
     assert [image.row for image in found if image.reason is not None] == [3]
     assert [image.row for image in found if image.pixels is not None] == [row for row in range(10) if row != 3]

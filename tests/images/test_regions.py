@@ -133,7 +133,7 @@ def test_regions_of_one_image_are_read_and_decoded_once(tmp_path):
             yield try_decode(payload, colour="rgb", claim=claim)
 
     loader = Loader(
-        Counting(), lambda _: ("all",), decoder, lambda image: image, clock=StageSeconds(), workers=2, window=16
+        Counting(), lambda _: ("all",), decoder, lambda image, _row: image, clock=StageSeconds(), workers=2, window=16
     )
     loaded = [image for images in loader.load(source.scan(), np.arange(40)) for image in images]
     assert [image.row for image in loaded] == list(range(40))
@@ -265,7 +265,9 @@ def test_crops_stay_where_the_image_is(device):
         decoded.extend(payloads)
         return [torch.zeros((3, 60, 80), dtype=torch.uint8, device=device) for _ in payloads]
 
-    loader = Loader(source, lambda _: ("all",), decoder, lambda image: image, clock=StageSeconds(), workers=1, window=8)
+    loader = Loader(
+        source, lambda _: ("all",), decoder, lambda image, _row: image, clock=StageSeconds(), workers=1, window=8
+    )
     loaded = [image for images in loader.load(table, np.arange(3)) for image in images]
     assert len(decoded) == 1
     assert [(image.pixels.device.type, tuple(image.pixels.shape)) for image in loaded] == [(device, (3, 10, 20))] * 3

@@ -1,0 +1,624 @@
+"""Tunes all layers from the images themselves, with random changes of them, from pretrained weights or from scratch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from featurepipe.backbones import load_backbone
+from featurepipe.backbones.preprocessing import Preprocessing
+from featurepipe.backbones.tail import Trunk, TunedLayers
+from featurepipe.display import counted, size
+from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
+from featurepipe.execution.dask import executor_on
+from featurepipe.execution.executor import Executor
+from featurepipe.extraction.extract import extract, opened
+from featurepipe.features.loader import Loaded, Loader, StageSeconds
+from featurepipe.features.options import KEEP, MachineOptions, SourceOptions, places
+from featurepipe.features.session import Decoding, decoder_for
+from featurepipe.features.settings import Machine, Settings, settle_machine
+from featurepipe.images import Source
+from featurepipe.interrupt import stop_on_signals
+from featurepipe.option_groups import declared
+from featurepipe.progress import spoken
+from featurepipe.store import FeatureStore, Space
+from featurepipe.store.choice import choose_space
+from featurepipe.store.feature_store import is_store
+from featurepipe.store.rows import ArrayRows
+from featurepipe.store.views import FeatureSet
+from featurepipe.training.cost import available_memory
+from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, step_seconds
+from featurepipe.tuning.loop import Draw, Rows
+from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SCALE = (0.35, 1.0)
+"""Share of an image's area that a random crop shows."""
+RATIO = (3 / 4, 4 / 3)
+"""Width to height of a random crop."""
+COPIES_ON_DISK = 10
+"""A checkpoint holds the weights, AdamW's two means and the best weights, and is written beside the one before; then come two
+files of weights."""
+COPIES_IN_MEMORY = 7
+"""Weights, gradients, AdamW's two means, the best, the first, and a checkpoint on its way."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of images in training, by torchvision's v2 transforms.
+
+    What is drawn follows from the seed, the epoch and the row alone, so that neither threads nor a kill change anything. A crop
+    is drawn as ``RandomResizedCrop`` does (Szegedy et al., "Going deeper with convolutions", CVPR 2015).
+
+    Attributes:
+        crops: Show a part of the image, of 35 to 100 % of its area, at the network's size.
+        flips: Mirror every other image left to right.
+        preprocessing: The network's own; without crops, its own resize and crop are taken.
+    """
+
+    crops: bool
+    flips: bool
+    preprocessing: Preprocessing
+
+    @classmethod
+    def of(cls, asked: str | None, preprocessing: Preprocessing) -> Augmentation:
+        """What an option ``augment`` asks for."""
+        names = (asked or "crop").split(",")
+        return cls("crop" in names, "flip" in names, preprocessing)
+
+    def about(self) -> dict[str, Any]:
+        """The recipe as JSON values."""
+        crop = {"scale": list(SCALE), "ratio": [round(value, 4) for value in RATIO]} if self.crops else None
+        return {"random_resized_crop": crop, "horizontal_flip": 0.5 if self.flips else 0, "text": self.text}
+
+    @property
+    def text(self) -> str:
+        """The recipe in words."""
+        names = [f"crops of {SCALE[0]:.0%} to {SCALE[1]:.0%}"] * self.crops + ["flips"] * self.flips
+        return " and ".join(names) or "no augmentation"
+
+    def __call__(self, image: Tensor, row: int, draw: Draw) -> Tensor:
+        """The network's input, uint8 (C, h, w), of a decoded image, uint8 (C, H, W)."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        wanted, random = self.preprocessing, np.random.default_rng([*draw, row])
+        if self.crops:
+            top, left, height, width = random_crop(image.shape[-2], image.shape[-1], random)
+            image = functional.resized_crop(
+                image, top, left, height, width, list(wanted.crop),
+                interpolation=InterpolationMode(wanted.interpolation), antialias=wanted.antialias,
+            )  # fmt: skip
+        else:
+            image = wanted.resize_crop(image)
+        return functional.horizontal_flip(image) if self.flips and random.random() < 0.5 else image
+
+
+def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random part of an image; the whole, as far as its shape allows, if ten draws do not fit."""
+    for _ in range(10):
+        area = height * width * random.uniform(*SCALE)
+        ratio = np.exp(random.uniform(np.log(RATIO[0]), np.log(RATIO[1])))
+        tall, wide = max(1, round(np.sqrt(area / ratio))), max(1, round(np.sqrt(area * ratio)))
+        if tall <= height and wide <= width:
+            return int(random.integers(height - tall + 1)), int(random.integers(width - wide + 1)), tall, wide
+    tall, wide = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    return (height - tall) // 2, (width - wide) // 2, max(1, tall), max(1, wide)
+
+
+@dataclass
+class ImageExamples:
+    """Images by row of the task, read and decoded as ``extract`` does, with the same budgets.
+
+    Attributes:
+        source: Where they are.
+        listing: ``id``, ``locator`` and ``size`` of each row.
+        keys: (n, 32) what each row's key was when it was extracted.
+        preprocessing: The network's.
+        augmentation: What changes images in training.
+        decoding: How bytes become pixels.
+        workers: Threads.
+        lost: Why rows could not be read, by row.
+    """
+
+    source: Source
+    listing: pa.Table
+    keys: npt.NDArray[np.uint8]
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    decoding: Decoding
+    workers: int
+    lost: dict[int, str] = field(default_factory=dict)
+    scored: ClassVar[int] = 32
+
+    def batches(self, parts: Sequence[Rows], draw: Draw | None = None) -> Iterator[tuple[Tensor, Rows]]:
+        """Images of each part of the rows, uint8 (m, C, h, w), loaded ahead by threads; those that cannot be read are left out.
+
+        Raises:
+            SourceError: Nothing can be read any more.
+        """
+        if not parts:
+            return
+
+        def prepare(pixels: Tensor, row: int) -> Tensor:
+            return self.preprocessing.resize_crop(pixels) if draw is None else self.augmentation(pixels, row, draw)
+
+        loader = Loader(
+            self.source, lambda _: ("image",), decoder_for(self.decoding, self.preprocessing.colour, "cpu"), prepare,
+            clock=StageSeconds(), workers=self.workers, window=4 * max(map(len, parts)),
+        )  # fmt: skip
+        with closing(loader.load(self.listing, np.concatenate(parts))) as loaded:
+            images = chain.from_iterable(loaded)
+            for part in parts:
+                usable = [image for _, image in zip(part, images, strict=False) if self._is_usable(image)]
+                yield self._stacked(usable), np.array([image.row for image in usable], np.int64)
+
+    def _stacked(self, images: Sequence[Loaded]) -> Tensor:
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        return torch.stack(pixels) if pixels else torch.zeros((0, *self.preprocessing.input_shape), dtype=torch.uint8)
+
+    def _is_usable(self, image: Loaded) -> bool:
+        if image.reason is None and image.key != self.keys[image.row].tobytes():
+            image.reason = "its bytes are others than when it was extracted"
+        if image.reason is not None:
+            self.lost[image.row] = image.reason
+        return image.reason is None
+
+
+@dataclass
+class ImagesWork(TuningWork):
+    """All layers of a network, tuned from images.
+
+    Attributes:
+        examples: The images of the task's rows.
+        stored: The bottleneck features of these rows, if the store has them.
+        gone: Rows that the source no longer lists.
+        machine: Where it learns, and with how many threads it reads.
+        fabric: Lightning's; None until it learns.
+    """
+
+    examples: ImageExamples
+    stored: FeatureSet | None
+    gone: Rows
+    machine: Machine
+    _fabric: Fabric | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_fabric": None}
+
+    @property
+    def fabric(self) -> Fabric | None:
+        """On which devices, and in which precision."""
+        return self._fabric
+
+    @property
+    def column(self) -> str:
+        """What goes in."""
+        return "images"
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the store's features, with which the bundle computes its own; from scratch in float32."""
+        found = super().settings
+        return replace(found, precision="fp32") if self.is_scratch else found
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of training."""
+        return precision_of(self.options, self.machine)
+
+    def text(self, *, seconds: float | None = None) -> str:
+        """What is tuned on what, and how long an epoch takes if that was measured."""
+        division, blocks, schedule = self.task.division, self.body.blocks(), self.schedule
+        parameters = sum(value.numel() for value in self.body.parameters() if value.requires_grad)
+        how = "from scratch" if self.is_scratch else f"from {self.backbone.weights}"
+        lasts = f"; an epoch takes about {spoken(seconds)}, at most {schedule.epochs}" if seconds is not None else ""
+        return (
+            f"tuning all of {self.backbone.name} {how}: {parameters:,} weights in {counted(len(blocks), 'block')} on "
+            f"{len(division.train):,} images, {len(division.validation):,} to choose by; {self.examples.augmentation.text}, "
+            f"BatchNorm {_trunk(self).batch_norm}, {self.precision} on {self.machine.device}{lasts}"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            **described(self.backbone, self.body),
+            "scratch": self.is_scratch,
+            "augmentation": self.examples.augmentation.about(),
+            "batch_norm": _trunk(self).batch_norm,
+            "mixed_precision": self.precision,
+            "device": self.machine.device,
+            "processes": self._fabric.world_size if self._fabric is not None else 1,
+            "library": f"lightning-fabric {version('lightning-fabric')}",
+            "unreadable": len(self.examples.lost),
+            "measure": self.objective.measure,
+        }
+
+    def examples_of(self, rows: Rows) -> ImageExamples:  # noqa: ARG002 - all are read when they are needed
+        """The images by row."""
+        return self.examples
+
+    def fill_frozen(self, rows: Rows) -> Rows:
+        """Takes the features of the network as it is from the store, or computes them."""
+        if self.stored is None:
+            return super().fill_frozen(rows)
+        self.set_features(rows, self.stored.read(np.float32, rows=rows))
+        return rows[:0]
+
+    def exact_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The head to start from: exact on the bottleneck of pretrained weights, and random from scratch."""
+        self.leave_out(self.gone, say)
+        if not self.is_scratch:
+            return super().exact_head(say)
+        random, width = np.random.default_rng(self.options.seed), self.body.width
+        outputs = max(1, len(self.task.classes))
+        weight = random.uniform(-1, 1, (outputs, width)) / np.sqrt(width)
+        return self.objective.to_target(weight, np.zeros(outputs))
+
+    def check_room(self, folder: Path) -> None:
+        """Refuses what fits neither in memory nor on the disk, before anything is done.
+
+        Raises:
+            UsageError: A step needs more memory than is free; names a batch size that does not.
+            DiskFull: Checkpoints and the bundle need more than is free beside the bundle.
+        """
+        weights = sum(value.numel() * value.element_size() for value in self.body.parameters())
+        where = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        free, need = shutil.disk_usage(where).free, COPIES_ON_DISK * weights
+        if need > free:
+            raise DiskFull(
+                f"checkpoints and weights of {self.backbone.name} take up to {size(need)}, and {size(free)} are free on the disk "
+                f"of {where}; give a folder on another disk"
+            )
+        if self.machine.device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(self.machine.device if ":" in self.machine.device else "cuda:0")[0]
+        else:
+            free = available_memory()
+        each, batch = bytes_of_one(self.body), self.schedule.batch_size
+        left = free - COPIES_IN_MEMORY * weights
+        if left < each * batch:
+            fewer = left // each
+            remedy = Message("try ", Option("batch_size", str(fewer))) if fewer > 0 else "take a smaller network"
+            raise UsageError(
+                Message(
+                    f"a step of {batch} images takes about {size(each * batch + COPIES_IN_MEMORY * weights)} of memory, and "
+                    f"{size(free)} are free on {self.machine.device}; ", remedy,
+                )
+            )  # fmt: skip
+
+    def launch(self) -> Fabric:
+        """Starts Lightning Fabric on the device."""
+        self._fabric = fabric_on(self.machine.device, self.precision)
+        return self._fabric
+
+
+def machine_options(extraction: Mapping[str, Any]) -> MachineOptions:
+    """Device and threads, out of the arguments of an extraction."""
+    return MachineOptions(**{name: extraction[name] for name in ("device", "workers") if name in extraction})
+
+
+def precision_of(options: TuneOptions, machine: Machine) -> str:
+    """The arithmetic of training on a machine."""
+    if options.mixed_precision is not None:
+        return options.mixed_precision
+    return "bf16" if machine.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _trunk(work: TuningWork) -> Trunk:
+    if not isinstance(work.body, Trunk):
+        raise TypeError("all layers are tuned as a trunk")
+    return work.body
+
+
+def bytes_of_one(body: TunedLayers) -> int:
+    """What a step keeps in memory for each image until its gradients are computed, measured on two."""
+    held: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        held[value.data_ptr()] = value.numel() * value.element_size()
+        return value
+
+    parameters = {value.data_ptr() for value in body.parameters()}
+    images = torch.zeros(2, *body.input_shape, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        features = body(images)
+    del features
+    return max(1, sum(amount for place, amount in held.items() if place not in parameters) // 2)
+
+
+def fabric_on(device: str, precision: str) -> Fabric:
+    """Lightning Fabric on a device; of processes that ``torchrun`` started, each on its own.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise UsageError("tuning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'") from error
+    kind, _, number = device.partition(":")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if here > 1 or int(os.environ.get("WORLD_SIZE", "1")) > here:
+        from datetime import timedelta
+
+        from lightning_fabric.strategies.ddp import DDPStrategy
+
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        strategy = DDPStrategy(timeout=timedelta(days=7))  # the others wait while the first extracts
+        fabric = Fabric(
+            accelerator=kind, devices=here, num_nodes=nodes, strategy=strategy, precision=_PRECISIONS[precision]
+        )
+    else:
+        devices: Any = [int(number)] if number else 1
+        fabric = Fabric(accelerator=kind, devices=devices, precision=_PRECISIONS[precision])
+    fabric.launch()
+    return fabric
+
+
+_PRECISIONS: Mapping[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+def images_work(
+    source: Any,
+    store: FeatureStore | str | PathLike[str] | None,
+    options: TuneOptions,
+    extraction: Mapping[str, Any],
+    *,
+    snapshot: str | None,
+    ids: Collection[str] | None,
+    beside: Path,
+    executor: Executor,
+    dry_run: bool,
+    silent: bool,
+    say: Callable[[str], None],
+) -> ImagesWork | dict[str, Any]:
+    """Settles rows, labels, network and images, of a store whose images are read where they were extracted from, or of images.
+
+    Images that are given are extracted first, with the bottleneck, so that labels, splits, keys and rejects are those of any
+    other command; what the store has is not computed again.
+
+    Args:
+        source: A store, or images as `featurepipe.extract` takes them.
+        store: Where features of images go; by default beside the bundle.
+        options: Of the tuning.
+        extraction: Further arguments of `featurepipe.extract`.
+        snapshot: As in `featurepipe.train`.
+        ids: Only these images; None for all.
+        beside: The bundle's folder.
+        executor: Who extracts.
+        dry_run: Extract nothing.
+        silent: Show no progress.
+        say: Told what is done.
+
+    Returns:
+        The work; in a dry run on images that are yet to be extracted, what is known without that.
+
+    Raises:
+        UsageError: The images are gone, or as `featurepipe.extract` and `featurepipe.train` raise.
+        SourceError: The source cannot be listed.
+    """
+    run: dict[str, Any] = {}
+    if is_store(source):
+        found = source if isinstance(source, FeatureStore) else FeatureStore(source, create=False)
+        dataset = options.dataset or found.only_dataset()
+        images = recorded_source(found, dataset)
+    else:
+        target = beside.with_name(f"{beside.name}.features") if store is None else store
+        asked = SourceOptions(**{name: extraction[name] for name in declared(SourceOptions) if name in extraction})
+        run = _extracted(source, target, options, extraction, executor, dry_run=dry_run, silent=silent, say=say)
+        dataset = run["dataset"]
+        if dry_run and run["to_read"]:
+            return _outlook(run, options, extraction)
+        found = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
+        images = opened(source, asked)
+    return _settled(found, dataset, images, options, extraction, run, snapshot=snapshot, ids=ids, say=say)
+
+
+def recorded_source(store: FeatureStore, dataset: str) -> Source:
+    """Opens the source that a dataset was last extracted from, as it was opened then.
+
+    Raises:
+        UsageError: It is gone, or was in memory.
+    """
+    runs = [run for run in store.runs() if run.get("dataset") == dataset and isinstance(run.get("source"), str)]
+    if not runs:
+        raise UsageError(Message(f"{store.path} does not say where the images of {dataset} are; ", *_give(store)))
+    run = max(runs, key=lambda run: run["run_id"])
+    known = run.get("options", {})
+    given: dict[str, Any] = {name: known[name] for name in declared(SourceOptions) if name in known}
+    asked = SourceOptions(**{**given, "only_under": places(given.get("only_under"))})
+    try:
+        return opened(run["source"], asked)
+    except (SourceError, UsageError) as error:
+        raise UsageError(
+            Message(
+                f"the images of {dataset} were extracted from {run['source']}, which cannot be opened now (", error.message,
+                "); ", *_give(store),
+            )
+        ) from error  # fmt: skip
+
+
+def _give(store: FeatureStore) -> tuple[str | Option, ...]:
+    return "give the images as the source, and the store with ", Option("store", str(store.path))
+
+
+def _extracted(
+    source: Any, store: FeatureStore | str | PathLike[str], options: TuneOptions, extraction: Mapping[str, Any],
+    executor: Executor, *, dry_run: bool, silent: bool, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The record of the extraction of the bottleneck, or what a dry run estimates of it."""
+    arguments = {
+        **extraction,
+        "dataset": options.dataset,
+        "backbone": options.backbone or DEFAULT_BACKBONE,
+        "weights": "DEFAULT" if options.weights is None else str(options.weights),
+        "seed": options.seed,
+        "cluster": executor,
+    }
+    where = store.path if isinstance(store, FeatureStore) else store
+    say(f"the bottleneck of {arguments['backbone']}, for rows, labels and the first head, is kept in {where}")
+    return extract(source, store, **arguments, dry_run=dry_run, silent=silent)
+
+
+def _outlook(estimate: Mapping[str, Any], options: TuneOptions, extraction: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dry run says of images that are yet to be extracted."""
+    weights = "DEFAULT" if options.weights is None else str(options.weights)
+    backbone = load_backbone(options.backbone or DEFAULT_BACKBONE, weights, seed=options.seed)
+    body = Trunk(backbone, options.batch_norm)
+    schedule = options.schedule(estimate["listed"], is_scratch=backbone.is_random)
+    step = step_seconds(body, schedule.batch_size)
+    lasts = "" if estimate["seconds"] is None else f", in about {spoken(estimate['seconds'])}"
+    text = f"{estimate['to_read']:,} of {estimate['listed']:,} images are to be extracted first{lasts}"
+    machine = settle_machine(machine_options(extraction), "cpu")
+    return {
+        "dry_run": True,
+        "extraction": {**estimate, "text": text},
+        "tuning": {
+            **described(backbone, body),
+            "scratch": backbone.is_random,
+            "augmentation": Augmentation.of(options.augment, backbone.preprocessing).about(),
+            "batch_norm": body.batch_norm,
+            "mixed_precision": precision_of(options, machine),
+            "device": machine.device,
+            "seconds_per_1000_images": 1000 / schedule.batch_size * step,
+        },
+    }
+
+
+def _settled(
+    store: FeatureStore, dataset: str, source: Source, options: TuneOptions, extraction: Mapping[str, Any],
+    run: Mapping[str, Any], *, snapshot: str | None, ids: Collection[str] | None, say: Callable[[str], None],
+) -> ImagesWork:  # fmt: skip
+    is_scratch = options.weights == "none"
+    space, column = _rows_of(store, dataset, run.get("fingerprint"), options, is_scratch=is_scratch)
+    if is_scratch:
+        backbone = load_backbone(options.backbone or space.backbone, "none", seed=options.seed)
+    else:
+        backbone = network_of(space, options)
+    body = Trunk(backbone, options.batch_norm)
+    found = chosen(store.features(dataset, node=column, backbone=space.fingerprint, snapshot=snapshot), ids)
+    task, recipe, objective = settled(store, found, body, options, snapshot=snapshot, say=say)
+    held = task.features.rows
+    positions = held.positions if isinstance(held, ArrayRows) else np.arange(len(task.features))
+    listing, gone = _located(source, task.features, say)
+    settings = Settings.of_space(space.fields, why="as in the store")
+    machine = settle_machine(machine_options(extraction), "cpu")
+    examples = ImageExamples(
+        source, listing, task.features.keys, backbone.preprocessing, Augmentation.of(options.augment, backbone.preprocessing),
+        Decoding("cpu", settings.intensity, extraction.get("damaged") == KEEP), machine.workers,
+    )  # fmt: skip
+    stored = found.take(positions) if column == body.bottleneck and not backbone.is_random else None
+    return ImagesWork(
+        space,
+        backbone,
+        body,
+        task,
+        recipe,
+        objective,
+        options,
+        examples=examples,
+        stored=stored,
+        gone=gone,
+        machine=machine,
+    )
+
+
+def _rows_of(
+    store: FeatureStore, dataset: str, fingerprint: str | None, options: TuneOptions, *, is_scratch: bool
+) -> tuple[Space, str]:
+    """A feature space that has the dataset's rows, and a column of it: the bottleneck where there is one, and for rows alone any.
+
+    Raises:
+        UsageError: None fits, or several do.
+        StoreError: The store holds no features.
+    """
+    named = options.backbone if not is_scratch or any(s.backbone == options.backbone for s in store.spaces()) else None
+    try:
+        space = choose_space(store, fingerprint or named, dataset)
+    except UsageError:
+        if not is_scratch:
+            raise
+        space = next(space for space in store.spaces() if space.columns())  # whichever: its features are not taken
+    columns = space.columns()
+    bottleneck = f"{space.notes.get('aliases', {}).get('bottleneck', 'bottleneck')}:gap"
+    if bottleneck in columns or not columns:
+        return space, bottleneck
+    return space, next(iter(columns))
+
+
+def _located(source: Source, features: FeatureSet, say: Callable[[str], None]) -> tuple[pa.Table, Rows]:
+    """The listing's entry of each row, and the rows that the source no longer lists.
+
+    Raises:
+        UsageError: It lists none of them.
+    """
+    listing = source.scan().combine_chunks()
+    places = pc.index_in(features.table["id"].combine_chunks(), value_set=listing["id"].combine_chunks())
+    gone = np.flatnonzero(np.asarray(places.is_null()))
+    if len(gone) == len(features):
+        raise UsageError(
+            f"{source.location} lists none of the {len(features):,} images of {features.origin.dataset}, such as "
+            f"{features.ids[0]!r}; give the source that they were extracted from"
+        )
+    if len(gone):
+        is_ = "is" if len(gone) == 1 else "are"
+        say(f"{counted(len(gone), 'image')} of {features.origin.dataset} {is_} not in {source.location} any more")
+    return listing.select(["id", "locator", "size"]).take(pc.fill_null(places, 0)), gone
+
+
+def finetune_images(
+    source: Any,
+    store: FeatureStore | str | PathLike[str] | None,
+    options: TuneOptions,
+    extraction: Mapping[str, Any],
+    *,
+    snapshot: str | None,
+    ids: Collection[str] | None,
+    folder: Path,
+    cluster: Any,
+    if_changed: bool,
+    dry_run: bool,
+    silent: bool,
+    say: Callable[[str], None],
+    start: float,
+) -> dict[str, Any]:
+    """The part of `featurepipe.finetune` for ``from_node="images"``; see there.
+
+    Of processes that ``torchrun`` started, the first settles everything and publishes; the others learn with it.
+    """
+    with executor_on(None if dry_run else cluster, say=say) as executor:
+        work = images_work(
+            source, store, options, extraction,
+            snapshot=snapshot, ids=ids, beside=folder, executor=executor, dry_run=dry_run, silent=silent, say=say,
+        )  # fmt: skip
+    if isinstance(work, dict):
+        return work
+    asked = {"why": why_tune(work, folder, say)} if if_changed else {}
+    if asked == {"why": []}:
+        return unchanged(work, folder)
+    work.check_room(folder)
+    seconds = work.epoch_seconds()
+    say(work.text(seconds=seconds))
+    if dry_run:
+        return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": seconds}, **asked}
+    work.launch()
+    with closing(work.examples.source), stop_on_signals() as stop:
+        return {**tune_and_publish(work, folder, stop, start=start, silent=silent, say=say), **asked}
