@@ -112,7 +112,7 @@ def test_every_exception_at_one_image_is_a_reject(monkeypatch, place, error):
         payloads = [payload + bytes(i) for i, payload in enumerate(payloads)]
     else:
         third = torch.from_numpy(noise(3)).permute(2, 0, 1)
-        prepare = failing(prepare, lambda pixels, _row: torch.equal(pixels, third))
+        prepare = failing(prepare, lambda pixels: torch.equal(pixels, third))
     found = loaded(payloads, prepare=prepare)
     assert [image.row for image in found if image.reason is not None] == [3]
     assert [image.row for image in found if image.pixels is not None] == [row for row in range(10) if row != 3]
