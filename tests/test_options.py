@@ -211,6 +211,7 @@ def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
         "extract": {"box_unit", "damaged", "frames", "precision", "dtype", "decode"},
         "train": {"class_weight"},
         "depth": {"control"},
+        "finetune": {"augment", "batch_norm", "mixed_precision"},
     }
     assert set(chosen) == having.get(step, set())
     for name, choices in chosen.items():

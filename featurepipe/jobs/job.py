@@ -218,7 +218,7 @@ class TrainTable(BaseTable, FitOptions, frozen=True):
 
 
 class FinetuneTable(BaseTable, LoopOptions, frozen=True):
-    """``[[finetune]]``: layers to tune from stored activations; see `featurepipe finetune`."""
+    """``[[finetune]]``: layers to tune from stored activations, or all from images; see `featurepipe finetune`."""
 
     out: JobPath
     """Folder of the bundle; the last one is replaced once the new one is complete."""

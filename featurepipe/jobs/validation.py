@@ -24,7 +24,7 @@ from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.option_groups import OptionGroup, declared
 from featurepipe.training.options import TrainOptions
-from featurepipe.tuning.options import LoopOptions
+from featurepipe.tuning.options import IMAGES, LoopOptions
 
 _MUST_BE = {
     "string_type": "must be text",
@@ -265,7 +265,12 @@ def _tuned_columns(job: Job) -> Iterator[Problem]:
             yield (
                 f"finetune[{place}].from_node",
                 None,
-                'is missing: a node whose activations [[features]] has, as "NODE:map"',
+                'is missing: a node whose activations [[features]] has, as "NODE:map", or "images"',
+            )
+            continue
+        if table.from_node == IMAGES:
+            yield from _columns_of_one_network(
+                job, f"finetune[{place}]", ["bottleneck"], table.backbone, key="from_node"
             )
             continue
         columns = [f"{table.from_node}:{pooling}" for pooling in ("map", "flatten")]

@@ -6,7 +6,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -266,7 +266,7 @@ def stored_activations(
         DiskFull: There is too little space for the activations.
     """
     if is_store(source):
-        _refuse_of_images(source, store, extraction)
+        refuse_of_images(source, store, extraction)
         found = source if isinstance(source, FeatureStore) else FeatureStore(source, create=False)
         return StoredActivations(found, options.dataset, options.backbone)
     _refuse_unknown(extraction)
@@ -427,16 +427,16 @@ def _refuse_unknown(extraction: Mapping[str, Any]) -> None:
             raise unknown("argument", name, choices, where="extraction")
 
 
-def _refuse_of_images(source: Any, store: Any, extraction: Mapping[str, Any]) -> None:
+def refuse_of_images(source: Any, store: Any, extraction: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
     """Refuses what would be ignored, since a store has no images."""
     defaults = {name: one.default for group in EXTRACTION_GROUPS for name, one in declared(group).items()}
-    given = [name for name, value in extraction.items() if value != defaults.get(name, value)]
+    given = [name for name, value in extraction.items() if name not in allowed and value != defaults.get(name, value)]
     given = (["store"] if store is not None else []) + given
     if given:
         where = source.path if isinstance(source, FeatureStore) else source
         raise UsageError(
             Message(
-                f"{where} is a feature store, from which no image is read: leave ", *_listed(given),
+                f"{where} is a feature store, whose images are as they were extracted: leave ", *_listed(given),
                 " out, or give the images as the source",
             )
         )  # fmt: skip

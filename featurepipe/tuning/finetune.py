@@ -178,7 +178,7 @@ def finetune(
             if_changed=if_changed, dry_run=dry_run, silent=silent, say=say, start=start,
         )  # fmt: skip
         return {**found, "options": as_asked(options)} if "tuning" in found and not dry_run else found
-    refuse_of_images(options)
+    refuse_image_options(options)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         stored = stored_activations(
             source, store, options, extraction or {},
@@ -312,7 +312,7 @@ def _prepared(
     return TailWork(space, network, tail, task, recipe, objective, options, maps, tuned, frozen, need <= allowed)
 
 
-def refuse_of_images(options: TuneOptions) -> None:
+def refuse_image_options(options: TuneOptions) -> None:
     """Refuses what only images can be learned from with.
 
     Raises:

@@ -29,7 +29,7 @@ from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
 from featurepipe.extraction.extract import extract, opened
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
-from featurepipe.features.options import KEEP, MachineOptions, SourceOptions, places
+from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
 from featurepipe.features.session import Decoding, decoder_for
 from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
@@ -42,7 +42,7 @@ from featurepipe.store.feature_store import is_store
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, step_seconds
+from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, refuse_of_images, step_seconds
 from featurepipe.tuning.loop import Draw, Rows
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
@@ -417,9 +417,11 @@ def images_work(
     """
     run: dict[str, Any] = {}
     if is_store(source):
+        refuse_of_images(source, store, extraction, allowed=("device", "workers"))
         found = source if isinstance(source, FeatureStore) else FeatureStore(source, create=False)
         dataset = options.dataset or found.only_dataset()
-        images = recorded_source(found, dataset)
+        images, damaged = recorded_source(found, dataset)
+        extraction = {**extraction, "damaged": damaged}
     else:
         target = beside.with_name(f"{beside.name}.features") if store is None else store
         asked = SourceOptions(**{name: extraction[name] for name in declared(SourceOptions) if name in extraction})
@@ -432,8 +434,8 @@ def images_work(
     return _settled(found, dataset, images, options, extraction, run, snapshot=snapshot, ids=ids, say=say)
 
 
-def recorded_source(store: FeatureStore, dataset: str) -> Source:
-    """Opens the source that a dataset was last extracted from, as it was opened then.
+def recorded_source(store: FeatureStore, dataset: str) -> tuple[Source, str]:
+    """Opens the source that a dataset was last extracted from, as it was opened then; says what became of damaged images.
 
     Raises:
         UsageError: It is gone, or was in memory.
@@ -446,7 +448,7 @@ def recorded_source(store: FeatureStore, dataset: str) -> Source:
     given: dict[str, Any] = {name: known[name] for name in declared(SourceOptions) if name in known}
     asked = SourceOptions(**{**given, "only_under": places(given.get("only_under"))})
     try:
-        return opened(run["source"], asked)
+        return opened(run["source"], asked), str(known.get("damaged", REJECT))
     except (SourceError, UsageError) as error:
         raise UsageError(
             Message(

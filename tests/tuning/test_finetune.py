@@ -264,7 +264,7 @@ def test_images_are_extracted_once_and_tuned_as_from_a_store(piles, store, tmp_p
     assert "360 images to learn from, 40 to choose by, 100 to test" in again.out
     with pytest.raises(UsageError, match="unknown argument 'nodes' in extraction"):
         finetune(piles / "piles", **asked, extraction={"nodes": "c1"}, silent=True)
-    with pytest.raises(UsageError, match="no image is read: leave store, damaged out"):
+    with pytest.raises(UsageError, match="as they were extracted: leave store, damaged out"):
         finetune(store, tmp_path / "x", from_node=CUT, out=tmp_path / "b", extraction={"damaged": "keep"}, silent=True)
 
 

@@ -74,9 +74,8 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
     if "skipped" in found:
         return {name: value for name, value in found.items() if name != "stored_features"}
     told, tuning = _told(found), found["tuning"]
-    how = (
-        f"{tuning['mix']:.0%} of the weights tuned above {tuning['from']}" if tuning["mix"] else "tuning gained nothing"
-    )
+    where = "from images" if tuning["from"] == "images" else f"above {tuning['from']}"
+    how = f"{tuning['mix']:.0%} of the weights tuned {where}" if tuning["mix"] else "tuning gained nothing"
     return {**told, "from": tuning["from"], "mix": tuning["mix"], "text": f"{told['text']}; {how}"}
 
 
