@@ -121,6 +121,8 @@ def given_in(table, name, text, folder):
     """A job file that says one thing."""
     lines = {"source": ['path = "p"'], "features": []}
     lines |= {table: ['out = "b"']} if table in ("train", "finetune") else {}
+    if table == "finetune" and name != "from_node":
+        lines[table].append('from_node = "images"')
     lines.setdefault(table, []).append(f"{name} = {text}")
     heads = {name: f"[[{name}]]" for name in ("features", "train", "finetune")}
     body = "".join("\n".join([heads.get(one, f"[{one}]"), *lines[one], ""]) for one in lines)

@@ -606,6 +606,13 @@ def finetune_images(
 
     Of processes that ``torchrun`` started, the first settles everything and publishes; the others learn with it.
     """
+    if options.store_features:
+        raise UsageError(
+            Message(
+                Option("store_features", "true"), " is of stored activations; features of a network tuned from images are "
+                f"extracted: featurepipe extract SOURCE --backbone NAME --weights {folder}/weights.safetensors",
+            )
+        )  # fmt: skip
     with executor_on(None if dry_run else cluster, say=say) as executor:
         work = images_work(
             source, store, options, extraction,
