@@ -269,7 +269,7 @@ def stored_activations(
         refuse_of_images(source, store, extraction)
         found = source if isinstance(source, FeatureStore) else FeatureStore(source, create=False)
         return StoredActivations(found, options.dataset, options.backbone)
-    _refuse_unknown(extraction)
+    refuse_unknown(extraction)
     target = beside.with_name(f"{beside.name}.features") if store is None else store
     name = options.backbone or DEFAULT_BACKBONE
     weights = "DEFAULT" if options.weights is None else str(options.weights)
@@ -415,7 +415,7 @@ def cut_of(options: TuneOptions, network: Backbone) -> str:
     )
 
 
-def _refuse_unknown(extraction: Mapping[str, Any]) -> None:
+def refuse_unknown(extraction: Mapping[str, Any]) -> None:
     """Refuses what is no option of extraction, or what `finetune` has an option of its own for.
 
     Raises:

@@ -42,7 +42,7 @@ from featurepipe.store.feature_store import is_store
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, refuse_of_images, step_seconds
+from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.loop import Draw, Rows
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
@@ -415,6 +415,7 @@ def images_work(
         UsageError: The images are gone, or as `featurepipe.extract` and `featurepipe.train` raise.
         SourceError: The source cannot be listed.
     """
+    refuse_unknown(extraction)
     run: dict[str, Any] = {}
     if is_store(source):
         refuse_of_images(source, store, extraction, allowed=("device", "workers"))
