@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.interval_coverage import KINDS, coverage
+from benchmarks.interval_coverage import KINDS, coverage, coverage_of_labels, coverage_of_numbers
 from featurepipe.heads.statistics.intervals import balanced_accuracy, macro_f1
 
 
@@ -17,6 +17,18 @@ def test_intervals_hold_the_truth_in_nine_of_ten_test_sets_or_more(classes, per_
     assert (seen["macro_f1"] is None) == (per_class < 3)
     low = {name: value for name, value in seen.items() if value is not None and value < 0.9}
     assert not low
+
+
+@pytest.mark.parametrize("noise", ["R2 0.9"])
+def test_intervals_of_numbers_hold_the_truth_in_nearly_nine_of_ten_test_sets_or_more(noise):
+    seen = coverage_of_numbers(30, noise, draws=25, seed=3)
+    assert all(value >= 0.84 for value in seen.values()), seen  # 25 draws of 0.93 are below with a probability of 0.03
+
+
+@pytest.mark.parametrize("kind", ["hard", "easy"])
+def test_intervals_of_several_labels_hold_the_truth_in_nearly_nine_of_ten_test_sets_or_more(kind):
+    seen = coverage_of_labels(60, kind, draws=25, seed=3)
+    assert all(value >= 0.84 for value in seen.values()), seen
 
 
 @pytest.mark.parametrize(
