@@ -28,6 +28,7 @@ from featurepipe.annotations import (
     texts_of,
     whole_numbers,
 )
+from featurepipe.display import counted
 from featurepipe.errors import UsageError, unknown
 
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
@@ -331,13 +332,13 @@ def _checked_text(ids: pa.Array, texts: pa.Array, name: str) -> LabelTable:
 
 def _refuse_contradictions(ids: pa.Array, values: pa.Array, name: str, column: str) -> None:
     pairs = pa.table({"id": ids, "value": values}).group_by(["id", "value"], use_threads=False).aggregate([])
-    counted = pairs.group_by("id", use_threads=False).aggregate([("value", "count", pc.CountOptions(mode="all"))])
-    twice = counted.filter(pc.greater(counted["value_count"], 1))["id"]
+    sizes = pairs.group_by("id", use_threads=False).aggregate([("value", "count", pc.CountOptions(mode="all"))])
+    twice = sizes.filter(pc.greater(sizes["value_count"], 1))["id"]
     if len(twice):
         first = twice[0].as_py()
         given = [str(value) for value in pairs.filter(pc.equal(pairs["id"], first))["value"].to_pylist()]
-        one = "an image has one label" if column == "label" else f"an image has one {column}"
+        what, one = ("labels", "label") if column == "label" else (f"values of {column}", column)
         raise UsageError(
-            f"{name}: {len(twice)} ids have several {'labels' if column == 'label' else f'values of {column}'}; {first!r} has "
-            f"{' and '.join(given)}: {one}"
+            f"{name}: {counted(len(twice), 'id', 'has', 'have')} several {what}; {first!r} has {' and '.join(given)}: "
+            f"an image has one {one}"
         )

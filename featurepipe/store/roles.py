@@ -224,7 +224,8 @@ def with_roles(
     if roles.multilabel:
         names, matrix, where = _several(columns, roles.multilabel)
         features = features.with_column("target", matrix, names=names)
-        say(f"several labels: {first_names(names)}, of {where}{_unknown_text(columns, roles.multilabel, matrix)}")
+        shown = first_names([repr(name) if "," in name else name for name in names])
+        say(f"several labels: {shown}, of {where}{_unknown_text(columns, roles.multilabel, matrix)}")
     features = _with_group(columns, features, roles.group, say)
     if roles.weight:
         found = columns.get("weight", roles.weight)
@@ -455,7 +456,8 @@ def _numbers(role: str, column: _Column, features: LabelledImages) -> pa.Array:
         more = f" and {len(rows) - _NAMED_VALUES:,} more" if len(rows) > _NAMED_VALUES else ""
         comma = pc.all(pc.match_substring_regex(wrong, _DECIMAL_COMMA)).as_py()
         what = "is no finite number" if len(rows) == 1 else "are no finite numbers"
-        hint = "write a decimal point" if comma else "leave it empty where it is not known"
+        hint = "every image needs one from 0" if role == "weight" else "leave it empty where it is not known"
+        hint = "write a decimal point" if comma else hint
         if comma and pc.all(pc.match_substring_regex(wrong, _THOUSANDS)).as_py():
             hint = "write no separator of thousands, or a decimal point: either may be meant"
         ways: Sequence[str | Option] = (

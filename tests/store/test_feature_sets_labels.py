@@ -130,7 +130,7 @@ def test_an_id_has_one_label(features, tmp_path):
     path.write_text("id,label\ncat/1.jpg,x\ndog/3.jpg,y\ndog/3.jpg,\ncat/1.jpg,z\n")
     with pytest.raises(UsageError, match=r"l\.csv: 2 ids have several labels; 'cat/1\.jpg' has x and z"):
         features.with_labels(path)
-    with pytest.raises(UsageError, match="the mapping: 1 ids have several labels; '1' has a and b"):
+    with pytest.raises(UsageError, match="the mapping: 1 id has several labels; '1' has a and b"):
         features.with_labels({1: "a", "1": "b"})
 
 

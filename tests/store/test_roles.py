@@ -140,7 +140,7 @@ def test_json_lists_and_columns_of_zeros_and_ones_are_several_labels(kept, tmp_p
         (
             "id,age\na1,3\na1,4\n",
             {"target": "age"},
-            "1 ids have several values of age; 'a1' has 3 and 4: an image has one age",
+            "1 id has several values of age; 'a1' has 3 and 4: an image has one age",
         ),
         ("id,label,w\na1,x,-1\n", {"weight": "w"}, "has the weight -1 for image 'a1'; every image needs one from 0"),
         ("id,label,w\na1,x,1\n", {"weight": "w"}, "has no weight for image 'a2'"),
