@@ -75,7 +75,9 @@ def check_unique(table: pa.Table, where: str, remedy: str = "add an `id` column 
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     shown = ", ".join(repr(value) for value in repeated.slice(0, 3).to_pylist())
     more = ", ..." if len(repeated) > 3 else ""
-    raise SourceError(f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; {remedy}")
+    raise SourceError(
+        f"{where}: {counted(len(repeated), 'id', 'occurs', 'occur')} more than once: {shown}{more}; {remedy}"
+    )
 
 
 def printable(name: str) -> str:

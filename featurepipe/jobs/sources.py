@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import column_named
+from featurepipe.display import counted
 from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
 from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import ALL
@@ -286,4 +287,4 @@ def _of_strangers(file: Path, strangers: pa.Array, ids: pa.ChunkedArray) -> str:
     named = ", ".join(strangers[:_STRANGERS_NAMED].to_pylist())
     more = ", ..." if len(strangers) > _STRANGERS_NAMED else ""
     like = f"; ids are like {ids[0].as_py()}" if len(ids) else ""
-    return f"{file.name} labels {len(strangers):,} ids that the source does not list: {named}{more}{like}"
+    return f"{file.name} labels {counted(len(strangers), 'id that the source does not list')}: {named}{more}{like}"

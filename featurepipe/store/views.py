@@ -360,7 +360,10 @@ def describe(features: FeatureSet) -> str:
     if "groups" in counts:
         lines.append(f"groups   {counts['groups']:,}")
     if counts["unmatched"]:
-        lines.append(f"labels   {counts['unmatched']:,} ids of the labels match no image here")
+        unmatched = counted(counts["unmatched"], "id")
+        lines.append(
+            f"labels   {unmatched} of the labels {'matches' if counts['unmatched'] == 1 else 'match'} no image here"
+        )
     return "\n".join(lines)
 
 

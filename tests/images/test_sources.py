@@ -104,7 +104,7 @@ def test_sizes_and_dates_in_the_manifest_spare_the_stat(tmp_path, monkeypatch):
 
 def test_duplicate_ids_in_a_manifest(tmp_path):
     (tmp_path / "m.csv").write_text("path\na.jpg\na.jpg\n")
-    with pytest.raises(SourceError, match=r"1 ids occur more than once: 'a\.jpg'; add an `id` column"):
+    with pytest.raises(SourceError, match=r"1 id occurs more than once: 'a\.jpg'; add an `id` column"):
         open_source(tmp_path / "m.csv").scan()
 
 

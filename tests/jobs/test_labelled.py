@@ -135,7 +135,7 @@ def test_a_labels_file_without_labels_leaves_those_of_the_images(pile):
     assert labels(pile) == ["cat"] * 3 + ["dog"] * 3
     assert record["steps"][1]["result"]["labelled"] == 6
     assert any(
-        "labels 1 ids that the source does not list: gone.png" in line
+        "labels 1 id that the source does not list: gone.png" in line
         for line in record["steps"][1]["result"]["warnings"]
     )
     write("finding")

@@ -185,7 +185,7 @@ def test_counts_and_words(wide, rows):
     assert (features.select(split="train").rejected, features.select(split="test").rejected) == (0, 1)
     assert wide.features("some", node="a", split="train").rejected == 0
     relabelled = features.with_labels({"i0": "x", "elsewhere": "y"})
-    assert relabelled.describe().splitlines()[-1] == "labels   1 ids of the labels match no image here"
+    assert relabelled.describe().splitlines()[-1] == "labels   1 id of the labels matches no image here"
 
 
 def test_rows_are_selected_by_class(wide, expected):
