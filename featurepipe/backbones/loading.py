@@ -20,11 +20,14 @@ from featurepipe.backbones.nodes import NodeInfo, Trace
 from featurepipe.backbones.packaged import LITE, EfficientNetLite, LeNet
 from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
-from featurepipe.backbones.stages import stages
+from featurepipe.backbones.stages import blocks, bounded_pooling, stages
 from featurepipe.backbones.weights import StateDict, is_file_name
 from featurepipe.errors import UsageError, about, unknown
 
 BOTTLENECK = "bottleneck"
+ALL = "all"
+"""Stands for the outputs of all blocks, each pooled to `ALL_GRID` x `ALL_GRID` cells, or fewer within `ALL_WIDTH` values."""
+ALL_GRID, ALL_WIDTH = 4, 9000
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 
 
@@ -215,8 +218,9 @@ class Backbone:
         """Reads the columns that a user asks for; needs no weights.
 
         Args:
-            requested: ``node`` or ``node:pooling``; ``bottleneck`` stands for the node that feeds the classifier. Names
-                of modules (``layer4``) are kept as written and mean the module's last node.
+            requested: ``node`` or ``node:pooling``; ``bottleneck`` stands for the node that feeds the classifier, ``all`` for
+                the outputs of all blocks, each pooled to a width. Names of modules (``layer4``) are kept as written and mean
+                the module's last node.
 
         Returns:
             The columns in the order given, without duplicates; the bottleneck alone if nothing is requested.
@@ -227,6 +231,9 @@ class Backbone:
         columns = []
         with about("nodes"):
             for text in requested or [BOTTLENECK]:
+                if text == ALL and ALL not in self._by_name:
+                    columns += self._every_block()
+                    continue
                 column = parse_column(text)
                 if column.node == BOTTLENECK:
                     column = column._replace(node=self.bottleneck)
@@ -234,6 +241,14 @@ class Backbone:
                 self._check_present([column.node])
                 columns.append(column)
         return list(dict.fromkeys(columns))
+
+    def _every_block(self) -> list[Column]:
+        """The output of every block and the bottleneck, pooled to a grid of `ALL_GRID` or what `ALL_WIDTH` values allow."""
+        found = []
+        for name in blocks(self._skeleton, self._node_infos, self.node(self.bottleneck)):
+            info = self.node(name)
+            found.append(Column(name, bounded_pooling(info, min(ALL_WIDTH, ALL_GRID**2 * info.width))))
+        return found
 
     def feature_shape(self, column: Column) -> tuple[int, ...]:
         """Returns the shape of one image's feature: (D,), or (C, H, W) for the pooling ``map``.

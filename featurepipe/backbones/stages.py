@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -38,12 +38,39 @@ def stages(network: nn.Module, nodes: Sequence[NodeInfo], bottleneck: NodeInfo) 
         4 to 13 names, fewer where the network has fewer layers. Blocks go by their module's name (``layer4``).
     """
     below = _Below(network, nodes, bottleneck)
+    found = _found(network, below)
+    found = _thinned(found, [below[name].shape for name in found])
+    return (*(below.widened(name, found) for name in found), bottleneck.name)
+
+
+def blocks(network: nn.Module, nodes: Sequence[NodeInfo], bottleneck: NodeInfo) -> tuple[str, ...]:
+    """Names the outputs of all of a network's blocks in execution order, the bottleneck last; takes what `stages` takes.
+
+    Where `stages` stops at four, modules that only hold several blocks are split on, as the layers of a ResNet are into its
+    residual blocks; and none is left out, however many there are.
+    """
+    below = _Below(network, nodes, bottleneck)
+    found = _split_shells(_found(network, below), below, dict(network.named_modules()))
+    return (*(below.widened(name, found) for name in found), bottleneck.name)
+
+
+def _split_shells(names: Sequence[str], below: _Below, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names, but for a module that only holds several blocks those of its blocks."""
+    found = []
+    for name in names:
+        module = modules.get(name)
+        is_shell = module is not None and _is_shell(module, FEWEST)
+        inner = below.main_path(f"{name}.{child}" for child in _inner_blocks(module)) if module and is_shell else []
+        found += _split_shells(inner, below, modules) if len(inner) > 1 else [name]
+    return found
+
+
+def _found(network: nn.Module, below: _Below) -> list[str]:
     found: list[str] = []
     for breadth in (FEWEST, 2):
         if len(found) < FEWEST:
             found = _candidates(network, below, breadth)
-    found = _thinned(found, [below[name].shape for name in found])
-    return (*(below.widened(name, found) for name in found), bottleneck.name)
+    return found
 
 
 def bounded_pooling(info: NodeInfo, max_width: int) -> str:

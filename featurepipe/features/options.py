@@ -93,7 +93,8 @@ class NetworkOptions(OptionGroup):
     seed: int = option(0, "of the random control network (default: 0)")
     nodes: tuple[str, ...] = option(
         ("bottleneck",),
-        "what to keep, may be repeated; poolings: gap, gmp, gem, avgKxK, maxKxK, flatten, map (default: bottleneck:gap)",
+        "what to keep, may be repeated; poolings: gap, gmp, gem, avgKxK, maxKxK, flatten, map; all: every block's output, pooled "
+        "to 4x4 or less (default: bottleneck:gap)",
         metavar="NODE[:POOLING]", check=not_empty,
     )  # fmt: skip
 

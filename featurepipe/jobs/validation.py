@@ -151,6 +151,8 @@ def _leaves(annotation: Any) -> list[Any]:
 
 
 RECOMMENDED = ("recommended",)
+EVERY = ("all",)
+"""Nodes of `[[train]]`: every column that is there. Of `[[features]]`: every block, whose names the network alone knows."""
 _NETWORK = ("backbone", "weights", "seed", "precision", "dtype", "decode", "intensity")
 _PREDICTIONS = (".parquet", ".csv", ".jsonl")
 
@@ -253,7 +255,7 @@ def _drift_columns(job: Job) -> Iterator[Problem]:
 
 def _train_columns(job: Job) -> Iterator[Problem]:
     for place, table in enumerate(job.train):
-        if table.nodes != RECOMMENDED:
+        if table.nodes not in (RECOMMENDED, EVERY):
             yield from _columns_of_one_network(job, f"train[{place}]", table.nodes, table.backbone)
         elif table.backbone is not None:
             yield from _known_network(job, f"train[{place}]", table.backbone)
@@ -308,7 +310,7 @@ def _depth_columns(job: Job) -> Iterator[Problem]:
         return
     named = job.depth.backbone
     compared = [features for features in job.features if named is None or _means(named, features)]
-    if len(compared) == 1 and len(set(map(_column, compared[0].nodes))) == 1:
+    if len(compared) == 1 and len(set(map(_column, compared[0].nodes))) == 1 and compared[0].nodes != EVERY:
         place = job.features.index(compared[0])
         message = "[depth] compares two columns or more of a network; name more nodes, or leave [depth] out"
         yield f"features[{place}].nodes", list(compared[0].nodes), message
@@ -353,7 +355,9 @@ def _columns_of(job: Job, key: str, nodes: Sequence[str], backbone: str) -> Iter
 
 def _with_columns(job: Job, columns: Sequence[str]) -> list[FeaturesTable]:
     wanted = set(map(_column, columns))
-    return [table for table in job.features if wanted <= set(map(_column, table.nodes))]
+    return [
+        table for table in job.features if EVERY[0] in table.nodes or wanted <= set(map(_column, table.nodes))
+    ]  # of all blocks the store will tell, in the night
 
 
 def _column(text: str) -> str:

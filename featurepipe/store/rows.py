@@ -384,6 +384,7 @@ def _unpacked(part: Array, row: Array, lengths: Array | None) -> tuple[Array, Ar
     return np.repeat(part, lengths), (np.repeat(row, lengths) + steps).astype(np.uint32)
 
 
+_WIDE_BYTES = 32 << 20  # of all columns, from which some values are taken
 _NUMBERS_BYTES = 64  # a row's place in the file, in the order of the file, and its label
 
 
@@ -502,3 +503,65 @@ class ArrayRows:
         """Copies rows, by default all, (m, D)."""
         chosen = self.positions if rows is None else self.positions[rows]
         return self.values[chosen].astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """n rows of some values of one or more columns; has what ``WideRows`` has.
+
+    Attributes:
+        rows: The columns as they are stored.
+        kept: (k,) ascending positions in their feature vector.
+    """
+
+    rows: WideRows
+    kept: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return self.rows.columns
+
+    @property
+    def width(self) -> int:
+        """Values a row."""
+        return len(self.kept)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        return len(self), self.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that holds all columns' values exactly."""
+        return self.rows.dtype
+
+    def row_bytes(self, dtype: npt.DTypeLike) -> int:
+        """Memory that reading takes a row: the result, and all values that it is taken from."""
+        return self.width * np.dtype(dtype).itemsize + self.rows.row_bytes(self.dtype)
+
+    def take(self, positions: Array | slice) -> KeptRows:
+        """Returns the view of some of the rows (positions, a boolean mask, or a slice)."""
+        return KeptRows(self.rows.take(positions), self.kept)
+
+    def check(self) -> None:
+        """Compares the checksums of every part concerned; see ``ColumnRows.check``."""
+        self.rows.check()
+
+    def part_starts(self) -> npt.NDArray[np.int64]:
+        """Row numbers, but for 0, at which another part begins."""
+        return self.rows.part_starts()
+
+    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
+        """Fetches rows, by default all, (m, k), some at a time, so that all their values are never in memory together."""
+        wanted = self.rows if rows is None else self.rows.take(rows)
+        out = np.empty((len(wanted), self.width), self.dtype if dtype is None else dtype)
+        step = max(16, _WIDE_BYTES // max(1, self.rows.width * self.dtype.itemsize))
+        for start in range(0, len(out), step):
+            block = wanted.read(rows=slice(start, start + step))
+            copy_into(out[start : start + step], np.take(block, self.kept, axis=1))
+        return out

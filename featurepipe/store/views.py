@@ -23,7 +23,7 @@ from featurepipe.display import bytes_of, counted
 from featurepipe.errors import UsageError
 from featurepipe.store.labelled_images import LabelledImages, role_column
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
-from featurepipe.store.rows import ArrayRows, WideRows
+from featurepipe.store.rows import ArrayRows, KeptRows, WideRows
 from featurepipe.store.space import Origin, check_rows, check_spaces
 
 Labels = npt.NDArray[Any] | None
@@ -50,7 +50,7 @@ class FeatureSet(LabelledImages):
         map_shape: What to reshape a row to, (C, H, W), if the pooling is ``map``; else None.
     """
 
-    rows: WideRows | ArrayRows
+    rows: WideRows | KeptRows | ArrayRows
     origin: Origin
     rejects: Mapping[str | None, int] = field(default_factory=dict)
     unmatched: int = 0
@@ -88,6 +88,11 @@ class FeatureSet(LabelledImages):
         return "+".join(self.columns)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Values of each column of a store, in the order of the feature vector."""
+        return tuple(part.width for part in self.rows.parts) if isinstance(self.rows, WideRows) else (self.rows.width,)
+
+    @property
     def space_fingerprint(self) -> str:
         """Which feature space the values are of."""
         return self.origin.fingerprint
@@ -123,9 +128,40 @@ class FeatureSet(LabelledImages):
         if twice:
             raise UsageError(f"column {twice[0]} would be in the feature vector twice; name each column once")
         check_rows((self.table, self.keys), (other.table, other.keys))
-        if isinstance(self.rows, ArrayRows) or isinstance(other.rows, ArrayRows):
-            raise UsageError("features that lie in memory alone stand beside no others; store them first")
+        if not (isinstance(self.rows, WideRows) and isinstance(other.rows, WideRows)):
+            raise UsageError("features that lie in memory, or are some values of columns, stand beside no others")
         return replace(self, rows=WideRows(self.rows.parts + other.rows.parts), map_shape=None)
+
+    def keep(self, values: npt.NDArray[Any]) -> tuple[FeatureSet, npt.NDArray[np.int64]]:
+        """Returns the view of the columns that have some values of the feature vector, and where these are in their vector.
+
+        Args:
+            values: (k,) ascending positions in the feature vector.
+
+        Returns:
+            The view, with all values of those columns, and (k,) positions in it; see ``values_alone``.
+        """
+        if not isinstance(self.rows, WideRows):
+            raise UsageError(
+                "columns are chosen from a store; these features are none of a store's columns as they are"
+            )
+        ends = np.cumsum([part.width for part in self.rows.parts])
+        owner = np.searchsorted(ends, values, side="right")
+        used = np.unique(owner)
+        parts = tuple(self.rows.parts[place] for place in used)
+        starts = np.cumsum([0, *(part.width for part in parts)])
+        inside = np.asarray(values) - (ends - [part.width for part in self.rows.parts])[owner]
+        places = starts[np.searchsorted(used, owner)] + inside
+        map_shape = self.map_shape if len(used) == len(ends) else None
+        return replace(self, rows=WideRows(parts), map_shape=map_shape), places.astype(np.int64)
+
+    def values_alone(self, values: npt.NDArray[np.int64]) -> FeatureSet:
+        """Returns the view of some values (k,) of the feature vector, (n, k), to fit on; its columns go by their names still."""
+        if not isinstance(self.rows, WideRows):
+            raise UsageError(
+                "columns are chosen from a store; these features are none of a store's columns as they are"
+            )
+        return replace(self, rows=KeptRows(self.rows, values), map_shape=None)
 
     def with_labels(self, labels: LabelSource) -> FeatureSet:
         """Returns the view with other labels, joined by id; nothing is computed again.
@@ -381,7 +417,7 @@ def _listed(counts: dict[str, int]) -> str:
 CHUNK_BYTES = 64 << 20
 
 
-def features_array(rows: WideRows | ArrayRows, step: int, dtype: npt.DTypeLike) -> Any:
+def features_array(rows: WideRows | KeptRows | ArrayRows, step: int, dtype: npt.DTypeLike) -> Any:
     """Builds a (n, D) ``dask.array`` of chunks of ``step`` rows; each task opens what it reads."""
     import dask.array as da
     from dask.highlevelgraph import HighLevelGraph
@@ -410,12 +446,15 @@ def read_rows(rows: WideRows | ArrayRows, dtype: npt.DTypeLike) -> npt.NDArray[A
     return rows.read(dtype)
 
 
-def _token(rows: WideRows | ArrayRows, step: int, dtype: str) -> str:
+def _token(rows: WideRows | KeptRows | ArrayRows, step: int, dtype: str) -> str:
     """Names the same rows of the same files alike, so that Dask shares what two arrays have in common."""
     digest = hashlib.sha256(f"{rows.columns} {step} {dtype}".encode())
     if isinstance(rows, ArrayRows):
         digest.update(rows.read())
         return digest.hexdigest()[:32]
+    if isinstance(rows, KeptRows):
+        digest.update(np.ascontiguousarray(rows.kept))
+        rows = rows.rows
     for part in rows.parts:
         digest.update(repr([(piece.path, piece.offset) for piece in part.parts]).encode())
         digest.update(np.ascontiguousarray(part.part))

@@ -56,6 +56,28 @@ def components(given: Any) -> Any:
     return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
 
 
+SELECT_AUTO = "auto"
+"""The share of values to keep is chosen on validation images."""
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Of the values, from which it is chosen: those of Head2Toe (Evci et al. 2022) from its 0.5 % on, and all."""
+
+
+def _selected(given: Any) -> str | None:
+    if given == SELECT_AUTO or (is_number(given, (int, float)) and 0 < given <= 1):
+        return None
+    return "must be auto, or the share of the values to keep, above 0 and at most 1, such as 0.05"
+
+
+def share_of(given: Any) -> Any:
+    """``auto``, or a share that may be written as text, such as ``0.05`` or ``5%``."""
+    if not isinstance(given, str) or given == SELECT_AUTO:
+        return given
+    value = value_of(given.removesuffix("%"))
+    return (
+        value / 100 if given.endswith("%") and is_number(value, (int, float)) else value if value is not None else given
+    )
+
+
 def _aim(given: Any) -> str | None:
     if not isinstance(given, str):
         return "must be text, such as recall=0.95"
@@ -111,8 +133,8 @@ class FitOptions(RoleOptions):
 
     nodes: tuple[str, ...] = option(
         ("bottleneck",),
-        "a column as featurepipe info lists it; several are put side by side; recommended: as featurepipe depth found "
-        "(default: bottleneck)",
+        "a column as featurepipe info lists it; several are put side by side; all: every column but maps; recommended: as "
+        "featurepipe depth found (default: bottleneck)",
         metavar="COLUMN", check=not_empty,
     )  # fmt: skip
     head: str | None = option(
@@ -134,6 +156,11 @@ class FitOptions(RoleOptions):
     pca: int | float | None = option(
         None, "principal components to keep: a number, or a share of the variance such as 0.95",
         metavar="N|SHARE", check=_components, read=components,
+    )  # fmt: skip
+    select: str | float | None = option(
+        None, "fit on some values of the columns alone, those with the largest coefficients in one ridge regression (Head2Toe); "
+        "auto chooses their share, from 0.005 to 1, on validation images",
+        metavar="auto|SHARE", check=_selected, read=share_of,
     )  # fmt: skip
     class_weight: str | None = option(
         None, "weigh classes equally, however many images each has", choices=("balanced",)

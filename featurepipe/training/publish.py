@@ -42,6 +42,7 @@ from featurepipe.training.tuning import Search
 if TYPE_CHECKING:
     from featurepipe.store.labelled_images import LabelledImages
     from featurepipe.training.options import TrainOptions
+    from featurepipe.training.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Inputs:
         rows: SHA-256 of the images that train or validate, each with its label and its part.
         images: how many those are.
         settings: the head's and the search's, as JSON values.
-        is_tuned: whether the bundle has another space and other columns than these, its network being tuned from them.
+        is_own: whether the bundle has another space or other columns than these, its network being tuned from them, or its values
+            selected from them.
     """
 
     fingerprint: str
@@ -62,11 +64,11 @@ class Inputs:
     rows: str
     images: int
     settings: Mapping[str, Any]
-    is_tuned: bool = False
+    is_own: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """What a bundle keeps of it, under ``training.inputs``; the space and the columns are entries of its own, if the same."""
-        own = {"space": self.fingerprint, "columns": list(self.columns)} if self.is_tuned else {}
+        own = {"space": self.fingerprint, "columns": list(self.columns)} if self.is_own else {}
         return {"rows": self.rows, "images": self.images, "settings": dict(self.settings), **own}
 
 
@@ -93,6 +95,8 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         settings["protocol"] = options.protocol
     if options.ordered is not None:
         settings["ordered"] = list(options.ordered)
+    if options.select is not None:
+        settings["select"] = options.select
     if options.target is not None:
         settings["target"] = options.target
     if task.is_multilabel:
@@ -103,6 +107,7 @@ def inputs_of(task: Task, recipe: Recipe, options: TrainOptions) -> Inputs:
         settings=json.loads(
             json.dumps({**settings, **weights_learned(task)}, default=dict)
         ),  # as it will come back from a file
+        is_own=options.select is not None,
         **rows_learned(task),
     )
 
@@ -225,6 +230,7 @@ def publish(
     seconds: float,
     say: Callable[[str], None],
     tuning: Mapping[str, Any] | None = None,
+    selection: Selection | None = None,
 ) -> dict[str, Any]:
     """Tests the head on the test rows, writes the bundle, and returns what was done as JSON values.
 
@@ -247,7 +253,10 @@ def publish(
         seconds: that it all took.
         say: told what was written.
         tuning: how the network itself was tuned, if it was.
+        selection: which values the head was fitted on, if not on all.
     """
+    if selection is not None:
+        head, task = selection.of_all_values(head), replace(task, features=selection.features)
     training = {
         **task.as_dict(),
         "head": recipe.head,
@@ -258,6 +267,7 @@ def publish(
         **({"roles": dict(roles)} if roles else {}),
         **({"unused_columns": unused} if (unused := task.features.unused_columns) else {}),
         "inputs": inputs.as_dict(),
+        **({} if selection is None else {"selection": selection.as_dict()}),
         "search": search.as_dict() if search else None,
         "cluster": task.executor.describe_workers(),
         "when": now(),

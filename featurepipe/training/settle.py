@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,12 +18,14 @@ from featurepipe.annotations import check_classes
 from featurepipe.display import bytes_of, counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import refuse_weights
+from featurepipe.heads.selection import kept_count
 from featurepipe.store import FeatureStore
+from featurepipe.store.choice import choose_space
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import fit
-from featurepipe.training.options import TrainOptions
+from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
 from featurepipe.training.splits import Division, class_counts, divide, quantile_bins, rarest_labels
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import grid_size, steps_of
@@ -51,6 +54,8 @@ def settle(
     comparison = last_comparison(store, dataset, backbone, say, options) if asks_for_it(nodes) else None
     if comparison is not None:
         nodes, backbone = comparison["recommended"]["column"], comparison["space"]["fingerprint"]
+    if asks_for_all(nodes):
+        nodes = all_columns(store, dataset, backbone, say)
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     task = settle_rows(store, found, recipe, options, snapshot=snapshot, cluster=cluster, say=say)
     if comparison is not None and not options.target:
@@ -88,7 +93,11 @@ def settle_rows(
         every = features.codes(features.classes)
         check_classes(features.classes, len(features), say, options.label or "label")
     division = divide(
-        features, every, split=options.split, seed=recipe.seed, validate=options.needs_validation or options.tune
+        features,
+        every,
+        split=options.split,
+        seed=recipe.seed,
+        validate=options.needs_validation or options.tune or options.select == SELECT_AUTO,
     )
     classes: tuple[str, ...] = ()
     if targets is None:
@@ -105,7 +114,7 @@ def settle_rows(
         classes=classes,
         codes=every if targets is not None else features.codes(classes),
         division=division,
-        cost=_route(recipe, len(division.final), features.shape[1], options.memory, cluster, say),
+        cost=route(recipe, len(division.final), least_width(options, features.shape[1]), options.memory, cluster, say),
         unlabelled=found.unlabelled,
         seed=recipe.seed,
         targets=targets,
@@ -120,6 +129,11 @@ def settle_rows(
 def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str], None]) -> Task:
     """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
     tries = grid_size(recipe) * len(task.folds(recipe.folds)) if options.tune else 0
+    if options.select is not None:  # of which fits, on how many values, is not known yet
+        shares = len(SHARES) if options.select == SELECT_AUTO else 0
+        task = replace(task, cost=replace(task.cost, fits=1 + options.needs_validation + tries + shares))
+        say(f"values are selected first: the time is not estimated; {task.cost.text}")
+        return task
     if task.cost.cluster is None:
         say("estimating the time from small fits")
         task = replace(task, cost=_timed(task, recipe, fits=1 + options.needs_validation, tries=tries))
@@ -129,7 +143,14 @@ def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str]
     return task
 
 
-def _route(
+def least_width(options: TrainOptions, width: int) -> int:
+    """How many values an image has at least in a fit: all of them, or the share that is kept."""
+    if options.select is None:
+        return width
+    return kept_count(SHARES[0] if options.select == SELECT_AUTO else float(options.select), width)
+
+
+def route(
     recipe: Recipe, rows: int, width: int, memory: float | str | None, cluster: str | None, say: Callable[[str], None]
 ) -> Cost:
     """Here or on the cluster; and if here, in memory or from blocks."""
@@ -323,6 +344,48 @@ RECOMMENDED = "recommended"
 def asks_for_it(nodes: str | Sequence[str]) -> bool:
     """Whether the recommended column is wanted, not one of that name."""
     return nodes in (RECOMMENDED, [RECOMMENDED], (RECOMMENDED,))
+
+
+ALL = "all"
+"""Instead of a node: every column of the store, but activations as they are and what is wider than `MOST_VALUES`."""
+MOST_VALUES = 9000
+"""Values of a column of ``all``: those of the protocol by which layers are compared."""
+
+
+def asks_for_all(nodes: str | Sequence[str]) -> bool:
+    """Whether every column is wanted."""
+    return nodes in (ALL, [ALL], (ALL,))
+
+
+def all_columns(store: FeatureStore, dataset: str, backbone: str | None, say: Callable[[str], None]) -> list[str]:
+    """The columns of a dataset's feature space that can stand side by side, in the order of the numbers in their names.
+
+    The order is that of the network where blocks are numbered; it does not depend on which were extracted first.
+
+    Raises:
+        UsageError: There is none.
+    """
+    space = choose_space(store, backbone, dataset)
+    held = space.columns()
+    bottleneck = space.notes.get("aliases", {}).get("bottleneck")
+
+    def place(column: str) -> tuple[bool, list[tuple[int, str]]]:
+        pieces = re.findall(r"\d+|\D+", column)
+        return column.partition(":")[0] == bottleneck, [(int(p), "") if p.isdecimal() else (-1, p) for p in pieces]
+
+    kept = [column for column in held if not column.endswith(":map") and held[column].width <= MOST_VALUES]
+    left_out = [column for column in held if column not in kept]
+    if not kept:
+        raise UsageError(
+            Message(
+                f"{space.name} has no column of at most {MOST_VALUES:,} values an image that is no map; run featurepipe extract "
+                "SOURCE with ",
+                Option("nodes", ALL),
+            )
+        )
+    if left_out:
+        say(f"left out, as maps or wider than {MOST_VALUES:,} values: {first_names(sorted(left_out))}")
+    return sorted(kept, key=place)
 
 
 def last_comparison(

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import counted, size, table
-from featurepipe.heads.bundle.text import interval_text, label_thresholds_text, labels_calibration_text, threshold_text
+from featurepipe.heads.bundle.text import (
+    interval_text,
+    label_thresholds_text,
+    labels_calibration_text,
+    selection_text,
+    threshold_text,
+)
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
@@ -37,6 +43,9 @@ def train_text(found: Mapping[str, Any]) -> str:
     ]
     if found["cluster"]:
         lines.append(_cluster(found["cluster"]))
+    if "selection" in found:
+        lines.append(selection_text(found["selection"]))
+        lines += [_shares(found["selection"])] if found["selection"]["tried"] else []
     if found["search"]:
         lines += [found["search"]["how"], _trials(found["search"]["trials"])]
     if "multilabel" in found:
@@ -87,6 +96,20 @@ def _trials(trials: list[Mapping[str, Any]]) -> str:
         for trial in trials
     ]
     return table(["parameters", f"validation {_MEASURES[measure]}"], rows)
+
+
+def _shares(selection: Mapping[str, Any]) -> str:
+    measure = selection["measure"]
+    rows = [
+        [
+            f"{100 * one['share']:g} %",
+            f"{one['values']:,}",
+            "-" if one["score"] is None else f"{one['score']:{'.4g' if measure == 'rmse' else '.4f'}}",
+            one["why"] and f"not tried: {one['why']}",
+        ]
+        for one in selection["tried"]
+    ]
+    return table(["kept", "values", f"validation {_MEASURES[measure]}", ""], rows)
 
 
 def _labels(found: Mapping[str, Mapping[str, int]]) -> str:

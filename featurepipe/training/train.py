@@ -26,9 +26,10 @@ from featurepipe.training.fit import (
     held_out,
     prediction_interval,
 )
-from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of
+from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of, share_of
 from featurepipe.training.publish import Network, bundle_target, inputs_of, publish, weights_copy, why_train
-from featurepipe.training.settle import settle, timed
+from featurepipe.training.selection import chosen_values
+from featurepipe.training.settle import route, settle, timed
 from featurepipe.training.task import Recipe
 from featurepipe.training.tuning import search
 
@@ -56,6 +57,7 @@ def train(
     split: str | None = None,
     params: Mapping[str, Any] | None = None,
     pca: float | None = None,
+    select: str | float | None = None,
     class_weight: str | None = None,
     tune: bool = False,
     protocol: str | None = None,
@@ -84,7 +86,8 @@ def train(
     Args:
         store: the feature store or its path.
         dataset: a dataset in it; may be left out if there is only one.
-        nodes: the column, or several to put side by side; ``recommended`` for the one that `featurepipe.depth` recommends.
+        nodes: the column, or several to put side by side; ``all`` for every one but maps; ``recommended`` for the
+            one that `featurepipe.depth` recommends.
         head: a name of `featurepipe.heads.families.FAMILIES`, by default ``logistic``, or ``ridge`` for a ``target``.
         ordered: the classes in their order, the lowest first, as names or as ``"low<mid<high"``: the head is then a logistic
             regression of each step between them (`featurepipe.heads.linear.ordinal`), parameters are searched by quadratic
@@ -109,6 +112,9 @@ def train(
         split: the split to train on, by default ``train``.
         params: of the final estimator, such as ``{"C": 0.1}``.
         pca: components (a number) or share of the variance to keep.
+        select: fit on some values of the columns alone, those that tell most (`featurepipe.heads.selection.column_scores`, after
+            Head2Toe, Evci et al. 2022): a share of them, such as 0.05, or ``"auto"`` to choose the share on validation rows. The
+            bundle computes only columns that have one of them.
         class_weight: ``balanced`` to weigh classes equally.
         tune: search the family's grid.
         protocol: how ``multilabel`` is learned in published comparisons of features, which says head, search and weights:
@@ -167,6 +173,7 @@ def train(
         split=split,
         tune=tune or protocol is not None,
         pca=components(pca),
+        select=share_of(select),
         class_weight=class_weight,
         calibration=calibration,
         threshold=threshold,
@@ -210,6 +217,12 @@ def train(
     ):
         executor.check(source.path)
         task = replace(task, executor=executor)
+        selection = None
+        if options.select is not None:
+            rows, where = len(task.division.final), cluster_name(cluster)
+            task, selection = chosen_values(
+                task, recipe, options.select, lambda width: route(recipe, rows, width, memory, where, _unsaid), say
+            )
         found = search(task, recipe, jobs=jobs, say=say) if options.tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated: Any = None
@@ -230,10 +243,14 @@ def train(
             folder, Network.of(space), task, chosen, fitted, inputs=inputs,
             search=found, calibration=calibrated, weights=own_weights, labels=labels_name(labels), column=target,
             multilabel=options.multilabel or (), threshold=cut, positive=positive if task.is_multilabel else None,
-            roles=roles_asked(options),
+            roles=roles_asked(options), selection=selection,
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}
+
+
+def _unsaid(_: str) -> None:
+    """Takes what was said before, of where a head is fitted."""
 
 
 def roles_asked(options: RoleOptions) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class TuningWork(ABC):
             fingerprint=self.space.fingerprint,
             columns=(self.column,),
             settings={**settings, **weights_learned(self.task)},
-            is_tuned=True,
+            is_own=True,
             **rows_learned(self.task),
         )
 

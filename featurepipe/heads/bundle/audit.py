@@ -48,6 +48,7 @@ OURS = (
     "featurepipe.heads.linear.ridge.MultilabelRidge",
     "featurepipe.heads.preprocessing.BlockScaler",
     "featurepipe.heads.preprocessing.UnitRows",
+    "featurepipe.heads.selection.KeptColumns",
     "featurepipe.heads.weighted.KNeighborsClassifier",
     "featurepipe.heads.weighted.KNeighborsRegressor",
     "featurepipe.heads.weighted.LinearDiscriminantAnalysis",
@@ -235,6 +236,9 @@ def _within_bounds(estimator: Any) -> bool:
     if isinstance(estimator, KNeighborsClassifier | KNeighborsRegressor):
         return not hasattr(estimator, "_fit_X") or _neighbours_fit(estimator)
     kind = type(estimator)
+    if kind.__name__ == "KeptColumns":
+        kept = _array(estimator.columns_, 1, "i")
+        return bool(len(kept) and kept[0] >= 0 and kept[-1] < estimator.n_features_in_ and (np.diff(kept) > 0).all())
     return not kind.__module__.startswith("sklearn.neighbors.") or kind.__name__ in _CHECKED_NEIGHBOURS
 
 

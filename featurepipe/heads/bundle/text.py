@@ -63,6 +63,7 @@ def bundle_text(bundle: Bundle) -> str:
     lines = {
         "backbone": f"{bundle.backbone['name']}, weights {weights}{where}",
         "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
+        "selected": selection_text(bundle.training["selection"]) if "selection" in bundle.training else "",
         "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
         "labels": f"{len(bundle.classes):,}: {_classes(bundle.classes)}" if bundle.target_type == MULTILABEL else "",
         "classes": ""
@@ -180,3 +181,20 @@ def _training(bundle: Bundle) -> str:
         "" if bundle.grouping is None else f" of {counted(len(bundle.groups), 'group')} ({bundle.grouping['column']})"
     )
     return f"{where}{len(bundle.seen):,} different images{groups}{when}{how}"
+
+
+def selection_text(found: Mapping[str, Any]) -> str:
+    """One line: how many values a head was fitted on, of how many columns, and which columns have none of them.
+
+    Args:
+        found: as `featurepipe.training.selection.Selection.as_dict` gives it.
+    """
+    none = [column for column, count in found["columns"].items() if not count]
+    used = len(found["columns"]) - len(none)
+    most = sorted(found["columns"].items(), key=lambda pair: -pair[1])[:3]
+    shown = ", ".join(f"{column} {count:,}" for column, count in most if count)
+    without = f"; none of {first_names(none, 3)}" if none else ""
+    return (
+        f"kept {found['values']:,} of {found['of']:,} values ({100 * found['share']:g} %), in {used} of "
+        f"{counted(len(found['columns']), 'column')}: {shown}{without}"
+    )

@@ -22,7 +22,7 @@ def linear_map(head: Any) -> tuple[Floats, Floats]:
     regressor the only row gives the number.
 
     Args:
-        head: A fitted linear head, or a pipeline that scales and projects before one.
+        head: A fitted linear head, or a pipeline that keeps some values, scales and projects before one.
 
     Returns:
         weight (K, D) and bias (K,), both float64, rows in the order of ``head.classes_``; (1, D) and (1,) for a number;
@@ -34,6 +34,10 @@ def linear_map(head: Any) -> tuple[Floats, Floats]:
     steps = [step for _, step in getattr(head, "steps", [("head", head)]) if step not in (None, "passthrough")]
     weight, bias = _last(steps[-1])
     for step in reversed(steps[:-1]):
+        if hasattr(step, "columns_"):
+            narrow, weight = weight, np.zeros((len(weight), step.n_features_in_))
+            weight[:, step.columns_] = narrow
+            continue
         matrix, centre = _step(step)
         weight = weight * matrix if matrix.ndim == 1 else weight @ matrix
         bias = bias - weight @ centre
@@ -105,4 +109,4 @@ def _step(step: Any) -> tuple[Floats, Floats]:
         scale = np.ones(width) if step.scale_ is None else np.asarray(step.scale_, np.float64)
         centre = np.zeros(width) if step.mean_ is None or not step.with_mean else np.asarray(step.mean_, np.float64)
         return 1 / scale, centre
-    raise UsageError(f"{type(step).__name__} cannot be folded into a linear map: only scaling and PCA can")
+    raise UsageError(f"{type(step).__name__} cannot be folded into a linear map: only scaling, PCA and kept values can")
