@@ -43,6 +43,19 @@ STAGES = {
 }
 
 
+@pytest.mark.parametrize(("name", "first", "last", "count"), [
+    ("resnet18", "layer1.0:avg4x4", "layer4.1:avg4x4", 9),
+    ("resnet50", "layer1.0:avg4x4", "layer4.2:avg2x2", 17),  # of 2,048 channels a grid of 2 x 2 is at most 9,000 values
+    ("efficientnet_lite0", "blocks.0:avg4x4", "blocks.15:avg4x4", 17),
+    ("lenet5", "s2:avg4x4", "c5:gap", 4),
+])  # fmt: skip
+def test_all_are_the_outputs_of_every_block_pooled_to_a_bounded_width(name, first, last, count):
+    found = [str(column) for column in backbone_of(name).columns(["all"])]
+    assert (found[0], found[-2], len(found)) == (first, last, count)
+    assert found[-1] == str(backbone_of(name).columns(["bottleneck"])[0])
+    assert backbone_of(name).columns(["bottleneck", "all"])[0].node == found[-1].partition(":")[0]
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_the_stages_of_well_known_networks(name: str) -> None:
     assert backbone_of(name).stages() == tuple(STAGES[name])

@@ -50,7 +50,7 @@ CASES = {
         "train kept --dataset d --node a --node b --backbone vgg16 --head ridge --out bundle --labels l.csv "
         "--label class --ordered low<high --group patient --split-column fold --weight w --split s "
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --protocol voc07 "
-        "--pca 0.9 --class-weight balanced "
+        "--pca 0.9 --select 5% --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
         "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
@@ -59,7 +59,7 @@ CASES = {
             "labels": "l.csv", "label": "class", "group": "patient", "split_column": "fold", "target": None, "multilabel": None,
             "weight": "w", "split": "s",
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True,
-            "protocol": "voc07", "pca": 0.9,
+            "protocol": "voc07", "pca": 0.9, "select": 0.05,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
             "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
@@ -74,7 +74,7 @@ CASES = {
             "labels": None, "label": None, "group": None, "split_column": None,
             "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": None, "tune": False, "protocol": None,
-            "pca": None, "class_weight": None, "calibration": True, "threshold": None,
+            "pca": None, "select": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
@@ -88,7 +88,7 @@ CASES = {
             "labels": None, "label": None, "group": None, "split_column": None, "target": None, "multilabel": ("red", "round"),
             "weight": None, "split": None,
             "params": None, "tune": False, "protocol": None,
-            "pca": None, "class_weight": None, "calibration": True, "threshold": None,
+            "pca": None, "select": None, "class_weight": None, "calibration": True, "threshold": None,
             "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },

@@ -56,6 +56,21 @@ def test_the_same_parameters_and_the_same_bundle_come_out(zoo, pair, head):
     assert there["test"]["accuracy"] == here["test"]["accuracy"]
 
 
+@pytest.mark.parametrize("head", ["logistic", "rbf-svm"])
+def test_the_same_values_are_selected(zoo, pair, head):
+    zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
+    here, there, one, other = pair(head=head, nodes="all", select="auto")
+    tried = [[(entry["values"], entry["score"]) for entry in record["selection"]["tried"]] for record in (here, there)]
+    assert tried[1] == tried[0]
+    assert [values for values, _ in tried[0]] == [1, 2, 3]
+    fixed = {**here["selection"], "seconds": 0, "tried": []}
+    assert {**there["selection"], "seconds": 0, "tried": []} == fixed
+    features = zoo.store.features("zoo", node=list(one.columns))
+    assert one.columns == other.columns
+    expected, found = one.scores(features), other.scores(features)
+    np.testing.assert_allclose(found, expected, atol=CLOSE.get(head, 1e-5) * expected.std())
+
+
 @pytest.mark.parametrize(("head", "tune"), [("ridge", True), ("ridge", False), ("xgboost", False)])
 def test_numbers_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, tune):
     rows = [*zoo.images("train", 100), *zoo.images("val", 20), *zoo.images("test", 40)]

@@ -418,6 +418,8 @@ def test_which_of_two_networks(read, problems):
     read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18"\n[depth]\nbackbone = "resnet18"')
     read(TWO + '[[train]]\nout = "b"\nbackbone = "resnet18-0123abcd"')  # a feature space by its name
     read(TWO + '[[train]]\nout = "b"\nnodes = "recommended"')
+    read(TWO + '[[train]]\nout = "b"\nnodes = "all"\nselect = "auto"')
+    read(TWO + '[[train]]\nout = "b"\nnodes = "all"\nbackbone = "resnet18"\nselect = 0.05')
     (line,) = problems(TWO + '[[train]]\nout = "b"\nbackbone = "resnet50"\nnodes = ["layer2", "bottleneck"]')
     assert line == (
         "train[0].nodes = ['layer2', 'bottleneck']: [[features]] has not all of these of resnet50; choices: bottleneck"
@@ -432,6 +434,15 @@ def test_two_of_one_network(read, problems):
     )
     read(two + '[[train]]\nout = "b"\nbackbone = "resnet50-0123"')
     read(two + '[[train]]\nout = "b"\nbackbone = "resnet50"\nnodes = "layer2"')
+
+
+def test_all_blocks_and_shares_of_their_values(read, problems):
+    job = LEAST + 'nodes = "all"\n'
+    read(job + '[depth]\n[[train]]\nout = "b"\nnodes = "all"\nselect = "auto"')
+    read(job + '[[train]]\nout = "b"\nnodes = ["layer1.0:avg4x4", "layer2.1:avg4x4"]')  # the night will tell
+    (line,) = problems(job + '[[train]]\nout = "b"\nselect = 1.5')
+    assert line.startswith("train[0].select")
+    assert "above 0 and at most 1" in line
 
 
 def test_columns_with_and_without_pooling(read):

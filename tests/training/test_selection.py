@@ -206,9 +206,12 @@ def test_shares_that_are_none_are_refused(run, select):
 
 
 def test_without_validation_images_a_share_has_to_be_given(store, labels, tmp_path):
-    write(store, {"train": 4})
-    with pytest.raises(UsageError):
-        train(store, nodes="all", select="auto", out=tmp_path / "b", min_class_size=1, silent=True)
+    table = write(store, {"train": 3}).select(["id"]).append_column("label", pa.array(NAMES))  # one image a class
+    pyarrow.csv.write_csv(table, labels)
+    asked = {"nodes": "all", "labels": labels, "out": tmp_path / "b", "min_class_size": 1, "silent": True}
+    with pytest.raises(UsageError, match=r"there is no validation image, so the share .* or a share: select=0.05"):
+        train(store, select="auto", **asked)
+    assert train(store, select=0.02, **asked)["selection"]["values"] == 4
 
 
 def test_a_dry_run_says_that_time_is_unknown(run, capsys):
