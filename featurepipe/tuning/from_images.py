@@ -246,7 +246,6 @@ class ImagesWork(TuningWork):
             "batch_norm": _trunk(self).batch_norm,
             "mixed_precision": self.precision,
             "device": self.machine.device,
-            "processes": self._fabric.world_size if self._fabric is not None else 1,
             "library": f"lightning-fabric {version('lightning-fabric')}",
             "unreadable": len(self.examples.lost),
             "measure": self.objective.measure,
@@ -345,30 +344,19 @@ def bytes_of_one(body: TunedLayers) -> int:
 
 
 def fabric_on(device: str, precision: str) -> Fabric:
-    """Lightning Fabric on a device; of processes that ``torchrun`` started, each on its own.
+    """Lightning Fabric on a device.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: It is not installed, or there are several processes.
     """
     try:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise UsageError("tuning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("tuning runs in one process so far: start it without torchrun, on one device")
     kind, _, number = device.partition(":")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if here > 1 or int(os.environ.get("WORLD_SIZE", "1")) > here:
-        from datetime import timedelta
-
-        from lightning_fabric.strategies.ddp import DDPStrategy
-
-        nodes = int(os.environ["WORLD_SIZE"]) // here
-        strategy = DDPStrategy(timeout=timedelta(days=7))  # the others wait while the first extracts
-        fabric = Fabric(
-            accelerator=kind, devices=here, num_nodes=nodes, strategy=strategy, precision=_PRECISIONS[precision]
-        )
-    else:
-        devices: Any = [int(number)] if number else 1
-        fabric = Fabric(accelerator=kind, devices=devices, precision=_PRECISIONS[precision])
+    fabric = Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=_PRECISIONS[precision])
     fabric.launch()
     return fabric
 
@@ -603,10 +591,7 @@ def finetune_images(
     say: Callable[[str], None],
     start: float,
 ) -> dict[str, Any]:
-    """The part of `featurepipe.finetune` for ``from_node="images"``; see there.
-
-    Of processes that ``torchrun`` started, the first settles everything and publishes; the others learn with it.
-    """
+    """The part of `featurepipe.finetune` for ``from_node="images"``; see there."""
     if options.store_features:
         raise UsageError(
             Message(

@@ -254,7 +254,6 @@ def tune_and_publish(
     start: float,
     silent: bool,
     say: Callable[[str], None],
-    share: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Fits the head, tunes, mixes, and writes the bundle; returns what was done.
 
@@ -265,7 +264,6 @@ def tune_and_publish(
         start: When all began, as `time.perf_counter` told.
         silent: Show no progress.
         say: Told what happens.
-        share: Given the head, as weight and bias, before anything is learned: other processes learn from there, too.
 
     Raises:
         Interrupted: A stop was asked for; the next call goes on.
@@ -273,8 +271,6 @@ def tune_and_publish(
     """
     options = work.options
     head = work.objective.to_scores(*work.exact_head(say))
-    if share is not None:
-        share(head)
     model = Model(work.body, *head)
     frozen = model.weights()
     runs = tuned_runs(work, model, frozen, folder, stop, silent=silent)
