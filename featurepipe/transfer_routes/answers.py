@@ -332,7 +332,15 @@ def plan_text(found: Mapping[str, Any]) -> str:
         seconds = f"about {duration(estimate_['seconds'])}" if estimate_["images_per_second"] else "nothing to compute"
         needed = size_of(sum(estimate_["bytes_per_column"].values()))
         lines.append(f"{estimate_['dataset']}: {estimate_['to_read']:,} images to read, {seconds}, {needed}")
-    return "\n".join([*lines, "dry run: nothing was changed"])
+    lines.append(
+        f"{size_of(found['bytes'])} would be written to {found['store']}, where {size_of(found['free'])} are free"
+    )
+    lines.append(f"routes: {', '.join(found['routes'])}; each measured {found['measurements']:,} times, as it is once")
+    lines += [
+        f"{name}: a draw of all images takes about {_seconds(seconds)}, smaller ones less"
+        for name, seconds in found["seconds_of_a_draw_of_all"].items()
+    ]
+    return "\n".join([*lines, *filter(None, [_not_tried_text(found)]), "dry run: nothing was changed"])
 
 
 def _answer_text(found: Mapping[str, Any]) -> str:

@@ -388,10 +388,8 @@ class TrialTimes:
         fold = self._context.study.draws[trial.size, trial.seed]
         there = 0 if study.elsewhere is None else len(study.elsewhere.rows)
         if route.kind == TAIL:
-            above = self.above(route.cut) / 1000
-            epochs = self._context.options.epochs
-            learned = epochs * (3 * len(fold.fit) + len(fold.choose))  # a backward takes two forwards
-            return 1.0 + above * (learned + len(fold.test) + there)
+            above, epochs = self.above(route.cut), self._context.options.epochs
+            return tuning_seconds(above, epochs, len(fold.fit), len(fold.choose), len(fold.test) + there)
         classes = max(len(study.classes), 1)
         widths = sum(study.width(column) for column in route.columns)
         times = len(fold.choices) + 1 if route.kind == NODE else 1
@@ -401,6 +399,19 @@ class TrialTimes:
         """Milliseconds of the forward of one image above a node."""
         whole = self._milliseconds[self._context.bottleneck.partition(":")[0]]
         return max(whole - self._milliseconds[cut], 0.05 * whole)
+
+
+def tuning_seconds(above: float, epochs: int, fit: float, choose: float, test: float) -> float:
+    """How long a tail is tuned and tested: a backward takes as long as two forwards.
+
+    Args:
+        above: milliseconds of the forward of one image above the cut.
+        epochs: passes over the images.
+        fit: images that are learned from.
+        choose: images that are scored after each epoch.
+        test: images that are scored once.
+    """
+    return 1.0 + above / 1000 * (epochs * (3 * fit + choose) + test)
 
 
 def trials_of(context: RoutesContext, routes: Sequence[Route]) -> list[RouteTrial]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -14,15 +15,17 @@ import numpy as np
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
+from featurepipe.display import size
+from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.features.session import NetworkName, identity_of
 from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import TimedForward, least_disturbed
+from featurepipe.layer_depth.measure import FEW, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
-from featurepipe.layer_depth.sources import DEFAULT_BACKBONE, Extracted, Wanted, extracted
+from featurepipe.layer_depth.sources import DEFAULT_BACKBONE, DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
@@ -37,7 +40,15 @@ from featurepipe.store.options import RoleOptions, columns_of
 from featurepipe.store.space import canonical_json
 from featurepipe.training.settle import compared_labels
 from featurepipe.transfer_routes import answers
-from featurepipe.transfer_routes.measure import Route, RoutesContext, TrialTimes, measure_routes, measured, trials_of
+from featurepipe.transfer_routes.measure import (
+    Route,
+    RoutesContext,
+    TrialTimes,
+    measure_routes,
+    measured,
+    trials_of,
+    tuning_seconds,
+)
 from featurepipe.transfer_routes.options import AS_IT_IS, AUTO, BOTTLENECK, NODE, TAIL, RoutesOptions
 from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
@@ -152,10 +163,14 @@ def routes(
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         plan = _planned(wanted, options)
-        found = extracted(plan.wanted, {**(extraction or {}), "cluster": executor}, dry_run=dry_run, say=say)
+        arguments = {**(extraction or {}), "cluster": executor}
+        if dry_run or _lacks_activations(plan):
+            outlook = _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
+            if dry_run:
+                return outlook
+            _check_room(outlook, say)
+        found = extracted(plan.wanted, arguments, dry_run=False, say=say)
         clock["extract"] = time.monotonic() - start
-        if dry_run:
-            return {"kind": "routes plan", **found.plan()}
         study = settle_routes(found, options, labels, say)
         context, ways = _context(found, study, plan, options, trust_code)
         say(
@@ -166,10 +181,10 @@ def routes(
         clock["compare"] = time.monotonic() - start - clock["extract"]
         timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
         times = least_disturbed(timing, journal)
-        outlook, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
+        expected, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
         with show(len(trials), "measure", silent=silent, unit="measurements") as progress:
             untried = measure_routes(
-                context, trials, journal, outlook,
+                context, trials, journal, expected,
                 until=None if options.budget is None else start + options.budget, executor=executor, progress=progress,
             )  # fmt: skip
         clock["measure"] = time.monotonic() - start - clock["extract"] - clock["compare"]
@@ -222,6 +237,63 @@ def routes(
     if report is not None:
         write_report(answer, report, silent=silent)
     return answer
+
+
+def _lacks_activations(plan: _Plan) -> bool:
+    """Whether activations of images are yet to be computed, as far as the store's feature spaces tell."""
+    wanted = plan.wanted
+    if is_store(wanted.source) or not plan.cuts:
+        return False
+    target = DEFAULT_STORE if wanted.store is None else wanted.store
+    if not is_store(target):
+        return True
+    kept = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
+    return not any(set(plan.cuts.values()) <= set(space.columns()) for space in kept.spaces())
+
+
+def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str, Any]:
+    """What a dry run says: columns, what is to be extracted to where, and how long routes take with all images."""
+    space, path = found.spaces[PRETRAINED], found.store.path.absolute()
+    if found.is_held:
+        images = len(found.store.features(found.dataset, node=found.columns[0].column, backbone=space))
+    else:
+        images = int(found.records[0]["listed"])
+    timing = Timing(found.backbone.name, _nodes(found, plan), "fp32", found.machine.device, FEW)
+    times = TimedForward(LocalExecutor(), timing).measure()["milliseconds"]
+    whole = times[plan.bottleneck.partition(":")[0]]
+    parts = (0.64 * images, 0.16 * images, 0.2 * images)  # a fifth is tested, a fifth of the rest chooses
+    tails = {f"{TAIL} from {cut}": max(whole - times[cut], 0.05 * whole) for cut in plan.cuts}
+    return {
+        "kind": "routes plan",
+        **found.plan(),
+        "store": str(path),
+        "bytes": sum(sum(record["bytes_per_column"].values()) for record in found.records),
+        "free": shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free,
+        "routes": [*(kind for kind in options.kinds if kind not in (TAIL, *plan.unable)), *tails],
+        "measurements": options.seeds * len(options.sizes),
+        "seconds_of_a_draw_of_all": {
+            name: tuning_seconds(above, options.epochs, *parts) for name, above in tails.items()
+        },
+        "not_tried": answers.not_tried([], plan.unable),
+    }
+
+
+def _check_room(outlook: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Says how much space features and activations take, and refuses what there is not.
+
+    Raises:
+        DiskFull: It does not fit.
+    """
+    need, free, store = outlook["bytes"], outlook["free"], outlook["store"]
+    say(f"features and activations take {size(need)} in {store}, where {size(free)} are free")
+    if need > free:
+        raise DiskFull(
+            Message(
+                f"features and activations take {size(need)}, and {size(free)} are free on the disk of {store}; give a folder on "
+                "another disk with ", Option("store", "DIR"), ", cut nearer to the end with ", Option("cuts"),
+                ", or leave activations out with ", Option("routes", f"{AS_IT_IS},{BOTTLENECK},{NODE}"),
+            )
+        )  # fmt: skip
 
 
 def _options(**asked: Any) -> RoutesOptions:

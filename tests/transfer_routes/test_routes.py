@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from sklearn.datasets import load_digits
 import featurepipe as fp
 from featurepipe.backbones import load_backbone
 from featurepipe.cli import main
-from featurepipe.errors import UsageError
+from featurepipe.errors import DiskFull, UsageError
+from featurepipe.execution.executor import Worker
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import measure, similarity
-from featurepipe.transfer_routes.answers import text
+from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
 from featurepipe.transfer_routes.study import _ranked
@@ -254,6 +257,57 @@ def test_noise_is_as_far_as_noise_and_networks_without_statistics_say_so() -> No
     assert 0 < far["confidence"] < 1
     assert near["distance"] != far["distance"]
     assert similarity.distance_of(load_backbone("lenet5", "none"), grey[:, :1, :32, :32])["relative"] is None
+
+
+def test_a_dry_run_says_bytes_and_time_and_writes_nothing(piles: Path, tmp_path: Path, answer: dict[str, Any]) -> None:
+    found = fp.routes(piles, tmp_path / "new", dry_run=True, **NETWORK, **FAST)
+    values = 200 * (16 + 84 + 6 * 14 * 14)
+    assert found["bytes"] in (2 * values, 4 * values)
+    assert found["seconds_of_a_draw_of_all"]["tail from s2"] > 1
+    assert found["routes"] == ["as-it-is", "bottleneck", "node", "tail from s2"]
+    assert "200 images to read" in plan_text(found)
+    held = fp.routes(
+        piles.parent / "store", dry_run=True, **{**NETWORK, "backbone": None, "weights": "DEFAULT"}, **FAST
+    )
+    assert held["bytes"] == 0
+    del answer
+
+
+def test_activations_that_do_not_fit_are_refused_before_they_are_computed(
+    piles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DiskFull, match=r"1.0 kB are free on the disk of .*, cut nearer to the end with cuts"):
+        fp.routes(piles, tmp_path / "new", **NETWORK, **FAST)
+
+
+def test_a_store_without_activations_says_so_and_measures_the_rest(piles: Path, tmp_path: Path) -> None:
+    fp.extract(piles, tmp_path / "few", backbone="lenet5", weights="none", nodes=["s4:gap", "bottleneck"], silent=True)
+    given = {**NETWORK, "backbone": None, "weights": "DEFAULT"}
+    found = fp.routes(tmp_path / "few", **given, **{**FAST, "sizes": (5,), "seeds": 1})
+    assert {row["route"] for row in found["results"]} == {"bottleneck", "node"}
+    assert "the store has no activations s2:map" in next(
+        one["why"] for one in found["not_tried"] if one["route"] == "tail"
+    )
+
+
+def test_what_trials_have_in_common_travels(
+    piles: Path, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker elsewhere opens the store and loads the network itself, and finds the same."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "featurepipe.transfer_routes.routes.measure_routes",
+        lambda context, trials, *_, **__: asked.append((context, trials)) or [],
+    )
+    fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **FAST)
+    ((context, trials),) = asked
+    there = pickle.loads(pickle.dumps(context))
+    for kind in ("bottleneck", "tail"):
+        trial = next(one for one in trials if one.route.kind == kind and one.size == 5)
+        cell = measure.measure_trial(there, trial, Worker("w", threads=1, is_local=False), bool, bool)
+        (row,) = [one for one in answer["results"] if one["route"] == trial.route.name and one["size"] == 5]
+        assert cell.value == pytest.approx(row["cells"][0])
 
 
 def test_options_say_what_is_wrong() -> None:
