@@ -23,6 +23,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.store.keys import Keys, count_distinct
 
 UNUSED = b"unused columns"
+"""Metadata of a view's table: JSON of `LabelledImages.unused_columns`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

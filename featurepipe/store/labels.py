@@ -34,7 +34,6 @@ from featurepipe.errors import UsageError, unknown
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
 _EXACT = 2.0**53  # whole floats below it are whole numbers
 _NEEDED = ("id", "label", *PATHS)
-"""Metadata of a view's table: JSON of `LabelledImages.unused_columns`."""
 
 
 @dataclass(frozen=True)
