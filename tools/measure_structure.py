@@ -102,10 +102,9 @@ def entered_by_one_image() -> set[tuple[str, str]]:
     from PIL import Image
 
     import featurepipe
+    import featurepipe.extraction.extract  # functions that run when modules are imported are no part of an image's way,
 
-    featurepipe.load_backbone(
-        "lenet5", "none"
-    )  # what only the first network of a process runs is no part of an image's way
+    featurepipe.load_backbone("lenet5", "none")  # nor is what only the first network of a process runs
     with tempfile.TemporaryDirectory() as folder:
         pile = Path(folder) / "pile"
         pile.mkdir()
