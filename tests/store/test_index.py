@@ -5,6 +5,7 @@ import pytest
 
 from featurepipe.errors import UsageError
 from featurepipe.store import keys as keys_module
+from featurepipe.store.compact import rewritten_bytes
 
 
 def add_keys(store, space, keys, columns=("a:gap",)):
@@ -104,3 +105,19 @@ def test_a_part_of_another_space_counts_as_damaged(store, space, rows):
     path.rename(space.path / "parts" / path.name)
     assert not space.index().contains(rows.keys(["1"])).any()
     assert "another feature space" in space.damaged[path.name]
+
+
+def test_files_of_a_damaged_part_are_not_known_and_the_part_is_named(store, space, rows, flip_bit):
+    rows.write(store, space, ["1", "2"])
+    (first,), (path,) = space.parts(), space.part_paths()
+    rows.write(store, space, ["3"])
+    flip_bit(path, first.arrays["key"].offset)
+    assert space.known_files()["id"].to_pylist() == ["3"]
+    assert list(space.damaged) == [path.name]
+
+
+def test_nothing_is_rewritten_of_parts_of_which_nothing_is_kept(store, space, rows):
+    rows.write(store, space, ["1", "2"])
+    part = space.parts()[0]
+    assert rewritten_bytes(space, [part], [np.zeros(2, np.bool_)]) == 0
+    assert rewritten_bytes(space, [part], [np.ones(2, np.bool_)]) == part.file_bytes
