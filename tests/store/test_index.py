@@ -34,6 +34,7 @@ def test_all_columns_are_needed_but_may_lie_in_different_parts(store, space, row
     assert index.contains(keys).tolist() == [False, True, True, False, False]
     assert space.index(["a:gap"]).contains(keys).tolist() == [True, True, True, False, False]
     assert space.index().contains(keys).tolist() == [True, True, True, True, False]
+    assert index.locate(keys, "a:gap")[0].tolist() == [0, 0, 0, -1, -1]  # the first of two parts of other columns
     assert index.locate(keys, "b:gap")[0].tolist() == [-1, 1, 2, 1, -1]
     assert index.locate(keys)[0].tolist() == [-1, -1, 2, -1, -1]
     with pytest.raises(UsageError, match="'c:gap'"):
