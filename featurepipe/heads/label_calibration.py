@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import counted, first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.intervals import calibration_error
@@ -275,11 +274,3 @@ def _sigmoid(scores: Floats, positive: Mask) -> tuple[float, float]:
     if not spread:
         return 1.0, float(point[1] - middle)
     return float(point[0] / spread), float(point[1] - point[0] * middle / spread)
-
-
-def unreached_text(names: Sequence[str], thresholds: LabelThresholds, what: str) -> str | None:
-    """Names the labels whose thresholds are not what was wanted; None where all are."""
-    lacking: list[Any] = [str(name) for name, fine in zip(names, thresholds.reached, strict=True) if not fine]
-    if not lacking:
-        return None
-    return f"{counted(len(lacking), 'label', 'does', 'do')} not reach {what} on the validation images: {first_names(lacking, 10)}"
