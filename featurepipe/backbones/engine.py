@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurepipe.backbones import fusion
+from featurepipe.backbones import fusion, openvino
 from featurepipe.backbones.loading import Backbone
 from featurepipe.backbones.nodes import frozen_copy
 from featurepipe.backbones.pooling import Column, pool
@@ -31,6 +31,9 @@ BATCH_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+PYTORCH, OPENVINO = ENGINES = ("pytorch", "openvino")
+"""What runs a network."""
 
 MOST_STREAMS = 8
 """Batches computed at once on a CPU, as each holds its activations in memory."""
@@ -58,9 +61,11 @@ class Engine:
         precision: ``fp32``, ``bf16`` or ``fp16``, the dtype of weights and activations; pooling is always float32.
         device: a torch device such as ``cpu`` or ``cuda:0``.
         batch_size: the most images in one forward, which oneDNN packs its weights for.
+        engine: ``pytorch``, or ``openvino`` to run fp32 on a CPU by OpenVINO where that gives the same features.
 
     Attributes:
         streams: how many batches can be computed at once; keep one more than that submitted.
+        runtime: what runs the network: ``engine``, its ``version``, and ``reason`` where OpenVINO was wanted and does not.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Engine:
         precision: str = "fp32",
         device: str = "cpu",
         batch_size: int = 16,
+        engine: str = PYTORCH,
     ) -> None:
         self.backbone = backbone
         self.columns = tuple(columns)
@@ -80,10 +86,12 @@ class Engine:
         self.largest_batch = batch_size
         nodes = list(dict.fromkeys(column.node for column in self.columns))
         self._axes = {node: backbone.channel_axis(node) for node in nodes}
-        self._network = self._prepare(nodes, batch_size)
-        one_at_a_time = isinstance(self._network, HookedNetwork)  # code of others may keep activations on itself
         cores = torch.get_num_threads()
-        streams = 1 if one_at_a_time or self.device.type != "cpu" else min(cores, MOST_STREAMS)
+        streams = 1 if self.device.type != "cpu" else min(cores, MOST_STREAMS)
+        self._converted, self.runtime = self._convert(nodes, streams) if engine == OPENVINO else (None, _pytorch())
+        self._network = None if self._converted else self._prepare(nodes, batch_size)
+        if isinstance(self._network, HookedNetwork):
+            streams = 1  # code of others may keep activations on itself
         on_cpu = self.device.type == "cpu"
         self._pool = pool_of(streams, "featurepipe-forward", each=cores // streams) if on_cpu else None
         self._upload: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -115,6 +123,23 @@ class Engine:
         """Features of a uint8 batch (N, C, H, W) by column name, each float32 (N, D); spread evenly over the streams."""
         share = max(1, min(self.largest_batch, -(-len(batch) // self.streams)))
         return _Pieces([self.submit(batch[at : at + share]) for at in range(0, len(batch), share)]).result()
+
+    def _convert(self, nodes: list[str], streams: int) -> tuple[openvino.OpenVinoNetwork | None, dict[str, str]]:
+        """The network in OpenVINO, or None; and what runs it then, with the reason."""
+        if self.device.type != "cpu" or self.precision != "fp32":
+            return None, _pytorch(f"OpenVINO runs fp32 on a CPU, this is {self.precision} on {self.device.type}")
+        if not openvino.is_installed():
+            return None, _pytorch("OpenVINO is not installed; see featurepipe doctor")
+        graph = self.backbone.graph(nodes)
+        if graph is None:
+            return None, _pytorch("the network cannot be traced")
+        graph = frozen_copy(graph)
+        fusion.fold_batch_norm(graph)
+        try:
+            network = openvino.OpenVinoNetwork(graph, self.backbone.preprocessing, nodes, streams)
+        except openvino.NotConvertedError as error:
+            return None, _pytorch(str(error))
+        return network, {"engine": OPENVINO, "version": openvino.installed_version() or ""}
 
     def _prepare(self, nodes: list[str], batch_size: int) -> nn.Module:
         graph = self.backbone.graph(nodes)
@@ -149,11 +174,24 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._converted is not None:
+            with self._converted.activations(batch) as activations:
+                return {name: values.clone() for name, values in self._pooled(activations).items()}
+        if self._network is None:
+            raise RuntimeError("the engine has no network")
         images = self.backbone.preprocessing.normalise(batch, self.dtype).contiguous(memory_format=torch.channels_last)
-        outputs: dict[str, torch.Tensor] = self._network(images)
+        return self._pooled(self._network(images))
+
+    def _pooled(self, activations: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
-            str(c): pool(outputs[c.node], c.pooling, channel_axis=self._axes[c.node]).flatten(1) for c in self.columns
+            str(c): pool(activations[c.node], c.pooling, channel_axis=self._axes[c.node]).flatten(1)
+            for c in self.columns
         }
+
+
+def _pytorch(reason: str | None = None) -> dict[str, str]:
+    """What runs a network, where that is PyTorch."""
+    return {"engine": PYTORCH, "version": torch.__version__, **({} if reason is None else {"reason": reason})}
 
 
 class HookedNetwork(nn.Module):

@@ -129,9 +129,13 @@ class Preprocessing:
         """
         import torch
 
-        factor, offset = _affine(self.mean, self.std, self.scale, str(batch.device))
+        factor, offset = self.affine(str(batch.device))
         normalised = torch.addcmul(offset, batch.to(torch.float32), factor)
         return normalised if dtype is None else normalised.to(dtype)
+
+    def affine(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """What `normalise` does to a pixel: ``offset + factor * pixel``; factor and offset, each float32 (C, 1, 1)."""
+        return _affine(self.mean, self.std, self.scale, device)
 
 
 def _resized(image: Tensor, size: int) -> tuple[int, int]:
