@@ -58,6 +58,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: Images per forward, or ``auto``.
         workers: Threads that read and decode; by default one per CPU, at most 16.
+        engine: What runs fp32 networks on a CPU, as in `featurepipe.extract`.
         cluster: Whose workers compute what the store lacks, as `featurepipe.execution.connect` takes it, such as the scheduler's
             address; they see the images and the store under the same paths. With a store only.
         damaged: What becomes of a JPEG of which libjpeg could only repair what was left: ``reject`` makes it an image that
@@ -95,6 +96,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         device: str = "auto",
         batch_size: int | str = "auto",
         workers: int | None = None,
+        engine: str = "auto",
         cluster: Any = None,
         damaged: str = REJECT,
         on_reject: str = "raise",
@@ -112,6 +114,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.batch_size = batch_size
         self.workers = workers
+        self.engine = engine
         self.cluster = cluster
         self.damaged = damaged
         self.on_reject = on_reject
@@ -189,6 +192,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             device=self.device,
             batch_size=self.batch_size,
             workers=self.workers,
+            engine=self.engine,
             damaged=self.damaged,
         )
 

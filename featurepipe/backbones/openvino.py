@@ -83,7 +83,9 @@ class OpenVinoNetwork:
         Raises:
             NotConvertedError: they differ.
         """
-        images = torch.randint(0, 256, (_CHECKED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        images = torch.randint(
+            0, 256, (_CHECKED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
         with torch.inference_mode():
             expected = dict(zip(self.nodes, whole(images), strict=True))
         for batch, rows in ((images, slice(None)), (images[:1], slice(0, 1))):

@@ -47,6 +47,7 @@ def extract(
     device: str = "auto",
     batch_size: int | str = "auto",
     workers: int | None = None,
+    engine: str = "auto",
     max_rejects: int | str = "1%",
     max_gone: int | str | None = None,
     min_free: int | str | None = None,
@@ -89,6 +90,8 @@ def extract(
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
+        engine: what runs fp32 networks on a CPU: ``pytorch``, ``openvino``, or ``auto``: as in the store, else OpenVINO where it
+            is installed and 1,000 images or more are to be computed. Features agree to a relative distance of 1e-5.
         max_rejects: unusable images to tolerate, a number or a share such as ``"1%"``.
         max_gone: images of the dataset's last snapshot that may be gone from the source, a number or a share such as
             ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
@@ -138,6 +141,7 @@ def extract(
         device=device,
         batch_size=batch_size,
         workers=workers,
+        engine=engine,
         max_rejects=max_rejects,
         max_gone=max_gone,
         min_free=min_free,

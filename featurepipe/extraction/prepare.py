@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
-from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones.engine import NUMERICS, OPENVINO, PYTORCH
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, make_plan
 from featurepipe.features.loader import StageSeconds
+from featurepipe.features.options import AUTO
 from featurepipe.features.session import (
     SAMPLE,
     LoadedNetwork,
@@ -245,6 +246,7 @@ def prepare(
 
     missing = MissingColumns(space, columns, options)
     plan = _plan(listing, name, space, missing, history, source.location, say)
+    session = _with_engine(session, executor, len(plan.todo), space, say, keep=store is not None and not dry_run)
     return ExtractionSpec(
         session=session,
         source=source,
@@ -260,6 +262,23 @@ def prepare(
         listing=summary,
         clock=clock,
     )
+
+
+def _with_engine(
+    session: Session, executor: Executor, images: int, space: Space | None, say: Callable[[str], None], *, keep: bool
+) -> Session:
+    """The session with what runs its network settled: as in the store, else by how many images there are to compute."""
+    held = PYTORCH if space is None else space.notes.get("engine", PYTORCH)
+    asked = session.machine.engine != AUTO
+    session = session.for_images(images, OPENVINO if held == OPENVINO else None)
+    if images and session.machine.engine == OPENVINO and executor.is_local:
+        session.engine(session.columns)  # converted now, so that what comes of it can be said
+        runtime = session.runtime()
+        why = "asked for" if asked else "as in the store" if held == OPENVINO else f"{images:,} images are worth converting it"
+        say(f"engine {runtime['engine']} {runtime['version']}: {runtime.get('reason') or why}")
+    if keep and images and space is not None and session.machine.engine != held:
+        space.update_notes({"engine": session.machine.engine})
+    return session
 
 
 def precision_on(executor: Executor, session: Session, source: Source, listing: pa.Table) -> MeasurePrecision:

@@ -151,6 +151,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
             "device": job.session.machine.device,
             "batch_size": job.session.machine.batch_size,
             "workers": job.session.machine.workers,
+            **({"engine": job.session.runtime()} if ledger.computed else {}),
         },
         "counts": {
             "listed": job.plan.listing.num_rows,

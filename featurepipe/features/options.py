@@ -121,7 +121,7 @@ class SettingOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions(OptionGroup):
-    """With how much the network runs."""
+    """On what the network runs, and with how much."""
 
     device: str = option(AUTO, "default: cuda where there is one", metavar="auto|cpu|cuda[:N]", check=_device)
     batch_size: int | str = option(
@@ -131,6 +131,11 @@ class MachineOptions(OptionGroup):
     workers: int | None = option(
         None, "threads that read and decode (default: one per CPU, at most 16)", check=at_least(1, 1024)
     )
+    engine: str = option(
+        AUTO, "what runs fp32 networks on a CPU (auto: as in the store, else OpenVINO where it is installed and 1,000 images "
+        "or more are to be computed)",
+        choices=(AUTO, "pytorch", "openvino"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

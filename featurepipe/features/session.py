@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.backbones import Backbone, Column, load_backbone
-from featurepipe.backbones.engine import NUMERICS, Engine, choose_precision
+from featurepipe.backbones import Backbone, Column, load_backbone, openvino
+from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Decoder, Loader, StageSeconds
@@ -63,10 +63,12 @@ class NetworkName:
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network in this process, and the engines built of it: by precision, and then by columns."""
+    """A network in this process, and the engines built of it: by precision and name of the engine, and then by columns."""
 
     backbone: Backbone
-    engines: defaultdict[str, dict[frozenset[Column], Engine]] = field(default_factory=lambda: defaultdict(dict))
+    engines: defaultdict[tuple[str, str], dict[frozenset[Column], Engine]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
 
 _REJECTED = DamageOptions()
@@ -169,7 +171,8 @@ class Session:
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the settled precision; built once."""
         precision, wanted = self.settled.precision, frozenset(columns)
-        engines = self.network_here.engines[precision]
+        name = PYTORCH if self.machine.engine == AUTO else self.machine.engine
+        engines = self.network_here.engines[precision, name]
         if wanted not in engines:
             engines[wanted] = Engine(
                 self.backbone,
@@ -177,8 +180,20 @@ class Session:
                 precision=precision,
                 device=self.machine.device,
                 batch_size=self.machine.batch_size,
+                engine=name,
             )
         return engines[wanted]
+
+    def for_images(self, images: int, held: str | None = None) -> Self:
+        """The same with the engine settled; see `featurepipe.features.settings.Machine.for_images`."""
+        machine = self.machine.for_images(images, held)
+        return replace(self, machine=machine if self.settled.precision == "fp32" else replace(machine, engine=PYTORCH))
+
+    def runtime(self) -> dict[str, str]:
+        """What runs the network: the engine and, once it has run in this process, its version, and why it is not another."""
+        name = PYTORCH if self.machine.engine == AUTO else self.machine.engine
+        built = self.loaded.engines[self.settled.precision, name] if self.loaded and self.settings else {}
+        return next((dict(engine.runtime) for engine in built.values()), {"engine": name})
 
 
 @dataclass(frozen=True)
@@ -276,6 +291,7 @@ def settle_machine_for(executor: Executor, options: MachineOptions, decode: str 
         options,
         decode,
         has_cuda=any(has is True for has in answers.values()),
+        has_openvino=all(has is True for has in executor.each(openvino.is_installed).values()),
         cpus=max((worker.threads for worker in executor.workers()), default=1),
     )
     if machine.device.startswith("cuda"):
@@ -305,7 +321,7 @@ def measure_precision(
             session.backbone, session.columns, images, device, tried=tried, batch_size=session.machine.batch_size
         )
         if engine is not None:
-            session.network_here.engines[choice.precision][frozenset(session.columns)] = engine
+            session.network_here.engines[choice.precision, PYTORCH][frozenset(session.columns)] = engine
     return choice.precision, choice.reason
 
 

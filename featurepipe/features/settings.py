@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
+from featurepipe.backbones import openvino
+from featurepipe.backbones.engine import OPENVINO, PYTORCH
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.options import AUTO, MachineOptions, SettingOptions
 from featurepipe.images.decode import decoding_fields
@@ -110,13 +112,32 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     return Settings(**values, why={name: why[name] for name in SETTINGS})
 
 
+ENOUGH_TO_CONVERT = 1000
+"""Images from which on a network is converted to OpenVINO unasked: that takes seconds, and saves milliseconds an image."""
+
+
 @dataclass(frozen=True)
 class Machine:
-    """A device, the most images in one forward, and the threads that read and decode."""
+    """A device, the most images in one forward, the threads that read and decode, and what runs the network.
+
+    The engine is ``auto`` where OpenVINO could run it and nobody has said how many images there are; PyTorch does, then.
+    """
 
     device: str
     batch_size: int
     workers: int
+    engine: str = PYTORCH
+
+    def for_images(self, images: int, held: str | None = None) -> Self:
+        """Settles the engine.
+
+        Args:
+            images: to be computed.
+            held: the engine that computed what the store holds, which is followed.
+        """
+        if self.engine != AUTO:
+            return self
+        return replace(self, engine=held or (OPENVINO if images >= ENOUGH_TO_CONVERT else PYTORCH))
 
 
 def settle_machine(
@@ -124,6 +145,7 @@ def settle_machine(
     decode: str,
     *,
     has_cuda: bool | None = None,
+    has_openvino: bool | None = None,
     cpus: int | None = None,
 ) -> Machine:
     """Resolves what is ``auto`` or None, and refuses what cannot be.
@@ -132,6 +154,7 @@ def settle_machine(
         options: what was asked for.
         decode: the decode route asked for.
         has_cuda: whether there is a CUDA device; None to look here.
+        has_openvino: whether OpenVINO is installed; None to look here.
         cpus: cores there; None to count those here.
 
     Raises:
@@ -149,4 +172,15 @@ def settle_machine(
     if batch_size == AUTO:
         batch_size = 16 if device == "cpu" else 256
     workers = options.workers or min(cpus or os.cpu_count() or 2, 16)
-    return Machine(device, int(batch_size), workers)
+    has_openvino = openvino.is_installed() if has_openvino is None else has_openvino
+    return Machine(device, int(batch_size), workers, _engine(options.engine, device, has_openvino=has_openvino))
+
+
+def _engine(asked: str, device: str, *, has_openvino: bool) -> str:
+    if asked == AUTO:
+        return AUTO if has_openvino and device == "cpu" else PYTORCH
+    if asked == OPENVINO and device != "cpu":
+        raise UsageError(Message("engine 'openvino' needs ", Option("device", "cpu"), f"; here the device is {device}"))
+    if asked == OPENVINO and not has_openvino:
+        raise UsageError("engine 'openvino': it is not installed; run: pip install 'featurepipe[cpu]'")
+    return asked

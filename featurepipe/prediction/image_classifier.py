@@ -61,6 +61,7 @@ class ImageClassifier:
         device: str = AUTO,
         batch_size: int | str = AUTO,
         workers: int | None = None,
+        engine: str = AUTO,
         damaged: str = REJECT,
         trust_code: bool = False,
     ) -> Self:
@@ -72,6 +73,8 @@ class ImageClassifier:
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
             batch_size: Images per forward, or ``auto``.
             workers: Threads that read and decode; by default one per CPU, at most 16.
+            engine: What runs fp32 networks on a CPU: ``pytorch``, ``openvino``, or ``auto``: OpenVINO where it is installed, for
+                1,000 images or more.
             damaged: What a JPEG does of which libjpeg could only repair what was left: ``reject`` raises as for any image that
                 cannot be used, ``keep`` predicts it, and a warning names it.
             trust_code: Whether a network ``package.module:factory`` may be loaded, which runs that module.
@@ -86,6 +89,7 @@ class ImageClassifier:
             device=device,
             batch_size=batch_size,
             workers=workers,
+            engine=engine,
             damaged=damaged,
             trust_code=trust_code,
         )

@@ -51,6 +51,7 @@ def predict(
     device: str = AUTO,
     batch_size: int | str = AUTO,
     workers: int | None = None,
+    engine: str = AUTO,
     max_rejects: int | str = "1%",
     damaged: str = REJECT,
     only_under: Places = None,
@@ -88,6 +89,8 @@ def predict(
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
+        engine: what runs fp32 networks on a CPU: ``pytorch``, ``openvino``, or ``auto``: OpenVINO where it is installed, for
+            1,000 images or more.
         max_rejects: unusable images to tolerate, a number or a share such as ``"1%"``.
         damaged: what becomes of a JPEG of which libjpeg could only repair what was left: ``reject``, or ``keep``, then it is
             predicted like any other, and the record lists it under ``damaged``.
@@ -127,6 +130,7 @@ def predict(
         device=device,
         batch_size=batch_size,
         workers=workers,
+        engine=engine,
         max_rejects=max_rejects,
         damaged=damaged,
         only_under=places(only_under),

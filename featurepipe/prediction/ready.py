@@ -72,7 +72,7 @@ class ReadyBundle:
         enough = min(8192, max(16, SCORED_BYTES // (4 * (bundle.width + 4 * len(bundle.classes)))))
         group: list[FeatureBatch] = []
         rows = 0
-        for batch in FeatureStream(self.session).batches(
+        for batch in FeatureStream(self.session.for_images(listing.num_rows)).batches(
             source, listing, clock=clock, stop=stop, progress=progress, probes=probes
         ):
             group.append(batch)

@@ -313,7 +313,9 @@ class Prediction:
         executor.check()
         check_travels(images)
         self._machine = settle_machine_for(executor, self._options, str(self.bundle.space["decode"]))
-        options = replace(self._options, device=self._machine.device, batch_size=self._machine.batch_size)
+        self._machine = self._machine.for_images(listing.num_rows)
+        settled = {name: getattr(self._machine, name) for name in ("device", "batch_size", "engine")}
+        options = replace(self._options, **settled)
         probes = readable(images, listing["locator"])
         digest = digest_of(self._there) if isinstance(self._there, str) else ""
         context = PredictionContext(self._there, digest, options, images, probes)
