@@ -262,7 +262,7 @@ def test_a_record_keeps_what_was_asked_for(tmp_path):
         "decode": "cpu", "intensity": "bits=12", "device": "cpu", "batch_size": 2, "workers": 1, "max_rejects": 3,
         "max_gone": "20%", "min_free": "1kB", "time_budget": 5000.0, "retry_rejects": True, "damaged": "keep",
         "only_under": [str(tmp_path)], "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
-        "frames": "first",
+        "frames": "first", "engine": "pytorch",
     }  # fmt: skip
     assert asked.keys() == declared(ExtractionOptions).keys()
     record = featurepipe.extract(pile, store, **{**asked, "only_under": tmp_path}, silent=True)

@@ -274,7 +274,13 @@ def _with_engine(
     if images and session.machine.engine == OPENVINO and executor.is_local:
         session.engine(session.columns)  # converted now, so that what comes of it can be said
         runtime = session.runtime()
-        why = "asked for" if asked else "as in the store" if held == OPENVINO else f"{images:,} images are worth converting it"
+        why = (
+            "asked for"
+            if asked
+            else "as in the store"
+            if held == OPENVINO
+            else f"{images:,} images are worth converting it"
+        )
         say(f"engine {runtime['engine']} {runtime['version']}: {runtime.get('reason') or why}")
     if keep and images and space is not None and session.machine.engine != held:
         space.update_notes({"engine": session.machine.engine})

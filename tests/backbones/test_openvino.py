@@ -39,7 +39,7 @@ class Untraceable(Residual):
     """A forward that looks at its values."""
 
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else x)
+        return super().forward(x if x.sum() > 0 else -x)
 
 
 def made(network: type[nn.Module]) -> nn.Module:
@@ -141,12 +141,12 @@ def test_activations_that_differ_are_refused(monkeypatch):
     ],
 )
 def test_distance_is_a_share_of_the_length(expected, found, distance):
-    measured = openvino._distance(torch.tensor(expected), torch.tensor(found))  # noqa: SLF001
+    measured = openvino._distance(torch.tensor(expected), torch.tensor(found))
     assert measured == pytest.approx(distance)
 
 
 def test_a_value_that_is_not_finite_here_alone_is_far():
-    assert not openvino._distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, float("nan")]])) <= 1  # noqa: SLF001
+    assert not openvino._distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, float("nan")]])) <= 1
 
 
 def test_auto_converts_for_many_images_or_as_the_store_did():

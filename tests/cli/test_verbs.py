@@ -18,7 +18,7 @@ CASES = {
     "extract": (
         EXTRACT,
         "extract photos --store kept --dataset d --backbone vgg16 --weights none --seed 3 --node a --node b:gmp "
-        "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --max-rejects 3 "
+        "--precision fp32 --dtype float32 --decode cpu --device cpu --batch-size 8 --workers 2 --engine pytorch --max-rejects 3 "
         "--only-under /data --only-under s3://b --path-column photo --box x,y,w,h --box-unit share --box-margin 0.1 "
         "--images pics --frames all "
         "--max-gone 20% --min-free 20GB "
@@ -26,7 +26,7 @@ CASES = {
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "seed": 3,
             "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
-            "batch_size": "8", "workers": 2, "max_rejects": "3",
+            "batch_size": "8", "workers": 2, "engine": "pytorch", "max_rejects": "3",
             "only_under": ["/data", "s3://b"], "path_column": "photo", "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.1,
             "images": "pics", "frames": "all",
             "intensity": "bits=12", "max_gone": "20%", "min_free": "20GB",
@@ -41,7 +41,7 @@ CASES = {
             "nodes": ("bottleneck",), "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
             "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
             "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
-            "intensity": "auto",
+            "intensity": "auto", "engine": "auto",
             "retry_rejects": False, "damaged": "reject", "time_budget": None, "dry_run": False, "silent": False,
         },
     ),
@@ -101,7 +101,7 @@ CASES = {
             "bundle": "bundle", "source": "photos", "to": "p.csv", "backbone": None, "top": 3, "weights": "w.pt",
             "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "5%", "damaged": "keep", "only_under": ["/data"],
             "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
-            "trust_code": True, "raw_ids": True, "silent": True,
+            "engine": "auto", "trust_code": True, "raw_ids": True, "silent": True,
         },
     ),
     "predict as it is": (
@@ -111,7 +111,7 @@ CASES = {
             "bundle": None, "source": "photos", "to": "p.csv", "backbone": "vgg16", "top": None, "weights": None,
             "device": "auto", "batch_size": "auto", "workers": None, "max_rejects": "1%", "damaged": "reject", "only_under": None,
             "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
-            "trust_code": False, "raw_ids": False, "silent": False,
+            "engine": "auto", "trust_code": False, "raw_ids": False, "silent": False,
         },
     ),
     "depth": (
@@ -129,7 +129,7 @@ CASES = {
             "extraction": {
                 "precision": "fp32", "device": "cpu", "batch_size": "4", "workers": 1, "max_rejects": "0",
                 "damaged": "keep", "only_under": None, "path_column": None, "intensity": "auto",
-                "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
+                "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first", "engine": "auto",
             },
             "jobs": 1, "trust_code": True, "dry_run": False, "silent": True,
         },
@@ -149,7 +149,7 @@ CASES = {
             "extraction": {
                 "precision": "fp32", "device": "cpu", "workers": 1, "max_rejects": "0", "damaged": "reject", "only_under": None,
                 "path_column": None, "intensity": "auto", "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
-                "frames": "first",
+                "frames": "first", "engine": "auto",
             },
             "trust_code": False, "dry_run": False, "silent": True,
         },

@@ -228,9 +228,9 @@ def test_precision_dtype_and_decoding_are_the_bundles(album, monkeypatch):
     seen = {}
     prepare = Engine.__init__
 
-    def noting(engine, *args, **options):
+    def noting(built, *args, **options):
         seen.update(options)
-        prepare(engine, *args, **options)
+        prepare(built, *args, **options)
 
     monkeypatch.setattr(Engine, "__init__", noting)
     predict(replace(album.bundle(), space={**album.bundle().space, "precision": "bf16"}), album.root, **OPTIONS)
