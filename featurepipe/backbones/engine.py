@@ -8,19 +8,24 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from featurepipe.backbones import fusion, openvino
+from featurepipe.backbones import fusion
 from featurepipe.backbones.loading import Backbone
 from featurepipe.backbones.nodes import frozen_copy
 from featurepipe.backbones.pooling import Column, pool
 from featurepipe.errors import UsageError, unknown
 from featurepipe.threads import pool_of
+
+if TYPE_CHECKING:
+    from featurepipe.backbones.openvino import OpenVinoNetwork
 
 NUMERICS = 1
 """Version of our own arithmetic, part of the feature space: raise it when a change here changes features by more than
@@ -124,22 +129,24 @@ class Engine:
         share = max(1, min(self.largest_batch, -(-len(batch) // self.streams)))
         return _Pieces([self.submit(batch[at : at + share]) for at in range(0, len(batch), share)]).result()
 
-    def _convert(self, nodes: list[str], streams: int) -> tuple[openvino.OpenVinoNetwork | None, dict[str, str]]:
+    def _convert(self, nodes: list[str], streams: int) -> tuple[OpenVinoNetwork | None, dict[str, str]]:
         """The network in OpenVINO, or None; and what runs it then, with the reason."""
         if self.device.type != "cpu" or self.precision != "fp32":
             return None, _pytorch(f"OpenVINO runs fp32 on a CPU, this is {self.precision} on {self.device.type}")
-        if not openvino.is_installed():
+        if not openvino_is_installed():
             return None, _pytorch("OpenVINO is not installed; see featurepipe doctor")
         graph = self.backbone.graph(nodes)
         if graph is None:
             return None, _pytorch("the network cannot be traced")
+        from featurepipe.backbones.openvino import NotConvertedError, OpenVinoNetwork
+
         graph = frozen_copy(graph)
         fusion.fold_batch_norm(graph)
         try:
-            network = openvino.OpenVinoNetwork(graph, self.backbone.preprocessing, nodes, streams)
-        except openvino.NotConvertedError as error:
+            network = OpenVinoNetwork(graph, self.backbone.preprocessing, nodes, streams)
+        except NotConvertedError as error:
             return None, _pytorch(str(error))
-        return network, {"engine": OPENVINO, "version": openvino.installed_version() or ""}
+        return network, {"engine": OPENVINO, "version": version(OPENVINO)}
 
     def _prepare(self, nodes: list[str], batch_size: int) -> nn.Module:
         graph = self.backbone.graph(nodes)
@@ -187,6 +194,11 @@ class Engine:
             str(c): pool(activations[c.node], c.pooling, channel_axis=self._axes[c.node]).flatten(1)
             for c in self.columns
         }
+
+
+def openvino_is_installed() -> bool:
+    """Whether OpenVINO is there, which this does not import."""
+    return find_spec(OPENVINO) is not None
 
 
 def _pytorch(reason: str | None = None) -> dict[str, str]:

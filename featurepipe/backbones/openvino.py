@@ -6,8 +6,6 @@ import queue
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,24 +15,10 @@ from torch import fx, nn
 if TYPE_CHECKING:
     from featurepipe.backbones.preprocessing import Preprocessing
 
-PACKAGE = "openvino"
 TOLERANCE = 1e-5
 """Largest distance of fp32 features from those of PyTorch, as a share of their length, image by image."""
 _CHECKED = 3  # images on which both are compared; another number than the batch that is traced
 _MOST_IMAGES = 65_536  # of a batch, as the trace is told
-
-
-def is_installed() -> bool:
-    """Whether the package is there, which this does not import."""
-    return find_spec(PACKAGE) is not None
-
-
-def installed_version() -> str | None:
-    """The version of the package; None without it."""
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError:
-        return None
 
 
 class NotConvertedError(Exception):

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.backbones import Backbone, Column, load_backbone, openvino
-from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision
+from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision, openvino_is_installed
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Decoder, Loader, StageSeconds
@@ -291,7 +291,7 @@ def settle_machine_for(executor: Executor, options: MachineOptions, decode: str 
         options,
         decode,
         has_cuda=any(has is True for has in answers.values()),
-        has_openvino=all(has is True for has in executor.each(openvino.is_installed).values()),
+        has_openvino=all(has is True for has in executor.each(openvino_is_installed).values()),
         cpus=max((worker.threads for worker in executor.workers()), default=1),
     )
     if machine.device.startswith("cuda"):

@@ -9,8 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from featurepipe.backbones import openvino
-from featurepipe.backbones.engine import OPENVINO, PYTORCH
+from featurepipe.backbones.engine import OPENVINO, PYTORCH, openvino_is_installed
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.options import AUTO, MachineOptions, SettingOptions
 from featurepipe.images.decode import decoding_fields
@@ -172,7 +171,7 @@ def settle_machine(
     if batch_size == AUTO:
         batch_size = 16 if device == "cpu" else 256
     workers = options.workers or min(cpus or os.cpu_count() or 2, 16)
-    has_openvino = openvino.is_installed() if has_openvino is None else has_openvino
+    has_openvino = openvino_is_installed() if has_openvino is None else has_openvino
     return Machine(device, int(batch_size), workers, _engine(options.engine, device, has_openvino=has_openvino))
 
 
