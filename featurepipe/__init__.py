@@ -12,6 +12,8 @@ from featurepipe.lazy_names import lazy_names
 if TYPE_CHECKING:
     from featurepipe.backbones import load_backbone
     from featurepipe.cnn_features import CNNFeatures
+    from featurepipe.curation.similar import similar
+    from featurepipe.curation.suspects import labels
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
     from featurepipe.heads.families import make_head
@@ -40,6 +42,7 @@ __all__ = [
     "evaluate",
     "extract",
     "finetune",
+    "labels",
     "load_backbone",
     "make_head",
     "predict",
@@ -47,6 +50,7 @@ __all__ = [
     "report",
     "routes",
     "run_job",
+    "similar",
     "train",
 ]
 
@@ -60,6 +64,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",
     "finetune": "tuning.finetune",
+    "labels": "curation.suspects",
     "load_backbone": "backbones",
     "make_head": "heads.families",
     "predict": "prediction.predict",
@@ -67,6 +72,7 @@ _HOMES = {
     "report": "reporting.from_store",
     "routes": "transfer_routes.routes",
     "run_job": "jobs.run",
+    "similar": "curation.similar",
     "train": "training.train",
 }
 

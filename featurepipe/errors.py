@@ -59,6 +59,7 @@ _ON_COMMAND_LINE = {
     "columns": "node",
     "params": "set",
     "from_node": "from",
+    "query_ids": "id",
 }  # for each; a word of Python
 
 

@@ -53,6 +53,7 @@ def test_the_public_surface_is_what_it_was():
         "evaluate",
         "extract",
         "finetune",
+        "labels",
         "load_backbone",
         "make_head",
         "predict",
@@ -60,6 +61,7 @@ def test_the_public_surface_is_what_it_was():
         "report",
         "routes",
         "run_job",
+        "similar",
         "train",
     ]
     assert dir(featurepipe) == sorted(featurepipe.__all__)

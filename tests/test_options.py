@@ -11,6 +11,7 @@ from PIL import Image
 import featurepipe
 from featurepipe.cli.options import options
 from featurepipe.cli.parser import build_parser
+from featurepipe.curation.options import CheckLabelsOptions, SimilarOptions
 from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import ExtractionOptions
@@ -45,6 +46,8 @@ FUNCTIONS = {
     "routes": (featurepipe.routes, RoutesOptions),
     "drift": (featurepipe.drift, DriftOptions),
     "duplicates": (featurepipe.duplicates, DuplicatesOptions),
+    "similar": (featurepipe.similar, SimilarOptions),
+    "labels": (featurepipe.labels, CheckLabelsOptions),
     "report": (report, FindingsOptions),
     "gc": (gc_store, GcOptions),
 }
@@ -58,6 +61,8 @@ LINES = {
     "routes": "routes x",
     "drift": "drift y",
     "duplicates": "duplicates y",
+    "similar": "similar y x.png",
+    "labels": "labels y",
     "report": "report y --to z",
     "gc": "gc y",
 }
@@ -146,7 +151,7 @@ def test_the_command_line_and_the_function_have_every_option(command):
 
 OF_THE_COMMAND = {
     *("help", "json", "quiet", "dry_run", "scheduler", "cluster"),  # what is printed, and where work runs
-    *("source", "store", "bundle", "backbone", "job", "run_id"),  # what is worked on, named without a flag
+    *("source", "store", "bundle", "backbone", "job", "run_id", "query"),  # what is worked on, named without a flag
     *("out", "to", "node"),  # required: what is written, and what of
     *(
         "nights",

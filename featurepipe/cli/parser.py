@@ -28,6 +28,8 @@ COMMANDS = {
         "extract": ("extract", "compute the features that the store lacks for the images of a source"),
         "export": ("stores", "write one column's features to one plain HDF5, .npz or .parquet file"),
         "duplicates": ("depth", "copies, near copies, and those on both sides of a split"),
+        "similar": ("depth", "the images of a store that look most like some image, of the store or new"),
+        "labels": ("depth", "labels that look wrong: ranked, with what each should perhaps be"),
     },
     "heads": {
         "train": ("heads", "fit a head on cached features and keep it in a bundle that predicts on images"),

@@ -330,23 +330,37 @@ def write_groups(groups: Sequence[Groups], to: str | PathLike[str], *, raw_ids: 
         UsageError: The suffix is another one, or there is no such folder.
         DiskFull: No space is left; nothing stays behind.
     """
+    return write_table(pa.concat_tables([SCHEMA.empty_table(), *(one.table() for one in groups)]), to, raw_ids=raw_ids)
+
+
+def write_table(table: pa.Table, to: str | PathLike[str], *, raw_ids: bool = False) -> int:
+    """Writes a table about images as one file, whole or not at all; arguments and errors as of ``write_groups``."""
     path = checked_file(to)
-    table = pa.concat_tables([SCHEMA.empty_table(), *(one.table() for one in groups)])
     table, changed = neutralised(table) if path.suffix.lower() == ".csv" and not raw_ids else (table, 0)
     with atomic_file(path) as file:
         _WRITERS[path.suffix.lower()](table, file)
     return changed
 
 
-def checked_file(to: str | PathLike[str]) -> Path:
-    """The path, if groups can be written there; see ``write_groups``."""
+def checked_file(to: str | PathLike[str], what: str = "groups", further: Sequence[str] = ()) -> Path:
+    """The path, if a table can be written there.
+
+    Args:
+        to: The file.
+        what: What is written, for the message.
+        further: Suffixes that the caller can write besides, such as ``.html``.
+
+    Raises:
+        UsageError: The suffix is another one, or there is no such folder.
+    """
     path = Path(to)
-    if path.suffix.lower() not in _WRITERS:
-        raise UsageError(f"cannot write groups to {path}: its suffix must be one of {', '.join(_WRITERS)}")
+    suffixes = [*_WRITERS, *further]
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"cannot write {what} to {path}: its suffix must be one of {', '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise UsageError(f"cannot write groups to {path}: there is no folder {path.parent}")
+        raise UsageError(f"cannot write {what} to {path}: there is no folder {path.parent}")
     if path.is_dir():
-        raise UsageError(f"cannot write groups to {path}: it is a folder; name a file in it")
+        raise UsageError(f"cannot write {what} to {path}: it is a folder; name a file in it")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Pairs of images whose features lie near each other: all such pairs, or of very many images almost all."""
+"""Images whose features lie near each other: all such pairs, of very many images almost all; and the nearest of some."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import iterate
+from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.progress import Progress, show
 
@@ -364,3 +364,130 @@ def _apart(features: FeatureSet, first: Positions, second: Positions) -> Single:
     unit = _unit_rows(features, rows)
     apart: Single = 1 - np.einsum("ij,ij->i", unit[place[: len(first)]], unit[place[len(first) :]])
     return np.maximum(apart, 0)
+
+
+_SLACK = 16  # candidates beyond those asked for, which single precision may have put in the wrong order
+_REFINED_BYTES = 64 << 20  # of candidates that are compared in double precision at once
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest rows of each of q queries, nearest first; of equally near ones the earlier row.
+
+    Attributes:
+        positions: (q, k) of the rows; -1 where there are fewer than k.
+        apart: (q, k) float64 distances; infinite where there is no row.
+    """
+
+    positions: Positions
+    apart: npt.NDArray[np.float64]
+
+
+def nearest(
+    features: Blocks,
+    queries: Single,
+    top: int,
+    *,
+    distance: str = "cosine",
+    without: Positions | None = None,
+    progress: Progress | None = None,
+) -> Nearest:
+    """Finds the nearest rows of some queries by comparing each with every row, block by block.
+
+    Blocks are compared in single precision; the nearest, and a few more, are then compared in double precision. Memory: two
+    blocks of 16 MB, and 4 bytes a query and row of a block.
+
+    Args:
+        features: (n, D).
+        queries: (q, D).
+        top: How many rows for each query, k.
+        distance: ``cosine`` (1 for a row of zeros) or ``euclidean``.
+        without: (q,) positions of the row that is the query itself; -1 for none. It is passed over.
+        progress: Told the rows that have been compared.
+
+    Raises:
+        UsageError: A value is NaN or infinite.
+    """
+    kept = min(top + _SLACK, features.shape[0])
+    wanted = unit_vectors(queries) if distance == "cosine" else queries
+    refuse_non_finite(wanted)
+    best = np.full((len(queries), kept), -np.inf, np.float32)
+    place = np.full((len(queries), kept), -1, np.int64)
+    for rows, block in iterate(features, dtype=np.float32):
+        scores = _scores(wanted, block, distance)
+        if without is not None:
+            inside = np.flatnonzero((without >= rows.start) & (without < rows.stop))
+            scores[inside, without[inside] - rows.start] = -np.inf
+        _merge(best, place, scores, rows.start)
+        if progress is not None:
+            progress.advance(len(block))
+    return refined(features, queries, np.where(np.isneginf(best), -1, place), top, distance=distance)
+
+
+def _scores(wanted: Single, block: Single, distance: str) -> Single:
+    """(q, m), larger for nearer rows."""
+    if distance == "cosine":
+        found: Single = wanted @ unit_vectors(block).T
+        return found
+    refuse_non_finite(block)
+    euclidean: Single = 2 * (wanted @ block.T) - np.einsum("ij,ij->i", block, block)
+    return euclidean
+
+
+def _merge(best: Single, place: Positions, scores: Single, start: int) -> None:
+    """Keeps the best of each query among those so far and those of a block."""
+    kept = best.shape[1]
+    better = np.flatnonzero(scores.max(axis=1) > best.min(axis=1))
+    if not len(better):
+        return
+    scores = scores[better]
+    columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    if scores.shape[1] > kept:
+        columns = np.argpartition(scores, -kept, axis=1)[:, -kept:]
+        scores = np.take_along_axis(scores, columns, axis=1)
+    together = np.concatenate([best[better], scores], axis=1)
+    where = np.concatenate([place[better], columns + start], axis=1)
+    chosen = np.argpartition(together, -kept, axis=1)[:, -kept:]
+    best[better] = np.take_along_axis(together, chosen, axis=1)
+    place[better] = np.take_along_axis(where, chosen, axis=1)
+
+
+def refined(features: Blocks, queries: Single, candidates: Positions, top: int, *, distance: str) -> Nearest:
+    """Compares candidates by all their values in double precision.
+
+    Args:
+        features: (n, D).
+        queries: (q, D).
+        candidates: (q, c) positions of rows, different ones; -1 for none.
+        top: How many of them to keep, k.
+        distance: As for ``nearest``.
+    """
+    count = min(top, candidates.shape[1])
+    positions, apart = np.empty((len(queries), count), np.int64), np.empty((len(queries), count))
+    step = max(1, _REFINED_BYTES // (8 * features.shape[1] * max(1, candidates.shape[1])))
+    for start in range(0, len(queries), step):
+        here = candidates[start : start + step]
+        far = _far(features, queries[start : start + step], here, distance)
+        order = np.lexsort((here, far))[:, :count]
+        positions[start : start + step] = np.take_along_axis(here, order, axis=1)
+        apart[start : start + step] = np.take_along_axis(far, order, axis=1)
+    return Nearest(positions, apart)
+
+
+def _far(features: Blocks, queries: Single, candidates: Positions, distance: str) -> npt.NDArray[np.float64]:
+    """(q, c) distances; infinite where there is no candidate."""
+    far = np.full(candidates.shape, np.inf)
+    rows, place = np.unique(candidates[candidates >= 0], return_inverse=True)
+    values = features.read(np.float32, rows=rows).astype(np.float64)
+    number = np.broadcast_to(np.arange(len(queries))[:, None], candidates.shape)[candidates >= 0]
+    asked = queries.astype(np.float64)
+    if distance == "cosine":
+        values, asked = (
+            one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            for one in (values, asked)
+        )
+        products = np.einsum("ij,ij->i", asked[number], values[place])
+        far[candidates >= 0] = np.maximum(1 - products, 0)
+    else:
+        far[candidates >= 0] = np.linalg.norm(asked[number] - values[place], axis=1)
+    return far

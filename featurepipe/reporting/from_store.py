@@ -141,6 +141,43 @@ def report(
     return page
 
 
+def image_page(
+    store: FeatureStore,
+    document: Mapping[str, Any],
+    target: str | os.PathLike[str],
+    options: SourceOptions,
+    *,
+    source: Any = None,
+    dataset: str,
+    snapshot: str,
+    queries: ReadImage | str | None = None,
+    silent: bool = False,
+) -> Path:
+    """Writes a page about images of a dataset, with thumbnails where the images are at hand.
+
+    Args:
+        store: the feature store.
+        document: of kind "images", as ``write_report`` takes it; its provenance is added.
+        target: the HTML file.
+        options: how the source is opened.
+        source: the images; by default where they were extracted from.
+        dataset: the images' dataset.
+        snapshot: run id of the images as they are on the page.
+        queries: reads the images that were asked with by id, or names the dataset that they are of; None if they are among the
+            dataset's own.
+        silent: say nothing on the way.
+    """
+    look = _Look(store, options, announcer(silent=silent))
+    read = look.pictures(dataset, snapshot, source, Option("source"))
+    if isinstance(queries, str):
+        queries = look.pictures(queries, store.snapshot_ids(queries)[-1], None, Option("source"))
+    origin = {"when": now(), "software": versions(), "machine": host(), "store": str(store.path), "snapshot": snapshot}
+    shown = {**document, "provenance": origin}
+    page = write_report(shown, target, images=read, elsewhere=queries, silent=silent)
+    look.tell_refused()
+    return page
+
+
 def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
     documents = store.depth_documents(dataset)
     require_snapshot(store, dataset)

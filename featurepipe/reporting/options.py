@@ -23,13 +23,19 @@ class ShownOption(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PicturesOptions(OptionGroup):
+class PictureSourceOption(OptionGroup):
     """Where the images of a page are."""
 
     source: Any = option(
         None, "the images, for thumbnails (default: where they were extracted from)",
         metavar="SOURCE", recorded=file_or_kind,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesOptions(PictureSourceOption):
+    """Where the images of a page are, and those that a comparison was tested on."""
+
     test_source: Any = option(
         None, "the same of the other source that a comparison was tested on", metavar="SOURCE", recorded=file_or_kind
     )

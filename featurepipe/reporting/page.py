@@ -16,7 +16,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from featurepipe.display import displayed, displayed_values
-from featurepipe.reporting.blocks import DASH, Exhibit, Paint, Section, Style, finite, with_values
+from featurepipe.reporting.blocks import (
+    DASH,
+    Exhibit,
+    Gallery,
+    Paint,
+    Picture,
+    Prose,
+    Section,
+    Style,
+    finite,
+    with_values,
+)
 from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
 from featurepipe.reporting.head_sections import (
     bundle_column,
@@ -53,8 +64,8 @@ def compose(
         metrics: Its table of scores, or nothing.
         projection: Where the images of the map are.
         small: Thumbnails for the map, data URIs by id.
-        large: Thumbnails of the mistakes.
-        elsewhere: Thumbnails of the mistakes on the other source.
+        large: Thumbnails of the mistakes, or of the images of a page about images.
+        elsewhere: Thumbnails of the mistakes on the other source, or of the images that were asked with.
     """
     paint = Paint()
     document, metrics, projection = map(displayed_values, (with_values(document), metrics, projection))
@@ -64,6 +75,8 @@ def compose(
     if document["kind"] == "routes":
         found = [*route_sections(document, paint), provenance(document, route_facts(document))]
         return render(routes_title(document), [section for section in found if section], paint, _footer(document))
+    if document["kind"] == "images":
+        return render(document["title"], image_sections(document, large, elsewhere), paint, _footer(document))
     depth = document["kind"] == "depth"
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)
@@ -79,6 +92,24 @@ def compose(
     ]
     title = depth_title(document) if depth else bundle_title(document)
     return render(title, [section for section in sections if section], paint, _footer(document))
+
+
+def image_sections(document: Document, pictures: Images, queries: Images) -> list[Section]:
+    """Groups of images, such as a query and its nearest, each a gallery under its own heading."""
+    found = [Section("answer", "What was asked", (Prose(tuple(document["paragraphs"])),))]
+    for number, group in enumerate(document["groups"]):
+        shown = [
+            Picture(
+                (queries if image.get("is_query") else pictures).get(image["id"]),
+                f"Image {image['id']}: {', '.join(image['lines'])}",
+                image["id"],
+                tuple(image["lines"]),
+            )
+            for image in group["images"]
+        ]
+        found.append(Section(f"group-{number}", group["title"], (Gallery(tuple(shown)),)))
+    last = provenance(document, {"Provenance": document.get("provenance")})
+    return [*found, last] if last else found
 
 
 def render(title: str, sections: Sequence[Section], paint: Paint, footer: str) -> str:

@@ -13,7 +13,7 @@ from featurepipe.progress import announcer
 from featurepipe.reporting.images import ReadImage, bounded_thumbnails, thumbnails
 from featurepipe.store.atomic import atomic_file
 
-KINDS = ("depth", "routes", "bundle", "nights")
+KINDS = ("depth", "routes", "bundle", "nights", "images")
 VERSION = 1
 
 _MAP_CHARACTERS = (
@@ -54,7 +54,9 @@ def write_report(
     Args:
         document: What ``featurepipe depth --json`` or ``featurepipe routes --json`` gives, what ``nights_document`` does, or of a
             trained bundle ``kind`` "bundle", ``version`` 1, ``bundle`` (from ``describe_bundle``), ``evaluation`` (from
-            ``evaluate``) and ``provenance``.
+            ``evaluate``) and ``provenance``. Or about images: ``kind`` "images", ``title``, ``paragraphs``, ``provenance``, and
+            ``groups``, each with ``title`` and ``images``: ``id``, ``lines`` of text, ``is_query`` where its picture comes from
+            ``elsewhere``.
         target: The file; one that is there is replaced once the new one is complete.
         images: Gives the image of an id as encoded bytes, array (H, W), (H, W, C) or (C, H, W), or PIL image; None
             where it is not at hand. Without it the page has no pictures.
@@ -84,8 +86,9 @@ def write_report(
         say(f"placing {min(len(features.ids), POINTS):,} of {total:,} images on a map")
         projection = project(features.ids, features.values, features.labels, total=total)
     metrics = metrics_of(document)
-    large = thumbnails(_mistaken(metrics), images, side=_MISTAKE_SIDE)
-    there = thumbnails(_mistaken(metrics_elsewhere(document)), elsewhere, side=_MISTAKE_SIDE)
+    large = thumbnails([*_mistaken(metrics), *_pictured(document, is_query=False)], images, side=_MISTAKE_SIDE)
+    asked = [*_mistaken(metrics_elsewhere(document)), *_pictured(document, is_query=True)]
+    there = thumbnails(asked, elsewhere, side=_MISTAKE_SIDE)
     small = bounded_thumbnails(list(projection.ids), images, most=_MAP_CHARACTERS) if projection else {}
     html = compose(document, metrics, projection, small, large, there).encode("utf-8", "replace")
     with atomic_file(path) as file:
@@ -99,6 +102,13 @@ def _mistaken(metrics: Mapping[str, Any]) -> list[str]:
     found = metrics.get("mistakes") or {}
     shown = found if isinstance(found, list) else found.get("most_confident") or []
     return list(dict.fromkeys(str(mistake.get("id")) for mistake in shown))
+
+
+def _pictured(document: Mapping[str, Any], *, is_query: bool) -> list[str]:
+    """Ids of the images of a page about images: of the answers, or of what was asked with images from elsewhere."""
+    groups = document.get("groups", []) if document.get("kind") == "images" else []
+    shown = [image for group in groups for image in group["images"]]
+    return list(dict.fromkeys(str(image["id"]) for image in shown if image.get("is_query", False) == is_query))
 
 
 def check_target(target: str | os.PathLike[str]) -> None:

@@ -1,0 +1,114 @@
+"""The options of the questions asked of stored features; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+from featurepipe.features.options import MachineOptions, SourceOptions
+from featurepipe.monitoring.options import NodeOption
+from featurepipe.option_groups import OptionGroup, at_least, option
+from featurepipe.prediction.options import RawIdsOption
+from featurepipe.reporting.options import PictureSourceOption
+from featurepipe.store.options import (
+    DatasetOption,
+    LabelsOption,
+    RoleOptions,
+    SpaceOption,
+    SplitOption,
+    TrustOption,
+)
+
+COSINE, EUCLIDEAN = DISTANCES = ("cosine", "euclidean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOption(OptionGroup):
+    """Where an answer is written."""
+
+    to: str | PathLike[str] | None = option(
+        None, "write the answer: .csv, .jsonl or .parquet, or a page with thumbnails, .html", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOption(OptionGroup):
+    """Which of a dataset's snapshots."""
+
+    snapshot: str | None = option(
+        None, "the snapshot whose images are meant, or the run of a job (default: the current one)", metavar="RUN-ID"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceOption(OptionGroup):
+    """How far apart features are."""
+
+    distance: str = option(COSINE, f"of features (default: {COSINE})", choices=DISTANCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(OptionGroup):
+    """What `featurepipe.similar` looks for, and among what."""
+
+    query_ids: tuple[str, ...] | None = option(
+        None, "an image of the store to find look-alikes of; may be repeated", metavar="ID"
+    )
+    query_dataset: str | None = option(
+        None, "the dataset of these ids, if it is not the one that is searched", metavar="NAME"
+    )
+    top: int = option(10, "how many images for each query (default: 10)", check=at_least(1, 10_000))
+    weights: str | PathLike[str] | None = option(
+        None,
+        "the network's weights file, where it is your own, for images that the store does not have",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarOptions(
+    TrustOption,
+    MachineOptions,
+    SourceOptions,
+    PictureSourceOption,
+    RawIdsOption,
+    AnswerOption,
+    SnapshotOption,
+    SpaceOption,
+    NodeOption,
+    DistanceOption,
+    DatasetOption,
+    QueryOptions,
+):
+    """All options of `featurepipe.similar`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectsOptions(OptionGroup):
+    """How labels are checked."""
+
+    folds: int = option(
+        5, "parts, each judged by a head that learned from the others (default: 5)", check=at_least(2, 50)
+    )
+    limit: int | None = option(
+        100, "the most suspects to list and show on a page (default: 100); a file has all", check=at_least(1)
+    )
+    seed: int = option(0, "of the folds (default: 0)", check=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckLabelsOptions(
+    RoleOptions,
+    LabelsOption,
+    SourceOptions,
+    PictureSourceOption,
+    RawIdsOption,
+    AnswerOption,
+    SnapshotOption,
+    SpaceOption,
+    NodeOption,
+    SplitOption,
+    DatasetOption,
+    SuspectsOptions,
+):
+    """All options of `featurepipe.labels`."""

@@ -1,0 +1,449 @@
+"""Labels that look wrong: judged by heads that have not learned from them, ranked, with what the label should perhaps be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurepipe.curation.options import CheckLabelsOptions
+from featurepipe.curation.similar import PAGE
+from featurepipe.display import counted, neutralised_text, table
+from featurepipe.errors import Message, UsageError
+from featurepipe.features.options import Places, places
+from featurepipe.heads.families import make_head
+from featurepipe.heads.sampling import ALWAYS_TRAIN
+from featurepipe.monitoring.duplicates import checked_file, write_table
+from featurepipe.monitoring.near import nearest
+from featurepipe.option_groups import as_asked
+from featurepipe.progress import announcer, show
+from featurepipe.reporting.from_store import image_page
+from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.locks import starts_again
+from featurepipe.store.options import RoleOptions
+from featurepipe.store.roles import with_roles
+from featurepipe.training.splits import dealt
+from featurepipe.training.task import weighted
+
+STRENGTH = 0.01
+"""The inverse regularisation C of the logistic heads: strong, so that a head does not bend to the labels that are wrong."""
+_FEW = (
+    16.0  # C for one image, divided among fewer than 1,600 of them: else so few would hardly count against the penalty
+)
+FAR = 3.5
+"""A number is suspect from a modified z-score of its residual (Iglewicz & Hoaglin 1993, "How to Detect and Handle Outliers")."""
+_NORMAL = 0.6745  # of a normal distribution, the median absolute deviation in standard deviations
+_NEIGHBOURS = 5
+_SHOWN = 60
+_ROWS = 30
+
+Array = npt.NDArray[Any]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What out-of-fold predictions say of the labels of n rows.
+
+    Attributes:
+        rows: (s,) suspect rows, the most suspect first; of several labels a row may be there more than once.
+        score: (s,) from 0, surely wrong, to 1; of numbers the modified z-score of the residual, without an upper bound.
+        given: (s,) the label as text.
+        suggested: (s,) what it should perhaps be.
+        label: (s,) which of several labels is meant; empty for classes and numbers.
+        unchecked: (u,) labelled rows that no head could judge: the only ones of their class.
+    """
+
+    rows: Positions
+    score: npt.NDArray[np.float64]
+    given: list[str]
+    suggested: list[str]
+    label: list[str]
+    unchecked: Positions
+
+
+@starts_again
+def labels(
+    store: FeatureStore | str | PathLike[str],
+    *,
+    folds: int = 5,
+    limit: int | None = 100,
+    seed: int = 0,
+    dataset: str | None = None,
+    split: str | None = None,
+    node: str = "bottleneck",
+    backbone: str | None = None,
+    snapshot: str | None = None,
+    to: str | PathLike[str] | None = None,
+    raw_ids: bool = False,
+    source: Any = None,
+    only_under: Places = None,
+    path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
+    images: str | PathLike[str] | None = None,
+    frames: str = "first",
+    labels: Any = None,
+    label: str | None = None,
+    split_column: str | None = None,
+    group: str | None = None,
+    target: str | None = None,
+    multilabel: Sequence[str] | None = None,
+    weight: str | None = None,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Finds labels that look wrong.
+
+    Each image is judged by a head that has learned from other images, never from a copy of it or another of its group.
+    Classes: confident learning (Northcutt, Jiang & Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset
+    Labels"; cleanlab, pruning by noise rate) on the probabilities of a logistic regression. Several labels: the same for each
+    label by itself. Numbers: those whose residual under a ridge regression is an outlier (modified z-score above 3.5).
+
+    Args:
+        store: The feature store or its path.
+        folds: Parts of the images, each judged by a head fitted on the others.
+        limit: The most suspects to list; None for all.
+        seed: Of the folds.
+        dataset: Name of the dataset; by default the store's only one.
+        split: Only labels of this split; by default of all images.
+        node: The column that heads learn from.
+        backbone: Of which network, space or fingerprint.
+        snapshot: Run id of the snapshot whose images are meant; by default the current one.
+        to: A page with thumbnails and neighbours (``.html``), or a file to correct (``.csv``, ``.jsonl``, ``.parquet``): every
+            image, suspects first. What is in its column of labels counts when it is given to ``labels=`` of any command.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+        source: The dataset's images, for thumbnails; by default where they were extracted from.
+        only_under: As in `featurepipe.report`.
+        path_column: As in `featurepipe.extract`.
+        box: As in `featurepipe.extract`.
+        box_unit: As in `featurepipe.extract`.
+        box_margin: As in `featurepipe.extract`.
+        images: As in `featurepipe.extract`.
+        frames: As in `featurepipe.extract`.
+        labels: A mapping or file to check instead of the dataset's labels.
+        label: The column of the class.
+        split_column: The column of the splits.
+        group: The column of what belongs together.
+        target: The column of a number to check instead of classes.
+        multilabel: The columns of several labels to check instead of classes.
+        weight: The column of how much each image counts while heads are fitted.
+        silent: Say nothing on standard error.
+
+    Returns:
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``kind`` (``multiclass``, ``multilabel`` or
+        ``continuous``), ``images`` (checked), ``unlabelled``, ``unchecked`` (the only ones of their class), ``count`` (of
+        suspects), ``suspects``: a list of ``id``, ``given``, ``suggested``, ``score``, of several labels ``label``, the most
+        suspect first; ``file``, ``options``, ``warnings``, ``seconds``.
+
+    Raises:
+        UsageError: There are no labels, or of one class only; a column is unknown; or cleanlab is not installed.
+        StoreError: Features of some images are missing.
+    """
+    started = time.monotonic()
+    options = CheckLabelsOptions(
+        folds=folds, limit=limit, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone, snapshot=snapshot,
+        to=to, raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column, box=box,
+        box_unit=box_unit, box_margin=box_margin, images=None if images is None else str(images), frames=frames,
+        labels=labels, label=label, split_column=split_column, group=group, target=target,
+        multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
+    )  # fmt: skip
+    place = None if to is None else checked_file(to, "labels", [PAGE])
+    kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    name = dataset or kept.only_dataset()
+    run_id = snapshot or kept.snapshot_ids(name)[-1]
+    say = announcer(silent=silent)
+    every = kept.features(name, node=node, backbone=backbone, snapshot=snapshot)
+    every = with_roles(kept, every, labels, RoleOptions.of(options), say, snapshot=snapshot)
+    every = every if split is None else every.select(split=split)
+    known = every.select(labelled=True)
+    say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
+    with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
+        suspects = find_suspects(known, folds=folds, seed=seed, done=lambda: progress.advance(1))
+    warnings = _unchecked(suspects)
+    if place is not None and place.suffix.lower() == PAGE:
+        image_page(
+            kept, _document(known, suspects, limit), place, options, source=source, dataset=name, snapshot=run_id, silent=silent
+        )  # fmt: skip
+    elif place is not None:
+        said = neutralised_text(write_table(to_correct(every, known, suspects, options), place, raw_ids=raw_ids), place)
+        warnings += [said] if said else []
+    return {
+        "dataset": name,
+        "snapshot": run_id,
+        "column": known.column,
+        "space": known.origin.space,
+        "kind": RoleOptions.of(options).target_type,
+        "images": len(known) - len(suspects.unchecked),
+        "unlabelled": len(every) - len(known),
+        "unchecked": len(suspects.unchecked),
+        "count": len(suspects.rows),
+        "suspects": _listed(known, suspects, limit),
+        "file": None if place is None else str(place),
+        "options": as_asked(options),
+        "warnings": warnings,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def find_suspects(
+    features: FeatureSet, *, folds: int = 5, seed: int = 0, done: Callable[[], object] = bool
+) -> Suspects:
+    """Finds suspect labels, numbers or classes of labelled rows; see `labels`.
+
+    Args:
+        features: n labelled rows.
+        folds: Parts, each judged by a head fitted on the others.
+        seed: Of the folds.
+        done: Called after each fit.
+
+    Raises:
+        UsageError: There are fewer than two classes, or fewer rows than folds.
+    """
+    if len(features) < 2 * folds:
+        raise UsageError(
+            f"{counted(len(features), 'labelled image')} are too few to be judged in {folds} parts; label more of them, or give "
+            "labels of your own"
+        )
+    if features.targets is None:
+        return _suspect_classes(features, folds, seed, done)
+    if features.target_names:
+        return _suspect_labels(features, folds, seed, done)
+    return _suspect_numbers(features, folds, seed, done)
+
+
+def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+    classes = features.classes
+    if len(classes) < 2:
+        raise UsageError(
+            f"every label of dataset {features.origin.dataset} is {classes[0]!r}: there is nothing to tell apart"
+        )
+    codes = features.codes(classes)
+    fold = dealt(features, codes, np.arange(len(codes)), folds=folds, seed=seed)
+    probabilities = np.zeros((len(codes), len(classes)))
+    for number in range(folds):
+        test = np.flatnonzero(fold == number)
+        head = _fitted(features, np.flatnonzero(fold != number), codes)
+        if len(test):
+            probabilities[np.ix_(test, head.classes_)] = head.predict_proba(features.take(test))
+        done()
+    judged = np.flatnonzero(fold != ALWAYS_TRAIN)
+    rows, score = _confident(codes[judged], probabilities[judged])
+    rows = judged[rows]
+    suggested = [classes[code] for code in probabilities[rows].argmax(axis=1)]
+    given = [classes[code] for code in codes[rows]]
+    return Suspects(rows, score, given, suggested, [""] * len(rows), np.flatnonzero(fold == ALWAYS_TRAIN))
+
+
+def _fitted(features: FeatureSet, rows: Positions, codes: Array) -> Any:
+    head = make_head("logistic", C=_strength(len(rows)), out_of_core=True)
+    weights = features.weights
+    return head.fit(features.take(rows), codes[rows], **weighted(head, None if weights is None else weights[rows]))
+
+
+def _strength(rows: int) -> float:
+    return max(STRENGTH, _FEW / rows)
+
+
+def _confident(codes: Array, probabilities: npt.NDArray[np.float64]) -> tuple[Positions, npt.NDArray[np.float64]]:
+    """Confident learning: suspect rows, the most suspect first, and the probability that each label is right."""
+    used, numbers = np.unique(codes, return_inverse=True)
+    if len(used) < 2:
+        return np.empty(0, np.int64), np.empty(0)
+    try:
+        from cleanlab.filter import find_label_issues
+    except ModuleNotFoundError as error:
+        raise UsageError("labels are checked with cleanlab; run: pip install 'featurepipe[labels]'") from error
+    among = probabilities[:, used]
+    among = among / among.sum(axis=1, keepdims=True)
+    rows = find_label_issues(numbers, among, return_indices_ranked_by="self_confidence", n_jobs=1)
+    rows = np.asarray(rows, np.int64)
+    rows = rows[among[rows].argmax(axis=1) != numbers[rows]]  # a label that is also the most probable one is no suspect
+    score = probabilities[rows, codes[rows]]
+    order = np.argsort(score, kind="stable")
+    return rows[order], score[order]
+
+
+def _suspect_labels(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+    """Each label by itself: confident learning of present against absent, among rows where it is known."""
+    targets = np.asarray(features.targets)
+    parts: list[tuple[int, float, str, str, str]] = []
+    checked = np.zeros(len(features), np.bool_)
+    for place, name in enumerate(features.target_names):
+        known = np.flatnonzero(~np.isnan(targets[:, place]))
+        codes = targets[known, place].astype(np.int64)
+        some = features.take(known)
+        fold = dealt(some, codes, np.arange(len(codes)), folds=folds, seed=seed)
+        probabilities = np.zeros((len(codes), 2))
+        for number in range(folds):
+            test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+            if len(test) and len(np.unique(codes[train])) == 2:
+                probabilities[test] = _fitted(some, train, codes).predict_proba(some.take(test))
+            done()
+        judged = np.flatnonzero(probabilities.sum(axis=1) > 0)
+        checked[known[judged]] = True
+        rows, score = _confident(codes[judged], probabilities[judged])
+        words = ("absent", "present")
+        parts += [
+            (int(known[judged[row]]), float(one), words[codes[judged[row]]], words[1 - codes[judged[row]]], name)
+            for row, one in zip(rows, score, strict=True)
+        ]
+    parts.sort(key=lambda part: (part[1], part[0]))
+    return Suspects(
+        np.array([part[0] for part in parts], np.int64),
+        np.array([part[1] for part in parts], np.float64),
+        given=[part[2] for part in parts],
+        suggested=[part[3] for part in parts],
+        label=[part[4] for part in parts],
+        unchecked=np.flatnonzero(~checked),
+    )
+
+
+def _suspect_numbers(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+    numbers = np.asarray(features.targets, np.float64)
+    every = np.zeros(len(numbers), np.int64)
+    fold = dealt(features, every, np.arange(len(numbers)), folds=folds, seed=seed)
+    predicted = np.full(len(numbers), np.nan)
+    weights = features.weights
+    for number in range(folds):
+        test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        if len(test) and len(train):
+            head = make_head("ridge", target_type="continuous", alpha=1 / _strength(len(train)), out_of_core=True)
+            head.fit(
+                features.take(train), numbers[train], **weighted(head, None if weights is None else weights[train])
+            )
+            predicted[test] = head.predict(features.take(test))
+        done()
+    judged = np.flatnonzero(~np.isnan(predicted))
+    residual = np.abs(predicted[judged] - numbers[judged])
+    middle = max(float(np.median(residual)), np.finfo(np.float64).tiny)
+    score = _NORMAL * residual / middle
+    order = np.argsort(-score, kind="stable")
+    order = order[score[order] > FAR]
+    rows = judged[order]
+    given, suggested = ([f"{value:.6g}" for value in side[rows]] for side in (numbers, predicted))
+    return Suspects(rows, score[order], given, suggested, [""] * len(rows), np.flatnonzero(np.isnan(predicted)))
+
+
+def _unchecked(suspects: Suspects) -> list[Message | str]:
+    count = len(suspects.unchecked)
+    return [f"{counted(count, 'label')} could not be judged: no other image, or group, has the same"] if count else []
+
+
+def _listed(features: FeatureSet, suspects: Suspects, limit: int | None) -> list[dict[str, Any]]:
+    ids = features.table["id"].take(suspects.rows[:limit]).to_pylist()
+    found = []
+    for place, id_ in enumerate(ids):
+        which = {"label": suspects.label[place]} if suspects.label[place] else {}
+        said = {"given": suspects.given[place], "suggested": suspects.suggested[place]}
+        found.append({"id": id_, **which, **said, "score": float(suspects.score[place])})
+    return found
+
+
+def to_correct(every: FeatureSet, known: FeatureSet, suspects: Suspects, options: CheckLabelsOptions) -> pa.Table:
+    """Every image with its label, suspects first: what ``--labels`` takes once the labels are corrected.
+
+    Args:
+        every: All images, unlabelled ones among them.
+        known: The labelled ones, which the suspects are rows of.
+        suspects: What was found.
+        options: The columns of the labels, which the table's columns are called by.
+    """
+    first: dict[str, int] = {}
+    ids = known.table["id"].take(suspects.rows).to_pylist()
+    for place, id_ in enumerate(ids):
+        first.setdefault(id_, place)
+    every_id = every.table["id"].to_pylist()
+    at = {id_: row for row, id_ in enumerate(every_id)}
+    order = [at[id_] for id_ in first] + [row for row, id_ in enumerate(every_id) if id_ not in first]
+    several: dict[str, list[int]] = {}
+    for place, id_ in enumerate(ids):
+        several.setdefault(id_, []).append(place)
+    rows = [several.get(every_id[row], []) for row in order]
+    columns: dict[str, Any] = {
+        "id": [every_id[row] for row in order],
+        **_labels_of(every.take(np.array(order)), options),
+    }
+    columns["suspect"] = [bool(places) for places in rows]
+    columns["suggested"] = ["; ".join(_suggestion(suspects, place) for place in places) or None for places in rows]
+    columns["suspect_score"] = [float(suspects.score[places[0]]) if places else None for places in rows]
+    return pa.table(columns)
+
+
+def _suggestion(suspects: Suspects, place: int) -> str:
+    which = f"{suspects.label[place]} " if suspects.label[place] else ""
+    return f"{which}{suspects.suggested[place]}"
+
+
+def _labels_of(features: FeatureSet, options: CheckLabelsOptions) -> dict[str, Any]:
+    """The columns of labels, under the names by which they were asked for."""
+    if features.targets is None:
+        return {options.label or "label": features.table["label"]}
+    if not features.target_names:
+        return {str(options.target): pa.array(features.targets, from_pandas=True)}
+    matrix = np.asarray(features.targets)
+    asked = options.multilabel or ()
+    if len(asked) == 1:  # one column of texts such as red|round
+        return {asked[0]: ["|".join(np.array(features.target_names, object)[row == 1]) for row in matrix]}
+    return {
+        name: pa.array(matrix[:, place], pa.float32(), from_pandas=True).cast(pa.int8())
+        for place, name in enumerate(features.target_names)
+    }
+
+
+def _document(features: FeatureSet, suspects: Suspects, limit: int | None) -> dict[str, Any]:
+    """What the page shows: each suspect with the images that are the nearest to it, and their labels."""
+    rows = suspects.rows[: min(limit or _SHOWN, _SHOWN)]
+    near = nearest(features, features.read(np.float32, rows=rows), _NEIGHBOURS, without=rows) if len(rows) else None
+    ids, shown = features.ids, _shown_labels(features)
+    groups = []
+    for place, row in enumerate(rows):
+        which = f"{suspects.label[place]} " if suspects.label[place] else ""
+        lines = [f"given: {which}{suspects.given[place]}", f"perhaps: {which}{suspects.suggested[place]}"]
+        images = [{"id": ids[row], "lines": [*lines, f"score {suspects.score[place]:.3g}"]}]
+        for other, apart in zip(near.positions[place], near.apart[place], strict=True) if near else ():
+            if other >= 0:
+                images.append({"id": ids[other], "lines": [shown[other], f"distance {apart:.3g}"]})
+        groups.append({"title": f"{place + 1}. {ids[row]}", "images": images})
+    several = f"{counted(len(suspects.rows), 'label')} of {counted(len(features), 'image')}"
+    counts = f"{several} of {features.origin.dataset} look wrong"
+    paragraphs = [f"{counts}, judged by heads on {features.column} that had not learned from them."]
+    paragraphs.append("Each is followed by the images nearest to it. Some may be right, and the image unusual.")
+    if len(rows) < len(suspects.rows):
+        paragraphs.append(f"The first {len(rows)} are shown, the most suspect first; a .csv file has all.")
+    return {"kind": "images", "version": 1, "title": "Suspect labels", "paragraphs": paragraphs, "groups": groups}
+
+
+def _shown_labels(features: FeatureSet) -> list[str]:
+    targets = features.targets
+    if targets is None:
+        return [str(label) for label in features.labels]
+    if not features.target_names:
+        return [f"{value:.6g}" for value in targets]
+    names = np.array(features.target_names, object)
+    return [" + ".join(names[row == 1]) or "none" for row in targets]
+
+
+def labels_text(found: Mapping[str, Any]) -> str:
+    """Sums up what `labels` returns, as plain text."""
+    lines = [f"{found['dataset']}: {found['count']:,} of {found['images']:,} labels look wrong, by {found['column']}"]
+    if found["unlabelled"]:
+        lines.append(f"{counted(found['unlabelled'], 'image')} without a label, not checked")
+    lines += [f"WARNING: {text}" for text in found["warnings"]]
+    if found["suspects"]:
+        which = ["label"] if "label" in found["suspects"][0] else []
+        header = ["id", *which, "given", "suggested", "score"]
+        rows = [[*(one[name] for name in header[:-1]), f"{one['score']:.3g}"] for one in found["suspects"][:_ROWS]]
+        lines += ["", table(header, rows)]
+    left = found["count"] - min(len(found["suspects"]), _ROWS)
+    if left:
+        lines.append(f"... {left:,} more; write all of them, to be corrected: --to FILE.csv")
+    if found["file"]:
+        lines.append(f"file {found['file']}")
+    return "\n".join(lines)

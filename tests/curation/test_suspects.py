@@ -1,0 +1,177 @@
+"""Labels that look wrong: those that were planted are found, and no head judges what it, or a copy of it, has learned from."""
+
+import csv
+import gzip
+import json
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from featurepipe.curation import suspects as module
+from featurepipe.curation.suspects import find_suspects, labels, labels_text
+from featurepipe.errors import UsageError
+
+
+def idx(name):
+    """An array of the bundled images of Fashion-MNIST."""
+    content = gzip.decompress((resources.files("featurepipe") / "data" / name).read_bytes())
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * content[3], 4)]
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+def gradients(images):
+    """Histograms of the directions of gradients in 7 x 7 cells, and their mean brightness."""
+    pixels = images.astype("f4") / 255
+    down, right = np.gradient(pixels, axis=(1, 2))
+    direction = ((np.arctan2(down, right) + np.pi) / (2 * np.pi) * 8).astype(int) % 8
+    cells = [(np.hypot(down, right) * (direction == one)).reshape(-1, 7, 4, 7, 4).sum((2, 4)) for one in range(8)]
+    cells.append(pixels.reshape(-1, 7, 4, 7, 4).mean((2, 4)))
+    return np.sqrt(np.stack(cells, -1).reshape(len(images), -1))
+
+
+def test_planted_wrong_labels_of_fashion_mnist_are_found(pile):
+    images, truth = idx("train-images-idx3-ubyte.gz"), idx("train-labels-idx1-ubyte.gz").astype(int)
+    rng = np.random.default_rng(0)
+    wrong = rng.choice(len(truth), len(truth) // 20, replace=False)
+    given = truth.copy()
+    given[wrong] = (given[wrong] + rng.integers(1, 10, len(wrong))) % 10
+    values = pile.add_rows([f"{n}.png" for n in range(len(truth))], gradients(images))
+    for number, name in enumerate(values):
+        pile.images[name]["label"] = str(given[number])
+    pile.night({"b:gap": values})
+    found = find_suspects(pile.store.features("pile"))
+    hit = np.isin(found.rows, wrong)
+    assert hit.sum() / len(wrong) >= 0.75  # recall
+    assert hit[: len(wrong)].mean() >= 0.5  # precision of as many as were planted, ten times that of chance
+    assert hit[:20].mean() >= 0.8
+    assert len(found.rows) < 0.2 * len(truth)
+    right = [suggested == str(truth[row]) for row, suggested in zip(found.rows, found.suggested, strict=True)]
+    assert np.mean(np.array(right)[hit]) >= 0.8
+
+
+@pytest.fixture
+def blobs(pile):
+    """Three far classes of 40 images; five of them have the label of another class, and one class has a single image."""
+    rng = np.random.default_rng(1)
+    kinds = np.repeat(np.arange(3), 40)
+    values = 8 * np.eye(3)[kinds] + rng.normal(size=(120, 3))
+    rows = pile.add_rows([f"{n}.png" for n in range(120)], values)
+    for number, name in enumerate(rows):
+        pile.images[name]["label"] = "abc"[kinds[number]]
+    for number in (3, 17, 50, 77, 110):
+        pile.images[f"{number}.png"]["label"] = "abc"[(kinds[number] + 1) % 3]
+    rows |= pile.add_rows(["alone.png", "without.png"], np.array([[20.0, 20, 20], [0, 8, 0]]))
+    pile.images["alone.png"]["label"] = "d"
+    pile.night({"b:gap": rows})
+    return pile
+
+
+def test_the_file_holds_every_image_and_is_handed_back_corrected(blobs, tmp_path):
+    found = labels(blobs.store, to=tmp_path / "labels.csv", silent=True)
+    planted = {
+        "3.png": ("b", "a"), "17.png": ("b", "a"), "50.png": ("c", "b"), "77.png": ("c", "b"), "110.png": ("a", "c"),
+    }  # fmt: skip
+    said = {suspect["id"]: (suspect["given"], suspect["suggested"]) for suspect in found["suspects"]}
+    assert said.items() <= planted.items()
+    count = len(said)
+    assert count >= 4  # cleanlab estimates how many there are
+    assert (found["images"], found["unlabelled"], found["unchecked"], found["count"]) == (120, 1, 1, count)
+    assert "no other image, or group, has the same" in found["warnings"][0]
+    assert [s["score"] for s in found["suspects"]] == sorted(s["score"] for s in found["suspects"])
+    rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
+    assert len(rows) == 122
+    assert [row["suspect"] for row in rows[:6]] == ["true"] * count + ["false"] * (6 - count)
+    text = (tmp_path / "labels.csv").read_text()
+    for suspect in found["suspects"]:
+        text = text.replace(f'"{suspect["id"]}","{suspect["given"]}"', f'"{suspect["id"]}","{suspect["suggested"]}"')
+    (tmp_path / "corrected.csv").write_text(text)
+    again = labels(blobs.store, labels=tmp_path / "corrected.csv", silent=True)
+    assert {suspect["id"] for suspect in again["suspects"]} <= planted.keys() - said.keys()
+    assert (again["images"], again["unlabelled"]) == (120, 1)
+    assert f"{count} of 120 labels look wrong" in labels_text(found)
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_page_shows_suspects_with_their_neighbours(blobs, tmp_path):
+    labels(blobs.store, to=tmp_path / "page.html", limit=2, silent=True)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("perhaps: ") == 2
+    assert "labels of 121 images of pile look wrong" in page
+    assert "The first 2 are shown" in page
+
+
+def test_copies_and_groups_are_judged_by_heads_that_have_seen_neither(blobs, monkeypatch):
+    for number in range(0, 120, 2):
+        blobs.images[f"{number}.png"]["group"] = blobs.images[f"{number + 1}.png"]["group"] = f"p{number}"
+    blobs.add("3.png", name="copy.png", label="b")
+    blobs.snapshot(blobs.store.new_run_id())
+    fitted, tested, make = [], [], module.make_head
+
+    class Watched:
+        def __init__(self, head):
+            self.head = head
+
+        def fit(self, rows, codes, **weights):
+            fitted.append({*rows.keys64.tolist(), *rows.groups.tolist()} - {None})
+            self.head.fit(rows, codes, **weights)
+            return self
+
+        def predict_proba(self, rows):
+            tested.append({*rows.keys64.tolist(), *rows.groups.tolist()} - {None})
+            return self.head.predict_proba(rows)
+
+        @property
+        def classes_(self):
+            return self.head.classes_
+
+    monkeypatch.setattr(module, "make_head", lambda *args, **options: Watched(make(*args, **options)))
+    found = labels(blobs.store, group="patient", silent=True)
+    assert {suspect["id"] for suspect in found["suspects"]} >= {"3.png", "copy.png"}
+    assert len(tested) == 5
+    shared = [len(train & test) for train, test in zip(fitted, tested, strict=True)]
+    assert shared == [0] * 5
+
+
+def test_several_labels_are_checked_one_by_one_and_numbers_by_their_residual(blobs, tmp_path):
+    rng = np.random.default_rng(2)
+    names = [f"{n}.png" for n in range(120)]
+    warm = np.repeat([1, 0, 1], 40)
+    age = np.repeat([10.0, 30, 50], 40) + rng.normal(size=120)
+    warm[[5, 60]] = [0, 1]
+    age[90] = 12
+    lines = ["id,warm,first,age"]
+    lines += [f"{name},{warm[n]},{int(n < 40)},{age[n]:.6f}" for n, name in enumerate(names)]
+    (tmp_path / "more.csv").write_text("\n".join(lines))
+    found = labels(
+        blobs.store, labels=tmp_path / "more.csv", multilabel=["warm", "first"], to=tmp_path / "x.csv", silent=True
+    )
+    said = {(s["id"], s["label"]): (s["given"], s["suggested"]) for s in found["suspects"]}
+    assert said.items() <= {("5.png", "warm"): ("absent", "present"), ("60.png", "warm"): ("present", "absent")}.items()
+    assert said
+    rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
+    assert (rows[0]["warm"], rows[0]["first"], rows[0]["suggested"]) in {
+        ("0", "1", "warm present"),
+        ("1", "0", "warm absent"),
+    }
+    again = labels(blobs.store, labels=tmp_path / "x.csv", multilabel=["warm", "first"], silent=True)
+    assert again["suspects"] == found["suspects"]
+    number = labels(blobs.store, labels=tmp_path / "more.csv", target="age", silent=True)
+    assert number["suspects"][0]["id"] == "90.png"
+    assert abs(float(number["suspects"][0]["suggested"]) - 50) < 8
+    assert number["kind"] == "continuous"
+
+
+def test_mistakes_are_named(pile):
+    pile.add_rows([f"{n}" for n in range(12)], np.eye(12))
+    pile.night({"b:gap": {f"{n}": np.eye(12)[n] for n in range(12)}})
+    with pytest.raises(UsageError, match="0 labelled images are too few to be judged in 5 parts"):
+        labels(pile.store, silent=True)
+    with pytest.raises(UsageError, match="every label of dataset pile is 'x'"):
+        labels(pile.store, labels={f"{n}": "x" for n in range(12)}, silent=True)
+
+
+def test_the_command_prints_one_document(blobs, cli):
+    answer = cli("labels", blobs.store.path, "--json", "--quiet", "--limit", "1")
+    found = json.loads(answer.out)
+    assert (answer.code, found["kind"], len(found["suspects"])) == (0, "multiclass", 1)
