@@ -93,6 +93,7 @@ def similar(
     device: str = AUTO,
     batch_size: int | str = AUTO,
     workers: int | None = None,
+    engine: str = "auto",
     trust_code: bool | Collection[str] = False,
     silent: bool = False,
 ) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def similar(
         device: Where the network computes.
         batch_size: Images in one forward.
         workers: Threads that read and decode.
+        engine: What runs fp32 networks on a CPU, as in `featurepipe.extract`.
         trust_code: Whether a network ``package.module:factory`` that the store names may be imported.
         silent: Say nothing on standard error.
 
@@ -148,6 +150,7 @@ def similar(
         node=node, backbone=backbone, snapshot=snapshot, to=to, raw_ids=raw_ids, source=source,
         only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,
         images=None if images is None else str(images), frames=frames, device=device, batch_size=batch_size, workers=workers,
+        engine=engine,
         trust_code=trust_code,
     )  # fmt: skip
     target = None if to is None else checked_file(to, "look-alikes", [PAGE])
