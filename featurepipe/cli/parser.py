@@ -33,7 +33,7 @@ COMMANDS = {
     },
     "heads": {
         "train": ("heads", "fit a head on cached features and keep it in a bundle that predicts on images"),
-        "finetune": ("heads", "tune the layers above a node to your images, from activations that are kept in a store"),
+        "finetune": ("heads", "tune the layers above a node, or all layers, to your images"),
         "evaluate": ("heads", "metrics of a bundle on cached features, each with its confidence interval; leaks between splits"),
         "predict": ("heads", "label the images of a source with a bundle: id, label, one probability per class"),
     },
