@@ -291,7 +291,7 @@ def nearest(value: str, names: Sequence[str]) -> list[str]:
     """Up to three names that look most like a value, or hold it.
 
     Example:
-        >>> nearest("--stroe", ["--store", "--node"])
+        >>> nearest("--stroe", ["--store", "--label"])
         ['--store']
     """
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)

@@ -256,7 +256,8 @@ def test_usage_in_the_table_is_what_the_parser_requires(name: str) -> None:
     required = []
     for action in subcommands()[name]._actions:
         if not action.option_strings:
-            required.append(f"[{action.metavar}]" if action.nargs == "?" else action.metavar)
+            optional = {"?": f"[{action.metavar}]", "*": f"[{action.metavar} ...]"}
+            required += optional.get(str(action.nargs), action.metavar).split()
         elif action.required:
             required += [action.option_strings[-1], action.metavar.partition("[")[0]]
     assert table()[name][0].split() == required

@@ -263,10 +263,10 @@ def _learnable_labels(
     if not len(few):
         return list(range(len(names)))
     place = int(few[0])
-    have, lack = (f"{int(count):,}" for count in counts[:, place])
-    have = "has" if len(few) == 1 else "have"
-    what = f"{len(few)} of {counted(len(names), 'label')} {have} fewer than {least} training images on one side"
-    example = f"such as {names[place]!r}: {have} have it, {lack} have it not"
+    having, lacking = (f"{int(count):,}" for count in counts[:, place])
+    verb = "has" if len(few) == 1 else "have"
+    what = f"{len(few)} of {counted(len(names), 'label')} {verb} fewer than {least} training images on one side"
+    example = f"such as {names[place]!r}: {having} with it, {lacking} without"
     if recipe.params.get("one_sided") != "drop" or len(few) == len(names):
         allowed = int(counts.min(axis=0)[few].min())
         accept = Message(", accept them with ", Option("min_class_size", allowed)) if allowed else Message()

@@ -96,7 +96,7 @@ def test_the_file_is_that_of_a_local_run(album, local, cluster_address, tmp_path
     assert [reject["id"] for reject in record["rejects"]] == album.broken
     assert (record["exit_code"], record["status"]) == (3, "done")
     assert sum(record["labels"].values()) == COUNT - 1
-    assert record["machine"] == {"device": "cpu", "batch_size": BATCH, "workers": 1}
+    assert record["machine"] == {"device": "cpu", "batch_size": BATCH, "workers": 1, "engine": "pytorch"}
 
 
 def test_the_record_says_who_did_how_much(album, local, dask_executor, tmp_path):

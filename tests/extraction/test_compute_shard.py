@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from featurepipe.backbones import load_backbone
+from featurepipe.backbones.engine import PYTORCH
 from featurepipe.errors import SourceError, WorkerRefused
 from featurepipe.execution.executor import Worker
 from featurepipe.execution.worker import Carried
@@ -231,7 +232,7 @@ def test_a_network_is_loaded_once_for_all_shards(office, monkeypatch):
 
 def _engines(office, piece):
     office(piece)
-    return load_network(office.context.session.network, "cpu").engines["fp32"].values()
+    return load_network(office.context.session.network, "cpu").engines["fp32", PYTORCH].values()
 
 
 def test_a_source_whose_code_is_not_there_is_refused():

@@ -139,7 +139,8 @@ def test_the_record_says_who_did_what_and_where_time_went(album, run):
     assert record["images_per_second"] == pytest.approx(40 / seconds["wall"], rel=0.1)
     assert record["verdict"].startswith("done in ")
     assert record["columns"] == ["c3:gap", "f6:gap"]
-    assert record["machine"] == {"device": "cpu", "batch_size": 4, "workers": 2}
+    engine = {"engine": "pytorch", "version": torch.__version__}
+    assert record["machine"] == {"device": "cpu", "batch_size": 4, "workers": 2, "engine": engine}
     assert record["versions"]["torch"] == importlib.import_module("torch").__version__.partition("+")[0]
     assert record["host"]["pid"] == os.getpid()
     assert record["started"] <= record["ended"]

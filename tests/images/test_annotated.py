@@ -96,7 +96,7 @@ def changed(*path, to):
     (changed("images", 1, "id", to=7), r"images\[1\] has the id 7 of an image before it"),
     (changed("images", 0, "file_name", to=3), r"images\[0\] has the file_name '3', which is no text"),
     (changed("images", 0, "file_name", to="a\0b"), "which is no text"),
-    (changed("images", 1, "file_name", to="b.png"), "ids occur more than once"),
+    (changed("images", 1, "file_name", to="b.png"), "1 id occurs more than once"),
     (changed("annotations", 0, "image_id", to=99), r"annotations\[0\] has the image_id 99, which no image has"),
     (changed("annotations", 0, "category_id", to=99), r"annotations\[0\] has the category_id 99, which no category has"),
     (changed("annotations", 1, "bbox", to=None), r"annotations\[1\] has the bbox 'None', which is not four numbers"),

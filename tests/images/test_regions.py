@@ -223,7 +223,7 @@ def test_manifests_in_all_their_forms(tmp_path):
     assert table["column:group"].to_pylist() == ["g"]
     assert "column:x" in open_source(tmp_path / "m.parquet").scan().column_names
     plain = open_source(tmp_path / "m.csv", boxes=Boxes("none"))
-    with pytest.raises(SourceError, match="occur more than once"):
+    with pytest.raises(SourceError, match="1 id occurs more than once"):
         plain.scan()
 
 

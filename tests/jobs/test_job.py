@@ -145,7 +145,7 @@ def test_all_that_can_be_said(read, tmp_path):
     first, second = job.features
     assert (first.nodes, first.weights, first.precision) == (("layer3", "bottleneck"), "DEFAULT", "fp32")
     assert (second.nodes, second.weights) == (("blocks.2:gmp",), str(tmp_path / "mine.safetensors"))
-    assert job.machine.model_dump() == {"device": "cuda:1", "batch_size": 64, "workers": 4}
+    assert job.machine.model_dump() == {"device": "cuda:1", "batch_size": 64, "workers": 4, "engine": "auto"}
     assert job.limits.model_dump() == {
         "max_rejects": 10, "time_budget": 21600.0, "min_free": "20GB", "max_gone": "2.5%", "damaged": "reject",
     }  # fmt: skip

@@ -140,10 +140,10 @@ def test_differences_are_paired_and_adjusted(study):
 
 
 def test_holm_steps_down_never_decreases_and_stays_within_one():
-    found = answers._holm([{"p": p} for p in (0.04, 0.01, 0.03, 0.005, 0.9)])
+    found = answers.with_adjusted_p([{"p": p} for p in (0.04, 0.01, 0.03, 0.005, 0.9)])
     assert [one["p_adjusted"] for one in found] == pytest.approx([0.09, 0.04, 0.09, 0.025, 0.9])
-    assert [one["p_adjusted"] for one in answers._holm([{"p": 0.7}, {"p": 0.6}])] == [1.0, 1.0]
-    mixed = answers._holm([{"p": None}, {"p": 0.02}])
+    assert [one["p_adjusted"] for one in answers.with_adjusted_p([{"p": 0.7}, {"p": 0.6}])] == [1.0, 1.0]
+    mixed = answers.with_adjusted_p([{"p": None}, {"p": 0.02}])
     assert mixed == [{"p": None}, {"p": 0.02, "p_adjusted": 0.02}]
 
 
