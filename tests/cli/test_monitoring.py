@@ -11,15 +11,15 @@ DUPLICATES = "featurepipe.monitoring.duplicates:duplicates"
 def test_options_of_drift_reach_the_verb(verb, call, store):
     called = verb(DRIFT, {"verdict": "no drift"})
     line = (
-        "--dataset d --node a --node b:gmp --backbone vgg16 --reference first --snapshot r2 --group patient --bundle b --warn 0.05 "
-        "--fail 0.001 --seed 4 --quiet --json"
+        "--dataset d --node a --node b:gmp --backbone vgg16 --reference first --snapshot r2 --group patient --bundle b "
+        "--warn 0.05 --fail 0.001 --seed 4 --quiet --json"
     )
     answer = call("drift", store.path, *line.split())
     assert (answer.code, json.loads(answer.out)) == (0, {"verdict": "no drift"})
     assert called.given.pop("store").path == store.path
     assert called.given == {
-        "dataset": "d", "columns": ["a", "b:gmp"], "backbone": "vgg16", "reference": "first", "snapshot": "r2", "group": "patient",
-        "bundle": "b", "warn": 0.05, "fail": 0.001, "seed": 4, "silent": True,
+        "dataset": "d", "columns": ["a", "b:gmp"], "backbone": "vgg16", "reference": "first", "snapshot": "r2",
+        "group": "patient", "bundle": "b", "warn": 0.05, "fail": 0.001, "seed": 4, "silent": True,
     }  # fmt: skip
 
 

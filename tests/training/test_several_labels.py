@@ -415,7 +415,10 @@ def test_what_cannot_be_is_refused_by_name(found, run, tmp_path):
     zoo, table, _ = found
     rare = table.set_column(2, "red", pa.array(["1" if place == 3 else "0" for place in range(len(table))]))
     for options, message in (
-        ({"labels": rare}, r"1 of 3 labels has fewer than 2 training images on one side, such as 'red': 1 with it, 179 without"),
+        (
+            {"labels": rare},
+            r"1 of 3 labels has fewer than 2 training images on one side, such as 'red': 1 with it, 179 without",
+        ),
         ({"target": "red"}, r"two kinds of target"),
         ({"label": "red"}, r"two kinds of target"),
         ({"head": "lda"}, r"head 'lda' learns multiclass targets, not multilabel ones; heads that do: logistic"),

@@ -267,7 +267,11 @@ def test_a_dry_run_says_bytes_and_time_and_writes_nothing(piles: Path, tmp_path:
     assert found["routes"] == ["as-it-is", "bottleneck", "node", "tail from s2"]
     assert "200 images to read" in plan_text(found)
     held = fp.routes(
-        piles.parent / "store", dataset="piles", dry_run=True, **{**NETWORK, "backbone": None, "weights": "DEFAULT"}, **FAST
+        piles.parent / "store",
+        dataset="piles",
+        dry_run=True,
+        **{**NETWORK, "backbone": None, "weights": "DEFAULT"},
+        **FAST,
     )
     assert held["bytes"] == 0
     del answer
