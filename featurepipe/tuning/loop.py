@@ -84,10 +84,6 @@ class TuningObjective:
         weights = torch.from_numpy(self.weights[rows]).to(each)
         return (each * weights).sum() / weights.sum().clamp(min=1e-12)
 
-    def mass(self, rows: Rows) -> float:
-        """How much some rows count together."""
-        return float(len(rows)) if self.weights is None else float(self.weights[rows].sum())
-
     def mean_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """The mean loss of scores without gradients; all rows count alike."""
         return float(self._each(torch.from_numpy(scores), rows).mean())
@@ -283,8 +279,8 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
         progress.advance(run.epoch * run.steps + run.step)
     while not run.is_over:
         for inputs, rows in run.batches():
-            if run.any_rank(stop()):
-                run.write(checkpoint)
+            if stop():
+                checkpoint.write(run.content())
                 done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
                 raise Interrupted(
                     f"stopped by {stop.name or 'the end of its time'} in {done}; run it again to go on from there",
@@ -295,9 +291,9 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
                 break
             progress.advance(1, f"loss {run.mean_loss:.4f}")
             if checkpoint.is_due:
-                run.write(checkpoint)
+                checkpoint.write(run.content())
         progress.say(run.end_epoch())
-        run.write(checkpoint)
+        checkpoint.write(run.content())
     run.model.adopt(run.found.best)
     return run.found
 
@@ -345,22 +341,6 @@ class TuningRun:
             self._forward, self.optimiser = self.fabric.setup(self.model, self.optimiser)
 
     @property
-    def _ranks(self) -> tuple[int, int]:
-        """The number of this process, and how many learn together."""
-        return (0, 1) if self.fabric is None else (self.fabric.global_rank, self.fabric.world_size)
-
-    def any_rank(self, happened: bool) -> bool:
-        """Whether something happened in any of the processes, which must do the same."""
-        if self.fabric is None or self.fabric.world_size == 1:
-            return happened
-        return bool(_reduced(self.fabric, torch.tensor(float(happened)), "sum"))
-
-    def write(self, checkpoint: TuningCheckpoint) -> None:
-        """Writes a checkpoint, in one of the processes."""
-        if self._ranks[0] == 0:
-            checkpoint.write(self.content())
-
-    @property
     def steps(self) -> int:
         """Of an epoch."""
         return -(-len(self.train) // self.options.batch_size)
@@ -386,16 +366,15 @@ class TuningRun:
         self._take(loss, score, train_loss=None)
 
     def batches(self) -> Iterator[tuple[Tensor, Rows]]:
-        """What is left of this epoch, step by step: the inputs and rows of this process, of rows in a new order."""
+        """What is left of this epoch, step by step: inputs and their rows, in a new order."""
         order = self.train[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))]
-        size, (rank, ranks) = self.options.batch_size, self._ranks
-        self._parts = [order[start : start + size] for start in range(0, len(order), size)]
-        own = [part[rank::ranks] if len(part) > rank else part[:1] for part in self._parts[self.step :]]
-        yield from self.examples.batches(own, (self.seed, self.epoch))
+        size = self.options.batch_size
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        yield from self.examples.batches(parts[self.step :], (self.seed, self.epoch))
 
     def learn(self, inputs: Tensor, rows: Rows) -> float:
         """Makes a step; returns its loss, and changes nothing where that is not finite."""
-        if self.any_rank(not len(rows)):  # none of them could be read
+        if not len(rows):  # none of them could be read
             self.step += 1
             return self.mean_loss
         factor = _schedule(
@@ -407,26 +386,18 @@ class TuningRun:
         with self.model.body.learning((self.seed, self.epoch, self.step)):
             loss = self.objective.loss(self._forward(inputs.to(device)), rows)
             value = float(loss.detach())
-            if self.any_rank(not math.isfinite(value)):
+            if not math.isfinite(value):
                 self._diverged = True
                 return math.nan
             self.optimiser.zero_grad(set_to_none=True)
             if self.fabric is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
-                self.fabric.backward(loss * self._share(rows))
+                self.fabric.backward(loss)
         self.optimiser.step()
         self._loss += value
         self.step += 1
         return value
-
-    def _share(self, rows: Rows) -> float:
-        """By how much the mean loss of this process counts more than those of the others, of which the mean is taken."""
-        rank, ranks = self._ranks
-        part = self._parts[self.step]
-        if ranks == 1:
-            return 1.0
-        return ranks * self.objective.mass(rows) / max(self.objective.mass(part), 1e-12) if len(part) > rank else 0.0
 
     def end_epoch(self) -> str:
         """Scores, decides whether to go on, and says how it is."""
@@ -463,10 +434,7 @@ class TuningRun:
         self.found = Tuning(dict(content["best"]), score, epoch, json.loads(content["history"]), ended)
 
     def _validate(self) -> tuple[float, float]:
-        rank, ranks = self._ranks
-        scores, rows = score_rows(self.model, self.examples, self.validation[rank::ranks])
-        if self.fabric is not None and ranks > 1:
-            scores, rows = _gathered(self.fabric, self.validation, scores, rows)
+        scores, rows = score_rows(self.model, self.examples, self.validation)
         return self.objective.mean_loss(scores, rows), self.objective.score(scores, rows)
 
     def _take(self, loss: float, score: float, *, train_loss: float | None) -> str:
@@ -544,24 +512,3 @@ def score_rows(model: nn.Module, examples: Examples, rows: Rows) -> tuple[npt.ND
     if not found:
         return np.zeros((0, 1), np.float32), rows[:0]
     return np.concatenate(found), np.concatenate(read)
-
-
-def _gathered(
-    fabric: Fabric, rows: Rows, scores: npt.NDArray[np.float32], read: Rows
-) -> tuple[npt.NDArray[np.float32], Rows]:
-    """The scores of all processes, in the order of ``rows``: the same, to the bit, in each."""
-    width = int(_reduced(fabric, torch.tensor(float(scores.shape[1])), "max"))
-    every = torch.zeros(len(rows), width + 1)
-    place = torch.from_numpy(np.flatnonzero(np.isin(rows, read)))  # a process has its rows in their order
-    every[place, 0] = 1.0
-    every[place, 1:] = torch.from_numpy(scores)
-    every = _reduced(fabric, every, "sum")
-    known = every[:, 0].numpy() > 0
-    return every[:, 1:].numpy()[known], rows[known]
-
-
-def _reduced(fabric: Fabric, value: Tensor, how: str) -> Tensor:
-    """A value of all processes put together."""
-    found = fabric.all_reduce(value, reduce_op=how)
-    assert isinstance(found, Tensor)  # noqa: S101 - as what is given
-    return found.cpu()
