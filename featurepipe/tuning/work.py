@@ -281,6 +281,8 @@ def tune_and_publish(
     model.adopt(mixed(frozen, best.best, kept))
     if not work.is_scratch:
         say(mix_text(mixes, kept, work.objective.measure))
+    elif options.interpolate:
+        say("nothing is mixed: random weights, from which the network started, have nothing to give")
     scores = {f"{mix:g}": score for mix, score in mixes.items()}
     about = {**work.about(), "schedule": asdict(work.schedule), **_history(runs, best), "mixes": scores, "mix": kept}
     with TemporaryDirectory() as scratch:
