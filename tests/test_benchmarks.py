@@ -71,7 +71,7 @@ FORKED = f"""
     [
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
-        ("bench_finetune", {"share", "validation", "seconds_in_all", "promised"}),
+        ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
