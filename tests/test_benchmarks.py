@@ -103,6 +103,13 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures, lau
     elif name == "bench_routes":
         assert {row["tested_on"] for row in result["table"]} == {"source", "shifted"}
         assert [task["task"] for task in result["tasks"]] == ["a", "b", "digits"]
+    elif name == "bench_finetune":
+        assert 0 < result["cost"]["share"] < 1  # the tail does part of what the whole network does
+        tried = {choice["rate"]: choice["validation"] for choice in result["choice"]}
+        assert tried[result["rate"]] == max(tried.values())
+        assert result["full"]["test"]["images"] == 400
+        parts = [*result["choice"], result["full"], *([result["extraction"]] if result["extraction"] else [])]
+        assert result["seconds_in_all"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.1)
     elif name == "bench_extract":
         assert result["results"][0]["worst_cosine"] >= 0.9999
     elif name == "layer_depth":
