@@ -309,3 +309,9 @@ def test_columns_are_summed_over_parts(store, space, rows):
     assert list(columns) == ["a:gap", "b:gap"]
     assert (columns["a:gap"].dtype, columns["a:gap"].width, columns["a:gap"].rows) == ("float16", 4, 2)
     assert (columns["b:gap"].rows, columns["b:gap"].bytes) == (3, 3 * 4 * 2)
+
+
+def test_a_bundle_is_told_from_a_store(tmp_path):
+    (tmp_path / "bundle.json").write_text("{}")
+    with pytest.raises(StoreError, match=f"{tmp_path} is a bundle, what featurepipe train writes, and no feature store"):
+        FeatureStore(tmp_path, create=False)
