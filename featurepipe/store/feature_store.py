@@ -74,8 +74,8 @@ class FeatureStore:
                 raise StoreError(f"cannot tell whether there is a feature store at {self.path}: {why}")
             if is_file(self.path / "bundle.json"):
                 raise StoreError(
-                    f"{self.path} is a bundle, what featurepipe train writes, and no feature store; give the store first, and the "
-                    "bundle as the command's help says (featurepipe report STORE --bundle BUNDLE)"
+                    f"{self.path} is a bundle, what featurepipe train writes, and no feature store; give the store first, and "
+                    "the bundle as the command's help says (featurepipe report STORE --bundle BUNDLE)"
                 )
             raise StoreError(f"there is no feature store at {self.path}; make one with: {extract_command(self.path)}")
 
