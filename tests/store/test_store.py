@@ -313,5 +313,7 @@ def test_columns_are_summed_over_parts(store, space, rows):
 
 def test_a_bundle_is_told_from_a_store(tmp_path):
     (tmp_path / "bundle.json").write_text("{}")
-    with pytest.raises(StoreError, match=f"{tmp_path} is a bundle, what featurepipe train writes, and no feature store"):
+    with pytest.raises(
+        StoreError, match=f"{tmp_path} is a bundle, what featurepipe train writes, and no feature store"
+    ):
         FeatureStore(tmp_path, create=False)
