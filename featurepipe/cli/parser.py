@@ -39,8 +39,8 @@ COMMANDS = {
     },
     "layers and routes": {
         "depth": ("depth", "which layer of a network transfers best: every stage measured alike, with intervals"),
-        "routes": ("depth", "use a network as it is, freeze it, or tune it: every route measured alike at several numbers of "
-                   "images"),
+        "routes": ("depth", "use a network as it is, freeze it, tune it, or start from scratch: every route measured alike at "
+                   "several numbers of images"),
         "report": ("depth", "one HTML page of what a comparison of layers, or the test of a bundle, found; or of the last runs"),
     },
     "nights": {

@@ -19,7 +19,7 @@ from featurepipe.layer_depth.answers import SHIFTED, SOURCE
 from featurepipe.progress import duration
 from featurepipe.reporting.blocks import measure_of, with_values
 from featurepipe.transfer_routes.measure import MeasuredRoute, Untried
-from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, TAIL
+from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
 from featurepipe.transfer_routes.study import DrawSize, RoutesStudy
 
 FARTHEST = 10.0
@@ -63,7 +63,7 @@ def costs_of(
     if found.route.kind not in (TAIL, AS_IT_IS):  # the last node that it reads
         nodes = nodes[:-1]
     ms = max(milliseconds.get(node, 0.0) for node in nodes)
-    images = 0.0 if found.route.kind == AS_IT_IS else _size(study, found.size).images
+    images = 0.0 if found.route.kind in (AS_IT_IS, SCRATCH) else _size(study, found.size).images
     memory = [cell.besides["memory"] for cell in found.series.cells if "memory" in cell.besides]
     fit = 0.0 if found.route.kind == AS_IT_IS else float(np.mean([cell.seconds for cell in found.series.cells]))
     return RouteCosts(images * ms / 1000, fit, max(memory, default=None))

@@ -6,153 +6,44 @@ import ctypes
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.heads.families import make_head
-from featurepipe.heads.linear.linear_map import linear_map
-from featurepipe.interrupt import StopRequest, stop_on_signals
+from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series
-from featurepipe.layer_depth.probes import Cell, Data, measure_fold
+from featurepipe.layer_depth.probes import Cell
 from featurepipe.layer_depth.study import PRETRAINED, Study
-from featurepipe.progress import Progress, show
-from featurepipe.store import FeatureStore
-from featurepipe.transfer_routes.options import ALL, AS_IT_IS, BOTTLENECK, NODE, TAIL, RoutesOptions
-from featurepipe.transfer_routes.study import VERSION, RoutesStudy
-
-if TYPE_CHECKING:
-    from featurepipe.backbones import Backbone
-    from featurepipe.features.session import NetworkName
-    from featurepipe.store import FeatureSet
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Route:
-    """A way from the pretrained network to the user's classes.
-
-    Attributes:
-        kind: a key of `featurepipe.transfer_routes.options.ROUTES`.
-        columns: of the store, that it reads.
-        cut: the node above which layers are tuned; empty for routes that tune none.
-    """
-
-    kind: str
-    columns: tuple[str, ...]
-    cut: str = ""
-
-    @property
-    def name(self) -> str:
-        """What tells it apart from other routes."""
-        return f"{self.kind} from {self.cut}" if self.cut else self.kind
-
-
-@dataclass(frozen=True)
-class RouteTrial:
-    """One route on one draw: a shard of the measuring.
-
-    Attributes:
-        key: in the journal.
-        route: which.
-        size: training images of each class, or ``all``.
-        seed: of the draw.
-    """
-
-    key: str
-    route: Route
-    size: int | str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.route.name}, {self.size} images of each class, draw {self.seed + 1}"
-
-
-@dataclass(frozen=True)
-class RoutesContext:
-    """What all trials have in common.
-
-    Attributes:
-        study: what is compared on what.
-        options: as asked for.
-        network: as any process can load it; None where no route needs its weights.
-        bottleneck: the column of the bottleneck.
-        labels: of the own classes that mean a label: (K,) its number, or -1; None where none does.
-    """
-
-    study: RoutesStudy
-    options: RoutesOptions
-    network: NetworkName | None
-    bottleneck: str
-    labels: Array | None = field(default=None, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        every = self.study.every
-        there = replace(every, store=FeatureStore(every.store.path.absolute()))
-        return {**self.__dict__, "study": replace(self.study, every=there)}
-
-    @property
-    def every(self) -> Study:
-        """All images."""
-        return self.study.every
-
-    def backbone(self) -> Backbone:
-        """The network, loaded once in a process."""
-        from featurepipe.features.session import load_network
-
-        if self.network is None:
-            raise RuntimeError("no route was to need the network's weights")
-        return load_network(self.network, "cpu").backbone
-
-    def key(self, route: Route, size: int | str, seed: int) -> str:
-        """Names a measurement: the same images, roles, draws and settings give the same name."""
-        more: dict[str, Any] = {}
-        if route.kind == TAIL:
-            import torch
-
-            more = {"tuning": self.options.tuning(route.cut).arguments(), "torch": torch.__version__}
-            more["tuning"] = {name: more["tuning"][name] for name in _DECIDING}
-        if route.kind == AS_IT_IS:
-            size, more = ALL, {"labels": None if self.labels is None else self.labels.tolist()}
-        return self.every.key(
-            PRETRAINED, route.columns, what="routes", routes_version=VERSION, route=route.name, size=size, draw=seed,
-            test_images=self.options.test_images, max_width=self.options.max_width, **more,
-        )  # fmt: skip
-
-
-_DECIDING = (
-    "from_node",
-    "epochs",
-    "rate",
-    "lowest_rate",
-    "weight_decay",
-    "warmup",
-    "batch_size",
-    "patience",
-    "interpolate",
+from featurepipe.progress import Progress
+from featurepipe.transfer_routes.options import AS_IT_IS, BOTTLENECK, FULL, LAYERS, NODE, SCRATCH, TAIL, TUNED
+from featurepipe.transfer_routes.trials import (
+    Route,
+    RoutesContext,
+    RouteTrial,
+    measure_as_it_is,
+    measure_bottleneck,
+    measure_images,
+    measure_layers,
+    measure_node,
+    measure_tail,
 )
 
-
-@dataclass
-class _Found:
-    """What a route says: of the tested images, of the other source's, and of those that it learned from."""
-
-    test: Array
-    shifted: Array | None
-    train: Array
-    params: dict[str, Any]
+_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell]] = {
+    AS_IT_IS: measure_as_it_is,
+    BOTTLENECK: measure_bottleneck,
+    NODE: measure_node,
+    LAYERS: measure_layers,
+    TAIL: measure_tail,
+    FULL: measure_images,
+    SCRATCH: measure_images,
+}
 
 
 def measure_trial(context: RoutesContext, trial: RouteTrial, worker: Worker, _stop: Stop, _report: Report) -> Cell:
@@ -166,151 +57,6 @@ def measure_trial(context: RoutesContext, trial: RouteTrial, worker: Worker, _st
         return replace(
             cell, head=trial.route.name, seed=trial.seed, fold=0, seconds=time.perf_counter() - start, besides=besides
         )
-
-
-def _frozen(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
-    study = context.every
-    return _fitted(study, trial.route.columns, fold)
-
-
-def _fitted(study: Study, columns: Sequence[str], fold: Fold) -> Cell:
-    (cell,) = measure_fold(study.data(PRETRAINED, columns), fold, study.protocol.heads)
-    return cell
-
-
-def _best_node(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
-    """The node is chosen where parameters are: by heads on ``fit``, tested on ``choose``, in each division."""
-    from featurepipe.layer_depth.folds import with_choices
-
-    study, codes = context.every, _codes(context.every)
-    scores: dict[str, list[float]] = {column: [] for column in trial.route.columns}
-    for number, (fit, choose) in enumerate(fold.choices):
-        inner = with_choices(study.images, codes, fit, choose, fold.seed, number, number + 1)
-        if not len(inner.choose) or len(np.unique(codes[inner.fit])) < 2:
-            continue
-        for column in trial.route.columns:
-            value = _fitted(study, [column], replace(inner, others=())).value
-            scores[column] += [value] if np.isfinite(value) else []
-    known = {column: float(np.mean(values)) for column, values in scores.items() if values}
-    best = max(known, key=lambda column: known[column]) if known else context.bottleneck
-    cell = _fitted(study, [best], fold)
-    return replace(cell, params={"node": best, **cell.params})
-
-
-def _codes(study: Study) -> npt.NDArray[np.int64]:
-    """By which images are dealt evenly."""
-    from featurepipe.training.splits import quantile_bins, rarest_labels
-
-    truth = study.truth
-    if study.protocol.target_type == "continuous":
-        return quantile_bins(truth)
-    return rarest_labels(truth) if study.protocol.target_type == "multilabel" else truth
-
-
-def _as_it_is(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
-    """The labels that the network's own classes mean; an image of another label is wrong."""
-    from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
-
-    own, places = OwnClassifier.of_network(context.backbone()), context.labels
-    assert places is not None  # noqa: S101 - such a route is only made where some class means a label
-    names = tuple(context.every.classes)
-    meant = LabelsOfClasses(names, places)
-    data = context.every.data(PRETRAINED, trial.route.columns)
-
-    def right(features: FeatureSet, truth: Array) -> Array:
-        scores = features.read(np.float64) @ own.weight.T + own.bias
-        _, answers = meant.probabilities(scores, among_labels=True)
-        return np.asarray(answers == truth)
-
-    shifted = None if data.shifted is None else right(data.shifted, data.shifted_truth)
-    test = right(data.features.take(fold.test), data.truth[fold.test])
-    learned = float(right(data.features.take(fold.train), data.truth[fold.train]).mean())
-    return Cell(AS_IT_IS, trial.seed, 0, {}, test, shifted, learned, 0.0)
-
-
-def _tail(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
-    """LP-FT from stored activations: see `featurepipe.tuning.finetune`."""
-    import torch
-
-    from featurepipe.backbones.tail import Tail
-    from featurepipe.training.cost import available_memory
-    from featurepipe.tuning.activations import Activations
-    from featurepipe.tuning.loop import Model, TuningCheckpoint, TuningObjective, TuningRun, score_rows, tune
-    from featurepipe.tuning.work import MIXES, mixed
-
-    study, options = context.every, context.options.tuning(trial.route.cut)
-    tail = Tail(context.backbone(), trial.route.cut)
-    maps = study.data(PRETRAINED, [tail.column])
-    frozen_data = study.data(PRETRAINED, [context.bottleneck])
-    rows = np.union1d(fold.train, fold.test)
-    fits = len(rows) * maps.features.shape[1] * maps.features.dtype.itemsize <= available_memory() // 2
-    examples = Activations(maps.features, maps.features.read(rows=rows) if fits else None, rows)
-    kind = study.protocol.target_type
-    weights = None if maps.weights is None else np.asarray(maps.weights, np.float64)
-    objective = TuningObjective.of(kind, maps.truth, weights, fold.fit)
-    torch.manual_seed(trial.seed)
-    model = Model(tail, *objective.to_scores(*_exact_head(frozen_data, study, fold)))
-    frozen = model.weights()
-    run = TuningRun(
-        model, examples, objective, fold.fit, fold.choose, options.schedule(len(fold.fit)), tail.blocks(), trial.seed
-    )
-    with TemporaryDirectory() as scratch, show(0, "", silent=True) as progress:
-        checkpoint = TuningCheckpoint(Path(scratch) / "run.pt", trial.key)
-        tuned = tune(run, checkpoint=checkpoint, stop=StopRequest(), progress=progress)
-    scores: dict[float, float] = {}
-    for share in MIXES:
-        model.adopt(mixed(frozen, tuned.best, share))
-        scores[share] = objective.score(*score_rows(model, examples, fold.choose))
-    share = max(scores, key=lambda mix: (scores[mix], -mix))
-    model.adopt(mixed(frozen, tuned.best, share))
-
-    def answers(of: Any, some: Array) -> Array:
-        found = np.asarray(score_rows(model, of, some)[0], np.float64)
-        if kind == "multiclass":
-            return np.asarray(found.argmax(axis=1))
-        return found if kind == "multilabel" else found[:, 0] * objective.scale + objective.centre
-
-    test = answers(examples, fold.test)
-    shifted = None
-    if maps.shifted is not None:
-        every = np.arange(len(maps.shifted))
-        there = answers(Activations(maps.shifted, None, every), every)
-        shifted = maps.measure.contributions(there, maps.shifted_truth)
-    learned = maps.measure.contributions(answers(examples, fold.fit), maps.truth[fold.fit])
-    value = float(learned.mean())
-    params = {"mix": share, "epochs": len(tuned.history) - 1, "best_epoch": tuned.epoch, "ended": tuned.ended}
-    besides = {} if maps.measure.besides is None else maps.measure.besides(test, maps.truth[fold.test])
-    return Cell(
-        TAIL, trial.seed, 0, params, maps.measure.contributions(test, maps.truth[fold.test]), shifted,
-        value if np.isfinite(value) else 0.0, 0.0, besides,
-    )  # fmt: skip
-
-
-def _exact_head(data: Data, study: Study, fold: Fold) -> tuple[Array, Array]:
-    """The head on the frozen bottleneck of the images that are learned from, its penalty chosen on those set aside."""
-    kind, name = study.protocol.target_type, study.protocol.heads[0]
-    (cell,) = measure_fold(data, fold, [name])
-    one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
-    head = make_head(name, target_type=kind, random_state=fold.seed, **one_sided, **cell.params)
-    last = head.steps[-1][0]
-    weights = {f"{last}__{key}": value for key, value in data.weights_of(fold.fit).items()}
-    head.fit(data.features.take(fold.fit).read(np.float32), data.truth[fold.fit], **weights)
-    weight, bias = linear_map(head)
-    if kind == "continuous" or len(weight) == (data.labels if kind == "multilabel" else len(study.classes)):
-        return weight, bias
-    known = np.asarray(head.classes_, np.int64)  # classes without an image to learn from score lowest
-    of_all = np.zeros((data.labels if kind == "multilabel" else len(study.classes), weight.shape[1]))
-    lowest = np.full(len(of_all), float(bias.min(initial=0.0)) - 10.0)
-    of_all[known], lowest[known] = weight, bias
-    return of_all, lowest
-
-
-_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell]] = {
-    AS_IT_IS: _as_it_is,
-    BOTTLENECK: _frozen,
-    NODE: _best_node,
-    TAIL: _tail,
-}
 
 
 @dataclass
@@ -387,25 +133,26 @@ class TrialTimes:
         study, route = self._context.every, trial.route
         fold = self._context.study.draws[trial.size, trial.seed]
         there = 0 if study.elsewhere is None else len(study.elsewhere.rows)
-        if route.kind == TAIL:
-            above, epochs = self.above(route.cut), self._context.options.epochs
-            return tuning_seconds(above, epochs, len(fold.fit), len(fold.choose), len(fold.test) + there)
-        classes = max(len(study.classes), 1)
-        widths = sum(study.width(column) for column in route.columns)
-        times = len(fold.choices) + 1 if route.kind == NODE else 1
-        return 0.2 + 1e-9 * times * widths * (30 * classes * len(fold.train) + len(fold.test) + there)
+        if route.kind in TUNED:
+            options, is_scratch = self._context.options.tuning(route.kind, route.cut), route.kind == SCRATCH
+            epochs = options.schedule(len(fold.fit), is_scratch=is_scratch).epochs
+            ms = self.above(route.cut)
+            return tuning_seconds(ms, epochs, len(fold.fit), len(fold.choose), len(fold.test) + there)
+        classes, divisions = max(len(study.classes), 1), len(fold.choices) + 1
+        times = {NODE: divisions, LAYERS: 3 * divisions}.get(route.kind, 1)
+        return 0.2 + 1e-9 * times * route.width * (30 * classes * len(fold.train) + len(fold.test) + there)
 
     def above(self, cut: str) -> float:
-        """Milliseconds of the forward of one image above a node."""
+        """Milliseconds of the forward of one image above a node; of all of it without one."""
         whole = self._milliseconds[self._context.bottleneck.partition(":")[0]]
-        return max(whole - self._milliseconds[cut], 0.05 * whole)
+        return max(whole - self._milliseconds[cut], 0.05 * whole) if cut else whole
 
 
 def tuning_seconds(above: float, epochs: int, fit: float, choose: float, test: float) -> float:
-    """How long a tail is tuned and tested: a backward takes as long as two forwards.
+    """How long layers are tuned and tested: a backward takes as long as two forwards.
 
     Args:
-        above: milliseconds of the forward of one image above the cut.
+        above: milliseconds of the forward of one image through the tuned layers.
         epochs: passes over the images.
         fit: images that are learned from.
         choose: images that are scored after each epoch.
@@ -491,10 +238,13 @@ def measure_routes(
     return untried
 
 
-def _urgency(context: RoutesContext, trial: RouteTrial, seconds: float) -> float:
-    """Seconds, weighed: a first draw tells more than a further one, and the user's own size more than smaller ones."""
+def _urgency(context: RoutesContext, trial: RouteTrial, seconds: float) -> tuple[bool, float]:
+    """Seconds, weighed: a first draw tells more than a further one, and the user's own size more than smaller ones.
+
+    Starting from scratch comes last: it takes longest, and hardly any user is to take it.
+    """
     own = trial.size == context.study.sizes[-1].name
-    return seconds * (trial.seed + 1) / (2 if own else 1)
+    return trial.route.kind == SCRATCH, seconds * (trial.seed + 1) / (2 if own else 1)
 
 
 @contextmanager

@@ -10,16 +10,22 @@ from featurepipe.extraction.limits import seconds_at_most
 from featurepipe.layer_depth.options import OtherSourceOption, StoreOption
 from featurepipe.option_groups import at_least, by_commas, file_or_kind, not_empty, option
 from featurepipe.store.options import LabelsOption, RoleOptions
-from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.options import IMAGES, TuneOptions
 
-AS_IT_IS, BOTTLENECK, NODE, TAIL = "as-it-is", "bottleneck", "node", "tail"
+AS_IT_IS, BOTTLENECK, NODE, LAYERS = "as-it-is", "bottleneck", "node", "layers"
+TAIL, FULL, SCRATCH = "tail", "full", "scratch"
 ROUTES = {
     AS_IT_IS: "the network's own classes, where their names are those of the labels",
-    BOTTLENECK: "all layers frozen, an exact head on the bottleneck",
-    NODE: "all layers frozen, an exact head on the best of a few nodes",
+    BOTTLENECK: "one layer frozen, an exact head on the bottleneck",
+    NODE: "one layer frozen, an exact head on the best of a few nodes",
+    LAYERS: "all layers frozen, an exact head on the values of all blocks that tell most",
     TAIL: "the layers above a cut tuned, from stored activations",
+    FULL: "all layers tuned, from the images",
+    SCRATCH: "all layers learned from random weights, from the images",
 }
 """The kinds of routes and what each is, from the cheapest to the dearest."""
+FROM_IMAGES = (FULL, SCRATCH)
+TUNED = (TAIL, *FROM_IMAGES)
 ALL = "all"
 """In place of a size: every training image."""
 AUTO = "auto"
@@ -80,15 +86,16 @@ class RoutesOptions(RoleOptions):
     test_images: int | None = option(
         None, "test on so many of the test images, drawn by class (default: all)", check=at_least(2)
     )
-    epochs: int = option(
-        _DEFAULTS.epochs, f"of tuning at most (default: {_DEFAULTS.epochs})", check=at_least(1, 10_000)
-    )
-    rate: float = option(
-        _DEFAULTS.rate, f"of tuning, the learning rate of the head and the highest block (default: {_DEFAULTS.rate:g})",
+    epochs: int | None = option(
+        None, f"of tuning at most (default: {_DEFAULTS.epochs}; from scratch 60, or up to 300 of few images)",
+        check=at_least(1, 10_000),
+    )  # fmt: skip
+    rate: float | None = option(
+        None, f"of tuning, the learning rate of the head and the highest block (default: {_DEFAULTS.rate:g}; from scratch 0.001)",
         metavar="RATE",
     )  # fmt: skip
-    batch_size: int = option(
-        _DEFAULTS.batch_size, f"of tuning, images a step (default: {_DEFAULTS.batch_size})", check=at_least(1, 65_536)
+    batch_size: int | None = option(
+        None, f"of tuning, images a step (default: {_DEFAULTS.batch_size}; from images 32)", check=at_least(1, 65_536)
     )
     mapping: Any = option(
         None, "which label each of the network's own classes means: .csv with class and label (default: by name)",
@@ -104,21 +111,27 @@ class RoutesOptions(RoleOptions):
         super().__post_init__()
         if self.budget is not None and self.budget <= 0:
             raise UsageError(f"a budget of {self.budget:g} s leaves no time to measure", option="budget")
-        _ = self.tuning("")
+        _ = self.tuning(TAIL)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of routes to compare, from the cheapest to the dearest."""
         return tuple(route for route in ROUTES if self.routes is None or route in self.routes)
 
-    def tuning(self, cut: str) -> TuneOptions:
-        """How the layers above a cut are tuned.
+    def tuning(self, kind: str, cut: str = "") -> TuneOptions:
+        """How the layers above a cut, or all of them, are tuned; of a tail the defaults are settled.
 
         Raises:
             UsageError: A rate or another number makes no sense.
         """
         own = {name: getattr(self, name) for name in _TUNING}
-        return TuneOptions(from_node=cut or None, **own)
+        if kind in FROM_IMAGES:
+            return TuneOptions(from_node=IMAGES, weights="none" if kind == SCRATCH else None, **own)
+        defaults = {name: getattr(_DEFAULTS, name) for name in _TUNING}
+        return TuneOptions(
+            from_node=cut or None,
+            **{name: default if own[name] is None else own[name] for name, default in defaults.items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

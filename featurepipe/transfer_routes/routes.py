@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ import numpy as np
 
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
+from featurepipe.backbones.loading import ALL as EVERY
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.display import size
+from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
@@ -40,18 +44,23 @@ from featurepipe.store.options import RoleOptions, columns_of
 from featurepipe.store.space import canonical_json
 from featurepipe.training.settle import compared_labels
 from featurepipe.transfer_routes import answers
-from featurepipe.transfer_routes.measure import (
-    Route,
-    RoutesContext,
-    TrialTimes,
-    measure_routes,
-    measured,
-    trials_of,
-    tuning_seconds,
+from featurepipe.transfer_routes.measure import TrialTimes, measure_routes, measured, trials_of, tuning_seconds
+from featurepipe.transfer_routes.options import (
+    AS_IT_IS,
+    AUTO,
+    BOTTLENECK,
+    FROM_IMAGES,
+    FULL,
+    LAYERS,
+    NODE,
+    SCRATCH,
+    TAIL,
+    RoutesOptions,
 )
-from featurepipe.transfer_routes.options import AS_IT_IS, AUTO, BOTTLENECK, NODE, TAIL, RoutesOptions
 from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
+from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages
+from featurepipe.tuning.from_images import located, precision_of, recorded_source
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import network_of
 
@@ -76,9 +85,9 @@ def routes(
     cuts: str | Sequence[str] = AUTO,
     max_width: int = 2500,
     test_images: int | None = None,
-    epochs: int = 10,
-    rate: float = 3e-4,
-    batch_size: int = 64,
+    epochs: int | None = None,
+    rate: float | None = None,
+    batch_size: int | None = None,
     mapping: Any = None,
     budget: float | str | None = None,
     test_source: Any = None,
@@ -100,9 +109,11 @@ def routes(
     """Measures which route to take from a pretrained network to a dataset's classes (or labels or numbers), and recommends one.
 
     Routes are: the network as it is, where its own classes are the labels; one layer frozen, with an exact head on the
-    bottleneck or on the best of a few nodes; and the layers above a cut tuned. Each is measured at several numbers of training
+    bottleneck or on the best of a few nodes; all layers frozen, with an exact head on the values of all blocks that tell most
+    (as ``train`` with ``nodes="all", select="auto"``); the layers above a cut tuned; all layers tuned, and all learned from
+    scratch, both from the images (as ``finetune`` with ``from_node="images"``). Each is measured at several numbers of training
     images, drawn several times, on the same test images. Features and activations stay in the store, and so does what has been
-    measured: a call that was stopped goes on.
+    measured: a call that was stopped goes on. Of a store whose images are gone, the routes from images are left out.
 
     Args:
         source: images, anything ``extract`` takes; or a feature store, of which the columns that it has are used.
@@ -118,9 +129,9 @@ def routes(
         cuts: nodes above which layers are tuned; ``auto`` for one at about two thirds of the network's operations.
         max_width: values per image that a frozen node may have.
         test_images: how many of the test images to test on, drawn by class; None for all.
-        epochs: of tuning, at most.
-        rate: of tuning, as in `featurepipe.finetune`.
-        batch_size: of tuning.
+        epochs: of tuning, at most; None for 10, and from scratch for 60, or up to 300 of few images.
+        rate: of tuning, as in `featurepipe.finetune`; None for its defaults.
+        batch_size: of tuning; None for 64, and from images for 32.
         mapping: which label each of the network's own classes means, as in ``evaluate``; by default those of the same name.
         budget: seconds, or text such as ``"30min"``, that may be spent; what tells most for its time is measured first.
         test_source: images of the same classes from elsewhere, which all routes are tested on, too.
@@ -172,7 +183,7 @@ def routes(
         found = extracted(plan.wanted, arguments, dry_run=False, say=say)
         clock["extract"] = time.monotonic() - start
         study = settle_routes(found, options, labels, say)
-        context, ways = _context(found, study, plan, options, trust_code)
+        context, ways = _context(found, study, plan, options, trust_code, extraction or {}, say)
         say(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
@@ -226,6 +237,8 @@ def routes(
         "similarity": alike,
         "columns": [column.as_dict() for column in found.columns],
         "cuts": dict(plan.cuts),
+        "blocks": list(plan.blocks),
+        "blocks_lacking": list(plan.lacking),
         "sizes": [size.as_dict() for size in study.sizes],
         "results": answers.results(study, known, costs),
         "differences": between,
@@ -242,13 +255,13 @@ def routes(
 def _lacks_activations(plan: _Plan) -> bool:
     """Whether activations of images are yet to be computed, as far as the store's feature spaces tell."""
     wanted = plan.wanted
-    if is_store(wanted.source) or not plan.cuts:
+    if is_store(wanted.source) or not wanted.further:
         return False
     target = DEFAULT_STORE if wanted.store is None else wanted.store
     if not is_store(target):
         return True
     kept = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
-    return not any(set(plan.cuts.values()) <= set(space.columns()) for space in kept.spaces())
+    return not any(set(wanted.further) <= set(space.columns()) for space in kept.spaces())
 
 
 def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str, Any]:
@@ -262,17 +275,25 @@ def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str,
     times = TimedForward(LocalExecutor(), timing).measure()["milliseconds"]
     whole = times[plan.bottleneck.partition(":")[0]]
     parts = (0.64 * images, 0.16 * images, 0.2 * images)  # a fifth is tested, a fifth of the rest chooses
-    tails = {f"{TAIL} from {cut}": max(whole - times[cut], 0.05 * whole) for cut in plan.cuts}
+    above = {f"{TAIL} from {cut}": (TAIL, max(whole - times[cut], 0.05 * whole)) for cut in plan.cuts}
+    tuned = {**above, **{kind: (kind, whole) for kind in FROM_IMAGES if kind in options.kinds}}
+    names = {TAIL: [*above]}
+    kinds = [kind for kind in options.kinds if kind not in plan.unable]
+
+    def seconds(kind: str, ms: float) -> float:
+        schedule = options.tuning(kind).schedule(max(1, round(parts[0])), is_scratch=kind == SCRATCH)
+        return tuning_seconds(ms, schedule.epochs, *parts)
+
     return {
         "kind": "routes plan",
         **found.plan(),
         "store": str(path),
         "bytes": sum(sum(record["bytes_per_column"].values()) for record in found.records),
         "free": shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free,
-        "routes": [*(kind for kind in options.kinds if kind not in (TAIL, *plan.unable)), *tails],
+        "routes": [name for kind in kinds for name in names.get(kind, [kind])],
         "measurements": options.seeds * len(options.sizes),
         "seconds_of_a_draw_of_all": {
-            name: tuning_seconds(above, options.epochs, *parts) for name, above in tails.items()
+            name: seconds(kind, ms) for name, (kind, ms) in tuned.items() if kind not in plan.unable
         },
         "not_tried": answers.not_tried([], plan.unable),
     }
@@ -316,12 +337,16 @@ class _Plan:
         bottleneck: the column of the bottleneck.
         cuts: the column of the activations at each cut.
         unable: routes that cannot be taken, and why.
+        blocks: values of an image in the column of each block.
+        lacking: columns of blocks that the store does not have.
     """
 
     wanted: Wanted
     bottleneck: str
     cuts: dict[str, str]
     unable: dict[str, str]
+    blocks: dict[str, int] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
 
     def refuse(self, kind: str, why: str, options: RoutesOptions) -> None:
         """Leaves a route out, and keeps why; one that was asked for by name is an error.
@@ -360,7 +385,14 @@ def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
     names = list(dict.fromkeys([*(column.column for column in some), bottleneck]))
     if TAIL in options.kinds:
         _plan_cuts(plan, network, options, held)
-    plan.wanted = replace(wanted, nodes=names, further=list(plan.cuts.values()))
+    if LAYERS in options.kinds:
+        _plan_blocks(plan, network, options, held)
+    further = [column for column in (*plan.cuts.values(), *plan.blocks) if column not in names]
+    plan.wanted = replace(wanted, nodes=names, further=list(dict.fromkeys(further)))
+    is_random = network.is_random
+    if held is not None:
+        is_random = bool(space.notes.get("backbone", {}).get("random"))
+    _plan_images(plan, options, None if held is None else kept, is_random=is_random)
     return plan
 
 
@@ -390,6 +422,39 @@ def _plan_cuts(plan: _Plan, network: Backbone, options: RoutesOptions, held: Map
         plan.refuse(TAIL, why, options)
 
 
+def _plan_blocks(plan: _Plan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
+    """The columns of all blocks, or those of them that a store has."""
+    every = network.columns([EVERY])
+    widths = {str(column): math.prod(network.feature_shape(column)) for column in every}
+    plan.blocks = {column: width for column, width in widths.items() if held is None or column in held}
+    plan.lacking = [column for column in widths if column not in plan.blocks]
+    if len(plan.blocks) < 2:
+        have = "one column has" if held is None else f"the store has {len(plan.blocks)} of the {len(widths)} columns of"
+        why = f"{have} all blocks of {network.name}, and it takes two; give the images as the source, and the store with --store"
+        plan.blocks = {}
+        plan.refuse(LAYERS, why, options)
+
+
+def _plan_images(plan: _Plan, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool) -> None:
+    """Whether images can be learned from."""
+    wanted = [kind for kind in FROM_IMAGES if kind in options.kinds]
+    if FULL in wanted and is_random:
+        plan.refuse(FULL, f"the network's weights are random: tuning all of them is the route {SCRATCH}", options)
+        wanted.remove(FULL)
+    why = ""
+    if find_spec("lightning_fabric") is None:
+        why = "learning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'"
+    elif store is not None and wanted:
+        try:
+            source, _ = recorded_source(store, plan.wanted.dataset or store.only_dataset())
+            source.close()
+        except UsageError as error:
+            why = str(error)
+    if why:
+        for kind in wanted:
+            plan.refuse(kind, why, options)
+
+
 def _tail_at(network: Backbone, node: str) -> Tail:
     try:
         return Tail(network, node)
@@ -404,20 +469,27 @@ def _tail_at(network: Backbone, node: str) -> Tail:
 def _nodes(found: Extracted, plan: _Plan) -> tuple[str, ...]:
     """Nodes up to which the forward is timed."""
     nodes = [*(column.node for column in found.columns), plan.bottleneck.partition(":")[0], *plan.cuts]
+    nodes += [column.partition(":")[0] for column in list(plan.blocks)[-1:]]  # the last one tells how long all take
     return tuple(dict.fromkeys(nodes))
 
 
 def _context(
-    found: Extracted, study: RoutesStudy, plan: _Plan, options: RoutesOptions, trust_code: bool | Collection[str]
+    found: Extracted,
+    study: RoutesStudy,
+    plan: _Plan,
+    options: RoutesOptions,
+    trust_code: bool | Collection[str],
+    extraction: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> tuple[RoutesContext, list[Route]]:
     """What trials have in common, and the routes that can be taken."""
     kinds = [kind for kind in options.kinds if kind not in plan.unable]
     network, name, places = found.backbone, None, None
-    if {AS_IT_IS, TAIL} & set(kinds):
+    if with_weights := [kind for kind in (AS_IT_IS, TAIL, FULL) if kind in kinds]:
         try:
             network, name = _with_weights(found, plan, trust_code)
         except UsageError as error:
-            for kind in {AS_IT_IS, TAIL} & set(kinds):
+            for kind in with_weights:
                 plan.refuse(kind, str(error), options)
                 kinds.remove(kind)
     if AS_IT_IS in kinds:
@@ -425,15 +497,51 @@ def _context(
         if places is None:
             plan.refuse(AS_IT_IS, why, options)
             kinds.remove(AS_IT_IS)
+    images = None
+    if from_images := [kind for kind in FROM_IMAGES if kind in kinds]:
+        machine = found.machine
+        images = RoutesImages(
+            None if found.is_held else found.wanted.source, found.wanted.test_source, extraction, machine.device,
+            machine.workers, precision_of(options.tuning(FULL), machine),
+        )  # fmt: skip
+        if why := _unlisted(study, images):
+            for kind in from_images:
+                plan.refuse(kind, why, options)
+                kinds.remove(kind)
+    if LAYERS in kinds and plan.lacking:
+        say(f"of all blocks the store lacks {', '.join(plan.lacking)}; the route {LAYERS} is without them")
     columns = tuple(column.column for column in found.columns)
+    width = {column.column: column.width for column in found.columns}
+    bottleneck = (plan.bottleneck,)
     ways = {
-        AS_IT_IS: [Route(AS_IT_IS, (plan.bottleneck,))],
-        BOTTLENECK: [Route(BOTTLENECK, (plan.bottleneck,))],
-        NODE: [Route(NODE, columns)],
+        AS_IT_IS: [Route(AS_IT_IS, bottleneck, width=width[plan.bottleneck])],
+        BOTTLENECK: [Route(BOTTLENECK, bottleneck, width=width[plan.bottleneck])],
+        NODE: [Route(NODE, columns, width=sum(width.values()))],
+        LAYERS: [Route(LAYERS, tuple(plan.blocks), width=sum(plan.blocks.values()))],
         TAIL: [Route(TAIL, (column,), cut) for cut, column in plan.cuts.items()],
+        FULL: [Route(FULL, bottleneck)],
+        SCRATCH: [Route(SCRATCH, bottleneck)],
     }
-    context = RoutesContext(study, options, name, plan.bottleneck, places)
+    context = RoutesContext(study, options, name, found.backbone.name, plan.bottleneck, places, images)
     return context, [way for kind in kinds for way in ways[kind]]
+
+
+def _unlisted(study: RoutesStudy, images: RoutesImages) -> str:
+    """Why routes from images would not see the images that others do; empty if they would."""
+    every = study.every
+    for name, of in (
+        (every.dataset, every.images),
+        *(((there.dataset, there.images),) if (there := every.elsewhere) else ()),
+    ):
+        try:
+            source, _ = images.opened(every.store, name, shifted=name != every.dataset)
+            with closing(source):
+                _, gone = located(source, of, announcer(silent=True))
+        except FeaturepipeError as error:
+            return str(error)
+        if len(gone):
+            return f"{counted(len(gone), 'image')} of {name} cannot be read any more, such as {of.ids[gone[0]]!r}"
+    return ""
 
 
 def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[str]) -> tuple[Backbone, NetworkName]:

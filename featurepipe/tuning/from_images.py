@@ -509,7 +509,7 @@ def _settled(
     task, recipe, objective = settled(store, found, body, options, snapshot=snapshot, say=say)
     held = task.features.rows
     positions = held.positions if isinstance(held, ArrayRows) else np.arange(len(task.features))
-    listing, gone = _located(source, task.features, say)
+    listing, gone = located(source, task.features, say)
     settings = Settings.of_space(space.fields, why="as in the store")
     machine = settle_machine(machine_options(extraction), "cpu")
     examples = ImageExamples(
@@ -555,8 +555,8 @@ def _rows_of(
     return space, next(iter(columns))
 
 
-def _located(source: Source, features: FeatureSet, say: Callable[[str], None]) -> tuple[pa.Table, Rows]:
-    """The listing's entry of each row, and the rows that the source no longer lists.
+def located(source: Source, features: FeatureSet, say: Callable[[str], None]) -> tuple[pa.Table, Rows]:
+    """Returns the listing's entry of each row, and the rows that the source no longer lists.
 
     Raises:
         UsageError: It lists none of them.

@@ -30,6 +30,8 @@ from featurepipe.transfer_routes.similarity import layer_distances
 from featurepipe.transfer_routes.study import _ranked
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
+TAKEN = ("bottleneck", "node", "layers", "tail from s2", "scratch")
+"""The routes from random weights without class names."""
 FAST: dict[str, Any] = {"sizes": (5, "all"), "seeds": 2, "epochs": 2, "rate": 3e-3, "silent": True}
 
 
@@ -72,14 +74,16 @@ def answer(piles: Path) -> dict[str, Any]:
 
 def test_every_route_is_measured_at_every_size_on_the_same_images(answer: dict[str, Any]) -> None:
     found = {(row["route"], row["size"]): row for row in answer["results"]}
-    assert set(found) == {(route, size) for route in ("bottleneck", "node", "tail from s2") for size in (5, "all")}
+    assert set(found) == {(route, size) for route in TAKEN for size in (5, "all")}
     assert all(len(row["cells"]) == 2 and 0 < row["accuracy"] < 1 and row["seconds"] > 0 for row in found.values())
     assert found["bottleneck", "all"]["accuracy"] > found["bottleneck", 5]["accuracy"] > 0.3
     assert answer["counts"]["test"] + answer["counts"]["train"] == 200
     assert found["node", "all"]["params"][0]["node"] in ("s4:gap", "f6.1:gap")
     assert [row["mix"] for row in found["tail from s2", "all"]["params"]]  # what came of the tuned weights is said
-    (why,) = [one["why"] for one in answer["not_tried"]]
-    assert "no class names of its own" in why
+    why = {one["route"]: one["why"] for one in answer["not_tried"]}
+    assert list(why) == ["full", "as-it-is"]
+    assert "no class names of its own" in why["as-it-is"]
+    assert "weights are random" in why["full"]
 
 
 def test_the_recommended_route_is_the_cheapest_within_one_standard_error(answer: dict[str, Any]) -> None:
@@ -112,7 +116,7 @@ def test_a_budget_measures_what_tells_most_first_and_names_the_rest(answer: dict
     del answer
     some = fp.routes(piles, piles.parent / "store", dataset="digits", budget=1e-6, **NETWORK, **{**FAST, "seeds": 3})
     rest = {(one["route"], one["size"]): one for one in some["not_tried"] if "size" in one}
-    assert len(rest) == 6
+    assert len(rest) == 10
     assert all(one["draws"] == 1 and one["seconds"] > 0 for one in rest.values())
     assert {len(row["cells"]) for row in some["results"]} == {2}  # what was measured before
 
@@ -151,9 +155,9 @@ def test_numbers_and_several_labels_take_every_route_but_the_network_as_it_is(
         **NETWORK, **{**FAST, "seeds": 1, "sizes": ("all",)},
     )  # fmt: skip
     values = {row["route"]: row[measure_name] for row in found["results"]}
-    assert set(values) == {"bottleneck", "node", "tail from s2"}
+    assert set(values) == set(TAKEN)
     assert min(values.values()) > (0.3 if measure_name == "map" else -1)
-    assert "exclude one another" in found["not_tried"][0]["why"]
+    assert "exclude one another" in next(one["why"] for one in found["not_tried"] if one["route"] == "as-it-is")
 
 
 def test_draws_have_as_many_of_each_class_in_whole_groups_and_hold_smaller_ones(
@@ -204,7 +208,7 @@ def test_another_source_is_tested_by_every_route(piles: Path, tmp_path: Path, an
         piles, piles.parent / "store", dataset="digits", test_source=other, **NETWORK, **{**FAST, "sizes": ("all",), "seeds": 1},
     )  # fmt: skip
     there = {row["route"]: row["accuracy"] for row in found["results"] if row["tested_on"] == "shifted"}
-    assert set(there) == {"bottleneck", "node", "tail from s2"}
+    assert set(there) == set(TAKEN)
     assert found["recommended"]["elsewhere"]["accuracy"] == there[found["recommended"]["route"]]
     assert found["counts"]["shifted"] == 60
 
@@ -261,10 +265,10 @@ def test_noise_is_as_far_as_noise_and_networks_without_statistics_say_so() -> No
 
 def test_a_dry_run_says_bytes_and_time_and_writes_nothing(piles: Path, tmp_path: Path, answer: dict[str, Any]) -> None:
     found = fp.routes(piles, tmp_path / "new", dry_run=True, **NETWORK, **FAST)
-    values = 200 * (16 + 84 + 6 * 14 * 14)
+    values = 200 * (16 + 84 + 6 * 14 * 14 + 96 + 256 + 120)
     assert found["bytes"] in (2 * values, 4 * values)
     assert found["seconds_of_a_draw_of_all"]["tail from s2"] > 1
-    assert found["routes"] == ["as-it-is", "bottleneck", "node", "tail from s2"]
+    assert found["routes"] == ["as-it-is", *TAKEN]
     assert "200 images to read" in plan_text(found)
     held = fp.routes(
         piles.parent / "store",
@@ -289,10 +293,36 @@ def test_a_store_without_activations_says_so_and_measures_the_rest(piles: Path, 
     fp.extract(piles, tmp_path / "few", backbone="lenet5", weights="none", nodes=["s4:gap", "bottleneck"], silent=True)
     given = {**NETWORK, "backbone": None, "weights": "DEFAULT"}
     found = fp.routes(tmp_path / "few", **given, **{**FAST, "sizes": (5,), "seeds": 1})
-    assert {row["route"] for row in found["results"]} == {"bottleneck", "node"}
+    assert {row["route"] for row in found["results"]} == {"bottleneck", "node", "scratch"}
     assert "the store has no activations s2:map" in next(
         one["why"] for one in found["not_tried"] if one["route"] == "tail"
     )
+
+
+def test_all_layers_are_tuned_from_images_and_left_out_where_these_are_gone(tmp_path: Path) -> None:
+    folder, weights = draw(tmp_path, count=60), tmp_path / "own.pt"
+    torch.save(load_backbone("lenet5", "none").state(), weights)
+    given: dict[str, Any] = {
+        "sizes": ("all",),
+        "seeds": 1,
+        "epochs": 2,
+        "rate": 3e-3,
+        "silent": True,
+        "nodes": ["s4:gap", "bottleneck"],
+    }
+    found = fp.routes(
+        folder, tmp_path / "store", backbone="lenet5", weights=str(weights), routes="bottleneck,full", **given
+    )
+    (row,) = [row for row in found["results"] if row["route"] == "full"]
+    assert row["seconds_features"] > 0
+    assert row["params"][0]["epochs"] == 2
+    assert 0 < row["accuracy"] <= 1
+    folder.rename(tmp_path / "gone")
+    held = fp.routes(tmp_path / "store", weights=str(weights), **given)
+    why = {one["route"]: one["why"] for one in held["not_tried"]}
+    assert "cannot be opened now" in why["full"]
+    assert why["scratch"] == why["full"]
+    assert {row["route"] for row in held["results"]} >= {"bottleneck", "node"}
 
 
 def test_what_trials_have_in_common_travels(
@@ -307,7 +337,7 @@ def test_what_trials_have_in_common_travels(
     fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **FAST)
     ((context, trials),) = asked
     there = pickle.loads(pickle.dumps(context))
-    for kind in ("bottleneck", "tail"):
+    for kind in ("bottleneck", "layers", "tail", "scratch"):
         trial = next(one for one in trials if one.route.kind == kind and one.size == 5)
         cell = measure.measure_trial(there, trial, Worker("w", threads=1, is_local=False), bool, bool)
         (row,) = [one for one in answer["results"] if one["route"] == trial.route.name and one["size"] == 5]
@@ -315,6 +345,6 @@ def test_what_trials_have_in_common_travels(
 
 
 def test_options_say_what_is_wrong() -> None:
-    assert RoutesOptions().kinds == ("as-it-is", "bottleneck", "node", "tail")
+    assert RoutesOptions().kinds == ("as-it-is", "bottleneck", "node", "layers", "tail", "full", "scratch")
     with pytest.raises(UsageError, match="names a size twice"):
         RoutesOptions(sizes=(5, 5))
