@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -26,23 +27,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
     """
     from featurepipe.training.train import train as run
 
-    def work() -> dict[str, Any]:
-        return run(
-            night.store,
-            dataset=night.dataset,
-            snapshot=snapshot_of(night, table.backbone),
-            out=table.out,
-            backbone=table.backbone,
-            labels=table.labels or night.job.source.labels,
-            **table.arguments(),
-            weights=_own_weights(night),
-            trust_code=night.job.networks,
-            if_changed=table.when == "labels changed",
-            silent=night.silent,
-            cluster=night.executor(),
-        )
-
-    found = within_time(night.stop.deadline, work, "the older bundle stays, and the next night trains")
+    found = _learned(night, table, run, "the older bundle stays, and the next night trains")
     return found if "skipped" in found else _told(found)
 
 
@@ -53,6 +38,20 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
     """
     from featurepipe.tuning.finetune import finetune as run
 
+    found = _learned(night, table, run, "the older bundle stays, and the next night goes on from the last checkpoint")
+    if "skipped" in found:
+        return {name: value for name, value in found.items() if name != "stored_features"}
+    told, tuning = _told(found), found["tuning"]
+    where = "from images" if tuning["from"] == "images" else f"above {tuning['from']}"
+    how = f"{tuning['mix']:.0%} of the weights tuned {where}" if tuning["mix"] else "tuning gained nothing"
+    return {**told, "from": tuning["from"], "mix": tuning["mix"], "text": f"{told['text']}; {how}"}
+
+
+def _learned(
+    night: Night, table: TrainTable | FinetuneTable, run: Callable[..., dict[str, Any]], late: str
+) -> dict[str, Any]:
+    """What `featurepipe.train` or `featurepipe.finetune` gives for a table; ``late`` says what becomes of one that time ends."""
+
     def work() -> dict[str, Any]:
         return run(
             night.store,
@@ -69,14 +68,7 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
             cluster=night.executor(),
         )
 
-    late = "the older bundle stays, and the next night goes on from the last checkpoint"
-    found = within_time(night.stop.deadline, work, late)
-    if "skipped" in found:
-        return {name: value for name, value in found.items() if name != "stored_features"}
-    told, tuning = _told(found), found["tuning"]
-    where = "from images" if tuning["from"] == "images" else f"above {tuning['from']}"
-    how = f"{tuning['mix']:.0%} of the weights tuned {where}" if tuning["mix"] else "tuning gained nothing"
-    return {**told, "from": tuning["from"], "mix": tuning["mix"], "text": f"{told['text']}; {how}"}
+    return within_time(night.stop.deadline, work, late)
 
 
 def _own_weights(night: Night) -> dict[str, str]:
