@@ -170,8 +170,7 @@ class Session:
 
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the settled precision; built once."""
-        precision, wanted = self.settled.precision, frozenset(columns)
-        name = PYTORCH if self.machine.engine == AUTO else self.machine.engine
+        precision, wanted, name = self.settled.precision, frozenset(columns), self._engine
         engines = self.network_here.engines[precision, name]
         if wanted not in engines:
             engines[wanted] = Engine(
@@ -191,9 +190,12 @@ class Session:
 
     def runtime(self) -> dict[str, str]:
         """What runs the network: the engine and, once it has run in this process, its version, and why it is not another."""
-        name = PYTORCH if self.machine.engine == AUTO else self.machine.engine
-        built = self.loaded.engines[self.settled.precision, name] if self.loaded and self.settings else {}
-        return next((dict(engine.runtime) for engine in built.values()), {"engine": name})
+        built = self.loaded.engines[self.settled.precision, self._engine] if self.loaded and self.settings else {}
+        return next((dict(engine.runtime) for engine in built.values()), {"engine": self._engine})
+
+    @property
+    def _engine(self) -> str:
+        return PYTORCH if self.machine.engine == AUTO else self.machine.engine
 
 
 @dataclass(frozen=True)
