@@ -20,6 +20,7 @@ from featurepipe.heads.statistics.comparison import (
     cheapest_within_one_se,
     difference_over_folds,
     difference_over_images,
+    holm,
     over_folds,
     over_images,
     rank_correlation,
@@ -304,11 +305,9 @@ def _there(study: Study) -> Elsewhere:
 
 def with_adjusted_p(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds p values adjusted for the number of comparisons (Holm 1979)."""
-    known = sorted((one for one in found if one["p"] is not None), key=lambda one: one["p"])
-    floor = 0.0
-    for place, one in enumerate(known):
-        floor = max(floor, min(1.0, one["p"] * (len(known) - place)))
-        one["p_adjusted"] = floor
+    known = [one for one in found if one["p"] is not None]
+    for one, adjusted in zip(known, holm([one["p"] for one in known]), strict=True):
+        one["p_adjusted"] = adjusted
     return found
 
 

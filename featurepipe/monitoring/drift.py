@@ -16,6 +16,7 @@ from featurepipe.display import counted
 from featurepipe.errors import BundleError, StoreError
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
+from featurepipe.heads.statistics.comparison import holm
 from featurepipe.heads.statistics.prediction_shift import class_shift, label_shift, number_shift
 from featurepipe.heads.statistics.two_sample import two_sample
 from featurepipe.monitoring.options import DriftOptions
@@ -28,7 +29,7 @@ from featurepipe.monitoring.samples import (
     sides,
     snapshot_of_run,
 )
-from featurepipe.monitoring.standing_warnings import DRIFT, PREDICTIONS, TOO_FEW, Thresholds, holm
+from featurepipe.monitoring.standing_warnings import DRIFT, PREDICTIONS, TOO_FEW, Thresholds
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore, Space

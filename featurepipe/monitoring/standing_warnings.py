@@ -67,23 +67,6 @@ class Thresholds:
         return WARNING if least < self.warn else NO_DRIFT
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values so that the least of them is below t with a probability of t at most, if nothing has changed.
-
-    Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure"; for tests that depend on each other in any way.
-
-    Example:
-        >>> holm([0.04, 0.01, 0.03])
-        [0.06, 0.03, 0.06]
-    """
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(order), 0, -1)
-    stepped = np.maximum.accumulate(np.asarray(p_values, np.float64)[order] * factors)
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
-
-
 Run = Mapping[str, Any]
 LAST = "last"
 

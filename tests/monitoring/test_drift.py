@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from featurepipe.errors import BundleError, StoreError, UsageError
+from featurepipe.heads.statistics.comparison import holm
 from featurepipe.monitoring.drift import drift
-from featurepipe.monitoring.standing_warnings import Thresholds, holm
+from featurepipe.monitoring.standing_warnings import Thresholds
 from featurepipe.monitoring.text import drift_text
 from featurepipe.training.train import train
 

@@ -22,9 +22,9 @@ from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.multilabel import VOC07, unit_rows, voc07_head
 from featurepipe.heads.sampling import fold_numbers
+from featurepipe.heads.statistics.comparison import holm
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.monitoring.drift import drift
-from featurepipe.monitoring.standing_warnings import holm
 from featurepipe.monitoring.text import drift_text
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.reporting.from_store import report
