@@ -174,7 +174,7 @@ def measure(
     left = sum(len(work.heads) for work in missing)
     try:
         executor = executor or LocalExecutor()
-        ends_at_once = _stopped_at_once() if executor.is_local else nullcontext()  # also between two results
+        ends_at_once = stopped_at_once() if executor.is_local else nullcontext()  # also between two results
         with ends_at_once, closing(_measured(study, missing, jobs, executor)) as results:
             for work, cells in results:
                 journal.add(work.key, cells)
@@ -227,14 +227,9 @@ def _measured(
     executor.check(study.store.path)
     if not context.wide:
         beside = max((worker.threads for worker in executor.workers()), default=1)
-    with stop_on_signals() as asked:
-
-        def stop() -> bool:
-            if asked():
-                raise Interrupted(f"stopped by {asked.name}", asked.signal_number or 2)
-            return False
-
-        with closing(executor.map(measure_cells, missing, context=context, stop=stop, in_flight=beside + 1)) as results:
+    with raising_stop() as stop:
+        mapped = executor.map(measure_cells, missing, context=context, stop=stop, in_flight=beside + 1)
+        with closing(mapped) as results:
             yield from results
 
 
@@ -245,10 +240,23 @@ def _side_by_side(executor: Executor, context: Measuring, missing: Sequence[Work
 
 
 @contextmanager
-def _stopped_at_once() -> Iterator[None]:
+def stopped_at_once() -> Iterator[None]:
     """A signal ends the block there and then, also in the middle of a long fit or of a journal's line, which is passed over."""
     with stop_on_signals() as asked, asked.raised():
         yield
+
+
+@contextmanager
+def raising_stop() -> Iterator[Stop]:
+    """What, asked by an executor after a signal, ends there and then what workers elsewhere do."""
+    with stop_on_signals() as asked:
+
+        def stop() -> bool:
+            if asked():
+                raise Interrupted(f"stopped by {asked.name}", asked.signal_number or 2)
+            return False
+
+        yield stop
 
 
 FEW = 4

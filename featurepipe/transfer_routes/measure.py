@@ -15,10 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from featurepipe.errors import Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Series
+from featurepipe.layer_depth.measure import Series, raising_stop, stopped_at_once
 from featurepipe.layer_depth.probes import Cell
 from featurepipe.layer_depth.study import PRETRAINED, Study
 from featurepipe.progress import Progress
@@ -250,17 +249,11 @@ def _urgency(context: RoutesContext, trial: RouteTrial, seconds: float) -> tuple
 @contextmanager
 def _ends_at_once(executor: Executor) -> Iterator[Stop]:
     """A signal ends a trial there and then; what is measured is kept, what is under way is measured again."""
-    with stop_on_signals() as asked:
-
-        def stop() -> bool:
-            if asked():
-                raise Interrupted(f"stopped by {asked.name}", asked.signal_number or 2)
-            return False
-
-        if executor.is_local:
-            with asked.raised():
-                yield bool
-        else:
+    if executor.is_local:
+        with stopped_at_once():
+            yield bool
+    else:
+        with raising_stop() as stop:
             yield stop
 
 
