@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from featurepipe.cli.options import (
     add_cluster,
@@ -21,17 +23,14 @@ from featurepipe.cli.options import (
 from featurepipe.cli.output import say, show, this_command
 from featurepipe.curation.options import CheckLabelsOptions, SimilarOptions
 from featurepipe.errors import UsageError
-from featurepipe.extraction.limits import RejectLimit
-from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
+from featurepipe.extraction.limits import EXTRACTION_GROUPS
 from featurepipe.layer_depth.options import AnsweredOptions, ComparedOptions, DepthOptions
 from featurepipe.monitoring.options import DriftOptions, DuplicatesOptions
-from featurepipe.option_groups import declared
+from featurepipe.option_groups import OptionGroup, declared
 from featurepipe.reporting.options import FindingsOptions, NightsOptions
 from featurepipe.store.options import DatasetOption, TrustOption
 from featurepipe.transfer_routes.options import RoutesOptions, RoutesSourceOptions
 
-EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
-"""Options of extraction that `featurepipe.depth` passes on."""
 NOT_OF_DEPTH = ("dtype", "decode")
 NOT_OF_ROUTES = (*NOT_OF_DEPTH, "batch_size")  # of tuning; images in a forward are as many as suit the device
 DEPTH_GROUPS = (ComparedOptions, DepthOptions, AnsweredOptions)
@@ -48,13 +47,9 @@ def add_depth(command: ArgumentParser) -> None:
     option = command.add_argument
     option("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, compared as it is")
     add_options(command, *DEPTH_GROUPS)
-    add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH)
-    add_options(command, TrustOption)
-    option("--dry-run", action="store_true",
-           help="say which columns, how long extracting takes and how much is measured")  # fmt: skip
-    add_cluster(command)
-    add_quiet(command, "progress")
-    add_json(command)
+    _add_extraction(
+        command, NOT_OF_DEPTH, dry_run="say which columns, how long extracting takes and how much is measured"
+    )
 
 
 def run_depth(args: Namespace) -> int:
@@ -62,17 +57,7 @@ def run_depth(args: Namespace) -> int:
     from featurepipe.layer_depth.depth import depth
     from featurepipe.layer_depth.text import plan_text, text
 
-    result = depth(
-        args.source,
-        **options(args, *DEPTH_GROUPS, TrustOption),
-        extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_DEPTH),
-        command=this_command(),
-        dry_run=args.dry_run,
-        silent=args.quiet,
-        **cluster(args),
-    )
-    show(args, result, plan_text if args.dry_run else text)
-    return int(result.get("provenance", {}).get("exit_code", 0))
+    return _compared(args, depth, DEPTH_GROUPS, NOT_OF_DEPTH, plan_text if args.dry_run else text)
 
 
 ROUTES_GROUPS = (RoutesSourceOptions, RoutesOptions)
@@ -89,12 +74,7 @@ def add_routes(command: ArgumentParser) -> None:
     option = command.add_argument
     option("source", metavar="SOURCE", help="images, as for featurepipe extract; or a feature store, used as it is")
     add_options(command, *ROUTES_GROUPS, types={"rate": float})
-    add_options(command, *EXTRACTION_GROUPS, leave_out=NOT_OF_ROUTES)
-    add_options(command, TrustOption)
-    option("--dry-run", action="store_true", help="say what would be extracted and measured, and how long that takes")
-    add_cluster(command)
-    add_quiet(command, "progress")
-    add_json(command)
+    _add_extraction(command, NOT_OF_ROUTES, dry_run="say what would be extracted and measured, and how long that takes")
 
 
 def run_routes(args: Namespace) -> int:
@@ -102,16 +82,37 @@ def run_routes(args: Namespace) -> int:
     from featurepipe.transfer_routes.answers import plan_text, text
     from featurepipe.transfer_routes.routes import routes
 
-    result = routes(
+    return _compared(args, routes, ROUTES_GROUPS, NOT_OF_ROUTES, plan_text if args.dry_run else text)
+
+
+def _add_extraction(command: ArgumentParser, leave_out: Sequence[str], *, dry_run: str) -> None:
+    """Options of a comparison that extracts on the way, after its own."""
+    add_options(command, *EXTRACTION_GROUPS, leave_out=leave_out)
+    add_options(command, TrustOption)
+    command.add_argument("--dry-run", action="store_true", help=dry_run)
+    add_cluster(command)
+    add_quiet(command, "progress")
+    add_json(command)
+
+
+def _compared(
+    args: Namespace,
+    compare: Callable[..., dict[str, Any]],
+    groups: Sequence[type[OptionGroup]],
+    leave_out: Sequence[str],
+    text: Callable[[dict[str, Any]], str],
+) -> int:
+    """Runs a comparison, and shows what it found."""
+    result = compare(
         args.source,
-        **options(args, *ROUTES_GROUPS, TrustOption),
-        extraction=options(args, *EXTRACTION_GROUPS, leave_out=NOT_OF_ROUTES),
+        **options(args, *groups, TrustOption),
+        extraction=options(args, *EXTRACTION_GROUPS, leave_out=leave_out),
         command=this_command(),
         dry_run=args.dry_run,
         silent=args.quiet,
         **cluster(args),
     )
-    show(args, result, plan_text if args.dry_run else text)
+    show(args, result, text)
     return int(result.get("provenance", {}).get("exit_code", 0))
 
 

@@ -19,13 +19,13 @@ from featurepipe.cli.options import (
 )
 from featurepipe.cli.output import show
 from featurepipe.evaluation.options import EvaluateOptions
-from featurepipe.extraction.limits import RejectLimit
+from featurepipe.extraction.limits import EXTRACTION_GROUPS, RejectLimit
 from featurepipe.features.options import SourceOptions
 from featurepipe.option_groups import declared
 from featurepipe.prediction.options import BundleOptions, OwnClassesOption, RawIdsOption, TopOption
 from featurepipe.store.options import DatasetOption, SpaceOption
 from featurepipe.training.options import TrainOptions
-from featurepipe.tuning.options import EXTRACTION_GROUPS, NOT_OF_TUNING, TuneOptions
+from featurepipe.tuning.options import NOT_OF_TUNING, TuneOptions
 
 PREDICT_GROUPS = (OwnClassesOption, BundleOptions, SourceOptions, RejectLimit, TopOption, RawIdsOption)
 """All options of `featurepipe.predict`, in the order of the help."""

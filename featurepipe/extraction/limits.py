@@ -12,7 +12,7 @@ from typing import Any
 
 from featurepipe.display import bytes_of, seconds_of, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
-from featurepipe.features.options import Options, SourceOptions
+from featurepipe.features.options import DamageOptions, MachineOptions, Options, SettingOptions, SourceOptions
 from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
 
 ALL = "100%"
@@ -79,6 +79,10 @@ class RejectLimit(OptionGroup):
     max_rejects: int | float | str = option(
         "1%", "tolerate up to N or P % unusable images (default: 1%)", metavar="N|P%", check=_share
     )
+
+
+EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
+"""Options of extraction that commands pass on which extract on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from featurepipe.display import size
 from featurepipe.errors import DiskFull, Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
 from featurepipe.extraction.extract import ITEM_BYTES, extract
+from featurepipe.extraction.limits import EXTRACTION_GROUPS
 from featurepipe.extraction.prepare import space_notes
 from featurepipe.features.settings import Settings
 from featurepipe.heads.bundle.bundle import Bundle
@@ -36,7 +37,7 @@ from featurepipe.store.choice import TUNED_FROM
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
-from featurepipe.tuning.options import EXTRACTION_GROUPS, TuneOptions
+from featurepipe.tuning.options import TuneOptions
 
 DEFAULT_BACKBONE = "resnet50"
 _TIMED_STEPS = 2

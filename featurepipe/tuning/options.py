@@ -9,18 +9,14 @@ from numbers import Real
 from os import PathLike
 from typing import Any
 
-from featurepipe.extraction.limits import RejectLimit
-from featurepipe.features.options import DamageOptions, MachineOptions, SettingOptions, SourceOptions
 from featurepipe.option_groups import at_least, is_memory, is_number, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
 OF_IMAGES = ("augment", "batch_norm", "mixed_precision")
 """Options that say how images are learned from, of no use where activations are."""
-EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOptions, RejectLimit)
-"""Options of extraction that `featurepipe.finetune` passes on."""
 NOT_OF_TUNING = ("batch_size",)
-"""Of these, what has another meaning in a tuning."""
+"""Of the options of extraction, what has another meaning in a tuning."""
 
 
 def _positive(given: Any) -> str | None:
