@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
 from featurepipe.images.budgets import PIXELS
+from featurepipe.images.damage import QUIET
 from featurepipe.images.decode import ALPHA, DECODING, decode
 
 CODES = {"empty", "truncated", "damaged", "budget", "intensity", "not-an-image", "bomb", "unsupported", "corrupt"}
@@ -75,6 +77,41 @@ def test_jpeg_equals_pillow_to_the_bit(options):
     photo = load_sample_image("china.jpg")[:101, :203]
     payload = encoded(photo, "JPEG", **options)
     np.testing.assert_array_equal(hwc(decode(payload)), np.asarray(Image.open(io.BytesIO(payload))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.sampled_from(["RGB", "L", "CMYK"]),
+    st.fixed_dictionaries(
+        {"quality": st.integers(1, 100), "subsampling": st.integers(0, 2), "progressive": st.booleans()},
+        optional={
+            "restart_marker_blocks": st.integers(1, 9),
+            "icc_profile": st.just(b"a profile" * 9),
+            "optimize": st.sampled_from([True]),
+        },
+    ),
+    st.integers(0, 8),
+    st.integers(0, 99),
+)
+def test_a_jpeg_has_the_pixels_that_other_decoders_give(size, mode, options, orientation, seed):
+    rough = Image.fromarray(noise(9, 9, 3, seed=seed)).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    payload = encoded(rough.convert(mode), "JPEG", exif=exif, **options)
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(payload)))
+    found = decode(payload)
+    np.testing.assert_array_equal(hwc(found), np.asarray(image.convert("RGB")))
+    if mode != "CMYK":
+        with QUIET:
+            of_torchvision = decode_jpeg(
+                torch.frombuffer(bytearray(payload), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
+            )
+        assert torch.equal(found, of_torchvision)
+        payload = encoded(rough.convert(mode), "JPEG", **options)
+        with Image.open(io.BytesIO(payload)) as grey:
+            grey.draft("L", grey.size)  # the luma channel alone
+            np.testing.assert_array_equal(decode(payload, colour="grey")[0].numpy(), np.asarray(grey))
 
 
 @pytest.mark.parametrize("format_", ["PNG", "BMP", "TIFF"])
