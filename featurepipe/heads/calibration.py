@@ -17,8 +17,8 @@ from sklearn.svm import SVC
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
-from featurepipe.heads.gram import refuse_non_finite
 from featurepipe.heads.label_calibration import LabelSigmoids, fit_sigmoids, label_thresholds
+from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.neighbours import centroid_scores
 from featurepipe.heads.row_shards import concatenated, row_shards_of
 from featurepipe.heads.statistics.aims import Wish

@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, MappedBlocks, is_blocks
-from featurepipe.heads.gram import Moments, gram_of, moments_of
+from featurepipe.heads.moments import Moments, gram_of, moments_of
 
 
 class BlockScaler(StandardScaler):  # type: ignore[misc]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Blocks, iterate
-from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.progress import Progress, show
 
 if TYPE_CHECKING:

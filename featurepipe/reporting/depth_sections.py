@@ -27,7 +27,7 @@ from featurepipe.reporting.blocks import (
     plain,
 )
 from featurepipe.reporting.charts import similarity_map
-from featurepipe.reporting.curves import cost_curves, depth_curves, score_scatter
+from featurepipe.reporting.depth_curves import cost_curves, depth_curves, score_scatter
 from featurepipe.reporting.head_sections import errors, worst
 
 Document = Mapping[str, Any]

@@ -27,9 +27,9 @@ from featurepipe.heads import (
     make_head,
 )
 from featurepipe.heads.blocks import ArrayBlocks, MappedBlocks
-from featurepipe.heads.gram import gram_of, moments_of
 from featurepipe.heads.linear import multilabel, passes
 from featurepipe.heads.linear.row_sums import Sums
+from featurepipe.heads.moments import gram_of, moments_of
 
 ROWS, WIDTH = 3000, 24
 NAMES = np.array(["cat", "dog", "emu", "fox"])

@@ -20,9 +20,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import BundleError, UsageError
 from featurepipe.heads.families import FAMILIES, make_head
-from featurepipe.heads.gram import gram_of
 from featurepipe.heads.kernel import BlockKernelRidge
 from featurepipe.heads.linear.ridge import BlockLinearSVR, BlockRidge
+from featurepipe.heads.moments import gram_of
 from featurepipe.heads.neighbours import BlockNeighboursRegressor
 from featurepipe.heads.trees.boosted import BoostedRegressor, BoostedTrees
 

@@ -7,7 +7,7 @@ from sklearn.metrics import mean_absolute_error, r2_score
 from featurepipe.heads.statistics.multilabel import average_precisions, label_table
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.reporting.blocks import Exhibit, Gallery, Paint, Table, measure_of, with_values
-from featurepipe.reporting.curves import depth_curves
+from featurepipe.reporting.depth_curves import depth_curves
 from featurepipe.reporting.head_sections import bundle_sections, details, mistakes
 from featurepipe.reporting.report import write_report
 from featurepipe.reporting.screening_sections import number_plots, precision_curves

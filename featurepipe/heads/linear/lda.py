@@ -12,7 +12,6 @@ from sklearn.base import BaseEstimator
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
 from featurepipe.heads.calibration import log_softmax, two_columns
-from featurepipe.heads.gram import Gram, gram_of
 from featurepipe.heads.inputs import (
     BlockClassifier,
     Codes,
@@ -22,6 +21,7 @@ from featurepipe.heads.inputs import (
     linear_scores,
     training_data,
 )
+from featurepipe.heads.moments import Gram, gram_of
 from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.heads.sampling import SomeRows
 

@@ -14,7 +14,6 @@ import scipy.linalg
 
 from featurepipe.display import bytes_of
 from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, one_blas_thread, rows_per_block, working_dtype
-from featurepipe.heads.gram import moments_of
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.linear.losses import (
     WIDEST,
@@ -29,6 +28,7 @@ from featurepipe.heads.linear.losses import (
 )
 from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, Precondition
 from featurepipe.heads.linear.row_sums import Linear, Products, Sums, Values
+from featurepipe.heads.moments import moments_of
 from featurepipe.heads.row_shards import RowShards, row_shards_of
 
 Array = npt.NDArray[Any]

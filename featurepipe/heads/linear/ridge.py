@@ -16,7 +16,6 @@ from sklearn.svm import LinearSVR
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, iterate
-from featurepipe.heads.gram import gram_of, moments_of
 from featurepipe.heads.inputs import (
     BlockClassifier,
     BlockRegressor,
@@ -28,6 +27,7 @@ from featurepipe.heads.inputs import (
 )
 from featurepipe.heads.label_matrix import MultilabelClassifier, per_label
 from featurepipe.heads.linear.passes import curvature_bytes
+from featurepipe.heads.moments import gram_of, moments_of
 from featurepipe.heads.neighbours import rows_kept
 from featurepipe.heads.row_shards import row_shards_of
 

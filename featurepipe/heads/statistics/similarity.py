@@ -11,7 +11,7 @@ import numpy.typing as npt
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate, read_as, working_dtype
-from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.sampling import SomeRows, sampled_positions
 
 Floats = npt.NDArray[np.float64]

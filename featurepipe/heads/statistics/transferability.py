@@ -11,7 +11,7 @@ from scipy import linalg
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, iterate, targets_of
-from featurepipe.heads.gram import gram_of, refuse_non_finite
+from featurepipe.heads.moments import gram_of, refuse_non_finite
 from featurepipe.heads.sampling import SomeRows, sampled_positions
 
 Floats = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks, as_blocks, read_as
-from featurepipe.heads.gram import refuse_non_finite
+from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.statistics.intervals import one_vs_rest, units_of
 
 _STOP = 100  # draws at least as extreme as the data after which the p-value is known to a tenth of itself

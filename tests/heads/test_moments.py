@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featurepipe.heads.gram import gram_of
+from featurepipe.heads.moments import gram_of
 
 
 @pytest.mark.parametrize("memory", [None, 3 * 16 * 8 * 6])
