@@ -352,6 +352,17 @@ def open_context(folder: Path, content: Any) -> Context:
     return Context(folder, content)
 
 
+class Unclosable(Context):
+    """Has something to complain of when it is closed."""
+
+    def __reduce__(self):
+        return Unclosable, (self.folder, self.content)
+
+    def close(self) -> None:
+        super().close()
+        raise self.content
+
+
 def which(context, _n, _worker, _stop, _report):
     time.sleep(0.02)  # so that both workers take part
     return os.getpid(), id(context)
@@ -513,6 +524,43 @@ def test_contexts_that_are_not_needed_are_closed_and_those_in_use_are_not(tmp_pa
     with others[0].opened():
         assert closed() == [0, 1, 1, 1]  # the first was used last
     assert marks(tmp_path / "0", "opened") == 1
+
+
+@pytest.mark.usefixtures("_no_contexts")
+def test_a_context_of_two_tasks_stays_open_until_both_have_ended(tmp_path: Path) -> None:
+    for n in range(4):
+        (tmp_path / str(n)).mkdir()
+    shared, *others = (carried(Context(tmp_path / str(n))) for n in range(4))
+
+    def come(*contexts: Carried) -> list[int]:
+        for one in contexts:
+            with one.opened():
+                pass
+        return [marks(tmp_path / str(n), "closed") for n in range(4)]
+
+    with shared.opened():
+        with pytest.raises(SourceError), shared.opened():  # a task that fails has ended, too
+            raise SourceError("the share is gone")
+        assert come(*others) == [0, 1, 1, 0]
+    assert come(*others[:2]) == [1, 1, 1, 1]
+    assert [marks(tmp_path / str(n), "opened") for n in range(4)] == [1, 2, 2, 1]
+
+
+@pytest.mark.usefixtures("_no_contexts")
+def test_a_context_whose_storage_is_gone_does_not_keep_the_next_from_opening(tmp_path: Path) -> None:
+    for name in ("gone", "broken"):
+        (tmp_path / name).mkdir()
+    gone = carried(Unclosable(tmp_path / "gone", OSError(errno.ESTALE, "stale file handle")))
+    broken = carried(Unclosable(tmp_path / "broken", ValueError("a mistake in the code")))
+    third, fourth = (Carried(name, pickled(name)) for name in ("third", "fourth"))
+    for one in (gone, broken):
+        with one.opened():
+            pass
+    with third.opened() as context:
+        assert context == "third"
+    assert marks(tmp_path / "gone", "closed") == 1
+    with pytest.raises(ValueError, match="a mistake in the code"), fourth.opened():
+        pass
 
 
 @pytest.mark.usefixtures("_no_contexts")

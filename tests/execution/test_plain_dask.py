@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask.config
@@ -21,7 +22,7 @@ from distributed import Client, KilledWorker, LocalCluster, as_completed, wait
 from distributed.deploy.adaptive import Adaptive
 
 from featurepipe.errors import ClusterError, SourceError, WorkerRefused
-from featurepipe.execution import DaskExecutor, connect, row_shards, spread
+from featurepipe.execution import DaskExecutor, connect, row_shard, row_shards, spread
 from featurepipe.execution import dask as dispatch
 from featurepipe.execution.launchers import _one_task_a_worker
 from tests.conftest import Processes, travelling
@@ -394,6 +395,55 @@ def test_gangs_do_not_wait_for_each_other_for_ever(
 def ranked(folder: Path, name: str, rank: Any, *_rows: Any) -> int:
     meets(folder, name)
     return int(rank.rank)
+
+
+def test_a_gang_that_loses_a_worker_begins_again_with_those_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_shard, "_LOOK_SECONDS", 0.1)
+    said: list[str] = []
+    with (
+        in_this_process(3) as cluster,
+        connect(cluster, say=said.append) as executor,
+        ThreadPoolExecutor() as thread,
+    ):
+        _, lost_first, lost_next = executor.addresses()
+        task = executor.client.submit(meets, tmp_path, "plain", workers=[lost_first], pure=False)
+        wait_for(lambda: marks(tmp_path, "plain"))
+        lose(cluster, lost_first)
+        (tmp_path / "release").touch()
+        assert not happens(task.done)  # and whoever wants to meet it waits, too
+        rows = spread(np.arange(8, dtype=np.float32)[:, None], executor).shared()
+        ours = thread.submit(rows.gang_run, partial(sum_when_seated, tmp_path), Rendezvous)
+        wait_for(lambda: marks(tmp_path, "seat-of-2") == 2)
+        lose(cluster, lost_next)
+        assert ours.result(SECONDS) == [28.0]
+    assert said == [f"worker {lost_next} was lost; those that are left begin this again"]
+
+
+def sum_when_seated(folder: Path, rank: Any, shards: Any) -> float:
+    """The sum of the rows of all shards here; where two sit together, they wait to be sent home."""
+    mark(folder, f"seat-of-{rank.world_size}")
+    if rank.world_size == 2:
+        wait_for(rank.stop)
+    return sum(total(blocks) for blocks, *_ in shards)
+
+
+def test_what_fails_because_a_worker_is_lost_is_said_to_be_lost(dask_executor: DaskExecutor) -> None:
+    """A rank that others have left fails with an error of its own, often before its scheduler has noticed."""
+    [first, last] = dask_executor.addresses()
+    tasks = {
+        first: dask_executor.client.submit(int, "no number", workers=[first], pure=False),
+        last: dask_executor.client.submit(int, workers=[last], pure=False),
+    }
+    seen = iter([[first, last], [first]])
+    pool: Any = SimpleNamespace(addresses=lambda: next(seen), scheduler=dask_executor.scheduler)
+    with pytest.raises(row_shard._Failed, match=f"^worker {last} was lost$") as failed:
+        row_shard._await(pool, tasks)
+    assert isinstance(failed.value.__cause__, ValueError)
+    pool = SimpleNamespace(addresses=lambda: [first, last], scheduler=dask_executor.scheduler)
+    with pytest.raises(row_shard._Failed, match=rf"^worker {first} failed \(ValueError: invalid literal"):
+        row_shard._await(pool, tasks)
 
 
 def test_rows_move_to_workers_that_came_when_all_others_had_died(monkeypatch: pytest.MonkeyPatch) -> None:

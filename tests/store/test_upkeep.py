@@ -67,6 +67,20 @@ def test_a_second_quarantine_of_the_same_name_keeps_both(filled, flip_bit):
     assert len(list((space.path / "quarantine").iterdir())) == 2
 
 
+def test_a_part_of_another_space_is_named_and_quarantined(filled, rows):
+    space = filled.spaces()[0]
+    other = filled.open_space({"dtype": "float16", "net": "another"}, backbone="another")
+    rows.write(filled, other, ["stranger"], dataset="d")
+    [path] = other.part_paths()
+    moved = path.rename(space.path / "parts" / path.name)
+    [problem] = verify_store(filled).problems
+    assert (problem.part, problem.space, problem.dataset) == (moved.stem, space.name, "header")
+    assert problem.what == f"it belongs to another feature space ({other.fingerprint[:12]})"
+    assert (filled.path / problem.quarantined).is_file()
+    assert not moved.exists()
+    assert verify_store(filled).clean
+
+
 def test_broken_documents_are_named(filled):
     space = filled.spaces()[0]
     record = json.loads((space.path / "space.json").read_text())
@@ -263,6 +277,27 @@ def test_gc_keeps_the_work_of_a_run_that_was_stopped(filled, rows):
     report = gc_store(filled)
     assert (report.rows_dropped, report.rows_unfinished) == (1, 1)
     np.testing.assert_array_equal(filled.features("d").read(), rows.features([*NAMES, "new1"]))
+
+
+def test_gc_lets_go_what_a_finished_run_wrote_and_does_not_list(filled, rows):
+    run_id = rows.write(filled, filled.spaces()[0], ["listed", "not-listed"], dataset="d")
+    rows.snapshot(filled, "d", [*NAMES, "listed"], run_id=run_id)
+    report = gc_store(filled)
+    assert (report.rows_dropped, report.rows_unfinished) == (1, 0)
+    np.testing.assert_array_equal(filled.features("d").read(), rows.features([*NAMES, "listed"]))
+
+
+def test_gc_takes_a_part_without_a_dataset_for_unfinished_until_any_dataset_is_finished(store, space, rows):
+    rows.write(store, space, ["early"])
+    before_any = gc_store(store)
+    assert (before_any.rows_dropped, before_any.rows_unfinished) == (0, 1)
+    rows.snapshot(store, "first", [])
+    rows.write(store, space, ["between"])
+    rows.snapshot(store, "a-later-one", [])
+    rows.write(store, space, ["late"])
+    report = gc_store(store)
+    assert (report.rows_dropped, report.rows_unfinished) == (2, 1)
+    assert space.index().contains(rows.keys(["early", "between", "late"])).tolist() == [False, False, True]
 
 
 def test_gc_refuses_to_guess(filled):
