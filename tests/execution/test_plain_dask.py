@@ -437,13 +437,17 @@ def test_what_fails_because_a_worker_is_lost_is_said_to_be_lost(dask_executor: D
         last: dask_executor.client.submit(int, workers=[last], pure=False),
     }
     seen = iter([[first, last], [first]])
-    pool: Any = SimpleNamespace(addresses=lambda: next(seen), scheduler=dask_executor.scheduler)
+    pool: Any = SimpleNamespace(addresses=lambda: next(seen))
     with pytest.raises(row_shard._Failed, match=f"^worker {last} was lost$") as failed:
         row_shard._await(pool, tasks)
     assert isinstance(failed.value.__cause__, ValueError)
-    pool = SimpleNamespace(addresses=lambda: [first, last], scheduler=dask_executor.scheduler)
+    pool = SimpleNamespace(addresses=lambda: [first, last])
     with pytest.raises(row_shard._Failed, match=rf"^worker {first} failed \(ValueError: invalid literal"):
         row_shard._await(pool, tasks)
+    tasks[last].cancel()  # as Dask's client does with all that it awaits when the scheduler goes
+    pool.scheduler = SimpleNamespace(lost=lambda: ClusterError("the scheduler is gone"))
+    with pytest.raises(ClusterError, match="the scheduler is gone"):
+        row_shard._await(pool, {last: tasks[last]})
 
 
 def test_rows_move_to_workers_that_came_when_all_others_had_died(monkeypatch: pytest.MonkeyPatch) -> None:
