@@ -47,6 +47,7 @@ SERVER = textwrap.dedent("""
     from featurepipe.backbones import load_backbone
     import featurepipe.extraction.extract, featurepipe.layer_depth.depth, featurepipe.layer_depth.measure
     import featurepipe.store.verify, featurepipe.store.compact, featurepipe.store.gc, featurepipe.store.arrays
+    import featurepipe.store.exports
     import featurepipe.training.train, featurepipe.prediction.predict, featurepipe.evaluation.evaluate
     import featurepipe.heads.bundle.bundle, featurepipe.jobs.run, featurepipe.reporting.page
     import skops.io, sklearn.linear_model, scipy.stats, bokeh.embed, bokeh.plotting, dask.array  # seconds of each command

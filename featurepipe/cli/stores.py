@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from featurepipe.cli.options import (
     add_json,
@@ -16,11 +15,8 @@ from featurepipe.cli.options import (
     options,
 )
 from featurepipe.cli.output import show
-from featurepipe.display import displayed_values, size
-from featurepipe.store.options import DryRunOption, ExportOptions, GcOptions, RoleOptions
-
-if TYPE_CHECKING:
-    from featurepipe.store.views import FeatureSet
+from featurepipe.display import displayed_values
+from featurepipe.store.options import DryRunOption, ExportOptions, GcOptions
 
 
 def add_info(command: ArgumentParser) -> None:
@@ -59,7 +55,10 @@ def add_export(command: ArgumentParser) -> None:
     option = command.add_argument
     add_store(command)
     option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
-    option("--to", required=True, metavar="FILE", help="X, y, ids, classes, and roles; .h5, .npz or .parquet")
+    option(
+        "--to", required=True, metavar="FILE|FOLDER",
+        help="X, y, ids, classes, and roles; .h5, .npz or .parquet; a name without a suffix is a folder of Parquet files",
+    )  # fmt: skip
     add_options(command, ExportOptions)
     add_json(command)
 
@@ -115,31 +114,9 @@ def gc(args: Namespace) -> int:
 
 def export(args: Namespace) -> int:
     """Runs ``featurepipe export``."""
-    from featurepipe.progress import announcer
-    from featurepipe.store import export as write
-    from featurepipe.store.locks import starts_again
-    from featurepipe.store.roles import with_roles
+    from featurepipe.store import export_dataset
+    from featurepipe.summary import export_text
 
-    store = existing_store(args)
-    asked = ExportOptions(**options(args, ExportOptions))
-    dataset = asked.dataset or store.only_dataset()
-    speak = announcer()
-
-    @starts_again
-    def written() -> tuple[FeatureSet, Path]:
-        features = store.features(dataset, node=args.node, backbone=asked.backbone, snapshot=asked.snapshot)
-        features = with_roles(store, features, asked.labels, RoleOptions.of(asked), speak, snapshot=asked.snapshot)
-        features = features if asked.split is None else features.select(split=asked.split)
-        return features, write(features, Path(args.to))
-
-    features, path = written()
-    rows, width = features.shape
-    result = {
-        "file": str(path),
-        "rows": rows,
-        "width": width,
-        "dtype": str(features.dtype),
-        "bytes": path.stat().st_size,
-    }
-    show(args, result, lambda r: f"{r['file']}: {rows:,} x {width:,} {r['dtype']}, {size(r['bytes'])}")
+    result = export_dataset(existing_store(args), args.node, args.to, **options(args, ExportOptions))
+    show(args, result, export_text)
     return 0

@@ -8,10 +8,11 @@ from featurepipe.lazy_names import former_modules, lazy_names
 
 if TYPE_CHECKING:
     from featurepipe.store.arrays import LazyArray as LazyArray
-    from featurepipe.store.arrays import export as export
     from featurepipe.store.arrays import open_arrays as open_arrays
     from featurepipe.store.compact import CompactReport as CompactReport
     from featurepipe.store.compact import compact_store as compact_store
+    from featurepipe.store.exports import export as export
+    from featurepipe.store.exports import export_dataset as export_dataset
     from featurepipe.store.feature_store import FeatureStore as FeatureStore
     from featurepipe.store.feature_store import describe as describe
     from featurepipe.store.gc import GcReport as GcReport
@@ -43,7 +44,8 @@ _HOMES = {
     "compact_store": "compact",
     "describe": "feature_store",
     "differences": "space",
-    "export": "arrays",
+    "export": "exports",
+    "export_dataset": "exports",
     "fingerprint": "space",
     "gc_store": "gc",
     "join_roles": "roles",

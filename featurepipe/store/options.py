@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import OptionGroup, by_commas, file_or_kind, is_number, not_empty, option
+from featurepipe.option_groups import OptionGroup, at_least, by_commas, file_or_kind, is_number, not_empty, option
 
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
@@ -166,13 +166,55 @@ class RoleOptions(RowOptions):
         return "continuous" if self.target is not None else "multilabel" if self.multilabel else "multiclass"
 
 
+EVERY_COLUMN = "all"
+"""All columns of a snapshot, as metadata of an export."""
+ROWS_PER_FILE = 250_000
+
+
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(RoleOptions, LabelsOption, SplitOption, SpaceOption, DatasetOption):
-    """Which features `featurepipe export` writes, and what of their images."""
+class HandingOnOptions(RoleOptions, SplitOption):
+    """In which form `featurepipe export` writes features, and what of their images; a job's ``[[export]]`` has these, too."""
+
+    dtype: str | None = option(
+        None, "of the values (default: as they are stored)", choices=("float32", "float16"), metavar="float32|float16"
+    )
+    metadata: tuple[str, ...] | None = option(
+        None, f"write these columns as well: key (SHA-256 of the bytes), size, mtime_ns, those of the manifest; {EVERY_COLUMN}: "
+        "all of them",
+        metavar="COLUMN,...", check=not_empty, read=columns_of,
+    )  # fmt: skip
+    rows_per_file: int = option(
+        ROWS_PER_FILE, f"of a folder: rows in each of its files (default: {ROWS_PER_FILE:,})", check=at_least(1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(HandingOnOptions, LabelsOption, SpaceOption, DatasetOption):
+    """Which features `featurepipe export` writes, in which form, and what of their images."""
 
     snapshot: str | None = option(
         None, "the snapshot whose images are written, or the run of a job (default: the current one)", metavar="RUN-ID"
     )
+    since: str | None = option(
+        None, "only images that are new or changed (bytes, label, split, --metadata) since this snapshot or run of a job; those "
+        "that are gone are listed in FILE.deleted.parquet, or _deleted.parquet of the folder",
+        metavar="RUN-ID",
+    )  # fmt: skip
+    new: bool = option(False, "the same, since the snapshot of the run before")
     backbone: str | None = option(
         None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.new and self.since is not None:
+            raise UsageError(
+                Message(Option("new"), " and ", Option("since", self.since), " are two beginnings; give one")
+            )
+        if (self.new or self.since is not None) and self.split is not None and self.split_column is not None:
+            raise UsageError(
+                Message(
+                    Option("split_column", self.split_column), ": what left a split since an earlier snapshot is known of its "
+                    "own splits alone; export all splits, or all images of this one",
+                )
+            )  # fmt: skip

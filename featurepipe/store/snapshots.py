@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,55 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
     with atomic_file(path, twin=path.with_name(f"{before[-1]}.parquet") if before else None) as file:
         pq.write_table(clean, file, compression="zstd", write_page_checksum=True)
     return path
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two snapshots of a dataset, as far as usable images go.
+
+    Attributes:
+        fresh: Ids that are new, or whose bytes, label, split or further columns are others.
+        gone: ``id`` and ``key`` of those that the earlier one has and this one has not, or not as usable.
+        counts: ``new``, ``changed`` (other bytes), ``relabelled`` (the same bytes), ``deleted``.
+    """
+
+    fresh: pa.Array
+    gone: pa.Table
+    counts: dict[str, int]
+
+    def with_all(self, now: pa.Table) -> Difference:
+        """The same with every usable image of ``now`` among ``fresh``, those that did not differ as relabelled."""
+        every = now["id"].filter(pc.equal(now["status"], OK)).combine_chunks()
+        more = len(every) - len(self.fresh)
+        return replace(self, fresh=every, counts={**self.counts, "relabelled": self.counts["relabelled"] + more})
+
+
+def difference(now: pa.Table, then: pa.Table) -> Difference:
+    """Compares two snapshots by id; columns other than ``id``, ``key`` and ``status`` tell what is relabelled.
+
+    Args:
+        now: The later one.
+        then: The earlier one, with the same columns.
+    """
+    now, then = (table.filter(pc.equal(table["status"], OK)).combine_chunks() for table in (now, then))
+    place = pc.index_in(now["id"], value_set=then["id"])
+    old = then.take(place)
+    new = place.is_null()
+    known = pc.invert(new)
+    changed = pc.and_(known, pc.fill_null(pc.not_equal(now["key"], old["key"]), fill_value=False))
+    relabelled = pa.chunked_array([pa.repeat(pa.scalar(value=False), len(now))])
+    for name in now.column_names:
+        if name not in {"id", "key", "status"}:
+            relabelled = pc.or_(relabelled, _differ(now[name], old[name]))
+    relabelled = pc.and_(pc.and_(known, pc.invert(changed)), relabelled)
+    gone = then.filter(pc.invert(pc.is_in(then["id"], value_set=now["id"]))).select(["id", "key"])
+    masks = {"new": new, "changed": changed, "relabelled": relabelled}
+    counts = {name: int(pc.sum(mask).as_py() or 0) for name, mask in masks.items()}
+    fresh = now["id"].filter(pc.or_(pc.or_(new, changed), relabelled)).combine_chunks()
+    return Difference(fresh, gone, {**counts, "deleted": len(gone)})
+
+
+def _differ(a: pa.ChunkedArray, b: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where two columns differ; two nulls do not, a null and a value do."""
+    either = pc.xor(a.is_null(), b.is_null())
+    return pc.or_(either, pc.fill_null(pc.not_equal(a, b), fill_value=False))

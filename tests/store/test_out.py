@@ -48,7 +48,7 @@ def test_export_to_npz_needs_no_pickle(features, rows, tmp_path):
 
 
 def test_export_to_parquet_in_blocks(features, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("featurepipe.store.arrays._BLOCK_ROWS", 3)
+    monkeypatch.setattr("featurepipe.store.exports.BLOCK_BYTES", 300)
     export(features, tmp_path / "x.parquet")
     table = pq.read_table(tmp_path / "x.parquet")
     assert table.column_names == ["id", "label", "split", "features"]
