@@ -12,6 +12,7 @@ from featurepipe.lazy_names import lazy_names
 if TYPE_CHECKING:
     from featurepipe.backbones import load_backbone
     from featurepipe.cnn_features import CNNFeatures
+    from featurepipe.curation.forget import forget
     from featurepipe.curation.similar import similar
     from featurepipe.curation.suspects import labels
     from featurepipe.evaluation.evaluate import evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "extract",
     "finetune",
+    "forget",
     "labels",
     "load_backbone",
     "make_head",
@@ -64,6 +66,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",
     "finetune": "tuning.finetune",
+    "forget": "curation.forget",
     "labels": "curation.suspects",
     "load_backbone": "backbones",
     "make_head": "heads.families",

@@ -196,6 +196,10 @@ class Reject(FeaturepipeError):
     """
 
 
+class ForgottenBytes(Reject):
+    """One image whose bytes were forgotten: it is not computed, and not even its key is kept."""
+
+
 class Unavailable(Reject):
     """One image that cannot be read now, but perhaps in a moment: a server is busy, a share does not answer."""
 

@@ -11,7 +11,7 @@ from PIL import Image
 import featurepipe
 from featurepipe.cli.options import options
 from featurepipe.cli.parser import build_parser
-from featurepipe.curation.options import CheckLabelsOptions, SimilarOptions
+from featurepipe.curation.options import CheckLabelsOptions, ForgetOptions, SimilarOptions
 from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import ExtractionOptions
@@ -50,6 +50,7 @@ FUNCTIONS = {
     "labels": (featurepipe.labels, CheckLabelsOptions),
     "report": (report, FindingsOptions),
     "gc": (gc_store, GcOptions),
+    "forget": (featurepipe.forget, ForgetOptions),
 }
 LINES = {
     "extract": "extract x --store y",
@@ -65,6 +66,7 @@ LINES = {
     "labels": "labels y",
     "report": "report y --to z",
     "gc": "gc y",
+    "forget": "forget y",
 }
 TABLES = {
     "extract": ("source", "features", "machine", "limits"),
@@ -161,7 +163,9 @@ OF_THE_COMMAND = {
         "folder",
         "last",
         "dataset",
-    ),  # another thing to do; `runs`, `run`, `demo`
+        "ids",
+        "id",
+    ),  # which images; another thing to do; `runs`, `run`, `demo`
 }
 """Arguments that a command may declare itself; each other one is an option of a group."""
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", *(f"docs/{name}.md" for name in (
     "images", "python", "commands", "networks", "depth", "cluster", "guarantees", "equality", "intervals", "limits",
 )), "pipelines/README.md")  # fmt: skip
-PROSE = (*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "featurepipe/data/README.md")
+PROSE = (*GUIDES, "docs/removing-images.md", "CONTRIBUTING.md", "CHANGELOG.md", "featurepipe/data/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PROSE}
 WITH_SCRIPTS = ("docs/equality.md", "docs/intervals.md", "pipelines/README.md")
 """Pages that name options of scripts as well."""

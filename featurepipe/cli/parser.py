@@ -26,7 +26,7 @@ COMMANDS = {
     },
     "features": {
         "extract": ("extract", "compute the features that the store lacks for the images of a source"),
-        "export": ("stores", "write one column's features to one plain HDF5, .npz or .parquet file"),
+        "export": ("stores", "write one column's features, of all images or what is new, to a file or a folder of Parquet files"),
         "duplicates": ("depth", "copies, near copies, and those on both sides of a split"),
         "similar": ("depth", "the images of a store that look most like some image, of the store or new"),
         "labels": ("depth", "labels that look wrong: ranked, with what each should perhaps be"),
@@ -53,6 +53,7 @@ COMMANDS = {
         "verify": ("stores", "recompute every checksum; damaged parts are named and set aside, and extract computes them anew"),
         "compact": ("stores", "merge small parts and drop duplicate rows"),
         "gc": ("stores", "remove what no snapshot needs, and what killed runs left behind"),
+        "forget": ("stores", "remove images for good: rows, names and keys, in earlier snapshots too; then read it back"),
     },
 }  # fmt: skip
 """Of each job its commands, in the order of the help: name, module of `featurepipe.cli` that has ``add_NAME``, what it does."""

@@ -1,4 +1,4 @@
-"""``featurepipe info``, ``verify``, ``compact``, ``gc`` and ``export``: what is in a store, its upkeep, and a way out of it."""
+"""``featurepipe info``, ``verify``, ``compact``, ``gc``, ``forget``, ``export``: what a store holds, its upkeep, ways out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add_export(command: ArgumentParser) -> None:
     add_store(command)
     option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
     option(
-        "--to", required=True, metavar="FILE|FOLDER",
+        "--to", required=True, metavar="PATH",
         help="X, y, ids, classes, and roles; .h5, .npz or .parquet; a name without a suffix is a folder of Parquet files",
     )  # fmt: skip
     add_options(command, ExportOptions)
@@ -110,6 +110,33 @@ def gc(args: Namespace) -> int:
     report = gc_store(existing_store(args), **options(args, GcOptions))
     show(args, asdict(report), lambda _: gc_text(report, dry_run=args.dry_run))
     return 0
+
+
+def add_forget(command: ArgumentParser) -> None:
+    """Declares the command."""
+    from featurepipe.curation.options import ForgetOptions
+
+    define(command, forget)
+    option = command.add_argument
+    add_store(command)
+    option(
+        "--ids", metavar="FILE", help="the images: .txt with an id a line, or .csv, .parquet, .jsonl with a column id"
+    )
+    option("--id", action="append", default=[], metavar="ID", help="an image; may be repeated")
+    add_options(command, ForgetOptions)
+    add_json(command)
+
+
+def forget(args: Namespace) -> int:
+    """Runs ``featurepipe forget``; a trace that is left is a failure."""
+    from featurepipe.curation.forget import forget as remove
+    from featurepipe.curation.forget import forget_text, ids_of
+    from featurepipe.curation.options import ForgetOptions
+
+    ids = [*(ids_of(args.ids) if args.ids is not None else ()), *args.id]
+    told = remove(existing_store(args), ids, **options(args, ForgetOptions))
+    show(args, told, lambda found: forget_text(displayed_values(found)))
+    return 1 if told["left"] else 0
 
 
 def export(args: Namespace) -> int:

@@ -13,6 +13,7 @@ from featurepipe.reporting.options import PictureSourceOption
 from featurepipe.store.options import (
     DatasetOption,
     LabelsOption,
+    RemovalOptions,
     RoleOptions,
     SpaceOption,
     SplitOption,
@@ -38,6 +39,16 @@ class SnapshotOption(OptionGroup):
     snapshot: str | None = option(
         None, "the snapshot whose images are meant, or the run of a job (default: the current one)", metavar="RUN-ID"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetOptions(RemovalOptions):
+    """What `featurepipe.curation.forget.forget` removes, and where it looks for what depends on it."""
+
+    look_in: tuple[str, ...] | None = option(
+        None, "search this folder or file, too, for bundles, stores, pages and tables that depend on the images; may be repeated",
+        metavar="PATH",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

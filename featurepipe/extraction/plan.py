@@ -17,8 +17,10 @@ An id that is gone counts as ``deleted`` unless an image has moved from it. So t
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,10 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.backbones import Column
-from featurepipe.errors import Reject
+from featurepipe.errors import ForgottenBytes, Reject
 from featurepipe.features.options import RejectOptions
 from featurepipe.images.decode import is_outdated, is_repaired
 from featurepipe.store import Space
+from featurepipe.store.forgotten import FILE, REASON, Forgotten
 from featurepipe.store.keys import KEY_BYTES, KeyIndex, keys_from_arrow
 from featurepipe.store.parts import PartInfo
 from featurepipe.store.snapshots import OK
@@ -132,6 +135,11 @@ def _rows_of(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> np.ndarray:
 _BY_DEFAULT = RejectOptions()
 
 
+def forgotten_of(store: Path) -> Forgotten | None:
+    """What must not be computed again; None in a store from which nothing was ever removed by name."""
+    return Forgotten.of(store) if os.path.lexists(store / FILE) else None
+
+
 class MissingColumns:
     """Tells for a key which columns are still to be computed; the look-up of `plan.Keys`.
 
@@ -145,6 +153,7 @@ class MissingColumns:
         reasons: why bytes were rejected before, by key. Bytes with a feature are usable whatever was said of them once:
             they were tried again; unless they are damaged, which the store knows of features that were kept, too.
         damaged: what is wrong with bytes that are kept all the same, by key; none unless they are kept.
+        forgotten: bytes that must not be computed again (`featurepipe.store.forget`).
         indexes: of what is there, in which a column of a key may be found.
         claimed: keys that are being computed in this run.
     """
@@ -156,6 +165,7 @@ class MissingColumns:
         options: RejectOptions = _BY_DEFAULT,
     ) -> None:
         self._names = tuple(str(column) for column in columns)
+        self.forgotten = None if space is None else forgotten_of(space.path.parent.parent)
         self.indexes: list[KeyIndex] = [] if space is None else [space.index(self._names)]
         told = {} if space is None else _told(space)
         damaged = {key: reason for key, reason in told.items() if is_repaired(reason)}
@@ -190,6 +200,8 @@ class MissingColumns:
             return Reject(self.reasons[key])
         if key in self.claimed:
             return ()
+        if self.forgotten is not None and self.forgotten.has_key(key):
+            return ForgottenBytes(REASON)
         row = np.frombuffer(key, dtype=np.uint8)[None]
         return tuple(name for name in self._names if not self.holds(row, name)[0])
 

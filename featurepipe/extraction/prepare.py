@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
 from featurepipe.backbones.engine import NUMERICS, OPENVINO, PYTORCH
+from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.limits import ExtractionOptions
-from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, make_plan
+from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, forgotten_of, make_plan
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import AUTO
 from featurepipe.features.session import (
@@ -141,6 +142,7 @@ class ExtractionSpec:
         missing: what is still to be computed, by key.
         history: what the store remembers of the dataset.
         gone: images of the last snapshot that the source no longer lists.
+        forgotten: images that the source lists and that were left out, since they were forgotten.
         listing: what the source lists, ignores and guesses.
         clock: where the stages' time is added up.
     """
@@ -156,6 +158,7 @@ class ExtractionSpec:
     plan: Plan
     history: History
     gone: int
+    forgotten: int
     listing: ListingSummary
     clock: StageSeconds
 
@@ -175,6 +178,7 @@ def prepare(
     say: Callable[[str], None],
     *,
     dry_run: bool,
+    is_listing: bool = True,
     loaded: LoadedNetwork | None = None,
     executor: Executor | None = None,
 ) -> ExtractionSpec:
@@ -187,6 +191,7 @@ def prepare(
         options: what the user asked for.
         say: told what was decided, one line at a time.
         dry_run: leave the store as it is.
+        is_listing: leave out images that were forgotten by id; else every row stays, and those forgotten are rejects.
         loaded: the network that ``options`` names, if it is loaded already.
         executor: who will compute images; by default this process.
 
@@ -204,6 +209,14 @@ def prepare(
     clock = StageSeconds()
     with clock.stage("scan"):
         listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
+    forgotten = 0
+    past = None if store is None or not is_listing else forgotten_of(store.path)
+    if past is not None:
+        there = past.left_out(name, listing)
+        forgotten = listing.num_rows - there.num_rows
+        if forgotten:
+            say(f"{counted(forgotten, 'image')} of the source left out: forgotten (featurepipe forget)")
+            listing = there.combine_chunks()
     summary = ListingSummary.of(listing)
     if not is_told(listing):
         for line in summary.lines(name):
@@ -259,6 +272,7 @@ def prepare(
         plan=plan,
         history=history,
         gone=gone,
+        forgotten=forgotten,
         listing=summary,
         clock=clock,
     )

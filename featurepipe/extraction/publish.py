@@ -162,6 +162,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         },
         "listing": job.listing.as_dict(),
         "gone": job.gone,
+        "forgotten": job.forgotten,
         "tried_again": ledger.tried_again,
         **remarked(ledger.remarks),
         "computed_by_column": {str(column): ledger.columns[str(column)] for column in job.session.columns},

@@ -143,7 +143,10 @@ class Transformation:
 
     def _job(self, source: Source, store: FeatureStore | None, executor: Executor | None = None) -> ExtractionSpec:
         say, is_dry = Silent().say, store is None
-        job = prepare(source, store, None, self._options, say, dry_run=is_dry, loaded=self._loaded, executor=executor)
+        job = prepare(
+            source, store, None, self._options, say,
+            dry_run=is_dry, is_listing=False, loaded=self._loaded, executor=executor,
+        )  # fmt: skip
         changed = differences(self.space, job.fields)
         if changed:
             raise UsageError(

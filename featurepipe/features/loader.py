@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.errors import Reject, SourceError, Unavailable
+from featurepipe.errors import ForgottenBytes, Reject, SourceError, Unavailable
 from featurepipe.features.reading import PatientReader
 from featurepipe.images import Source, key_of
 from featurepipe.images.budgets import DECODE_SECONDS, MEMORY, READ_SECONDS, Budget, BudgetLease, check_bytes
@@ -339,6 +339,8 @@ class Loader:
             raise
         except Exception as error:  # noqa: BLE001  # one image's trouble is not that of the run
             missing = as_reject(error)
+        if isinstance(missing, ForgottenBytes):
+            found.key = None
         if isinstance(missing, Reject):
             found.reason = str(missing)
         else:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from featurepipe.store.exports import export_dataset as export_dataset
     from featurepipe.store.feature_store import FeatureStore as FeatureStore
     from featurepipe.store.feature_store import describe as describe
+    from featurepipe.store.forget import ForgetReport as ForgetReport
+    from featurepipe.store.forget import forget_images as forget_images
     from featurepipe.store.gc import GcReport as GcReport
     from featurepipe.store.gc import gc_store as gc_store
     from featurepipe.store.keys import KeyIndex as KeyIndex
@@ -34,6 +36,7 @@ _HOMES = {
     "CompactReport": "compact",
     "FeatureSet": "views",
     "FeatureStore": "feature_store",
+    "ForgetReport": "forget",
     "GcReport": "gc",
     "KeyIndex": "keys",
     "LazyArray": "arrays",
@@ -47,6 +50,7 @@ _HOMES = {
     "export": "exports",
     "export_dataset": "exports",
     "fingerprint": "space",
+    "forget_images": "forget",
     "gc_store": "gc",
     "join_roles": "roles",
     "open_arrays": "arrays",

@@ -22,24 +22,26 @@ from featurepipe.store.space import Space
 Mask = npt.NDArray[np.bool_]
 
 
-def rewrite_parts(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> PartInfo | None:
+def rewrite_parts(
+    folder: Path, parts: Sequence[PartInfo], keep: Sequence[Mask], nameless: Sequence[Mask] | None = None
+) -> PartInfo | None:
     """Replaces parts by one that holds their kept rows.
 
     The new part is committed and verified before an old one goes, so a crash in between only leaves copies. The
     caller holds the store's lock alone, and has checked the old parts.
 
     Args:
-        space: Their space.
-        parts: Parts with the same columns, dtypes and dataset.
+        folder: That of the parts.
+        parts: Parts with the same space, columns, dtypes and dataset.
         keep: For each part, a boolean for each row.
+        nameless: For each part, which rows lose id, size and time; by default none.
 
     Returns:
         The new part, or None if no row is kept.
     """
-    folder = space.path / "parts"
     merged = None
     if any(mask.any() for mask in keep):
-        attributes, arrays = _merged(space, parts, keep)
+        attributes, arrays = _merged(parts, keep, nameless)
         part_id = f"{attributes['run_id']}-{secrets.token_hex(4)}-00000"
         merged = write_part(folder, part_id, attributes=attributes, arrays=arrays)
     for part in parts:
@@ -48,33 +50,42 @@ def rewrite_parts(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask])
     return merged
 
 
-def rewritten_bytes(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> int:
+def rewritten_bytes(parts: Sequence[PartInfo], keep: Sequence[Mask]) -> int:
     """Returns how large the part would be that ``rewrite_parts`` makes, 0 if none; reads and writes nothing."""
     if not any(mask.any() for mask in keep):
         return 0
-    attributes, arrays = _merged(space, parts, keep)
+    attributes, arrays = _merged(parts, keep)
     return part_bytes(attributes, [array.spec for array in arrays])
 
 
-def _merged(space: Space, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> tuple[dict[str, str], list[PartArray]]:
+def _merged(
+    parts: Sequence[PartInfo], keep: Sequence[Mask], nameless: Sequence[Mask] | None = None
+) -> tuple[dict[str, str], list[PartArray]]:
     rows = sum(int(mask.sum()) for mask in keep)
     run_id = max(part.run_id for part in parts)
-    attributes = {"fingerprint": space.fingerprint, "run_id": run_id, "dataset": parts[0].dataset}
-    return attributes, [_merged_array(name, rows, parts, keep) for name in parts[0].arrays]
+    attributes = {"fingerprint": parts[0].fingerprint, "run_id": run_id, "dataset": parts[0].dataset}
+    return attributes, [_merged_array(name, rows, parts, keep, nameless) for name in parts[0].arrays]
 
 
-def _merged_array(name: str, rows: int, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> PartArray:
+def _merged_array(
+    name: str, rows: int, parts: Sequence[PartInfo], keep: Sequence[Mask], nameless: Sequence[Mask] | None
+) -> PartArray:
     infos = [part.arrays[name] for part in parts]
     dtype = np.result_type(*(np.dtype(info.dtype) for info in infos))  # ids may differ in width
     spec = ArraySpec(name, dtype.newbyteorder("<"), (rows, *infos[0].shape[1:]))
-    return PartArray(spec, _kept_blocks(name, parts, keep))
+    blank = nameless if name in {"id", "size", "mtime_ns"} else None
+    return PartArray(spec, _kept_blocks(name, parts, keep, blank))
 
 
-def _kept_blocks(name: str, parts: Sequence[PartInfo], keep: Sequence[Mask]) -> Iterator[npt.NDArray[Any]]:
-    for part, mask in zip(parts, keep, strict=True):
+def _kept_blocks(
+    name: str, parts: Sequence[PartInfo], keep: Sequence[Mask], blank: Sequence[Mask] | None
+) -> Iterator[npt.NDArray[Any]]:
+    for number, (part, mask) in enumerate(zip(parts, keep, strict=True)):
         start = 0
         for block in read_blocks(part, name):
             wanted = mask[start : start + len(block)]
+            if blank is not None:
+                block[blank[number][start : start + len(block)]] = np.zeros((), block.dtype)[()]
             yield block if wanted.all() else block[wanted]
             start += len(block)
 
@@ -181,9 +192,9 @@ def _compact_space(space: Space, target_bytes: int, report: CompactReport, *, dr
         report.parts_after -= len(batch.items) - int(any(item.keep.any() for item in batch.items))
         chosen, keep = [item.part for item in batch.items], [item.keep for item in batch.items]
         if dry_run:
-            report.bytes_freed -= rewritten_bytes(space, chosen, keep)
+            report.bytes_freed -= rewritten_bytes(chosen, keep)
         else:
-            merged = rewrite_parts(space, chosen, keep)
+            merged = rewrite_parts(space.path / "parts", chosen, keep)
             report.bytes_freed -= merged.file_bytes if merged else 0
 
 

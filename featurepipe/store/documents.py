@@ -235,6 +235,30 @@ class RunDocument(_Document):
     free_bytes: Number | None = None
 
 
+class _ForgottenImage(_Document):
+    id: str
+    keys: list[str]
+    when: Time
+
+
+class ForgottenDocument(_Document):
+    """``forgotten.json``: salted hashes of what must not be computed again."""
+
+    salt: str
+    images: list[_ForgottenImage]
+
+
+class ForgettingDocument(_Document):
+    """``forgetting.json``: what a call that was killed has not finished."""
+
+    dataset: str
+    ids: list[str]
+    keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    kept: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    come_back: bool
+
+
 class _DepthSpace(_Document):
     fingerprint: str
 

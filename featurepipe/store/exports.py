@@ -29,7 +29,7 @@ from featurepipe.store.labelled_images import ROLES
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import EVERY_COLUMN, ROWS_PER_FILE, ExportOptions, RoleOptions
 from featurepipe.store.roles import with_roles
-from featurepipe.store.snapshots import OK, Difference, difference, snapshot_of_run
+from featurepipe.store.snapshots import OK, SnapshotDifference, difference, snapshot_of_run
 from featurepipe.store.views import FeatureSet
 
 BLOCK_BYTES = 32 << 20
@@ -350,7 +350,7 @@ def _exported(
     snapshot = _snapshot(store, dataset, asked.snapshot)
     about = {"dataset": dataset, "snapshot": snapshot}
     since = _since(store, dataset, asked, snapshot)
-    found: Difference | None = None
+    found: SnapshotDifference | None = None
     names = _further(store, dataset, snapshot, asked.metadata)
     if since is not None:
         split = None if asked.split is None else features.table["split"][0].as_py()
@@ -365,7 +365,7 @@ def _exported(
     return _told(output, path, found)
 
 
-def _told(output: _Output, path: Path, found: Difference | None) -> dict[str, Any]:
+def _told(output: _Output, path: Path, found: SnapshotDifference | None) -> dict[str, Any]:
     """What was written, as JSON values."""
     rows, width = output.features.shape
     files = sorted(path.glob("*.parquet")) if is_partitioned(path) else [path]
@@ -420,7 +420,7 @@ def previous_snapshot(store: FeatureStore, dataset: str, snapshot: str) -> str:
 
 def _difference(
     store: FeatureStore, dataset: str, snapshot: str, since: str, names: Mapping[str, str], split: str | None
-) -> Difference:
+) -> SnapshotDifference:
     """What differs between two snapshots in what is exported of a split."""
     columns = ["id", "key", "label", "split", "status"]
     further = [name for name in names.values() if name.startswith(KEPT_COLUMN)]
@@ -493,3 +493,23 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is no folder that featurepipe export wrote: {error}") from error
     return found
+
+
+def behind(features: FeatureSet, held: pa.Table) -> SnapshotDifference:
+    """What a copy of features elsewhere, such as a vector database, lacks of them, and what it has too much.
+
+    A copy that is compared as it is needs no note of what it was last told: after a night that was missed, a kill, or images
+    that were forgotten here, it catches up all the same.
+
+    Args:
+        features: What should be there.
+        held: ``id`` (text) and ``key`` (32 bytes, or hex) of what is there, and ``label``, ``split`` if a change of these counts.
+    """
+    names = [name for name in ("label", "split") if name in held.column_names]
+    key = held["key"]
+    if pa.types.is_string(key.type) or pa.types.is_large_string(key.type):
+        key = pa.array([bytes.fromhex(text) for text in key.to_pylist()], pa.binary(KEY_BYTES))
+    now = {name: features.table[name] for name in names} | {"key": keys_to_arrow(features.keys)}
+    then = {name: held[name].cast(pa.string()) for name in names} | {"key": key}
+    sides = [(features.table["id"], now), (held["id"].cast(pa.string()), then)]
+    return difference(*(pa.table({"id": ids, **side, "status": pa.repeat(OK, len(ids))}) for ids, side in sides))

@@ -97,7 +97,7 @@ def gc_store(
         needed = _needed_keys(store, set(old))
         report.snapshots_removed = len(old)
         dead = sorted(
-            Path(entry.path) for entry in walked(store.path) if is_temporary(entry.name) and not _is_alive(entry)
+            Path(entry.path) for entry in walked(store.path) if is_temporary(entry.name) and not is_alive(entry)
         )
         report.leftovers_removed = len(dead)
         _remove([*old, *dead], report, dry_run=dry_run)
@@ -137,7 +137,7 @@ def remove_runs(store: FeatureStore, run_ids: Iterable[str], *, dry_run: bool = 
     return removed
 
 
-def _is_alive(temporary: os.DirEntry[str]) -> bool:
+def is_alive(temporary: os.DirEntry[str]) -> bool:
     """Whether somebody may still need a temporary file: workers look for one of these in the store as they come."""
     return (
         temporary.name.startswith(".cluster-")
@@ -189,9 +189,9 @@ def _collect_space(
 def _drop_rows(space: Space, part: PartInfo, keep: Mask, report: GcReport, *, dry_run: bool) -> None:
     report.rows_dropped += int((~keep).sum())
     if dry_run:
-        report.bytes_freed += part.file_bytes - rewritten_bytes(space, [part], [keep])
+        report.bytes_freed += part.file_bytes - rewritten_bytes([part], [keep])
     else:
-        rest = rewrite_parts(space, [part], [keep])
+        rest = rewrite_parts(space.path / "parts", [part], [keep])
         report.bytes_freed += part.file_bytes - (rest.file_bytes if rest else 0)
 
 

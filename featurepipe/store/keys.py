@@ -374,14 +374,17 @@ def read_rejects(path: Path, *, dataset: str | None = None, first: bool = False)
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines that are rejects; others are passed over, see `faulty_lines`."""
-    parse = REJECT_LINE.validate_json
-    for _, line in read_lines(path):
-        try:
-            record: Any = parse(line)
-        except ValidationError:
-            continue
-        record["key"] = None if record["key"] is None else bytes.fromhex(record["key"])
-        yield record
+    return (record for _, line in read_lines(path) if (record := reject_of(line)) is not None)
+
+
+def reject_of(line: bytes) -> dict[str, Any] | None:
+    """What a line of rejects says, its key as bytes; None if it is no reject."""
+    try:
+        record: Any = REJECT_LINE.validate_json(line)
+    except ValidationError:
+        return None
+    record["key"] = None if record["key"] is None else bytes.fromhex(record["key"])
+    return dict(record)
 
 
 def faulty_lines(path: Path) -> Iterator[tuple[int, str, bool]]:

@@ -102,6 +102,16 @@ class GcOptions(DryRunOption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemovalOptions(DryRunOption, DatasetOption):
+    """What `featurepipe.store.forget_images` does."""
+
+    may_come_back: bool = option(
+        False,
+        "let the next extraction compute these images if the source still has them; also lifts an earlier refusal",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SideOptions(OptionGroup):
     """What class and split an image is of: columns of the labels file, else of the manifest that was extracted."""
 

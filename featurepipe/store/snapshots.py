@@ -187,8 +187,45 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
     return path
 
 
+def replace_snapshot(folder: Path, dataset: str, run_id: str, keep: pa.Array) -> None:
+    """Puts a snapshot with fewer rows in the place of one, atomically, with all its columns.
+
+    One that equals the one before becomes another name of that file, as when it was written.
+
+    Args:
+        folder: ``snapshots`` of a store.
+        dataset: Its name.
+        run_id: Whose snapshot.
+        keep: (n,) which rows stay.
+
+    Raises:
+        DiskFull: No space is left.
+    """
+    path = folder / dataset / f"{run_id}.parquet"
+    with os.fdopen(open_file(path), "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        table = file.read()
+    rest = table.filter(keep).combine_chunks()
+    known = snapshot_ids(folder, dataset)
+    before = known[known.index(run_id) - 1] if known.index(run_id) else None
+    with atomic_file(path, twin=path.with_name(f"{before}.parquet") if before else None) as written:
+        pq.write_table(rest, written, compression="zstd", write_page_checksum=True)
+
+
+def ids_and_keys(path: Path) -> pa.Table:
+    """Reads ``id`` and ``key`` of a snapshot's file, whatever it is called.
+
+    Raises:
+        StoreError: It is damaged.
+    """
+    try:
+        with os.fdopen(open_file(path), "rb") as opened, pq.ParquetFile(opened) as file:
+            return file.read(["id", "key"])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise StoreError(f"cannot read snapshot {path}: {error}") from error
+
+
 @dataclass(frozen=True)
-class Difference:
+class SnapshotDifference:
     """What differs between two snapshots of a dataset, as far as usable images go.
 
     Attributes:
@@ -201,14 +238,14 @@ class Difference:
     gone: pa.Table
     counts: dict[str, int]
 
-    def with_all(self, now: pa.Table) -> Difference:
+    def with_all(self, now: pa.Table) -> SnapshotDifference:
         """The same with every usable image of ``now`` among ``fresh``, those that did not differ as relabelled."""
         every = now["id"].filter(pc.equal(now["status"], OK)).combine_chunks()
         more = len(every) - len(self.fresh)
         return replace(self, fresh=every, counts={**self.counts, "relabelled": self.counts["relabelled"] + more})
 
 
-def difference(now: pa.Table, then: pa.Table) -> Difference:
+def difference(now: pa.Table, then: pa.Table) -> SnapshotDifference:
     """Compares two snapshots by id; columns other than ``id``, ``key`` and ``status`` tell what is relabelled.
 
     Args:
@@ -230,7 +267,7 @@ def difference(now: pa.Table, then: pa.Table) -> Difference:
     masks = {"new": new, "changed": changed, "relabelled": relabelled}
     counts = {name: int(pc.sum(mask).as_py() or 0) for name, mask in masks.items()}
     fresh = now["id"].filter(pc.or_(pc.or_(new, changed), relabelled)).combine_chunks()
-    return Difference(fresh, gone, {**counts, "deleted": len(gone)})
+    return SnapshotDifference(fresh, gone, {**counts, "deleted": len(gone)})
 
 
 def _differ(a: pa.ChunkedArray, b: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -20,12 +20,17 @@ from featurepipe.store.atomic import entries, is_file, is_temporary, listed, mad
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.documents import is_dataset, is_run_id
 from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.forgotten import FILE as FORGOTTEN
+from featurepipe.store.forgotten import JOURNAL as FORGETTING
+from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.keys import Keys, faulty_lines
 from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
 from featurepipe.store.space import Space, fingerprint
 
 _OURS = (
     "store.json",
+    "forgotten.json",
+    "forgetting.json",
     ".lock",
     "spaces/*/space.json",
     "spaces/*/rejects.jsonl",
@@ -186,6 +191,9 @@ def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
         if is_space and f"spaces/{path.name}/space.json" not in aside:
             yield from _named(store, path / "space.json", partial(_check_space, path))
     yield from _broken_snapshots(store)
+    if is_file(store.path / FORGETTING):
+        yield FORGETTING, "a featurepipe forget was killed before its end; to finish it: featurepipe forget STORE"
+    yield from _named(store, store.path / FORGOTTEN, partial(Forgotten.of, store.path))
     for path in listed(store.path, "spaces/*/rejects.jsonl"):
         if is_file(path):
             yield from _named(store, path, partial(_check_rejects, path))

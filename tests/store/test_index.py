@@ -120,5 +120,5 @@ def test_files_of_a_damaged_part_are_not_known_and_the_part_is_named(store, spac
 def test_nothing_is_rewritten_of_parts_of_which_nothing_is_kept(store, space, rows):
     rows.write(store, space, ["1", "2"])
     part = space.parts()[0]
-    assert rewritten_bytes(space, [part], [np.zeros(2, np.bool_)]) == 0
-    assert rewritten_bytes(space, [part], [np.ones(2, np.bool_)]) == part.file_bytes
+    assert rewritten_bytes([part], [np.zeros(2, np.bool_)]) == 0
+    assert rewritten_bytes([part], [np.ones(2, np.bool_)]) == part.file_bytes

@@ -1,0 +1,299 @@
+"""``featurepipe forget``: images leave a store for good, and what elsewhere was made of them is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurepipe.curation.options import ForgetOptions
+from featurepipe.display import counted, first_names, size
+from featurepipe.errors import FeaturepipeError, UsageError, unsearchable
+from featurepipe.heads.bundle.bundle import seen_of
+from featurepipe.heads.bundle.files import SEEN
+from featurepipe.progress import announcer
+from featurepipe.store import FeatureStore, forget_images
+from featurepipe.store.atomic import listed, read_file, read_json
+from featurepipe.store.feature_store import is_store
+from featurepipe.store.keys import as_keys, keys_from_arrow, prefixes_of
+from featurepipe.store.labels import read_columns
+from featurepipe.store.snapshots import ids_and_keys
+from featurepipe.store.traces import Removal, is_in_text
+
+HOLDS_ROWS = frozenset({"knn", "rbf-svm", "kernel-ridge"})
+"""Heads that keep feature rows of what they learned from."""
+_TEXTS = frozenset({".html", ".csv", ".jsonl", ".json", ".txt", ".md"})
+_LARGEST = 1 << 28
+_SOURCES = frozenset({"source", "host", "machine", "options", "plan"})
+"""Entries of run records whose paths are no results."""
+
+
+def forget(
+    store: FeatureStore | str | PathLike[str],
+    ids: Iterable[str] | str | PathLike[str] = (),
+    *,
+    dataset: str | None = None,
+    look_in: Iterable[str | PathLike[str]] | None = None,
+    may_come_back: bool = False,
+    dry_run: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Removes images from a store, proves it by reading the store back, and lists what elsewhere was made of them.
+
+    See `featurepipe.store.forget_images` for what is removed, and how it may be killed.
+
+    Args:
+        store: The store or its path.
+        ids: The images, or a file of them: .txt with one a line, or .csv, .parquet, .jsonl with a column ``id``. None to finish
+            what a killed call began.
+        dataset: Whose ids they are; by default the store's only dataset.
+        look_in: Folders and files to search for bundles, stores, pages and tables that depend on the images, besides those that
+            the store's run records name.
+        may_come_back: Let the next extraction compute the images if the source still has them.
+        dry_run: Only say what would go, and what depends on it.
+        silent: Say nothing on the way.
+
+    Returns:
+        The fields of `featurepipe.store.ForgetReport`, and ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or
+        ``table``), ``images`` (how many it is of; None if not counted), and ``why``.
+
+    Raises:
+        UsageError: An id is nowhere, or the file or a folder to look in cannot be read; nothing is changed.
+        StoreLocked: Someone is writing into the store.
+        StoreError: A snapshot or record cannot be read; nothing is changed.
+    """
+    asked = ForgetOptions(
+        dataset=dataset, may_come_back=may_come_back, dry_run=dry_run,
+        look_in=None if look_in is None else tuple(os.fspath(place) for place in look_in),
+    )  # fmt: skip
+    target = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+    wanted = ids_of(ids)
+    places = [Path(place) for place in asked.look_in or ()]
+    for place in places:
+        if not place.exists():
+            raise UsageError(f"cannot look in {place}: {unsearchable(place) or 'it is not there'}", option="look_in")
+    say = announcer(silent=silent)
+    found: list[dict[str, Any]] = []
+
+    def look(order: Removal) -> None:
+        found.extend(dependents(target, order, places, say))
+
+    report = forget_images(target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look)
+    return {**asdict(report), "dry_run": dry_run, "dependents": found}
+
+
+def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
+    """Ids, or those in a file.
+
+    Raises:
+        UsageError: It cannot be read, or has none.
+    """
+    if not isinstance(given, str | PathLike):
+        return [str(id_) for id_ in given]
+    path = Path(given)
+    if path.suffix.lower() in {".csv", ".parquet", ".jsonl"}:
+        ids = read_columns(path).ids.to_pylist()
+    else:
+        try:
+            ids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"cannot read ids of {path}: {error}; give one a line, or a .csv with a column id"
+            ) from error
+    if not ids:
+        raise UsageError(f"{path} has no ids")
+    return [str(id_) for id_ in ids]
+
+
+# What was made of them
+
+
+def dependents(
+    store: FeatureStore, order: Removal, places: Iterable[Path], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Looks for bundles, stores, pages and tables that hold or name images.
+
+    Args:
+        store: The store that they are removed from.
+        order: The images.
+        places: Where to look; besides, where run records say that something was written.
+        say: Told what cannot be read.
+    """
+    roots = [*places, *_named_in_records(store)]
+    found: dict[str, dict[str, Any]] = {}
+    for path in _candidates(roots, store.path.resolve()):
+        key = str(path.resolve())
+        if key in found:
+            continue
+        try:
+            entry = _depends(path, order)
+        except (FeaturepipeError, OSError, ValueError, KeyError, TypeError) as error:
+            say(f"cannot tell whether {path} depends on them: {error}")
+            continue
+        if entry is not None:
+            found[key] = {"path": str(path), **entry}
+    return sorted(found.values(), key=lambda entry: (entry["kind"], entry["path"]))
+
+
+def _named_in_records(store: FeatureStore) -> Iterator[Path]:
+    """Files and bundles that run records say were written."""
+    for record in store.runs():
+        for text in _texts({name: value for name, value in record.items() if name not in _SOURCES}):
+            if text.startswith("/") and len(text) < 4096:
+                path = Path(text)
+                with suppress(OSError, ValueError):
+                    if path.is_file() or (path / "bundle.json").is_file() or is_store(path):
+                        yield path
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _texts(entry) if name not in _SOURCES else ()
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _candidates(roots: Iterable[Path], own: Path) -> Iterator[Path]:
+    """Bundles and stores as folders, other files one by one; nothing in the store itself."""
+    for root in roots:
+        waiting = [root]
+        while waiting:
+            path = waiting.pop()
+            if path.resolve() == own or path.is_symlink():
+                continue
+            if path.is_file() or (path / "bundle.json").is_file() or is_store(path):
+                yield path
+            elif path.is_dir():
+                with suppress(PermissionError):
+                    waiting += sorted(path.iterdir())
+
+
+def _depends(path: Path, order: Removal) -> dict[str, Any] | None:
+    """What a bundle, store or file has of the images; None if nothing."""
+    if path.is_file():
+        return _file(path, order)
+    return _store(path, order) if is_store(path) else _bundle(path, order)
+
+
+def _bundle(path: Path, order: Removal) -> dict[str, Any] | None:
+    about = read_json(path / "bundle.json")
+    seen = seen_of(read_file(path / SEEN), path / SEEN)
+    keys = np.concatenate([order.going.keys, as_keys([bytes.fromhex(key) for key in order.kept])])
+    count = int(np.isin(np.unique(prefixes_of(keys)), seen).sum())
+    names = is_in_text(json.dumps(about), order)
+    if not (count or names):
+        return None
+    family = str(about.get("family", about.get("head", "")))
+    why = f"trained, tuned or calibrated on {counted(count, 'image')} of them" if count else "its figures name them"
+    if count and family in HOLDS_ROWS:
+        why += f"; a {family} head keeps feature rows"
+    return {"kind": "bundle", "images": count, "why": f"{why}: train it again, then remove this one"}
+
+
+def _store(path: Path, order: Removal) -> dict[str, Any] | None:
+    count = 0
+    for file in listed(path, "snapshots/*/*.parquet"):
+        keys = ids_and_keys(file)["key"].drop_null()
+        count = max(count, int(order.going.contains(keys_from_arrow(keys)).sum()))
+    if not count and not any(
+        space.index().contains(order.going.keys).any() for space in FeatureStore(path, create=False).spaces()
+    ):
+        return None
+    return {
+        "kind": "store",
+        "images": count or None,
+        "why": f"holds their features: featurepipe forget {shlex.quote(str(path))}",
+    }
+
+
+def _file(path: Path, order: Removal) -> dict[str, Any] | None:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            if "id" not in file.schema_arrow.names:
+                return None
+            count = int(order.are_named(file.read(["id"])["id"].cast("string")).sum())
+        return {"kind": "table", "images": count, "why": "names them"} if count else None
+    if suffix not in _TEXTS or path.stat().st_size > _LARGEST:
+        return None
+    if not is_in_text(path.read_text(encoding="utf-8", errors="replace"), order):
+        return None
+    return {
+        "kind": "page" if suffix == ".html" else "table",
+        "images": None,
+        "why": "names them, perhaps with pictures: write it again",
+    }
+
+
+def forget_text(told: Mapping[str, Any]) -> str:
+    """What ``featurepipe forget`` prints of ``forget``."""
+    lines = [*_earlier(told), *(_removed(told) if told["images"] else ())]
+    if told["searched_files"]:
+        lines.append(
+            f"read back: {counted(told['searched_files'], 'file')}, {size(told['searched_bytes'])}: {_verdict(told)}"
+        )
+    lines += [f"STILL THERE: {place}; no file of the store's own: remove it" for place in told["left"]]
+    if told["alike"]:
+        lines.append(
+            f"{counted(told['alike'], 'row')} of other images have the same values, such as the same picture saved anew; see "
+            "featurepipe duplicates --near"
+        )
+    lines += [f"depends on them: {entry['kind']} {entry['path']}: {entry['why']}" for entry in told["dependents"]]
+    if told["images"] and not told["dependents"]:
+        lines.append("depends on them: nothing that run records name; --look-in FOLDER searches further")
+    return "\n".join(lines)
+
+
+def _earlier(told: Mapping[str, Any]) -> Iterator[str]:
+    """What an earlier call has left."""
+    if told["finished"]:
+        yield f"finished an earlier call that was killed: {counted(told['finished'], 'image')}"
+    if told["unfinished"]:
+        yield f"would first finish an earlier call that was killed: {counted(told['unfinished'], 'image')}"
+
+
+def _removed(told: Mapping[str, Any]) -> Iterator[str]:
+    """What went, what stays, and what becomes of the images."""
+    before = told["images"] - told["known"]
+    again = f" ({before:,} of them forgotten before)" if before else ""
+    went = {"row": "rows_dropped", "reject": "rejects_removed", "index file": "indexes_removed"}
+    changed = {"part": "parts_rewritten", "snapshot": "snapshots_rewritten", "record": "documents_rewritten"}
+    would = "would be " if told["dry_run"] else ""
+    yield f"{counted(told['images'], 'image')} of dataset {told['dataset']}{again}"
+    yield f"{would}removed: {_counts(told, went)}; {would}rewritten: {_counts(told, changed)}"
+    for name in told["parts_removed"]:
+        yield f"{would}removed as a whole, damaged: {name}; featurepipe extract computes its other rows again"
+    if told["kept_keys"]:
+        others = [f"{place['id']} (dataset {place['dataset']})" for place in told["kept_for"]]
+        yield (
+            f"the bytes of {counted(told['kept_keys'], 'image')} are those of other ids as well, for which the features stay, "
+            f"without the name: {first_names(others, 5)}; forget these ids, too, to remove them"
+        )
+    if not told["dry_run"]:
+        refused = "leave them out" if told["refused"] else "may compute them again"
+        yield f"the next extractions {refused}; delete them where the images are, too"
+
+
+def _counts(told: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return ", ".join(counted(told[field], noun) for noun, field in names.items() if told[field]) or "nothing"
+
+
+def _verdict(told: Mapping[str, Any]) -> str:
+    short = f"; {first_names(told['unsearched'])}: looked for only where names stand" if told["unsearched"] else ""
+    return (
+        f"none of their keys, features or names{short}" if not told["left"] else f"{len(told['left'])} still hold them"
+    )

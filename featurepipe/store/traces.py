@@ -1,0 +1,382 @@
+"""What is left of forgotten images in a store: names struck from its documents, and a search that reads everything back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurepipe.errors import StoreError
+from featurepipe.store.atomic import atomic_file, listed, read_file, read_lines, walked, write_json
+from featurepipe.store.keys import KEY_BYTES, SortedKeys, as_keys, reject_of
+from featurepipe.store.parts import PartInfo, is_feature, read_array, read_blocks, read_ids, read_part
+from featurepipe.store.snapshots import ids_and_keys
+
+STRUCK = "(forgotten)"
+"""What stands in a record's text where a name stood."""
+_SHORTEST = 5
+"""Characters of a name that text is searched for; and it needs a letter: 7 or 0012 are counts as well."""
+_BLOCK = 16 << 20
+_VARIED = 12
+"""Different bytes among 32 of a row by which it is looked for; zeros are everywhere."""
+_TRIED = 32
+"""Places in a row that are tried for them."""
+Mask = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is to go.
+
+    Attributes:
+        dataset: Whose ids.
+        ids: The images.
+        keys: Hex of the keys whose rows go.
+        kept: Hex of the keys whose rows stay for another id, without id, size and time.
+        pairs: The ids, each with the keys (hex, or an empty text) that the next extractions refuse.
+        come_back: Whether the images may come back.
+    """
+
+    dataset: str
+    ids: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+    come_back: bool = False
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The ids."""
+        return frozenset(self.ids)
+
+    @cached_property
+    def searchable(self) -> tuple[str, ...]:
+        """Those ids that text is searched for."""
+        return tuple(id_ for id_ in self.ids if len(id_) >= _SHORTEST and any(map(str.isalpha, id_)))
+
+    @cached_property
+    def hex_keys(self) -> frozenset[str]:
+        """The keys whose rows go."""
+        return frozenset(self.keys)
+
+    @cached_property
+    def going(self) -> SortedKeys:
+        """The keys whose rows go."""
+        return SortedKeys.of_keys(as_keys([bytes.fromhex(key) for key in self.keys]))
+
+    def is_of(self, dataset: str) -> bool:
+        """Whether the ids of a part, reject or record may be those of the order; old ones say no dataset."""
+        return dataset in ("", self.dataset)
+
+    def are_named(self, ids: pa.Array | pa.ChunkedArray) -> Mask:
+        """Which ids are those of the order."""
+        found = pc.is_in(ids, value_set=pa.array(self.ids, pa.string()))
+        return np.asarray(
+            found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False)
+        )
+
+    def masks(self, part: PartInfo) -> tuple[Mask, Mask]:
+        """Which rows of a part go, and which of the others lose their name.
+
+        Raises:
+            CorruptPart: Its keys or ids are damaged.
+        """
+        gone = self.going.contains(as_keys(read_array(part, "key")))
+        if not self.is_of(part.dataset):
+            return gone, np.zeros(part.rows, np.bool_)
+        return gone, self.are_named(read_ids(part)) & ~gone
+
+    def has_reject(self, line: bytes) -> bool:
+        """Whether a line of rejects is of one of the images; a torn one, whether it has a name of theirs."""
+        reject = reject_of(line)
+        if reject is None:
+            text = line.decode("utf-8", "replace")
+            return any(id_ in text or json.dumps(id_)[1:-1] in text for id_ in self.ids)
+        if self.is_of(reject.get("dataset", "")) and reject["id"] in self.names:
+            return True
+        return reject["key"] is not None and reject["key"].hex() in self.hex_keys
+
+
+# Names in documents
+
+
+def strike_documents(root: Path, order: Removal, *, dry_run: bool) -> int:
+    """Strikes names and keys from run records and findings; all else in them stays. Returns how many changed.
+
+    Raises:
+        StoreError: A document cannot be read.
+    """
+    count = 0
+    for path, struck in _struck_documents(root, order):
+        count += 1
+        if not dry_run:
+            write_json(path, struck)
+    for path in listed(root, "depth/*/journal.jsonl"):
+        lines = [line for _, line in read_lines(path)]
+        kept = [line for line in lines if not is_in_text(line.decode("utf-8", "replace"), order)]
+        count += int(len(kept) < len(lines))
+        if len(kept) < len(lines) and not dry_run:
+            with atomic_file(path) as file:
+                file.writelines(kept)
+    return count
+
+
+def _struck_documents(root: Path, order: Removal) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The documents that would change, as they would be."""
+    for path in [*listed(root, "runs/*.json"), *listed(root, "depth/*/*.json")]:
+        try:
+            record = json.loads(read_file(path))
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"cannot read {path}, so nobody can tell whether it names an image: {error}; mend it, or move it out of the store"
+            ) from error
+        if isinstance(record, dict):
+            struck = strike(record, order, ids=order.is_of(str(record.get("dataset") or "")))
+            if struck != record:
+                yield path, struck
+
+
+_GONE = object()
+
+
+def strike(value: Any, order: Removal, *, ids: bool = True) -> Any:
+    """JSON values without the names and keys of an order's images.
+
+    An entry of a list that is one of them, or an object with its ``id``, is dropped; in texts ``(forgotten)`` stands for it.
+
+    Args:
+        value: JSON values.
+        order: The images.
+        ids: Whether ids there are those of the order's dataset; else only keys count.
+    """
+    found = _strike(value, order, ids=ids)
+    return {} if found is _GONE else found
+
+
+def _strike(value: Any, order: Removal, *, ids: bool) -> Any:
+    if isinstance(value, dict):
+        if ids and isinstance(value.get("id"), str) and value["id"] in order.names:
+            return _GONE
+        entries = {
+            name: _strike(entry, order, ids=ids)
+            for name, entry in value.items()
+            if not (name in order.hex_keys or (ids and name in order.searchable))
+        }
+        return {name: entry for name, entry in entries.items() if entry is not _GONE}
+    if isinstance(value, list):
+        found = (_strike(entry, order, ids=ids) for entry in value)
+        return [entry for entry in found if entry is not _GONE]
+    return _struck_text(value, order, ids=ids) if isinstance(value, str) else value
+
+
+def _struck_text(text: str, order: Removal, *, ids: bool) -> Any:
+    if text in order.hex_keys or (ids and text in order.names):
+        return _GONE
+    if not ids:
+        return text
+    if " " in text:
+        for id_ in (id_ for id_ in order.searchable if id_ in text):
+            text = _standing_alone(id_).sub(STRUCK, text)
+    elif (text.startswith("/") or "://" in text) and any(text.endswith(f"/{id_}") for id_ in order.searchable):
+        return STRUCK  # a path or URL of the image
+    return text
+
+
+def _standing_alone(id_: str) -> re.Pattern[str]:
+    """A name in a sentence, perhaps as the end of a path, but not as a part of a longer name."""
+    return re.compile(rf"(?<![\w.-])(?:(?:/|\w+://)[^\s'\"]*/)?{re.escape(id_)}(?![\w-]|[./]\w)")
+
+
+def is_in_text(text: str, order: Removal) -> bool:
+    """Whether a text names one of the images, or has one of their keys in hex."""
+    found = (id_ for id_ in order.searchable if id_ in text or json.dumps(id_)[1:-1] in text)
+    return any(_quoted(id_).search(text) for id_ in found) or any(key in text for key in order.keys)
+
+
+def _quoted(id_: str) -> re.Pattern[str]:
+    """A name by itself in a file of lines, as it is or as JSON writes it."""
+    return re.compile(rf"(?<![\w./-])(?:{re.escape(id_)}|{re.escape(json.dumps(id_)[1:-1])})(?![\w-]|[./]\w)")
+
+
+# The search
+
+
+@dataclass
+class TracesFound:
+    """What a search found.
+
+    Attributes:
+        files: Read.
+        bytes: In them.
+        places: Files that still hold something, and what.
+        alike: Rows of other images with the same values, such as the same picture saved anew.
+    """
+
+    files: int = 0
+    bytes: int = 0
+    places: list[str] = field(default_factory=list)
+    alike: int = 0
+
+
+class Needles:
+    """Pieces of 32 bytes that are looked for: keys, the beginning of keys in hex, and pieces of feature rows."""
+
+    def __init__(self, order: Removal) -> None:
+        texts = [text[:KEY_BYTES].encode() for key in order.keys for text in (key, key.upper())]
+        self._keys = as_keys([bytes.fromhex(key) for key in order.keys] + texts)
+        self._values: list[Bytes] = []
+
+    def add_rows(self, part: PartInfo, mask: Mask) -> None:
+        """Takes a piece of each row of a part that goes, of each column."""
+        if not mask.any():
+            return
+        for name in part.arrays:
+            start = 0
+            for block in read_blocks(part, name) if is_feature(name) else ():
+                rows = block[mask[start : start + len(block)]]
+                start += len(block)
+                if len(rows):
+                    self._values.append(_pieces(np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)))
+
+    @cached_property
+    def keys(self) -> _Search:
+        """The search for keys."""
+        return _Search(self._keys)
+
+    @cached_property
+    def values(self) -> _Search:
+        """The search for values."""
+        return _Search(np.unique(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *self._values]), axis=0))
+
+
+def _pieces(rows: Bytes) -> Bytes:
+    """Of each row (n, bytes) the 32 bytes that are the least likely to be another's; rows without any are left out."""
+    starts = np.arange(0, rows.shape[1] - KEY_BYTES + 1, 4)
+    starts = starts[:: max(1, len(starts) // _TRIED)][:_TRIED]
+    if not len(starts):
+        return np.empty((0, KEY_BYTES), np.uint8)
+    tried = rows[:, starts[:, None] + np.arange(KEY_BYTES)]  # (n, places, 32)
+    ordered = np.sort(tried, axis=2)
+    different = 1 + (ordered[:, :, 1:] != ordered[:, :, :-1]).sum(axis=2)
+    different[(tried[:, :, :2] == 0).all(axis=2)] = 0  # what begins with zeros begins in too many places
+    best = different.argmax(axis=1)
+    pieces = tried[np.arange(len(rows)), best]
+    return np.asarray(pieces[different[np.arange(len(rows)), best] >= _VARIED])
+
+
+class _Search:
+    """Finds pieces of 32 bytes at any place of a file: two bytes by a table of 65,536, then all of them."""
+
+    def __init__(self, pieces: Bytes) -> None:
+        self._pieces = SortedKeys.of_keys(np.ascontiguousarray(pieces))
+        self._begins = np.zeros(1 << 16, np.bool_)
+        self._begins[np.ascontiguousarray(pieces[:, :2]).view("<u2").reshape(-1)] = True
+
+    def count(self, block: Bytes) -> int:
+        """How often one of them is in a block of bytes."""
+        if not self._begins.any():
+            return 0
+        found = 0
+        for shift in (0, 1):
+            words = block[shift : shift + (len(block) - shift) // 2 * 2].view("<u2")
+            places = np.flatnonzero(self._begins[words]) * 2 + shift
+            places = places[places <= len(block) - KEY_BYTES]
+            for start in range(0, len(places), 1 << 17):
+                some = places[start : start + (1 << 17)]
+                found += int(self._pieces.contains(block[some[:, None] + np.arange(KEY_BYTES)]).sum())
+        return found
+
+
+def traces(root: Path, order: Removal, needles: Needles, *, passed_over: Sequence[str] = ()) -> TracesFound:
+    """Reads a store back: its parts, snapshots, rejects and records as what they are, and every file byte by byte.
+
+    Args:
+        root: The store.
+        order: What was removed.
+        needles: Keys and values that are looked for in every file.
+        passed_over: Files of the store that may name the images still.
+    """
+    found = TracesFound()
+    found.places += [f"{_inside(path, root)}: {what}" for path, what in _named(root, order)]
+    for entry in walked(root):
+        path = Path(entry.path)
+        if str(path.relative_to(root)) in passed_over:
+            continue
+        found.files += 1
+        keys, values, size = _in_bytes(path, needles)
+        found.bytes += size
+        if keys:
+            found.places.append(f"{_inside(path, root)}: a key")
+        if values and path.parent.name in {
+            "parts",
+            "quarantine",
+        }:  # no part has one of the keys, so it is another image
+            found.alike += values
+        elif values:
+            found.places.append(f"{_inside(path, root)}: features")
+    found.places = sorted(set(found.places))
+    return found
+
+
+def _inside(path: Path, root: Path) -> str:
+    return str(path.relative_to(root))
+
+
+def _named(root: Path, order: Removal) -> Iterator[tuple[Path, str]]:
+    """Where the images are still named, or their rows still are."""
+    yield from _in_tables(root, order)
+    for path in listed(root, "spaces/*/rejects.jsonl"):
+        if any(order.has_reject(line) for _, line in read_lines(path)):
+            yield path, "a reject"
+    for path, _ in _struck_documents(root, order):
+        yield path, "a name"
+    for entry in walked(root):
+        path = Path(entry.path)
+        is_text = path.suffix not in _TABLES and path.name != "rejects.jsonl"
+        if is_text and path.relative_to(root).parts[0] not in _DOCUMENTS and _is_in_file(path, order):
+            yield path, "a name"
+
+
+_TABLES = frozenset({".h5", ".parquet", ".npz"})
+_DOCUMENTS = frozenset({"runs", "depth", "store.json", ".lock", "forgotten.json", "forgetting.json"})
+"""Folders and files of the store in which names are looked for as values, or that never have any."""
+
+
+def _in_tables(root: Path, order: Removal) -> Iterator[tuple[Path, str]]:
+    for path in listed(root, "snapshots/*/*.parquet"):
+        table = ids_and_keys(path)
+        if path.parent.name == order.dataset and order.are_named(table["id"]).any():
+            yield path, "an id"
+        if order.going.contains(as_keys(table["key"].drop_null().to_pylist())).any():
+            yield path, "a key"
+    for path in [*listed(root, "spaces/*/parts/*.h5"), *listed(root, "spaces/*/quarantine/*.h5")]:
+        gone, nameless = order.masks(read_part(path))
+        if gone.any() or nameless.any():
+            yield path, "a row" if gone.any() else "an id"
+
+
+def _is_in_file(path: Path, order: Removal) -> bool:
+    return is_in_text(read_file(path).decode("utf-8", "replace"), order)
+
+
+def _in_bytes(path: Path, needles: Needles) -> tuple[int, int, int]:
+    """How many keys, and pieces of rows, are in a file, and its size."""
+    keys = values = size = 0
+    rest = b""
+    with path.open("rb") as file:
+        while content := file.read(_BLOCK):
+            size += len(content)
+            block = np.frombuffer(rest + content, np.uint8)
+            keys, values = keys + needles.keys.count(block), values + needles.values.count(block)
+            rest = (rest + content)[-(KEY_BYTES - 1) :]
+    return keys, values, size

@@ -1,0 +1,124 @@
+"""A person asks to be forgotten: features, pictures of a page, a bundle; and the images are still in the source."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import featurepipe
+from featurepipe.cli import main
+from featurepipe.curation.forget import forget, forget_text, ids_of
+from featurepipe.errors import UsageError
+from featurepipe.store import FeatureStore
+from tests.curation.conftest import KINDS, picture
+
+OPTIONS = {"backbone": "lenet5", "weights": "none", "precision": "fp32", "dtype": "float32", "silent": True}
+PERSON = ["flat/0.png", "flat/1.png"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    for kind in KINDS:
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(3):
+            picture(kind, number).save(tmp_path / "photos" / kind / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def store(source, tmp_path):
+    featurepipe.extract(source, tmp_path / "store", dataset="d", **OPTIONS)
+    return FeatureStore(tmp_path / "store")
+
+
+def test_forgotten_images_are_not_computed_again(store, source):
+    keys = {row["id"]: row["key"] for row in store.snapshot("d").to_pylist()}
+    told = forget(store, PERSON, silent=True)
+    assert (told["rows_dropped"], told["left"], told["refused"]) == (2, [], True)
+    record = featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    assert (record["forgotten"], record["counts"]["listed"], record["counts"]["computed"]) == (2, 7, 0)
+    assert record["changes"]["deleted"] == 0
+    assert not set(PERSON) & set(store.snapshot("d")["id"].to_pylist())
+    (source / "flat" / "again.png").write_bytes((source / "flat" / "0.png").read_bytes())
+    record = featurepipe.extract(source, store, dataset="d", max_rejects=1, **OPTIONS)
+    assert record["reject_reasons"] == {"forgotten": 1}
+    assert record["rejects"][0]["id"] == "flat/again.png"
+    row = next(row for row in store.snapshot("d").to_pylist() if row["id"] == "flat/again.png")
+    assert (row["status"], row["key"]) == ("rejected", None)
+    files = [file for file in store.path.rglob("*") if file.is_file()]
+    for id_ in PERSON:
+        assert not [f for f in files if keys[id_] in f.read_bytes() or keys[id_].hex().encode() in f.read_bytes()]
+        assert not [f for f in files if f.suffix != ".parquet" and id_.encode() in f.read_bytes()]
+    forget(store, PERSON, may_come_back=True, silent=True)
+    record = featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    assert (record["forgotten"], record["counts"]["computed"], record["counts"]["listed"]) == (0, 2, 10)
+
+
+def test_images_given_in_python_keep_their_rows(store, source):
+    paths = sorted(map(str, source.rglob("*.png")))
+    network = featurepipe.CNNFeatures("lenet5", weights="none", store=store.path, on_reject="nan").fit(paths)
+    before = network.transform(paths)
+    forget(store, PERSON, dataset="d", silent=True)
+    after = network.transform(paths)
+    gone = np.array([path.endswith(("flat/0.png", "flat/1.png")) for path in paths])
+    assert np.isnan(after[gone]).all()
+    np.testing.assert_array_equal(after[~gone], before[~gone])
+
+
+def test_what_depends_on_them_is_named(store, source, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    featurepipe.train(store, out=made / "knn", dataset="d", head="knn", params={"n_neighbors": 1}, silent=True)
+    labels = {f"{kind}/{number}.png": kind for kind in KINDS[1:] for number in range(3)}
+    featurepipe.train(store, out=made / "others", dataset="d", head="centroid", labels=labels, silent=True)
+    featurepipe.extract(source, made / "store", dataset="e", **OPTIONS)
+    (made / "page.html").write_text("<p>flat/1.png</p>")
+    (made / "other.html").write_text("<p>xflat/1.png flat/1.pngx flat/2.png</p>")
+    pq.write_table(pa.table({"id": ["flat/0.png", "down/0.png"], "label": ["a", "b"]}), made / "predicted.parquet")
+    planned = forget(store, PERSON, look_in=[made], dry_run=True, silent=True)
+    told = forget(store, PERSON, look_in=[made], silent=True)
+    assert planned["dependents"] == told["dependents"]
+    found = {(entry["kind"], entry["path"].removeprefix(f"{made}/")): entry for entry in told["dependents"]}
+    assert found.keys() == {
+        ("bundle", "knn"),
+        ("page", "page.html"),
+        ("store", "store"),
+        ("table", "predicted.parquet"),
+    }
+    assert "a knn head keeps feature rows" in found["bundle", "knn"]["why"]
+    assert (found["store", "store"]["images"], found["table", "predicted.parquet"]["images"]) == (2, 1)
+    text = forget_text(told)
+    assert "2 images of dataset d\nremoved: 2 rows" in text
+    assert f"depends on them: bundle {made / 'knn'}: trained, tuned or calibrated on " in text
+    assert "none of their keys, features or names" in text
+
+
+def test_from_the_command_line(store, tmp_path, capsys):
+    (tmp_path / "ids.txt").write_text("\n".join(PERSON) + "\n\n")
+    assert main(["forget", str(store.path), "--ids", str(tmp_path / "ids.txt"), "--dry-run"]) == 0
+    assert "would be removed: 2 rows; would be rewritten: 1 part, 1 snapshot" in capsys.readouterr().out
+    assert main(["forget", str(store.path), "--ids", str(tmp_path / "ids.txt"), "--id", "down/0.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_dropped"] == 3
+    assert main(["forget", str(store.path), "--id", "flat/7.png"]) == 2
+    assert "1 of the ids are nowhere in dataset d" in capsys.readouterr().err
+    assert main(["forget", str(store.path)]) == 2
+    assert "no image to forget" in capsys.readouterr().err
+    assert main(["forget", str(store.path), "--id", "flat/0.png", "--look-in", str(tmp_path / "absent")]) == 2
+    assert "cannot look in" in capsys.readouterr().err
+    (store.path / "mine.txt").write_text("see flat/2.png")
+    assert main(["forget", str(store.path), "--id", "flat/2.png"]) == 1
+    assert "STILL THERE: mine.txt: a name" in capsys.readouterr().out
+
+
+def test_ids_from_files(tmp_path):
+    (tmp_path / "a.csv").write_text("id,why\nx/1.png,withdrawn\n2,withdrawn\n")
+    (tmp_path / "a.txt").write_text("x/1.png\n a b.png\n")
+    assert ids_of(tmp_path / "a.csv") == ["x/1.png", "2"]
+    assert ids_of(tmp_path / "a.txt") == ["x/1.png", " a b.png"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UsageError, match="has no ids"):
+        ids_of(tmp_path / "empty.txt")
+    with pytest.raises(UsageError, match="cannot read ids"):
+        ids_of(tmp_path / "absent.txt")
