@@ -30,6 +30,7 @@ from featurepipe.option_groups import declared
 from featurepipe.prediction.options import RawIdsOption, TopOption
 from featurepipe.reporting.options import LastOption
 from featurepipe.store.documents import is_run_id
+from featurepipe.store.options import HandingOnOptions
 from featurepipe.training.options import FitOptions
 from featurepipe.tuning.options import LoopOptions
 
@@ -245,6 +246,25 @@ class PredictTable(BaseTable, RawIdsOption, TopOption, frozen=True):
         return Path(self.to.format(date=date, run=run, job=job))
 
 
+class ExportTable(BaseTable, HandingOnOptions, frozen=True):
+    """``[[export]]``: features handed on to other programs; see `featurepipe export`."""
+
+    node: str
+    """The column, `NODE` or `NODE:POOLING`."""
+    to: Template
+    """A file, `.parquet`, `.h5` or `.npz`, or without a suffix a folder; `{date}`, `{run}` and `{job}` are replaced."""
+    images: Literal["new", "all"] = "all"
+    """All images, or those that are new or changed since this table last handed on, and the ids of those that went."""
+    backbone: str | None = None
+    """The network, where several `[[features]]` have the column."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+
+    def place(self, *, date: str, run: str, job: str) -> Path:
+        """The file or folder of one night."""
+        return Path(self.to.format(date=date, run=run, job=job))
+
+
 class DriftTable(BaseTable, ShiftOptions, ColumnsOption, frozen=True):
     """``[drift]``: whether this run's images are like those of before."""
 
@@ -319,6 +339,8 @@ class Job(BaseTable, frozen=True):
     """Networks whose layers above a node are tuned."""
     predict: Annotated[tuple[PredictTable, ...], BeforeValidator(listed)] = ()
     """Bundles whose predictions are written down."""
+    export: Annotated[tuple[ExportTable, ...], BeforeValidator(listed)] = ()
+    """Features handed on to other programs."""
     drift: DriftTable | None = None
     """Whether this run's images are like those of before."""
     depth: DepthTable | None = None

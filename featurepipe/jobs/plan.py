@@ -28,6 +28,7 @@ from featurepipe.jobs.job import (
     BaseTable,
     DepthTable,
     DriftTable,
+    ExportTable,
     FeaturesTable,
     FinetuneTable,
     Job,
@@ -117,6 +118,9 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
         case PredictTable():
             file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
             return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
+        case ExportTable():
+            place = table.place(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
+            return None if table.images == "new" else True, f"hands on {table.images} images, into {place.name}"
         case DriftTable():
             reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
             return None, f"compares this run's new images with {reference}"

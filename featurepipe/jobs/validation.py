@@ -155,6 +155,7 @@ EVERY = ("all",)
 """Nodes of `[[train]]`: every column that is there. Of `[[features]]`: every block, whose names the network alone knows."""
 _NETWORK = ("backbone", "weights", "seed", "precision", "dtype", "decode", "intensity")
 _PREDICTIONS = (".parquet", ".csv", ".jsonl")
+_EXPORTS = (".parquet", ".h5", ".npz", "")
 
 
 def _waits(job: Job) -> Iterator[Problem]:
@@ -187,6 +188,7 @@ def _same_target_twice(job: Job) -> Iterator[Problem]:
     targets = [
         *job.bundles.items(),
         *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(job.predict)),
+        *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(job.export)),
         *((("depth.report", job.depth.report),) if job.depth and job.depth.report else ()),
         *((("report.to", job.report.to),) if job.report else ()),
         *((("metrics.prometheus", job.metrics.prometheus),) if job.metrics else ()),
@@ -225,6 +227,16 @@ def _predictions(job: Job) -> Iterator[Problem]:
         if table.images == "new" and "{date" not in table.to and "{run" not in table.to:
             message = 'each night would replace the last one\'s predictions; put {date} or {run} in, or images = "all"'
             yield f"predict[{place}].to", table.to, message
+
+
+def _exports(job: Job) -> Iterator[Problem]:
+    for place, table in enumerate(job.export):
+        if Path(table.to).suffix.lower() not in _EXPORTS:
+            message = f"the suffix must be one of {', '.join(filter(None, _EXPORTS))}, or there is none: a folder"
+            yield f"export[{place}].to", table.to, message
+        if table.images == "new" and "{date" not in table.to and "{run" not in table.to:
+            message = 'each night would replace what the last one handed on; put {date} or {run} in, or images = "all"'
+            yield f"export[{place}].to", table.to, message
 
 
 def _bundles(job: Job) -> Iterator[Problem]:
@@ -392,9 +404,10 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_bundles, frozenset({"train", "finetune", "predict", "drift"})),
     (_thresholds, frozenset({"drift"})),
     (_predictions, frozenset({"predict"})),
+    (_exports, frozenset({"export"})),
     (_suffixes, frozenset({"report", "depth", "metrics"})),
     (_bundle_places, frozenset({"store", "source", "train", "finetune"})),
-    (_same_target_twice, frozenset({"train", "finetune", "predict", "depth", "report", "metrics"})),
+    (_same_target_twice, frozenset({"train", "finetune", "predict", "export", "depth", "report", "metrics"})),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
 

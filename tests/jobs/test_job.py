@@ -125,7 +125,7 @@ def test_defaults(read, tmp_path):
         name="nightly", store=tmp_path / "features", source=SourceTable(path=str(tmp_path / "photos")),
         features=(FeaturesTable(),),
     ).model_dump()  # fmt: skip
-    assert (job.dataset, job.train, job.predict) == (None, (), ())
+    assert (job.dataset, job.train, job.predict, job.export) == (None, (), (), ())
     assert (job.drift, job.depth, job.compact, job.keep, job.report, job.metrics) == (None,) * 6
     assert (job.source.retries, job.source.first_wait, job.source.longest_wait) == (5, 10, 600)
     assert job.features[0].nodes == ("bottleneck",)
@@ -230,6 +230,7 @@ def test_what_cannot_be_read(problems, tmp_path):
         ('[machine]\ntime_budget = "6h"', "machine.time_budget: unknown key; it belongs to [limits]"),
         ('[limits]\ndataset = "x"', "limits.dataset: unknown key; it belongs to the top of the file, before the first table"),
         ("[keep]\ndays = 3", "keep.days: unknown key; choices: snapshots, runs"),
+        ('[[export]]\nto = "x"', "export[0].node: is missing: the column, `NODE` or `NODE:POOLING`"),
         ("[compact]\nparts = 3", "compact.parts: unknown key; this table has none"),
         ("[report]", "report.to: is missing: the HTML file"),
         ("[metrics]", "metrics.prometheus: is missing: the text file for Prometheus' node exporter, `.prom`"),
@@ -277,6 +278,15 @@ def test_one_problem(problems, lines, problem):
     (line,) = problems(LEAST + lines)
     assert line.startswith(problem)
     assert len(line) < 250
+
+
+def test_where_features_can_be_handed_on(problems):
+    suffix, replaced = problems(
+        f'{LEAST}[[export]]\nnode = "a"\nto = "x.csv"\n[[export]]\nnode = "a"\nto = "folder"\nimages = "new"'
+    )
+    assert suffix.endswith("x.csv': the suffix must be one of .parquet, .h5, .npz, or there is none: a folder")
+    assert replaced.startswith("export[1].to = ")
+    assert 'put {date} or {run} in, or images = "all"' in replaced
 
 
 @pytest.mark.parametrize("given", ["'6 parsecs'", "'-6h'", "0", "true", "'6h30'", "''", "[6]"])

@@ -15,7 +15,16 @@ from featurepipe.errors import BundleError, FeaturepipeError, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.interrupt import StopRequest
 from featurepipe.jobs import steps
-from featurepipe.jobs.job import CompactTable, DepthTable, DriftTable, Job, KeepTable, PredictTable, TrainTable
+from featurepipe.jobs.job import (
+    CompactTable,
+    DepthTable,
+    DriftTable,
+    ExportTable,
+    Job,
+    KeepTable,
+    PredictTable,
+    TrainTable,
+)
 from featurepipe.jobs.step import Night, within_time
 from featurepipe.jobs.steps.heads import new_images, snapshot_of
 from featurepipe.store import fingerprint
@@ -363,6 +372,37 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
     table.report.unlink()
     assert "skipped" not in current(rows, table)
     assert "skipped" not in current(rows, table.model_copy(update={"when": "always"}))
+
+
+# export
+
+
+def test_export_hands_on_what_is_new_changed_or_gone_since_it_last_did(nights, rows, tmp_path):
+    table = ExportTable(node="a", to=str(tmp_path / "{date}-{run}.parquet"), images="new", metadata="key")
+
+    def current(rows):
+        night = nights.begin(rows)
+        found = steps.export(night, table)
+        nights.end(night, entry("export", found, "skipped" if "skipped" in found else "done"))
+        return found
+
+    first = current(rows[:20])
+    assert (first["rows"], first["text"].split(",")[0]) == (20, "20 images")
+    assert "since" not in first
+    second = current(rows[:20])
+    assert second["skipped"] == "no image is new, changed or gone"
+    relabelled = replace(rows[3], label="emu")
+    third = current([rows[0], relabelled, *rows[4:25]])
+    assert (third["since"], third["new"], third["relabelled"], third["deleted"]) == (second["snapshot"], 5, 1, 2)
+    written = pq.read_table(third["file"])
+    assert written["id"].to_pylist() == [relabelled.id, *(row.id for row in rows[20:25])]
+    assert pq.read_table(third["deleted_file"])["id"].to_pylist() == [row.id for row in rows[1:3]]
+    features = nights.store.features("zoo", "a")
+    held = dict(zip(features.ids.tolist(), features.read(), strict=True))
+    for id_, vector in zip(written["id"].to_pylist(), written["features"].to_pylist(), strict=True):
+        np.testing.assert_array_equal(np.asarray(vector, features.dtype), held[id_])
+    whole = steps.export(nights.begin(rows[:5]), ExportTable(node="a", to=str(tmp_path / "all"), dtype="float16"))
+    assert (whole["rows"], whole["dtype"], pq.read_table(tmp_path / "all").num_rows) == (5, "float16", 5)
 
 
 # compact, keep

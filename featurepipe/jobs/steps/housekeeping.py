@@ -1,20 +1,59 @@
-"""What follows the measurements: compaction, retention, the page of the last runs, and figures for Prometheus."""
+"""What follows the measurements: features handed on, compaction, retention, the page of the last runs, figures for Prometheus."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from featurepipe.display import counted, size
 from featurepipe.errors import StoreLocked
-from featurepipe.jobs.job import CompactTable, KeepTable, MetricsTable, ReportTable
+from featurepipe.jobs.job import CompactTable, ExportTable, KeepTable, MetricsTable, ReportTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.history import needed, telling_runs
+from featurepipe.jobs.steps.heads import snapshot_of
+from featurepipe.jobs.steps.history import last_result, needed, telling_runs
+from featurepipe.option_groups import declared
 from featurepipe.records import is_success
 from featurepipe.store.compact import compact_store
+from featurepipe.store.exports import export_dataset
 from featurepipe.store.gc import gc_store, remove_runs
+from featurepipe.store.options import HandingOnOptions
+
+
+def export(night: Night, table: ExportTable) -> dict[str, Any]:
+    """Hands features on: of all images, or of those that are new or changed since the table last did, with the ids that went.
+
+    If it never did, or that snapshot is not kept any more, all images are new.
+    """
+    snapshot = snapshot_of(night, table.backbone)
+    about = {"node": table.node, "to": table.to, "snapshot": snapshot}
+    since = _handed_on(night, table) if table.images == "new" else None
+    if since is not None and _is_same(night, since, snapshot):
+        return {**about, "skipped": "no image is new, changed or gone"}
+    date = datetime.fromisoformat(night.record["started"]).astimezone().date().isoformat()
+    place = table.place(date=date, run=night.run_id, job=night.job.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found = export_dataset(
+        night.store, table.node, place, dataset=night.dataset, snapshot=snapshot, since=since, backbone=table.backbone,
+        labels=table.labels, silent=night.silent, **{name: getattr(table, name) for name in declared(HandingOnOptions)},
+    )  # fmt: skip
+    gone = f", {found['deleted']:,} gone" if since is not None else ""
+    return {**found, **about, "text": f"{counted(found['rows'], 'image')}{gone}, in {place.name}"}
+
+
+def _handed_on(night: Night, table: ExportTable) -> str | None:
+    """The snapshot that this table handed on last; None if it never did, or that is not there any more."""
+    result = last_result(night, "export", node=table.node, to=table.to)
+    last = None if result is None else result["snapshot"]
+    return last if last in night.store.snapshot_ids(night.dataset) else None
+
+
+def _is_same(night: Night, since: str, snapshot: str) -> bool:
+    """Whether two snapshots are names of one file, as those of nights with nothing new are."""
+    folder = night.store.path / "snapshots" / night.dataset
+    return since == snapshot or (folder / f"{since}.parquet").samefile(folder / f"{snapshot}.parquet")
 
 
 def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG001 - as every step
