@@ -1,0 +1,112 @@
+"""Features of a store in a table of LanceDB, kept up to date: run it after each night.
+
+    featurepipe run pipelines/nightly.toml && python pipelines/into_lancedb.py pipelines/out/features --to pipelines/out/lancedb
+
+A copy of this file is yours to change: other columns, an index, a filter. Needs ``pip install lancedb``.
+
+The table is compared with the current snapshot by id and key (SHA-256 of the bytes), so it needs no note of the night before:
+what is new, changed or relabelled is written, what is gone is deleted, forgotten images too. Vectors of two feature spaces
+are never mixed: the table's name has the space's fingerprint.
+
+LanceDB keeps earlier versions of a table, which have what was deleted, for queries that are running. Those older than
+VERSIONS are removed in each run; ``--purge`` removes all of them now, after images were forgotten, say. No query should be
+running then.
+"""
+# ruff: noqa: INP001 - a script to copy, no part of the package
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import pyarrow as pa
+
+import featurepipe as fp
+from featurepipe.store import FeatureSet
+from featurepipe.store.exports import behind
+from featurepipe.store.keys import keys_to_arrow
+
+ROWS = 4096  # written at a time: memory does not grow with the images
+IDS = 1000  # deleted at a time
+VERSIONS = timedelta(hours=1)  # how long what was deleted can still be queried
+
+
+def schema_of(features: FeatureSet) -> pa.Schema:
+    """What a row is: id, key, label, split and the vector."""
+    texts = [pa.field(name, pa.string()) for name in ("id", "label", "split")]
+    return pa.schema(
+        [*texts, pa.field("key", pa.binary()), pa.field("vector", pa.list_(pa.float32(), features.shape[1]))]
+    )
+
+
+def blocks(features: FeatureSet) -> Iterator[pa.Table]:
+    """Rows as Arrow tables, some at a time."""
+    for start in range(0, len(features), ROWS):
+        some = features.take(slice(start, start + ROWS))
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(some.read("float32").reshape(-1)), features.shape[1])
+        columns = [
+            some.table["id"],
+            some.table["label"],
+            some.table["split"],
+            keys_to_arrow(some.keys).cast(pa.binary()),
+        ]
+        yield pa.table([*columns, vectors], schema=schema_of(features))
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Ids as SQL writes them."""
+    return ", ".join("'" + id_.replace("'", "''") + "'" for id_ in ids)
+
+
+def bring_up_to_date(
+    store: fp.FeatureStore,
+    to: str,
+    *,
+    dataset: str | None = None,
+    node: str = "bottleneck",
+    backbone: str | None = None,
+    table: str | None = None,
+    purge: bool = False,
+) -> dict[str, Any]:
+    """Makes a table equal the current snapshot; returns its name, how many rows it has, and what changed."""
+    features = store.features(dataset or store.only_dataset(), node=node, backbone=backbone)
+    parts = (features.origin.dataset, features.space_fingerprint[:12], features.column)
+    name = table or re.sub(r"[^A-Za-z0-9_.-]", "-", "-".join(parts))
+    database = lancedb.connect(to)
+    rows = database.create_table(name, schema=schema_of(features), exist_ok=True)
+    held = rows.search().select(["id", "key", "label", "split"]).limit(max(1, rows.count_rows())).to_arrow()
+    found = behind(features, held.set_column(held.column_names.index("key"), "key", held["key"].cast(pa.binary(32))))
+    gone = found.gone["id"].to_pylist()
+    for start in range(0, len(gone), IDS):
+        rows.delete(f"id IN ({listed(gone[start : start + IDS])})")
+    fresh = set(found.fresh.to_pylist())
+    changed = features.take([row for row, id_ in enumerate(features.table["id"].to_pylist()) if id_ in fresh])
+    for block in blocks(changed):
+        rows.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(block)
+    rows.optimize(cleanup_older_than=timedelta(milliseconds=1) if purge else VERSIONS)
+    return {"table": name, "rows": rows.count_rows(), **found.counts}
+
+
+def main() -> None:
+    """Reads the command line, and says what changed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="the feature store")
+    parser.add_argument("--to", required=True, help="LanceDB's folder, or a URL such as s3://bucket/vectors")
+    parser.add_argument("--dataset", help="default: the store's only one")
+    parser.add_argument("--node", default="bottleneck", help="which column (default: bottleneck)")
+    parser.add_argument("--backbone", help="where the store has several with that column")
+    parser.add_argument("--table", help="its name (default: dataset, feature space and column)")
+    parser.add_argument("--purge", action="store_true", help="remove earlier versions, and what was deleted, at once")
+    args = vars(parser.parse_args())
+    told = bring_up_to_date(fp.FeatureStore(args.pop("store"), create=False), args.pop("to"), **args)
+    changes = ", ".join(f"{told[name]:,} {name}" for name in ("new", "changed", "relabelled", "deleted"))
+    print(f"{told['table']}: {told['rows']:,} rows; {changes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The recipes into LanceDB and Qdrant: after three nights the database's vectors equal the store's, and nothing else is there."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from featurepipe.store import FeatureStore, forget_images
+from featurepipe.store.snapshots import SCHEMA
+
+RECIPES = Path(__file__).parents[1] / "pipelines"
+NIGHTS = (
+    {"a": "a1", "b'": "b1", "c": "c1", "twin": "a1"},
+    {"a": "a2", "b'": "b1", "twin": "a1", "d": "d1"},  # a has other bytes, c is gone, d is new
+    {"a": "a2", "b'": "b1", "twin": "a1", "d": "d1", "é/e": "e1"},
+)
+LABELS = ("cat", "cat", "dog")  # of b', which is relabelled in the third night
+pytestmark = pytest.mark.slow  # each client takes seconds to load
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def key_of(content):
+    return hashlib.sha256(content.encode()).digest()
+
+
+def vector_of(content):
+    return np.frombuffer(key_of(content) * 2, np.uint8)[:48].astype(np.float32) / 64 - 1
+
+
+def night(store, images, label):
+    """A night whose images have these contents, by id."""
+    space, run = (
+        store.open_space({"dtype": "float32", "net": "x"}, backbone="x", notes={"aliases": {"bottleneck": "f"}}),
+        store.new_run_id(),
+    )
+    contents = sorted({content for content in images.values() if not space.index().contains([key_of(content)]).any()})
+    if contents:
+        with space.writer(run, dataset="d") as writer:
+            keys = np.frombuffer(b"".join(map(key_of, contents)), np.uint8).reshape(-1, 32)
+            ids = [next(id_ for id_, content in images.items() if content == own) for own in contents]
+            writer.add(keys, ids, [1] * len(ids), [1] * len(ids), {"f:gap": np.stack(list(map(vector_of, contents)))})
+    n = len(images)
+    values = {
+        "id": list(images), "key": list(map(key_of, images.values())), "split": [None] * n, "size": [1] * n, "mtime_ns": [1] * n,
+        "label": [label if id_ == "b'" else None for id_ in images], "status": ["ok"] * n, "reason": [None] * n,
+    }  # fmt: skip
+    store.write_snapshot("d", run, pa.table(values, schema=SCHEMA))
+
+
+def check_nights(store, sync, read):
+    """Runs the nights; ``sync`` brings the database up to date, ``read`` gives its vectors and labels by id."""
+    changes = []
+    for images, label in zip(NIGHTS, LABELS, strict=True):
+        night(store, images, label)
+        told = sync()
+        changes.append(tuple(told[name] for name in ("new", "changed", "relabelled", "deleted")))
+        found = read()
+        assert {id_: found[id_][1] for id_ in found} == {id_: label if id_ == "b'" else None for id_ in images}
+        features = store.features("d", "f")
+        for id_, vector in zip(features.ids, features.read(), strict=True):
+            np.testing.assert_array_equal(found[id_][0], vector)
+            np.testing.assert_array_equal(vector, vector_of(images[id_]))
+    assert changes == [(4, 0, 0, 0), (1, 1, 0, 1), (1, 0, 1, 0)]
+    told = sync()
+    assert [told[name] for name in ("new", "changed", "relabelled", "deleted")] == [0, 0, 0, 0]
+    forget_images(store, ["a", "é/e"])
+    assert sync()["deleted"] == 2
+    assert sorted(read()) == ["b'", "d", "twin"]
+
+
+def test_lancedb_has_what_the_store_has(tmp_path):
+    import lancedb
+
+    into_lancedb, store = recipe("into_lancedb"), FeatureStore(tmp_path / "store")
+    into_lancedb.ROWS, into_lancedb.IDS = 2, 1  # several blocks
+
+    def read():
+        rows = lancedb.connect(tmp_path / "lance").open_table("vectors").to_arrow().to_pylist()
+        return {row["id"]: (np.float32(row["vector"]), row["label"]) for row in rows}
+
+    check_nights(
+        store, lambda: into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors"), read
+    )
+    into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors", purge=True)
+    gone = vector_of("a2").tobytes()
+    assert not [file for file in (tmp_path / "lance").rglob("*") if file.is_file() and gone in file.read_bytes()]
+
+
+def test_qdrant_has_what_the_store_has(tmp_path):
+    from qdrant_client import QdrantClient
+
+    into_qdrant, store = recipe("into_qdrant"), FeatureStore(tmp_path / "store")
+    into_qdrant.ROWS, into_qdrant.READ = 2, 2
+    client = QdrantClient(path=str(tmp_path / "qdrant"))
+
+    def read():
+        (collection,) = client.get_collections().collections
+        points, _ = client.scroll(collection.name, limit=100, with_vectors=True)
+        return {point.payload["id"]: (np.float32(point.vector), point.payload["label"]) for point in points}
+
+    check_nights(store, lambda: into_qdrant.bring_up_to_date(store, client, node="f", distance="euclid"), read)
+    client.close()
