@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow test-all lint lint-style lint-types lint-imports lint-structure bench clean
+.PHONY: demo docs test test-slow test-all lint lint-style lint-types lint-imports lint-structure bench clean
 .DEFAULT_GOAL := test
 
 # editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
@@ -51,6 +51,11 @@ test-all: test
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# Without a network: the pages where they lie, the interface from docstrings, the options from the parser. Warnings are errors.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/site
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from featurepipe.transfer_routes.routes import routes
     from featurepipe.tuning.finetune import finetune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CNNFeatures",
     "FeatureStore",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import io
 import os
@@ -17,7 +16,7 @@ from typing import Any
 
 from featurepipe.display import size, table
 from featurepipe.errors import Reject
-from featurepipe.store.locks import locked
+from featurepipe.store.locks import LOCK_EX, LOCK_NB, locked
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 REQUIRED = ("torch", "torchvision", "h5py", "pyarrow", "pillow", "numpy", "scikit-learn")
@@ -242,7 +241,7 @@ def writable(folder: Path) -> Check:
             file.write(b"featurepipe")
             file.flush()
             os.fsync(file.fileno())
-            has_locks = locked(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_locks = locked(file.fileno(), LOCK_EX | LOCK_NB)
     except OSError as error:
         step = f"name another folder with --store, or make {place} writable"
         return Check("writable", PROBLEM, f"{place}: {error.strerror or error}", step)

@@ -5,6 +5,7 @@ Everything goes to standard error, so that standard output stays free for result
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from featurepipe.display import displayed
 
 if TYPE_CHECKING:
     import rich.progress
+
+
+_logger = logging.getLogger("featurepipe")
 
 
 class Progress(Protocol):
@@ -128,12 +132,18 @@ class Bar:
 
 
 def announcer(*, silent: bool = False) -> Callable[[str], None]:
-    """A function that prints one line on standard error, or does nothing when ``silent``."""
+    """A function that says one line: to the logger ``featurepipe``, and on standard error unless ``silent``."""
     if silent:
-        return Silent().say
-    if isinstance(sys.stderr, TakesProgress):
-        return sys.stderr.progress(0, "", "").say
-    return Lines(0, "", sys.stderr).say
+        return _logger.info
+    shown = (
+        sys.stderr.progress(0, "", "").say if isinstance(sys.stderr, TakesProgress) else Lines(0, "", sys.stderr).say
+    )
+
+    def say(message: str) -> None:
+        _logger.info("%s", message)
+        shown(message)
+
+    return say
 
 
 @contextmanager

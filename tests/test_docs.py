@@ -1,6 +1,8 @@
 """What pages say of the code exists: modules, folders, names and links."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -109,3 +111,29 @@ def test_a_decision_is_short_and_titled_as_in_the_index(name: str) -> None:
     title = text.splitlines()[0].removeprefix("# ")
     assert f"- [{title}]({name})" in (DECISIONS / "README.md").read_text(encoding="utf-8").splitlines()
     assert 10 <= len(text.splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_the_site_builds_offline_without_a_warning(tmp_path: Path) -> None:
+    """Among Sphinx's warnings are links that lead nowhere, and pages that no table of contents has."""
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-c",
+        "docs",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        ".",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    options = (tmp_path / "docs" / "command-line.html").read_text(encoding="utf-8")
+    assert "--max-rejects" in options
+    assert "tolerate up to N or P % unusable images" in options
+    assert "Computes the features that the store lacks" in (tmp_path / "docs" / "api.html").read_text(encoding="utf-8")
+    assert "url=docs/index.html" in (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from featurepipe.backbones.loading import (
         Backbone,
         BackboneInfo,
+        default_backbone,
         list_backbones,
         load_backbone,
         timm_models,
@@ -31,6 +32,7 @@ __all__ = [
     "NodeInfo",
     "Preprocessing",
     "bounded_pooling",
+    "default_backbone",
     "list_backbones",
     "load_backbone",
     "node_times",
@@ -47,6 +49,7 @@ _HOMES = {
     "NodeInfo": "nodes",
     "Preprocessing": "preprocessing",
     "bounded_pooling": "stages",
+    "default_backbone": "loading",
     "list_backbones": "loading",
     "load_backbone": "loading",
     "node_times": "engine",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,8 @@ BOTTLENECK = "bottleneck"
 ALL = "all"
 """Stands for the outputs of all blocks, each pooled to `ALL_GRID` x `ALL_GRID` cells, or fewer within `ALL_WIDTH` values."""
 ALL_GRID, ALL_WIDTH = 4, 9000
+DEFAULT, SMALL = "resnet50", "efficientnet_lite0"
+"""The network that is used where none is named, and the one where only that is at hand."""
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 
 
@@ -56,6 +58,27 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0, like: s
         family = _family(name)
     with about("weights"):
         return Backbone(name, family, weights, seed=seed, like=like)
+
+
+def default_backbone(weights: str, kept: Collection[str], say: Callable[[str], None]) -> str:
+    """The network that is used where none is named.
+
+    It is `DEFAULT`; but `SMALL` where the store has that one alone, or where the weights of that one alone are on this machine.
+
+    Args:
+        weights: What is asked for; anything but ``DEFAULT`` is of the usual network.
+        kept: Networks whose features the store has.
+        say: Told which network it is, and why, unless it is the usual one.
+    """
+    if weights != "DEFAULT" or DEFAULT in kept or not weights_at_hand(SMALL):
+        return DEFAULT
+    if SMALL in kept:
+        say(f"no network is named: {SMALL}, as in the store")
+        return SMALL
+    if weights_at_hand(DEFAULT):
+        return DEFAULT
+    say(f"no network is named: {SMALL}, whose weights are at hand; those of {DEFAULT} would have to be downloaded")
+    return SMALL
 
 
 def weights_at_hand(name: str, weights: str = "DEFAULT") -> bool:

@@ -18,6 +18,7 @@ from featurepipe.cli.output import (
     discard_output,
     discard_unwritable,
     displayed_traceback,
+    explain,
     open_standard_streams,
     tracebacks_shown_safely,
     warnings_shown_safely,
@@ -33,6 +34,8 @@ __all__ = ["build_parser", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: errors become words and a code."""
     open_standard_streams()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell when somebody presses the tab key
+        _complete()
     args = parse(sys.argv[1:] if argv is None else argv)
     if args is None:
         return 2
@@ -40,9 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(args)
 
 
+def _complete() -> None:
+    """Prints what may follow on the command line and ends the process; does nothing without the extra ``completion``."""
+    with suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(build_parser())
+
+
 def _guarded(args: Namespace) -> int:
     try:
         with warnings_shown_safely(), tracebacks_shown_safely(on_one_line=_logs_json(args)), ends_on_ctrl_c():
+            if args.verbose:
+                explain()
             return _run(args)
     except FeaturepipeError as error:
         return _failed(args, error.spelled(on_command_line), error.exit_code)

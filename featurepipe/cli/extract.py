@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from featurepipe.cli.options import add_cluster, add_json, add_options, add_quiet, cluster, define, options
 from featurepipe.cli.output import show
@@ -37,7 +38,8 @@ def add_extract(command: ArgumentParser) -> None:
     option = command.add_argument
     option("source", metavar="SOURCE",
            help="folder, .csv/.parquet/.jsonl manifest, .tar/.zip, IDX, .npz or .h5 arrays, or an fsspec URL")  # fmt: skip
-    option("--store", required=True, metavar="DIR", help="the feature store; made when it does not exist")
+    option("--store", default="features", metavar="DIR",
+           help="the feature store; made when it does not exist (default: features)")  # fmt: skip
     add_options(command, *EXTRACT_GROUPS)
     option("--dry-run", action="store_true",
            help="say what is new, how long it will take and how many bytes it needs; change nothing")  # fmt: skip
@@ -49,7 +51,7 @@ def add_extract(command: ArgumentParser) -> None:
 def run_extract(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
     from featurepipe.extraction.extract import extract
-    from featurepipe.extraction.text import estimate_text, text
+    from featurepipe.extraction.text import estimate_text, text_and_next
 
     result = extract(
         args.source,
@@ -59,5 +61,5 @@ def run_extract(args: Namespace) -> int:
         dry_run=args.dry_run,
         silent=args.quiet,
     )
-    show(args, result, estimate_text if args.dry_run else text)
+    show(args, result, estimate_text if args.dry_run else partial(text_and_next, store=args.store))
     return int(result.get("exit_code", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shlex
 import sys
@@ -74,6 +75,23 @@ def warnings_shown_safely() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+def explain() -> None:
+    """Has reasons, which modules log at the level DEBUG under the name ``featurepipe``, shown on standard error.
+
+    What they say at higher levels is shown already, as messages on the way.
+    """
+
+    class Reasons(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno < logging.INFO:
+                where = record.name.removeprefix("featurepipe.")
+                print(f"{where}: {displayed(record.getMessage())}", file=sys.stderr, flush=True)
+
+    logger = logging.getLogger("featurepipe")
+    logger.addHandler(Reasons())
+    logger.setLevel(logging.DEBUG)
 
 
 def displayed_traceback(error: BaseException) -> str:

@@ -58,6 +58,8 @@ COMMANDS = {
 }  # fmt: skip
 """Of each job its commands, in the order of the help: name, module of `featurepipe.cli` that has ``add_NAME``, what it does."""
 
+VERBOSE = ("-v", "--verbose")
+
 EXIT_CODES = """exit codes:
   0  done, or nothing to do     3  done, some images rejected (fewer than --max-rejects)
   1  failure                    4  more images rejected than --max-rejects
@@ -98,12 +100,15 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="featurepipe",
-        usage="%(prog)s [-h] [--version] COMMAND ...",
+        usage="%(prog)s [-h] [--version] [-v] COMMAND ...",
         description="A frozen ConvNet as a fixed feature extractor: images in, HDF5 features out, once and never twice.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"featurepipe {__version__}")
+    parser.add_argument(
+        *VERBOSE, action="store_true", help="say why: what was looked up, decided and passed over; anywhere on the line"
+    )
     commands = parser.add_subparsers(
         title="commands", description=_overview(), metavar="COMMAND", prog=parser.prog, help=argparse.SUPPRESS
     )
@@ -120,12 +125,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace | None:
     Raises:
         SystemExit: With code 2, they are wrong; with 0, they ask for help or the version.
     """
+    is_verbose = any(word in VERBOSE for word in words)
+    words = [word for word in words if word not in VERBOSE]
     command = next((word for word in words if not word.startswith("-")), "")
     parser = build_parser(command)
     if command and command == words[0] and command not in _every():
         parser.error(str(unknown("command", command, _every(), see="featurepipe --help")))
     args = parser.parse_args(words)
     if hasattr(args, "run"):
+        args.verbose = is_verbose
         return args
     parser.print_help()
     return None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.backbones import Column
+from featurepipe.backbones import Column, default_backbone
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
@@ -19,7 +19,7 @@ from featurepipe.extraction.compute import compute
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.prepare import ExtractionSpec, prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
-from featurepipe.features.options import REJECT, Places, SourceOptions, places
+from featurepipe.features.options import AUTO, REJECT, Places, SourceOptions, places
 from featurepipe.features.session import Sample, SampleContext, sample_rate
 from featurepipe.images import Source, open_source
 from featurepipe.interrupt import StopRequest, stopping
@@ -36,7 +36,7 @@ def extract(
     store: FeatureStore | str | PathLike[str],
     *,
     dataset: str | None = None,
-    backbone: str = "resnet50",
+    backbone: str = "auto",
     weights: str = "DEFAULT",
     seed: int = 0,
     nodes: str | Sequence[str] = ("bottleneck",),
@@ -75,7 +75,8 @@ def extract(
         source: anything `featurepipe.images.open_source` takes: a folder, a manifest, an archive, arrays, a URL.
         store: the feature store or its path, made when it does not exist.
         dataset: name for the snapshot of the source; by default the source's own name.
-        backbone: a name that ``featurepipe backbones`` lists, ``timm/NAME`` or ``package.module:factory``.
+        backbone: a name that ``featurepipe backbones`` lists, ``timm/NAME``, ``package.module:factory``, or ``auto``:
+            ``resnet50``, or ``efficientnet_lite0`` where the store has only that, or only its weights are at hand.
         weights: a weights enum of torchvision, ``DEFAULT``, a file with the network's tensors (a state dict, checkpoint or
             .safetensors), or ``none`` for a random control network.
         seed: of the random control network.
@@ -158,6 +159,7 @@ def extract(
     )
     stops = stopping(stop, options.time_budget)
     say = announcer(silent=silent)
+    options = replace(options, backbone=network_for(store, options.backbone, options.weights, say))
     settle = partial(prepare, dataset=dataset, options=options, say=say)
     with closing(opened(source, options)) as found, executor_on(cluster, say=say) as executor:
         if dry_run:
@@ -176,6 +178,16 @@ def extract(
                 with show(len(job.plan.todo), "extract", silent=silent) as progress:
                     compute(job, executor, run.id, run.ledger, lambda: asked() or floor(), progress)
                 return publish(run, asked, floor)
+
+
+def network_for(
+    store: FeatureStore | str | PathLike[str], name: str | None, weights: str, say: Callable[[str], None]
+) -> str:
+    """The network that is asked for, or the usual one (see `featurepipe.backbones.loading.default_backbone`)."""
+    if name not in (None, AUTO):
+        return name
+    kept = existing_store(store)
+    return default_backbone(weights, {space.backbone for space in kept.spaces()} if kept else (), say)
 
 
 def opened(source: Any, options: SourceOptions) -> Source:

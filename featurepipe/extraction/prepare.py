@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,13 +31,15 @@ from featurepipe.features.session import (
     measure_precision,
     settle_machine_for,
 )
-from featurepipe.features.settings import SETTINGS, Held, MeasurePrecision, Settings, resolve
+from featurepipe.features.settings import AS_IN_STORE, SETTINGS, Held, MeasurePrecision, Settings, resolve
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.documents import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
+
+_logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 100
 
@@ -255,10 +258,12 @@ def prepare(
     if backbone.weights_note:
         say(f"weights {backbone.weights}: {backbone.weights_note}")
     for setting, value in settings.values().items():
-        say(f"{setting} {value}: {settings.why[setting]}")
+        tell = _logger.debug if settings.why[setting] == AS_IN_STORE else say
+        tell(f"{setting} {value}: {settings.why[setting]}")
 
     missing = MissingColumns(space, columns, options)
     plan = _plan(listing, name, space, missing, history, source.location, say)
+    _explain(source, session, listing, plan, history)
     session = _with_engine(session, executor, len(plan.todo), space, say, keep=store is not None and not dry_run)
     return ExtractionSpec(
         session=session,
@@ -275,6 +280,21 @@ def prepare(
         forgotten=forgotten,
         listing=summary,
         clock=clock,
+    )
+
+
+def _explain(source: Source, session: Session, listing: pa.Table, plan: Plan, history: History) -> None:
+    """Logs what was found and settled, for those who ask why."""
+    machine = session.machine
+    before = f"the snapshot {history.run_id}" if history.run_id else "no earlier snapshot"
+    _logger.debug("%s: %d images listed, compared with %s", source.location, listing.num_rows, before)
+    _logger.debug(
+        "%d images need nothing: same id, size and time, and every column there", listing.num_rows - len(plan.todo)
+    )
+    _logger.debug("%d images are to be read: new, changed, moved or without a column", len(plan.todo))
+    _logger.debug("device %s, %d threads that read and decode", machine.device, machine.workers)
+    _logger.debug(
+        "%s with weights %s: %s", session.backbone.name, session.backbone.weights, ", ".join(map(str, session.columns))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,22 @@ def text(record: Mapping[str, Any]) -> str:
     lines.append(f"space {record['space']}")
     if record.get("status") == "out of time":
         lines.append("out of time: what is computed is kept, there is no snapshot; the same command goes on")
+    return "\n".join(lines)
+
+
+def text_and_next(record: Mapping[str, Any], store: str) -> str:
+    """The same, and as the last line the command that comes next, with the user's own paths.
+
+    Args:
+        record: The run record.
+        store: The store as the user called it.
+    """
+    lines = [text(record)]
+    if record.get("status") == "done" and record["counts"]["listed"] > record["counts"]["rejected"]:
+        labels = "" if record["listing"]["labelled"] else " --labels FILE.csv"
+        command = f"featurepipe train {shlex.quote(store)} --dataset {record['dataset']}"
+        told = "" if not labels else "   # the images have no labels: FILE.csv has the columns id and label"
+        lines.append(f"next: {command}{labels} --out {record['dataset']}-bundle{told}")
     return "\n".join(lines)
 
 

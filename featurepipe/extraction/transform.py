@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress, Silent, announcer, show
 from featurepipe.store import FeatureStore, differences
 from featurepipe.store.atomic import checked_folder
-from featurepipe.store.locks import locked
+from featurepipe.store.locks import LOCK_EX, locked
 from featurepipe.store.rows import ColumnRows
 
 Store = FeatureStore | str | PathLike[str] | None
@@ -194,7 +193,7 @@ def _one_at_a_time(store: FeatureStore) -> Iterator[None]:
     """
     descriptor = os.open(checked_folder(store.path / "spaces"), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        locked(descriptor, fcntl.LOCK_EX)  # else the same images may be computed twice, which does no harm
+        locked(descriptor, LOCK_EX)  # else the same images may be computed twice, which does no harm
         yield
     finally:
         os.close(descriptor)

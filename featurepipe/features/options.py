@@ -83,7 +83,11 @@ class SourceNameOption(OptionGroup):
 class NetworkOptions(OptionGroup):
     """Which network, and what is kept of it."""
 
-    backbone: str = option("resnet50", "see featurepipe backbones (default: resnet50)", metavar="NAME")
+    backbone: str = option(
+        AUTO,
+        "see featurepipe backbones (auto: resnet50, or efficientnet_lite0 where that alone is at hand)",
+        metavar="NAME",
+    )
     weights: str = option(
         "DEFAULT",
         "a weights enum of torchvision, DEFAULT, a file with the network's tensors (a state dict, checkpoint or "

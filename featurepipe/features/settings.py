@@ -20,6 +20,8 @@ MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
 """Takes the reduced precision to compare with fp32, None for what suits the device, and the intensity with which images are
 decoded; returns the precision to take, and why."""
 
+AS_IN_STORE = "as in the store"
+"""Why a setting is what the store's features have."""
 _DEFAULTS = {
     "dtype": ("float16", "default: half the bytes, relative error below 0.001 or else float32"),
     "decode": ("cpu", "default: the same pixels on every machine"),
@@ -97,7 +99,7 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     followed = next(iter(agreeing or held), None)
     values, why = {name: value for name, (value, _) in _DEFAULTS.items()}, {n: why for n, (_, why) in _DEFAULTS.items()}
     if followed is not None:
-        values, why = _values(followed.fields), dict.fromkeys(SETTINGS, "as in the store")
+        values, why = _values(followed.fields), dict.fromkeys(SETTINGS, AS_IN_STORE)
         if values["intensity"] == str(HIGH_BYTE):
             why["intensity"] = _AS_VERSION_1
     values.update(explicit)

@@ -190,6 +190,8 @@ class SourceTable(BaseTable, SourceOptions, frozen=True):
 class FeaturesTable(BaseTable, SettingOptions, NetworkOptions, frozen=True):
     """``[[features]]``: one frozen network, and what is kept of it."""
 
+    backbone: str = "resnet50"
+    """The network; it does not depend on what is at hand, so that all nights use the same."""
     seed: int = Field(default=0, ge=0)
     """Of a random control network."""
 

@@ -12,7 +12,6 @@ the file system lets exactly one process do. The last file stays when the lease 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -29,7 +28,8 @@ from featurepipe.errors import Interrupted, StoreError, StoreLocked
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore
 from featurepipe.store.atomic import entries, made_folder, open_file, read_file
-from featurepipe.store.locks import NO_LOCKS, sign_lock
+from featurepipe.store.locks import LOCK_EX, LOCK_NB, LOCK_SH, NO_LOCKS, sign_lock
+from featurepipe.store.locks import flock as flock_of_system
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -270,7 +270,7 @@ def job_lock(
     stop: StopRequest,
     *,
     on_lost: Callable[[], object] = bool,
-    flock: Flock = fcntl.flock,
+    flock: Flock = flock_of_system,
     make_lease: MakeLease = Lease,
 ) -> Iterator[HeldLock]:
     """Holds the lock of a job in a store, so that no second run of it begins anywhere.
@@ -284,7 +284,7 @@ def job_lock(
         job: its name.
         stop: ends the waiting.
         on_lost: called if a lease is taken over while we hold it.
-        flock: `fcntl.flock`, or what a file system without locks makes of it.
+        flock: `flock_of_system`, or what a file system without locks makes of it.
         make_lease: `Lease`, with other intervals for instance.
 
     Raises:
@@ -318,7 +318,7 @@ def _take(descriptor: int, what: str, flock: Flock) -> bool:
     waits = iter(_LOOKS)
     while True:
         try:
-            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:
             if (seconds := next(waits, None)) is None:
                 who = named(Holder.read(os.pread(descriptor, _SIGNATURE, 0)))
@@ -335,7 +335,7 @@ def _take(descriptor: int, what: str, flock: Flock) -> bool:
             return True
 
 
-def is_over(store: FeatureStore, job: str, *, flock: Flock = fcntl.flock) -> bool:
+def is_over(store: FeatureStore, job: str, *, flock: Flock = flock_of_system) -> bool:
     """Whether it is known that no run of a job goes on in a store, by the test that lets the next run begin.
 
     That is so if its kernel lock is free, or where there are no locks, if its lease was given back or its holder was a process
@@ -354,7 +354,7 @@ def is_over(store: FeatureStore, job: str, *, flock: Flock = fcntl.flock) -> boo
     except (OSError, ValueError, StoreError):  # nobody can tell
         return False
     try:
-        flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(descriptor, LOCK_SH | LOCK_NB)
     except OSError as error:
         return error.errno in NO_LOCKS and _is_free(path.with_suffix(".lease"))
     else:

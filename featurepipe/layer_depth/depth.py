@@ -70,7 +70,7 @@ def depth(
         source: images, anything ``extract`` takes; or a feature store, whose columns are compared as they are.
         store: where features go, by default ``features``; not with a store as the source.
         dataset: its name in the store; by default the source's own.
-        backbone: the network, by default ``resnet50``, or the one of the store.
+        backbone: the network, by default ``auto`` as in ``extract``, or the one of the store.
         weights: of the network, as in ``extract``.
         nodes: ``auto`` for the network's stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
         heads: families to measure with, such as ``logistic``, ``linear-svm``, ``xgboost``, ``knn``; by default ``logistic``, of

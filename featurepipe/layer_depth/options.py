@@ -78,7 +78,9 @@ class ComparedOptions(SourceNameOption, StoreOption):
     """Whose layers are compared."""
 
     backbone: str | None = option(
-        None, "see featurepipe backbones (default: resnet50, or what STORE holds)", metavar="NAME"
+        None,
+        "see featurepipe backbones (default: what is at hand, as extract chooses, or what STORE holds)",
+        metavar="NAME",
     )
     weights: str = option("DEFAULT", "of the network, as for featurepipe extract", metavar="NAME|none|FILE")
     nodes: tuple[str, ...] = option(

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
 
 DEFAULT_STORE = "features"
-DEFAULT_BACKBONE = "resnet50"
 
 
 @dataclass(frozen=True)
@@ -202,15 +201,15 @@ def _computed(
     wanted: Wanted, extraction: dict[str, Any], machine: Machine, *, dry_run: bool, say: Callable[[str], None]
 ) -> Extracted:
     from featurepipe.backbones import load_backbone
-    from featurepipe.extraction.extract import extract
+    from featurepipe.extraction.extract import extract, network_for
 
     if wanted.options.control and wanted.weights == "none":
         none, random = Option("weights", "none"), Option("control", "random")
         raise UsageError(Message(none, " is a random network already: ", random, " would compare it with itself"))
-    name = wanted.backbone or DEFAULT_BACKBONE
+    target = wanted.store if wanted.store is not None else DEFAULT_STORE
+    name = network_for(target, wanted.backbone, wanted.weights, say)
     backbone = load_backbone(name, wanted.weights)
     columns = choose_columns(backbone, wanted.nodes, wanted.options.pooling, wanted.options.max_width)
-    target = wanted.store if wanted.store is not None else DEFAULT_STORE
     store = target if isinstance(target, FeatureStore) else FeatureStore(target)
     say(f"{name}: {', '.join(column.column for column in columns)}")
 

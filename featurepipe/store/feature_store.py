@@ -23,7 +23,7 @@ from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder,
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
 from featurepipe.store.keys import count_distinct, keys_from_arrow
-from featurepipe.store.locks import store_lock
+from featurepipe.store.locks import check_system, store_lock
 from featurepipe.store.parts import Headers
 from featurepipe.store.snapshots import OK, REJECTED
 from featurepipe.store.space import Space, extract_command, read_space
@@ -49,10 +49,12 @@ class FeatureStore:
             no spaces, datasets or runs, and ``features`` and ``space`` say that there is no store.
 
     Raises:
-        StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false.
+        StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false; or the system
+            is one that stores do not work on.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
+        check_system()
         self.path = Path(path)
         self._headers: defaultdict[str, Headers] = defaultdict(Headers)  # of each space, by its name
         if self.exists:

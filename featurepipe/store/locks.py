@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,35 @@ from featurepipe.store.atomic import has_other_names, open_file
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems without locks answer to ``flock``."""
+LOCK_SH, LOCK_EX, LOCK_NB = 1, 2, 4
+"""Operations of ``flock``, shared, alone and without waiting, as Linux, macOS and BSD number them."""
+
+
+def flock(descriptor: int, operation: int) -> None:
+    """Does ``fcntl.flock``; a system that lacks the module, as Windows does, answers like a file system without locks.
+
+    Raises:
+        OSError: As ``fcntl.flock``.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOLCK, "this system has no flock") from None
+    fcntl.flock(descriptor, operation)
+
+
+def check_system() -> None:
+    """Refuses systems on which a store cannot be opened without following links.
+
+    Raises:
+        StoreError: This is one.
+    """
+    lacking = [name for name in ("O_NOFOLLOW", "O_CLOEXEC", "pread") if not hasattr(os, name)]
+    if lacking:
+        raise StoreError(
+            f"feature stores need Linux or macOS: Python on {sys.platform} has no os.{lacking[0]}. On Windows run featurepipe in "
+            "WSL; `featurepipe --help`, `backbones`, `nodes` and fp.make_head work here"
+        )
 
 
 def locked(descriptor: int, operation: int) -> bool:
@@ -31,7 +59,7 @@ def locked(descriptor: int, operation: int) -> bool:
         BlockingIOError: Someone else holds it, and ``operation`` says not to wait.
     """
     try:
-        fcntl.flock(descriptor, operation)
+        flock(descriptor, operation)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -58,7 +86,7 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
     descriptor = open_file(path, os.O_CREAT | os.O_RDWR)
     try:
         try:
-            if not locked(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
+            if not locked(descriptor, (LOCK_SH if shared else LOCK_EX) | LOCK_NB):
                 _without(store, shared=shared)
         except BlockingIOError as error:
             who = _last_taken_by(descriptor)

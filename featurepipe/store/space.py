@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
 from featurepipe.store.atomic import checked_folder, is_folder, listed, sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, checked_dataset, checked_run_id, read_document
 from featurepipe.store.keys import KNOWN_FILES, KeyIndex, Keys, append_rejects, known_files, read_rejects
-from featurepipe.store.locks import locked
+from featurepipe.store.locks import LOCK_EX, locked
 from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
 from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix
 
@@ -277,7 +276,7 @@ class Space:
         """Adds to the notes, or replaces entries of the same name, atomically; other processes' changes are kept."""
         descriptor = os.open(checked_folder(self.path), os.O_RDONLY)
         try:
-            locked(descriptor, fcntl.LOCK_EX)
+            locked(descriptor, LOCK_EX)
             record = read_document(self.path / "space.json", SpaceDocument)
             record["notes"] = {**record.get("notes", {}), **notes}
             write_json(self.path / "space.json", record)

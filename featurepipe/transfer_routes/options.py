@@ -140,7 +140,9 @@ class RoutesSourceOptions(LabelsOption, OtherSourceOption, StoreOption):
 
     dataset: str | None = option(None, "its name in the store (default: the source's own)", metavar="NAME")
     backbone: str | None = option(
-        None, "see featurepipe backbones (default: resnet50, or what STORE holds)", metavar="NAME"
+        None,
+        "see featurepipe backbones (default: what is at hand, as extract chooses, or what STORE holds)",
+        metavar="NAME",
     )
     weights: str = option("DEFAULT", "of the network, as for featurepipe extract", metavar="NAME|FILE")
     nodes: tuple[str, ...] = option(

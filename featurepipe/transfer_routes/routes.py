@@ -29,11 +29,11 @@ from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import FEW, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
-from featurepipe.layer_depth.sources import DEFAULT_BACKBONE, DEFAULT_STORE, Extracted, Wanted, extracted
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
-from featurepipe.progress import announcer, show
+from featurepipe.progress import Silent, announcer, show
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.store import FeatureStore
@@ -119,7 +119,7 @@ def routes(
         source: images, anything ``extract`` takes; or a feature store, of which the columns that it has are used.
         store: where features go, by default ``features``; not with a store as the source.
         dataset: its name in the store; by default the source's own.
-        backbone: the network, by default ``resnet50``, or the one of the store.
+        backbone: the network, by default ``auto`` as in ``extract``, or the one of the store.
         weights: of the network, as in ``extract``; of a store's network only a file of one's own.
         nodes: frozen nodes to compare: ``auto`` for the bottleneck and some stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
         routes: which, names of `featurepipe.transfer_routes.options.ROUTES`; by default all.
@@ -359,6 +359,13 @@ class _Plan:
         self.unable[kind] = why
 
 
+def _network_name(wanted: Wanted) -> str:
+    from featurepipe.extraction.extract import network_for
+
+    store = DEFAULT_STORE if wanted.store is None else wanted.store
+    return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
+
+
 def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
     """Which columns of which nodes are read, of a store those that it has."""
     held: Mapping[str, Any] | None = None
@@ -370,7 +377,7 @@ def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
         network, held = load_backbone(space.backbone, "none"), space.columns()
         every: Sequence[str] = columns_of_space(network, space, options.max_width)
     else:
-        network, every = load_backbone(wanted.backbone or DEFAULT_BACKBONE, wanted.weights), [AUTO]
+        network, every = load_backbone(_network_name(wanted), wanted.weights), [AUTO]
     (bottleneck,) = map(str, network.columns(["bottleneck"]))
     plan = _Plan(wanted, bottleneck, {}, {})
     if held is not None and bottleneck not in held:

@@ -25,7 +25,7 @@ from featurepipe.backbones.tail import Tail, TunedLayers, cuts
 from featurepipe.display import size
 from featurepipe.errors import DiskFull, Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
-from featurepipe.extraction.extract import ITEM_BYTES, extract
+from featurepipe.extraction.extract import ITEM_BYTES, extract, network_for
 from featurepipe.extraction.limits import EXTRACTION_GROUPS
 from featurepipe.extraction.prepare import space_notes
 from featurepipe.features.settings import Settings
@@ -39,7 +39,6 @@ from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
 from featurepipe.tuning.options import TuneOptions
 
-DEFAULT_BACKBONE = "resnet50"
 _TIMED_STEPS = 2
 SCORED = 256
 """Images whose features are computed at once."""
@@ -272,8 +271,8 @@ def stored_activations(
         return StoredActivations(found, options.dataset, options.backbone)
     refuse_unknown(extraction)
     target = beside.with_name(f"{beside.name}.features") if store is None else store
-    name = options.backbone or DEFAULT_BACKBONE
     weights = "DEFAULT" if options.weights is None else str(options.weights)
+    name = network_for(target, options.backbone, weights, say)
     if isinstance(options.weights, Mapping):
         raise UsageError(
             "several files of weights are for feature spaces of a store; give the one of the images' network"

@@ -107,7 +107,8 @@ def finetune(
         from_node: where to cut the network; its activations must be in the store. Left out, the error names the choices.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         dataset: a dataset in the store, which may be left out if there is only one; or what to call the images there.
-        backbone: as in `FeatureStore.features`, where the store holds several; of images the network, by default ``resnet50``.
+        backbone: as in `FeatureStore.features`, where the store holds several; of images as in
+            ``extract``, by default ``auto``.
         snapshot: run id of an older snapshot of the dataset; by default the current one.
         labels: as in `featurepipe.train`, like all further columns.
         label: the column of the class.

@@ -27,7 +27,7 @@ from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
-from featurepipe.extraction.extract import extract, opened
+from featurepipe.extraction.extract import extract, network_for, opened
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
 from featurepipe.features.session import Decoding, decoder_for
@@ -42,7 +42,7 @@ from featurepipe.store.feature_store import is_store
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
-from featurepipe.tuning.activations import DEFAULT_BACKBONE, described, refuse_of_images, refuse_unknown, step_seconds
+from featurepipe.tuning.activations import described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.loop import Draw, Rows
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
@@ -414,10 +414,12 @@ def images_work(
     else:
         target = beside.with_name(f"{beside.name}.features") if store is None else store
         asked = SourceOptions(**{name: extraction[name] for name in declared(SourceOptions) if name in extraction})
-        run = _extracted(source, target, options, extraction, executor, dry_run=dry_run, silent=silent, say=say)
+        weights = "DEFAULT" if options.weights is None else str(options.weights)
+        named = replace(options, backbone=network_for(target, options.backbone, weights, say))
+        run = _extracted(source, target, named, extraction, executor, dry_run=dry_run, silent=silent, say=say)
         dataset = run["dataset"]
         if dry_run and run["to_read"]:
-            return _outlook(run, options, extraction)
+            return _outlook(run, named, extraction)
         found = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
         images = opened(source, asked)
     return _settled(found, dataset, images, options, extraction, run, snapshot=snapshot, ids=ids, say=say)
@@ -459,7 +461,7 @@ def _extracted(
     arguments = {
         **extraction,
         "dataset": options.dataset,
-        "backbone": options.backbone or DEFAULT_BACKBONE,
+        "backbone": str(options.backbone),
         "weights": "DEFAULT" if options.weights is None else str(options.weights),
         "seed": options.seed,
         "cluster": executor,
@@ -472,7 +474,7 @@ def _extracted(
 def _outlook(estimate: Mapping[str, Any], options: TuneOptions, extraction: Mapping[str, Any]) -> dict[str, Any]:
     """What a dry run says of images that are yet to be extracted."""
     weights = "DEFAULT" if options.weights is None else str(options.weights)
-    backbone = load_backbone(options.backbone or DEFAULT_BACKBONE, weights, seed=options.seed)
+    backbone = load_backbone(str(options.backbone), weights, seed=options.seed)
     body = Trunk(backbone, options.batch_norm)
     schedule = options.schedule(estimate["listed"], is_scratch=backbone.is_random)
     step = step_seconds(body, schedule.batch_size)

@@ -133,7 +133,7 @@ class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
     )  # fmt: skip
     backbone: str | None = option(
         None, "of a store a backbone, a space's name or fingerprint, where it holds several; of images see featurepipe backbones "
-        "(default: resnet50)",
+        "(default: what is at hand, as extract chooses)",
         metavar="NAME",
     )  # fmt: skip
     weights: str | PathLike[str] | Mapping[str, str] | None = option(

@@ -37,7 +37,7 @@ CASES = {
         EXTRACT,
         "extract photos --store kept",
         {
-            "source": "photos", "store": "kept", "dataset": None, "backbone": "resnet50", "weights": "DEFAULT", "seed": 0,
+            "source": "photos", "store": "kept", "dataset": None, "backbone": "auto", "weights": "DEFAULT", "seed": 0,
             "nodes": ("bottleneck",), "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
             "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
             "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",

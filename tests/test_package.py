@@ -1,0 +1,127 @@
+"""The package as others get it: a wheel, its types, systems that lack a module, versions that agree."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import featurepipe
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TYPED_SCRIPT = """
+from pathlib import Path
+
+import featurepipe as fp
+
+record: dict[str, object] = fp.extract("photos", Path("features"), nodes=["bottleneck"], silent=True)
+features = fp.FeatureStore("features").features("photos").select(split="train")
+rows, width = features.shape
+classifier = fp.ImageClassifier.load("bundle")
+page: Path = fp.report("features", "page.html")
+version: str = fp.__version__
+"""
+WRONG_SCRIPT = """
+import featurepipe as fp
+
+fp.extract("photos", 3)
+fp.extract("photos", "features", backbones="resnet50")
+"""
+WITHOUT_FCNTL = """
+import sys, importlib, pkgutil
+sys.modules["fcntl"] = None  # as on Windows
+import featurepipe
+for found in pkgutil.walk_packages(featurepipe.__path__, "featurepipe."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+from featurepipe.cli import build_parser, main
+names = next(action.choices for action in build_parser()._actions if action.choices)
+print(len(names), all(parser.format_help() for parser in names.values()))
+code = main(["extract", *sys.argv[1:], "--store", "kept", "--backbone", "lenet5", "--weights", "none", "--quiet"])
+print("extract", code)
+print("compact", main(["compact", "kept"]))
+"""
+
+
+def test_versions_agree() -> None:
+    assert featurepipe.__version__ == PROJECT["version"]
+    assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## To {PROJECT['version']}" in (ROOT / "docs" / "upgrading.md").read_text(encoding="utf-8")
+    pinned = (ROOT / "pipelines").rglob("*.*ml")
+    images = [
+        line for file in pinned for line in file.read_text(encoding="utf-8").splitlines() if "/featurepipe:" in line
+    ]
+    assert images
+    assert [line for line in images if f"/featurepipe:{PROJECT['version']}" not in line] == []
+
+
+def test_the_module_is_the_command() -> None:
+    (command,) = (one for one in entry_points(group="console_scripts") if one.name == "featurepipe")
+    assert command.value == PROJECT["scripts"]["featurepipe"] == "featurepipe.cli:main"
+    text = (ROOT / "featurepipe" / "__main__.py").read_text(encoding="utf-8")
+    assert "from featurepipe.cli import main" in text
+    assert "sys.exit(main())" in text
+
+
+def test_everything_but_locks_works_without_fcntl(tmp_path: Path, launcher) -> None:
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "photos" / "0.png")
+    done = launcher.start(WITHOUT_FCNTL, ["photos"], cwd=tmp_path).wait()
+    assert done.code == 0, done.err
+    shown = done.out.splitlines()
+    assert shown[0].endswith(" True")
+    assert "extract 0" in shown
+    assert shown[-1] == "compact 75"
+    assert "has no locks (flock): adding features works, compact and gc do not" in done.err
+    assert "cannot rewrite parts of kept" in done.err
+
+
+def test_a_system_without_posix_files_is_refused_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.O_NOFOLLOW")
+    with pytest.raises(featurepipe.errors.StoreError, match="feature stores need Linux or macOS"):
+        featurepipe.FeatureStore("features")
+
+
+@pytest.mark.slow
+def test_a_typed_script_of_a_user(tmp_path: Path) -> None:
+    (tmp_path / "right.py").write_text(TYPED_SCRIPT, encoding="utf-8")
+    (tmp_path / "wrong.py").write_text(WRONG_SCRIPT, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--follow-imports=silent"]
+    right, wrong = (
+        subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for name in ("right.py", "wrong.py")
+    )
+    assert (right.returncode, right.stdout) == (0, "Success: no issues found in 1 source file\n")
+    assert wrong.stdout.count("error:") == 2
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "featurepipe", source / "featurepipe", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "featurepipe").rglob("*") if path.is_file()}
+    assert {name for name in kept - names if "__pycache__" not in name} == set()
+    run = [sys.executable, "-c", "from featurepipe.cli import main; raise SystemExit(main())"]
+    place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}, "text": True}
+    where = [sys.executable, "-c", "import featurepipe; print(featurepipe.__file__)"]
+    assert str(tmp_path) in subprocess.run(where, **place, capture_output=True, check=True).stdout
+    store = ["--store", "kept", "--backbone", "lenet5", "--weights", "none"]
+    subprocess.run([*run, "extract", str(tmp_path / "site" / "featurepipe" / "data"), *store], **place, check=True)
+    subprocess.run([*run, "train", "kept", "--out", "bundle"], **place, check=True)
+    subprocess.run([*run, "report", "kept", "--bundle", "bundle", "--to", "page.html"], **place, check=True)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
