@@ -310,6 +310,30 @@ def test_progress_lines_say_rate_time_left_and_bottleneck():
     ]
 
 
+RECORDED = [
+    (13.8, 80), (50.9, 224), (83.5, 384), (115.6, 624), (154.1, 832), (199.2, 976), (236.7, 1136), (275.7, 1296), (306.7, 1472),
+    (340.0, 1632), (365.7, 1792), (398.4, 1952), (407.9, 2000),
+]  # fmt: skip
+"""Seconds and images of an extraction with efficientnet_lite0 on two busy cores, as it was when recorded."""
+
+
+def test_the_time_left_is_right_within_a_factor_of_one_and_a_half():
+    from featurepipe.progress import Lines
+
+    now, out, done = [0.0], io.StringIO(), 16
+    lines = Lines(2000, "extract", out, every=5, clock=lambda: now[0])
+    lines.advance(16)
+    for second, images in RECORDED:
+        now[0] = second
+        lines.advance(images - done)
+        done = images
+    foretold = re.findall(r"(\d+):(\d\d) left", out.getvalue())
+    assert len(foretold) == len(RECORDED)
+    for (minutes, seconds), (second, _) in zip(foretold[:-1], RECORDED, strict=False):
+        left = RECORDED[-1][0] - second
+        assert left / 1.5 <= int(minutes) * 60 + int(seconds) <= left * 1.5, second
+
+
 def test_the_first_step_foretells_no_time_left():
     from featurepipe.progress import Lines
 

@@ -87,8 +87,8 @@ NOT_IN_A_JOB = {
 }
 """The first is asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job; weights
 are those of ``[[features]]``; a job compares the columns that it has."""
-OF_A_JOB = {"max_gone": "50%"}
-"""Defaults that are others in a job file, where nobody watches."""
+OF_A_JOB = {"max_gone": "50%", "backbone": "resnet50"}
+"""Defaults that are others in a job file, where nobody watches and all runs are alike."""
 WRONG = {"extract": {
     "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
     "box": "", "box_unit": "inches", "box_margin": -1, "images": "", "frames": "last",
