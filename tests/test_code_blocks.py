@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import featurepipe
 from featurepipe.cli import build_parser
 from featurepipe.errors import UsageError
 from featurepipe.execution.launchers import read_spec
@@ -105,7 +106,7 @@ def test_python_runs(page: Path, images: Path, tmp_path: Path, launcher) -> None
 
 def commands(block: str) -> Iterator[list[str]]:
     """The command lines of a block, as words, without comments and variables of the environment."""
-    for line in block.replace("\\\n", " ").splitlines():
+    for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # a word of several lines, of another program
@@ -150,3 +151,9 @@ def test_a_misspelt_key_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(MINIMAL_JOB + "[drift]\nreferenc = 'previous'\n", encoding="utf-8")
     with pytest.raises(UsageError, match="referenc"):
         read_job(tmp_path / "job.toml")
+
+
+def test_the_reference_of_the_interface_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = {name for name in featurepipe.__all__ if not name.startswith("_")}
+    assert {name for name in names if f":: featurepipe.{name}\n" not in text} == set()

@@ -26,7 +26,7 @@ DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "decisions" not 
 GUIDES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS), "pipelines/README.md")
 PROSE = (*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "featurepipe/data/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PROSE}
-WITH_SCRIPTS = ("docs/equality.md", "docs/intervals.md", "pipelines/README.md")
+WITH_SCRIPTS = ("docs/equality.md", "docs/intervals.md", "docs/removing-images.md", "pipelines/README.md")
 """Pages that name options of scripts as well."""
 TRAIN, TEST = 40, 20  # of the bundled images, so that the examples take seconds
 OWN = 8  # images of each class in the folder of one's own
