@@ -20,6 +20,8 @@ def info_text(found: Mapping[str, Any]) -> str:
     sections = [f"{found['path']} (store format {found['version']})"]
     sections += [_dataset_text(dataset) for dataset in found["datasets"]] or ["no dataset yet"]
     sections += [_space_text(space) for space in found["spaces"]]
+    if found.get("forgotten"):
+        sections.append(f"{counted(found['forgotten'], 'image')} forgotten: extractions leave them out")
     sections += _runs_text(whole_runs(found["runs"]))
     if found.get("set_aside"):
         sections.append("\n".join(f"set aside: {path}: {why}" for path, why in found["set_aside"].items()))

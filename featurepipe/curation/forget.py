@@ -246,6 +246,12 @@ def forget_text(told: Mapping[str, Any]) -> str:
         lines.append(
             f"read back: {counted(told['searched_files'], 'file')}, {size(told['searched_bytes'])}: {_verdict(told)}"
         )
+    elif told["images"] and not told["dry_run"]:
+        lines.append("no row went; their names were looked for in snapshots, parts, rejects and records: none is left")
+    if told["linked"]:
+        lines.append(
+            f"STILL THERE: {counted(told['linked'], 'part')} had another name (a hard link), perhaps in a backup: remove it"
+        )
     lines += [f"STILL THERE: {place}; no file of the store's own: remove it" for place in told["left"]]
     if told["alike"]:
         lines.append(

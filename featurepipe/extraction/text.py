@@ -25,6 +25,8 @@ def text(record: Mapping[str, Any]) -> str:
         lines.append("changes: " + ", ".join(changes))
     if record["gone"] and not changes:  # a run without a snapshot
         lines.append(f"{record['gone']:,} of the last snapshot moved or deleted")
+    if record.get("forgotten"):
+        lines.append(f"left out, as they were forgotten: {counted(record['forgotten'], 'image')}")
     if record["rejects"]:
         lines.append("rejected: " + ", ".join(f"{count} {code}" for code, count in record["reject_reasons"].items()))
         lines += [f"  {reject['id']}: {reject['reason']}" for reject in record["rejects"][:_REJECTS_SHOWN]]

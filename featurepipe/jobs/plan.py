@@ -161,7 +161,17 @@ def _all(count: int | None) -> Any:
     return "all" if count is None else count
 
 
-_TOLD = ("run_id", "space", "columns", "counts", "changes", "computed_by_column", "images_per_second", "verdict")
+_TOLD = (
+    "run_id",
+    "space",
+    "columns",
+    "counts",
+    "changes",
+    "computed_by_column",
+    "images_per_second",
+    "verdict",
+    "forgotten",
+)
 """What a step's result says of an extraction; the extraction's own record says all."""
 _THEIRS_ALONE = ("UsageError", "WeightsNotFound", "TooManyRejects", "NonFiniteFeatures")
 """Errors of one feature space that say nothing about the others."""

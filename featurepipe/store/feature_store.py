@@ -22,6 +22,8 @@ from featurepipe.store import documents, snapshots
 from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder, strangers, write_json
 from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
+from featurepipe.store.forgotten import FILE as FORGOTTEN
+from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import check_system, store_lock
 from featurepipe.store.parts import Headers
@@ -355,8 +357,18 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "spaces": [_describe_space(space) for space in store.spaces()],
         "datasets": datasets,
         "runs": store.runs(),
+        "forgotten": _count_forgotten(store.path, set_aside),
         "set_aside": dict(sorted(set_aside.items())),
     }
+
+
+def _count_forgotten(store: Path, set_aside: dict[str, str]) -> int:
+    """How many images extractions refuse, since they were forgotten."""
+    try:
+        return len(Forgotten.of(store))
+    except StoreError as error:
+        set_aside[FORGOTTEN] = str(error)
+        return 0
 
 
 def _describe_space(space: Space) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class ForgetReport:
         searched_files: Read back afterwards.
         searched_bytes: In them.
         left: Where something of them still is: files that are not the store's own, which nobody may change but their owner.
+        linked: Parts that went and have another name (a hard link), such as in a backup on the same disk, where they still are.
         alike: Rows of other images that have the same values, such as the same picture saved anew; they stay.
         unsearched: Names so short or common that text is not searched for them, only what is a name.
     """
@@ -94,6 +95,7 @@ class ForgetReport:
     searched_files: int = 0
     searched_bytes: int = 0
     left: list[str] = field(default_factory=list)
+    linked: int = 0
     alike: int = 0
     unsearched: list[str] = field(default_factory=list)
 
@@ -345,6 +347,7 @@ def _rewrite_part(
         return
     report.rows_dropped += int(gone.sum())
     report.parts_rewritten += 1
+    report.linked += int(path.lstat().st_nlink > 1)
     if not dry_run:
         needles.add_rows(part, gone)
         rewrite_parts(path.parent, [part], [~gone], nameless=[nameless])
@@ -352,6 +355,7 @@ def _rewrite_part(
 
 def _remove_part(store: FeatureStore, path: Path, report: ForgetReport, *, dry_run: bool) -> None:
     report.parts_removed.append(str(path.relative_to(store.path)))
+    report.linked += int(path.lstat().st_nlink > 1)
     if not dry_run:
         path.unlink()
         sync_folder(path.parent)

@@ -26,6 +26,8 @@ STRUCK = "(forgotten)"
 _SHORTEST = 5
 """Characters of a name that text is searched for; and it needs a letter: 7 or 0012 are counts as well."""
 _BLOCK = 16 << 20
+_WORDS = 1 << 17
+_LEVELS = 4
 _VARIED = 12
 """Different bytes among 32 of a row by which it is looked for; zeros are everywhere."""
 _TRIED = 32
@@ -248,15 +250,13 @@ class Needles:
                 if len(rows):
                     self._values.append(_pieces(np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)))
 
-    @cached_property
-    def keys(self) -> _Search:
-        """The search for keys."""
-        return _Search(self._keys)
+    def __bool__(self) -> bool:
+        return bool(len(self._keys) or self._values)
 
     @cached_property
-    def values(self) -> _Search:
-        """The search for values."""
-        return _Search(np.unique(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *self._values]), axis=0))
+    def search(self) -> _Search:
+        """The search for all of them."""
+        return _Search(self._keys, np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *self._values]))
 
 
 def _pieces(rows: Bytes) -> Bytes:
@@ -275,26 +275,39 @@ def _pieces(rows: Bytes) -> Bytes:
 
 
 class _Search:
-    """Finds pieces of 32 bytes at any place of a file: two bytes by a table of 65,536, then all of them."""
+    """Finds pieces of 32 bytes at any place of a file: two bytes after the other by tables of 65,536, then all of them.
 
-    def __init__(self, pieces: Bytes) -> None:
-        self._pieces = SortedKeys.of_keys(np.ascontiguousarray(pieces))
-        self._begins = np.zeros(1 << 16, np.bool_)
-        self._begins[np.ascontiguousarray(pieces[:, :2]).view("<u2").reshape(-1)] = True
+    Halves of floats have a few thousand values, so that one table alone would let through a tenth of a store.
+    """
 
-    def count(self, block: Bytes) -> int:
-        """How often one of them is in a block of bytes."""
-        if not self._begins.any():
-            return 0
-        found = 0
+    def __init__(self, keys: Bytes, values: Bytes) -> None:
+        pieces = np.concatenate([keys, values])
+        self._pieces, self._keys = SortedKeys.of_keys(pieces), len(keys)
+        words = np.ascontiguousarray(pieces).view("<u2")  # (n, 16)
+        self._tables = np.zeros((_LEVELS, 1 << 16), np.bool_)
+        for level in range(_LEVELS):
+            self._tables[level, words[:, level]] = True
+
+    def count(self, block: Bytes) -> tuple[int, int]:
+        """How many keys, and how many values, are in a block of bytes."""
+        keys = values = 0
         for shift in (0, 1):
-            words = block[shift : shift + (len(block) - shift) // 2 * 2].view("<u2")
-            places = np.flatnonzero(self._begins[words]) * 2 + shift
-            places = places[places <= len(block) - KEY_BYTES]
-            for start in range(0, len(places), 1 << 17):
-                some = places[start : start + (1 << 17)]
-                found += int(self._pieces.contains(block[some[:, None] + np.arange(KEY_BYTES)]).sum())
-        return found
+            for places in self._places(block, shift):
+                if len(places):
+                    found = self._pieces.find(block[places[:, None] + np.arange(KEY_BYTES)])
+                    keys += int(((found >= 0) & (found < self._keys)).sum())
+                    values += int((found >= self._keys).sum())
+        return keys, values
+
+    def _places(self, block: Bytes, shift: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Where one of them may begin, at even or odd places, some at a time."""
+        words = block[shift : shift + (len(block) - shift) // 2 * 2].view("<u2")
+        last = (len(block) - shift - KEY_BYTES) // 2
+        for start in range(0, last + 1, _WORDS):
+            places = start + np.flatnonzero(self._tables[0][words[start : min(start + _WORDS, last + 1)]])
+            for level in range(1, _LEVELS):
+                places = places[self._tables[level][words[places + level]]]
+            yield places * 2 + shift
 
 
 def traces(root: Path, order: Removal, needles: Needles, *, passed_over: Sequence[str] = ()) -> TracesFound:
@@ -308,19 +321,16 @@ def traces(root: Path, order: Removal, needles: Needles, *, passed_over: Sequenc
     """
     found = TracesFound()
     found.places += [f"{_inside(path, root)}: {what}" for path, what in _named(root, order)]
-    for entry in walked(root):
+    for entry in walked(root) if needles else ():
         path = Path(entry.path)
         if str(path.relative_to(root)) in passed_over:
             continue
         found.files += 1
-        keys, values, size = _in_bytes(path, needles)
+        keys, values, size = in_bytes(path, needles)
         found.bytes += size
         if keys:
             found.places.append(f"{_inside(path, root)}: a key")
-        if values and path.parent.name in {
-            "parts",
-            "quarantine",
-        }:  # no part has one of the keys, so it is another image
+        if values and path.parent.name in {"parts", "quarantine"}:  # none has their keys: it is another image's
             found.alike += values
         elif values:
             found.places.append(f"{_inside(path, root)}: features")
@@ -369,7 +379,7 @@ def _is_in_file(path: Path, order: Removal) -> bool:
     return is_in_text(read_file(path).decode("utf-8", "replace"), order)
 
 
-def _in_bytes(path: Path, needles: Needles) -> tuple[int, int, int]:
+def in_bytes(path: Path, needles: Needles) -> tuple[int, int, int]:
     """How many keys, and pieces of rows, are in a file, and its size."""
     keys = values = size = 0
     rest = b""
@@ -377,6 +387,7 @@ def _in_bytes(path: Path, needles: Needles) -> tuple[int, int, int]:
         while content := file.read(_BLOCK):
             size += len(content)
             block = np.frombuffer(rest + content, np.uint8)
-            keys, values = keys + needles.keys.count(block), values + needles.values.count(block)
+            more = needles.search.count(block)
+            keys, values = keys + more[0], values + more[1]
             rest = (rest + content)[-(KEY_BYTES - 1) :]
     return keys, values, size

@@ -17,7 +17,7 @@ from featurepipe.errors import StoreLocked, UsageError
 from featurepipe.store import FeatureStore, compact_store, describe, forget_images, gc_store, verify_store
 from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.snapshots import SCHEMA
-from featurepipe.store.traces import Removal, strike
+from featurepipe.store.traces import Needles, Removal, in_bytes, strike
 
 ALICE = ["alice/1.png", "alice/2.png"]
 OTHERS = ["bob/1.png", "bob/2.png", "alice/10.png", "carol.png"]
@@ -334,3 +334,25 @@ def test_columns_of_the_manifest_go_with_the_row(store, space, rows):
     forget_images(store, ["a.png"])
     kept = store.snapshot("d", columns=["id", "column:patient"])
     assert kept.to_pylist() == [{"id": "b.png", "column:patient": "Bob"}]
+
+
+def test_what_a_backup_of_hard_links_still_has_is_counted(filled, space, tmp_path):
+    (tmp_path / "backup.h5").hardlink_to(space.part_paths()[0])
+    assert forget_images(filled, ALICE, dry_run=True).linked == 1
+    assert forget_images(filled, ALICE).linked == 1
+
+
+def test_pieces_are_found_at_any_place_and_over_the_border_of_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("featurepipe.store.traces._BLOCK", 64)
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 256, (3, 32), np.uint8)
+    needles = Needles(Removal("d", (), keys=tuple(bytes(key).hex() for key in keys)))
+    for place in range(40, 110):
+        content = rng.integers(0, 256, 150, np.uint8)
+        content[place : place + 32] = keys[place % 3]
+        (tmp_path / "file").write_bytes(content.tobytes())
+        assert in_bytes(tmp_path / "file", needles) == (1, 0, 150), place
+    (tmp_path / "file").write_bytes(b"x" * 7 + bytes(keys[0]).hex().upper().encode() + rng.bytes(40))
+    assert in_bytes(tmp_path / "file", needles)[0] == 1
+    (tmp_path / "file").write_bytes(bytes(keys[0])[:31] + b"\0" * 40)
+    assert in_bytes(tmp_path / "file", needles)[0] == 0
