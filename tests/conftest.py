@@ -32,6 +32,8 @@ from featurepipe.layer_depth import measure
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 
+os.environ["FEATUREPIPE_CACHE"] = ""  # nothing is kept in the home of who runs the tests; inherited by processes
+
 NODE_SECONDS = 0.01
 """How long a comparison of layers times each node here: each forward of a few, and not a second of them."""
 

@@ -90,11 +90,12 @@ class Engine:
         self.dtype = DTYPES[precision]
         self.largest_batch = batch_size
         nodes = list(dict.fromkeys(column.node for column in self.columns))
-        self._axes = {node: backbone.channel_axis(node) for node in nodes}
         cores = torch.get_num_threads()
         streams = 1 if self.device.type != "cpu" else min(cores, MOST_STREAMS)
         self._converted, self.runtime = self._convert(nodes, streams) if engine == OPENVINO else (None, _pytorch())
         self._network = None if self._converted else self._prepare(nodes, batch_size)
+        # Of a converted network known without the trace, which a kept one does without.
+        self._axes = self._converted.axes if self._converted else {n: backbone.channel_axis(n) for n in nodes}
         if isinstance(self._network, HookedNetwork):
             streams = 1  # code of others may keep activations on itself
         on_cpu = self.device.type == "cpu"
@@ -135,15 +136,10 @@ class Engine:
             return None, _pytorch(f"OpenVINO runs fp32 on a CPU, this is {self.precision} on {self.device.type}")
         if not openvino_is_installed():
             return None, _pytorch("OpenVINO is not installed; see featurepipe doctor")
-        graph = self.backbone.graph(nodes)
-        if graph is None:
-            return None, _pytorch("the network cannot be traced")
-        from featurepipe.backbones.openvino import NotConvertedError, OpenVinoNetwork
+        from featurepipe.backbones.openvino import NotConvertedError, network_of
 
-        graph = frozen_copy(graph)
-        fusion.fold_batch_norm(graph)
         try:
-            network = OpenVinoNetwork(graph, self.backbone.preprocessing, nodes, streams)
+            network = network_of(self.backbone, nodes, streams)
         except NotConvertedError as error:
             return None, _pytorch(str(error))
         return network, {"engine": OPENVINO, "version": version(OPENVINO)}

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import platform
 import queue
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from featurepipe.backbones import conversions
+from featurepipe.backbones.fusion import fold_batch_norm
+from featurepipe.backbones.nodes import frozen_copy
+from featurepipe.records import versions
+
 if TYPE_CHECKING:
+    from featurepipe.backbones.loading import Backbone
     from featurepipe.backbones.preprocessing import Preprocessing
 
 TOLERANCE = 1e-5
@@ -25,30 +34,84 @@ class NotConvertedError(Exception):
     """The network cannot be converted, or gives other features then; says why."""
 
 
+def network_of(backbone: Backbone, nodes: Sequence[str], streams: int) -> OpenVinoNetwork:
+    """A network converted to OpenVINO, as it was kept by an earlier run where that can be, else converted, compared and kept.
+
+    What is kept follows from the network's identity, the nodes, the versions of all packages that could matter, and the kind of
+    processor. A network of the user's own code is converted each time: what its code imports is not part of its identity.
+
+    Args:
+        backbone: The network.
+        nodes: Of the activations.
+        streams: Batches at once.
+
+    Raises:
+        NotConvertedError: It cannot be traced or converted, or its activations differ by more than `TOLERANCE`.
+        UsageError: A node is unknown.
+    """
+    name = _name_of(backbone, nodes)
+    found = None if name is None else conversions.find(name)
+    if name is not None and found is not None:
+        try:
+            return OpenVinoNetwork(_core().read_model(found.model), nodes, found.facts["axes"], streams)
+        except (RuntimeError, NotConvertedError, KeyError):  # written as it should be, and of no use here
+            conversions.forget(name)
+    graph = backbone.graph(nodes)
+    if graph is None:
+        raise NotConvertedError("the network cannot be traced")
+    graph = frozen_copy(graph)
+    fold_batch_norm(graph)
+    whole = _Normalised(graph, backbone.preprocessing).eval()
+    model = _converted(whole, backbone.preprocessing.input_shape)
+    axes = {node: backbone.channel_axis(node) for node in nodes}
+    with conversions.draft() if name is not None else nullcontext() as folder:
+        if folder is not None:
+            model = _written(model, folder) or model
+        network = OpenVinoNetwork(model, nodes, axes, streams)
+        network.check(whole, backbone.preprocessing.input_shape)
+        if folder is not None and name is not None:
+            conversions.keep(folder, name, {"axes": axes})
+    return network
+
+
+def _name_of(backbone: Backbone, nodes: Sequence[str]) -> str | None:
+    """What a conversion is kept by; None for one that is not."""
+    identity = backbone.identity()
+    if "source_sha256" in identity:
+        return None
+    return conversions.name_of(
+        {
+            "identity": identity,
+            "nodes": list(nodes),
+            "versions": {**versions(), "openvino": version("openvino")},
+            "processor": [platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        }
+    )
+
+
 class OpenVinoNetwork:
-    """A traced network in OpenVINO: uint8 images in, activations of some nodes out, in one pass.
+    """A network in OpenVINO: uint8 images in, activations of some nodes out, in one pass. Made by `network_of`.
 
     Normalisation is part of it. Each of ``streams`` threads may run a batch of any size at the same time, each on one core.
     Activations are float32.
 
     Args:
-        graph: maps images (N, C, H, W) to ``{node: activations}``, float32, on the CPU, as `Backbone.graph` gives it.
-        preprocessing: how images are normalised.
-        nodes: of the activations, in the order of the graph's outputs.
+        model: OpenVINO's, for batches of any size.
+        nodes: of the activations, in the order of the model's outputs.
+        axes: of the channels of each node's activations, with the batch as axis 0.
         streams: batches at once.
 
     Raises:
-        NotConvertedError: the network cannot be converted, or its activations differ by more than `TOLERANCE`.
+        NotConvertedError: OpenVINO cannot compile it.
     """
 
-    def __init__(self, graph: fx.GraphModule, preprocessing: Preprocessing, nodes: Sequence[str], streams: int) -> None:
+    def __init__(self, model: Any, nodes: Sequence[str], axes: Mapping[str, int], streams: int) -> None:
         self.nodes = tuple(nodes)
-        whole = _Normalised(graph, preprocessing).eval()
-        self._model = _compiled(whole, preprocessing.input_shape, streams)
+        self.axes = {node: int(axes[node]) for node in self.nodes}
+        self._model = _compiled(model, streams)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(self._model.create_infer_request())
-        self._check(whole, preprocessing.input_shape)
 
     @contextmanager
     def activations(self, batch: torch.Tensor) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -61,7 +124,7 @@ class OpenVinoNetwork:
         finally:
             self._requests.put(request)
 
-    def _check(self, whole: nn.Module, shape: tuple[int, int, int]) -> None:
+    def check(self, whole: nn.Module, shape: tuple[int, int, int]) -> None:
         """Compares a few images with PyTorch, in batches of two sizes.
 
         Raises:
@@ -92,28 +155,58 @@ class _Normalised(nn.Module):
         return tuple(self.network(torch.addcmul(self.offset, images.to(torch.float32), self.factor)).values())
 
 
-def _compiled(whole: nn.Module, shape: tuple[int, int, int], streams: int) -> Any:
-    """The network compiled by OpenVINO for batches of any size."""
+def _converted(whole: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """The network as a model of OpenVINO, for batches of any size."""
     import openvino  # type: ignore[import-untyped]
 
     example = torch.zeros((2, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
+    with _refused(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's and OpenVINO's own code
+        exported = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+        model = openvino.convert_model(exported)
+        model.reshape(openvino.PartialShape([-1, *shape]))
+        return model
+
+
+def _written(model: Any, folder: Path) -> Any:
+    """The model as a next run will read it, so that both compute the same bits; None if it cannot be written."""
+    import openvino
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's and OpenVINO's own code
-            exported = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
-            model = openvino.convert_model(exported)
-            model.reshape(openvino.PartialShape([-1, *shape]))
-            return openvino.Core().compile_model(
-                model,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": "f32",
-                    "NUM_STREAMS": streams,
-                    "INFERENCE_NUM_THREADS": streams,
-                    "ENABLE_CPU_PINNING": False,  # decoding shares the cores
-                },
-            )
+        openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
+        return _core().read_model(folder / "network.xml")
+    except (RuntimeError, OSError):  # such as a full disk
+        return None
+
+
+def _core() -> Any:
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # a file that is mapped cannot be removed everywhere
+    return core
+
+
+def _compiled(model: Any, streams: int) -> Any:
+    with _refused():
+        return _core().compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": streams,
+                "ENABLE_CPU_PINNING": False,  # decoding shares the cores
+            },
+        )
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """A block in which any error means that the network cannot be converted."""
+    try:
+        yield
     except Exception as error:  # whatever PyTorch's exporter and OpenVINO raise at operations that they do not know
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NotConvertedError(f"OpenVINO cannot convert it ({reason[:200]})") from error

@@ -12,7 +12,7 @@ from torch import nn
 from featurepipe.backbones import Backbone, Preprocessing, load_backbone, openvino
 from featurepipe.backbones import engine as engine_module
 from featurepipe.backbones.engine import OPENVINO, PYTORCH, Engine
-from featurepipe.backbones.openvino import NotConvertedError, OpenVinoNetwork
+from featurepipe.backbones.openvino import NotConvertedError, network_of
 from featurepipe.errors import UsageError
 from featurepipe.features.options import MachineOptions
 from featurepipe.features.settings import ENOUGH_TO_CONVERT, Machine, settle_machine
@@ -125,10 +125,9 @@ def test_what_openvino_cannot_run_pytorch_runs_and_says_why(monkeypatch):
 
 def test_activations_that_differ_are_refused(monkeypatch):
     backbone = backbone_of(residual)
-    graph = backbone.graph(["stem", "block"])
     monkeypatch.setattr(openvino, "TOLERANCE", -1.0)
     with pytest.raises(NotConvertedError, match="activations at stem differ from PyTorch's by"):
-        OpenVinoNetwork(graph, backbone.preprocessing, ["stem", "block"], 1)
+        network_of(backbone, ["stem", "block"], 1)
 
 
 @pytest.mark.parametrize(
