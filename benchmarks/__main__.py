@@ -8,6 +8,7 @@ BENCHMARKS = (
     "bench_rerun",
     "bench_nightly",
     "bench_extract",
+    "bench_decode",
     "bench_heads",
     "bench_multilabel",
     "bench_targets",

@@ -53,7 +53,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         seed: Of the random control.
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: with a store as `featurepipe.extract` chooses, else ``fp32``.
         dtype: ``float16``, ``float32`` or ``auto``: what the store keeps; without a store ``float32``.
-        decode: ``cpu``, ``gpu`` or ``auto``.
+        decode: ``cpu``, ``gpu``, ``scaled``, ``scaled=N`` or ``auto``, as `featurepipe.extract` takes it.
         intensity: Which values are black and white in images of more than eight bits, as `featurepipe.extract` takes it.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: Images per forward, or ``auto``.

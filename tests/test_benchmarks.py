@@ -13,7 +13,7 @@ from tests.conftest import Finished
 ROOT = Path(__file__).parent.parent
 SMALL = ["--backbone", "resnet18", "--precision", "fp32"]
 ARGUMENTS = {
-    "bench_extract": SMALL,
+    "bench_extract": [*SMALL, "--limits", "lenet5", "--large", "0"],
     "bench_targets": ["--backbone", "lenet5", "--weights", "none", "--node", "bottleneck"],
     "bench_routes": [
         "--backbone",
@@ -30,6 +30,7 @@ ARGUMENTS = {
         "12",
     ],
     "bench_cluster": SMALL,
+    "bench_decode": ["--backbone", "lenet5", "--weights", "none"],
     "layer_depth": [*SMALL, "--weights", "none"],
 }
 WHOLE = "bench_rerun"
@@ -73,7 +74,8 @@ FORKED = f"""
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
-        ("bench_extract", {"results"}),
+        ("bench_extract", {"results", "limits"}),
+        ("bench_decode", {"results", "accuracy"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
         ("bench_targets", {"results"}),
         ("bench_routes", {"table", "tasks", "rank_correlations"}),

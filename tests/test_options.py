@@ -219,7 +219,7 @@ def test_a_job_file_has_every_option(step):
 def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
     chosen = {name: one.choices for name, one in declared(FUNCTIONS[step][1]).items() if one.choices}
     having = {
-        "extract": {"box_unit", "damaged", "frames", "precision", "dtype", "decode", "engine"},
+        "extract": {"box_unit", "damaged", "frames", "precision", "dtype", "engine"},
         "train": {"class_weight"},
         "depth": {"control"},
         "finetune": {"augment", "batch_norm", "mixed_precision"},

@@ -83,7 +83,8 @@ def extract(
         nodes: what to keep, each ``NODE`` or ``NODE:POOLING``; ``bottleneck`` is what feeds the classifier.
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: what the store holds, else the fastest that agrees with fp32.
         dtype: stored dtype, ``float16``, ``float32`` or ``auto``.
-        decode: where JPEGs are decoded, ``cpu``, ``gpu`` or ``auto``.
+        decode: where JPEGs are decoded, ``cpu``, ``gpu`` or ``auto``; or ``scaled``, ``scaled=N``: on the CPU, at a part of
+            their size that is N times (by default twice) what they are resized to, or more.
         intensity: which values are black and white in images of more than eight bits: ``declared`` (what the file declares,
             else the range of its numbers, but a reject if the values fill less than a sixteenth of it), ``full``,
             ``bits=N`` (0 to 2^N - 1), ``window=LO:HI``, ``minmax`` (of each image), ``high-byte`` (as version 1), or

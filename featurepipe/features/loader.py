@@ -31,6 +31,7 @@ from featurepipe.images.regions import (
     Region,
     Whole,
     crop,
+    image_of,
     is_of_one_image,
     key_of_frame,
     key_of_region,
@@ -68,7 +69,7 @@ class Loaded:
         Bytes of another number than listed are perhaps not all of them, and are not remembered as a reject.
         """
         self.reason, self.missing = reason, ()
-        payload = _image_of(payload)
+        payload = image_of(payload)
         payload = payload.file.content if isinstance(payload, Frame) else payload
         if isinstance(payload, bytes) and size not in (UNKNOWN, len(payload)):
             self.reason = f"{reason} (read {len(payload):,} bytes, listed with {size:,})"
@@ -185,7 +186,7 @@ PATIENCE = 2.0
 """Seconds that the end of loading waits for threads to finish the image they are at."""
 
 Decoded = torch.Tensor | Kept | Reject
-Decoder = Callable[[Sequence[Whole], Claim], Iterable[Decoded]]
+Decoder = Callable[[Sequence[Payload], Claim], Iterable[Decoded]]
 
 
 @dataclass
@@ -221,7 +222,8 @@ class Loader:
     Args:
         source: where the bytes are.
         missing: tells for a key which columns are to be computed, and None when the key is to be rejected again.
-        decoder: turns payloads into uint8 images (C, H, W), or the `Reject` that says why not, in their order.
+        decoder: turns payloads, of a region the whole of its image, into uint8 images (C, H, W), or the `Reject` that says
+            why not, in their order.
         prepare: resizes and crops one decoded image of a row of the listing, uint8 (C, H, W) to uint8 (C, h, w).
         clock: where the stages' time is added up.
         workers: threads; they spend their time in code that releases the interpreter's lock.
@@ -366,15 +368,15 @@ class Loader:
 
     def _decoded(self, payloads: Sequence[Payload], claim: Claim) -> Iterator[Decoded]:
         """The whole image of each payload, decoded once for the regions of it that follow each other."""
-        together = [list(group) for _, group in groupby(payloads, key=lambda payload: id(_image_of(payload)))]
-        results = iter(self._decoder([_image_of(group[0]) for group in together], claim))
+        together = [list(group) for _, group in groupby(payloads, key=lambda payload: id(image_of(payload)))]
+        results = iter(self._decoder([group[0] for group in together], claim))
         last_file: FramesFile | None = None
         for group in together:
             whole = next(results)
             for _ in group:
                 yield whole
             del whole  # not two decoded images at a time
-            if isinstance(image := _image_of(group[0]), Frame) and image.file is not last_file:
+            if isinstance(image := image_of(group[0]), Frame) and image.file is not last_file:
                 if last_file is not None:
                     last_file.parsed = None
                 last_file = image.file
@@ -418,17 +420,13 @@ class _ReadOnce:
             box.check()
         if file != self._file:
             self._file = None
-            self._image = _image_of(self._reader(file))
+            self._image = image_of(self._reader(file))
             self._key, self._file = key_of(self._image), file
             self._frames = FramesFile(self._image if isinstance(self._image, bytes) else b"")
         whole, key = self._image, self._key
         if number is not None:
             whole, key = Frame(self._frames, number), key_of_frame(key, number)
         return (whole, key) if box is None else (Region(whole, box), key_of_region(key, box))
-
-
-def _image_of(payload: Payload) -> Whole:
-    return payload.image if isinstance(payload, Region) else payload
 
 
 def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:

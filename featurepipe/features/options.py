@@ -58,6 +58,14 @@ def _intensity(given: Any) -> str | None:
     return is_text(given)
 
 
+def _decode(given: Any) -> str | None:
+    if isinstance(given, str) and given != AUTO:
+        from featurepipe.images.scaling import parse_route
+
+        parse_route(given)
+    return is_text(given)
+
+
 def _is_weights_file(given: str) -> bool:
     if "." not in given and "/" not in given:
         return False
@@ -114,8 +122,10 @@ class SettingOptions(OptionGroup):
         AUTO, "stored dtype (auto: as in the store, else float16)", choices=(AUTO, "float16", "float32")
     )
     decode: str = option(
-        AUTO, "where JPEGs are decoded (auto: as in the store, else cpu)", choices=(AUTO, "cpu", "gpu")
-    )
+        AUTO, "where JPEGs are decoded (auto: as in the store, else cpu); scaled: on the CPU at 1/2, 1/4 or 1/8 of their size, "
+        "as long as that is N (default: 2) times the size they are resized to",
+        metavar="auto|cpu|gpu|scaled[=N]", check=_decode,
+    )  # fmt: skip
     intensity: str = option(
         AUTO, "black and white of images of more than 8 bits (auto: as in the store, else as the files declare; "
         "DICOM: by their window, and other choices in the units of the file)",

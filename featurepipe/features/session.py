@@ -13,13 +13,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from featurepipe.backbones import Backbone, Column, load_backbone
+from featurepipe.backbones import Backbone, Column, Preprocessing, load_backbone
 from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision, openvino_is_installed
 from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
@@ -29,6 +29,8 @@ from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
 from featurepipe.images.decode import DECODING, try_decode
 from featurepipe.images.intensity import parse_intensity
+from featurepipe.images.regions import Region, image_of
+from featurepipe.images.scaling import ROUTES, Scaling
 from featurepipe.store import differences
 from featurepipe.store.space import canonical_json
 
@@ -389,7 +391,7 @@ class Decoding:
     """How bytes become pixels.
 
     Attributes:
-        route: ``cpu``, or ``gpu`` for JPEGs.
+        route: ``cpu``; or for JPEGs ``gpu`` or ``scaled=N``, see `featurepipe.images.scaling.parse_route`.
         intensity: which values are black and white in images of more than eight bits.
         keep_damaged: whether JPEGs are kept that libjpeg could only repair; else they are rejects.
     """
@@ -399,23 +401,29 @@ class Decoding:
     keep_damaged: bool = False
 
 
-def decoder_for(decoding: Decoding, colour: Literal["rgb", "grey"], device: str) -> Decoder:
+def decoder_for(decoding: Decoding, preprocessing: Preprocessing, device: str) -> Decoder:
     """The decoder of a decode route: ``cpu``, or ``gpu`` for JPEGs on the CUDA device and the CPU for all else.
 
     Raises:
-        UsageError: the intensity is unknown.
+        UsageError: the intensity or the route is unknown.
     """
-    scale, keep_damaged = parse_intensity(decoding.intensity), decoding.keep_damaged
+    scale, keep_damaged, colour = parse_intensity(decoding.intensity), decoding.keep_damaged, preprocessing.colour
     if decoding.route == "gpu":
         from featurepipe.images.decode_gpu import decode_batch
 
         return lambda payloads, claim: decode_batch(
-            payloads, colour=colour, device=device, intensity=scale, keep_damaged=keep_damaged, claim=claim
-        )
+            [*map(image_of, payloads)],
+            colour=colour, device=device, intensity=scale, keep_damaged=keep_damaged, claim=claim,
+        )  # fmt: skip
+    # A region is a part of its image, and needs more of its pixels than the image itself would.
+    scaling = None if decoding.route in ROUTES else Scaling.of(decoding.route, preprocessing.resize)
     return lambda payloads, claim: (
-        try_decode(payload, colour=colour, intensity=scale, keep_damaged=keep_damaged, claim=claim)
+        try_decode(
+            image_of(payload), colour=colour, intensity=scale, keep_damaged=keep_damaged, claim=claim,
+            scaling=None if isinstance(payload, Region) else scaling,
+        )
         for payload in payloads
-    )
+    )  # fmt: skip
 
 
 def loader_for(
@@ -431,7 +439,7 @@ def loader_for(
     return Loader(
         source,
         missing,
-        decoder_for(decoding, preprocessing.colour, machine.device),
+        decoder_for(decoding, preprocessing, machine.device),
         lambda pixels, _row: preprocessing.resize_crop(pixels),
         clock=clock,
         workers=machine.workers,

@@ -12,8 +12,9 @@ import torch
 from featurepipe.backbones.engine import OPENVINO, PYTORCH, openvino_is_installed
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.features.options import AUTO, MachineOptions, SettingOptions
-from featurepipe.images.decode import decoding_fields
+from featurepipe.images.decode import decoding_fields, is_scaled
 from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
+from featurepipe.images.scaling import parse_route
 from featurepipe.option_groups import declared
 
 MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
@@ -66,7 +67,8 @@ class Settings:
 
     def fields(self) -> dict[str, Any]:
         """The values as they go into the feature space, with all that decoding does."""
-        return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding_fields(self.intensity)}
+        decoding = decoding_fields(self.intensity, self.decode)
+        return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     """Settles precision, stored dtype, decode route and intensity.
 
     Every ``auto`` follows the store. But a reduced precision there was measured on the columns there, so that before it is
-    followed for a new column it is measured on that one too.
+    followed for a new column it is measured on that one too; and a space of scaled JPEGs is followed where scaling was asked for.
 
     Args:
         asked: what the user asked for, each a choice or ``auto``.
@@ -90,11 +92,15 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
         measure_precision: compares precisions; called only when needed.
 
     Raises:
-        UsageError: an intensity, asked for or that of the space to follow, is unknown.
+        UsageError: an intensity or decode route, asked for or that of a space there, is unknown.
     """
     explicit = {name: value for name, value in asked.items() if value != AUTO}
     if "intensity" in explicit:
         explicit["intensity"] = str(parse_intensity(explicit["intensity"]))
+    if "decode" in explicit:
+        explicit["decode"], _ = parse_route(explicit["decode"])
+    scaled = {route for space in held if is_scaled(route := space.fields["decode"])} - {explicit.get("decode")}
+    held = [space for space in held if space.fields["decode"] not in scaled]
     agreeing = [space for space in held if explicit.items() <= _values(space.fields).items()]
     followed = next(iter(agreeing or held), None)
     values, why = {name: value for name, (value, _) in _DEFAULTS.items()}, {n: why for n, (_, why) in _DEFAULTS.items()}
@@ -102,6 +108,10 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
         values, why = _values(followed.fields), dict.fromkeys(SETTINGS, AS_IN_STORE)
         if values["intensity"] == str(HIGH_BYTE):
             why["intensity"] = _AS_VERSION_1
+    if scaled:
+        why["decode"] = (
+            f"{why['decode']}; {', '.join(sorted(scaled))}, which the store has too, is only used where asked for"
+        )
     values.update(explicit)
     why.update(dict.fromkeys(explicit, "asked for"))
     values["intensity"] = str(parse_intensity(values["intensity"]))

@@ -33,6 +33,7 @@ from featurepipe.images.heif import heif_plugin
 from featurepipe.images.intensity import DECLARED, HIGH_BYTE, Intensity, Samples, eight_bits, samples_of_array
 from featurepipe.images.regions import Frame, FramesFile, Payload, Region, crop
 from featurepipe.images.samples import is_deep, load_samples, tiff_in_words
+from featurepipe.images.scaling import Scaling
 
 Colour = Literal["rgb", "grey"]
 
@@ -62,14 +63,28 @@ DECODING: Final[dict[str, str | int]] = {
     "jpeg": "libjpeg-islow",
 }
 """What decoding does that changes pixels: part of the feature space."""
+_SCALED: Final = {
+    "jpeg": "libjpeg-islow-scaled"
+}  # so that releases that decode in full never take such a space for theirs
 _VERSION_1: Final = {"sixteen_bit": str(HIGH_BYTE)}  # instead of `intensity`, and without `icc`
 
 
-def decoding_fields(intensity: str) -> dict[str, str | int]:
-    """What decoding does under an intensity: ``DECODING`` with it, or what spaces of version 1 say for ``high-byte``."""
+def is_scaled(route: str) -> bool:
+    """Whether a decode route decodes JPEGs at less than their size; see `featurepipe.images.scaling.parse_route`."""
+    return route.startswith("scaled")
+
+
+def decoding_fields(intensity: str, route: str = "cpu") -> dict[str, str | int]:
+    """What decoding does under an intensity: ``DECODING`` with it, or what spaces of version 1 say for ``high-byte``.
+
+    Args:
+        intensity: of images of more than eight bits.
+        route: where and how JPEGs are decoded; see `featurepipe.images.scaling.parse_route`.
+    """
+    fields = {**DECODING, **(_SCALED if is_scaled(route) else {})}
     if intensity != str(HIGH_BYTE):
-        return {**DECODING, "intensity": intensity}
-    return {**{name: value for name, value in DECODING.items() if name not in {"intensity", "icc"}}, **_VERSION_1}
+        return {**fields, "intensity": intensity}
+    return {**{name: value for name, value in fields.items() if name not in {"intensity", "icc"}}, **_VERSION_1}
 
 
 class _FirstOfWebP(WebPImagePlugin.WebPImageFile):
@@ -138,6 +153,7 @@ def try_decode(
     intensity: Intensity = DECLARED,
     keep_damaged: bool = False,
     claim: Claim | None = None,
+    scaling: Scaling | None = None,
 ) -> torch.Tensor | Kept | Reject:
     """Decodes one image, with every exception as a reject: the border at which one image's trouble stays its own.
 
@@ -147,13 +163,15 @@ def try_decode(
         intensity: as for `decode`.
         keep_damaged: whether a JPEG that lost pixels is `Kept`.
         claim: as for `decode`.
+        scaling: as for `decode`.
     """
     told, remarks = list[str](), list[str]()
     on_damage = told.append if keep_damaged else None
     try:
         pixels = decode(
-            payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=remarks.append, claim=claim
-        )
+            payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=remarks.append, claim=claim,
+            scaling=scaling,
+        )  # fmt: skip
     except Exception as error:  # noqa: BLE001  # a stranger's file may make a library raise anything
         return as_reject(error)
     return Kept(pixels, told[0] if told else "", tuple(remarks)) if told or remarks else pixels
@@ -191,6 +209,7 @@ def decode(
     on_damage: Callable[[str], None] | None = None,
     on_remark: Remark | None = None,
     claim: Claim | None = None,
+    scaling: Scaling | None = None,
 ) -> torch.Tensor:
     """Decodes one image; safe to call from several threads, and the heavy part runs without the interpreter's lock.
 
@@ -208,6 +227,7 @@ def decode(
         on_remark: Told what was left out of the file or guessed, such as frames after the first.
         claim: Called with the bytes of memory that decoding will take, before it does; by default waits for its part of
             the process's memory for decoding, and gives it back at the end.
+        scaling: How small a JPEG may be decoded; by default, and in any other format, in CMYK, and for a region, it is not.
 
     Returns:
         A uint8 tensor of shape (3,H,W) or (1,H,W), owned by the caller.
@@ -219,8 +239,9 @@ def decode(
     if claim is None:
         with MEMORY.lease() as lease:
             return decode(
-                payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=on_remark, claim=lease
-            )
+                payload, colour=colour, intensity=intensity, on_damage=on_damage, on_remark=on_remark, claim=lease,
+                scaling=scaling,
+            )  # fmt: skip
     if isinstance(payload, Region):
         payload.box.check()
         whole = decode(
@@ -238,8 +259,10 @@ def decode(
     check_bytes(len(payload))
     if is_jpeg(payload):
         header = checked_jpeg(payload)
-        claim(jpeg_bytes(header))
-        pixels = _decode_jpeg(payload, header, colour, on_damage)
+        pixels = None if scaling is None else _decode_scaled(payload, header, colour, claim, scaling)
+        if pixels is None:
+            claim(jpeg_bytes(header))
+            pixels = _decode_jpeg(payload, header, colour, on_damage)
         if pixels is not None:
             return pixels
     with QUIET:
@@ -263,10 +286,19 @@ def checked_jpeg(payload: bytes) -> JpegHeader:
     return header
 
 
-def jpeg_bytes(header: JpegHeader) -> int:
-    """The memory that decoding a JPEG takes: its pixels, and its coefficients where scans refine them."""
-    each = 3 * header.components if header.progressive else max(3, header.components)
-    return header.width * header.height * (each + PILLOW_BYTES * (header.components not in (1, 3)))
+def jpeg_bytes(header: JpegHeader, divisor: int = 1) -> int:
+    """The memory that decoding a JPEG takes: its pixels, and its coefficients where scans refine them.
+
+    Args:
+        header: Of the JPEG.
+        divisor: Of the sizes of which it is decoded.
+    """
+    each = max(3, header.components) + PILLOW_BYTES * (header.components not in (1, 3))
+    coefficients = (3 * header.components - max(3, header.components)) * header.progressive
+    return (
+        header.width * header.height * coefficients
+        + _part(header.width, divisor) * _part(header.height, divisor) * each
+    )
 
 
 def _decode_jpeg(
@@ -290,10 +322,38 @@ def _decode_jpeg(
     return None if space == "CMYK" else _upright(torch.from_numpy(pixels).permute(2, 0, 1), header.orientation)
 
 
-def _by_libjpeg(payload: bytes, space: str, pixels: np.ndarray[Any, Any], *, strict: bool = True) -> str:
-    """Fills ``pixels`` (H, W, C); gives libjpeg's first warning (``strict``) or its error, without TurboJPEG's name for it."""
+def _decode_scaled(
+    payload: bytes, header: JpegHeader, colour: Colour, claim: Claim, scaling: Scaling
+) -> torch.Tensor | None:
+    """The pixels of an upright image of fewer; None for what is decoded in full.
+
+    That is, too, what libjpeg has a warning of, so that damage is judged, and told, as it is without scaling.
+    """
+    lying = header.orientation >= 5
+    sides = (header.width, header.height) if lying else (header.height, header.width)
+    divisor = scaling.divisor(*sides)
+    if divisor == 1 or header.components not in (1, 3):
+        return None
+    claim(jpeg_bytes(header, divisor))
+    shape = (_part(header.height, divisor), _part(header.width, divisor), 1 if colour == "grey" else 3)
+    pixels = np.empty(shape, np.uint8)
+    if _by_libjpeg(payload, "GRAY" if colour == "grey" else "RGB", pixels, min_height=shape[0], min_width=shape[1]):
+        return None
+    return _upright(torch.from_numpy(pixels).permute(2, 0, 1), header.orientation)
+
+
+def _part(side: int, divisor: int) -> int:
+    """Pixels of a side that is decoded at a part of its length, rounded up as libjpeg does."""
+    return -(-side // divisor)
+
+
+def _by_libjpeg(payload: bytes, space: str, pixels: np.ndarray[Any, Any], *, strict: bool = True, **size: int) -> str:
+    """Fills ``pixels`` (H, W, C); gives libjpeg's first warning (``strict``) or its error, without TurboJPEG's name for it.
+
+    ``size`` is that of ``pixels``, where the JPEG has more.
+    """
     try:
-        simplejpeg.decode_jpeg(payload, space, buffer=pixels, strict=strict)
+        simplejpeg.decode_jpeg(payload, space, buffer=pixels, strict=strict, **size)
     except ValueError as error:
         text = first_line(error)
         return (text.partition(": ")[2] if text.startswith(_PREFIX) else text) or type(error).__name__

@@ -232,6 +232,11 @@ Payload = Whole | Region
 """What a source reads: an image, or one with a box."""
 
 
+def image_of(payload: Payload) -> Whole:
+    """The image, or the whole image of a region."""
+    return payload.image if isinstance(payload, Region) else payload
+
+
 def frame_locator(file: bytes, number: int) -> bytes:
     """The locator of a frame, from that of its file."""
     return file + FRAME_MARK + str(number).encode()

@@ -162,7 +162,7 @@ class ImageExamples:
             return self.preprocessing.resize_crop(pixels) if draw is None else self.augmentation(pixels, row, draw)
 
         loader = Loader(
-            self.source, lambda _: ("image",), decoder_for(self.decoding, self.preprocessing.colour, "cpu"), prepare,
+            self.source, lambda _: ("image",), decoder_for(self.decoding, self.preprocessing, "cpu"), prepare,
             clock=StageSeconds(), workers=self.workers, window=4 * max(map(len, parts)),
         )  # fmt: skip
         with closing(loader.load(self.listing, np.concatenate(parts))) as loaded:

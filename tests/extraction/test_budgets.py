@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from featurepipe.backbones import Preprocessing
 from featurepipe.errors import Reject, UsageError
 from featurepipe.features import loader as stream
 from featurepipe.features.loader import Loader, StageSeconds
@@ -31,6 +32,9 @@ def encoded(pixels, form="PNG", **options):
     return buffer.getvalue()
 
 
+PREPROCESSING = Preprocessing(resize=16, crop=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
 def noise(seed, side=16):
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
 
@@ -38,7 +42,7 @@ def noise(seed, side=16):
 def loaded(payloads, decoder=None, prepare=lambda pixels, _row: pixels, stop=bool, workers=2):
     """Loads some encoded images; gives the images by their number."""
     source = open_source({f"{i:03d}": payload for i, payload in enumerate(payloads)})
-    decoder = decoder or decoder_for(Decoding("cpu", "declared"), "rgb", "cpu")
+    decoder = decoder or decoder_for(Decoding("cpu", "declared"), PREPROCESSING, "cpu")
     loader = Loader(source, lambda _: ("all",), decoder, prepare, clock=StageSeconds(), workers=workers, window=8)
     listing = source.scan().combine_chunks()
     return [image for images in loader.load(listing, np.arange(len(payloads)), stop) for image in images]
@@ -50,7 +54,7 @@ def test_a_file_beyond_its_budget_is_not_read(monkeypatch, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(noise(0)))
     source = open_source(tmp_path)
     loader = Loader(
-        source, lambda _: ("all",), decoder_for(Decoding("cpu", "declared"), "rgb", "cpu"), lambda pixels, _row: pixels,
+        source, lambda _: ("all",), decoder_for(Decoding("cpu", "declared"), PREPROCESSING, "cpu"), lambda pixels, _row: pixels,
         clock=StageSeconds(), workers=1, window=8,
     )  # fmt: skip
     listing = source.scan().combine_chunks()

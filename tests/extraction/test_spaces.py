@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine, PrecisionChoice
@@ -276,6 +277,49 @@ def test_resolve_prefers_explicit_then_held_then_measured():
     assert found.fields()["decoding"] == DECODING
     assert found.why["precision"] == "measured"
     assert tried == [(None, "declared")]
+
+
+def test_scaled_decoding_is_followed_only_where_it_is_asked_for():
+    full = {"precision": "fp32", "dtype": "float32", "decode": "cpu", "decoding": decoding_fields("declared")}
+    scaled = {**full, "dtype": "float16", "decode": "scaled=2", "decoding": decoding_fields("declared", "scaled=2")}
+    assert {name for name in DECODING if scaled["decoding"][name] != DECODING[name]} == {"jpeg"}
+    auto_all = dict.fromkeys(auto.SETTINGS, "auto")
+    held = [auto.Held(fields, complete=True) for fields in (scaled, full)]
+
+    def resolved(held, **asked):
+        return auto.resolve({**auto_all, **asked}, held, lambda *_: ("bf16", "measured"))
+
+    found = resolved(held)
+    assert found.fields() == full
+    assert found.why["decode"] == "as in the store; scaled=2, which the store has too, is only used where asked for"
+    alone = resolved(held[:1])
+    assert (alone.decode, alone.precision) == ("cpu", "bf16")
+    assert alone.why["decode"].endswith("; scaled=2, which the store has too, is only used where asked for")
+    for text in ("scaled", "scaled=2.00"):
+        assert resolved(held, decode=text).fields() == scaled
+        assert resolved(held, decode=text).why["decode"] == "asked for"
+    other = resolved(held, decode="scaled=3")
+    assert (other.decode, other.dtype) == ("scaled=3", "float32")  # all else as in the space that was decoded in full
+
+
+def test_features_of_scaled_jpegs_are_a_space_of_their_own(run, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((400, 300))
+    (tmp_path / "jpeg").mkdir()
+    (tmp_path / "png").mkdir()
+    photo.save(tmp_path / "jpeg" / "a.jpg")
+    small = Image.open(tmp_path / "jpeg" / "a.jpg")
+    small.draft("L", (100, 75))  # lenet5 resizes to 32x32
+    small.save(tmp_path / "png" / "a.png")
+    record = run(tmp_path / "jpeg", decode="scaled", dtype="float32", dataset="jpeg")
+    assert record["settings"]["decode"] == {"value": "scaled=2", "why": "asked for"}
+    (space,) = run.store.spaces()
+    assert (space.fields["decode"], space.fields["decoding"]["jpeg"]) == ("scaled=2", "libjpeg-islow-scaled")
+    run(tmp_path / "png", dtype="float32", dataset="png")
+    run(tmp_path / "jpeg", dtype="float32", decode="cpu", dataset="jpeg")
+    assert sorted(found.fields["decode"] for found in run.store.spaces()) == ["cpu", "scaled=2"]
+    of_png = run.store.features("png").numpy()[0]
+    of_scaled = run.store.features("jpeg", backbone=space.fingerprint).numpy()[0]
+    np.testing.assert_array_equal(of_png, of_scaled)
 
 
 def test_reduced_precision_of_the_store_is_measured_before_a_new_column_joins_it():

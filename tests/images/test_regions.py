@@ -19,7 +19,7 @@ from featurepipe.features.options import SourceOptions
 from featurepipe.images import key_of, open_source
 from featurepipe.images.decode import decode, try_decode
 from featurepipe.images.listing import ListingSummary
-from featurepipe.images.regions import Box, Boxes, Region, region_locator, split_region, stamp
+from featurepipe.images.regions import Box, Boxes, Region, image_of, region_locator, split_region, stamp
 from featurepipe.store import FeatureStore
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -130,7 +130,7 @@ def test_regions_of_one_image_are_read_and_decoded_once(tmp_path):
     def decoder(payloads, claim):
         for payload in payloads:
             decoded.append(payload)
-            yield try_decode(payload, colour="rgb", claim=claim)
+            yield try_decode(image_of(payload), colour="rgb", claim=claim)
 
     loader = Loader(
         Counting(), lambda _: ("all",), decoder, lambda image, _row: image, clock=StageSeconds(), workers=2, window=16
