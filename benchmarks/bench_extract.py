@@ -10,11 +10,18 @@
 
 Each round runs the script over its share of the images, then ours over all of them between two measurements of the ceiling
 (after it alone in the first round).
+
+Then ``limits``: how much ours reaches of what the cores allow, cores / (processor time of decoding and resizing an image +
+processor time of its forward), both measured alone in the same round; for several networks on the photos, and on photos of 12
+megapixels.
+``share_of_limit`` is of images per second, and means something on a quiet machine only; ``share_of_own_time`` is the part of
+ours' own processor time that this decoding and forward would take, which others on the machine disturb little.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -29,9 +36,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import featurepipe as fp
 from benchmarks import record
+from benchmarks.bench_decode import FULL, enlarged, ways
 from benchmarks.photos import make_photos
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine, worst_cosine
+
+LIMITS = ("resnet50", "efficientnet_lite0", "vgg16")
+LARGE_MEGAPIXELS, LARGE_NETWORK = 12, "efficientnet_lite0"
 
 
 class Photos(Dataset[torch.Tensor]):
@@ -85,7 +96,77 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(args.images) if args.images else make_photos(Path(folder), 24 if args.tiny else 2000)
         results = [measure(images, args, precision) for precision in args.precision]
-    return {"backbone": args.backbone, "weights": args.weights, "results": results}
+        limits = [of_limit(images, name, args) for name in args.limits]
+        if args.large:
+            large = Path(folder) / "large"
+            large.mkdir()
+            chosen = sorted(images.glob("*.jpg"))[: args.large]
+            for path, payload in zip(chosen, enlarged(chosen, LARGE_MEGAPIXELS, progressive=False), strict=True):
+                (large / path.name).write_bytes(payload)
+            limits.append({"megapixels": LARGE_MEGAPIXELS, **of_limit(large, LARGE_NETWORK, args)})
+    return {"backbone": args.backbone, "weights": args.weights, "results": results, "limits": limits}
+
+
+def of_limit(images: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The share that ours reaches of what the cores allow for one network: medians over rounds."""
+    paths = sorted(images.glob("*.jpg"))
+    backbone = load_backbone(name, args.weights)
+    decode = ways(backbone, ())[FULL]
+    batch = torch.randint(0, 256, (16, *backbone.preprocessing.input_shape), dtype=torch.uint8)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rounds: list[dict[str, float]] = []
+    for _ in range(1 if args.tiny else args.rounds):
+        before = time.process_time()
+        _, whole, run_record = ours(images, name, args.weights, "auto")
+        own = (time.process_time() - before) / len(paths)
+        chosen, runs_on = run_record["settings"]["precision"]["value"], run_record["machine"]["engine"]
+        engine = Engine(backbone, backbone.columns(["bottleneck"]), precision=chosen, engine=runs_on["engine"])
+        forward = forward_seconds(engine, batch, 2 if args.tiny else 20)
+        decoding = decode_seconds(decode, paths[:: max(1, len(paths) // 50)])
+        limit = cores / (decoding + forward)
+        rate = len(paths) / whole
+        rounds.append({"decode": decoding, "forward": forward, "own": own, "limit": limit, "ours": rate})
+        record.note(
+            f"{name}, {len(paths)} images by {runs_on['engine']} {chosen}: limit {limit:.1f}, ours {rate:.1f} img/s, "
+            f"{rate / limit:.2f} of it; {(decoding + forward) / own:.2f} of its own processor time"
+        )
+    return {
+        "backbone": name,
+        "images": len(paths),
+        "cores": cores,
+        "engine": runs_on,
+        "precision": chosen,
+        "decode_ms": record.median([1000 * r["decode"] for r in rounds], 2),
+        "forward_ms": record.median([1000 * r["forward"] for r in rounds], 2),
+        "own_ms": record.median([1000 * r["own"] for r in rounds], 2),
+        "limit_img_s": record.median([r["limit"] for r in rounds], 1),
+        "ours_img_s": record.median([r["ours"] for r in rounds], 1),
+        "share_of_limit": record.median([r["ours"] / r["limit"] for r in rounds]),
+        "share_of_own_time": record.median([(r["decode"] + r["forward"]) / r["own"] for r in rounds]),
+        "rounds": rounds,
+    }
+
+
+def forward_seconds(engine: Engine, batch: torch.Tensor, batches: int) -> float:
+    """Processor time of an image's forward alone."""
+    engine(batch)
+    start = time.process_time()
+    for pending in [engine.submit(batch) for _ in range(batches)]:
+        pending.result()
+    return (time.process_time() - start) / (len(batch) * batches)
+
+
+def decode_seconds(decode: Any, paths: list[Path]) -> float:
+    """Processor time of decoding and resizing an image alone, in one thread, from memory."""
+    payloads = [path.read_bytes() for path in paths]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.process_time()
+    for payload in payloads:
+        decode(payload)
+    seconds = time.process_time() - start
+    torch.set_num_threads(threads)
+    return seconds / len(payloads)
 
 
 def measure(images: Path, args: argparse.Namespace, precision: str) -> dict[str, Any]:
@@ -157,6 +238,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help="at most so many images per round for the script (default: all of its share)",
+    )
+    parser.add_argument(
+        "--limits", nargs="*", default=LIMITS, metavar="NETWORK", help="networks whose share of the limit is measured"
+    )
+    parser.add_argument(
+        "--large",
+        type=int,
+        default=200,
+        metavar="N",
+        help=f"so many photos of 12 megapixels, with {LARGE_NETWORK} (0: none)",
     )
 
 
