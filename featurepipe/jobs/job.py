@@ -32,6 +32,7 @@ from featurepipe.reporting.options import LastOption
 from featurepipe.store.documents import is_run_id
 from featurepipe.store.options import HandingOnOptions
 from featurepipe.training.options import FitOptions
+from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.tuning.options import LoopOptions
 
 PLACEHOLDERS = ("date", "run", "job")
@@ -289,6 +290,21 @@ class DepthTable(BaseTable, ComparisonOptions, frozen=True):
     """An HTML file to write."""
 
 
+class RoutesTable(BaseTable, RoutesOptions, frozen=True):
+    """``[routes]``: use the network as it is, freeze it or tune it, from what the store has; see `featurepipe routes`."""
+
+    when: Literal["images changed", "always"] = "images changed"
+    """Every night, or only when the images or their labels are not those that were compared last."""
+    backbone: str | None = None
+    """The network, where there are several `[[features]]`."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+    mapping: JobPath | None = None
+    """Which label each of the network's own classes means, a CSV with the columns class and label; by default by name."""
+    report: JobPath | None = None
+    """An HTML file to write."""
+
+
 class CompactTable(BaseTable, frozen=True):
     """``[compact]``: merge small parts; it has no keys."""
 
@@ -347,6 +363,8 @@ class Job(BaseTable, frozen=True):
     """Whether this run's images are like those of before."""
     depth: DepthTable | None = None
     """Which layer transfers best."""
+    routes: RoutesTable | None = None
+    """Use the network as it is, freeze it or tune it."""
     compact: CompactTable | None = None
     """Merge small parts."""
     keep: KeepTable | None = None

@@ -35,6 +35,7 @@ from featurepipe.jobs.job import (
     KeepTable,
     PredictTable,
     ReportTable,
+    RoutesTable,
     TrainTable,
 )
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
@@ -124,7 +125,7 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
         case DriftTable():
             reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
             return None, f"compares this run's new images with {reference}"
-        case DepthTable():
+        case DepthTable() | RoutesTable():
             return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
         case _:
             return True, _upkeep(table)
@@ -140,7 +141,7 @@ def _upkeep(table: BaseTable) -> str:
 
 def _roles_asked(job: Job) -> set[str]:
     """The names of columns that heads and comparisons take, such as that of the groups."""
-    tables = [*job.train, *job.finetune, *([] if job.depth is None else [job.depth])]
+    tables = [*job.train, *job.finetune, *(table for table in (job.depth, job.routes) if table is not None)]
     found = {GROUP}
     for table in tables:
         for name in declared(RoleOptions):
@@ -338,10 +339,11 @@ def _check_cut(job: Job, table: FinetuneTable) -> None:
     Raises:
         UsageError: It cannot.
     """
-    columns = {f"{table.from_node}:{pooling}" for pooling in ("map", "flatten")}
-    for features in job.features:
-        if table.from_node is not None and not columns.isdisjoint(features.nodes):
-            Tail(load_backbone(features.backbone, features.weights, seed=features.seed), table.from_node)
+    for cut in table.cuts:
+        columns = {f"{cut}:{pooling}" for pooling in ("map", "flatten")}
+        for features in job.features:
+            if not columns.isdisjoint(features.nodes):
+                Tail(load_backbone(features.backbone, features.weights, seed=features.seed), cut)
 
 
 def in_its_table(error: UsageError | WeightsNotFound, job: Job, place: int) -> UsageError | WeightsNotFound:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
 
-OF_THIS_RUN = frozenset({"train", "finetune", "predict", "export", "drift", "depth"})
+OF_THIS_RUN = frozenset({"train", "finetune", "predict", "export", "drift", "depth", "routes"})
 """Steps that make no sense unless all features of this run's images are there."""
 OF_ONE_DATASET = OF_THIS_RUN | {"keep"}
 """Steps that make no sense, and may do harm, unless the dataset's name is known."""
@@ -57,7 +57,7 @@ def steps_of(job: Job) -> Iterator[Step]:
         yield Step("predict", predict.bundle.name, predict)
     for export in job.export:
         yield Step("export", export.node, export)
-    for name in ("drift", "depth", "compact", "keep", "report", "metrics"):
+    for name in ("drift", "depth", "routes", "compact", "keep", "report", "metrics"):
         table = getattr(job, name)
         if table is not None:
             yield Step(name, "", table)

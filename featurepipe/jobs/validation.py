@@ -20,11 +20,20 @@ from pydantic_core import ErrorDetails
 
 from featurepipe.errors import Message, Option, Spelling, UsageError, on_command_line, unknown
 from featurepipe.heads.bundle.files import MANIFEST, existing_folder
-from featurepipe.jobs.job import LONGEST_NAME, BaseTable, FeaturesTable, Job, is_name
+from featurepipe.jobs.job import (
+    LONGEST_NAME,
+    BaseTable,
+    DepthTable,
+    FeaturesTable,
+    Job,
+    RoutesTable,
+    is_name,
+)
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.option_groups import OptionGroup, declared
 from featurepipe.training.options import TrainOptions
-from featurepipe.tuning.options import IMAGES, LoopOptions
+from featurepipe.transfer_routes.options import RoutesOptions
+from featurepipe.tuning.options import LoopOptions
 
 _MUST_BE = {
     "string_type": "must be text",
@@ -189,7 +198,7 @@ def _same_target_twice(job: Job) -> Iterator[Problem]:
         *job.bundles.items(),
         *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(job.predict)),
         *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(job.export)),
-        *((("depth.report", job.depth.report),) if job.depth and job.depth.report else ()),
+        *((f"{name}.report", table.report) for name, table in _comparisons(job) if table.report),
         *((("report.to", job.report.to),) if job.report else ()),
         *((("metrics.prometheus", job.metrics.prometheus),) if job.metrics else ()),
     ]
@@ -214,8 +223,9 @@ def _bundle_places(job: Job) -> Iterator[Problem]:
 def _suffixes(job: Job) -> Iterator[Problem]:
     if job.report and job.report.to.suffix.lower() not in (".html", ".htm"):
         yield "report.to", job.report.to, "the page is an .html file"
-    if job.depth and job.depth.report and job.depth.report.suffix.lower() not in (".html", ".htm"):
-        yield "depth.report", job.depth.report, "the page is an .html file"
+    for name, table in _comparisons(job):
+        if table.report and table.report.suffix.lower() not in (".html", ".htm"):
+            yield f"{name}.report", table.report, "the page is an .html file"
     if job.metrics and job.metrics.prometheus.suffix != ".prom":
         yield "metrics.prometheus", job.metrics.prometheus, "Prometheus' node exporter reads files named *.prom only"
 
@@ -282,14 +292,16 @@ def _tuned_columns(job: Job) -> Iterator[Problem]:
                 'is missing: a node whose activations [[features]] has, as "NODE:map", or "images"',
             )
             continue
-        if table.from_node == IMAGES:
+        if table.is_from_images:
             yield from _columns_of_one_network(
                 job, f"finetune[{place}]", ["bottleneck"], table.backbone, key="from_node"
             )
             continue
-        columns = [f"{table.from_node}:{pooling}" for pooling in ("map", "flatten")]
-        held = [column for column in columns if _with_columns(job, [column])] or columns[:1]
-        yield from _columns_of_one_network(job, f"finetune[{place}]", held[:1], table.backbone, key="from_node")
+        columns = []
+        for cut in table.cuts:
+            either = [f"{cut}:{pooling}" for pooling in ("map", "flatten")]
+            columns += ([column for column in either if _with_columns(job, [column])] or either)[:1]
+        yield from _columns_of_one_network(job, f"finetune[{place}]", columns, table.backbone, key="from_node")
 
 
 def _settings_together(job: Job) -> Iterator[Problem]:
@@ -299,6 +311,7 @@ def _settings_together(job: Job) -> Iterator[Problem]:
     ]
     tables += [(f"finetune[{place}]", table, LoopOptions) for place, table in enumerate(job.finetune)]
     tables += [("depth", job.depth, ComparisonOptions)] if job.depth else []
+    tables += [("routes", job.routes, RoutesOptions)] if job.routes else []
     for key, table, group in tables:
         try:
             group(**{name: getattr(table, name) for name in declared(group) if hasattr(table, name)})
@@ -310,11 +323,26 @@ def _key_alone(option: Option) -> str:
     return option.name if option.value is None else f"{option.name} = {json.dumps(option.value, default=str)}"
 
 
-def _depth_network(job: Job) -> Iterator[Problem]:
-    if job.depth and job.depth.backbone is not None:
-        yield from _known_network(job, "depth", job.depth.backbone)
-    elif job.depth and len(job.features) > 1:
-        yield "depth.backbone", None, f"is missing: which network? choices: {_networks(job.features)}"
+def _comparisons(job: Job) -> Iterator[tuple[str, DepthTable | RoutesTable]]:
+    """The tables that compare what the store has of one network, by name."""
+    if job.depth:
+        yield "depth", job.depth
+    if job.routes:
+        yield "routes", job.routes
+
+
+def _compared_network(job: Job) -> Iterator[Problem]:
+    for name, table in _comparisons(job):
+        if table.backbone is not None:
+            yield from _known_network(job, name, table.backbone)
+        elif len(job.features) > 1:
+            yield f"{name}.backbone", None, f"is missing: which network? choices: {_networks(job.features)}"
+
+
+def _routes_columns(job: Job) -> Iterator[Problem]:
+    """Every route reads the bottleneck."""
+    if job.routes:
+        yield from _columns_of_one_network(job, "routes", ["bottleneck"], job.routes.backbone, key="backbone")
 
 
 def _depth_columns(job: Job) -> Iterator[Problem]:
@@ -397,17 +425,18 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_decoding, frozenset({"features", "machine"})),
     (_train_columns, frozenset({"features", "train"})),
     (_tuned_columns, frozenset({"features", "finetune"})),
-    (_settings_together, frozenset({"train", "finetune", "depth"})),
+    (_settings_together, frozenset({"train", "finetune", "depth", "routes"})),
     (_drift_columns, frozenset({"features", "drift"})),
-    (_depth_network, frozenset({"features", "depth"})),
+    (_compared_network, frozenset({"features", "depth", "routes"})),
+    (_routes_columns, frozenset({"features", "routes"})),
     (_depth_columns, frozenset({"features", "depth"})),
     (_bundles, frozenset({"train", "finetune", "predict", "drift"})),
     (_thresholds, frozenset({"drift"})),
     (_predictions, frozenset({"predict"})),
     (_exports, frozenset({"export"})),
-    (_suffixes, frozenset({"report", "depth", "metrics"})),
+    (_suffixes, frozenset({"report", "depth", "routes", "metrics"})),
     (_bundle_places, frozenset({"store", "source", "train", "finetune"})),
-    (_same_target_twice, frozenset({"train", "finetune", "predict", "export", "depth", "report", "metrics"})),
+    (_same_target_twice, frozenset({"train", "finetune", "predict", "export", "depth", "routes", "report", "metrics"})),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
 

@@ -69,7 +69,7 @@ def route_sections(document: Document, paint: Paint) -> list[Section]:
         ("curves", title, (_curves(document, paint),)),
         ("routes", "All routes", _tables(document)),
         ("lecture", "Data size and similarity", (_picture(document, paint), _layers(document, paint))),
-        ("untried", "Not tried", (_untried(document),)),
+        ("untried", "Without a result", (_untried(document),)),
     ]
     sections = [Section(anchor, name, [block for block in blocks if block]) for anchor, name, blocks in parts]
     return [section for section in sections if section.blocks]
@@ -166,7 +166,7 @@ def _elsewhere(there: Document | None, measure: Any) -> str:
 
 def _untried_short(document: Document) -> str:
     names = list(dict.fromkeys(str(one["route"]) for one in document.get("not_tried") or []))
-    return f"Not tried, or not at all sizes: {', '.join(names)}; why is said below." if names else ""
+    return f"Without a result, or not at all sizes: {', '.join(names)}; why is said below." if names else ""
 
 
 def _names(document: Document) -> list[str]:
@@ -476,4 +476,4 @@ def _untried(document: Document) -> Table | None:
         for one in document.get("not_tried") or []
     )
     header = ("Route", "Size", "Draws", "Time, estimated", "Why")
-    return Table("What was not measured, and why", header, rows) if rows else None
+    return Table("What has no result, and why", header, rows) if rows else None

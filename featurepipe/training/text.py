@@ -172,16 +172,21 @@ def tested_lines(found: Mapping[str, Any]) -> list[str]:
 
 def dry_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe finetune --dry-run`` prints."""
-    tuning = found["tuning"]
+    each = found["tuning"].get("cuts", [found["tuning"]])
     if "extraction" in found:
-        each = spoken(tuning["seconds_per_1000_images"])
-        lines = [found["extraction"]["text"], f"{_tuned(tuning)}; an epoch takes about {each} for each 1,000 images"]
+        lines = [
+            found["extraction"]["text"],
+            *(
+                f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_1000_images'])} for each 1,000 images"
+                for tuning in each
+            ),
+        ]
     else:
         counts = found["counts"]
         lines = [
             f"{found['dataset']}: {counts['train']:,} images to learn from, {counts['validation']:,} to choose by, "
             f"{counts['test']:,} to test; {found['split']}",
-            f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_epoch'])}",
+            *(f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_epoch'])}" for tuning in each),
         ]
     return "\n".join([*lines, "dry run: nothing was written"])
 
@@ -192,11 +197,14 @@ def finetune_text(found: Mapping[str, Any]) -> str:
     run = tuning["runs"][tuning["kept_run"]]
     mixes = {float(share): score for share, score in tuning["mixes"].items()}
     several = f" (the best of {len(tuning['runs'])} runs)" if len(tuning["runs"]) > 1 else ""
+    diverged = counted(tuning["diverged"], "run") if "diverged" in tuning else ""
     lines = [
         found["split"],
         f"{_tuned(tuning)}, {spoken(found['seconds'])} in all",
         f"ended after {len(run['history']) - 1} epochs{several}: {run['ended']}",
+        *([f"{diverged} diverged, whose loss was not finite, and left nothing"] if diverged else []),
         _epochs(run["history"], tuning["measure"], "random" if tuning.get("scratch") else "frozen"),
+        *([_by_cut(tuning)] if "from" in run else []),
         *([] if tuning.get("scratch") else [mix_text(mixes, tuning["mix"], tuning["measure"])]),
         *tested_lines(found),
         *([found["stored_features"]["text"]] if "stored_features" in found else []),
@@ -217,6 +225,15 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
         f"{tuning['backbone']['name']} above {tuning['from']}: {tuning['parameters']:,} weights in {len(blocks)} blocks, from "
         f"activations of {size(tuning['activations'])}"
     )
+
+
+def _by_cut(tuning: Mapping[str, Any]) -> str:
+    """The best of each cut."""
+    best: dict[str, float] = {}
+    for run in tuning["runs"]:
+        best[run["from"]] = max(best.get(run["from"], run["score"]), run["score"])
+    rows = [[cut, f"{score:.4f}", "kept" if cut == tuning["from"] else ""] for cut, score in best.items()]
+    return table(["cut", f"best validation {tuning['measure']}", ""], rows)
 
 
 def _epochs(history: list[Mapping[str, Any]], measure: str, start: str) -> str:

@@ -18,7 +18,7 @@ from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
 from featurepipe.progress import duration
 from featurepipe.reporting.blocks import measure_of, with_values
-from featurepipe.transfer_routes.measure import MeasuredRoute, Untried
+from featurepipe.transfer_routes.measure import OVER_BUDGET, MeasuredRoute, Untried
 from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
 from featurepipe.transfer_routes.study import DrawSize, RoutesStudy
 
@@ -300,15 +300,15 @@ def _size(study: RoutesStudy, name: int | str) -> DrawSize:
 
 
 def not_tried(untried: Sequence[Untried], unable: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What was not measured, and why: routes that cannot be taken, and trials that the budget left out."""
+    """What has no result, and why: routes that cannot be taken, trials that the budget left out, and those that diverged."""
     found: list[dict[str, Any]] = [{"route": name, "why": why} for name, why in unable.items()]
-    groups: dict[tuple[str, int | str], list[Untried]] = {}
+    groups: dict[tuple[str, int | str, bool], list[Untried]] = {}
     for one in untried:
-        groups.setdefault((one.trial.route.name, one.trial.size), []).append(one)
-    for (route, size), some in groups.items():
+        groups.setdefault((one.trial.route.name, one.trial.size, one.why == OVER_BUDGET), []).append(one)
+    for (route, size, _), some in groups.items():
         found.append({
             "route": route, "size": size, "draws": len(some), "seconds": sum(one.seconds for one in some),
-            "why": "the budget would not have sufficed",
+            "why": some[0].why,
         })  # fmt: skip
     return found
 
@@ -401,7 +401,7 @@ def _not_tried_text(found: Mapping[str, Any]) -> str:
     for one in found["not_tried"]:
         where = f", {one['size']} a {found['per']}, {counted(one['draws'], 'draw')}" if "size" in one else ""
         lasts = f" (about {_seconds(one['seconds'])})" if "seconds" in one else ""
-        lines.append(f"not tried: {one['route']}{where}{lasts}: {one['why']}")
+        lines.append(f"no result: {one['route']}{where}{lasts}: {one['why']}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from statistics import median
 
 from threadpoolctl import threadpool_limits
 
-from featurepipe.errors import Interrupted
+from featurepipe.errors import Interrupted, Message
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.journal import Journal
@@ -23,6 +23,7 @@ from featurepipe.layer_depth.study import PRETRAINED, Study
 from featurepipe.progress import Progress
 from featurepipe.transfer_routes.options import AS_IT_IS, BOTTLENECK, FULL, LAYERS, NODE, SCRATCH, TAIL, TUNED
 from featurepipe.transfer_routes.trials import (
+    Diverged,
     Route,
     RoutesContext,
     RouteTrial,
@@ -34,7 +35,7 @@ from featurepipe.transfer_routes.trials import (
     measure_tail,
 )
 
-_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell]] = {
+_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell | Diverged]] = {
     AS_IT_IS: measure_as_it_is,
     BOTTLENECK: measure_bottleneck,
     NODE: measure_node,
@@ -45,13 +46,17 @@ _MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell]] = {
 }
 
 
-def measure_trial(context: RoutesContext, trial: RouteTrial, worker: Worker, _stop: Stop, _report: Report) -> Cell:
+def measure_trial(
+    context: RoutesContext, trial: RouteTrial, worker: Worker, _stop: Stop, _report: Report
+) -> Cell | Diverged:
     """Measures one route on one draw, alone on all cores: time and memory count."""
     with worker.alone(), nullcontext() if worker.is_local else threadpool_limits(worker.threads):
         fold = context.study.draws[trial.size, trial.seed]
         start = time.perf_counter()
         with peak_memory() as memory:
             cell = _MEASURES[trial.route.kind](context, trial, fold)
+        if isinstance(cell, Diverged):
+            return cell
         besides = {**cell.besides, **({} if memory.bytes is None else {"memory": float(memory.bytes)})}
         return replace(
             cell, head=trial.route.name, seed=trial.seed, fold=0, seconds=time.perf_counter() - start, besides=besides
@@ -93,17 +98,22 @@ def _of_status(path: Path, name: str) -> int:
     raise ValueError(f"{path} does not say {name}")
 
 
+OVER_BUDGET = "the budget would not have sufficed"
+
+
 @dataclass(frozen=True)
 class Untried:
-    """A trial that the budget left out.
+    """A trial that has no result.
 
     Attributes:
         trial: which.
         seconds: that it would take, estimated.
+        why: it has none.
     """
 
     trial: RouteTrial
     seconds: float
+    why: str = OVER_BUDGET
 
 
 class TrialTimes:
@@ -192,18 +202,18 @@ def measure_routes(
         progress: advanced by one for each trial.
 
     Returns:
-        Those that would have taken too long.
+        Those that would have taken too long, and those that diverged; the next call tries both again.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
     missing = []
     for trial in trials:
-        cell = _known(journal, trial)
-        if cell is None:
+        known = _known(journal, trial)
+        if known is None:
             missing.append(trial)
         else:
-            outlook.learn(trial, cell.seconds)
+            outlook.learn(trial, known.seconds)
             progress.advance(1)
     waiting, untried, done = list(missing), list[Untried](), len(trials) - len(missing)
 
@@ -227,10 +237,14 @@ def measure_routes(
             )
             with closing(mapped) as results:
                 for trial, cell in results:
+                    progress.advance(1, str(trial))
+                    if isinstance(cell, Diverged):
+                        untried.append(Untried(trial, outlook.seconds(trial), Message("it diverged: ", cell.why)))
+                        progress.say(f"{trial}: {untried[-1].why}")
+                        continue
                     journal.add(trial.key, [cell])
                     outlook.learn(trial, cell.seconds)
                     done += 1
-                    progress.advance(1, str(trial))
     except Interrupted as error:
         kept = f"{done:,} of {len(trials):,} measurements are kept"
         raise Interrupted(f"{error}: {kept}; the same command goes on from there", error.exit_code - 128) from error

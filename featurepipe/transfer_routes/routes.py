@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ import numpy as np
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.loading import ALL as EVERY
-from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.backbones.tail import Tail, Trunk, cuts
 from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.features.session import NetworkName, identity_of
+from featurepipe.features.session import NetworkName
+from featurepipe.features.settings import Machine
 from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import FEW, TimedForward, Timing, least_disturbed
@@ -41,10 +43,16 @@ from featurepipe.store.choice import choose_space
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
-from featurepipe.store.space import canonical_json
 from featurepipe.training.settle import compared_labels
 from featurepipe.transfer_routes import answers
-from featurepipe.transfer_routes.measure import TrialTimes, measure_routes, measured, trials_of, tuning_seconds
+from featurepipe.transfer_routes.measure import (
+    OVER_BUDGET,
+    TrialTimes,
+    measure_routes,
+    measured,
+    trials_of,
+    tuning_seconds,
+)
 from featurepipe.transfer_routes.options import (
     AS_IT_IS,
     AUTO,
@@ -60,9 +68,9 @@ from featurepipe.transfer_routes.options import (
 from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
 from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages
-from featurepipe.tuning.from_images import located, precision_of, recorded_source
+from featurepipe.tuning.from_images import check_room, located, precision_of, recorded_source
 from featurepipe.tuning.options import TuneOptions
-from featurepipe.tuning.work import network_of
+from featurepipe.tuning.work import named, network_of
 
 FROZEN_AT = (0.4, 0.65, 0.85)
 """Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
@@ -183,12 +191,13 @@ def routes(
         found = extracted(plan.wanted, arguments, dry_run=False, say=say)
         clock["extract"] = time.monotonic() - start
         study = settle_routes(found, options, labels, say)
-        context, ways = _context(found, study, plan, options, trust_code, extraction or {}, say)
+        loaded = _with_weights(found, plan, trust_code)
+        context, ways = _context(found, study, plan, options, loaded, extraction or {}, say, is_local=executor.is_local)
         say(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
         journal = Journal(found.store.depth_journal(found.dataset))
-        alike = _similarity(found, plan, extraction or {}, trust_code, journal, executor)
+        alike = _similarity(found, loaded, extraction or {}, journal, executor)
         clock["compare"] = time.monotonic() - start - clock["extract"]
         timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
         times = least_disturbed(timing, journal)
@@ -201,6 +210,8 @@ def routes(
         clock["measure"] = time.monotonic() - start - clock["extract"] - clock["compare"]
     known = measured(context, ways, journal)
     if not known:
+        if diverged := [one.why for one in untried if one.why != OVER_BUDGET]:
+            raise UsageError(Message("no route has a result: ", diverged[0]))
         raise UsageError(
             Message(
                 f"in {options.budget:g} s not one measurement can be made: the shortest takes about "
@@ -485,20 +496,22 @@ def _context(
     study: RoutesStudy,
     plan: _Plan,
     options: RoutesOptions,
-    trust_code: bool | Collection[str],
+    loaded: _Loaded | UsageError,
     extraction: Mapping[str, Any],
     say: Callable[[str], None],
+    *,
+    is_local: bool,
 ) -> tuple[RoutesContext, list[Route]]:
     """What trials have in common, and the routes that can be taken."""
     kinds = [kind for kind in options.kinds if kind not in plan.unable]
     network, name, places = found.backbone, None, None
     if with_weights := [kind for kind in (AS_IT_IS, TAIL, FULL) if kind in kinds]:
-        try:
-            network, name = _with_weights(found, plan, trust_code)
-        except UsageError as error:
+        if isinstance(loaded, UsageError):
             for kind in with_weights:
-                plan.refuse(kind, str(error), options)
+                plan.refuse(kind, str(loaded), options)
                 kinds.remove(kind)
+        else:
+            network, name = loaded
     if AS_IT_IS in kinds:
         places, why = _places(network, study, options)
         if places is None:
@@ -511,7 +524,7 @@ def _context(
             None if found.is_held else found.wanted.source, found.wanted.test_source, extraction, machine.device,
             machine.workers, precision_of(options.tuning(FULL), machine),
         )  # fmt: skip
-        if why := _unlisted(study, images):
+        if why := _unlisted(study, images) or (_lacks_room(network, options, machine) if is_local else ""):
             for kind in from_images:
                 plan.refuse(kind, why, options)
                 kinds.remove(kind)
@@ -551,26 +564,36 @@ def _unlisted(study: RoutesStudy, images: RoutesImages) -> str:
     return ""
 
 
-def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[str]) -> tuple[Backbone, NetworkName]:
-    """The network with the weights that made the features, and how other processes load it."""
+def _lacks_room(network: Backbone, options: RoutesOptions, machine: Machine) -> str:
+    """Why this machine cannot learn from images; empty if it can. Checkpoints of trials are temporary files."""
+    batch_size = options.tuning(FULL).schedule(1).batch_size
+    try:
+        check_room(Trunk(network), batch_size, machine.device, Path(gettempdir()), name=network.name)
+    except FeaturepipeError as error:
+        return str(error)
+    return ""
+
+
+_Loaded = tuple[Backbone, NetworkName]
+
+
+def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[str]) -> _Loaded | UsageError:
+    """The network with the weights that made the features, and how other processes load it; or why it cannot be had."""
     asked = found.wanted.weights
-    if found.is_held:
-        space = found.store.space(found.spaces[PRETRAINED])
-        own = None if asked == "DEFAULT" else asked
-        network = network_of(space, TuneOptions(weights=own, trust_code=trust_code, backbone=plan.wanted.backbone))
-        asked = own or str(found.backbone_record["weights"])
-    else:
-        network = found.backbone
-    weights = str(Path(asked).absolute()) if Path(asked).is_file() else asked
-    seed = int(found.backbone_record["seed"] or 0)
-    return network, NetworkName(network.name, weights, seed, canonical_json(identity_of(network)))
+    if not found.is_held:
+        return found.backbone, named(found.backbone, asked, int(found.backbone_record["seed"] or 0))
+    space = found.store.space(found.spaces[PRETRAINED])
+    own = None if asked == "DEFAULT" else asked
+    try:
+        return network_of(space, TuneOptions(weights=own, trust_code=trust_code, backbone=plan.wanted.backbone))
+    except UsageError as error:
+        return error
 
 
 def _similarity(
     found: Extracted,
-    plan: _Plan,
+    loaded: _Loaded | UsageError,
     extraction: Mapping[str, Any],
-    trust_code: bool | Collection[str],
     journal: Journal,
     executor: Executor,
 ) -> dict[str, Any]:
@@ -578,10 +601,9 @@ def _similarity(
     source = last_source(found.store, found.dataset) if found.is_held else found.wanted.source
     if source is None:
         return {"relative": None, "why": "no run says where the images are; give them as the source"}
-    try:
-        network, name = _with_weights(found, plan, trust_code)
-    except UsageError as error:
-        return {"relative": None, "why": str(error)}
+    if isinstance(loaded, UsageError):
+        return {"relative": None, "why": str(loaded)}
+    network, name = loaded
     space = found.store.space(found.spaces[PRETRAINED])
     return similarity(
         source, network, found.machine, space.fields, extraction, weights=name.weights, seed=name.seed,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.errors import Message
 from featurepipe.features.options import KEEP, SourceOptions
 from featurepipe.heads.families import make_head
 from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.heads.selection import best_columns, column_scores, kept_count, regression_targets
-from featurepipe.interrupt import StopRequest
 from featurepipe.layer_depth.folds import Fold, with_choices
 from featurepipe.layer_depth.probes import Cell, Data, measure_fold
 from featurepipe.layer_depth.study import PRETRAINED, Study
@@ -82,6 +82,17 @@ class RouteTrial:
 
     def __str__(self) -> str:
         return f"{self.route.name}, {self.size} images of each class, draw {self.seed + 1}"
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """What a trial leaves whose loss was not finite before anything was learned.
+
+    Attributes:
+        why: what became of it, and which rate to lower.
+    """
+
+    why: Message
 
 
 @dataclass(frozen=True)
@@ -364,23 +375,20 @@ def measure_as_it_is(context: RoutesContext, trial: RouteTrial, fold: Fold) -> C
     return Cell(AS_IT_IS, trial.seed, 0, {}, test, shifted, learned, 0.0)
 
 
-def measure_tail(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+def measure_tail(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell | Diverged:
     """LP-FT from stored activations: see `featurepipe.tuning.finetune`."""
     from featurepipe.backbones.tail import Tail
-    from featurepipe.training.cost import available_memory
     from featurepipe.tuning.activations import Activations
 
     study = context.every
     tail = Tail(context.backbone(), trial.route.cut)
     maps = study.data(PRETRAINED, [tail.column])
-    rows = np.union1d(fold.train, fold.test)
-    fits = len(rows) * maps.features.shape[1] * maps.features.dtype.itemsize <= available_memory() // 2
-    examples = Activations(maps.features, maps.features.read(rows=rows) if fits else None, rows)
-    shifted = None if maps.shifted is None else Activations(maps.shifted, None, np.arange(len(maps.shifted)))
+    examples = Activations(maps.features, np.union1d(fold.train, fold.test))
+    shifted = None if maps.shifted is None else Activations(maps.shifted, np.arange(0))
     return _tuned(context, trial, fold, tail, examples, shifted)
 
 
-def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell | Diverged:
     """All layers from images, of the network's weights or of random ones: see `featurepipe.tuning.from_images`."""
     from featurepipe.backbones import load_backbone
     from featurepipe.backbones.tail import Trunk
@@ -410,18 +418,28 @@ def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
             context, trial, fold, Trunk(backbone), own, shifted, fabric=fabric_on(images.device, images.precision)
         )
         lost = len(own.lost) + (0 if shifted is None else len(shifted.lost))
-    return replace(cell, params={**cell.params, "unreadable": lost}) if lost else cell
+    if isinstance(cell, Diverged) or not lost:
+        return cell
+    return replace(cell, params={**cell.params, "unreadable": lost})
 
 
 def _tuned(
     context: RoutesContext, trial: RouteTrial, fold: Fold, body: TunedLayers, examples: Examples, shifted: Examples | None,
     *, fabric: Any = None,
-) -> Cell:  # fmt: skip
+) -> Cell | Diverged:  # fmt: skip
     """Tunes layers from an exact head, or from a random one; those from pretrained weights are mixed with these."""
     import torch
 
-    from featurepipe.tuning.loop import Model, TuningCheckpoint, TuningObjective, TuningRun, score_rows, tune
-    from featurepipe.tuning.work import MIXES, mixed
+    from featurepipe.tuning.loop import (
+        LossNotFinite,
+        Model,
+        TuningCheckpoint,
+        TuningObjective,
+        TuningRun,
+        score_rows,
+        tune,
+    )
+    from featurepipe.tuning.runs import MIXES, adopt_best_mix
 
     study, is_scratch = context.every, trial.route.kind == SCRATCH
     options = context.options.tuning(trial.route.kind, trial.route.cut)
@@ -444,14 +462,12 @@ def _tuned(
     )
     with TemporaryDirectory() as scratch, show(0, "", silent=True) as progress:
         checkpoint = TuningCheckpoint(Path(scratch) / "run.pt", trial.key)
-        tuned = tune(run, checkpoint=checkpoint, stop=StopRequest(), progress=progress)
-    before = {name: value.to(tuned.best[name].device) for name, value in before.items()}
-    scores: dict[float, float] = {}
-    for share in MIXES[-1:] if is_scratch else MIXES:
-        model.adopt(mixed(before, tuned.best, share))
-        scores[share] = objective.score(*score_rows(model, examples, fold.choose))
-    share = max(scores, key=lambda mix: (scores[mix], -mix))
-    model.adopt(mixed(before, tuned.best, share))
+        try:
+            tuned = tune(run, checkpoint=checkpoint, stop=bool, progress=progress)
+        except LossNotFinite as error:
+            return Diverged(error.message)
+    shares = MIXES[-1:] if is_scratch else MIXES
+    share, _ = adopt_best_mix(model, before, tuned.best, shares, examples, objective, fold.choose)
 
     def answers(of: Examples, some: Array) -> Array:
         """Of images that cannot be read no class, no label, and the mean number."""

@@ -37,6 +37,7 @@ from featurepipe.store.choice import TUNED_FROM
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.space import Space, extract_command
 from featurepipe.store.views import FeatureSet
+from featurepipe.training.cost import available_memory
 from featurepipe.tuning.options import TuneOptions
 
 _TIMED_STEPS = 2
@@ -46,30 +47,52 @@ SCORED = 256
 Rows = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
 class Activations:
-    """Stored activations by row of the task.
+    """Stored activations by row of the task; some of them are read once and held, if there is room in memory.
 
-    Attributes:
+    Args:
         maps: (n, W).
-        held: (m, W) those of ``rows``, in memory; None to read them from the store.
-        rows: (m,) positions, ascending.
+        rows: (m,) positions, ascending, that are held.
+        memory: Bytes that they may take; None for half of what is free in the process that reads them.
     """
 
-    maps: FeatureSet
-    held: npt.NDArray[Any] | None
-    rows: Rows
     scored: ClassVar[int] = 256
+
+    def __init__(self, maps: FeatureSet, rows: Rows, memory: int | None = None) -> None:
+        self.maps, self.rows, self.memory = maps, rows, memory
+        self._held: npt.NDArray[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    @property
+    def bytes(self) -> int:
+        """Of the activations that are to be held."""
+        return len(self.rows) * self.maps.shape[1] * self.maps.dtype.itemsize
+
+    @property
+    def is_held(self) -> bool:
+        """Whether they are read once."""
+        allowed = available_memory() // 2 if self.memory is None else self.memory
+        return self._held is not None or 0 < self.bytes <= allowed
+
+    def release(self) -> None:
+        """Gives back the memory of what is held."""
+        self._held = None
 
     def batches(self, parts: Sequence[Rows], draw: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Rows]]:  # noqa: ARG002
         """Activations of each part of the rows, which nothing changes at random."""
+        if self._held is None and self.is_held and all(np.isin(part, self.rows).all() for part in parts):
+            self._held = self.maps.read(rows=self.rows)
         return _ahead(self.read, parts)
 
     def read(self, rows: Rows) -> Tensor:
         """Activations (m, W), float32."""
-        if self.held is None:
-            return torch.from_numpy(self.maps.read(np.float32, rows=rows))
-        return torch.from_numpy(self.held[np.searchsorted(self.rows, rows)]).float()
+        if self._held is not None:
+            places = np.searchsorted(self.rows, rows)
+            if (self.rows.take(places, mode="clip") == rows).all():
+                return torch.from_numpy(self._held[places]).float()
+        return torch.from_numpy(self.maps.read(np.float32, rows=rows))
 
 
 def _ahead(read: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> Iterator[tuple[Tensor, Rows]]:
@@ -144,7 +167,7 @@ class ExtractionOutlook:
 
     Attributes:
         store: Where they would go.
-        tail: What would be tuned.
+        tails: What would be tuned, by cut.
         backbone: The network.
         estimate: What `featurepipe.extract` estimates.
         need: Bytes that the store would grow by.
@@ -152,7 +175,7 @@ class ExtractionOutlook:
     """
 
     store: Path
-    tail: Tail
+    tails: Sequence[Tail]
     backbone: Backbone
     estimate: Mapping[str, Any]
     need: int
@@ -164,15 +187,19 @@ class ExtractionOutlook:
         seconds = self.estimate["seconds"]
         lasts = "" if seconds is None else f", in about {spoken(seconds)}"
         return (
-            f"activations of {self.backbone.name} at {self.tail.node}: {self.estimate['to_read']:,} of "
+            f"activations of {self.backbone.name} at {self._nodes}: {self.estimate['to_read']:,} of "
             f"{self.estimate['listed']:,} images are to be extracted{lasts}; {size(self.need)} ({size(self.image_bytes)} an "
             f"image) are kept in {self.store}, where {size(self.free)} are free"
         )
 
     @property
+    def _nodes(self) -> str:
+        return ", ".join(tail.node for tail in self.tails)
+
+    @property
     def image_bytes(self) -> int:
         """Of the activations and the bottleneck of one image."""
-        return _image_bytes(self.backbone, [self.tail.column, self.tail.bottleneck], _itemsize(self.estimate))
+        return _image_bytes(self.backbone, columns_of_tails(self.tails), _itemsize(self.estimate))
 
     def check(self) -> None:
         """Refuses activations that do not fit on the disk.
@@ -186,14 +213,14 @@ class ExtractionOutlook:
         images = self.need / self.image_bytes
         smaller = []
         for node in cuts(self.backbone):
-            tail = Tail(self.backbone, node)
-            need = int(images * _image_bytes(self.backbone, [tail.column, tail.bottleneck], items))
+            columns = columns_of_tails([Tail(self.backbone, node)])
+            need = int(images * _image_bytes(self.backbone, columns, items))
             if need <= self.free:
                 smaller.append(f"{node} ({size(need)})")
         other = f", or cut at {', '.join(smaller)}" if smaller else ""
         raise DiskFull(
             Message(
-                f"the activations at {self.tail.node} take {size(self.need)}, and {size(self.free)} are free on the disk of "
+                f"the activations at {self._nodes} take {size(self.need)}, and {size(self.free)} are free on the disk of "
                 f"{self.store}; give a folder on another disk with ", Option("store", "DIR"), other,
             )
         )  # fmt: skip
@@ -201,17 +228,25 @@ class ExtractionOutlook:
     def as_dict(self, options: TuneOptions) -> dict[str, Any]:
         """JSON values, with the time of an epoch from a few steps on noise."""
         batch_size = options.schedule(self.estimate["listed"]).batch_size
-        step = step_seconds(self.tail, batch_size)
+        tuned = [
+            {
+                **described(self.backbone, tail),
+                "activations": self.need * math.prod(tail.input_shape) * _itemsize(self.estimate) // self.image_bytes,
+                "seconds_per_1000_images": 1000 / batch_size * step_seconds(tail, batch_size),
+            }
+            for tail in self.tails
+        ]
         return {
             "dry_run": True,
             "store": str(self.store),
             "extraction": {**self.estimate, "bytes": self.need, "free": self.free, "text": self.text},
-            "tuning": {
-                **described(self.backbone, self.tail),
-                "activations": self.need,
-                "seconds_per_1000_images": 1000 / batch_size * step,
-            },
+            "tuning": {**tuned[0], **({"activations": self.need} if len(tuned) == 1 else {"cuts": tuned})},
         }
+
+
+def columns_of_tails(tails: Sequence[Tail]) -> list[str]:
+    """The columns that tuning reads: the activations of each cut, and the bottleneck."""
+    return [*(tail.column for tail in tails), tails[0].bottleneck]
 
 
 def described(backbone: Backbone, layers: TunedLayers) -> dict[str, Any]:
@@ -278,19 +313,19 @@ def stored_activations(
             "several files of weights are for feature spaces of a store; give the one of the images' network"
         )
     backbone = load_backbone(name, weights)
-    tail = Tail(backbone, cut_of(options, backbone))
+    tails = [Tail(backbone, cut) for cut in cuts_of(options, backbone)]
     arguments = {
         **extraction,
         "dataset": options.dataset,
         "backbone": name,
         "weights": weights,
-        "nodes": [tail.column, tail.bottleneck],
+        "nodes": columns_of_tails(tails),
         "cluster": executor,
     }
     estimate = extract(source, target, **arguments, dry_run=True, silent=True)
     path = target.path if isinstance(target, FeatureStore) else Path(target)
     need = sum(estimate["bytes_per_column"].values())
-    outlook = ExtractionOutlook(path, tail, backbone, estimate, need, shutil.disk_usage(_existing(path)).free)
+    outlook = ExtractionOutlook(path, tails, backbone, estimate, need, shutil.disk_usage(_existing(path)).free)
     if dry_run and estimate["to_read"]:
         say(outlook.text)
         return outlook
@@ -401,14 +436,14 @@ def _cosine_of_rounding(tail: Tail, every: FeatureSet) -> float:
     return worst_cosine(exact, rounded)
 
 
-def cut_of(options: TuneOptions, network: Backbone) -> str:
-    """The node where a network is cut.
+def cuts_of(options: TuneOptions, network: Backbone) -> tuple[str, ...]:
+    """The nodes where a network is cut.
 
     Raises:
         UsageError: None is given; names the choices.
     """
-    if options.from_node is not None:
-        return options.from_node
+    if options.cuts:
+        return options.cuts
     usable = ", ".join(cuts(network)) or "no node: torch.fx cannot trace it"
     raise UsageError(
         Message(f"say where to cut {network.name}, with ", Option("from_node"), f"; it can be cut at {usable}")

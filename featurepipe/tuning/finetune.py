@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from featurepipe.backbones.tail import Tail
 from featurepipe.display import bytes_of, size
 from featurepipe.errors import Interrupted, Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
+from featurepipe.features.session import NetworkName
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import as_asked
@@ -26,20 +26,19 @@ from featurepipe.store.locks import starts_again
 from featurepipe.store.options import columns_of
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
-from featurepipe.training.cost import available_memory
 from featurepipe.training.publish import bundle_target
 from featurepipe.tuning.activations import (
     Activations,
     ExtractionOutlook,
     StoredActivations,
-    cut_of,
+    cuts_of,
     described,
     stored_activations,
 )
 from featurepipe.tuning.activations import store_features as keep_features
 from featurepipe.tuning.from_images import finetune_images
 from featurepipe.tuning.loop import Rows
-from featurepipe.tuning.options import OF_IMAGES, TuneOptions
+from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 
@@ -48,7 +47,7 @@ def finetune(
     source: Any,
     store: FeatureStore | str | PathLike[str] | None = None,
     *,
-    from_node: str | None = None,
+    from_node: str | Sequence[str] | None = None,
     out: str | PathLike[str],
     dataset: str | None = None,
     backbone: str | None = None,
@@ -104,7 +103,8 @@ def finetune(
         source: a feature store or its path, which has the activations; or images, anything ``extract`` takes.
         store: where the activations of images go, by default ``OUT.features`` beside the bundle; what is there is not computed
             again. How much space they take is said before, and refused where the disk has less.
-        from_node: where to cut the network; its activations must be in the store. Left out, the error names the choices.
+        from_node: where to cut the network; its activations must be in the store. Of several nodes the cut that is best on
+            the validation images is kept. Left out, the error names the choices.
         out: folder of the bundle; a bundle that is there is replaced once the new one is complete.
         dataset: a dataset in the store, which may be left out if there is only one; or what to call the images there.
         backbone: as in `FeatureStore.features`, where the store holds several; of images as in
@@ -129,7 +129,7 @@ def finetune(
         warmup: share of the steps in which rates rise.
         batch_size: images a step.
         patience: epochs without a better validation score after which to stop.
-        seeds: how often to tune, in other orders; the best on validation is kept.
+        seeds: how often to tune from each cut, in other orders; the best on validation is kept.
         interpolate: mix tuned and frozen weights; else it is all of one or of the other.
         min_class_size: classes with fewer images are refused.
         memory: what activations may take; above it they are read from the store step by step.
@@ -144,7 +144,9 @@ def finetune(
         ids: only these images, as if the dataset had no others.
         extraction: further arguments of ``extract``, such as ``{"device": "cuda", "damaged": "keep"}``.
         if_changed: tune only if what is learned from is not what the bundle at ``out`` was tuned on: rows, labels or settings.
-        cluster: where to extract instead of here, as `featurepipe.execution.connect` takes it.
+        cluster: where to extract and to tune instead of here, one run (a cut and a seed) on a worker at a time, as
+            `featurepipe.execution.connect` takes it; workers must see the folder of the checkpoints. Layers that are tuned from
+            images are tuned here.
         dry_run: say what would be extracted and tuned, how large that is and how long it takes; write nothing.
         silent: say nothing on the way.
 
@@ -162,8 +164,9 @@ def finetune(
         Interrupted: a signal came; the next call goes on.
     """
     start = time.perf_counter()
+    cuts = None if from_node is None else one_or_several(from_node)
     options = TuneOptions(
-        from_node=from_node, dataset=dataset, backbone=backbone, labels=labels, weights=weights,
+        from_node=cuts, dataset=dataset, backbone=backbone, labels=labels, weights=weights,
         trust_code=trust_code, label=label, group=group, target=target, multilabel=columns_of(multilabel), weight=weight,
         split_column=split_column, split=split, epochs=epochs,
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
@@ -185,20 +188,29 @@ def finetune(
             source, store, options, extraction or {},
             beside=folder, executor=executor, dry_run=dry_run, silent=silent, say=say,
         )  # fmt: skip
-    if isinstance(stored, ExtractionOutlook):
-        return stored.as_dict(options)
-    work = _prepared(stored, options, snapshot=snapshot, ids=ids, say=say)
-    asked = {"why": why_tune(work, folder, say)} if if_changed else {}
-    if asked == {"why": []}:
-        kept = {} if dry_run else _stored_features(work, stored.store, folder, snapshot, say)
-        return {**unchanged(work, folder), **stored.about(), **kept}
-    say(work.text)
-    if dry_run:
-        return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": work.epoch_seconds()}, **asked}
-    with stop_on_signals() as stop:
-        record = tune_and_publish(work, folder, stop, start=start, silent=silent, say=say)
-    kept = _stored_features(work, stored.store, folder, snapshot, say)
+        if isinstance(stored, ExtractionOutlook):
+            return stored.as_dict(options)
+        works = _prepared(stored, options, snapshot=snapshot, ids=ids, say=say)
+        asked = {"why": why_tune(works[0], folder, say)} if if_changed else {}
+        if asked == {"why": []}:
+            kept = {} if dry_run else _stored_features(works[0], stored.store, folder, snapshot, say)
+            return {**unchanged(works[0], folder), **stored.about(), **kept}
+        for work in works:
+            say(work.text)
+        if dry_run:
+            return {**works[0].task.as_dict(), "tuning": _planned(works), **asked}
+        executor.check(stored.store.path)
+        with stop_on_signals() as stop:
+            record = tune_and_publish(works, folder, stop, executor, start=start, silent=silent, say=say)
+    tuned = next(work for work in works if work.body.node == record["tuning"]["from"])
+    kept = _stored_features(tuned, stored.store, folder, snapshot, say)
     return {**record, **stored.about(), **kept, "options": as_asked(options), **asked}
+
+
+def _planned(works: Sequence[TailWork]) -> dict[str, Any]:
+    """What a dry run says of the tuning: of the first cut, and of each where there are several."""
+    told = [{**work.about(), "seconds_per_epoch": work.epoch_seconds()} for work in works]
+    return {**told[0], **({"cuts": told} if len(told) > 1 else {})}
 
 
 def _stored_features(
@@ -225,45 +237,52 @@ class TailWork(TuningWork):
 
     Attributes:
         every: The activations of all images of the dataset.
-        maps: Those of the task's rows.
+        activations: Those of the task's rows; those that are learned from are held in memory, if there is room.
         bottleneck: The frozen network's features of these rows; None where the store lacks some.
-        in_memory: Whether the activations are read once.
+        name: How other processes load the network.
+        all_columns: The columns of the activations at all cuts that are tried.
     """
 
     every: FeatureSet
-    maps: FeatureSet
+    activations: Activations
     bottleneck: FeatureSet | None
-    in_memory: bool
+    name: NetworkName
+    all_columns: tuple[str, ...]
 
     @property
     def column(self) -> str:
         """The column of the activations."""
-        return self.maps.column
+        return self.every.column
 
     @property
-    def bytes(self) -> int:
-        """Of the activations that train and validate."""
-        return len(self.learned_from) * self.maps.shape[1] * self.maps.dtype.itemsize
+    def columns(self) -> tuple[str, ...]:
+        """Those of all cuts."""
+        return self.all_columns
+
+    @property
+    def network_name(self) -> NetworkName:
+        """How other processes load the network."""
+        return self.name
 
     @property
     def text(self) -> str:
         """What is tuned on what."""
         parameters = sum(value.numel() for value in self.body.parameters())
-        how = "read once" if self.in_memory else "read from the store in every epoch"
+        how = "read once" if self.activations.is_held else "read from the store in every epoch"
         blocks, division = list(self.body.blocks()), self.task.division
         return (
             f"tuning {self.backbone.name} above {self.body.node}: {parameters:,} weights in {len(blocks)} blocks ({blocks[0]} to "
             f"{blocks[-1]}) on {len(division.train):,} images, {len(division.validation):,} to choose by; "
-            f"activations of {size(self.bytes)}, {how}"
+            f"activations of {size(self.activations.bytes)}, {how}"
         )
 
     def about(self) -> dict[str, Any]:
         """The same as JSON values."""
         return {
             **described(self.backbone, self.body),
-            "activations": self.bytes,
+            "activations": self.activations.bytes,
             "measure": self.objective.measure,
-            "tested": f"from activations stored in {self.maps.dtype}, in {self.space.fields['precision']} as the bundle computes",
+            "tested": f"from activations stored in {self.every.dtype}, in {self.settings.precision} as the bundle computes",
         }
 
     def fill_frozen(self, rows: Rows) -> Rows:
@@ -277,40 +296,45 @@ class TailWork(TuningWork):
         """Computes bottleneck features in the precision in which the bundle computes them from images."""
         return self.fill(body.as_engine(self.space.fields["precision"]), rows)
 
-    @cached_property
-    def _learned(self) -> Activations:
-        rows = self.learned_from
-        return Activations(self.maps, self.maps.read(rows=rows) if self.in_memory else None, rows)
-
-    def examples_of(self, rows: Rows) -> Activations:
-        """The activations by row; in memory, if at all, those that train or validate."""
-        return self._learned if np.isin(rows, self._learned.rows).all() else Activations(self.maps, None, rows)
+    def examples_of(self, rows: Rows) -> Activations:  # noqa: ARG002 - it has all, and reads what is wanted
+        """The activations by row."""
+        return self.activations
 
 
 def _prepared(
     stored: StoredActivations, options: TuneOptions, *, snapshot: str | None, ids: Collection[str] | None, say: Any
-) -> TailWork:
+) -> list[TailWork]:
+    """What is tuned above each cut: all from the same rows, and with one array of bottleneck features."""
     source = stored.store
     dataset = stored.dataset or source.only_dataset()
     space = choose_space(source, stored.space, dataset)
-    network = network_of(space, options)
-    tail = Tail(network, cut_of(options, network))
-    stored.check_column(space, dataset, tail.column)
-    maps = chosen(source.features(dataset, node=tail.column, backbone=space.fingerprint, snapshot=snapshot), ids)
-    task, recipe, objective = settled(source, maps, tail, options, snapshot=snapshot, say=say)
+    network, name = network_of(space, options)
+    tails = {cut: Tail(network, cut) for cut in cuts_of(options, network)}
+    for tail in tails.values():
+        stored.check_column(space, dataset, tail.column)
+
+    def read(column: str) -> FeatureSet:
+        return chosen(source.features(dataset, node=column, backbone=space.fingerprint, snapshot=snapshot), ids)
+
+    maps = {cut: read(tail.column) for cut, tail in tails.items()}
+    (first, tail), *_ = tails.items()
+    task, recipe, objective = settled(source, maps[first], tail, options, snapshot=snapshot, say=say)
     rows = task.features.rows
     assert isinstance(rows, ArrayRows)  # noqa: S101 - made by `settled`
-    tuned = maps.take(rows.positions)
-    held = space.columns().keys() >= {tail.bottleneck} and space.index([tail.bottleneck]).contains(maps.keys).all()
-    frozen = None
-    if held:
-        stored_bottleneck = source.features(
-            dataset, node=tail.bottleneck, backbone=space.fingerprint, snapshot=snapshot
+    held = (
+        space.columns().keys() >= {tail.bottleneck} and space.index([tail.bottleneck]).contains(maps[first].keys).all()
+    )
+    frozen = read(tail.bottleneck).take(rows.positions) if held else None
+    learned_from = np.union1d(task.division.train, task.division.validation)
+    memory = None if options.memory is None else bytes_of(options.memory)
+    columns = tuple(tail.column for tail in tails.values())
+    return [
+        TailWork(
+            space, network, tails[cut], task, recipe, objective, options, cut, every,
+            Activations(every.take(rows.positions), learned_from, memory), frozen, name, columns,
         )
-        frozen = chosen(stored_bottleneck, ids).take(rows.positions)
-    need = (len(task.division.train) + len(task.division.validation)) * maps.shape[1] * maps.dtype.itemsize
-    allowed = bytes_of(options.memory) if options.memory is not None else available_memory() // 2
-    return TailWork(space, network, tail, task, recipe, objective, options, maps, tuned, frozen, need <= allowed)
+        for cut, every in maps.items()
+    ]  # fmt: skip
 
 
 def refuse_image_options(options: TuneOptions) -> None:

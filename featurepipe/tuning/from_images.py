@@ -27,6 +27,7 @@ from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.extraction.extract import extract, network_for, opened
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
@@ -44,7 +45,7 @@ from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
 from featurepipe.tuning.activations import described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.loop import Draw, Rows
-from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.options import IMAGES, TuneOptions
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 if TYPE_CHECKING:
@@ -148,6 +149,9 @@ class ImageExamples:
     workers: int
     lost: dict[int, str] = field(default_factory=dict)
     scored: ClassVar[int] = 32
+
+    def release(self) -> None:
+        """Holds nothing."""
 
     def batches(self, parts: Sequence[Rows], draw: Draw | None = None) -> Iterator[tuple[Tensor, Rows]]:
         """Images of each part of the rows, uint8 (m, C, h, w), loaded ahead by threads; those that cannot be read are left out.
@@ -273,40 +277,50 @@ class ImagesWork(TuningWork):
         return self.objective.to_target(weight, np.zeros(outputs))
 
     def check_room(self, folder: Path) -> None:
-        """Refuses what fits neither in memory nor on the disk, before anything is done.
-
-        Raises:
-            UsageError: A step needs more memory than is free; names a batch size that does not.
-            DiskFull: Checkpoints and the bundle need more than is free beside the bundle.
-        """
-        weights = sum(value.numel() * value.element_size() for value in self.body.parameters())
-        where = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        free, need = shutil.disk_usage(where).free, COPIES_ON_DISK * weights
-        if need > free:
-            raise DiskFull(
-                f"checkpoints and weights of {self.backbone.name} take up to {size(need)}, and {size(free)} are free on the disk "
-                f"of {where}; give a folder on another disk"
-            )
-        if self.machine.device.startswith("cuda"):
-            free = torch.cuda.mem_get_info(self.machine.device if ":" in self.machine.device else "cuda:0")[0]
-        else:
-            free = available_memory()
-        each, batch = bytes_of_one(self.body), self.schedule.batch_size
-        left = free - COPIES_IN_MEMORY * weights
-        if left < each * batch:
-            fewer = left // each
-            remedy = Message("try ", Option("batch_size", str(fewer))) if fewer > 0 else "take a smaller network"
-            raise UsageError(
-                Message(
-                    f"a step of {batch} images takes about {size(each * batch + COPIES_IN_MEMORY * weights)} of memory, and "
-                    f"{size(free)} are free on {self.machine.device}; ", remedy,
-                )
-            )  # fmt: skip
+        """Refuses what fits neither in memory nor on the disk, before anything is done; see `check_room`."""
+        check_room(self.body, self.schedule.batch_size, self.machine.device, folder, name=self.backbone.name)
 
     def launch(self) -> Fabric:
         """Starts Lightning Fabric on the device."""
         self._fabric = fabric_on(self.machine.device, self.precision)
         return self._fabric
+
+
+def check_room(body: TunedLayers, batch_size: int, device: str, folder: Path, *, name: str) -> None:
+    """Refuses a tuning from images that fits neither in memory nor on the disk.
+
+    Args:
+        body: What is tuned.
+        batch_size: Images a step.
+        device: Where.
+        folder: Checkpoints and weights go beside or into it.
+        name: Of the network.
+
+    Raises:
+        UsageError: A step needs more memory than is free; names a batch size that does not.
+        DiskFull: Checkpoints and weights need more than is free on the folder's disk.
+    """
+    weights = sum(value.numel() * value.element_size() for value in body.parameters())
+    where = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free, need = shutil.disk_usage(where).free, COPIES_ON_DISK * weights
+    if need > free:
+        raise DiskFull(
+            f"checkpoints and weights of {name} take up to {size(need)}, and {size(free)} are free on the disk of {where}; give "
+            "a folder on another disk"
+        )
+    on_cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device if ":" in device else "cuda:0")[0] if on_cuda else available_memory()
+    each = bytes_of_one(body)
+    left = free - COPIES_IN_MEMORY * weights
+    step = size(each * batch_size + COPIES_IN_MEMORY * weights)
+    if left < each * batch_size:
+        fewer = left // each
+        remedy = Message("try ", Option("batch_size", str(fewer))) if fewer > 0 else "take a smaller network"
+        raise UsageError(
+            Message(
+                f"a step of {batch_size} images takes about {step} of memory, and {size(free)} are free on {device}; ", remedy,
+            )
+        )  # fmt: skip
 
 
 def machine_options(extraction: Mapping[str, Any]) -> MachineOptions:
@@ -505,7 +519,7 @@ def _settled(
     if is_scratch:
         backbone = load_backbone(options.backbone or space.backbone, "none", seed=options.seed)
     else:
-        backbone = network_of(space, options)
+        backbone, _ = network_of(space, options)
     body = Trunk(backbone, options.batch_norm)
     found = chosen(store.features(dataset, node=column, backbone=space.fingerprint, snapshot=snapshot), ids)
     task, recipe, objective = settled(store, found, body, options, snapshot=snapshot, say=say)
@@ -527,6 +541,7 @@ def _settled(
         recipe,
         objective,
         options,
+        IMAGES,
         examples=examples,
         stored=stored,
         gone=gone,
@@ -617,5 +632,8 @@ def finetune_images(
     if dry_run:
         return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": seconds}, **asked}
     work.launch()
+    if cluster is not None:
+        say("layers are tuned from images in this process; the cluster computed what was to be extracted")
+    here = LocalExecutor()
     with closing(work.examples.source), stop_on_signals() as stop:
-        return {**tune_and_publish(work, folder, stop, start=start, silent=silent, say=say), **asked}
+        return {**tune_and_publish([work], folder, stop, here, start=start, silent=silent, say=say), **asked}

@@ -7,8 +7,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurepipe.backbones.tail import TunedLayers
-from featurepipe.errors import Interrupted, Message, Option, UsageError
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.statistics.multilabel import average_precisions
-from featurepipe.interrupt import StopRequest
 from featurepipe.progress import Progress
 from featurepipe.store.atomic import atomic_file
 from featurepipe.tuning.options import Schedule
@@ -132,6 +131,10 @@ class Examples(Protocol):
         """How many are scored at once."""
         ...
 
+    def release(self) -> None:
+        """Gives back the memory of what can be read again."""
+        ...
+
     def batches(self, parts: Sequence[Rows], draw: Draw | None = None) -> Iterator[tuple[Tensor, Rows]]:
         """The inputs (m, ...) of each part of the rows in turn, and the rows that could be read of it.
 
@@ -191,7 +194,9 @@ class Tuning:
         score: What they scored.
         epoch: After which epoch that was; 0 before the first has ended.
         history: An entry for each epoch: ``epoch``, ``train_loss``, ``loss`` and ``score`` on the validation images, ``seconds``.
-        ended: Why it ended, in words.
+        ended: Why it ended, in words; empty while it has not.
+        unfinished: Where it was when a stop was asked for; empty if none was.
+        failed: Why nothing was learned; None if something was.
     """
 
     best: State
@@ -199,6 +204,12 @@ class Tuning:
     epoch: int
     history: list[dict[str, Any]] = field(default_factory=list)
     ended: str = ""
+    unfinished: str = ""
+    failed: Message | None = None
+
+
+class LossNotFinite(UsageError):
+    """The loss is infinite or not a number at the start, or became so before anything got better."""
 
 
 class TuningCheckpoint:
@@ -252,7 +263,7 @@ def identity_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, progress: Progress) -> Tuning:
+def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], bool], progress: Progress) -> Tuning:
     """Tunes a model's parameters on the training rows, and leaves it with those that scored best on the validation rows.
 
     AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019); rates rise from 0 during the warm-up, then
@@ -262,12 +273,11 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
     Args:
         run: At its start; the model as it is there is scored as epoch 0.
         checkpoint: Where the run is written down.
-        stop: Whether to stop.
+        stop: Whether to stop: then the checkpoint has all that was done, and what comes back is ``unfinished``.
         progress: Told of steps.
 
     Raises:
-        Interrupted: A stop was asked for; the checkpoint has all that was done.
-        UsageError: The loss is not finite at the start, or became so before anything got better.
+        LossNotFinite: The loss is not finite at the start, or became so before anything got better.
     """
     options = run.options
     before = checkpoint.read()
@@ -282,10 +292,7 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: StopRequest, pro
             if stop():
                 checkpoint.write(run.content())
                 done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
-                raise Interrupted(
-                    f"stopped by {stop.name or 'the end of its time'} in {done}; run it again to go on from there",
-                    stop.signal_number or 2,
-                )
+                return replace(run.found, unfinished=done)
             loss = run.learn(inputs, rows)
             if not math.isfinite(loss):
                 break
@@ -359,7 +366,7 @@ class TuningRun:
         """Scores the start."""
         loss, score = self._validate()
         if not (math.isfinite(loss) and math.isfinite(score)):
-            raise UsageError(
+            raise LossNotFinite(
                 f"the loss of the network as it is, on the validation images, is {loss}: its activations or its head hold values "
                 "that are not finite; look at the weights, and verify the store (featurepipe verify STORE)"
             )
@@ -457,7 +464,7 @@ class TuningRun:
         lower = Option("rate", f"{min(self.options.rate / 10, 1e-3):g}")
         said = f"the loss became infinite or not a number in epoch {self.epoch + 1}, step {self.step + 1}"
         if self.found.epoch == 0:
-            raise UsageError(Message(f"{said}, before the first one ended; try ", lower))
+            raise LossNotFinite(Message(f"{said}, before the first one ended; try ", lower))
         self.found.ended = f"{said}; kept is epoch {self.found.epoch}"
         return str(Message(f"{self.found.ended}. To go further: ", lower))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
 from typing import Any
 
-from featurepipe.option_groups import at_least, is_memory, is_number, not_empty, option
+from featurepipe.option_groups import at_least, is_memory, is_number, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
@@ -35,6 +35,29 @@ def _from_zero(given: Any) -> str | None:
 
 IMAGES = "images"
 """In place of a node: all layers are tuned, from the images."""
+
+
+def one_or_several(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A single text as it is, since records of one cut name no list; several as a tuple.
+
+    Example:
+        >>> one_or_several(["layer3"]), one_or_several(["layer2", "layer3"]), one_or_several("layer3")
+        ('layer3', ('layer2', 'layer3'), 'layer3')
+    """
+    if isinstance(given, str):
+        return given
+    return given[0] if len(given) == 1 else tuple(given)
+
+
+def _cuts(given: Any) -> str | None:
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        return "must not be empty" if given in ("", (), ("",)) else "must be a node, several nodes, or images"
+    if len(set(names)) < len(names):
+        return "names a node twice"
+    return f"cannot be {IMAGES} beside nodes: give two calls" if IMAGES in names and len(names) > 1 else None
+
+
 SCRATCH_STEPS = 2_000
 """A network that starts with random weights makes at least so many steps, within 60 to 300 epochs."""
 
@@ -56,13 +79,13 @@ class Schedule:
 class LoopOptions(RoleOptions):
     """Which layers are tuned, for what, and how."""
 
-    from_node: str | None = option(
+    from_node: str | tuple[str, ...] | None = option(
         None,
-        "where to cut the network: what lies above is tuned, what lies below stays as it is; images: all is tuned, from the "
-        "images themselves",
+        "where to cut the network: what lies above is tuned, what lies below stays as it is; may be repeated: the cut that is "
+        "best on validation is kept; images: all is tuned, from the images themselves",
         metavar="NODE|images",
-        check=not_empty,
-    )
+        check=_cuts, read=one_or_several, repeated=True,
+    )  # fmt: skip
 
     epochs: int | None = option(
         None, "passes over the training images (default: 10; from scratch 60, or up to 300 of few images)",
@@ -103,7 +126,7 @@ class LoopOptions(RoleOptions):
         choices=("fp32", "bf16"),
     )  # fmt: skip
     seeds: int = option(
-        1, "how often to tune, each time with images in another order; the best on validation is kept (default: 1)",
+        1, "how often to tune from each cut, each time with images in another order; the best on validation is kept (default: 1)",
         check=at_least(1, 100),
     )  # fmt: skip
     interpolate: bool = option(
@@ -121,6 +144,18 @@ class LoopOptions(RoleOptions):
     store_features: bool = option(
         False, "at the end, keep the tuned network's features of all images in the store, computed from the activations"
     )
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The nodes where the network is cut; ``images`` for none, and empty if nothing is said."""
+        return (
+            () if self.from_node is None else (self.from_node,) if isinstance(self.from_node, str) else self.from_node
+        )
+
+    @property
+    def is_from_images(self) -> bool:
+        """Whether all layers are tuned, from the images themselves."""
+        return self.cuts == (IMAGES,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +175,6 @@ class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         None, "the backbone's weights file, where the features are of one of your own; of images as for featurepipe extract",
         metavar="NAME|none|FILE",
     )  # fmt: skip
-
-    @property
-    def is_from_images(self) -> bool:
-        """Whether all layers are tuned, from the images themselves."""
-        return self.from_node == IMAGES
 
     def schedule(self, images: int, *, is_scratch: bool = False) -> Schedule:
         """Settles what was left to us.

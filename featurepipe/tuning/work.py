@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
@@ -24,14 +23,16 @@ from featurepipe.backbones.tail import TunedLayers
 from featurepipe.backbones.weights import LIKE
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.execution.executor import Executor
+from featurepipe.features.session import NetworkName, identity_of
 from featurepipe.features.settings import Settings
 from featurepipe.heads.linear.linear_map import head_of_map, linear_map
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked, declared
-from featurepipe.progress import show
 from featurepipe.store import FeatureStore, Space, fingerprint
 from featurepipe.store.options import LabelsOption, RoleOptions
 from featurepipe.store.rows import ArrayRows
+from featurepipe.store.space import canonical_json
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
@@ -42,28 +43,15 @@ from featurepipe.training.text import mix_text
 from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
-from featurepipe.tuning.loop import (
-    Examples,
-    Model,
-    Rows,
-    State,
-    Tuning,
-    TuningCheckpoint,
-    TuningObjective,
-    TuningRun,
-    identity_of,
-    score_rows,
-    tune,
-)
+from featurepipe.tuning.loop import Examples, Model, Rows, TuningObjective, score_rows
 from featurepipe.tuning.options import Schedule, TuneOptions
+from featurepipe.tuning.runs import MIXES, TunedCut, TuningContext, adopt_best_mix, told_runs, tuned_runs
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory", "store_features"}
 """Options that say where things are, not what comes out."""
-MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the tuned weights that are tried on the validation images; the rest is the frozen network's."""
 
 
 @dataclass
@@ -78,6 +66,7 @@ class TuningWork(ABC):
         recipe: Of the exact head.
         objective: What is learned.
         options: How.
+        cut: The node above which layers are tuned, as it was asked for; or ``images``.
     """
 
     space: Space
@@ -87,6 +76,12 @@ class TuningWork(ABC):
     recipe: Recipe
     objective: TuningObjective
     options: TuneOptions
+    cut: str
+
+    @property
+    def network_name(self) -> NetworkName | None:
+        """The network as any process can load it; None for one that is tuned in this process alone."""
+        return None
 
     @property
     def fabric(self) -> Fabric | None:
@@ -97,6 +92,11 @@ class TuningWork(ABC):
     @abstractmethod
     def column(self) -> str:
         """What goes in, as a bundle's record of its inputs names it."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What goes in at all cuts that are tried."""
+        return (self.column,)
 
     @abstractmethod
     def examples_of(self, rows: Rows) -> Examples:
@@ -180,12 +180,13 @@ class TuningWork(ABC):
         """The rows that train or validate, ascending."""
         return np.union1d(self.task.division.train, self.task.division.validation)
 
-    def inputs(self) -> Inputs:
-        """What decides the outcome, in the form of a trained head's."""
-        settings = {name: value for name, value in as_asked(self.options).items() if name not in _WHERE}
+    def inputs(self, *, of_cut: bool = False) -> Inputs:
+        """What decides the outcome, of all cuts or of this one, in the form of a trained head's."""
+        options = replace(self.options, from_node=self.cut) if of_cut else self.options
+        settings = {name: value for name, value in as_asked(options).items() if name not in _WHERE}
         return Inputs(
             fingerprint=self.space.fingerprint,
-            columns=(self.column,),
+            columns=(self.column,) if of_cut else self.columns,
             settings={**settings, **weights_learned(self.task)},
             is_own=True,
             **rows_learned(self.task),
@@ -247,9 +248,10 @@ def unchanged(work: TuningWork, folder: Path) -> dict[str, Any]:
 
 
 def tune_and_publish(
-    work: TuningWork,
+    works: Sequence[TuningWork],
     folder: Path,
     stop: StopRequest,
+    executor: Executor,
     *,
     start: float,
     silent: bool,
@@ -258,43 +260,85 @@ def tune_and_publish(
     """Fits the head, tunes, mixes, and writes the bundle; returns what was done.
 
     Args:
-        work: What is tuned.
+        works: What is tuned, one for each cut, all with the same rows; the best on the validation images becomes the bundle.
         folder: Of the bundle.
         stop: Whether to stop.
+        executor: Who makes the runs.
         start: When all began, as `time.perf_counter` told.
         silent: Show no progress.
         say: Told what happens.
 
     Raises:
         Interrupted: A stop was asked for; the next call goes on.
-        UsageError: Nothing was learned before the loss became infinite.
+        LossNotFinite: Nothing was learned before the loss became infinite.
     """
+    first = works[0]
+    context = runs_of(works, first.objective.to_scores(*first.exact_head(say)), folder)
+    runs = tuned_runs(context, executor, stop, silent=silent)
+    best = max(runs, key=lambda run: run.tuning.score)
+    work = next(work for work in works if work.cut == best.shard.cut)
+    work.task, work.recipe = first.task, first.recipe
+    model, frozen = context.start(best.shard.cut)
     options = work.options
-    head = work.objective.to_scores(*work.exact_head(say))
-    model = Model(work.body, *head)
-    frozen = model.weights()
-    runs = tuned_runs(work, model, frozen, folder, stop, silent=silent)
-    best = max(runs, key=lambda run: run.score)
-    shares = MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
-    mixes = _mixes(work, model, frozen, best.best, MIXES[-1:] if work.is_scratch else shares)
-    kept = max(mixes, key=lambda mix: (mixes[mix], -mix))  # of equal ones the one nearer to the frozen network
-    model.adopt(mixed(frozen, best.best, kept))
+    shares = MIXES[-1:] if work.is_scratch else MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
+    examples, rows = work.examples_of(work.learned_from), work.task.division.validation
+    kept, mixes = adopt_best_mix(model, frozen, best.tuning.best, shares, examples, work.objective, rows)
+    if len(works) > 1:
+        say(f"kept: the cut at {best.shard.cut}, which is best on the validation images")
     if not work.is_scratch:
         say(mix_text(mixes, kept, work.objective.measure))
     elif options.interpolate:
         say("nothing is mixed: random weights, from which the network started, have nothing to give")
-    scores = {f"{mix:g}": score for mix, score in mixes.items()}
-    about = {**work.about(), "schedule": asdict(work.schedule), **_history(runs, best), "mixes": scores, "mix": kept}
+    about = {
+        **work.about(),
+        "schedule": asdict(work.schedule),
+        "runs": [*told_runs(runs, several=len(works) > 1)],
+        "kept_run": runs.index(best),
+        **({"diverged": len(context.shards) - len(runs)} if len(runs) < len(context.shards) else {}),
+        "mixes": {f"{mix:g}": score for mix, score in mixes.items()},
+        "mix": kept,
+    }
     with TemporaryDirectory() as scratch:
         file = _weights_file(work.backbone, work.body, Path(scratch))
         record = _published(work, model, folder, file, about, seconds=time.perf_counter() - start, say=say)
-    for number in range(options.seeds):
-        _checkpoint(folder, number, "").remove()
+    for shard in context.shards:
+        context.checkpoint(shard).remove()
     return record
 
 
-def network_of(space: Space, options: TuneOptions) -> Backbone:
-    """The network of a feature space.
+def runs_of(
+    works: Sequence[TuningWork], head: tuple[npt.NDArray[Any], npt.NDArray[Any]], folder: Path
+) -> TuningContext:
+    """What the runs of some cuts have in common; the rows, the head and the schedule are those of the first.
+
+    Args:
+        works: What is tuned, one for each cut.
+        head: To start from, in the scores of the objective.
+        folder: Of the bundle.
+    """
+    first = works[0]
+    division = first.task.division
+
+    def tuned(work: TuningWork) -> TunedCut:
+        facts = {
+            "space": work.space.fingerprint,
+            "weights": work.backbone.weights_sha256,
+            "from": work.body.node,
+            "rows": work.inputs(of_cut=True).as_dict(),
+            "schedule": asdict(work.schedule),
+            "torch": torch.__version__,
+        }
+        return TunedCut(work.examples_of(work.learned_from), facts, work.body)
+
+    return TuningContext(
+        first.network_name, head, first.objective, division.train, division.validation, first.schedule,
+        first.options.seed, folder.with_name(f"{folder.name}.tuning"), {work.cut: tuned(work) for work in works},
+        first.options.seeds, first.fabric,
+    )  # fmt: skip
+
+
+def network_of(space: Space, options: TuneOptions) -> tuple[Backbone, NetworkName]:
+    """The network of a feature space, and how other processes load it.
 
     Raises:
         UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
@@ -311,7 +355,13 @@ def network_of(space: Space, options: TuneOptions) -> Backbone:
     network = load_backbone(known["name"], asked, seed=known["seed"])
     if network.weights_sha256 != space.fields["weights_sha256"]:
         raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
-    return network
+    return network, named(network, asked, known["seed"])
+
+
+def named(network: Backbone, weights: str, seed: int) -> NetworkName:
+    """How any process loads a network that was loaded here, from weights as they were asked for."""
+    weights = str(Path(weights).absolute()) if Path(weights).is_file() else weights
+    return NetworkName(network.name, weights, seed, canonical_json(identity_of(network)))
 
 
 def chosen(found: FeatureSet, ids: Collection[str] | None) -> FeatureSet:
@@ -346,76 +396,6 @@ def check_validation(task: Task) -> None:
         f"{len(division.train) + len(division.validation):,} training images are too few to set validation images aside, which "
         "decide when to stop; give more images, or a split val"
     )
-
-
-def tuned_runs(
-    work: TuningWork, model: Model, frozen: State, folder: Path, stop: StopRequest, *, silent: bool
-) -> list[Tuning]:
-    """One run of the loop for each seed."""
-    division, blocks, options = work.task.division, work.body.blocks(), work.options
-    examples = work.examples_of(work.learned_from)
-    facts = {
-        "space": work.space.fingerprint,
-        "weights": work.backbone.weights_sha256,
-        "from": work.body.node,
-        "rows": work.inputs().as_dict(),
-        "schedule": asdict(work.schedule),
-        "torch": torch.__version__,
-    }
-    runs = []
-    for number in range(options.seeds):
-        what = "tuning" if options.seeds == 1 else f"tuning {number + 1} of {options.seeds}"
-        identity = identity_of({**facts, "run": number})
-        model.adopt(frozen)
-        run = TuningRun(
-            model,
-            examples,
-            work.objective,
-            division.train,
-            division.validation,
-            work.schedule,
-            blocks,
-            options.seed + number,
-            fabric=work.fabric,
-        )
-        with show(run.steps * work.schedule.epochs, what, unit="steps", silent=silent) as progress:
-            runs.append(tune(run, checkpoint=_checkpoint(folder, number, identity), stop=stop, progress=progress))
-            progress.say(f"{what} ended: {runs[-1].ended}; best after epoch {runs[-1].epoch}")
-    return runs
-
-
-def _checkpoint(folder: Path, number: int, identity: str) -> TuningCheckpoint:
-    return TuningCheckpoint(folder.with_name(f"{folder.name}.tuning") / f"run-{number}.pt", identity)
-
-
-def mixed(frozen: State, tuned: Mapping[str, Tensor], share: float) -> State:
-    """Weights between the frozen (0) and the tuned ones (1)."""
-    if share in (0.0, 1.0):
-        return dict(tuned if share else frozen)
-    return {
-        name: torch.lerp(value, tuned[name], share) if value.is_floating_point() else tuned[name]
-        for name, value in frozen.items()
-    }
-
-
-def _mixes(
-    work: TuningWork, model: Model, frozen: State, tuned: Mapping[str, Tensor], shares: Sequence[float]
-) -> dict[float, float]:
-    """The validation score by share of the tuned weights."""
-    rows, found = work.task.division.validation, {}
-    examples = work.examples_of(rows)
-    for share in shares:
-        model.adopt(mixed(frozen, tuned, share))
-        scores, read = score_rows(model, examples, rows)
-        found[share] = work.objective.score(scores, read)
-    return found
-
-
-def _history(runs: list[Tuning], best: Tuning) -> dict[str, Any]:
-    entries = [
-        {"history": run.history, "best_epoch": run.epoch, "score": run.score, "ended": run.ended} for run in runs
-    ]
-    return {"runs": entries, "kept_run": runs.index(best)}
 
 
 def _weights_file(backbone: Backbone, body: TunedLayers, folder: Path) -> Path:

@@ -230,6 +230,30 @@ def test_layers_are_compared_and_shown_once(classed):
     assert by_step(pile.run())["depth"]["result"]["images"] == 52
 
 
+def test_routes_are_compared_again_when_images_changed_or_a_budget_left_some_out(classed, monkeypatch):
+    monkeypatch.setattr(
+        "featurepipe.layer_depth.measure.Timing.measure",
+        lambda timing: {"milliseconds": dict.fromkeys(timing.nodes, 1.0), "waited": 0.0},
+    )
+    pile = classed
+    table = '[routes]\nroutes = ["bottleneck", "node"]\nsizes = [5, "all"]\nseeds = 1\nreport = "pages/routes.html"'
+    pile.job(table)
+    first = by_step(pile.run())["routes"]
+    assert first["status"] == "done", first
+    assert first["result"]["text"].startswith(f"recommended: {first['result']['recommended']['route']}, accuracy ")
+    assert "<html" in (pile.folder / "pages" / "routes.html").read_text()
+    skipped = by_step(pile.run())["routes"]["result"]["skipped"]
+    assert skipped == "images, labels and columns are those that were compared last"
+    monkeypatch.setattr("featurepipe.transfer_routes.measure.TrialTimes.seconds", lambda *_: 1e6)
+    pile.job(table.replace('"all"]', "10]") + '\nbudget = "1min"')
+    failed = by_step(pile.run())["routes"]
+    assert "not one measurement can be made" in str(failed)
+    pile.job(table.replace('"all"]', '"all", 10]') + '\nbudget = "1min"')
+    short = by_step(pile.run())["routes"]["result"]
+    assert short["text"].endswith("; 2 measurements are left for the next night")
+    monkeypatch.undo()
+
+
 def test_the_page_of_nights_has_this_run(classed):
     pile = classed
     pile.job('[report]\nto = "pages/nights.html"')

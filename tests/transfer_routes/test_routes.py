@@ -142,7 +142,7 @@ def test_the_command_prints_what_the_function_returns(
     printed = capsys.readouterr().out
     assert printed.split("\n\n")[:-1] == text(answer).split("\n\n")[:-1]
     assert "recommended with all (16 a class)" in printed
-    assert "not tried: as-it-is" in printed
+    assert "no result: as-it-is" in printed
 
 
 @pytest.mark.parametrize(("kind", "measure_name"), [({"target": "value"}, "r2"), ({"multilabel": "tags"}, "map")])
@@ -299,7 +299,23 @@ def test_a_store_without_activations_says_so_and_measures_the_rest(piles: Path, 
     )
 
 
-def test_all_layers_are_tuned_from_images_and_left_out_where_these_are_gone(tmp_path: Path) -> None:
+def test_a_route_that_diverges_ends_no_other(piles: Path, answer: dict[str, Any], tmp_path: Path) -> None:
+    asked = {**FAST, "sizes": (5,), "seeds": 1, "rate": 1e30}
+    found = fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **asked, routes="bottleneck,tail")
+    assert [row["route"] for row in found["results"]] == ["bottleneck"]
+    (lost,) = found["not_tried"]
+    assert (lost["route"], lost["size"], lost["draws"]) == ("tail from s2", 5, 1)
+    assert "it diverged: the loss became infinite or not a number in epoch 1" in lost["why"]
+    assert lost["why"].endswith("try --rate 0.001")
+    assert "no result: tail from s2, 5 a class, 1 draw" in text(found)
+    assert "it diverged" in write_report(found, tmp_path / "page.html", silent=True).read_text()
+    with pytest.raises(UsageError, match="no route has a result: it diverged"):
+        fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **asked, routes="tail")
+
+
+def test_all_layers_are_tuned_from_images_and_left_out_where_these_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, weights = draw(tmp_path, count=60), tmp_path / "own.pt"
     torch.save(load_backbone("lenet5", "none").state(), weights)
     given: dict[str, Any] = {
@@ -317,6 +333,12 @@ def test_all_layers_are_tuned_from_images_and_left_out_where_these_are_gone(tmp_
     assert row["seconds_features"] > 0
     assert row["params"][0]["epochs"] == 2
     assert 0 < row["accuracy"] <= 1
+    with monkeypatch.context() as full:
+        full.setattr("featurepipe.tuning.from_images.available_memory", lambda: 1_000_000)
+        with pytest.raises(
+            UsageError, match=r"route full cannot be taken: a step of 32 images takes about .* are free on cpu"
+        ):
+            fp.routes(folder, tmp_path / "store", backbone="lenet5", weights=str(weights), routes="full", **given)
     folder.rename(tmp_path / "gone")
     held = fp.routes(tmp_path / "store", weights=str(weights), **given)
     why = {one["route"]: one["why"] for one in held["not_tried"]}

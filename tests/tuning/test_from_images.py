@@ -191,7 +191,7 @@ def test_numbers_several_labels_and_groups_are_learned_from_images(images, store
 
 def test_groups_stay_on_one_side(images, store, again, tmp_path, monkeypatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(from_images, "tune_and_publish", lambda work, *_, **__: seen.append(work) or {"bundle": ""})
+    monkeypatch.setattr(from_images, "tune_and_publish", lambda works, *_, **__: seen.extend(works) or {"bundle": ""})
     finetune(store, out=tmp_path / "b", labels=images / "table.csv", label="label", group="camera", **again)
     task = seen[0].task
     cameras = [

@@ -6,6 +6,6 @@ people should look at. A step that fails raises.
 
 from featurepipe.jobs.steps.heads import finetune, predict, train
 from featurepipe.jobs.steps.housekeeping import compact, export, keep, metrics, report
-from featurepipe.jobs.steps.measuring import depth, drift
+from featurepipe.jobs.steps.measuring import depth, drift, routes
 
-__all__ = ["compact", "depth", "drift", "export", "finetune", "keep", "metrics", "predict", "report", "train"]
+__all__ = ["compact", "depth", "drift", "export", "finetune", "keep", "metrics", "predict", "report", "routes", "train"]

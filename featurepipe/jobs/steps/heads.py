@@ -61,7 +61,7 @@ def _learned(
             backbone=table.backbone,
             labels=table.labels or night.job.source.labels,
             **table.arguments(),
-            weights=_own_weights(night),
+            weights=own_weights(night),
             trust_code=night.job.networks,
             if_changed=table.when == "labels changed",
             silent=night.silent,
@@ -71,7 +71,7 @@ def _learned(
     return within_time(night.stop.deadline, work, late)
 
 
-def _own_weights(night: Night) -> dict[str, str]:
+def own_weights(night: Night) -> dict[str, str]:
     """The weights files of the user's own, by feature space: bundles take them along, as they must predict elsewhere."""
     return {
         run["fingerprint"]: features.weights

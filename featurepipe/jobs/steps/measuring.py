@@ -1,4 +1,4 @@
-"""Measurements on this run's features: drift, and which layer transfers best."""
+"""Measurements on this run's features: drift, which layer transfers best, and which route to take from the network."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError
-from featurepipe.jobs.job import DepthTable, DriftTable
+from featurepipe.jobs.job import DepthTable, DriftTable, RoutesTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.heads import extraction_of, snapshot_of
+from featurepipe.jobs.steps.heads import extraction_of, own_weights, snapshot_of
 from featurepipe.jobs.steps.history import last_result, previous, warned_of
 from featurepipe.monitoring.standing_warnings import is_gone, prediction_tests, told
 from featurepipe.store.options import RoleOptions
@@ -148,11 +148,60 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
     return within_time(night.stop.deadline, work, "the comparison goes on the next night")
 
 
-def _is_shown(table: DepthTable) -> bool:
+def routes(night: Night, table: RoutesTable) -> dict[str, Any]:
+    """Compares the routes that can be taken from what the store has, if images, labels or what is asked have changed.
+
+    What has been measured before is not measured again: a comparison that ran out of time, or of its ``budget``, goes on the
+    next night.
+    """
+    from featurepipe.transfer_routes.measure import OVER_BUDGET
+    from featurepipe.transfer_routes.routes import routes as run
+
+    inputs = _inputs(night, table)
+    last = last_result(night, "routes") or {}
+    is_done = last.get("inputs") == inputs and not last.get("over_budget")
+    if table.when == "images changed" and is_done and _is_shown(table):
+        return {"skipped": "images, labels and columns are those that were compared last", "inputs": inputs}
+    extracted = extraction_of(night, table.backbone)
+    own = own_weights(night).get("" if extracted is None else extracted["fingerprint"])
+
+    def work() -> dict[str, Any]:
+        if table.report is not None:
+            table.report.parent.mkdir(parents=True, exist_ok=True)
+        document = run(
+            night.store,
+            dataset=night.dataset,
+            backbone=table.backbone,
+            weights=own or "DEFAULT",
+            labels=table.labels or night.job.source.labels,
+            trust_code=night.job.networks,
+            **table.arguments(),
+            report=table.report,
+            command=f"featurepipe run, job {night.job.name}",
+            silent=night.silent,
+            cluster=night.executor(),
+        )
+        best, measure = document["recommended"], document["measure"]
+        left = [one for one in document["not_tried"] if one["why"] == OVER_BUDGET]
+        later = f"; {sum(one['draws'] for one in left):,} measurements are left for the next night" if left else ""
+        return {
+            "inputs": inputs,
+            "recommended": {name: best[name] for name in ("route", "cut", measure, "low", "high", "best")},
+            "over_budget": len(left),
+            "not_tried": document["not_tried"],
+            "images": document["images"],
+            "report": None if table.report is None else str(table.report),
+            "text": f"recommended: {best['route']}, {measure} {best[measure]:.4f}{later}",
+        }
+
+    return within_time(night.stop.deadline, work, "the comparison goes on the next night")
+
+
+def _is_shown(table: DepthTable | RoutesTable) -> bool:
     return table.report is None or table.report.exists()
 
 
-def _inputs(night: Night, table: DepthTable) -> str:
+def _inputs(night: Night, table: DepthTable | RoutesTable) -> str:
     """A digest of all that decides what a comparison finds: labelled images, columns, settings."""
     from featurepipe.training.publish import digest_of
 
@@ -168,8 +217,9 @@ def _inputs(night: Night, table: DepthTable) -> str:
     images = joined.select(labelled=True)
     splits, split = np.unique(images.splits.astype(str), return_inverse=True)
     unset = {name for name, value in roles.arguments().items() if value is None}  # of version 1
-    settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report", *unset})
-    settings["heads"] = list(table.families)
+    settings = table.model_dump(mode="json", exclude={"when", "labels", "jobs", "report", "budget", *unset})
+    if isinstance(table, DepthTable):
+        settings["heads"] = list(table.families)
     columns = sorted(night.store.space(run["fingerprint"]).columns())
     groups = [] if images.groups is None else [hashlib.sha256("\0".join(map(str, images.groups)).encode()).hexdigest()]
     weights = [] if images.weights is None else [hashlib.sha256(images.weights.astype("<f8")).hexdigest()]

@@ -1,0 +1,317 @@
+"""The runs of a tuning, one for each cut and seed, mapped by an executor; and the mix of tuned and frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featurepipe.backbones.tail import Tail, TunedLayers
+from featurepipe.display import counted
+from featurepipe.errors import Interrupted
+from featurepipe.execution.executor import Executor, Report, Stop, Worker
+from featurepipe.features.session import NetworkName, alone_on_all_cores, load_network
+from featurepipe.interrupt import StopRequest
+from featurepipe.progress import show
+from featurepipe.tuning.loop import (
+    Examples,
+    LossNotFinite,
+    Model,
+    Rows,
+    State,
+    Tuning,
+    TuningCheckpoint,
+    TuningObjective,
+    TuningRun,
+    identity_of,
+    score_rows,
+    tune,
+)
+from featurepipe.tuning.options import Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the tuned weights that are tried on the validation images; the rest is the frozen network's."""
+
+
+@dataclass(frozen=True)
+class CutRun:
+    """One run: a shard of the tuning.
+
+    Attributes:
+        cut: The node above which layers are tuned, or ``images``.
+        number: Of the run among those of its cut, from 0; with the tuning's seed it makes the run's own.
+    """
+
+    cut: str
+    number: int
+
+
+@dataclass
+class TunedCut:
+    """What is tuned above one node, from what.
+
+    Attributes:
+        examples: The inputs of the layers, by row.
+        facts: What decides the outcome of a run beside its number; a checkpoint of other facts is not gone on from.
+        body: The layers as they are before; None where a process is yet to build them from the network.
+    """
+
+    examples: Examples
+    facts: Mapping[str, Any]
+    body: TunedLayers | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "body": None}
+
+
+@dataclass
+class TuningContext:
+    """What all runs of a tuning have in common.
+
+    Attributes:
+        network: As any process can load it; None for runs that stay in this one.
+        head: Weight (K, D) and bias (K,) to start from, in the scores of the objective.
+        objective: What is learned.
+        train: Positions of the rows to learn from.
+        validation: Positions of the rows that choose.
+        schedule: Rates and lengths.
+        seed: Of the order of images in run 0.
+        folder: Of the checkpoints.
+        cuts: What is tuned, by cut.
+        seeds: Runs for each cut.
+        fabric: Lightning's; None for PyTorch alone, in float32.
+    """
+
+    network: NetworkName | None
+    head: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+    objective: TuningObjective
+    train: Rows
+    validation: Rows
+    schedule: Schedule
+    seed: int
+    folder: Path
+    cuts: Mapping[str, TunedCut]
+    seeds: int = 1
+    fabric: Fabric | None = None
+    _started: dict[str, tuple[Model, State]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "folder": self.folder.absolute(), "_started": {}}
+
+    def start(self, cut: str) -> tuple[Model, State]:
+        """The layers above a cut with the head on them, as they are before tuning; and these weights."""
+        if cut not in self._started:
+            body = self.cuts[cut].body
+            if body is None:
+                if self.network is None:
+                    raise RuntimeError("no other process was to tune this network")
+                body = Tail(load_network(self.network, "cpu").backbone, cut)
+            model = Model(body, *self.head)
+            self._started[cut] = model, model.weights()
+        for other in self.cuts.keys() - {cut}:
+            self.cuts[other].examples.release()
+        model, frozen = self._started[cut]
+        model.adopt(frozen)
+        return model, frozen
+
+    def checkpoint(self, shard: CutRun) -> TuningCheckpoint:
+        """Where a run is written down; of one cut alone, files have no name of it."""
+        name = f"run-{shard.number}.pt"
+        identity = identity_of({**self.cuts[shard.cut].facts, "run": shard.number})
+        return TuningCheckpoint(self.folder / (name if len(self.cuts) == 1 else f"{shard.cut}-{name}"), identity)
+
+    def run(self, shard: CutRun) -> TuningRun:
+        """A run at its start."""
+        model, _ = self.start(shard.cut)
+        return TuningRun(
+            model, self.cuts[shard.cut].examples, self.objective, self.train, self.validation, self.schedule,
+            model.body.blocks(), self.seed + shard.number, fabric=self.fabric,
+        )  # fmt: skip
+
+    @property
+    def most_steps(self) -> int:
+        """Of a run that nothing ends early."""
+        return -(-len(self.train) // self.schedule.batch_size) * self.schedule.epochs
+
+    @property
+    def shards(self) -> list[CutRun]:
+        """All runs, cut by cut."""
+        return [CutRun(cut, number) for cut in self.cuts for number in range(self.seeds)]
+
+    def told(self, shard: CutRun) -> str:
+        """Which run it is, in words; empty if there is one alone."""
+        parts = [f"above {shard.cut}"] * (len(self.cuts) > 1)
+        parts += [f"run {shard.number + 1} of {self.seeds}"] * (self.seeds > 1)
+        return ", ".join(parts)
+
+
+class _Reported:
+    """Progress that is reported to whoever mapped the run; each step at once only where that is this process."""
+
+    def __init__(self, shard: CutRun, what: str, worker: Worker, report: Report) -> None:
+        self._shard, self._what, self._worker, self._report = shard, what, worker, report
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """So many steps more were made."""
+        if self._worker.is_local:
+            self._report((self._shard, images, bottleneck))
+
+    def say(self, message: str) -> None:
+        """A line for the user."""
+        self._report(self._worker.signed(f"{self._what}: {message}" if self._what else message))
+
+
+def tune_cut(context: TuningContext, shard: CutRun, worker: Worker, stop: Stop, report: Report) -> Tuning:
+    """Makes one run, or goes on with it from its checkpoint.
+
+    Returns:
+        What it leaves. One whose loss was not finite in its first epoch has ``failed``; one that was stopped ``unfinished``.
+    """
+    progress = _Reported(shard, context.told(shard), worker, report)
+    with alone_on_all_cores(worker):
+        try:
+            return tune(context.run(shard), checkpoint=context.checkpoint(shard), stop=stop, progress=progress)
+        except LossNotFinite as error:
+            return Tuning({}, float("-inf"), 0, ended=str(error), failed=error.message)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A run that has ended.
+
+    Attributes:
+        shard: Which.
+        tuning: What it left.
+    """
+
+    shard: CutRun
+    tuning: Tuning
+
+
+def tuned_runs(context: TuningContext, executor: Executor, stop: StopRequest, *, silent: bool) -> list[TunedRun]:
+    """Makes all runs, cut by cut; those that diverge are left out.
+
+    Args:
+        context: What they have in common.
+        executor: Who makes them; workers elsewhere must see the folder of the checkpoints.
+        stop: Whether to stop.
+        silent: Show no progress.
+
+    Raises:
+        Interrupted: A stop was asked for; checkpoints have all that was done.
+        LossNotFinite: In every run, before its first epoch ended.
+        ClusterError: No worker sees the folder of the checkpoints.
+    """
+    shards = context.shards
+    found: dict[CutRun, Tuning] = {}
+    if not executor.is_local:
+        context.folder.mkdir(parents=True, exist_ok=True)
+        executor.require(partial(_refusal, str(context.folder.absolute())))
+    what = "tuning" if len(shards) == 1 else f"tuning, {len(shards)} runs"
+    with show(context.most_steps * len(shards), what, unit="steps", silent=silent) as progress:
+        made = dict.fromkeys(shards, 0)
+
+        def told(said: Any) -> None:
+            if isinstance(said, str):
+                progress.say(said)
+            else:
+                shard, steps, bottleneck = said
+                made[shard] += steps
+                progress.advance(steps, bottleneck)
+
+        mapped = executor.map(
+            tune_cut, shards, context=context, stop=stop, report=told, in_flight=1,
+            interruptible=False,  # a run that is begun twice would write the checkpoint of the first
+        )  # fmt: skip
+        with closing(mapped) as results:
+            for shard, tuning in results:
+                found[shard] = tuning
+                if tuning.unfinished:
+                    continue
+                progress.advance(max(0, context.most_steps - made[shard]))
+                best = "" if tuning.failed else f"; best after epoch {tuning.epoch}"
+                progress.say(f"{f'tuning {context.told(shard)}'.strip()} ended: {tuning.ended}{best}")
+    _refuse_unfinished(shards, found, stop)
+    ended = [TunedRun(shard, found[shard]) for shard in shards]
+    if failed := [run.tuning.failed for run in ended if run.tuning.failed]:
+        if len(failed) == len(ended):
+            raise LossNotFinite(failed[0])
+        ended = [run for run in ended if not run.tuning.failed]
+    return ended
+
+
+def _refusal(folder: str) -> str:
+    return "" if Path(folder).is_dir() else f"it does not see {folder}, where the checkpoints of a tuning are written"
+
+
+def _refuse_unfinished(shards: Sequence[CutRun], found: Mapping[CutRun, Tuning], stop: StopRequest) -> None:
+    """Raises where a stop has left something undone.
+
+    Raises:
+        Interrupted: It has.
+    """
+    at = [tuning.unfinished for tuning in found.values() if tuning.unfinished]
+    if not at and len(found) == len(shards):
+        return
+    where = at[0] if at else "before a run began"
+    done = len(found) - len(at)
+    several = f" ({done} of {counted(len(shards), 'run')} are done)" if len(shards) > 1 else ""
+    raise Interrupted(
+        f"stopped by {stop.name or 'the end of its time'} in {where}{several}; run it again to go on from there",
+        stop.signal_number or 2,
+    )
+
+
+def mixed(frozen: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> State:
+    """Weights between the frozen (0) and the tuned ones (1)."""
+    if share in (0.0, 1.0):
+        return dict(tuned if share else frozen)
+    return {
+        name: torch.lerp(value.to(tuned[name].device), tuned[name], share) if value.is_floating_point() else tuned[name]
+        for name, value in frozen.items()
+    }
+
+
+def adopt_best_mix(
+    model: Model, frozen: State, tuned: State, shares: Sequence[float], examples: Examples, objective: TuningObjective,
+    rows: Rows,
+) -> tuple[float, dict[float, float]]:  # fmt: skip
+    """Leaves a model with the mix of frozen and tuned weights that is best on some rows (WiSE-FT; Wortsman et al., CVPR 2022).
+
+    Args:
+        model: The model.
+        frozen: Its weights before.
+        tuned: Those after.
+        shares: Of the tuned weights, to try.
+        examples: The inputs by row.
+        objective: What scores.
+        rows: That choose.
+
+    Returns:
+        The share, of equal ones the one nearer to the frozen network; and the score of each.
+    """
+    scores = {}
+    for share in shares:
+        model.adopt(mixed(frozen, tuned, share))
+        scores[share] = objective.score(*score_rows(model, examples, rows))
+    best = max(scores, key=lambda share: (scores[share], -share))
+    model.adopt(mixed(frozen, tuned, best))
+    return best, scores
+
+
+def told_runs(runs: Sequence[TunedRun], *, several: bool) -> Iterator[dict[str, Any]]:
+    """Runs as JSON values; ``from`` says which cut, where there are several."""
+    for run in runs:
+        tuning = run.tuning
+        entry = {"history": tuning.history, "best_epoch": tuning.epoch, "score": tuning.score, "ended": tuning.ended}
+        yield {**entry, **({"from": run.shard.cut} if several else {})}

@@ -1,0 +1,144 @@
+"""Several cuts and seeds: each run is that of a tuning of its own, the best is kept, and a kill or a divergence ends no other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import featurepipe as fp
+from featurepipe.errors import UsageError
+from featurepipe.execution.dask import DaskExecutor
+from featurepipe.tuning import loop
+from featurepipe.tuning.finetune import finetune
+from featurepipe.tuning.loop import LossNotFinite
+from featurepipe.tuning.options import TuneOptions
+
+CUTS = ("s2", "s4")
+FAST: dict[str, Any] = {"epochs": 2, "rate": 3e-3, "silent": True}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Activations at two nodes, and the bottleneck, of a LeNet-5 that was not trained."""
+    folder, found = tmp_path_factory.mktemp("runs"), load_digits()
+    for number, (pixels, digit) in enumerate(zip(found.images[:200], found.target[:200].tolist(), strict=True)):
+        path = folder / "piles" / str(digit) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).resize((32, 32)).save(path)
+    nodes = [*(f"{cut}:map" for cut in CUTS), "bottleneck"]
+    fp.extract(
+        folder / "piles", folder / "store", dataset="digits", backbone="lenet5", weights="none", nodes=nodes,
+        silent=True,
+    )  # fmt: skip
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def both(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two cuts with two seeds each."""
+    return finetune(store, from_node=list(CUTS), seeds=2, out=tmp_path_factory.mktemp("both") / "b", **FAST)
+
+
+def scores(found: dict[str, Any]) -> list[list[float]]:
+    return [[entry["loss"] for entry in run["history"]] for run in found["tuning"]["runs"]]
+
+
+def test_runs_of_several_cuts_are_those_of_each_alone_and_the_best_is_kept(store, both, tmp_path) -> None:
+    tuning = both["tuning"]
+    assert [run["from"] for run in tuning["runs"]] == ["s2", "s2", "s4", "s4"]
+    alone = {cut: finetune(store, from_node=cut, seeds=2, out=tmp_path / cut, **FAST) for cut in CUTS}
+    assert scores(both) == scores(alone["s2"]) + scores(alone["s4"])
+    best = max(range(4), key=lambda number: tuning["runs"][number]["score"])
+    assert (tuning["kept_run"], tuning["from"]) == (best, CUTS[best // 2])
+    kept = (Path(both["bundle"]) / "weights.safetensors").read_bytes()
+    assert kept == (tmp_path / tuning["from"] / "weights.safetensors").read_bytes()
+    assert both["options"]["from_node"] == list(CUTS)
+    assert alone["s2"]["options"]["from_node"] == "s2"  # as before there were several: old checkpoints go on
+    assert not Path(f"{both['bundle']}.tuning").exists()
+    again = finetune(store, from_node=CUTS, seeds=2, out=both["bundle"], if_changed=True, **FAST)
+    assert "skipped" in again
+
+
+def test_after_a_kill_runs_that_have_ended_are_not_made_again(store, both, tmp_path, monkeypatch) -> None:
+    whole, made = loop.TuningRun.learn, list[str]()
+
+    def learn(run: Any, *given: Any) -> float:
+        made.append(run.model.body.node)
+        if made.count("s4") > 3:
+            raise KeyboardInterrupt  # as a kill does, it leaves the last checkpoint alone
+        return whole(run, *given)
+
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    asked: dict[str, Any] = {"from_node": CUTS, "seeds": 2, "out": tmp_path / "b", **FAST}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.TuningRun, "learn", learn)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(store, **asked)
+    files = {path.name for path in (tmp_path / "b.tuning").iterdir()}
+    assert files == {"s2-run-0.pt", "s2-run-1.pt", "s4-run-0.pt"}
+    steps = made.count("s2") // 4  # of an epoch; two seeds of two epochs
+    made.clear()
+    monkeypatch.setattr(loop.TuningRun, "learn", lambda run, *given: made.append("more") or whole(run, *given))
+    again = finetune(store, **asked)
+    assert len(made) == 4 * steps - 3
+    assert scores(again) == scores(both)
+    assert not (tmp_path / "b.tuning").exists()
+
+
+def test_a_run_that_diverges_is_said_and_the_others_go_on(store, tmp_path, monkeypatch, capsys) -> None:
+    whole = loop.TuningObjective.loss
+
+    def infinite_above_s2(self: Any, values: Any, rows: Any) -> Any:
+        return whole(self, values, rows) * (math.nan if diverging(values) else 1)
+
+    names: list[str] = []
+    monkeypatch.setattr(loop.TuningObjective, "loss", infinite_above_s2)
+    monkeypatch.setattr(loop.TuningRun, "steps", property(lambda run: names.append(run.model.body.node) or _steps(run)))
+
+    def diverging(_: Any) -> bool:
+        return names[-1] == "s2" or everywhere
+
+    everywhere = False
+    found = finetune(store, from_node=CUTS, out=tmp_path / "b", **{**FAST, "silent": False})
+    assert found["tuning"]["diverged"] == 1
+    assert [run["from"] for run in found["tuning"]["runs"]] == ["s4"]
+    assert (
+        "tuning above s2 ended: the loss became infinite or not a number in epoch 1, step 1" in capsys.readouterr().err
+    )
+    everywhere = True
+    with pytest.raises(LossNotFinite, match=r"before the first one ended; try rate='0\.0003'"):
+        finetune(store, from_node=CUTS, out=tmp_path / "c", **FAST)
+
+
+def _steps(run: Any) -> int:
+    return -(-len(run.train) // run.options.batch_size)
+
+
+def test_workers_elsewhere_make_the_same_runs(store, both, tmp_path, dask_executor: DaskExecutor) -> None:
+    found = finetune(store, from_node=CUTS, seeds=2, out=tmp_path / "b", cluster=dask_executor, **FAST)
+    assert np.allclose(np.concatenate(scores(found)), np.concatenate(scores(both)), rtol=1e-3)
+    assert found["tuning"]["from"] == both["tuning"]["from"]
+    assert not (tmp_path / "b.tuning").exists()
+
+
+def test_a_dry_run_tells_of_each_cut_and_wrong_cuts_are_refused(store, tmp_path, cli) -> None:
+    planned = cli("finetune", store, "--from", "s2", "--from", "s4", "--out", tmp_path / "b", "--dry-run")
+    assert "lenet5 above s2: 60,700 weights" in planned.out
+    assert "lenet5 above s4: 58,284 weights" in planned.out
+    assert list(tmp_path.iterdir()) == []
+    for wrong, said in (
+        (("s2", "s2"), "names a node twice"),
+        (("s2", "images"), "cannot be images beside nodes"),
+        ((), "must not be empty"),
+        (3, "must be a node"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            TuneOptions(from_node=wrong)
+    with pytest.raises(UsageError, match="unknown node 's9'"):
+        finetune(store, from_node=["s2", "s9"], out=tmp_path / "b", silent=True)
