@@ -32,6 +32,8 @@ class Family(ABC):
     """
 
     architecture: str
+    parts: tuple[str, ...] = ()
+    """The networks that stand side by side in it; empty for one network."""
     is_tested = True
     """Whether tracing is known to keep what the networks compute; where not, each network is tried with its values."""
 

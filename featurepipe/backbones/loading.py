@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from featurepipe.backbones.nodes import NodeInfo, Trace
 from featurepipe.backbones.packaged import LITE, EfficientNetLite, LeNet
 from featurepipe.backbones.pooling import Column, parse_column, pooled_shape
 from featurepipe.backbones.preprocessing import Preprocessing
+from featurepipe.backbones.side_by_side import BESIDE, SideBySide
 from featurepipe.backbones.stages import blocks, bounded_pooling, stages
 from featurepipe.backbones.weights import StateDict, is_file_name
 from featurepipe.errors import UsageError, about, unknown
@@ -38,7 +39,7 @@ def load_backbone(name: str, weights: str = "DEFAULT", *, seed: int = 0, like: s
 
     Args:
         name: A torchvision classification model, ``timm/NAME``, ``package.module:factory``, ``efficientnet_lite0`` (also
-            1 and 2) or ``lenet5``.
+            1 and 2, and several with ``+`` between them, side by side) or ``lenet5``.
         weights: The name of pretrained weights, ``DEFAULT`` for the best of them, ``none`` for a random control, or the
             path of a checkpoint (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) that holds the network's tensors up
             to the nodes that are asked for; see ``Backbone.weights_note``.
@@ -108,6 +109,8 @@ def _family(name: str) -> Family:
         from featurepipe.backbones.from_user import User
 
         return User(name)
+    if BESIDE in name:
+        return SideBySide(name)
     known = classification_names()
     if name in known:
         return Torchvision(name)
@@ -191,6 +194,11 @@ class Backbone:
         return self._resolved or self._like
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that stand side by side in it; empty for one network."""
+        return self._family.parts
+
+    @property
     def weights_note(self) -> str:
         """Where in the weights file the tensors were found, and what is ignored or missing; empty if all is as usual."""
         return "" if self._checkpoint is None else self._checkpoint.note
@@ -219,7 +227,7 @@ class Backbone:
 
     def stages(self) -> tuple[str, ...]:
         """Names the outputs of the network's blocks in execution order, the bottleneck last; needs no weights."""
-        return stages(self._skeleton, self._node_infos, self.node(self.bottleneck))
+        return self._divided(stages)
 
     def graph(self, names: Sequence[str]) -> fx.GraphModule | None:
         """Returns a module that maps images (N, C, H, W) to ``{node: output}``, pruned above the deepest node.
@@ -268,10 +276,30 @@ class Backbone:
     def _every_block(self) -> list[Column]:
         """The output of every block and the bottleneck, pooled to a grid of `ALL_GRID` or what `ALL_WIDTH` values allow."""
         found = []
-        for name in blocks(self._skeleton, self._node_infos, self.node(self.bottleneck)):
+        for name in self._divided(blocks):
             info = self.node(name)
             found.append(Column(name, bounded_pooling(info, min(ALL_WIDTH, ALL_GRID**2 * info.width))))
         return found
+
+    def _divided(self, divide: Callable[..., tuple[str, ...]]) -> tuple[str, ...]:
+        """What `stages` or `blocks` gives; of networks side by side that of each, and the bottleneck of all."""
+        if not self.parts:
+            return divide(self._skeleton, self._node_infos, self.node(self.bottleneck))
+        found: list[str] = []
+        for part in self.parts:
+            begin = f"{part}."
+            inner = [
+                replace(
+                    info,
+                    name=info.name.removeprefix(begin),
+                    blocks=tuple(name.removeprefix(begin) for name in info.blocks if name.startswith(begin)),
+                )
+                for info in self._node_infos
+                if info.name.startswith(begin)
+            ]
+            names = divide(self._skeleton.get_submodule(part), inner, inner[-1])
+            found += [f"{begin}{name}" for name in names[:-1]]
+        return (*found, self.bottleneck)
 
     def feature_shape(self, column: Column) -> tuple[int, ...]:
         """Returns the shape of one image's feature: (D,), or (C, H, W) for the pooling ``map``.

@@ -137,10 +137,15 @@ class Trunk(TunedLayers):
     Args:
         backbone: The network.
         statistics: ``frozen`` or ``train``; by default as said.
+
+    Raises:
+        UsageError: It is several networks side by side.
     """
 
     def __init__(self, backbone: Backbone, statistics: str | None = None) -> None:
         super().__init__()
+        if backbone.parts:
+            raise UsageError(f"{backbone.name} cannot be tuned: tune one of its networks, such as {backbone.parts[0]}")
         (found,) = backbone.columns([])
         self.node, self.bottleneck = "images", str(found)
         self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)

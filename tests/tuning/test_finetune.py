@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_pa
 
 
 def test_a_stop_keeps_what_was_done_and_other_options_begin_anew(store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(StopRequest, "__call__", lambda request: True)
+    asked = count()
+    monkeypatch.setattr(StopRequest, "__call__", lambda request: next(asked) > 2)
     with pytest.raises(Interrupted, match="run it again to go on from there"):
         finetune(store, from_node=CUT, out=tmp_path / "b", **FAST)
     monkeypatch.undo()
