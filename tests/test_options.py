@@ -101,7 +101,7 @@ WRONG = {"extract": {
     "seed": -1, "threshold": "recall=2", "params": 5,
 }, "finetune": {"from_node": "", "epochs": 0, "rate": 0, "lowest_rate": 2, "warmup": 0, "patience": 0, "seeds": 0},
 "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
-"routes": {"routes": ("tail", "tail"), "sizes": (), "seeds": 0, "cuts": (), "epochs": 0, "budget": -1},
+"routes": {"routes": (), "sizes": (), "seeds": 0, "cuts": (), "epochs": 0, "budget": -1},
 "drift": {"warn": 1, "fail": 0, "seed": -1, "columns": ()}}  # fmt: skip
 each_command = pytest.mark.parametrize("command", FUNCTIONS)
 each_step = pytest.mark.parametrize("step", TABLES)

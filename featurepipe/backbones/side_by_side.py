@@ -66,7 +66,7 @@ class SideBySideNetwork(nn.Module):
         self.widths = {name: LITE[name].size for name in names}
         for name in names:
             network = EfficientNetLiteNetwork(LITE[name])
-            network.classifier = nn.Identity()
+            network.add_module("classifier", nn.Identity())
             self.add_module(name, network)
         self.flatten = _Concatenation()
         self.classifier = nn.Linear(1280 * len(names), 1000)

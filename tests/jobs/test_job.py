@@ -273,7 +273,8 @@ def test_what_cannot_be_read(problems, tmp_path):
          "depth: head 'logistic' learns multiclass and multilabel"),
         ('[routes]\nroutes = ["tale"]', "routes.routes = ['tale']: unknown route 'tale'; nearest: tail"),
         ('[routes]\ntarget = "age"\nmultilabel = ["a"]', "routes: target and multilabel are two kinds of target"),
-        ('[[finetune]]\nout = "b"\nfrom_node = ["layer3", "images"]', "cannot be images beside nodes"),
+        ('[[finetune]]\nout = "b"\nfrom_node = ["layer3", "images"]',
+         "finetune[0].from_node = ['layer3', 'images']: cannot be images beside nodes"),
         ('[depth]\nheads = ["logistic", "tree"]', "depth.heads = ['logistic', 'tree']: unknown head 'tree'; choices: "),
     ],
 )  # fmt: skip
