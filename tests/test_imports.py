@@ -53,6 +53,7 @@ def test_the_public_surface_is_what_it_was():
         "evaluate",
         "extract",
         "finetune",
+        "forget",
         "labels",
         "load_backbone",
         "make_head",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
@@ -230,7 +231,8 @@ def _file(path: Path, order: Removal) -> dict[str, Any] | None:
         return {"kind": "table", "images": count, "why": "names them"} if count else None
     if suffix not in _TEXTS or path.stat().st_size > _LARGEST:
         return None
-    if not is_in_text(path.read_text(encoding="utf-8", errors="replace"), order):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not is_in_text(html.unescape(text) if suffix == ".html" else text, order):
         return None
     return {
         "kind": "page" if suffix == ".html" else "table",

@@ -337,19 +337,29 @@ def export_dataset(
     asked, path = ExportOptions(**options), Path(to)
     check_target(path)
     dataset = asked.dataset or store.only_dataset()
-    return _exported(store, node, path, dataset, asked, announcer(silent=silent))
+    say = announcer(silent=silent)
+    return _exported(store, node, path, dataset, asked, say, snapshot=asked.snapshot, since=asked.since)
 
 
 @starts_again
 def _exported(
-    store: FeatureStore, node: str, path: Path, dataset: str, asked: ExportOptions, say: Callable[[str], None]
+    store: FeatureStore,
+    node: str,
+    path: Path,
+    dataset: str,
+    asked: ExportOptions,
+    say: Callable[[str], None],
+    *,
+    snapshot: str | None,
+    since: str | None,
 ) -> dict[str, Any]:
-    features = store.features(dataset, node=node, backbone=asked.backbone, snapshot=asked.snapshot)
-    features = with_roles(store, features, asked.labels, RoleOptions.of(asked), say, snapshot=asked.snapshot)
+    """Exports; ``snapshot`` and ``since`` are those asked for, which `starts_again` does not ask for twice if there are none."""
+    features = store.features(dataset, node=node, backbone=asked.backbone, snapshot=snapshot)
+    features = with_roles(store, features, asked.labels, RoleOptions.of(asked), say, snapshot=snapshot)
     features = features if asked.split is None else features.select(split=asked.split)
-    snapshot = _snapshot(store, dataset, asked.snapshot)
+    snapshot = _snapshot(store, dataset, snapshot)
     about = {"dataset": dataset, "snapshot": snapshot}
-    since = _since(store, dataset, asked, snapshot)
+    since = _since(store, dataset, since, snapshot, new=asked.new)
     found: SnapshotDifference | None = None
     names = _further(store, dataset, snapshot, asked.metadata)
     if since is not None:
@@ -382,22 +392,20 @@ def _snapshot(store: FeatureStore, dataset: str, asked: str | None) -> str:
     return found or asked or known[-1]
 
 
-def _since(store: FeatureStore, dataset: str, asked: ExportOptions, snapshot: str) -> str | None:
+def _since(store: FeatureStore, dataset: str, asked: str | None, snapshot: str, *, new: bool) -> str | None:
     """The earlier snapshot that is compared with; None for all images.
 
     Raises:
         UsageError: There is none before, or that one is later.
     """
-    if asked.new:
+    if new:
         return previous_snapshot(store, dataset, snapshot)
-    if asked.since is None:
+    if asked is None:
         return None
-    since = _snapshot(store, dataset, asked.since)
+    since = _snapshot(store, dataset, asked)
     if since > snapshot:
         raise UsageError(
-            Message(
-                Option("since", asked.since), f" is later than the snapshot that is exported, {snapshot}; swap them"
-            )
+            Message(Option("since", asked), f" is later than the snapshot that is exported, {snapshot}; swap them")
         )
     return since
 

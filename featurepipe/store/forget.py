@@ -151,6 +151,7 @@ def forget_images(
             order = make_order(store, wanted, asked, report)
             before(order)
             if not dry_run:
+                strike_documents(store.path, order, dry_run=True)  # raises before anything is changed
                 write_json(store.path / JOURNAL, _journal(order))
             carry_out(store, order, report, dry_run=dry_run)
     return report

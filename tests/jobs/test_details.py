@@ -1,5 +1,7 @@
 """One run in full, and the images that cannot be used now."""
 
+import pyarrow.parquet as pq
+
 import featurepipe as fp
 from featurepipe.jobs.text import current_rejects, details_text, rejects_text
 
@@ -86,3 +88,18 @@ def test_many_rejects_of_several_datasets():
     lines = rejects_text(rejects).splitlines()
     assert (len(lines), lines[-1]) == (102, "and 3 more; all of them: --json")
     assert lines[1].split() == ["?", "?", "d0", "i0", "x"]
+
+
+def test_features_are_handed_on_each_night(pile):
+    pile.fill(5)
+    pile.job('[[export]]\nnode = "c3"\nto = "vectors/{run}"\nimages = "new"\nmetadata = "key"')
+    first = pile.run()
+    (pile.root / "004.png").unlink()
+    pile.add("new.png", 99)
+    second = pile.run()
+    folders = [pile.folder / "vectors" / run["run_id"] for run in (first, second)]
+    assert [len(pq.read_table(folder)) for folder in folders] == [5, 1]
+    (step,) = (entry for entry in second["steps"] if entry["step"] == "export")
+    assert (step["status"], step["result"]["text"]) == ("done", f"1 image, 1 gone, in {second['run_id']}")
+    assert pq.read_table(folders[1])["id"].to_pylist() == ["new.png"]
+    assert pq.read_table(folders[1] / "_deleted.parquet")["id"].to_pylist() == ["004.png"]

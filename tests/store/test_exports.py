@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurepipe.errors import DiskFull, UsageError
+from featurepipe.errors import DiskFull, UnknownSnapshot, UsageError
 from featurepipe.store import export, export_dataset
 from featurepipe.store.exports import read_about
 from featurepipe.store.rows import ColumnRows
@@ -50,7 +50,7 @@ def test_what_is_new_changed_or_relabelled_since_a_snapshot(store, rows, nights,
     assert table.schema.metadata[b"snapshot"].decode() == nights[1]
 
 
-def test_new_is_since_the_run_before_and_nothing_new_is_no_error(store, rows, nights, tmp_path):
+def test_new_is_since_the_run_before_and_nothing_new_is_no_error(store, rows, nights, tmp_path, capsys):
     told = export_dataset(store, "a", tmp_path / "x.npz", new=True, silent=True)
     assert (told["since"], told["rows"]) == (nights[0], 3)
     third = rows.snapshot(store, "d", SECOND, run_id=store.new_run_id(), key=_keys(store), label=["b", "c", "d", "dog"])
@@ -62,6 +62,9 @@ def test_new_is_since_the_run_before_and_nothing_new_is_no_error(store, rows, ni
         export_dataset(store, "a", tmp_path / "x.npz", new=True, snapshot=nights[0], silent=True)
     with pytest.raises(UsageError, match="is later than the snapshot"):
         export_dataset(store, "a", tmp_path / "x.npz", since=third, snapshot=nights[0], silent=True)
+    with pytest.raises(UnknownSnapshot, match="unknown snapshot '2020'"):
+        export_dataset(store, "a", tmp_path / "x.npz", since="2020")
+    assert capsys.readouterr().err == ""  # nothing was moved, so nobody tries again
     with pytest.raises(UsageError, match="two beginnings"):
         export_dataset(store, "a", tmp_path / "x.npz", since=third, new=True, silent=True)
 

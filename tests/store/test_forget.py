@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurepipe.errors import StoreLocked, UsageError
+from featurepipe.errors import StoreError, StoreLocked, UsageError
 from featurepipe.store import FeatureStore, compact_store, describe, forget_images, gc_store, verify_store
 from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.snapshots import SCHEMA
@@ -213,6 +213,16 @@ def test_an_unknown_id_changes_nothing(filled):
     assert (
         sorted((path, path.stat().st_mtime_ns) for path in filled.path.rglob("*.*") if path.name != ".lock") == before
     )
+
+
+@pytest.mark.parametrize("name", ["runs/broken.json", "snapshots/d/20200101T000000000000Z-00000000.parquet"])
+def test_what_cannot_be_read_may_name_them_so_nothing_is_changed(filled, name):
+    (filled.path / name).write_text("{torn")
+    before = {path: path.read_bytes() for path in filled.path.rglob("*.*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(StoreError, match="out of the store"):
+        forget_images(filled, ALICE)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (filled.path / "forgetting.json").exists()
 
 
 def test_a_store_in_use_is_not_touched(filled):
