@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from featurepipe.backbones import load_backbone
+    from featurepipe.backbones import list_backbones, load_backbone
     from featurepipe.cnn_features import CNNFeatures
     from featurepipe.curation.forget import forget
     from featurepipe.curation.similar import similar
     from featurepipe.curation.suspects import labels
+    from featurepipe.demo import run_demo
+    from featurepipe.doctor import examine
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.extraction.extract import extract
+    from featurepipe.functions import compact, export, gc, info, nodes, runs, verify
     from featurepipe.heads.families import make_head
     from featurepipe.images.regions import region
     from featurepipe.jobs.run import run_job
@@ -37,46 +40,66 @@ __all__ = [
     "FeatureStore",
     "ImageClassifier",
     "__version__",
+    "compact",
     "depth",
     "drift",
     "duplicates",
     "evaluate",
+    "examine",
+    "export",
     "extract",
     "finetune",
     "forget",
+    "gc",
+    "info",
     "labels",
+    "list_backbones",
     "load_backbone",
     "make_head",
+    "nodes",
     "predict",
     "region",
     "report",
     "routes",
+    "run_demo",
     "run_job",
+    "runs",
     "similar",
     "train",
+    "verify",
 ]
 
 _HOMES = {
     "CNNFeatures": "cnn_features",
     "FeatureStore": "store",
     "ImageClassifier": "prediction.image_classifier",
+    "compact": "functions",
     "depth": "layer_depth.depth",
     "drift": "monitoring.drift",
     "duplicates": "monitoring.duplicates",
     "evaluate": "evaluation.evaluate",
+    "examine": "doctor",
+    "export": "functions",
     "extract": "extraction.extract",
     "finetune": "tuning.finetune",
     "forget": "curation.forget",
+    "gc": "functions",
+    "info": "functions",
     "labels": "curation.suspects",
+    "list_backbones": "backbones",
     "load_backbone": "backbones",
     "make_head": "heads.families",
+    "nodes": "functions",
     "predict": "prediction.predict",
     "region": "images.regions",
     "report": "reporting.from_store",
     "routes": "transfer_routes.routes",
+    "run_demo": "demo",
     "run_job": "jobs.run",
+    "runs": "functions",
     "similar": "curation.similar",
     "train": "training.train",
+    "verify": "functions",
 }
 
 

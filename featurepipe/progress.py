@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere, nothing when silent.
+"""Progress of long work: a bar on a terminal or in a notebook, a plain line every few seconds elsewhere, nothing when silent.
 
 Everything goes to standard error, so that standard output stays free for results.
 """
@@ -6,11 +6,13 @@ Everything goes to standard error, so that standard output stays free for result
 from __future__ import annotations
 
 import logging
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Protocol, runtime_checkable
+from html import escape
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from featurepipe.display import displayed
 
@@ -131,6 +133,49 @@ class Bar:
         self._bar.console.print(displayed(message), highlight=False, markup=False)
 
 
+class NotebookBar(Paced):
+    """A bar in a notebook's cell: one for all work that the cell does, as a page's own ``<progress>``, without scripts."""
+
+    _cell: tuple[int, Any] | None = None  # the number of the cell that was run last, and what updates its bar
+
+    def __init__(self, total: int, what: str, unit: str, shell: Any) -> None:
+        super().__init__(total, what, unit, every=0.25, clock=time.monotonic)
+        number = int(shell.execution_count)
+        known = NotebookBar._cell
+        self._handle = known[1] if known is not None and known[0] == number else None
+        self._show(self.how_far)
+        NotebookBar._cell = number, self._handle
+
+    def tell(self, rate: float, bottleneck: str) -> None:
+        """Moves the bar."""
+        left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 and self._steps > 1 else ""
+        self._show(", ".join(filter(None, (f"{self.how_far}{left}", bottleneck))))
+
+    def say(self, message: str) -> None:
+        """Prints one line on standard error, which a notebook shows below the bar."""
+        print(displayed(message), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Shows how far it came, and in what time."""
+        self._show(f"{self.how_far} in {spoken(self._clock() - self._start)}")
+
+    def _show(self, line: str) -> None:
+        shown: Any = importlib.import_module("IPython.display")
+        bar = f'<progress value="{self.done}" max="{max(self.total, 1)}" style="width:16em;vertical-align:middle"></progress>'
+        html = shown.HTML(f"<div>{bar} {escape(displayed(line))}</div>")
+        if self._handle is None:
+            self._handle = shown.display(html, display_id=True)
+        else:
+            self._handle.update(html)
+
+
+def _notebook() -> Any:
+    """The shell of a notebook's kernel if this is one; else None. Nothing is imported to find that out."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell if hasattr(shell, "kernel") else None
+
+
 def announcer(*, silent: bool = False) -> Callable[[str], None]:
     """A function that says one line: to the logger ``featurepipe``, and on standard error unless ``silent``."""
     if silent:
@@ -157,6 +202,11 @@ def show(
         return
     if isinstance(stream, TakesProgress):
         yield stream.progress(total, what, unit)
+        return
+    if stream is sys.stderr and (shell := _notebook()) is not None:
+        notebook_bar = NotebookBar(total, what, unit, shell)
+        yield notebook_bar
+        notebook_bar.close()
         return
     if not stream.isatty():
         yield Lines(total, what, stream, unit=unit)

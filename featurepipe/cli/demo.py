@@ -63,6 +63,9 @@ def add_nodes(command: ArgumentParser) -> None:
     command.add_argument(
         "backbone", metavar="BACKBONE", help="as featurepipe backbones lists them, timm/NAME or package.module:factory"
     )
+    command.add_argument(
+        "--stages", action="store_true", help="only what featurepipe depth compares by default: one node for each stage"
+    )
     add_json(command)
 
 
@@ -76,17 +79,9 @@ def backbones(args: Namespace) -> int:
 
 def nodes(args: Namespace) -> int:
     """Runs ``featurepipe nodes``."""
-    from featurepipe.backbones import load_backbone
+    from featurepipe.functions import nodes as listed
 
-    backbone = load_backbone(args.backbone, "none")
-    found = {
-        "backbone": backbone.name,
-        "bottleneck": backbone.bottleneck,
-        "traceable": backbone.traceable,
-        "input_shape": list(backbone.preprocessing.input_shape),
-        "nodes": [asdict(info) for info in backbone.nodes()],
-    }
-    show(args, found, _nodes_text)
+    show(args, listed(args.backbone, stages=args.stages), _nodes_text)
     return 0
 
 
@@ -107,7 +102,13 @@ def _backbones_text(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _nodes_text(found: Mapping[str, Any]) -> str:
     rows = [
-        [info["name"], _shape(info["shape"]), info["width"], share(info["cost"]), " ".join(info["blocks"])]
+        [
+            _called(info["name"], found["bottleneck"]),
+            _shape(info["shape"]),
+            info["width"],
+            share(info["cost"]),
+            " ".join(info["blocks"]),
+        ]
         for info in found["nodes"]
     ]
     title = (
@@ -115,6 +116,10 @@ def _nodes_text(found: Mapping[str, Any]) -> str:
         "cost: share of the forward up to there"
     )
     return title + "\n" + table(["node", "shape", "gap width", "cost", "ends block"], rows)
+
+
+def _called(node: str, bottleneck: str) -> str:
+    return f"{node} (bottleneck)" if node == bottleneck != "bottleneck" else node
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.cli.options import (
@@ -86,6 +85,7 @@ def run(args: Namespace) -> int:
 
 def runs(args: Namespace) -> int:
     """Runs ``featurepipe runs``."""
+    from featurepipe.functions import check_job
     from featurepipe.jobs.lock import runs_with_ends
     from featurepipe.jobs.text import runs_text
     from featurepipe.summary import whole_runs
@@ -97,7 +97,7 @@ def runs(args: Namespace) -> int:
         raise UsageError("--dataset belongs to --rejects; runs are chosen with --job")
     records = runs_with_ends(store)
     if args.job is not None:
-        _check_job(args.job, {record["job"] for record in records if record.get("job")}, store.path)
+        check_job(args.job, records, store.path)
     chosen = [record for record in whole_runs(records) if args.job in (None, record.get("job"))]
     if args.run_id is not None:
         return _one_run(args, chosen, records, store)
@@ -168,10 +168,3 @@ def _rejects(args: Namespace, store: FeatureStore) -> int:
     chosen = datasets if args.dataset is None else [args.dataset]
     show(args, [reject for dataset in chosen for reject in current_rejects(store, dataset)], rejects_text)
     return 0
-
-
-def _check_job(job: str, jobs: Collection[str], store: Path) -> None:
-    if not jobs:
-        raise UsageError(f"unknown job {job!r}: no job has run with {store} yet; see featurepipe run --help")
-    if job not in jobs:
-        raise unknown("job", job, sorted(jobs), where=str(store), see=f"featurepipe runs {store}")

@@ -72,13 +72,10 @@ def info(args: Namespace) -> int:
         bundle = read_bundle(args.store)
         show(args, describe_bundle(bundle), lambda _: bundle_text(bundle))
         return 0
-    from featurepipe.jobs.lock import runs_with_ends
-    from featurepipe.store import describe
+    from featurepipe.functions import info as found_in
     from featurepipe.summary import info_text
 
-    store = existing_store(args)
-    found = describe(store)
-    show(args, {**found, "runs": runs_with_ends(store, found["runs"])}, info_text)
+    show(args, found_in(existing_store(args)), info_text)
     return 0
 
 

@@ -31,6 +31,7 @@ from featurepipe.monitoring.near import Nearest, nearest
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import image_page
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore, Space, differences
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
@@ -66,6 +67,7 @@ class Queries:
     computed: int = 0
 
 
+@shown_as("similar")
 @starts_again
 def similar(
     store: FeatureStore | str | PathLike[str],

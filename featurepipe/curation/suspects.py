@@ -24,6 +24,7 @@ from featurepipe.monitoring.near import nearest
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import image_page
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions
@@ -68,6 +69,7 @@ class Suspects:
     unchecked: Positions
 
 
+@shown_as("labels")
 @starts_again
 def labels(
     store: FeatureStore | str | PathLike[str],

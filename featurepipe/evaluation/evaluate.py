@@ -26,6 +26,7 @@ from featurepipe.heads.statistics.regression import number_table
 from featurepipe.option_groups import as_asked
 from featurepipe.prediction.from_store import features_at, features_for
 from featurepipe.progress import announcer
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, RowOptions, columns_of
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
 
 
+@shown_as("evaluate")
 @starts_again
 def evaluate(
     bundle: Bundle | str | os.PathLike[str] | None = None,

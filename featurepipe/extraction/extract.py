@@ -24,6 +24,7 @@ from featurepipe.features.session import Sample, SampleContext, sample_rate
 from featurepipe.images import Source, open_source
 from featurepipe.interrupt import StopRequest, stopping
 from featurepipe.progress import announcer, show
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore, open_arrays
 
 ARRAY_READERS = {".h5": open_arrays, ".hdf5": open_arrays}
@@ -31,6 +32,7 @@ TIMED_SAMPLE = 64
 """Images that a dry run times."""
 
 
+@shown_as("extract")
 def extract(
     source: Any,
     store: FeatureStore | str | PathLike[str],

@@ -19,12 +19,14 @@ from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
 from featurepipe.jobs.step import AT_ANY_END, OF_ANY_RUN, OF_ONE_DATASET, OF_THIS_RUN, Night, Step, steps_of
 from featurepipe.jobs.validation import read_job
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
     from featurepipe.jobs.plan import Extractions
 
 
+@shown_as("run")
 def run_job(
     path: str | PathLike[str],
     *,

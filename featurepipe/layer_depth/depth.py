@@ -22,12 +22,14 @@ from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
 from featurepipe.training.settle import compared_labels
 
 
+@shown_as("depth")
 @starts_again
 def depth(
     source: Any,

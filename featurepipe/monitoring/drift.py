@@ -32,6 +32,7 @@ from featurepipe.monitoring.samples import (
 from featurepipe.monitoring.standing_warnings import DRIFT, PREDICTIONS, TOO_FEW, Thresholds
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore, Space
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
@@ -57,6 +58,7 @@ class _Question:
     say: Callable[[str], None]
 
 
+@shown_as("drift")
 @starts_again
 def drift(
     store: FeatureStore | str | os.PathLike[str],

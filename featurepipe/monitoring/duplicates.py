@@ -25,6 +25,7 @@ from featurepipe.monitoring.near import NearPairs, checked_near, near_pairs
 from featurepipe.monitoring.options import DuplicatesOptions
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import require_snapshot, usable_keys
@@ -44,6 +45,7 @@ _LARGE = 0.1  # of the images in one near group: the distance joins what is mere
 Numbers = npt.NDArray[np.int64]
 
 
+@shown_as("duplicates")
 @starts_again
 def duplicates(
     store: FeatureStore | str | os.PathLike[str],

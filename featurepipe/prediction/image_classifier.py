@@ -26,8 +26,12 @@ from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.heads.linear.ordinal import LEAST
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
+from featurepipe.results import Result, optional
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
     from featurepipe.features.stream import FeatureBatch
 
 
@@ -101,6 +105,37 @@ class ImageClassifier:
         what = f"{len(bundle.classes)} {'labels' if bundle.target_type == MULTILABEL else 'classes'}"
         what = f"the number {bundle.target_name}" if bundle.target_type == CONTINUOUS else what
         return f"<ImageClassifier {bundle.family} on {columns} of {bundle.backbone['name']}, {what}>"
+
+    def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
+        return self.bundle._repr_html_()
+
+    def to_pandas(self, images: Any) -> pd.DataFrame:
+        """Predicts images, a row for each: ``predicted``, and a column for each class with its probability.
+
+        Args:
+            images: As ``predict`` takes them.
+
+        Raises:
+            UsageError: pandas is not installed; or as ``predict``.
+        """
+        pandas = optional("pandas", "to_pandas()")
+        if self.bundle.target_type == CONTINUOUS:
+            return pandas.DataFrame({"predicted": self.predict(images)})
+        given = list(images)
+        likely = pandas.DataFrame(self.predict_proba(given), columns=list(self.classes_))
+        if self.bundle.target_type == MULTILABEL:
+            return likely
+        likely.insert(0, "predicted", self.classes_[self.bundle.codes(likely.to_numpy())], allow_duplicates=True)
+        return likely
+
+    def plot(self, what: str | None = None, *, ax: Axes | None = None, **how: Any) -> Axes:
+        """Draws what the bundle found on its test images when it was trained: ``"confusion"`` or ``"mistakes"``; see ``Result``.
+
+        Raises:
+            UsageError: matplotlib is not installed, or the bundle has no test images.
+        """
+        return Result({"metrics": self.bundle.metrics}, "bundle").plot(what, ax=ax, **how)
 
     def predict(self, images: Any) -> npt.NDArray[Any]:
         """Labels images, or estimates their number.

@@ -39,8 +39,10 @@ from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.own_classes import TOP, OwnClassifier
 from featurepipe.prediction.shards import SCORE, Prediction
 from featurepipe.progress import announcer, show
+from featurepipe.results import shown_as
 
 
+@shown_as("predict")
 def predict(
     bundle: Bundle | str | PathLike[str] | None = None,
     source: Any = None,

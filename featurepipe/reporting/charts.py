@@ -246,7 +246,7 @@ def confusion_map(metrics: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     counts = _square(found.get("counts"), len(names))
     if not names or counts is None or not counts.sum():
         return None
-    kept = _most_wrong(counts)
+    kept = most_wrong(counts)
     drawn = counts[np.ix_(kept, kept)]
     shares = drawn / np.maximum(counts[kept].sum(axis=1, keepdims=True), 1)
     shown = [names[k] for k in kept]
@@ -327,9 +327,10 @@ def _likeness(names: Sequence[str], values: Values) -> str:
     return f"{', '.join(words)}."
 
 
-def _most_wrong(counts: Values) -> npt.NDArray[np.int64]:
+def most_wrong(counts: Values, most: int = _DRAWN) -> npt.NDArray[np.int64]:
+    """Positions, ascending, of the ``most`` classes of a confusion matrix that have most mistakes of both kinds."""
     wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
-    return np.sort(np.argsort(-wrong, kind="stable")[:_DRAWN]).astype(np.int64)
+    return np.sort(np.argsort(-wrong, kind="stable")[:most]).astype(np.int64)
 
 
 def _mix_ups(counts: Values, names: Sequence[str]) -> str:

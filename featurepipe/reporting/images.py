@@ -188,7 +188,7 @@ def bounded_thumbnails(ids: list[str], read: ReadImage | None, *, most: int) -> 
 def thumbnail(image: Any, side: int) -> str | None:
     """One image as a data URI, JPEG or PNG, whichever is shorter; None if it cannot be read as an image."""
     try:
-        small = _upright(image, side)
+        small = upright(image, side)
     except Exception:  # noqa: BLE001  # a stranger's image may make a library raise anything; the page goes without it
         return None
     if small is None:
@@ -200,7 +200,7 @@ def thumbnail(image: Any, side: int) -> str | None:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _upright(image: Any, side: int) -> Image.Image | None:
+def upright(image: Any, side: int) -> Image.Image | None:
     """The image, turned as its EXIF says, on white, at most ``side`` wide and high, grey or RGB."""
     if image is None:
         return None

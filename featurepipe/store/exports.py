@@ -65,7 +65,7 @@ class _Output:
         Raises:
             UsageError: A value is too large for the dtype that was asked for.
         """
-        stored = self.features.read(rows=place)
+        stored = self.features.read(None, rows=place)
         with np.errstate(over="ignore"):
             block = stored.astype(self.dtype, copy=False)
         if self.dtype.itemsize < stored.dtype.itemsize and not np.isfinite(block).all():

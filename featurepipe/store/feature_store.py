@@ -11,13 +11,15 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
-from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unsearchable
+from featurepipe.cards import card
+from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unknown, unsearchable
+from featurepipe.results import optional
 from featurepipe.store import documents, snapshots
 from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder, strangers, write_json
 from featurepipe.store.choice import choose_space, open_features
@@ -30,6 +32,9 @@ from featurepipe.store.parts import Headers
 from featurepipe.store.snapshots import OK, REJECTED
 from featurepipe.store.space import Space, extract_command, read_space
 from featurepipe.store.views import FeatureSet
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STORE_VERSION = 1
 _EMPTY_NOTES: Mapping[str, Any] = {}
@@ -118,6 +123,33 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
+        if not self.exists:
+            note = f"there is no store here yet; make one with: {extract_command(self.path)}"
+            return card("FeatureStore", {"path": str(self.path)}, note=note)
+        return _card_of(describe(self))
+
+    def to_pandas(self, dataset: str | None = None, *, snapshot: str | None = None) -> pd.DataFrame:
+        """The images of a dataset as a DataFrame: ``id``, ``label``, ``split``, ``status``, ``reason`` and ``size`` of each.
+
+        Args:
+            dataset: Its name; by default the store's only one.
+            snapshot: By default the current one.
+
+        Raises:
+            UsageError: pandas is not installed, or the dataset is unknown or left out where there are several.
+            StoreError: There is no store.
+        """
+        pandas = optional("pandas", "to_pandas()")
+        name = dataset or self.only_dataset()
+        if name not in self.datasets():
+            raise unknown("dataset", name, self.datasets(), where=str(self.path))
+        columns = ["id", "label", "split", "status", "reason", "size"]
+        table = self.snapshot(name, snapshot, columns)
+        frame: pd.DataFrame = pandas.DataFrame({} if table is None else table.to_pydict(), columns=columns)
+        return frame
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
         return FeatureStore, (self.path,)  # what is known of the parts can be read again
@@ -369,6 +401,24 @@ def _count_forgotten(store: Path, set_aside: dict[str, str]) -> int:
     except StoreError as error:
         set_aside[FORGOTTEN] = str(error)
         return 0
+def _card_of(found: Mapping[str, Any]) -> str:
+    """What ``describe`` found, as a card."""
+    runs, last = found["runs"], (found["runs"] or [{}])[-1]
+    facts = {"path": found["path"], "runs": len(runs), "last run": last.get("status"), "ended": last.get("ended")}
+    datasets = [
+        {**{n: v for n, v in one.items() if n != "splits"}, "classes": len(one.get("labels", ())) or None}
+        for one in found["datasets"]
+    ]
+    columns = [
+        {"backbone": space["backbone"], "space": space["name"], "column": name, **info}
+        for space in found["spaces"]
+        for name, info in space["columns"].items()
+    ]
+    note = f"set aside: {', '.join(found['set_aside'])}" if found["set_aside"] else ""
+    note = note or ("" if datasets else "no dataset yet: featurepipe extract makes one when it completes")
+    return card(
+        "FeatureStore", facts, tables={n: t for n, t in (("datasets", datasets), ("columns", columns)) if t}, note=note
+    )
 
 
 def _describe_space(space: Space) -> dict[str, Any]:

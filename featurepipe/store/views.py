@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import names_in_doubt, split_asked
+from featurepipe.cards import card
 from featurepipe.display import bytes_of, counted
 from featurepipe.errors import UsageError
+from featurepipe.lazy_names import lazy_names
+from featurepipe.results import optional
 from featurepipe.store.labelled_images import LabelledImages, role_column
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
 from featurepipe.store.rows import ArrayRows, KeptRows, WideRows
 from featurepipe.store.space import Origin, check_rows, check_spaces
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 Labels = npt.NDArray[Any] | None
 Positions = npt.NDArray[Any] | slice
@@ -61,6 +68,55 @@ class FeatureSet(LabelledImages):
 
     def __repr__(self) -> str:
         return f"<FeatureSet {self.origin.dataset}: {self.column} {self.shape} {self.dtype}>"
+
+    def _repr_html_(self) -> str:
+        """The card that a notebook shows; reads no features."""
+        counts = self.counts()
+        classes, splits = (
+            [{"name": n, "images": v} for n, v in counts.pop(part).items()] for part in ("classes", "splits")
+        )
+        facts = {
+            "dataset": f"{self.origin.dataset}, of {self.origin.store}",
+            "columns": " + ".join(self.columns),
+            "values": f"{self.shape[1]:,}, stored as {self.dtype}, read as float32",
+            **{name: value for name, value in counts.items() if value or name == "images"},
+        }
+        return card("FeatureSet", facts, tables={n: t for n, t in (("classes", classes), ("splits", splits)) if t})
+
+    def to_pandas(self, *, values: bool = True) -> pd.DataFrame:
+        """The images as a DataFrame, a row for each: ``id``, ``label``, ``split``, roles, and the features in float32.
+
+        Args:
+            values: Whether features are read, as columns ``NODE:POOLING_0``, ``NODE:POOLING_1``, ...
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        pandas = optional("pandas", "to_pandas()")
+        found = pandas.DataFrame(self.table.to_pydict())
+        if not values:
+            return found
+        ends = zip(self.columns, self.widths, strict=True) if len(self.columns) == len(self.widths) else ()
+        names = [f"{column}_{number}" for column, width in ends for number in range(width)]
+        features = pandas.DataFrame(self.read(), columns=names or range(self.shape[1]))
+        return pandas.concat([found, features], axis=1)
+
+    def plot(self, *, method: str = "PCA", ax: Axes | None = None) -> Axes:
+        """Draws a map of the images by their features, at most 2,000 of them, drawn at random.
+
+        Args:
+            method: ``PCA``, or ``t-SNE``, which takes some seconds.
+            ax: Where to draw; by default a new figure.
+
+        Returns:
+            The Axes that were drawn on.
+
+        Raises:
+            UsageError: matplotlib is not installed, there are no features, or the method is unknown.
+        """
+        draw, _ = lazy_names("featurepipe", {"plot_features": "reporting.plots"})
+        drawn: Axes = draw("plot_features")(self, method=method, ax=ax)
+        return drawn
 
     def describe(self) -> str:
         """Sums up the view in a few lines: images, labels, rejects, duplicates, classes, splits."""
@@ -255,11 +311,11 @@ class FeatureSet(LabelledImages):
 
     # The values
 
-    def read(self, dtype: npt.DTypeLike | None = None, *, rows: Positions | None = None) -> npt.NDArray[Any]:
+    def read(self, dtype: npt.DTypeLike | None = np.float32, *, rows: Positions | None = None) -> npt.NDArray[Any]:
         """Reads features alone.
 
         Args:
-            dtype: Of the result; by default the stored one.
+            dtype: Of the result; None for the stored one.
             rows: Which rows, as in ``take``; by default all.
 
         Returns:

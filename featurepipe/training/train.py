@@ -13,6 +13,7 @@ from featurepipe.execution.dask import cluster_name, executor_on
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
@@ -36,6 +37,7 @@ from featurepipe.training.tuning import search
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
 
 
+@shown_as("train")
 @starts_again
 def train(
     store: FeatureStore | str | PathLike[str],

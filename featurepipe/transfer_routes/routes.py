@@ -38,6 +38,7 @@ from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
 from featurepipe.progress import Silent, announcer, show
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.feature_store import is_store
@@ -78,6 +79,7 @@ CUT_AT = 0.65
 """Share of the network's operations at about which it is cut: what lies below is computed once."""
 
 
+@shown_as("routes")
 @starts_again
 def routes(
     source: Any,

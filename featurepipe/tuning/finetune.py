@@ -20,6 +20,7 @@ from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.locks import starts_again
@@ -42,6 +43,7 @@ from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 
+@shown_as("finetune")
 @starts_again
 def finetune(
     source: Any,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from featurepipe.cards import card
 from featurepipe.display import first_names
 from featurepipe.errors import BundleError, Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import Blocks
@@ -46,6 +47,7 @@ from featurepipe.heads.calibration import class_scores, label_scores, predicted_
 from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.screening import HALF, screening_table
+from featurepipe.results import headline, tables_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +103,20 @@ class Bundle:
     ordered: bool = False
     weights_file: Path | None = None
     software: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """The card that a notebook shows: what it is for, and how good it was on its test images."""
+        facts = {
+            "head": self.family,
+            "columns": " + ".join(self.columns),
+            "backbone": f"{self.backbone['name']}, weights {self.backbone['weights']}",
+            "predicts": self.target_text,
+            "trained on": f"{len(self.seen):,} different images",
+        }
+        test = self.metrics.get("test") or {}
+        note = "" if test else "no test images were set aside when it was trained: evaluate it on others"
+        classes = {"classes": ", ".join(self.classes)} if self.classes else {}
+        return card("Bundle", facts | headline({"metrics": test}) | classes, tables=tables_of(test), note=note)
 
     @property
     def width(self) -> int:

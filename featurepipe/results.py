@@ -1,0 +1,203 @@
+"""What commands return in Python: the dictionary that ``--json`` prints, which a notebook shows as a card.
+
+A result stays a plain ``dict`` for whoever reads, compares or writes it. Beside that it has ``to_pandas`` for its tables and
+``plot`` for its curves; pandas and matplotlib are loaded only then.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex
+
+from featurepipe.cards import Cell, card
+from featurepipe.display import first_names
+from featurepipe.errors import UsageError
+from featurepipe.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+P = ParamSpec("P")
+
+MAIN_TABLES = (
+    "results",
+    "routes",
+    "per_class",
+    "per_label",
+    "suspects",
+    "answers",
+    "nodes",
+    "columns",
+    "pairs",
+    "rejects",
+)
+"""Which table of a result ``to_pandas`` takes where none is named: the first of these that it has, else its only one."""
+
+
+class Result(dict[str, Any]):
+    """What one command found, as JSON values.
+
+    Args:
+        found: The values.
+        command: Which command found them, the title of the card.
+    """
+
+    def __init__(self, found: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), command: str = "") -> None:
+        super().__init__(found)
+        self.command = command
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[type[Result], tuple[dict[str, Any], str]]:
+        return Result, (dict(self), self.command)
+
+    def _repr_html_(self) -> str:
+        """The card that a notebook shows: what is said in a word first, then tables, then all else, folded."""
+        tables = {name: rows for name, rows in tables_of(self).items() if rows}
+        plain = {name: value for name, value in self.items() if _is_said(value)}
+        rest = {name: value for name, value in self.items() if name not in plain and name not in tables}
+        title = self.command or str(self.get("kind", "result"))
+        return card(title, headline(self) | plain, tables=tables, folded=rest)
+
+    def to_pandas(self, table: str | None = None) -> pd.DataFrame:
+        """One of the result's tables as a DataFrame, a column for each key; without any, the values as one row.
+
+        Args:
+            table: Its name, as the result or a part of it has it (``"results"``, ``"per_class"``); by default the main one.
+
+        Raises:
+            UsageError: pandas is not installed, or the result has no such table.
+        """
+        pandas = optional("pandas", "to_pandas()")
+        tables = tables_of(self)
+        if table is None:
+            table = next((name for name in MAIN_TABLES if name in tables), next(iter(tables), None))
+        if table is None:
+            return pandas.json_normalize([dict(self)])
+        if table not in tables:
+            raise UsageError(f"this result has no table {table!r}; it has: {first_names(list(tables), 12) or 'none'}")
+        return pandas.json_normalize([dict(row) for row in tables[table]])
+
+    def plot(self, what: str | None = None, *, ax: Axes | None = None, **how: Any) -> Axes:
+        """Draws a part of the result with matplotlib.
+
+        Args:
+            what: ``"curve"`` (the measure over the depth of the network, or of routes over images), ``"confusion"``, ``"map"``,
+                or ``"mistakes"``; by default the first of these that the result has.
+            ax: Where to draw; by default a new figure.
+            **how: Of ``"mistakes"``, ``images``: a folder or function that gives the image of an id, and ``most``, how many.
+
+        Returns:
+            The Axes that were drawn on.
+
+        Raises:
+            UsageError: matplotlib is not installed, or the result has nothing of that kind; names what it has.
+        """
+        optional("matplotlib", "plot()")
+        draw, _ = lazy_names("featurepipe", {"plot_result": "reporting.plots"})
+        drawn: Axes = draw("plot_result")(self, what, ax=ax, **how)
+        return drawn
+
+
+class Results(list[Result]):
+    """Several results of one kind, such as run records: in a notebook a table."""
+
+    def __init__(self, found: Iterable[Mapping[str, Any]] = (), command: str = "") -> None:
+        super().__init__(one if isinstance(one, Result) else Result(one, command) for one in found)
+        self.command = command
+
+    def _repr_html_(self) -> str:
+        return card(self.command or "results", {"how many": len(self)}, tables={"": [_flat(one) for one in self]})
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each; values inside of values have the names of both, as ``counts.listed``.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        frame: pd.DataFrame = optional("pandas", "to_pandas()").json_normalize([dict(one) for one in self])
+        return frame
+
+
+def shown_as(command: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, Result]]:
+    """Has a function that returns a command's record return it as a `Result`."""
+
+    def decorate(function: Callable[P, dict[str, Any]]) -> Callable[P, Result]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> Result:
+            return Result(function(*args, **kwargs), command)
+
+        return called
+
+    return decorate
+
+
+def optional(package: str, what: str) -> Any:
+    """A package that is not required, imported.
+
+    Raises:
+        UsageError: It is not installed; says what needs it, and how to get it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{what} needs {package}, which is not installed; install it: pip install {package}")
+    return importlib.import_module(package)
+
+
+def tables_of(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Lists of records in a result and in its parts ``metrics`` and ``details``, by their name."""
+    parts = [found, metrics_of(found)]
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
+                tables.setdefault(name, list(value))
+    return tables
+
+
+def metrics_of(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measures in a result: of an evaluation, of a training's test images, or of the layer that is recommended; or none."""
+    details = found.get("details")
+    parts = (found.get("metrics"), found.get("test"), details.get("metrics") if isinstance(details, Mapping) else None)
+    return next((part for part in parts if isinstance(part, Mapping) and part), {})
+
+
+def headline(found: Mapping[str, Any]) -> dict[str, Cell]:
+    """What matters most of a result: what was recommended, how good it is with its interval, how many images."""
+    said: dict[str, Cell] = {}
+    best = found.get("recommended")
+    if isinstance(best, Mapping):
+        named = best.get("column") or best.get("route")
+        said["recommended"] = f"{named} with {best['head']}" if best.get("head") else str(named)
+    for source in (metrics_of(found), best if isinstance(best, Mapping) else {}):
+        for name in ("accuracy", "map", "r2"):
+            if name in source and name not in said:
+                said[name] = _measured(source, name)
+    for name in ("counts", "seconds"):
+        if isinstance(found.get(name), Mapping):
+            said[name] = ", ".join(f"{key} {_short(value)}" for key, value in found[name].items() if _is_said(value))
+    return said
+
+
+def _measured(source: Mapping[str, Any], name: str) -> str:
+    value = source[name]
+    bounds = value if isinstance(value, Mapping) else source
+    number = value.get("value") if isinstance(value, Mapping) else value
+    known = bounds.get("low") is not None and bounds.get("high") is not None
+    interval = f" (95 % interval {_short(bounds['low'])} to {_short(bounds['high'])})" if known else ""
+    return f"{_short(number)}{interval}"
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _flat(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The record's plain values, and those of its counts."""
+    counts = one.get("counts")
+    plain = {name: value for name, value in one.items() if _is_said(value)}
+    return plain | (dict(counts) if isinstance(counts, Mapping) else {})

@@ -1,0 +1,208 @@
+"""What commands return in Python: cards, DataFrames, plots, progress in a notebook; and that each command is a function."""
+
+import importlib.util
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import featurepipe as fp
+from featurepipe import progress
+from featurepipe.cli.parser import COMMANDS
+from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.metrics import score_table
+from featurepipe.results import Result, Results
+
+mpl.use("Agg")
+
+OTHER_NAMES = {"run": "run_job", "demo": "run_demo", "doctor": "examine", "backbones": "list_backbones"}
+"""Functions that go by other names than their commands: modules of the package have those."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> fp.FeatureStore:
+    images = {f"{'<b>cat' if k % 2 else 'dog'}/{k}.png": np.full((32, 32), 8 * k, np.uint8) for k in range(12)}
+    folder = tmp_path_factory.mktemp("results") / "store"
+    fp.extract(images, folder, dataset="greys", backbone="lenet5", weights="none", dtype="float16", silent=True)
+    return fp.FeatureStore(folder)
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> Result:
+    likely = np.random.default_rng(0).dirichlet(np.ones(4), 60)
+    codes = np.random.default_rng(1).integers(0, 4, 60)
+    names = ["a", "b", "<script>alert(1)</script>", "d"]
+    return Result({"metrics": score_table(likely, codes, names, ids=[f"{k}.png" for k in range(60)])}, "evaluate")
+
+
+def safe(html: str) -> str:
+    """A card that holds no script and no tag that a name brought along."""
+    assert html.startswith("<div")
+    assert html.endswith("</div>")
+    assert not re.search(r"<script|<b>|javascript:|\son\w+=", html)
+    assert "prefers-color-scheme" not in html
+    assert not re.search(r"color:\s*(#|black|white)", html)
+    return html
+
+
+def test_each_command_is_a_function_of_the_package() -> None:
+    commands = [name for of_job in COMMANDS.values() for name in of_job]
+    functions = [OTHER_NAMES.get(name, name) for name in commands]
+    assert set(functions) <= set(fp.__all__)
+    for name in functions:
+        assert callable(getattr(fp, name))
+        assert getattr(fp, name).__doc__
+
+
+def test_functions_of_a_store_find_what_the_command_line_prints(store: fp.FeatureStore, cli, tmp_path: Path) -> None:
+    assert fp.info(store.path) == json.loads(cli("info", str(store.path), "--json").out)
+    assert fp.nodes("lenet5", stages=True) == json.loads(cli("nodes", "lenet5", "--stages", "--json").out)
+    assert fp.verify(store).rows == 12
+    assert fp.verify(store).problems == []
+    assert fp.compact(store, dry_run=True).parts_before == 1
+    assert fp.gc(store, dry_run=True).rows_dropped == 0
+    assert [run["dataset"] for run in fp.runs(store, last=1)] == ["greys"]
+    assert len(fp.runs(store, last=0)) == 0
+    written = fp.export(store, to=tmp_path / "x.npz", silent=True)
+    assert (written["rows"], written["width"]) == store.features("greys").shape
+    with pytest.raises(UsageError, match=r"unknown option 'splitt'.*split"):
+        fp.export(store, to=tmp_path / "y.npz", splitt="test")
+    with pytest.raises(UsageError, match="no job has run"):
+        fp.runs(store, job="nightly")
+
+
+def test_stages_are_those_that_depth_compares_and_the_bottleneck_is_named(cli) -> None:
+    found = fp.nodes("efficientnet_lite0", stages=True)
+    assert len(fp.nodes("efficientnet_lite0")["nodes"]) > len(found["nodes"]) > 3
+    assert found["nodes"][-1]["name"] == found["bottleneck"]
+    said = cli("nodes", "lenet5", "--stages").out
+    assert re.search(r"^f6\.1 \(bottleneck\) ", said, re.MULTILINE)
+
+
+def test_cards_are_escaped_and_say_what_they_leave_out(
+    store: fp.FeatureStore, evaluated: Result, tmp_path: Path
+) -> None:
+    card = safe(store._repr_html_())
+    assert "greys" in card
+    assert "f6.1:gap" in card
+    assert "&lt;b&gt;cat" in safe(store.features("greys").with_labels({"<b>cat/1.png": "<b>cat"})._repr_html_())
+    assert "no store here yet" in safe(fp.FeatureStore(tmp_path / "none")._repr_html_())
+    assert "&lt;script&gt;" in safe(evaluated._repr_html_())
+    many = Result({"nodes": [{"name": f"n{k}"} for k in range(40)]}, "nodes")
+    assert "28 more rows" in safe(many._repr_html_())
+    assert "lenet5" in safe(fp.runs(store)._repr_html_())
+    empty = fp.FeatureStore(tmp_path / "empty")
+    with empty.lock(shared=True):
+        assert "no dataset yet" in safe(empty._repr_html_())
+
+
+def test_a_result_stays_a_dictionary() -> None:
+    found = Result({"a": 1, "b": [1, 2]}, "depth")
+    assert found == {"a": 1, "b": [1, 2]}
+    assert json.loads(json.dumps(found)) == found
+    again = pickle.loads(pickle.dumps(found))
+    assert (again, again.command) == (found, "depth")
+
+
+def test_dataframes_hold_the_same_values(store: fp.FeatureStore, evaluated: Result) -> None:
+    features = store.features("greys")
+    frame = features.to_pandas()
+    np.testing.assert_array_equal(frame[[f"f6.1:gap_{k}" for k in range(84)]].to_numpy(), features.numpy()[0])
+    assert list(frame["id"]) == list(features.ids)
+    assert list(features.to_pandas(values=False)) == ["id", "label", "split"]
+    assert list(store.to_pandas()["status"]) == ["ok"] * 12
+    assert list(evaluated.to_pandas()["support"]) == [row["support"] for row in evaluated["metrics"]["per_class"]]
+    assert list(Results([{"a": {"b": 1}}, {"a": {"b": 2}}]).to_pandas()["a.b"]) == [1, 2]
+    assert isinstance(Result({"a": 1}).to_pandas(), pd.DataFrame)
+    with pytest.raises(UsageError, match="no table 'runs'; it has: per_class"):
+        evaluated.to_pandas("runs")
+
+
+def test_features_are_float32_wherever_they_are_read(store: fp.FeatureStore) -> None:
+    features = store.features("greys")
+    assert features.dtype == np.float16
+    assert {features.read().dtype, features.numpy()[0].dtype, features.dask()[0].dtype} == {np.dtype(np.float32)}
+    assert features.read(None).dtype == np.float16
+    np.testing.assert_array_equal(features.read(), features.read(None).astype(np.float32))
+
+
+@pytest.mark.parametrize("package", ["pandas", "matplotlib"])
+def test_a_package_that_is_missing_is_named(
+    package: str, store, evaluated: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else known(name, *rest)
+    )
+    what, calls = {
+        "pandas": ("to_pandas", (evaluated.to_pandas, store.to_pandas, store.features("greys").to_pandas)),
+        "matplotlib": ("plot", (evaluated.plot, store.features("greys").plot)),
+    }[package]
+    for call in calls:
+        with pytest.raises(UsageError, match=rf"{what}\(\) needs {package}.*pip install {package}"):
+            call()
+
+
+def test_plots_draw_the_values(store: fp.FeatureStore, evaluated: Result) -> None:
+    counts = np.array(evaluated["metrics"]["confusion"]["counts"])
+    axes = evaluated.plot()
+    np.testing.assert_allclose(axes.images[0].get_array(), counts / counts.sum(axis=1, keepdims=True))
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["a", "b"]
+    columns = [{"column": name} for name in ("x:gap", "y:gap")]
+    entries = [
+        {"column": f"{n}:gap", "head": "ridge", "network": "pretrained", "tested_on": "source", "accuracy": v, "low": v - 0.1,
+         "high": v + 0.1}
+        for n, v in (("x", 0.5), ("y", 0.75))
+    ]  # fmt: skip
+    found = Result({"kind": "depth", "columns": columns, "results": entries, "recommended": {"column": "y:gap"}})
+    np.testing.assert_array_equal(found.plot("curve").lines[0].get_ydata(), [0.5, 0.75])
+    axes = store.features("greys").plot()
+    assert sum(len(one.get_offsets()) for one in axes.collections) == 12
+    assert "12 of 12 images" in axes.get_title()
+    pictures = {f"{k}.png": np.full((8, 8), k, np.uint8) for k in range(60)}
+    axes = evaluated.plot("mistakes", images=pictures.get, most=3)
+    assert len(axes.child_axes) == 3
+    plt.close("all")
+
+
+def test_what_cannot_be_drawn_is_said(evaluated: Result) -> None:
+    with pytest.raises(UsageError, match="a bundle without test images has no confusion matrix"):
+        Result({"metrics": {}}, "bundle").plot()
+    with pytest.raises(UsageError, match="nothing for plot 'curve'; it has: confusion, mistakes"):
+        evaluated.plot("curve")
+    with pytest.raises(UsageError, match="unknown plot 'confusio'"):
+        evaluated.plot("confusio")
+    with pytest.raises(UsageError, match="say where the images are"):
+        evaluated.plot("mistakes")
+    plt.close("all")
+
+
+def test_a_cell_of_a_notebook_has_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda html: shown.append(html.data))
+    inner = ModuleType("IPython.display")
+    inner.HTML = lambda data: SimpleNamespace(data=data)
+    inner.display = lambda html, display_id: shown.append(f"new {html.data}") or handle
+    shell = SimpleNamespace(kernel=object(), execution_count=7)
+    outer = ModuleType("IPython")
+    outer.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", outer)
+    monkeypatch.setitem(sys.modules, "IPython.display", inner)
+    monkeypatch.setattr(progress.NotebookBar, "_cell", None)
+    for _ in range(2):
+        with progress.show(3, "read <i>") as bar:
+            bar.advance(3)
+    shell.execution_count = 8
+    with progress.show(3, "write"):
+        pass
+    assert [line.startswith("new ") for line in shown] == [True, False, False, False, True, False]
+    assert 'value="3" max="3"' in shown[1]
+    assert "read &lt;i&gt;: 3 of 3 images in " in shown[1]
