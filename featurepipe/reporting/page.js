@@ -1,16 +1,17 @@
 "use strict";
 // The page works without this but for its plots. Of Bokeh it uses the global `Bokeh.documents`, a document's
-// `get_model_by_id`, the models' own properties, and that its plots listen to pointer events.
+// `get_model_by_id`, the models' own properties, `Bokeh.index`, a view's `bbox`,
+// `export`, `renderer_views` and their `set_visuals`, and that its plots listen to pointer events.
 (() => {
   const colours = JSON.parse(document.getElementById("colours").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let plots = null; // the Bokeh document, once it is there
 
-  function paint() {
+  function paint(is_dark) {
     for (const [id, property, light, other] of colours) {
-      plots.get_model_by_id(id)[property] = dark.matches ? other : light;
+      plots.get_model_by_id(id)[property] = is_dark ? other : light;
     }
-    document.documentElement.dataset.plots = dark.matches ? "dark" : "light";
+    document.documentElement.dataset.plots = is_dark ? "dark" : "light";
   }
 
   function await_plots() {
@@ -19,8 +20,8 @@
       setTimeout(await_plots, 20);
       return;
     }
-    paint();
-    dark.addEventListener("change", paint);
+    paint(dark.matches);
+    dark.addEventListener("change", () => paint(dark.matches));
   }
 
   // Legends: an entry switches models, or the rows of a filter that carry its number.
@@ -97,14 +98,194 @@
     if (tapped !== null) pass_on("pointermove", tapped, event);
   });
 
-  // On paper everything is unfolded, and plots, which keep the size that they had on the screen, shrink to fit.
+  // Figures on paper and in files: drawn anew in the colours of a light page, with the legend below, as one SVG.
+  const SVG = "http://www.w3.org/2000/svg";
+  const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
+  const KEY = 22; // pixels that a line of a legend is high
+
+  function svg_of(plot, { legend }) {
+    const view = Bokeh.index.get_by_id(plot.closest(".panel").id.slice("panel-".length));
+    for (const renderer of view.renderer_views.values()) renderer.set_visuals?.(); // else marks keep their colours until later
+    const drawn = new DOMParser().parseFromString(view.export("svg").ctx.get_serialized_svg(true), "image/svg+xml");
+    const inner = document.importNode(drawn.documentElement, true);
+    const { width, height } = view.bbox;
+    const keys = legend ? legend_of(plot, width) : { group: document.createElementNS(SVG, "g"), height: 0 };
+    const outer = document.createElementNS(SVG, "svg");
+    for (const [name, value] of Object.entries({
+      xmlns: SVG, width, height: height + keys.height, viewBox: `0 0 ${width} ${height + keys.height}`, role: "img",
+    })) outer.setAttribute(name, value);
+    keys.group.setAttribute("transform", `translate(8 ${height + 4})`);
+    outer.append(inner, keys.group);
+    return outer;
+  }
+
+  // The entries of a legend that are switched on, side by side as far as they fit.
+  function legend_of(plot, width) {
+    const group = document.createElementNS(SVG, "g");
+    let [x, y] = [0, 0];
+    for (const key of plot.closest(".exhibit").querySelectorAll('.keys button[aria-pressed="true"]')) {
+      const label = key.querySelector("span").textContent;
+      const wide = 46 + 7.2 * label.length;
+      if (x > 0 && x + wide > width - 16) [x, y] = [0, y + KEY];
+      const swatch = key.querySelector(".swatch");
+      const colour = swatch.style.getPropertyValue("--light");
+      const entry = document.createElementNS(SVG, "g");
+      entry.setAttribute("transform", `translate(${x} ${y})`);
+      for (const path of swatch.querySelectorAll("path")) {
+        const copy = document.createElementNS(SVG, "path");
+        copy.setAttribute("d", path.getAttribute("d") ?? "");
+        copy.setAttribute("stroke-dasharray", path.getAttribute("stroke-dasharray") ?? "none");
+        copy.setAttribute("stroke", colour);
+        copy.setAttribute("stroke-width", "2");
+        copy.setAttribute("fill", path.classList.contains("filled") ? colour : "#ffffff");
+        entry.append(copy);
+      }
+      const words = document.createElementNS(SVG, "text");
+      for (const [name, value] of Object.entries({ x: 34, y: 12, fill: "#1d2329", "font-size": 12, "font-family": FONT })) {
+        words.setAttribute(name, value);
+      }
+      words.textContent = label;
+      entry.append(words);
+      group.append(entry);
+      x += wide;
+    }
+    return { group, height: group.childElementCount ? y + KEY + 8 : 0 };
+  }
+
+  function in_light(work) {
+    paint(false);
+    try {
+      return work();
+    } finally {
+      paint(dark.matches);
+    }
+  }
+
+  // Files: made here, and fetched from nowhere.
+  function save(name, blob) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  const file_name = (text) => text.normalize("NFKD").replace(/[^\w.-]+/g, "-").replace(/^[-.]+|[-.]+$/g, "").slice(0, 80) || "figure";
+
+  function save_figure(plot, kind) {
+    const title = plot.closest(".exhibit").dataset.title;
+    const panel = plot.closest(".panel").querySelector(".panel-title")?.textContent;
+    const name = file_name(panel ? `${title} ${panel}` : title);
+    const svg = in_light(() => svg_of(plot, { legend: true }));
+    const text = new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });
+    if (kind === "svg") {
+      save(`${name}.svg`, text);
+      return;
+    }
+    const image = new Image();
+    image.onload = () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [2 * image.width, 2 * image.height]; // sharp in print, too
+      const context = canvas.getContext("2d");
+      context.fillStyle = "#ffffff";
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob((blob) => save(`${name}.png`, blob), "image/png");
+      URL.revokeObjectURL(image.src);
+    };
+    image.src = URL.createObjectURL(text);
+  }
+
+  function cell_of(cell) {
+    const copy = cell.cloneNode(true);
+    const note = copy.querySelector("small")?.textContent ?? "";
+    for (const other of copy.querySelectorAll("small, .mark")) other.remove();
+    return { text: copy.textContent.replace(/\s+/g, " ").trim(), note, order: cell.tagName === "TD" ? cell.dataset.order : undefined };
+  }
+
+  // Names of the columns, with the group above each where there is one, and the rows' cells.
+  function read_table(table) {
+    const rows = Array.from(table.tHead.rows);
+    const groups = rows.length > 1 ? Array.from(rows[0].cells).flatMap((c) => Array(c.colSpan).fill(c.textContent.trim())) : [];
+    const names = Array.from(rows.at(-1).cells, (c, k) => (groups[k] ? `${groups[k]}: ` : "") + cell_of(c).text);
+    return { names, rows: Array.from(table.tBodies[0].rows, (row) => Array.from(row.cells, cell_of)) };
+  }
+
+  // Numbers in full, and what stands small below them in a column of its own; no cell is a formula to a spreadsheet.
+  function csv_of(table) {
+    const { names, rows } = read_table(table);
+    const noted = names.map((_, k) => rows.some((row) => row[k].note));
+    const lines = [names.flatMap((name, k) => (noted[k] ? [name, `${name}, note`] : [name]))];
+    for (const row of rows) lines.push(row.flatMap((cell, k) => (noted[k] ? [cell.order ?? cell.text, cell.note] : [cell.order ?? cell.text])));
+    const quoted = (text) => {
+      const safe = /^\s*[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text;
+      return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+    };
+    return lines.map((line) => line.map((value) => quoted(String(value))).join(",")).join("\r\n") + "\r\n";
+  }
+
+  const TEX = {
+    "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "&": "\\&", "%": "\\%", $: "\\$", "#": "\\#", _: "\\_",
+    "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\u2013": "--", "\u2212": "$-$", "\u00a0": "~", "\u2026": "\\dots{}",
+  };
+  const tex = (text) => text.replace(/[\\{}&%$#_~^\u2013\u2212\u00a0\u2026]/g, (sign) => TEX[sign]);
+
+  function latex_of(table) {
+    const { names, rows } = read_table(table);
+    const numeric = names.map((_, k) => rows.some((row) => row[k].order !== undefined));
+    const line = (cells) => `${cells.join(" & ")} \\\\`;
+    const told = (cell) => tex(cell.text) + (cell.note ? ` {\\footnotesize (${tex(cell.note)})}` : "");
+    return [
+      "% needs \\usepackage{booktabs}", "\\begin{table}", `\\caption{${tex(table.caption.textContent.trim())}}`,
+      `\\begin{tabular}{${numeric.map((one) => (one ? "r" : "l")).join("")}}`, "\\toprule", line(names.map(tex)), "\\midrule",
+      ...rows.map((row) => line(row.map(told))), "\\bottomrule", "\\end{tabular}", "\\end{table}", "",
+    ].join("\n");
+  }
+
+  function save_table(table, kind) {
+    const text = kind === "csv" ? csv_of(table) : latex_of(table);
+    const name = file_name(table.caption.textContent.trim());
+    save(`${name}.${kind}`, new Blob([text], { type: kind === "csv" ? "text/csv;charset=utf-8" : "text/x-tex;charset=utf-8" }));
+  }
+
+  function offer(after, what, kinds, act) {
+    const group = document.createElement("div");
+    group.className = "downloads";
+    group.setAttribute("role", "group");
+    group.setAttribute("aria-label", `Save ${what} as a file`);
+    for (const [kind, label] of kinds) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = label;
+      button.title = `Save ${what} as ${label}`;
+      button.addEventListener("click", () => act(kind));
+      group.append(button);
+    }
+    after.after(group);
+  }
+
+  for (const table of document.querySelectorAll(".scroll > table")) {
+    offer(table.parentElement, "this table", [["csv", "CSV"], ["tex", "LaTeX"]], (kind) => save_table(table, kind));
+  }
+  for (const panels of document.querySelectorAll(".panels")) {
+    const shown = () => panels.querySelectorAll(".panel:not(.tucked) .plot");
+    offer(panels.lastElementChild, "this figure", [["svg", "SVG"], ["png", "PNG"]], (kind) => {
+      if (plots !== null) for (const plot of shown()) save_figure(plot, kind);
+    });
+  }
+
+  // On paper everything is unfolded, and each plot is its figure, which shrinks to fit.
   const folded = new Set();
-  const PAPER = 690; // CSS pixels between the margins of A4 and Letter
   addEventListener("beforeprint", () => {
-    for (const plot of document.querySelectorAll(".plot")) {
-      plot.style.zoom = "";
-      const room = plot.closest(".strip") === null ? PAPER : PAPER / 3 - 16; // three strips side by side
-      plot.style.zoom = Math.min(1, room / plot.offsetWidth);
+    if (plots !== null) {
+      in_light(() => {
+        for (const plot of document.querySelectorAll(".plot")) {
+          const paper = document.createElement("div");
+          paper.className = "paper";
+          paper.append(svg_of(plot, { legend: false }));
+          plot.after(paper);
+        }
+      });
     }
     for (const details of document.querySelectorAll("details:not([open])")) {
       folded.add(details);
@@ -112,7 +293,7 @@
     }
   });
   addEventListener("afterprint", () => {
-    for (const plot of document.querySelectorAll(".plot")) plot.style.zoom = "";
+    for (const paper of document.querySelectorAll(".paper")) paper.remove();
     for (const details of folded) details.open = false;
     folded.clear();
   });
