@@ -16,7 +16,7 @@ from featurepipe.results import Result, Results
 from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
-    from featurepipe.store import CompactReport, FeatureSet, GcReport, VerifyReport
+    from featurepipe.store import CompactReport, GcReport, VerifyReport
 
 Store = FeatureStore | str | PathLike[str]
 
@@ -75,7 +75,7 @@ def nodes(backbone: str, *, stages: bool = False) -> Result:
 
     network = load_backbone(backbone, "none")
     chosen = set(network.stages()) if stages else None
-    listed = [asdict(one) for one in network.nodes()]
+    listed = [{**asdict(one), "shape": list(one.shape), "blocks": list(one.blocks)} for one in network.nodes()]
     kept = [one for one in listed if chosen is None or chosen.intersection((one["name"], *one["blocks"]))]
     return Result(
         {

@@ -5,8 +5,8 @@ Everything goes to standard error, so that standard output stays free for result
 
 from __future__ import annotations
 
-import logging
 import importlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator

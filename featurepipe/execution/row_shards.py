@@ -280,7 +280,7 @@ class SpreadFeatures:
         """Some rows (positions in any order, a mask, a slice), spread over the same pool."""
         take = getattr(self.features, "take", None)
         if take is None or isinstance(self.features, np.ndarray):
-            return SpreadFeatures(self._blocks.read(rows=positions), self.pool)
+            return SpreadFeatures(self._blocks.read(None, rows=positions), self.pool)
         return SpreadFeatures(take(positions), self.pool)
 
     def __getitem__(self, positions: Any) -> SpreadFeatures:

@@ -9,14 +9,16 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.dask import executor_on
 from featurepipe.features.options import SourceOptions
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, TimedForward, measure
+from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
-from featurepipe.layer_depth.sources import Extracted, Wanted, extracted
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show
@@ -24,6 +26,7 @@ from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
+from featurepipe.store.feature_store import is_store
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
 from featurepipe.training.settle import compared_labels
@@ -36,7 +39,7 @@ def depth(
     store: FeatureStore | str | PathLike[str] | None = None,
     *,
     dataset: str | None = None,
-    backbone: str | None = None,
+    backbone: str | Sequence[str] | None = None,
     weights: str = "DEFAULT",
     nodes: str | Sequence[str] = "auto",
     heads: str | Sequence[str] | None = None,
@@ -72,7 +75,8 @@ def depth(
         source: images, anything ``extract`` takes; or a feature store, whose columns are compared as they are.
         store: where features go, by default ``features``; not with a store as the source.
         dataset: its name in the store; by default the source's own.
-        backbone: the network, by default ``auto`` as in ``extract``, or the one of the store.
+        backbone: the network, by default ``auto`` as in ``extract``, or the one of the store. Of several each is compared on the
+            same images and folds, and the fastest layer that is as good as the best of all by one standard error is recommended.
         weights: of the network, as in ``extract``.
         nodes: ``auto`` for the network's stages, or nodes, each ``NODE`` or ``NODE:POOLING``.
         heads: families to measure with, such as ``logistic``, ``linear-svm``, ``xgboost``, ``knn``; by default ``logistic``, of
@@ -111,7 +115,8 @@ def depth(
         ``target_type``, ``measure`` (``accuracy``, ``map`` or ``r2``: the key under which entries of ``results`` and others have
         it; beside it ``macro_f1``, or ``rmse`` and ``mae``), ``weights_note`` (what was ignored or guessed of a file of weights),
         ``damaged`` (the images of the sources that were kept all the same), and what they were measured on. Kept in the store as
-        well.
+        well. Of several networks what ``featurepipe.layer_depth.networks.compared`` returns; kept is the document of each, that
+        of the recommended one last, which ``train`` and ``report`` take.
 
     Raises:
         UsageError: an argument is wrong, or there are not two classes to tell apart.
@@ -119,6 +124,11 @@ def depth(
         ClusterError: there is no such cluster, or none of its workers can be used.
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
+    asked = dict(locals())  # all arguments, before anything else has a name
+    names = names_of(backbone)
+    if len(names) > 1:
+        return _of_networks(list(filter(None, names)), asked)
+    (backbone,) = names
     options = DepthOptions(
         heads=None if heads is None else by_commas(heads) if isinstance(heads, str) else tuple(heads),
         folds=folds,
@@ -173,19 +183,48 @@ def depth(
     answer["provenance"] = {**provenance(study, found, clock.seconds, command), "options": as_asked(options)}
     found.store.write_depth(answer)
     if report is not None:
-        pictures = None if found.is_held else source
-        named = {name: value for name, value in (extraction or {}).items() if name in declared(SourceOptions)}
-        write_page(
-            found.store,
-            report,
-            document=answer,
-            labels=labels,
-            source=pictures,
-            test_source=test_source,
-            silent=silent,
-            **named,
-        )
+        _write_page(found.store, answer, asked)
     return answer
+
+
+def _write_page(store: FeatureStore, answer: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """The page of what was found, with pictures of the images that were given."""
+    pictures = None if is_store(asked["source"]) else asked["source"]
+    named = {name: value for name, value in (asked["extraction"] or {}).items() if name in declared(SourceOptions)}
+    write_page(
+        store,
+        asked["report"],
+        document=answer,
+        source=pictures,
+        **{name: asked[name] for name in ("labels", "test_source", "silent")},
+        **named,
+    )
+
+
+def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares the layers of several networks: each alone, then all of them; see `featurepipe.layer_depth.networks`."""
+    if asked["weights"] not in {"DEFAULT", "none"}:
+        given = Option("weights", str(asked["weights"]))
+        raise UsageError(
+            Message(given, " is for one network; for several leave it out, or give ", Option("weights", "none"))
+        )
+    if asked["report"] is not None:
+        check_target(asked["report"])
+    say = announcer(silent=asked["silent"])
+
+    def measure_one(name: str) -> dict[str, Any]:
+        say(f"{name}, network {names.index(name) + 1} of {len(names)}")
+        return dict(depth(**{**asked, "backbone": name, "report": None}))
+
+    found = compared(names, measure_one)
+    if asked["dry_run"]:
+        return found
+    place = asked["source"] if is_store(asked["source"]) else asked["store"] or DEFAULT_STORE
+    store = place if isinstance(place, FeatureStore) else FeatureStore(place, create=False)
+    keep_recommended(store, found)
+    if asked["report"] is not None:
+        _write_page(store, found, asked)
+    return found
 
 
 def _measure_all(study: Study, run: Callable[..., list[Series]], *, silent: bool) -> list[Series]:

@@ -77,11 +77,11 @@ class StoreOption(OptionGroup):
 class ComparedOptions(SourceNameOption, StoreOption):
     """Whose layers are compared."""
 
-    backbone: str | None = option(
-        None,
-        "see featurepipe backbones (default: what is at hand, as extract chooses, or what STORE holds)",
+    backbone: str | tuple[str, ...] | None = option(
+        None, "may be repeated, to compare several on the same images and folds; see featurepipe backbones (default: what is "
+        "at hand, as extract chooses, or what STORE holds)",
         metavar="NAME",
-    )
+    )  # fmt: skip
     weights: str = option("DEFAULT", "of the network, as for featurepipe extract", metavar="NAME|none|FILE")
     nodes: tuple[str, ...] = option(
         ("auto",), "may be repeated; auto: the network's stages and its bottleneck (default: auto)",

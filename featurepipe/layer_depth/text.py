@@ -20,13 +20,51 @@ _LINE = 100
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The answer, the table of columns, and what it rests on."""
+    """The answer, the table of columns, and what it rests on; of several networks the same of each, their answer first."""
+    if found["kind"] == "networks":
+        return "\n\n".join([_networks(found), *(f"{_name(one)}\n{text(one)}" for one in found["networks"])])
     found = with_values(found)
     return "\n\n".join([_answer(found), _columns(found), *_side_by_side(found), *_scores(found), _provenance(found)])
 
 
+def _networks(found: Mapping[str, Any]) -> str:
+    """The answer over several networks, and a row for each."""
+    best, measure = found["recommended"], measure_of(found)
+    between = {row["backbone"]: row for row in found["differences"]}
+    rows = []
+    for one in map(with_values, found["networks"]):
+        own, other = one["recommended"], between.get(_name(one), {})
+        known = other.get("low_difference") is not None
+        bounds = f" ({other['low_difference']:+.4f} to {other['high_difference']:+.4f})" if known else ""
+        difference = f"{other['difference']:+.4f}{bounds}" if other else "the best"
+        rows.append(
+            [
+                _name(one),
+                _named(own["column"], one),
+                _interval(own),
+                _number(own["ms_per_image"], 2),
+                own["width"],
+                difference,
+            ]
+        )
+    header = ["network", "its layer", measure.word, "ms/image", "width", "its best to the best"]
+    value = best[measure.name]
+    return (
+        f"recommended of {len(rows)} networks: {best['column']} of {best['backbone']} with {best['head']}, "
+        f"{measure.word} {value:.4f}; "
+        f"the {measure.best} is {best['best']} of {best['best_backbone']}, {best[f'best_{measure.name}']:.4f}\n"
+        f"rule: {best['rule']}\n{table(header, rows)}"
+    )
+
+
+def _name(found: Mapping[str, Any]) -> str:
+    return str(found["backbone"]["name"])
+
+
 def plan_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe depth --dry-run`` prints."""
+    if "networks" in found:
+        return "\n\n".join(map(plan_text, found["networks"]))
     rows = [[column["column"], column["width"], share(column["cost"])] for column in found["columns"]]
     lines = [
         f"{found['dataset']}, {found['backbone']}: {len(rows)} columns",

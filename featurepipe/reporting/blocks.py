@@ -216,7 +216,7 @@ def shortened(text: str, most: int) -> str:
 
 def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table of scores (``heads.statistics.metrics.score_table``) of the recommended column, or of the bundle."""
-    part = document.get("details") if document.get("kind") == "depth" else document.get("evaluation")
+    part = document.get("details") if document.get("kind") in {"depth", "networks"} else document.get("evaluation")
     found: Mapping[str, Any] = (part or {}).get("metrics") or {}
     return found
 

@@ -22,6 +22,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
+from featurepipe.display import first_names
 from featurepipe.reporting.blocks import (
     INK,
     QUIET,
@@ -96,10 +97,15 @@ def label_axis(axis: Any, text: str, *, shares: bool = False) -> None:
         axis.formatter = NumeralTickFormatter(format="0.[0] %")
 
 
-def name_places(axis: Any, names: Sequence[str], *, slanted: bool = False) -> None:
-    """Names the places 0, 1, ... of an axis; where they are many, only some, so that labels stay apart on a phone."""
-    every = -(-len(names) // (_SLANTED if slanted else _LEVEL))
-    labels = dict(list(enumerate(tick_names(names)))[:: max(every, 1)])
+def name_places(axis: Any, names: Sequence[str], *, slanted: bool = False, every: bool = False) -> None:
+    """Names the places 0, 1, ... of an axis; where they are many, only some, so that labels stay apart on a phone.
+
+    With ``every`` all have names, in smaller letters where they are many.
+    """
+    many = -(-len(names) // (_SLANTED if slanted else _LEVEL))
+    labels = dict(list(enumerate(tick_names(names)))[:: 1 if every else max(many, 1)])
+    if every and many > 1:
+        axis.major_label_text_font_size = "9px"
     axis.ticker = FixedTicker(ticks=list(labels))
     axis.major_label_overrides = {place: PlainText(text=text) for place, text in labels.items()}
     axis.major_tick_line_color = None
@@ -212,7 +218,8 @@ def _follow(paint: Paint, renderer: Any, **styles: Style) -> None:
 Values = npt.NDArray[np.float64]
 
 _WRITTEN = 16  # cells a side that have room for a number
-_DRAWN = 60  # classes; beyond, those most often wrong
+_NAMED = 200  # classes that are left out and named
+_DRAWN = 30  # classes, each with its name; beyond, those most often wrong
 _TABLED = 30
 
 
@@ -258,8 +265,11 @@ def confusion_map(metrics: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     label_axis(plot.xaxis[0], "predicted")
     label_axis(plot.yaxis[0], "true")
     hover(plot, plot.renderers[:1], [("taken for", "column"), ("images", "tip")], title="row")
+    others = [name for place, name in enumerate(names) if place not in set(kept.tolist())]
     left = (
-        f" Shown are the {len(kept)} of {len(names)} classes with the most mistakes." if len(kept) < len(names) else ""
+        f" Shown are the {len(kept)} of {len(names)} classes with the most mistakes; left out: {first_names(others, _NAMED)}."
+        if others
+        else ""
     )
     return Exhibit(
         "Confusion matrix",
@@ -310,8 +320,8 @@ def _heat(
         words.glyph.text_font_size = "12px" if side <= 10 else "10px"
         paint.set_fields(words.glyph, text_color="ink")
     plot.grid.visible = False
-    name_places(plot.xaxis[0], names, slanted=True)
-    name_places(plot.yaxis[0], names)
+    name_places(plot.xaxis[0], names, slanted=True, every=side <= _DRAWN)
+    name_places(plot.yaxis[0], names, every=side <= _DRAWN)
     return plot
 
 

@@ -123,7 +123,7 @@ def _by_node(document: Document, caption: str, groups: Mapping[str, Sequence[Col
     kept = {title: columns for title, columns in groups.items() if columns}
     columns = [column for group in kept.values() for column in group]
     rows = tuple(
-        (TableCell(name, place), *(cell(node) for _, cell in columns))
+        (TableCell(called(name, document), place), *(cell(node) for _, cell in columns))
         for place, (name, node) in enumerate(zip(names, nodes, strict=True))
     )
     best = (document.get("recommended") or {}).get("column")
@@ -221,7 +221,8 @@ def _answer(document: Document) -> list[Block]:
         if measure.is_share
         else f"{measure.word} {measure.text(best.get('value'))}"
     )
-    sentence = f"Take {best['column']} with a {best.get('head', 'linear')} head: {reached}{_in_brackets(best, over)}."
+    taken = called(best["column"], document)
+    sentence = f"Take {taken} with a {best.get('head', 'linear')} head: {reached}{_in_brackets(best, over)}."
     against = _against_best(best)
     rule = f"Rule: {best['rule']}." if best.get("rule") else ""
     figures = (
@@ -301,6 +302,13 @@ def _against_best(best: Document) -> str:
         return f"{cost}No node did better."
     measure = measure_of(best)
     return f"{cost}The {measure.best} node, {best['best']}, reaches {measure.text(best.get('best_value'))}."
+
+
+def called(column: str, document: Document) -> str:
+    """A column, and whether it is of the node that people ask for as the bottleneck."""
+    described = (document.get("backbone") or {}).get("description")
+    node = described.get("bottleneck") if isinstance(described, Mapping) else None
+    return f"{column} (bottleneck)" if column.partition(":")[0] == node not in {None, "bottleneck"} else column
 
 
 def _bottleneck(document: Document) -> str:

@@ -29,6 +29,9 @@ from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import NO_GROUP, RoleOptions, RowOptions, columns_of
 from featurepipe.store.roles import with_roles
+from featurepipe.store.snapshots import OK
+
+_REJECTS = 24  # shown on a page
 
 
 @starts_again
@@ -125,6 +128,7 @@ def report(
     else:
         shown, features = _bundle(kept, name, bundle, options, command, silent=silent)
         snapshot = str(shown["provenance"]["snapshot"])
+    shown = {**shown, "rejects": _rejects(kept, name, snapshot)}
     look = _Look(kept, options, say)
     read = look.pictures(name, snapshot, source, Option("source"))
     there = _pictures_elsewhere(look, shown, test_source)
@@ -190,6 +194,15 @@ def _last_document(store: FeatureStore, dataset: str) -> Mapping[str, Any]:
             )
         )
     return documents[-1]
+
+
+def _rejects(store: FeatureStore, dataset: str, snapshot: str) -> dict[str, Any]:
+    """How many images of a snapshot could not be used, and the first of them with why."""
+    if snapshot not in store.snapshot_ids(dataset):
+        return {"count": 0, "images": []}
+    table = store.snapshot(dataset, snapshot, columns=("id", "status", "reason"))
+    found = [] if table is None else [row for row in table.to_pylist() if row["status"] != OK]
+    return {"count": len(found), "images": [{"id": row["id"], "reason": row["reason"]} for row in found[:_REJECTS]]}
 
 
 def _mapped(

@@ -229,6 +229,21 @@ def worst(metrics: Document, images: Mapping[str, str]) -> list[Block]:
     return [Prose((words.strip(),)), gallery] if shown else []
 
 
+def rejects(document: Document, images: Mapping[str, str]) -> Section | None:
+    """The images that could not be used, with why; pictures of those that can be shown all the same."""
+    found = document.get("rejects") or {}
+    shown = found.get("images") or []
+    if not shown:
+        return None
+    more = f" The first {len(shown)} are shown." if found["count"] > len(shown) else ""
+    words = f"{counted(found['count'], 'image', 'was', 'were')} rejected: no other part of this page counts them.{more}"
+    pictures = (
+        Picture(images.get(one["id"]), f"Image {one['id']}: {one['reason']}", one["id"], (str(one["reason"]),))
+        for one in shown
+    )
+    return Section("rejects", "Rejects", [Prose((words,)), Gallery(tuple(pictures))])
+
+
 def provenance(document: Document, facts: Document) -> Section | None:
     """How it was measured, and everything needed to do it again."""
     blocks: list[Block] = [Prose((str(document["protocol"]),))] if document.get("protocol") else []

@@ -37,8 +37,10 @@ from featurepipe.reporting.head_sections import (
     map_of_images,
     mistakes,
     provenance,
+    rejects,
 )
 from featurepipe.reporting.images import Projection
+from featurepipe.reporting.network_sections import network_sections, networks_title
 from featurepipe.reporting.night_sections import night_sections, nights_title
 from featurepipe.reporting.route_sections import route_facts, route_sections, routes_title
 from featurepipe.reporting.screening_sections import screening
@@ -77,21 +79,29 @@ def compose(
         return render(routes_title(document), [section for section in found if section], paint, _footer(document))
     if document["kind"] == "images":
         return render(document["title"], image_sections(document, large, elsewhere), paint, _footer(document))
-    depth = document["kind"] == "depth"
+    depth = document["kind"] in {"depth", "networks"}
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)
     head = str(part.get("head", "")) if depth else str((document.get("bundle") or {}).get("family", ""))
     sections = [
-        *(depth_sections(document, paint) if depth else bundle_sections(document)),
+        *_own_sections(document, paint),
         screening(metrics, paint),
         details(metrics, column, head, paint),
         map_of_images(projection, small, column, paint),
         mistakes(metrics, large),
         elsewhere_section(document, elsewhere, paint) if depth else None,
+        rejects(document, large),
         provenance(document, _depth_facts(document) if depth else _bundle_facts(document)),
     ]
-    title = depth_title(document) if depth else bundle_title(document)
+    titles = {"depth": depth_title, "networks": networks_title}
+    title = titles.get(document["kind"], bundle_title)(document)
     return render(title, [section for section in sections if section], paint, _footer(document))
+
+
+def _own_sections(document: Document, paint: Paint) -> list[Section]:
+    if document["kind"] == "networks":
+        return network_sections(document, paint)
+    return depth_sections(document, paint) if document["kind"] == "depth" else bundle_sections(document)
 
 
 def image_sections(document: Document, pictures: Images, queries: Images) -> list[Section]:

@@ -13,7 +13,7 @@ from featurepipe.progress import announcer
 from featurepipe.reporting.images import ReadImage, bounded_thumbnails, thumbnails
 from featurepipe.store.atomic import atomic_file
 
-KINDS = ("depth", "routes", "bundle", "nights", "images")
+KINDS = ("depth", "networks", "routes", "bundle", "nights", "images")
 VERSION = 1
 
 _MAP_CHARACTERS = (
@@ -86,7 +86,10 @@ def write_report(
         say(f"placing {min(len(features.ids), POINTS):,} of {total:,} images on a map")
         projection = project(features.ids, features.values, features.labels, total=total)
     metrics = metrics_of(document)
-    large = thumbnails([*_mistaken(metrics), *_pictured(document, is_query=False)], images, side=_MISTAKE_SIDE)
+    refused = [str(one["id"]) for one in (document.get("rejects") or {}).get("images", ())]
+    large = thumbnails(
+        [*_mistaken(metrics), *refused, *_pictured(document, is_query=False)], images, side=_MISTAKE_SIDE
+    )
     asked = [*_mistaken(metrics_elsewhere(document)), *_pictured(document, is_query=True)]
     there = thumbnails(asked, elsewhere, side=_MISTAKE_SIDE)
     small = bounded_thumbnails(list(projection.ids), images, most=_MAP_CHARACTERS) if projection else {}

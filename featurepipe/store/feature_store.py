@@ -401,6 +401,8 @@ def _count_forgotten(store: Path, set_aside: dict[str, str]) -> int:
     except StoreError as error:
         set_aside[FORGOTTEN] = str(error)
         return 0
+
+
 def _card_of(found: Mapping[str, Any]) -> str:
     """What ``describe`` found, as a card."""
     runs, last = found["runs"], (found["runs"] or [{}])[-1]

@@ -83,7 +83,7 @@ class Activations:
     def batches(self, parts: Sequence[Rows], draw: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Rows]]:  # noqa: ARG002
         """Activations of each part of the rows, which nothing changes at random."""
         if self._held is None and self.is_held and all(np.isin(part, self.rows).all() for part in parts):
-            self._held = self.maps.read(rows=self.rows)
+            self._held = self.maps.read(None, rows=self.rows)
         return _ahead(self.read, parts)
 
     def read(self, rows: Rows) -> Tensor:

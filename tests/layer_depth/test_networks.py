@@ -1,0 +1,121 @@
+"""Several networks on one page: the same images and folds, the fastest layer that is as good as the best, differences by fold."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import featurepipe as fp
+from featurepipe.errors import UsageError
+from featurepipe.heads.statistics.comparison import difference_over_folds
+from featurepipe.layer_depth.networks import compared, names_of
+from featurepipe.layer_depth.text import text
+from featurepipe.reporting.report import write_report
+
+
+def document(name: str, cells: dict[str, list[float]], times: dict[str, float], **other: object) -> dict:
+    """What depth returns of a network: its layers with the accuracy of each fold and the milliseconds up to them."""
+    columns = [
+        {
+            "column": f"{node}:gap",
+            "node": node,
+            "width": 8,
+            "bytes_per_image": 16,
+            "ms_per_image": times[node],
+            "saved": 0.1,
+        }
+        for node in cells
+    ]
+    results = [
+        {"column": f"{node}:gap", "head": "logistic", "network": "pretrained", "tested_on": "source", "cells": found,
+         "accuracy": float(np.mean(found)), "low": None, "high": None, "se": 0.01}
+        for node, found in cells.items()
+    ]  # fmt: skip
+    top = max(results, key=lambda row: row["accuracy"])
+    best = {
+        **columns[0],
+        **top,
+        "best": top["column"],
+        "best_head": "logistic",
+        "best_accuracy": top["accuracy"],
+        "rule": "r",
+    }
+    shared = {"dataset": "d", "images": 60, "classes": ["a", "b"], "target_type": "multiclass", "measure": "accuracy"}
+    return {
+        "kind": "depth", "version": 1, **shared, "protocol": "3-fold", "settings": {"folds": 3}, "columns": columns,
+        "results": results, "recommended": best, "backbone": {"name": name, "description": {"bottleneck": "end"}},
+        "labels": None, "space": {}, "details": {}, "details_shifted": None, "provenance": {}, **other,
+    }  # fmt: skip
+
+
+SLOW = document("slow", {"low": [0.5, 0.6, 0.7], "end": [0.9, 0.8, 0.9]}, {"low": 3.0, "end": 9.0})
+FAST = document("fast", {"low": [0.5, 0.5, 0.5], "end": [0.87, 0.83, 0.89]}, {"low": 1.0, "end": 2.0})
+POOR = document("poor", {"end": [0.5, 0.4, 0.6]}, {"end": 0.1})
+FOUND = {one["backbone"]["name"]: one for one in (SLOW, FAST, POOR)}
+
+
+def test_the_fastest_layer_as_good_as_the_best_of_all_is_recommended() -> None:
+    found = compared(list(FOUND), FOUND.__getitem__)
+    best = found["recommended"]
+    assert (best["backbone"], best["column"], best["ms_per_image"]) == (
+        "fast",
+        "end:gap",
+        2.0,
+    )  # 0.8633 >= 0.8667 - 0.01
+    assert (best["best_backbone"], best["best"], best["best_accuracy"]) == ("slow", "end:gap", np.mean([0.9, 0.8, 0.9]))
+    assert [row["backbone"] for row in found["differences"]] == ["fast", "poor"]
+    expected = difference_over_folds([0.87, 0.83, 0.89], [0.9, 0.8, 0.9], 0.5)
+    assert (found["differences"][0]["difference"], found["differences"][0]["p"]) == (expected.value, expected.p)
+    assert found["backbone"]["name"] == "fast"
+
+
+def test_networks_that_saw_other_images_are_refused() -> None:
+    other = FOUND | {"fast": FAST | {"images": 61}}
+    with pytest.raises(UsageError, match="fast and slow were not measured on the same images: images differ"):
+        compared(list(other), other.__getitem__)
+    with pytest.raises(UsageError, match="resnet18 is named twice"):
+        names_of(["resnet18", "vgg11", "resnet18"])
+    with pytest.raises(UsageError, match="is for one network"):
+        fp.depth("nowhere", backbone=["lenet5", "resnet18"], weights="weights.pt")
+    assert names_of(()) == names_of(None) == [None]
+
+
+def test_text_and_page_name_each_network_and_what_is_the_bottleneck(tmp_path: Path) -> None:
+    found = compared(list(FOUND), FOUND.__getitem__)
+    page = write_report(found, tmp_path / "page.html", silent=True).read_text(encoding="utf-8")
+    assert "Which layer of slow, fast or poor transfers best to d?" in page
+    assert "Take end:gap of fast with a logistic head: 86.3\u00a0% accuracy." in page
+    assert "The most accurate layer, end:gap of slow, reaches 86.7\u00a0%." in page
+    rows = re.findall(r'<span class="name">(.*?)</span>', page)
+    assert {"slow", "fast", "poor", "slow low:gap", "fast end:gap (bottleneck)"} <= set(rows)
+
+
+@pytest.mark.slow
+def test_several_networks_of_one_store_are_compared_and_the_recommended_is_kept_last(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = {f"{k}.png": random.integers(0, 80 + 90 * (k % 2), (32, 32), np.uint8) for k in range(40)}
+    labels = {name: "ab"[int(name[:-4]) % 2] for name in images}
+    given = {
+        "dataset": "d",
+        "weights": "none",
+        "folds": 2,
+        "seeds": 1,
+        "max_width": 200,
+        "labels": labels,
+        "silent": True,
+    }
+    backbones = ["lenet5", "efficientnet_lite0"]
+    nodes = ["bottleneck"]
+    found = fp.depth(images, tmp_path / "s", backbone=backbones, nodes=nodes, report=tmp_path / "page.html", **given)
+    assert [one["backbone"]["name"] for one in found["networks"]] == backbones
+    alone = fp.depth(images, tmp_path / "s", backbone="lenet5", nodes=nodes, **given)
+    assert found["networks"][0]["results"] == alone["results"]
+    assert "recommended of 2 networks" in text(json.loads(json.dumps(found)))
+    again = fp.depth(images, tmp_path / "s", backbone=backbones, nodes=nodes, **given)
+    (*_, last) = fp.FeatureStore(tmp_path / "s").depth_documents("d")
+    assert last["backbone"]["name"] == again["recommended"]["backbone"]
+    assert (tmp_path / "page.html").stat().st_size > 1_000_000
+    plan = fp.depth(images, tmp_path / "s", backbone=backbones, nodes=nodes, dry_run=True, **given)
+    assert [one["backbone"] for one in plan["networks"]] == backbones
