@@ -8,9 +8,9 @@ The table is compared with the current snapshot by id and key (SHA-256 of the by
 what is new, changed or relabelled is written, what is gone is deleted, forgotten images too. Vectors of two feature spaces
 are never mixed: the table's name has the space's fingerprint.
 
-LanceDB keeps earlier versions of a table, which have what was deleted, for queries that are running. Those older than
-VERSIONS are removed in each run; ``--purge`` removes all of them now, after images were forgotten, say. No query should be
-running then.
+LanceDB keeps earlier versions of a table for queries that are running, and marks deleted rows before it removes them from its
+files. Versions older than VERSIONS go in each run. ``--purge``, after images were forgotten, writes the whole table anew and
+removes all that was before, so that no byte of theirs is left; no query should be running then, and indexes are to be made again.
 """
 # ruff: noqa: INP001 - a script to copy, no part of the package
 
@@ -58,6 +58,12 @@ def blocks(features: FeatureSet) -> Iterator[pa.Table]:
         yield pa.table([*columns, vectors], schema=schema_of(features))
 
 
+def batches_of(features: FeatureSet) -> Iterator[pa.RecordBatch]:
+    """The same as batches."""
+    for block in blocks(features):
+        yield from block.to_batches()
+
+
 def listed(ids: Sequence[str]) -> str:
     """Ids as SQL writes them."""
     return ", ".join("'" + id_.replace("'", "''") + "'" for id_ in ids)
@@ -88,6 +94,9 @@ def bring_up_to_date(
     changed = features.take([row for row, id_ in enumerate(features.table["id"].to_pylist()) if id_ in fresh])
     for block in blocks(changed):
         rows.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(block)
+    if purge:
+        batches = pa.RecordBatchReader.from_batches(schema_of(features), batches_of(features))
+        rows = database.create_table(name, batches, mode="overwrite")
     rows.optimize(cleanup_older_than=timedelta(milliseconds=1) if purge else VERSIONS)
     return {"table": name, "rows": rows.count_rows(), **found.counts}
 
@@ -101,7 +110,7 @@ def main() -> None:
     parser.add_argument("--node", default="bottleneck", help="which column (default: bottleneck)")
     parser.add_argument("--backbone", help="where the store has several with that column")
     parser.add_argument("--table", help="its name (default: dataset, feature space and column)")
-    parser.add_argument("--purge", action="store_true", help="remove earlier versions, and what was deleted, at once")
+    parser.add_argument("--purge", action="store_true", help="write the table anew, and remove all that was before")
     args = vars(parser.parse_args())
     told = bring_up_to_date(fp.FeatureStore(args.pop("store"), create=False), args.pop("to"), **args)
     changes = ", ".join(f"{told[name]:,} {name}" for name in ("new", "changed", "relabelled", "deleted"))

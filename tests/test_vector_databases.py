@@ -77,6 +77,11 @@ def check_nights(store, sync, read):
     assert sorted(read()) == ["b'", "d", "twin"]
 
 
+def holding(folder, content):
+    """The files with some bytes in them."""
+    return [file for file in folder.rglob("*") if file.is_file() and content in file.read_bytes()]
+
+
 def test_lancedb_has_what_the_store_has(tmp_path):
     import lancedb
 
@@ -90,9 +95,16 @@ def test_lancedb_has_what_the_store_has(tmp_path):
     check_nights(
         store, lambda: into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors"), read
     )
-    into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors", purge=True)
-    gone = vector_of("a2").tobytes()
-    assert not [file for file in (tmp_path / "lance").rglob("*") if file.is_file() and gone in file.read_bytes()]
+    night(store, {**NIGHTS[0], **{f"more {n}": f"m{n}" for n in range(50)}}, "cat")
+    into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors")
+    forget_images(store, ["more 7"])
+    into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors")
+    gone = vector_of("m7").tobytes()
+    assert holding(tmp_path / "lance", gone)  # one row of a large file is only marked as deleted
+    told = into_lancedb.bring_up_to_date(store, str(tmp_path / "lance"), node="f", table="vectors", purge=True)
+    assert (told["rows"], sorted(read())) == (53, sorted(store.features("d", "f").ids))
+    assert not holding(tmp_path / "lance", gone)
+    assert holding(tmp_path / "lance", vector_of("m8").tobytes())
 
 
 def test_qdrant_has_what_the_store_has(tmp_path):
