@@ -206,8 +206,9 @@ def is_in_text(text: str, order: Removal) -> bool:
 
 
 def _quoted(id_: str) -> re.Pattern[str]:
-    """A name by itself in a file of lines, as it is or as JSON writes it."""
-    return re.compile(rf"(?<![\w./-])(?:{re.escape(id_)}|{re.escape(json.dumps(id_)[1:-1])})(?![\w-]|[./]\w)")
+    """A name by itself in a file, or at the end of a whole path or URL; as it is or as JSON writes it."""
+    names = f"{re.escape(id_)}|{re.escape(json.dumps(id_)[1:-1])}"
+    return re.compile(rf"(?<![\w./-])(?:(?:/|\w+://)[^\s'\"<>]*/)?(?:{names})(?![\w-]|[./]\w)")
 
 
 # The search

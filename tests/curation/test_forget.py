@@ -75,15 +75,17 @@ def test_what_depends_on_them_is_named(store, source, tmp_path):
     featurepipe.train(store, out=made / "others", dataset="d", head="centroid", labels=labels, silent=True)
     featurepipe.extract(source, made / "store", dataset="e", **OPTIONS)
     (made / "page.html").write_text("<p>flat/1.png</p>")
+    (made / "paths.html").write_text("<img src=/data/photos/flat/1.png>")
     (made / "escaped.html").write_text("<p>flat&#x2F;0.png</p>")
-    (made / "other.html").write_text("<p>xflat/1.png flat/1.pngx flat/2.png</p>")
+    (made / "other.html").write_text("<p>xflat/1.png flat/1.pngx flat/2.png b/flat/1.png</p>")
     pq.write_table(pa.table({"id": ["flat/0.png", "down/0.png"], "label": ["a", "b"]}), made / "predicted.parquet")
     planned = forget(store, PERSON, look_in=[made], dry_run=True, silent=True)
     told = forget(store, PERSON, look_in=[made], silent=True)
     assert planned["dependents"] == told["dependents"]
     found = {(entry["kind"], entry["path"].removeprefix(f"{made}/")): entry for entry in told["dependents"]}
     assert found.keys() == {
-        ("bundle", "knn"), ("page", "escaped.html"), ("page", "page.html"), ("store", "store"), ("table", "predicted.parquet"),
+        ("bundle", "knn"), ("page", "escaped.html"), ("page", "page.html"), ("page", "paths.html"),
+        ("store", "store"), ("table", "predicted.parquet"),
     }  # fmt: skip
     assert "a knn head keeps feature rows" in found["bundle", "knn"]["why"]
     assert (found["store", "store"]["images"], found["table", "predicted.parquet"]["images"]) == (2, 1)
