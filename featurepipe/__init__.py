@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from featurepipe.backbones import list_backbones, load_backbone
     from featurepipe.cnn_features import CNNFeatures
     from featurepipe.curation.forget import forget
-    from featurepipe.curation.similar import similar
+    from featurepipe.curation.similar import SimilarImages, similar
     from featurepipe.curation.suspects import labels
     from featurepipe.demo import run_demo
     from featurepipe.doctor import examine
@@ -39,6 +39,7 @@ __all__ = [
     "CNNFeatures",
     "FeatureStore",
     "ImageClassifier",
+    "SimilarImages",
     "__version__",
     "compact",
     "depth",
@@ -73,6 +74,7 @@ _HOMES = {
     "CNNFeatures": "cnn_features",
     "FeatureStore": "store",
     "ImageClassifier": "prediction.image_classifier",
+    "SimilarImages": "curation.similar",
     "compact": "functions",
     "depth": "layer_depth.depth",
     "drift": "monitoring.drift",

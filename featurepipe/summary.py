@@ -22,10 +22,16 @@ def info_text(found: Mapping[str, Any]) -> str:
     sections += [_space_text(space) for space in found["spaces"]]
     if found.get("forgotten"):
         sections.append(f"{counted(found['forgotten'], 'image')} forgotten: extractions leave them out")
+    sections += ["\n".join(map(_index_text, found["indexes"]))] if found.get("indexes") else []
     sections += _runs_text(whole_runs(found["runs"]))
     if found.get("set_aside"):
         sections.append("\n".join(f"set aside: {path}: {why}" for path, why in found["set_aside"].items()))
     return "\n\n".join(sections)
+
+
+def _index_text(index: Mapping[str, Any]) -> str:
+    images = f"{counted(index['vectors'], 'image')} of {index['dataset']}"
+    return f"index of {images} by {'+'.join(index['columns'])} ({index['distance']}), {size(index['bytes'])}"
 
 
 def verify_text(report: VerifyReport) -> str:
@@ -75,6 +81,7 @@ def gc_text(report: GcReport, *, dry_run: bool = False) -> str:
         "old snapshot": report.snapshots_removed,
         "leftover file": report.leftovers_removed,
         "quarantined part": report.quarantined_removed,
+        "index that no snapshot needs": report.indexes_removed,
     }
     removed = [counted(number, noun) for noun, number in counts.items() if number]
     verb = "would remove" if dry_run else "removed"

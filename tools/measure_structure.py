@@ -36,10 +36,10 @@ WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere
 TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
            "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
 TEXTS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
-LIMITS = {"files": 279, "where work runs: lines": 4800, "where work runs: files": 15, "files entered by one image": 57,
+LIMITS = {"files": 287, "where work runs: lines": 4800, "where work runs: files": 15, "files entered by one image": 57,
           "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
 """What CI holds to. The target of 240 files was met before the tuned routes and the questions asked of features (wrong labels,
-look-alikes) came, which take 26 more, and what removes images and hands features on, 5 more, scaled JPEGs and kept
+look-alikes, outliers) came, which take 34 more, and what removes images and hands features on, 5 more, scaled JPEGs and kept
 conversions 2, what notebooks show and several networks on one page (cards, results, plots, functions, networks) 6.
 `results.py` is also one more file that one image enters; the others are on their way to their targets, and only go down."""
 

@@ -20,6 +20,7 @@ from featurepipe.store.options import (
     TrustOption,
 )
 
+INDEX = ("auto", "always", "never")
 COSINE, EUCLIDEAN = DISTANCES = ("cosine", "euclidean")
 
 
@@ -52,6 +53,20 @@ class ForgetOptions(RemovalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionOptions(
+    SourceOptions,
+    PictureSourceOption,
+    RawIdsOption,
+    AnswerOption,
+    SnapshotOption,
+    SpaceOption,
+    NodeOption,
+    DatasetOption,
+):
+    """What every question has: the features that it is asked of, and where its answer goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistanceOption(OptionGroup):
     """How far apart features are."""
 
@@ -69,6 +84,12 @@ class QueryOptions(OptionGroup):
         None, "the dataset of these ids, if it is not the one that is searched", metavar="NAME"
     )
     top: int = option(10, "how many images for each query (default: 10)", check=at_least(1, 10_000))
+    index: str = option(
+        "auto",
+        "always: make an index beside the store, keep it up to date and search it; auto: search it if one is kept and there are "
+        "200,000 images or more, else compare all",
+        choices=INDEX,
+    )
     weights: str | PathLike[str] | None = option(
         None,
         "the network's weights file, where it is your own, for images that the store does not have",
@@ -77,20 +98,7 @@ class QueryOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimilarOptions(
-    TrustOption,
-    MachineOptions,
-    SourceOptions,
-    PictureSourceOption,
-    RawIdsOption,
-    AnswerOption,
-    SnapshotOption,
-    SpaceOption,
-    NodeOption,
-    DistanceOption,
-    DatasetOption,
-    QueryOptions,
-):
+class SimilarOptions(TrustOption, MachineOptions, QuestionOptions, DistanceOption, QueryOptions):
     """All options of `featurepipe.similar`."""
 
 
@@ -108,18 +116,5 @@ class SuspectsOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckLabelsOptions(
-    RoleOptions,
-    LabelsOption,
-    SourceOptions,
-    PictureSourceOption,
-    RawIdsOption,
-    AnswerOption,
-    SnapshotOption,
-    SpaceOption,
-    NodeOption,
-    SplitOption,
-    DatasetOption,
-    SuspectsOptions,
-):
+class CheckLabelsOptions(RoleOptions, LabelsOption, SplitOption, QuestionOptions, SuspectsOptions):
     """All options of `featurepipe.labels`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,17 +12,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import CheckLabelsOptions
-from featurepipe.curation.similar import PAGE
-from featurepipe.display import counted, neutralised_text, table
-from featurepipe.errors import Message, UsageError
+from featurepipe.curation.question import Question
+from featurepipe.display import counted, table
+from featurepipe.errors import UsageError
 from featurepipe.features.options import Places, places
 from featurepipe.heads.families import make_head
 from featurepipe.heads.sampling import ALWAYS_TRAIN
-from featurepipe.monitoring.duplicates import checked_file, write_table
 from featurepipe.monitoring.near import nearest
-from featurepipe.option_groups import as_asked
-from featurepipe.progress import announcer, show
-from featurepipe.reporting.from_store import image_page
+from featurepipe.progress import show
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
@@ -148,7 +144,6 @@ def labels(
         UsageError: There are no labels, or of one class only; a column is unknown; or cleanlab is not installed.
         StoreError: Features of some images are missing.
     """
-    started = time.monotonic()
     options = CheckLabelsOptions(
         folds=folds, limit=limit, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone, snapshot=snapshot,
         to=to, raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column, box=box,
@@ -156,42 +151,28 @@ def labels(
         labels=labels, label=label, split_column=split_column, group=group, target=target,
         multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
     )  # fmt: skip
-    place = None if to is None else checked_file(to, "labels", [PAGE])
-    kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    name = dataset or kept.only_dataset()
-    run_id = snapshot or kept.snapshot_ids(name)[-1]
-    say = announcer(silent=silent)
-    every = kept.features(name, node=node, backbone=backbone, snapshot=snapshot)
-    every = with_roles(kept, every, labels, RoleOptions.of(options), say, snapshot=snapshot)
+    question = Question.of(store, options, "labels", silent=silent)
+    every = with_roles(
+        question.store, question.features, labels, RoleOptions.of(options), question.say, snapshot=snapshot
+    )
     every = every if split is None else every.select(split=split)
     known = every.select(labelled=True)
-    say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
+    question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
     with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
         suspects = find_suspects(known, folds=folds, seed=seed, done=lambda: progress.advance(1))
     warnings = _unchecked(suspects)
-    if place is not None and place.suffix.lower() == PAGE:
-        image_page(
-            kept, _document(known, suspects, limit), place, options, source=source, dataset=name, snapshot=run_id, silent=silent
-        )  # fmt: skip
-    elif place is not None:
-        said = neutralised_text(write_table(to_correct(every, known, suspects, options), place, raw_ids=raw_ids), place)
-        warnings += [said] if said else []
-    return {
-        "dataset": name,
-        "snapshot": run_id,
-        "column": known.column,
-        "space": known.origin.space,
-        "kind": RoleOptions.of(options).target_type,
-        "images": len(known) - len(suspects.unchecked),
-        "unlabelled": len(every) - len(known),
-        "unchecked": len(suspects.unchecked),
-        "count": len(suspects.rows),
-        "suspects": _listed(known, suspects, limit),
-        "file": None if place is None else str(place),
-        "options": as_asked(options),
-        "warnings": warnings,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    warnings += question.written(
+        lambda: to_correct(every, known, suspects, options), lambda: _document(known, suspects, limit)
+    )
+    return question.told(
+        kind=RoleOptions.of(options).target_type,
+        images=len(known) - len(suspects.unchecked),
+        unlabelled=len(every) - len(known),
+        unchecked=len(suspects.unchecked),
+        count=len(suspects.rows),
+        suspects=_listed(known, suspects, limit),
+        warnings=warnings,
+    )
 
 
 def find_suspects(
@@ -333,7 +314,7 @@ def _suspect_numbers(features: FeatureSet, folds: int, seed: int, done: Callable
     return Suspects(rows, score[order], given, suggested, [""] * len(rows), np.flatnonzero(np.isnan(predicted)))
 
 
-def _unchecked(suspects: Suspects) -> list[Message | str]:
+def _unchecked(suspects: Suspects) -> list[str]:
     count = len(suspects.unchecked)
     return [f"{counted(count, 'label')} could not be judged: no other image, or group, has the same"] if count else []
 

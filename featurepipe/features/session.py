@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,7 +21,7 @@ import torch
 
 from featurepipe.backbones import Backbone, Column, Preprocessing, load_backbone
 from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision, openvino_is_installed
-from featurepipe.errors import Message, Reject, UsageError, WeightsNotFound, WorkerRefused
+from featurepipe.errors import FeaturepipeError, Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Decoder, Loader, StageSeconds
 from featurepipe.features.options import AUTO, DamageOptions, MachineOptions, Options
@@ -115,6 +115,44 @@ class Session:
         name = NetworkName(options.backbone, weights, options.seed, canonical_json(identity_of(backbone)))
         damage, loaded = DamageOptions.of(options), loaded or LoadedNetwork(backbone)
         return cls(name, tuple(columns), machine, options.workers, damage=damage, loaded=loaded)
+
+    @classmethod
+    def of_space(
+        cls,
+        space: Mapping[str, Any],
+        columns: Sequence[str],
+        machine: MachineOptions,
+        asked: Options,
+        *,
+        why: str,
+        refuse: Callable[[Backbone, list[str]], FeaturepipeError],
+        like: str | None = None,
+        loaded: Backbone | None = None,
+    ) -> Self:
+        """A session whose features are those of a feature space.
+
+        Args:
+            space: The fields of the feature space.
+            columns: To compute.
+            machine: On what the network runs.
+            asked: Its name, weights and seed; threads that read; what becomes of damaged JPEGs.
+            why: Where the settings come from, for messages.
+            refuse: Makes the error for a network that gives other features here, and the fields that differ.
+            like: As `load_backbone` takes it.
+            loaded: The network, if this process has it already.
+
+        Raises:
+            FeaturepipeError: What ``refuse`` makes.
+            WeightsNotFound: The network's weights are not at hand.
+        """
+        settings = Settings.of_space(space, why=why)
+        settled = settle_machine(machine, settings.decode)
+        network = loaded or load_backbone(asked.backbone, asked.weights, seed=asked.seed, like=like)
+        changed = differences(space, {**network.identity(), **settings.fields(), "numerics": NUMERICS})
+        if changed:
+            raise refuse(network, changed)
+        named = replace(asked, backbone=network.name)
+        return replace(cls.of(network, network.columns(list(columns)), settled, named), settings=settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Session, (self.network, self.columns, self.machine, self.workers, self.settings, self.damage)

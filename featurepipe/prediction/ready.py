@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurepipe.backbones import Backbone, Column, load_backbone
-from featurepipe.backbones.engine import NUMERICS
+from featurepipe.backbones import Backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.weights import is_file_name
 from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import Options
 from featurepipe.features.session import Session
-from featurepipe.features.settings import Settings, settle_machine
+from featurepipe.features.settings import Settings
 from featurepipe.features.stream import FeatureBatch, FeatureStream
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.images import Source
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.progress import Progress
-from featurepipe.store import differences
 
 SCORED_BYTES = 32 * 1024 * 1024
 """Features that are scored at once: some heads are many times faster on more rows."""
@@ -122,39 +120,42 @@ def make_ready(
     """
     found = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     check_trusted(found.backbone["name"], options.trust_code, named_by="the bundle", error=BundleError)
-    settings = Settings.of_space(found.space, why="as in the bundle")
     try:
-        parse_intensity(settings.intensity)
+        parse_intensity(Settings.of_space(found.space, why=_WHY).intensity)
     except UsageError as error:
         raise BundleError(f"the bundle's features have an {error}; use the version that it was trained with") from error
-    machine = settle_machine(options, settings.decode)
-    backbone = loaded or load_backbone(
-        found.backbone["name"],
-        _weights(found, options.weights),
-        seed=found.backbone["seed"],
-        like=found.backbone.get("like"),
-    )
-    fields = {**backbone.identity(), **settings.fields(), "numerics": NUMERICS}
-    changed = differences(found.space, fields)
-    if changed:
-        raise BundleError(
-            Message(
-                f"the bundle's head was trained on other features than {backbone.name} gives here: {', '.join(changed)} "
-                f"{'differs' if len(changed) == 1 else 'differ'}. ",
-                _advice(changed),
-            )
-        )
-    columns = backbone.columns(found.columns)
-    _check_width(found, backbone, columns)
     asked = Options(
-        backbone=backbone.name,
-        weights=str(options.weights or found.backbone["weights"]),
+        backbone=found.backbone["name"],
+        weights=str(options.weights or found.backbone["weights"]) if loaded else _weights(found, options.weights),
         seed=found.backbone["seed"],
         workers=options.workers,
         damaged=options.damaged,
     )
-    session = replace(Session.of(backbone, columns, machine, asked), settings=settings)
+    session = Session.of_space(
+        found.space,
+        found.columns,
+        options,
+        asked,
+        why=_WHY,
+        refuse=_refusal,
+        like=found.backbone.get("like"),
+        loaded=loaded,
+    )
+    _check_width(found, session)
     return ReadyBundle(found, session, options.in_full())
+
+
+_WHY = "as in the bundle"
+
+
+def _refusal(network: Backbone, changed: list[str]) -> BundleError:
+    return BundleError(
+        Message(
+            f"the bundle's head was trained on other features than {network.name} gives here: {', '.join(changed)} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. ",
+            _advice(changed),
+        )
+    )
 
 
 def _weights(bundle: Bundle, given: str | PathLike[str] | None) -> str:
@@ -185,7 +186,8 @@ def _advice(changed: list[str]) -> str:
     return "Use the versions that it was trained with (they are in the bundle), or extract and train again"
 
 
-def _check_width(bundle: Bundle, backbone: Backbone, columns: list[Column]) -> None:
+def _check_width(bundle: Bundle, session: Session) -> None:
+    backbone, columns = session.backbone, session.columns
     width = sum(math.prod(backbone.feature_shape(column)) for column in columns)
     if width != bundle.width:
         raise BundleError(

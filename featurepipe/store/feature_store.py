@@ -26,6 +26,7 @@ from featurepipe.store.choice import choose_space, open_features
 from featurepipe.store.documents import DepthDocument, RunDocument, StoreDocument, read_document
 from featurepipe.store.forgotten import FILE as FORGOTTEN
 from featurepipe.store.forgotten import Forgotten
+from featurepipe.store.indexes import described_indexes
 from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import check_system, store_lock
 from featurepipe.store.parts import Headers
@@ -388,6 +389,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "version": STORE_VERSION,
         "spaces": [_describe_space(space) for space in store.spaces()],
         "datasets": datasets,
+        "indexes": described_indexes(store.path),
         "runs": store.runs(),
         "forgotten": _count_forgotten(store.path, set_aside),
         "set_aside": dict(sorted(set_aside.items())),

@@ -17,6 +17,7 @@ from featurepipe.store.atomic import checked_folder, entries, is_temporary, list
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.documents import checked_run_id
 from featurepipe.store.feature_store import FeatureStore
+from featurepipe.store.indexes import unneeded_indexes
 from featurepipe.store.keys import KEY_BYTES, Keys, SortedKeys, as_keys, keys_from_arrow
 from featurepipe.store.options import GcOptions
 from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_part
@@ -37,6 +38,7 @@ class GcReport:
         snapshots_removed: Old snapshots.
         leftovers_removed: Temporary files of dead writers.
         quarantined_removed: Quarantined parts whose rows are elsewhere or not needed.
+        indexes_removed: Indexes of look-alikes with images that no snapshot has, or of a dataset or space that is gone.
     """
 
     bytes_freed: int = 0
@@ -45,6 +47,7 @@ class GcReport:
     snapshots_removed: int = 0
     leftovers_removed: int = 0
     quarantined_removed: int = 0
+    indexes_removed: int = 0
 
 
 class _Needed:
@@ -70,7 +73,7 @@ def gc_store(
     dataset: str | None = None,
     spared: Collection[str] = (),
 ) -> GcReport:
-    """Removes temporary files of dead writers, and rows and quarantined parts that no snapshot needs.
+    """Removes temporary files of dead writers, and rows, quarantined parts and indexes that no snapshot needs.
 
     Takes the store's lock alone, so every temporary file is a dead writer's, but for the files by which the workers of a
     cluster know the store: those who train there only read, and hold no lock. Rows that a run committed before it was
@@ -108,6 +111,10 @@ def gc_store(
         latest = {dataset: store.snapshot_ids(dataset)[-1] for dataset in store.datasets()}
         for space in store.spaces():
             _collect_space(space, needed, latest, report, dry_run=dry_run)
+        fingerprints = {space.fingerprint for space in store.spaces()}
+        indexes = unneeded_indexes(store.path, set(latest), fingerprints, needed.contains)
+        report.indexes_removed = len(indexes)
+        _remove(indexes, report, dry_run=dry_run)
     return report
 
 

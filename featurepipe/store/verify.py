@@ -23,6 +23,7 @@ from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.forgotten import FILE as FORGOTTEN
 from featurepipe.store.forgotten import JOURNAL as FORGETTING
 from featurepipe.store.forgotten import Forgotten
+from featurepipe.store.indexes import broken_indexes
 from featurepipe.store.keys import Keys, faulty_lines
 from featurepipe.store.parts import FEATURES, Headers, PartInfo, array_faults, read_part
 from featurepipe.store.space import Space, fingerprint
@@ -40,6 +41,7 @@ _OURS = (
     "runs/*.json",
     "depth/*/*.json",
     "depth/*/journal.jsonl",
+    "indexes/*/*.npz",
     "jobs/*.lock",
     "jobs/*.lease.*",
 )
@@ -194,6 +196,8 @@ def _broken_documents(store: FeatureStore) -> Iterator[tuple[str, str]]:
     if is_file(store.path / FORGETTING):
         yield FORGETTING, "a featurepipe forget was killed before its end; to finish it: featurepipe forget STORE"
     yield from _named(store, store.path / FORGOTTEN, partial(Forgotten.of, store.path))
+    for path, what in broken_indexes(store.path, {space.fingerprint for space in store.spaces()}):
+        yield str(path.relative_to(store.path)), what
     for path in listed(store.path, "spaces/*/rejects.jsonl"):
         if is_file(path):
             yield from _named(store, path, partial(_check_rejects, path))

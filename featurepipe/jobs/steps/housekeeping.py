@@ -90,6 +90,7 @@ def keep(night: Night, table: KeepTable) -> dict[str, Any]:
             "row that no snapshot needs": report.rows_dropped,
             "leftover file": report.leftovers_removed,
             "quarantined part": report.quarantined_removed,
+            "index that no snapshot needs": report.indexes_removed,
         }
         gone = ", ".join(counted(count, what) for what, count in counts.items() if count)
         if not gone:

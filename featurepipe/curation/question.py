@@ -1,0 +1,116 @@
+"""What every question asked of stored features has in common: what it is asked of, and where its answer goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from featurepipe.curation.options import QuestionOptions
+from featurepipe.display import neutralised_text
+from featurepipe.errors import StoreMoved
+from featurepipe.monitoring.duplicates import checked_file, write_table
+from featurepipe.option_groups import as_asked
+from featurepipe.progress import announcer
+from featurepipe.reporting.from_store import image_page
+from featurepipe.store import FeatureSet, FeatureStore
+
+PAGE = ".html"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question asked of the features of a dataset.
+
+    Attributes:
+        store: The feature store.
+        dataset: The dataset's name.
+        snapshot: Run id of the snapshot whose images are meant, or of a job's run.
+        features: Its images.
+        options: As they were asked for.
+        target: The file of the answer; None for none.
+        silent: Whether nothing is said on the way.
+        started: Value of `time.monotonic`.
+    """
+
+    store: FeatureStore
+    dataset: str
+    snapshot: str
+    features: FeatureSet
+    options: QuestionOptions
+    target: Path | None
+    silent: bool
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(
+        cls, store: FeatureStore | str | PathLike[str], options: QuestionOptions, what: str, *, silent: bool
+    ) -> Question:
+        """Settles what a question is asked of.
+
+        Args:
+            store: The feature store or its path.
+            options: As they were asked for.
+            what: What the file of the answer holds, for messages, such as ``look-alikes``.
+            silent: Say nothing on the way.
+
+        Raises:
+            UsageError: A dataset, column, space or snapshot is unknown, or the answer cannot be written there.
+            StoreError: There is no store, or features of some images are missing.
+            StoreMoved: A snapshot was written meanwhile; `featurepipe.store.locks.starts_again` asks once more.
+        """
+        target = None if options.to is None else checked_file(options.to, what, [PAGE])
+        kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
+        name = options.dataset or kept.only_dataset()
+        current = kept.snapshot_ids(name)[-1:]
+        features = kept.features(name, node=options.node, backbone=options.backbone, snapshot=options.snapshot)
+        if options.snapshot is None and kept.snapshot_ids(name)[-1:] != current:
+            raise StoreMoved(f"dataset {name} has another snapshot by now")
+        return cls(kept, name, options.snapshot or current[0], features, options, target, silent)
+
+    def say(self, line: str) -> None:
+        """Tells people what happens, unless nothing is to be said."""
+        announcer(silent=self.silent)(line)
+
+    def written(
+        self, answer: Callable[[], pa.Table], document: Callable[[], Mapping[str, Any]], *, queries: Any = None
+    ) -> list[str]:
+        """Writes the answer where it was asked to be: a page of what ``document`` gives, or the table that ``answer`` gives.
+
+        Args:
+            answer: Makes the table of a file.
+            document: Makes what a page shows; see `featurepipe.reporting.report.write_report`.
+            queries: As `featurepipe.reporting.from_store.image_page` takes them.
+
+        Returns:
+            What people must be told about the file.
+        """
+        options, target = self.options, self.target
+        if target is None:
+            return []
+        if target.suffix.lower() == PAGE:
+            image_page(
+                self.store, document(), target, options, source=options.source, dataset=self.dataset,
+                snapshot=self.snapshot, queries=queries, silent=self.silent,
+            )  # fmt: skip
+            return []
+        said = neutralised_text(write_table(answer(), target, raw_ids=options.raw_ids), target)
+        return [said] if said else []
+
+    def told(self, **found: Any) -> dict[str, Any]:
+        """The result of a command: what was ``found``, between what it was asked of and how it was asked."""
+        return {
+            "dataset": self.dataset,
+            "snapshot": self.snapshot,
+            "column": self.features.column,
+            "space": self.features.origin.space,
+            **found,
+            "file": None if self.target is None else str(self.target),
+            "options": as_asked(self.options),
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
