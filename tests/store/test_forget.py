@@ -15,6 +15,7 @@ import pytest
 
 from featurepipe.errors import StoreError, StoreLocked, UsageError
 from featurepipe.store import FeatureStore, compact_store, describe, forget_images, gc_store, verify_store
+from featurepipe.store import forget as forgetting
 from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.snapshots import SCHEMA
 from featurepipe.store.traces import Needles, Removal, in_bytes, strike
@@ -284,6 +285,37 @@ CHILD = textwrap.dedent("""
 """)
 
 
+@pytest.mark.parametrize(
+    "step",
+    ["replace_snapshot", "rewrite_parts", "_rewrite_rejects", "_remove_indexes", "_remove_temporaries", "traces"],
+)
+@pytest.mark.parametrize("is_done", [False, True])
+def test_ended_before_or_after_any_step_the_next_call_finishes(filled, rows, monkeypatch, step, is_done):
+    before = {run: read(filled, snapshot=run) for run in filled.snapshot_ids("d")}
+    work = getattr(forgetting, step)
+
+    def ends(*args, **options):
+        if is_done:
+            work(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgetting, step, ends)
+    with pytest.raises(KeyboardInterrupt):
+        forget_images(filled, ALICE)
+    monkeypatch.undo()
+    assert [problem.part for problem in verify_store(filled, quarantine=False).problems] == ["forgetting.json"]
+    assert Forgotten.of(filled.path).has_ids("d", ALICE).all()  # an extraction in between computes none of them
+    report = forget_images(filled)
+    assert (report.finished, report.left) == (2, [])
+    assert_nothing_left(filled.path, rows, ALICE, rows.keys([*ALICE, "old"]))
+    for run, rows_then in before.items():
+        now = read(filled, snapshot=run)
+        assert list(now) == [name for name in rows_then if name not in ALICE]
+        assert all(np.array_equal(now[name], rows_then[name]) for name in now)
+    assert verify_store(filled).clean
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments_the_next_call_finishes(store, space, rows):
     alice, bob = [f"alice/{n}.png" for n in range(40)], [f"bob/{n}.png" for n in range(40)]
     for start in range(0, 40, 4):  # ten parts and snapshots
