@@ -303,7 +303,7 @@ def test_ended_before_or_after_any_step_the_next_call_finishes(filled, rows, mon
     with pytest.raises(KeyboardInterrupt):
         forget_images(filled, ALICE)
     monkeypatch.undo()
-    assert [problem.part for problem in verify_store(filled, quarantine=False).problems] == ["forgetting.json"]
+    assert "forgetting.json" in [problem.part for problem in verify_store(filled, quarantine=False).problems]
     assert Forgotten.of(filled.path).has_ids("d", ALICE).all()  # an extraction in between computes none of them
     report = forget_images(filled)
     assert (report.finished, report.left) == (2, [])
