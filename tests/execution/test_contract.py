@@ -35,6 +35,7 @@ from featurepipe.errors import (
 )
 from featurepipe.execution import DaskExecutor, Executor, LocalExecutor, ProcessExecutor
 from featurepipe.execution.executor import TaskResult, in_order
+from featurepipe.execution.local import THREAD_VARIABLES
 from featurepipe.execution.worker import Carried, pickled
 from tests.conftest import travelling
 
@@ -307,7 +308,7 @@ def test_other_errors_are_tried_again_where_they_may_pass(executor: Executor, ki
         return "done"
 
     if kind.retries:
-        assert list(executor.map(work, ["3"], context=tmp_path)) == [("3", "done")]
+        assert list(executor.map(work, ["4"], context=tmp_path)) == [("4", "done")]  # three times, unless told otherwise
     with pytest.raises(OSError, match="the share does not answer") as raised:
         list(executor.map(work, ["9"], context=tmp_path, retries=1))
     assert raised.value.errno == errno.EIO
@@ -415,6 +416,16 @@ def test_processes_share_the_large_arrays_of_a_context() -> None:
     assert result == (False, True, 0)  # pages of the file
     [(_, result)] = ProcessExecutor(1).map(work, [0], context=np.zeros(1 << 10))
     assert result[:2] == (True, True)
+
+
+@pytest.mark.parametrize(("options", "threads"), [({}, 1), ({"threads": 3}, 3)])
+def test_processes_may_use_the_threads_that_they_are_given(options: dict[str, int], threads: int) -> None:
+    def work(_context, _n, worker, *_):
+        return worker.threads, {os.environ.get(name) for name in THREAD_VARIABLES}
+
+    executor = ProcessExecutor(1, **options)
+    assert [worker.threads for worker in executor.workers()] == [threads]
+    assert list(executor.map(work, [0])) == [(0, (threads, {str(threads)}))]
 
 
 @ELSEWHERE

@@ -1,15 +1,19 @@
-"""Writers that die, and writers side by side."""
+"""Writers that die, machines that lose power, and writers side by side."""
 
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from featurepipe.store import FeatureStore, gc_store, verify_store
+from featurepipe.store import FeatureStore, compact_store, gc_store, verify_store
 
 WRITER = textwrap.dedent("""
     import hashlib, sys
@@ -84,3 +88,59 @@ def test_two_writers_at_once_lose_nothing(tmp_path, rows):
     names = [str(i) for i in range(2500)]
     rows.snapshot(store, "d", names)
     np.testing.assert_array_equal(store.features("d", "a").read()[:, 7], np.arange(2500) % 1000)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is synced, gets its name and is removed, in this order; temporary files without their random digits."""
+    happened = []
+    sync, names, link, unlink = os.fsync, Path.replace, os.link, Path.unlink
+
+    def note(what, path):
+        happened.append(f"{what} {re.sub(r'[.][0-9]+-[0-9a-f]+[.]tmp$', '.tmp', Path(path).name)}")
+
+    def synced(descriptor):
+        note("synced", Path(f"/proc/self/fd/{descriptor}").readlink())
+        return sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda old, new: (note("named", new), names(old, new))[1])
+    monkeypatch.setattr(os, "link", lambda old, new: (note("named", new), link(old, new))[1])
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (note("removed", path), unlink(path, **options))[1])
+    return happened
+
+
+def test_what_is_committed_outlives_a_loss_of_power(store, space, rows, events):
+    """On the disk before it has its name, whose folder is synced before anyone is told."""
+    run_id = rows.write(store, space, ["a"], dataset="d")
+    [part] = space.part_paths()
+    assert events == [f"synced .{part.name}.tmp", f"named {part.name}", "synced parts"]
+    rows.snapshot(store, "d", ["a"], run_id=run_id)
+    del events[:]
+    store.write_run({"run_id": run_id})
+    kept = [event for event in events if not event.startswith("removed")]  # the temporary name of a linked file
+    assert kept == [f"synced .{run_id}.json.tmp", f"named {run_id}.json", "synced runs"]
+    del events[:]
+    rows.snapshot(store, "d", ["a", "b"])
+    name = f"{store.snapshot_ids('d')[-1]}.parquet"
+    assert [event for event in events if not event.startswith("removed")] == [
+        f"synced .{name}.tmp", f"named {name}", "synced d",
+    ]  # fmt: skip
+    reject = {"key": None, "id": "x", "size": 0, "mtime_ns": 0, "reason": "x: y", "run_id": run_id}
+    del events[:]
+    space.add_rejects([reject])
+    space.add_rejects([reject])
+    assert events == ["synced rejects.jsonl"] * 2
+
+
+def test_parts_go_only_when_what_they_held_is_on_the_disk(store, space, rows, events):
+    for name in ("a", "b"):
+        rows.write(store, space, [name], dataset="d")
+    old = space.part_paths()
+    del events[:]
+    compact_store(store)
+    [new] = space.part_paths()
+    assert events == [
+        f"synced .{new.name}.tmp", f"named {new.name}", "synced parts",
+        *(f"removed {path.name}" for path in old), "synced parts",
+    ]  # fmt: skip
