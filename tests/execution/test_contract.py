@@ -36,7 +36,7 @@ from featurepipe.errors import (
 from featurepipe.execution import DaskExecutor, Executor, LocalExecutor, ProcessExecutor
 from featurepipe.execution.executor import TaskResult, in_order
 from featurepipe.execution.local import THREAD_VARIABLES
-from featurepipe.execution.worker import Carried, pickled
+from featurepipe.execution.worker import Carried, gpu_names, pickled
 from tests.conftest import travelling
 
 SECONDS = 60.0
@@ -308,7 +308,7 @@ def test_other_errors_are_tried_again_where_they_may_pass(executor: Executor, ki
         return "done"
 
     if kind.retries:
-        assert list(executor.map(work, ["4"], context=tmp_path)) == [("4", "done")]  # three times, unless told otherwise
+        assert list(executor.map(work, ["4"], context=tmp_path)) == [("4", "done")]  # by default three times
     with pytest.raises(OSError, match="the share does not answer") as raised:
         list(executor.map(work, ["9"], context=tmp_path, retries=1))
     assert raised.value.errno == errno.EIO
@@ -757,3 +757,10 @@ def test_every_error_of_ours_survives_the_way_between_processes() -> None:
         error = kind("a line", signal.SIGTERM if kind is Interrupted else "another")
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), again.args, vars(again)) == (type(error), error.args, vars(error))
+
+
+@pytest.mark.parametrize(("named", "gpus"), [("4,GPU-7", ["4", "GPU-7"]), (" 0 ,,-1,NoDevFiles", ["0"]), ("", [])])
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch, named: str, gpus: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert gpu_names() == gpus
+    assert [worker.gpus for worker in LocalExecutor().workers()] == [len(gpus)]
