@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import StoreError, UsageError
 from featurepipe.images.listing import SCHEMA
 from featurepipe.images.manifest import _texts, _too_large
 from featurepipe.images.open import open_source
@@ -401,6 +401,13 @@ def test_verify_reads_further_columns(kept):
     data[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
     path.write_bytes(data)
     assert [problem.part for problem in verify_store(kept).problems] == [str(path.relative_to(kept.path))]
+
+
+def test_further_columns_of_a_snapshot_that_cannot_be_read_are_an_error_and_not_none(kept):
+    path = kept.path / "snapshots" / "d" / f"{kept.snapshot_ids('d')[-1]}.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StoreError, match=f"^cannot read snapshot {path}: "):
+        kept.further_columns("d")
 
 
 def test_splits_of_any_column_by_their_usual_names(kept, tmp_path):
