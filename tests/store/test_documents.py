@@ -12,6 +12,7 @@ import pytest
 
 from featurepipe.errors import DiskFull, StoreError, UsageError
 from featurepipe.store import documents, keys
+from featurepipe.store.atomic import MOST_NESTED, parsed_object
 from featurepipe.store.snapshots import SCHEMA
 
 REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "truncated: at byte 3", "run_id": "r"}
@@ -289,3 +290,14 @@ def test_known_files_skip_a_damaged_part(store, space, rows, flip_bit):
     flip_bit(space.part_paths()[0], first.arrays["id"].offset)
     assert space.known_files()["id"].to_pylist() == ["b"]
     assert list(space.damaged) == [space.part_paths()[0].name]
+
+
+def test_documents_are_nested_to_a_limit_and_no_deeper():
+    def nested(levels: int) -> bytes:
+        return b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+
+    value = parsed_object(nested(MOST_NESTED))["a"]
+    assert value == json.loads("[" * (MOST_NESTED - 1) + "]" * (MOST_NESTED - 1))
+    for levels in (MOST_NESTED + 1, 10**6):
+        with pytest.raises(ValueError, match=f"nested deeper than {MOST_NESTED} levels"):
+            parsed_object(nested(levels))

@@ -50,6 +50,8 @@ def test_columns_stand_side_by_side_in_the_order_named(wide, expected):
     order = ("c:map", "a:gap", "b:gap")
     assert features.columns == order
     assert features.column == "c:map+a:gap+b:gap"
+    assert features.widths == tuple(wide.features("d", node=column).shape[1] for column in order)
+    assert sum(features.widths) == 12
     assert (features.shape, features.dtype, features.map_shape) == ((200, 12), np.float16, None)
     for dtype in (np.float16, np.float32, np.float64):
         x, y = features.numpy(dtype)

@@ -410,11 +410,20 @@ def test_further_columns_of_a_snapshot_that_cannot_be_read_are_an_error_and_not_
         kept.further_columns("d")
 
 
+def test_splits_of_other_names_are_said_to_be_named(kept, tmp_path):
+    (tmp_path / "f.csv").write_text("id,label,Fold\na1,x,one\na2,y,two\nb1,x,one\nb2,y,two\n")
+    features, said = joined(kept, tmp_path / "f.csv", split_column="fold")
+    assert features.splits.tolist() == ["one", "two", "one", "two"]
+    line = "none of these splits is train, val or test: name the one to train on or to test with --split one"
+    assert said.count(line) == 1
+
+
 def test_splits_of_any_column_by_their_usual_names(kept, tmp_path):
     (tmp_path / "f.csv").write_text("id,label,Fold,split\na1,x,training,a\na2,y,TEST,b\nb1,x,extra,c\nb2,y,,d\n")
     features, said = joined(kept, tmp_path / "f.csv", split_column="fold")
     assert features.splits.tolist() == ["train", "test", "extra", None]
     assert said[0] == "splits: column Fold of f.csv: extra 1, test 1, train 1, none 1 (TEST as test, training as train)"
+    assert not [line for line in said if "none of these splits" in line]
     assert "f.csv: ignored columns: split" in said
     assert len(features.select(split="train")) == 1
     none, said = joined(kept, split_column="none")
