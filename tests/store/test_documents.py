@@ -1,5 +1,6 @@
 """Snapshots, runs, rejects and known files."""
 
+import errno
 import filecmp
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from featurepipe.errors import DiskFull, StoreError, UsageError
 from featurepipe.store import documents, keys
-from featurepipe.store.atomic import MOST_NESTED, parsed_object
+from featurepipe.store.atomic import MOST_NESTED, parsed_object, read_json, write_json
 from featurepipe.store.snapshots import SCHEMA
 
 REJECT = {"key": None, "id": "bad.jpg", "size": 3, "mtime_ns": 4, "reason": "truncated: at byte 3", "run_id": "r"}
@@ -301,3 +302,17 @@ def test_documents_are_nested_to_a_limit_and_no_deeper():
     for levels in (MOST_NESTED + 1, 10**6):
         with pytest.raises(ValueError, match=f"nested deeper than {MOST_NESTED} levels"):
             parsed_object(nested(levels))
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_the_first_stays_where_there_are_no_hard_links(tmp_path, monkeypatch, code):
+    def fail(*_args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", fail)
+    for value in ("first", "second"):
+        write_json(tmp_path / "a.json", {"is": value}, replace=False)
+    assert read_json(tmp_path / "a.json") == {"is": "first"}
+    write_json(tmp_path / "a.json", {"is": "third"})
+    assert read_json(tmp_path / "a.json") == {"is": "third"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

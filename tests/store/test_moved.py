@@ -168,3 +168,15 @@ def test_a_bundle_page_of_a_store_that_is_rewritten(rewritten, split, tmp_path):
     write_bundle(tmp_path / "bundle", split.bundle(split.images("train", 12)))
     assert report(split.store, tmp_path / "page.html", bundle=tmp_path / "bundle", silent=True).is_file()
     assert len(rewritten[1]) == 1
+
+
+@pytest.mark.parametrize("wanted", [[29, 0], [3, 2, 1], slice(None)], ids=["few of many", "neighbours", "all"])
+def test_rows_of_a_part_that_was_moved_say_so_however_they_are_read(store, space, rows, wanted):
+    names = [f"n{number}" for number in range(30)]
+    rows.write(store, space, names, dataset="d")
+    rows.snapshot(store, "d", names)
+    view = store.features("d")
+    [path] = space.part_paths()
+    path.unlink()
+    with pytest.raises(StoreMoved, match=f"part {path} is gone or shorter than it was; .*compacted meanwhile"):
+        view.read(rows=np.array(wanted) if isinstance(wanted, list) else wanted)
