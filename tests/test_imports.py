@@ -46,6 +46,7 @@ def test_the_public_surface_is_what_it_was():
         "CNNFeatures",
         "FeatureStore",
         "ImageClassifier",
+        "SimilarImages",
         "__version__",
         "compact",
         "depth",

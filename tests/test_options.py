@@ -89,7 +89,7 @@ NOT_IN_A_JOB = {
 }
 """The first is asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job; weights
 are those of ``[[features]]``; a job compares the columns that it has."""
-OF_A_JOB = {"max_gone": "50%", "backbone": "resnet50"}
+OF_A_JOB = {("limits", "max_gone"): "50%", ("features", "backbone"): "resnet50"}
 """Defaults that are others in a job file, where nobody watches and all runs are alike."""
 WRONG = {"extract": {
     "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
@@ -165,6 +165,7 @@ OF_THE_COMMAND = {
         "log_format",
         "folder",
         "last",
+        "stages",
         "dataset",
         "ids",
         "id",
@@ -214,7 +215,7 @@ def test_a_job_file_has_every_option(step):
         assert (table is None) == (name in NOT_IN_A_JOB[step]), name
         if table is not None:
             field = table_called(table).model_fields[name]
-            assert field.default == OF_A_JOB.get(name, one.default), name
+            assert field.default == OF_A_JOB.get((table, name), one.default), name
             assert keys_of(step)(Option(name)) in (f"[{table}] {name}", f"[[{table}]] {name}")
 
 

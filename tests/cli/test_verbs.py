@@ -121,7 +121,7 @@ CASES = {
         "--labels l.csv --group none --multilabel a,b --weight w --report page.html --precision fp32 --device cpu "
         "--batch-size 4 --workers 1 --max-rejects 0 --damaged keep --jobs 1 --trust-code --quiet",
         {
-            "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "nodes": ["a"],
+            "source": "photos", "store": "kept", "dataset": "d", "backbone": ["vgg16"], "weights": "none", "nodes": ["a"],
             "heads": ("logistic", "ridge"), "folds": 3, "split": True, "seeds": 2, "pooling": ("gap", "avg2x2"),
             "max_width": 500, "control": "random", "test_source": "others", "labels": "l.csv", "label": None, "group": "none",
             "split_column": None, "target": None, "multilabel": ("a", "b"), "weight": "w",
