@@ -19,7 +19,7 @@ from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
-from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, settle
+from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show
 from featurepipe.reporting.from_store import report as write_page
@@ -210,7 +210,12 @@ def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, An
         )
     if asked["report"] is not None:
         check_target(asked["report"])
+    from featurepipe.backbones import load_backbone
+
     say = announcer(silent=asked["silent"])
+    if asked["nodes"] not in (AUTO, [AUTO], (AUTO,)):
+        for name in names:  # before the first is measured
+            choose_columns(load_backbone(name, "none"), asked["nodes"], asked["pooling"], asked["max_width"])
 
     def measure_one(name: str) -> dict[str, Any]:
         say(f"{name}, network {names.index(name) + 1} of {len(names)}")

@@ -79,6 +79,8 @@ def test_networks_that_saw_other_images_are_refused() -> None:
         names_of(["resnet18", "vgg11", "resnet18"])
     with pytest.raises(UsageError, match="is for one network"):
         fp.depth("nowhere", backbone=["lenet5", "resnet18"], weights="weights.pt")
+    with pytest.raises(UsageError, match=r"blocks\.2.*lenet5|lenet5.*blocks\.2"):
+        fp.depth("nowhere", backbone=["efficientnet_lite0", "lenet5"], nodes=["blocks.2", "bottleneck"], weights="none")
     assert names_of(()) == names_of(None) == [None]
 
 
@@ -102,12 +104,12 @@ def test_several_networks_of_one_store_are_compared_and_the_recommended_is_kept_
         "weights": "none",
         "folds": 2,
         "seeds": 1,
-        "max_width": 200,
+        "max_width": 100,
         "labels": labels,
         "silent": True,
     }
     backbones = ["lenet5", "efficientnet_lite0"]
-    nodes = ["bottleneck"]
+    nodes = "auto"
     found = fp.depth(images, tmp_path / "s", backbone=backbones, nodes=nodes, report=tmp_path / "page.html", **given)
     assert [one["backbone"]["name"] for one in found["networks"]] == backbones
     alone = fp.depth(images, tmp_path / "s", backbone="lenet5", nodes=nodes, **given)
