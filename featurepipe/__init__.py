@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from featurepipe.backbones import list_backbones, load_backbone
     from featurepipe.cnn_features import CNNFeatures
     from featurepipe.curation.forget import forget
+    from featurepipe.curation.next_to_label import select
+    from featurepipe.curation.outliers import outliers
     from featurepipe.curation.similar import SimilarImages, similar
     from featurepipe.curation.suspects import labels
     from featurepipe.demo import run_demo
@@ -58,6 +60,7 @@ __all__ = [
     "load_backbone",
     "make_head",
     "nodes",
+    "outliers",
     "predict",
     "region",
     "report",
@@ -65,6 +68,7 @@ __all__ = [
     "run_demo",
     "run_job",
     "runs",
+    "select",
     "similar",
     "train",
     "verify",
@@ -92,6 +96,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "make_head": "heads.families",
     "nodes": "functions",
+    "outliers": "curation.outliers",
     "predict": "prediction.predict",
     "region": "images.regions",
     "report": "reporting.from_store",
@@ -99,6 +104,7 @@ _HOMES = {
     "run_demo": "demo",
     "run_job": "jobs.run",
     "runs": "functions",
+    "select": "curation.next_to_label",
     "similar": "curation.similar",
     "train": "training.train",
     "verify": "functions",

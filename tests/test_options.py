@@ -7,11 +7,18 @@ from dataclasses import fields
 
 import pytest
 from PIL import Image
+from pydantic_core import PydanticUndefined
 
 import featurepipe
 from featurepipe.cli.options import options
 from featurepipe.cli.parser import build_parser
-from featurepipe.curation.options import CheckLabelsOptions, ForgetOptions, SimilarOptions
+from featurepipe.curation.options import (
+    CheckLabelsOptions,
+    ForgetOptions,
+    OutliersOptions,
+    SelectOptions,
+    SimilarOptions,
+)
 from featurepipe.errors import FeaturepipeError, Option, UsageError, on_command_line
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import ExtractionOptions
@@ -23,6 +30,7 @@ from featurepipe.features.options import (
     SourceOptions,
     places,
 )
+from featurepipe.jobs.step import QUESTIONS
 from featurepipe.jobs.validation import keys_of, read_job, table_called
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.monitoring.options import DriftOptions, DuplicatesOptions
@@ -48,6 +56,8 @@ FUNCTIONS = {
     "duplicates": (featurepipe.duplicates, DuplicatesOptions),
     "similar": (featurepipe.similar, SimilarOptions),
     "labels": (featurepipe.labels, CheckLabelsOptions),
+    "outliers": (featurepipe.outliers, OutliersOptions),
+    "select": (featurepipe.select, SelectOptions),
     "report": (report, FindingsOptions),
     "gc": (gc_store, GcOptions),
     "forget": (featurepipe.forget, ForgetOptions),
@@ -64,6 +74,8 @@ LINES = {
     "duplicates": "duplicates y",
     "similar": "similar y x.png",
     "labels": "labels y",
+    "outliers": "outliers y",
+    "select": "select y",
     "report": "report y --to z",
     "gc": "gc y",
     "forget": "forget y",
@@ -75,10 +87,15 @@ TABLES = {
     "depth": ("depth",),
     "routes": ("routes",),
     "drift": ("drift",),
+    "similar": ("similar",),
+    "labels": ("labels",),
+    "outliers": ("outliers",),
+    "select": ("select",),
 }
 """Of a job file, in which the options of a step are."""
 OF_THE_JOB = {"dataset", "trust_code", "snapshot"}
 """What a job says once for all of its steps, or settles itself."""
+OF_A_QUESTION = OF_THE_JOB | declared(SourceOptions).keys() | {"source"}
 NOT_IN_A_JOB = {
     "extract": {"retry_rejects"},
     "train": OF_THE_JOB | {"weights"},
@@ -86,11 +103,20 @@ NOT_IN_A_JOB = {
     "depth": {"pooling", "control"},
     "routes": set(),
     "drift": OF_THE_JOB | {"backbone"},
+    "similar": OF_A_QUESTION | declared(MachineOptions).keys() | {"query_ids", "query_dataset", "weights"},
+    "labels": OF_A_QUESTION,
+    "outliers": OF_A_QUESTION,
+    "select": OF_A_QUESTION,
 }
 """The first is asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job; weights
 are those of ``[[features]]``; a job compares the columns that it has."""
-OF_A_JOB = {("limits", "max_gone"): "50%", ("features", "backbone"): "resnet50"}
-"""Defaults that are others in a job file, where nobody watches and all runs are alike."""
+OF_A_JOB = {
+    ("limits", "max_gone"): "50%",
+    ("features", "backbone"): "resnet50",
+    ("select", "budget"): PydanticUndefined,
+}
+OF_A_JOB |= {(step, "to"): PydanticUndefined for step in QUESTIONS}
+"""Defaults that are others in a job file, where nobody watches and all runs are alike; what answers a question must be said."""
 WRONG = {"extract": {
     "max_rejects": "few", "max_gone": -1, "min_free": "20 parsecs", "time_budget": "soon", "path_column": "",
     "box": "", "box_unit": "inches", "box_margin": -1, "images": "", "frames": "last",
@@ -131,10 +157,12 @@ def given_in(table, name, text, folder):
     """A job file that says one thing."""
     lines = {"source": ['path = "p"'], "features": []}
     lines |= {table: ['out = "b"']} if table in ("train", "finetune") else {}
+    lines |= {table: ['to = "x.csv"']} if table in QUESTIONS else {}
+    lines |= {table: ['to = "x.csv"', "budget = 1"]} if table == "select" else {}
     if table == "finetune" and name != "from_node":
         lines[table].append('from_node = "images"')
     lines.setdefault(table, []).append(f"{name} = {text}")
-    heads = {name: f"[[{name}]]" for name in ("features", "train", "finetune")}
+    heads = {name: f"[[{name}]]" for name in ("features", "train", "finetune", *QUESTIONS)}
     body = "".join("\n".join([heads.get(one, f"[{one}]"), *lines[one], ""]) for one in lines)
     file = folder / "job.toml"
     file.write_text(f'store = "s"\n{body}')
@@ -227,6 +255,10 @@ def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
         "train": {"class_weight"},
         "depth": {"control"},
         "finetune": {"augment", "batch_norm", "mixed_precision"},
+        "similar": {"distance", "index", "engine", "box_unit", "frames"},
+        "labels": {"box_unit", "frames"},
+        "outliers": {"by", "distance", "box_unit", "frames"},
+        "select": {"method", "box_unit", "frames"},
     }
     assert set(chosen) == having.get(step, set())
     for name, choices in chosen.items():

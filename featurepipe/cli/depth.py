@@ -1,4 +1,4 @@
-"""``featurepipe depth``, ``routes``, ``report``, ``drift``, ``similar``, ``labels``, ...: what features show of images."""
+"""``featurepipe depth``, ``routes``, ``report``, ``drift``, ``duplicates``: what features show of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from featurepipe.cli.options import (
     options,
 )
 from featurepipe.cli.output import say, show, this_command
-from featurepipe.curation.options import CheckLabelsOptions, SimilarOptions
 from featurepipe.errors import UsageError
 from featurepipe.extraction.limits import EXTRACTION_GROUPS
 from featurepipe.layer_depth.options import AnsweredOptions, ComparedOptions, DepthOptions
@@ -183,27 +182,6 @@ def add_duplicates(command: ArgumentParser) -> None:
     add_json(command)
 
 
-def add_similar(command: ArgumentParser) -> None:
-    """Declares the command."""
-    define(command, similar)
-    add_store(command)
-    command.add_argument(
-        "query", nargs="*", metavar="IMAGE", help="new images: files, or a source as for featurepipe extract"
-    )
-    add_options(command, SimilarOptions)
-    add_quiet(command)
-    add_json(command)
-
-
-def add_labels(command: ArgumentParser) -> None:
-    """Declares the command."""
-    define(command, labels)
-    add_store(command)
-    add_options(command, CheckLabelsOptions)
-    add_quiet(command)
-    add_json(command)
-
-
 def drift(args: Namespace) -> int:
     """Runs ``featurepipe drift``; drift beyond ``--fail`` is a failure."""
     if args.accept is not None:
@@ -240,27 +218,4 @@ def duplicates(args: Namespace) -> int:
         silent=args.quiet,
     )
     show(args, found, duplicates_text)
-    return 0
-
-
-def similar(args: Namespace) -> int:
-    """Runs ``featurepipe similar``."""
-    from featurepipe.curation.similar import similar as find
-    from featurepipe.curation.similar import similar_text
-    from featurepipe.images.listing import is_image_name
-
-    one = len(args.query) == 1 and not is_image_name(args.query[0])  # a folder, an archive, a manifest
-    found = find(
-        existing_store(args), args.query[0] if one else args.query, **options(args, SimilarOptions), silent=args.quiet
-    )
-    show(args, found, similar_text)
-    return 0
-
-
-def labels(args: Namespace) -> int:
-    """Runs ``featurepipe labels``."""
-    from featurepipe.curation.suspects import labels as check
-    from featurepipe.curation.suspects import labels_text
-
-    show(args, check(existing_store(args), **options(args, CheckLabelsOptions), silent=args.quiet), labels_text)
     return 0

@@ -28,8 +28,10 @@ COMMANDS = {
         "extract": ("extract", "compute the features that the store lacks for the images of a source"),
         "export": ("stores", "write one column's features, of all images or what is new, to a file or a folder of Parquet files"),
         "duplicates": ("depth", "copies, near copies, and those on both sides of a split"),
-        "similar": ("depth", "the images of a store that look most like some image, of the store or new"),
-        "labels": ("depth", "labels that look wrong: ranked, with what each should perhaps be"),
+        "similar": ("curation", "the images of a store that look most like some image, of the store or new"),
+        "labels": ("curation", "labels that look wrong: ranked, with what each should perhaps be"),
+        "outliers": ("curation", "images that lie apart: far from all others, from their class, or from what was there before"),
+        "select": ("curation", "which images to label next, given what is labelled"),
     },
     "heads": {
         "train": ("heads", "fit a head on cached features and keep it in a bundle that predicts on images"),

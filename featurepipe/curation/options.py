@@ -15,12 +15,15 @@ from featurepipe.store.options import (
     LabelsOption,
     RemovalOptions,
     RoleOptions,
+    SideOptions,
     SpaceOption,
     SplitOption,
     TrustOption,
 )
 
 INDEX = ("auto", "always", "never")
+ALL, CLASS = "all", "class"
+TYPICAL, K_CENTRE = "typical", "k-centre"
 COSINE, EUCLIDEAN = DISTANCES = ("cosine", "euclidean")
 
 
@@ -74,7 +77,20 @@ class DistanceOption(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryOptions(OptionGroup):
+class LookOptions(OptionGroup):
+    """How look-alikes are looked for."""
+
+    top: int = option(10, "how many images for each query (default: 10)", check=at_least(1, 10_000))
+    index: str = option(
+        "auto",
+        "always: make an index beside the store, keep it up to date and search it; auto: search it if one is kept and there are "
+        "200,000 images or more, else compare all",
+        choices=INDEX,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(LookOptions):
     """What `featurepipe.similar` looks for, and among what."""
 
     query_ids: tuple[str, ...] | None = option(
@@ -82,13 +98,6 @@ class QueryOptions(OptionGroup):
     )
     query_dataset: str | None = option(
         None, "the dataset of these ids, if it is not the one that is searched", metavar="NAME"
-    )
-    top: int = option(10, "how many images for each query (default: 10)", check=at_least(1, 10_000))
-    index: str = option(
-        "auto",
-        "always: make an index beside the store, keep it up to date and search it; auto: search it if one is kept and there are "
-        "200,000 images or more, else compare all",
-        choices=INDEX,
     )
     weights: str | PathLike[str] | None = option(
         None,
@@ -118,3 +127,48 @@ class SuspectsOptions(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class CheckLabelsOptions(RoleOptions, LabelsOption, SplitOption, QuestionOptions, SuspectsOptions):
     """All options of `featurepipe.labels`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarOptions(OptionGroup):
+    """What an outlier is far from."""
+
+    by: str = option(
+        ALL, "far from all other images, or from the other images of its class (default: all)", choices=(ALL, CLASS)
+    )
+    since: str | None = option(
+        None,
+        "only images that are new since this snapshot or run of a job, and how far they are from the images of that snapshot",
+        metavar="previous|first|RUN-ID",
+    )
+    neighbours: int = option(
+        5, "the neighbour whose distance counts, the Nth nearest (default: 5)", check=at_least(1, 1000)
+    )
+    limit: int | None = option(
+        100, "the most images to list and show on a page (default: 100); a file has all", check=at_least(1)
+    )
+    seed: int = option(0, "of the images that many images are compared with first (default: 0)", check=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutliersOptions(SideOptions, LabelsOption, SplitOption, QuestionOptions, DistanceOption, FarOptions):
+    """All options of `featurepipe.outliers`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions(OptionGroup):
+    """How images are chosen to be labelled next."""
+
+    budget: int | None = option(None, "how many images to choose", check=at_least(1))
+    method: str = option(
+        TYPICAL,
+        "typical: the most typical image of each large group of look-alikes that has no label yet; k-centre: the image farthest "
+        "from all that are labelled or chosen (default: typical)",
+        choices=(TYPICAL, K_CENTRE),
+    )
+    seed: int = option(0, "of the groups of look-alikes (default: 0)", check=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(SideOptions, LabelsOption, SplitOption, QuestionOptions, ChoiceOptions):
+    """All options of `featurepipe.select`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def queries_of(
             )
         )
     ids = [id_ for part in parts for id_ in part.ids]
-    twice = next((id_ for place, id_ in enumerate(ids) if id_ in ids[:place]), None)
+    twice = next((id_ for id_, times in Counter(ids).items() if times > 1), None)
     if twice is not None:
         raise UsageError(f"{twice!r} is asked for twice; name each image once")
     last = parts[-1]

@@ -20,17 +20,18 @@ from pydantic import (
     field_validator,
 )
 
+from featurepipe.curation.options import ChoiceOptions, DistanceOption, FarOptions, LookOptions, SuspectsOptions
 from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.limits import Limits, seconds_at_most
 from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
 from featurepipe.layer_depth.options import ComparisonOptions
-from featurepipe.monitoring.options import ColumnsOption, ShiftOptions
+from featurepipe.monitoring.options import ColumnsOption, NodeOption, ShiftOptions
 from featurepipe.option_groups import declared
 from featurepipe.prediction.options import RawIdsOption, TopOption
 from featurepipe.reporting.options import LastOption
 from featurepipe.store.documents import is_run_id
-from featurepipe.store.options import HandingOnOptions
+from featurepipe.store.options import HandingOnOptions, RoleOptions, SideOptions, SplitOption
 from featurepipe.training.options import FitOptions
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.tuning.options import LoopOptions
@@ -268,6 +269,36 @@ class ExportTable(BaseTable, HandingOnOptions, frozen=True):
         return Path(self.to.format(date=date, run=run, job=job))
 
 
+class QuestionTable(BaseTable, RawIdsOption, NodeOption, frozen=True):
+    """What tables of questions asked of features have in common."""
+
+    to: Template
+    """The page, `.html`, or table, `.csv`, `.parquet`, `.jsonl`; `{date}`, `{run}` and `{job}` are replaced."""
+    backbone: str | None = None
+    """The network, where several `[[features]]` have the column."""
+    labels: JobPath | None = None
+    """A CSV with the columns id and label; by default that of `[source]`."""
+
+
+class SimilarTable(QuestionTable, LookOptions, DistanceOption, frozen=True):
+    """``[[similar]]``: what this run's new images look like; see `featurepipe similar`."""
+
+
+class LabelsTable(QuestionTable, RoleOptions, SplitOption, SuspectsOptions, frozen=True):
+    """``[[labels]]``: labels that look wrong; see `featurepipe labels`."""
+
+
+class OutliersTable(QuestionTable, SideOptions, SplitOption, DistanceOption, FarOptions, frozen=True):
+    """``[[outliers]]``: images that lie apart; see `featurepipe outliers`. ``since = "previous"`` is the last night."""
+
+
+class SelectTable(QuestionTable, SideOptions, SplitOption, ChoiceOptions, frozen=True):
+    """``[[select]]``: which images to label next; see `featurepipe select`."""
+
+    budget: int = Field(ge=1)
+    """How many images to choose; all that are without a label, if those are fewer."""
+
+
 class DriftTable(BaseTable, ShiftOptions, ColumnsOption, frozen=True):
     """``[drift]``: whether this run's images are like those of before."""
 
@@ -359,6 +390,14 @@ class Job(BaseTable, frozen=True):
     """Bundles whose predictions are written down."""
     export: Annotated[tuple[ExportTable, ...], BeforeValidator(listed)] = ()
     """Features handed on to other programs."""
+    similar: Annotated[tuple[SimilarTable, ...], BeforeValidator(listed)] = ()
+    """What new images look like."""
+    labels: Annotated[tuple[LabelsTable, ...], BeforeValidator(listed)] = ()
+    """Labels that look wrong."""
+    outliers: Annotated[tuple[OutliersTable, ...], BeforeValidator(listed)] = ()
+    """Images that lie apart."""
+    select: Annotated[tuple[SelectTable, ...], BeforeValidator(listed)] = ()
+    """Which images to label next."""
     drift: DriftTable | None = None
     """Whether this run's images are like those of before."""
     depth: DepthTable | None = None
@@ -385,6 +424,12 @@ class Job(BaseTable, frozen=True):
         """The folders of the bundles that the job makes, by the keys that name them."""
         trained = {f"train[{place}].out": table.out for place, table in enumerate(self.train)}
         return {**trained, **{f"finetune[{place}].out": table.out for place, table in enumerate(self.finetune)}}
+
+    @property
+    def questions(self) -> dict[str, QuestionTable]:
+        """The questions asked of features, in their order, by the keys that name them."""
+        kinds = {"similar": self.similar, "labels": self.labels, "outliers": self.outliers, "select": self.select}
+        return {f"{kind}[{place}]": table for kind, tables in kinds.items() for place, table in enumerate(tables)}
 
     @property
     def networks(self) -> frozenset[str]:

@@ -34,8 +34,10 @@ from featurepipe.jobs.job import (
     Job,
     KeepTable,
     PredictTable,
+    QuestionTable,
     ReportTable,
     RoutesTable,
+    SimilarTable,
     TrainTable,
 )
 from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
@@ -116,12 +118,8 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
     match table:
         case TrainTable() | FinetuneTable():
             return _of_training(table)
-        case PredictTable():
-            file = table.file(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
-            return None if table.images == "new" else True, f"predicts {table.images} images, into {file.name}"
-        case ExportTable():
-            place = table.place(date=datetime.now(UTC).date().isoformat(), run="RUN-ID", job=job)
-            return None if table.images == "new" else True, f"hands on {table.images} images, into {place.name}"
+        case PredictTable() | ExportTable() | QuestionTable():
+            return _of_file(table, job)
         case DriftTable():
             reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
             return None, f"compares this run's new images with {reference}"
@@ -129,6 +127,18 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
             return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
         case _:
             return True, _upkeep(table)
+
+
+def _of_file(table: PredictTable | ExportTable | QuestionTable, job: str) -> tuple[bool | None, str]:
+    """The same of a step whose answer is a file."""
+    day = datetime.now(UTC).date().isoformat()
+    if isinstance(table, QuestionTable):
+        of_new = isinstance(table, SimilarTable) or getattr(table, "since", None) is not None
+        return None if of_new else True, f"asks of this run's features, into {Path(table.to).name}"
+    runs = None if table.images == "new" else True
+    if isinstance(table, PredictTable):
+        return runs, f"predicts {table.images} images, into {table.file(date=day, run='RUN-ID', job=job).name}"
+    return runs, f"hands on {table.images} images, into {table.place(date=day, run='RUN-ID', job=job).name}"
 
 
 def _upkeep(table: BaseTable) -> str:
@@ -141,7 +151,8 @@ def _upkeep(table: BaseTable) -> str:
 
 def _roles_asked(job: Job) -> set[str]:
     """The names of columns that heads and comparisons take, such as that of the groups."""
-    tables = [*job.train, *job.finetune, *(table for table in (job.depth, job.routes) if table is not None)]
+    compared = (table for table in (job.depth, job.routes) if table is not None)
+    tables = [*job.train, *job.finetune, *job.questions.values(), *compared]
     found = {GROUP}
     for table in tables:
         for name in declared(RoleOptions):

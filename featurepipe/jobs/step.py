@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from featurepipe.store import FeatureStore
 
 
-OF_THIS_RUN = frozenset({"train", "finetune", "predict", "export", "drift", "depth", "routes"})
+QUESTIONS = frozenset({"similar", "labels", "outliers", "select"})
+"""Steps that ask something of features."""
+OF_THIS_RUN = QUESTIONS | {"train", "finetune", "predict", "export", "drift", "depth", "routes"}
 """Steps that make no sense unless all features of this run's images are there."""
 OF_ONE_DATASET = OF_THIS_RUN | {"keep"}
 """Steps that make no sense, and may do harm, unless the dataset's name is known."""
@@ -57,6 +60,8 @@ def steps_of(job: Job) -> Iterator[Step]:
         yield Step("predict", predict.bundle.name, predict)
     for export in job.export:
         yield Step("export", export.node, export)
+    for key, question in job.questions.items():
+        yield Step(key.partition("[")[0], Path(question.to).name, question)
     for name in ("drift", "depth", "routes", "compact", "keep", "report", "metrics"):
         table = getattr(job, name)
         if table is not None:

@@ -29,6 +29,7 @@ from featurepipe.jobs.job import (
     RoutesTable,
     is_name,
 )
+from featurepipe.jobs.step import QUESTIONS
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.option_groups import OptionGroup, declared
 from featurepipe.training.options import TrainOptions
@@ -198,6 +199,7 @@ def _same_target_twice(job: Job) -> Iterator[Problem]:
         *job.bundles.items(),
         *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(job.predict)),
         *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(job.export)),
+        *((f"{key}.to", Path(table.to)) for key, table in job.questions.items()),
         *((f"{name}.report", table.report) for name, table in _comparisons(job) if table.report),
         *((("report.to", job.report.to),) if job.report else ()),
         *((("metrics.prometheus", job.metrics.prometheus),) if job.metrics else ()),
@@ -228,6 +230,14 @@ def _suffixes(job: Job) -> Iterator[Problem]:
             yield f"{name}.report", table.report, "the page is an .html file"
     if job.metrics and job.metrics.prometheus.suffix != ".prom":
         yield "metrics.prometheus", job.metrics.prometheus, "Prometheus' node exporter reads files named *.prom only"
+
+
+def _question_columns(job: Job) -> Iterator[Problem]:
+    for key, table in job.questions.items():
+        if table.node != "bottleneck" or _with_columns(job, ["bottleneck"]):
+            yield from _columns_of_one_network(job, key, [table.node], table.backbone, key="node")
+        if Path(table.to).suffix.lower() not in (*_PREDICTIONS, ".html"):
+            yield f"{key}.to", table.to, f"the suffix must be one of {', '.join((*_PREDICTIONS, '.html'))}"
 
 
 def _predictions(job: Job) -> Iterator[Problem]:
@@ -426,6 +436,7 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_train_columns, frozenset({"features", "train"})),
     (_tuned_columns, frozenset({"features", "finetune"})),
     (_settings_together, frozenset({"train", "finetune", "depth", "routes"})),
+    (_question_columns, frozenset({"features", *QUESTIONS})),
     (_drift_columns, frozenset({"features", "drift"})),
     (_compared_network, frozenset({"features", "depth", "routes"})),
     (_routes_columns, frozenset({"features", "routes"})),
@@ -436,14 +447,17 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_exports, frozenset({"export"})),
     (_suffixes, frozenset({"report", "depth", "routes", "metrics"})),
     (_bundle_places, frozenset({"store", "source", "train", "finetune"})),
-    (_same_target_twice, frozenset({"train", "finetune", "predict", "export", "depth", "routes", "report", "metrics"})),
+    (
+        _same_target_twice,
+        frozenset({"train", "finetune", "predict", "export", "depth", "routes", "report", "metrics", *QUESTIONS}),
+    ),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
 
 
 _TABLES: Mapping[str, tuple[str, ...]] = {
     "list": ("source", "limits", ""),
-    "labels": ("source",),
+    "labels": ("labels", "source"),
     "extract": ("features", "machine", "limits", "source", ""),
 }
 """The tables that a step looks at; those of any other step bear its name."""

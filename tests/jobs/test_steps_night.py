@@ -312,3 +312,63 @@ prometheus = "featurepipe.prom"
     figures = (pile.folder / "featurepipe.prom").read_text()
     assert f'featurepipe_drift_p_value{{column="predicted {name}",job="nightly"}} {found[name]["adjusted"]}' in figures
     assert f"predicted {name}" in (pile.folder / "nights.html").read_text()
+
+
+QUESTIONS = """
+[[similar]]
+to = "asked/{run}.csv"
+top = 2
+[[labels]]
+to = "asked/labels.csv"
+folds = 2
+[[outliers]]
+to = "asked/outliers.html"
+since = "previous"
+[[outliers]]
+to = "asked/far.parquet"
+by = "class"
+neighbours = 3
+[[select]]
+to = "asked/next.csv"
+budget = 50
+"""
+
+
+def test_questions_are_asked_of_every_night_and_answered_in_files(pile):
+    pile.fill(12, folder="day/")
+    pile.fill(12, first=100, folder="night/")
+    pile.fill(3, first=300, folder="unknown/")
+    pile.job(QUESTIONS.replace("budget = 50", ""))
+    with pytest.raises(UsageError, match=r"select\[0\]\.budget: is missing: how many images to choose"):
+        pile.run()
+    pile.job(QUESTIONS.replace("far.parquet", "labels.csv"))
+    with pytest.raises(UsageError, match=r"is written to the same place"):
+        pile.run()
+    names = [f"{kind}/{first + n:03d}.png,{kind}" for kind, first in (("day", 0), ("night", 100)) for n in range(12)]
+    (pile.folder / "labels.csv").write_text("\n".join(["id,label", *names]))
+    text = pile.job(QUESTIONS).read_text()
+    pile.file.write_text(text.replace("[source]", '[source]\nlabels = "labels.csv"', 1))
+    plan = pile.run(dry_run=True)["steps"]
+    assert [(step["step"], step["runs"]) for step in plan] == [
+        ("similar", None), ("labels", True), ("outliers", None), ("outliers", True), ("select", True),
+    ]  # fmt: skip
+    first = pile.run()
+    steps = {f"{entry['step']} {entry['name']}": entry for entry in first["steps"] if entry["name"]}
+    assert {name: entry["status"] for name, entry in steps.items() if not name.startswith("extract")} == {
+        "similar {run}.csv": "skipped", "labels labels.csv": "done", "outliers outliers.html": "skipped",
+        "outliers far.parquet": "done", "select next.csv": "done",
+    }, first["steps"]  # fmt: skip
+    chosen = (pile.folder / "asked" / "next.csv").read_text().splitlines()
+    assert min(chosen[1:]).startswith('"unknown/300.png"')
+    assert len(chosen) == 4  # a budget of 50, of which three images have no label
+    assert len(pq.read_table(pile.folder / "asked" / "far.parquet")) == 24
+    pile.fill(2, first=500, folder="night/")
+    second = pile.run()
+    assert second["exit_code"] == 0, second["steps"]
+    steps = {f"{entry['step']} {entry['name']}": entry["result"] for entry in second["steps"] if entry["name"]}
+    assert steps["similar {run}.csv"]["text"].startswith("look-alikes of 2 new images")
+    rows = (pile.folder / "asked" / f"{second['run_id']}.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in rows[1:]] == ['"night/500.png"'] * 2 + ['"night/501.png"'] * 2
+    assert steps["outliers outliers.html"]["images"] == 2
+    assert (pile.folder / "asked" / "outliers.html").read_text().count("<img src=") >= 2
+    assert "queries" not in json.dumps(second["steps"])

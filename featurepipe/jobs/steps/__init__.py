@@ -4,8 +4,25 @@ Each result has a ``text``, the line that the summary shows; ``skipped`` says wh
 people should look at. A step that fails raises.
 """
 
+from featurepipe.jobs.steps.curation import labels, outliers, select, similar
 from featurepipe.jobs.steps.heads import finetune, predict, train
 from featurepipe.jobs.steps.housekeeping import compact, export, keep, metrics, report
 from featurepipe.jobs.steps.measuring import depth, drift, routes
 
-__all__ = ["compact", "depth", "drift", "export", "finetune", "keep", "metrics", "predict", "report", "routes", "train"]
+__all__ = [
+    "compact",
+    "depth",
+    "drift",
+    "export",
+    "finetune",
+    "keep",
+    "labels",
+    "metrics",
+    "outliers",
+    "predict",
+    "report",
+    "routes",
+    "select",
+    "similar",
+    "train",
+]

@@ -1,0 +1,101 @@
+"""``featurepipe similar``, ``labels``, ``outliers``, ``select``: questions asked of stored features."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from featurepipe.cli.options import (
+    add_cluster,
+    add_json,
+    add_options,
+    add_quiet,
+    add_store,
+    cluster,
+    define,
+    existing_store,
+    options,
+)
+from featurepipe.cli.output import show
+from featurepipe.curation.options import CheckLabelsOptions, OutliersOptions, SelectOptions, SimilarOptions
+
+
+def add_similar(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, similar)
+    add_store(command)
+    command.add_argument(
+        "query", nargs="*", metavar="IMAGE", help="new images: files, or a source as for featurepipe extract"
+    )
+    add_options(command, SimilarOptions)
+    add_quiet(command)
+    add_json(command)
+
+
+def add_labels(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, labels)
+    add_store(command)
+    add_options(command, CheckLabelsOptions)
+    add_quiet(command)
+    add_json(command)
+
+
+def add_outliers(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, outliers)
+    add_store(command)
+    add_options(command, OutliersOptions)
+    add_cluster(command)
+    add_quiet(command)
+    add_json(command)
+
+
+def add_select(command: ArgumentParser) -> None:
+    """Declares the command."""
+    define(command, select)
+    add_store(command)
+    add_options(command, SelectOptions)
+    add_quiet(command)
+    add_json(command)
+
+
+def similar(args: Namespace) -> int:
+    """Runs ``featurepipe similar``."""
+    from featurepipe.curation.similar import similar as find
+    from featurepipe.curation.similar import similar_text
+    from featurepipe.images.listing import is_image_name
+
+    one = len(args.query) == 1 and not is_image_name(args.query[0])  # a folder, an archive, a manifest
+    found = find(
+        existing_store(args), args.query[0] if one else args.query, **options(args, SimilarOptions), silent=args.quiet
+    )
+    show(args, found, similar_text)
+    return 0
+
+
+def labels(args: Namespace) -> int:
+    """Runs ``featurepipe labels``."""
+    from featurepipe.curation.suspects import labels as check
+    from featurepipe.curation.suspects import labels_text
+
+    show(args, check(existing_store(args), **options(args, CheckLabelsOptions), silent=args.quiet), labels_text)
+    return 0
+
+
+def outliers(args: Namespace) -> int:
+    """Runs ``featurepipe outliers``."""
+    from featurepipe.curation.outliers import outliers as find
+    from featurepipe.curation.outliers import outliers_text
+
+    found = find(existing_store(args), **options(args, OutliersOptions), **cluster(args), silent=args.quiet)
+    show(args, found, outliers_text)
+    return 0
+
+
+def select(args: Namespace) -> int:
+    """Runs ``featurepipe select``."""
+    from featurepipe.curation.next_to_label import select as choose
+    from featurepipe.curation.next_to_label import select_text
+
+    show(args, choose(existing_store(args), **options(args, SelectOptions), silent=args.quiet), select_text)
+    return 0

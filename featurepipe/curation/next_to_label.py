@@ -1,0 +1,355 @@
+"""Which images to label next, given what is labelled: the most typical of each group of look-alikes, or those that cover most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurepipe.curation.options import TYPICAL, SelectOptions
+from featurepipe.curation.outliers import with_sides
+from featurepipe.curation.question import Question
+from featurepipe.display import counted, table
+from featurepipe.errors import Message, Option, UsageError
+from featurepipe.features.options import Places, places
+from featurepipe.heads.blocks import iterate
+from featurepipe.monitoring.near import Directions, unit_vectors
+from featurepipe.results import shown_as
+from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.keys import SortedKeys
+from featurepipe.store.locks import starts_again
+
+_WIDTH = 128  # dimensions in which images are compared
+_AXES_FROM = 2048
+_MOST_GROUPS, _FEW_GROUPS = 500, 50  # as in TypiClust; of more than a few, k-means learns from batches
+_LEAST = 6  # images of a group that is worth a label, as in TypiClust
+_NEIGHBOURS = 20  # as in TypiClust
+_ROUNDS, _TRIES = 100, 4  # of k-means
+_AT_ONCE = 1024
+_SHOWN, _ROWS = 60, 30
+
+Single = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NextImages:
+    """Images to label next, in the order in which they were chosen.
+
+    Attributes:
+        rows: (b,) of the features.
+        score: (b,) of ``typical`` one over the mean distance to the nearest look-alikes, of ``k-centre`` the distance to the
+            nearest image that was labelled or chosen before.
+        group: (b,) of ``typical`` the number of the group of look-alikes; -1 else.
+    """
+
+    rows: Positions
+    score: npt.NDArray[np.float64]
+    group: Positions
+
+
+class BudgetTooLarge(UsageError):
+    """More images are to be chosen than there are without a label.
+
+    Attributes:
+        left: How many there are.
+    """
+
+    def __init__(self, dataset: str, budget: int, left: int) -> None:
+        some = f"a budget of {budget:,} is more than the {counted(left, 'image')} of {dataset} without a label"
+        none = f"every image of {dataset} has a label; say by a file of labels which ones count"
+        super().__init__(some if left else none)
+        self.left = left
+
+
+@shown_as("select")
+@starts_again
+def select(
+    store: FeatureStore | str | PathLike[str],
+    *,
+    budget: int | None = None,
+    method: str = TYPICAL,
+    seed: int = 0,
+    dataset: str | None = None,
+    split: str | None = None,
+    node: str = "bottleneck",
+    backbone: str | None = None,
+    snapshot: str | None = None,
+    to: str | PathLike[str] | None = None,
+    raw_ids: bool = False,
+    source: Any = None,
+    only_under: Places = None,
+    path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
+    images: str | PathLike[str] | None = None,
+    frames: str = "first",
+    labels: Any = None,
+    label: str | None = None,
+    split_column: str | None = None,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Chooses images without a label that are worth one next.
+
+    ``typical`` is TypiClust of Hacohen, Dekel & Weinshall 2022, "Active Learning on a Budget: Opposite Strategies Suit High and
+    Low Budgets"; ``k-centre`` the greedy cover of Sener & Savarese 2018, "Active Learning for Convolutional Neural Networks: A
+    Core-Set Approach", which looks for what is unlike all that is labelled, outliers first. ``benchmarks/bench_select.py``
+    measures both against a random choice. Images are compared by the directions of their features, in at most 128 dimensions.
+    Copies of an image are chosen once, and not at all if one of them is labelled.
+
+    Args:
+        store: The feature store or its path.
+        budget: How many images to choose.
+        method: ``typical`` or ``k-centre``.
+        seed: Of the groups of look-alikes.
+        dataset: Name of the dataset; by default the store's only one.
+        split: Only images of this split.
+        node: The column by which images are compared.
+        backbone: Of which network, space or fingerprint.
+        snapshot: Run id of the snapshot whose images are meant; by default the current one.
+        to: A page with thumbnails (``.html``), or a table to fill in (``.csv``, ``.jsonl``, ``.parquet``): ``id``, ``label``
+            (empty), ``rank``, ``score``, ``group``. It is what ``labels=`` of any command takes once it is filled in.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+        source: The dataset's images, for thumbnails; by default where they were extracted from.
+        only_under: As in `featurepipe.report`.
+        path_column: As in `featurepipe.extract`.
+        box: As in `featurepipe.extract`.
+        box_unit: As in `featurepipe.extract`.
+        box_margin: As in `featurepipe.extract`.
+        images: As in `featurepipe.extract`.
+        frames: As in `featurepipe.extract`.
+        labels: A mapping or file of what is labelled, instead of the dataset's labels.
+        label: The column of the class.
+        split_column: The column of the splits.
+        silent: Say nothing on standard error.
+
+    Returns:
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``method``, ``labelled``, ``unlabelled`` (different
+        images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file``,
+        ``options``, ``warnings``, ``seconds``.
+
+    Raises:
+        UsageError: No budget is given, or a larger one than there are images without a label; a column is unknown.
+        StoreError: Features of some images are missing.
+    """
+    options = SelectOptions(
+        budget=budget, method=method, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone,
+        snapshot=snapshot, to=to, raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column,
+        box=box, box_unit=box_unit, box_margin=box_margin, images=None if images is None else str(images), frames=frames,
+        labels=labels, label=label, split_column=split_column,
+    )  # fmt: skip
+    if budget is None:
+        raise UsageError(Message("how many images are to be chosen? give ", Option("budget", "N")))
+    question = Question.of(store, options, "images to label", silent=silent)
+    every = with_sides(question, options)
+    labelled, open_ = sides_of(every)
+    if budget > len(open_):
+        raise BudgetTooLarge(question.dataset, budget, len(open_))
+    question.say(f"choosing {budget:,} of {counted(len(open_), 'image')} without a label, by {every.column} ({method})")
+    chosen = choose(every, labelled, open_, budget, method=method, seed=seed)
+    answer = chosen_table(every, chosen)
+    warnings = question.written(lambda: answer, lambda: _document(every, chosen, len(labelled), options))
+    return question.told(
+        method=method,
+        labelled=len(labelled),
+        unlabelled=len(open_),
+        chosen=_listed(every, chosen),
+        warnings=warnings,
+    )
+
+
+def sides_of(features: FeatureSet) -> tuple[Positions, Positions]:
+    """The rows of labelled images, and of those without a label, each different image once."""
+    first = SortedKeys.of_keys(features.keys).find(features.keys)
+    has_label = np.asarray(features.table["label"].is_valid())
+    images = np.unique(first)
+    known = np.unique(first[has_label])
+    return known, np.setdiff1d(images, known)
+
+
+def choose(
+    features: FeatureSet, labelled: Positions, open_: Positions, budget: int, *, method: str = TYPICAL, seed: int = 0
+) -> NextImages:
+    """Chooses images to label next; see `select`.
+
+    Args:
+        features: n images.
+        labelled: Rows that have a label, each different image once.
+        open_: Rows that may be chosen.
+        budget: How many of them.
+        method: ``typical`` or ``k-centre``.
+        seed: Of the groups of look-alikes.
+
+    Raises:
+        UsageError: A value is NaN or infinite.
+    """
+    rows = np.sort(np.concatenate([labelled, open_]))
+    values = _directions(features.take(rows), seed)
+    is_open = np.isin(rows, open_)
+    if method == TYPICAL:
+        places, score, group = _typical(values, is_open, budget, seed)
+    else:
+        places, score = _covering(values, is_open, budget)
+        group = np.full(len(places), -1, np.int64)
+    return NextImages(rows[places], score, group)
+
+
+def _directions(features: FeatureSet, seed: int) -> Single:
+    """(n, d) unit vectors, projected onto the axes along which they spread most."""
+    rng = np.random.default_rng(seed)
+    drawn = np.sort(rng.choice(len(features), min(len(features), _AXES_FROM), replace=False))
+    directions = Directions.fitted(unit_vectors(features.read(np.float32, rows=drawn)), _WIDTH)
+    found = np.empty((len(features), directions.width), np.float32)
+    for place, block in iterate(features, dtype=np.float32):
+        found[place] = directions.project(unit_vectors(block))
+    return found
+
+
+def _covering(values: Single, is_open: npt.NDArray[np.bool_], budget: int) -> tuple[Positions, npt.NDArray[np.float64]]:
+    """Greedy k-centre: always the image farthest from all that are labelled or chosen."""
+    squares = np.einsum("ij,ij->i", values, values)
+    apart = np.full(len(values), np.inf, np.float32)
+    known = np.flatnonzero(~is_open)
+    for start in range(0, len(known), _AT_ONCE):
+        some = known[start : start + _AT_ONCE]
+        for first in range(0, len(values), _AT_ONCE):
+            place = slice(first, first + _AT_ONCE)
+            products = values[place] @ values[some].T
+            between = squares[place, None] + squares[some] - 2 * products
+            np.minimum(apart[place], between.min(axis=1), out=apart[place])
+    chosen, score, is_open = np.empty(budget, np.int64), np.empty(budget), is_open.copy()
+    if not len(known):  # nothing to be far from: the image nearest to the middle of all comes first
+        apart = -((values - values.mean(axis=0)) ** 2).sum(axis=1)
+    for number in range(budget):
+        farthest = int(np.argmax(np.where(is_open, apart, -np.inf)))
+        chosen[number], score[number] = farthest, np.sqrt(max(float(apart[farthest]), 0))
+        between = squares + squares[farthest] - 2 * (values @ values[farthest])
+        apart = between if number == 0 and not len(known) else np.minimum(apart, between)
+        is_open[farthest] = False
+    return chosen, score
+
+
+def _typical(
+    values: Single, is_open: npt.NDArray[np.bool_], budget: int, seed: int
+) -> tuple[Positions, npt.NDArray[np.float64], Positions]:
+    """TypiClust: of the largest groups with the fewest labels, the image nearest to its look-alikes, one group after another."""
+    groups = min(int((~is_open).sum()) + budget, _MOST_GROUPS, len(values))
+    group = _grouped(values, groups, seed)
+    sizes = np.bincount(group, minlength=groups)
+    labels = np.bincount(group[~is_open], minlength=groups)
+    worth = [number for number in np.lexsort((-sizes, labels)) if sizes[number] >= _LEAST] or list(np.argsort(-sizes))
+    ranked = {int(number): _by_typicality(values, np.flatnonzero(group == number), is_open) for number in worth}
+    rows: list[tuple[int, float, int]] = []
+    while len(rows) < budget:
+        before = len(rows)
+        for number in map(int, worth):
+            if len(rows) < budget and (place := next(ranked[number], None)) is not None:
+                rows.append((*place, number))
+        if len(rows) == before:  # all large groups are used up
+            taken = {row for row, _, _ in rows}
+            rest = [row for row in np.flatnonzero(is_open) if row not in taken][: budget - before]
+            rows += [(int(row), 0.0, int(group[row])) for row in rest]
+    return tuple(np.array(column) for column in zip(*rows, strict=True))  # type: ignore[return-value]
+
+
+def _grouped(values: Single, groups: int, seed: int) -> Positions:
+    """(n,) number of the group of each image, by k-means."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    if groups <= _FEW_GROUPS:
+        means: Any = KMeans(groups, n_init=_TRIES, max_iter=_ROUNDS, random_state=seed)
+    else:
+        means = MiniBatchKMeans(groups, n_init=1, batch_size=max(5000, 4 * groups), random_state=seed)
+    return np.asarray(means.fit_predict(values), np.int64)
+
+
+def _by_typicality(values: Single, rows: Positions, is_open: npt.NDArray[np.bool_]) -> Any:
+    """Yields the open rows of a group and their typicality, the most typical first."""
+    typicality = _typicality(values[rows])
+    for place in np.argsort(-typicality, kind="stable"):
+        if is_open[rows[place]]:
+            yield int(rows[place]), float(typicality[place])
+
+
+def _typicality(values: Single) -> npt.NDArray[np.float64]:
+    """(m,) one over the mean distance to the nearest look-alikes of a group."""
+    near = min(_NEIGHBOURS, max(1, len(values) // 2))
+    squares = np.einsum("ij,ij->i", values, values)
+    found = np.empty(len(values))
+    for start in range(0, len(values), _AT_ONCE):
+        place = slice(start, start + _AT_ONCE)
+        apart = squares[place, None] + squares - 2 * (values[place] @ values.T)
+        least = np.partition(apart, min(near, apart.shape[1] - 1), axis=1)[:, : near + 1]  # itself among them
+        found[place] = np.sqrt(np.maximum(least, 0)).sum(axis=1) / near
+    return 1 / np.maximum(found, 1e-9)
+
+
+def chosen_table(features: FeatureSet, chosen: NextImages) -> pa.Table:
+    """One row an image, in the order of the choice: ``id``, ``label`` (empty), ``rank`` from 1, ``score``, ``group``."""
+    count = len(chosen.rows)
+    return pa.table(
+        {
+            "id": features.table["id"].take(chosen.rows),
+            "label": pa.nulls(count, pa.string()),
+            "rank": pa.array(np.arange(1, count + 1)),
+            "score": pa.array(chosen.score),
+            "group": pa.array(chosen.group, mask=chosen.group < 0),
+        }
+    )
+
+
+def _listed(features: FeatureSet, chosen: NextImages) -> list[dict[str, Any]]:
+    images = features.table.select(["id", "split"]).take(chosen.rows).to_pylist()
+    pairs = zip(images, chosen.score, chosen.group, strict=True)
+    return [
+        {**image, "score": float(score), "group": int(group) if group >= 0 else None} for image, score, group in pairs
+    ]
+
+
+def _document(features: FeatureSet, chosen: NextImages, labelled: int, options: SelectOptions) -> dict[str, Any]:
+    images = [
+        {"id": one["id"], "lines": [f"{place}", *([] if one["group"] is None else [f"group {one['group']}"])]}
+        for place, one in enumerate(_listed(features, chosen)[:_SHOWN], 1)
+    ]
+    count = len(chosen.rows)
+    how = (
+        "the most typical image of each group of look-alikes" if options.method == TYPICAL else "those that cover most"
+    )
+    paragraphs = [
+        f"{counted(count, 'image')} of {features.origin.dataset}, {how} by {features.column}, in the order in which they were "
+        f"chosen; {counted(labelled, 'image')} had a label before."
+    ]
+    if count > len(images):
+        paragraphs.append(f"The first {len(images)} are shown; a .csv file has all.")
+    groups = [{"title": "to label next", "images": images}]
+    return {"kind": "images", "version": 1, "title": "Images to label next", "paragraphs": paragraphs, "groups": groups}
+
+
+def select_text(found: Mapping[str, Any]) -> str:
+    """Sums up what `select` returns, as plain text."""
+    chosen = found["chosen"]
+    lines = [
+        f"{found['dataset']}: {counted(len(chosen), 'image')} to label next, of {found['unlabelled']:,} without a label, by "
+        f"{found['column']} ({found['method']}); {found['labelled']:,} labelled",
+        *(f"WARNING: {text}" for text in found["warnings"]),
+        "",
+        table(
+            ["id", "score", "group"],
+            [[one["id"], f"{one['score']:.4g}", _shown(one["group"])] for one in chosen[:_ROWS]],
+        ),
+    ]
+    if len(chosen) > _ROWS:
+        lines.append(f"... {len(chosen) - _ROWS:,} more; write all of them, to be labelled: --to FILE.csv")
+    if found["file"]:
+        lines.append(f"file {found['file']}")
+    return "\n".join(lines)
+
+
+def _shown(group: int | None) -> str:
+    return "" if group is None else str(group)

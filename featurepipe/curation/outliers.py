@@ -1,0 +1,475 @@
+"""Images that lie apart: far from all others, from their class, or from what was there before; ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurepipe.curation.options import CLASS, COSINE, OutliersOptions
+from featurepipe.curation.question import Question
+from featurepipe.display import counted, table
+from featurepipe.errors import UsageError
+from featurepipe.features.options import Places, places
+from featurepipe.heads.blocks import Blocks, iterate
+from featurepipe.heads.moments import refuse_non_finite
+from featurepipe.heads.row_shards import row_shards_of
+from featurepipe.monitoring.near import nearest, unit_vectors
+from featurepipe.monitoring.samples import reference_snapshot, snapshot_of_run
+from featurepipe.prediction.from_store import features_at
+from featurepipe.results import shown_as
+from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.keys import SortedKeys
+from featurepipe.store.locks import starts_again
+from featurepipe.store.options import NO_GROUP, RowOptions, SideOptions
+from featurepipe.store.roles import with_roles
+
+REFERENCE = 20_000
+"""Images that every image is compared with; of more, as many are drawn, and the farthest are then compared with all."""
+FAR = 3.5
+"""An image is an outlier from this modified z-score (Iglewicz & Hoaglin 1993) of the logarithm of its distance."""
+_NORMAL = 0.6745  # of a normal distribution, the median absolute deviation in standard deviations
+_LEAST = 20  # images of a class that others of it are compared with
+_AGAIN = 1024  # of those that lie farthest, compared with all
+_BLOCK_ROWS = 512
+_SHOWN, _ROWS, _NEIGHBOURS = 60, 30, 5
+
+Single = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """How far n images lie from others, the farthest first.
+
+    Attributes:
+        rows: (n,) of the features.
+        distance: (n,) to the k-th nearest image.
+        score: (n,) the distance as a multiple of the median of its class, or of all.
+        far: (n,) whether it is an outlier.
+        unchecked: Rows that had fewer than k others to be compared with.
+        drawn: Images that were compared with first, of more; 0 where each was compared with all.
+    """
+
+    rows: Positions
+    distance: Doubles
+    score: Doubles
+    far: npt.NDArray[np.bool_]
+    unchecked: Positions
+    drawn: int = 0
+
+
+@shown_as("outliers")
+@starts_again
+def outliers(
+    store: FeatureStore | str | PathLike[str],
+    *,
+    by: str = "all",
+    since: str | None = None,
+    neighbours: int = 5,
+    limit: int | None = 100,
+    seed: int = 0,
+    distance: str = COSINE,
+    dataset: str | None = None,
+    split: str | None = None,
+    node: str = "bottleneck",
+    backbone: str | None = None,
+    snapshot: str | None = None,
+    to: str | PathLike[str] | None = None,
+    raw_ids: bool = False,
+    source: Any = None,
+    only_under: Places = None,
+    path_column: str | None = None,
+    box: str | None = None,
+    box_unit: str = "pixels",
+    box_margin: float = 0.0,
+    images: str | PathLike[str] | None = None,
+    frames: str = "first",
+    labels: Any = None,
+    label: str | None = None,
+    split_column: str | None = None,
+    cluster: Any = None,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Finds images that lie apart, by the distance to their k-th nearest neighbour.
+
+    The method is that of Ramaswamy, Rastogi & Shim 2000, "Efficient algorithms for mining outliers from large data sets". Above
+    20,000 images each is first compared with as many drawn at random (Sugiyama & Borgwardt 2013, "Rapid distance-based outlier
+    detection via sampling"), and the farthest then with all; the distances of the others are estimates. Copies count once.
+
+    Args:
+        store: The feature store or its path.
+        by: ``all``: far from all other images; ``class``: far from the other images of its class.
+        since: A snapshot (``previous``, ``first``, a run id): images that are new since then, by their distance from its images.
+        neighbours: Which neighbour, k.
+        limit: The most outliers to list; None for all.
+        seed: Of what is drawn.
+        distance: ``cosine`` or ``euclidean``.
+        dataset: Name of the dataset; by default the store's only one.
+        split: Only images of this split.
+        node: The column whose distances count.
+        backbone: Of which network, space or fingerprint.
+        snapshot: Run id of the snapshot whose images are meant; by default the current one.
+        to: A page with thumbnails and neighbours (``.html``), or a table of all images, the farthest first (``.csv``, ``.jsonl``,
+            ``.parquet``): ``rank``, ``id``, ``label``, ``split``, ``distance``, ``score``, ``outlier``.
+        raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
+        source: The dataset's images, for thumbnails; by default where they were extracted from.
+        only_under: As in `featurepipe.report`.
+        path_column: As in `featurepipe.extract`.
+        box: As in `featurepipe.extract`.
+        box_unit: As in `featurepipe.extract`.
+        box_margin: As in `featurepipe.extract`.
+        images: As in `featurepipe.extract`.
+        frames: As in `featurepipe.extract`.
+        labels: A mapping or file of classes instead of the dataset's.
+        label: The column of the class.
+        split_column: The column of the splits.
+        cluster: Where to compare instead of here, as `featurepipe.execution.connect` takes it.
+        silent: Say nothing on standard error.
+
+    Returns:
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``by``, ``distance``, ``since`` (the run id, or null),
+        ``images`` (ranked), ``unchecked``, ``copies`` (left out), ``compared_with`` (how many at first), ``count`` (of outliers),
+        ``outliers``: a list of ``id``, ``label``, ``split``, ``distance``, ``score`` and ``outlier``, the farthest first;
+        ``file``, ``options``, ``warnings``, ``seconds``.
+
+    Raises:
+        UsageError: There are too few images, or no classes; a snapshot or column is unknown.
+        StoreError: Features of some images are missing.
+        ClusterError: There is no such cluster.
+    """
+    options = OutliersOptions(
+        by=by, since=since, neighbours=neighbours, limit=limit, seed=seed, distance=distance, dataset=dataset, split=split,
+        node=node, backbone=backbone, snapshot=snapshot, to=to, raw_ids=raw_ids, source=source, only_under=places(only_under),
+        path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,
+        images=None if images is None else str(images), frames=frames, labels=labels, label=label, split_column=split_column,
+    )  # fmt: skip
+    question = Question.of(store, options, "outliers", silent=silent)
+    every = with_sides(question, options)
+    new, earlier = _new_since(question, every, since)
+    asked = _once(every)
+    asked = asked if new is None else asked[np.isin(asked, new)]
+    if not len(asked):
+        raise UsageError(f"no image of {question.dataset} is new since {earlier}")
+    others = np.setdiff1d(_once(every), asked) if new is not None else asked
+    group = _classes(every) if by == CLASS else np.zeros(len(every), np.int64)
+    question.say(
+        f"comparing {counted(len(asked), 'image')} with {len(others):,} of {question.dataset} by {every.column}"
+    )
+    found = find_outliers(
+        every, asked, others, group, neighbours=neighbours, distance=distance, seed=seed, again=max(_AGAIN, 4 * (limit or 0)),
+        spread=lambda features: features_at(cluster, features, question.store, question.say),
+    )  # fmt: skip
+    answer = outliers_table(every, found)
+    warnings = _unranked(found, by, neighbours)
+    warnings += question.written(lambda: answer, lambda: _document(every, found, options))
+    return question.told(
+        by=by,
+        distance=distance,
+        since=earlier,
+        images=len(found.rows),
+        unchecked=len(found.unchecked),
+        copies=len(every) - len(_once(every)),
+        compared_with=found.drawn or len(others),
+        count=int(found.far.sum()),
+        outliers=answer.drop_columns(["rank"]).slice(0, limit).to_pylist(),
+        warnings=warnings,
+    )
+
+
+def with_sides(question: Question, options: Any) -> FeatureSet:
+    """The images of a question, with the classes and splits that were asked for, and of the split that was asked for."""
+    roles = RowOptions(**SideOptions.of(options).arguments(), group=NO_GROUP)
+    every = with_roles(
+        question.store, question.features, options.labels, roles, question.say, snapshot=options.snapshot
+    )
+    return every if options.split is None else every.select(split=options.split)
+
+
+def _once(features: FeatureSet) -> Positions:
+    """The first row of each image; copies are left out."""
+    found = SortedKeys.of_keys(features.keys).find(features.keys)
+    return np.flatnonzero(found == np.arange(len(found)))
+
+
+def _classes(features: FeatureSet) -> Positions:
+    """(n,) number of the class of each image, -1 without one."""
+    if not features.classes:
+        raise UsageError(
+            f"no image of {features.origin.dataset} has a class to be far from; give labels, or compare with all images"
+        )
+    return features.codes()
+
+
+def _new_since(question: Question, every: FeatureSet, since: str | None) -> tuple[Positions | None, str | None]:
+    """The rows of images that an earlier snapshot lacks, and its run id."""
+    if since is None:
+        return None, None
+    snapshot = snapshot_of_run(question.store, question.dataset, question.snapshot)
+    earlier = reference_snapshot(question.store, question.dataset, snapshot, since)
+    if earlier is None:
+        raise UsageError(f"{snapshot} is the first snapshot of {question.dataset}: there is none before it")
+    origin = every.origin
+    before = question.store.features(
+        question.dataset, node=list(every.columns), backbone=origin.fingerprint, snapshot=earlier
+    )
+    return np.flatnonzero(~SortedKeys.of_keys(before.keys).contains(every.keys)), earlier
+
+
+def find_outliers(
+    features: FeatureSet,
+    asked: Positions,
+    others: Positions,
+    group: Positions,
+    *,
+    neighbours: int = 5,
+    distance: str = COSINE,
+    seed: int = 0,
+    again: int = _AGAIN,
+    spread: Callable[[FeatureSet], Any] | None = None,
+) -> Outliers:
+    """Ranks images by the distance to the k-th nearest of others of their group.
+
+    Args:
+        features: n images.
+        asked: (a,) rows that are ranked.
+        others: (o,) rows that they are compared with; an image is not compared with itself.
+        group: (n,) number of the class, -1 for images that are left out.
+        neighbours: k.
+        distance: ``cosine`` or ``euclidean``.
+        seed: Of what is drawn of many.
+        again: How many of the farthest are compared with all others.
+        spread: Context that gives features where they are compared; by default here.
+
+    Raises:
+        UsageError: No image has k others of its group, or a value is NaN or infinite.
+    """
+    count = np.bincount(group[others][group[others] >= 0], minlength=int(group.max(initial=0)) + 1)
+    itself = np.isin(asked, others)
+    enough = (group[asked] >= 0) & (count[np.maximum(group[asked], 0)] - itself >= neighbours)
+    rows, unchecked = asked[enough], asked[~enough]
+    if not len(rows):
+        raise UsageError(
+            f"no image has {neighbours} others to be compared with; label more images, or give a smaller number"
+        )
+    drawn = _reference(others, group, np.random.default_rng(seed))
+    share = np.array([len(one) for one in drawn]) / np.maximum(count, 1)
+    kth = np.maximum(1, np.rint(neighbours * share)).astype(np.int64)
+    work = partial(
+        _distances,
+        references=[_values(features, one, distance) for one in drawn],
+        kth=kth,
+        distance=distance,
+    )
+    ranked = features.take(rows)
+    own = np.full(len(features), -1, np.int64)
+    for one in drawn:
+        own[one] = np.arange(len(one))
+    beside = np.stack([group[rows], own[rows]])
+    if spread is None:
+        apart = np.concatenate(row_shards_of(ranked).beside(beside).map(work))
+    else:
+        with spread(ranked) as blocks:
+            apart = np.concatenate(row_shards_of(blocks).beside(beside).map(work))
+    middle = _medians(apart, group[rows], len(count))
+    is_drawn = (share < 1).any()
+    if is_drawn:
+        farthest = np.argsort(-apart / middle[group[rows]], kind="stable")[:again]
+        exact = _compared_with_all(features, rows[farthest], others, group, neighbours, distance)
+        usual = _usual(features, rows, others, group, neighbours, distance, seed)
+        apart = np.maximum(apart * (usual / middle)[group[rows]], 0)
+        apart[farthest], middle = exact, usual
+    score = apart / middle[group[rows]]
+    order = np.argsort(-score, kind="stable")
+    total = sum(map(len, drawn)) if is_drawn else 0
+    return Outliers(rows[order], apart[order], score[order], _far(score, group[rows])[order], unchecked, total)
+
+
+def _reference(others: Positions, group: Positions, rng: np.random.Generator) -> list[Positions]:
+    """Of each group the rows that images are compared with first."""
+    groups = int(group.max(initial=0)) + 1
+    most = max(_LEAST, REFERENCE // max(1, len(np.unique(group[others][group[others] >= 0]))))
+    found = []
+    for number in range(groups):
+        rows = others[group[others] == number]
+        found.append(rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False)))
+    return found
+
+
+def _values(features: FeatureSet, rows: Positions, distance: str) -> Single:
+    values: Single = features.read(np.float32, rows=rows) if len(rows) else np.empty((0, features.shape[1]), np.float32)
+    if distance == COSINE:
+        return unit_vectors(values)
+    refuse_non_finite(values)
+    return values
+
+
+def _distances(
+    shard: Blocks, beside: Positions, *, references: Sequence[Single], kth: Positions, distance: str
+) -> Doubles:
+    """(m,) distance of each row of a shard to the k-th nearest of its group's reference, itself passed over."""
+    group, own = beside
+    found = np.empty(shard.shape[0])
+    for place, block in iterate(shard, rows=_BLOCK_ROWS, dtype=np.float32):
+        values = unit_vectors(block) if distance == COSINE else block
+        refuse_non_finite(values)
+        apart = np.empty(len(values))
+        for number in np.unique(group[place]):
+            inside = np.flatnonzero(group[place] == number)
+            apart[inside] = _kth(values[inside], references[number], own[place][inside], int(kth[number]), distance)
+        found[place] = apart
+    return found
+
+
+def _kth(values: Single, reference: Single, own: Positions, kth: int, distance: str) -> Doubles:
+    products = values @ reference.T
+    if distance == COSINE:
+        apart = 1 - products
+    else:
+        squares = (np.einsum("ij,ij->i", one, one) for one in (values, reference))
+        mine, theirs = squares
+        apart = mine[:, None] + theirs - 2 * products
+    inside = np.flatnonzero(own >= 0)
+    apart[inside, own[inside]] = np.inf
+    nearest_ones = np.partition(apart, min(kth, apart.shape[1]) - 1, axis=1)[:, min(kth, apart.shape[1]) - 1]
+    positive: Doubles = np.maximum(nearest_ones.astype(np.float64), 0)
+    return positive if distance == COSINE else np.sqrt(positive)
+
+
+def _compared_with_all(
+    features: FeatureSet, rows: Positions, others: Positions, group: Positions, kth: int, distance: str
+) -> Doubles:
+    """(m,) distance of some rows to the k-th nearest of all others of their group."""
+    apart = np.empty(len(rows))
+    for number in np.unique(group[rows]):
+        inside = np.flatnonzero(group[rows] == number)
+        among = others[group[others] == number]
+        place = np.searchsorted(among, rows[inside])
+        is_there = among[np.minimum(place, len(among) - 1)] == rows[inside]
+        queries = features.read(np.float32, rows=rows[inside])
+        near = nearest(features.take(among), queries, kth, distance=distance, without=np.where(is_there, place, -1))
+        apart[inside] = near.apart[:, kth - 1]
+    return apart
+
+
+def _usual(
+    features: FeatureSet, rows: Positions, others: Positions, group: Positions, kth: int, distance: str, seed: int
+) -> Doubles:
+    """(g,) the median of that distance, of some images of each group drawn at random."""
+    rng = np.random.default_rng(seed)
+    numbers = np.unique(group[rows])
+    most = max(_LEAST, _AGAIN // len(numbers))
+    drawn = [rows[group[rows] == number] for number in numbers]
+    some = np.concatenate([one if len(one) <= most else rng.choice(one, most, replace=False) for one in drawn])
+    some = np.sort(some)
+    apart = _compared_with_all(features, some, others, group, kth, distance)
+    return _medians(apart, group[some], int(group.max(initial=0)) + 1)
+
+
+def _medians(apart: Doubles, group: Positions, groups: int) -> Doubles:
+    """(g,) medians of a group's distances, never zero."""
+    middle = np.ones(groups)
+    for number in np.unique(group):
+        middle[number] = max(float(np.median(apart[group == number])), 1e-9)
+    return middle
+
+
+def _far(score: Doubles, group: Positions) -> npt.NDArray[np.bool_]:
+    """Which scores are outliers of their group, by the modified z-score of their logarithms."""
+    far = np.zeros(len(score), np.bool_)
+    logs = np.log(np.maximum(score, 1e-9))
+    for number in np.unique(group):
+        inside = group == number
+        middle = np.median(logs[inside])
+        spread = float(np.median(np.abs(logs[inside] - middle)))
+        far[inside] = _NORMAL * (logs[inside] - middle) > FAR * max(spread, 1e-6)
+    return far
+
+
+def outliers_table(features: FeatureSet, found: Outliers) -> pa.Table:
+    """The table of outliers.
+
+    One row an image, the farthest first: ``rank`` from 1, ``id``, ``label``, ``split``, ``distance``, ``score``, ``outlier``.
+    """
+    images = features.table.select(["id", "label", "split"]).take(found.rows)
+    columns = {
+        "rank": pa.array(np.arange(1, len(found.rows) + 1)),
+        **{name: images[name] for name in images.column_names},
+    }
+    return pa.table(columns | {"distance": found.distance, "score": found.score, "outlier": found.far})
+
+
+def _unranked(found: Outliers, by: str, neighbours: int) -> list[str]:
+    if not len(found.unchecked):
+        return []
+    why = f"fewer than {neighbours} others {'of their class' if by == CLASS else ''}".rstrip()
+    return [f"{counted(len(found.unchecked), 'image')} could not be ranked: no class, or {why}"]
+
+
+def _document(features: FeatureSet, found: Outliers, options: OutliersOptions) -> dict[str, Any]:
+    """What the page shows: each image with those that are the nearest to it."""
+    rows = found.rows[: min(options.limit or _SHOWN, _SHOWN)]
+    near = nearest(features, features.read(np.float32, rows=rows), _NEIGHBOURS, distance=options.distance, without=rows)
+    ids, labels = features.ids, features.labels
+    groups = []
+    for place, row in enumerate(rows):
+        kind = "outlier" if found.far[place] else "within the usual"
+        lines = [*_label(labels[row]), f"{found.score[place]:.3g} times as far as usual", kind]
+        shown = [{"id": ids[row], "lines": lines}]
+        for other, apart in zip(near.positions[place], near.apart[place], strict=True):
+            if other >= 0:
+                shown.append({"id": ids[other], "lines": [*_label(labels[other]), f"distance {apart:.3g}"]})
+        groups.append({"title": f"{place + 1}. {ids[row]}", "images": shown})
+    of = "their class" if options.by == CLASS else "all others"
+    paragraphs = [
+        f"{counted(int(found.far.sum()), 'outlier')} of {counted(len(found.rows), 'image')} of {features.origin.dataset}: the "
+        f"images farthest from {of} by {features.column}, each by the distance to its {options.neighbours}th nearest "
+        "neighbour, followed by the images nearest to it."
+    ]
+    if options.since is not None:
+        paragraphs.append(
+            f"Only images that are new since {options.since}, compared with the images that were there then."
+        )
+    if len(rows) < len(found.rows):
+        paragraphs.append(f"The first {len(rows)} are shown; a .csv file has all.")
+    return {"kind": "images", "version": 1, "title": "Outliers", "paragraphs": paragraphs, "groups": groups}
+
+
+def _label(label: str | None) -> list[str]:
+    return [] if label is None else [str(label)]
+
+
+def outliers_text(found: Mapping[str, Any]) -> str:
+    """Sums up what `outliers` returns, as plain text."""
+    of = "their class" if found["by"] == CLASS else "all others"
+    of = f"what was there at {found['since']}" if found["since"] and found["by"] != CLASS else of
+    lines = [
+        f"{found['dataset']}: {counted(found['count'], 'outlier')} of {found['images']:,} images, far from {of} by "
+        f"{found['column']} ({found['distance']})"
+    ]
+    if found["copies"]:
+        lines.append(f"copies of other images, left out: {found['copies']:,}")
+    lines += [f"WARNING: {text}" for text in found["warnings"]]
+    rows = [
+        [
+            one["id"],
+            one["label"] or "",
+            f"{one['distance']:.4g}",
+            f"{one['score']:.3g}",
+            "outlier" if one["outlier"] else "",
+        ]
+        for one in found["outliers"][:_ROWS]
+    ]
+    lines += ["", table(["id", "label", "distance", "times the usual", ""], rows)]
+    if found["images"] > len(rows):
+        lines.append(f"... {found['images'] - len(rows):,} more; write all of them: --to FILE")
+    if found["file"]:
+        lines.append(f"file {found['file']}")
+    return "\n".join(lines)

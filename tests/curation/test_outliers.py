@@ -1,0 +1,150 @@
+"""Images that lie apart: those that were planted come first, by brute force the same, here and where rows are spread."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from featurepipe.curation import outliers as module
+from featurepipe.curation.outliers import find_outliers, outliers, outliers_text
+from featurepipe.errors import UsageError
+from featurepipe.heads.row_shards import LocalRowShards
+
+
+def blobs(count=90, seed=0, width=6):
+    """Three far clusters."""
+    rng = np.random.default_rng(seed)
+    kinds = np.arange(count) % 3
+    return (6 * np.eye(width)[kinds] + 0.5 * rng.normal(size=(count, width))).astype("f4"), kinds
+
+
+@pytest.fixture
+def planted(pile):
+    """Three clusters, two images far from all, one of each of two classes in the cluster of another, and a copy."""
+    values, kinds = blobs()
+    rows = pile.add_rows([f"{n}.png" for n in range(90)], values)
+    for number, name in enumerate(rows):
+        pile.images[name]["label"] = "abc"[kinds[number]]
+    pile.images["3.png"]["label"] = "b"
+    pile.images["7.png"]["label"] = "c"
+    rows |= pile.add_rows(["far.png", "farther.png"], np.array([[0, 0, 0, 5, 1, 0], [0, 0, 0, 0, 0, -9.0]]))
+    pile.images["far.png"]["label"] = "a"
+    pile.add("far.png", name="copy-of-far.png", label="a")
+    pile.night({"b:gap": rows})
+    return pile
+
+
+def brute(values, kth, distance, groups=None):
+    x = values.astype(np.float64)
+    if distance == "cosine":
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        apart = 1 - x @ x.T
+    else:
+        apart = np.linalg.norm(x[:, None] - x[None], axis=2)
+    np.fill_diagonal(apart, np.inf)
+    if groups is not None:
+        apart[groups[:, None] != groups[None]] = np.inf
+    return np.sort(apart, axis=1)[:, kth - 1]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("by", ["all", "class"])
+def test_the_distance_is_that_to_the_kth_nearest_by_brute_force(pile, distance, by):
+    values, kinds = blobs(60)
+    pile.night({"b:gap": pile.add_rows([f"{n}" for n in range(60)], values)})
+    groups = kinds.astype(np.int64) if by == "class" else np.zeros(60, np.int64)
+    features, every = pile.store.features("pile"), np.arange(60)
+    expected = brute(values, 4, distance, groups)
+    found = find_outliers(features, every, every, groups, neighbours=4, distance=distance)
+    np.testing.assert_allclose(found.distance, expected[found.rows], atol=1e-5)
+    medians = np.array([np.median(expected[groups == groups[row]]) for row in range(60)])
+    np.testing.assert_allclose(found.score, (expected / medians)[found.rows], rtol=1e-3)
+    assert (np.diff(found.score) <= 0).all()
+
+
+def test_what_was_planted_comes_first(planted, tmp_path):
+    found = outliers(planted.store, neighbours=3, to=tmp_path / "far.parquet", silent=True)
+    assert {one["id"] for one in found["outliers"][:2]} == {"far.png", "farther.png"}
+    assert [one["outlier"] for one in found["outliers"][:4]] == [True, True, False, False]
+    assert (found["count"], found["images"], found["copies"], found["since"]) == (2, 92, 1, None)
+    table = pq.read_table(tmp_path / "far.parquet")
+    assert table["rank"].to_pylist() == list(range(1, 93))
+    assert table["id"].to_pylist()[:2] == [one["id"] for one in found["outliers"][:2]]
+    assert "2 outliers of 92 images" in outliers_text(found)
+    json.dumps(found, allow_nan=False)
+    by_class = outliers(planted.store, by="class", neighbours=3, limit=3, silent=True)
+    assert {one["id"] for one in by_class["outliers"]} == {"3.png", "7.png", "far.png"}
+    assert (by_class["images"], by_class["unchecked"]) == (91, 1)
+    assert "1 image could not be ranked: no class" in by_class["warnings"][0]
+
+
+def test_of_many_images_some_are_drawn_and_the_farthest_compared_with_all(planted, monkeypatch):
+    exact = outliers(planted.store, neighbours=3, silent=True)
+    monkeypatch.setattr(module, "REFERENCE", 40)
+    found = outliers(planted.store, neighbours=3, limit=10, silent=True)
+    assert (found["compared_with"], exact["compared_with"]) == (40, 92)
+    assert [one["id"] for one in found["outliers"][:2]] == [one["id"] for one in exact["outliers"][:2]]
+    expected = {one["id"]: one["distance"] for one in exact["outliers"]}
+    for one in found["outliers"]:
+        assert one["distance"] == pytest.approx(expected[one["id"]], rel=1e-4)
+
+
+def test_new_images_are_compared_with_those_of_the_snapshot_before(planted):
+    first = planted.store.snapshot_ids("pile")[-1]
+    values, _ = blobs(12, seed=1)
+    values[4] = [0, 0, 9, 9, 0, 0]
+    planted.night({"b:gap": planted.add_rows([f"new{n}.png" for n in range(12)], values)})
+    found = outliers(planted.store, since="previous", neighbours=3, silent=True)
+    assert (found["images"], found["since"], found["outliers"][0]["id"]) == (12, first, "new4.png")
+    old = blobs()[0].astype("f8")
+    unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in (values.astype("f8"), old)]
+    others = np.array([[0, 0, 0, 5, 1, 0], [0, 0, 0, 0, 0, -9.0]])
+    unit[1] = np.concatenate([unit[1], others / np.linalg.norm(others, axis=1, keepdims=True)])
+    expected = np.sort(1 - unit[0] @ unit[1].T, axis=1)[:, 2]
+    for one in found["outliers"]:
+        assert one["distance"] == pytest.approx(expected[int(one["id"][3:-4])], abs=2e-6)
+    with pytest.raises(UsageError, match="is the first snapshot of pile: there is none before it"):
+        outliers(planted.store, since="previous", snapshot=first, silent=True)
+    planted.night()
+    with pytest.raises(UsageError, match="no image of pile is new since"):
+        outliers(planted.store, since="previous", silent=True)
+
+
+def test_spread_rows_give_the_same(planted, monkeypatch):
+    expected = outliers(planted.store, by="class", neighbours=3, silent=True)
+
+    class TwoShards:
+        def __init__(self, blocks, beside=None):
+            self.blocks, self.beside_ = blocks, beside
+
+        def beside(self, rows):
+            return TwoShards(self.blocks, rows)
+
+        def map(self, work):
+            half = len(self.blocks) // 2
+            parts = (slice(0, half), slice(half, None))
+            return [LocalRowShards(self.blocks.take(p), self.beside_[:, p]).reduce(work) for p in parts]
+
+    monkeypatch.setattr(module, "row_shards_of", TwoShards)
+    found = outliers(planted.store, by="class", neighbours=3, silent=True)
+    assert found["outliers"] == expected["outliers"]
+
+
+def test_the_page_the_file_and_the_command(planted, tmp_path, cli):
+    outliers(planted.store, neighbours=3, to=tmp_path / "page.html", limit=5, silent=True)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("times as far as usual") == 5
+    assert "2 outliers of 92 images of pile" in page
+    answer = cli("outliers", planted.store.path, "--by", "class", "--limit", "2", "--to", tmp_path / "a.csv", "--json")
+    assert len(json.loads(answer.out)["outliers"]) == 2
+    assert len(list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))) == 91
+
+
+def test_mistakes_are_named(pile):
+    pile.night({"b:gap": pile.add_rows([f"{n}" for n in range(4)], np.eye(4))})
+    with pytest.raises(UsageError, match="no image of pile has a class to be far from"):
+        outliers(pile.store, by="class", silent=True)
+    with pytest.raises(UsageError, match="no image has 5 others to be compared with"):
+        outliers(pile.store, silent=True)
