@@ -88,5 +88,5 @@ def test_a_bundle_on_both_predicts_on_images(tmp_path) -> None:
     fp.train(tmp_path / "store", nodes="all", select="auto", out=tmp_path / "b", silent=True)
     found = fp.predict(tmp_path / "b", root, tmp_path / "p.csv", silent=True)
     assert found["counts"]["predicted"] == 24
-    rows = [line.split(",")[:2] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    rows = [line.replace('"', "").split(",")[:2] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert sum(row[0].startswith(row[1]) for row in rows) >= 22
