@@ -21,7 +21,7 @@ _LINE = 100
 
 def text(found: Mapping[str, Any]) -> str:
     """The answer, the table of columns, and what it rests on; of several networks the same of each, their answer first."""
-    if found["kind"] == "networks":
+    if found.get("kind") == "networks":
         return "\n\n".join([_networks(found), *(f"{_name(one)}\n{text(one)}" for one in found["networks"])])
     found = with_values(found)
     return "\n\n".join([_answer(found), _columns(found), *_side_by_side(found), *_scores(found), _provenance(found)])
