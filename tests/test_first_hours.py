@@ -1,0 +1,86 @@
+"""What somebody meets who has just installed featurepipe: a network at hand, the next command, reasons, completion."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import featurepipe
+from featurepipe.backbones import loading
+from featurepipe.backbones.loading import DEFAULT, SMALL, default_backbone
+
+LENET = ("--backbone", "lenet5", "--weights", "none")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for kind in ("cat", "dog"):
+        (tmp_path / "my photos" / kind).mkdir(parents=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "my photos" / kind / "0.png")
+    return tmp_path / "my photos"
+
+
+@pytest.mark.parametrize(
+    ("at_hand", "kept", "weights", "expected", "is_said"),
+    [
+        ({DEFAULT, SMALL}, (), "DEFAULT", DEFAULT, False),
+        ({SMALL}, (), "DEFAULT", SMALL, True),
+        (set(), (), "DEFAULT", DEFAULT, False),
+        ({SMALL}, {DEFAULT}, "DEFAULT", DEFAULT, False),
+        ({DEFAULT, SMALL}, {SMALL}, "DEFAULT", SMALL, True),
+        ({DEFAULT, SMALL}, {SMALL, DEFAULT}, "DEFAULT", DEFAULT, False),
+        ({SMALL}, (), "none", DEFAULT, False),
+        ({SMALL}, (), "mine.pth", DEFAULT, False),
+    ],
+)
+def test_without_a_name_the_network_at_hand_is_used_and_said(monkeypatch, at_hand, kept, weights, expected, is_said):
+    monkeypatch.setattr(loading, "weights_at_hand", lambda name: name in at_hand)
+    said: list[str] = []
+    assert default_backbone(weights, kept, said.append) == expected
+    assert bool(said) == is_said
+    assert not said or SMALL in said[0]
+
+
+def test_extract_alone_names_the_next_command_and_its_reasons(photos, cli):
+    first = cli("extract", "my photos", *LENET, cwd=photos.parent)
+    assert first.code == 0, first.err
+    assert first.out.splitlines()[-1] == "next: featurepipe train features --dataset my-photos --out my-photos-bundle"
+    assert "extraction.prepare" not in first.err
+    again = cli("extract", "-v", "my photos", *LENET, "--store", "features", cwd=photos.parent)
+    assert "extraction.prepare: 2 images need nothing: same id, size and time, and every column there" in again.err
+    assert "extraction.prepare: precision fp32: as in the store" in again.err
+    (photos.parent / "loose").mkdir()
+    Image.effect_noise((32, 32), 50).save(photos.parent / "loose" / "a b.png")
+    loose = cli("extract", "loose", *LENET, "--store", "a store", cwd=photos.parent)
+    assert loose.out.splitlines()[-1].startswith(
+        "next: featurepipe train 'a store' --dataset loose --labels FILE.csv --out loose-bundle   # "
+    )
+
+
+def test_in_python_messages_and_reasons_are_logged(photos, caplog):
+    with caplog.at_level(logging.DEBUG, logger="featurepipe"):
+        featurepipe.extract(photos, photos.parent / "store", backbone="lenet5", weights="none", silent=True)
+    levels = {
+        record.levelname: record.getMessage() for record in caplog.records if record.name.startswith("featurepipe")
+    }
+    assert set(levels) == {"DEBUG", "INFO"}
+    assert any("2 images, 2 labels, no splits" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("featurepipe ext", "extract"), ("featurepipe extract --max-g", "--max-gone")]
+)
+def test_the_shell_completes_commands_and_options(tmp_path, line, expected):
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    subprocess.run([sys.executable, "-m", "featurepipe"], env={**os.environ, **asked}, check=False, capture_output=True)
+    assert answer.read_text(encoding="utf-8").strip() == expected
