@@ -81,7 +81,7 @@ def test_the_help_lists_every_command_once_under_its_job(capsys):
             "featurepipe info: error: unrecognized arguments: --jsno; nearest to --jsno: --json",
         ),
         (["info", "STORE", "--qqqqqqqq"], "unrecognized arguments: --qqqqqqqq\n"),
-        (["extract", "DIR", "--stroe=x"], "required: --store; nearest to --stroe: --store"),
+        (["train", "DIR", "--ouut=x"], "required: --out; nearest to --ouut: --out"),
         (["exprt"], "featurepipe: error: unknown command 'exprt'; nearest: export"),
         (["--vresion"], "featurepipe: error: unrecognized arguments: --vresion; nearest to --vresion: --version"),
     ],
@@ -251,7 +251,7 @@ MISTAKES = {
         2,
         "unrecognized arguments: --batchsize; nearest to --batchsize: --batch-size",
     ),
-    "missing": (["extract", "IMAGES"], 2, "--store"),
+    "missing": (["train", "STORE"], 2, "--out"),
     "command": (["extrakt"], 2, "unknown command 'extrakt'; nearest: extract"),
     "factory": (
         ["extract", "IMAGES", "--store", "NEW", "--backbone", "nowhere.net:make"],
