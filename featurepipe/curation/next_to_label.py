@@ -99,8 +99,8 @@ def select(
 
     ``typical`` is TypiClust of Hacohen, Dekel & Weinshall 2022, "Active Learning on a Budget: Opposite Strategies Suit High and
     Low Budgets"; ``k-centre`` the greedy cover of Sener & Savarese 2018, "Active Learning for Convolutional Neural Networks: A
-    Core-Set Approach", which looks for what is unlike all that is labelled, outliers first. ``benchmarks/bench_select.py``
-    measures both against a random choice. Images are compared by the directions of their features, in at most 128 dimensions.
+    Core-Set Approach", which looks for what is unlike all that is labelled, outliers first. Neither has been measured here
+    against a random choice yet. Images are compared by the directions of their features, in at most 128 dimensions.
     Copies of an image are chosen once, and not at all if one of them is labelled.
 
     Args:
