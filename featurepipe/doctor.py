@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,19 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(folder: Path) -> Report:
+def examine(folder: str | PathLike[str] = ".") -> Report:
     """Checks versions, devices, the disk below ``folder``, the weights at hand and the JPEG decoder.
 
     Args:
         folder: where a store is or will be; it is not made if it is missing.
     """
+    place = Path(folder)
     checks = [Check("python", OK, platform.python_version()), *map(package_version, (*REQUIRED, *OPTIONAL))]
     broken = list(import_problems())
     checks += broken
     if not broken:
         checks += [processor(), threads(), bf16(), fusion(), *cuda_devices(), jpeg_decoder(), decoders(), weights()]
-    return Report((*checks, disk_space(folder), writable(folder)))
+    return Report((*checks, disk_space(place), writable(place)))
 
 
 def package_version(name: str) -> Check:

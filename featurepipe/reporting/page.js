@@ -266,7 +266,7 @@
   }
 
   for (const table of document.querySelectorAll(".scroll > table")) {
-    offer(table.parentElement, "this table", [["csv", "CSV"], ["tex", "LaTeX"]], (kind) => save_table(table, kind));
+    offer(table, "this table", [["csv", "CSV"], ["tex", "LaTeX"]], (kind) => save_table(table, kind));
   }
   for (const panels of document.querySelectorAll(".panels")) {
     const shown = () => panels.querySelectorAll(".panel:not(.tucked) .plot");

@@ -450,12 +450,15 @@ def test_paper_has_every_plot_of_the_nights(browser, nights_page):
 def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
     browser.open(page)
     browser.send("Emulation.setEmulatedMedia", media="print")
-    widths = browser.run("""(() => {
-        const plots = [...document.querySelectorAll(".plot")], widths = plots.map((plot) => plot.offsetWidth);
-        dispatchEvent(new Event("beforeprint"));
-        return plots.map((plot, k) => widths[k] * plot.style.zoom);
-    })()""")
-    assert 600 < max(widths) <= 700  # nothing is cut off between the margins of A4
+    plots = browser.run("document.querySelectorAll('.plot').length")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    figures = browser.run("""[...document.querySelectorAll(".paper > svg")].map((svg) => {
+        const figure = svg.getBoundingClientRect(), around = svg.closest("figure").getBoundingClientRect();
+        return [figure.width, figure.height, around.right - figure.right];
+    })""")
+    assert len(figures) == plots  # each as an SVG of its own
+    assert all(width > 150 and 80 < height <= 303 and right >= -1 for width, height, right in figures)  # 8 cm at most
+    assert browser.run("[...document.querySelectorAll('.panel > .plot')].every((p) => p.offsetWidth === 0)")
     shown = "getComputedStyle(document.querySelector({!r})).display !== 'none'"
     assert not browser.run(shown.format("nav"))
     assert not browser.run(shown.format(".choice"))
