@@ -272,7 +272,7 @@ def test_a_dry_run_says_bytes_and_time_and_writes_nothing(piles: Path, tmp_path:
     assert "200 images to read" in plan_text(found)
     held = fp.routes(
         piles.parent / "store",
-        dataset="piles",
+        dataset="digits",
         dry_run=True,
         **{**NETWORK, "backbone": None, "weights": "DEFAULT"},
         **FAST,
