@@ -41,7 +41,7 @@ from featurepipe.store.indexes import (
     read_index,
     write_index,
 )
-from featurepipe.store.keys import SortedKeys
+from featurepipe.store.keys import SortedKeys, count_distinct, different
 
 FEW = 200_000
 """Images up to which every one is compared, unless an index is asked for: that takes a second or less."""
@@ -229,7 +229,7 @@ def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple
     Returns:
         The index, how many vectors are new, and how many went.
     """
-    first, _ = _different(features)
+    first, _ = different(features.keys)
     place = SortedKeys.of_keys(stored.keys).find(features.keys[first])
     kept = np.zeros(len(stored.keys), np.bool_)
     kept[place[place >= 0]] = True
@@ -254,9 +254,8 @@ def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple
 
 def _different(features: FeatureSet) -> tuple[Positions, Positions]:
     """The first row of each different image, and for every row the number of its image among these."""
-    found = SortedKeys.of_keys(features.keys).find(features.keys)
-    first = np.flatnonzero(found == np.arange(len(found)))
-    return first, np.searchsorted(first, found)
+    rows, first = different(features.keys)
+    return rows, np.searchsorted(rows, first)
 
 
 def _drawn(count: int, most: int, rng: np.random.Generator) -> Positions:
@@ -424,7 +423,7 @@ def _up_to_date(
     images = counted(len(features), "image")
     if stored is not None and _is_of_space(stored, features) and stored.document.distance == distance:
         trained = stored.document.trained_on
-        if trained / _CHANGED <= len(_different(features)[0]) <= trained * _CHANGED:
+        if trained / _CHANGED <= count_distinct(features.keys) <= trained * _CHANGED:
             fresh, new, gone = refreshed(stored, features, snapshot)
             why = f"the index was brought up to date: {new:,} images came, {gone:,} went"
             say(why)

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import TYPICAL, SelectOptions
-from featurepipe.curation.outliers import with_sides
 from featurepipe.curation.question import Question
 from featurepipe.display import counted, table
 from featurepipe.errors import Message, Option, UsageError
@@ -21,7 +20,7 @@ from featurepipe.heads.blocks import iterate
 from featurepipe.monitoring.near import Directions, unit_vectors
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
-from featurepipe.store.keys import SortedKeys
+from featurepipe.store.keys import different
 from featurepipe.store.locks import starts_again
 
 _WIDTH = 128  # dimensions in which images are compared
@@ -147,7 +146,7 @@ def select(
     if budget is None:
         raise UsageError(Message("how many images are to be chosen? give ", Option("budget", "N")))
     question = Question.of(store, options, "images to label", silent=silent)
-    every = with_sides(question, options)
+    every = question.rows(options.ungrouped(), labels, split)
     labelled, open_ = sides_of(every)
     if budget > len(open_):
         raise BudgetTooLarge(question.dataset, budget, len(open_))
@@ -166,9 +165,8 @@ def select(
 
 def sides_of(features: FeatureSet) -> tuple[Positions, Positions]:
     """The rows of labelled images, and of those without a label, each different image once."""
-    first = SortedKeys.of_keys(features.keys).find(features.keys)
+    images, first = different(features.keys)
     has_label = np.asarray(features.table["label"].is_valid())
-    images = np.unique(first)
     known = np.unique(first[has_label])
     return known, np.setdiff1d(images, known)
 

@@ -25,10 +25,8 @@ from featurepipe.monitoring.samples import reference_snapshot, snapshot_of_run
 from featurepipe.prediction.from_store import features_at
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
-from featurepipe.store.keys import SortedKeys
+from featurepipe.store.keys import SortedKeys, different
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import NO_GROUP, RowOptions, SideOptions
-from featurepipe.store.roles import with_roles
 
 REFERENCE = 20_000
 """Images that every image is compared with; of more, as many are drawn, and the farthest are then compared with all."""
@@ -152,13 +150,13 @@ def outliers(
         images=None if images is None else str(images), frames=frames, labels=labels, label=label, split_column=split_column,
     )  # fmt: skip
     question = Question.of(store, options, "outliers", silent=silent)
-    every = with_sides(question, options)
+    every = question.rows(options.ungrouped(), labels, split)
     new, earlier = _new_since(question, every, since)
-    asked = _once(every)
-    asked = asked if new is None else asked[np.isin(asked, new)]
+    once, _ = different(every.keys)  # copies are left out
+    asked = once if new is None else once[np.isin(once, new)]
     if not len(asked):
         raise UsageError(f"no image of {question.dataset} is new since {earlier}")
-    others = np.setdiff1d(_once(every), asked) if new is not None else asked
+    others = np.setdiff1d(once, asked) if new is not None else asked
     group = _classes(every) if by == CLASS else np.zeros(len(every), np.int64)
     question.say(
         f"comparing {counted(len(asked), 'image')} with {len(others):,} of {question.dataset} by {every.column}"
@@ -176,27 +174,12 @@ def outliers(
         since=earlier,
         images=len(found.rows),
         unchecked=len(found.unchecked),
-        copies=len(every) - len(_once(every)),
+        copies=len(every) - len(once),
         compared_with=found.drawn or len(others),
         count=int(found.far.sum()),
         outliers=answer.drop_columns(["rank"]).slice(0, limit).to_pylist(),
         warnings=warnings,
     )
-
-
-def with_sides(question: Question, options: Any) -> FeatureSet:
-    """The images of a question, with the classes and splits that were asked for, and of the split that was asked for."""
-    roles = RowOptions(**SideOptions.of(options).arguments(), group=NO_GROUP)
-    every = with_roles(
-        question.store, question.features, options.labels, roles, question.say, snapshot=options.snapshot
-    )
-    return every if options.split is None else every.select(split=options.split)
-
-
-def _once(features: FeatureSet) -> Positions:
-    """The first row of each image; copies are left out."""
-    found = SortedKeys.of_keys(features.keys).find(features.keys)
-    return np.flatnonzero(found == np.arange(len(found)))
 
 
 def _classes(features: FeatureSet) -> Positions:

@@ -19,6 +19,9 @@ from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.reporting.from_store import image_page
 from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.labels import LabelSource
+from featurepipe.store.options import RowOptions
+from featurepipe.store.roles import with_roles
 
 PAGE = ".html"
 
@@ -72,6 +75,20 @@ class Question:
         if options.snapshot is None and kept.snapshot_ids(name)[-1:] != current:
             raise StoreMoved(f"dataset {name} has another snapshot by now")
         return cls(kept, name, options.snapshot or current[0], features, options, target, silent)
+
+    def rows(self, roles: RowOptions, labels: LabelSource | None, split: str | None) -> FeatureSet:
+        """The images with their classes, splits and other roles of columns.
+
+        Args:
+            roles: What the columns are.
+            labels: A mapping or file of labels, instead of the dataset's.
+            split: Only images of this split.
+
+        Raises:
+            UsageError: A column is unknown, or its values do not suit its role.
+        """
+        every = with_roles(self.store, self.features, labels, roles, self.say, snapshot=self.options.snapshot)
+        return every if split is None else every.select(split=split)
 
     def say(self, line: str) -> None:
         """Tells people what happens, unless nothing is to be said."""

@@ -24,7 +24,6 @@ from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions
-from featurepipe.store.roles import with_roles
 from featurepipe.training.splits import dealt
 from featurepipe.training.task import weighted
 
@@ -152,10 +151,7 @@ def labels(
         multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
     )  # fmt: skip
     question = Question.of(store, options, "labels", silent=silent)
-    every = with_roles(
-        question.store, question.features, labels, RoleOptions.of(options), question.say, snapshot=snapshot
-    )
-    every = every if split is None else every.select(split=split)
+    every = question.rows(RoleOptions.of(options), labels, split)
     known = every.select(labelled=True)
     question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
     with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:

@@ -31,7 +31,7 @@ from featurepipe.store.atomic import atomic_file
 from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import NO_GROUP, RowOptions, SideOptions
+from featurepipe.store.options import SideOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.store.snapshots import OK
 
@@ -111,9 +111,8 @@ def duplicates(
     snapshot, images = _images(source, name)
     sides = SideOptions.of(options)
     if labels is not None or any(sides.arguments().values()):
-        roles = RowOptions(**sides.arguments(), group=NO_GROUP)
         view = source.features(name, node=node, backbone=backbone, snapshot=snapshot)
-        images = with_roles(source, view, labels, roles, announcer(silent=silent), snapshot=snapshot)
+        images = with_roles(source, view, labels, sides.ungrouped(), announcer(silent=silent), snapshot=snapshot)
     _, first, image = np.unique(images.keys64, return_index=True, return_inverse=True)
     exact = Groups.of(EXACT_COPIES, images, image.astype(np.int64))
     found: dict[str, Any] = {

@@ -117,7 +117,13 @@ class SortedKeys:
 
 def count_distinct(keys: Keys) -> int:
     """Counts how many different keys there are, in a third of the memory that hashing them takes."""
-    return int(np.count_nonzero(SortedKeys.of_keys(keys).find(keys) == np.arange(len(keys))))
+    return len(different(keys)[0])
+
+
+def different(keys: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The first row of each different key (d,), ascending, and for every row (n,) the first that has its key."""
+    first = SortedKeys.of_keys(keys).find(keys)
+    return np.flatnonzero(first == np.arange(len(first))), first
 
 
 def prefixes_of(keys: Keys) -> npt.NDArray[np.uint64]:

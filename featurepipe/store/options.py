@@ -121,6 +121,10 @@ class SideOptions(OptionGroup):
         metavar="COLUMN", check=is_column,
     )  # fmt: skip
 
+    def ungrouped(self) -> RowOptions:
+        """The same columns, with every image for itself."""
+        return RowOptions(**SideOptions.of(self).arguments(), group=NO_GROUP)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(SideOptions):
