@@ -188,8 +188,8 @@ def _padded(lines: npt.NDArray[Any], width: int, filler: float) -> npt.NDArray[A
 class SimilarImages:
     """The images of a dataset, open for many queries: features and index stay at hand.
 
-    A query takes milliseconds once an index is kept (``index="always"`` makes one). If the dataset gets another snapshot, the
-    next query is of that one.
+    A kept index (``index="always"`` makes one) is read once, not for each query. If the dataset gets another snapshot, the next
+    query is of that one.
 
     Args:
         store: The feature store or its path.
