@@ -5,6 +5,7 @@ import sys
 
 BENCHMARKS = (
     "bench_store",
+    "bench_similar",
     "bench_rerun",
     "bench_nightly",
     "bench_extract",

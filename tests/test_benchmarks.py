@@ -71,6 +71,7 @@ FORKED = f"""
     ("name", "figures"),
     [
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
+        ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),

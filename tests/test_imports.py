@@ -117,6 +117,11 @@ def test_evaluating_stored_features_loads_no_torch():
     assert "torch" not in loaded("import featurepipe.evaluation.evaluate")
 
 
+def test_asking_for_images_of_a_store_loads_no_torch():
+    """It would take longer than a search among a million images; only new images need a network."""
+    assert "torch" not in loaded("import featurepipe.curation.similar, featurepipe.curation.next_to_label")
+
+
 def test_processes_that_fit_heads_load_no_torch():
     """Each of them imports the module of the function that it is given; PyTorch would take 3 s and 200 MB in each."""
     assert "torch" not in loaded("import featurepipe.layer_depth.measure, featurepipe.training.trials")

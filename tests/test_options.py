@@ -378,7 +378,7 @@ def test_places(tmp_path):
 
 
 def test_an_empty_list_of_places_is_refused_in_a_job_too(tmp_path):
-    from featurepipe.extraction.extract import opened
+    from featurepipe.features.reading import opened
 
     (tmp_path / "p").mkdir()
     job = read_job(given_in("source", "only_under", "[]", tmp_path))

@@ -6,27 +6,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.backbones import Backbone
-from featurepipe.backbones.from_user import check_trusted
 from featurepipe.curation.options import SimilarOptions
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, Reject, UsageError, unknown
-from featurepipe.extraction.extract import opened
 from featurepipe.features.options import Options
-from featurepipe.features.session import Session
-from featurepipe.features.stream import FeatureStream
+from featurepipe.features.reading import opened
 from featurepipe.images import key_of
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureSet, FeatureStore, Space
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.rows import ColumnRows, WideRows
+
+if TYPE_CHECKING:
+    from featurepipe.backbones import Backbone
+    from featurepipe.features.session import Session
 
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -132,6 +132,8 @@ def _of_images(
     vectors, known = stored_vectors(space, features.columns, keys)
     rest = [id_ for id_, there in zip(payloads, known, strict=True) if not there]
     if rest:
+        from featurepipe.features.stream import FeatureStream  # loads PyTorch, which takes seconds
+
         at = {id_: place for place, id_ in enumerate(payloads)}
         chosen = listing.filter(pc.is_in(listing["id"], pa.array(rest, pa.string())))
         announcer(silent=silent)(f"computing the features of {counted(len(rest), 'image')} by {space.backbone}")
@@ -184,6 +186,9 @@ def session_of(space: Space, columns: Sequence[str], options: SimilarOptions) ->
         UsageError: The space names code that is not trusted, or the network gives other features here; names what differs.
         WeightsNotFound: Its weights are not at hand.
     """
+    from featurepipe.backbones.from_user import check_trusted
+    from featurepipe.features.session import Session
+
     check_trusted(space.backbone, options.trust_code, named_by="the store")
     described: Mapping[str, Any] = space.notes.get("backbone", {})
     label = str(described.get("weights", "DEFAULT"))

@@ -19,15 +19,14 @@ from featurepipe.extraction.compute import compute
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.prepare import ExtractionSpec, prepare
 from featurepipe.extraction.publish import begin_run, publish, recorded
-from featurepipe.features.options import AUTO, REJECT, Places, SourceOptions, places
+from featurepipe.features.options import AUTO, REJECT, Places, places
+from featurepipe.features.reading import opened
 from featurepipe.features.session import Sample, SampleContext, sample_rate
-from featurepipe.images import Source, open_source
 from featurepipe.interrupt import StopRequest, stopping
 from featurepipe.progress import announcer, show
 from featurepipe.results import shown_as
-from featurepipe.store import FeatureStore, open_arrays
+from featurepipe.store import FeatureStore
 
-ARRAY_READERS = {".h5": open_arrays, ".hdf5": open_arrays}
 TIMED_SAMPLE = 64
 """Images that a dry run times."""
 
@@ -191,19 +190,6 @@ def network_for(
         return name
     kept = existing_store(store)
     return default_backbone(weights, {space.backbone for space in kept.spaces()} if kept else (), say)
-
-
-def opened(source: Any, options: SourceOptions) -> Source:
-    """Opens a source as asked for, with all that can read image arrays; raises as `featurepipe.images.open_source`."""
-    return open_source(
-        source,
-        array_readers=ARRAY_READERS,
-        only_under=options.only_under,
-        path_column=options.path_column,
-        boxes=options.boxes,
-        images=options.images,
-        frames=options.frames,
-    )
 
 
 def existing_store(store: FeatureStore | str | PathLike[str]) -> FeatureStore | None:

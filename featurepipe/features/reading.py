@@ -1,15 +1,18 @@
-"""Reading images from a source that may fail for a moment, or go away in the middle of a night."""
+"""Opening a source as asked for, and reading images from one that may fail for a moment, or go away in the middle of a night."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
-from featurepipe.images import Source
+from featurepipe.features.options import SourceOptions
+from featurepipe.images import Source, open_source
 from featurepipe.images.regions import Payload, split_region
+from featurepipe.store import open_arrays
 
 WAITS = (0.2, 1.0, 3.0)
 """Seconds before each further try of an image that cannot be read now."""
@@ -23,6 +26,19 @@ PROBES = 16
 """Images from all over the listing that answer the question; one that is readable may be chance."""
 GONE = ("missing", "unreadable")
 """Codes of the reasons that all images of a source have when it is gone."""
+
+
+def opened(source: Any, options: SourceOptions) -> Source:
+    """Opens a source as asked for, with all that can read image arrays; raises as `featurepipe.images.open_source`."""
+    return open_source(
+        source,
+        array_readers={".h5": open_arrays, ".hdf5": open_arrays},
+        only_under=options.only_under,
+        path_column=options.path_column,
+        boxes=options.boxes,
+        images=options.images,
+        frames=options.frames,
+    )
 
 
 class PatientReader:

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from featurepipe.annotations import column_named
 from featurepipe.display import counted
 from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
-from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import ALL
+from featurepipe.features.reading import opened
 from featurepipe.images import Source
 from featurepipe.images.listing import SCHEMA, told
 from featurepipe.images.regions import Payload

@@ -298,8 +298,8 @@ def _names(wanted: Wanted, only_under: Any) -> tuple[str, str | None]:
 
 
 def _own_name(source: Any, only_under: Any) -> str:
-    from featurepipe.extraction.extract import opened
     from featurepipe.extraction.prepare import dataset_name
+    from featurepipe.features.reading import opened
 
     with closing(opened(source, SourceOptions(only_under=places(only_under)))) as images:
         return dataset_name(images.name)

@@ -15,10 +15,10 @@ import pyarrow as pa
 from featurepipe import records
 from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects, UsageError
 from featurepipe.execution.dask import executor_on
-from featurepipe.extraction.extract import opened
 from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named, remarked
 from featurepipe.features.options import AUTO, REJECT, Places, places
+from featurepipe.features.reading import opened
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS
 from featurepipe.images.listing import ListingSummary

@@ -13,8 +13,8 @@ import numpy as np
 
 from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, Reject, StoreError, StoreMoved, UsageError
-from featurepipe.extraction.extract import opened
 from featurepipe.features.options import Places, SourceOptions, places
+from featurepipe.features.reading import opened
 from featurepipe.images import key_of
 from featurepipe.images.files import REFUSED, is_url
 from featurepipe.images.source import OnlyUnder

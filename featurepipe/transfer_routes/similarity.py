@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featurepipe.errors import DiskFull, FeaturepipeError, Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.extraction.extract import opened
 from featurepipe.features.options import Options, SourceOptions
+from featurepipe.features.reading import opened
 from featurepipe.features.session import Sample, SampleContext, Session
 from featurepipe.images.intensity import intensity_of
 from featurepipe.layer_depth.journal import Journal, key_of

@@ -122,7 +122,7 @@ class RoutesImages:
             UsageError: It is gone.
             SourceError: It cannot be opened.
         """
-        from featurepipe.extraction.extract import opened
+        from featurepipe.features.reading import opened
         from featurepipe.tuning.from_images import recorded_source
 
         given = self.shifted if shifted else self.source

@@ -28,9 +28,10 @@ from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageErro
 from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.extraction.extract import extract, network_for, opened
+from featurepipe.extraction.extract import extract, network_for
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
+from featurepipe.features.reading import opened
 from featurepipe.features.session import Decoding, decoder_for
 from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source

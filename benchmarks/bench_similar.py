@@ -1,0 +1,288 @@
+"""Look-alikes in a large store: exact, by the index that is kept beside it, and by faiss alone on the same rows.
+
+``python -m benchmarks.bench_similar``
+
+The store, 1,000,000 images of 1,280 values as float16 (2.5 GB), is written by its own interface. Its features are made up: 2,000
+groups of different sizes, of which half of the variance lies between groups, and whose spread falls with the number of the axis
+as one over its root. Nothing in the search depends on which axes those are.
+
+- *first*: a process of its own that answers one query by an id of the store: all of ``featurepipe similar --id`` with the index
+  (``index``) and without (``exact``), and a script that opens a flat float16 index of faiss from a file and searches it
+  (``faiss``). In rounds of one of each, after one that is not counted; ``peak_mb`` is the resident memory at most, with pages
+  of files.
+- *following*: further queries in one process, where features and index stay open: median and 95th percentile of single queries.
+- *recall*: the share of the 10 nearest by comparing all that the index finds as well, for images that are not in the store.
+- *build*, *extend*: making the index, and bringing it up to date with a snapshot that has 10,000 images more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import record
+from benchmarks.alone import MB, ROOT, alone
+from featurepipe.store import FeatureStore
+
+FIELDS = {"architecture": "benchmark", "dtype": "float16"}
+PROMISED = {"first_s": "< 2", "following_ms": "< 20"}
+_GROUPS, _BETWEEN = 2000, 0.5
+_AT_ONCE = 8192
+_COMMAND = """
+import sys
+from featurepipe.cli import main
+code = main(sys.argv[1:])
+status = open('/proc/self/status').read().splitlines()
+print('PEAK', next(line for line in status if line.startswith('VmHWM')).split()[1], file=sys.stderr)
+sys.exit(code)
+"""
+_FAISS = """
+import sys
+import faiss, numpy as np
+index = faiss.read_index(sys.argv[1])
+query = np.load(sys.argv[2])
+print(index.search(query[:1], 11)[1][0, 1:].tolist())
+status = open('/proc/self/status').read().splitlines()
+print('PEAK', next(line for line in status if line.startswith('VmHWM')).split()[1], file=sys.stderr)
+"""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures everything on one store, which is removed at the end."""
+    rows, width, new = (3000, 64, 100) if args.tiny else (args.rows, args.width, args.new)
+    rounds, queries = (1, 20) if args.tiny else (args.rounds, args.queries)
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-similar-") as folder:
+        path, flat, asked = Path(folder) / "store", Path(folder) / "flat.faiss", Path(folder) / "query.npy"
+        made = Features(rows + new + queries, width)
+        wrote_s = timed(lambda: write_store(path, made, 0, rows))
+        record.note(f"{rows:,} rows written in {wrote_s:.0f} s")
+        np.save(asked, made.read(0, 1))
+        write_flat(flat, made, rows)
+        record.note("faiss' own index is written")
+        build = alone("benchmarks.bench_similar", "building", path)
+        record.note(f"the index was made in {build['seconds']} s")
+        first = first_queries(path, flat, asked, rounds)
+        np.save(asked, made.read(rows + new, rows + new + queries))
+        following = {
+            how: alone("benchmarks.bench_similar", "asking", path, how, few, rows)
+            for how, few in (("always", queries), ("never", min(queries, args.exact)))
+        }
+        following["faiss"] = alone("benchmarks.bench_similar", "asking_faiss", flat, asked, min(queries, args.exact))
+        recall = alone("benchmarks.bench_similar", "comparing", path, asked)
+        write_store(path, made, rows, rows + new)
+        extend = alone("benchmarks.bench_similar", "building", path)
+        index_bytes = sum(file.stat().st_size for file in path.glob("indexes/*/*.npz"))
+    return {
+        "rows": rows, "width": width, "write_s": round(wrote_s, 1),
+        "first_s": {how: record.median([one["seconds"] for one in told]) for how, told in first.items()},
+        "first_peak_mb": {how: max(one["peak_mb"] for one in told) for how, told in first.items()},
+        "following_ms": {name_of(how): told["answer"] for how, told in following.items()},
+        "following_peak_mb": {name_of(how): told["peak_mb"] for how, told in following.items()},
+        "recall": recall["answer"]["recall"], "recall_queries": recall["answer"]["queries"],
+        "build_s": build["seconds"], "build_peak_mb": build["peak_mb"], "build": build["answer"],
+        "extend_by": new, "extend_s": extend["seconds"], "extend_peak_mb": extend["peak_mb"], "extend": extend["answer"],
+        "index_mb": round(index_bytes / MB, 1), "promised": PROMISED, "load_after": list(os.getloadavg()),
+        "rounds": first,
+    }  # fmt: skip
+
+
+def name_of(how: str) -> str:
+    """What a way of searching is called in the result."""
+    return {"always": "index", "never": "exact"}.get(how, how)
+
+
+class Features:
+    """Made-up features of n images, any rows of which can be made at any time.
+
+    Args:
+        count: n.
+        width: D.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        self.count, self.width = count, width
+        rng = np.random.default_rng(0)
+        self._spread = (1 + np.arange(width)) ** -0.5
+        self._centres = rng.standard_normal((_GROUPS, width)).astype(np.float32) * (_BETWEEN**0.5 * self._spread)
+        sizes = 1 / (20 + np.arange(_GROUPS))
+        self._group = rng.choice(_GROUPS, count, p=sizes / sizes.sum())
+        self.keys = rng.integers(0, 256, (count, 32), dtype=np.uint8)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """(m, D) float32 values, as they are after float16."""
+        blocks = range(start // _AT_ONCE, -(-stop // _AT_ONCE))
+        values = np.concatenate([self._block(number) for number in blocks])
+        begin = start - blocks.start * _AT_ONCE
+        return values[begin : begin + stop - start]
+
+    def _block(self, number: int) -> np.ndarray:
+        place = slice(number * _AT_ONCE, min((number + 1) * _AT_ONCE, self.count))
+        own = np.random.default_rng([1, number]).standard_normal((_AT_ONCE, self.width), np.float32)
+        own *= ((1 - _BETWEEN) ** 0.5 * self._spread).astype(np.float32)
+        values = self._centres[self._group[place]] + own[: place.stop - place.start]
+        return values.astype(np.float16).astype(np.float32)
+
+
+def write_store(path: Path, made: Features, start: int, stop: int) -> None:
+    """Adds some rows, and a snapshot of all up to them."""
+    store = FeatureStore(path)
+    space = store.open_space(FIELDS, backbone="benchmark", notes={"aliases": {"bottleneck": "node"}})
+    with space.writer(store.new_run_id(), dataset="bench") as writer:
+        for begin in range(start, stop, _AT_ONCE):
+            end = min(begin + _AT_ONCE, stop)
+            stats = np.zeros(end - begin, np.int64)
+            writer.add(made.keys[begin:end], names(begin, end), stats, stats, {"node:gap": made.read(begin, end)})
+    nothing = pa.nulls(stop, pa.string())
+    keys = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(32), stop, [None, pa.py_buffer(np.ascontiguousarray(made.keys[:stop]))]
+    )
+    zeros = np.zeros(stop, np.int64)
+    columns = {"id": names(0, stop), "label": nothing, "split": nothing, "size": zeros, "mtime_ns": zeros, "key": keys}
+    table = pa.table(columns | {"status": pa.repeat("ok", stop), "reason": nothing})
+    store.write_snapshot("bench", store.new_run_id(), table)
+
+
+def names(start: int, stop: int) -> list[str]:
+    """Ids, as long as those of files in folders are."""
+    return [f"images/{number // 1000:04d}/{number:08d}.jpg" for number in range(start, stop)]
+
+
+def write_flat(path: Path, made: Features, rows: int) -> None:
+    """Writes what somebody would search with faiss alone: all values as float16, of unit length."""
+    import faiss
+
+    index = faiss.IndexScalarQuantizer(made.width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.zeros((1, made.width), np.float32))
+    for start in range(0, rows, _AT_ONCE):
+        index.add(unit(made.read(start, min(start + _AT_ONCE, rows))))
+    faiss.write_index(index, str(path))
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Rows divided by their lengths."""
+    return np.ascontiguousarray(values / np.linalg.norm(values, axis=1, keepdims=True), np.float32)
+
+
+def first_queries(path: Path, flat: Path, asked: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """The first query of a process, in rounds of every way; the first round warms the disk's cache and is not counted."""
+    ask = ["similar", str(path), "--id", names(0, 1)[0], "--quiet", "--json"]
+    ways = {
+        "index": [_COMMAND, *ask, "--index", "always"],
+        "exact": [_COMMAND, *ask, "--index", "never"],
+        "faiss": [_FAISS, str(flat), str(asked)],
+    }
+    told: dict[str, list[dict[str, float]]] = {how: [] for how in ways}
+    for number in range(rounds + 1):
+        for how, (code, *arguments) in ways.items():
+            start = time.perf_counter()
+            ran = subprocess.run(
+                [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            seconds = time.perf_counter() - start
+            if ran.returncode:
+                raise SystemExit(f"{how} failed:\n{ran.stderr}")
+            peak = next(line.split()[1] for line in ran.stderr.splitlines() if line.startswith("PEAK"))
+            if number:
+                told[how].append({"seconds": round(seconds, 3), "peak_mb": round(int(peak) * 1024 / MB)})
+        record.note(
+            f"round {number}: " + ", ".join(f"{how} {one[-1]['seconds']} s" for how, one in told.items() if one)
+        )
+    return told
+
+
+def building(path: str) -> Callable[[], Any]:
+    """Makes the index, or brings it up to date."""
+    from featurepipe import SimilarImages
+
+    return lambda: repr(SimilarImages(path, index="always", silent=True))
+
+
+def asking(path: str, how: str, queries: str, rows: str) -> Callable[[], Any]:
+    """Single queries by id in one process: the first, which opens the store, and those that follow, in milliseconds."""
+    from featurepipe import SimilarImages
+
+    ids = [names(int(row), int(row) + 1)[0] for row in np.random.default_rng(2).integers(0, int(rows), int(queries))]
+
+    def work() -> dict[str, float]:
+        start = time.perf_counter()
+        images = SimilarImages(path, index=how, silent=True)
+        images.like(ids[0])
+        first = time.perf_counter() - start
+        return {"first": round(1000 * first, 1), **spread(timed(lambda one=one: images.like(one)) for one in ids[1:])}
+
+    return work
+
+
+def asking_faiss(flat: str, asked: str, queries: str) -> Callable[[], Any]:
+    """The same with faiss alone."""
+    import faiss
+
+    vectors = unit(np.load(asked))[: int(queries)]
+
+    def work() -> dict[str, float]:
+        start = time.perf_counter()
+        index = faiss.read_index(flat)
+        index.search(vectors[:1], 10)
+        first = time.perf_counter() - start
+        further = (
+            timed(lambda place=place: index.search(vectors[place : place + 1], 10)) for place in range(1, len(vectors))
+        )
+        return {"first": round(1000 * first, 1), **spread(further)}
+
+    return work
+
+
+def comparing(path: str, asked: str) -> Callable[[], Any]:
+    """The recall of the index for new vectors."""
+    from featurepipe import SimilarImages
+
+    def work() -> dict[str, float]:
+        vectors = np.load(asked)
+        found, true = (
+            SimilarImages(path, index=how, silent=True).like_vectors(vectors).to_pandas() for how in ("always", "never")
+        )
+        pairs = {*zip(true["query"], true["id"], strict=True)}
+        return {
+            "recall": round(len(pairs & {*zip(found["query"], found["id"], strict=True)}) / len(pairs), 4),
+            "queries": len(vectors),
+        }
+
+    return work
+
+
+def spread(seconds: Iterator[float]) -> dict[str, float]:
+    """Median and 95th percentile in milliseconds."""
+    values = 1000 * np.array([*seconds])
+    return {"median": round(float(np.median(values)), 2), "p95": round(float(np.quantile(values, 0.95)), 2)}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own arguments."""
+    parser.add_argument("--dir", help="a folder with 8 GB of space (default: the system's temporary folder)")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--new", type=int, default=10_000, help="images that the index is extended by")
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--exact", type=int, default=12, help="of these, queries that are compared with all one by one")
+    parser.add_argument("--rounds", type=int, default=3)
+
+
+if __name__ == "__main__":
+    record.main("bench_similar", __doc__ or "", add, run)
