@@ -285,7 +285,7 @@ def gang_run(
                 return _worked(_gang(pool, work, sets), rendezvous)
             except _Failed as failure:
                 if tries == TRIES:
-                    raise ClusterError(f"{failure}, for the {TRIES}th time. {_NEXT}") from failure.__cause__
+                    raise ClusterError(f"{failure}, at the last of {TRIES} tries. {_NEXT}") from failure.__cause__
                 pool.say(f"{failure}; those that are left begin this again")
 
 

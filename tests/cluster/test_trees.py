@@ -147,7 +147,7 @@ def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(dask_exec
         gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares.whole])
     assert not said
     with pytest.raises(
-        ClusterError, match=r"failed \(OSError: broken wire\), for the 3th time. Workers .* see their logs"
+        ClusterError, match=r"failed \(OSError: broken wire\), at the last of 3 tries. Workers .* see their logs"
     ):
         gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares.whole])
     assert len(said) == TRIES - 1
