@@ -117,6 +117,11 @@ def test_evaluating_stored_features_loads_no_torch():
     assert "torch" not in loaded("import featurepipe.evaluation.evaluate")
 
 
+def test_extracting_here_loads_no_dask():
+    """It would take half a second of every start; only a cluster needs it."""
+    assert "dask" not in loaded("import featurepipe.extraction.extract")
+
+
 def test_asking_for_images_of_a_store_loads_no_torch():
     """It would take longer than a search among a million images; only new images need a network."""
     assert "torch" not in loaded("import featurepipe.curation.similar, featurepipe.curation.next_to_label")

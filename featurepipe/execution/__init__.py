@@ -12,9 +12,9 @@ from featurepipe.errors import ClusterError, WorkerRefused
 from featurepipe.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from featurepipe.execution.dask import DaskExecutor, connect, executor_on
+    from featurepipe.execution.dask import DaskExecutor, connect
     from featurepipe.execution.executor import Executor, Report, Stop, Worker, WorkerFacts
-    from featurepipe.execution.local import LocalExecutor, ProcessExecutor
+    from featurepipe.execution.local import LocalExecutor, ProcessExecutor, executor_on
     from featurepipe.execution.row_shards import SpreadFeatures, spread
 
 __all__ = [
@@ -45,7 +45,7 @@ _HOMES = {
     "Worker": "executor",
     "WorkerFacts": "executor",
     "connect": "dask",
-    "executor_on": "dask",
+    "executor_on": "local",
     "spread": "row_shards",
 }
 

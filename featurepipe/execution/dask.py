@@ -6,7 +6,6 @@ import hashlib
 import queue
 import secrets
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from featurepipe.display import displayed, without_password
+from featurepipe.display import without_password
 from featurepipe.errors import ClusterError, StoreError, UsageError
 from featurepipe.execution.executor import (
     LOOK_SECONDS,
@@ -27,10 +26,10 @@ from featurepipe.execution.executor import (
     Function,
     MapOptions,
     TaskResult,
+    to_stderr,
     told,
 )
 from featurepipe.execution.launchers import QUIET, ClusterTable, in_a_line, opened, read_spec
-from featurepipe.execution.local import LocalExecutor
 from featurepipe.execution.row_shards import SpreadFeatures, spread
 from featurepipe.execution.worker import Attempt, Carried, ask_to_stop, pickled
 from featurepipe.execution.worker_pool import WorkerPool
@@ -111,12 +110,8 @@ class DaskExecutor(WorkerPool, Executor):
 CONNECT_SECONDS = 10.0
 
 
-def _to_stderr(text: str) -> None:
-    print(displayed(text), file=sys.stderr)
-
-
 @contextmanager
-def connect(spec: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[DaskExecutor]:
+def connect(spec: Any, *, say: Callable[[str], None] = to_stderr) -> Iterator[DaskExecutor]:
     """Connects to a cluster, or starts one, for as long as the block runs.
 
     Args:
@@ -196,24 +191,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def executor_on(cluster: Any, *, say: Callable[[str], None] = _to_stderr) -> Iterator[Executor]:
-    """The executor of a cluster, which stays connected for as long as the block runs; without one, this process.
-
-    Args:
-        cluster: what `connect` takes, or an executor; None for this process.
-        say: where messages go.
-
-    Raises:
-        ClusterError: the cluster cannot be reached.
-    """
-    if cluster is None or isinstance(cluster, LocalExecutor):
-        yield cluster or LocalExecutor()
-        return
-    with connect(cluster, say=say) as executor:
-        yield executor
-
-
 ExecutorWhenNeeded: TypeAlias = "Callable[[], DaskExecutor | None]"
 """Gives the executor of a cluster; None where all is done in this process."""
 
@@ -253,7 +230,7 @@ def cluster_name(cluster: Any) -> str | None:
         >>> cluster_name("tls://me:secret@head:8786"), cluster_name("/home/me/slurm.toml"), cluster_name({"kind": "ssh"})
         ('tls://head:8786', 'slurm.toml', 'ssh')
     """
-    if cluster is None or isinstance(cluster, LocalExecutor):
+    if cluster is None or (isinstance(cluster, Executor) and cluster.is_local):
         return None
     if isinstance(cluster, Mapping):
         cluster = cluster.get("scheduler") or cluster.get("kind")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Generic, TypeVar
 
+from featurepipe.display import displayed
 from featurepipe.errors import ClusterError, FeaturepipeError
 
 S = TypeVar("S")
@@ -332,3 +334,8 @@ def told(task: object) -> str:
     """A task in a message."""
     text = str(task)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def to_stderr(text: str) -> None:
+    """Where messages of an executor go by default."""
+    print(displayed(text), file=sys.stderr)

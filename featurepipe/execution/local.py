@@ -1,4 +1,4 @@
-"""Executors on this machine: in this process, or in processes that it starts."""
+"""Executors on this machine, in this process or in processes that it starts; and which executor a command was asked for."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from featurepipe.execution.executor import (
     TaskResult,
     Worker,
     WorkerFacts,
+    to_stderr,
     told,
 )
 from featurepipe.execution.worker import gpu_names, installed, pickled, unpickled
@@ -108,6 +109,26 @@ class LocalExecutor(Executor):
             RuntimeError: always.
         """
         raise RuntimeError(f"the only worker, {address}, cannot be refused: {why}")
+
+
+@contextmanager
+def executor_on(cluster: Any, *, say: Callable[[str], None] = to_stderr) -> Iterator[Executor]:
+    """The executor of a cluster, which stays connected for as long as the block runs; without one, this process.
+
+    Args:
+        cluster: what `featurepipe.execution.connect` takes, or an executor; None for this process.
+        say: where messages go.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    if cluster is None or isinstance(cluster, LocalExecutor):
+        yield cluster or LocalExecutor()
+        return
+    from featurepipe.execution.dask import connect  # in here, for work in this process needs nothing of Dask
+
+    with connect(cluster, say=say) as executor:
+        yield executor
 
 
 class ProcessExecutor(LocalExecutor):

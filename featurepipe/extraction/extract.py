@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.backbones import Column, default_backbone
-from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
-from featurepipe.execution.local import LocalExecutor
+from featurepipe.execution.local import LocalExecutor, executor_on
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.extraction.prepare import ExtractionSpec, prepare

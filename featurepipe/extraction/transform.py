@@ -14,9 +14,8 @@ import numpy as np
 
 from featurepipe.backbones import Column, load_backbone
 from featurepipe.errors import UsageError
-from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
-from featurepipe.execution.local import LocalExecutor
+from featurepipe.execution.local import LocalExecutor, executor_on
 from featurepipe.extraction.compute import compute
 from featurepipe.extraction.extract import existing_store
 from featurepipe.extraction.given import GivenImages

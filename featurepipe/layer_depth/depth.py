@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.execution.dask import executor_on
+from featurepipe.execution.local import executor_on
 from featurepipe.features.options import SourceOptions
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, parts_of, provenance

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.execution.dask import executor_on
+from featurepipe.execution.local import executor_on
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
 from featurepipe.features.session import settle_machine_for
 from featurepipe.features.settings import Machine

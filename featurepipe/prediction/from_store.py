@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from featurepipe.display import first_names
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.execution.dask import executor_on
+from featurepipe.execution.local import executor_on
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL

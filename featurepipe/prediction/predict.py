@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from featurepipe import records
 from featurepipe.errors import Interrupted, Message, Option, SourceError, TooManyRejects, UsageError
-from featurepipe.execution.dask import executor_on
+from featurepipe.execution.local import executor_on
 from featurepipe.extraction.limits import allowance
 from featurepipe.extraction.publish import SHOWN_REJECTS, bounds_of, by_code, kept_damaged, named, remarked
 from featurepipe.features.options import AUTO, REJECT, Places, places

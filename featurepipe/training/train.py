@@ -9,7 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.execution.dask import cluster_name, executor_on
+from featurepipe.execution.dask import cluster_name
+from featurepipe.execution.local import executor_on
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer

@@ -22,9 +22,8 @@ from featurepipe.backbones.loading import ALL as EVERY
 from featurepipe.backbones.tail import Tail, Trunk, cuts
 from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
-from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
-from featurepipe.execution.local import LocalExecutor
+from featurepipe.execution.local import LocalExecutor, executor_on
 from featurepipe.features.session import NetworkName
 from featurepipe.features.settings import Machine
 from featurepipe.layer_depth.document import provenance

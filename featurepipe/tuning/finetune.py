@@ -14,7 +14,7 @@ import numpy as np
 from featurepipe.backbones.tail import Tail
 from featurepipe.display import bytes_of, size
 from featurepipe.errors import Interrupted, Message, Option, UsageError
-from featurepipe.execution.dask import executor_on
+from featurepipe.execution.local import executor_on
 from featurepipe.features.session import NetworkName
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import stop_on_signals

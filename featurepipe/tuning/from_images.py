@@ -25,9 +25,8 @@ from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.tail import Trunk, TunedLayers
 from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
-from featurepipe.execution.dask import executor_on
 from featurepipe.execution.executor import Executor
-from featurepipe.execution.local import LocalExecutor
+from featurepipe.execution.local import LocalExecutor, executor_on
 from featurepipe.extraction.extract import extract, network_for
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
