@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
-from featurepipe.cards import card
 from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unknown, unsearchable
-from featurepipe.results import optional
+from featurepipe.results import card, optional
 from featurepipe.store import documents, snapshots
 from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder, strangers, write_json
 from featurepipe.store.choice import choose_space, open_features

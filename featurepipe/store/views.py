@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import names_in_doubt, split_asked
-from featurepipe.cards import card
 from featurepipe.display import bytes_of, counted
 from featurepipe.errors import UsageError
 from featurepipe.lazy_names import lazy_names
-from featurepipe.results import optional
+from featurepipe.results import card, optional
 from featurepipe.store.labelled_images import LabelledImages, role_column
 from featurepipe.store.labels import LabelSource, join_labels, read_labels
 from featurepipe.store.rows import ArrayRows, KeptRows, WideRows

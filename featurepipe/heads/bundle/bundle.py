@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.cards import card
 from featurepipe.display import first_names
 from featurepipe.errors import BundleError, Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import Blocks
@@ -47,7 +46,7 @@ from featurepipe.heads.calibration import class_scores, label_scores, predicted_
 from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.screening import HALF, screening_table
-from featurepipe.results import headline, tables_of
+from featurepipe.results import card, headline, tables_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
