@@ -36,6 +36,9 @@ def add_labels(command: ArgumentParser) -> None:
     define(command, labels)
     add_store(command)
     add_options(command, CheckLabelsOptions)
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what would be fitted and how long it takes; write nothing"
+    )
     add_quiet(command)
     add_json(command)
 
@@ -76,9 +79,10 @@ def similar(args: Namespace) -> int:
 def labels(args: Namespace) -> int:
     """Runs ``featurepipe labels``."""
     from featurepipe.curation.suspects import labels as check
-    from featurepipe.curation.suspects import labels_text
+    from featurepipe.curation.suspects import labels_text, plan_text
 
-    show(args, check(existing_store(args), **options(args, CheckLabelsOptions), silent=args.quiet), labels_text)
+    found = check(existing_store(args), **options(args, CheckLabelsOptions), dry_run=args.dry_run, silent=args.quiet)
+    show(args, found, plan_text if args.dry_run else labels_text)
     return 0
 
 

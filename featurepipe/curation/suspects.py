@@ -19,11 +19,12 @@ from featurepipe.features.options import Places, places
 from featurepipe.heads.families import make_head
 from featurepipe.heads.sampling import ALWAYS_TRAIN
 from featurepipe.monitoring.near import nearest
-from featurepipe.progress import show
+from featurepipe.progress import show, spoken
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions
+from featurepipe.training.cost import time_of
 from featurepipe.training.splits import dealt
 from featurepipe.training.task import weighted
 
@@ -38,6 +39,7 @@ _NORMAL = 0.6745  # of a normal distribution, the median absolute deviation in s
 _NEIGHBOURS = 5
 _SHOWN = 60
 _ROWS = 30
+_CLASSES = 10  # that a dry run names
 
 Array = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
@@ -94,6 +96,7 @@ def labels(
     target: str | None = None,
     multilabel: Sequence[str] | None = None,
     weight: str | None = None,
+    dry_run: bool = False,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Finds labels that look wrong.
@@ -131,13 +134,16 @@ def labels(
         target: The column of a number to check instead of classes.
         multilabel: The columns of several labels to check instead of classes.
         weight: The column of how much each image counts while heads are fitted.
+        dry_run: Say what would be fitted, and how long it takes by fits on some of the images; write nothing.
         silent: Say nothing on standard error.
 
     Returns:
         JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``kind`` (``multiclass``, ``multilabel`` or
         ``continuous``), ``images`` (checked), ``unlabelled``, ``unchecked`` (the only ones of their class), ``count`` (of
         suspects), ``suspects``: a list of ``id``, ``given``, ``suggested``, ``score``, of several labels ``label``, the most
-        suspect first; ``file``, ``options``, ``warnings``, ``seconds``.
+        suspect first; ``file``, ``options``, ``warnings``, ``seconds``. With ``dry_run`` instead of what was found ``classes``
+        (or labels, where present; of numbers none) with the images of each, ``folds``, ``fits``, ``rows`` of each fit, ``width``
+        of the features, and ``expected_seconds``.
 
     Raises:
         UsageError: There are no labels, or of one class only; a column is unknown; or cleanlab is not installed.
@@ -153,6 +159,12 @@ def labels(
     question = Question.of(store, options, "labels", silent=silent)
     every = question.rows(RoleOptions.of(options), labels, split)
     known = every.select(labelled=True)
+    if dry_run:
+        found = question.told(
+            dry_run=True, kind=RoleOptions.of(options).target_type, images=len(known), unlabelled=len(every) - len(known),
+            **planned(known, folds=folds, seed=seed),
+        )  # fmt: skip
+        return {**found, "file": None}
     question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
     with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
         suspects = find_suspects(known, folds=folds, seed=seed, done=lambda: progress.advance(1))
@@ -185,11 +197,7 @@ def find_suspects(
     Raises:
         UsageError: There are fewer than two classes, or fewer rows than folds.
     """
-    if len(features) < 2 * folds:
-        raise UsageError(
-            f"{counted(len(features), 'labelled image')} are too few to be judged in {folds} parts; label more of them, or give "
-            "labels of your own"
-        )
+    _check(features, folds)
     if features.targets is None:
         return _suspect_classes(features, folds, seed, done)
     if features.target_names:
@@ -197,12 +205,55 @@ def find_suspects(
     return _suspect_numbers(features, folds, seed, done)
 
 
-def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+def _check(features: FeatureSet, folds: int) -> None:
+    """Refuses labels that cannot be judged."""
+    if len(features) < 2 * folds:
+        raise UsageError(
+            f"{counted(len(features), 'labelled image')} are too few to be judged in {folds} parts; label more of them, or give "
+            "labels of your own"
+        )
     classes = features.classes
-    if len(classes) < 2:
+    if features.targets is None and len(classes) < 2:
         raise UsageError(
             f"every label of dataset {features.origin.dataset} is {classes[0]!r}: there is nothing to tell apart"
         )
+
+
+def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0) -> dict[str, Any]:
+    """What `find_suspects` would fit on labelled rows, and about how many seconds that takes, by fits on some of them.
+
+    Raises:
+        UsageError: As `find_suspects` does.
+    """
+    _check(features, folds)
+    rows, targets = len(features) * (folds - 1) // folds, features.targets
+    drawn = np.random.default_rng(seed).permutation(len(features))
+    counts: dict[str, int] = {}
+    if targets is None:
+        codes = features.codes()
+        counts = dict(zip(features.classes, np.bincount(codes).tolist(), strict=True))
+    elif features.target_names:
+        counts = dict(zip(features.target_names, (np.asarray(targets) == 1).sum(axis=0).tolist(), strict=True))
+        fullest = np.asarray(targets)[:, int(np.argmax(list(counts.values())))]
+        drawn, codes = drawn[~np.isnan(fullest[drawn])], np.nan_to_num(fullest).astype(np.int64)
+    if counts:
+        of_each = drawn[np.unique(codes[drawn], return_index=True)[1]]  # so that few rows have every class, too
+
+    def fit(count: int) -> object:
+        if not counts:
+            return _fitted_to_numbers(features, np.sort(drawn[:count]), np.asarray(targets, np.float64))
+        return _fitted(features, np.union1d(of_each, drawn[:count]), codes)
+
+    fits = folds * (len(features.target_names) or 1)
+    seconds = fits * time_of(fit, rows, steepest=1)
+    return {
+        "classes": counts, "folds": folds, "fits": fits, "rows": rows, "width": features.shape[1],
+        "expected_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+    classes = features.classes
     codes = features.codes(classes)
     fold = dealt(features, codes, np.arange(len(codes)), folds=folds, seed=seed)
     probabilities = np.zeros((len(codes), len(classes)))
@@ -224,6 +275,12 @@ def _fitted(features: FeatureSet, rows: Positions, codes: Array) -> Any:
     head = make_head("logistic", C=_strength(len(rows)), out_of_core=True)
     weights = features.weights
     return head.fit(features.take(rows), codes[rows], **weighted(head, None if weights is None else weights[rows]))
+
+
+def _fitted_to_numbers(features: FeatureSet, rows: Positions, numbers: npt.NDArray[np.float64]) -> Any:
+    head = make_head("ridge", target_type="continuous", alpha=1 / _strength(len(rows)), out_of_core=True)
+    weights = features.weights
+    return head.fit(features.take(rows), numbers[rows], **weighted(head, None if weights is None else weights[rows]))
 
 
 def _strength(rows: int) -> float:
@@ -289,15 +346,10 @@ def _suspect_numbers(features: FeatureSet, folds: int, seed: int, done: Callable
     every = np.zeros(len(numbers), np.int64)
     fold = dealt(features, every, np.arange(len(numbers)), folds=folds, seed=seed)
     predicted = np.full(len(numbers), np.nan)
-    weights = features.weights
     for number in range(folds):
         test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         if len(test) and len(train):
-            head = make_head("ridge", target_type="continuous", alpha=1 / _strength(len(train)), out_of_core=True)
-            head.fit(
-                features.take(train), numbers[train], **weighted(head, None if weights is None else weights[train])
-            )
-            predicted[test] = head.predict(features.take(test))
+            predicted[test] = _fitted_to_numbers(features, train, numbers).predict(features.take(test))
         done()
     judged = np.flatnonzero(~np.isnan(predicted))
     residual = np.abs(predicted[judged] - numbers[judged])
@@ -407,6 +459,22 @@ def _shown_labels(features: FeatureSet) -> list[str]:
         return [f"{value:.6g}" for value in targets]
     names = np.array(features.target_names, object)
     return [" + ".join(names[row == 1]) or "none" for row in targets]
+
+
+def plan_text(found: Mapping[str, Any]) -> str:
+    """What ``featurepipe labels --dry-run`` prints."""
+    counts = found["classes"]
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:_CLASSES])
+    more = f", and {len(counts) - _CLASSES:,} more" if len(counts) > _CLASSES else ""
+    noun = "labels" if found["kind"] == "multilabel" else "classes"
+    without = f"; {counted(found['unlabelled'], 'image')} without one, left out" if found["unlabelled"] else ""
+    return "\n".join([
+        f"{found['dataset']}: the labels of {counted(found['images'], 'image')} by {found['column']}{without}",
+        f"{len(counts):,} {noun}: {shown}{more}" if counts else "numbers",
+        f"{counted(found['fits'], 'fit')} on {found['rows']:,} x {found['width']:,} features, in {found['folds']} folds: about "
+        f"{spoken(found['expected_seconds'])}",
+        "dry run: nothing was checked or written",
+    ])  # fmt: skip
 
 
 def labels_text(found: Mapping[str, Any]) -> str:

@@ -175,3 +175,36 @@ def test_the_command_prints_one_document(blobs, cli):
     answer = cli("labels", blobs.store.path, "--json", "--quiet", "--limit", "1")
     found = json.loads(answer.out)
     assert (answer.code, found["kind"], len(found["suspects"])) == (0, "multiclass", 1)
+
+
+def test_a_dry_run_says_what_would_be_fitted_and_writes_nothing(blobs, tmp_path, cli):
+    before = sorted(blobs.store.path.rglob("*"))
+    answer = cli("labels", blobs.store.path, "--folds", "4", "--dry-run", "--to", tmp_path / "labels.csv", "--json")
+    found = json.loads(answer.out)
+    labels_given = blobs.store.features("pile").labels
+    expected = {name: int((labels_given == name).sum()) for name in "abcd"}
+    assert {name: found[name] for name in ("images", "unlabelled", "classes", "folds", "fits", "rows", "width", "file")} == {
+        "images": 121, "unlabelled": 1, "classes": expected, "folds": 4, "fits": 4, "rows": 90, "width": 3, "file": None,
+    }  # fmt: skip
+    assert 0 < found["expected_seconds"] < 60
+    text = cli("labels", blobs.store.path, "--dry-run").out
+    assert "4 classes: a (" in text
+    assert "5 fits on 96 x 3 features, in 5 folds: about " in text
+    assert text.endswith("dry run: nothing was checked or written\n")
+    assert not (tmp_path / "labels.csv").exists()
+    assert sorted(blobs.store.path.rglob("*")) == before
+
+
+def test_a_dry_run_counts_the_fits_of_each_label_and_those_to_numbers(pile):
+    rng = np.random.default_rng(0)
+    rows = pile.add_rows([f"{n}" for n in range(40)], rng.normal(size=(40, 3)))
+    pile.night({"b:gap": rows})
+    features = pile.store.features("pile")
+    several = np.where(np.arange(40)[:, None] % [2, 4, 40] == 0, 1.0, 0.0)
+    several[1, 0] = np.nan
+    told = module.planned(features.with_column("target", several, names=["x", "y", "z"]), folds=4)
+    assert (told["classes"], told["fits"], told["rows"]) == ({"x": 20, "y": 10, "z": 1}, 12, 30)
+    told = module.planned(features.with_column("target", rng.normal(size=40)), folds=2)
+    assert (told["classes"], told["fits"], told["rows"]) == ({}, 2, 20)
+    with pytest.raises(UsageError, match="too few to be judged in 30 parts"):
+        module.planned(features.with_column("target", rng.normal(size=40)), folds=30)
