@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
 
+_FEW = 32  # ids that are looked for one by one: of a million that takes 5 ms each, and a table of all 300 ms
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -93,13 +95,19 @@ def of_ids(store: FeatureStore, features: FeatureSet, ids: Sequence[str], datase
     of = features
     if dataset is not None and dataset != features.origin.dataset:
         of = store.features(dataset, node=list(features.columns), backbone=features.space_fingerprint)
-    place = pc.index_in(pa.array(ids, pa.string()), value_set=of.table["id"].combine_chunks())
-    for id_, where in zip(ids, place.to_pylist(), strict=True):
-        if where is None:
-            raise _unknown_id(store, of, id_)
-    rows = np.asarray(place.to_numpy(zero_copy_only=False)).astype(np.int64)
+    rows = _rows_of(of.table["id"], ids)
+    if (rows < 0).any():
+        raise _unknown_id(store, of, ids[int(np.argmin(rows))])
     own = rows if of is features else np.full(len(rows), -1, np.int64)
     return Queries(tuple(ids), of.read(np.float32, rows=rows), own, {}, {})
+
+
+def _rows_of(column: pa.ChunkedArray, ids: Sequence[str]) -> Positions:
+    """(q,) rows of some ids, -1 for one that is nowhere."""
+    if len(ids) <= _FEW:
+        return np.array([pc.index(column, id_).as_py() for id_ in ids], np.int64)
+    place = pc.index_in(pa.array(ids, pa.string()), value_set=column.combine_chunks())
+    return np.asarray(pc.fill_null(place, -1).to_numpy(zero_copy_only=False)).astype(np.int64)
 
 
 def _unknown_id(store: FeatureStore, of: FeatureSet, id_: str) -> UsageError:

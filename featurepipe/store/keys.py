@@ -58,6 +58,7 @@ def keys_from_arrow(column: pa.ChunkedArray) -> Keys:
 
 
 _BLOCK = 65_536  # keys looked up at a time: bounded memory, and neighbours among them share what the cache holds
+_MANY = 8  # an eighth of the rows: then it pays to look first whether all of them are different
 _SMALL_ROWS = 2**32
 
 
@@ -90,13 +91,33 @@ class SortedKeys:
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Returns the first row that holds each key, all 32 bytes compared; -1 where none does."""
         found = np.empty(len(keys), np.int64)
+        many = len(keys) * _MANY >= len(self.prefixes)
+        find = self._find_run if many and self._are_different() else self._find_block
         for start in range(0, len(keys), _BLOCK):
-            found[start : start + _BLOCK] = self._find_block(keys[start : start + _BLOCK])
+            found[start : start + _BLOCK] = find(keys[start : start + _BLOCK])
         return found
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Tells which keys are held."""
         return self.find(keys) >= 0
+
+    def _are_different(self) -> bool:
+        return not (self.prefixes[1:] == self.prefixes[:-1]).any()
+
+    def _find_run(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """As ``_find_block``, much faster where keys follow each other as those held do, as a snapshot's mostly do.
+
+        Only if all that are held are different: else a row that has the key need not be the first.
+        """
+        found = np.full(len(keys), -1, np.int64)
+        first = int(self._find_block(keys[:1])[0])
+        if first >= 0:
+            held = _words(self.keys[first : first + len(keys)])
+            same = np.flatnonzero((held == _words(keys[: len(held)])).all(axis=1))
+            found[same] = first + same
+        rest = np.flatnonzero(found < 0)
+        found[rest] = self._find_block(keys[rest])
+        return found
 
     def _find_block(self, keys: Keys) -> npt.NDArray[np.int64]:
         prefixes = prefixes_of(keys)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import featurepipe
+from featurepipe.curation.queries import of_ids
 from featurepipe.curation.similar import similar, similar_text
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks
@@ -86,6 +87,20 @@ def test_new_images_are_put_through_the_network_and_known_bytes_are_not(stripes,
         assert query["found"][0]["label"] == query["id"].split("/")[0]
     known = similar(kept, [folder / "seen" / "flat" / "2.png"], top=1, backbone="lenet5", silent=True)
     assert (known["computed"], known["queries"][0]["found"][0]["id"]) == (0, "flat/2.png")
+
+
+def test_many_ids_are_found_as_few_are(pile):
+    values = pile.add_rows([f"{n}.png" for n in range(50)], np.random.default_rng(1).normal(size=(50, 8)))
+    pile.night({"b:gap": values})
+    features = pile.store.features("pile")
+    ids = [features.ids[row] for row in np.random.default_rng(2).permutation(50)]
+    many, few = of_ids(pile.store, features, ids), [of_ids(pile.store, features, [id_]) for id_ in ids]
+    assert [features.ids[row] for row in many.own] == ids
+    np.testing.assert_array_equal(many.own, np.concatenate([one.own for one in few]))
+    np.testing.assert_array_equal(many.vectors, np.concatenate([one.vectors for one in few]))
+    for asked in (["9.png", "nowhere"], [*ids, "nowhere"]):
+        with pytest.raises(UsageError, match="unknown image 'nowhere'"):
+            of_ids(pile.store, features, asked)
 
 
 def test_images_of_another_dataset_are_looked_for_across(pile):

@@ -76,6 +76,20 @@ def test_keys_are_looked_up_in_blocks(monkeypatch):
     assert found.tolist() == [first.get(bytes(key), -1) for key in keys]
 
 
+@pytest.mark.parametrize("copies", [0, 3])
+def test_keys_in_the_order_of_those_held_are_found_as_any_others_are(monkeypatch, copies):
+    monkeypatch.setattr(keys_module, "_BLOCK", 16)
+    rng = np.random.default_rng(2)
+    held = rng.integers(0, 256, (200, 32), np.uint8)
+    if copies:
+        held[[50, 90, 199]] = held[[49, 10, 198]]  # the first of them counts
+    first = {bytes(key): row for row, key in reversed(list(enumerate(held)))}
+    strange = rng.integers(0, 256, (5, 32), np.uint8)
+    wanted = np.concatenate([held[40:80], strange, held[81:200], held[:3], held[rng.permutation(200)]])
+    found = keys_module.SortedKeys.of_keys(held).find(wanted)
+    assert found.tolist() == [first.get(bytes(key), -1) for key in wanted]
+
+
 def test_takes_keys_as_bytes_too(store, space, rows):
     rows.write(store, space, ["1"])
     assert space.index().contains([bytes(key) for key in rows.keys(["1", "2"])]).tolist() == [True, False]
