@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import queue
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +30,7 @@ TOLERANCE = 1e-5
 """Largest distance of fp32 features from those of PyTorch, as a share of their length, image by image."""
 _CHECKED = 3  # images on which both are compared; another number than the batch that is traced
 _MOST_IMAGES = 65_536  # of a batch, as the trace is told
+_FIRST_BATCH = threading.Lock()
 
 
 class NotConvertedError(Exception):
@@ -112,6 +115,18 @@ class OpenVinoNetwork:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(self._model.create_infer_request())
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Runs an image, one thread of the process at a time.
+
+        At the first batch of a process, OpenVINO's Python part sets up what it shares between threads, under a lock of C++ in which
+        Python code runs: a second thread that begins at that moment waits for the lock with Python's own lock in hand, and both wait
+        for good.
+        """
+        shape = [size.get_length() for size in list(self._model.input(0).get_partial_shape())[1:]]
+        with _FIRST_BATCH, _refused(), self.activations(torch.zeros((1, *shape), dtype=torch.uint8)):
+            pass
 
     @contextmanager
     def activations(self, batch: torch.Tensor) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -157,8 +172,7 @@ class _Normalised(nn.Module):
 
 def _converted(whole: nn.Module, shape: tuple[int, int, int]) -> Any:
     """The network as a model of OpenVINO, for batches of any size."""
-    import openvino  # type: ignore[import-untyped]
-
+    openvino = _openvino()
     example = torch.zeros((2, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
     with _refused(), warnings.catch_warnings():
@@ -171,19 +185,28 @@ def _converted(whole: nn.Module, shape: tuple[int, int, int]) -> Any:
 
 def _written(model: Any, folder: Path) -> Any:
     """The model as a next run will read it, so that both compute the same bits; None if it cannot be written."""
-    import openvino
-
     try:
-        openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
+        _openvino().save_model(model, folder / "network.xml", compress_to_fp16=False)
         return _core().read_model(folder / "network.xml")
     except (RuntimeError, OSError):  # such as a full disk
         return None
 
 
-def _core() -> Any:
-    import openvino
+def _openvino() -> Any:
+    """The package, without its messages to its makers.
 
-    core = openvino.Core()
+    Imported or converting, it sends them what it does and with which versions, from a forked process, unless the module that sends
+    is missing; nobody has asked the user. What a program has imported before stays as the program wants it.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it fails then
+    import openvino  # type: ignore[import-untyped]
+
+    return openvino
+
+
+def _core() -> Any:
+    core = _openvino().Core()
     core.set_property({"ENABLE_MMAP": False})  # a file that is mapped cannot be removed everywhere
     return core
 
