@@ -120,9 +120,8 @@ class OpenVinoNetwork:
     def _warm_up(self) -> None:
         """Runs an image, one thread of the process at a time.
 
-        At the first batch of a process, OpenVINO's Python part sets up what it shares between threads, under a lock of C++ in which
-        Python code runs: a second thread that begins at that moment waits for the lock with Python's own lock in hand, and both wait
-        for good.
+        At a process's first batch, OpenVINO's Python part sets up what its threads share, under a lock of C++ in which Python
+        code runs. A second thread that begins then waits for that lock with Python's own lock in hand: both wait for good.
         """
         shape = [size.get_length() for size in list(self._model.input(0).get_partial_shape())[1:]]
         with _FIRST_BATCH, _refused(), self.activations(torch.zeros((1, *shape), dtype=torch.uint8)):
@@ -195,8 +194,8 @@ def _written(model: Any, folder: Path) -> Any:
 def _openvino() -> Any:
     """The package, without its messages to its makers.
 
-    Imported or converting, it sends them what it does and with which versions, from a forked process, unless the module that sends
-    is missing; nobody has asked the user. What a program has imported before stays as the program wants it.
+    Imported or converting, it sends them what it does and with which versions, from a forked process, unless the module that
+    sends is missing; nobody has asked the user. What a program has imported before stays as the program wants it.
     """
     if "openvino" not in sys.modules:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it fails then

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -211,3 +213,58 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert conversions.cache_folder() == tmp_path / "local" / "featurepipe" / "openvino"
     monkeypatch.setenv("FEATUREPIPE_CACHE", "")
     assert conversions.cache_folder() is None
+
+
+def test_a_kept_network_runs_a_batch_alone_before_it_is_handed_out(filled, monkeypatch):
+    alone = []
+    activations = converting.OpenVinoNetwork.activations
+
+    def counted(self, batch):
+        alone.append((converting._FIRST_BATCH.locked(), tuple(batch.shape)))
+        return activations(self, batch)
+
+    monkeypatch.setattr(converting.OpenVinoNetwork, "activations", counted)
+    forbid_conversion(monkeypatch)
+    backbone = load_backbone("lenet5", "none")
+    Engine(backbone, backbone.columns(NODES), engine=OPENVINO)
+    assert alone == [(True, (1, 1, 32, 32))]
+    assert not converting._FIRST_BATCH.locked()
+
+
+AT_ONCE = """
+import os, sys, threading, torch
+from featurepipe.backbones import load_backbone
+from featurepipe.backbones.openvino import network_of
+torch.set_num_threads(1)
+backbone = load_backbone("lenet5", "none")
+network = network_of(backbone, ["c3", "f6.1"], 8)
+sys.setswitchinterval(1e-6)
+barrier = threading.Barrier(8)
+def run():
+    barrier.wait()
+    with network.activations(torch.zeros((2, 1, 32, 32), dtype=torch.uint8)):
+        pass
+threads = [threading.Thread(target=run, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+print("waiting" if any(thread.is_alive() for thread in threads) else "done", flush=True)
+os._exit(0)  # threads that wait for each other cannot be ended
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_begin_at_once_do_not_wait_for_each_other(filled):
+    """Without the batch before, two or three of six such processes waited for good."""
+    for _ in range(4):
+        found = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, timeout=300, check=True)
+        assert found.stdout == "done\n", found.stderr
+
+
+def test_openvino_sends_no_messages_to_its_makers():
+    converting._openvino()
+    from openvino.tools.ovc import convert_impl, telemetry_utils
+
+    assert sys.modules["openvino_telemetry"] is None
+    assert convert_impl.tm.__name__ == telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
