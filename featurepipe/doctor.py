@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featurepipe.display import size, table
-from featurepipe.errors import Reject
+from featurepipe.errors import Reject, needs_posix
 from featurepipe.store.locks import LOCK_EX, LOCK_NB, locked
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -236,6 +236,8 @@ def disk_space(folder: Path) -> Check:
 def writable(folder: Path) -> Check:
     """Whether a file can be written, synced and locked where the store is or will be."""
     place = _existing(folder)
+    if why := needs_posix("feature stores"):
+        return Check("writable", PROBLEM, why.partition(". ")[0], why.partition(". ")[2])
     if folder.exists() and not folder.is_dir():
         return Check("writable", PROBLEM, f"{folder} is a file", "name a folder with --store")
     try:

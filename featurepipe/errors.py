@@ -31,6 +31,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,6 +290,20 @@ def about(option: str) -> Iterator[None]:
     except FeaturepipeError as error:
         error.option = error.option or option
         raise
+
+
+def needs_posix(what: str) -> str:
+    """Why ``what`` (stores, bundles) cannot be used on this system, as on Windows; empty where it can.
+
+    Their files are opened without following links, and read at positions by several threads.
+    """
+    lacking = [name for name in ("O_NOFOLLOW", "O_CLOEXEC", "pread") if not hasattr(os, name)]
+    if not lacking:
+        return ""
+    return (
+        f"{what} need Linux or macOS: Python on {sys.platform} has no os.{lacking[0]}. On Windows run featurepipe in WSL; "
+        "`featurepipe --help`, `backbones`, `nodes` and fp.make_head work here"
+    )
 
 
 def nearest(value: str, names: Sequence[str]) -> list[str]:

@@ -188,7 +188,8 @@ def _forget_watch() -> None:
         signal.set_wakeup_fd(-1)  # a fork has its own signals, and no thread that watches them
 
 
-os.register_at_fork(after_in_child=_forget_watch)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_forget_watch)
 
 
 @contextmanager

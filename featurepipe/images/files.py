@@ -28,7 +28,8 @@ from featurepipe.images.listing import UNKNOWN, printable
 _PASSING: Final = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.EIO, errno.EMFILE, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENFILE, errno.ENOLINK, errno.ENOTCONN,
-    errno.EPIPE, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, socket.EAI_AGAIN,
+    errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT, socket.EAI_AGAIN,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
 }  # fmt: skip
 _BUSY: Final = {408, 425, 429, 500, 502, 503, 504}  # HTTP status codes that invite to ask again
 
@@ -48,6 +49,8 @@ _CHECKSUMS: Final = (
     "ino",
 )
 _SIZE: Final = struct.Struct("<q")
+_TO_READ: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+"""O_BINARY is Windows' alone, which has neither of the others."""
 
 
 def is_url(path: str) -> bool:
@@ -225,7 +228,7 @@ def read_head(path: str, size: int) -> bytes:
     if is_url(path) or size > FILE_BYTES():
         return read_file(path)[:size]
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, _TO_READ)
         with open(descriptor, "rb", buffering=0) as file:
             return (file.read(size) or b"") if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -245,7 +248,7 @@ def size_and_path(locator: bytes) -> tuple[int, bytes]:
 def _read_local(path: str) -> bytes:
     try:
         # Non-blocking, because a named pipe called x.jpg would otherwise hang here for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, _TO_READ)
         with open(descriptor, "rb", buffering=0) as file:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):

@@ -15,7 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UnknownSnapshot, UsageError
+from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UnknownSnapshot, UsageError, needs_posix
 from featurepipe.progress import announcer
 from featurepipe.store.atomic import has_other_names, open_file
 
@@ -44,12 +44,8 @@ def check_system() -> None:
     Raises:
         StoreError: This is one.
     """
-    lacking = [name for name in ("O_NOFOLLOW", "O_CLOEXEC", "pread") if not hasattr(os, name)]
-    if lacking:
-        raise StoreError(
-            f"feature stores need Linux or macOS: Python on {sys.platform} has no os.{lacking[0]}. On Windows run featurepipe in "
-            "WSL; `featurepipe --help`, `backbones`, `nodes` and fp.make_head work here"
-        )
+    if why := needs_posix("feature stores"):
+        raise StoreError(why)
 
 
 def locked(descriptor: int, operation: int) -> bool:

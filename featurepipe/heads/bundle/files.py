@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import BundleError, unsearchable
+from featurepipe.errors import BundleError, needs_posix, unsearchable
 
 FORMAT, VERSION = "featurepipe-bundle", 2
 """The greatest version that is read.
@@ -164,8 +164,10 @@ def open_plain(folder: Path, name: str) -> BufferedReader:
     """Opens a file that lies in ``folder`` itself: no link, no device, no pipe.
 
     Raises:
-        BundleError: There is none.
+        BundleError: There is none, or the system cannot open it so.
     """
+    if why := needs_posix("bundles"):
+        raise BundleError(why)
     path = folder / name
     try:  # O_NONBLOCK: opening a pipe must not wait for its other end
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
