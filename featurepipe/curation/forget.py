@@ -87,7 +87,9 @@ def forget(
     def look(order: Removal) -> None:
         found.extend(dependents(target, order, places, say))
 
-    report = forget_images(target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look)
+    report = forget_images(
+        target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look, silent=silent
+    )
     return {**asdict(report), "dry_run": dry_run, "dependents": found}
 
 

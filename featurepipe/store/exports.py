@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ BLOCK_BYTES = 32 << 20
 ABOUT = "_export.json"
 """What a folder of Parquet files is; written last. Readers of Parquet folders pass over names with ``_`` before them."""
 DELETED = "_deleted.parquet"
+_TEXTS_AT_ONCE = 65_536  # which take 4 bytes a character, as long as the longest
 _OF_SNAPSHOT = ("key", "size", "mtime_ns")
 
 
@@ -100,7 +102,7 @@ def export(
     float64 or several labels (n, K) float32 with 1, 0 and NaN, named by ``classes``.
     ``.parquet`` holds ``id``, ``label``, ``split``, the roles as ``group``, ``weight`` and ``target`` (its field has the names of
     several labels), and ``features`` (a list of fixed length). A path without a suffix is a folder of such files, which
-    replaces one that an export wrote before. All but ``.npz`` is written in bounded memory. The checksum of every part concerned
+    replaces one that an export wrote before. Features are in memory some at a time. The checksum of every part concerned
     is compared before anything is written.
 
     Args:
@@ -235,12 +237,31 @@ def _whole(name: str, values: npt.NDArray[Any]) -> PartArray:
 
 
 def _write_npz(output: _Output, file: IO[bytes]) -> None:
-    arrays: dict[str, npt.NDArray[Any]] = {"X": np.empty(output.features.shape, output.dtype)}
-    for place in output.places():
-        arrays["X"][place] = output.block(place)
-    for name, values in _arrays(output):
-        arrays[name] = np.array(values, dtype=np.str_) if isinstance(values, list) else values
-    np.savez(file, allow_pickle=False, **arrays)
+    """Writes the bytes that ``np.savez`` would, some rows at a time."""
+    with zipfile.ZipFile(file, "w") as packed:
+        _add_member(packed, "X", output.dtype, output.features.shape, output.blocks())
+        for name, values in _arrays(output):
+            if isinstance(values, list):
+                dtype = np.dtype(f"U{max(map(len, values), default=1) or 1}")
+                starts = range(0, len(values), _TEXTS_AT_ONCE)
+                blocks = (np.array(values[start : start + _TEXTS_AT_ONCE], dtype) for start in starts)
+                _add_member(packed, name, dtype, (len(values),), blocks)
+            else:
+                _add_member(packed, name, values.dtype, values.shape, [values])
+
+
+def _add_member(
+    packed: zipfile.ZipFile,
+    name: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    blocks: Iterable[npt.NDArray[Any]],
+) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with packed.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, described)
+        for block in blocks:
+            member.write(np.ascontiguousarray(block).view(np.uint8).data)
 
 
 def _write_parquet(output: _Output, file: IO[bytes], start: int = 0, stop: int | None = None) -> None:

@@ -108,6 +108,7 @@ def forget_images(
     may_come_back: bool = False,
     dry_run: bool = False,
     before: Callable[[Removal], object] = lambda _order: None,
+    silent: bool = True,
 ) -> ForgetReport:
     """Removes images from a store: rows of parts, of all snapshots, rejects, quarantined parts, indexes, names in records.
 
@@ -122,6 +123,7 @@ def forget_images(
         may_come_back: Do not refuse them in the next extractions, and no longer those that were.
         dry_run: Only say what would go.
         before: Called with each order before anything of it is changed: afterwards nobody knows the keys.
+        silent: Show no progress while the store is read back.
 
     Returns:
         What went, and what the search found afterwards.
@@ -143,7 +145,7 @@ def forget_images(
             report.unfinished = len(pending.ids)
         elif pending is not None:
             before(pending)
-            carry_out(store, pending, report)
+            carry_out(store, pending, report, silent=silent)
             report.finished = len(pending.ids)
         elif not wanted:
             raise UsageError("no image to forget: give ids; no earlier call was killed that could be finished")
@@ -153,7 +155,7 @@ def forget_images(
             if not dry_run:
                 strike_documents(store.path, order, dry_run=True)  # raises before anything is changed
                 write_json(store.path / JOURNAL, _journal(order))
-            carry_out(store, order, report, dry_run=dry_run)
+            carry_out(store, order, report, dry_run=dry_run, silent=silent)
     return report
 
 
@@ -275,7 +277,9 @@ def _snapshots(store: FeatureStore, dataset: str) -> Iterator[tuple[str, pa.Tabl
 # Its removal
 
 
-def carry_out(store: FeatureStore, order: Removal, report: ForgetReport, *, dry_run: bool = False) -> None:
+def carry_out(
+    store: FeatureStore, order: Removal, report: ForgetReport, *, dry_run: bool = False, silent: bool = True
+) -> None:
     """Removes all of an order, reads the store back, and lets the journal go; may be done again after a kill."""
     if not dry_run:
         _refuse_later(store, order)
@@ -292,7 +296,7 @@ def carry_out(store: FeatureStore, order: Removal, report: ForgetReport, *, dry_
     if dry_run:
         return
     _remove_temporaries(store.path)
-    found = traces(store.path, order, needles, passed_over=(JOURNAL,))
+    found = traces(store.path, order, needles, passed_over=(JOURNAL,), silent=silent)
     report.searched_files, report.searched_bytes = found.files, found.bytes
     report.left, report.alike = found.places, found.alike
     report.unsearched = [id_ for id_ in order.ids if id_ not in set(order.searchable)][:_NAMED]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import StoreError
+from featurepipe.progress import show
 from featurepipe.store.atomic import atomic_file, listed, read_file, read_lines, walked, write_json
 from featurepipe.store.keys import KEY_BYTES, SortedKeys, as_keys, reject_of
 from featurepipe.store.parts import PartInfo, is_feature, read_array, read_blocks, read_ids, read_part
@@ -311,7 +312,9 @@ class _Search:
             yield places * 2 + shift
 
 
-def traces(root: Path, order: Removal, needles: Needles, *, passed_over: Sequence[str] = ()) -> TracesFound:
+def traces(
+    root: Path, order: Removal, needles: Needles, *, passed_over: Sequence[str] = (), silent: bool = True
+) -> TracesFound:
     """Reads a store back: its parts, snapshots, rejects and records as what they are, and every file byte by byte.
 
     Args:
@@ -319,22 +322,23 @@ def traces(root: Path, order: Removal, needles: Needles, *, passed_over: Sequenc
         order: What was removed.
         needles: Keys and values that are looked for in every file.
         passed_over: Files of the store that may name the images still.
+        silent: Show no progress.
     """
     found = TracesFound()
     found.places += [f"{_inside(path, root)}: {what}" for path, what in _named(root, order)]
-    for entry in walked(root) if needles else ():
-        path = Path(entry.path)
-        if str(path.relative_to(root)) in passed_over:
-            continue
-        found.files += 1
-        keys, values, size = in_bytes(path, needles)
-        found.bytes += size
-        if keys:
-            found.places.append(f"{_inside(path, root)}: a key")
-        if values and path.parent.name in {"parts", "quarantine"}:  # none has their keys: it is another image's
-            found.alike += values
-        elif values:
-            found.places.append(f"{_inside(path, root)}: features")
+    paths = [Path(entry.path) for entry in walked(root)] if needles else []
+    paths = [path for path in paths if str(path.relative_to(root)) not in passed_over]
+    with show(len(paths), "read back", unit="files", silent=silent) as progress:
+        for path in paths:
+            keys, values, size = in_bytes(path, needles)
+            found.files, found.bytes = found.files + 1, found.bytes + size
+            if keys:
+                found.places.append(f"{_inside(path, root)}: a key")
+            if values and path.parent.name in {"parts", "quarantine"}:  # none has their keys: it is another image's
+                found.alike += values
+            elif values:
+                found.places.append(f"{_inside(path, root)}: features")
+            progress.advance(1)
     found.places = sorted(set(found.places))
     return found
 

@@ -11,6 +11,7 @@ import featurepipe
 from featurepipe.cli import main
 from featurepipe.curation.forget import forget, forget_text, ids_of
 from featurepipe.errors import UsageError
+from featurepipe.progress import show as shown
 from featurepipe.store import FeatureStore
 from tests.curation.conftest import KINDS, picture
 
@@ -95,18 +96,26 @@ def test_what_depends_on_them_is_named(store, source, tmp_path):
     assert "none of their keys, features or names" in text
 
 
-def test_from_the_command_line(store, tmp_path, capsys):
+def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
+    bars = []
+    monkeypatch.setattr(
+        "featurepipe.store.traces.show", lambda *told, **how: bars.append((told, how)) or shown(*told, **how)
+    )
     (tmp_path / "ids.txt").write_text("\n".join(PERSON) + "\n\n")
     assert main(["forget", str(store.path), "--ids", str(tmp_path / "ids.txt"), "--dry-run"]) == 0
     assert "would be removed: 2 rows; would be rewritten: 1 part, 1 snapshot" in capsys.readouterr().out
     assert main(["forget", str(store.path), "--ids", str(tmp_path / "ids.txt"), "--id", "down/0.png", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows_dropped"] == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows_dropped"] == 3
     assert main(["forget", str(store.path), "--id", "flat/7.png"]) == 2
     assert "1 of the ids are nowhere in dataset d" in capsys.readouterr().err
     assert main(["forget", str(store.path)]) == 2
     assert "no image to forget" in capsys.readouterr().err
     assert main(["forget", str(store.path), "--id", "flat/0.png", "--look-in", str(tmp_path / "absent")]) == 2
     assert "cannot look in" in capsys.readouterr().err
+    assert bars == [
+        ((told["searched_files"], "read back"), {"unit": "files", "silent": False})
+    ]  # once, and not of what was refused
     (store.path / "mine.txt").write_text("see flat/2.png")
     assert main(["forget", str(store.path), "--id", "flat/2.png"]) == 1
     assert "STILL THERE: mine.txt: a name" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurepipe.errors import CorruptPart, DiskFull, StoreError, UsageError
-from featurepipe.store import describe, export, open_arrays
+from featurepipe.store import describe, export, exports, open_arrays
 
 NAMES = ["cat1", "dog1", "ünicorn", "cat2"]
 
@@ -45,6 +45,26 @@ def test_export_to_npz_needs_no_pickle(features, rows, tmp_path):
         assert file["splits"].tolist() == ["train", "test", "", "train"]
         assert file["classes"][file["y"][[0, 1, 3]]].tolist() == ["cat", "dog", "cat"]
         assert file["y"][2] == -1
+
+
+def test_export_to_npz_writes_what_numpy_would_some_rows_at_a_time(store, features, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("featurepipe.store.exports.BLOCK_BYTES", 300)
+    monkeypatch.setattr("featurepipe.store.exports._TEXTS_AT_ONCE", 3)
+    read = []
+    one_block = exports._Output.block
+    monkeypatch.setattr(exports._Output, "block", lambda self, place: read.append(place) or one_block(self, place))
+    export(features, tmp_path / "x.npz")
+    assert len(read) > 1
+    with np.load(tmp_path / "x.npz") as file:
+        names, arrays = file.files, {name: file[name] for name in file.files}
+    assert names == ["X", "ids", "splits", "y", "classes"]
+    assert arrays["X"].flags.c_contiguous
+    np.savez(tmp_path / "numpy.npz", allow_pickle=False, **arrays)
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+    rows.snapshot(store, "d", NAMES, label=[None] * 4)  # no splits either: texts of no character
+    export(store.features("d"), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        assert (file["splits"].tolist(), file["splits"].dtype) == ([""] * 4, np.dtype("<U1"))
 
 
 def test_export_to_parquet_in_blocks(features, rows, tmp_path, monkeypatch):
