@@ -7,6 +7,7 @@ import platform
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,13 +18,17 @@ PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a feature; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version_of(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
+
+
+@cache
+def _version_of(package: str) -> str | None:
+    """Of an installed package, None if it is not; its metadata is a mail of pages, which is parsed once a process."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def host() -> dict[str, Any]:
