@@ -18,6 +18,7 @@ as one over its root. Nothing in the search depends on which axes those are.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -58,19 +59,17 @@ print('PEAK', next(line for line in status if line.startswith('VmHWM')).split()[
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures everything on one store, which is removed at the end."""
+    """Measures everything on one store."""
     rows, width, new = (3000, 64, 100) if args.tiny else (args.rows, args.width, args.new)
     rounds, queries = (1, 20) if args.tiny else (args.rounds, args.queries)
-    with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-similar-") as folder:
-        path, flat, asked = Path(folder) / "store", Path(folder) / "flat.faiss", Path(folder) / "query.npy"
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-similar-") as temporary:
+        folder = Path(args.keep or temporary)
+        path, flat, asked = folder / "store", folder / "flat.faiss", folder / "query.npy"
         made = Features(rows + new + queries, width)
-        wrote_s = timed(lambda: write_store(path, made, 0, rows))
-        record.note(f"{rows:,} rows written in {wrote_s:.0f} s")
+        before = prepared(folder, made, rows)
+        if args.only_prepare:
+            return before
         np.save(asked, made.read(0, 1))
-        write_flat(flat, made, rows)
-        record.note("faiss' own index is written")
-        build = alone("benchmarks.bench_similar", "building", path)
-        record.note(f"the index was made in {build['seconds']} s")
         first = first_queries(path, flat, asked, rounds)
         np.save(asked, made.read(rows + new, rows + new + queries))
         following = {
@@ -78,22 +77,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for how, few in (("always", queries), ("never", min(queries, args.exact)))
         }
         following["faiss"] = alone("benchmarks.bench_similar", "asking_faiss", flat, asked, min(queries, args.exact))
+        load = list(os.getloadavg())
         recall = alone("benchmarks.bench_similar", "comparing", path, asked)
         write_store(path, made, rows, rows + new)
         extend = alone("benchmarks.bench_similar", "building", path)
         index_bytes = sum(file.stat().st_size for file in path.glob("indexes/*/*.npz"))
     return {
-        "rows": rows, "width": width, "write_s": round(wrote_s, 1),
+        "rows": rows, "width": width, **before,
         "first_s": {how: record.median([one["seconds"] for one in told]) for how, told in first.items()},
         "first_peak_mb": {how: max(one["peak_mb"] for one in told) for how, told in first.items()},
         "following_ms": {name_of(how): told["answer"] for how, told in following.items()},
         "following_peak_mb": {name_of(how): told["peak_mb"] for how, told in following.items()},
         "recall": recall["answer"]["recall"], "recall_queries": recall["answer"]["queries"],
-        "build_s": build["seconds"], "build_peak_mb": build["peak_mb"], "build": build["answer"],
         "extend_by": new, "extend_s": extend["seconds"], "extend_peak_mb": extend["peak_mb"], "extend": extend["answer"],
-        "index_mb": round(index_bytes / MB, 1), "promised": PROMISED, "load_after": list(os.getloadavg()),
+        "index_mb": round(index_bytes / MB, 1), "promised": PROMISED, "load_of_queries": load,
         "rounds": first,
     }  # fmt: skip
+
+
+def prepared(folder: Path, made: Features, rows: int) -> dict[str, Any]:
+    """The store, faiss' own index and ours, and what making them took; from an earlier call where the folder was kept."""
+    told = folder / "prepared.json"
+    if told.exists():
+        return dict(json.loads(told.read_text()))
+    import faiss
+
+    path = folder / "store"
+    index = empty_flat(made.width)
+    write_store(path, made, 0, rows, index)
+    faiss.write_index(index, str(folder / "flat.faiss"))
+    del index
+    record.note(f"{rows:,} rows are written")
+    build = alone("benchmarks.bench_similar", "building", path)
+    record.note(f"the index was made in {build['seconds']} s")
+    found = {"build_s": build["seconds"], "build_peak_mb": build["peak_mb"]}
+    found |= {"build": build["answer"], "load_of_build": list(os.getloadavg())}
+    told.write_text(json.dumps(found))
+    return found
 
 
 def name_of(how: str) -> str:
@@ -133,15 +153,18 @@ class Features:
         return values.astype(np.float16).astype(np.float32)
 
 
-def write_store(path: Path, made: Features, start: int, stop: int) -> None:
-    """Adds some rows, and a snapshot of all up to them."""
+def write_store(path: Path, made: Features, start: int, stop: int, flat: Any = None) -> None:
+    """Adds some rows, to an index of faiss as well, and a snapshot of all up to them."""
     store = FeatureStore(path)
     space = store.open_space(FIELDS, backbone="benchmark", notes={"aliases": {"bottleneck": "node"}})
     with space.writer(store.new_run_id(), dataset="bench") as writer:
         for begin in range(start, stop, _AT_ONCE):
             end = min(begin + _AT_ONCE, stop)
             stats = np.zeros(end - begin, np.int64)
-            writer.add(made.keys[begin:end], names(begin, end), stats, stats, {"node:gap": made.read(begin, end)})
+            values = made.read(begin, end)
+            writer.add(made.keys[begin:end], names(begin, end), stats, stats, {"node:gap": values})
+            if flat is not None:
+                flat.add(unit(values))
     nothing = pa.nulls(stop, pa.string())
     keys = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(32), stop, [None, pa.py_buffer(np.ascontiguousarray(made.keys[:stop]))]
@@ -157,15 +180,13 @@ def names(start: int, stop: int) -> list[str]:
     return [f"images/{number // 1000:04d}/{number:08d}.jpg" for number in range(start, stop)]
 
 
-def write_flat(path: Path, made: Features, rows: int) -> None:
-    """Writes what somebody would search with faiss alone: all values as float16, of unit length."""
+def empty_flat(width: int) -> Any:
+    """What somebody would search with faiss alone: all values as float16, of unit length."""
     import faiss
 
-    index = faiss.IndexScalarQuantizer(made.width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    index.train(np.zeros((1, made.width), np.float32))
-    for start in range(0, rows, _AT_ONCE):
-        index.add(unit(made.read(start, min(start + _AT_ONCE, rows))))
-    faiss.write_index(index, str(path))
+    index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.zeros((1, width), np.float32))
+    return index
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -276,6 +297,10 @@ def timed(work: Callable[[], Any]) -> float:
 def add(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own arguments."""
     parser.add_argument("--dir", help="a folder with 8 GB of space (default: the system's temporary folder)")
+    parser.add_argument("--keep", help="a folder for store and index, which are taken from there the next time")
+    parser.add_argument(
+        "--only-prepare", action="store_true", help="make store and index in that folder, and measure no query"
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--new", type=int, default=10_000, help="images that the index is extended by")
