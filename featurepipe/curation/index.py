@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from featurepipe.curation.options import COSINE
 from featurepipe.display import counted
-from featurepipe.errors import StoreError, StoreLocked, UsageError
+from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UsageError
 from featurepipe.heads.blocks import iterate
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.monitoring.near import (
@@ -41,7 +42,8 @@ from featurepipe.store.indexes import (
     read_index,
     write_index,
 )
-from featurepipe.store.keys import SortedKeys, count_distinct, different
+from featurepipe.store.keys import SortedKeys, count_distinct, different, keys_from_arrow
+from featurepipe.store.snapshots import OK
 
 FEW = 200_000
 """Images up to which every one is compared, unless an index is asked for: that takes a second or less."""
@@ -372,6 +374,7 @@ def chosen_search(
 
     Raises:
         UsageError: An index is wanted of a snapshot that is not the current one, or faiss is not installed.
+        StoreMoved: Images were forgotten while their index was made.
     """
     count = len(features)
     if wanted == "never" or (wanted == "auto" and count < FEW):
@@ -394,8 +397,11 @@ def chosen_search(
         return ImageSearch(None, "no index is kept; --index always makes one", tuple(warnings))
     made, why = _up_to_date(stored, features, distance, snapshot, say, silent=silent)
     try:
-        with store.lock(shared=True):
+        with store.lock(shared=True):  # nobody forgets an image meanwhile
+            _refuse_rewritten(store, features, snapshot)
             write_index(store.path, made)
+    except StoreMoved:
+        raise
     except (StoreLocked, StoreError, OSError) as error:
         warnings.append(f"the index could not be kept: {error}")
     if made.document.recall < ENOUGH:
@@ -403,6 +409,18 @@ def chosen_search(
             f"the index finds {made.document.recall:.1%} of the {_NEAREST} nearest images; without it all are found"
         )
     return ImageSearch(KeptIndex(made, features), why, tuple(warnings))
+
+
+def _refuse_rewritten(store: FeatureStore, features: FeatureSet, snapshot: str) -> None:
+    """Refuses to keep an index of images of which some were forgotten while it was made: their vectors would come back.
+
+    Raises:
+        StoreMoved: The snapshot is not of these images any more.
+    """
+    now = store.snapshot(features.origin.dataset, snapshot, columns=["key", "status"])
+    usable = None if now is None else now.filter(pc.equal(now["status"], OK))
+    if usable is None or digest_of_images(keys_from_arrow(usable["key"])) != digest_of_images(features.keys):
+        raise StoreMoved(f"images of dataset {features.origin.dataset} were forgotten while their index was made")
 
 
 def _is_of(stored: StoredIndex, features: FeatureSet) -> bool:

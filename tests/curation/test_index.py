@@ -9,8 +9,8 @@ from featurepipe import SimilarImages
 from featurepipe.curation import index as module
 from featurepipe.curation.similar import similar, similar_text
 from featurepipe.errors import UsageError
-from featurepipe.store import gc_store, verify_store
-from featurepipe.store.indexes import read_index
+from featurepipe.store import forget_images, gc_store, verify_store
+from featurepipe.store.indexes import read_index, write_index
 
 NAMES = [f"{n}.png" for n in range(400)]
 
@@ -157,6 +157,28 @@ def test_gc_removes_an_index_with_images_that_no_snapshot_has(full):
     assert gc_store(full.store, keep_snapshots=1, dry_run=True).indexes_removed == 1
     assert gc_store(full.store, keep_snapshots=1).indexes_removed == 1
     assert not list(full.store.path.glob("indexes/*/*"))
+
+
+def test_an_image_that_is_forgotten_while_an_index_is_made_is_not_in_it(full, monkeypatch):
+    full.night({"b:gap": full.add_rows(["person.png"], -clusters(2, 1))})  # far away, in a part of its own
+    key = {row["id"]: row["key"] for row in full.store.snapshot("pile").to_pylist()}["person.png"]
+    make, kept = module.made_index, []
+
+    def slow(*args, **options):
+        made = make(*args, **options)
+        if not kept:
+            forget_images(full.store, ["person.png"])
+        return made
+
+    def write(root, index):
+        kept.append([found.tobytes() for found in index.keys])
+        return write_index(root, index)
+
+    monkeypatch.setattr(module, "made_index", slow)
+    monkeypatch.setattr(module, "write_index", write)
+    found = similar(full.store, query_ids=["3.png"], top=2, index="always", silent=True)
+    assert found["images"] == 401
+    assert [key in keys for keys in kept] == [False]
 
 
 def test_an_object_that_stays_open_follows_the_dataset(full):
