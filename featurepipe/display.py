@@ -7,7 +7,8 @@ messages, logs, results as text, errors, HTML pages, figures for Prometheus. Wha
 names as they are.
 
 A cell that begins with ``=``, ``+``, ``-``, ``@``, a tab or a line end may be taken for a formula (CWE-1236, "CSV injection").
-Such text gets an apostrophe in front, the sign by which spreadsheets know text; numbers stay.
+Such text gets an apostrophe in front, the sign by which spreadsheets know text; numbers stay. Where labels are read from a CSV
+file, it goes again, so that a file that was written here means the same when it is handed back.
 """
 
 from __future__ import annotations
@@ -181,6 +182,16 @@ def neutralised(rows: Rows) -> tuple[Rows, int]:
                 column = pa.array(cells, column.type)  # noqa: PLW2901
         columns.append(column)
     return type(rows).from_arrays(columns, schema=rows.schema), changed
+
+
+def restored(cell: str) -> str:
+    """The text that a cell had before `neutralised` changed it.
+
+    Example:
+        >>> restored("'=cmd"), restored("'tis"), restored("-1")
+        ('=cmd', "'tis", '-1')
+    """
+    return cell[1:] if cell.startswith("'") and re.match(_FORMULA, cell[1:]) else cell
 
 
 def neutralised_text(changed: int, file: object) -> Message:

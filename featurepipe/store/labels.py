@@ -28,7 +28,7 @@ from featurepipe.annotations import (
     texts_of,
     whole_numbers,
 )
-from featurepipe.display import counted
+from featurepipe.display import counted, restored
 from featurepipe.errors import UsageError, unknown
 
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
@@ -195,7 +195,7 @@ def _csv(path: Path) -> pa.Table:
         columns: list[list[str | None]] = [[] for _ in table.names]
         for _, fields in table.rows:
             for column, field in zip(columns, fields, strict=True):
-                column.append(field)
+                column.append(None if field is None else restored(field))
     return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], table.names)
 
 
