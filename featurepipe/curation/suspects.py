@@ -17,7 +17,6 @@ from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.features.options import Places, places
 from featurepipe.heads.families import make_head
-from featurepipe.heads.sampling import ALWAYS_TRAIN
 from featurepipe.monitoring.near import nearest
 from featurepipe.progress import show, spoken
 from featurepipe.results import shown_as
@@ -257,18 +256,22 @@ def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable
     codes = features.codes(classes)
     fold = dealt(features, codes, np.arange(len(codes)), folds=folds, seed=seed)
     probabilities = np.zeros((len(codes), len(classes)))
+    is_judged = np.zeros(len(codes), np.bool_)
     for number in range(folds):
         test = np.flatnonzero(fold == number)
         head = _fitted(features, np.flatnonzero(fold != number), codes)
         if len(test):
             probabilities[np.ix_(test, head.classes_)] = head.predict_proba(features.take(test))
+            is_judged[test] = np.isin(
+                codes[test], head.classes_
+            )  # a class may be of copies or groups of one fold alone
         done()
-    judged = np.flatnonzero(fold != ALWAYS_TRAIN)
+    judged = np.flatnonzero(is_judged)
     rows, score = _confident(codes[judged], probabilities[judged])
     rows = judged[rows]
     suggested = [classes[code] for code in probabilities[rows].argmax(axis=1)]
     given = [classes[code] for code in codes[rows]]
-    return Suspects(rows, score, given, suggested, [""] * len(rows), np.flatnonzero(fold == ALWAYS_TRAIN))
+    return Suspects(rows, score, given, suggested, [""] * len(rows), np.flatnonzero(~is_judged))
 
 
 def _fitted(features: FeatureSet, rows: Positions, codes: Array) -> Any:

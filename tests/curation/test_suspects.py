@@ -93,6 +93,29 @@ def test_the_file_holds_every_image_and_is_handed_back_corrected(blobs, tmp_path
     json.dumps(found, allow_nan=False)
 
 
+def test_a_class_that_no_head_has_seen_is_unchecked_not_suspect(blobs):
+    blobs.add(
+        "3.png", name="copy.png", label="e"
+    )  # the only one of its class, in the fold of the image that it is a copy of
+    blobs.snapshot(blobs.store.new_run_id())
+    found = labels(blobs.store, silent=True)
+    assert "copy.png" not in {suspect["id"] for suspect in found["suspects"]}
+    assert (found["images"], found["unchecked"]) == (120, 2)
+
+
+def test_names_that_are_formulas_come_back_as_they_were(blobs, tmp_path):
+    names = {"a": "+a", "b": "=b", "c": "c"}
+    for image in blobs.images.values():
+        image["label"] = names.get(image["label"], image["label"])
+    blobs.images["-1.png"] = blobs.images.pop("1.png")
+    blobs.snapshot(blobs.store.new_run_id())
+    labels(blobs.store, to=tmp_path / "labels.csv", silent=True)
+    assert '"\'+a"' in (tmp_path / "labels.csv").read_text()
+    features = blobs.store.features("pile")
+    handed_back = features.with_labels(tmp_path / "labels.csv")
+    assert handed_back.labels.tolist() == features.labels.tolist()
+
+
 def test_the_page_shows_suspects_with_their_neighbours(blobs, tmp_path):
     labels(blobs.store, to=tmp_path / "page.html", limit=2, silent=True)
     page = (tmp_path / "page.html").read_text()
