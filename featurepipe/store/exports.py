@@ -178,6 +178,7 @@ def _write(output: _Output, path: Path, rows_per_file: int, gone: pa.Table | Non
         return
     with atomic_file(path) as file:
         _WRITERS[path.suffix.lower()](output, file)
+        deleted_file(path).unlink(missing_ok=True)  # of an earlier export: these ids are not gone from this one
     if gone is not None:
         with atomic_file(deleted_file(path)) as file:
             pq.write_table(gone, file)
@@ -296,6 +297,7 @@ _WRITERS: dict[str, Callable[[_Output, IO[bytes]], None]] = {
 def _write_folder(output: _Output, path: Path, rows_per_file: int, gone: pa.Table | None) -> None:
     """Writes a folder of Parquet files beside its place, then puts it there; one that a kill left is removed first."""
     made, aside = (path.parent / f".{path.name}.{name}.tmp" for name in ("export", "before"))
+    _put_back(aside, path)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     try:
@@ -311,8 +313,14 @@ def _write_folder(output: _Output, path: Path, rows_per_file: int, gone: pa.Tabl
         sync_folder(path.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-        if path.is_dir():  # else what was there waits beside it
-            shutil.rmtree(aside, ignore_errors=True)
+        _put_back(aside, path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Gives a folder its name back that was to be replaced by one that never came, as after a kill in between."""
+    if aside.is_dir() and not path.exists():
+        aside.rename(path)
 
 
 def _fill(output: _Output, folder: Path, rows_per_file: int) -> list[str]:

@@ -132,6 +132,28 @@ def test_a_failed_folder_leaves_the_old_one(store, nights, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
 
 
+def test_a_list_of_what_went_does_not_outlive_its_file(store, nights, tmp_path):
+    export_dataset(store, "a", tmp_path / "x.parquet", since=nights[0], silent=True)
+    export_dataset(store, "a", tmp_path / "x.parquet", snapshot=nights[0], silent=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "x.parquet"]
+
+
+def test_a_folder_that_a_kill_left_aside_is_put_back(store, nights, tmp_path, monkeypatch):
+    export_dataset(store, "a", tmp_path / "out", snapshot=nights[0], silent=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out").rename(tmp_path / ".out.before.tmp")  # killed before the new one took the name
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("featurepipe.store.rows.ColumnRows.read", fail)
+        with pytest.raises(DiskFull):
+            export_dataset(store, "a", tmp_path / "out", silent=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
+
+
 @pytest.mark.parametrize("name", ["x.h5", "x.parquet", "out"])
 def test_no_more_rows_are_read_at_a_time_than_fit_the_bound(store, space, rows, tmp_path, monkeypatch, name):
     names = [f"image {number}" for number in range(500)]
