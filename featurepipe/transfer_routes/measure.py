@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -78,7 +79,7 @@ class PeakMemory:
 def peak_memory() -> Iterator[PeakMemory]:
     """By how much the process' memory grows at most while the block runs; Linux alone tells."""
     status, reset, found = Path("/proc/self/status"), Path("/proc/self/clear_refs"), PeakMemory()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)  # what glibc keeps of earlier trials would be taken again without growth
     try:
