@@ -30,9 +30,9 @@ from featurepipe.store.locks import starts_again
 
 REFERENCE = 20_000
 """Images that every image is compared with; of more, as many are drawn, and the farthest are then compared with all."""
-FAR = 3.5
-"""An image is an outlier from this modified z-score (Iglewicz & Hoaglin 1993) of the logarithm of its distance."""
-_NORMAL = 0.6745  # of a normal distribution, the median absolute deviation in standard deviations
+FENCE = 1.5
+"""An image is an outlier if the logarithm of its distance lies so many interquartile ranges above the third quartile: the upper
+fence of Tukey 1977, "Exploratory Data Analysis"."""
 _LEAST = 20  # images of a class that others of it are compared with
 _AGAIN = 1024  # of those that lie farthest, compared with all
 _BLOCK_ROWS = 512
@@ -101,6 +101,10 @@ def outliers(
     The method is that of Ramaswamy, Rastogi & Shim 2000, "Efficient algorithms for mining outliers from large data sets". Above
     20,000 images each is first compared with as many drawn at random (Sugiyama & Borgwardt 2013, "Rapid distance-based outlier
     detection via sampling"), and the farthest then with all; the distances of the others are estimates. Copies count once.
+
+    An outlier is an image whose distance lies above the upper fence of all, or of its class: on a logarithmic scale 1.5
+    interquartile ranges above the third quartile (Tukey 1977, "Exploratory Data Analysis"). Where images are much unlike each
+    other strangers come first without lying above it: look at the first of the list, whatever it says of them.
 
     Args:
         store: The feature store or its path.
@@ -365,14 +369,13 @@ def _medians(apart: Doubles, group: Positions, groups: int) -> Doubles:
 
 
 def _far(score: Doubles, group: Positions) -> npt.NDArray[np.bool_]:
-    """Which scores are outliers of their group, by the modified z-score of their logarithms."""
+    """Which scores are outliers of their group: those above the upper fence of their logarithms."""
     far = np.zeros(len(score), np.bool_)
     logs = np.log(np.maximum(score, 1e-9))
     for number in np.unique(group):
         inside = group == number
-        middle = np.median(logs[inside])
-        spread = float(np.median(np.abs(logs[inside] - middle)))
-        far[inside] = _NORMAL * (logs[inside] - middle) > FAR * max(spread, 1e-6)
+        first, third = np.quantile(logs[inside], [0.25, 0.75])
+        far[inside] = logs[inside] > third + FENCE * max(third - first, 1e-6)
     return far
 
 

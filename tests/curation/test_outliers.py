@@ -67,17 +67,36 @@ def test_the_distance_is_that_to_the_kth_nearest_by_brute_force(pile, distance, 
 def test_what_was_planted_comes_first(planted, tmp_path):
     found = outliers(planted.store, neighbours=3, to=tmp_path / "far.parquet", silent=True)
     assert {one["id"] for one in found["outliers"][:2]} == {"far.png", "farther.png"}
-    assert [one["outlier"] for one in found["outliers"][:4]] == [True, True, False, False]
-    assert (found["count"], found["images"], found["copies"], found["since"]) == (2, 92, 1, None)
     table = pq.read_table(tmp_path / "far.parquet")
+    lower, upper = np.quantile(np.log(table["distance"]), [0.25, 0.75])
+    is_far = np.log(table["distance"]) > upper + 1.5 * (upper - lower)
+    assert table["outlier"].to_pylist() == is_far.tolist()
+    assert is_far[:4].tolist() == [True, True, True, False]  # the third is the farthest of the clusters
+    assert (found["count"], found["images"], found["copies"], found["since"]) == (3, 92, 1, None)
     assert table["rank"].to_pylist() == list(range(1, 93))
     assert table["id"].to_pylist()[:2] == [one["id"] for one in found["outliers"][:2]]
-    assert "2 outliers of 92 images" in outliers_text(found)
+    assert "3 outliers of 92 images" in outliers_text(found)
     json.dumps(found, allow_nan=False)
     by_class = outliers(planted.store, by="class", neighbours=3, limit=3, silent=True)
     assert {one["id"] for one in by_class["outliers"]} == {"3.png", "7.png", "far.png"}
     assert (by_class["images"], by_class["unchecked"]) == (91, 1)
     assert "1 image could not be ranked: no class" in by_class["warnings"][0]
+
+
+def test_an_outlier_lies_above_the_fence_of_the_logarithms_of_its_group():
+    rng = np.random.default_rng(0)
+    score, group = np.exp(rng.normal(size=3000) * np.repeat([0.2, 1.0, 0.0], 1000)), np.repeat([0, 1, 2], 1000)
+    score[[5, 1005, 2005]] = np.exp([1.0, 1.0, 0.1])  # far among the first, usual among the second, far among equals
+    far = module._far(score, group)
+    assert far[[5, 1005, 2005]].tolist() == [True, False, True]
+    for number in range(2):
+        logs = np.log(score[group == number])
+        lower, upper = np.sort(logs)[[249, 749]]
+        assert set(np.flatnonzero(logs > upper + 1.5 * (upper - lower) + 0.01)) <= set(
+            np.flatnonzero(far[group == number])
+        )
+        assert far[group == number].mean() == pytest.approx(0.0035, abs=0.004)  # of a normal distribution
+    assert far[2000:].sum() == 1
 
 
 def test_of_many_images_some_are_drawn_and_the_farthest_compared_with_all(planted, monkeypatch):
@@ -136,7 +155,7 @@ def test_the_page_the_file_and_the_command(planted, tmp_path, cli):
     outliers(planted.store, neighbours=3, to=tmp_path / "page.html", limit=5, silent=True)
     page = (tmp_path / "page.html").read_text()
     assert page.count("times as far as usual") == 5
-    assert "2 outliers of 92 images of pile" in page
+    assert "3 outliers of 92 images of pile" in page
     answer = cli("outliers", planted.store.path, "--by", "class", "--limit", "2", "--to", tmp_path / "a.csv", "--json")
     assert len(json.loads(answer.out)["outliers"]) == 2
     assert len(list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))) == 91
