@@ -135,7 +135,7 @@ def _classes(counts: Mapping[str, int]) -> str:
 def _space_text(space: Mapping[str, Any]) -> str:
     fields = space["fields"]
     lines = [
-        f"feature space {space['name']}",
+        f"feature space {space['name']}{' of mirrored images' if fields.get('mirrored') else ''}",
         f"  precision {fields.get('precision', '?')}, stored as {fields.get('dtype', '?')}, "
         f"{counted(space['parts'], 'part')}, {counted(space['rows'], 'row')}, {size(space['bytes'])}",
     ]

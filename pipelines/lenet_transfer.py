@@ -1,18 +1,20 @@
 """Where do features stop being general? A LeNet-5 learns the digits 0 to 4; its layers then serve other tasks.
 
-    python pipelines/lenet_transfer.py --out transfer [--mnist FOLDER] [--fashion FOLDER] [--quick]
+    python pipelines/lenet_transfer.py --out transfer [--mnist FOLDER] [--fashion FOLDER] [--tune] [--quick]
 
-A copy of this file is yours to change. It has five steps, in the order in which they run (``main``, at the end):
+A copy of this file is yours to change. It has six steps, in the order in which they run (``main``, at the end):
 
 1. *Images*: handwritten digits, and the tasks to transfer to.
 2. *Train* a LeNet-5 on half of the digits 0 to 4 and save its weights: the only training of a network here.
 3. *Extract*: the network is frozen; ``fp.extract`` keeps the features of every depth, for the images of every task.
 4. *Measure* with a linear head how well each depth tells the classes of each task apart.
 5. *Show*: a table, a picture, a JSON file.
+6. *Tune*, if ``--tune`` asks for it: is freezing enough? ``fp.routes`` compares, for every task, a head on the frozen network
+   with the layers above S4 tuned, all layers tuned, and a network that starts anew.
 
 Everything is repeated with several networks (other initial weights, other order of the images), and with as many networks that
 keep their random initial weights. The question is that of Yosinski, Clune, Bengio and Lipson, "How transferable are features
-in deep neural networks?", NeurIPS 2014; this is its smallest form: heads on frozen layers, no fine-tuning.
+in deep neural networks?", NeurIPS 2014; this is its smallest form: heads on frozen layers, and fine-tuning beside them.
 
 It needs no network and no download: the digits are scikit-learn's, the glyphs are drawn with the fonts that matplotlib ships.
 """
@@ -68,6 +70,7 @@ class Settings:
         per_class: at most so many images of a class in each task.
         training: at most so many images of a class to train a network on.
         folds: of the cross-validation that measures a head.
+        sizes: images per class that step 6 learns from; ``all`` is four fifths of a task, the rest is tested.
         strengths: C of the logistic heads, on standardised features; each fold takes what suits the layer. One C for all would
             be unfair: with 0.01 the narrow layers learn next to nothing.
     """
@@ -77,10 +80,11 @@ class Settings:
     per_class: int = 60
     training: int = 2000
     folds: int = 5
+    sizes: tuple[int | str, ...] = (5, "all")
     strengths: tuple[float, ...] = (0.001, 0.1, 10.0)
 
 
-QUICK = Settings(seeds=(0,), epochs=12, per_class=20, folds=3)
+QUICK = Settings(seeds=(0,), epochs=12, per_class=20, folds=3, sizes=("all",))
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. images
@@ -403,12 +407,66 @@ def contact_sheet(tasks: dict[str, Task], path: Path, columns: int = 24) -> None
     Image.fromarray(np.vstack(lines)).resize((columns * 64, len(lines) * 64), Image.Resampling.NEAREST).save(path)
 
 
+# ------------------------------------------------------------------------------------------------------------- 6. tune
+
+ROUTES = ("bottleneck", "tail", "full", "scratch")
+"""A head on the frozen F6; layers above S4 tuned from stored activations; all layers tuned; all learned from random weights."""
+
+
+def tuned_routes(tasks: dict[str, Task], out: Path, weights: Path, settings: Settings) -> list[dict[str, Any]]:
+    """What each route reaches for each task, one row per task, size and route; all of a task are tested on the same images.
+
+    Everything that is measured is kept in ``out/routes``, so that a run that was stopped goes on.
+    """
+    rows = []
+    for name in tasks:
+        found = fp.routes(
+            out / "images" / f"{dataset_name(name)}.npz",
+            out / "routes",
+            dataset=dataset_name(name),
+            backbone="lenet5",
+            weights=str(weights),
+            routes=ROUTES,
+            cuts=("s4",),
+            sizes=settings.sizes,
+            seeds=len(settings.seeds),
+            extraction={"precision": "fp32"},
+            silent=True,
+        )
+        chosen = {one["size"]["size"]: one["route"] for one in found["recommended"]["by_size"]}
+        for entry in found["results"]:
+            value = {key: entry[key] for key in ("size", "images", "accuracy", "low", "high", "seconds")}
+            recommended = entry["route"] == chosen[entry["size"]]
+            rows.append({"task": name, "route": entry["kind"], **value, "recommended": recommended})
+    return rows
+
+
+def routes_table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy in per cent, a line per task and number of images, a column per route; the recommended one has a star."""
+    lines = ["what to do with the network: accuracy in %, * is the cheapest within one standard error of the best"]
+    width = max(len(row["task"]) for row in rows) + 2
+    lines.append("task".ljust(width) + "images".rjust(8) + "".join(route.rjust(13) for route in ROUTES))
+    for task, images in dict.fromkeys((row["task"], row["images"]) for row in rows):
+        here = {row["route"]: row for row in rows if (row["task"], row["images"]) == (task, images)}
+        cells = [
+            f"{100 * here[route]['accuracy']:.1f}{'*' if here[route]['recommended'] else ' '}"
+            if route in here
+            else "- "
+            for route in ROUTES
+        ]
+        lines.append(task.ljust(width) + f"{images:,}".rjust(8) + "".join(cell.rjust(13) for cell in cells))
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the five steps and returns what ``result.json`` holds."""
+    """Runs the steps and returns what ``result.json`` holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, features and results")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files, instead of scikit-learn's digits")
     parser.add_argument("--fashion", type=Path, help="folder with Fashion-MNIST's IDX files, as a further task")
+    parser.add_argument(
+        "--tune", action="store_true", help="compare with tuned networks, too: minutes (needs featurepipe[tune])"
+    )
     parser.add_argument("--quick", action="store_true", help="few images, one network: seconds, to see that it works")
     args = parser.parse_args(arguments)
     settings = QUICK if args.quick else Settings()
@@ -440,6 +498,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print("\n" + table(rows, list(tasks)) + "\n\n" + "\n".join(findings(rows, list(tasks), settings.folds)))
     draw(rows, list(tasks), settings.folds, args.out / "transfer.png")
     result = {"settings": asdict(settings), "networks": networks, "depths": list(DEPTHS), "results": rows}
+    if args.tune:
+        result["routes"] = tuned_routes(tasks, args.out, args.out / networks[0]["weights"], settings)
+        print("\n" + routes_table(result["routes"]))
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"\npicture: {args.out / 'transfer.png'}  images: {args.out / 'images.png'}  numbers: {args.out / 'result.json'}"

@@ -97,7 +97,7 @@ OF_THE_JOB = {"dataset", "trust_code", "snapshot"}
 """What a job says once for all of its steps, or settles itself."""
 OF_A_QUESTION = OF_THE_JOB | declared(SourceOptions).keys() | {"source"}
 NOT_IN_A_JOB = {
-    "extract": {"retry_rejects"},
+    "extract": {"retry_rejects", "mirrored"},
     "train": OF_THE_JOB | {"weights"},
     "finetune": OF_THE_JOB | {"weights"},
     "depth": {"pooling", "control"},
@@ -307,7 +307,7 @@ def test_a_record_keeps_what_was_asked_for(tmp_path):
         "decode": "cpu", "intensity": "bits=12", "device": "cpu", "batch_size": 2, "workers": 1, "max_rejects": 3,
         "max_gone": "20%", "min_free": "1kB", "time_budget": 5000.0, "retry_rejects": True, "damaged": "keep",
         "only_under": [str(tmp_path)], "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None,
-        "frames": "first", "engine": "pytorch",
+        "frames": "first", "engine": "pytorch", "mirrored": True,
     }  # fmt: skip
     assert asked.keys() == declared(ExtractionOptions).keys()
     record = featurepipe.extract(pile, store, **{**asked, "only_under": tmp_path}, silent=True)

@@ -73,12 +73,13 @@ class Tail(TunedLayers):
         node: Where to cut it.
 
     Raises:
-        UsageError: The node is unknown; the network cannot be traced, or cut there since something beside the node leads from
+        UsageError: It is several networks side by side; the node is unknown; the network cannot be traced, or cut there since something beside the node leads from
             below to above it; or no weights lie above it. Names nodes where it can be cut.
     """
 
     def __init__(self, backbone: Backbone, node: str) -> None:
         super().__init__()
+        refuse_joined(backbone)
         info = backbone.node(backbone.bottleneck if node == "bottleneck" else node)
         self.node = info.name
         is_map = len(info.shape) == 3
@@ -144,8 +145,7 @@ class Trunk(TunedLayers):
 
     def __init__(self, backbone: Backbone, statistics: str | None = None) -> None:
         super().__init__()
-        if backbone.parts:
-            raise UsageError(f"{backbone.name} cannot be tuned: tune one of its networks, such as {backbone.parts[0]}")
+        refuse_joined(backbone)
         (found,) = backbone.columns([])
         self.node, self.bottleneck = "images", str(found)
         self._out, self._pooling, self._out_axis = found.node, found.pooling, backbone.channel_axis(found.node)
@@ -196,6 +196,22 @@ class Trunk(TunedLayers):
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._kept = output
+
+
+def refuse_joined(backbone: Backbone) -> None:
+    """Refuses several networks side by side, which no node lies below and whose images are parts of one canvas.
+
+    Raises:
+        UsageError: They are; says what can be done instead.
+    """
+    if backbone.parts:
+        raise UsageError(
+            Message(
+                f"{backbone.name} is {len(backbone.parts)} networks side by side, which are not tuned together: tune one of them, "
+                "with ", Option("backbone", backbone.parts[0]), " and the images as the source, or fit a head on the features of all "
+                "(featurepipe train)",
+            )
+        )  # fmt: skip
 
 
 def trainable(network: nn.Module) -> nn.Module:

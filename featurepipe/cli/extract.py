@@ -10,6 +10,7 @@ from featurepipe.cli.output import show
 from featurepipe.extraction.limits import Limits
 from featurepipe.features.options import (
     MachineOptions,
+    MirrorOption,
     NetworkOptions,
     RejectOptions,
     SettingOptions,
@@ -21,6 +22,7 @@ EXTRACT_GROUPS = (
     SourceNameOption,
     NetworkOptions,
     SettingOptions,
+    MirrorOption,
     MachineOptions,
     SourceOptions,
     RejectOptions,

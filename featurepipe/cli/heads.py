@@ -97,6 +97,7 @@ def run_finetune(args: Namespace) -> int:
     """Runs the command."""
     from featurepipe.training.text import dry_text, finetune_text
     from featurepipe.tuning.finetune import finetune
+    from featurepipe.tuning.peers import processes
 
     result = finetune(
         args.source,
@@ -108,7 +109,8 @@ def run_finetune(args: Namespace) -> int:
         silent=args.quiet,
         **cluster(args),
     )
-    show(args, result, dry_text if args.dry_run else finetune_text)
+    if processes()[0] == 0:  # of those that torchrun starts, the first speaks
+        show(args, result, dry_text if args.dry_run else finetune_text)
     return 0
 
 

@@ -44,6 +44,7 @@ def extract(
     dtype: str = "auto",
     decode: str = "auto",
     intensity: str = "auto",
+    mirrored: bool = False,
     device: str = "auto",
     batch_size: int | str = "auto",
     workers: int | None = None,
@@ -89,6 +90,8 @@ def extract(
             else the range of its numbers, but a reject if the values fill less than a sixteenth of it), ``full``,
             ``bits=N`` (0 to 2^N - 1), ``window=LO:HI``, ``minmax`` (of each image), ``high-byte`` (as version 1), or
             ``auto``: as in the store, else ``declared``.
+        mirrored: compute features of the images mirrored left to right: a feature space of its own, with the settings of the
+            one beside it, which is taken only where it is named. `featurepipe.finetune` learns from it with ``augment="flip"``.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         batch_size: images per forward, or ``auto``.
         workers: threads that read and decode; by default one per CPU, at most 16.
@@ -140,6 +143,7 @@ def extract(
         dtype=dtype,
         decode=decode,
         intensity=intensity,
+        mirrored=mirrored,
         device=device,
         batch_size=batch_size,
         workers=workers,

@@ -12,7 +12,14 @@ from typing import Any
 
 from featurepipe.display import bytes_of, seconds_of, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
-from featurepipe.features.options import DamageOptions, MachineOptions, Options, SettingOptions, SourceOptions
+from featurepipe.features.options import (
+    DamageOptions,
+    MachineOptions,
+    MirrorOption,
+    Options,
+    SettingOptions,
+    SourceOptions,
+)
 from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
 
 ALL = "100%"
@@ -135,7 +142,7 @@ class Limits(RejectLimit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractionOptions(Limits, SourceOptions, Options):
+class ExtractionOptions(Limits, SourceOptions, MirrorOption, Options):
     """All options of `featurepipe.extract`, where they are explained."""
 
 

@@ -36,6 +36,7 @@ from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
 from featurepipe.store import FeatureStore, Space, differences
+from featurepipe.store.choice import MIRRORED, is_mirrored
 from featurepipe.store.documents import checked_dataset
 from featurepipe.store.space import KNOWN_FILES
 
@@ -209,10 +210,9 @@ def prepare(
     machine = settle_machine_for(executor, options, options.decode)
     name = checked_dataset(dataset or dataset_name(source.name))
     backbone = loaded.backbone if loaded else load_backbone(options.backbone, options.weights, seed=options.seed)
-    clock = StageSeconds()
+    clock, forgotten = StageSeconds(), 0
     with clock.stage("scan"):
         listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
-    forgotten = 0
     past = None if store is None or not is_listing else forgotten_of(store.path)
     if past is not None:
         there = past.left_out(name, listing)
@@ -230,11 +230,13 @@ def prepare(
     gone = history.gone(listing)
     options.check_gone(source.name, listing.num_rows, history.images, gone)
 
-    spaces = held_spaces(store, backbone, history)
+    spaces = held_spaces(store, backbone, history, mirrored=options.mirrored)
     columns = _columns(backbone, spaces, options.nodes)
     session = Session.of(backbone, columns, machine, options, loaded=loaded)
-    settings = resolve(
-        asked, [_held(space, columns) for space in spaces], precision_on(executor, session, source, listing)
+    followed = (*spaces, *(held_spaces(store, backbone, history) if options.mirrored else ()))
+    settings = replace(
+        resolve(asked, [_held(space, columns) for space in followed], precision_on(executor, session, source, listing)),
+        mirrored=options.mirrored,
     )
     session = replace(session, settings=settings)
     if settings.decode == "gpu" and machine.device == "cpu":
@@ -337,14 +339,23 @@ def dataset_name(source_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source_name)[:LONGEST_NAME].strip("-.") or "images"
 
 
-def held_spaces(store: FeatureStore | None, backbone: Backbone, history: History) -> list[Space]:
-    """The store's feature spaces of this backbone that hold features: those the dataset used last first, then the rest."""
+def held_spaces(
+    store: FeatureStore | None, backbone: Backbone, history: History, *, mirrored: bool = False
+) -> list[Space]:
+    """The store's feature spaces of this backbone that hold features: those the dataset used last first, then the rest.
+
+    Args:
+        store: None for one that is not there yet.
+        backbone: The network.
+        history: Of the dataset.
+        mirrored: Those of mirrored images, else those of images as they are.
+    """
     if store is None:
         return []
     identity = backbone.identity()
     same = [space for space in store.spaces() if all(space.fields.get(k) == v for k, v in identity.items())]
     order = {fingerprint: place for place, fingerprint in enumerate(history.fingerprints)}
-    filled = [space for space in same if space.columns()]
+    filled = [space for space in same if space.columns() and is_mirrored(space.fields) == mirrored]
     return sorted(filled, key=lambda space: order.get(space.fingerprint, len(order)))
 
 
@@ -408,7 +419,8 @@ def _with_key(files: pa.Table) -> pa.Table:
 
 def _why_new(spaces: Sequence[Space], fields: Mapping[str, Any], backbone: Backbone) -> str:
     if not spaces:
-        return f"starting a new feature space: the store holds none for {backbone.name} with these weights and preprocessing"
+        of = " of mirrored images" if fields.get(MIRRORED) else ""
+        return f"starting a new feature space{of}: the store holds none for {backbone.name} with these weights and preprocessing"
     changed = ", ".join(differences(spaces[0].fields, fields))
     return f"starting a new feature space: {changed} differs from {spaces[0].name}, so no feature there can be reused"
 

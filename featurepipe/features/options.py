@@ -134,6 +134,16 @@ class SettingOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MirrorOption(OptionGroup):
+    """Whether images are mirrored."""
+
+    mirrored: bool = option(
+        False, "features of the images mirrored left to right, in a feature space of their own: what featurepipe finetune "
+        "--augment flip learns from, beside the images as they are"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions(OptionGroup):
     """On what the network runs, and with how much."""
 

@@ -206,7 +206,7 @@ class Session:
     ) -> Loader:
         """Threads that read, decode, resize and crop the images for which ``missing`` names columns."""
         decoding = Decoding(self.settled.decode, self.settled.intensity, self.damage.keep_damaged)
-        return loader_for(source, missing, self.backbone, self.machine, decoding, clock)
+        return loader_for(source, missing, self.backbone, self.machine, decoding, clock, mirrored=self.settled.mirrored)
 
     def engine(self, columns: Sequence[Column]) -> Engine:
         """The network for some of the columns, in the settled precision; built once."""
@@ -471,14 +471,20 @@ def loader_for(
     machine: Machine,
     decoding: Decoding,
     clock: StageSeconds,
+    *,
+    mirrored: bool = False,
 ) -> Loader:
     """A loader of what a backbone wants, with a window of four batches."""
     preprocessing = backbone.preprocessing
+
+    def prepare(pixels: torch.Tensor, _row: int) -> torch.Tensor:
+        return preprocessing.resize_crop(pixels.flip(-1) if mirrored else pixels)
+
     return Loader(
         source,
         missing,
         decoder_for(decoding, preprocessing, machine.device),
-        lambda pixels, _row: preprocessing.resize_crop(pixels),
+        prepare,
         clock=clock,
         workers=machine.workers,
         window=4 * machine.batch_size,

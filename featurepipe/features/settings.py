@@ -16,6 +16,7 @@ from featurepipe.images.decode import decoding_fields, is_scaled
 from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
 from featurepipe.images.scaling import parse_route
 from featurepipe.option_groups import declared
+from featurepipe.store.choice import MIRRORED, is_mirrored
 
 MeasurePrecision = Callable[[str | None, str], tuple[str, str]]
 """Takes the reduced precision to compare with fp32, None for what suits the device, and the intensity with which images are
@@ -48,18 +49,25 @@ def _values(fields: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields of a feature space that may be ``auto``, resolved, and why each has its value."""
+    """The fields of a feature space that may be ``auto``, resolved, and why each has its value.
+
+    Attributes:
+        mirrored: Whether images are mirrored left to right before all else; a field of the feature space only where they are.
+    """
 
     precision: str
     dtype: str
     decode: str
     intensity: str
     why: Mapping[str, str]
+    mirrored: bool = False
 
     @classmethod
     def of_space(cls, fields: Mapping[str, Any], why: str) -> Self:
         """The settings of a feature space."""
-        return cls(**_values(fields), why=dict.fromkeys(SETTINGS, why))
+        found = _values(fields)
+        named = found["precision"], found["dtype"], found["decode"], found["intensity"]
+        return cls(*named, why=dict.fromkeys(SETTINGS, why), mirrored=is_mirrored(fields))
 
     def values(self) -> dict[str, str]:
         """The values alone, by name."""
@@ -68,7 +76,8 @@ class Settings:
     def fields(self) -> dict[str, Any]:
         """The values as they go into the feature space, with all that decoding does."""
         decoding = decoding_fields(self.intensity, self.decode)
-        return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding}
+        mirrored = {MIRRORED: True} if self.mirrored else {}
+        return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding, **mirrored}
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,13 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     elif followed and "precision" not in explicit and values["precision"] != "fp32" and not followed.complete:
         values["precision"], reason = measure_precision(values["precision"], values["intensity"])
         why["precision"] = f"as in the store, for new columns too: {reason}"
-    return Settings(**values, why={name: why[name] for name in SETTINGS})
+    return Settings(
+        values["precision"],
+        values["dtype"],
+        values["decode"],
+        values["intensity"],
+        {name: why[name] for name in SETTINGS},
+    )
 
 
 ENOUGH_TO_CONVERT = 1000

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ from featurepipe.store.views import FeatureSet
 
 TUNED_FROM = "tuned_from"
 """The note of a feature space of a tuned network: the fingerprint of the space whose activations it was tuned from."""
+MIRRORED = "mirrored"
+"""The field of a feature space of mirrored images; absent where they are as they are."""
 _PREFIX = 4  # characters of a fingerprint below which it could be mistaken
 
 
@@ -71,7 +73,7 @@ def choose_space(store: StoreContents, wanted: str | None, dataset: str | None) 
         keys = usable_keys(require_snapshot(store, dataset))
         fitting = [space for space in fitting if space.index().contains(keys).any()] or fitting
     if len(fitting) > 1 and (wanted is None or wanted in {space.backbone for space in fitting}):
-        fitting = _only_trained(_without_tuned(fitting))
+        fitting = _only_trained(_of_images_as_they_are(fitting))
     if len(fitting) > 1:
         raise UsageError(_ambiguous(wanted, fitting))
     return fitting[0]
@@ -92,9 +94,14 @@ def _fitting(spaces: list[Space], wanted: str | None) -> list[Space]:
     return [space for space in spaces if space.fingerprint.startswith(wanted.lower())]
 
 
-def _without_tuned(spaces: list[Space]) -> list[Space]:
-    """Leaves out spaces of networks that were tuned from another space of the store, which are asked for by their own name."""
-    return [space for space in spaces if TUNED_FROM not in space.notes] or spaces
+def is_mirrored(fields: Mapping[str, Any]) -> bool:
+    """Whether a feature space is of mirrored images."""
+    return bool(fields.get(MIRRORED))
+
+
+def _of_images_as_they_are(spaces: list[Space]) -> list[Space]:
+    """Leaves out spaces that are asked for by their own name: of tuned networks, and of mirrored images."""
+    return [space for space in spaces if TUNED_FROM not in space.notes and not is_mirrored(space.fields)] or spaces
 
 
 def _only_trained(spaces: list[Space]) -> list[Space]:
@@ -227,7 +234,14 @@ def _locate(space: Space, columns: list[str], keys: Keys, dataset: str) -> WideR
 def _missing(space: Space, lacking: dict[str, int], count: int, dataset: str) -> str:
     first, *others = lacking
     store = space.path.parent.parent
-    command = extract_command(store, dataset=dataset, backbone=space.backbone, notes=space.notes, node=first)
+    command = extract_command(
+        store,
+        dataset=dataset,
+        backbone=space.backbone,
+        notes=space.notes,
+        node=first,
+        mirrored=is_mirrored(space.fields),
+    )
     more = "".join(f" --node {shlex.quote(column)}" for column in others)
     also = f" (and {', '.join(others)})" if others else ""
     damaged = len(space.damaged)

@@ -180,6 +180,7 @@ def extract_command(
     backbone: str | None = None,
     notes: Mapping[str, Any] | None = None,
     node: str | None = None,
+    mirrored: bool = False,
 ) -> str:
     """Writes the ``featurepipe extract`` that would fill a gap; only SOURCE is left to the user.
 
@@ -189,6 +190,7 @@ def extract_command(
         backbone: Name of the network.
         notes: Of the network's feature space: a random control is asked for by its seed.
         node: The node or column to compute.
+        mirrored: Of mirrored images.
 
     Example:
         >>> extract_command(Path("my store"), backbone="lenet5", notes={"backbone": {"random": True, "seed": 3}})
@@ -201,6 +203,7 @@ def extract_command(
     if described.get("random"):
         words += ["--weights", "none", "--seed", str(described.get("seed") or 0)]
     words += ["--node", node] if node else []
+    words += ["--mirrored"] if mirrored else []
     return shlex.join(words)
 
 

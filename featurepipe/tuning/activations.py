@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import BATCH_TOLERANCE, worst_cosine
-from featurepipe.backbones.tail import Tail, TunedLayers, cuts
+from featurepipe.backbones.tail import Tail, TunedLayers, cuts, refuse_joined
 from featurepipe.display import size
 from featurepipe.errors import DiskFull, Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
@@ -33,9 +34,9 @@ from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.option_groups import declared
 from featurepipe.progress import spoken
 from featurepipe.store import FeatureStore
-from featurepipe.store.choice import TUNED_FROM
+from featurepipe.store.choice import MIRRORED, TUNED_FROM
 from featurepipe.store.feature_store import is_store
-from featurepipe.store.space import Space, extract_command
+from featurepipe.store.space import Space, extract_command, fingerprint
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
 from featurepipe.tuning.options import TuneOptions
@@ -54,45 +55,66 @@ class Activations:
         maps: (n, W).
         rows: (m,) positions, ascending, that are held.
         memory: Bytes that they may take; None for half of what is free in the process that reads them.
+        mirrored: (n, W) of the images mirrored left to right, which half of the rows of a batch to learn from are taken of; None
+            for images as they are.
     """
 
     scored: ClassVar[int] = 256
 
-    def __init__(self, maps: FeatureSet, rows: Rows, memory: int | None = None) -> None:
-        self.maps, self.rows, self.memory = maps, rows, memory
-        self._held: npt.NDArray[Any] | None = None
+    def __init__(
+        self, maps: FeatureSet, rows: Rows, memory: int | None = None, *, mirrored: FeatureSet | None = None
+    ) -> None:
+        self.maps, self.rows, self.memory, self.mirrored = maps, rows, memory, mirrored
+        self._held: list[npt.NDArray[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_held": []}
+
+    @property
+    def _sides(self) -> list[FeatureSet]:
+        return [self.maps] if self.mirrored is None else [self.maps, self.mirrored]
 
     @property
     def bytes(self) -> int:
         """Of the activations that are to be held."""
-        return len(self.rows) * self.maps.shape[1] * self.maps.dtype.itemsize
+        return len(self.rows) * sum(side.shape[1] * side.dtype.itemsize for side in self._sides)
 
     @property
     def is_held(self) -> bool:
         """Whether they are read once."""
         allowed = available_memory() // 2 if self.memory is None else self.memory
-        return self._held is not None or 0 < self.bytes <= allowed
+        return bool(self._held) or 0 < self.bytes <= allowed
 
     def release(self) -> None:
         """Gives back the memory of what is held."""
-        self._held = None
+        self._held = []
 
-    def batches(self, parts: Sequence[Rows], draw: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Rows]]:  # noqa: ARG002
-        """Activations of each part of the rows, which nothing changes at random."""
-        if self._held is None and self.is_held and all(np.isin(part, self.rows).all() for part in parts):
-            self._held = self.maps.read(None, rows=self.rows)
-        return _ahead(self.read, parts)
+    def batches(self, parts: Sequence[Rows], draw: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Rows]]:
+        """Activations of each part of the rows; to learn from, half of them those of mirrored images, if there are any."""
+        if not self._held and self.is_held and all(np.isin(part, self.rows).all() for part in parts):
+            self._held = [side.read(None, rows=self.rows) for side in self._sides]
+        return _ahead(partial(self.read, draw=draw), parts)
 
-    def read(self, rows: Rows) -> Tensor:
-        """Activations (m, W), float32."""
-        if self._held is not None:
+    def read(self, rows: Rows, draw: tuple[int, int] | None = None) -> Tensor:
+        """Activations (m, W), float32.
+
+        Args:
+            rows: Of the task.
+            draw: What it follows from, beside the row, whether an image is mirrored; None for images as they are.
+        """
+        values = self._read(0, rows)
+        if draw is None or self.mirrored is None:
+            return values
+        flips = np.array([np.random.default_rng([*draw, row]).random() < 0.5 for row in rows], bool)
+        values[torch.from_numpy(flips)] = self._read(1, rows[flips])
+        return values
+
+    def _read(self, side: int, rows: Rows) -> Tensor:
+        if self._held:
             places = np.searchsorted(self.rows, rows)
             if (self.rows.take(places, mode="clip") == rows).all():
-                return torch.from_numpy(self._held[places]).float()
-        return torch.from_numpy(self.maps.read(np.float32, rows=rows))
+                return torch.from_numpy(self._held[side][places]).float()
+        return torch.from_numpy(self._sides[side].read(np.float32, rows=rows))
 
 
 def _ahead(read: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> Iterator[tuple[Tensor, Rows]]:
@@ -140,25 +162,54 @@ class StoredActivations:
         known = space.columns()
         if column in known:
             return
-        store = self.store.path
-        command = extract_command(store, dataset=dataset, backbone=space.backbone, notes=space.notes, node=column)
+        held = [name for name in known if name.endswith(":map")]
+        there = f"; there are activations at {', '.join(name.removesuffix(':map') for name in held)}" if held else ""
+        raise UsageError(
+            f"{space.name} of {self.store.path} has no {column}, the activations that are tuned from{there}. Add them with: "
+            f"{self._command(space, dataset, column)}"
+        )
+
+    def mirrored(self, space: Space, dataset: str, columns: Sequence[str]) -> Space:
+        """The feature space of the same images mirrored.
+
+        Args:
+            space: Of the images as they are.
+            dataset: Their name.
+            columns: That it must have.
+
+        Raises:
+            UsageError: There is none, or it lacks a column; names the command that adds it.
+        """
+        wanted = fingerprint({**space.fields, MIRRORED: True})
+        found = next((each for each in self.store.spaces() if each.fingerprint == wanted), None)
+        for column in columns:
+            if found is None or column not in found.columns():
+                raise UsageError(
+                    Message(
+                        Option("augment", "flip"), f" learns from activations of mirrored images, too, and {self.store.path} "
+                        f"has no {column} of them. Add them with: {self._command(space, dataset, column)} --mirrored",
+                    )
+                )  # fmt: skip
+        if found is None:
+            raise UsageError("no column was asked for")
+        return found
+
+    def _command(self, space: Space, dataset: str, column: str) -> str:
+        """The command that adds activations, with the source if a run has told it."""
+        command = extract_command(
+            self.store.path, dataset=dataset, backbone=space.backbone, notes=space.notes, node=column
+        )
         label = str(space.notes.get("backbone", {}).get("weights") or "DEFAULT")
         if label.startswith("file:"):
             command += " --weights FILE"
         elif "--weights" not in command and label != "DEFAULT":
             command += f" --weights {shlex.quote(label)}"
-        taken = [
-            run for run in self.store.runs() if run.get("dataset") == dataset and isinstance(run.get("source"), str)
-        ]
+        runs = [run for run in self.store.runs() if run.get("dataset") == dataset]
+        taken = [run for run in runs if isinstance(run.get("source"), str)]
         if taken:
-            command = command.replace(
-                " SOURCE ", f" {shlex.quote(max(taken, key=lambda run: run['run_id'])['source'])} ", 1
-            )
-        held = [name for name in known if name.endswith(":map")]
-        there = f"; there are activations at {', '.join(name.removesuffix(':map') for name in held)}" if held else ""
-        raise UsageError(
-            f"{space.name} of {store} has no {column}, the activations that are tuned from{there}. Add them with: {command}"
-        )
+            source = max(taken, key=lambda run: run["run_id"])["source"]
+            command = command.replace(" SOURCE ", f" {shlex.quote(source)} ", 1)
+        return command
 
 
 @dataclass(frozen=True)
@@ -172,6 +223,7 @@ class ExtractionOutlook:
         estimate: What `featurepipe.extract` estimates.
         need: Bytes that the store would grow by.
         free: Bytes that are free on its disk.
+        mirrored: What `featurepipe.extract` estimates of mirrored images; None without them.
     """
 
     store: Path
@@ -180,16 +232,19 @@ class ExtractionOutlook:
     estimate: Mapping[str, Any]
     need: int
     free: int
+    mirrored: Mapping[str, Any] | None = None
 
     @property
     def text(self) -> str:
         """How much is to be extracted, in words."""
-        seconds = self.estimate["seconds"]
-        lasts = "" if seconds is None else f", in about {spoken(seconds)}"
+        passes = [self.estimate] if self.mirrored is None else [self.estimate, self.mirrored]
+        times = [each["seconds"] for each in passes]
+        lasts = "" if None in times else f", in about {spoken(sum(times))}"
+        flips = "" if self.mirrored is None else f", and {self.mirrored['to_read']:,} of them mirrored"
         return (
             f"activations of {self.backbone.name} at {self._nodes}: {self.estimate['to_read']:,} of "
-            f"{self.estimate['listed']:,} images are to be extracted{lasts}; {size(self.need)} ({size(self.image_bytes)} an "
-            f"image) are kept in {self.store}, where {size(self.free)} are free"
+            f"{self.estimate['listed']:,} images{flips} are to be extracted{lasts}; {size(self.need)} "
+            f"({size(self.image_bytes)} an image) are kept in {self.store}, where {size(self.free)} are free"
         )
 
     @property
@@ -198,8 +253,14 @@ class ExtractionOutlook:
 
     @property
     def image_bytes(self) -> int:
-        """Of the activations and the bottleneck of one image."""
-        return _image_bytes(self.backbone, columns_of_tails(self.tails), _itemsize(self.estimate))
+        """Of the activations and the bottleneck of one image; of the mirrored one, too, if there is one."""
+        return self._bytes_with(self.tails)
+
+    def _bytes_with(self, tails: Sequence[Tail]) -> int:
+        columns = [columns_of_tails(tails)]
+        if self.mirrored is not None:
+            columns.append([tail.column for tail in tails])
+        return sum(_image_bytes(self.backbone, each, _itemsize(self.estimate)) for each in columns)
 
     def check(self) -> None:
         """Refuses activations that do not fit on the disk.
@@ -209,12 +270,10 @@ class ExtractionOutlook:
         """
         if self.need <= self.free:
             return
-        items = _itemsize(self.estimate)
         images = self.need / self.image_bytes
         smaller = []
         for node in cuts(self.backbone):
-            columns = columns_of_tails([Tail(self.backbone, node)])
-            need = int(images * _image_bytes(self.backbone, columns, items))
+            need = int(images * self._bytes_with([Tail(self.backbone, node)]))
             if need <= self.free:
                 smaller.append(f"{node} ({size(need)})")
         other = f", or cut at {', '.join(smaller)}" if smaller else ""
@@ -228,10 +287,15 @@ class ExtractionOutlook:
     def as_dict(self, options: TuneOptions) -> dict[str, Any]:
         """JSON values, with the time of an epoch from a few steps on noise."""
         batch_size = options.schedule(self.estimate["listed"]).batch_size
+        sides = 1 if self.mirrored is None else 2
         tuned = [
             {
                 **described(self.backbone, tail),
-                "activations": self.need * math.prod(tail.input_shape) * _itemsize(self.estimate) // self.image_bytes,
+                "activations": sides
+                * self.need
+                * math.prod(tail.input_shape)
+                * _itemsize(self.estimate)
+                // self.image_bytes,
                 "seconds_per_1000_images": 1000 / batch_size * step_seconds(tail, batch_size),
             }
             for tail in self.tails
@@ -323,19 +387,26 @@ def stored_activations(
         "cluster": executor,
     }
     estimate = extract(source, target, **arguments, dry_run=True, silent=True)
+    estimates, flipped = [estimate], None
+    if options.flips:
+        settings = Settings.of_space(estimate["space"], why="as of the images as they are").values()
+        flipped = {**arguments, **settings, "nodes": [tail.column for tail in tails], "mirrored": True}
+        estimates.append(extract(source, target, **flipped, dry_run=True, silent=True))
     path = target.path if isinstance(target, FeatureStore) else Path(target)
-    need = sum(estimate["bytes_per_column"].values())
-    outlook = ExtractionOutlook(path, tails, backbone, estimate, need, shutil.disk_usage(_existing(path)).free)
-    if dry_run and estimate["to_read"]:
+    need = sum(sum(each["bytes_per_column"].values()) for each in estimates)
+    free = shutil.disk_usage(_existing(path)).free
+    outlook = ExtractionOutlook(path, tails, backbone, estimate, need, free, *estimates[1:])
+    if any(each["to_read"] for each in estimates):
         say(outlook.text)
-        return outlook
-    if estimate["to_read"]:
-        say(outlook.text)
+        if dry_run:
+            return outlook
         outlook.check()
     opened = target if isinstance(target, FeatureStore) else FeatureStore(target, create=not dry_run)
     if dry_run:
         return StoredActivations(opened, estimate["dataset"], options.backbone)
     record = extract(source, opened, **arguments, silent=silent)
+    if flipped is not None:
+        extract(source, opened, **flipped, silent=silent)
     return StoredActivations(opened, record["dataset"], record["fingerprint"], record)
 
 
@@ -440,8 +511,9 @@ def cuts_of(options: TuneOptions, network: Backbone) -> tuple[str, ...]:
     """The nodes where a network is cut.
 
     Raises:
-        UsageError: None is given; names the choices.
+        UsageError: None is given; names the choices. Or it is several networks side by side.
     """
+    refuse_joined(network)
     if options.cuts:
         return options.cuts
     usable = ", ".join(cuts(network)) or "no node: torch.fx cannot trace it"

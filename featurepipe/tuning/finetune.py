@@ -21,7 +21,7 @@ from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.results import shown_as
-from featurepipe.store import FeatureStore
+from featurepipe.store import FeatureStore, Space
 from featurepipe.store.choice import choose_space
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import columns_of
@@ -40,6 +40,7 @@ from featurepipe.tuning.activations import store_features as keep_features
 from featurepipe.tuning.from_images import finetune_images
 from featurepipe.tuning.loop import Rows
 from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
+from featurepipe.tuning.peers import refuse_processes
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 
@@ -124,8 +125,9 @@ def finetune(
         rate: learning rate of the head and the highest block.
         lowest_rate: that of the lowest tuned block, as a share of ``rate``.
         weight_decay: of AdamW.
-        augment: with ``from_node="images"``, random changes of training images: ``crop`` (by default), ``flip``, ``crop,flip`` or
-            ``none``; flips are wrong for text and digits.
+        augment: random changes of training images: ``none`` or ``flip``, and with ``from_node="images"`` also ``crop`` (there the
+            default) and ``crop,flip``. Flips are wrong for text and digits. Above a node they need the activations of mirrored
+            images (``extract`` with ``mirrored=True``), which are extracted where images are given, and double the space.
         batch_norm: with ``from_node="images"``, statistics of BatchNorm: ``frozen``, or ``train`` (by default from scratch).
         mixed_precision: with ``from_node="images"``, ``fp32`` or ``bf16``; by default bf16 on CUDA.
         warmup: share of the steps in which rates rise.
@@ -185,6 +187,7 @@ def finetune(
         )  # fmt: skip
         return {**found, "options": as_asked(options)} if "tuning" in found and not dry_run else found
     refuse_image_options(options)
+    refuse_processes("a tail is tuned")
     with executor_on(None if dry_run else cluster, say=say) as executor:
         stored = stored_activations(
             source, store, options, extraction or {},
@@ -271,11 +274,12 @@ class TailWork(TuningWork):
         """What is tuned on what."""
         parameters = sum(value.numel() for value in self.body.parameters())
         how = "read once" if self.activations.is_held else "read from the store in every epoch"
+        flips = ", half of them of mirrored images" if self.activations.mirrored else ""
         blocks, division = list(self.body.blocks()), self.task.division
         return (
             f"tuning {self.backbone.name} above {self.body.node}: {parameters:,} weights in {len(blocks)} blocks ({blocks[0]} to "
             f"{blocks[-1]}) on {len(division.train):,} images, {len(division.validation):,} to choose by; "
-            f"activations of {size(self.activations.bytes)}, {how}"
+            f"activations of {size(self.activations.bytes)}{flips}, {how}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -283,6 +287,7 @@ class TailWork(TuningWork):
         return {
             **described(self.backbone, self.body),
             "activations": self.activations.bytes,
+            **({"mirrored": self.activations.mirrored.space_fingerprint} if self.activations.mirrored else {}),
             "measure": self.objective.measure,
             "tested": f"from activations stored in {self.every.dtype}, in {self.settings.precision} as the bundle computes",
         }
@@ -315,10 +320,14 @@ def _prepared(
     for tail in tails.values():
         stored.check_column(space, dataset, tail.column)
 
-    def read(column: str) -> FeatureSet:
-        return chosen(source.features(dataset, node=column, backbone=space.fingerprint, snapshot=snapshot), ids)
+    def read(column: str, of: Space = space) -> FeatureSet:
+        return chosen(source.features(dataset, node=column, backbone=of.fingerprint, snapshot=snapshot), ids)
 
     maps = {cut: read(tail.column) for cut, tail in tails.items()}
+    flipped: dict[str, FeatureSet] = {}
+    if options.flips:
+        mirrored = stored.mirrored(space, dataset, [tail.column for tail in tails.values()])
+        flipped = {cut: read(tail.column, mirrored) for cut, tail in tails.items()}
     (first, tail), *_ = tails.items()
     task, recipe, objective = settled(source, maps[first], tail, options, snapshot=snapshot, say=say)
     rows = task.features.rows
@@ -333,7 +342,11 @@ def _prepared(
     return [
         TailWork(
             space, network, tails[cut], task, recipe, objective, options, cut, every,
-            Activations(every.take(rows.positions), learned_from, memory), frozen, name, columns,
+            Activations(
+                every.take(rows.positions), learned_from, memory,
+                mirrored=flipped[cut].take(rows.positions) if cut in flipped else None,
+            ),
+            frozen, name, columns,
         )
         for cut, every in maps.items()
     ]  # fmt: skip
@@ -346,10 +359,12 @@ def refuse_image_options(options: TuneOptions) -> None:
         UsageError: Such an option is given.
     """
     given = [name for name in OF_IMAGES if getattr(options, name) is not None]
+    given += ["augment"] * ("crop" in (options.augment or ""))
     if given:
         raise UsageError(
             Message(
-                Option(given[0], str(getattr(options, given[0]))), " is of images, not of stored activations: leave "
-                "it out, or tune all layers with ", Option("from_node", "images"),
+                Option(given[0], str(getattr(options, given[0]))), " is of images, not of stored activations: leave it out"
+                f"{', or give flip alone' if given[0] == 'augment' else ''}, or tune all layers with ",
+                Option("from_node", "images"),
             )
         )  # fmt: skip

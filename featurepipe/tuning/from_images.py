@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -36,7 +35,7 @@ from featurepipe.features.settings import Machine, Settings, settle_machine
 from featurepipe.images import Source
 from featurepipe.interrupt import stop_on_signals
 from featurepipe.option_groups import declared
-from featurepipe.progress import spoken
+from featurepipe.progress import announcer, spoken
 from featurepipe.store import FeatureStore, Space
 from featurepipe.store.choice import choose_space
 from featurepipe.store.feature_store import is_store
@@ -46,6 +45,7 @@ from featurepipe.training.cost import available_memory
 from featurepipe.tuning.activations import described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.loop import Draw, Rows
 from featurepipe.tuning.options import IMAGES, TuneOptions
+from featurepipe.tuning.peers import ALONE, Peers, fabric_on, processes
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
 
 if TYPE_CHECKING:
@@ -196,22 +196,19 @@ class ImagesWork(TuningWork):
         stored: The bottleneck features of these rows, if the store has them.
         gone: Rows that the source no longer lists.
         machine: Where it learns, and with how many threads it reads.
-        fabric: Lightning's; None until it learns.
+        launched: Lightning Fabric on the device, perhaps with other processes; None in a dry run.
     """
 
     examples: ImageExamples
     stored: FeatureSet | None
     gone: Rows
     machine: Machine
-    _fabric: Fabric | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_fabric": None}
+    launched: Fabric | None = field(default=None, repr=False)
 
     @property
     def fabric(self) -> Fabric | None:
         """On which devices, and in which precision."""
-        return self._fabric
+        return self.launched
 
     @property
     def column(self) -> str:
@@ -238,7 +235,7 @@ class ImagesWork(TuningWork):
         return (
             f"tuning all of {self.backbone.name} {how}: {parameters:,} weights in {counted(len(blocks), 'block')} on "
             f"{len(division.train):,} images, {len(division.validation):,} to choose by; {self.examples.augmentation.text}, "
-            f"BatchNorm {_trunk(self).batch_norm}, {self.precision} on {self.machine.device}{lasts}"
+            f"BatchNorm {_trunk(self).batch_norm}, {self.precision} on {self.machine.device}{_together()}{lasts}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -250,6 +247,7 @@ class ImagesWork(TuningWork):
             "batch_norm": _trunk(self).batch_norm,
             "mixed_precision": self.precision,
             "device": self.machine.device,
+            **({"processes": processes()[1]} if processes()[1] > 1 else {}),
             "library": f"lightning-fabric {version('lightning-fabric')}",
             "unreadable": len(self.examples.lost),
             "measure": self.objective.measure,
@@ -276,17 +274,16 @@ class ImagesWork(TuningWork):
         weight = random.uniform(-1, 1, (outputs, width)) / np.sqrt(width)
         return self.objective.to_target(weight, np.zeros(outputs))
 
-    def check_room(self, folder: Path) -> None:
-        """Refuses what fits neither in memory nor on the disk, before anything is done; see `check_room`."""
-        check_room(self.body, self.schedule.batch_size, self.machine.device, folder, name=self.backbone.name)
-
-    def launch(self) -> Fabric:
-        """Starts Lightning Fabric on the device."""
-        self._fabric = fabric_on(self.machine.device, self.precision)
-        return self._fabric
+    def check_room(self, folder: Path, peers: Peers) -> None:
+        """Refuses what fits neither in memory nor on the disk, or is too little for the processes, before anything is done."""
+        size = self.schedule.batch_size
+        peers.check(len(self.task.division.train), size)
+        check_room(self.body, size, self.machine.device, folder, name=self.backbone.name, peers=peers)
 
 
-def check_room(body: TunedLayers, batch_size: int, device: str, folder: Path, *, name: str) -> None:
+def check_room(
+    body: TunedLayers, batch_size: int, device: str, folder: Path, *, name: str, peers: Peers = ALONE
+) -> None:
     """Refuses a tuning from images that fits neither in memory nor on the disk.
 
     Args:
@@ -295,6 +292,7 @@ def check_room(body: TunedLayers, batch_size: int, device: str, folder: Path, *,
         device: Where.
         folder: Checkpoints and weights go beside or into it.
         name: Of the network.
+        peers: Who makes a step together; on a CPU they share the memory.
 
     Raises:
         UsageError: A step needs more memory than is free; names a batch size that does not.
@@ -310,11 +308,12 @@ def check_room(body: TunedLayers, batch_size: int, device: str, folder: Path, *,
         )
     on_cuda = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device if ":" in device else "cuda:0")[0] if on_cuda else available_memory()
-    each = bytes_of_one(body)
-    left = free - COPIES_IN_MEMORY * weights
-    step = size(each * batch_size + COPIES_IN_MEMORY * weights)
-    if left < each * batch_size:
-        fewer = left // each
+    sharing = 1 if on_cuda else peers.here
+    each, images = bytes_of_one(body), -(-batch_size * sharing // peers.world)
+    left = free - sharing * COPIES_IN_MEMORY * weights
+    step = size(each * images + sharing * COPIES_IN_MEMORY * weights)
+    if left < each * images:
+        fewer = left // each * peers.world // sharing
         remedy = Message("try ", Option("batch_size", str(fewer))) if fewer > 0 else "take a smaller network"
         raise UsageError(
             Message(
@@ -333,6 +332,11 @@ def precision_of(options: TuneOptions, machine: Machine) -> str:
     if options.mixed_precision is not None:
         return options.mixed_precision
     return "bf16" if machine.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _together() -> str:
+    _, world = processes()
+    return f", {world} processes together" if world > 1 else ""
 
 
 def _trunk(work: TuningWork) -> Trunk:
@@ -357,27 +361,6 @@ def bytes_of_one(body: TunedLayers) -> int:
     return max(1, sum(amount for place, amount in held.items() if place not in parameters) // 2)
 
 
-def fabric_on(device: str, precision: str) -> Fabric:
-    """Lightning Fabric on a device.
-
-    Raises:
-        UsageError: It is not installed, or there are several processes.
-    """
-    try:
-        from lightning_fabric import Fabric
-    except ImportError as error:
-        raise UsageError("tuning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("tuning runs in one process so far: start it without torchrun, on one device")
-    kind, _, number = device.partition(":")
-    fabric = Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=_PRECISIONS[precision])
-    fabric.launch()
-    return fabric
-
-
-_PRECISIONS: Mapping[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
-
-
 def images_work(
     source: Any,
     store: FeatureStore | str | PathLike[str] | None,
@@ -391,6 +374,7 @@ def images_work(
     dry_run: bool,
     silent: bool,
     say: Callable[[str], None],
+    fabric: Fabric | None = None,
 ) -> ImagesWork | dict[str, Any]:
     """Settles rows, labels, network and images, of a store whose images are read where they were extracted from, or of images.
 
@@ -409,6 +393,7 @@ def images_work(
         dry_run: Extract nothing.
         silent: Show no progress.
         say: Told what is done.
+        fabric: Lightning's, launched; the first of its processes extracts.
 
     Returns:
         The work; in a dry run on images that are yet to be extracted, what is known without that.
@@ -418,6 +403,7 @@ def images_work(
         SourceError: The source cannot be listed.
     """
     refuse_unknown(extraction)
+    peers = Peers(fabric)
     run: dict[str, Any] = {}
     if is_store(source):
         refuse_of_images(source, store, extraction, allowed=("device", "workers"))
@@ -429,14 +415,23 @@ def images_work(
         target = beside.with_name(f"{beside.name}.features") if store is None else store
         asked = SourceOptions(**{name: extraction[name] for name in declared(SourceOptions) if name in extraction})
         weights = "DEFAULT" if options.weights is None else str(options.weights)
-        named = replace(options, backbone=network_for(target, options.backbone, weights, say))
-        run = _extracted(source, target, named, extraction, executor, dry_run=dry_run, silent=silent, say=say)
+
+        def extracted() -> tuple[TuneOptions, dict[str, Any]]:
+            named = replace(options, backbone=network_for(target, options.backbone, weights, say))
+            return named, _extracted(
+                source, target, named, extraction, executor, dry_run=dry_run, silent=silent, say=say
+            )
+
+        named, run = peers.from_first(extracted)
         dataset = run["dataset"]
         if dry_run and run["to_read"]:
             return _outlook(run, named, extraction)
         found = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
         images = opened(source, asked)
-    return _settled(found, dataset, images, options, extraction, run, snapshot=snapshot, ids=ids, say=say)
+    work = _settled(found, dataset, images, options, extraction, run, snapshot=snapshot, ids=ids, say=say)
+    work.examples.workers = max(1, work.examples.workers // peers.here)
+    work.launched = fabric
+    return work
 
 
 def recorded_source(store: FeatureStore, dataset: str) -> tuple[Source, str]:
@@ -616,24 +611,33 @@ def finetune_images(
                 f"extracted: featurepipe extract SOURCE --backbone NAME --weights {folder}/weights.safetensors",
             )
         )  # fmt: skip
-    with executor_on(None if dry_run else cluster, say=say) as executor:
+    fabric = None if dry_run else launched(options, extraction)
+    peers = Peers(fabric)
+    if not peers.is_first:
+        silent, say = True, announcer(silent=True)
+    with executor_on(None if dry_run or not peers.is_first else cluster, say=say) as executor:
         work = images_work(
-            source, store, options, extraction,
-            snapshot=snapshot, ids=ids, beside=folder, executor=executor, dry_run=dry_run, silent=silent, say=say,
+            source, store, options, extraction, snapshot=snapshot, ids=ids, beside=folder, executor=executor,
+            dry_run=dry_run, silent=silent, say=say, fabric=fabric,
         )  # fmt: skip
     if isinstance(work, dict):
         return work
-    asked = {"why": why_tune(work, folder, say)} if if_changed else {}
+    asked = {"why": peers.from_first(lambda: why_tune(work, folder, say))} if if_changed else {}
     if asked == {"why": []}:
         return unchanged(work, folder)
-    work.check_room(folder)
-    seconds = work.epoch_seconds()
+    peers.from_first(lambda: work.check_room(folder, peers))
+    seconds = peers.from_first(work.epoch_seconds) / peers.world
     say(work.text(seconds=seconds))
     if dry_run:
         return {**work.task.as_dict(), "tuning": {**work.about(), "seconds_per_epoch": seconds}, **asked}
-    work.launch()
     if cluster is not None:
         say("layers are tuned from images in this process; the cluster computed what was to be extracted")
     here = LocalExecutor()
     with closing(work.examples.source), stop_on_signals() as stop:
         return {**tune_and_publish([work], folder, stop, here, start=start, silent=silent, say=say), **asked}
+
+
+def launched(options: TuneOptions, extraction: Mapping[str, Any]) -> Fabric:
+    """Lightning Fabric on the device that is asked for, with all processes that `torchrun` has started."""
+    machine = settle_machine(machine_options(extraction), "cpu")
+    return fabric_on(machine.device, precision_of(options, machine), together=True)

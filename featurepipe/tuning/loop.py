@@ -24,6 +24,7 @@ from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.progress import Progress
 from featurepipe.store.atomic import atomic_file
 from featurepipe.tuning.options import Schedule
+from featurepipe.tuning.peers import Peers
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -82,6 +83,10 @@ class TuningObjective:
             return each.mean()
         weights = torch.from_numpy(self.weights[rows]).to(each)
         return (each * weights).sum() / weights.sum().clamp(min=1e-12)
+
+    def total(self, rows: Rows) -> float:
+        """How much some rows count in the loss."""
+        return float(len(rows)) if self.weights is None else float(self.weights[rows].sum())
 
     def mean_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """The mean loss of scores without gradients; all rows count alike."""
@@ -279,8 +284,13 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], boo
     Raises:
         LossNotFinite: The loss is not finite at the start, or became so before anything got better.
     """
-    options = run.options
-    before = checkpoint.read()
+    options, peers = run.options, run.peers
+    before = peers.from_first(checkpoint.read)
+
+    def keep() -> None:
+        if peers.is_first:
+            checkpoint.write(run.content())
+
     if before is None:
         run.begin()
     else:
@@ -289,8 +299,8 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], boo
         progress.advance(run.epoch * run.steps + run.step)
     while not run.is_over:
         for inputs, rows in run.batches():
-            if stop():
-                checkpoint.write(run.content())
+            if peers.any(stop()):
+                keep()
                 done = f"epoch {run.epoch + 1} of {options.epochs}, step {run.step} of {run.steps}"
                 return replace(run.found, unfinished=done)
             loss = run.learn(inputs, rows)
@@ -298,9 +308,9 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], boo
                 break
             progress.advance(1, f"loss {run.mean_loss:.4f}")
             if checkpoint.is_due:
-                checkpoint.write(run.content())
+                keep()
         progress.say(run.end_epoch())
-        checkpoint.write(run.content())
+        keep()
     run.model.adopt(run.found.best)
     return run.found
 
@@ -321,7 +331,8 @@ class TuningRun:
         found: The best so far.
         epoch: Epochs that have ended.
         step: Steps of this epoch that were made.
-        fabric: Lightning's, which says on which devices and in which precision; None for this process in float32.
+        fabric: Lightning's, which says on which devices and in which precision; None for this process in float32. With several
+            processes each takes its part of every batch, and all have the same weights after every step.
     """
 
     model: Model
@@ -340,6 +351,7 @@ class TuningRun:
     def __post_init__(self) -> None:
         self._loss, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
         self._best_loss, self._diverged = math.inf, False
+        self.peers = Peers(self.fabric)
         groups = _parameter_groups(self.model, self.blocks, self.options)
         self.optimiser = torch.optim.AdamW(groups, lr=self.options.rate, weight_decay=self.options.weight_decay)
         self._shares = [group["share"] for group in self.optimiser.param_groups]
@@ -376,23 +388,22 @@ class TuningRun:
         """What is left of this epoch, step by step: inputs and their rows, in a new order."""
         order = self.train[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))]
         size = self.options.batch_size
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        parts = [self.peers.part(order[start : start + size]) for start in range(0, len(order), size)]
         yield from self.examples.batches(parts[self.step :], (self.seed, self.epoch))
 
     def learn(self, inputs: Tensor, rows: Rows) -> float:
         """Makes a step; returns its loss, and changes nothing where that is not finite."""
-        if not len(rows):  # none of them could be read
-            self.step += 1
-            return self.mean_loss
         factor = _schedule(
             self.epoch * self.steps + self.step, self.options.epochs * self.steps, warmup=self.options.warmup
         )
         for group, share in zip(self.optimiser.param_groups, self._shares, strict=True):
             group["lr"] = self.options.rate * share * factor
-        device = next(self.model.parameters()).device
-        with self.model.body.learning((self.seed, self.epoch, self.step)):
-            loss = self.objective.loss(self._forward(inputs.to(device)), rows)
-            value = float(loss.detach())
+        others = (self.peers.rank,) if self.peers.world > 1 else ()
+        with self.model.body.learning((self.seed, self.epoch, self.step, *others)):
+            loss, value = self._loss_of(inputs, rows)
+            if loss is None:  # none of the images could be read
+                self.step += 1
+                return self.mean_loss
             if not math.isfinite(value):
                 self._diverged = True
                 return math.nan
@@ -402,9 +413,26 @@ class TuningRun:
             else:
                 self.fabric.backward(loss)
         self.optimiser.step()
+        self.peers.average(self.model.body.statistics().values())
         self._loss += value
         self.step += 1
         return value
+
+    def _loss_of(self, inputs: Tensor, rows: Rows) -> tuple[Tensor | None, float]:
+        """What gradients are computed of, whose mean over processes is that of the batch's loss; and this loss.
+
+        The first is None where no process could read an image.
+        """
+        device = next(self.model.parameters()).device
+        if self.peers.world == 1:
+            loss = self.objective.loss(self._forward(inputs.to(device)), rows) if len(rows) else None
+            return loss, math.nan if loss is None else float(loss.detach())
+        if len(rows):
+            loss = self.objective.loss(self._forward(inputs.to(device)), rows)
+        else:  # the others wait for gradients of this process, too
+            loss = self._forward(inputs.new_zeros(2, *inputs.shape[1:]).to(device)).sum() * 0
+        found = self.peers.mean(float(loss.detach()), self.objective.total(rows))
+        return (None, math.nan) if found is None else (loss * found[1], found[0])
 
     def end_epoch(self) -> str:
         """Scores, decides whether to go on, and says how it is."""
@@ -441,7 +469,8 @@ class TuningRun:
         self.found = Tuning(dict(content["best"]), score, epoch, json.loads(content["history"]), ended)
 
     def _validate(self) -> tuple[float, float]:
-        scores, rows = score_rows(self.model, self.examples, self.validation)
+        part = self.peers.part(self.validation)
+        scores, rows = self.peers.gathered(*score_rows(self.model, self.examples, part))
         return self.objective.mean_loss(scores, rows), self.objective.score(scores, rows)
 
     def _take(self, loss: float, score: float, *, train_loss: float | None) -> str:

@@ -13,7 +13,7 @@ from featurepipe.option_groups import at_least, is_memory, is_number, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
-OF_IMAGES = ("augment", "batch_norm", "mixed_precision")
+OF_IMAGES = ("batch_norm", "mixed_precision")
 """Options that say how images are learned from, of no use where activations are."""
 NOT_OF_TUNING = ("batch_size",)
 """Of the options of extraction, what has another meaning in a tuning."""
@@ -113,8 +113,9 @@ class LoopOptions(RoleOptions):
         check=at_least(1),
     )  # fmt: skip
     augment: str | None = option(
-        None, "random changes of images in training, with --from images: crop, a part of 35 to 100 % of the image; flip, "
-        "left-right, which is wrong for text and digits (default: crop)",
+        None, "random changes of images in training: crop, a part of 35 to 100 % of the image, with --from images alone; flip, "
+        "left-right, which is wrong for text and digits; above a node it doubles the activations (default: crop from images, "
+        "else none)",
         metavar="none|crop|flip|crop,flip", choices=AUGMENTATIONS,
     )  # fmt: skip
     batch_norm: str | None = option(
@@ -151,6 +152,11 @@ class LoopOptions(RoleOptions):
         return (
             () if self.from_node is None else (self.from_node,) if isinstance(self.from_node, str) else self.from_node
         )
+
+    @property
+    def flips(self) -> bool:
+        """Whether half of the images are mirrored in training."""
+        return self.augment is not None and "flip" in self.augment.split(",")
 
     @property
     def is_from_images(self) -> bool:

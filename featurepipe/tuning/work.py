@@ -45,7 +45,8 @@ from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import Examples, Model, Rows, TuningObjective, score_rows
 from featurepipe.tuning.options import Schedule, TuneOptions
-from featurepipe.tuning.runs import MIXES, TunedCut, TuningContext, adopt_best_mix, told_runs, tuned_runs
+from featurepipe.tuning.peers import Peers
+from featurepipe.tuning.runs import MIXES, TunedCut, TunedRun, TuningContext, adopt_best_mix, told_runs, tuned_runs
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -273,8 +274,25 @@ def tune_and_publish(
         LossNotFinite: Nothing was learned before the loss became infinite.
     """
     first = works[0]
-    context = runs_of(works, first.objective.to_scores(*first.exact_head(say)), folder)
+    peers = Peers(first.fabric)
+    head, division = peers.from_first(lambda: (first.exact_head(say), first.task.division))
+    first.task = replace(first.task, division=division)
+    context = runs_of(works, first.objective.to_scores(*head), folder)
     runs = tuned_runs(context, executor, stop, silent=silent)
+    return peers.from_first(lambda: _best_published(works, context, runs, folder, start=start, say=say))
+
+
+def _best_published(
+    works: Sequence[TuningWork],
+    context: TuningContext,
+    runs: Sequence[TunedRun],
+    folder: Path,
+    *,
+    start: float,
+    say: Any,
+) -> dict[str, Any]:
+    """Mixes the weights of the best run with the frozen ones, and writes the bundle."""
+    first = works[0]
     best = max(runs, key=lambda run: run.tuning.score)
     work = next(work for work in works if work.cut == best.shard.cut)
     work.task, work.recipe = first.task, first.recipe

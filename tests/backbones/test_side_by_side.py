@@ -66,7 +66,7 @@ def test_all_blocks_are_those_of_each_and_the_space_says_how_images_are_seen(bot
 
 def test_they_are_not_tuned_and_others_do_not_stand_side_by_side(both) -> None:
     assert cuts(both) == []
-    with pytest.raises(UsageError, match="cannot be tuned: tune one of its networks, such as efficientnet_lite0"):
+    with pytest.raises(UsageError, match="not tuned together: tune one of them, with backbone='efficientnet_lite0'"):
         Trunk(both)
     for name in ("efficientnet_lite0+resnet18", "efficientnet_lite0+efficientnet_lite0", "efficientnet_lite0+"):
         with pytest.raises(UsageError, match="different ones of efficientnet_lite0, efficientnet_lite1"):

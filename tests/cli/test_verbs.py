@@ -22,14 +22,14 @@ CASES = {
         "--only-under /data --only-under s3://b --path-column photo --box x,y,w,h --box-unit share --box-margin 0.1 "
         "--images pics --frames all "
         "--max-gone 20% --min-free 20GB "
-        "--retry-rejects --damaged keep --intensity bits=12 --time-budget 1h30m --dry-run --quiet",
+        "--retry-rejects --damaged keep --intensity bits=12 --mirrored --time-budget 1h30m --dry-run --quiet",
         {
             "source": "photos", "store": "kept", "dataset": "d", "backbone": "vgg16", "weights": "none", "seed": 3,
             "nodes": ["a", "b:gmp"], "precision": "fp32", "dtype": "float32", "decode": "cpu", "device": "cpu",
             "batch_size": "8", "workers": 2, "engine": "pytorch", "max_rejects": "3",
             "only_under": ["/data", "s3://b"], "path_column": "photo", "box": "x,y,w,h", "box_unit": "share", "box_margin": 0.1,
             "images": "pics", "frames": "all",
-            "intensity": "bits=12", "max_gone": "20%", "min_free": "20GB",
+            "intensity": "bits=12", "mirrored": True, "max_gone": "20%", "min_free": "20GB",
             "retry_rejects": True, "damaged": "keep", "time_budget": 5400.0, "dry_run": True, "silent": True,
         },
     ),
@@ -41,7 +41,7 @@ CASES = {
             "nodes": ("bottleneck",), "precision": "auto", "dtype": "auto", "decode": "auto", "device": "auto",
             "batch_size": "auto", "workers": None, "max_rejects": "1%", "max_gone": None, "min_free": None, "only_under": None,
             "path_column": None, "box": None, "box_unit": "pixels", "box_margin": 0.0, "images": None, "frames": "first",
-            "intensity": "auto", "engine": "auto",
+            "intensity": "auto", "mirrored": False, "engine": "auto",
             "retry_rejects": False, "damaged": "reject", "time_budget": None, "dry_run": False, "silent": False,
         },
     ),

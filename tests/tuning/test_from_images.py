@@ -228,8 +228,8 @@ def test_an_image_that_changed_or_went_is_left_out_and_said(images, again, tmp_p
 
 
 def test_what_cannot_be_is_refused_before_anything_is_done(images, store, again, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UsageError, match=r"augment='flip' is of images.*from_node='images'"):
-        finetune(store, from_node="layer1", out=tmp_path / "b", augment="flip", silent=True)
+    with pytest.raises(UsageError, match=r"augment='crop' is of images.*from_node='images'"):
+        finetune(store, from_node="layer1", out=tmp_path / "b", augment="crop", silent=True)
     with pytest.raises(UsageError, match="unknown augment 'mirror'; choices: none, crop, flip"):
         finetune(store, out=tmp_path / "b", augment="mirror", **again)
     with pytest.raises(UsageError, match=r"too few to set validation images aside|fewer than 2 training images"):
