@@ -74,6 +74,7 @@ FORKED = f"""
         ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
+        ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
         ("bench_extract", {"results", "limits"}),
         ("bench_decode", {"results", "accuracy"}),
