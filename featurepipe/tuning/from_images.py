@@ -613,7 +613,7 @@ def finetune_images(
         )  # fmt: skip
     fabric = None if dry_run else launched(options, extraction)
     peers = Peers(fabric)
-    if not peers.is_first:
+    if processes()[0]:  # the first one speaks, also in a dry run, where they do not meet
         silent, say = True, announcer(silent=True)
     with executor_on(None if dry_run or not peers.is_first else cluster, say=say) as executor:
         work = images_work(
