@@ -73,8 +73,8 @@ class Tail(TunedLayers):
         node: Where to cut it.
 
     Raises:
-        UsageError: It is several networks side by side; the node is unknown; the network cannot be traced, or cut there since something beside the node leads from
-            below to above it; or no weights lie above it. Names nodes where it can be cut.
+        UsageError: It is several networks side by side; the node is unknown; the network cannot be traced, or cut there since
+            something beside the node leads from below to above it; or no weights lie above it. Names nodes where it can be cut.
     """
 
     def __init__(self, backbone: Backbone, node: str) -> None:
@@ -207,9 +207,9 @@ def refuse_joined(backbone: Backbone) -> None:
     if backbone.parts:
         raise UsageError(
             Message(
-                f"{backbone.name} is {len(backbone.parts)} networks side by side, which are not tuned together: tune one of them, "
-                "with ", Option("backbone", backbone.parts[0]), " and the images as the source, or fit a head on the features of all "
-                "(featurepipe train)",
+                f"{backbone.name} is {len(backbone.parts)} networks side by side, which are not tuned together: tune one of "
+                "them, with ", Option("backbone", backbone.parts[0]), " and the images as the source, or fit a head on the "
+                "features of all (featurepipe train)",
             )
         )  # fmt: skip
 

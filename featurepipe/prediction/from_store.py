@@ -34,6 +34,7 @@ from featurepipe.prediction.files import (
 )
 from featurepipe.progress import announcer, show
 from featurepipe.store import FeatureStore, Space, differences
+from featurepipe.store.choice import is_mirrored
 from featurepipe.store.locks import starts_again
 from featurepipe.store.snapshots import OK
 
@@ -279,4 +280,5 @@ def _command(bundle: Bundle, store: FeatureStore, dataset: str) -> str:
     words += ["--intensity", intensity_of(bundle.space["decoding"])] if "decoding" in bundle.space else []
     for column in bundle.columns:
         words += ["--node", column]
+    words += ["--mirrored"] if is_mirrored(bundle.space) else []
     return shlex.join(words)

@@ -27,6 +27,7 @@ from featurepipe.heads.linear.ordinal import LEAST
 from featurepipe.prediction.options import BundleOptions
 from featurepipe.prediction.ready import ReadyBundle, make_ready
 from featurepipe.results import Result, optional
+from featurepipe.store.choice import is_mirrored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -322,7 +323,7 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
     """The module of a bundle with a linear head.
 
     Raises:
-        UsageError: The head is not linear; names those that are.
+        UsageError: The head is not linear; names those that are. Or it is of mirrored images.
     """
     bundle = ready.bundle
     families = families_for(bundle.target_type)
@@ -331,6 +332,10 @@ def torch_classifier(ready: ReadyBundle) -> TorchClassifier:
         linear = ", ".join(name for name, other in families.items() if other.linear)
         raise UsageError(
             f"a {bundle.family} head is no linear layer, so there is no module of it; linear are: {linear}"
+        )
+    if is_mirrored(bundle.space):
+        raise UsageError(
+            "the bundle is of mirrored images, and a module takes images as they are; predict mirrors them"
         )
     weight, bias = linear_map(bundle.head)
     return TorchClassifier(

@@ -30,6 +30,7 @@ from featurepipe.heads.linear.linear_map import head_of_map, linear_map
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.store import FeatureStore, Space, fingerprint
+from featurepipe.store.choice import is_mirrored
 from featurepipe.store.options import LabelsOption, RoleOptions
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.space import canonical_json
@@ -359,8 +360,15 @@ def network_of(space: Space, options: TuneOptions) -> tuple[Backbone, NetworkNam
     """The network of a feature space, and how other processes load it.
 
     Raises:
-        UsageError: Its weights are a file that is not given, or are others; or its code is not trusted.
+        UsageError: Its weights are a file that is not given, or are others; its code is not trusted; or its images are mirrored.
     """
+    if is_mirrored(space.fields):
+        raise UsageError(
+            Message(
+                f"{space.name} is of mirrored images, from which layers are tuned beside the images as they are: name the space "
+                "of those, with ", Option("augment", "flip"),
+            )
+        )  # fmt: skip
     check_trusted(space.backbone, options.trust_code or options.backbone == space.backbone, named_by="the store")
     known = Network.of(space).backbone
     given = options.weights.get(space.fingerprint) if isinstance(options.weights, Mapping) else options.weights

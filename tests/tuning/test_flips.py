@@ -118,6 +118,12 @@ def test_a_tail_learns_from_both_sides_from_a_store_and_from_images_alike(folder
     assert losses[0] == losses[1]
 
 
+def test_a_space_of_mirrored_images_is_tuned_only_beside_the_other(store, tmp_path) -> None:
+    name = next(space.name for space in store.spaces() if "mirrored" in space.fields)
+    with pytest.raises(UsageError, match=rf"{name} is of mirrored images.*augment='flip'"):
+        finetune(store, backbone=name, from_node=CUT, out=tmp_path / "b", silent=True)
+
+
 def test_missing_mirrored_activations_name_the_command_and_crops_are_refused(folder, tmp_path) -> None:
     fp.extract(folder / "piles", tmp_path / "s", nodes=[MAP, "bottleneck"], **NETWORK)
     with pytest.raises(UsageError) as found:
