@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,6 +333,28 @@ def test_the_time_left_is_right_within_a_factor_of_one_and_a_half():
     for (minutes, seconds), (second, _) in zip(foretold[:-1], RECORDED, strict=False):
         left = RECORDED[-1][0] - second
         assert left / 1.5 <= int(minutes) * 60 + int(seconds) <= left * 1.5, second
+
+
+FITS = {
+    "ridge": (2.697, 0.320, 0.126, 1.080),
+}
+"""Processor seconds of fits on 1,000, 3,000, again 1,000, and 12,000 images of Fashion-MNIST, 1,280 values each, as recorded."""
+
+
+@pytest.mark.parametrize("family", FITS)
+def test_the_time_of_a_fit_is_right_within_a_factor_of_one_and_a_half(monkeypatch, family):
+    from featurepipe.heads.families import families_for
+    from featurepipe.training import cost
+
+    first, large, small, whole = FITS[family]
+    left, now = {1000: [small, first], 3000: [large]}, [0.0]
+
+    def fit(rows):
+        now[0] += left[rows].pop()
+
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    foretold = cost.time_of(fit, 12_000, steepest=families_for("multiclass")[family].time_exponent)
+    assert whole / 1.5 <= foretold <= whole * 1.5
 
 
 def test_the_first_step_foretells_no_time_left():

@@ -22,6 +22,8 @@ LEAST_ROWS = 1024
 PILOT_ROWS = (1000, 3000)
 LONG_PILOT = 15.0  # seconds of the smaller fit after which no larger one is made
 """Rows of the small fits from which time is extrapolated."""
+WARM = 1.5
+"""By so much at least the larger of them takes longer than the smaller; else that is fitted again."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,13 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> floa
         steepest: the largest exponent that the family can have: 1 for passes, 2 for kernels.
     """
     small, large = (max(min(count, rows // divisor), 1) for count, divisor in zip(PILOT_ROWS, (8, 4), strict=True))
-    seconds = []
-    for count in (small, large):
-        start = time.perf_counter()
-        fit(count)
-        seconds.append(max(time.perf_counter() - start, 1e-4))
-        if seconds[0] > LONG_PILOT:
-            return float(seconds[0] * (rows / small) ** steepest)
+    first = _seconds_of(fit, small)
+    if first > LONG_PILOT:
+        return float(first * (rows / small) ** steepest)
+    second = _seconds_of(fit, large)
+    if second < WARM * first and large > small:
+        first = _seconds_of(fit, small)  # without what is done once: imports, opening, warming up
+    seconds = [first, second]
     if large == small:
         return seconds[1] * rows / large
     if steepest == 1:
@@ -176,6 +178,12 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> floa
         return seconds[1] + slope * (rows - large)
     exponent = float(np.clip(np.log(seconds[1] / seconds[0]) / np.log(large / small), 1.0, steepest))
     return float(seconds[1] * (rows / large) ** exponent)
+
+
+def _seconds_of(fit: Callable[[int], object], rows: int) -> float:
+    start = time.perf_counter()
+    fit(rows)
+    return max(time.perf_counter() - start, 1e-4)
 
 
 def _fits(count: int) -> str:
