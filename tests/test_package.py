@@ -1,5 +1,6 @@
 """The package as others get it: a wheel, its types, systems that lack a module, versions that agree."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,20 @@ rows, width = features.shape
 classifier = fp.ImageClassifier.load("bundle")
 page: Path = fp.report("features", "page.html")
 version: str = fp.__version__
+"""
+JOB = """
+store = "of-the-job"
+[source]
+path = "site/featurepipe/data"
+[[features]]
+backbone = "lenet5"
+weights = "none"
+nodes = ["bottleneck"]
+[[train]]
+out = "bundle-of-the-job"
+[report]
+to = "nights.html"
+last = 3
 """
 WRONG_SCRIPT = """
 import featurepipe as fp
@@ -150,26 +165,51 @@ def test_a_typed_script_of_a_user(tmp_path: Path) -> None:
     assert wrong.stdout.count("error:") == 2
 
 
-@pytest.mark.slow
-def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def python_of(version: str) -> str:
+    """An interpreter of this version that has what featurepipe needs: this one, the command, or one of FEATUREPIPE_PYTHONS."""
+    if sys.version_info[:2] == tuple(map(int, version.split("."))):
+        return sys.executable
+    asked = os.environ.get("FEATUREPIPE_PYTHONS", "").split(os.pathsep)
+    for python in filter(None, (*asked, shutil.which(f"python{version}"))):
+        probe = "import sys, h5py, pyarrow, skops, torch, torchvision; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+        if done.stdout.strip() == version:
+            return python
+    pytest.skip(f"no python{version} here has PyTorch and the rest; name one in FEATUREPIPE_PYTHONS")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     shutil.copytree(ROOT / "featurepipe", source / "featurepipe", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(build, capture_output=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path, wheel: Path, version: str) -> None:
+    python = python_of(version)
+    (file,) = wheel.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "featurepipe").rglob("*") if path.is_file()}
     assert {name for name in kept - names if "__pycache__" not in name} == set()
-    run = [sys.executable, "-c", "from featurepipe.cli import main; raise SystemExit(main())"]
+    (tmp_path / "job.toml").write_text(JOB, encoding="utf-8")
+    run = [python, "-c", "from featurepipe.cli import main; raise SystemExit(main())"]
     place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}, "text": True}
-    where = [sys.executable, "-c", "import featurepipe; print(featurepipe.__file__)"]
+    where = [python, "-c", "import featurepipe; print(featurepipe.__file__)"]
     assert str(tmp_path) in subprocess.run(where, **place, capture_output=True, check=True).stdout
     store = ["--store", "kept", "--backbone", "lenet5", "--weights", "none"]
     subprocess.run([*run, "extract", str(tmp_path / "site" / "featurepipe" / "data"), *store], **place, check=True)
     subprocess.run([*run, "train", "kept", "--out", "bundle"], **place, check=True)
     subprocess.run([*run, "report", "kept", "--bundle", "bundle", "--to", "page.html"], **place, check=True)
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    subprocess.run([*run, "run", "job.toml"], **place, check=True)
+    assert (tmp_path / "nights.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
