@@ -360,7 +360,7 @@ def test_where_float32_gets_stuck_float64_goes_on(monkeypatch):
         (4, 12, True),
     ]
     at_the_end = [Optimum(np.zeros((1, 4)), 100, converged=False)]
-    assert linear.finished(at_the_end, prepared, 100, solve) is at_the_end  # it had its iterations
+    assert linear.finished(at_the_end, prepared, 100, solve) == at_the_end  # it had its iterations
     assert len(asked) == 2
 
 

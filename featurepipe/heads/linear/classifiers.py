@@ -14,11 +14,12 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.class_weight import compute_class_weight
 
+from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
 from featurepipe.heads.linear.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, lbfgs, newton, run
-from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, prepare
+from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, joint_at_once, patience_of, prepare
 
 Array = npt.NDArray[Any]
 Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
@@ -196,8 +197,11 @@ def _solve_group(
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
     points = [start_point(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
-    optima = solve(lbfgs, prepared, range(len(problems)), points, [estimator.max_iter] * len(problems))
-    optima = finished(optima, prepared, estimator.max_iter, solve)
+    limits = [limit for limit in (estimator.memory, prepared.shares.memory) if limit is not None]
+    at_once = joint_at_once(prepared, loss, points[0].shape, min(map(bytes_of, limits), default=None))
+    patience = patience_of(prepared, points[0].shape) if at_once else estimator.max_iter
+    optima = solve(lbfgs, prepared, range(len(problems)), points, [min(patience, estimator.max_iter)] * len(problems))
+    optima = finished(optima, prepared, estimator.max_iter, solve, at_once)
     each = len(targets)
     groups = [optima[first : first + each] for first in range(0, len(optima), each)]
     found = [_solution(classes, group, prepared, intercept=estimator.fit_intercept) for group in groups]
@@ -205,29 +209,45 @@ def _solve_group(
 
 
 def finished(
-    optima: list[Optimum], prepared: Prepared, max_iter: int, solve: Callable[..., list[Optimum]]
+    optima: list[Optimum],
+    prepared: Prepared,
+    max_iter: int,
+    solve: Callable[..., list[Optimum]],
+    joint_at_once: int = 0,
 ) -> list[Optimum]:
-    """Goes on in float64 where float32 could not tell the objective from its neighbours before the optimum was reached.
+    """Goes on in float64 where L-BFGS crawls, or float32 could not tell the objective from its neighbours before the optimum.
 
-    That happens with a large C where some columns hold values a hundred deviations from their mean. There L-BFGS comes
-    near the optimum in hundreds of passes and then crawls; Newton's steps, which far from it are mostly too long, converge
-    from there.
+    That happens with a large C where some columns hold values a hundred deviations from their mean. Newton's steps, with a
+    preconditioner of all columns together, converge from anywhere, so many problems at one time as memory allows. Where it
+    allows none, L-BFGS in float64 first comes near the optimum, in hundreds of passes: there the steps are mostly too long.
+
+    Args:
+        optima: Where L-BFGS stopped; what has converged, or had ``max_iter`` iterations, stays.
+        prepared: The features.
+        max_iter: Most iterations of one problem.
+        solve: Called with a method, features, the numbers of problems, where each starts, and its iterations.
+        joint_at_once: How many problems may have such a preconditioner at one time.
     """
-    stuck = [number for number, one in enumerate(optima) if not one.converged and one.iterations < max_iter]
-    if not stuck or prepared.dtype != np.float32:
-        return optima
     exact = replace(prepared, dtype=np.dtype(np.float64), mean=prepared.mean.astype(np.float64))
     finished = list(optima)
-    for method, most in ((lbfgs, _NEARING), (newton, max_iter)):
-        if not stuck:
-            break
-        left = [min(most, max_iter - finished[number].iterations) for number in stuck]
-        starts = [finished[number].point for number in stuck]
-        for number, one in zip(stuck, solve(method, exact, stuck, starts, left), strict=True):
+
+    def stuck() -> list[int]:
+        return [number for number, one in enumerate(finished) if not one.converged and one.iterations < max_iter]
+
+    def go_on(method: Method, numbers: list[int], most: int) -> None:
+        left = [min(most, max_iter - finished[number].iterations) for number in numbers]
+        starts = [finished[number].point for number in numbers]
+        for number, one in zip(numbers, solve(method, exact, numbers, starts, left), strict=True):
             finished[number] = replace(one, iterations=one.iterations + finished[number].iterations)
-        stuck = [
-            number for number in stuck if not finished[number].converged and finished[number].iterations < max_iter
-        ]
+
+    if joint_at_once:
+        waiting = stuck()
+        for first in range(0, len(waiting), joint_at_once):
+            go_on(newton, waiting[first : first + joint_at_once], max_iter)
+    elif prepared.dtype == np.float32:
+        for method, most in ((lbfgs, _NEARING), (newton, max_iter)):
+            if waiting := stuck():
+                go_on(method, waiting, most)
     return finished
 
 

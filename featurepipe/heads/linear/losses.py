@@ -84,12 +84,12 @@ class SoftmaxLoss:
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
-        likely = _softmax(scores)
+        likely = softmax(scores)
         return np.asarray(likely * (1 - likely) * weights)
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
         """See ``Loss``."""
-        likely = _softmax(scores)
+        likely = softmax(scores)
         changes -= (likely * changes).sum(axis=-2, keepdims=True)
         changes *= likely
         changes *= weights[:, None, :]
@@ -174,7 +174,7 @@ def _sign(codes: Codes, targets: Codes, dtype: np.dtype[Any]) -> Array:
     return np.asarray(signs)
 
 
-def _softmax(scores: Array) -> Array:
+def softmax(scores: Array) -> Array:
     """Probabilities over the columns, the last axis but one."""
     likely = np.exp(scores - scores.max(axis=-2, keepdims=True))
     return np.asarray(likely / likely.sum(axis=-2, keepdims=True))
@@ -185,14 +185,17 @@ _ROWS_PER_VALUE = 4  # rows measured for each value a row: enough for a matrix t
 _LEAST_ROWS = 4096
 _ROTATED_AT_ONCE = 512  # rows
 _MOMENTS = 3
+_LEAST_REACH = 0.5
 _SINGULAR = 1e-6  # least eigenvalue of a matrix of unit diagonal that is inverted
 
 
 class Measured:
     """Sums of ``h * outer(x, x)`` over rows, one for each weighting h; x has a one appended for the intercept.
 
-    Only some rows are used, taken with a frequency proportional to h and weighted by its inverse: where most rows are
-    fitted well, most of the curvature is that of a few. The choice is systematic, not random, so a fit repeats exactly.
+    Only some rows are used, taken with a frequency proportional to h and to how far out they lie, and weighted by its inverse:
+    where most rows are fitted well, most of the curvature is that of a few, and that of a column which is nearly constant comes
+    from the few rows where it is not (leverage scores: Drineas, Mahoney & Muthukrishnan 2006; here by the columns'
+    variances alone). The choice is systematic, not random, so a fit repeats exactly.
 
     Args:
         count: Weightings.
@@ -201,24 +204,50 @@ class Measured:
         intercept: Append a one.
         share: Rows to use of all there are, a fraction.
         diagonal: Sum the diagonals alone.
+        variance: (D,) of the columns about the mean; without, all rows are taken to lie equally far out.
     """
 
-    def __init__(self, count: int, mean: Array, *, centre: bool, intercept: bool, share: float, diagonal: bool) -> None:
+    def __init__(
+        self,
+        count: int,
+        mean: Array,
+        *,
+        centre: bool,
+        intercept: bool,
+        share: float,
+        diagonal: bool,
+        variance: Array | None = None,
+    ) -> None:
         size = len(mean) + intercept
         self.sums = np.zeros((count, size) if diagonal else (count, size, size), mean.dtype)
         self._mean = mean if centre else np.zeros_like(mean)
+        self._reach = None if variance is None else _reach(variance, mean.dtype)
         self._intercept, self._share = intercept, share
         self._waiting: list[list[Array]] = [[] for _ in range(count)]
         self._passed = [0.5] * count
 
-    def add(self, number: int, block: Array, curvature: Array) -> None:
-        """Adds the rows of a block (m, D) to one of the sums, weighted by ``curvature`` (m,); other threads may add to others."""
-        rows, weights, self._passed[number] = _choose(curvature, self._share, self._passed[number])
-        chosen = np.empty((len(rows), self.sums.shape[-1]), block.dtype)
+    def far_out(self, block: Array) -> Array:
+        """How far out the rows of a block (m, D) lie, (m,): on average 1, at least a half, so that no row is passed over."""
+        if self._reach is None:
+            return np.ones(len(block), block.dtype)
+        return np.asarray(_LEAST_REACH + (1 - _LEAST_REACH) * (np.square(block - self._mean) @ self._reach))
+
+    def add(self, number: int, block: Array, curvature: Array, far_out: Array) -> None:
+        """Adds the rows of a block (m, D) to one of the sums; other threads may add to others.
+
+        Args:
+            number: Which sum.
+            block: (m, D) rows.
+            curvature: (m,) their weights h.
+            far_out: (m,) what ``far_out`` says of them.
+        """
+        rows, weights, self._passed[number] = _choose(curvature * far_out, self._share, self._passed[number])
+        weights = weights / far_out[rows]
+        chosen = np.empty((len(rows), self.sums.shape[-1]), self.sums.dtype)
         chosen[:, : block.shape[1]] = block[rows] - self._mean
         if self._intercept:
             chosen[:, -1] = 1
-        chosen *= np.sqrt(weights)[:, None].astype(block.dtype)
+        chosen *= np.sqrt(weights)[:, None].astype(chosen.dtype)
         self._waiting[number].append(chosen)
         if self.sums.ndim == 2 or sum(map(len, self._waiting[number])) >= self.sums.shape[-1]:
             self._multiply(number)
@@ -292,6 +321,13 @@ class RotatedDiagonals:
         if self._intercept:
             self.sums[:, -_MOMENTS - 1] = self.sums[:, -_MOMENTS]
         return [row[None] for row in self.sums]
+
+
+def _reach(variance: Array, dtype: np.dtype[Any]) -> Array:
+    """(D,) factors of a row's squared distances from the mean: their sum is 1 on average."""
+    varies = variance > 0
+    shares = np.where(varies, 1 / np.where(varies, variance, 1), 0) / max(1, np.count_nonzero(varies))
+    return np.asarray(shares, dtype)
 
 
 def share_of(rows: int, width: int) -> float:

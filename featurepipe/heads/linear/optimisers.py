@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ class Evaluate:
 
     Attributes:
         point: Array of any shape.
-        curvature: "" for none, "shared" for one matrix for all columns, "each" for one a column where memory allows.
+        curvature: "" for none, "shared" for one matrix for all columns, "each" for one a column where memory allows, "joint"
+            for all of it where memory allows, else as "each".
         along: Asks for the second derivative at the point times this instead; it comes as the evaluation's gradient.
     """
 
@@ -36,11 +37,19 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Objective and gradient, and an approximate inverse of the second derivative if it was asked for."""
+    """Objective and gradient, and an approximate inverse of the second derivative if it was asked for.
+
+    Attributes:
+        value: Objective.
+        gradient: As the point.
+        precondition: The approximate inverse.
+        joint: Whether it is one of the whole second derivative, so that what it says of a residual is near the truth.
+    """
 
     value: float
     gradient: Vector
     precondition: Precondition | None = None
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,17 +213,20 @@ def _dot(one: Vector, other: Vector) -> Any:
 _MOST_PRODUCTS = 250  # for one step
 _LEAST_PRODUCTS = 10
 _DIMINISHING = 0.1  # a step is good enough when the last half of the products added no more than this to its gain
+_SOLVED = 0.01  # or when no more than this of what there was to gain is left, by a preconditioner that knows
+_FEW_PRODUCTS = 12  # for which a preconditioner is kept
 
 
 def newton(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """Minimises a smooth convex function by a truncated Newton method (Dembo & Steihaug 1983).
 
     For linear classifiers see Lin, Weng & Keerthi 2008. Every product with the second derivative is a pass and counts as an
-    iteration. The conjugate gradients are preconditioned by the curvature measured on few rows, as L-BFGS is; on features
-    that are nearly collinear they converge where L-BFGS crawls.
+    iteration. The conjugate gradients are preconditioned by the curvature measured on few rows, of all columns together where
+    that may be had (then it serves as long as they converge fast), else as L-BFGS is; on features that are nearly collinear
+    they converge where L-BFGS crawls.
     """
     point, iterations = start, 1
-    at = yield Evaluate(point, "each")
+    at = yield Evaluate(point, "joint")
     while iterations < settings.max_iterations:
         most = min(_MOST_PRODUCTS, settings.max_iterations - iterations)
         direction, products = yield from _direction(point, at, most)
@@ -222,10 +234,13 @@ def newton(start: Vector, settings: OptimiserSettings) -> Optimiser:
         iterations += products + 1
         if -slope / 2 <= settings.tolerance * abs(at.value):
             return Optimum(point, iterations, converged=True)
-        step, found = yield from line_search(point, at, direction, slope, first=1.0, curvature="each")
+        keep = at.joint and products <= _FEW_PRODUCTS
+        search = line_search(point, at, direction, slope, first=1.0, curvature="" if keep else "joint")
+        step, found = yield from search
         if step == 0:  # rounding hides what is left
             return Optimum(point, iterations, converged=-slope / 2 <= 100 * settings.tolerance * abs(at.value))
-        point, at = point + step * direction, found
+        point = point + step * direction
+        at = replace(found, precondition=at.precondition, joint=True) if keep else found
     return Optimum(point, settings.max_iterations, converged=False)
 
 
@@ -233,14 +248,16 @@ def _direction(point: Vector, at: Evaluation, most: int) -> Generator[Evaluate, 
     """Solves for Newton's step by preconditioned conjugate gradients; returns it and the number of products.
 
     Stops where the quadratic model falls by little more, as Nash & Sofer (1990) advise: what matters is the objective,
-    not the residual. Single products tell little, since their gains vary a hundredfold.
+    not the residual. Single products tell little, since their gains vary a hundredfold. With a preconditioner of the whole
+    second derivative the residual does tell what is left to gain.
     """
     solve = at.precondition or np.copy
     step, residual = np.zeros_like(point), -at.gradient
     solved = solve(residual)
     along, size, gained = solved, float(np.vdot(residual, solved)), [0.0]
+    little = _SOLVED * size if at.joint else 0.0
     for product in range(1, most + 1):
-        if not size > 0:  # nothing but rounding is left
+        if not size > little:  # or nothing but rounding is left
             return step, product - 1
         bent = (yield Evaluate(point, along=along)).gradient
         curvature = float(np.vdot(along, bent))

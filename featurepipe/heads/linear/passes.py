@@ -15,6 +15,8 @@ import scipy.linalg
 from featurepipe.display import bytes_of
 from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, one_blas_thread, rows_per_block, working_dtype
 from featurepipe.heads.inputs import FiniteBlocks
+from featurepipe.heads.linear.joint import DTYPE as JOINT_DTYPE
+from featurepipe.heads.linear.joint import JointPreconditioner, joint_bytes, pairs_of, passes_worth
 from featurepipe.heads.linear.losses import (
     WIDEST,
     CholeskyPreconditioner,
@@ -39,6 +41,7 @@ _ROWS_PER_DIRECTION = 8  # that principal directions are found from
 _ROWS_OF_DIAGONALS = 2048  # that diagonals are measured on: to a few hundredths, which a preconditioner does not feel
 _ALONE_WIDTH = 2048  # up to which the principal directions take one thread a few seconds
 _ALONE_VALUES = 1 << 18  # of points that are rotated
+_LEAST_PATIENCE, _MOST_PATIENCE = 30, 100
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -66,12 +69,14 @@ class Prepared:
         dtype: To compute in.
         mean: (D,) about which the problems are posed, in that dtype; zeros without an intercept.
         centred: Whether the features have it subtracted, or the pass must.
+        variance: (D,) float64, of the columns about that mean; None where nobody has looked.
     """
 
     shares: RowShards
     dtype: np.dtype[Any]
     mean: Array
     centred: bool
+    variance: Array | None = None
 
 
 def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Prepared:
@@ -87,7 +92,8 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
     centred = intercept and dtype == np.float32 and bool((mean**2 > _CENTRE_FROM**2 * moments.variance).any())
     blocks: Blocks = MappedBlocks(source, partial(_less, mean=mean), len(mean), dtype) if centred else source
-    return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred)
+    variance = moments.variance + (moments.mean - mean) ** 2
+    return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred, variance)
 
 
 def curvature_bytes(memory: int | None) -> int:
@@ -98,6 +104,26 @@ def curvature_bytes(memory: int | None) -> int:
 def matrix_bytes(prepared: Prepared) -> int:
     """What one problem's second derivative takes while it is measured: the old, the new, and rows for it."""
     return 3 * (len(prepared.mean) + 1) ** 2 * prepared.dtype.itemsize
+
+
+def joint_at_once(prepared: Prepared, loss: Loss, shape: tuple[int, ...], memory: int | None) -> int:
+    """Of how many problems the second derivatives of all classes together may be had at one time; 0 if of none.
+
+    Args:
+        prepared: The features.
+        loss: Of the problems.
+        shape: Of one's point.
+        memory: Bytes that the fit may take; None for no limit.
+    """
+    needed = joint_bytes(*shape) if loss.redundant and len(prepared.mean) <= WIDEST else None
+    return 0 if needed is None else curvature_bytes(memory) // needed
+
+
+def patience_of(prepared: Prepared, shape: tuple[int, ...]) -> int:
+    """After how many iterations of L-BFGS the whole second derivative pays: those that cost as much, within bounds."""
+    rows = max(1, prepared.shares.rows)
+    worth = passes_worth(*shape, rows=rows, measured=share_of(rows, len(prepared.mean)) * rows)
+    return int(min(max(worth, _LEAST_PATIENCE), _MOST_PATIENCE))
 
 
 def _less(block: Array, *, mean: Array) -> Array:
@@ -162,9 +188,12 @@ class Passes:
         """Objectives and gradients, and curvature where it is asked for."""
         measures = [self._measure(request) for request in requests]
         together = None if self.basis is None else self._together
-        sums = self.rows.reduce(Values(**self._order(problems, requests), measures=measures, together=together))
+        pairs = any(map(self._is_joint, requests))
+        classes = len(requests[0].point)
+        order = self._order(problems, requests, 1 + (classes - 1) / 2 if pairs else 1)  # beside scores, a number a pair
+        sums = self.rows.reduce(Values(**order, measures=measures, together=together, pairs=pairs))
         found = zip(problems, requests, sums.losses, self._gradients(sums, requests), sums.curvature, strict=True)
-        return [self._evaluation(problem, asked.point, *parts) for problem, asked, *parts in found]
+        return [self._evaluation(problem, asked, *parts) for problem, asked, *parts in found]
 
     def _products(self, problems: list[FitProblem], requests: list[Evaluate]) -> list[Evaluation]:
         """Second derivatives times directions."""
@@ -175,15 +204,15 @@ class Passes:
             self._penalise(problem, direction, product)
         return [Evaluation(np.nan, product) for product in products]
 
-    def _order(self, problems: list[FitProblem], requests: list[Evaluate], kinds: int = 1) -> dict[str, Any]:
-        """What the rows are told of problems and where they stand, if they make so many kinds of scores."""
+    def _order(self, problems: list[FitProblem], requests: list[Evaluate], kinds: float = 1) -> dict[str, Any]:
+        """What the rows are told of problems and where they stand, if they make so many numbers for each score."""
         points = np.stack([request.point for request in requests])
         return {
             "loss": self.loss,
             "at": self._linear(points),
             "folds": np.array([problem.fold for problem in problems]),
             "targets": np.array([problem.target for problem in problems]),
-            "rows": self._block_rows(kinds * points.shape[0] * points.shape[1]),
+            "rows": self._block_rows(int(kinds * points.shape[0] * points.shape[1])),
             "dtype": self.prepared.dtype,
         }
 
@@ -208,14 +237,15 @@ class Passes:
         return gradients.reshape(len(requests), *requests[0].point.shape)
 
     def _evaluation(
-        self, problem: FitProblem, point: Array, value: float, gradient: Array, curvature: Array | None
+        self, problem: FitProblem, asked: Evaluate, value: float, gradient: Array, curvature: Array | None
     ) -> Evaluation:
         """Adds the penalties."""
-        penalty = self._penalise(problem, point, gradient)
-        value = problem.C * value + penalty
-        return Evaluation(
-            float(value), gradient, None if curvature is None else self._preconditioner(problem, point, curvature)
-        )
+        penalty = self._penalise(problem, asked.point, gradient)
+        value = float(problem.C * value + penalty)
+        if curvature is None:
+            return Evaluation(value, gradient)
+        joint = self._is_joint(asked)
+        return Evaluation(value, gradient, self._preconditioner(problem, asked.point, curvature, joint=joint), joint)
 
     def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""
@@ -234,7 +264,7 @@ class Passes:
             gradient -= gradient.mean(axis=0)
         return float(penalty)
 
-    def _preconditioner(self, problem: FitProblem, point: Array, curvature: Array) -> Precondition:
+    def _preconditioner(self, problem: FitProblem, point: Array, curvature: Array, *, joint: bool) -> Precondition:
         """The inverse of curvature and penalty."""
         mean = self._mean
         penalty = Penalty(np.ones(len(mean)), mean, 0.0)
@@ -242,28 +272,38 @@ class Passes:
             penalty = Penalty(np.append(penalty.ridge, 0), np.append(-mean, 1), self.intercept_penalty)
         if self.basis is not None:
             return SubspacePreconditioner(curvature, problem.C, penalty, point)
+        if joint:
+            return JointPreconditioner(curvature, problem.C, penalty, len(point))
         kind = DiagonalPreconditioner if curvature.ndim == 2 else CholeskyPreconditioner
         solve: Precondition = kind(
             np.require(curvature, requirements="W"), problem.C, penalty
         )  # what came may be read-only
         return _zero_sum(solve) if self.loss.redundant else solve
 
+    def _is_joint(self, request: Evaluate) -> bool:
+        """Whether the curvature of all classes together is asked for and may be had."""
+        if request.curvature != "joint":
+            return False
+        fit = joint_at_once(self.prepared, self.loss, request.point.shape, self.memory)
+        return len(self.problems) <= fit
+
     def _measure(self, request: Evaluate) -> Callable[[], Measured] | None:
         """How to sum the curvature that a request asks for, as much of it as memory allows."""
         if not request.curvature:
             return None
-        width = len(self.prepared.mean)
-        columns = len(request.point) if request.curvature == "each" else 1
+        width, mean, joint = len(self.prepared.mean), self.prepared.mean, self._is_joint(request)
         allowed, matrix = curvature_bytes(self.memory), len(self.problems) * matrix_bytes(self.prepared)
+        columns = 1 if request.curvature == "shared" else len(request.point)
         columns = columns if columns * matrix <= allowed else 1
         return partial(
             Measured,
-            columns,
-            self.prepared.mean,
+            len(pairs_of(len(request.point))[0]) if joint else columns,
+            mean.astype(JOINT_DTYPE) if joint else mean,
             centre=not self.prepared.centred,
             intercept=self.intercept,
             share=share_of(self.rows.rows, width),
-            diagonal=width > WIDEST or matrix > allowed,
+            diagonal=not joint and (width > WIDEST or matrix > allowed),
+            variance=self.prepared.variance,
         )
 
     @property

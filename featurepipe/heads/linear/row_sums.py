@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.heads.blocks import Array, Blocks, RowThreads, iterate
-from featurepipe.heads.linear.losses import Loss, Measured, RotatedDiagonals
+from featurepipe.heads.linear.joint import pair_curvature
+from featurepipe.heads.linear.losses import Loss, Measured, RotatedDiagonals, softmax
 
 Codes = npt.NDArray[np.integer[Any]]
 Piece = tuple[slice, Array]
@@ -162,10 +163,12 @@ class Values(Order):
     Attributes:
         measures: For each problem what makes a ``Measured``, or None.
         together: Makes ``RotatedDiagonals`` for the curvature of so many problems, instead of a ``Measured`` for each.
+        pairs: Whether curvature is that of pairs of classes, for ``JointPreconditioner``, and not that of classes.
     """
 
     measures: list[Callable[[], Measured] | None]
     together: Callable[[int], RotatedDiagonals] | None = None
+    pairs: bool = False
 
     def __call__(self, blocks: Blocks, codes: Codes, weights: Array) -> Sums:
         """Sums over a share: (m, D) blocks, (m,) or (L, m) codes and (F, m) weights."""
@@ -178,7 +181,9 @@ class Values(Order):
             rows, block = piece
             scores, own, classes = self.at.scores(block), self._weights(weights, rows), codes[..., rows]
             amounts = [
-                self.loss.curvature(scores[number], classes, own[number % len(own)], self.targets[number])
+                pair_curvature(softmax(scores[number]), own[number % len(own)])
+                if self.pairs
+                else self.loss.curvature(scores[number], classes, own[number % len(own)], self.targets[number])
                 for number in asked
             ]
             moments = None if together is None else together.moments(np.concatenate(amounts), scores[asked, 0])
@@ -208,7 +213,9 @@ def _measure(threads: RowThreads, measured: list[Measured | None], block: Array,
         if into is not None:
             rows = found if len(into.sums) > 1 else found.mean(axis=0, keepdims=True)
             jobs += [(into, number, row) for number, row in enumerate(rows)]
-    threads.each(lambda job: job[0].add(job[1], block, job[2]), jobs)
+    if jobs:
+        far_out = jobs[0][0].far_out(block)  # all have the same columns
+        threads.each(lambda job: job[0].add(job[1], block, job[2], far_out), jobs)
 
 
 @dataclass(frozen=True)
