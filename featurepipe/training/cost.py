@@ -155,7 +155,8 @@ def available_memory() -> int:
 def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> float:
     """Extrapolates the seconds of a fit from two small ones.
 
-    A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows. Where the smaller fit
+    A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows, which in small fits is
+    hidden by what grows less: it is taken half-way between the one that they show and the largest. Where the smaller fit
     takes long already, it alone has to do, with the steepest growth, so that the estimate comes before a long wait.
 
     Args:
@@ -176,8 +177,8 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> floa
     if steepest == 1:
         slope = max((seconds[1] - seconds[0]) / (large - small), 0.0)
         return seconds[1] + slope * (rows - large)
-    exponent = float(np.clip(np.log(seconds[1] / seconds[0]) / np.log(large / small), 1.0, steepest))
-    return float(seconds[1] * (rows / large) ** exponent)
+    shown = float(np.clip(np.log(seconds[1] / seconds[0]) / np.log(large / small), 1.0, steepest))
+    return float(seconds[1] * (rows / large) ** ((shown + steepest) / 2))
 
 
 def _seconds_of(fit: Callable[[int], object], rows: int) -> float:
