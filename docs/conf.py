@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
+from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -107,6 +110,39 @@ class Commands(SphinxDirective):
         return section
 
 
+class Notebooks(MystParser):
+    """A notebook as a page: its text, its code, and the outputs that it has stored."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Reads the notebook as the Markdown that it amounts to."""
+        super().parse("\n\n".join(_as_markdown(json.loads(inputstring))), document)
+
+
+def _as_markdown(notebook: dict[str, Any]) -> Iterator[str]:
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield text
+            continue
+        yield f"```python\n{text}\n```"
+        for output in cell["outputs"]:
+            shown = output.get("data", {"text/plain": output.get("text", "")})
+            for kind, lines in shown.items():
+                yield _output(kind, "".join(lines))
+
+
+def _output(kind: str, text: str) -> str:
+    if kind == "image/png":
+        text = f'<p><img src="data:image/png;base64,{text.strip()}" alt="what the code above draws"></p>'
+    if kind in {"image/png", "text/html"}:
+        return f"````{{raw}} html\n{text}\n````"
+    return f"````{{code-block}} text\n:class: output\n\n{text}\n````"
+
+
 def setup(app: Sphinx) -> None:
-    """Adds the directive."""
+    """Adds the directive, and notebooks as a kind of page."""
     app.add_directive("featurepipe-commands", Commands)
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(Notebooks)

@@ -1,6 +1,8 @@
 """The notebooks of docs/tutorials run from top to bottom, and what they show is true."""
 
 import json
+import re
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -9,8 +11,11 @@ import pytest
 from nbclient import NotebookClient
 
 from featurepipe.store import FeatureStore
+from tools.run_tutorials import as_stored
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+NAMES = ["first-bundle", "week-of-nights", "which-layer"]
 
 
 def shown(notebook: nbformat.NotebookNode, source: str) -> dict[str, str]:
@@ -25,23 +30,51 @@ def shown(notebook: nbformat.NotebookNode, source: str) -> dict[str, str]:
 
 
 def executed(name: str, question: str) -> tuple[nbformat.NotebookNode, dict]:
-    """The notebook with its outputs, and JSON values that an expression has in its kernel at the end."""
+    """The notebook with its outputs, which say what the stored ones do, and JSON values of an expression at the end."""
     (path,) = [path for path in TUTORIALS if path.stem == name]
     notebook = nbformat.read(path, as_version=4)
+    stored = said(nbformat.read(path, as_version=4))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({question}))"))
     done = NotebookClient(notebook, timeout=500, kernel_name="python3").execute()
     for cell in done.cells:
         for output in cell.get("outputs", ()):
             assert "<script" not in output.get("data", {}).get("text/html", "")
+    if any(stored):
+        assert said(deepcopy(done))[:-1] == stored
     return done, json.loads(done.cells[-1].outputs[-1].text)
 
 
-def test_notebooks_are_committed_without_outputs() -> None:
-    assert [path.stem for path in TUTORIALS] == ["first-bundle", "which-layer"]
+def said(notebook: nbformat.NotebookNode) -> list[dict[str, str]]:
+    """What each cell of code shows, by kind; of texts the words, since figures and names of runs differ."""
+    return [_words(cell.outputs) for cell in as_stored(notebook).cells if cell.cell_type == "code"]
+
+
+def _words(outputs: list[nbformat.NotebookNode]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for output in outputs:
+        for kind, text in output.get("data", {"text/plain": output.get("text", "")}).items():
+            found[kind] = found.get(kind, "") + (text if kind == "text/plain" else "")
+    without_runs = re.sub(r"\d{8}T\d+Z-[0-9a-f]+", "RUN", found.get("text/plain", ""))
+    return found | ({"text/plain": re.sub(r"\d[-+.,:e\d]*", "#", without_runs)} if without_runs else {})
+
+
+def test_notebooks_are_stored_with_what_came_out() -> None:
+    assert [path.stem for path in TUTORIALS] == NAMES
+    index = (ROOT / "docs" / "tutorials" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"({name}.ipynb)" not in index or f"\n{name}\n" not in index] == []
     for path in TUTORIALS:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-        assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.outputs] == []
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        if any(cell.outputs for cell in cells):  # of all cells, in their order; some notebooks are stored without
+            assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), path
+        assert {output.output_type for cell in cells for output in cell.outputs} <= {
+            "stream", "display_data", "execute_result",
+        }  # fmt: skip
+        text = path.read_text(encoding="utf-8")
+        assert "<script" not in text
+        assert "/tmp/tmp" not in text
+        assert len(text) < 400_000
 
 
 @pytest.mark.slow
@@ -77,3 +110,29 @@ def test_which_layer() -> None:
         assert row["accuracy"] == pytest.approx(np.mean(row["cells"]), abs=0.02)
     assert shown(notebook, "found = fp.depth(")["text/html"].count("<progress ") == 1
     assert (Path(found["folder"]) / "depth.html").stat().st_size > 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_week_of_nights() -> None:
+    names = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+    _, found = executed("week-of-nights", f'{{"folder": os.getcwd(), "nights": [{", ".join(names)}]}}')
+    nights = found["nights"]
+    assert [night["counts"]["computed"] for night in nights] == [200, 20, 0, 1, 20, 60, 60]
+    assert [night["exit_code"] for night in nights] == [0, 0, 0, 0, 3, 0, 0]
+    thursday = {kind: number for kind, number in nights[3]["changes"].items() if number}
+    assert thursday == {"unchanged": 217, "changed": 1, "moved": 1, "deleted": 1}
+    steps = [{step["step"]: step for step in night["steps"]} for night in nights]
+    assert [taken["train"]["status"] for taken in steps] == ["done", "done", "skipped", *["done"] * 4]
+    drift = {
+        day: taken["drift"]["result"]["columns"][0]["adjusted"]
+        for day, taken in enumerate(steps)
+        if "columns" in taken["drift"]["result"]
+    }
+    assert [day for day, p_value in drift.items() if p_value < 0.001] == [5]
+    assert {1, 5, 6} <= set(drift)
+    features = FeatureStore(Path(found["folder"]) / "store").features("photos")
+    assert len(features) == 299
+    assert sum(id_.startswith("coat/") for id_ in features.ids) == len(
+        list(Path(found["folder"], "photos", "coat").iterdir())
+    )
