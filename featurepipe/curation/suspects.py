@@ -116,7 +116,8 @@ def labels(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails and neighbours (``.html``), or a file to correct (``.csv``, ``.jsonl``, ``.parquet``): every
-            image, suspects first. What is in its column of labels counts when it is given to ``labels=`` of any command.
+            image, of all splits, suspects first. What is in its column of labels counts when it is given to ``labels=`` of any
+            command.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -156,7 +157,8 @@ def labels(
         multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
     )  # fmt: skip
     question = Question.of(store, options, "labels", silent=silent)
-    every = question.rows(RoleOptions.of(options), labels, split)
+    whole = question.rows(RoleOptions.of(options), labels, None)
+    every = whole if split is None else whole.select(split=split)
     known = every.select(labelled=True)
     if dry_run:
         found = question.told(
@@ -169,7 +171,7 @@ def labels(
         suspects = find_suspects(known, folds=folds, seed=seed, done=lambda: progress.advance(1))
     warnings = _unchecked(suspects)
     warnings += question.written(
-        lambda: to_correct(every, known, suspects, options), lambda: _document(known, suspects, limit)
+        lambda: to_correct(whole, known, suspects, options), lambda: _document(known, suspects, limit)
     )
     return question.told(
         kind=RoleOptions.of(options).target_type,

@@ -93,6 +93,20 @@ def test_the_file_holds_every_image_and_is_handed_back_corrected(blobs, tmp_path
     json.dumps(found, allow_nan=False)
 
 
+def test_of_a_split_the_file_holds_the_other_images_as_well(blobs, tmp_path):
+    """Else whoever hands it back to train would have no test images left."""
+    for number in range(120):
+        blobs.images[f"{number}.png"]["split"] = "test" if number % 4 == 1 else "train"
+    blobs.snapshot(blobs.store.new_run_id())
+    found = labels(blobs.store, split="train", to=tmp_path / "labels.csv", silent=True)
+    assert found["images"] == 90
+    suspects = {suspect["id"] for suspect in found["suspects"]}
+    assert suspects <= {"3.png", "50.png", "110.png"}
+    rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
+    assert len(rows) == 122
+    assert {row["id"] for row in rows if row["suspect"] == "true"} == suspects
+
+
 def test_a_class_that_no_head_has_seen_is_unchecked_not_suspect(blobs):
     blobs.add(
         "3.png", name="copy.png", label="e"
