@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.bench_select --store STORE --dataset fashion-mnist``
 
-Of each fifth of the training images, which are candidates without a label, ``featurepipe.select`` chooses some by each of its
-methods, and chance chooses as many, ``--draws`` times. A logistic regression (C = 0.1, features standardised) learns from the
-true labels of these alone, and is tested on all test images.
+Of each fifth of the training images (or ``--candidates`` of it), which are taken to have no label, ``featurepipe.select`` chooses
+some by each of its methods, and chance chooses as many, ``--draws`` times. A logistic regression (C = 0.1, features standardised)
+learns from the true labels of these alone, and is tested on all test images.
 
 The five fifths are disjoint, so that what is measured on them is independent but for the test images. A difference is that of
 accuracies on one fifth, with its 95 % interval over the fifths (paired t, 4 degrees of freedom). ``classes``: how many classes
@@ -29,10 +29,10 @@ import featurepipe as fp
 from benchmarks import record
 from featurepipe.curation.next_to_label import choose
 from featurepipe.curation.options import K_CENTRE, TYPICAL
-from featurepipe.demo import DATA
 from featurepipe.heads.families import make_head
 from featurepipe.store import FeatureSet, FeatureStore
 
+DATA = Path(fp.__file__).parent / "data"
 RANDOM = "random"
 PARTS = 5
 STRENGTH = 0.1
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with opened(args) as store:
         rows = {"dataset": args.dataset, "node": args.node}
         train, test = (store.features(**rows, split=split) for split in ("train", "test"))
-        budgets = [budget for budget in args.budgets if budget <= len(train) // PARTS // 2]
+        budgets = [budget for budget in args.budgets if 2 * PARTS * budget <= len(train)]
         parts = np.array_split(np.random.default_rng(0).permutation(len(train)), PARTS)
+        parts = [part[: args.candidates] for part in parts]
         tested = (test.read(), np.asarray(test.labels))
         rounds = []
         for number, part in enumerate(parts):
@@ -125,6 +126,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", default="fashion-mnist")
     parser.add_argument("--node", default="bottleneck")
+    parser.add_argument("--candidates", type=int, help="of each fifth at most (default: all)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[20, 50, 100, 500])
     parser.add_argument("--draws", type=int, default=4, help="choices by chance on each part")
 

@@ -11,6 +11,7 @@ as one over its root. Nothing in the search depends on which axes those are.
   (``faiss``). In rounds of one of each, after one that is not counted; ``peak_mb`` is the resident memory at most, with pages
   of files.
 - *following*: further queries in one process, where features and index stay open: median and 95th percentile of single queries.
+  Processor seconds are told beside both: other work on the machine disturbs them less.
 - *recall*: the share of the 10 nearest by comparing all that the index finds as well, for images that are not in the store.
 - *build*, *extend*: making the index, and bringing it up to date with a snapshot that has 10,000 images more.
 """
@@ -20,11 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "rows": rows, "width": width, **before,
         "first_s": {how: record.median([one["seconds"] for one in told]) for how, told in first.items()},
+        "first_cpu_s": {how: record.median([one["cpu_seconds"] for one in told]) for how, told in first.items()},
         "first_peak_mb": {how: max(one["peak_mb"] for one in told) for how, told in first.items()},
         "following_ms": {name_of(how): told["answer"] for how, told in following.items()},
         "following_peak_mb": {name_of(how): told["peak_mb"] for how, told in following.items()},
@@ -205,20 +209,27 @@ def first_queries(path: Path, flat: Path, asked: Path, rounds: int) -> dict[str,
     told: dict[str, list[dict[str, float]]] = {how: [] for how in ways}
     for number in range(rounds + 1):
         for how, (code, *arguments) in ways.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), children_cpu()
             ran = subprocess.run(
                 [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
             )
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, children_cpu() - cpu
             if ran.returncode:
                 raise SystemExit(f"{how} failed:\n{ran.stderr}")
             peak = next(line.split()[1] for line in ran.stderr.splitlines() if line.startswith("PEAK"))
             if number:
-                told[how].append({"seconds": round(seconds, 3), "peak_mb": round(int(peak) * 1024 / MB)})
+                resident = round(int(peak) * 1024 / MB)
+                told[how].append({"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_mb": resident})
         record.note(
             f"round {number}: " + ", ".join(f"{how} {one[-1]['seconds']} s" for how, one in told.items() if one)
         )
     return told
+
+
+def children_cpu() -> float:
+    """Processor seconds of the processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def building(path: str) -> Callable[[], Any]:
@@ -239,7 +250,7 @@ def asking(path: str, how: str, queries: str, rows: str) -> Callable[[], Any]:
         images = SimilarImages(path, index=how, silent=True)
         images.like(ids[0])
         first = time.perf_counter() - start
-        return {"first": round(1000 * first, 1), **spread(timed(lambda one=one: images.like(one)) for one in ids[1:])}
+        return {"first": round(1000 * first, 1), **spread(partial(images.like, one) for one in ids[1:])}
 
     return work
 
@@ -255,9 +266,7 @@ def asking_faiss(flat: str, asked: str, queries: str) -> Callable[[], Any]:
         index = faiss.read_index(flat)
         index.search(vectors[:1], 10)
         first = time.perf_counter() - start
-        further = (
-            timed(lambda place=place: index.search(vectors[place : place + 1], 10)) for place in range(1, len(vectors))
-        )
+        further = (partial(index.search, vectors[place : place + 1], 10) for place in range(1, len(vectors)))
         return {"first": round(1000 * first, 1), **spread(further)}
 
     return work
@@ -281,10 +290,16 @@ def comparing(path: str, asked: str) -> Callable[[], Any]:
     return work
 
 
-def spread(seconds: Iterator[float]) -> dict[str, float]:
-    """Median and 95th percentile in milliseconds."""
-    values = 1000 * np.array([*seconds])
-    return {"median": round(float(np.median(values)), 2), "p95": round(float(np.quantile(values, 0.95)), 2)}
+def spread(queries: Iterator[Callable[[], Any]]) -> dict[str, float]:
+    """Median and 95th percentile of calls in milliseconds, and the median of their processor time, which others disturb less."""
+    values = []
+    for ask in queries:
+        cpu = time.process_time()
+        seconds = timed(ask)
+        values.append((1000 * seconds, 1000 * (time.process_time() - cpu)))
+    wall, busy = np.array(values).T
+    figures = {"median": np.median(wall), "p95": np.quantile(wall, 0.95), "cpu_median": np.median(busy)}
+    return {name: round(float(value), 2) for name, value in figures.items()}
 
 
 def timed(work: Callable[[], Any]) -> float:

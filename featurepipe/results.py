@@ -267,7 +267,9 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Records as an HTML table: their plain values, the first rows and columns; says how many more there are."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_plain(value)))
     shown, kept = rows[:ROWS_SHOWN], names[:COLUMNS_SHOWN]
-    head = "".join(f'<th style="{_NAME}">{_text(name)}</th>' for name in kept)
+    over_numbers = {name for name in kept if all(_is_number(row[name]) for row in shown if row.get(name) is not None)}
+    styles = {name: f"{_NAME};text-align:right" if name in over_numbers else _NAME for name in kept}
+    head = "".join(f'<th style="{styles[name]}">{_text(name)}</th>' for name in kept)
     body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in kept)}</tr>" for row in shown)
     left = [counted(len(rows) - len(shown), "more row")] if len(rows) > len(shown) else []
     left += [f"not shown: {', '.join(names[COLUMNS_SHOWN:])}"] if len(names) > len(kept) else []
@@ -280,9 +282,12 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return title + _rows_table(rows)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cell(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f'<td style="{_RIGHT if is_number else _LINE}">{_text(value if _is_plain(value) else "…")}</td>'
+    return f'<td style="{_RIGHT if _is_number(value) else _LINE}">{_text(value if _is_plain(value) else "…")}</td>'
 
 
 def _is_plain(value: Any) -> bool:

@@ -19,7 +19,7 @@ from featurepipe import progress
 from featurepipe.cli.parser import COMMANDS
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.metrics import score_table
-from featurepipe.results import Result, Results
+from featurepipe.results import Result, Results, card
 
 mpl.use("Agg")
 
@@ -206,3 +206,13 @@ def test_a_cell_of_a_notebook_has_one_bar(monkeypatch: pytest.MonkeyPatch) -> No
     assert [line.startswith("new ") for line in shown] == [True, False, False, False, True, False]
     assert 'value="3" max="3"' in shown[1]
     assert "read &lt;i&gt;: 3 of 3 images in " in shown[1]
+
+
+def test_names_of_columns_stand_above_their_numbers() -> None:
+    page = card("x", {}, tables={"t": [{"id": "a", "n": 1, "of": 2.5}, {"id": "b", "n": None, "of": True}]})
+    heads = re.findall(r'<th style="([^"]*)">(\w+)</th>', page)
+    assert [(name, style.endswith("text-align:right")) for style, name in heads] == [
+        ("id", False),
+        ("n", True),
+        ("of", False),
+    ]

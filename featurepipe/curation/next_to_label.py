@@ -325,7 +325,7 @@ def _document(features: FeatureSet, chosen: NextImages, labelled: int, options: 
     ]
     if count > len(images):
         paragraphs.append(f"The first {len(images)} are shown; a .csv file has all.")
-    groups = [{"title": "to label next", "images": images}]
+    groups = [{"title": "To label next", "images": images}]
     return {"kind": "images", "version": 1, "title": "Images to label next", "paragraphs": paragraphs, "groups": groups}
 
 

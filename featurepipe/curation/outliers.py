@@ -414,10 +414,10 @@ def _document(features: FeatureSet, found: Outliers, options: OutliersOptions) -
                 shown.append({"id": ids[other], "lines": [*_label(labels[other]), f"distance {apart:.3g}"]})
         groups.append({"title": f"{place + 1}. {ids[row]}", "images": shown})
     of = "their class" if options.by == CLASS else "all others"
+    how_many = counted(int(found.far.sum()), "outlier")
     paragraphs = [
-        f"{counted(int(found.far.sum()), 'outlier')} of {counted(len(found.rows), 'image')} of {features.origin.dataset}: the "
-        f"images farthest from {of} by {features.column}, each by the distance to its {options.neighbours}th nearest "
-        "neighbour, followed by the images nearest to it."
+        f"{how_many} of {counted(len(found.rows), 'image')} of {features.origin.dataset}. Shown are those farthest from {of} by "
+        f"{features.column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it."
     ]
     if options.since is not None:
         paragraphs.append(

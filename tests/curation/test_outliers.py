@@ -152,10 +152,11 @@ def test_spread_rows_give_the_same(planted, monkeypatch):
 
 
 def test_the_page_the_file_and_the_command(planted, tmp_path, cli):
-    outliers(planted.store, neighbours=3, to=tmp_path / "page.html", limit=5, silent=True)
+    outliers(planted.store, neighbours=3, to=tmp_path / "page.html", limit=15, silent=True)
     page = (tmp_path / "page.html").read_text()
-    assert page.count("times as far as usual") == 5
-    assert "3 outliers of 92 images of pile" in page
+    assert page.count("times as far as usual") == 15
+    assert "3 outliers of 92 images of pile. Shown are those farthest from all others" in page
+    assert "<summary>On this page: 17 parts</summary>" in page  # else fifteen links would fill a phone's screen
     answer = cli("outliers", planted.store.path, "--by", "class", "--limit", "2", "--to", tmp_path / "a.csv", "--json")
     assert len(json.loads(answer.out)["outliers"]) == 2
     assert len(list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))) == 91
