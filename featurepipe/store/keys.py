@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from featurepipe.errors import CorruptPart, UsageError
 from featurepipe.store.atomic import append_lines, read_lines
 from featurepipe.store.documents import REJECT_LINE, first_fault
-from featurepipe.store.parts import PartInfo, read_array, read_ids
+from featurepipe.store.parts import PartInfo, numbers_of, read_array, read_ids
 
 Keys = npt.NDArray[np.uint8]
 KEY_BYTES = 32
@@ -314,8 +314,8 @@ def _of_parts(parts: Sequence[PartInfo], on_damage: Callable[[PartInfo, CorruptP
             yield pa.table(
                 [
                     read_ids(part),
-                    pa.array(read_array(part, "size")),
-                    pa.array(read_array(part, "mtime_ns")),
+                    numbers_of(read_array(part, "size")),
+                    numbers_of(read_array(part, "mtime_ns")),
                     keys_to_arrow(read_array(part, "key")),
                 ],
                 schema=KNOWN_FILES,
@@ -331,7 +331,7 @@ def _chosen(tables: Sequence[pa.Table], ids: pa.ChunkedArray | None) -> pa.Table
 
 
 def _last_of_each(files: pa.Table) -> pa.Table:
-    numbered = files.append_column("row", pa.array(np.arange(len(files))))
+    numbered = files.append_column("row", numbers_of(np.arange(len(files))))
     last = numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])
     return files.take(last["row_max"].sort())
 

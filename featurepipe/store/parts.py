@@ -222,9 +222,34 @@ def read_ids(part: PartInfo) -> pa.StringArray:
         StoreError: The file cannot be opened.
     """
     try:
-        return pa.array(read_array(part, "id")).cast(pa.string())
+        return text_of(read_array(part, "id"))
     except pa.ArrowInvalid as error:
         raise CorruptPart(f"part {part.name}: the bytes of id are no text in UTF-8") from error
+
+
+def text_of(values: npt.NDArray[np.bytes_]) -> pa.StringArray:
+    """Texts (N,) in Arrow of bytes (N,) of one width that zeros fill up.
+
+    By hand, as ``pa.array`` of a NumPy array imports pandas where that is installed, to ask whether it is a Series: 0.3 s, 50 MB.
+
+    Raises:
+        pa.ArrowInvalid: It is no UTF-8, or more than 2 GB.
+    """
+    lengths = np.strings.str_len(values)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise pa.ArrowInvalid(f"{offsets[-1]} bytes of text")
+    table = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.itemsize)
+    text = table[np.arange(values.itemsize) < lengths[:, None]]
+    found = pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text))
+    found.validate(full=True)
+    return found
+
+
+def numbers_of(values: npt.NDArray[np.generic]) -> pa.Array:
+    """Numbers (N,) in Arrow, of the same bytes where they lie in a row; see `text_of` for why."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 CHECKSUM_DIFFERS = "its bytes are not what was committed (checksum differs)"

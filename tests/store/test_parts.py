@@ -5,10 +5,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from featurepipe.errors import CorruptPart, StoreError
-from featurepipe.store.parts import damaged_arrays, read_array, read_part
+from featurepipe.store.parts import damaged_arrays, numbers_of, read_array, read_part, text_of
 
 NAMES = ["c/ä.png", "b", "a/longer name.jpg"]
 
@@ -122,3 +123,16 @@ def test_headers_are_plain_values(store, space, rows):
     part = space.parts()[0]
     assert pickle.loads(pickle.dumps(part)) == part
     assert part.columns["a:gap"].shape == (3, 4)
+
+
+def test_texts_and_numbers_reach_arrow_as_they_are():
+    values = np.array(["train/é.jpg", "", "a" * 40, "日本"]).astype(object)
+    stored = np.array([text.encode() for text in values])
+    assert text_of(stored).to_pylist() == values.tolist()
+    assert text_of(stored[::2]).to_pylist() == values[::2].tolist()
+    assert text_of(stored[:0]).to_pylist() == []
+    with pytest.raises(pa.ArrowInvalid, match=r"UTF-?8"):
+        text_of(np.array([b"ok", b"\xff"]))
+    numbers = np.arange(10, dtype=np.int64)
+    assert numbers_of(numbers[::3]).to_pylist() == [0, 3, 6, 9]
+    assert numbers_of(numbers.astype(np.float32)).type == pa.float32()
