@@ -71,6 +71,7 @@ class Settings:
         training: at most so many images of a class to train a network on.
         folds: of the cross-validation that measures a head.
         sizes: images per class that step 6 learns from; ``all`` is four fifths of a task, the rest is tested.
+        tuning: epochs of step 6 at most; None for what `featurepipe.routes` takes.
         strengths: C of the logistic heads, on standardised features; each fold takes what suits the layer. One C for all would
             be unfair: with 0.01 the narrow layers learn next to nothing.
     """
@@ -81,10 +82,11 @@ class Settings:
     training: int = 2000
     folds: int = 5
     sizes: tuple[int | str, ...] = (5, "all")
+    tuning: int | None = None
     strengths: tuple[float, ...] = (0.001, 0.1, 10.0)
 
 
-QUICK = Settings(seeds=(0,), epochs=12, per_class=20, folds=3, sizes=("all",))
+QUICK = Settings(seeds=(0,), epochs=12, per_class=20, folds=3, sizes=("all",), tuning=5)
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. images
@@ -430,6 +432,7 @@ def tuned_routes(tasks: dict[str, Task], out: Path, weights: Path, settings: Set
             cuts=("s4",),
             sizes=settings.sizes,
             seeds=len(settings.seeds),
+            epochs=settings.tuning,
             extraction={"precision": "fp32"},
             silent=True,
         )

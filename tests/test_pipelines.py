@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[
     """The quick run: its folder, what it printed, and its result."""
     out = tmp_path_factory.mktemp("transfer")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--quick"]
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--quick", "--tune"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, env=environment)
     assert run.returncode == 0, run.stderr
     return out, run.stdout, json.loads((out / "result.json").read_text())
@@ -121,6 +121,20 @@ def test_it_ends_in_a_table_a_sentence_per_task_and_a_picture(finished):
         assert picture.width >= 1200
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert (colours == (0x0B, 0x57, 0xD0)).all(1).sum() > 500  # the trained networks' curves
+
+
+@pytest.mark.slow
+def test_tuned_routes_are_compared_for_every_task_on_the_same_images(finished):
+    _, printed, result = finished
+    for task in TASKS:
+        rows = {row["route"]: row for row in result["routes"] if row["task"] == task}
+        assert list(rows) == ["bottleneck", "tail", "full", "scratch"]
+        assert len({row["images"] for row in rows.values()}) == 1
+        assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows.values())
+        assert sum(row["recommended"] for row in rows.values()) == 1
+        assert rows["bottleneck"]["accuracy"] > rows["scratch"]["accuracy"]  # five epochs of a few dozen images
+        (line,) = [line for line in printed.splitlines() if line.startswith(task) and "*" in line]
+        assert f"{100 * rows['tail']['accuracy']:.1f}" in line
 
 
 def test_glyphs_are_the_same_for_the_same_seed_and_no_two_alike(recipe):
