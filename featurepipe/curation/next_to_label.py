@@ -199,13 +199,14 @@ def choose(
 
 
 def _directions(features: FeatureSet, seed: int) -> Single:
-    """(n, d) unit vectors, projected onto the axes along which they spread most."""
+    """(n, d) unit vectors less their mean, projected onto the axes along which they spread most."""
     rng = np.random.default_rng(seed)
     drawn = np.sort(rng.choice(len(features), min(len(features), _AXES_FROM), replace=False))
     directions = Directions.fitted(unit_vectors(features.read(np.float32, rows=drawn)), _WIDTH)
     found = np.empty((len(features), directions.width), np.float32)
     for place, block in iterate(features, dtype=np.float32):
         found[place] = directions.project(unit_vectors(block))
+    found -= found.mean(axis=0)  # moves no distance, and single precision can tell apart what is all alike
     return found
 
 

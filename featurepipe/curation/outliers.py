@@ -20,7 +20,7 @@ from featurepipe.features.options import Places, places
 from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.row_shards import row_shards_of
-from featurepipe.monitoring.near import nearest, unit_vectors
+from featurepipe.monitoring.near import common_centre, nearest, unit_vectors
 from featurepipe.monitoring.samples import reference_snapshot, snapshot_of_run
 from featurepipe.prediction.from_store import features_at
 from featurepipe.results import shown_as
@@ -316,13 +316,17 @@ def _distances(
 
 
 def _kth(values: Single, reference: Single, own: Positions, kth: int, distance: str) -> Doubles:
+    centre = common_centre(reference)
+    if centre is not None:
+        values, reference = values - centre, reference - centre
     products = values @ reference.T
-    if distance == COSINE:
+    if distance == COSINE and centre is None:
         apart = 1 - products
     else:
         squares = (np.einsum("ij,ij->i", one, one) for one in (values, reference))
         mine, theirs = squares
         apart = mine[:, None] + theirs - 2 * products
+        apart = apart / 2 if distance == COSINE else apart  # of unit vectors
     inside = np.flatnonzero(own >= 0)
     apart[inside, own[inside]] = np.inf
     nearest_ones = np.partition(apart, min(kth, apart.shape[1]) - 1, axis=1)[:, min(kth, apart.shape[1]) - 1]

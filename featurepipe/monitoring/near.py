@@ -367,6 +367,7 @@ def _apart(features: FeatureSet, first: Positions, second: Positions) -> Single:
 
 
 _SLACK = 16  # candidates beyond those asked for, which single precision may have put in the wrong order
+_ALIKE = 0.99  # share of the rows' mean square that is their mean's: above it the mean is taken from them
 _REFINED_BYTES = 64 << 20  # of candidates that are compared in double precision at once
 
 
@@ -413,8 +414,12 @@ def nearest(
     refuse_non_finite(wanted)
     best = np.full((len(queries), kept), -np.inf, np.float32)
     place = np.full((len(queries), kept), -1, np.int64)
+    centre: Single | None = None
     for rows, block in iterate(features, dtype=np.float32):
-        scores = _scores(wanted, block, distance)
+        values = unit_vectors(block) if distance == "cosine" else block
+        refuse_non_finite(values)
+        centre = common_centre(values) if rows.start == 0 else centre
+        scores = _scores(wanted, values, distance, centre)
         if without is not None:
             inside = np.flatnonzero((without >= rows.start) & (without < rows.stop))
             scores[inside, without[inside] - rows.start] = -np.inf
@@ -424,13 +429,24 @@ def nearest(
     return refined(features, queries, np.where(np.isneginf(best), -1, place), top, distance=distance)
 
 
-def _scores(wanted: Single, block: Single, distance: str) -> Single:
-    """(q, m), larger for nearer rows."""
-    if distance == "cosine":
-        found: Single = wanted @ unit_vectors(block).T
+def common_centre(values: Single) -> Single | None:
+    """What single precision must take from rows (n, D) that are all alike, lest their differences drown; None where it need not.
+
+    Distances are told by inner products, whose rounding grows with the lengths of the rows, not with what is between them.
+    """
+    mean = values.mean(axis=0, dtype=np.float64)
+    square = np.einsum("ij,ij->", values, values, dtype=np.float64) / max(1, len(values))
+    return mean.astype(np.float32) if mean @ mean > _ALIKE * square else None
+
+
+def _scores(wanted: Single, values: Single, distance: str, centre: Single | None) -> Single:
+    """(q, m), larger for nearer rows; of unit vectors where the distance is that of cosines."""
+    if centre is not None:
+        wanted, values = wanted - centre, values - centre
+    elif distance == "cosine":
+        found: Single = wanted @ values.T
         return found
-    refuse_non_finite(block)
-    euclidean: Single = 2 * (wanted @ block.T) - np.einsum("ij,ij->i", block, block)
+    euclidean: Single = 2 * (wanted @ values.T) - np.einsum("ij,ij->i", values, values)
     return euclidean
 
 

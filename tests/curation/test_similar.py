@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import featurepipe
+from featurepipe.curation.outliers import _distances
 from featurepipe.curation.queries import of_ids
 from featurepipe.curation.similar import similar, similar_text
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks
-from featurepipe.monitoring.near import nearest
+from featurepipe.monitoring.near import nearest, unit_vectors
 from featurepipe.store import FeatureStore
 
 
@@ -42,6 +43,25 @@ def test_the_nearest_are_those_of_all_distances_however_many_blocks_there_are(di
     np.testing.assert_array_equal(found.positions, order)
     np.testing.assert_allclose(found.apart, np.maximum(np.take_along_axis(expected, order, axis=1), 0), atol=1e-12)
     assert found.positions[0, :2].tolist() == [20, 400]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_of_rows_that_are_all_alike_the_nearest_are_found(distance):
+    rng = np.random.default_rng(0)
+    features = (100 + 0.1 * rng.normal(size=(2000, 64))).astype("f4")  # cosines of 0.999999
+    expected = distances(features, features[:20], distance)
+    np.fill_diagonal(expected, np.inf)
+    found = nearest(ArrayBlocks(features), features[:20], 5, distance=distance, without=np.arange(20))
+    np.testing.assert_array_equal(found.positions, np.argsort(expected, axis=1, kind="stable")[:, :5])
+    work = {"references": [_values_of(features, distance)], "kth": np.array([5]), "distance": distance}
+    beside = np.stack([np.zeros(20, np.int64), np.arange(20)])
+    np.testing.assert_allclose(
+        _distances(ArrayBlocks(features[:20]), beside, **work), np.sort(expected, axis=1)[:, 4], rtol=1e-4
+    )
+
+
+def _values_of(features, distance):
+    return unit_vectors(features) if distance == "cosine" else features
 
 
 def test_fewer_rows_than_asked_for_are_all_there_is():
