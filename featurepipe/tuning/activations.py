@@ -475,11 +475,12 @@ def store_features(
     with store.lock(shared=True):
         space = store.open_space(bundle.space, backbone=backbone.name, notes=notes)
         known = space.index([tail.bottleneck]).contains(every.keys)
-        _, first = np.unique(every.keys64, return_index=True)
-        rows = np.intersect1d(first, np.flatnonzero(~known))
         facts = store.snapshot(every.origin.dataset, snapshot, columns=["id", "size", "mtime_ns"])
         assert facts is not None  # noqa: S101 - the activations are of its images
-        places = pc.index_in(every.table["id"], value_set=facts["id"].combine_chunks()).to_numpy()
+        found = pc.index_in(every.table["id"], value_set=facts["id"].combine_chunks())
+        places = np.asarray(pc.fill_null(found, -1).to_numpy()).astype(np.int64)
+        lacking = np.flatnonzero(~known & (places >= 0))  # what was forgotten meanwhile stays so
+        rows = lacking[np.sort(np.unique(every.keys64[lacking], return_index=True)[1])]
         sizes, times = (facts[column].to_numpy() for column in ("size", "mtime_ns"))
         done = 0
         with space.writer(store.new_run_id(), dataset=every.origin.dataset) as writer:
