@@ -184,7 +184,9 @@ def similarity(
             return executor.once(measure_distance, (sample, intensity_of(fields["decoding"])), context=context)
 
     try:
-        found = journal.finding(key, find)
+        found = journal.known(key) or find()
+        if found is not None and found != journal.known(key):
+            journal.keep(key, found)
     except (Interrupted, DiskFull):
         raise
     except FeaturepipeError as error:  # the page goes without it
