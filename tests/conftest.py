@@ -3,10 +3,12 @@
 import ctypes
 import gc
 import hashlib
+import inspect
 import io
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -37,9 +39,32 @@ os.environ["FEATUREPIPE_CACHE"] = ""  # nothing is kept in the home of who runs 
 NODE_SECONDS = 0.01
 """How long a comparison of layers times each node here: each forward of a few, and not a second of them."""
 
-SERVER = textwrap.dedent("""
-    import gc, json, os, signal, sys, threading, traceback
+
+def sync_without_waiting() -> None:
+    """Makes `os.fsync` of files and folders return at once: no test takes the power away, and a kill loses no page of the kernel.
+
+    That is 15 waits for the disk in each test that writes to a store. What is synced, and in which order, tests see by
+    functions of their own in its place. Bad descriptors, and what is no file, fail as ever.
+    """
+    real = os.fsync
+
+    def fsync(file: Any) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            real(descriptor)
+
+    os.fsync = fsync
+
+
+SERVER = (
+    textwrap.dedent("""
+    import gc, json, os, signal, stat, sys, threading, traceback
+    from typing import Any
     import tqdm
+
+    SYNC
+    sync_without_waiting()
 
     # Its usual lock is one for all processes that come of this one, and stays taken when one is killed that has it.
     tqdm.tqdm.set_lock(threading.RLock())
@@ -91,7 +116,10 @@ SERVER = textwrap.dedent("""
             except OSError:  # a test that fills the disk: what Python could not say does not change how it ends
                 pass
         os._exit(code)
-""").replace("NODE_TIME", str(NODE_SECONDS))
+""")
+    .replace("NODE_TIME", str(NODE_SECONDS))
+    .replace("SYNC", inspect.getsource(sync_without_waiting))
+)
 ROOT = Path(__file__).parent.parent
 DASK = f"""
     import ctypes, signal, sys
@@ -115,6 +143,12 @@ def pytest_collection_finish() -> None:
 def quick_timing() -> None:
     """Nodes are timed as long as it takes to see that they are; `tests/backbones/test_timing.py` tests the times."""
     measure.NODE_SECONDS = NODE_SECONDS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_syncing() -> None:
+    """As in the processes that are started here."""
+    sync_without_waiting()
 
 
 @pytest.fixture(autouse=True)
