@@ -94,7 +94,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_images_of_ones_own(own: Path, cli: Callable, launcher) -> None:
+def test_images_of_ones_own(own: Path, cli: Callable) -> None:
     heading = "Your own images"
     lines = fence("README.md", heading, "sh").splitlines()
     run_lines([line for line in lines if " depth " not in line], cli, own)  # which takes longer: below
@@ -102,6 +102,10 @@ def test_images_of_ones_own(own: Path, cli: Callable, launcher) -> None:
     assert [line.split(",")[:2] for line in predicted[1:]] == [['"1.jpg"', '"cat"'], ['"2.jpg"', '"cat"']]
     assert (own / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
+
+@pytest.mark.slow
+def test_a_job_and_python_on_images_of_ones_own(own: Path, cli: Callable, launcher) -> None:
+    heading = "Your own images"
     job = fence("README.md", heading, "toml")
     assert job == fence("pipelines/README.md", "Pipelines", "toml")
     (own / "job.toml").write_text(job, encoding="utf-8")
@@ -155,10 +159,12 @@ def test_every_pooling_is_explained() -> None:
 
 @pytest.fixture(scope="module")
 def shell_results(checkout: Path, python_output: str, launcher) -> dict[str, str]:
-    """What each command of the example in the shell prints."""
+    """What each command of the example in the shell prints, but for depth, which takes as long as all others."""
     assert python_output  # it has run before, as in the README
     results = {}
     for words in shell_commands():
+        if words[1] == "depth":
+            continue
         finished = launcher.start(MAIN, words[1:], checkout).wait()
         assert finished.code == 0, (words, finished.err)
         results[words[1]] = finished.out
@@ -180,8 +186,6 @@ def test_shell_example(checkout: Path, shell_results: dict[str, str], cli: Calla
     assert f"{TEST:,} images" in results["evaluate"]
     labelled = (checkout / "predictions.csv").read_text(encoding="utf-8").splitlines()
     assert len(labelled) == 1 + TRAIN + TEST
-    assert results["depth"].startswith("recommended: ")
-    assert (checkout / "depth.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "everything is as it was committed" in results["verify"]
     with np.load(checkout / "clothes.npz") as exported:
         assert exported["X"].shape == (TRAIN + TEST, 1280)
@@ -191,8 +195,14 @@ def test_shell_example(checkout: Path, shell_results: dict[str, str], cli: Calla
     assert again.json()["counts"]["computed"] == 0
 
 
-@pytest.mark.usefixtures("shell_results")  # where they are compared
+@pytest.mark.slow
+@pytest.mark.usefixtures("shell_results")
 def test_what_was_recommended_can_be_trained_and_shown(checkout: Path, cli: Callable) -> None:
+    (line,) = [words for words in shell_commands() if words[1] == "depth"]
+    compared = cli(*line[1:], cwd=checkout)
+    assert compared.code == 0, compared.err
+    assert compared.out.startswith("recommended: ")
+    assert (checkout / "depth.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     run_lines(fence("docs/depth.md", "Which layer transfers best?", "sh").splitlines(), cli, checkout)
     assert "recommended-bundle" in (checkout / "bundle.html").read_text(encoding="utf-8")
 

@@ -82,8 +82,15 @@ def test_the_network_stops_at_the_deepest_node():
     assert not any(name.startswith(("layer3", "layer4", "fc")) for name in names)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("resnet18", "fp32"),
+        ("efficientnet_lite0", "fp32"),
+        ("resnet18", "bf16"),
+        pytest.param("efficientnet_lite0", "bf16", marks=pytest.mark.slow),  # 24 s where the processor has no bf16
+    ],
+)
 def test_features_do_not_depend_on_the_batch_beyond_the_stated_tolerance(name, precision):
     backbone = load_backbone(name, "DEFAULT" if name == "efficientnet_lite0" else "none")
     columns = backbone.columns(["bottleneck"])

@@ -241,7 +241,7 @@ def test_what_a_forward_keeps_on_the_network_is_taken_back() -> None:
     assert dict(net.named_buffers()) == {}
 
 
-@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1"])
+@pytest.mark.parametrize("name", ["levit_128s", pytest.param("efficientformer_l1", marks=pytest.mark.slow)])
 def test_networks_that_keep_attention_biases_are_traced_twice(name) -> None:
     pytest.importorskip("timm")
     backbone = load_backbone(f"timm/{name}", "none")

@@ -61,7 +61,9 @@ def forward_with_hooks(
     return kept
 
 
-BIG = ("vgg16", "vgg19")  # more than 5 s each, most of it spent on drawing 140 million random weights
+# 4 to 10 s each: many layers to trace, or 140 million random weights to draw. The others have additions, concatenations,
+# squeeze and excitation, and attention.
+BIG = ("densenet121", "swin_t", "convnext_tiny", "inception_v3", "efficientnet_b0", "vgg16", "vgg19")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in BIG else []) for n in NETWORKS])

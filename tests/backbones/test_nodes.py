@@ -76,7 +76,7 @@ def test_torchvisions_own_names_are_all_known() -> None:
         ("vit_b_16", "encoder", 2, 768),
         ("vit_b_16", "conv_proj", 1, 768),
         ("resnet18", "layer2", 1, 128),
-        ("densenet121", "flatten", 1, 1024),
+        pytest.param("densenet121", "flatten", 1, 1024, marks=pytest.mark.slow),
     ],
 )
 def test_the_channel_axis_is_found(name: str, node: str, axis: int, width: int) -> None:

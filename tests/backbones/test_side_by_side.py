@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +24,12 @@ def both() -> fp.backbones.Backbone:
     return load_backbone("+".join(NAMES))
 
 
+@functools.cache
+def one(name: str) -> fp.backbones.Backbone:
+    """A network by itself, loaded and traced once."""
+    return load_backbone(name)
+
+
 def features(backbone, images, *nodes):
     columns = backbone.columns(nodes)
     found = Engine(backbone, columns, precision="fp32")(
@@ -34,7 +42,7 @@ def test_each_network_gives_the_features_that_it_gives_alone(both, photos) -> No
     images = photos[:2]
     together = features(both, images, "bottleneck", *(f"{name}.blocks.5" for name in NAMES))
     for place, name in enumerate(NAMES):
-        alone = features(load_backbone(name), images, "bottleneck", "blocks.5")
+        alone = features(one(name), images, "bottleneck", "blocks.5")
         assert torch.allclose(together[0][:, 1280 * place : 1280 * (place + 1)], alone[0], atol=1e-4)
         assert torch.allclose(together[1 + place], alone[1], atol=1e-4)
     assert together[0].shape == (2, 2560)
@@ -46,19 +54,19 @@ def test_the_output_is_the_mean_of_all_logits_and_the_classes_are_theirs(both, p
         with torch.inference_mode():
             return backbone.module(p.normalise(torch.stack([p.resize_crop(photo) for photo in photos[:2]])))
 
-    wanted = torch.stack([logits(load_backbone(name)) for name in NAMES]).mean(0)
+    wanted = torch.stack([logits(one(name)) for name in NAMES]).mean(0)
     assert torch.allclose(logits(both), wanted, atol=1e-3)
-    assert OwnClassifier.of_network(both).classes == load_backbone(NAMES[0]).classes
+    assert OwnClassifier.of_network(both).classes == one(NAMES[0]).classes
 
 
 def test_all_blocks_are_those_of_each_and_the_space_says_how_images_are_seen(both) -> None:
     columns = [str(column) for column in both.columns(["all"])]
-    alone = [[str(column) for column in load_backbone(name).columns(["all"])] for name in NAMES]
+    alone = [[str(column) for column in one(name).columns(["all"])] for name in NAMES]
     wanted = [f"{name}.{column}" for name, own in zip(NAMES, alone, strict=True) for column in own[:-1]]
     assert columns[:-1] == wanted
     assert columns[-1] == str(both.columns(["bottleneck"])[0])
-    assert len(both.stages()) == sum(len(load_backbone(name).stages()) - 1 for name in NAMES) + 1
-    parts = [load_backbone(name).preprocessing.as_dict() for name in NAMES]
+    assert len(both.stages()) == sum(len(one(name).stages()) - 1 for name in NAMES) + 1
+    parts = [one(name).preprocessing.as_dict() for name in NAMES]
     assert both.identity()["preprocessing"] == {"side_by_side": parts}
     assert both.preprocessing.input_shape == (3, 240, 464)
     assert isinstance(both.preprocessing, SideBySidePreprocessing)

@@ -56,7 +56,11 @@ def test_all_are_the_outputs_of_every_block_pooled_to_a_bounded_width(name, firs
     assert backbone_of(name).columns(["bottleneck", "all"])[0].node == found[-1].partition(":")[0]
 
 
-@pytest.mark.parametrize("name", STAGES)
+LONG = ("vgg19", "inception_v3", "resnet101", "densenet121", "vit_l_32")
+"""Those of ``STAGES`` that take some 4 s each; others are of their family, or have as many kinds of blocks."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in STAGES])
 def test_the_stages_of_well_known_networks(name: str) -> None:
     assert backbone_of(name).stages() == tuple(STAGES[name])
 
@@ -68,8 +72,10 @@ def test_the_stages_of_well_known_networks(name: str) -> None:
         ("tf_efficientnet_lite0", [*(f"blocks.{i}" for i in range(7)), "global_pool"]),  # hooked, as are the next
         ("mobilevit_xxs", [*(f"stages.{i}" for i in range(5)), "head.drop"]),
         pytest.param("vgg11", [*(f"features.{i}" for i in (2, 5, 10, 15, 20)), "head.drop"], marks=pytest.mark.slow),
-        ("levit_128s", ["stem", *(f"stages.{i}" for i in range(3)), "head.drop"]),
-        ("swin_tiny_patch4_window7_224", [*(f"layers.{i}" for i in range(4)), "head.drop"]),
+        pytest.param("levit_128s", ["stem", *(f"stages.{i}" for i in range(3)), "head.drop"], marks=pytest.mark.slow),
+        pytest.param(
+            "swin_tiny_patch4_window7_224", [*(f"layers.{i}" for i in range(4)), "head.drop"], marks=pytest.mark.slow
+        ),
         pytest.param(
             "volo_d1_224",
             ["patch_embed", *(f"network.{i}" for i in (0, 2, 3, 4)), "post_network", "head_drop"],
@@ -79,7 +85,11 @@ def test_the_stages_of_well_known_networks(name: str) -> None:
             "efficientformer_l1", ["stem", *(f"stages.{i}" for i in range(4)), "head_drop"], marks=pytest.mark.slow
         ),
         # The stem and the last convolution are blocks themselves; the four stages lie together in a third.
-        ("fastvit_t8", ["stem", *(f"stages.{i}" for i in range(4)), "final_conv", "head.drop"]),
+        pytest.param(
+            "fastvit_t8",
+            ["stem", *(f"stages.{i}" for i in range(4)), "final_conv", "head.drop"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_stages_of_timms_networks(name: str, expected: list[str]) -> None:
@@ -89,7 +99,10 @@ def test_the_stages_of_timms_networks(name: str, expected: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in STAGES else [pytest.mark.slow]) for name in classification_names()],
+    [
+        pytest.param(name, marks=[] if name in STAGES and name not in LONG else [pytest.mark.slow])
+        for name in classification_names()
+    ],
 )
 def test_the_stages_of_any_network_are_columns_in_order_of_depth(name: str) -> None:
     backbone = backbone_of(name)

@@ -180,6 +180,7 @@ def test_a_damaged_file_in_torchs_folder_is_named(monkeypatch, tmp_path) -> None
         _ = load_backbone("resnet18").weights_sha256
 
 
+@pytest.mark.slow
 def test_old_checkpoints_of_densenet_and_googlenet_load(monkeypatch, tmp_path) -> None:
     """DenseNet's file has the names norm.1 and conv.1, GoogLeNet's the heads of training; both are as published."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

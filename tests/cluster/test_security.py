@@ -90,6 +90,7 @@ def test_a_cluster_with_certificates_works_and_lets_in_nobody_without(images, tm
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_cluster_on_this_machine_uses_tls_where_its_table_says_so(images, tmp_path):
     (tmp_path / "cluster.toml").write_text(block("security", "toml").replace("workers = 2", "workers = 1"))
     with connect(tmp_path / "cluster.toml") as dask_executor:

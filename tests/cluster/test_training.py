@@ -166,6 +166,7 @@ def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
     np.testing.assert_allclose(other.scores(zoo.features()), one.scores(zoo.features()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
     monkeypatch.setattr(trials, "MEMORY_USED", 1e-9)

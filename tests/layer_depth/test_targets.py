@@ -297,6 +297,7 @@ def test_a_stopped_comparison_goes_on_from_its_journal(study, tmp_path, monkeypa
             assert first.besides == second.besides
 
 
+@pytest.mark.slow
 def test_processes_measure_the_same(study, tmp_path):
     given = study("multilabel")
     here = measured(given, Journal(tmp_path / "here.jsonl"))
