@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,9 +105,10 @@ def verify_store(
     """
     report = VerifyReport()
     paths = listed(store.path, "spaces/*/parts/*.h5")
-    widths = _widths(paths)
-    for done, path in enumerate(paths, 1):
-        _verify_part(store, path, report, widths[path.parent.parent], quarantine=quarantine)
+    headers = {path: _header(path) for path in paths}
+    widths = _widths(headers)
+    for done, (path, header) in enumerate(headers.items(), 1):
+        _verify_part(store, path, header, report, widths[path.parent.parent], quarantine=quarantine)
         if progress is not None:
             progress(done, len(paths))
     report.problems += [Problem(what, name) for name, what in _broken_documents(store)]
@@ -121,13 +121,20 @@ _Widths = Mapping[str, int]
 """Values a row of each column."""
 
 
-def _widths(paths: Sequence[Path]) -> Mapping[Path, _Widths]:
+def _header(path: Path) -> PartInfo | StoreError | OSError:
+    """Reads what a part says of itself, or returns why it cannot."""
+    try:
+        return read_part(path)
+    except (StoreError, OSError) as error:
+        return error
+
+
+def _widths(headers: Mapping[Path, PartInfo | Exception]) -> Mapping[Path, _Widths]:
     """Says for each space how wide its columns are: as in most rows, since a column has one width."""
     rows: defaultdict[Path, defaultdict[str, Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
-    for path in paths:
+    for path, part in headers.items():
         of_space = rows[path.parent.parent]
-        with suppress(StoreError):  # said when the part is verified
-            part = read_part(path)
+        if not isinstance(part, Exception):
             for column, info in part.columns.items():
                 of_space[column][info.shape[1]] += part.rows
     return {
@@ -136,10 +143,19 @@ def _widths(paths: Sequence[Path]) -> Mapping[Path, _Widths]:
     }
 
 
-def _verify_part(store: FeatureStore, path: Path, report: VerifyReport, widths: _Widths, *, quarantine: bool) -> None:
+def _verify_part(
+    store: FeatureStore,
+    path: Path,
+    part: PartInfo | StoreError | OSError,
+    report: VerifyReport,
+    widths: _Widths,
+    *,
+    quarantine: bool,
+) -> None:
     space = path.parent.parent
     try:
-        part = read_part(path)
+        if isinstance(part, Exception):
+            raise part
         damage = _damage(part, space, widths)
     except CorruptPart as error:
         damage = [("header", str(error))]
