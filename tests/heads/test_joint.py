@@ -12,6 +12,7 @@ from featurepipe.heads import BlockLogisticRegression, fit_path
 from featurepipe.heads.linear import classifiers, joint, passes
 from featurepipe.heads.linear.losses import Measured, Penalty
 from featurepipe.heads.linear.optimisers import Optimum
+from featurepipe.heads.row_shards import row_shards_of
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -68,8 +69,9 @@ def rare_columns():
 
 @pytest.mark.parametrize("memory", [None, "1MB"])
 def test_nearly_constant_columns_reach_scikit_learns_optimum_in_few_passes(monkeypatch, memory):
-    """In float32, by L-BFGS and then Newton's steps: kept in memory, and streamed."""
+    """By L-BFGS in float32 and then Newton's steps: kept in memory, and streamed."""
     monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(passes, "_LEAST_PATIENCE", {np.dtype(np.float32): 30})
     features, labels = rare_columns()
     other = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(features, labels)
     features = features.astype(np.float32)
@@ -86,6 +88,17 @@ def test_nearly_constant_columns_reach_scikit_learns_optimum_in_few_passes(monke
     if memory is None:
         [[again]] = fit_path(BlockLogisticRegression(), features, labels, Cs=[100.0])
         np.testing.assert_array_equal(head.coef_, again.coef_)
+
+
+def test_l_bfgs_goes_on_as_long_as_a_factor_costs():
+    def patience(rows, dtype, classes, width):
+        shares = row_shards_of(np.zeros((rows, 1)))
+        prepared = passes.Prepared(shares, np.dtype(dtype), np.zeros(width), centred=True)
+        return passes.patience_of(prepared, (classes, width + 1))
+
+    assert patience(3000, np.float64, 6, 24) == 30
+    assert patience(60_000, np.float32, 10, 1280) == 250
+    assert patience(1600, np.float64, 10, 1392) > 5000  # few wide rows: passes cost next to nothing
 
 
 def test_so_many_problems_at_a_time_as_memory_allows_are_finished_by_newton():

@@ -44,17 +44,15 @@ def joint_bytes(classes: int, size: int) -> int | None:
     return DTYPE.itemsize * (2 * unknowns**2 + (len(pairs_of(classes)[0]) + 1) * size**2)
 
 
-def passes_worth(classes: int, size: int, *, rows: int, measured: float) -> float:
-    """How many passes cost as much as to measure and factorise one problem's second derivative once, in operations.
+def passes_worth(classes: int, size: int, *, rows: int) -> float:
+    """How many passes cost as much as to factorise one problem's second derivative once, in operations.
 
     Args:
         classes: K.
         size: Coefficients and intercept of one class.
         rows: Of a pass.
-        measured: Rows that each pair is measured on.
     """
-    factorised = ((classes - 1) * size) ** 3 / 3
-    return float((factorised + len(pairs_of(classes)[0]) * measured * size**2) / (4 * rows * classes * size))
+    return float(((classes - 1) * size) ** 3 / 3 / (4 * rows * classes * size))
 
 
 class JointPreconditioner:

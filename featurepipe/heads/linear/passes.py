@@ -41,7 +41,10 @@ _ROWS_PER_DIRECTION = 8  # that principal directions are found from
 _ROWS_OF_DIAGONALS = 2048  # that diagonals are measured on: to a few hundredths, which a preconditioner does not feel
 _ALONE_WIDTH = 2048  # up to which the principal directions take one thread a few seconds
 _ALONE_VALUES = 1 << 18  # of points that are rotated
-_LEAST_PATIENCE, _MOST_PATIENCE = 30, 100
+_LEAST_PATIENCE = {  # iterations; Newton's products are in float64, for which passes in float32 are faster
+    np.dtype(np.float32): 250,
+    np.dtype(np.float64): 30,
+}
 _CURVATURE_BYTES = 3 << 30  # for preconditioners where the user has set no limit
 
 
@@ -120,10 +123,9 @@ def joint_at_once(prepared: Prepared, loss: Loss, shape: tuple[int, ...], memory
 
 
 def patience_of(prepared: Prepared, shape: tuple[int, ...]) -> int:
-    """After how many iterations of L-BFGS the whole second derivative pays: those that cost as much, within bounds."""
-    rows = max(1, prepared.shares.rows)
-    worth = passes_worth(*shape, rows=rows, measured=share_of(rows, len(prepared.mean)) * rows)
-    return int(min(max(worth, _LEAST_PATIENCE), _MOST_PATIENCE))
+    """After how many iterations of L-BFGS the whole second derivative pays: at least those that cost as much as its factor."""
+    worth = passes_worth(*shape, rows=max(1, prepared.shares.rows))
+    return int(max(worth, _LEAST_PATIENCE[prepared.dtype]))
 
 
 def _less(block: Array, *, mean: Array) -> Array:
