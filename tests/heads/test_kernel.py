@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.kernel import RBFSVM
+from featurepipe.heads.kernel import RBFSVM, _Plan, _plan
 
 
 @pytest.fixture(scope="module", params=[2, 3, 10], ids=["two classes", "three classes", "ten classes"])
@@ -41,14 +41,24 @@ def test_up_to_a_size_it_is_svc(sides, stored, options):
     )
 
 
+@pytest.mark.parametrize("room", [None, "500kB"], ids=["kept", "computed again"])
 @pytest.mark.parametrize("options", [{}, {"C": 30, "gamma": 1e-3}])
-def test_with_room_for_kernel_matrices_it_is_the_same_machine(sides, options):
+def test_with_room_for_kernel_matrices_it_is_the_same_machine(sides, options, room):
     X, y, others, _ = sides
-    ours, slower = RBFSVM(**options).fit(X, y), RBFSVM(memory="200kB", **options).fit(X, y)
+    ours, slower = RBFSVM(memory=room, **options).fit(X, y), RBFSVM(memory="200kB", **options).fit(X, y)
     found, expected = ours.decision_function(others), slower.decision_function(others)
     close = np.abs(found - expected) < 0.01  # both stop at libsvm's tolerance of 0.001
     assert close.mean() > 0.999, "and a pair of classes within that tolerance may go the other way"
     assert np.mean(ours.predict(others) == slower.predict(others)) > 0.997
+
+
+def test_values_of_a_class_with_itself_are_kept_where_they_fit_beside_a_pair():
+    """60,000 rows of ten classes in 4 GiB: both cores have a pair, and no value is computed twice."""
+    assert _plan([6000] * 10, 4, 4 << 30, 2) == _Plan(2, keeps=True)
+    assert _plan([6000] * 10, 4, 3 << 30, 2) == _Plan(1, keeps=True)
+    assert _plan([6000] * 10, 4, 2 << 30, 2) == _Plan(1, keeps=False)
+    assert _plan([6000] * 10, 4, 1 << 30, 2).at_once == 0
+    assert _plan([10_000, 8_000, *[100] * 50], 4, 5 << 30, 2) == _Plan(1, keeps=True)
 
 
 def test_weights_are_svcs(sides):
