@@ -6,6 +6,7 @@ import sys
 BENCHMARKS = (
     "bench_store",
     "bench_similar",
+    "bench_select",
     "bench_rerun",
     "bench_nightly",
     "bench_extract",

@@ -72,6 +72,7 @@ FORKED = f"""
     [
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
         ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
+        ("bench_select", {"candidates", "test_images"}),
         ("bench_rerun", {"times_the_walk", "growth_mb"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
