@@ -457,7 +457,7 @@ def routes_table(rows: list[dict[str, Any]]) -> str:
             else "- "
             for route in ROUTES
         ]
-        lines.append(task.ljust(width) + f"{images:,}".rjust(8) + "".join(cell.rjust(13) for cell in cells))
+        lines.append(task.ljust(width) + f"{images:,.0f}".rjust(8) + "".join(cell.rjust(13) for cell in cells))
     return "\n".join(lines)
 
 
