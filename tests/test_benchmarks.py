@@ -66,6 +66,21 @@ FORKED = f"""
 """
 
 
+def check_flips(result):
+    plain, mirrored = result["accuracy"].values()
+    assert result["gain"] == pytest.approx(mirrored[0] - plain[0], abs=1e-3)
+    assert {made["computed"] for made in result["extractions"].values()} == {2000}  # each image, as it is and mirrored
+
+
+def check_decode(result):
+    cosines = [size[way]["worst_cosine"] for size in result["results"] for way in size if way.startswith("scaled")]
+    assert len(cosines) == 3 * len(result["results"]) > 0
+    assert 0.99 < min(cosines) <= max(cosines) <= 1
+
+
+CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "figures"),
@@ -124,6 +139,8 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures, lau
         # float16 values; an HDF5 file of 24 rows has some 60 bytes of frame for each row and column
         assert 0 <= measured["stages"]["bytes_per_image"] - 2 * sum(result["columns"].values()) < 2000
         assert result["script"]["passes"] == len(result["columns"]) == 5
+    elif name in CHECKS:
+        CHECKS[name](result)
     else:
         assert all(isinstance(result[figure], int | float) for figure in figures)
     if name == "bench_nightly":
