@@ -184,9 +184,11 @@ def similarity(
             return executor.once(measure_distance, (sample, intensity_of(fields["decoding"])), context=context)
 
     try:
-        found = journal.known(key) or find()
-        if found is not None and found != journal.known(key):
-            journal.keep(key, found)
+        found = journal.known(key)
+        if found is None:  # not asked yet, or no image could be read when it was
+            found = find()
+            if found is not None:
+                journal.keep(key, found)
     except (Interrupted, DiskFull):
         raise
     except FeaturepipeError as error:  # the page goes without it
