@@ -89,7 +89,7 @@ def test_a_night_does_not_begin_with_a_first_network_that_there_is_not(pile, wro
 
 
 def test_a_reference_that_the_store_does_not_have(pile, lines):
-    drift = '[drift]\nreference = "20260131T020000000000Z-0123abcd"\n'
+    drift = '[drift]\nreference = "last-week"\n'
     pile.job(drift)
     check_networks(read_job(pile.file))  # no store yet: nobody knows
     pile.fill(2)
@@ -97,7 +97,7 @@ def test_a_reference_that_the_store_does_not_have(pile, lines):
     pile.run()
     (line,) = lines(drift)
     assert line.startswith(
-        "drift.reference: unknown snapshot '20260131T020000000000Z-0123abcd'; choices: previous, first"
+        "drift.reference: unknown snapshot 'last-week'; choices: previous, first"
     )
     known = FeatureStore(pile.folder / "features").snapshot_ids("pile")
     [night] = [run["run_id"] for run in pile.records() if run["command"] == "run"]
@@ -109,7 +109,7 @@ def test_a_reference_that_the_store_does_not_have(pile, lines):
 
 def test_the_night_does_not_begin_with_such_a_reference(pile):
     pile.fill(2)
-    pile.job('[drift]\nreference = "20260131T020000000000Z-0123abcd"\n')
+    pile.job('[drift]\nreference = "last-week"\n')
     with pytest.raises(UsageError, match=r"drift\.reference: unknown snapshot"):
         pile.run()
     assert pile.records() == []
