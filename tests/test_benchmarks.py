@@ -88,7 +88,7 @@ CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
         ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
         ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
         ("bench_select", {"candidates", "test_images"}),
-        ("bench_rerun", {"times_the_walk", "growth_mb"}),
+        ("bench_rerun", {"times_the_walk", "growth_mb", "start_s", "start_cpu_s"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
