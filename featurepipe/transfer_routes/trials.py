@@ -394,7 +394,8 @@ def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
     from featurepipe.backbones.tail import Trunk
     from featurepipe.features.session import Decoding
     from featurepipe.features.settings import Settings
-    from featurepipe.tuning.from_images import Augmentation, ImageExamples, located
+    from featurepipe.tuning.augmentation import Augmentation, ImageExamples
+    from featurepipe.tuning.from_images import located
     from featurepipe.tuning.peers import fabric_on
 
     study, images = context.every, context.read_images

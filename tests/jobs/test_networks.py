@@ -96,9 +96,7 @@ def test_a_reference_that_the_store_does_not_have(pile, lines):
     pile.job()
     pile.run()
     (line,) = lines(drift)
-    assert line.startswith(
-        "drift.reference: unknown snapshot 'last-week'; choices: previous, first"
-    )
+    assert line.startswith("drift.reference: unknown snapshot 'last-week'; choices: previous, first")
     known = FeatureStore(pile.folder / "features").snapshot_ids("pile")
     [night] = [run["run_id"] for run in pile.records() if run["command"] == "run"]
     assert night not in known

@@ -22,8 +22,9 @@ from featurepipe.backbones.weights import LIKE, tuned_from
 from featurepipe.errors import DiskFull, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.tuning import from_images, loop
+from featurepipe.tuning.augmentation import Augmentation, random_crop
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.from_images import Augmentation, bytes_of_one, random_crop
+from featurepipe.tuning.from_images import bytes_of_one
 from featurepipe.tuning.options import TuneOptions
 
 SIDE = 32
