@@ -89,14 +89,16 @@ def test_a_night_does_not_begin_with_a_first_network_that_there_is_not(pile, wro
 
 
 def test_a_reference_that_the_store_does_not_have(pile, lines):
-    drift = '[drift]\nreference = "last-week"\n'
+    drift = '[drift]\nreference = "19990909T090909999999Z-99999999"\n'
     pile.job(drift)
     check_networks(read_job(pile.file))  # no store yet: nobody knows
     pile.fill(2)
     pile.job()
     pile.run()
     (line,) = lines(drift)
-    assert line.startswith("drift.reference: unknown snapshot 'last-week'; choices: previous, first")
+    assert line.startswith(
+        "drift.reference: unknown snapshot '19990909T090909999999Z-99999999'; choices: previous, first"
+    )
     known = FeatureStore(pile.folder / "features").snapshot_ids("pile")
     [night] = [run["run_id"] for run in pile.records() if run["command"] == "run"]
     assert night not in known
@@ -107,7 +109,7 @@ def test_a_reference_that_the_store_does_not_have(pile, lines):
 
 def test_the_night_does_not_begin_with_such_a_reference(pile):
     pile.fill(2)
-    pile.job('[drift]\nreference = "last-week"\n')
+    pile.job('[drift]\nreference = "19990909T090909999999Z-99999999"\n')
     with pytest.raises(UsageError, match=r"drift\.reference: unknown snapshot"):
         pile.run()
     assert pile.records() == []
