@@ -168,8 +168,7 @@ def add_predict(command: ArgumentParser) -> None:
 
 def run_predict(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
-    from featurepipe.prediction.predict import predict
-    from featurepipe.prediction.text import text
+    from featurepipe.prediction.predict import predict, text
 
     bundle, source = bundle_and(args, "source")
     result = predict(

@@ -14,8 +14,7 @@ from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.families import make_head
 from featurepipe.images.decode import decode
 from featurepipe.prediction.image_classifier import ImageClassifier
-from featurepipe.prediction.predict import predict
-from featurepipe.prediction.text import text
+from featurepipe.prediction.predict import predict, text
 
 TARGET = {"type": "continuous", "column": "brightness", "interval": {"level": 0.9, "half_width": 2.5, "images": 50}}
 

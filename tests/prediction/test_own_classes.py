@@ -20,8 +20,7 @@ from featurepipe.cli import main
 from featurepipe.errors import UsageError
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.prediction.own_classes import OwnClassifier, classifier_of, told_apart
-from featurepipe.prediction.predict import predict
-from featurepipe.prediction.text import text
+from featurepipe.prediction.predict import predict, text
 
 TINY = "shufflenet_v2_x0_5"
 

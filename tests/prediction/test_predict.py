@@ -22,8 +22,7 @@ from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.images.regions import region
 from featurepipe.prediction import files
 from featurepipe.prediction.image_classifier import ImageClassifier
-from featurepipe.prediction.predict import predict
-from featurepipe.prediction.text import text
+from featurepipe.prediction.predict import predict, text
 from featurepipe.store import FeatureStore
 
 OPTIONS = {"silent": True, "workers": 2}

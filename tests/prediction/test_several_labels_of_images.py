@@ -15,8 +15,7 @@ from featurepipe.heads.families import make_head
 from featurepipe.images.decode import decode
 from featurepipe.prediction.files import labels_batch
 from featurepipe.prediction.image_classifier import ImageClassifier
-from featurepipe.prediction.predict import predict
-from featurepipe.prediction.text import text
+from featurepipe.prediction.predict import predict, text
 
 NAMES = ("bright", "odd", "re|d")
 CALIBRATION = {

@@ -9,8 +9,7 @@ from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.heads.statistics.screening import rates
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.prediction.image_classifier import ImageClassifier
-from featurepipe.prediction.predict import predict
-from featurepipe.prediction.text import text
+from featurepipe.prediction.predict import predict, text
 
 
 def screened(album):
