@@ -42,6 +42,7 @@ FIELDS = {"architecture": "benchmark", "dtype": "float16"}
 PROMISED = {"first_s": "< 2", "following_ms": "< 20"}
 _GROUPS, _BETWEEN = 2000, 0.5
 _AT_ONCE = 8192
+_QUERIES = 200
 _COMMAND = """
 import sys
 from featurepipe.cli import main
@@ -64,11 +65,11 @@ print('PEAK', next(line for line in status if line.startswith('VmHWM')).split()[
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures everything on one store."""
     rows, width, new = (3000, 64, 100) if args.tiny else (args.rows, args.width, args.new)
-    rounds, queries = (1, 20) if args.tiny else (args.rounds, args.queries)
+    rounds, queries = (1, 20) if args.tiny else (args.rounds, min(args.queries, _QUERIES))
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-similar-") as temporary:
         folder = Path(args.keep or temporary)
         path, flat, asked = folder / "store", folder / "flat.faiss", folder / "query.npy"
-        made = Features(rows + new + queries, width)
+        made = Features(rows + new + _QUERIES, width)  # the same features however many queries are asked
         before = prepared(folder, made, rows)
         if args.only_prepare:
             return before
@@ -319,7 +320,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--new", type=int, default=10_000, help="images that the index is extended by")
-    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--queries", type=int, default=_QUERIES, help=f"at most {_QUERIES}")
     parser.add_argument("--exact", type=int, default=12, help="of these, queries that are compared with all one by one")
     parser.add_argument("--rounds", type=int, default=3)
 

@@ -7,6 +7,7 @@ by the recall that is measured when the index is made.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +110,8 @@ class IndexProjection:
 class KeptIndex:
     """An index in memory, with the features that it is of.
 
-    Memory: 2 bytes a value that is searched, 256 an image, and 20 an image for its row, of copies 36; twice as much while it is
-    made ready.
+    Memory: 2 bytes a value that is searched, 256 an image, once in a file that is mapped, and once more for the cells that were
+    looked into; and 20 bytes an image for its row, of copies 36.
 
     Attributes:
         document: What the index says of itself.
@@ -120,7 +121,7 @@ class KeptIndex:
     def __init__(self, stored: StoredIndex, features: FeatureSet) -> None:
         self.document, self.features = stored.document, features
         self._prepared = IndexProjection.of(stored)
-        self._faiss = _loaded(stored)
+        self._cells = Cells(stored)
         self._starts: Positions | None = None  # of each vector's copies in ``_order``; None where there are no copies
         if len(stored.rows) == stored.document.vectors:
             self._order = np.empty(len(stored.rows), np.int64)
@@ -133,8 +134,7 @@ class KeptIndex:
         """Finds the nearest images of some queries; arguments and result as those of `featurepipe.monitoring.near.nearest`."""
         about = self.document
         count = min(max(about.candidates, 2 * top + 16), about.vectors)
-        with faiss_threads(None):
-            _, vectors = self._faiss.search(self._prepared(queries), count)
+        vectors = self._cells.search(self._prepared(queries), count)
         rows = self._rows_of(vectors)
         if without is not None:
             rows[(rows == without[:, None]) & (without >= 0)[:, None]] = -1
@@ -158,28 +158,47 @@ class KeptIndex:
 _NONE = np.empty(0, np.int64)
 
 
-def _loaded(stored: StoredIndex) -> Any:
-    """The inverted file of faiss."""
-    faiss = require_faiss()
-    width = stored.codes.shape[1]
-    centres = faiss.IndexFlatL2(width)
-    centres.add(np.ascontiguousarray(stored.centres))
-    kind, by_residual = faiss.ScalarQuantizer.QT_fp16, False
-    index = faiss.IndexIVFScalarQuantizer(centres, width, len(stored.sizes), kind, faiss.METRIC_L2, by_residual)
-    index.own_fields = False
-    index.referenced_objects = [centres]
-    index.is_trained = True
-    stops = np.cumsum(stored.sizes, dtype=np.int64)
-    numbers = np.arange(stored.document.vectors, dtype=np.int64)
-    codes = np.ascontiguousarray(stored.codes).view(np.uint8)
-    for cell, (start, stop) in enumerate(zip(stops - stored.sizes, stops, strict=True)):
-        if stop > start:
-            index.invlists.add_entries(
-                cell, int(stop - start), faiss.swig_ptr(numbers[start:stop]), faiss.swig_ptr(codes[start:stop])
-            )
-    index.ntotal = stored.document.vectors
-    index.nprobe = min(max(stored.document.probes, _least_probes(stored)), len(stored.sizes))
-    return index
+class Cells:
+    """The inverted file of faiss, whose cells are filled when they are first looked into.
+
+    Args:
+        stored: What fills them.
+    """
+
+    def __init__(self, stored: StoredIndex) -> None:
+        faiss = require_faiss()
+        width = stored.codes.shape[1]
+        centres = faiss.IndexFlatL2(width)
+        centres.add(np.ascontiguousarray(stored.centres))
+        kind, by_residual = faiss.ScalarQuantizer.QT_fp16, False
+        index = faiss.IndexIVFScalarQuantizer(centres, width, len(stored.sizes), kind, faiss.METRIC_L2, by_residual)
+        index.own_fields = False
+        index.is_trained = True
+        index.ntotal = stored.document.vectors
+        self._index, self._centres, self._faiss = index, centres, faiss
+        self._codes = np.ascontiguousarray(stored.codes).view(np.uint8)
+        self._stops = np.cumsum(stored.sizes, dtype=np.int64)
+        self._starts = self._stops - stored.sizes
+        self._is_empty = stored.sizes > 0
+        self._one_at_a_time = threading.Lock()
+        self.probes = min(max(stored.document.probes, _least_probes(stored)), len(stored.sizes))
+
+    def search(self, queries: Single, count: int) -> Positions:
+        """(q, count) numbers of the vectors nearest to projected queries, of as many cells as ``probes`` says; -1 for none."""
+        with self._one_at_a_time, faiss_threads(None):
+            self._index.nprobe = self.probes
+            apart, cells = self._centres.search(queries, self.probes)
+            for cell in np.unique(cells[self._is_empty[cells]]):
+                self._fill(int(cell))
+            found: Positions = self._index.search_preassigned(queries, count, cells, apart)[1]
+        return found
+
+    def _fill(self, cell: int) -> None:
+        start, stop = int(self._starts[cell]), int(self._stops[cell])
+        numbers = np.arange(start, stop, dtype=np.int64)
+        pointers = (self._faiss.swig_ptr(array) for array in (numbers, self._codes[start:stop]))
+        self._index.invlists.add_entries(cell, stop - start, *pointers)
+        self._is_empty[cell] = False
 
 
 def _least_probes(stored: StoredIndex) -> int:
@@ -308,15 +327,14 @@ def _with(stored: StoredIndex, **changed: Any) -> StoredIndex:
 
 def _chosen(stored: StoredIndex, queries: Single, own: Any, true: list[Any]) -> dict[str, Any]:
     """The cheapest cells and candidates that find enough of the nearest; else those that find most."""
-    index, number = _loaded(stored), SortedKeys.of_keys(stored.keys)
+    index, number = Cells(stored), SortedKeys.of_keys(stored.keys)
     wanted = [number.find(keys) for keys in true]
     itself = number.find(own)
     prepared = IndexProjection.of(stored)(queries)
     vectors, tried = stored.document.vectors, []
     for probes in sorted({min(times * _least_probes(stored), len(stored.sizes)) for times in _TIMES}):
-        index.nprobe = probes
-        with faiss_threads(None):
-            _, found = index.search(prepared, min(_CANDIDATES[-1] + 1, vectors))
+        index.probes = probes
+        found = index.search(prepared, min(_CANDIDATES[-1] + 1, vectors))
         scanned = vectors * probes / len(stored.sizes)
         for candidates in _CANDIDATES:
             pairs = zip(found, itself, wanted, strict=True)

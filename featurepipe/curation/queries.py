@@ -17,8 +17,6 @@ from featurepipe.curation.options import SimilarOptions
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, Reject, UsageError, unknown
 from featurepipe.features.options import Options
-from featurepipe.features.reading import opened
-from featurepipe.images import key_of
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureSet, FeatureStore, Space
 from featurepipe.store.choice import require_snapshot
@@ -125,6 +123,9 @@ def _of_images(
     store: FeatureStore, features: FeatureSet, queries: Any, options: SimilarOptions, *, silent: bool
 ) -> Queries:
     """Features of new images: stored ones where the store knows the bytes, and others computed."""
+    from featurepipe.features.reading import opened  # 0.2 s, which a query by id is spared
+    from featurepipe.images import key_of
+
     source = opened(queries, options)
     listing = source.scan()
     ids, locators = listing["id"].to_pylist(), listing["locator"].to_pylist()

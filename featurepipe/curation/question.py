@@ -17,7 +17,6 @@ from featurepipe.errors import StoreMoved
 from featurepipe.monitoring.duplicates import checked_file, write_table
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
-from featurepipe.reporting.from_store import image_page
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.labels import LabelSource
 from featurepipe.store.options import RowOptions
@@ -111,6 +110,8 @@ class Question:
         if target is None:
             return []
         if target.suffix.lower() == PAGE:
+            from featurepipe.reporting.from_store import image_page  # which loads what reads images
+
             image_page(
                 self.store, document(), target, options, source=options.source, dataset=self.dataset,
                 snapshot=self.snapshot, queries=queries, silent=self.silent,

@@ -48,8 +48,10 @@ class StoreContents(Protocol):
     def snapshot_ids(self, dataset: str) -> list[str]:
         """Lists the run ids of a dataset's snapshots, oldest first."""
 
-    def snapshot(self, dataset: str, run_id: str | None = None) -> pa.Table | None:
-        """Reads a snapshot, by default the current one; None without one."""
+    def snapshot(
+        self, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """Reads a snapshot or some columns of it, by default the current one; None without one."""
 
 
 def choose_space(store: StoreContents, wanted: str | None, dataset: str | None) -> Space:
@@ -131,10 +133,12 @@ def _look_up(space: Space, dotted: str) -> object:
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 
-def require_snapshot(store: StoreContents, dataset: str, run_id: str | None = None) -> pa.Table:
-    """Reads the current snapshot, or that of a run, of a dataset that must have one."""
+def require_snapshot(
+    store: StoreContents, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Reads the current snapshot, or that of a run, or some columns of it, of a dataset that must have one."""
     store.check_exists()
-    table = store.snapshot(dataset, run_id)
+    table = store.snapshot(dataset, run_id, columns)
     if table is not None:
         return table
     names = store.datasets()
@@ -150,7 +154,13 @@ def _current(store: StoreContents, dataset: str) -> str | None:
 
 def usable_keys(snapshot: pa.Table) -> Keys:
     """Returns the keys of the usable images, (n, 32) uint8, in snapshot order."""
-    return keys_from_arrow(snapshot["key"].filter(pc.equal(snapshot["status"], OK)))
+    return keys_from_arrow(_usable(snapshot)["key"])
+
+
+def _usable(snapshot: pa.Table) -> pa.Table:
+    """The rows of usable images: as a rule all of them, which need no copy."""
+    is_usable = pc.equal(snapshot["status"], OK)
+    return snapshot if pc.all(is_usable).as_py() else snapshot.filter(is_usable)
 
 
 def open_features(
@@ -162,14 +172,14 @@ def open_features(
     run_id: str | None = None,
 ) -> FeatureSet:
     """Joins a snapshot with the rows of one or several columns; see ``FeatureStore.features``."""
-    snapshot = require_snapshot(store, dataset, run_id)
+    snapshot = require_snapshot(store, dataset, run_id, ("id", "label", "split", "key", "status"))
     current = _current(store, dataset)
     space = choose_space(store, backbone, dataset)
     columns = _columns(space, node)
     if split is not None:
         snapshot = _of_split(snapshot, split, dataset)
-    usable = snapshot.select(["id", "label", "split"]).filter(pc.equal(snapshot["status"], OK))
-    keys = usable_keys(snapshot)
+    rejects, snapshot = _rejects(snapshot), _usable(snapshot)
+    keys = keys_from_arrow(snapshot["key"])
     map_shape = space.notes.get("map_shapes", {}).get(columns[0]) if len(columns) == 1 else None
     try:
         rows = _locate(space, columns, keys, dataset)
@@ -178,11 +188,11 @@ def open_features(
             raise StoreMoved(f"dataset {dataset} has another snapshot by now; {error}") from error
         raise
     return FeatureSet(
-        usable.combine_chunks(),
+        snapshot.select(["id", "label", "split"]).combine_chunks(),
         keys,
         rows,
         Origin(str(store.path), dataset, space.backbone, space.name, space.fingerprint, space.fields),
-        rejects=_rejects(snapshot),
+        rejects=rejects,
         map_shape=tuple(map_shape) if map_shape else None,
     )
 

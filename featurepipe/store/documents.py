@@ -48,7 +48,7 @@ Time = Annotated[str, AfterValidator(_time)]
 class _Document(BaseModel):
     """Common to all: no text is taken for a number, and entries that are not known are no error."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
 
 class StoreDocument(_Document):
@@ -286,7 +286,7 @@ class DepthDocument(_Document):
     test_dataset: Text = None
 
 
-@with_config(ConfigDict(strict=True))
+@with_config(ConfigDict(strict=True, defer_build=True))
 class RejectLine(TypedDict):
     """A line of ``rejects.jsonl``; a TypedDict, since there may be millions."""
 

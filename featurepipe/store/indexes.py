@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import mmap
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,8 @@ INDEX_VERSION = 1
 FILES = "indexes/*/*.npz"
 """Where indexes are in a store."""
 _DOCUMENT = "document"
+_NPY_HEADER = 4096  # bytes, more than there are before the values of an array
+_ALIGNED = 4
 _DAMAGE = (
     OSError,
     ValueError,
@@ -30,6 +36,7 @@ _DAMAGE = (
     MemoryError,
     NotImplementedError,
     zipfile.BadZipFile,
+    struct.error,
 )  # ValidationError, too
 
 Array = npt.NDArray[Any]
@@ -56,7 +63,7 @@ class IndexDocument(BaseModel):
         recall: The share of the 10 nearest that it finds, as measured when the cells were made.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
     version: Annotated[int, Field(ge=1)]
     dataset: str
@@ -135,7 +142,7 @@ def write_index(root: Path, index: StoredIndex) -> Path:
 
 
 def read_index(path: Path, *names: str) -> StoredIndex | None:
-    """Reads an index, or some arrays of it, the others being empty; compares the checksums of what it reads.
+    """Maps an index into memory, or some arrays of it, the others being empty; compares the checksums of what it maps.
 
     Args:
         path: Of its file.
@@ -149,15 +156,20 @@ def read_index(path: Path, *names: str) -> StoredIndex | None:
     """
     try:
         with os.fdopen(open_file(path), "rb") as file, zipfile.ZipFile(file) as members:
+            whole = memoryview(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            )  # which lives as long as the arrays
             packed = [one.filename for one in members.infolist() if one.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise StoreError(f"{path} is no index: {packed[0]} in it is compressed")
-            document = _document(_array(members, _DOCUMENT, "|u1", 1))
+            document = _document(_array(whole, members.getinfo(f"{_DOCUMENT}.npy"), "|u1", 1))
             if document.version > INDEX_VERSION:
                 raise StoreError(f"{path} is an index of version {document.version}: upgrade featurepipe, or remove it")
             wanted = names or tuple(_SHAPES)
             arrays = {
-                name: _array(members, name, *kind) if name in wanted else np.zeros((0,) * kind[1], kind[0])
+                name: _array(whole, members.getinfo(f"{name}.npy"), *kind)
+                if name in wanted
+                else np.zeros((0,) * kind[1], kind[0])
                 for name, kind in _SHAPES.items()
             }
     except FileNotFoundError:
@@ -176,13 +188,21 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _array(members: zipfile.ZipFile, name: str, dtype: str, dimensions: int) -> Array:
-    with members.open(f"{name}.npy") as member:
-        found: Array = np.lib.format.read_array(member, allow_pickle=False)
-        member.read()  # to its end, where zipfile compares the checksum
-    if found.dtype != np.dtype(dtype) or found.ndim != dimensions:
-        raise ValueError(f"{name} is {found.dtype} of {found.ndim} dimensions")
-    return found
+def _array(whole: memoryview, member: zipfile.ZipInfo, dtype: str, dimensions: int) -> Array:
+    """An array of an uncompressed .npz file where it lies; it may start at any byte, but that of 4-byte numbers is aligned."""
+    name_bytes, further_bytes = struct.unpack_from("<HH", whole, member.header_offset + 26)  # of the header before it
+    start = member.header_offset + 30 + name_bytes + further_bytes
+    packed = whole[start : start + member.file_size]
+    if len(packed) < member.file_size or zlib.crc32(packed) != member.CRC:
+        raise zipfile.BadZipFile(f"{member.filename}: its checksum differs")
+    header = io.BytesIO(packed[:_NPY_HEADER])
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError(f"{member.filename} is no array of version 1.0")
+    shape, is_fortran, kind = np.lib.format.read_array_header_1_0(header)
+    if kind != np.dtype(dtype) or len(shape) != dimensions or is_fortran:
+        raise ValueError(f"{member.filename} is {kind} of {len(shape)} dimensions")
+    found: Array = np.frombuffer(packed[header.tell() :], kind).reshape(shape)
+    return np.require(found, requirements="A") if kind.itemsize == _ALIGNED else found
 
 
 def _document(text: Array) -> IndexDocument:

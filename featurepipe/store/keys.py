@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,74 +63,93 @@ _MANY = 8  # an eighth of the rows: then it pays to look first whether all of th
 _SMALL_ROWS = 2**32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SortedKeys:
     """Keys in the order given, and the order of their first 8 bytes: 44 bytes a row, 60 while they are sorted.
 
+    They are sorted when that is first needed: a snapshot's keys mostly follow each other as those of the parts do.
+
     Attributes:
         keys: (n, 32) uint8, as given.
-        prefixes: Their first 8 bytes as numbers, sorted.
-        order: The row in ``keys`` of each prefix.
     """
 
     keys: Keys
-    prefixes: npt.NDArray[np.uint64]
-    order: npt.NDArray[np.unsignedinteger]
 
     @classmethod
     def of_keys(cls, keys: Keys) -> SortedKeys:
-        """Sorts keys, which are kept and must not be changed afterwards."""
-        prefixes = prefixes_of(keys)
-        order = np.argsort(prefixes, kind="stable")  # stable: of several copies the first one is found
-        return cls(keys, prefixes[order], order.astype(np.uint32 if len(keys) < _SMALL_ROWS else np.uint64))
+        """Takes keys, which are kept and must not be changed afterwards."""
+        return cls(keys)
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return self.prefixes.nbytes + self.keys.nbytes + self.order.nbytes
+        """Memory held once the keys are sorted, in bytes."""
+        return self.keys.nbytes + len(self.keys) * (8 + self._row_type.itemsize)
+
+    @property
+    def _row_type(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(np.uint32 if len(self.keys) < _SMALL_ROWS else np.uint64)
+
+    @cached_property
+    def _sorted(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.unsignedinteger]]:
+        """Sorted first 8 bytes as numbers, and the row of each."""
+        prefixes = prefixes_of(self.keys)
+        order = np.argsort(prefixes, kind="stable")  # stable: of several copies the first one is found
+        return prefixes[order], order.astype(self._row_type)
+
+    @cached_property
+    def _are_different(self) -> bool:
+        prefixes = np.sort(prefixes_of(self.keys))  # a fifth of the time that their order takes
+        return not (prefixes[1:] == prefixes[:-1]).any()
 
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Returns the first row that holds each key, all 32 bytes compared; -1 where none does."""
         found = np.empty(len(keys), np.int64)
-        many = len(keys) * _MANY >= len(self.prefixes)
-        find = self._find_run if many and self._are_different() else self._find_block
+        has_runs = len(keys) * _MANY >= len(self.keys) and self._are_different
+        likely = 0
         for start in range(0, len(keys), _BLOCK):
-            found[start : start + _BLOCK] = find(keys[start : start + _BLOCK])
+            block = keys[start : start + _BLOCK]
+            rows = self._find_run(block, likely) if has_runs else self._find_block(block)
+            found[start : start + _BLOCK] = rows
+            likely = int(rows[-1]) + 1
         return found
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Tells which keys are held."""
         return self.find(keys) >= 0
 
-    def _are_different(self) -> bool:
-        return not (self.prefixes[1:] == self.prefixes[:-1]).any()
-
-    def _find_run(self, keys: Keys) -> npt.NDArray[np.int64]:
+    def _find_run(self, keys: Keys, likely: int) -> npt.NDArray[np.int64]:
         """As ``_find_block``, much faster where keys follow each other as those held do, as a snapshot's mostly do.
 
         Only if all that are held are different: else a row that has the key need not be the first.
+
+        Args:
+            keys: To be found.
+            likely: The row that may have the first of them.
         """
         found = np.full(len(keys), -1, np.int64)
-        first = int(self._find_block(keys[:1])[0])
+        is_there = likely < len(self.keys) and bool((self.keys[likely] == keys[0]).all())
+        first = likely if is_there else int(self._find_block(keys[:1])[0])
         if first >= 0:
             held = _words(self.keys[first : first + len(keys)])
             same = np.flatnonzero((held == _words(keys[: len(held)])).all(axis=1))
             found[same] = first + same
         rest = np.flatnonzero(found < 0)
-        found[rest] = self._find_block(keys[rest])
+        if len(rest):
+            found[rest] = self._find_block(keys[rest])
         return found
 
     def _find_block(self, keys: Keys) -> npt.NDArray[np.int64]:
+        ascending, order = self._sorted
         prefixes = prefixes_of(keys)
         open_ = np.argsort(prefixes)  # searched in order, neighbours need the same pages: five times as fast
-        position = np.searchsorted(self.prefixes, prefixes[open_])
+        position = np.searchsorted(ascending, prefixes[open_])
         held, wanted = _words(self.keys), _words(keys)
         found = np.full(len(keys), -1, np.int64)
         while len(open_):
-            inside = position < len(self.prefixes)
-            inside[inside] = self.prefixes[position[inside]] == prefixes[open_[inside]]
+            inside = position < len(ascending)
+            inside[inside] = ascending[position[inside]] == prefixes[open_[inside]]
             open_, position = open_[inside], position[inside]
-            row = self.order[position]
+            row = order[position]
             equal = (held[row] == wanted[open_]).all(axis=1)
             found[open_[equal]] = row[equal]
             open_, position = open_[~equal], position[~equal] + 1  # same first 8 bytes, another key: try the next row

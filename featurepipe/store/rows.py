@@ -99,6 +99,7 @@ def gone(part: PartColumn) -> StoreMoved:
 
 
 _DENSE = 8  # one row in so many is wanted: reading all of them beats touching the pages one by one
+_FEW_ROWS = 64  # of a part, far from each other: read one by one
 _OPEN_MAPS = 64  # each keeps a file descriptor
 _MAPPED_BYTES = 64 << 20  # of mapped files in memory: the system would keep every page ever touched
 _FAULT_BYTES = 64 << 10  # the system maps this much around each page touched
@@ -129,6 +130,9 @@ class PartMaps:
         Raises:
             StoreError: The part is gone.
         """
+        if len(rows) <= _FEW_ROWS and part not in self._maps:
+            _read_each(part, rows, out)
+            return
         width = out.shape[1]
         cost = np.dtype(part.dtype).itemsize * width + _FAULT_BYTES
         step = max(1, _MAPPED_BYTES // cost)
@@ -159,6 +163,19 @@ class PartMaps:
                 self._maps.pop(oldest, None)  # another thread may have been here
             self._maps[part] = mapped
         return mapped
+
+
+def _read_each(part: PartColumn, rows: Array, out: Array) -> None:
+    """Reads rows one by one: 3 us each, where to touch a page of a new map takes ten times as long."""
+    found = np.empty(out.shape, part.dtype)
+    descriptor = open_part(part)
+    try:
+        row_bytes = found.dtype.itemsize * out.shape[1]
+        for place, row in enumerate(rows.tolist()):
+            read_into(descriptor, found[place : place + 1], part.offset + row * row_bytes, part)
+    finally:
+        os.close(descriptor)
+    copy_into(out, found)
 
 
 def gather(part: PartColumn, rows: Array, out: Array, maps: PartMaps) -> None:
