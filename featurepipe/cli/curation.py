@@ -27,6 +27,7 @@ def add_similar(command: ArgumentParser) -> None:
         "query", nargs="*", metavar="IMAGE", help="new images: files, or a source as for featurepipe extract"
     )
     add_options(command, SimilarOptions)
+    add_cluster(command)
     add_quiet(command)
     add_json(command)
 
@@ -36,6 +37,7 @@ def add_labels(command: ArgumentParser) -> None:
     define(command, labels)
     add_store(command)
     add_options(command, CheckLabelsOptions)
+    add_cluster(command)
     command.add_argument(
         "--dry-run", action="store_true", help="say what would be fitted and how long it takes; write nothing"
     )
@@ -58,6 +60,7 @@ def add_select(command: ArgumentParser) -> None:
     define(command, select)
     add_store(command)
     add_options(command, SelectOptions)
+    add_cluster(command)
     add_quiet(command)
     add_json(command)
 
@@ -66,14 +69,21 @@ def similar(args: Namespace) -> int:
     """Runs ``featurepipe similar``."""
     from featurepipe.curation.similar import similar as find
     from featurepipe.curation.similar import similar_text
-    from featurepipe.images.listing import is_image_name
 
-    one = len(args.query) == 1 and not is_image_name(args.query[0])  # a folder, an archive, a manifest
+    one = len(args.query) == 1 and _is_source(args.query[0])
     found = find(
-        existing_store(args), args.query[0] if one else args.query, **options(args, SimilarOptions), silent=args.quiet
-    )
+        existing_store(args), args.query[0] if one else args.query, **options(args, SimilarOptions), **cluster(args),
+        silent=args.quiet,
+    )  # fmt: skip
     show(args, found, similar_text)
     return 0
+
+
+def _is_source(name: str) -> bool:
+    """Whether this is no image, but a folder, an archive or a manifest of images."""
+    from featurepipe.images.listing import is_image_name  # which loads what reads images, and queries by id need none
+
+    return not is_image_name(name)
 
 
 def labels(args: Namespace) -> int:
@@ -81,7 +91,13 @@ def labels(args: Namespace) -> int:
     from featurepipe.curation.suspects import labels as check
     from featurepipe.curation.suspects import labels_text, plan_text
 
-    found = check(existing_store(args), **options(args, CheckLabelsOptions), dry_run=args.dry_run, silent=args.quiet)
+    found = check(
+        existing_store(args),
+        **options(args, CheckLabelsOptions),
+        **cluster(args),
+        dry_run=args.dry_run,
+        silent=args.quiet,
+    )
     show(args, found, plan_text if args.dry_run else labels_text)
     return 0
 
@@ -101,5 +117,6 @@ def select(args: Namespace) -> int:
     from featurepipe.curation.next_to_label import select as choose
     from featurepipe.curation.next_to_label import select_text
 
-    show(args, choose(existing_store(args), **options(args, SelectOptions), silent=args.quiet), select_text)
+    found = choose(existing_store(args), **options(args, SelectOptions), **cluster(args), silent=args.quiet)
+    show(args, found, select_text)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,8 +16,10 @@ from featurepipe.curation.options import TYPICAL, SelectOptions
 from featurepipe.curation.question import Question
 from featurepipe.display import counted, table
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
-from featurepipe.heads.blocks import iterate
+from featurepipe.heads.blocks import Blocks, iterate
+from featurepipe.heads.row_shards import concatenated, row_shards_of
 from featurepipe.monitoring.near import Directions, unit_vectors
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
@@ -92,6 +95,7 @@ def select(
     labels: Any = None,
     label: str | None = None,
     split_column: str | None = None,
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Chooses images without a label that are worth one next.
@@ -126,6 +130,8 @@ def select(
         labels: A mapping or file of what is labelled, instead of the dataset's labels.
         label: The column of the class.
         split_column: The column of the splits.
+        cluster: Where to read features and project them instead of here, as `featurepipe.execution.connect` takes it; images are
+            chosen here, from 0.5 KB of each.
         silent: Say nothing on standard error.
 
     Returns:
@@ -136,6 +142,7 @@ def select(
     Raises:
         UsageError: No budget is given, or a larger one than there are images without a label; a column is unknown.
         StoreError: Features of some images are missing.
+        ClusterError: There is no such cluster.
     """
     options = SelectOptions(
         budget=budget, method=method, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone,
@@ -151,7 +158,8 @@ def select(
     if budget > len(open_):
         raise BudgetTooLarge(question.dataset, budget, len(open_))
     question.say(f"choosing {budget:,} of {counted(len(open_), 'image')} without a label, by {every.column} ({method})")
-    chosen = choose(every, labelled, open_, budget, method=method, seed=seed)
+    with features_at(cluster, every, question.store, question.say) as there:
+        chosen = choose(every, labelled, open_, budget, there, method=method, seed=seed)
     answer = chosen_table(every, chosen)
     warnings = question.written(lambda: answer, lambda: _document(every, chosen, len(labelled), options))
     return question.told(
@@ -172,7 +180,14 @@ def sides_of(features: FeatureSet) -> tuple[Positions, Positions]:
 
 
 def choose(
-    features: FeatureSet, labelled: Positions, open_: Positions, budget: int, *, method: str = TYPICAL, seed: int = 0
+    features: FeatureSet,
+    labelled: Positions,
+    open_: Positions,
+    budget: int,
+    values: Any = None,
+    *,
+    method: str = TYPICAL,
+    seed: int = 0,
 ) -> NextImages:
     """Chooses images to label next; see `select`.
 
@@ -181,6 +196,7 @@ def choose(
         labelled: Rows that have a label, each different image once.
         open_: Rows that may be chosen.
         budget: How many of them.
+        values: The features where they are read, such as spread over a cluster; by default ``features``.
         method: ``typical`` or ``k-centre``.
         seed: Of the groups of look-alikes.
 
@@ -188,25 +204,31 @@ def choose(
         UsageError: A value is NaN or infinite.
     """
     rows = np.sort(np.concatenate([labelled, open_]))
-    values = _directions(features.take(rows), seed)
+    images = _directions((features if values is None else values).take(rows), seed)
     is_open = np.isin(rows, open_)
     if method == TYPICAL:
-        places, score, group = _typical(values, is_open, budget, seed)
+        places, score, group = _typical(images, is_open, budget, seed)
     else:
-        places, score = _covering(values, is_open, budget)
+        places, score = _covering(images, is_open, budget)
         group = np.full(len(places), -1, np.int64)
     return NextImages(rows[places], score, group)
 
 
-def _directions(features: FeatureSet, seed: int) -> Single:
+def _directions(features: Any, seed: int) -> Single:
     """(n, d) unit vectors less their mean, projected onto the axes along which they spread most."""
     rng = np.random.default_rng(seed)
     drawn = np.sort(rng.choice(len(features), min(len(features), _AXES_FROM), replace=False))
     directions = Directions.fitted(unit_vectors(features.read(np.float32, rows=drawn)), _WIDTH)
-    found = np.empty((len(features), directions.width), np.float32)
-    for place, block in iterate(features, dtype=np.float32):
-        found[place] = directions.project(unit_vectors(block))
+    found = concatenated(row_shards_of(features).map(partial(_projected, directions=directions)))
     found -= found.mean(axis=0)  # moves no distance, and single precision can tell apart what is all alike
+    return found
+
+
+def _projected(shard: Blocks, *, directions: Directions) -> Single:
+    """(m, d) the rows of a shard."""
+    found = np.empty((shard.shape[0], directions.width), np.float32)
+    for place, block in iterate(shard, dtype=np.float32):
+        found[place] = directions.project(unit_vectors(block))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -16,13 +16,13 @@ from featurepipe.curation.options import CLASS, COSINE, OutliersOptions
 from featurepipe.curation.question import Question
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
+from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
 from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.monitoring.near import common_centre, nearest, unit_vectors
 from featurepipe.monitoring.samples import reference_snapshot, snapshot_of_run
-from featurepipe.prediction.from_store import features_at
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.keys import SortedKeys, different
@@ -165,13 +165,14 @@ def outliers(
     question.say(
         f"comparing {counted(len(asked), 'image')} with {len(others):,} of {question.dataset} by {every.column}"
     )
-    found = find_outliers(
-        every, asked, others, group, neighbours=neighbours, distance=distance, seed=seed, again=max(_AGAIN, 4 * (limit or 0)),
-        spread=lambda features: features_at(cluster, features, question.store, question.say),
-    )  # fmt: skip
-    answer = outliers_table(every, found)
-    warnings = _unranked(found, by, neighbours)
-    warnings += question.written(lambda: answer, lambda: _document(every, found, options))
+    with features_at(cluster, every, question.store, question.say) as there:
+        found = find_outliers(
+            every, asked, others, group, there, neighbours=neighbours, distance=distance, seed=seed,
+            again=max(_AGAIN, 4 * (limit or 0)),
+        )  # fmt: skip
+        answer = outliers_table(every, found)
+        warnings = _unranked(found, by, neighbours)
+        warnings += question.written(lambda: answer, lambda: _document(every, there, found, options))
     return question.told(
         by=by,
         distance=distance,
@@ -215,12 +216,12 @@ def find_outliers(
     asked: Positions,
     others: Positions,
     group: Positions,
+    values: Any = None,
     *,
     neighbours: int = 5,
     distance: str = COSINE,
     seed: int = 0,
     again: int = _AGAIN,
-    spread: Callable[[FeatureSet], Any] | None = None,
 ) -> Outliers:
     """Ranks images by the distance to the k-th nearest of others of their group.
 
@@ -229,11 +230,11 @@ def find_outliers(
         asked: (a,) rows that are ranked.
         others: (o,) rows that they are compared with; an image is not compared with itself.
         group: (n,) number of the class, -1 for images that are left out.
+        values: Their features where they are compared, such as spread over a cluster; by default ``features``.
         neighbours: k.
         distance: ``cosine`` or ``euclidean``.
         seed: Of what is drawn of many.
         again: How many of the farthest are compared with all others.
-        spread: Context that gives features where they are compared; by default here.
 
     Raises:
         UsageError: No image has k others of its group, or a value is NaN or infinite.
@@ -255,22 +256,18 @@ def find_outliers(
         kth=kth,
         distance=distance,
     )
-    ranked = features.take(rows)
+    values = features if values is None else values
     own = np.full(len(features), -1, np.int64)
     for one in drawn:
         own[one] = np.arange(len(one))
     beside = np.stack([group[rows], own[rows]])
-    if spread is None:
-        apart = np.concatenate(row_shards_of(ranked).beside(beside).map(work))
-    else:
-        with spread(ranked) as blocks:
-            apart = np.concatenate(row_shards_of(blocks).beside(beside).map(work))
+    apart = np.concatenate(row_shards_of(values.take(rows)).beside(beside).map(work))
     middle = _medians(apart, group[rows], len(count))
     is_drawn = (share < 1).any()
     if is_drawn:
         farthest = np.argsort(-apart / middle[group[rows]], kind="stable")[:again]
-        exact = _compared_with_all(features, rows[farthest], others, group, neighbours, distance)
-        usual = _usual(features, rows, others, group, neighbours, distance, seed)
+        exact = _compared_with_all(values, rows[farthest], others, group, neighbours, distance)
+        usual = _usual(values, rows, others, group, neighbours, distance, seed)
         apart = np.maximum(apart * (usual / middle)[group[rows]], 0)
         apart[farthest], middle = exact, usual
     score = apart / middle[group[rows]]
@@ -335,7 +332,7 @@ def _kth(values: Single, reference: Single, own: Positions, kth: int, distance: 
 
 
 def _compared_with_all(
-    features: FeatureSet, rows: Positions, others: Positions, group: Positions, kth: int, distance: str
+    values: Any, rows: Positions, others: Positions, group: Positions, kth: int, distance: str
 ) -> Doubles:
     """(m,) distance of some rows to the k-th nearest of all others of their group."""
     apart = np.empty(len(rows))
@@ -344,14 +341,14 @@ def _compared_with_all(
         among = others[group[others] == number]
         place = np.searchsorted(among, rows[inside])
         is_there = among[np.minimum(place, len(among) - 1)] == rows[inside]
-        queries = features.read(np.float32, rows=rows[inside])
-        near = nearest(features.take(among), queries, kth, distance=distance, without=np.where(is_there, place, -1))
+        queries = values.read(np.float32, rows=rows[inside])
+        near = nearest(values.take(among), queries, kth, distance=distance, without=np.where(is_there, place, -1))
         apart[inside] = near.apart[:, kth - 1]
     return apart
 
 
 def _usual(
-    features: FeatureSet, rows: Positions, others: Positions, group: Positions, kth: int, distance: str, seed: int
+    values: Any, rows: Positions, others: Positions, group: Positions, kth: int, distance: str, seed: int
 ) -> Doubles:
     """(g,) the median of that distance, of some images of each group drawn at random."""
     rng = np.random.default_rng(seed)
@@ -360,7 +357,7 @@ def _usual(
     drawn = [rows[group[rows] == number] for number in numbers]
     some = np.concatenate([one if len(one) <= most else rng.choice(one, most, replace=False) for one in drawn])
     some = np.sort(some)
-    apart = _compared_with_all(features, some, others, group, kth, distance)
+    apart = _compared_with_all(values, some, others, group, kth, distance)
     return _medians(apart, group[some], int(group.max(initial=0)) + 1)
 
 
@@ -403,10 +400,10 @@ def _unranked(found: Outliers, by: str, neighbours: int) -> list[str]:
     return [f"{counted(len(found.unchecked), 'image')} could not be ranked: no class, or {why}"]
 
 
-def _document(features: FeatureSet, found: Outliers, options: OutliersOptions) -> dict[str, Any]:
+def _document(features: FeatureSet, values: Blocks, found: Outliers, options: OutliersOptions) -> dict[str, Any]:
     """What the page shows: each image with those that are the nearest to it."""
     rows = found.rows[: min(options.limit or _SHOWN, _SHOWN)]
-    near = nearest(features, features.read(np.float32, rows=rows), _NEIGHBOURS, distance=options.distance, without=rows)
+    near = nearest(values, features.read(np.float32, rows=rows), _NEIGHBOURS, distance=options.distance, without=rows)
     ids, labels = features.ids, features.labels
     groups = []
     for place, row in enumerate(rows):

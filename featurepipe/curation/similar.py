@@ -16,7 +16,9 @@ from featurepipe.curation.queries import Queries, of_ids, queries_of
 from featurepipe.curation.question import Question
 from featurepipe.display import counted, first_names, table
 from featurepipe.errors import StoreMoved, UsageError
+from featurepipe.execution.local import features_at
 from featurepipe.features.options import AUTO, Places, places
+from featurepipe.heads.blocks import Blocks
 from featurepipe.monitoring.near import Nearest, nearest
 from featurepipe.progress import show
 from featurepipe.results import shown_as
@@ -62,6 +64,7 @@ def similar(
     workers: int | None = None,
     engine: str = "auto",
     trust_code: bool | Collection[str] = False,
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Finds the images of a dataset whose features are the nearest to those of some images.
@@ -101,6 +104,7 @@ def similar(
         workers: Threads that read and decode.
         engine: What runs fp32 networks on a CPU, as in `featurepipe.extract`.
         trust_code: Whether a network ``package.module:factory`` that the store names may be imported.
+        cluster: Where to compare instead of here, as `featurepipe.execution.connect` takes it; an index is searched here.
         silent: Say nothing on standard error.
 
     Returns:
@@ -113,6 +117,7 @@ def similar(
         UsageError: Nothing is asked for; an id, dataset, column or space is unknown; no image can be read; or the network here
             gives other features than those of the space.
         StoreError: Features of some images are missing.
+        ClusterError: There is no such cluster.
     """
     options = SimilarOptions(
         query_ids=None if query_ids is None else tuple(query_ids),
@@ -131,7 +136,10 @@ def similar(
         f"comparing {counted(len(asked.ids), 'image')} with {len(features):,} of {question.dataset} by {features.column}: "
         f"{search.told()['search']}, {search.why}"
     )
-    found = _nearest(search, features, asked.vectors, top, distance, asked.own, silent=silent)
+    if cluster is not None and search.index is not None:
+        question.say("an index is searched here, not on the cluster")
+    with features_at(cluster if search.index is None else None, features, question.store, question.say) as there:
+        found = _nearest(search, there, asked.vectors, top, distance, asked.own, silent=silent)
     answer = similar_table(asked.ids, features, found)
     warnings: list[str] = [f"{id_} cannot be used: {reason}" for id_, reason in asked.rejects.items()] + [
         *search.warnings
@@ -162,11 +170,11 @@ def search_of(question: Question, distance: str, index: str) -> ImageSearch:
 
 
 def _nearest(
-    search: ImageSearch, features: FeatureSet, vectors: Single, top: int, distance: str, own: Positions, *, silent: bool
+    search: ImageSearch, features: Blocks, vectors: Single, top: int, distance: str, own: Positions, *, silent: bool
 ) -> Nearest:
     """The nearest images of queries (q, D), some queries at a time."""
     steps = [slice(start, start + _QUERIES_AT_ONCE) for start in range(0, len(vectors), _QUERIES_AT_ONCE)]
-    rows = len(features) * len(steps) if search.index is None else 0
+    rows = features.shape[0] * len(steps) if search.index is None else 0
     with show(rows, "compare", silent=silent or not rows) as progress:
         parts = [
             nearest(features, vectors[step], top, distance=distance, without=own[step], progress=progress)

@@ -15,7 +15,9 @@ from featurepipe.curation.options import CheckLabelsOptions
 from featurepipe.curation.question import Question
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
+from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
+from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.families import make_head
 from featurepipe.monitoring.near import nearest
 from featurepipe.progress import show, spoken
@@ -96,6 +98,7 @@ def labels(
     multilabel: Sequence[str] | None = None,
     weight: str | None = None,
     dry_run: bool = False,
+    cluster: Any = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Finds labels that look wrong.
@@ -135,6 +138,7 @@ def labels(
         multilabel: The columns of several labels to check instead of classes.
         weight: The column of how much each image counts while heads are fitted.
         dry_run: Say what would be fitted, and how long it takes by fits on some of the images; write nothing.
+        cluster: Where to fit and judge instead of here, as `featurepipe.execution.connect` takes it.
         silent: Say nothing on standard error.
 
     Returns:
@@ -143,11 +147,12 @@ def labels(
         suspects), ``suspects``: a list of ``id``, ``given``, ``suggested``, ``score``, of several labels ``label``, the most
         suspect first; ``file``, ``options``, ``warnings``, ``seconds``. With ``dry_run`` instead of what was found ``classes``
         (or labels, where present; of numbers none) with the images of each, ``folds``, ``fits``, ``rows`` of each fit, ``width``
-        of the features, and ``expected_seconds``.
+        of the features, and ``expected_seconds`` (null on a cluster).
 
     Raises:
         UsageError: There are no labels, or of one class only; a column is unknown; or cleanlab is not installed.
         StoreError: Features of some images are missing.
+        ClusterError: There is no such cluster.
     """
     options = CheckLabelsOptions(
         folds=folds, limit=limit, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone, snapshot=snapshot,
@@ -163,16 +168,17 @@ def labels(
     if dry_run:
         found = question.told(
             dry_run=True, kind=RoleOptions.of(options).target_type, images=len(known), unlabelled=len(every) - len(known),
-            **planned(known, folds=folds, seed=seed),
+            **planned(known, folds=folds, seed=seed, timed=cluster is None),
         )  # fmt: skip
         return {**found, "file": None}
     question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
-    with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
-        suspects = find_suspects(known, folds=folds, seed=seed, done=lambda: progress.advance(1))
-    warnings = _unchecked(suspects)
-    warnings += question.written(
-        lambda: to_correct(whole, known, suspects, options), lambda: _document(known, suspects, limit)
-    )
+    with features_at(cluster, known, question.store, question.say) as there:
+        with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
+            suspects = find_suspects(known, there, folds=folds, seed=seed, done=lambda: progress.advance(1))
+        warnings = _unchecked(suspects)
+        warnings += question.written(
+            lambda: to_correct(whole, known, suspects, options), lambda: _document(known, there, suspects, limit)
+        )
     return question.told(
         kind=RoleOptions.of(options).target_type,
         images=len(known) - len(suspects.unchecked),
@@ -185,12 +191,13 @@ def labels(
 
 
 def find_suspects(
-    features: FeatureSet, *, folds: int = 5, seed: int = 0, done: Callable[[], object] = bool
+    features: FeatureSet, values: Any = None, *, folds: int = 5, seed: int = 0, done: Callable[[], object] = bool
 ) -> Suspects:
     """Finds suspect labels, numbers or classes of labelled rows; see `labels`.
 
     Args:
         features: n labelled rows.
+        values: Their features as heads read them, such as spread over a cluster; by default ``features``.
         folds: Parts, each judged by a head fitted on the others.
         seed: Of the folds.
         done: Called after each fit.
@@ -199,11 +206,12 @@ def find_suspects(
         UsageError: There are fewer than two classes, or fewer rows than folds.
     """
     _check(features, folds)
+    values = features if values is None else values
     if features.targets is None:
-        return _suspect_classes(features, folds, seed, done)
+        return _suspect_classes(features, values, folds, seed, done)
     if features.target_names:
-        return _suspect_labels(features, folds, seed, done)
-    return _suspect_numbers(features, folds, seed, done)
+        return _suspect_labels(features, values, folds, seed, done)
+    return _suspect_numbers(features, values, folds, seed, done)
 
 
 def _check(features: FeatureSet, folds: int) -> None:
@@ -218,10 +226,12 @@ def _check(features: FeatureSet, folds: int) -> None:
         raise UsageError(
             f"every label of dataset {features.origin.dataset} is {classes[0]!r}: there is nothing to tell apart"
         )
+    if features.targets is None or features.target_names:
+        _label_issues()  # before heads are fitted in vain
 
 
-def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0) -> dict[str, Any]:
-    """What `find_suspects` would fit on labelled rows, and about how many seconds that takes, by fits on some of them.
+def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool = True) -> dict[str, Any]:
+    """What `find_suspects` would fit on labelled rows, and about how many seconds that takes here, by fits on some of them.
 
     Raises:
         UsageError: As `find_suspects` does.
@@ -242,18 +252,18 @@ def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0) -> dict[str,
 
     def fit(count: int) -> object:
         if not counts:
-            return _fitted_to_numbers(features, np.sort(drawn[:count]), np.asarray(targets, np.float64))
-        return _fitted(features, np.union1d(of_each, drawn[:count]), codes)
+            return _fitted_to_numbers(features, features, np.sort(drawn[:count]), np.asarray(targets, np.float64))
+        return _fitted(features, features, np.union1d(of_each, drawn[:count]), codes)
 
     fits = folds * (len(features.target_names) or 1)
-    seconds = fits * time_of(fit, rows, steepest=1)
+    seconds = round(fits * time_of(fit, rows, steepest=1), 1) if timed else None
     return {
         "classes": counts, "folds": folds, "fits": fits, "rows": rows, "width": features.shape[1],
-        "expected_seconds": round(seconds, 1),
+        "expected_seconds": seconds,
     }  # fmt: skip
 
 
-def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+def _suspect_classes(features: FeatureSet, values: Any, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
     classes = features.classes
     codes = features.codes(classes)
     fold = dealt(features, codes, np.arange(len(codes)), folds=folds, seed=seed)
@@ -261,9 +271,9 @@ def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable
     is_judged = np.zeros(len(codes), np.bool_)
     for number in range(folds):
         test = np.flatnonzero(fold == number)
-        head = _fitted(features, np.flatnonzero(fold != number), codes)
+        head = _fitted(features, values, np.flatnonzero(fold != number), codes)
         if len(test):
-            probabilities[np.ix_(test, head.classes_)] = head.predict_proba(features.take(test))
+            probabilities[np.ix_(test, head.classes_)] = head.predict_proba(values.take(test))
             is_judged[test] = np.isin(
                 codes[test], head.classes_
             )  # a class may be of copies or groups of one fold alone
@@ -276,20 +286,34 @@ def _suspect_classes(features: FeatureSet, folds: int, seed: int, done: Callable
     return Suspects(rows, score, given, suggested, [""] * len(rows), np.flatnonzero(~is_judged))
 
 
-def _fitted(features: FeatureSet, rows: Positions, codes: Array) -> Any:
+def _fitted(features: FeatureSet, values: Any, rows: Positions, codes: Array) -> Any:
     head = make_head("logistic", C=_strength(len(rows)), out_of_core=True)
     weights = features.weights
-    return head.fit(features.take(rows), codes[rows], **weighted(head, None if weights is None else weights[rows]))
+    return head.fit(values.take(rows), codes[rows], **weighted(head, None if weights is None else weights[rows]))
 
 
-def _fitted_to_numbers(features: FeatureSet, rows: Positions, numbers: npt.NDArray[np.float64]) -> Any:
+def _fitted_to_numbers(features: FeatureSet, values: Any, rows: Positions, numbers: npt.NDArray[np.float64]) -> Any:
     head = make_head("ridge", target_type="continuous", alpha=1 / _strength(len(rows)), out_of_core=True)
     weights = features.weights
-    return head.fit(features.take(rows), numbers[rows], **weighted(head, None if weights is None else weights[rows]))
+    return head.fit(values.take(rows), numbers[rows], **weighted(head, None if weights is None else weights[rows]))
 
 
 def _strength(rows: int) -> float:
     return max(STRENGTH, _FEW / rows)
+
+
+def _label_issues() -> Callable[..., Any]:
+    """What cleanlab prunes with.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+    except ModuleNotFoundError as error:
+        raise UsageError("labels are checked with cleanlab; run: pip install 'featurepipe[labels]'") from error
+    found: Callable[..., Any] = find_label_issues
+    return found
 
 
 def _confident(codes: Array, probabilities: npt.NDArray[np.float64]) -> tuple[Positions, npt.NDArray[np.float64]]:
@@ -297,13 +321,9 @@ def _confident(codes: Array, probabilities: npt.NDArray[np.float64]) -> tuple[Po
     used, numbers = np.unique(codes, return_inverse=True)
     if len(used) < 2:
         return np.empty(0, np.int64), np.empty(0)
-    try:
-        from cleanlab.filter import find_label_issues
-    except ModuleNotFoundError as error:
-        raise UsageError("labels are checked with cleanlab; run: pip install 'featurepipe[labels]'") from error
     among = probabilities[:, used]
     among = among / among.sum(axis=1, keepdims=True)
-    rows = find_label_issues(numbers, among, return_indices_ranked_by="self_confidence", n_jobs=1)
+    rows = _label_issues()(numbers, among, return_indices_ranked_by="self_confidence", n_jobs=1)
     rows = np.asarray(rows, np.int64)
     rows = rows[among[rows].argmax(axis=1) != numbers[rows]]  # a label that is also the most probable one is no suspect
     score = probabilities[rows, codes[rows]]
@@ -311,7 +331,7 @@ def _confident(codes: Array, probabilities: npt.NDArray[np.float64]) -> tuple[Po
     return rows[order], score[order]
 
 
-def _suspect_labels(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+def _suspect_labels(features: FeatureSet, values: Any, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
     """Each label by itself: confident learning of present against absent, among rows where it is known."""
     targets = np.asarray(features.targets)
     parts: list[tuple[int, float, str, str, str]] = []
@@ -319,13 +339,13 @@ def _suspect_labels(features: FeatureSet, folds: int, seed: int, done: Callable[
     for place, name in enumerate(features.target_names):
         known = np.flatnonzero(~np.isnan(targets[:, place]))
         codes = targets[known, place].astype(np.int64)
-        some = features.take(known)
+        some, read = features.take(known), values.take(known)
         fold = dealt(some, codes, np.arange(len(codes)), folds=folds, seed=seed)
         probabilities = np.zeros((len(codes), 2))
         for number in range(folds):
             test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
             if len(test) and len(np.unique(codes[train])) == 2:
-                probabilities[test] = _fitted(some, train, codes).predict_proba(some.take(test))
+                probabilities[test] = _fitted(some, read, train, codes).predict_proba(read.take(test))
             done()
         judged = np.flatnonzero(probabilities.sum(axis=1) > 0)
         checked[known[judged]] = True
@@ -346,7 +366,7 @@ def _suspect_labels(features: FeatureSet, folds: int, seed: int, done: Callable[
     )
 
 
-def _suspect_numbers(features: FeatureSet, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
+def _suspect_numbers(features: FeatureSet, values: Any, folds: int, seed: int, done: Callable[[], object]) -> Suspects:
     numbers = np.asarray(features.targets, np.float64)
     every = np.zeros(len(numbers), np.int64)
     fold = dealt(features, every, np.arange(len(numbers)), folds=folds, seed=seed)
@@ -354,7 +374,7 @@ def _suspect_numbers(features: FeatureSet, folds: int, seed: int, done: Callable
     for number in range(folds):
         test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         if len(test) and len(train):
-            predicted[test] = _fitted_to_numbers(features, train, numbers).predict(features.take(test))
+            predicted[test] = _fitted_to_numbers(features, values, train, numbers).predict(values.take(test))
         done()
     judged = np.flatnonzero(~np.isnan(predicted))
     residual = np.abs(predicted[judged] - numbers[judged])
@@ -433,10 +453,10 @@ def _labels_of(features: FeatureSet, options: CheckLabelsOptions) -> dict[str, A
     }
 
 
-def _document(features: FeatureSet, suspects: Suspects, limit: int | None) -> dict[str, Any]:
+def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: int | None) -> dict[str, Any]:
     """What the page shows: each suspect with the images that are the nearest to it, and their labels."""
     rows = suspects.rows[: min(limit or _SHOWN, _SHOWN)]
-    near = nearest(features, features.read(np.float32, rows=rows), _NEIGHBOURS, without=rows) if len(rows) else None
+    near = nearest(values, features.read(np.float32, rows=rows), _NEIGHBOURS, without=rows) if len(rows) else None
     ids, shown = features.ids, _shown_labels(features)
     groups = []
     for place, row in enumerate(rows):
@@ -473,11 +493,13 @@ def plan_text(found: Mapping[str, Any]) -> str:
     more = f", and {len(counts) - _CLASSES:,} more" if len(counts) > _CLASSES else ""
     noun = "labels" if found["kind"] == "multilabel" else "classes"
     without = f"; {counted(found['unlabelled'], 'image')} without one, left out" if found["unlabelled"] else ""
+    seconds = found["expected_seconds"]
+    how_long = "whose time is not estimated on a cluster" if seconds is None else f"about {spoken(seconds)}"
     return "\n".join([
         f"{found['dataset']}: the labels of {counted(found['images'], 'image')} by {found['column']}{without}",
         f"{len(counts):,} {noun}: {shown}{more}" if counts else "numbers",
-        f"{counted(found['fits'], 'fit')} on {found['rows']:,} x {found['width']:,} features, in {found['folds']} folds: about "
-        f"{spoken(found['expected_seconds'])}",
+        f"{counted(found['fits'], 'fit')} on {found['rows']:,} x {found['width']:,} features, in {found['folds']} folds: "
+        f"{how_long}",
         "dry run: nothing was checked or written",
     ])  # fmt: skip
 

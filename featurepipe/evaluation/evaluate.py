@@ -19,12 +19,13 @@ from featurepipe.display import first_names
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.evaluation.options import EvaluateOptions
+from featurepipe.execution.local import features_at
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import AS_IT_IS, CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.regression import number_table
 from featurepipe.option_groups import as_asked
-from featurepipe.prediction.from_store import features_at, features_for
+from featurepipe.prediction.from_store import features_for
 from featurepipe.progress import announcer
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import count
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from featurepipe.display import first_names
 from featurepipe.errors import ClusterError, DiskFull, FeaturepipeError
@@ -39,6 +39,10 @@ from featurepipe.execution.executor import (
 )
 from featurepipe.execution.worker import gpu_names, installed, pickled, unpickled
 from featurepipe.interrupt import signals_held
+
+if TYPE_CHECKING:
+    from featurepipe.heads.blocks import Blocks
+    from featurepipe.store import FeatureSet, FeatureStore
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -129,6 +133,26 @@ def executor_on(cluster: Any, *, say: Callable[[str], None] = to_stderr) -> Iter
 
     with connect(cluster, say=say) as executor:
         yield executor
+
+
+@contextmanager
+def features_at(
+    cluster: Any, features: FeatureSet, store: FeatureStore, say: Callable[[str], None]
+) -> Iterator[Blocks]:
+    """Features where heads work on them: as they are, or spread over a cluster's workers for as long as the block runs.
+
+    Args:
+        cluster: what `featurepipe.execution.connect` takes; None for here.
+        features: some of the store's.
+        store: which workers must see under the same path.
+        say: where messages go.
+
+    Raises:
+        ClusterError: there is no such cluster, or none of its workers can be used.
+    """
+    with executor_on(cluster, say=say) as executor:
+        executor.check(store.path)
+        yield executor.rows(features)
 
 
 class ProcessExecutor(LocalExecutor):

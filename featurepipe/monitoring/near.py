@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.moments import refuse_non_finite
+from featurepipe.heads.row_shards import RowShards, remote_row_shards
 from featurepipe.progress import Progress, show
 
 if TYPE_CHECKING:
@@ -396,7 +398,7 @@ def nearest(
     """Finds the nearest rows of some queries by comparing each with every row, block by block.
 
     Blocks are compared in single precision; the nearest, and a few more, are then compared in double precision. Memory: two
-    blocks of 16 MB, and 4 bytes a query and row of a block.
+    blocks of 16 MB, and 4 bytes a query and row of a block. Rows that are spread over a cluster's workers are compared there.
 
     Args:
         features: (n, D).
@@ -409,6 +411,9 @@ def nearest(
     Raises:
         UsageError: A value is NaN or infinite.
     """
+    elsewhere = remote_row_shards(features)
+    if elsewhere is not None:
+        return _nearest_elsewhere(elsewhere, queries, top, distance, without, progress)
     kept = min(top + _SLACK, features.shape[0])
     wanted = unit_vectors(queries) if distance == "cosine" else queries
     refuse_non_finite(wanted)
@@ -427,6 +432,29 @@ def nearest(
         if progress is not None:
             progress.advance(len(block))
     return refined(features, queries, np.where(np.isneginf(best), -1, place), top, distance=distance)
+
+
+def _nearest_elsewhere(
+    shards: RowShards, queries: Single, top: int, distance: str, without: Positions | None, progress: Progress | None
+) -> Nearest:
+    """Of the nearest rows of each shard the nearest of all; their distances are of double precision, and the same as here."""
+    work = partial(_nearest_of_shard, queries=queries, top=top, distance=distance, without=without)
+    parts = shards.beside(np.arange(shards.rows)).map(work)
+    positions, apart = (np.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    order = np.lexsort((positions, apart))[:, :top]
+    if progress is not None:
+        progress.advance(shards.rows)
+    return Nearest(np.take_along_axis(positions, order, axis=1), np.take_along_axis(apart, order, axis=1))
+
+
+def _nearest_of_shard(
+    shard: Blocks, rows: Positions, *, queries: Single, top: int, distance: str, without: Positions | None
+) -> tuple[Positions, npt.NDArray[np.float64]]:
+    """(q, k) the nearest rows of a shard, by their positions among all, and their distances."""
+    first, count = int(rows[0]), len(rows)
+    inside = None if without is None else np.where((without >= first) & (without < first + count), without - first, -1)
+    found = nearest(shard, queries, top, distance=distance, without=inside)
+    return np.where(found.positions >= 0, found.positions + first, -1), found.apart
 
 
 def common_centre(values: Single) -> Single | None:

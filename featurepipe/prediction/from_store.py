@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from featurepipe.display import first_names
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.execution.local import executor_on
-from featurepipe.heads.blocks import Blocks
+from featurepipe.execution.local import features_at
 from featurepipe.heads.bundle.bundle import Bundle, read_bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.images.intensity import intensity_of
@@ -230,26 +229,6 @@ def features_for(bundle: Bundle, store: FeatureStore, dataset: str, snapshot: st
     features = store.features(dataset, node=list(bundle.columns), backbone=bundle.fingerprint, snapshot=snapshot)
     bundle.check(features)
     return features
-
-
-@contextmanager
-def features_at(
-    cluster: Any, features: FeatureSet, store: FeatureStore, say: Callable[[str], None]
-) -> Iterator[Blocks]:
-    """Features where heads work on them: as they are, or spread over a cluster's workers for as long as the block runs.
-
-    Args:
-        cluster: what `featurepipe.execution.connect` takes; None for here.
-        features: some of the store's.
-        store: which workers must see under the same path.
-        say: where messages go.
-
-    Raises:
-        ClusterError: there is no such cluster, or none of its workers can be used.
-    """
-    with executor_on(cluster, say=say) as executor:
-        executor.check(store.path)
-        yield executor.rows(features)
 
 
 def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dataset: str) -> list[str]:

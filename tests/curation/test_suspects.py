@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import sys
 from importlib import resources
 
 import numpy as np
@@ -206,6 +207,14 @@ def test_mistakes_are_named(pile):
         labels(pile.store, silent=True)
     with pytest.raises(UsageError, match="every label of dataset pile is 'x'"):
         labels(pile.store, labels={f"{n}": "x" for n in range(12)}, silent=True)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_without_cleanlab_nothing_is_fitted_and_what_to_install_is_said(blobs, monkeypatch, dry_run):
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
+    monkeypatch.setattr(module, "_fitted", None)
+    with pytest.raises(UsageError, match=r"checked with cleanlab; run: pip install 'featurepipe\[labels\]'"):
+        labels(blobs.store, dry_run=dry_run, silent=True)
 
 
 def test_the_command_prints_one_document(blobs, cli):

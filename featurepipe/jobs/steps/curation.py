@@ -51,7 +51,7 @@ def outliers(night: Night, table: OutliersTable) -> dict[str, Any]:
     what = "images" if since is None else "new images"
     return _asked(
         night, table, run, lambda found: f"{counted(found['count'], 'outlier')} of {found['images']:,} {what}",
-        since=since, cluster=night.executor(),
+        since=since,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _asked(
     def work() -> dict[str, Any]:
         found = run(
             night.store, dataset=night.dataset, snapshot=snapshot_of(night, table.backbone), backbone=table.backbone,
-            to=file, silent=night.silent, **{**given, **pictures, **more},
+            to=file, cluster=night.executor(), silent=night.silent, **{**given, **pictures, **more},
         )  # fmt: skip
         kept = {name: value for name, value in found.items() if name not in _LISTED | {"options"}}
         return {**kept, "text": f"{told(found)}, in {file.name}"}
