@@ -40,7 +40,7 @@ LIMITS = {"files": 287, "files per 1,000 lines": 3.6, "where work runs: lines": 
           "files entered by one image": 56, "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
 """What CI holds to; why some lie above their targets, and which bounds are better: docs/decisions/structure-targets.md. A command
 that comes raises the files by what it adds, and so did the joint second derivative of heads (`heads/linear/joint.py`), for which
-`losses.py` is too long; `features_at` came from `prediction` to the executors, as more commands use it (24 lines where work runs);
+`losses.py` is too long; `features_at` came from `prediction` to the executors, as more commands use it (24 lines);
 everything else only goes down."""
 
 
