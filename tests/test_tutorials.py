@@ -15,7 +15,7 @@ from tools.run_tutorials import as_stored
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
-NAMES = ["first-bundle", "week-of-nights", "which-layer"]
+NAMES = ["cluster-on-one-machine", "find-wrong-labels", "first-bundle", "week-of-nights", "which-layer", "which-route"]
 
 
 def shown(notebook: nbformat.NotebookNode, source: str) -> dict[str, str]:
@@ -136,3 +136,50 @@ def test_a_week_of_nights() -> None:
     assert sum(id_.startswith("coat/") for id_ in features.ids) == len(
         list(Path(found["folder"], "photos", "coat").iterdir())
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_find_wrong_labels() -> None:
+    question = """{"suspects": list(suspects["id"]), "planted": sorted(planted), "corrected": corrected,
+                   "accuracies": list(accuracies.values())}"""
+    _, found = executed("find-wrong-labels", question)
+    hits = [name for name in found["suspects"] if name in found["planted"]]
+    assert found["corrected"] == len(hits) >= 0.9 * len(found["planted"])
+    assert len(hits) > len(found["suspects"]) / 2
+    given, judged, after = found["accuracies"]
+    assert min(judged, after) > given + 0.05  # nine or ten of the test's hundred labels were wrong
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_cluster_on_one_machine() -> None:
+    question = """{"folder": os.getcwd(), "counts": [here["counts"], there["counts"], again["counts"]],
+                   "workers": [worker["images"] for worker in there["cluster"]["workers"]],
+                   "difference": float(np.abs(one - other).max())}"""
+    notebook, found = executed("cluster-on-one-machine", question)
+    here, there, again = found["counts"]
+    assert here == there
+    assert (again["computed"], again["known"]) == (0, 240)
+    assert len(found["workers"]) == 2
+    assert sum(found["workers"]) == 240
+    one, other = (FeatureStore(Path(found["folder"]) / name).features("photos") for name in ("here", "there"))
+    assert list(one.ids) == list(other.ids)
+    np.testing.assert_allclose(one.numpy()[0], other.numpy()[0], rtol=2e-3, atol=1e-4)
+    assert found["difference"] < 0.05
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert printed.count("equal: True") == 2
+    assert "one feature space: True" in printed
+    assert "31 of 31 lines are equal" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_which_route() -> None:
+    _, found = executed("which-route", '{"folder": os.getcwd(), "found": found}')
+    rows = found["found"]["results"]
+    assert {(row["kind"], row["images"]) for row in rows} == {
+        (kind, images) for kind in ("bottleneck", "node", "tail") for images in (24, 96)
+    }
+    assert found["found"]["recommended"]["route"] in {row["route"] for row in rows}
+    assert (Path(found["folder"]) / "routes.html").stat().st_size > 100_000
