@@ -102,8 +102,13 @@ def select(
 
     ``typical`` is TypiClust of Hacohen, Dekel & Weinshall 2022, "Active Learning on a Budget: Opposite Strategies Suit High and
     Low Budgets"; ``k-centre`` the greedy cover of Sener & Savarese 2018, "Active Learning for Convolutional Neural Networks: A
-    Core-Set Approach", which looks for what is unlike all that is labelled, outliers first. Neither has been measured here
-    against a random choice yet. Images are compared by the directions of their features, in at most 128 dimensions.
+    Core-Set Approach", which looks for what is unlike all that is labelled, outliers first. Images are compared by the
+    directions of their features, in at most 128 dimensions.
+
+    Against a random choice (`benchmarks/bench_select.py`: five disjoint fifths of Fashion-MNIST, 12,000 images each without a
+    label, EfficientNet-Lite0, a logistic regression; differences of test accuracy in points, with 95 % intervals): ``typical``
+    gives 9.7 more (3.9 to 15.5) for 20 labels, 6.9 (5.2 to 8.5) for 50, 3.7 (2.8 to 4.7) for 100, and 0.2 (-0.4 to 0.9) for 500;
+    ``k-centre`` 2.5 less (-1.3 to 6.2), 3.2 less (-0.5 to 6.8), 2.6 less (0.9 to 4.3) and 1.3 less (0.6 to 2.1).
     Copies of an image are chosen once, and not at all if one of them is labelled.
 
     Args:
