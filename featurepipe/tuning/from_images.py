@@ -122,6 +122,11 @@ class ImagesWork(TuningWork):
             "measure": self.objective.measure,
         }
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why images could not be read, by row."""
+        return self.examples.lost
+
     def examples_of(self, rows: Rows) -> ImageExamples:  # noqa: ARG002 - all are read when they are needed
         """The images by row."""
         return self.examples

@@ -263,7 +263,7 @@ class TuningCheckpoint:
             self.path.parent.rmdir()
 
 
-def identity_of(facts: Mapping[str, Any]) -> str:
+def digest_of(facts: Mapping[str, Any]) -> str:
     """SHA-256 of what decides a run's outcome, given as JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -30,7 +30,7 @@ from featurepipe.tuning.loop import (
     TuningCheckpoint,
     TuningObjective,
     TuningRun,
-    identity_of,
+    digest_of,
     score_rows,
     tune,
 )
@@ -127,7 +127,7 @@ class TuningContext:
     def checkpoint(self, shard: CutRun) -> TuningCheckpoint:
         """Where a run is written down; of one cut alone, files have no name of it."""
         name = f"run-{shard.number}.pt"
-        identity = identity_of({**self.cuts[shard.cut].facts, "run": shard.number})
+        identity = digest_of({**self.cuts[shard.cut].facts, "run": shard.number})
         return TuningCheckpoint(self.folder / (name if len(self.cuts) == 1 else f"{shard.cut}-{name}"), identity)
 
     def run(self, shard: CutRun) -> TuningRun:

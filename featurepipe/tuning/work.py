@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,12 +40,13 @@ from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, label
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
 from featurepipe.training.publish import Inputs, Network, publish, rows_learned, weights_learned, why_train
 from featurepipe.training.settle import settle_rows
+from featurepipe.training.splits import Division
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
 from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
-from featurepipe.tuning.loop import Examples, Model, Rows, TuningObjective, score_rows
+from featurepipe.tuning.loop import Examples, Model, Rows, TuningCheckpoint, TuningObjective, digest_of, score_rows
 from featurepipe.tuning.options import Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
 from featurepipe.tuning.runs import MIXES, TunedCut, TunedRun, TuningContext, adopt_best_mix, told_runs, tuned_runs
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
 
 _WHERE = declared(LabelsOption).keys() | {"weights", "trust_code", "dataset", "backbone", "memory", "store_features"}
 """Options that say where things are, not what comes out."""
+
+HEAD_FILE = "head.pt"
+"""Of the head that a tuning starts from, beside the checkpoints of its runs."""
 
 
 @dataclass
@@ -99,6 +104,11 @@ class TuningWork(ABC):
     def columns(self) -> tuple[str, ...]:
         """What goes in at all cuts that are tried."""
         return (self.column,)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why rows could not be read, by row; of activations, which come from the store, none."""
+        return {}
 
     @abstractmethod
     def examples_of(self, rows: Rows) -> Examples:
@@ -276,11 +286,57 @@ def tune_and_publish(
     """
     first = works[0]
     peers = Peers(first.fabric)
-    head, division = peers.from_first(lambda: (first.exact_head(say), first.task.division))
+    head, division = peers.from_first(lambda: (_starting_head(first, folder, say), first.task.division))
     first.task = replace(first.task, division=division)
     context = runs_of(works, first.objective.to_scores(*head), folder)
     runs = tuned_runs(context, executor, stop, silent=silent)
     return peers.from_first(lambda: _best_published(works, context, runs, folder, start=start, say=say))
+
+
+def _starting_head(
+    work: TuningWork, folder: Path, say: Callable[[str], None]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The head to start from; after a stop the one that the tuning began with, whose penalty may have taken long to choose."""
+    if work.is_scratch:
+        return work.exact_head(say)
+    kept = TuningCheckpoint(_checkpoints(folder) / HEAD_FILE, digest_of(_facts(work)))
+    if (found := kept.read()) is not None:
+        say("going on with the head of the tuning that was stopped")
+        work.unreadable.update({int(row): why for row, why in json.loads(found["unreadable"]).items()})
+        work.leave_out(found["lost"].numpy(), say)
+        work.recipe = work.recipe.with_params(json.loads(found["params"]))
+        return found["weight"].numpy(), found["bias"].numpy()
+    before = work.task.division
+    weight, bias = work.exact_head(say)
+    lost = np.setdiff1d(_rows_of(before), _rows_of(work.task.division))
+    arrays = {"weight": weight, "bias": bias, "lost": lost.astype(np.int64)}
+    texts = {"params": work.recipe.params, "unreadable": work.unreadable}
+    kept.write(
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        | {name: json.dumps(value, default=float) for name, value in texts.items()}
+    )
+    return weight, bias
+
+
+def _rows_of(division: Division) -> Rows:
+    return np.concatenate([division.train, division.validation, division.test])
+
+
+def _checkpoints(folder: Path) -> Path:
+    """Where a tuning is written down while it goes on."""
+    return folder.with_name(f"{folder.name}.tuning")
+
+
+def _facts(work: TuningWork) -> dict[str, Any]:
+    """What decides the outcome of a run beside its number."""
+    return {
+        "space": work.space.fingerprint,
+        "weights": work.backbone.weights_sha256,
+        "from": work.body.node,
+        "rows": work.inputs(of_cut=True).as_dict(),
+        "schedule": asdict(work.schedule),
+        "torch": torch.__version__,
+    }
 
 
 def _best_published(
@@ -322,6 +378,7 @@ def _best_published(
         record = _published(work, model, folder, file, about, seconds=time.perf_counter() - start, say=say)
     for shard in context.shards:
         context.checkpoint(shard).remove()
+    TuningCheckpoint(_checkpoints(folder) / HEAD_FILE, "").remove()
     return record
 
 
@@ -339,19 +396,11 @@ def runs_of(
     division = first.task.division
 
     def tuned(work: TuningWork) -> TunedCut:
-        facts = {
-            "space": work.space.fingerprint,
-            "weights": work.backbone.weights_sha256,
-            "from": work.body.node,
-            "rows": work.inputs(of_cut=True).as_dict(),
-            "schedule": asdict(work.schedule),
-            "torch": torch.__version__,
-        }
-        return TunedCut(work.examples_of(work.learned_from), facts, work.body)
+        return TunedCut(work.examples_of(work.learned_from), _facts(work), work.body)
 
     return TuningContext(
         first.network_name, head, first.objective, division.train, division.validation, first.schedule,
-        first.options.seed, folder.with_name(f"{folder.name}.tuning"), {work.cut: tuned(work) for work in works},
+        first.options.seed, _checkpoints(folder), {work.cut: tuned(work) for work in works},
         first.options.seeds, first.fabric,
     )  # fmt: skip
 
