@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo docs test test-slow test-all lint lint-style lint-types lint-imports lint-structure bench clean
+.PHONY: demo docs test test-slow test-all lint lint-style lint-types lint-imports lint-structure minimum bench clean
 .DEFAULT_GOAL := test
 
 # editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
@@ -48,6 +48,19 @@ test-slow: $(VENV)/.installed-dev
 
 test-all: test
 	$(MAKE) test-slow
+
+# The oldest versions that pyproject.toml allows of what it names, in an environment of their own (6 GB): the tests that are most of what
+# those packages are used for, and the demo.
+MINIMUM := build/minimum
+minimum:
+	$(PYTHON) -m venv --clear $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(MINIMUM)/bin/uv pip install --quiet --python $(MINIMUM)/bin/python --resolution lowest-direct -r pyproject.toml --extra demo \
+		'pytest>=8.3' 'pytest-timeout>=2.3' 'hypothesis>=6.115'
+	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest -m 'not slow' tests/test_cnn_features.py tests/cli/test_extract_text.py tests/heads/bundle \
+		tests/heads/test_families.py tests/heads/test_linear.py tests/extraction/test_increments.py tests/extraction/test_compute_shard.py \
+		tests/store/test_store.py tests/store/test_parts.py tests/store/test_feature_sets.py tests/store/test_archives.py
+	$(MINIMUM)/bin/python -m featurepipe demo --out $(MINIMUM)/demo
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
