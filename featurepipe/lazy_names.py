@@ -50,33 +50,6 @@ def former_modules(package: str, homes: Mapping[str, str]) -> None:
     sys.meta_path.append(_FormerModules({f"{package}.{old}": f"{package}.{new}" for old, new in homes.items()}))
 
 
-def spare_pandas() -> None:
-    """Keeps PyArrow from importing pandas to ask of every list and number whether it is a Series: 0.3 s, 50 MB.
-
-    Only for a process of our own, in which nobody hands a Series to PyArrow. What asks for pandas itself gets it afterwards.
-    """
-    if "pandas" in sys.modules:
-        return
-    refusal = _NoPandas()
-    sys.meta_path.insert(0, refusal)
-    try:
-        import pyarrow as pa
-
-        pa.array([0])  # it looks for pandas once
-    finally:
-        sys.meta_path.remove(refusal)
-
-
-class _NoPandas(MetaPathFinder):
-    """Finds everything but pandas."""
-
-    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        """Refuses pandas, and leaves every other module to others."""
-        if fullname == "pandas":
-            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-        return None
-
-
 class _FormerModules(MetaPathFinder, Loader):
     """Finds modules that are gone: each takes every name from the module that has what was in it."""
 

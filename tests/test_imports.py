@@ -128,17 +128,6 @@ def test_asking_for_images_of_a_store_loads_no_torch():
     assert ("torch" in found, "sklearn" in found) == (False, False)
 
 
-def test_the_command_line_spares_pandas_until_something_asks_for_it():
-    """PyArrow would import it for its first list or number: 0.3 s of every command where pandas is installed."""
-    code = (
-        "import sys; from featurepipe.lazy_names import spare_pandas; spare_pandas(); import numpy as np, pyarrow as pa; "
-        "pa.array([1]), pa.array(np.ones(2)), pa.scalar('x'); print('pandas' in sys.modules); "
-        "print(pa.table({'a': [1, None]}).to_pandas().a.isna().tolist(), pa.array(sys.modules['pandas'].Series([1.0])).type)"
-    )
-    done = run("-c", code)
-    assert (done.stdout, done.stderr) == ("False\n[False, True] double\n", "")
-
-
 def test_processes_that_fit_heads_load_no_torch():
     """Each of them imports the module of the function that it is given; PyTorch would take 3 s and 200 MB in each."""
     assert "torch" not in loaded("import featurepipe.layer_depth.measure, featurepipe.training.trials")

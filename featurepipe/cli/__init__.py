@@ -27,7 +27,6 @@ from featurepipe.cli.parser import build_parser, parse
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError, on_command_line, unsearchable
 from featurepipe.interrupt import ends_on_ctrl_c
-from featurepipe.lazy_names import spare_pandas
 
 __all__ = ["build_parser", "main"]
 
@@ -41,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args is None:
         return 2
     args.stdout = sys.stdout
-    if argv is None:  # a process of its own
-        spare_pandas()
     return _guarded(args)
 
 
