@@ -420,3 +420,16 @@ def test_the_verdict_of_nothing():
 
     nothing = dict.fromkeys(("waiting", "decode", "read", "forward", "write"), 0.0)
     assert verdict(nothing, 0.0, device="cpu") == "nothing to compute"
+
+
+@pytest.mark.parametrize(
+    "words", ["a.png b.png --distance euclidean", "--distance euclidean a.png b.png", "a.png --json b.png"]
+)
+def test_images_may_stand_before_and_after_options(words):
+    assert build_parser("similar").parse_args(["similar", "store", *words.split()]).query == ["a.png", "b.png"]
+
+
+def test_options_that_there_are_not_are_no_images(capsys):
+    with pytest.raises(SystemExit):
+        build_parser("similar").parse_args(["similar", "store", "--near", "3", "a.png"])
+    assert "unrecognized arguments: --near 3 a.png" in capsys.readouterr().err

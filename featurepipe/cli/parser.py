@@ -79,9 +79,18 @@ class _Parser(argparse.ArgumentParser):
         """Refuses what a command does not know itself, so that its options are shown, not the list of commands."""
         self._words = list(args or ())
         found, others = super().parse_known_args(args, namespace)
+        others = self._listed_last(found, others)
         if others and self.get_default("run"):
             self.error(f"unrecognized arguments: {' '.join(others)}")
         return found, others
+
+    def _listed_last(self, found: Any, others: list[str]) -> list[str]:
+        """Adds words after options to the list that ends the arguments: argparse takes none for it where it meets the first."""
+        lists = [action.dest for action in self._actions if not action.option_strings and action.nargs == "*"]
+        if not lists or any(word.startswith("-") for word in others):
+            return others
+        setattr(found, lists[-1], [*(getattr(found, lists[-1]) or ()), *others])
+        return []
 
     def error(self, message: str) -> NoReturn:
         super().error(displayed(message + self._hint()))

@@ -125,7 +125,15 @@ def columns_of_space(backbone: Backbone, space: Space, max_width: int) -> list[s
         raise StoreError(
             f"{space.name} holds no features that can be read; run: featurepipe verify {space.path.parent.parent}"
         )
-    return [str(column) for column in backbone.columns(list(held)) if held[str(column)].width <= max_width]
+    columns = backbone.columns(list(held))
+    kept = [str(column) for column in columns if held[str(column)].width <= max_width]
+    if not kept:
+        wide = ", ".join(f"{column} ({held[str(column)].width:,})" for column in columns)
+        allowed = Option("max_width", max_width)
+        raise UsageError(
+            Message(f"every column of {space.name} is wider than ", allowed, f" allows: {wide}; allow more")
+        )
+    return kept
 
 
 def _suiting(pooling: Sequence[str], info: NodeInfo) -> list[str]:

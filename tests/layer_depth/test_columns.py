@@ -1,10 +1,12 @@
 """Which columns are compared: stages within a width, poolings that suit, in execution order."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from featurepipe.backbones import load_backbone
 from featurepipe.errors import UsageError
-from featurepipe.layer_depth.study import choose_columns
+from featurepipe.layer_depth.study import choose_columns, columns_of_space
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,13 @@ def test_unknown_nodes_and_poolings_are_refused(network):
         choose_columns(network("lenet5"), ["c1:avg0x2", "f6"], None, 9000)
     with pytest.raises(UsageError, match="max_width 0 must be a number from 1"):
         choose_columns(network("lenet5"), "auto", None, 0)
+
+
+def test_a_store_whose_columns_are_all_too_wide():
+    held = {"c1:avg4x4": SimpleNamespace(width=96), "f6:gap": SimpleNamespace(width=84)}
+    space = SimpleNamespace(name="lenet5-1", columns=lambda: held)
+    assert columns_of_space(load_backbone("lenet5", "none"), space, 84) == ["f6:gap"]
+    with pytest.raises(
+        UsageError, match=r"every column of lenet5-1 is wider than max_width=50 allows: c1:avg4x4 \(96\), f6"
+    ):
+        columns_of_space(load_backbone("lenet5", "none"), space, 50)
