@@ -81,7 +81,7 @@ def test_after_a_kill_runs_that_have_ended_are_not_made_again(store, both, tmp_p
         with pytest.raises(KeyboardInterrupt):
             finetune(store, **asked)
     files = {path.name for path in (tmp_path / "b.tuning").iterdir()}
-    assert files == {"s2-run-0.pt", "s2-run-1.pt", "s4-run-0.pt"}
+    assert files == {"head.pt", "s2-run-0.pt", "s2-run-1.pt", "s4-run-0.pt"}
     steps = made.count("s2") // 4  # of an epoch; two seeds of two epochs
     made.clear()
     monkeypatch.setattr(loop.TuningRun, "learn", lambda run, *given: made.append("more") or whole(run, *given))
