@@ -179,7 +179,7 @@ class Cells:
         self._codes = np.ascontiguousarray(stored.codes).view(np.uint8)
         self._stops = np.cumsum(stored.sizes, dtype=np.int64)
         self._starts = self._stops - stored.sizes
-        self._is_empty = stored.sizes > 0
+        self._is_awaited = stored.sizes > 0  # of each cell: whether it has vectors that are not in it yet
         self._one_at_a_time = threading.Lock()
         self.probes = min(max(stored.document.probes, _least_probes(stored)), len(stored.sizes))
 
@@ -188,7 +188,7 @@ class Cells:
         with self._one_at_a_time, faiss_threads(None):
             self._index.nprobe = self.probes
             apart, cells = self._centres.search(queries, self.probes)
-            for cell in np.unique(cells[self._is_empty[cells]]):
+            for cell in np.unique(cells[self._is_awaited[cells]]):
                 self._fill(int(cell))
             found: Positions = self._index.search_preassigned(queries, count, cells, apart)[1]
         return found
@@ -198,7 +198,7 @@ class Cells:
         numbers = np.arange(start, stop, dtype=np.int64)
         pointers = (self._faiss.swig_ptr(array) for array in (numbers, self._codes[start:stop]))
         self._index.invlists.add_entries(cell, stop - start, *pointers)
-        self._is_empty[cell] = False
+        self._is_awaited[cell] = False
 
 
 def _least_probes(stored: StoredIndex) -> int:
@@ -256,7 +256,7 @@ def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple
         The index, how many vectors are new, and how many went.
     """
     first, _ = different(features.keys)
-    place = SortedKeys.of_keys(stored.keys).find(features.keys[first])
+    place = SortedKeys(stored.keys).find(features.keys[first])
     kept = np.zeros(len(stored.keys), np.bool_)
     kept[place[place >= 0]] = True
     new = features.take(first[place < 0])
@@ -272,7 +272,7 @@ def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple
         update={"snapshot": snapshot, "images_digest": digest_of_images(features.keys), "vectors": len(keys)}
     )
     both = StoredIndex(
-        about, keys, SortedKeys.of_keys(keys).find(features.keys).astype(np.uint32), stored.axes, stored.offset,
+        about, keys, SortedKeys(keys).find(features.keys).astype(np.uint32), stored.axes, stored.offset,
         stored.centres, stored.sizes, np.concatenate([stored.codes[kept], codes]),
     )  # fmt: skip
     return _by_cell(both, np.concatenate([old, cell])), len(new), int((~kept).sum())
@@ -327,7 +327,7 @@ def _with(stored: StoredIndex, **changed: Any) -> StoredIndex:
 
 def _chosen(stored: StoredIndex, queries: Single, own: Any, true: list[Any]) -> dict[str, Any]:
     """The cheapest cells and candidates that find enough of the nearest; else those that find most."""
-    index, number = Cells(stored), SortedKeys.of_keys(stored.keys)
+    index, number = Cells(stored), SortedKeys(stored.keys)
     wanted = [number.find(keys) for keys in true]
     itself = number.find(own)
     prepared = IndexProjection.of(stored)(queries)

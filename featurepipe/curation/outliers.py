@@ -208,7 +208,7 @@ def _new_since(question: Question, every: FeatureSet, since: str | None) -> tupl
     before = question.store.features(
         question.dataset, node=list(every.columns), backbone=origin.fingerprint, snapshot=earlier
     )
-    return np.flatnonzero(~SortedKeys.of_keys(before.keys).contains(every.keys)), earlier
+    return np.flatnonzero(~SortedKeys(before.keys).contains(every.keys)), earlier
 
 
 def find_outliers(

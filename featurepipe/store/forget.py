@@ -250,7 +250,7 @@ def _pairs(ids: Sequence[str], keys: Sequence[bytes | None]) -> Iterator[tuple[s
 
 def _others(store: FeatureStore, order: Removal, keys: Sequence[bytes]) -> dict[bytes, set[tuple[str, str]]]:
     """The keys that other images have or had, with their dataset and id."""
-    wanted = SortedKeys.of_keys(as_keys(list(keys)))
+    wanted = SortedKeys(as_keys(list(keys)))
     places: dict[bytes, set[tuple[str, str]]] = {}
     for dataset in store.datasets():
         for _, table in _snapshots(store, dataset):

@@ -54,12 +54,12 @@ class _Needed:
     """The keys of all snapshots that stay, each image once, however many snapshots have it."""
 
     def __init__(self) -> None:
-        self._set = SortedKeys.of_keys(np.empty((0, KEY_BYTES), np.uint8))
+        self._set = SortedKeys(np.empty((0, KEY_BYTES), np.uint8))
 
     def add(self, keys: Keys) -> None:
         fresh = keys[~self.contains(keys)]
         if len(fresh):
-            self._set = SortedKeys.of_keys(np.concatenate([self._set.keys, fresh]))
+            self._set = SortedKeys(np.concatenate([self._set.keys, fresh]))
 
     def contains(self, keys: Keys) -> Mask:
         return self._set.contains(keys)

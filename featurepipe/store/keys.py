@@ -70,15 +70,10 @@ class SortedKeys:
     They are sorted when that is first needed: a snapshot's keys mostly follow each other as those of the parts do.
 
     Attributes:
-        keys: (n, 32) uint8, as given.
+        keys: (n, 32) uint8, as given; they are kept, and must not be changed afterwards.
     """
 
     keys: Keys
-
-    @classmethod
-    def of_keys(cls, keys: Keys) -> SortedKeys:
-        """Takes keys, which are kept and must not be changed afterwards."""
-        return cls(keys)
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +158,7 @@ def count_distinct(keys: Keys) -> int:
 
 def different(keys: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The first row of each different key (d,), ascending, and for every row (n,) the first that has its key."""
-    first = SortedKeys.of_keys(keys).find(keys)
+    first = SortedKeys(keys).find(keys)
     return np.flatnonzero(first == np.arange(len(first))), first
 
 
@@ -243,7 +238,7 @@ class KeyIndex:
                 on_damage(part, error)
             else:
                 stop += part.rows
-        return _Group(SortedKeys.of_keys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
+        return _Group(SortedKeys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
 
     def __len__(self) -> int:
         """Rows held, copies included."""

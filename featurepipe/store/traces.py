@@ -75,7 +75,7 @@ class Removal:
     @cached_property
     def going(self) -> SortedKeys:
         """The keys whose rows go."""
-        return SortedKeys.of_keys(as_keys([bytes.fromhex(key) for key in self.keys]))
+        return SortedKeys(as_keys([bytes.fromhex(key) for key in self.keys]))
 
     def is_of(self, dataset: str) -> bool:
         """Whether the ids of a part, reject or record may be those of the order; old ones say no dataset."""
@@ -284,7 +284,7 @@ class _Search:
 
     def __init__(self, keys: Bytes, values: Bytes) -> None:
         pieces = np.concatenate([keys, values])
-        self._pieces, self._keys = SortedKeys.of_keys(pieces), len(keys)
+        self._pieces, self._keys = SortedKeys(pieces), len(keys)
         words = np.ascontiguousarray(pieces).view("<u2")  # (n, 16)
         self._tables = np.zeros((_LEVELS, 1 << 16), np.bool_)
         for level in range(_LEVELS):

@@ -72,7 +72,7 @@ def test_keys_are_looked_up_in_blocks(monkeypatch):
     keys = np.random.default_rng(0).integers(0, 2, (300, 32), np.uint8)
     keys[:, :10] = 0  # prefixes are all the same
     first = {bytes(key): row for row, key in reversed(list(enumerate(keys[:200])))}
-    found = keys_module.SortedKeys.of_keys(keys[:200]).find(keys)
+    found = keys_module.SortedKeys(keys[:200]).find(keys)
     assert found.tolist() == [first.get(bytes(key), -1) for key in keys]
 
 
@@ -86,7 +86,7 @@ def test_keys_in_the_order_of_those_held_are_found_as_any_others_are(monkeypatch
     first = {bytes(key): row for row, key in reversed(list(enumerate(held)))}
     strange = rng.integers(0, 256, (5, 32), np.uint8)
     wanted = np.concatenate([held[40:80], strange, held[81:200], held[:3], held[rng.permutation(200)]])
-    found = keys_module.SortedKeys.of_keys(held).find(wanted)
+    found = keys_module.SortedKeys(held).find(wanted)
     assert found.tolist() == [first.get(bytes(key), -1) for key in wanted]
 
 
