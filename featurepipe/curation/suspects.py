@@ -256,7 +256,7 @@ def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool 
         return _fitted(features, features, np.union1d(of_each, drawn[:count]), codes)
 
     fits = folds * (len(features.target_names) or 1)
-    seconds = round(fits * time_of(fit, rows, steepest=1), 1) if timed else None
+    seconds = float(f"{fits * time_of(fit, rows, steepest=1):.2g}") if timed else None  # no estimate is better
     return {
         "classes": counts, "folds": folds, "fits": fits, "rows": rows, "width": features.shape[1],
         "expected_seconds": seconds,
