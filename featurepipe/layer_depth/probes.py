@@ -30,49 +30,11 @@ from featurepipe.heads.preprocessing import RowSpace
 from featurepipe.heads.statistics.comparison import ACCURACY, MAP, R2
 from featurepipe.heads.statistics.multilabel import map_contributions
 from featurepipe.heads.statistics.regression import r2_contributions
+from featurepipe.training.tuning import climb, error_of_a_share
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold
     from featurepipe.store import FeatureSet
-
-
-AT_ONCE = 3
-"""Values of C that are fitted before the first one is judged: the smallest ones take little time, and share passes."""
-
-RULE = (
-    f"Values of C are tried from the smallest upwards, {AT_ONCE} at least, until one does worse there than the best by more than "
-    "a standard error."
-)
-"""What ``climb`` does, in words."""
-
-
-def climb(
-    strengths: Sequence[float],
-    accuracies_of: Callable[[Sequence[float]], Sequence[float]],
-    images: int,
-    error_of: Callable[[float, int], float] | None = None,
-) -> float:
-    """The value of C that does best on the images set aside; of equals the smallest.
-
-    Beyond the best value heads learn the training images by heart, and a fit takes ever longer: on 60,000 images the last
-    value took ten times as long as all that mattered. A drop by a standard error of one accuracy is far outside of
-    what chance does to the difference of two heads on the same images.
-
-    Args:
-        strengths: values of C, ascending.
-        accuracies_of: for some of them, the accuracy (or another measure) of each on the images set aside.
-        images: how many these are.
-        error_of: the standard error of a measure of so many images; by default that of a share.
-    """
-    error_of = error_of or _standard_error
-    found = list(accuracies_of(strengths[:AT_ONCE]))
-    while len(found) < len(strengths) and found[-1] >= max(found) - error_of(max(found), images):
-        found += accuracies_of([strengths[len(found)]])
-    return strengths[int(np.argmax(found))]
-
-
-def _standard_error(accuracy: float, images: int) -> float:
-    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def _error_of_r2(value: float, images: int) -> float:
@@ -138,8 +100,8 @@ def _errors_besides(predicted: Array, truth: Array) -> dict[str, float]:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "multiclass": Measure(ACCURACY, _classes_said, _are_right, None, _standard_error),
-    "multilabel": Measure(MAP, _scores_said, map_contributions, _f1_besides, _standard_error),
+    "multiclass": Measure(ACCURACY, _classes_said, _are_right, None, error_of_a_share),
+    "multilabel": Measure(MAP, _scores_said, map_contributions, _f1_besides, error_of_a_share),
     "continuous": Measure(R2, _numbers_said, r2_contributions, _errors_besides, _error_of_r2),
 }
 """The measure for each type of target, a key of `featurepipe.heads.families.FAMILIES`."""

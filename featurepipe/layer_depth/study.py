@@ -27,12 +27,13 @@ from featurepipe.layer_depth.folds import (
 )
 from featurepipe.layer_depth.journal import key_of
 from featurepipe.layer_depth.options import ComparisonOptions
-from featurepipe.layer_depth.probes import MEASURES, RULE, Data, Measure
+from featurepipe.layer_depth.probes import MEASURES, Data, Measure
 from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.options import NO_GROUP, RoleOptions, is_file_of_groups
 from featurepipe.store.roles import with_roles
 from featurepipe.training.splits import quantile_bins, rarest_labels
+from featurepipe.training.tuning import RULE
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone, Column

@@ -123,7 +123,7 @@ class TuningWork(ABC):
         division = self.task.division
         self.leave_out(self.fill_frozen(self.learned_from), say)
         division = self.task.division
-        self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say).params)
+        self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say, climbs=True).params)
         return linear_map(fit(self.task, self.recipe, division.train, say))
 
     def fill(self, body: torch.nn.Module, rows: Rows) -> Rows:

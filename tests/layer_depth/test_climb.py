@@ -5,8 +5,9 @@ import pytest
 
 from featurepipe.layer_depth import probes
 from featurepipe.layer_depth.folds import Fold
-from featurepipe.layer_depth.probes import RULE, Data, climb, measure_fold
+from featurepipe.layer_depth.probes import Data, measure_fold
 from featurepipe.layer_depth.study import Protocol
+from featurepipe.training.tuning import RULE, climb
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
