@@ -33,10 +33,8 @@ def recipe() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
-    """The quick run: its folder, what it printed, and its result."""
-    out = tmp_path_factory.mktemp("transfer")
+def quick_run(out: Path) -> tuple[Path, str, dict[str, Any]]:
+    """Its folder, what it printed, and its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--quick", "--tune"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, env=environment)
@@ -48,8 +46,7 @@ def accuracies(result: dict[str, Any], task: str, network: str) -> dict[str, flo
     return {r["depth"]: r["accuracy"] for r in result["results"] if r["task"] == task and r["network"] == network}
 
 
-@pytest.mark.slow
-def test_the_result_holds_every_task_and_depth_with_its_interval(finished):
+def the_result_holds_every_task_and_depth_with_its_interval(finished):
     _, _, result = finished
     assert list(dict.fromkeys(row["task"] for row in result["results"])) == TASKS
     for task in TASKS:
@@ -62,8 +59,7 @@ def test_the_result_holds_every_task_and_depth_with_its_interval(finished):
         assert np.shape(row["cells"]) == (1, 3)
 
 
-@pytest.mark.slow
-def test_folds_that_agree_by_chance_are_no_certainty(finished):
+def folds_that_agree_by_chance_are_no_certainty(finished):
     from featurepipe.heads.statistics.comparison import over_images
 
     out, _, result = finished
@@ -74,8 +70,7 @@ def test_folds_that_agree_by_chance_are_no_certainty(finished):
         assert row["high"] - row["low"] >= 0.98 * (least.high - least.low)
 
 
-@pytest.mark.slow
-def test_it_learns_its_own_digits_and_its_last_layers_serve_them_alone(finished):
+def it_learns_its_own_digits_and_its_last_layers_serve_them_alone(finished):
     _, _, result = finished
     assert result["networks"][0]["accuracy"] >= 0.95  # of held-out digits
     source = accuracies(result, "digits 0-4 (source)", "trained")
@@ -90,8 +85,7 @@ def test_it_learns_its_own_digits_and_its_last_layers_serve_them_alone(finished)
     assert source["output"] >= random["output"] + 0.05  # what training is worth
 
 
-@pytest.mark.slow
-def test_the_network_is_frozen_and_its_features_are_those_of_the_saved_weights(finished):
+def the_network_is_frozen_and_its_features_are_those_of_the_saved_weights(finished):
     out, _, result = finished
     (network,) = result["networks"]
     file = out / network["weights"]
@@ -107,8 +101,7 @@ def test_the_network_is_frozen_and_its_features_are_those_of_the_saved_weights(f
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
-@pytest.mark.slow
-def test_it_ends_in_a_table_a_sentence_per_task_and_a_picture(finished):
+def it_ends_in_a_table_a_sentence_per_task_and_a_picture(finished):
     from PIL import Image
 
     out, printed, result = finished
@@ -123,8 +116,7 @@ def test_it_ends_in_a_table_a_sentence_per_task_and_a_picture(finished):
     assert (colours == (0x0B, 0x57, 0xD0)).all(1).sum() > 500  # the trained networks' curves
 
 
-@pytest.mark.slow
-def test_tuned_routes_are_compared_for_every_task_on_the_same_images(finished):
+def tuned_routes_are_compared_for_every_task_on_the_same_images(finished):
     _, printed, result = finished
     for task in TASKS:
         rows = {row["route"]: row for row in result["routes"] if row["task"] == task}
@@ -135,6 +127,21 @@ def test_tuned_routes_are_compared_for_every_task_on_the_same_images(finished):
         assert rows["bottleneck"]["accuracy"] > rows["scratch"]["accuracy"]  # five epochs of a few dozen images
         (line,) = [line for line in printed.splitlines() if line.startswith(task) and "*" in line]
         assert f"{100 * rows['tail']['accuracy']:.1f}" in line
+
+
+@pytest.mark.slow
+def test_the_quick_run(tmp_path):
+    """One test of all, so that it runs once however many processes share the tests."""
+    finished = quick_run(tmp_path)
+    for is_so in (
+        the_result_holds_every_task_and_depth_with_its_interval,
+        folds_that_agree_by_chance_are_no_certainty,
+        it_learns_its_own_digits_and_its_last_layers_serve_them_alone,
+        the_network_is_frozen_and_its_features_are_those_of_the_saved_weights,
+        it_ends_in_a_table_a_sentence_per_task_and_a_picture,
+        tuned_routes_are_compared_for_every_task_on_the_same_images,
+    ):
+        is_so(finished)
 
 
 def test_glyphs_are_the_same_for_the_same_seed_and_no_two_alike(recipe):

@@ -30,6 +30,7 @@ WITH_SCRIPTS = ("docs/equality.md", "docs/intervals.md", "docs/removing-images.m
 """Pages that name options of scripts as well."""
 TRAIN, TEST = 40, 20  # of the bundled images, so that the examples take seconds
 OWN = 8  # images of each class in the folder of one's own
+FEW_FITS = "--folds 2 --seeds 1 --jobs 1"  # of a comparison of layers, instead of 15 for each
 
 
 def fence(page: str, heading: str, language: str, number: int = 0) -> str:
@@ -144,7 +145,7 @@ def test_examples_of_tables_can_be_read(tmp_path: Path, cli: Callable) -> None:
 @pytest.mark.slow
 def test_depth_on_images_of_ones_own(own: Path, cli: Callable) -> None:
     (line,) = [one for one in fence("README.md", "Your own images", "sh").splitlines() if " depth " in one]
-    run_lines([line], cli, own)
+    run_lines([f"{line} {FEW_FITS}"], cli, own)
     assert (own / "depth.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
@@ -199,7 +200,7 @@ def test_shell_example(checkout: Path, shell_results: dict[str, str], cli: Calla
 @pytest.mark.usefixtures("shell_results")
 def test_what_was_recommended_can_be_trained_and_shown(checkout: Path, cli: Callable) -> None:
     (line,) = [words for words in shell_commands() if words[1] == "depth"]
-    compared = cli(*line[1:], cwd=checkout)
+    compared = cli(*line[1:], *FEW_FITS.split(), cwd=checkout)
     assert compared.code == 0, compared.err
     assert compared.out.startswith("recommended: ")
     assert (checkout / "depth.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

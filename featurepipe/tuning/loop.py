@@ -306,7 +306,7 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], boo
             loss = run.learn(inputs, rows)
             if not math.isfinite(loss):
                 break
-            progress.advance(1, f"loss {run.mean_loss:.4f}")
+            progress.advance(1, f"loss {run.mean_loss:.4g}")
             if checkpoint.is_due:
                 keep()
         progress.say(run.end_epoch())
@@ -483,9 +483,9 @@ class TuningRun:
             self._best_loss = loss
         name = self.objective.measure
         if train_loss is None:
-            return f"before tuning: validation {name} {score:.4f}, loss {loss:.4f}"
+            return f"before tuning: validation {name} {score:.4f}, loss {loss:.4g}"
         return (
-            f"epoch {number} of {self.options.epochs}: loss {train_loss:.4f}, validation loss {loss:.4f}, {name} {score:.4f}"
+            f"epoch {number} of {self.options.epochs}: loss {train_loss:.4g}, validation loss {loss:.4g}, {name} {score:.4f}"
             + (" (best)" if better else "")
         )
 
