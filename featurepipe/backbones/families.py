@@ -88,14 +88,23 @@ class NoValues(TorchFunctionMode):
     """Gives new parameters no memory: modules built inside cost no time, and a state dict fills them.
 
     Only ``torch.empty`` is affected, which is what layers make their parameters with; tables that a module computes for
-    itself keep their values, unlike under ``torch.device("meta")``.
+    itself keep their values, unlike under ``torch.device("meta")``. What would draw initial values for parameters without
+    memory returns at once: it computes shapes only, in more time than all else.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        elif func in _INITIALISERS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
         return func(*args, **kwargs)
+
+
+_INITIALISERS = {
+    *(getattr(torch.Tensor, f"{name}_") for name in ("normal", "uniform", "zero", "fill", "erfinv", "mul", "add", "clamp")),
+    *(getattr(torch.nn.init, f"{name}_") for name in ("kaiming_normal", "kaiming_uniform", "normal", "uniform", "constant")),
+}  # fmt: skip
 
 
 def resolve(name: str, choices: Sequence[str], default: str, backbone: str) -> str:

@@ -403,6 +403,12 @@ def _run_graph(found: Trace, input_shape: tuple[int, int, int]) -> dict[str, _Se
     return {found.names[node]: value for node, value in runner.seen.items()}
 
 
+_SAME_SHAPE = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Dropout,
+)  # fmt: skip
+"""Layers whose output has the shape of their input, without an operation that is counted."""
+
+
 class _Counting(fx.Interpreter):
     """Runs a graph node by node and notes the shape and the operations so far."""
 
@@ -410,6 +416,12 @@ class _Counting(fx.Interpreter):
         super().__init__(module)
         self.counter = FlopCounterMode(display=False)
         self.seen: dict[fx.Node, _Seen] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a module, or makes the shape alone where that is the input's: PyTorch would decompose it in Python for nothing."""
+        if args and args[0].is_meta and isinstance(self.fetch_attr(target), _SAME_SHAPE):
+            return torch.empty_like(args[0])
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
