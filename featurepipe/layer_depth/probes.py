@@ -391,7 +391,13 @@ def _chosen(rows: _Rows, head: str, seed: int) -> dict[str, Any]:
         return {"C": climb(grid["C"], lambda some: [accuracy({"C": C}) for C in some], images, data.measure.error)}
     every: list[dict[str, Any]] = list(ParameterGrid(dict(grid)))
     fewest = min(len(fit.truth) for fit, _ in rows.choices)
-    return max((params for params in every if params.get("n_neighbors", 1) <= fewest), key=accuracy)
+    best, chosen = -math.inf, every[0]
+    for params in (params for params in every if params.get("n_neighbors", 1) <= fewest):
+        if (found := accuracy(params)) > best:
+            best, chosen = found, params
+        if best >= 1:  # nothing beyond it can be better
+            break
+    return chosen
 
 
 def _trees_chosen(rows: _Rows, seed: int) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_where_the_smallest_learn_nothing_it_goes_on():
 
 
 def test_of_equals_the_smallest_is_taken():
-    assert climb(STRENGTHS, Curve(0.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0), 50) == 1e-3
+    curve = Curve(0.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert climb(STRENGTHS, curve, 50) == 1e-3
+    assert curve.asked == [STRENGTHS[:3]]  # nothing can do better
     assert climb(STRENGTHS[:2], lambda some: [0.5] * len(some), 50) == 1e-4
 
 
