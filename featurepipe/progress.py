@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("featurepipe")
+_SLOW = 0.1  # units a second, below which the seconds of each are shown
 
 
 class Progress(Protocol):
@@ -106,7 +107,7 @@ class Lines(Paced):
             return
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         tail = f", {bottleneck}" if bottleneck else ""
-        self.say(f"{self.how_far}, {rate:,.1f} {_short(self.unit)}/s, {left} left{tail}")
+        self.say(f"{self.how_far}, {_rate(rate, self.unit)}, {left} left{tail}")
 
     def say(self, message: str) -> None:
         """Prints one line."""
@@ -124,9 +125,7 @@ class Bar:
         """Moves the bar."""
         self._done += images
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(
-            self._task, advance=images, bottleneck=displayed(bottleneck), rate=f"{rate:,.1f} {_short(self._unit)}/s"
-        )
+        self._bar.update(self._task, advance=images, bottleneck=displayed(bottleneck), rate=_rate(rate, self._unit))
 
     def say(self, message: str) -> None:
         """Prints one line above the bar."""
@@ -228,8 +227,17 @@ def show(
         yield Bar(bar, task, unit)
 
 
-def _short(unit: str) -> str:
-    return "img" if unit == "images" else unit
+def _rate(rate: float, unit: str) -> str:
+    """How fast it goes: units a second, or what each takes where that would be about none.
+
+    Example:
+        >>> _rate(12.34, "images"), _rate(1 / 12, "heads"), _rate(0, "heads")
+        ('12.3 img/s', '12 s/head', '0.0 heads/s')
+    """
+    short = "img" if unit == "images" else unit
+    if 0 < rate < _SLOW:
+        return f"{1 / rate:,.0f} s/{short.removesuffix('s')}"
+    return f"{rate:,.1f} {short}/s"
 
 
 def spoken(seconds: float) -> str:

@@ -371,6 +371,17 @@ def test_the_first_step_foretells_no_time_left():
     assert out.getvalue().splitlines() == ["measure: 1 of 120 fits", "measure: 30 of 120 fits, 2.0 fits/s, 0:45 left"]
 
 
+def test_what_takes_more_than_ten_seconds_has_no_rate_of_zero():
+    from featurepipe.progress import Lines
+
+    now, out = [0.0], io.StringIO()
+    lines = Lines(5, "fit", out, unit="heads", every=5, clock=lambda: now[0])
+    for second in (50.0, 100.0):
+        now[0] = second
+        lines.advance(1)
+    assert out.getvalue().splitlines() == ["fit: 1 of 5 heads", "fit: 2 of 5 heads, 50 s/head, 2:30 left"]
+
+
 def test_progress_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
     from featurepipe.progress import Bar, Lines, Silent, show
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import TYPICAL, SelectOptions
-from featurepipe.curation.question import Question
+from featurepipe.curation.question import Question, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.local import features_at
@@ -82,7 +82,7 @@ def select(
     node: str = "bottleneck",
     backbone: str | None = None,
     snapshot: str | None = None,
-    to: str | PathLike[str] | None = None,
+    to: Places = None,
     raw_ids: bool = False,
     source: Any = None,
     only_under: Places = None,
@@ -122,7 +122,8 @@ def select(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails (``.html``), or a table to fill in (``.csv``, ``.jsonl``, ``.parquet``): ``id``, ``label``
-            (empty), ``rank``, ``score``, ``group``. It is what ``labels=`` of any command takes once it is filled in.
+            (empty), ``rank``, ``score``, ``group``. It is what ``labels=`` of any command takes once it is filled in. Or
+            several such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -141,8 +142,8 @@ def select(
 
     Returns:
         JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``method``, ``labelled``, ``unlabelled`` (different
-        images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file``,
-        ``options``, ``warnings``, ``seconds``.
+        images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file`` (the first),
+        ``files``, ``options``, ``warnings``, ``seconds``.
 
     Raises:
         UsageError: No budget is given, or a larger one than there are images without a label; a column is unknown.
@@ -151,7 +152,7 @@ def select(
     """
     options = SelectOptions(
         budget=budget, method=method, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone,
-        snapshot=snapshot, to=to, raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column,
+        snapshot=snapshot, to=places(to), raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column,
         box=box, box_unit=box_unit, box_margin=box_margin, images=None if images is None else str(images), frames=frames,
         labels=labels, label=label, split_column=split_column,
     )  # fmt: skip
@@ -370,11 +371,8 @@ def select_text(found: Mapping[str, Any]) -> str:
             [[one["id"], f"{one['score']:.4g}", _shown(one["group"])] for one in chosen[:_ROWS]],
         ),
     ]
-    if len(chosen) > _ROWS:
-        lines.append(f"... {len(chosen) - _ROWS:,} more; write all of them, to be labelled: --to FILE.csv")
-    if found["file"]:
-        lines.append(f"file {found['file']}")
-    return "\n".join(lines)
+    lines += more_text(len(chosen) - _ROWS, found["files"], "to be labelled")
+    return "\n".join([*lines, *files_text(found["files"])])
 
 
 def _shown(group: int | None) -> str:

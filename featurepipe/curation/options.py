@@ -25,14 +25,18 @@ INDEX = ("auto", "always", "never")
 ALL, CLASS = "all", "class"
 TYPICAL, K_CENTRE = "typical", "k-centre"
 COSINE, EUCLIDEAN = DISTANCES = ("cosine", "euclidean")
+ON_A_PAGE = 1000
+"""The most images that a page shows, each with those nearest to it: it holds all of their thumbnails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOption(OptionGroup):
     """Where an answer is written."""
 
-    to: str | PathLike[str] | None = option(
-        None, "write the answer: .csv, .jsonl or .parquet, or a page with thumbnails, .html", metavar="FILE"
+    to: tuple[str, ...] | None = option(
+        None,
+        "write the answer: .csv, .jsonl or .parquet, or a page with thumbnails, .html; may be repeated, such as for both",
+        metavar="FILE",
     )
 
 
@@ -119,7 +123,9 @@ class SuspectsOptions(OptionGroup):
         5, "parts, each judged by a head that learned from the others (default: 5)", check=at_least(2, 50)
     )
     limit: int | None = option(
-        100, "the most suspects to list and show on a page (default: 100); a file has all", check=at_least(1)
+        100,
+        f"the most suspects to list, here and on a page (default: 100; on a page up to {ON_A_PAGE:,}); a .csv file has all",
+        check=at_least(1),
     )
     seed: int = option(0, "of the folds (default: 0)", check=at_least(0))
 
@@ -145,7 +151,9 @@ class FarOptions(OptionGroup):
         5, "the neighbour whose distance counts, the Nth nearest (default: 5)", check=at_least(1, 1000)
     )
     limit: int | None = option(
-        100, "the most images to list and show on a page (default: 100); a file has all", check=at_least(1)
+        100,
+        f"the most images to list, here and on a page (default: 100; on a page up to {ON_A_PAGE:,}); a .csv file has all",
+        check=at_least(1),
     )
     seed: int = option(0, "of the images that many images are compared with first (default: 0)", check=at_least(0))
 

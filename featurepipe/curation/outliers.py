@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurepipe.curation.options import CLASS, COSINE, OutliersOptions
-from featurepipe.curation.question import Question
+from featurepipe.curation.options import CLASS, COSINE, ON_A_PAGE, OutliersOptions
+from featurepipe.curation.question import Question, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
@@ -31,12 +31,13 @@ from featurepipe.store.locks import starts_again
 REFERENCE = 20_000
 """Images that every image is compared with; of more, as many are drawn, and the farthest are then compared with all."""
 FENCE = 1.5
-"""An image is an outlier if the logarithm of its distance lies so many interquartile ranges above the third quartile: the upper
-fence of Tukey 1977, "Exploratory Data Analysis"."""
+"""An image is an outlier if the logarithm of its distance lies so many interquartile ranges above the third quartile of its
+class, or of all: the upper fence of Tukey 1977, "Exploratory Data Analysis". That number ranks the images, too, so that outliers
+come first whichever class they are of: 1.3 times the usual is far in a class of look-alikes, and near in one of many kinds."""
 _LEAST = 20  # images of a class that others of it are compared with
 _AGAIN = 1024  # of those that lie farthest, compared with all
 _BLOCK_ROWS = 128  # whose distances to 20,000 others stay in the processor's cache
-_SHOWN, _ROWS, _NEIGHBOURS = 60, 30, 5
+_NEIGHBOURS = 5
 
 Single = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -45,12 +46,13 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Outliers:
-    """How far n images lie from others, the farthest first.
+    """How far n images lie from others, the farthest first: by ``above``, which is by the distance within a class.
 
     Attributes:
         rows: (n,) of the features.
         distance: (n,) to the k-th nearest image.
         score: (n,) the distance as a multiple of the median of its class, or of all.
+        above: (n,) interquartile ranges that its logarithm lies above the third quartile of its class, or of all.
         far: (n,) whether it is an outlier.
         unchecked: Rows that had fewer than k others to be compared with.
         drawn: Images that were compared with first, of more; 0 where each was compared with all.
@@ -59,6 +61,7 @@ class Outliers:
     rows: Positions
     distance: Doubles
     score: Doubles
+    above: Doubles
     far: npt.NDArray[np.bool_]
     unchecked: Positions
     drawn: int = 0
@@ -80,7 +83,7 @@ def outliers(
     node: str = "bottleneck",
     backbone: str | None = None,
     snapshot: str | None = None,
-    to: str | PathLike[str] | None = None,
+    to: Places = None,
     raw_ids: bool = False,
     source: Any = None,
     only_under: Places = None,
@@ -103,15 +106,16 @@ def outliers(
     detection via sampling"), and the farthest then with all; the distances of the others are estimates. Copies count once.
 
     An outlier is an image whose distance lies above the upper fence of all, or of its class: on a logarithmic scale 1.5
-    interquartile ranges above the third quartile (Tukey 1977, "Exploratory Data Analysis"). Where images are much unlike each
-    other strangers come first without lying above it: look at the first of the list, whatever it says of them.
+    interquartile ranges above the third quartile (Tukey 1977, "Exploratory Data Analysis"). That number, ``above``, is what
+    images are ranked by: a distance that is usual in one class is far in another. Where images are much unlike each other
+    strangers come first without lying above it: look at the first of the list, whatever it says of them.
 
     Args:
         store: The feature store or its path.
         by: ``all``: far from all other images; ``class``: far from the other images of its class.
         since: A snapshot (``previous``, ``first``, a run id): images that are new since then, by their distance from its images.
         neighbours: Which neighbour, k.
-        limit: The most outliers to list; None for all.
+        limit: The most images to list, in the result, as text and on a page (there up to 1,000); None for all.
         seed: Of what is drawn.
         distance: ``cosine`` or ``euclidean``.
         dataset: Name of the dataset; by default the store's only one.
@@ -120,7 +124,8 @@ def outliers(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails and neighbours (``.html``), or a table of all images, the farthest first (``.csv``, ``.jsonl``,
-            ``.parquet``): ``rank``, ``id``, ``label``, ``split``, ``distance``, ``score``, ``outlier``.
+            ``.parquet``): ``rank``, ``id``, ``label``, ``split``, ``distance``, ``score``, ``above``, ``outlier``. Or several
+            such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -139,8 +144,8 @@ def outliers(
     Returns:
         JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``by``, ``distance``, ``since`` (the run id, or null),
         ``images`` (ranked), ``unchecked``, ``copies`` (left out), ``compared_with`` (how many at first), ``count`` (of outliers),
-        ``outliers``: a list of ``id``, ``label``, ``split``, ``distance``, ``score`` and ``outlier``, the farthest first;
-        ``file``, ``options``, ``warnings``, ``seconds``.
+        ``outliers``: a list of ``id``, ``label``, ``split``, ``distance``, ``score``, ``above`` and ``outlier``, the
+        farthest first; ``file``, ``files``, ``options``, ``warnings``, ``seconds``.
 
     Raises:
         UsageError: There are too few images, or no classes; a snapshot or column is unknown.
@@ -149,8 +154,8 @@ def outliers(
     """
     options = OutliersOptions(
         by=by, since=since, neighbours=neighbours, limit=limit, seed=seed, distance=distance, dataset=dataset, split=split,
-        node=node, backbone=backbone, snapshot=snapshot, to=to, raw_ids=raw_ids, source=source, only_under=places(only_under),
-        path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,
+        node=node, backbone=backbone, snapshot=snapshot, to=places(to), raw_ids=raw_ids, source=source,
+        only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,
         images=None if images is None else str(images), frames=frames, labels=labels, label=label, split_column=split_column,
     )  # fmt: skip
     question = Question.of(store, options, "outliers", silent=silent)
@@ -265,15 +270,16 @@ def find_outliers(
     middle = _medians(apart, group[rows], len(count))
     is_drawn = (share < 1).any()
     if is_drawn:
-        farthest = np.argsort(-apart / middle[group[rows]], kind="stable")[:again]
+        farthest = _farthest(_above_usual(apart / middle[group[rows]], group[rows]), apart)[:again]
         exact = _compared_with_all(values, rows[farthest], others, group, neighbours, distance)
         usual = _usual(values, rows, others, group, neighbours, distance, seed)
         apart = np.maximum(apart * (usual / middle)[group[rows]], 0)
         apart[farthest], middle = exact, usual
     score = apart / middle[group[rows]]
-    order = np.argsort(-score, kind="stable")
+    above = _above_usual(score, group[rows])
+    order = _farthest(above, score)
     total = sum(map(len, drawn)) if is_drawn else 0
-    return Outliers(rows[order], apart[order], score[order], _far(score, group[rows])[order], unchecked, total)
+    return Outliers(rows[order], apart[order], score[order], above[order], above[order] > FENCE, unchecked, total)
 
 
 def _reference(others: Positions, group: Positions, rng: np.random.Generator) -> list[Positions]:
@@ -394,28 +400,35 @@ def _medians(apart: Doubles, group: Positions, groups: int) -> Doubles:
     return middle
 
 
-def _far(score: Doubles, group: Positions) -> npt.NDArray[np.bool_]:
-    """Which scores are outliers of their group: those above the upper fence of their logarithms."""
-    far = np.zeros(len(score), np.bool_)
+def _above_usual(score: Doubles, group: Positions) -> Doubles:
+    """(n,) interquartile ranges that the logarithm of each score lies above the third quartile of its group."""
+    above = np.zeros(len(score))
     logs = np.log(np.maximum(score, 1e-9))
     for number in np.unique(group):
         inside = group == number
         first, third = np.quantile(logs[inside], [0.25, 0.75])
-        far[inside] = logs[inside] > third + FENCE * max(third - first, 1e-6)
-    return far
+        above[inside] = (logs[inside] - third) / max(third - first, 1e-6)
+    return above
+
+
+def _farthest(above: Doubles, score: Doubles) -> Positions:
+    """The order in which images are listed, those of equal rank by their score."""
+    return np.lexsort([-score, -above])
 
 
 def outliers_table(features: FeatureSet, found: Outliers) -> pa.Table:
     """The table of outliers.
 
-    One row an image, the farthest first: ``rank`` from 1, ``id``, ``label``, ``split``, ``distance``, ``score``, ``outlier``.
+    One row an image, the farthest first: ``rank`` from 1, ``id``, ``label``, ``split``, ``distance``, ``score``, ``above``,
+    ``outlier``.
     """
     images = features.table.select(["id", "label", "split"]).take(found.rows)
     columns = {
         "rank": pa.array(np.arange(1, len(found.rows) + 1)),
         **{name: images[name] for name in images.column_names},
     }
-    return pa.table(columns | {"distance": found.distance, "score": found.score, "outlier": found.far})
+    how_far = {"distance": found.distance, "score": found.score, "above": found.above, "outlier": found.far}
+    return pa.table(columns | how_far)
 
 
 def _unranked(found: Outliers, by: str, neighbours: int) -> list[str]:
@@ -427,23 +440,26 @@ def _unranked(found: Outliers, by: str, neighbours: int) -> list[str]:
 
 def _document(features: FeatureSet, values: Blocks, found: Outliers, options: OutliersOptions) -> dict[str, Any]:
     """What the page shows: each image with those that are the nearest to it."""
-    rows = found.rows[: min(options.limit or _SHOWN, _SHOWN)]
+    rows = found.rows[: min(options.limit or ON_A_PAGE, ON_A_PAGE)]
     near = nearest(values, features.read(np.float32, rows=rows), _NEIGHBOURS, distance=options.distance, without=rows)
     ids, labels = features.ids, features.labels
     groups = []
     for place, row in enumerate(rows):
-        kind = "outlier" if found.far[place] else "within the usual"
-        lines = [*_label(labels[row]), f"{found.score[place]:.3g} times as far as usual", kind]
+        kind = "outlier" if found.far[place] else "no outlier"
+        far = f"{found.score[place]:.3g} times as far as usual"
+        lines = [*_label(labels[row]), far, f"{kind}: {found.above[place]:.2g} spreads above"]
         shown = [{"id": ids[row], "lines": lines}]
         for other, apart in zip(near.positions[place], near.apart[place], strict=True):
             if other >= 0:
                 shown.append({"id": ids[other], "lines": [*_label(labels[other]), f"distance {apart:.3g}"]})
-        groups.append({"title": f"{place + 1}. {ids[row]}", "images": shown})
+        marked = ": outlier" if found.far[place] else ""
+        groups.append({"title": f"{place + 1}. {ids[row]}{marked}", "images": shown})
     of = "their class" if options.by == CLASS else "all others"
     how_many = counted(int(found.far.sum()), "outlier")
     paragraphs = [
         f"{how_many} of {counted(len(found.rows), 'image')} of {features.origin.dataset}. Shown are those farthest from {of} by "
-        f"{features.column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it."
+        f"{features.column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it.",
+        _rule(options.by),
     ]
     if options.since is not None:
         paragraphs.append(
@@ -452,6 +468,15 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
     if len(rows) < len(found.rows):
         paragraphs.append(f"The first {len(rows)} are shown; a .csv file has all.")
     return {"kind": "images", "version": 1, "title": "Outliers", "paragraphs": paragraphs, "groups": groups}
+
+
+def _rule(by: str) -> str:
+    """Which images are outliers, in a sentence."""
+    of = "its class" if by == CLASS else "all"
+    return (
+        f"An outlier lies more than {FENCE} spreads above the usual distances of {of}. A spread is the range of their middle "
+        "half, in logarithms; it is counted from its upper end, and images are ranked by it."
+    )
 
 
 def _label(label: str | None) -> list[str]:
@@ -475,13 +500,13 @@ def outliers_text(found: Mapping[str, Any]) -> str:
             one["label"] or "",
             f"{one['distance']:.4g}",
             f"{one['score']:.3g}",
+            f"{one['above']:.2g}",
             "outlier" if one["outlier"] else "",
         ]
-        for one in found["outliers"][:_ROWS]
+        for one in found["outliers"]
     ]
-    lines += ["", table(["id", "label", "distance", "times the usual", ""], rows)]
-    if found["images"] > len(rows):
-        lines.append(f"... {found['images'] - len(rows):,} more; write all of them: --to FILE")
-    if found["file"]:
-        lines.append(f"file {found['file']}")
-    return "\n".join(lines)
+    lines += ["", table(["id", "label", "distance", "times the usual", "spreads above", "outlier"], rows)]
+    if found["images"] > found["count"]:
+        lines.append(_rule(found["by"]))
+    lines += more_text(found["images"] - len(rows), found["files"], has_limit=True)
+    return "\n".join([*lines, *files_text(found["files"])])

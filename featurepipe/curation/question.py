@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -35,7 +35,7 @@ class Question:
         snapshot: Run id of the snapshot whose images are meant, or of a job's run.
         features: Its images.
         options: As they were asked for.
-        target: The file of the answer; None for none.
+        targets: The files of the answer.
         silent: Whether nothing is said on the way.
         started: Value of `time.monotonic`.
     """
@@ -45,7 +45,7 @@ class Question:
     snapshot: str
     features: FeatureSet
     options: QuestionOptions
-    target: Path | None
+    targets: tuple[Path, ...]
     silent: bool
     started: float = field(default_factory=time.monotonic)
 
@@ -66,14 +66,14 @@ class Question:
             StoreError: There is no store, or features of some images are missing.
             StoreMoved: A snapshot was written meanwhile; `featurepipe.store.locks.starts_again` asks once more.
         """
-        target = None if options.to is None else checked_file(options.to, what, [PAGE])
+        targets = tuple(checked_file(to, what, [PAGE]) for to in options.to or ())
         kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
         name = options.dataset or kept.only_dataset()
         current = kept.snapshot_ids(name)[-1:]
         features = kept.features(name, node=options.node, backbone=options.backbone, snapshot=options.snapshot)
         if options.snapshot is None and kept.snapshot_ids(name)[-1:] != current:
             raise StoreMoved(f"dataset {name} has another snapshot by now")
-        return cls(kept, name, options.snapshot or current[0], features, options, target, silent)
+        return cls(kept, name, options.snapshot or current[0], features, options, targets, silent)
 
     def rows(self, roles: RowOptions, labels: LabelSource | None, split: str | None) -> FeatureSet:
         """The images with their classes, splits and other roles of columns.
@@ -96,7 +96,7 @@ class Question:
     def written(
         self, answer: Callable[[], pa.Table], document: Callable[[], Mapping[str, Any]], *, queries: Any = None
     ) -> list[str]:
-        """Writes the answer where it was asked to be: a page of what ``document`` gives, or the table that ``answer`` gives.
+        """Writes the answer to each file asked for: a page of what ``document`` gives, or the table that ``answer`` gives.
 
         Args:
             answer: Makes the table of a file.
@@ -104,21 +104,20 @@ class Question:
             queries: As `featurepipe.reporting.from_store.image_page` takes them.
 
         Returns:
-            What people must be told about the file.
+            What people must be told about the files.
         """
-        options, target = self.options, self.target
-        if target is None:
-            return []
-        if target.suffix.lower() == PAGE:
+        options, told = self.options, []
+        for target in sorted(self.targets, key=lambda one: one.suffix.lower() == PAGE):  # a page needs the images, too
+            if target.suffix.lower() != PAGE:
+                told.append(neutralised_text(write_table(answer(), target, raw_ids=options.raw_ids), target))
+                continue
             from featurepipe.reporting.from_store import image_page  # which loads what reads images
 
             image_page(
                 self.store, document(), target, options, source=options.source, dataset=self.dataset,
                 snapshot=self.snapshot, queries=queries, silent=self.silent,
             )  # fmt: skip
-            return []
-        said = neutralised_text(write_table(answer(), target, raw_ids=options.raw_ids), target)
-        return [said] if said else []
+        return [said for said in told if said]
 
     def told(self, **found: Any) -> dict[str, Any]:
         """The result of a command: what was ``found``, between what it was asked of and how it was asked."""
@@ -128,7 +127,32 @@ class Question:
             "column": self.features.column,
             "space": self.features.origin.space,
             **found,
-            "file": None if self.target is None else str(self.target),
+            "file": str(self.targets[0]) if self.targets else None,
+            "files": [str(target) for target in self.targets],
             "options": as_asked(self.options),
             "seconds": round(time.monotonic() - self.started, 3),
         }
+
+
+def more_text(left: int, files: Sequence[str], why: str = "", *, has_limit: bool = False) -> list[str]:
+    """Says that an answer has more rows than are listed, and how to have all: the ways that were not taken.
+
+    Args:
+        left: Rows that are not listed.
+        files: That the answer was written to.
+        why: What a table of all is for, such as ``to be corrected``.
+        has_limit: Whether ``--limit`` says how many are listed.
+    """
+    if left <= 0:
+        return []
+    tables = [name for name in files if Path(name).suffix.lower() != PAGE]
+    if tables:
+        return [f"... {left:,} more, all in {tables[0]}"]
+    listed = "list more of them with --limit N, or " if has_limit else ""
+    page = " (may be given beside the page)" if files else ""
+    return [f"... {left:,} more; {listed}write all of them{f', {why}' if why else ''}: --to FILE.csv{page}"]
+
+
+def files_text(files: Sequence[str]) -> list[str]:
+    """Names the files that an answer was written to."""
+    return [f"file {name}" for name in files]

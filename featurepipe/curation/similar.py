@@ -13,7 +13,7 @@ import pyarrow as pa
 from featurepipe.curation.index import ImageSearch, chosen_search
 from featurepipe.curation.options import COSINE, SimilarOptions
 from featurepipe.curation.queries import Queries, of_ids, queries_of
-from featurepipe.curation.question import Question
+from featurepipe.curation.question import Question, files_text, more_text
 from featurepipe.display import counted, first_names, table
 from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.execution.local import features_at
@@ -49,7 +49,7 @@ def similar(
     node: str = "bottleneck",
     backbone: str | None = None,
     snapshot: str | None = None,
-    to: str | PathLike[str] | None = None,
+    to: Places = None,
     raw_ids: bool = False,
     source: Any = None,
     only_under: Places = None,
@@ -89,7 +89,7 @@ def similar(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot that is searched; by default the current one.
         to: A ``.csv``, ``.jsonl`` or ``.parquet`` file (``query``, ``rank``, ``id``, ``label``, ``split``, ``distance``), or an
-            ``.html`` page with thumbnails.
+            ``.html`` page with thumbnails; or several such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.extract`, also of thumbnails.
@@ -111,7 +111,7 @@ def similar(
         JSON values. ``dataset``, ``snapshot``, ``images`` (searched), ``column``, ``space``, ``distance``, ``search``
         (``exact`` or ``index``), ``why``, ``recall`` (as measured when the index was made); ``queries``, each with ``id`` and
         ``found``: a list of ``id``, ``label``, ``split`` and ``distance``, nearest first; ``computed``, ``rejects`` (``id``
-        and ``reason``), ``file``, ``options``, ``warnings``, ``seconds``.
+        and ``reason``), ``file`` (the first), ``files``, ``options``, ``warnings``, ``seconds``.
 
     Raises:
         UsageError: Nothing is asked for; an id, dataset, column or space is unknown; no image can be read; or the network here
@@ -122,7 +122,7 @@ def similar(
     options = SimilarOptions(
         query_ids=None if query_ids is None else tuple(query_ids),
         query_dataset=query_dataset, top=top, index=index, weights=weights, dataset=dataset, distance=distance,
-        node=node, backbone=backbone, snapshot=snapshot, to=to, raw_ids=raw_ids, source=source,
+        node=node, backbone=backbone, snapshot=snapshot, to=places(to), raw_ids=raw_ids, source=source,
         only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,
         images=None if images is None else str(images), frames=frames, device=device, batch_size=batch_size, workers=workers,
         engine=engine,
@@ -369,11 +369,8 @@ def similar_text(found: Mapping[str, Any]) -> str:
         for row in query["found"]
     ]
     lines.append(table(header, rows[:_ROWS]))
-    if len(rows) > _ROWS:
-        lines.append(f"... {len(rows) - _ROWS:,} more; write all of them: --to FILE")
-    if found["file"]:
-        lines.append(f"file {found['file']}")
-    return "\n".join(lines)
+    lines += more_text(len(rows) - _ROWS, found["files"])
+    return "\n".join([*lines, *files_text(found["files"])])
 
 
 def _recall(found: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurepipe.curation.options import CheckLabelsOptions
-from featurepipe.curation.question import Question
+from featurepipe.curation.options import ON_A_PAGE, CheckLabelsOptions
+from featurepipe.curation.question import Question, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
@@ -38,8 +38,6 @@ FAR = 3.5
 """A number is suspect from a modified z-score of its residual (Iglewicz & Hoaglin 1993, "How to Detect and Handle Outliers")."""
 _NORMAL = 0.6745  # of a normal distribution, the median absolute deviation in standard deviations
 _NEIGHBOURS = 5
-_SHOWN = 60
-_ROWS = 30
 _CLASSES = 10  # that a dry run names
 
 Array = npt.NDArray[Any]
@@ -80,7 +78,7 @@ def labels(
     node: str = "bottleneck",
     backbone: str | None = None,
     snapshot: str | None = None,
-    to: str | PathLike[str] | None = None,
+    to: Places = None,
     raw_ids: bool = False,
     source: Any = None,
     only_under: Places = None,
@@ -111,7 +109,7 @@ def labels(
     Args:
         store: The feature store or its path.
         folds: Parts of the images, each judged by a head fitted on the others.
-        limit: The most suspects to list; None for all.
+        limit: The most suspects to list, in the result, as text and on a page (there up to 1,000); None for all.
         seed: Of the folds.
         dataset: Name of the dataset; by default the store's only one.
         split: Only labels of this split; by default of all images.
@@ -120,7 +118,7 @@ def labels(
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails and neighbours (``.html``), or a file to correct (``.csv``, ``.jsonl``, ``.parquet``): every
             image, of all splits, suspects first. What is in its column of labels counts when it is given to ``labels=`` of any
-            command.
+            command. Or several such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -145,9 +143,9 @@ def labels(
         JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``kind`` (``multiclass``, ``multilabel`` or
         ``continuous``), ``images`` (checked), ``unlabelled``, ``unchecked`` (the only ones of their class), ``count`` (of
         suspects), ``suspects``: a list of ``id``, ``given``, ``suggested``, ``score``, of several labels ``label``, the most
-        suspect first; ``file``, ``options``, ``warnings``, ``seconds``. With ``dry_run`` instead of what was found ``classes``
-        (or labels, where present; of numbers none) with the images of each, ``folds``, ``fits``, ``rows`` of each fit, ``width``
-        of the features, and ``expected_seconds`` (null on a cluster).
+        suspect first; ``file`` (the first), ``files``, ``options``, ``warnings``, ``seconds``. With ``dry_run`` instead of what
+        was found ``classes`` (or labels, where present; of numbers none) with the images of each, ``folds``, ``fits``, ``rows``
+        of each fit, ``width`` of the features, and ``expected_seconds`` (null on a cluster).
 
     Raises:
         UsageError: There are no labels, or of one class only; a column is unknown; or cleanlab is not installed.
@@ -156,7 +154,7 @@ def labels(
     """
     options = CheckLabelsOptions(
         folds=folds, limit=limit, seed=seed, dataset=dataset, split=split, node=node, backbone=backbone, snapshot=snapshot,
-        to=to, raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column, box=box,
+        to=places(to), raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column, box=box,
         box_unit=box_unit, box_margin=box_margin, images=None if images is None else str(images), frames=frames,
         labels=labels, label=label, split_column=split_column, group=group, target=target,
         multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
@@ -170,7 +168,7 @@ def labels(
             dry_run=True, kind=RoleOptions.of(options).target_type, images=len(known), unlabelled=len(every) - len(known),
             **planned(known, folds=folds, seed=seed, timed=cluster is None),
         )  # fmt: skip
-        return {**found, "file": None}
+        return {**found, "file": None, "files": []}
     question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
     with features_at(cluster, known, question.store, question.say) as there:
         with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
@@ -455,7 +453,7 @@ def _labels_of(features: FeatureSet, options: CheckLabelsOptions) -> dict[str, A
 
 def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: int | None) -> dict[str, Any]:
     """What the page shows: each suspect with the images that are the nearest to it, and their labels."""
-    rows = suspects.rows[: min(limit or _SHOWN, _SHOWN)]
+    rows = suspects.rows[: min(limit or ON_A_PAGE, ON_A_PAGE)]
     near = nearest(values, features.read(np.float32, rows=rows), _NEIGHBOURS, without=rows) if len(rows) else None
     ids, shown = features.ids, _shown_labels(features)
     groups = []
@@ -513,11 +511,7 @@ def labels_text(found: Mapping[str, Any]) -> str:
     if found["suspects"]:
         which = ["label"] if "label" in found["suspects"][0] else []
         header = ["id", *which, "given", "suggested", "score"]
-        rows = [[*(one[name] for name in header[:-1]), f"{one['score']:.3g}"] for one in found["suspects"][:_ROWS]]
+        rows = [[*(one[name] for name in header[:-1]), f"{one['score']:.3g}"] for one in found["suspects"]]
         lines += ["", table(header, rows)]
-    left = found["count"] - min(len(found["suspects"]), _ROWS)
-    if left:
-        lines.append(f"... {left:,} more; write all of them, to be corrected: --to FILE.csv")
-    if found["file"]:
-        lines.append(f"file {found['file']}")
-    return "\n".join(lines)
+    lines += more_text(found["count"] - len(found["suspects"]), found["files"], "to be corrected", has_limit=True)
+    return "\n".join([*lines, *files_text(found["files"])])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -61,7 +62,15 @@ def test_the_distance_is_that_to_the_kth_nearest_by_brute_force(pile, distance, 
     np.testing.assert_allclose(found.distance, expected[found.rows], atol=1e-5)
     medians = np.array([np.median(expected[groups == groups[row]]) for row in range(60)])
     np.testing.assert_allclose(found.score, (expected / medians)[found.rows], rtol=1e-3)
-    assert (np.diff(found.score) <= 0).all()
+    logs = np.log(expected / medians)
+    above = np.empty(60)
+    for number in np.unique(groups):
+        first, third = np.quantile(logs[groups == number], [0.25, 0.75])
+        above[groups == number] = (logs[groups == number] - third) / (third - first)
+    np.testing.assert_allclose(found.above, above[found.rows], rtol=0.02, atol=0.01)
+    assert (np.diff(found.above) <= 0).all()
+    assert (found.far == (found.above > 1.5)).all()
+    assert by == "class" or (np.diff(found.score) <= 0).all()  # within a group the order is that of the distance
 
 
 def test_what_was_planted_comes_first(planted, tmp_path):
@@ -87,7 +96,7 @@ def test_an_outlier_lies_above_the_fence_of_the_logarithms_of_its_group():
     rng = np.random.default_rng(0)
     score, group = np.exp(rng.normal(size=3000) * np.repeat([0.2, 1.0, 0.0], 1000)), np.repeat([0, 1, 2], 1000)
     score[[5, 1005, 2005]] = np.exp([1.0, 1.0, 0.1])  # far among the first, usual among the second, far among equals
-    far = module._far(score, group)
+    far = module._above_usual(score, group) > module.FENCE
     assert far[[5, 1005, 2005]].tolist() == [True, False, True]
     for number in range(2):
         logs = np.log(score[group == number])
@@ -97,6 +106,31 @@ def test_an_outlier_lies_above_the_fence_of_the_logarithms_of_its_group():
         )
         assert far[group == number].mean() == pytest.approx(0.0035, abs=0.004)  # of a normal distribution
     assert far[2000:].sum() == 1
+
+
+def test_an_image_far_in_a_narrow_class_comes_before_the_usual_of_a_wide_one(pile, tmp_path):
+    rng = np.random.default_rng(0)
+    angles = 0.01 * rng.uniform(-1, 1, 40), [0.04], 2 + 0.02 * rng.normal(size=40) ** 3  # on a circle
+    turned = np.concatenate(angles)
+    rows = pile.add_rows([f"{n}.png" for n in range(81)], np.stack([np.cos(turned), np.sin(turned)], axis=1))
+    for number, name in enumerate(rows):
+        pile.images[name]["label"] = "narrow" if number <= 40 else "wide"
+    pile.night({"b:gap": rows})
+    files = tmp_path / "far.html", tmp_path / "far.csv"
+    found = outliers(pile.store, by="class", limit=2, to=files, silent=True)
+    rows = list(csv.DictReader(files[1].read_text().splitlines()))
+    scores = [float(row["score"]) for row in rows]
+    assert rows[0]["id"] == found["outliers"][0]["id"] == "40.png"
+    assert [row["outlier"] for row in rows] == ["true"] * found["count"] + ["false"] * (81 - found["count"])
+    assert max(scores[found["count"] :]) > scores[0]  # the usual of the other class are more times as far as usual
+    text = outliers_text(found)
+    assert re.search(r"40\.png +narrow .* outlier$", text, re.MULTILINE)
+    assert f"... 79 more, all in {files[1]}" in text
+    assert found["files"] == list(map(str, files))
+    page = files[0].read_text()
+    assert "1. 40.png: outlier" in page
+    assert page.count("times as far as usual") == 2
+    assert "The first 2 are shown" in page
 
 
 def test_of_many_images_some_are_drawn_and_the_farthest_compared_with_all(planted, monkeypatch):

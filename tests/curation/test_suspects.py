@@ -132,7 +132,10 @@ def test_names_that_are_formulas_come_back_as_they_were(blobs, tmp_path):
 
 
 def test_the_page_shows_suspects_with_their_neighbours(blobs, tmp_path):
-    labels(blobs.store, to=tmp_path / "page.html", limit=2, silent=True)
+    found = labels(blobs.store, to=[tmp_path / "page.html"], limit=2, silent=True)
+    assert "... 2 more; list more of them with --limit N, or write all of them, to be corrected: --to" in labels_text(
+        found
+    )
     page = (tmp_path / "page.html").read_text()
     assert page.count("perhaps: ") == 2
     assert "labels of 121 images of pile look wrong" in page
