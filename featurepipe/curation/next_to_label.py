@@ -142,8 +142,8 @@ def select(
 
     Returns:
         JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``method``, ``labelled``, ``unlabelled`` (different
-        images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file`` (the first),
-        ``files``, ``options``, ``warnings``, ``seconds``.
+        images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file`` (the
+        first), ``files``, ``options``, ``warnings``, ``seconds``.
 
     Raises:
         UsageError: No budget is given, or a larger one than there are images without a label; a column is unknown.
