@@ -94,7 +94,7 @@ def test_the_network_stops_at_the_deepest_node():
 def test_features_do_not_depend_on_the_batch_beyond_the_stated_tolerance(name, precision):
     backbone = load_backbone(name, "DEFAULT" if name == "efficientnet_lite0" else "none")
     columns = backbone.columns(["bottleneck"])
-    batch = images(backbone, 13)
+    batch = images(backbone, 5)
     whole = Engine(backbone, columns, precision=precision, batch_size=16)(batch)
     alone = Engine(backbone, columns, precision=precision, batch_size=16)
     (column,) = whole
@@ -173,8 +173,8 @@ def test_precision_is_kept_only_where_it_agrees(monkeypatch):
 
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     resnet, lite = load_backbone("resnet18", "none"), load_backbone("efficientnet_lite0")
-    kept, engine = choose_precision(resnet, resnet.columns(["bottleneck"]), images(resnet, 8), "cpu")
-    refused, fallback = choose_precision(lite, lite.columns(["bottleneck"]), images(lite, 8), "cpu")
+    kept, engine = choose_precision(resnet, resnet.columns(["bottleneck"]), images(resnet, 3), "cpu")
+    refused, fallback = choose_precision(lite, lite.columns(["bottleneck"]), images(lite, 3), "cpu")
     assert (kept.precision, engine.precision) == ("bf16", "bf16")
     assert kept.worst_cosine >= WORST_COSINE
     assert (refused.precision, fallback.precision, refused.tried) == ("fp32", "fp32", "bf16")
